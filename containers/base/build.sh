@@ -1,0 +1,45 @@
+#!/bin/sh
+# Builds polydev-node:20-slim, a stand-in for node:20-slim, from Debian's
+# packages and npm alone. Usage: containers/base/build.sh
+set -eu
+
+DOCKER=${DOCKER:-docker}
+DEBIAN=polydev-debian:bookworm
+TAG=polydev-node:20-slim
+NODE_VERSION=20.20.2
+NPM_VERSION=10.8.2
+
+here=$(cd "$(dirname "$0")" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+for tool in mmdebstrap npm "$DOCKER"; do
+    if ! command -v "$tool" >/dev/null; then
+        echo "base: \`$tool\` is missing; on Debian or Ubuntu: apt-get install mmdebstrap npm docker.io" >&2
+        exit 1
+    fi
+done
+
+case $(uname -m) in
+    x86_64) arch=x64 ;;
+    aarch64) arch=arm64 ;;
+    *) echo "base: no node package for $(uname -m)" >&2; exit 1 ;;
+esac
+
+if ! "$DOCKER" image inspect "$DEBIAN" >/dev/null 2>&1; then
+    echo "base: making a Debian root file system (about a minute)"
+    mmdebstrap --quiet --variant=minbase --include=ca-certificates,curl,git bookworm "$work/debian.tar"
+    "$DOCKER" import "$work/debian.tar" "$DEBIAN" >/dev/null
+    rm "$work/debian.tar"
+fi
+
+echo "base: fetching node $NODE_VERSION and npm $NPM_VERSION"
+mkdir -p "$work/context/npm"
+(cd "$work" && npm pack --silent "node-linux-$arch@$NODE_VERSION" "npm@$NPM_VERSION" >/dev/null)
+tar -xzf "$work/node-linux-$arch-$NODE_VERSION.tgz" -C "$work" package/bin/node
+mv "$work/package/bin/node" "$work/context/node"
+tar -xzf "$work/npm-$NPM_VERSION.tgz" -C "$work/context/npm" --strip-components=1
+
+echo "base: building $TAG"
+cp "$here/Dockerfile" "$work/context/"
+"$DOCKER" build --quiet --build-arg "DEBIAN=$DEBIAN" --tag "$TAG" "$work/context" >/dev/null

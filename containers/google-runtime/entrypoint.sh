@@ -1,0 +1,49 @@
+#!/bin/sh
+# Entry point for people who `docker run` this image. A warm slot does not come
+# through here: there polydev-init runs the argv and the shim prepares the key.
+# This file is the same in every runtime image; what differs is in provider.sh.
+set -eu
+
+. /runtime/provider.sh
+
+say() { printf '%s\n' "$*" >&2; }
+debug() { if [ "${DEBUG:-}" = true ]; then say "DEBUG: $*"; fi; }
+
+# A trap and a wait, because process 1 ignores a SIGTERM it does not handle.
+idle() {
+    say "idle: waiting for work"
+    trap 'exit 0' TERM INT
+    while :; do
+        sleep 86400 &
+        wait $!
+    done
+}
+
+# True when "$@" is the provider's CLI doing more than telling about itself.
+needs_key() {
+    [ "${1##*/}" = "$CLI" ] || return 1
+    if [ $# -eq 2 ]; then
+        case $2 in --version | --help | -h | -V | -v) return 1 ;; esac
+    fi
+    return 0
+}
+
+say "polydev ${PROVIDER:-$DEFAULT_PROVIDER} runtime, user ${USER_ID:-unknown}"
+
+if [ "${WARM_POOL:-}" = true ] || [ $# -eq 0 ]; then
+    debug "no key is needed to idle"
+    idle
+fi
+
+if has_key || [ -e "$HOME/$SIGN_IN_FILE" ]; then
+    prepare_credentials
+    debug "credentials are prepared for $CLI"
+elif needs_key "$@"; then
+    say "ERROR: $KEY not provided"
+    exit 1
+else
+    say "WARNING: $KEY not provided; $CLI will not be able to sign in"
+fi
+
+debug "running $1 with $(($# - 1)) arguments"
+exec "$@"

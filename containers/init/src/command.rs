@@ -1,0 +1,188 @@
+//! The one command of a container: its start, its signals, what it leaves behind.
+
+use std::{
+    ffi::OsStr,
+    fs::File,
+    io::{Read, Seek, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{ffi::OsStrExt, process::CommandExt},
+    },
+    path::Path,
+    process::{self, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::{
+        signal::{Signal, kill, killpg},
+        wait::WaitStatus,
+    },
+    unistd::{Pid, getpid},
+};
+use polydev_proto::init::{NotStarted, Start, not_started::Reason};
+
+use crate::{deadline::Deadline, home, stdin::Input};
+
+/// Added to the command's OOM score, so that the kernel does not pick init.
+const OOM_SCORE: &[u8] = b"500";
+
+/// A command that was started.
+#[derive(Debug)]
+pub(crate) struct Command {
+    pub(crate) run_id: String,
+    pub(crate) pid: Pid,
+    /// Read ends; `None` after end of file.
+    pub(crate) pipes: [Option<File>; 2],
+    pub(crate) input: Input,
+    pub(crate) deadline: Deadline,
+    /// Set when the command's own process has ended.
+    pub(crate) status: Option<WaitStatus>,
+}
+
+impl Command {
+    /// Starts what `start` asks for, as the user init itself runs as. Descriptors
+    /// but the three standard ones are closed by the kernel: all of init's own are
+    /// close-on-exec.
+    ///
+    /// # Errors
+    /// Why the command did not run, for the caller.
+    pub(crate) fn start(
+        start: &Start,
+        oom_score: Option<&mut File>,
+        now: Instant,
+    ) -> Result<Self, NotStarted> {
+        let refuse = |reason: Reason, message: String| NotStarted {
+            run_id: start.run_id.clone(),
+            reason: reason.into(),
+            message,
+        };
+        let Some((program, args)) = start.argv.split_first() else {
+            return Err(refuse(Reason::Invalid, "argv is empty".into()));
+        };
+        if !start.work_dir.is_empty() && !Path::new(&start.work_dir).is_dir() {
+            let message = format!("working directory `{}` is not a folder", start.work_dir);
+            return Err(refuse(Reason::Invalid, message));
+        }
+        home::write_files(home::path().as_deref(), &start.files)
+            .map_err(|message| refuse(Reason::Invalid, message))?;
+
+        let mut command = process::Command::new(OsStr::from_bytes(program));
+        command
+            .args(args.iter().map(|arg| OsStr::from_bytes(arg)))
+            .process_group(0);
+        command.stdin(if start.stdin {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        });
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        for variable in &start.env {
+            command.env(
+                OsStr::from_bytes(&variable.name),
+                OsStr::from_bytes(&variable.value),
+            );
+        }
+        if let Some(trace) = start
+            .trace
+            .as_ref()
+            .filter(|trace| !trace.traceparent.is_empty())
+        {
+            command.env("TRACEPARENT", &trace.traceparent);
+            command.env("TRACESTATE", &trace.tracestate);
+        }
+        if !start.work_dir.is_empty() {
+            command.current_dir(&start.work_dir);
+        }
+
+        let mut child = with_oom_score(oom_score, || command.spawn()).map_err(|error| {
+            let program = String::from_utf8_lossy(program);
+            let reason = match error.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::ENOENT | Errno::ENOTDIR) => Reason::NotFound,
+                Some(Errno::E2BIG) | None => Reason::Invalid,
+                Some(_) => Reason::NotExecutable,
+            };
+            refuse(reason, format!("cannot start `{program}`: {error}"))
+        })?;
+
+        let pipes = [
+            child
+                .stdout
+                .take()
+                .map(|pipe| File::from(OwnedFd::from(pipe))),
+            child
+                .stderr
+                .take()
+                .map(|pipe| File::from(OwnedFd::from(pipe))),
+        ];
+        let stdin = child
+            .stdin
+            .take()
+            .map(|pipe| File::from(OwnedFd::from(pipe)));
+        for pipe in pipes.iter().chain([&stdin]).flatten() {
+            set_nonblocking(pipe);
+        }
+        Ok(Self {
+            run_id: start.run_id.clone(),
+            pid: Pid::from_raw(child.id().cast_signed()),
+            pipes,
+            input: Input::new(stdin),
+            deadline: Deadline::new(
+                now,
+                Duration::from_millis(start.timeout_ms),
+                Duration::from_millis(start.kill_timeout_ms),
+            ),
+            status: None,
+        })
+    }
+
+    /// Sends `signal` to the command and its process group; too late is no error.
+    pub(crate) fn signal(&self, signal: Signal) {
+        if self.status.is_some() {
+            return;
+        }
+        if signal == Signal::SIGKILL {
+            kill_everything(self.pid);
+        } else if killpg(self.pid, signal).is_err() {
+            let _gone = kill(self.pid, signal);
+        }
+    }
+
+    /// Nothing will be written any more.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.pipes.iter().all(Option::is_none)
+    }
+}
+
+/// Kills every process of the container but init, or, where init is not process 1
+/// of its own namespace (in tests), the command's process group.
+pub(crate) fn kill_everything(command: Pid) {
+    let _gone = if getpid().as_raw() == 1 {
+        kill(Pid::from_raw(-1), Signal::SIGKILL)
+    } else {
+        killpg(command, Signal::SIGKILL)
+    };
+}
+
+fn set_nonblocking(pipe: &impl AsFd) {
+    fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+        .expect("setting O_NONBLOCK on a pipe of our own cannot fail");
+}
+
+/// Runs `spawn` with the raised score, which the child inherits, and takes it back:
+/// without the right to lower a score, a process may return to the one it was given.
+fn with_oom_score<T>(score: Option<&mut File>, spawn: impl FnOnce() -> T) -> T {
+    let Some(score) = score else { return spawn() };
+    let mut own = String::new();
+    let raised = score.read_to_string(&mut own).is_ok() && score.write_all(OOM_SCORE).is_ok();
+    let child = spawn();
+    if raised {
+        // Failing leaves init as likely a victim as the command; it still serves.
+        let _unchanged = score
+            .rewind()
+            .and_then(|()| score.write_all(own.trim().as_bytes()));
+    }
+    child
+}

@@ -1,0 +1,167 @@
+//! The connection to the driver. It may break and come back at any time: whoever
+//! restarts the driver loses nothing, because the supervisor starts every new
+//! connection with its state and sends again what was not acknowledged.
+
+use std::{
+    io::{self, ErrorKind, Read, Write},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use bytes::{Buf, BytesMut};
+use nix::{
+    errno::Errno,
+    sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
+};
+use polydev_proto::{
+    frame,
+    init::{FromInit, ToInit, from_init},
+};
+
+/// Output that waits for the socket; beyond it nothing more is framed.
+const HIGH_WATER: usize = 128 << 10;
+/// A driver that restarts is back within a second or two.
+const RETRY: Duration = Duration::from_millis(50);
+const RETRY_MOST: Duration = Duration::from_secs(1);
+
+/// The driver's end, when there is one.
+#[derive(Debug)]
+pub(crate) struct Link {
+    path: PathBuf,
+    stream: Option<UnixStream>,
+    input: BytesMut,
+    output: BytesMut,
+    retry_at: Instant,
+    retry_after: Duration,
+}
+
+impl Link {
+    pub(crate) fn new(path: &Path, now: Instant) -> Self {
+        Self {
+            path: path.to_owned(),
+            stream: None,
+            input: BytesMut::new(),
+            output: BytesMut::new(),
+            retry_at: now,
+            retry_after: RETRY,
+        }
+    }
+
+    pub(crate) fn stream(&self) -> Option<&UnixStream> {
+        self.stream.as_ref()
+    }
+
+    /// How long until the next attempt to connect; `None` while connected.
+    pub(crate) fn retry_in(&self, now: Instant) -> Option<Duration> {
+        self.stream
+            .is_none()
+            .then(|| self.retry_at.saturating_duration_since(now))
+    }
+
+    /// Connects if it is time to. True for a connection that has just been made.
+    pub(crate) fn connect_if_due(&mut self, now: Instant) -> bool {
+        if self.stream.is_some() || now < self.retry_at {
+            return false;
+        }
+        match open(&self.path) {
+            Ok(stream) => {
+                self.stream = Some(stream);
+                self.retry_after = RETRY;
+                true
+            }
+            Err(_) => {
+                self.retry_at = now + self.retry_after;
+                self.retry_after = RETRY_MOST.min(self.retry_after * 2);
+                false
+            }
+        }
+    }
+
+    /// Gives the connection up; another attempt follows.
+    pub(crate) fn disconnect(&mut self, now: Instant) {
+        self.stream = None;
+        self.input = BytesMut::new();
+        self.output = BytesMut::new();
+        self.retry_at = now + self.retry_after;
+    }
+
+    /// Whether more output should be framed now.
+    pub(crate) fn has_room(&self) -> bool {
+        self.stream.is_some() && self.output.len() < HIGH_WATER
+    }
+
+    pub(crate) fn has_output(&self) -> bool {
+        !self.output.is_empty()
+    }
+
+    /// Queues a message; without a connection it is dropped, and told by the next Hello.
+    pub(crate) fn send(&mut self, message: from_init::Message) {
+        if self.stream.is_some() {
+            let message = FromInit {
+                message: Some(message),
+            };
+            frame::encode(&message, &mut self.output)
+                .expect("init's messages are far below the frame limit");
+        }
+    }
+
+    /// Writes what the socket takes.
+    pub(crate) fn flush(&mut self, now: Instant) {
+        while let Some(stream) = &mut self.stream {
+            if self.output.is_empty() {
+                break;
+            }
+            match stream.write(&self.output) {
+                Ok(count) => self.output.advance(count),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => self.disconnect(now),
+            }
+        }
+    }
+
+    /// Reads what the socket has into `frames`; a driver that breaks the protocol is dropped.
+    pub(crate) fn receive(&mut self, now: Instant, frames: &mut Vec<ToInit>) {
+        let mut chunk = [0; 16 << 10];
+        while let Some(stream) = &mut self.stream {
+            match stream.read(&mut chunk) {
+                Ok(0) => self.disconnect(now),
+                Ok(count) => {
+                    self.input.extend_from_slice(&chunk[..count]);
+                    loop {
+                        match frame::decode(&mut self.input) {
+                            Ok(Some(message)) => frames.push(message),
+                            Ok(None) => break,
+                            Err(_) => return self.disconnect(now),
+                        }
+                    }
+                    if count < chunk.len() {
+                        break;
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => self.disconnect(now),
+            }
+        }
+        if self.input.is_empty() {
+            self.input = BytesMut::new();
+        }
+    }
+}
+
+/// Connects without ever waiting: a driver whose backlog is full must not stop
+/// the clock of the command's deadline.
+fn open(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    match connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {
+        Ok(()) => Ok(UnixStream::from(socket)),
+        Err(Errno::EAGAIN) => Err(ErrorKind::WouldBlock.into()),
+        Err(errno) => Err(errno.into()),
+    }
+}

@@ -1,0 +1,177 @@
+//! The command's stdin: what the driver sent and the pipe has not taken yet.
+
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io::{ErrorKind, Write},
+};
+
+use polydev_proto::init::{Stdin, StdinAck};
+
+/// Most bytes held. The driver keeps at most [`CAPACITY`] unacknowledged bytes on
+/// the way; one that sends more breaks the protocol.
+pub(crate) const CAPACITY: usize = 256 << 10;
+
+/// The write end of the command's stdin and what waits for it.
+#[derive(Debug)]
+pub(crate) struct Input {
+    pipe: Option<File>,
+    waiting: VecDeque<u8>,
+    /// Offset of the first waiting byte.
+    taken: u64,
+    close: bool,
+}
+
+/// The driver sent more than it may.
+#[derive(Debug)]
+pub(crate) struct Overrun;
+
+impl Input {
+    /// `None` for a command that reads end of file at once.
+    pub(crate) fn new(pipe: Option<File>) -> Self {
+        Self {
+            pipe,
+            waiting: VecDeque::new(),
+            taken: 0,
+            close: false,
+        }
+    }
+
+    /// The pipe, while there is something to write to it.
+    pub(crate) fn pending(&self) -> Option<&File> {
+        self.pipe.as_ref().filter(|_| !self.waiting.is_empty())
+    }
+
+    pub(crate) fn offset(&self) -> u64 {
+        self.taken
+    }
+
+    /// Accepts a frame; bytes that were accepted before are skipped.
+    pub(crate) fn accept(&mut self, frame: &Stdin) -> Result<(), Overrun> {
+        let expected = self.taken + self.waiting.len() as u64;
+        let known = expected.checked_sub(frame.offset).ok_or(Overrun)?;
+        let new = usize::try_from(known)
+            .ok()
+            .and_then(|known| frame.data.get(known..));
+        let new = new.unwrap_or_default();
+        if self.pipe.is_none() {
+            self.taken += new.len() as u64;
+            return Ok(());
+        }
+        if self.waiting.len() + new.len() > CAPACITY {
+            return Err(Overrun);
+        }
+        self.waiting.extend(new);
+        self.close |= frame.close;
+        Ok(())
+    }
+
+    /// Writes what the pipe takes and says how far it has come.
+    pub(crate) fn flush(&mut self) -> StdinAck {
+        while let Some(pipe) = &mut self.pipe {
+            let (chunk, _) = self.waiting.as_slices();
+            if chunk.is_empty() {
+                if self.close {
+                    self.pipe = None;
+                }
+                break;
+            }
+            match pipe.write(chunk) {
+                Ok(count) => {
+                    self.waiting.drain(..count);
+                    self.taken += count as u64;
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // The command does not read it any more: what is left is dropped.
+                Err(_) => self.abandon(),
+            }
+        }
+        StdinAck {
+            offset: self.taken,
+            closed: self.pipe.is_none(),
+        }
+    }
+
+    pub(crate) fn abandon(&mut self) {
+        self.pipe = None;
+        self.taken += self.waiting.len() as u64;
+        self.waiting = VecDeque::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use std::io::Read;
+
+    fn pair() -> (File, Input) {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        (File::from(read), Input::new(Some(File::from(write))))
+    }
+
+    fn frame(offset: u64, data: &'static str, close: bool) -> Stdin {
+        Stdin {
+            offset,
+            data: Bytes::from(data),
+            close,
+        }
+    }
+
+    #[test]
+    fn bytes_sent_twice_after_a_reconnect_are_written_once() {
+        let (mut reader, mut input) = pair();
+        input.accept(&frame(0, "hello ", false)).unwrap();
+        assert_eq!(input.flush().offset, 6);
+        input.accept(&frame(0, "hello world", true)).unwrap();
+        assert_eq!(
+            input.flush(),
+            StdinAck {
+                offset: 11,
+                closed: true
+            }
+        );
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello world");
+    }
+
+    #[test]
+    fn a_gap_and_too_much_input_are_refused() {
+        let (_reader, mut input) = pair();
+        assert!(input.accept(&frame(1, "x", false)).is_err());
+        let data = Bytes::from(vec![0; CAPACITY + 1]);
+        assert!(
+            input
+                .accept(&Stdin {
+                    offset: 0,
+                    data,
+                    close: false
+                })
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn input_that_nobody_reads_is_dropped_and_acknowledged() {
+        let (reader, mut input) = pair();
+        drop(reader);
+        input.accept(&frame(0, "lost", false)).unwrap();
+        assert_eq!(
+            input.flush(),
+            StdinAck {
+                offset: 4,
+                closed: true
+            }
+        );
+        input.accept(&frame(4, "more", false)).unwrap();
+        assert_eq!(
+            input.flush(),
+            StdinAck {
+                offset: 8,
+                closed: true
+            }
+        );
+    }
+}

@@ -1,0 +1,32 @@
+//! Generates Rust from the `.proto` files with protox, so that no `protoc` is needed.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+use prost::Message;
+
+const INIT: &[&str] = &["polydev/init/v1/init.proto"];
+const GRPC: &[&str] = &[
+    "polydev/runtime/v1/runtime.proto",
+    "polydev/node/v1/node.proto",
+    "nomad/base.proto",
+    "nomad/driver.proto",
+    "nomad/goplugin.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=polydev");
+    println!("cargo:rerun-if-changed=nomad");
+
+    let grpc = env::var_os("CARGO_FEATURE_GRPC").is_some();
+    let files = INIT.iter().chain(if grpc { GRPC } else { &[] });
+    let descriptors = protox::compile(files, ["."])?;
+
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+
+    tonic_prost_build::configure()
+        .bytes(".polydev")
+        .btree_map(".")
+        .compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,70 @@
+//! The wire contracts: ours (`runtime`, `node`, `init`) and, restated from their
+//! published names and numbers, those of Nomad's driver plugins and of go-plugin.
+//!
+//! Nothing here decides anything. Without the feature `grpc` only [`init`] and
+//! [`frame`] remain, which is all that polydev-init may carry.
+
+/// The shim's service for callers, `polydev.runtime.v1`.
+#[cfg(feature = "grpc")]
+pub mod runtime {
+    tonic::include_proto!("polydev.runtime.v1");
+}
+
+/// The driver's service for shims, `polydev.node.v1`.
+#[cfg(feature = "grpc")]
+pub mod node {
+    tonic::include_proto!("polydev.node.v1");
+}
+
+/// Between the driver and process 1 of a container, `polydev.init.v1`.
+pub mod init {
+    include!(concat!(env!("OUT_DIR"), "/polydev.init.v1.rs"));
+
+    /// The protocol version that both sides of this build speak.
+    pub const PROTOCOL_VERSION: u32 = 1;
+}
+
+pub mod frame;
+
+/// Nomad's plugin protocols. Module paths mirror the packages, because generated
+/// code refers to other packages by relative path.
+#[cfg(feature = "grpc")]
+pub mod hashicorp {
+    pub mod nomad {
+        pub mod plugins {
+            pub mod base {
+                pub mod proto {
+                    tonic::include_proto!("hashicorp.nomad.plugins.base.proto");
+                }
+            }
+            pub mod drivers {
+                pub mod proto {
+                    tonic::include_proto!("hashicorp.nomad.plugins.drivers.proto");
+                }
+            }
+            pub mod shared {
+                pub mod hclspec {
+                    tonic::include_proto!("hashicorp.nomad.plugins.shared.hclspec");
+                }
+                pub mod structs {
+                    tonic::include_proto!("hashicorp.nomad.plugins.shared.structs");
+                }
+            }
+        }
+    }
+}
+
+#[cfg(feature = "grpc")]
+pub use hashicorp::nomad::plugins::{
+    base::proto as base, drivers::proto as driver, shared::hclspec, shared::structs,
+};
+
+/// go-plugin's own services.
+#[cfg(feature = "grpc")]
+pub mod goplugin {
+    tonic::include_proto!("plugin");
+}
+
+/// All files above as an encoded `FileDescriptorSet`, for server reflection.
+#[cfg(feature = "grpc")]
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
