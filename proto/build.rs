@@ -27,6 +27,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .bytes(".polydev")
         .btree_map(".")
+        .boxed(".polydev.runtime.v1.RunRequest.message.start")
+        .boxed(".polydev.node.v1.ClaimRequest.message.claim")
         .compile_fds(descriptors)?;
     Ok(())
 }

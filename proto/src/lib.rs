@@ -4,6 +4,11 @@
 //! Nothing here decides anything. Without the feature `grpc` only [`init`] and
 //! [`frame`] remain, which is all that polydev-init may carry.
 
+#![cfg_attr(
+    feature = "grpc",
+    expect(clippy::allow_attributes_without_reason, reason = "tonic's generated code has some")
+)]
+
 /// The shim's service for callers, `polydev.runtime.v1`.
 #[cfg(feature = "grpc")]
 pub mod runtime {
@@ -24,6 +29,7 @@ pub mod init {
     pub const PROTOCOL_VERSION: u32 = 1;
 }
 
+pub mod exec;
 pub mod frame;
 
 /// Nomad's plugin protocols. Module paths mirror the packages, because generated

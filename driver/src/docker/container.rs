@@ -1,0 +1,148 @@
+//! What a slot's container looks like to Docker.
+
+use std::{collections::HashMap, path::PathBuf};
+
+use bollard::models::{
+    ContainerCreateBody, HostConfig, HostConfigLogConfig, Mount, MountType, RestartPolicy,
+    RestartPolicyNameEnum,
+};
+
+use super::signed;
+use crate::limits::{CPU_PERIOD, Limits};
+
+/// Where the driver's things are inside a container.
+const INIT: &str = "/.polydev/init";
+const LINK: &str = "/.polydev/link";
+const SOCKET: &str = "/.polydev/link/init.sock";
+
+/// A hardened container with polydev-init as process 1.
+#[derive(Debug, Clone)]
+pub struct ContainerSpec {
+    pub name: String,
+    pub image: String,
+    pub labels: HashMap<String, String>,
+    /// The init program on the host.
+    pub init: PathBuf,
+    /// The host folder with the socket that init connects to.
+    pub link: PathBuf,
+    pub resolv_conf: PathBuf,
+    /// The Docker network.
+    pub network: String,
+    pub limits: Limits,
+    /// Numeric owner of the home.
+    pub uid: u32,
+    pub gid: u32,
+    pub home: String,
+}
+
+impl ContainerSpec {
+    pub(super) fn body(&self) -> ContainerCreateBody {
+        let Self {
+            limits, uid, gid, ..
+        } = self;
+        ContainerCreateBody {
+            image: Some(self.image.clone()),
+            entrypoint: Some(vec![INIT.into(), SOCKET.into()]),
+            cmd: Some(vec![]),
+            user: Some(format!("{uid}:{gid}")),
+            labels: Some(self.labels.clone()),
+            host_config: Some(HostConfig {
+                cap_drop: Some(vec!["ALL".into()]),
+                security_opt: Some(vec!["no-new-privileges:true".into()]),
+                readonly_rootfs: Some(true),
+                network_mode: Some(self.network.clone()),
+                ipc_mode: Some("private".into()),
+                init: Some(false),
+                memory: signed(limits.memory_bytes()),
+                memory_swap: signed(limits.memory_bytes()),
+                cpu_period: signed(CPU_PERIOD.as_micros()),
+                cpu_quota: signed(limits.cpu_quota().as_micros()),
+                pids_limit: Some(limits.pids.into()),
+                mounts: Some(vec![
+                    bind(&self.init, INIT),
+                    bind(&self.link, LINK),
+                    bind(&self.resolv_conf, "/etc/resolv.conf"),
+                ]),
+                tmpfs: Some(HashMap::from([
+                    tmpfs("/tmp", "mode=1777,size=128m"),
+                    tmpfs("/run", &format!("mode=0755,size=16m,uid={uid},gid={gid}")),
+                    tmpfs(
+                        &self.home,
+                        &format!("mode=0700,size=128m,uid={uid},gid={gid}"),
+                    ),
+                ])),
+                // Only init's own words go here: the command's output does not pass dockerd.
+                log_config: Some(HostConfigLogConfig {
+                    typ: Some("json-file".into()),
+                    config: Some(HashMap::from([
+                        ("max-size".into(), "64k".into()),
+                        ("max-file".into(), "1".into()),
+                    ])),
+                }),
+                restart_policy: Some(RestartPolicy {
+                    name: Some(RestartPolicyNameEnum::NO),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+}
+
+/// Mounted as a folder or file of the host, read-only. Not `-v` syntax: that has
+/// no way to write a colon.
+fn bind(source: &std::path::Path, target: &str) -> Mount {
+    Mount {
+        typ: Some(MountType::BIND),
+        source: Some(source.to_string_lossy().into_owned()),
+        target: Some(target.into()),
+        read_only: Some(true),
+        ..Default::default()
+    }
+}
+
+fn tmpfs(path: &str, options: &str) -> (String, String) {
+    (path.into(), format!("rw,nosuid,nodev,noexec,{options}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slots_container_is_hardened() {
+        let spec = ContainerSpec {
+            name: "polydev-1".into(),
+            image: "polydev-openai-runtime:latest".into(),
+            labels: HashMap::new(),
+            init: "/state/init".into(),
+            link: "/state/link:1".into(),
+            resolv_conf: "/state/resolv.conf".into(),
+            network: "polydev-1".into(),
+            limits: Limits::IDLE,
+            uid: 1000,
+            gid: 1000,
+            home: "/home/runtime".into(),
+        };
+        let host = spec.body().host_config.unwrap();
+        assert_eq!(host.cap_drop, Some(vec!["ALL".into()]));
+        assert_eq!(
+            host.security_opt,
+            Some(vec!["no-new-privileges:true".into()])
+        );
+        assert_eq!(host.readonly_rootfs, Some(true));
+        assert!(!host.privileged.unwrap_or(false));
+        assert_eq!(host.memory, Some(256 << 20));
+        assert_eq!(host.memory_swap, host.memory, "no swap");
+        assert_eq!(host.cpu_quota, Some(10_000));
+        assert_eq!(host.pids_limit, Some(64));
+        assert!(host.binds.is_none() && host.cap_add.is_none() && host.devices.is_none());
+        assert!(
+            host.mounts
+                .unwrap()
+                .iter()
+                .all(|mount| mount.read_only == Some(true))
+        );
+    }
+}

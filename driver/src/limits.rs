@@ -1,0 +1,144 @@
+//! What a container may use, and how a running one is given more.
+//!
+//! Docker sets the idle class when it makes a container. On the claim path the
+//! run class is written straight to the cgroup files and token buckets, which a
+//! [`Handle`] has held open since the slot was filled: microseconds, and no dockerd.
+
+mod cgroup;
+mod traffic;
+
+pub use cgroup::{Usage, version as cgroup_version};
+
+use std::time::Duration;
+
+/// The CFS period of every container: Docker's default.
+pub const CPU_PERIOD: Duration = Duration::from_millis(100);
+
+/// Hard limits of one class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Limits {
+    /// CPU time: 1,000 is one core.
+    pub cpu_mhz: u32,
+    /// Memory in MiB; there is no swap on top.
+    pub memory_mb: u32,
+    /// Megabits (10^6) a second, each way.
+    pub mbits: u32,
+    /// Processes and threads.
+    pub pids: u32,
+}
+
+impl Limits {
+    /// What a run gets unless the plugin configuration says otherwise.
+    pub const RUN: Self = Self {
+        cpu_mhz: 500,
+        memory_mb: 512,
+        mbits: 10,
+        pids: 256,
+    };
+    /// What an idle slot gets; its CPU and memory are those the job reserves.
+    pub const IDLE: Self = Self {
+        cpu_mhz: 100,
+        memory_mb: 256,
+        mbits: 5,
+        pids: 64,
+    };
+
+    /// CPU time in each [`CPU_PERIOD`].
+    #[must_use]
+    pub fn cpu_quota(&self) -> Duration {
+        CPU_PERIOD * self.cpu_mhz / 1000
+    }
+
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        u64::from(self.memory_mb) << 20
+    }
+}
+
+impl std::fmt::Display for Limits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            cpu_mhz,
+            memory_mb,
+            mbits,
+            pids,
+        } = self;
+        write!(
+            f,
+            "{cpu_mhz} MHz, {memory_mb} MiB, {mbits} Mbit/s, {pids} pids"
+        )
+    }
+}
+
+/// Why limits could not be opened or set.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot find the cgroups of pid {pid}")]
+    Locate { pid: u32, source: procfs::ProcError },
+    #[error("pid {pid} has no `{controller}` cgroup")]
+    NoController { pid: u32, controller: &'static str },
+    #[error("cannot open `{path}`")]
+    Open {
+        path: std::path::PathBuf,
+        source: std::io::Error,
+    },
+    #[error("cannot set `{file}` to `{value}`")]
+    Write {
+        file: &'static str,
+        value: String,
+        source: std::io::Error,
+    },
+    #[error("cannot enter the network of pid {pid}")]
+    EnterNetwork { pid: u32, source: std::io::Error },
+    #[error("the network of pid {pid} has no interface with a peer")]
+    NoInterface { pid: u32 },
+    #[error("cannot shape {direction} traffic")]
+    Shape {
+        direction: &'static str,
+        source: std::io::Error,
+    },
+}
+
+/// The limits of one running container, open for writing.
+#[derive(Debug)]
+pub struct Handle {
+    cgroup: cgroup::Cgroup,
+    traffic: traffic::Shaper,
+}
+
+impl Handle {
+    /// Opens the limits of the container whose first process is `pid` and shapes
+    /// its traffic to `limits`; CPU, memory and pids were set when it was made.
+    /// Blocks for a few milliseconds.
+    ///
+    /// # Errors
+    /// [`Error`]; the container must not be used then.
+    pub fn open(pid: u32, limits: &Limits) -> Result<Self, Error> {
+        let cgroup = cgroup::Cgroup::open(pid)?;
+        let traffic = traffic::Shaper::open(pid)?;
+        traffic.shape(limits.mbits)?;
+        Ok(Self { cgroup, traffic })
+    }
+
+    /// Raises every limit to `limits`. Takes tens of microseconds and waits for nothing
+    /// but the kernel.
+    ///
+    /// # Errors
+    /// [`Error`]; some limits may be raised, and the container must not be used.
+    pub fn raise(&self, limits: &Limits) -> Result<(), Error> {
+        self.cgroup.raise(limits)?;
+        self.traffic.shape(limits.mbits)
+    }
+
+    /// Processes the kernel has killed for want of memory.
+    #[must_use]
+    pub fn oom_kills(&self) -> u64 {
+        self.cgroup.oom_kills()
+    }
+
+    /// What the container uses now.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        self.cgroup.usage()
+    }
+}

@@ -1,0 +1,137 @@
+//! Log lines as go-plugin's host reads them from stderr: one JSON object each, whose
+//! `@level`, `@message` and `@timestamp` are strings (anything else stops the agent).
+
+use std::{
+    fmt,
+    io::{self, Write},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use serde_json::{Map, Value};
+use tracing::{
+    Event, Level, Subscriber,
+    field::{Field, Visit},
+};
+use tracing_subscriber::{
+    EnvFilter,
+    fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter, format::Writer},
+    registry::LookupSpan,
+};
+
+/// Sends all events, and panics as one line each, to stderr. The agent filters by
+/// its own level; `POLYDEV_LOG` (a tracing filter) narrows what is sent, `info` by default.
+pub fn init() {
+    let filter = EnvFilter::try_from_env("POLYDEV_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .event_format(Hclog)
+        .with_writer(Stderr)
+        .init();
+    std::panic::set_hook(Box::new(
+        |panic| tracing::error!(%panic, "bug: a task panicked"),
+    ));
+}
+
+/// Writes to stderr and does not mind when nobody reads it: after a crash of the
+/// agent the pipe is broken, and the driver goes on.
+#[derive(Clone, Copy)]
+struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let _unread = io::stderr().write_all(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Stderr {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        *self
+    }
+}
+
+struct Hclog;
+
+impl<S, N> FormatEvent<S, N> for Hclog
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let mut fields = Fields(Map::new());
+        event.record(&mut fields);
+        let level = match *event.metadata().level() {
+            Level::TRACE => "trace",
+            Level::DEBUG => "debug",
+            Level::INFO => "info",
+            Level::WARN => "warn",
+            Level::ERROR => "error",
+        };
+        fields.0.insert("@level".into(), level.into());
+        fields
+            .0
+            .insert("@module".into(), event.metadata().target().into());
+        fields
+            .0
+            .insert("@timestamp".into(), timestamp(SystemTime::now()).into());
+        fields.0.entry("@message").or_insert("".into());
+        writeln!(writer, "{}", Value::Object(fields.0))
+    }
+}
+
+/// Every value as a string: the host type-asserts some and prints all.
+struct Fields(Map<String, Value>);
+
+impl Visit for Fields {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        let name = if field.name() == "message" {
+            "@message"
+        } else {
+            field.name()
+        };
+        self.0.insert(name.into(), value.into());
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.record_str(field, &format!("{value:?}"));
+    }
+}
+
+/// `2026-01-02T03:04:05.123456Z`: hclog wants exactly six digits.
+fn timestamp(time: SystemTime) -> String {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let stamp = prost_types::Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(0),
+        nanos: 0,
+    };
+    let whole = stamp.to_string();
+    format!(
+        "{}.{:06}Z",
+        whole.trim_end_matches('Z'),
+        since.subsec_micros()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn timestamps_have_six_fraction_digits() {
+        let time = UNIX_EPOCH + Duration::new(1_767_323_045, 123_456_789);
+        assert_eq!(timestamp(time), "2026-01-02T03:04:05.123456Z");
+        assert_eq!(timestamp(UNIX_EPOCH), "1970-01-01T00:00:00.000000Z");
+    }
+}

@@ -1,0 +1,41 @@
+//! The plugin's process: settings, logging, run, exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use nix::sys::{
+    prctl,
+    resource::{Resource, setrlimit},
+};
+use polydev_driver::{logging, plugin};
+
+/// Nomad task driver that keeps warm, isolated containers for LLM command-line tools.
+///
+/// A Nomad agent starts it from its plugin_dir; it is of no use by hand.
+#[derive(Parser)]
+#[command(name = "nomad-driver-polydev", version)]
+struct Arguments {}
+
+fn main() -> ExitCode {
+    let Arguments {} = Arguments::parse();
+    if let Err(error) = plugin::handshake::check(|name| std::env::var(name).ok()) {
+        eprintln!("nomad-driver-polydev: {error}");
+        return ExitCode::FAILURE;
+    }
+    logging::init();
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[tokio::main]
+async fn run() -> anyhow::Result<()> {
+    // Credentials pass through: no core dump, and no other process may look inside.
+    prctl::set_dumpable(false)?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    plugin::serve(std::io::stdout()).await
+}

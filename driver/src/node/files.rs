@@ -1,0 +1,153 @@
+//! The files in the state folder that containers are given.
+
+use std::{
+    fs::{self, Permissions},
+    io,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+use sha2::{Digest, Sha256};
+
+/// A file that could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read `{path}`, which `init_path` names")]
+    Init { path: PathBuf, source: io::Error },
+    #[error("cannot write `{path}`")]
+    Write { path: PathBuf, source: io::Error },
+}
+
+/// The folder's random id, made when it is first asked for.
+///
+/// # Errors
+/// [`Error::Write`]
+pub fn instance(state_dir: &Path) -> Result<String, Error> {
+    let path = state_dir.join("instance");
+    if let Ok(id) = fs::read_to_string(&path)
+        && id.len() == 8
+        && id.bytes().all(|byte| byte.is_ascii_hexdigit())
+    {
+        return Ok(id);
+    }
+    let id = format!("{:08x}", rand::random::<u32>());
+    write(&path, id.as_bytes(), 0o600)?;
+    Ok(id)
+}
+
+/// Copies init to a name made of its content: containers that have mounted it
+/// outlive an upgrade.
+///
+/// # Errors
+/// [`Error`]
+pub fn install_init(source: &Path, state_dir: &Path) -> Result<PathBuf, Error> {
+    let init = fs::read(source).map_err(|error| Error::Init {
+        path: source.to_owned(),
+        source: error,
+    })?;
+    let digest = hex::encode(&Sha256::digest(&init)[..8]);
+    let path = state_dir.join(format!("init-{digest}"));
+    if !path.exists() {
+        write(&path, &init, 0o755)?;
+    }
+    Ok(path)
+}
+
+/// The containers' resolv.conf: dockerd would put itself in between, and names must
+/// resolve while it is down. Name servers on the host's loopback are out of reach
+/// from a container, so that the file behind a local resolver is taken then.
+///
+/// # Errors
+/// [`Error::Write`]
+pub fn write_resolv_conf(state_dir: &Path) -> Result<PathBuf, Error> {
+    let sources = ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"];
+    let reachable = sources
+        .iter()
+        .filter_map(|path| fs::read_to_string(path).ok())
+        .map(|text| without_loopback(&text))
+        .find(|text| text.contains("nameserver"));
+    if reachable.is_none() {
+        tracing::warn!("no name server of this host can be reached from a container");
+    }
+    let path = state_dir.join("resolv.conf");
+    write(&path, reachable.unwrap_or_default().as_bytes(), 0o644)?;
+    Ok(path)
+}
+
+/// Makes a folder, or empties it of what an earlier life of the driver left.
+///
+/// # Errors
+/// [`Error::Write`]
+pub fn empty_folder(path: &Path) -> Result<PathBuf, Error> {
+    let made = match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => fs::create_dir(path),
+    };
+    match made {
+        Ok(()) => Ok(path.to_owned()),
+        Err(source) => Err(Error::Write {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
+fn without_loopback(text: &str) -> String {
+    let reachable = |line: &&str| {
+        let server = line.strip_prefix("nameserver").map(str::trim);
+        server.is_none_or(|address| {
+            address
+                .parse::<std::net::IpAddr>()
+                .is_ok_and(|address| !address.is_loopback())
+        })
+    };
+    text.lines()
+        .filter(reachable)
+        .flat_map(|line| [line, "\n"])
+        .collect()
+}
+
+/// Whole or not at all: another process may map or read it any time.
+fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), Error> {
+    let partial = path.with_extension("partial");
+    fs::write(&partial, content)
+        .and_then(|()| fs::set_permissions(&partial, Permissions::from_mode(mode)))
+        .and_then(|()| fs::rename(&partial, path))
+        .map_err(|source| Error::Write {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_servers_of_the_hosts_loopback_are_left_out() {
+        let text =
+            "search example.org\nnameserver 127.0.0.53\nnameserver 10.0.0.2\noptions edns0\n";
+        let expected = "search example.org\nnameserver 10.0.0.2\noptions edns0\n";
+        assert_eq!(without_loopback(text), expected);
+    }
+
+    #[test]
+    fn an_upgraded_init_gets_another_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("init");
+        fs::write(&source, "one").unwrap();
+        let first = install_init(&source, folder.path()).unwrap();
+        fs::write(&source, "two").unwrap();
+        let second = install_init(&source, folder.path()).unwrap();
+        assert_ne!(first, second);
+        assert_eq!(fs::read_to_string(first).unwrap(), "one");
+        assert!(install_init(&folder.path().join("none"), folder.path()).is_err());
+    }
+
+    #[test]
+    fn an_instance_keeps_its_id() {
+        let folder = tempfile::tempdir().unwrap();
+        let id = instance(folder.path()).unwrap();
+        assert_eq!(instance(folder.path()).unwrap(), id);
+    }
+}

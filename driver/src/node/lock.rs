@@ -1,0 +1,86 @@
+//! One driver for a state folder. A second one waits, and says for whom.
+
+use std::{
+    fs::{DirBuilder, File, OpenOptions, TryLockError},
+    io::{self, Read, Seek, Write},
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+/// Held as long as the process lives; the kernel lets go of it whatever happens.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+/// Why the folder is not ours.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("state_dir `{state_dir}` is held by another driver, pid {pid}")]
+    Held { state_dir: PathBuf, pid: String },
+    #[error("cannot lock state_dir `{state_dir}`")]
+    Lock {
+        state_dir: PathBuf,
+        source: io::Error,
+    },
+}
+
+impl Lock {
+    /// Takes the folder, making it if need be, for root alone. Does not wait.
+    ///
+    /// # Errors
+    /// [`Error::Held`] with the pid of the holder.
+    pub fn take(state_dir: &Path) -> Result<Self, Error> {
+        let state_dir = state_dir.to_owned();
+        let failed = |source| Error::Lock {
+            state_dir: state_dir.clone(),
+            source,
+        };
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&state_dir)
+            .map_err(failed)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let mut file = options
+            .open(state_dir.join("driver.lock"))
+            .map_err(failed)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut pid = String::new();
+                file.read_to_string(&mut pid).map_err(failed)?;
+                return Err(Error::Held {
+                    state_dir,
+                    pid: pid.trim().to_owned(),
+                });
+            }
+            Err(TryLockError::Error(source)) => return Err(failed(source)),
+        }
+        file.set_len(0)
+            .and_then(|()| file.rewind())
+            .and_then(|()| writeln!(file, "{}", std::process::id()))
+            .map_err(failed)?;
+        Ok(Self { _file: file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_driver_is_told_the_pid_of_the_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path().join("state");
+        let first = Lock::take(&state).unwrap();
+        let refused = Lock::take(&state).unwrap_err().to_string();
+        assert!(
+            refused.ends_with(&format!("pid {}", std::process::id())),
+            "{refused}"
+        );
+        drop(first);
+        Lock::take(&state).unwrap();
+    }
+}

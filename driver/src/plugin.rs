@@ -1,0 +1,82 @@
+//! What any go-plugin host expects of a plugin: its handshake, its base services,
+//! and the order in which things are brought up and down.
+
+mod base;
+mod controller;
+pub mod handshake;
+
+use std::{io, sync::Arc};
+
+use anyhow::Context;
+use polydev_proto::{
+    base::base_plugin_server::BasePluginServer, driver::driver_server::DriverServer,
+    goplugin::grpc_controller_server::GrpcControllerServer,
+};
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+
+use crate::{events::Events, fingerprint::Health, node::Node, service::Service};
+
+/// Task configurations and exec input may be large; the host sets no limit at all.
+const MESSAGE_MOST: usize = 64 << 20;
+/// go-plugin's host kills a plugin two seconds after asking it to leave.
+const LEAVE: std::time::Duration = std::time::Duration::from_millis(1500);
+
+/// Serves one host until it says `Shutdown` or SIGTERM comes. Writes the handshake
+/// to `stdout`, which belongs to the host.
+///
+/// # Errors
+/// Whatever keeps the plugin from listening.
+pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
+    // In the foreground, Ctrl-C at the agent reaches the plugin too; the agent
+    // decides what becomes of it.
+    let mut interrupts = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    let mut terminations = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+
+    let folder = tempfile::Builder::new().prefix("polydev-").tempdir();
+    let folder = folder.context("cannot make a folder for the plugin's socket")?;
+    let socket = folder.path().join("plugin.sock");
+    let listener = UnixListener::bind(&socket)
+        .with_context(|| format!("cannot listen at `{}`", socket.display()))?;
+
+    let (node_sender, node) = watch::channel::<Option<Arc<Node>>>(None);
+    let (health_sender, health) = watch::channel(Health::Unconfigured);
+    let events = Events::new();
+    let (leave, mut left) = mpsc::channel(1);
+    let (reporter, health_service) = tonic_health::server::health_reporter();
+    reporter
+        .set_service_status("plugin", tonic_health::ServingStatus::Serving)
+        .await;
+
+    let driver = Service {
+        node: node.clone(),
+        health,
+        events: events.clone(),
+    };
+    let base = base::Base::new(events, node_sender, health_sender);
+    let server = Server::builder()
+        .add_service(health_service)
+        .add_service(BasePluginServer::new(base).max_decoding_message_size(MESSAGE_MOST))
+        .add_service(DriverServer::new(driver).max_decoding_message_size(MESSAGE_MOST))
+        .add_service(GrpcControllerServer::new(controller::Controller { leave }))
+        .serve_with_incoming(UnixListenerStream::new(listener));
+
+    handshake::announce(&mut stdout, &socket).context("cannot write the handshake")?;
+    tokio::select! {
+        served = server => served.context("the plugin's server ended")?,
+        // Streams to the host never end, so there is no waiting for them.
+        _ = left.recv() => {}
+        _ = terminations.recv() => {}
+        () = async { while interrupts.recv().await.is_some() {} } => {}
+    }
+    let node = node.borrow().clone();
+    if let Some(node) = node {
+        let _overrun = tokio::time::timeout(LEAVE, node.leave()).await;
+    }
+    Ok(())
+}

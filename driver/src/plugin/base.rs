@@ -1,0 +1,97 @@
+//! Who the plugin is and how it is configured.
+//!
+//! Every agent start launches the binary three times: twice to look at it, without
+//! `nomad_config`, and once for real. Only the real one takes the node.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use polydev_proto::base::{
+    ConfigSchemaRequest, ConfigSchemaResponse, PluginInfoRequest, PluginInfoResponse, PluginType,
+    SetConfigRequest, SetConfigResponse, base_plugin_server::BasePlugin,
+};
+use tokio::sync::watch;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    chain, config,
+    events::Events,
+    fingerprint::{self, Health},
+    node::Node,
+};
+
+/// The only driver API there is.
+const API_VERSION: &str = "v0.1.0";
+/// What jobs write as `driver`.
+const NAME: &str = "polydev";
+
+pub(super) struct Base {
+    events: Events,
+    /// Taken by the first real configuration.
+    publish: Mutex<Option<Publish>>,
+}
+
+type Publish = (watch::Sender<Option<Arc<Node>>>, watch::Sender<Health>);
+
+impl Base {
+    pub(super) fn new(
+        events: Events,
+        node: watch::Sender<Option<Arc<Node>>>,
+        health: watch::Sender<Health>,
+    ) -> Self {
+        Self {
+            events,
+            publish: Mutex::new(Some((node, health))),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl BasePlugin for Base {
+    async fn plugin_info(
+        &self,
+        _: Request<PluginInfoRequest>,
+    ) -> Result<Response<PluginInfoResponse>, Status> {
+        Ok(Response::new(PluginInfoResponse {
+            r#type: PluginType::Driver.into(),
+            plugin_api_versions: vec![API_VERSION.into()],
+            plugin_version: env!("CARGO_PKG_VERSION").into(),
+            name: NAME.into(),
+        }))
+    }
+
+    async fn config_schema(
+        &self,
+        _: Request<ConfigSchemaRequest>,
+    ) -> Result<Response<ConfigSchemaResponse>, Status> {
+        Ok(Response::new(ConfigSchemaResponse {
+            spec: Some(config::schema::plugin()),
+        }))
+    }
+
+    /// An error here keeps the whole agent from starting, so that only what is
+    /// wrong in itself is refused; what is missing is told by the fingerprint.
+    async fn set_config(
+        &self,
+        request: Request<SetConfigRequest>,
+    ) -> Result<Response<SetConfigResponse>, Status> {
+        let request = request.into_inner();
+        let config = config::Plugin::parse(&request.msgpack_config)
+            .map_err(|error| Status::invalid_argument(chain(&error)))?;
+        if request.nomad_config.is_some() {
+            let publish = self
+                .publish
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take();
+            match publish {
+                Some((node, health)) => {
+                    let run = fingerprint::run(config, self.events.clone(), node, health);
+                    // Ends with the process.
+                    tokio::spawn(run);
+                }
+                None => tracing::warn!("a second configuration is ignored until the next start"),
+            }
+        }
+        Ok(Response::new(SetConfigResponse {}))
+    }
+}

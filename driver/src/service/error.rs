@@ -1,0 +1,124 @@
+//! What the driver's RPCs fail with, and its one mapping to gRPC codes.
+
+use polydev_proto::structs::RecoverableError;
+use prost::Message;
+use tonic::{Code, Status};
+
+use crate::{chain, config, slot};
+
+/// Why an RPC of Nomad's failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the driver is not ready: {reason}")]
+    NotReady { reason: String },
+    #[error("task not found for given id: `{task_id}`")]
+    UnknownTask { task_id: String },
+    #[error("task `{task_id}` runs; it is destroyed only by force")]
+    StillRunning { task_id: String },
+    #[error("the request has no `{field}`")]
+    Missing { field: &'static str },
+    #[error("invalid task config")]
+    Config(#[source] config::Error),
+    #[error("cannot read or write the task's handle")]
+    Handle(#[source] serde_json::Error),
+    #[error(transparent)]
+    Duplicate(#[from] slot::book::Duplicate),
+    #[error("cannot start the slot")]
+    Start(#[source] slot::FillError),
+    #[error("the task was stopped before its slot was warm")]
+    StoppedWhileStarting,
+    #[error(
+        "{operation} refused on a warm slot: its container is for its user alone. \
+         Use the shim to run and signal commands"
+    )]
+    Private { operation: &'static str },
+    #[error("the driver makes no networks; use `network {{ mode = \"host\" }}` or none")]
+    NoNetworks,
+}
+
+/// `google.rpc.Status`, whose first detail Nomad looks at.
+#[derive(Clone, PartialEq, Message)]
+struct RpcStatus {
+    #[prost(int32, tag = "1")]
+    code: i32,
+    #[prost(string, tag = "2")]
+    message: String,
+    #[prost(message, repeated, tag = "3")]
+    details: Vec<prost_types::Any>,
+}
+
+/// A status after which Nomad applies the job's restart policy instead of failing
+/// the allocation: FAILED_PRECONDITION with a `RecoverableError` as its detail.
+fn recoverable(message: String) -> Status {
+    let status = RpcStatus {
+        code: Code::FailedPrecondition.into(),
+        message: message.clone(),
+        details: vec![prost_types::Any {
+            type_url: "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError"
+                .into(),
+            value: RecoverableError { recoverable: true }.encode_to_vec(),
+        }],
+    };
+    Status::with_details(
+        Code::FailedPrecondition,
+        message,
+        status.encode_to_vec().into(),
+    )
+}
+
+/// Never UNAVAILABLE or CANCELLED: Nomad takes those for the death of the plugin.
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        // The operator has nothing but this text, so that it holds the causes.
+        let message = chain(&error);
+        match error {
+            Error::NotReady { .. } => recoverable(message),
+            Error::Start(fill) if fill.is_recoverable() => recoverable(message),
+            Error::UnknownTask { .. } => Self::not_found(message),
+            Error::Missing { .. } | Error::Config(_) | Error::Handle(_) => {
+                Self::invalid_argument(message)
+            }
+            Error::Start(_)
+            | Error::Duplicate(_)
+            | Error::StillRunning { .. }
+            | Error::StoppedWhileStarting
+            | Error::Private { .. } => Self::failed_precondition(message),
+            Error::NoNetworks => Self::unimplemented(message),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The bytes a Go host accepts as recoverable for the message `boom`.
+    #[test]
+    fn recoverable_errors_have_the_bytes_that_nomad_reads() {
+        let expected = "08091204626f6f6d1a510a4b747970652e676f6f676c65617069732e636f6d2f68617368\
+                        69636f72702e6e6f6d61642e706c7567696e732e7368617265642e737472756374732e52\
+                        65636f76657261626c654572726f7212020801";
+        let status = recoverable("boom".into());
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        assert_eq!(hex::encode(status.details()), expected);
+    }
+
+    #[test]
+    fn a_wrong_image_is_final_and_a_missing_docker_is_not() {
+        let not_ready = Status::from(Error::NotReady {
+            reason: "no Docker".into(),
+        });
+        assert!(!not_ready.details().is_empty());
+        let root = slot::FillError::RootImage {
+            image: "x".into(),
+            user: "root".into(),
+        };
+        let status = Status::from(Error::Start(root));
+        assert!(status.details().is_empty());
+        assert!(
+            status.message().contains("`slot.image`"),
+            "{}",
+            status.message()
+        );
+    }
+}

@@ -1,0 +1,199 @@
+//! Warm slots: allocations that keep an idle container ready and turn it, once, into a run.
+//!
+//! Read in the order of a slot's life: [`state`] is the pure machine, [`fill`] makes
+//! a container, [`link`] talks to its init, [`claim`] is what a shim asks, [`run`]
+//! serves it, and [`keeper`] drives one slot through all of that. [`book`] holds
+//! the slots of the node for everyone else.
+
+pub mod book;
+pub mod claim;
+mod fill;
+mod keeper;
+mod link;
+mod run;
+pub mod state;
+
+pub use fill::{Error as FillError, LABEL_INSTANCE, LABEL_SLOT};
+pub use keeper::Ended;
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config,
+    limits::{self, Limits, Usage},
+};
+use claim::Claim;
+use state::{Event, Life, State};
+
+/// Which allocation a slot is, in Nomad's words.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// Nomad's id of the task: allocation, name and a part that each start renews.
+    pub task_id: String,
+    pub task_name: String,
+    pub alloc_id: String,
+    pub job_id: String,
+    pub namespace: String,
+    pub node_id: String,
+}
+
+impl Identity {
+    /// Node id and allocation id: the slot's name for shims.
+    #[must_use]
+    pub fn slot_id(&self) -> String {
+        format!("{}/{}", self.node_id, self.alloc_id)
+    }
+}
+
+/// One slot, as everybody but its keeper sees it.
+#[derive(Debug)]
+pub struct Slot {
+    pub identity: Identity,
+    pub config: config::Slot,
+    /// What its idle container may use.
+    pub idle: Limits,
+    pub started: SystemTime,
+    life: Mutex<Life>,
+    /// Filled by a granted claim only, of which there is one at a time.
+    claims: mpsc::Sender<Claim>,
+    /// Nomad wants the slot gone: no new claim, and its end when the run has ended.
+    drain: CancellationToken,
+    /// Nothing of the slot may be left, run or not.
+    kill: CancellationToken,
+    end: watch::Sender<Option<Ended>>,
+    container: Mutex<Container>,
+    changed: watch::Sender<u64>,
+}
+
+/// Of the slot's containers: the limits of the present one, the use of the past ones.
+#[derive(Debug, Default)]
+struct Container {
+    limits: Option<Arc<limits::Handle>>,
+    past: Usage,
+}
+
+impl Slot {
+    #[must_use]
+    pub fn life(&self) -> Life {
+        self.lock().clone()
+    }
+
+    /// No further claim; the slot ends when its run, if it has one, has ended.
+    pub fn drain(&self) {
+        self.apply(Event::Drained);
+        self.drain.cancel();
+    }
+
+    /// Ends the slot now, with its run.
+    pub fn kill(&self) {
+        self.drain();
+        self.kill.cancel();
+    }
+
+    /// How the slot ended, as soon as it has. Cancel safe, for any number of waiters.
+    pub async fn ended(&self) -> Ended {
+        let mut end = self.end.subscribe();
+        match end.wait_for(Option::is_some).await.map(|end| end.clone()) {
+            Ok(Some(end)) => end,
+            // The sender is in `self`, and `wait_for` asks for `Some`.
+            Ok(None) | Err(_) => unreachable!("a slot outlives those who wait for it"),
+        }
+    }
+
+    /// How the slot ended, if it has.
+    #[must_use]
+    pub fn end(&self) -> Option<Ended> {
+        self.end.borrow().clone()
+    }
+
+    /// What all containers of the slot have used; never goes down in what adds up.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        let container = self
+            .container
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let now = container
+            .limits
+            .as_ref()
+            .map(|limits| limits.usage())
+            .unwrap_or_default();
+        Usage {
+            cpu: container.past.cpu + now.cpu,
+            throttled_periods: container.past.throttled_periods + now.throttled_periods,
+            throttled: container.past.throttled + now.throttled,
+            ..now
+        }
+    }
+
+    /// Decides about a claim, once and for good: the only place where one is granted.
+    ///
+    /// # Errors
+    /// [`state::Refused`] if the slot is not idle at this generation.
+    fn grant(&self, generation: u64, run_id: &str) -> Result<(), state::Refused> {
+        self.try_apply(Event::Claimed {
+            generation,
+            run_id: run_id.to_owned(),
+        })
+    }
+
+    fn try_apply(&self, event: Event) -> Result<(), state::Refused> {
+        self.lock().apply(event, SystemTime::now())?;
+        self.changed.send_modify(|version| *version += 1);
+        Ok(())
+    }
+
+    /// For events that the present state may make meaningless, such as a second drain.
+    fn apply(&self, event: Event) {
+        if let Err(refused) = self.try_apply(event) {
+            tracing::debug!(slot = self.identity.slot_id(), %refused, "slot event ignored");
+        }
+    }
+
+    fn hold(&self, limits: Option<Arc<limits::Handle>>) {
+        let used = if limits.is_none() {
+            self.usage()
+        } else {
+            Usage::default()
+        };
+        let mut container = self
+            .container
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if limits.is_none() && container.limits.is_some() {
+            container.past = Usage {
+                rss: 0,
+                cache: 0,
+                memory: 0,
+                ..used
+            };
+        }
+        container.limits = limits;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_claimed(&self) -> bool {
+        matches!(
+            self.lock().state(),
+            State::Claimed { .. } | State::Draining { run_id: Some(_) }
+        )
+    }
+}
+
+/// How long a slot of this generation has been what it is; for logs.
+impl std::fmt::Display for Slot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let life = self.lock();
+        let age = life.since().elapsed().unwrap_or(Duration::ZERO);
+        write!(f, "{} for {} ms", life.state().name(), age.as_millis())
+    }
+}

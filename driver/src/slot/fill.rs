@@ -1,0 +1,230 @@
+//! Filling a slot: one hardened container, its init connected, its limits open.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use tokio::time::timeout;
+
+use super::{
+    Slot,
+    link::{self, Link, Listener},
+};
+use crate::{
+    docker::{self, ContainerSpec, Docker},
+    limits,
+    node::Node,
+};
+
+/// Names the driver instance a container belongs to: its reaper touches no other's.
+pub const LABEL_INSTANCE: &str = "dev.polydev.instance";
+/// Names the slot.
+pub const LABEL_SLOT: &str = "dev.polydev.slot";
+const LABEL_PROVIDER: &str = "dev.polydev.provider";
+const LABEL_GENERATION: &str = "dev.polydev.generation";
+
+/// From the container's start until its init waits. Within the idle CPU limit that
+/// takes well under a second; a busy node may need many.
+const INIT: Duration = Duration::from_secs(60);
+/// The user of a runtime image, where the image names it in words.
+const RUNTIME_UID: u32 = 1000;
+
+/// Why a slot could not be filled.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("`slot.image`: cannot use `{image}`")]
+    Image {
+        image: String,
+        source: docker::Error,
+    },
+    #[error(
+        "`slot.image`: `{image}` runs as `{user}`; a slot's image must name another user than root"
+    )]
+    RootImage { image: String, user: String },
+    #[error("cannot run a container")]
+    Docker(#[from] docker::Error),
+    #[error("init ended with status {exit_code} before it was ready: {words}")]
+    InitEnded { exit_code: i64, words: String },
+    #[error("init was not ready within {} s", INIT.as_secs())]
+    InitTimedOut,
+    #[error("init cannot be used")]
+    Link(#[from] link::Error),
+    #[error("cannot open the container's limits")]
+    Limits(#[from] limits::Error),
+}
+
+impl Error {
+    /// Whether another try may go better without anybody mending the job first.
+    #[must_use]
+    pub fn is_recoverable(&self) -> bool {
+        match self {
+            Self::RootImage { .. } => false,
+            Self::Image { source, .. } => !source.is_not_found(),
+            Self::Docker(_)
+            | Self::InitEnded { .. }
+            | Self::InitTimedOut
+            | Self::Link(_)
+            | Self::Limits(_) => true,
+        }
+    }
+}
+
+/// A slot's container, ready for one run.
+#[derive(Debug)]
+pub(super) struct Container {
+    pub(super) id: String,
+    pub(super) link: Link,
+    pub(super) limits: Arc<limits::Handle>,
+    /// Keeps the folder that is mounted into the container.
+    _listener: Listener,
+}
+
+/// Makes the slot's next container. Whoever cancels this, or gets an error, calls
+/// [`clean`] afterwards.
+///
+/// # Errors
+/// [`Error`]; a container may be left.
+pub(super) async fn fill(node: &Node, slot: &Slot) -> Result<Container, Error> {
+    let image = find_image(node, slot).await?;
+    let (uid, gid) = user_of(&image).ok_or_else(|| Error::RootImage {
+        image: slot.config.image.clone(),
+        user: image.user.clone(),
+    })?;
+    let listener = Listener::bind(&node.link_dir)?;
+
+    let generation = slot.life().generation();
+    let nonce = rand::random::<u32>();
+    let id = node
+        .docker
+        .create(&ContainerSpec {
+            // No dashed UUID: Nomad's own Docker driver takes such containers for its own.
+            name: format!("{}-{}-{nonce:08x}", node.name, slot.config.provider),
+            image: slot.config.image.clone(),
+            labels: HashMap::from([
+                (LABEL_INSTANCE.into(), node.instance.clone()),
+                (LABEL_SLOT.into(), slot.identity.slot_id()),
+                (LABEL_PROVIDER.into(), slot.config.provider.clone()),
+                (LABEL_GENERATION.into(), generation.to_string()),
+            ]),
+            init: node.init.clone(),
+            link: listener.folder().to_owned(),
+            resolv_conf: node.resolv_conf.clone(),
+            network: node.name.clone(),
+            limits: slot.idle,
+            uid,
+            gid,
+            home: image.home.unwrap_or_else(|| "/home/runtime".into()),
+        })
+        .await?;
+    node.docker.start(&id).await?;
+    let link = greet(&node.docker, &listener, &id).await?;
+    let pid = link.pid;
+    let idle = slot.idle;
+    let limits = tokio::task::spawn_blocking(move || limits::Handle::open(pid, &idle));
+    let limits = limits.await.expect("opening limits does not panic")?;
+    Ok(Container {
+        id,
+        link: link.link,
+        limits: Arc::new(limits),
+        _listener: listener,
+    })
+}
+
+/// Removes every container of the slot, whichever attempt or life of the driver made it.
+///
+/// # Errors
+/// [`docker::Error`] if some may be left; the reaper tries again.
+pub(super) async fn clean(node: &Node, slot: &Slot) -> Result<(), docker::Error> {
+    for container in node
+        .docker
+        .list(LABEL_SLOT, &slot.identity.slot_id())
+        .await?
+    {
+        if container.labels.get(LABEL_INSTANCE) == Some(&node.instance) {
+            node.docker.remove(&container.id).await?;
+        }
+    }
+    Ok(())
+}
+
+struct Greeted {
+    pid: u32,
+    link: Link,
+}
+
+async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted, Error> {
+    let state = docker.state(id).await?;
+    if state.pid == 0 {
+        let words = docker.last_words(id).await;
+        return Err(Error::InitEnded {
+            exit_code: state.exit_code,
+            words,
+        });
+    }
+    match timeout(INIT, listener.accept(state.pid)).await {
+        Ok(link) => Ok(Greeted {
+            pid: state.pid,
+            link: link?,
+        }),
+        Err(_) => {
+            let state = docker.state(id).await?;
+            if state.pid != 0 {
+                return Err(Error::InitTimedOut);
+            }
+            let words = docker.last_words(id).await;
+            Err(Error::InitEnded {
+                exit_code: state.exit_code,
+                words,
+            })
+        }
+    }
+}
+
+/// Looks for the image on the node and pulls it only if it is not there.
+async fn find_image(node: &Node, slot: &Slot) -> Result<docker::Image, Error> {
+    let reference = &slot.config.image;
+    let wrong = |source| Error::Image {
+        image: reference.clone(),
+        source,
+    };
+    match node.docker.image(reference).await {
+        Ok(image) => return Ok(image),
+        Err(error) if error.is_not_found() => {}
+        Err(error) => return Err(Error::Docker(error)),
+    }
+    node.events
+        .send(&slot.identity, format!("Pulling image {reference}"));
+    node.docker.pull(reference).await.map_err(wrong)?;
+    node.docker.image(reference).await.map_err(wrong)
+}
+
+/// Owner of the home; `None` for root.
+fn user_of(image: &docker::Image) -> Option<(u32, u32)> {
+    let (user, group) = image.user.split_once(':').unwrap_or((&image.user, ""));
+    let uid = match user.parse() {
+        Ok(uid) => uid,
+        Err(_) if user.is_empty() || user == "root" => 0,
+        Err(_) => RUNTIME_UID,
+    };
+    (uid != 0).then(|| (uid, group.parse().unwrap_or(uid)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_never_runs_as_root() {
+        let user = |user: &str| {
+            user_of(&docker::Image {
+                id: String::new(),
+                user: user.into(),
+                home: None,
+            })
+        };
+        assert_eq!(user("1000:1000"), Some((1000, 1000)));
+        assert_eq!(user("1001"), Some((1001, 1001)));
+        assert_eq!(user("runtime"), Some((1000, 1000)));
+        for root in ["", "root", "0", "0:1000", "root:root"] {
+            assert_eq!(user(root), None, "{root}");
+        }
+    }
+}

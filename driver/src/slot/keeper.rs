@@ -1,0 +1,255 @@
+//! The task that owns one slot: it alone drives the slot from state to state.
+
+use std::{sync::Arc, time::Duration};
+
+use polydev_proto::init::{Release, to_init};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Identity, Slot,
+    claim::{Claim, Refusal},
+    fill::{self, Container},
+    run,
+    state::{Event, Life},
+};
+use crate::{config, limits::Limits, node::Node};
+
+/// Refills in a row that may fail before the slot is given up and Nomad decides.
+const FAILURES: u32 = 6;
+const BACKOFF: Duration = Duration::from_millis(500);
+const BACKOFF_MOST: Duration = Duration::from_secs(15);
+
+/// How a slot ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended {
+    /// It was told to.
+    Stopped,
+    /// It could not be kept filled.
+    Failed { reason: String },
+}
+
+impl Slot {
+    /// Starts keeping a slot. `ready` answers when it is idle for the first time, or
+    /// with the reason why it will never be; in that case nothing is left of it.
+    pub(crate) fn start(
+        node: &Arc<Node>,
+        identity: Identity,
+        config: config::Slot,
+        idle: Limits,
+    ) -> (Arc<Self>, oneshot::Receiver<Result<(), fill::Error>>) {
+        // One claim can be granted before the keeper takes it, and no second one.
+        let (claims, granted) = mpsc::channel(1);
+        let (ready, is_ready) = oneshot::channel();
+        let now = std::time::SystemTime::now();
+        let slot = Arc::new(Self {
+            identity,
+            config,
+            idle,
+            started: now,
+            life: Life::new(now).into(),
+            claims,
+            drain: CancellationToken::new(),
+            kill: CancellationToken::new(),
+            end: watch::Sender::new(None),
+            container: Default::default(),
+            changed: node.slots.changes(),
+        });
+        let keeper = Keeper {
+            node: node.clone(),
+            slot: slot.clone(),
+            granted,
+            failures: 0,
+        };
+        node.tasks.spawn(keeper.keep(ready));
+        (slot, is_ready)
+    }
+
+    /// Hands a claim to the slot, or says why not. What becomes of it is told
+    /// through its own queue of events.
+    ///
+    /// # Errors
+    /// [`Refusal`]: nothing of it runs.
+    pub(crate) fn claim(&self, generation: u64, claim: Claim) -> Result<(), Refusal> {
+        self.grant(generation, &claim.run_id)
+            .map_err(Refusal::Taken)?;
+        self.claims.try_send(claim).map_err(|_| Refusal::Broken {
+            reason: "the slot has ended".into(),
+        })
+    }
+}
+
+struct Keeper {
+    node: Arc<Node>,
+    slot: Arc<Slot>,
+    granted: mpsc::Receiver<Claim>,
+    /// Failed refills since the last good one.
+    failures: u32,
+}
+
+impl Keeper {
+    async fn keep(mut self, ready: oneshot::Sender<Result<(), fill::Error>>) {
+        let mut ready = Some(ready);
+        // Leftovers of an earlier life of the driver, or of this task's last start.
+        self.clean().await;
+        let end = loop {
+            let filled = tokio::select! {
+                filled = fill::fill(&self.node, &self.slot) => filled,
+                () = self.slot.drain.cancelled() => break Ended::Stopped,
+            };
+            match filled {
+                Ok(container) => {
+                    self.failures = 0;
+                    if let Some(ready) = ready.take() {
+                        self.announce();
+                        self.slot.apply(Event::Warmed);
+                        let _agent_gone = ready.send(Ok(()));
+                    } else {
+                        self.slot.apply(Event::Warmed);
+                    }
+                    self.serve(container).await;
+                }
+                Err(error) => {
+                    self.clean().await;
+                    self.failures += 1;
+                    tracing::warn!(
+                        slot = self.slot.identity.slot_id(),
+                        failures = self.failures,
+                        error = &error as &dyn std::error::Error,
+                        "cannot fill a slot"
+                    );
+                    let reason = crate::chain(&error);
+                    if let Some(ready) = ready.take() {
+                        let _agent_gone = ready.send(Err(error));
+                        self.failures = FAILURES;
+                    }
+                    if self.failures >= FAILURES {
+                        self.slot.apply(Event::GivenUp {
+                            reason: reason.clone(),
+                        });
+                        break Ended::Failed { reason };
+                    }
+                    tokio::select! {
+                        () = sleep(backoff(self.failures)) => continue,
+                        () = self.slot.drain.cancelled() => break Ended::Stopped,
+                    }
+                }
+            }
+            if self.slot.drain.is_cancelled() {
+                break Ended::Stopped;
+            }
+            self.slot.apply(Event::Recycled);
+        };
+        self.clean().await;
+        self.slot.end.send_replace(Some(end));
+    }
+
+    /// Waits with an idle container until it is claimed, dies or is not wanted any
+    /// more; then serves the claim, and destroys the container.
+    async fn serve(&mut self, mut container: Container) {
+        self.slot.hold(Some(container.limits.clone()));
+        let died = loop {
+            tokio::select! {
+                biased;
+                Some(claim) = self.granted.recv() => {
+                    self.run(&mut container, claim).await;
+                    break None;
+                }
+                // Init has nothing to say while it waits.
+                message = container.link.reader.next() => {
+                    let reason = message.err().map_or_else(
+                        || "init spoke out of turn".to_owned(),
+                        |error| crate::chain(&error),
+                    );
+                    break Some(reason);
+                }
+                () = self.slot.drain.cancelled() => {
+                    // A claim that was granted just before the drain is still served.
+                    if !self.slot.is_claimed() {
+                        break None;
+                    }
+                }
+            }
+        };
+        if let Some(reason) = died {
+            tracing::warn!(
+                slot = self.slot.identity.slot_id(),
+                reason,
+                "an idle container died"
+            );
+            self.slot.apply(Event::Died {
+                reason: reason.clone(),
+            });
+            if let Ok(claim) = self.granted.try_recv() {
+                let _gone = claim.events.try_send(Err(Refusal::Broken { reason }));
+                self.slot.apply(Event::RunEnded);
+            }
+        } else {
+            let released = to_init::Message::Release(Release {});
+            let _gone = container.link.writer.send(released).await;
+        }
+        self.slot.hold(None);
+        if let Err(error) = self.node.docker.remove(&container.id).await {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "cannot remove a container, the reaper will");
+        }
+    }
+
+    async fn run(&self, container: &mut Container, claim: Claim) {
+        let limits = self.node.config.run;
+        // Docker learns of the raised limits while the command already runs.
+        let (docker, id) = (self.node.docker.clone(), container.id.clone());
+        let update = async move {
+            if let Err(error) = docker.update(&id, &limits).await {
+                // The container of a short run is gone by now.
+                tracing::debug!(error = &error as &dyn std::error::Error, "limits not told");
+            }
+        };
+        let serve = run::serve(container, claim, &limits, &self.slot.kill);
+        let update = self.node.tasks.spawn(async {
+            sleep(TELL_DOCKER_AFTER).await;
+            update.await;
+        });
+        serve.await;
+        update.abort();
+        self.slot.apply(Event::RunEnded);
+    }
+
+    fn announce(&self) {
+        let Slot {
+            identity,
+            config,
+            idle,
+            ..
+        } = &*self.slot;
+        let run = self.node.config.run;
+        let message = format!(
+            "Warm: image {}, idle {idle}; a run gets {run}",
+            config.image
+        );
+        self.node.events.send(identity, message);
+    }
+
+    async fn clean(&self) {
+        let cleaned = timeout(Duration::from_secs(60), fill::clean(&self.node, &self.slot)).await;
+        if let Ok(Err(error)) = cleaned {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "cannot clean a slot, the reaper will");
+        }
+    }
+}
+
+/// A run that is over by then is not worth dockerd's time; `docker inspect` is
+/// right for every run that somebody could look at.
+const TELL_DOCKER_AFTER: Duration = Duration::from_millis(200);
+
+/// Doubles with each failure, and spreads slots that failed together.
+fn backoff(failures: u32) -> Duration {
+    let full = BACKOFF
+        .saturating_mul(1 << failures.min(10))
+        .min(BACKOFF_MOST);
+    full.mul_f64(rand::random_range(0.5..1.0))
+}

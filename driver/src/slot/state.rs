@@ -1,0 +1,238 @@
+//! The states of a slot and every step between them. Pure: it is told the time.
+//!
+//! ```text
+//!            +---------------- Recycled ----------------+
+//!            v                                          |
+//!         Warming --Warmed--> Idle --Claimed--> Claimed --RunEnded--> Recycling
+//!                              +--------------Died------------------^
+//!   any but Failed --Drained--> Draining          any --GivenUp--> Failed
+//! ```
+//!
+//! `Leased` joins them when callers can hold a slot before they use it.
+
+use std::time::SystemTime;
+
+/// Where a slot is in its life.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    /// A container is being started.
+    Warming,
+    /// A container waits for a claim.
+    Idle,
+    /// A run is in it.
+    Claimed { run_id: String },
+    /// Its container is being destroyed.
+    Recycling,
+    /// It leaves the pool, after its run if there is one. Final.
+    Draining { run_id: Option<String> },
+    /// Given up. Final.
+    Failed,
+}
+
+impl State {
+    /// The word for it in the API, logs and metrics.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Warming => "warming",
+            Self::Idle => "idle",
+            Self::Claimed { .. } => "claimed",
+            Self::Recycling => "recycling",
+            Self::Draining { .. } => "draining",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// What happens to a slot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Its container is ready.
+    Warmed,
+    /// A shim claims the container it saw.
+    Claimed { generation: u64, run_id: String },
+    /// The run in it has ended.
+    RunEnded,
+    /// Its idle container is gone.
+    Died { reason: String },
+    /// The old container is destroyed and the next one is started.
+    Recycled,
+    /// Nomad stops the allocation.
+    Drained,
+    /// Refilling it failed too often.
+    GivenUp { reason: String },
+}
+
+/// The event does not fit the state, which is left as it was.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the slot is {} at generation {generation}", state.name())]
+pub struct Refused {
+    pub state: State,
+    pub generation: u64,
+}
+
+/// A slot's state with what goes with it.
+#[derive(Debug, Clone)]
+pub struct Life {
+    state: State,
+    /// Counts the slot's containers, from 1.
+    generation: u64,
+    reason: String,
+    since: SystemTime,
+}
+
+impl Life {
+    #[must_use]
+    pub fn new(now: SystemTime) -> Self {
+        Self {
+            state: State::Warming,
+            generation: 1,
+            reason: String::new(),
+            since: now,
+        }
+    }
+
+    #[must_use]
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Why it is in this state, for people; often empty.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    #[must_use]
+    pub fn since(&self) -> SystemTime {
+        self.since
+    }
+
+    /// Takes one step.
+    ///
+    /// # Errors
+    /// [`Refused`] if there is no such step from here.
+    pub fn apply(&mut self, event: Event, now: SystemTime) -> Result<(), Refused> {
+        let (state, reason) = match (&self.state, event) {
+            (State::Warming, Event::Warmed) => (State::Idle, String::new()),
+            (State::Idle, Event::Claimed { generation, run_id })
+                if generation == self.generation =>
+            {
+                (State::Claimed { run_id }, String::new())
+            }
+            (State::Claimed { .. }, Event::RunEnded) => (State::Recycling, String::new()),
+            (State::Idle, Event::Died { reason }) => (State::Recycling, reason),
+            (State::Recycling, Event::Recycled) => {
+                self.generation += 1;
+                (State::Warming, std::mem::take(&mut self.reason))
+            }
+            (State::Draining { run_id: Some(_) }, Event::RunEnded) => {
+                (State::Draining { run_id: None }, String::new())
+            }
+            (State::Claimed { run_id }, Event::Drained) => (
+                State::Draining {
+                    run_id: Some(run_id.clone()),
+                },
+                String::new(),
+            ),
+            (State::Warming | State::Idle | State::Recycling, Event::Drained) => {
+                (State::Draining { run_id: None }, String::new())
+            }
+            (State::Warming | State::Recycling, Event::GivenUp { reason }) => {
+                (State::Failed, reason)
+            }
+            _ => {
+                return Err(Refused {
+                    state: self.state.clone(),
+                    generation: self.generation,
+                });
+            }
+        };
+        *self = Self {
+            state,
+            reason,
+            since: now,
+            generation: self.generation,
+        };
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashSet;
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            Just(Event::Warmed),
+            (1u64..6, "[a-z]")
+                .prop_map(|(generation, run_id)| Event::Claimed { generation, run_id }),
+            Just(Event::RunEnded),
+            Just(Event::Died {
+                reason: "gone".into()
+            }),
+            Just(Event::Recycled),
+            Just(Event::Drained),
+            Just(Event::GivenUp {
+                reason: "broken".into()
+            }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_container_serves_at_most_one_run(events in prop::collection::vec(event(), 0..300)) {
+            let mut life = Life::new(SystemTime::UNIX_EPOCH);
+            let mut claimed = HashSet::new();
+            for event in events {
+                let before = life.clone();
+                match life.apply(event.clone(), SystemTime::UNIX_EPOCH) {
+                    Ok(()) => {
+                        prop_assert!(life.generation() - before.generation() <= 1);
+                        prop_assert!(*before.state() != State::Failed, "Failed is final");
+                        if let Event::Claimed { generation, .. } = event {
+                            prop_assert_eq!(generation, life.generation());
+                            prop_assert!(claimed.insert(generation), "a second claim");
+                        }
+                        if let State::Draining { .. } = before.state() {
+                            prop_assert!(
+                                matches!(life.state(), State::Draining { run_id: None }),
+                                "Draining is final"
+                            );
+                        }
+                    }
+                    Err(_) => prop_assert_eq!(life.state(), before.state()),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_claim_for_an_older_container_is_refused() {
+        let now = SystemTime::UNIX_EPOCH;
+        let mut life = Life::new(now);
+        let claim = |generation| Event::Claimed {
+            generation,
+            run_id: "run".into(),
+        };
+        for event in [
+            Event::Warmed,
+            claim(1),
+            Event::RunEnded,
+            Event::Recycled,
+            Event::Warmed,
+        ] {
+            life.apply(event, now).unwrap();
+        }
+        let refused = life.apply(claim(1), now).unwrap_err();
+        assert_eq!(refused.to_string(), "the slot is idle at generation 2");
+        life.apply(claim(2), now).unwrap();
+    }
+}
