@@ -6,7 +6,10 @@
 
 #![cfg_attr(
     feature = "grpc",
-    expect(clippy::allow_attributes_without_reason, reason = "tonic's generated code has some")
+    expect(
+        clippy::allow_attributes_without_reason,
+        reason = "tonic's generated code has some"
+    )
 )]
 
 /// The shim's service for callers, `polydev.runtime.v1`.

@@ -1,0 +1,123 @@
+//! The command line: one binary, a file a command.
+
+mod dev;
+mod pool;
+mod run;
+mod serve;
+
+use std::{io::IsTerminal, process::ExitCode};
+
+use clap::{Parser, Subcommand, ValueEnum};
+use nix::sys::{
+    prctl,
+    resource::{Resource, setrlimit},
+};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+use crate::address::{Address, DEFAULT};
+
+/// Runs users' commands in warm, isolated containers.
+#[derive(Parser)]
+#[command(name = "polydev-shim", version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve callers over gRPC, with the slots of a Nomad cluster.
+    Serve(serve::Arguments),
+    /// Serve callers with this machine's Docker alone, without Nomad: for trying out.
+    Dev(dev::Arguments),
+    /// Run one command or prompt and stream it; exits with the command's status.
+    Run(run::Arguments),
+    /// Look at the warm pools.
+    #[command(subcommand)]
+    Pool(pool::Command),
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The shim that a client command talks to.
+#[derive(clap::Args)]
+struct Client {
+    /// Where the shim listens: unix:///PATH or http://127.0.0.1:PORT.
+    #[arg(long, env = "POLYDEV_ADDRESS", default_value = DEFAULT)]
+    address: Address,
+}
+
+/// Our own failures, as `docker run` has them; 126 and 127 are the command's.
+const FAILED: u8 = 125;
+
+/// Reads the arguments and does what they say.
+#[must_use]
+pub fn main() -> ExitCode {
+    let Arguments { command } = Arguments::parse();
+    let serves = matches!(command, Command::Serve(_) | Command::Dev(_));
+    let filter = EnvFilter::try_from_env("POLYDEV_LOG")
+        .unwrap_or_else(|_| EnvFilter::new(if serves { "info" } else { "warn" }));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("polydev-shim: cannot start: {error}");
+            return ExitCode::from(FAILED);
+        }
+    };
+    let executed = runtime.block_on(execute(command));
+    // A read of stdin cannot be cancelled, and must not keep the process.
+    runtime.shutdown_background();
+    match executed {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("polydev-shim: {error:#}");
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+async fn execute(command: Command) -> anyhow::Result<ExitCode> {
+    // Credentials pass through: no core dump, and no other process may look inside.
+    prctl::set_dumpable(false)?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    match command {
+        Command::Serve(arguments) => serve::execute(arguments).await,
+        Command::Dev(arguments) => dev::execute(arguments).await,
+        Command::Run(arguments) => run::execute(arguments).await,
+        Command::Pool(command) => pool::execute(command).await,
+    }
+}
+
+/// Cancelled by SIGTERM or SIGINT.
+fn stop_signal() -> anyhow::Result<CancellationToken> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut interrupt, mut terminate) = (
+        signal(SignalKind::interrupt())?,
+        signal(SignalKind::terminate())?,
+    );
+    let stop = CancellationToken::new();
+    let cancel = stop.clone();
+    // Ends with the process.
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        cancel.cancel();
+    });
+    Ok(stop)
+}

@@ -1,0 +1,82 @@
+//! `polydev-shim dev`
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+
+use crate::{
+    address::{Address, DEFAULT},
+    engine::embedded::{Engine, Settings},
+    pool::{View, follow},
+    provider::Provider,
+    service,
+};
+
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// Where to listen: unix:///PATH or http://127.0.0.1:PORT.
+    #[arg(long, env = "POLYDEV_ADDRESS", default_value = DEFAULT)]
+    listen: Address,
+    /// Warm slots to keep, PROVIDER=COUNT; may be repeated. [default: one of each]
+    #[arg(long = "pool", value_name = "PROVIDER=COUNT", value_parser = pool)]
+    pools: Vec<(Provider, u32)>,
+    /// The driver's program. [default: nomad-driver-polydev beside this one]
+    #[arg(long)]
+    driver: Option<PathBuf>,
+    /// Folder of the driver's own.
+    #[arg(long, default_value = "/var/lib/polydev-dev")]
+    state_dir: PathBuf,
+}
+
+/// Docker's bridge has addresses for a few hundred.
+const SLOTS_MOST: u32 = 100;
+
+fn pool(text: &str) -> Result<(Provider, u32), String> {
+    let form = || format!("`{text}` is not PROVIDER=COUNT, as in anthropic=2");
+    let (provider, count) = text.split_once('=').ok_or_else(form)?;
+    let provider = provider
+        .parse()
+        .map_err(|error: crate::provider::Unknown| error.to_string())?;
+    let count = count.parse().map_err(|_| form())?;
+    if count > SLOTS_MOST {
+        return Err(format!(
+            "`{count}` slots are too many, at most {SLOTS_MOST}"
+        ));
+    }
+    Ok((provider, count))
+}
+
+pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let driver = match arguments.driver {
+        Some(driver) => driver,
+        None => std::env::current_exe()?.with_file_name("nomad-driver-polydev"),
+    };
+    let mut pools = arguments.pools;
+    if pools.is_empty() {
+        pools = Provider::all().map(|provider| (provider, 1)).collect();
+    }
+    let stop = super::stop_signal()?;
+    let listener = arguments.listen.listen().await;
+    let listener = listener.with_context(|| format!("cannot listen at {}", arguments.listen))?;
+
+    let settings = Settings {
+        driver,
+        state_dir: arguments.state_dir,
+        pools,
+    };
+    let mut engine = tokio::select! {
+        engine = Engine::start(&settings) => engine.context("cannot start the engine")?,
+        () = stop.cancelled() => return Ok(ExitCode::SUCCESS),
+    };
+    let view = View::new();
+    tracing::info!(listen = %arguments.listen, "serving, without Nomad");
+    let drivers = engine.drivers();
+    let served = tokio::select! {
+        served = service::serve(view.clone(), listener, stop) => served,
+        reason = engine.driver_died() => Err(anyhow::anyhow!(reason)),
+        () = follow(view, drivers) => unreachable!("the engine, which names the driver, lives on"),
+    };
+    tracing::info!("stopping the slots");
+    engine.stop().await;
+    served.map(|()| ExitCode::SUCCESS)
+}

@@ -1,0 +1,55 @@
+//! `polydev-shim serve`
+
+use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use tokio::sync::watch;
+use zeroize::Zeroizing;
+
+use crate::{
+    address::{Address, DEFAULT},
+    engine,
+    nomad::Nomad,
+    pool::{View, follow},
+    service,
+};
+
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// Where to listen: unix:///PATH or http://127.0.0.1:PORT.
+    #[arg(long, env = "POLYDEV_ADDRESS", default_value = DEFAULT)]
+    listen: Address,
+    /// A Nomad agent.
+    #[arg(long, env = "NOMAD_ADDR", default_value = "http://127.0.0.1:4646")]
+    nomad_addr: String,
+    /// File with Nomad's token; the variable NOMAD_TOKEN is read without it.
+    #[arg(long)]
+    nomad_token_file: Option<PathBuf>,
+}
+
+pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let token = match &arguments.nomad_token_file {
+        Some(path) => Some(
+            std::fs::read_to_string(path)
+                .with_context(|| format!("cannot read --nomad-token-file `{}`", path.display()))?,
+        ),
+        None => std::env::var("NOMAD_TOKEN")
+            .ok()
+            .filter(|token| !token.is_empty()),
+    };
+    let token = token.map(|token| Zeroizing::new(token.trim().to_owned()));
+    let nomad = Nomad::new(&arguments.nomad_addr, token)?;
+
+    let stop = super::stop_signal()?;
+    let listener = arguments.listen.listen().await;
+    let listener = listener.with_context(|| format!("cannot listen at {}", arguments.listen))?;
+    let view = View::new();
+    let (publish, drivers) = watch::channel(BTreeMap::new());
+    tracing::info!(listen = %arguments.listen, nomad = arguments.nomad_addr, "serving");
+    let serving = tokio::select! {
+        serving = service::serve(view.clone(), listener, stop) => serving,
+        () = engine::nomad::discover(nomad, publish) => unreachable!("it never ends"),
+        () = follow(view, drivers) => unreachable!("it ends after its sender, which never does"),
+    };
+    serving.map(|()| ExitCode::SUCCESS)
+}

@@ -1,0 +1,103 @@
+//! Everything on this machine with Docker alone: the driver binary, launched as a
+//! Nomad agent launches it, and pools kept in Nomad's place. For trying out and for
+//! tests; a cluster is Nomad's work.
+
+mod plugin;
+mod pools;
+
+pub use plugin::Error;
+
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+
+use tokio::{sync::watch, time::timeout};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
+
+use crate::provider::Provider;
+use plugin::Plugin;
+
+/// A run's kill timeout and the removal of its container.
+const STOP: Duration = Duration::from_secs(40);
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The driver's program.
+    pub driver: PathBuf,
+    /// The driver's own folder.
+    pub state_dir: PathBuf,
+    /// Warm slots of each provider.
+    pub pools: Vec<(Provider, u32)>,
+}
+
+/// A driver of our own with its pools.
+pub struct Engine {
+    plugin: Plugin,
+    node_id: String,
+    address: String,
+    slots: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Engine {
+    /// Launches the driver and starts to fill the pools.
+    ///
+    /// # Errors
+    /// [`Error`]; nothing is left running.
+    pub async fn start(settings: &Settings) -> Result<Self, Error> {
+        let mut plugin = Plugin::launch(&settings.driver, &settings.state_dir).await?;
+        let address = match plugin.healthy().await {
+            Ok(address) => address,
+            Err(error) => {
+                plugin.shutdown().await;
+                return Err(error);
+            }
+        };
+        let engine = Self {
+            plugin,
+            node_id: Uuid::new_v4().to_string(),
+            address,
+            slots: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        };
+        for (provider, count) in &settings.pools {
+            for _ in 0..*count {
+                let slot = pools::Slot::new(*provider, &engine.node_id);
+                let driver = engine.plugin.driver();
+                engine.slots.spawn(slot.keep(driver, engine.stop.clone()));
+            }
+        }
+        Ok(engine)
+    }
+
+    /// The one driver there is, for [`pool::follow`](crate::pool::follow).
+    #[must_use]
+    pub fn drivers(&self) -> watch::Receiver<BTreeMap<String, String>> {
+        let drivers = BTreeMap::from([(self.node_id.clone(), self.address.clone())]);
+        // Nothing will change, but the sender must live for the receiver to wait.
+        let (sender, receiver) = watch::channel(drivers);
+        self.slots.spawn({
+            let stop = self.stop.clone();
+            async move {
+                stop.cancelled().await;
+                drop(sender);
+            }
+        });
+        receiver
+    }
+
+    /// Ends when the driver does, which it should not.
+    pub async fn driver_died(&mut self) -> String {
+        self.plugin.died().await
+    }
+
+    /// Stops the slots, then the driver; nothing of ours is left but images.
+    pub async fn stop(self) {
+        self.stop.cancel();
+        self.slots.close();
+        if timeout(STOP, self.slots.wait()).await.is_err() {
+            tracing::warn!("some slots did not stop in time");
+        }
+        self.plugin.shutdown().await;
+    }
+}

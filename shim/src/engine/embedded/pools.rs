@@ -1,0 +1,122 @@
+//! Slots kept in Nomad's place: each is one task that is started, waited for and,
+//! when it fails, started again.
+
+use std::time::Duration;
+
+use polydev_proto::driver::{
+    AllocatedCpuResources, AllocatedMemoryResources, AllocatedTaskResources, DestroyTaskRequest,
+    Resources, StartTaskRequest, StopTaskRequest, TaskConfig, WaitTaskRequest,
+    driver_client::DriverClient,
+};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, transport::Channel};
+use uuid::Uuid;
+
+use crate::provider::Provider;
+
+/// What the jobs of `jobspecs/` reserve for a slot.
+const CPU_MHZ: i64 = 100;
+const MEMORY_MB: i64 = 256;
+const RETRY: Duration = Duration::from_secs(1);
+const RETRY_MOST: Duration = Duration::from_secs(15);
+
+/// One slot of a pool.
+pub(super) struct Slot {
+    provider: Provider,
+    node_id: String,
+    alloc_id: String,
+}
+
+impl Slot {
+    pub(super) fn new(provider: Provider, node_id: &str) -> Self {
+        Self {
+            provider,
+            node_id: node_id.to_owned(),
+            alloc_id: Uuid::new_v4().to_string(),
+        }
+    }
+
+    /// Keeps the slot until `stop`.
+    pub(super) async fn keep(self, mut driver: DriverClient<Channel>, stop: CancellationToken) {
+        let mut retry = RETRY;
+        while !stop.is_cancelled() {
+            let task = self.task();
+            let task_id = task.id.clone();
+            let kept = tokio::select! {
+                kept = start_and_wait(driver.clone(), task) => kept,
+                () = stop.cancelled() => Ok(()),
+            };
+            let request = StopTaskRequest {
+                task_id: task_id.clone(),
+                ..Default::default()
+            };
+            let stopped = driver.stop_task(request).await;
+            let request = DestroyTaskRequest {
+                task_id,
+                force: true,
+            };
+            let destroyed = driver.destroy_task(request).await;
+            if let Err(status) = stopped.map(drop).and(destroyed.map(drop)) {
+                tracing::warn!(provider = %self.provider, error = status.message(), "cannot stop a slot");
+            }
+            if let Err(status) = kept {
+                tracing::warn!(provider = %self.provider, error = status.message(), "a slot failed");
+                tokio::select! {
+                    () = sleep(retry.mul_f64(rand::random_range(0.5..1.0))) => {}
+                    () = stop.cancelled() => {}
+                }
+                retry = RETRY_MOST.min(retry * 2);
+            } else {
+                retry = RETRY;
+            }
+        }
+    }
+
+    /// What Nomad would send for an allocation of `jobspecs/pool-*.nomad.hcl`.
+    fn task(&self) -> TaskConfig {
+        let config = serde_json::json!({
+            "slot": { "image": null, "provider": self.provider.name() },
+        });
+        let name = "runtime";
+        TaskConfig {
+            id: format!("{}/{name}/{:08x}", self.alloc_id, rand::random::<u32>()),
+            name: name.into(),
+            alloc_id: self.alloc_id.clone(),
+            job_id: format!("polydev-pool-{}", self.provider),
+            job_name: format!("polydev-pool-{}", self.provider),
+            task_group_name: "pool".into(),
+            namespace: "default".into(),
+            node_id: self.node_id.clone(),
+            node_name: "dev".into(),
+            msgpack_driver_config: rmp_serde::to_vec_named(&config)
+                .expect("a JSON value of strings can be encoded"),
+            resources: Some(Resources {
+                allocated_resources: Some(AllocatedTaskResources {
+                    cpu: Some(AllocatedCpuResources {
+                        cpu_shares: CPU_MHZ,
+                    }),
+                    memory: Some(AllocatedMemoryResources {
+                        memory_mb: MEMORY_MB,
+                        memory_max_mb: 0,
+                    }),
+                    networks: vec![],
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+}
+
+async fn start_and_wait(mut driver: DriverClient<Channel>, task: TaskConfig) -> Result<(), Status> {
+    let task_id = task.id.clone();
+    driver
+        .start_task(StartTaskRequest { task: Some(task) })
+        .await?;
+    let ended = driver
+        .wait_task(WaitTaskRequest { task_id })
+        .await?
+        .into_inner();
+    Err(Status::unknown(ended.err))
+}

@@ -1,0 +1,77 @@
+//! Finds the drivers through Nomad: ready nodes whose driver is healthy say in an
+//! attribute where their node service listens.
+
+use std::{collections::BTreeMap, convert::Infallible, time::Duration};
+
+use tokio::{sync::watch, time::sleep};
+
+use crate::nomad::{Error, Node, Nomad};
+
+const ADDRESS: &str = "driver.polydev.node_address";
+const RETRY: Duration = Duration::from_millis(500);
+const RETRY_MOST: Duration = Duration::from_secs(10);
+/// Between two answers: a busy cluster changes its nodes all the time.
+const PACE: Duration = Duration::from_millis(250);
+
+/// Publishes the drivers, node id to address, for ever. While Nomad is out of reach
+/// the last ones stand.
+pub async fn discover(nomad: Nomad, drivers: watch::Sender<BTreeMap<String, String>>) {
+    let mut retry = RETRY;
+    loop {
+        let Err(error) = discover_once(&nomad, &drivers, &mut retry).await;
+        tracing::warn!(error = %crate::chain(&error), "cannot list nodes");
+        sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
+        retry = RETRY_MOST.min(retry * 2);
+    }
+}
+
+async fn discover_once(
+    nomad: &Nomad,
+    drivers: &watch::Sender<BTreeMap<String, String>>,
+    retry: &mut Duration,
+) -> Result<Infallible, Error> {
+    let mut index = 0;
+    loop {
+        let (next, nodes) = nomad.nodes(index).await?;
+        index = next;
+        *retry = RETRY;
+        let found: BTreeMap<String, String> = nodes.into_iter().filter_map(address).collect();
+        drivers.send_if_modified(|drivers| {
+            let changed = *drivers != found;
+            *drivers = found;
+            changed
+        });
+        sleep(PACE).await;
+    }
+}
+
+/// An unhealthy driver is still followed, because its runs and idle slots are there;
+/// one that was never healthy has no address yet.
+fn address(node: Node) -> Option<(String, String)> {
+    let driver = node
+        .drivers
+        .get("polydev")
+        .filter(|_| node.status == "ready")?;
+    let address = driver.attributes.as_ref()?.get(ADDRESS)?;
+    (!address.is_empty()).then(|| (node.id, address.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_ready_nodes_with_an_address_are_followed() {
+        let nodes = r#"[
+            {"ID": "a", "Status": "ready", "Drivers": {"polydev": {"Healthy": true,
+             "Attributes": {"driver.polydev.node_address": "unix:///a"}}}},
+            {"ID": "b", "Status": "down", "Drivers": {"polydev": {"Healthy": true,
+             "Attributes": {"driver.polydev.node_address": "unix:///b"}}}},
+            {"ID": "c", "Status": "ready", "Drivers": {"polydev": {"Healthy": false, "Attributes": null}}},
+            {"ID": "d", "Status": "ready", "Drivers": {"docker": {"Healthy": true}}}
+        ]"#;
+        let nodes: Vec<Node> = serde_json::from_str(nodes).unwrap();
+        let found: Vec<_> = nodes.into_iter().filter_map(address).collect();
+        assert_eq!(found, [("a".to_owned(), "unix:///a".to_owned())]);
+    }
+}

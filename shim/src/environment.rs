@@ -1,0 +1,93 @@
+//! Which environment variables a caller may set.
+
+use std::collections::BTreeMap;
+
+/// Set by the runtime: what the command may rely on about its run and its credential.
+const RESERVED: [&str; 14] = [
+    "ANTHROPIC_API_KEY",
+    "ANTHROPIC_AUTH_TOKEN",
+    "CLAUDE_CODE_OAUTH_TOKEN",
+    "CODEX_API_KEY",
+    "GEMINI_API_KEY",
+    "GOOGLE_API_KEY",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_CLOUD_PROJECT",
+    "GOOGLE_GENAI_USE_VERTEXAI",
+    "HOME",
+    "OPENAI_API_KEY",
+    "PROVIDER",
+    "USER_ID",
+    "WARM_POOL",
+];
+
+/// Read by loaders, shells and interpreters before the first line of the command:
+/// whoever sets them runs code of his own.
+const LOADERS: [&str; 13] = [
+    "BASH_ENV",
+    "ENV",
+    "GCONV_PATH",
+    "GLIBC_TUNABLES",
+    "NODE_OPTIONS",
+    "NODE_PATH",
+    "PERL5LIB",
+    "PERL5OPT",
+    "PROMPT_COMMAND",
+    "PYTHONHOME",
+    "PYTHONPATH",
+    "PYTHONSTARTUP",
+    "RUBYOPT",
+];
+
+/// A variable that a caller may not set.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`env[{name:?}]` may not be set: {reason}")]
+pub struct Refused {
+    pub name: String,
+    pub reason: &'static str,
+}
+
+/// # Errors
+/// [`Refused`] for the first name that is not a caller's to set.
+pub fn check(env: &BTreeMap<String, String>) -> Result<(), Refused> {
+    for name in env.keys() {
+        let refuse = |reason| {
+            Err(Refused {
+                name: name.clone(),
+                reason,
+            })
+        };
+        if RESERVED.contains(&name.as_str()) {
+            return refuse("the runtime sets it");
+        }
+        if LOADERS.contains(&name.as_str())
+            || name.starts_with("LD_")
+            || name.starts_with("BASH_FUNC_")
+        {
+            return refuse("a loader or interpreter reads it");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_identity_and_loaders_are_not_the_callers_to_set() {
+        for name in [
+            "OPENAI_API_KEY",
+            "USER_ID",
+            "LD_PRELOAD",
+            "NODE_OPTIONS",
+            "BASH_ENV",
+            "HOME",
+        ] {
+            let refused = check(&BTreeMap::from([(name.to_owned(), String::new())])).unwrap_err();
+            assert!(refused.to_string().contains(name));
+        }
+        let ordinary =
+            ["ANTHROPIC_BASE_URL", "PATH", "TERM", "LDX"].map(|name| (name.into(), "x".into()));
+        check(&ordinary.into()).unwrap();
+    }
+}

@@ -1,0 +1,37 @@
+//! `polydev-shim`: runs users' commands in warm containers.
+//!
+//! ```text
+//!  caller --polydev.runtime.v1--> service --> run --> pool --polydev.node.v1--> drivers
+//!                                              |        ^
+//!                                  provider <--+        +-- engine (nomad or embedded)
+//! ```
+//!
+//! Nothing on the right knows anything on its left. A shim keeps no state but what
+//! drivers tell it. `nomad` alone names reqwest.
+
+pub mod cli;
+pub mod service;
+
+pub mod run;
+
+pub mod credential;
+pub mod environment;
+pub mod pool;
+pub mod provider;
+
+pub mod engine;
+pub mod nomad;
+
+pub mod address;
+
+/// An error with its causes, for logs and for people who get no log.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

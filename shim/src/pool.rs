@@ -1,0 +1,7 @@
+//! The warm slots of all nodes, as their drivers tell them: what a claim is chosen from.
+
+mod follow;
+mod view;
+
+pub use follow::follow;
+pub use view::{Candidate, Counts, View};

@@ -1,0 +1,368 @@
+//! The live view: slots by node, and a way to wait for an idle one. Nothing in it
+//! is certain, since a driver may have changed its mind meanwhile: it decides.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant, SystemTime},
+};
+
+use polydev_proto::node::{Slot, WatchSlotsResponse, slot::State};
+use rand::seq::IteratorRandom;
+use tokio::sync::watch;
+use tonic::transport::Channel;
+
+/// What drivers have told; clones share it.
+#[derive(Debug, Clone)]
+pub struct View {
+    nodes: Arc<Mutex<HashMap<String, Node>>>,
+    changed: Arc<watch::Sender<u64>>,
+}
+
+/// A node that is or was connected.
+#[derive(Debug)]
+struct Node {
+    /// `None` while it cannot be reached: its slots are not to be had then.
+    connected: Option<Connected>,
+}
+
+#[derive(Debug)]
+struct Connected {
+    channel: Channel,
+    start_id: String,
+    clock: Clock,
+    slots: HashMap<String, Slot>,
+    /// Slots, with generation, that a run of this shim is claiming right now.
+    claiming: HashSet<(String, u64)>,
+}
+
+/// The driver's clock as last heard, carried on by ours.
+#[derive(Debug, Clone, Copy)]
+struct Clock {
+    told: SystemTime,
+    heard: Instant,
+}
+
+/// An idle slot, taken out of the view while it is tried.
+#[derive(Debug)]
+pub struct Candidate {
+    pub node_id: String,
+    pub channel: Channel,
+    pub start_id: String,
+    pub slot_id: String,
+    pub generation: u64,
+    clock: Clock,
+    view: View,
+}
+
+/// The slots of one provider by state.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    pub warming: u32,
+    pub idle: u32,
+    pub claimed: u32,
+    pub recycling: u32,
+    pub draining: u32,
+    pub failed: u32,
+}
+
+impl View {
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            nodes: Arc::default(),
+            changed: Arc::new(watch::Sender::new(0)),
+        }
+    }
+
+    /// A random idle slot of `provider`, as soon as there is one. The slot is not
+    /// offered to another run of this shim until the candidate is dropped.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    pub async fn idle_slot(&self, provider: &str) -> Candidate {
+        let mut changed = self.changed.subscribe();
+        loop {
+            changed.mark_unchanged();
+            if let Some(candidate) = self.try_idle_slot(provider) {
+                return candidate;
+            }
+            if changed.changed().await.is_err() {
+                unreachable!("the sender is in `self`");
+            }
+        }
+    }
+
+    fn try_idle_slot(&self, provider: &str) -> Option<Candidate> {
+        let mut nodes = self.lock();
+        let idle = nodes.iter_mut().flat_map(|(node_id, node)| {
+            let connected = node.connected.iter();
+            connected
+                .flat_map(move |node| node.slots.values().map(move |slot| (node_id, node, slot)))
+        });
+        let idle = idle.filter(|(_, node, slot)| {
+            slot.provider == provider
+                && slot.state() == State::Idle
+                && !node
+                    .claiming
+                    .contains(&(slot.slot_id.clone(), slot.generation))
+        });
+        let (node_id, node, slot) = idle.choose(&mut rand::rng())?;
+        let candidate = Candidate {
+            node_id: node_id.clone(),
+            channel: node.channel.clone(),
+            start_id: node.start_id.clone(),
+            slot_id: slot.slot_id.clone(),
+            generation: slot.generation,
+            clock: node.clock,
+            view: self.clone(),
+        };
+        if let Some(Node {
+            connected: Some(node),
+        }) = nodes.get_mut(&candidate.node_id)
+        {
+            node.claiming
+                .insert((candidate.slot_id.clone(), candidate.generation));
+        }
+        Some(candidate)
+    }
+
+    /// Slots by provider and state.
+    #[must_use]
+    pub fn counts(&self) -> BTreeMap<String, Counts> {
+        let mut pools: BTreeMap<String, Counts> = BTreeMap::new();
+        for slot in self
+            .lock()
+            .values()
+            .flat_map(|node| &node.connected)
+            .flat_map(|n| n.slots.values())
+        {
+            let pool = pools.entry(slot.provider.clone()).or_default();
+            match slot.state() {
+                State::Warming => pool.warming += 1,
+                State::Idle => pool.idle += 1,
+                State::Claimed | State::Leased => pool.claimed += 1,
+                State::Recycling => pool.recycling += 1,
+                State::Draining => pool.draining += 1,
+                State::Failed => pool.failed += 1,
+                // A state of a newer driver is nothing to count on.
+                State::Unspecified => {}
+            }
+        }
+        pools
+    }
+
+    /// Nodes that are followed, and nodes that cannot be reached.
+    #[must_use]
+    pub fn nodes(&self) -> (usize, usize) {
+        let nodes = self.lock();
+        let connected = nodes
+            .values()
+            .filter(|node| node.connected.is_some())
+            .count();
+        (connected, nodes.len() - connected)
+    }
+
+    /// A node is to be followed, and is not yet.
+    pub(super) fn expect(&self, node_id: &str) {
+        self.update(|nodes| {
+            nodes
+                .entry(node_id.to_owned())
+                .or_insert(Node { connected: None });
+        });
+    }
+
+    /// A driver has told something.
+    pub(super) fn apply(&self, node_id: &str, channel: &Channel, told: WatchSlotsResponse) {
+        let now = told.now.and_then(|now| SystemTime::try_from(now).ok());
+        let clock = Clock {
+            told: now.unwrap_or_else(SystemTime::now),
+            heard: Instant::now(),
+        };
+        self.update(|nodes| {
+            let node = nodes
+                .entry(node_id.to_owned())
+                .or_insert(Node { connected: None });
+            if told.snapshot {
+                node.connected = None;
+            }
+            let node = node.connected.get_or_insert_with(|| Connected {
+                channel: channel.clone(),
+                start_id: told.start_id,
+                clock,
+                slots: HashMap::new(),
+                claiming: HashSet::new(),
+            });
+            node.clock = clock;
+            for slot_id in told.removed {
+                node.slots.remove(&slot_id);
+            }
+            for slot in told.slots {
+                node.slots.insert(slot.slot_id.clone(), slot);
+            }
+        });
+    }
+
+    /// The connection to a node broke; it will be tried again.
+    pub(super) fn disconnect(&self, node_id: &str) {
+        self.update(|nodes| {
+            if let Some(node) = nodes.get_mut(node_id) {
+                node.connected = None;
+            }
+        });
+    }
+
+    /// A node is no longer one of ours.
+    pub(super) fn forget(&self, node_id: &str) {
+        self.update(|nodes| {
+            nodes.remove(node_id);
+        });
+    }
+
+    fn update(&self, change: impl FnOnce(&mut HashMap<String, Node>)) {
+        change(&mut self.lock());
+        self.changed.send_modify(|version| *version += 1);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Node>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Default for View {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Candidate {
+    /// The moment `after` from now, in the driver's clock.
+    #[must_use]
+    pub fn driver_time(&self, after: Duration) -> SystemTime {
+        self.clock.told + self.clock.heard.elapsed() + after
+    }
+
+    /// The driver has granted it: the view need not wait to be told.
+    pub fn granted(&self) {
+        self.view.update(|nodes| {
+            let node = nodes
+                .get_mut(&self.node_id)
+                .and_then(|node| node.connected.as_mut());
+            let slot = node.and_then(|node| node.slots.get_mut(&self.slot_id));
+            if let Some(slot) = slot.filter(|slot| slot.generation == self.generation) {
+                slot.set_state(State::Claimed);
+            }
+        });
+    }
+}
+
+impl Drop for Candidate {
+    fn drop(&mut self) {
+        let claimed = (std::mem::take(&mut self.slot_id), self.generation);
+        self.view.update(|nodes| {
+            if let Some(Node {
+                connected: Some(node),
+            }) = nodes.get_mut(&self.node_id)
+            {
+                node.claiming.remove(&claimed);
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tonic::transport::Endpoint;
+
+    fn slot(id: &str, state: State, generation: u64) -> Slot {
+        Slot {
+            slot_id: id.into(),
+            provider: "openai".into(),
+            state: state.into(),
+            generation,
+            ..Default::default()
+        }
+    }
+
+    fn tell(view: &View, snapshot: bool, slots: Vec<Slot>, removed: &[&str]) {
+        let channel = Endpoint::from_static("unix:///nowhere").connect_lazy();
+        let removed = removed.iter().map(|id| (*id).to_owned()).collect();
+        let told = WatchSlotsResponse {
+            snapshot,
+            slots,
+            removed,
+            start_id: "s".into(),
+            now: None,
+        };
+        view.apply("node", &channel, told);
+    }
+
+    #[tokio::test]
+    async fn two_runs_of_one_shim_never_try_the_same_container() {
+        let view = View::new();
+        tell(
+            &view,
+            true,
+            vec![slot("a", State::Idle, 1), slot("b", State::Idle, 1)],
+            &[],
+        );
+        let (first, second) = (
+            view.idle_slot("openai").await,
+            view.idle_slot("openai").await,
+        );
+        assert_ne!(first.slot_id, second.slot_id);
+        assert!(view.try_idle_slot("openai").is_none());
+
+        let freed = first.slot_id.clone();
+        drop(first);
+        assert_eq!(view.try_idle_slot("openai").unwrap().slot_id, freed);
+    }
+
+    #[tokio::test]
+    async fn a_run_waits_until_a_slot_is_idle() {
+        let view = View::new();
+        tell(&view, true, vec![slot("a", State::Warming, 1)], &[]);
+        let waiting = view.idle_slot("openai");
+        tokio::pin!(waiting);
+        tokio::select! {
+            biased;
+            _ = &mut waiting => panic!("nothing is idle"),
+            () = tokio::task::yield_now() => {}
+        }
+        tell(&view, false, vec![slot("a", State::Idle, 1)], &[]);
+        assert_eq!(waiting.await.slot_id, "a");
+    }
+
+    #[tokio::test]
+    async fn slots_that_are_gone_or_out_of_reach_are_not_counted() {
+        let view = View::new();
+        view.expect("node");
+        assert_eq!(view.nodes(), (0, 1));
+        tell(
+            &view,
+            true,
+            vec![slot("a", State::Idle, 1), slot("b", State::Claimed, 3)],
+            &[],
+        );
+        assert_eq!(view.nodes(), (1, 0));
+        assert_eq!(
+            view.counts()["openai"],
+            Counts {
+                idle: 1,
+                claimed: 1,
+                ..Counts::default()
+            }
+        );
+        tell(&view, false, vec![], &["a"]);
+        assert_eq!(
+            view.counts()["openai"],
+            Counts {
+                claimed: 1,
+                ..Counts::default()
+            }
+        );
+        view.disconnect("node");
+        assert!(view.counts().is_empty());
+    }
+}

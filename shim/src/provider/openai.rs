@@ -1,0 +1,57 @@
+//! Codex CLI.
+
+use super::{InvalidPrompt, Prompt, Table, strings, variable};
+use crate::credential::{Credential, Prepared};
+
+pub(super) const TABLE: Table = Table {
+    name: "openai",
+    key_variable: "OPENAI_API_KEY",
+    project_variable: None,
+    prepare,
+    prompt,
+};
+
+/// Codex takes its key from `CODEX_API_KEY` alone; scripts use the documented name.
+fn prepare(credential: &Credential) -> Prepared {
+    let key = &credential.api_key;
+    let env = [
+        variable("OPENAI_API_KEY", key),
+        variable("CODEX_API_KEY", key),
+    ]
+    .into();
+    Prepared { env, files: vec![] }
+}
+
+fn prompt(prompt: &Prompt) -> Result<Vec<String>, InvalidPrompt> {
+    if prompt.text == "-" {
+        return Err(InvalidPrompt {
+            field: "prompt.text",
+            problem: "is `-`, which Codex takes for its stdin",
+        });
+    }
+    // The container is the sandbox: Codex's own cannot work without capabilities.
+    let mut argv = strings([
+        "codex",
+        "exec",
+        "--skip-git-repo-check",
+        "--dangerously-bypass-approvals-and-sandbox",
+    ]);
+    // Codex does not read the variable, and takes another server as a TOML value only.
+    if let Some(url) = prompt.env.get("OPENAI_BASE_URL") {
+        if url
+            .chars()
+            .any(|c| c.is_control() || c.is_whitespace() || c == '"' || c == '\\')
+        {
+            return Err(InvalidPrompt {
+                field: "env[\"OPENAI_BASE_URL\"]",
+                problem: "is not a URL",
+            });
+        }
+        argv.extend(["-c".to_owned(), format!("openai_base_url=\"{url}\"")]);
+    }
+    if let Some(model) = prompt.model {
+        argv.extend(strings(["-m", model]));
+    }
+    argv.extend(strings(["--", prompt.text]));
+    Ok(argv)
+}

@@ -1,0 +1,253 @@
+//! What a caller wants run, checked once: nothing behind this checks it again.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use bytes::Bytes;
+use polydev_proto::{
+    exec,
+    node::{RunSpec, Secrets, TraceContext},
+    runtime::{RunStart, run_start::Command},
+};
+use uuid::Uuid;
+
+use crate::{
+    credential::{self, Credential},
+    environment,
+    provider::{InvalidPrompt, Prompt, Provider, Unknown},
+};
+
+const TIMEOUT: Duration = Duration::from_secs(10 * 60);
+const TIMEOUT_MOST: Duration = Duration::from_secs(24 * 3600);
+/// The run class's kill timeout; also the most.
+const KILL_TIMEOUT: Duration = Duration::from_secs(30);
+const USER_ID_MOST: usize = 128;
+
+/// A run that may be tried.
+#[derive(Debug)]
+pub struct Request {
+    pub provider: Provider,
+    pub user_id: String,
+    pub run_id: Uuid,
+    pub spec: RunSpec,
+    pub secrets: Secrets,
+    pub trace: Option<TraceContext>,
+}
+
+/// Why a run is refused, with the field of its first message.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Invalid {
+    #[error("`start` must be the first message of a run, and come once")]
+    NotStarted,
+    #[error(transparent)]
+    Provider(#[from] Unknown),
+    #[error(transparent)]
+    Credential(#[from] credential::Invalid),
+    #[error(transparent)]
+    Environment(#[from] environment::Refused),
+    #[error(transparent)]
+    Prompt(#[from] InvalidPrompt),
+    #[error(transparent)]
+    Command(#[from] exec::Invalid),
+    #[error("`{field}` is `{given}`, allowed is {allowed}")]
+    Value {
+        field: &'static str,
+        given: String,
+        allowed: &'static str,
+    },
+}
+
+impl Request {
+    /// # Errors
+    /// [`Invalid`] for the first field that is wrong.
+    pub fn parse(start: RunStart, trace: Option<TraceContext>) -> Result<Self, Invalid> {
+        let provider: Provider = start.provider.parse()?;
+        let user_id = start.user_id;
+        if user_id.is_empty()
+            || user_id.len() > USER_ID_MOST
+            || user_id.chars().any(char::is_control)
+        {
+            let allowed = "1 to 128 bytes without control characters";
+            return Err(Invalid::Value {
+                field: "user_id",
+                given: user_id,
+                allowed,
+            });
+        }
+        let run_id = match start.run_id.as_str() {
+            "" => Uuid::now_v7(),
+            given => Uuid::parse_str(given).map_err(|_| Invalid::Value {
+                field: "run_id",
+                given: given.to_owned(),
+                allowed: "a UUID",
+            })?,
+        };
+        if !start.work_dir.is_empty() && !start.work_dir.starts_with('/') {
+            let allowed = "an absolute path";
+            return Err(Invalid::Value {
+                field: "work_dir",
+                given: start.work_dir,
+                allowed,
+            });
+        }
+        environment::check(&start.env)?;
+        let argv = argv(provider, start.command, &start.env)?;
+        let secrets = match start.credential {
+            Some(given) => provider.prepare(&Credential::parse(given)?).into(),
+            None => Secrets::default(),
+        };
+        let mut env = start.env;
+        env.insert("PROVIDER".into(), provider.name().into());
+        env.insert("USER_ID".into(), user_id.clone());
+        let strings = env.iter().chain(&secrets.env);
+        exec::check(
+            argv.iter().map(|arg| &arg[..]),
+            strings.map(|(name, value)| (name.as_str(), value.as_str())),
+        )?;
+        let spec = RunSpec {
+            argv,
+            env,
+            work_dir: start.work_dir,
+            stdin: start.stdin,
+            timeout: bounded(
+                "timeout",
+                start.timeout,
+                TIMEOUT,
+                TIMEOUT_MOST,
+                "1 ms to 24 h",
+            )?,
+            kill_timeout: bounded(
+                "kill_timeout",
+                start.kill_timeout,
+                KILL_TIMEOUT,
+                KILL_TIMEOUT,
+                "1 ms to 30 s",
+            )?,
+        };
+        Ok(Self {
+            provider,
+            user_id,
+            run_id,
+            spec,
+            secrets,
+            trace,
+        })
+    }
+}
+
+fn argv(
+    provider: Provider,
+    command: Option<Command>,
+    env: &BTreeMap<String, String>,
+) -> Result<Vec<Bytes>, Invalid> {
+    match command {
+        Some(Command::Argv(argv)) => Ok(argv.args),
+        Some(Command::Prompt(prompt)) => {
+            let model = Some(prompt.model.as_str()).filter(|model| !model.is_empty());
+            let argv = provider.prompt(&Prompt {
+                text: &prompt.text,
+                model,
+                env,
+            })?;
+            Ok(argv.into_iter().map(Bytes::from).collect())
+        }
+        None => Err(Invalid::Value {
+            field: "command",
+            given: String::new(),
+            allowed: "an argv or a prompt",
+        }),
+    }
+}
+
+fn bounded(
+    field: &'static str,
+    given: Option<prost_types::Duration>,
+    default: Duration,
+    most: Duration,
+    allowed: &'static str,
+) -> Result<Option<prost_types::Duration>, Invalid> {
+    let range = Duration::from_millis(1)..=most;
+    let given = match given {
+        None => default.try_into().map_err(|_| ()),
+        Some(given) if Duration::try_from(given).is_ok_and(|value| range.contains(&value)) => {
+            Ok(given)
+        }
+        Some(given) => {
+            return Err(Invalid::Value {
+                field,
+                given: given.to_string(),
+                allowed,
+            });
+        }
+    };
+    Ok(given.ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use polydev_proto::runtime::{self, Argv};
+
+    fn start() -> RunStart {
+        RunStart {
+            provider: "anthropic".into(),
+            user_id: "alice".into(),
+            command: Some(Command::Argv(Argv {
+                args: vec!["true".into()],
+            })),
+            ..Default::default()
+        }
+    }
+
+    #[track_caller]
+    fn refused(change: impl FnOnce(&mut RunStart), field: &str) {
+        let mut start = start();
+        change(&mut start);
+        let error = Request::parse(start, None).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("`{field}")), "{error}");
+    }
+
+    #[test]
+    fn every_wrong_field_is_refused_by_name() {
+        let argv = |args: &[&'static [u8]]| {
+            let args = args.iter().map(|arg| Bytes::from_static(arg)).collect();
+            Some(Command::Argv(Argv { args }))
+        };
+        let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+        refused(|run| run.provider = "codex".into(), "provider` is `codex`");
+        refused(|run| run.user_id = String::new(), "user_id");
+        refused(|run| run.user_id = "a\nb".into(), "user_id");
+        refused(|run| run.run_id = "42".into(), "run_id");
+        refused(|run| run.command = None, "command");
+        refused(|run| run.command = argv(&[]), "argv");
+        refused(|run| run.command = argv(&[b"sh", b"a\0"]), "argv[1]");
+        refused(
+            |run| drop(run.env.insert("LD_PRELOAD".into(), "x".into())),
+            "env",
+        );
+        refused(|run| drop(run.env.insert("A=B".into(), "x".into())), "env");
+        refused(|run| run.work_dir = "relative".into(), "work_dir");
+        refused(|run| run.timeout = seconds(0), "timeout");
+        refused(|run| run.timeout = seconds(-1), "timeout");
+        refused(|run| run.timeout = seconds(90_000), "timeout");
+        refused(|run| run.kill_timeout = seconds(31), "kill_timeout");
+        refused(
+            |run| run.credential = Some(runtime::Credential::default()),
+            "credential.api_key",
+        );
+    }
+
+    #[test]
+    fn credentials_are_kept_apart_from_what_may_be_seen() {
+        let mut start = start();
+        start.credential = Some(runtime::Credential {
+            api_key: "k".into(),
+            project_id: "".into(),
+        });
+        let request = Request::parse(start, None).unwrap();
+        assert_eq!(request.secrets.env["ANTHROPIC_API_KEY"], "k");
+        assert!(!request.spec.env.contains_key("ANTHROPIC_API_KEY"));
+        assert_eq!(request.spec.env["USER_ID"], "alice");
+        assert_eq!(request.spec.timeout.unwrap().seconds, 600);
+        assert_eq!(request.spec.kill_timeout.unwrap().seconds, 30);
+    }
+}

@@ -1,0 +1,208 @@
+//! `polydev.runtime.v1`: decodes, asks `run` and `pool`, encodes.
+
+use std::{pin::Pin, time::Instant};
+
+use futures_util::{Stream, StreamExt};
+use polydev_proto::{
+    DESCRIPTORS,
+    node::TraceContext,
+    runtime::{
+        ListPoolsRequest, ListPoolsResponse, Pool, RunRequest, RunResponse, run_request,
+        runtime_service_server::{RuntimeService, RuntimeServiceServer},
+    },
+};
+use tokio::{
+    sync::mpsc,
+    time::{Duration, timeout},
+};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, UnixListenerStream};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap, transport::Server};
+
+use crate::{
+    address::Listener,
+    pool::View,
+    provider::Provider,
+    run::{self, Error, claim, relay, request},
+};
+
+/// A caller says what it wants run at once.
+const FIRST_MESSAGE: Duration = Duration::from_secs(10);
+/// A run with argv and environment at the kernel's limits.
+const MESSAGE_MOST: usize = 4 << 20;
+/// How long runs may go on once the shim is told to stop.
+const STOP: Duration = Duration::from_secs(10);
+
+/// Serves callers until `stop`, then lets runs end within ten seconds.
+///
+/// # Errors
+/// Whatever keeps it from serving.
+pub async fn serve(view: View, listener: Listener, stop: CancellationToken) -> anyhow::Result<()> {
+    let runs = TaskTracker::new();
+    let service = Service {
+        view,
+        runs: runs.clone(),
+    };
+    let service = RuntimeServiceServer::new(service).max_decoding_message_size(MESSAGE_MOST);
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter
+        .set_serving::<RuntimeServiceServer<Service>>()
+        .await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .with_service_name("polydev.runtime.v1.RuntimeService")
+        .build_v1()?;
+    let server = Server::builder()
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(service);
+
+    let stopped = stop.clone().cancelled_owned();
+    let serving = async {
+        match listener {
+            Listener::Unix(listener) => {
+                let incoming = UnixListenerStream::new(listener);
+                server.serve_with_incoming_shutdown(incoming, stopped).await
+            }
+            Listener::Tcp(listener) => {
+                let incoming = TcpListenerStream::new(listener)
+                    .inspect(|stream| drop(stream.as_ref().map(|stream| stream.set_nodelay(true))));
+                server.serve_with_incoming_shutdown(incoming, stopped).await
+            }
+        }
+    };
+    let overrun = async {
+        stop.cancelled().await;
+        runs.close();
+        if timeout(STOP, runs.wait()).await.is_err() {
+            tracing::warn!(runs = runs.len(), "stopping with runs that have not ended");
+        }
+    };
+    tokio::select! {
+        served = serving => served?,
+        () = overrun => {}
+    }
+    Ok(())
+}
+
+struct Service {
+    view: View,
+    runs: TaskTracker,
+}
+
+type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl RuntimeService for Service {
+    type RunStream = Responses<RunResponse>;
+
+    async fn run(
+        &self,
+        request: Request<Streaming<RunRequest>>,
+    ) -> Result<Response<Self::RunStream>, Status> {
+        let received = Instant::now();
+        let trace = trace_context(request.metadata());
+        let mut requests = request.into_inner();
+        let first = timeout(FIRST_MESSAGE, requests.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no `start` came in 10 s"))??;
+        let Some(RunRequest {
+            message: Some(run_request::Message::Start(start)),
+        }) = first
+        else {
+            return Err(Error::from(request::Invalid::NotStarted).into());
+        };
+        let request = request::Request::parse(*start, trace).map_err(Error::from)?;
+        let run_id = request.run_id;
+        tracing::info!(%run_id, provider = %request.provider, user_id = request.user_id, "run");
+
+        let claimed = claim::claim(&self.view, request).await?;
+        let (events, responses) = mpsc::channel(relay::EVENTS);
+        let inputs = claimed.inputs.clone();
+        self.runs.spawn(async move {
+            let relay = relay::relay(received, run_id, claimed, &events);
+            let error = tokio::select! {
+                relayed = relay => relayed.err(),
+                error = refuse_input(requests, inputs) => Some(error),
+            };
+            if let Some(error) = error {
+                tracing::warn!(%run_id, error = %crate::chain(&error), "run broken off");
+                let _gone = events.send(Err(error)).await;
+            }
+        });
+        let responses = ReceiverStream::new(responses).map(|event| event.map_err(Status::from));
+        Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn list_pools(
+        &self,
+        _: Request<ListPoolsRequest>,
+    ) -> Result<Response<ListPoolsResponse>, Status> {
+        let counts = self.view.counts();
+        let mut pools: Vec<Pool> = Provider::all()
+            .map(|provider| {
+                let pool = counts.get(provider.name()).copied().unwrap_or_default();
+                Pool {
+                    provider: provider.name().into(),
+                    slots: pool.warming
+                        + pool.idle
+                        + pool.claimed
+                        + pool.recycling
+                        + pool.draining
+                        + pool.failed,
+                    warming: pool.warming,
+                    idle: pool.idle,
+                    claimed: pool.claimed,
+                    recycling: pool.recycling,
+                    draining: pool.draining,
+                    failed: pool.failed,
+                }
+            })
+            .collect();
+        pools.sort_by(|a, b| a.provider.cmp(&b.provider));
+        let (connected, unreachable) = self.view.nodes();
+        Ok(Response::new(ListPoolsResponse {
+            pools,
+            nodes_connected: u32::try_from(connected).unwrap_or(u32::MAX),
+            nodes_unreachable: u32::try_from(unreachable).unwrap_or(u32::MAX),
+        }))
+    }
+}
+
+/// Forwards the caller's input for ever, or says what was wrong with it.
+async fn refuse_input(
+    requests: Streaming<RunRequest>,
+    inputs: mpsc::Sender<polydev_proto::node::ClaimRequest>,
+) -> Error {
+    match relay::forward(requests, inputs).await {
+        Err(invalid) => invalid.into(),
+        Ok(()) => std::future::pending().await,
+    }
+}
+
+/// The caller's place in a trace, as W3C has it in headers.
+fn trace_context(metadata: &MetadataMap) -> Option<TraceContext> {
+    let text = |name| {
+        metadata
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .map(str::to_owned)
+    };
+    let traceparent = text("traceparent")?;
+    Some(TraceContext {
+        traceparent,
+        tracestate: text("tracestate").unwrap_or_default(),
+    })
+}
+
+impl From<run::Error> for Status {
+    fn from(error: run::Error) -> Self {
+        let message = crate::chain(&error);
+        match error {
+            Error::Invalid(_) | Error::Refused { .. } => Self::invalid_argument(message),
+            Error::NoIdleSlot { .. } => Self::resource_exhausted(message),
+            Error::NoNode => Self::unavailable(message),
+            Error::Unclear { .. } | Error::Lost { .. } => Self::aborted(message),
+        }
+    }
+}
