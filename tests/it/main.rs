@@ -1,0 +1,9 @@
+//! The whole system from outside, with real Docker, real Nomad and the real CLIs.
+//! They need root, and what `tests/setup.sh` installs; one runs after the other.
+
+mod images;
+mod jobspecs;
+mod nomad;
+mod refusals;
+mod runs;
+mod secrets;

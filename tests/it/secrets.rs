@@ -1,0 +1,165 @@
+//! A search for a key in every place where it must not be. It is shown to find one
+//! that is planted in each of them first.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use polydev_tests::{docker, nomad::Nomad, process::output, shim::Shim};
+
+/// Where `key` is, as plain text, base64 at any alignment, or hex: names of places.
+pub(crate) fn find(
+    key: &str,
+    nomad: &Nomad,
+    shim: &Shim,
+    command_lines: &[(String, Vec<u8>)],
+) -> Vec<String> {
+    let needles = needles(key);
+    let mut places = Vec::new();
+    let mut look = |place: String, bytes: &[u8]| {
+        if needles.iter().any(|needle| contains(bytes, needle)) {
+            places.push(place);
+        }
+    };
+
+    // The agent's data and configuration, the driver's state folder and Nomad's log.
+    for file in files(nomad.folder()) {
+        look(
+            format!("file {}", file.display()),
+            &fs::read(&file).unwrap_or_default(),
+        );
+    }
+    look("the shim's log".into(), shim.process.log().as_bytes());
+
+    for path in api_paths(nomad) {
+        look(
+            format!("Nomad's API {path}"),
+            nomad.get(&path).to_string().as_bytes(),
+        );
+    }
+
+    let ids = output(docker::command().args(["ps", "--all", "--quiet"])).stdout;
+    for id in String::from_utf8_lossy(&ids).lines() {
+        let inspect = output(docker::command().args(["inspect", id])).stdout;
+        look(format!("docker inspect {id}"), &inspect);
+        let logs = output(docker::command().args(["logs", id]));
+        look(
+            format!("docker logs {id}"),
+            &[logs.stdout, logs.stderr].concat(),
+        );
+    }
+
+    for (process, line) in command_lines {
+        look(process.clone(), line);
+    }
+    places
+}
+
+/// The command line of every process there is now.
+pub(crate) fn command_lines() -> Vec<(String, Vec<u8>)> {
+    let processes = fs::read_dir("/proc")
+        .expect("there is a /proc")
+        .filter_map(Result::ok);
+    processes
+        .map(|entry| entry.path().join("cmdline"))
+        .filter_map(|path| Some((path.display().to_string(), fs::read(path).ok()?)))
+        .collect()
+}
+
+/// What the API shows of jobs, allocations, evaluations, variables, nodes, events.
+fn api_paths(nomad: &Nomad) -> Vec<String> {
+    let mut paths: Vec<String> = [
+        "/v1/jobs?meta=true",
+        "/v1/allocations?resources=true",
+        "/v1/evaluations",
+        "/v1/deployments",
+        "/v1/nodes?resources=true",
+        "/v1/vars",
+        "/v1/metrics",
+        "/v1/agent/self",
+    ]
+    .map(str::to_owned)
+    .into();
+    let mut each = |list: &str, field: &str, prefix: &str| {
+        let list = nomad.get(list);
+        for item in list.as_array().into_iter().flatten() {
+            if let Some(id) = item[field].as_str() {
+                paths.push(format!("{prefix}/{id}"));
+            }
+        }
+    };
+    each("/v1/jobs", "ID", "/v1/job");
+    each("/v1/allocations", "ID", "/v1/allocation");
+    each("/v1/nodes", "ID", "/v1/node");
+    each("/v1/vars", "Path", "/v1/var");
+    paths
+}
+
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok);
+    entries
+        .flat_map(|entry| match entry.file_type() {
+            Ok(kind) if kind.is_dir() => files(&entry.path()),
+            Ok(kind) if kind.is_file() => vec![entry.path()],
+            _ => vec![],
+        })
+        .collect()
+}
+
+/// The key as text, hex of both cases, and base64 at each of the three alignments,
+/// without the ends that depend on what stands beside it.
+fn needles(key: &str) -> Vec<Vec<u8>> {
+    let hex = hex::encode(key);
+    let mut needles = vec![key.to_owned(), hex.to_uppercase(), hex];
+    for shift in 0..3 {
+        let padded = [&vec![0; shift][..], key.as_bytes()].concat();
+        let whole = &padded[..padded.len() / 3 * 3];
+        needles.push(BASE64_STANDARD.encode(whole)[4 * usize::from(shift > 0)..].to_owned());
+    }
+    needles.into_iter().map(String::into_bytes).collect()
+}
+
+fn contains(bytes: &[u8], needle: &[u8]) -> bool {
+    // Each needle begins with bytes that are rare enough for this to be quick.
+    let first = needle[0];
+    let mut rest = bytes;
+    while let Some(at) = rest.iter().position(|byte| *byte == first) {
+        if rest[at..].starts_with(needle) {
+            return true;
+        }
+        rest = &rest[at + 1..];
+    }
+    false
+}
+
+#[test]
+fn a_key_is_found_in_each_of_its_disguises() {
+    let key = polydev_tests::fresh_key();
+    let disguises = [
+        key.clone(),
+        hex::encode(&key),
+        hex::encode(&key).to_uppercase(),
+        BASE64_STANDARD.encode(&key),
+        BASE64_STANDARD.encode(format!("a{key}")),
+        BASE64_STANDARD.encode(format!("ab{key}c")),
+    ];
+    for disguise in disguises {
+        let text = format!("before {disguise} after");
+        assert!(
+            needles(&key)
+                .iter()
+                .any(|needle| contains(text.as_bytes(), needle)),
+            "{text}"
+        );
+    }
+    assert!(
+        !needles(&key)
+            .iter()
+            .any(|needle| contains(b"nothing of the kind", needle))
+    );
+}

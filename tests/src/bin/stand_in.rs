@@ -1,0 +1,208 @@
+//! `stand-in ADDRESS`: a model API for tests and demos. It speaks enough of the
+//! OpenAI Responses, Anthropic Messages and Gemini protocols for the real CLIs to
+//! finish a prompt, answers with a text that depends on the prompt, and keeps what
+//! arrived: `GET /requests` lists it.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use anyhow::Context;
+use axum::{
+    Json, Router,
+    body::{Body, Bytes},
+    extract::{DefaultBodyLimit, State},
+    http::{HeaderMap, Method, StatusCode, Uri, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use polydev_tests::stand_in::{Received, Text};
+use serde_json::{Value, json};
+
+/// Requests kept; a CLI makes a handful for a prompt.
+const KEPT: usize = 1000;
+/// A prompt of 100 KB and what a CLI tells its model besides.
+const BODY_MOST: usize = 8 << 20;
+const CREDENTIAL_HEADERS: [&str; 3] = ["authorization", "x-api-key", "x-goog-api-key"];
+
+type Log = Arc<Mutex<Vec<Received>>>;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let address = std::env::args().nth(1).context("usage: stand-in ADDRESS")?;
+    let address: SocketAddr = address.parse().context("ADDRESS is not IP:PORT")?;
+    let listener = tokio::net::TcpListener::bind(address).await?;
+    let app = Router::new()
+        .route("/requests", get(list))
+        .fallback(answer)
+        .layer(DefaultBodyLimit::max(BODY_MOST))
+        .with_state(Log::default());
+    axum::serve(listener, app).await?;
+    Ok(())
+}
+
+async fn list(State(log): State<Log>) -> Json<Vec<Received>> {
+    Json(log.lock().unwrap_or_else(PoisonError::into_inner).clone())
+}
+
+async fn answer(
+    State(log): State<Log>,
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let request: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let mut texts = Vec::new();
+    user_texts(&request, &mut texts);
+    let received = Received {
+        method: method.to_string(),
+        path: uri.path().to_owned(),
+        credentials: CREDENTIAL_HEADERS
+            .iter()
+            .filter_map(|name| Some((name.to_string(), headers.get(*name)?.to_str().ok()?.into())))
+            .collect(),
+        texts: texts.iter().map(|text| Text::of(text)).collect(),
+    };
+    {
+        let mut log = log.lock().unwrap_or_else(PoisonError::into_inner);
+        if log.len() < KEPT {
+            log.push(received);
+        }
+    }
+    // The prompt is what the user said last.
+    let prompt = texts.last().copied().unwrap_or_default();
+    let text = format!(
+        "The stand-in read {} bytes, sha256 {}.",
+        prompt.len(),
+        Text::of(prompt).sha256
+    );
+    let path = uri.path();
+    if method != Method::POST {
+        // Codex asks for a WebSocket first, and does without at this answer.
+        return StatusCode::UPGRADE_REQUIRED.into_response();
+    }
+    if path.ends_with("/responses") {
+        events(&openai(&text), true)
+    } else if path.ends_with("/messages") {
+        anthropic(&text, request["stream"] == true)
+    } else if path.ends_with("/count_tokens") {
+        Json(json!({ "input_tokens": 1 })).into_response()
+    } else if path.ends_with(":streamGenerateContent") {
+        events(&[("", gemini(&text))], false)
+    } else if path.ends_with(":generateContent") {
+        // The CLI asks a small model which large one shall answer.
+        let choice = json!({ "complexity_reasoning": "a stand-in", "complexity_score": 1 });
+        Json(gemini(&choice.to_string())).into_response()
+    } else {
+        StatusCode::NOT_FOUND.into_response()
+    }
+}
+
+/// Every text a user said in a request of any of the three forms, in order.
+fn user_texts<'a>(request: &'a Value, texts: &mut Vec<&'a str>) {
+    let lists = ["messages", "input", "contents"];
+    let turns = lists
+        .iter()
+        .filter_map(|list| request[*list].as_array())
+        .flatten();
+    for turn in turns.filter(|turn| turn["role"] == "user") {
+        if let Some(text) = turn["content"].as_str() {
+            texts.push(text);
+        }
+        for part in ["content", "parts"]
+            .iter()
+            .filter_map(|list| turn[*list].as_array())
+            .flatten()
+        {
+            texts.extend(part["text"].as_str());
+        }
+    }
+}
+
+fn openai(text: &str) -> Vec<(&'static str, Value)> {
+    let item = json!({
+        "type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
+        "content": [{ "type": "output_text", "text": text, "annotations": [] }],
+    });
+    let usage = json!({
+        "input_tokens": 1, "output_tokens": 1, "total_tokens": 2,
+        "input_tokens_details": { "cached_tokens": 0 },
+        "output_tokens_details": { "reasoning_tokens": 0 },
+    });
+    [
+        ("response.created", json!({ "response": { "id": "resp_1" } })),
+        ("response.output_item.added", json!({ "output_index": 0, "item": item })),
+        ("response.output_text.delta", json!({ "item_id": "msg_1", "output_index": 0, "content_index": 0, "delta": text })),
+        ("response.output_item.done", json!({ "output_index": 0, "item": item })),
+        ("response.completed", json!({ "response": { "id": "resp_1", "status": "completed", "output": [item], "usage": usage } })),
+    ]
+    .map(|(name, mut data)| {
+        data["type"] = name.into();
+        (name, data)
+    })
+    .into()
+}
+
+fn anthropic(text: &str, stream: bool) -> Response {
+    let usage = json!({ "input_tokens": 1, "output_tokens": 1 });
+    let message = json!({
+        "id": "msg_1", "type": "message", "role": "assistant", "model": "stand-in",
+        "stop_reason": null, "stop_sequence": null, "content": [], "usage": usage,
+    });
+    if !stream {
+        let mut whole = message;
+        whole["content"] = json!([{ "type": "text", "text": text }]);
+        whole["stop_reason"] = "end_turn".into();
+        return Json(whole).into_response();
+    }
+    let steps = [
+        ("message_start", json!({ "message": message })),
+        (
+            "content_block_start",
+            json!({ "index": 0, "content_block": { "type": "text", "text": "" } }),
+        ),
+        (
+            "content_block_delta",
+            json!({ "index": 0, "delta": { "type": "text_delta", "text": text } }),
+        ),
+        ("content_block_stop", json!({ "index": 0 })),
+        (
+            "message_delta",
+            json!({ "delta": { "stop_reason": "end_turn", "stop_sequence": null }, "usage": usage }),
+        ),
+        ("message_stop", json!({})),
+    ];
+    let steps = steps.map(|(name, mut data)| {
+        data["type"] = name.into();
+        (name, data)
+    });
+    events(&steps, true)
+}
+
+fn gemini(text: &str) -> Value {
+    json!({
+        "candidates": [{
+            "content": { "role": "model", "parts": [{ "text": text }] },
+            "finishReason": "STOP", "index": 0,
+        }],
+        "usageMetadata": { "promptTokenCount": 1, "candidatesTokenCount": 1, "totalTokenCount": 2 },
+    })
+}
+
+/// Server-sent events, with or without their names.
+fn events(events: &[(&str, Value)], named: bool) -> Response {
+    let mut body = String::new();
+    for (name, data) in events {
+        if named {
+            body.push_str(&format!("event: {name}\n"));
+        }
+        body.push_str(&format!("data: {data}\n\n"));
+    }
+    (
+        [(header::CONTENT_TYPE, "text/event-stream")],
+        Body::from(body),
+    )
+        .into_response()
+}

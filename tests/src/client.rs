@@ -1,0 +1,289 @@
+//! A caller of the shim, as a master-controller is one.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use bytes::Bytes;
+use polydev_proto::runtime::{
+    Accepted, Argv, CloseStdin, Credential, Exited, ListPoolsRequest, Pool, Prompt, RunRequest,
+    RunStart, run_request::Message, run_response::Event, run_start::Command,
+    runtime_service_client::RuntimeServiceClient,
+};
+use tokio::{runtime::Runtime, sync::mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming, transport::Channel};
+
+use crate::wait_until;
+
+/// Longer than any run of the tests.
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// A blocking client: tests read from top to bottom.
+pub struct Client {
+    runtime: Runtime,
+    service: RuntimeServiceClient<Channel>,
+}
+
+/// A run that has been accepted.
+pub struct Run {
+    pub accepted: Accepted,
+    pub requests: mpsc::Sender<RunRequest>,
+    pub events: Streaming<polydev_proto::runtime::RunResponse>,
+}
+
+/// A run that has ended.
+#[derive(Debug)]
+pub struct Outcome {
+    pub accepted: Accepted,
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub exited: Exited,
+}
+
+impl Outcome {
+    #[must_use]
+    pub fn stdout(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    #[must_use]
+    pub fn stderr(&self) -> String {
+        String::from_utf8_lossy(&self.stderr).into_owned()
+    }
+}
+
+/// A run of `argv` for the user `tester`.
+#[must_use]
+pub fn argv(provider: &str, argv: &[&str]) -> RunStart {
+    let args = argv
+        .iter()
+        .map(|arg| Bytes::copy_from_slice(arg.as_bytes()))
+        .collect();
+    RunStart {
+        command: Some(Command::Argv(Argv { args })),
+        ..start(provider)
+    }
+}
+
+/// A run of `sh -c script`.
+#[must_use]
+pub fn shell(provider: &str, script: &str) -> RunStart {
+    argv(provider, &["sh", "-c", script])
+}
+
+/// A prompt with a key, to be sent to the model API at `url`.
+#[must_use]
+pub fn prompt(provider: &str, text: &str, key: &str, url: &str) -> RunStart {
+    let (variable, url) = match provider {
+        "openai" => ("OPENAI_BASE_URL", format!("{url}/v1")),
+        "anthropic" => ("ANTHROPIC_BASE_URL", url.to_owned()),
+        "google" => ("GOOGLE_GEMINI_BASE_URL", url.to_owned()),
+        other => panic!("no provider `{other}`"),
+    };
+    RunStart {
+        command: Some(Command::Prompt(Prompt {
+            text: text.into(),
+            model: String::new(),
+        })),
+        env: BTreeMap::from([(variable.into(), url)]),
+        credential: Some(Credential {
+            api_key: key.into(),
+            project_id: String::new(),
+        }),
+        ..start(provider)
+    }
+}
+
+fn start(provider: &str) -> RunStart {
+    RunStart {
+        provider: provider.into(),
+        user_id: "tester".into(),
+        timeout: Some(prost_types::Duration {
+            seconds: 120,
+            nanos: 0,
+        }),
+        ..Default::default()
+    }
+}
+
+impl Client {
+    /// # Panics
+    /// If no shim answers there.
+    #[must_use]
+    pub fn connect(address: &str) -> Self {
+        let runtime = Runtime::new().expect("a runtime can be made");
+        let endpoint = tonic::transport::Endpoint::from_shared(address.to_owned());
+        let endpoint = endpoint.expect("an address of the harness is a URI");
+        let channel = runtime
+            .block_on(endpoint.connect())
+            .expect("the shim answers");
+        Self {
+            runtime,
+            service: RuntimeServiceClient::new(channel),
+        }
+    }
+
+    /// Starts a run and waits until it is accepted.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub fn start(&self, start: RunStart) -> Result<Run, Status> {
+        let (requests, queue) = mpsc::channel(16);
+        let first = RunRequest {
+            message: Some(Message::Start(Box::new(start))),
+        };
+        requests.try_send(first).expect("an empty queue has room");
+        let mut service = self.service.clone();
+        self.wait(async move {
+            let mut events = service.run(ReceiverStream::new(queue)).await?.into_inner();
+            match events.message().await?.and_then(|response| response.event) {
+                Some(Event::Accepted(accepted)) => Ok(Run {
+                    accepted,
+                    requests,
+                    events,
+                }),
+                other => panic!("the first event is {other:?}"),
+            }
+        })
+    }
+
+    /// Reads a run to its end.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    ///
+    /// # Panics
+    /// If its output has a gap.
+    pub fn finish(&self, run: Run) -> Result<Outcome, Status> {
+        let Run {
+            accepted,
+            requests: _requests,
+            mut events,
+        } = run;
+        self.wait(async move {
+            let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+            loop {
+                let response = events.message().await?.expect("the last event is `exited`");
+                match response.event.expect("every response has an event") {
+                    Event::Stdout(output) => {
+                        assert_eq!(output.offset, stdout.len() as u64, "a gap in stdout");
+                        stdout.extend_from_slice(&output.data);
+                    }
+                    Event::Stderr(output) => {
+                        assert_eq!(output.offset, stderr.len() as u64, "a gap in stderr");
+                        stderr.extend_from_slice(&output.data);
+                    }
+                    Event::Exited(exited) => {
+                        assert_eq!(exited.stdout_bytes, stdout.len() as u64);
+                        assert_eq!(exited.stderr_bytes, stderr.len() as u64);
+                        return Ok(Outcome {
+                            accepted,
+                            stdout,
+                            stderr,
+                            exited,
+                        });
+                    }
+                    Event::Accepted(_) | Event::Started(_) => {}
+                }
+            }
+        })
+    }
+
+    /// A whole run without input.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub fn run(&self, start: RunStart) -> Result<Outcome, Status> {
+        self.finish(self.start(start)?)
+    }
+
+    /// A whole run with `input` as its stdin.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub fn run_with_stdin(&self, mut start: RunStart, input: Bytes) -> Result<Outcome, Status> {
+        start.stdin = true;
+        let run = self.start(start)?;
+        let requests = run.requests.clone();
+        let sending = self.runtime.spawn(async move {
+            let chunks = (0..input.len()).step_by(64 << 10);
+            let chunks = chunks.map(|at| input.slice(at..input.len().min(at + (64 << 10))));
+            let messages = chunks
+                .map(Message::Stdin)
+                .chain([Message::CloseStdin(CloseStdin {})]);
+            for message in messages {
+                if requests
+                    .send(RunRequest {
+                        message: Some(message),
+                    })
+                    .await
+                    .is_err()
+                {
+                    return;
+                }
+            }
+        });
+        let outcome = self.finish(run);
+        sending.abort();
+        outcome
+    }
+
+    /// Sends one message to a run.
+    pub fn send(&self, run: &Run, message: Message) {
+        let sent = run.requests.try_send(RunRequest {
+            message: Some(message),
+        });
+        sent.expect("the queue has room");
+    }
+
+    /// The next event of a run.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub fn next(&self, run: &mut Run) -> Result<Option<Event>, Status> {
+        self.wait(async {
+            Ok(run
+                .events
+                .message()
+                .await?
+                .and_then(|response| response.event))
+        })
+    }
+
+    /// One provider's slots.
+    ///
+    /// # Panics
+    /// If the shim does not answer.
+    #[must_use]
+    pub fn pool(&self, provider: &str) -> Pool {
+        let mut service = self.service.clone();
+        let answer = self.wait(async move { service.list_pools(ListPoolsRequest {}).await });
+        let pools = answer.expect("the shim lists its pools").into_inner().pools;
+        let pool = pools.into_iter().find(|pool| pool.provider == provider);
+        pool.expect("every provider has a pool")
+    }
+
+    /// Waits until as many slots of a provider are idle.
+    #[track_caller]
+    pub fn wait_idle(&self, provider: &str, count: u32) {
+        wait_until(
+            &format!("{count} idle {provider} slots"),
+            Duration::from_secs(90),
+            || {
+                let pool = self.pool(provider);
+                if pool.idle == count {
+                    Ok(())
+                } else {
+                    Err(format!("{pool:?}"))
+                }
+            },
+        );
+    }
+
+    fn wait<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+        self.runtime.block_on(async {
+            tokio::time::timeout(LIMIT, call)
+                .await
+                .expect("an answer within three minutes")
+        })
+    }
+}

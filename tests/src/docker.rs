@@ -1,0 +1,40 @@
+//! Docker as a person uses it: the command line.
+
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::process::succeed;
+
+/// The engine's own client: another one may stand before it in `PATH`.
+#[must_use]
+pub fn command() -> Command {
+    let debian = "/usr/bin/docker";
+    Command::new(if std::path::Path::new(debian).exists() {
+        debian
+    } else {
+        "docker"
+    })
+}
+
+/// Runs `docker ARGS`, which must succeed.
+#[track_caller]
+pub fn docker(args: &[&str]) -> String {
+    succeed(command().args(args))
+}
+
+/// Ids of all containers with a label.
+#[must_use]
+pub fn containers(label: &str) -> Vec<String> {
+    let filter = format!("label={label}");
+    let ids = docker(&["ps", "--all", "--quiet", "--no-trunc", "--filter", &filter]);
+    ids.lines().map(str::to_owned).collect()
+}
+
+/// What `docker inspect` says of a container.
+#[must_use]
+pub fn inspect(id: &str) -> Value {
+    let text = docker(&["inspect", id]);
+    let list: Value = serde_json::from_str(&text).expect("docker inspect prints JSON");
+    list[0].clone()
+}

@@ -1,0 +1,120 @@
+//! A host outside: the stand-in model API in a network namespace, joined to this
+//! machine by a veth pair, so that containers reach it as they reach any server.
+
+use std::{process::Command, time::Duration};
+
+use tempfile::TempDir;
+
+use crate::{
+    process::{Process, succeed},
+    program,
+    stand_in::Received,
+    wait_until,
+};
+
+/// Removed with its interfaces when dropped.
+#[derive(Debug)]
+pub struct Host {
+    namespace: String,
+    /// The stand-in's address, `http://` and an IP.
+    pub url: String,
+    server: Option<Process>,
+    _folder: TempDir,
+}
+
+impl Host {
+    /// Makes the namespace and starts the stand-in in it. The addresses are from
+    /// 198.18.0.0/15, which is set aside for tests between networks.
+    ///
+    /// # Panics
+    /// Without root's rights, or if the stand-in does not answer.
+    #[must_use]
+    pub fn start() -> Self {
+        let nonce = rand::random::<u16>();
+        let namespace = format!("pdt{nonce:04x}");
+        let [high, low] = (nonce & 0xfffc).to_be_bytes();
+        let (here, there) = (
+            format!("198.18.{high}.{}", low + 1),
+            format!("198.18.{high}.{}", low + 2),
+        );
+        let (outer, inner) = (format!("{namespace}h"), format!("{namespace}n"));
+
+        ip(&["netns", "add", &namespace]);
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        let mut host = Self {
+            namespace,
+            url: format!("http://{there}"),
+            server: None,
+            _folder: folder,
+        };
+        let namespace = host.namespace.as_str();
+        ip(&[
+            "link", "add", &outer, "type", "veth", "peer", "name", &inner, "netns", namespace,
+        ]);
+        ip(&["addr", "add", &format!("{here}/30"), "dev", &outer]);
+        ip(&["link", "set", &outer, "up"]);
+        ip(&[
+            "-n",
+            namespace,
+            "addr",
+            "add",
+            &format!("{there}/30"),
+            "dev",
+            &inner,
+        ]);
+        ip(&["-n", namespace, "link", "set", &inner, "up"]);
+        ip(&["-n", namespace, "link", "set", "lo", "up"]);
+        ip(&["-n", namespace, "route", "add", "default", "via", &here]);
+
+        let mut command = Command::new("ip");
+        command
+            .args(["netns", "exec", namespace])
+            .arg(program("stand-in"))
+            .arg(format!("{there}:80"));
+        host.server = Some(Process::start(
+            &mut command,
+            &host._folder.path().join("stand-in.log"),
+        ));
+        wait_until("the stand-in", Duration::from_secs(10), || {
+            host.try_requests()
+        });
+        host
+    }
+
+    /// What has arrived so far.
+    #[must_use]
+    pub fn requests(&self) -> Vec<Received> {
+        self.try_requests().expect("the stand-in answers")
+    }
+
+    fn try_requests(&self) -> Result<Vec<Received>, String> {
+        let url = format!("{}/requests", self.url);
+        let mut command = Command::new("ip");
+        command.args([
+            "netns",
+            "exec",
+            &self.namespace,
+            "curl",
+            "--silent",
+            "--fail",
+            "--noproxy",
+            "*",
+            &url,
+        ]);
+        let output = crate::process::output(&mut command);
+        serde_json::from_slice(&output.stdout)
+            .map_err(|error| format!("{error}: {}", output.status))
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.server = None;
+        ip(&["netns", "delete", &self.namespace]);
+    }
+}
+
+#[track_caller]
+fn ip(args: &[&str]) {
+    succeed(Command::new("ip").args(args));
+}

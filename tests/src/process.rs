@@ -1,0 +1,119 @@
+//! Child processes that do not outlive their test.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::wait_until;
+
+/// A process whose output goes to a file. Dropping it asks it to end, and waits.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    log: PathBuf,
+    name: String,
+}
+
+impl Process {
+    /// # Panics
+    /// If it cannot be started.
+    pub fn start(command: &mut Command, log: &Path) -> Self {
+        let name = command.get_program().to_string_lossy().into_owned();
+        let file = File::create(log).expect("a log can be made");
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().expect("a descriptor can be copied"))
+            .stderr(file)
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {name}: {error}"));
+        Self {
+            child,
+            log: log.to_owned(),
+            name,
+        }
+    }
+
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// What it has printed so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        let _gone = kill(self.pid(), signal);
+    }
+
+    /// Its status, if it has ended.
+    pub fn exit(&mut self) -> Option<std::process::ExitStatus> {
+        self.child.try_wait().expect("a child can be waited for")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.signal(Signal::SIGTERM);
+        let limit = std::time::Instant::now() + Duration::from_secs(60);
+        while self.exit().is_none() {
+            if std::time::Instant::now() > limit {
+                eprintln!("{} did not end:\n{}", self.name, self.log());
+                self.signal(Signal::SIGKILL);
+            }
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+        if std::thread::panicking() {
+            let log = self.log();
+            let tail = log.len().saturating_sub(6000);
+            eprintln!("--- {} ---\n{}", self.name, log.get(tail..).unwrap_or(&log));
+        }
+    }
+}
+
+/// Runs a command to its end.
+///
+/// # Panics
+/// If it cannot be started.
+pub fn output(command: &mut Command) -> Output {
+    let command = command.stdin(Stdio::null());
+    command
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"))
+}
+
+/// Runs a command that must succeed, and returns its stdout.
+///
+/// # Panics
+/// If it fails, with what it said.
+#[track_caller]
+pub fn succeed(command: &mut Command) -> String {
+    let output = output(command);
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Waits for a file's text to hold `text`.
+#[track_caller]
+pub fn wait_for_log(process: &Process, text: &str, limit: Duration) {
+    wait_until(&format!("`{text}` in the log"), limit, || {
+        let log = process.log();
+        if log.contains(text) { Ok(()) } else { Err(log) }
+    });
+}

@@ -1,0 +1,110 @@
+//! A shim of this build: with the embedded engine, or in front of a Nomad agent.
+
+use std::{path::PathBuf, process::Command, time::Duration};
+
+use tempfile::TempDir;
+
+use crate::{client::Client, process::Process, program, wait_until};
+
+/// A running shim. Dropping it stops it, and with it what it started.
+pub struct Shim {
+    // Dropped before the folder that its driver works in.
+    pub process: Process,
+    pub address: String,
+    folder: TempDir,
+}
+
+impl Shim {
+    /// `polydev-shim dev` with `pools` such as `anthropic=2`, all of them warm.
+    #[must_use]
+    pub fn dev(pools: &[&str]) -> Self {
+        let folder = folder();
+        let mut command = Command::new(program("polydev-shim"));
+        command
+            .arg("dev")
+            .arg("--state-dir")
+            .arg(folder.path().join("s"));
+        for pool in pools {
+            command.args(["--pool", pool]);
+        }
+        let shim = Self::start(command, folder);
+        let client = shim.client();
+        for pool in pools {
+            let (provider, count) = pool.split_once('=').expect("a pool is PROVIDER=COUNT");
+            client.wait_idle(provider, count.parse().expect("a count is a number"));
+        }
+        shim
+    }
+
+    /// `polydev-shim serve` in front of the agent at `nomad`.
+    #[must_use]
+    pub fn serve(nomad: &str) -> Self {
+        let mut command = Command::new(program("polydev-shim"));
+        command.args(["serve", "--nomad-addr", nomad]);
+        Self::start(command, folder())
+    }
+
+    fn start(mut command: Command, folder: TempDir) -> Self {
+        let socket = folder.path().join("shim.sock");
+        let address = format!("unix://{}", socket.display());
+        command.args(["--listen", &address]);
+        let mut process = Process::start(&mut command, &folder.path().join("shim.log"));
+        wait_until("the shim's socket", Duration::from_secs(60), || {
+            if let Some(status) = process.exit() {
+                panic!("the shim ended, {status}:\n{}", process.log());
+            }
+            std::os::unix::net::UnixStream::connect(&socket).map_err(|error| error.to_string())
+        });
+        Self {
+            process,
+            address,
+            folder,
+        }
+    }
+
+    #[must_use]
+    pub fn client(&self) -> Client {
+        Client::connect(&self.address)
+    }
+
+    /// The driver's state folder, with the embedded engine.
+    #[must_use]
+    pub fn state_dir(&self) -> PathBuf {
+        self.folder.path().join("s")
+    }
+
+    /// The label of everything the embedded engine's driver has made in Docker.
+    #[must_use]
+    pub fn label(&self) -> String {
+        instance_label(&self.state_dir())
+    }
+
+    /// `polydev-shim run ...` against this shim.
+    #[must_use]
+    pub fn run_command(&self) -> Command {
+        let mut command = Command::new(program("polydev-shim"));
+        command.arg("run").env("POLYDEV_ADDRESS", &self.address);
+        command
+    }
+}
+
+/// The label of everything that the driver of a state folder has made in Docker.
+///
+/// # Panics
+/// If no driver has used the folder.
+#[must_use]
+pub fn instance_label(state_dir: &std::path::Path) -> String {
+    let instance = std::fs::read_to_string(state_dir.join("instance"));
+    format!(
+        "dev.polydev.instance={}",
+        instance.expect("the driver has made its id")
+    )
+}
+
+/// Short, for the sockets below it.
+fn folder() -> TempDir {
+    tempfile::Builder::new()
+        .prefix("pd")
+        .tempdir_in("/tmp")
+        .expect("a folder can be made")
+}

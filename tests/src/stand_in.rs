@@ -1,0 +1,34 @@
+//! What the stand-in model API keeps of a request.
+
+use std::collections::BTreeMap;
+
+use sha2::{Digest, Sha256};
+
+/// One request that arrived.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct Received {
+    pub method: String,
+    pub path: String,
+    /// Credential headers, lower-case name to value.
+    pub credentials: BTreeMap<String, String>,
+    /// What the user said, in order.
+    pub texts: Vec<Text>,
+}
+
+/// A text, told apart without keeping it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Text {
+    pub bytes: usize,
+    /// Lower-case hex.
+    pub sha256: String,
+}
+
+impl Text {
+    #[must_use]
+    pub fn of(text: &str) -> Self {
+        Self {
+            bytes: text.len(),
+            sha256: hex::encode(Sha256::digest(text)),
+        }
+    }
+}
