@@ -4,6 +4,7 @@
 # This file is the same in every runtime image; what differs is in provider.sh.
 set -eu
 
+# Its names begin with polydev_, so that none shadows a variable of the user.
 . /runtime/provider.sh
 
 say() { printf '%s\n' "$*" >&2; }
@@ -21,28 +22,28 @@ idle() {
 
 # True when "$@" is the provider's CLI doing more than telling about itself.
 needs_key() {
-    [ "${1##*/}" = "$CLI" ] || return 1
+    [ "${1##*/}" = "$polydev_cli" ] || return 1
     if [ $# -eq 2 ]; then
         case $2 in --version | --help | -h | -V | -v) return 1 ;; esac
     fi
     return 0
 }
 
-say "polydev ${PROVIDER:-$DEFAULT_PROVIDER} runtime, user ${USER_ID:-unknown}"
+say "polydev ${PROVIDER:-$polydev_provider} runtime, user ${USER_ID:-unknown}"
 
 if [ "${WARM_POOL:-}" = true ] || [ $# -eq 0 ]; then
     debug "no key is needed to idle"
     idle
 fi
 
-if has_key || [ -e "$HOME/$SIGN_IN_FILE" ]; then
+if has_key || [ -e "$HOME/$polydev_sign_in_file" ]; then
     prepare_credentials
-    debug "credentials are prepared for $CLI"
+    debug "credentials are prepared for $polydev_cli"
 elif needs_key "$@"; then
-    say "ERROR: $KEY not provided"
+    say "ERROR: $polydev_key not provided"
     exit 1
 else
-    say "WARNING: $KEY not provided; $CLI will not be able to sign in"
+    say "WARNING: $polydev_key not provided; $polydev_cli will not be able to sign in"
 fi
 
 debug "running $1 with $(($# - 1)) arguments"

@@ -1,9 +1,9 @@
 # What entrypoint.sh needs to know about Claude Code. The shim's provider table
 # says the same in Rust; a test runs both and compares.
-DEFAULT_PROVIDER=anthropic
-CLI=claude
-KEY=ANTHROPIC_API_KEY
-SIGN_IN_FILE=.claude/.credentials.json
+polydev_provider=anthropic
+polydev_cli=claude
+polydev_key=ANTHROPIC_API_KEY
+polydev_sign_in_file=.claude/.credentials.json
 
 has_key() { [ -n "${ANTHROPIC_API_KEY:-}" ]; }
 

@@ -1,9 +1,9 @@
 # What entrypoint.sh needs to know about the Gemini CLI. The shim's provider
 # table says the same in Rust; a test runs both and compares.
-DEFAULT_PROVIDER=google
-CLI=gemini
-KEY=GOOGLE_API_KEY
-SIGN_IN_FILE=.gemini/oauth_creds.json
+polydev_provider=google
+polydev_cli=gemini
+polydev_key=GOOGLE_API_KEY
+polydev_sign_in_file=.gemini/oauth_creds.json
 
 has_key() { [ -n "${GOOGLE_API_KEY:-}" ]; }
 
@@ -11,17 +11,17 @@ has_key() { [ -n "${GOOGLE_API_KEY:-}" ]; }
 # does not guess: the settings file must name the way to sign in.
 prepare_credentials() {
     if ! has_key; then
-        auth=oauth-personal
+        polydev_auth=oauth-personal
     elif [ -n "${GOOGLE_PROJECT_ID:-}" ]; then
         export GOOGLE_GENAI_USE_VERTEXAI=true GOOGLE_CLOUD_PROJECT="$GOOGLE_PROJECT_ID"
-        auth=vertex-ai
+        polydev_auth=vertex-ai
     else
         export GEMINI_API_KEY="$GOOGLE_API_KEY"
         unset GOOGLE_API_KEY
-        auth=gemini-api-key
+        polydev_auth=gemini-api-key
     fi
-    settings=$HOME/.gemini/settings.json
-    if [ ! -e "$settings" ]; then
-        (umask 077 && printf '{"security":{"auth":{"selectedType":"%s"}}}\n' "$auth" >"$settings")
+    polydev_settings=$HOME/.gemini/settings.json
+    if [ ! -e "$polydev_settings" ]; then
+        (umask 077 && printf '{"security":{"auth":{"selectedType":"%s"}}}\n' "$polydev_auth" >"$polydev_settings")
     fi
 }

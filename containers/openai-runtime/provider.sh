@@ -1,9 +1,9 @@
 # What entrypoint.sh needs to know about Codex. The shim's provider table says
 # the same in Rust; a test runs both and compares.
-DEFAULT_PROVIDER=openai
-CLI=codex
-KEY=OPENAI_API_KEY
-SIGN_IN_FILE=.codex/auth.json
+polydev_provider=openai
+polydev_cli=codex
+polydev_key=OPENAI_API_KEY
+polydev_sign_in_file=.codex/auth.json
 
 has_key() { [ -n "${OPENAI_API_KEY:-}" ]; }
 

@@ -340,8 +340,10 @@ impl Driver for Service {
 
     async fn exec_task_streaming(
         &self,
-        _: Request<Streaming<ExecTaskStreamingRequest>>,
+        request: Request<Streaming<ExecTaskStreamingRequest>>,
     ) -> Result<Response<Self::ExecTaskStreamingStream>, Status> {
+        // A call that ends while its first message is on the way shows no reason.
+        let _setup = request.into_inner().message().await?;
         Err(Error::Private {
             operation: "exec is",
         }

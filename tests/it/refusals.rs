@@ -178,14 +178,16 @@ fn a_wrong_job_fails_with_the_name_of_the_field_and_leaves_nothing() {
                    }}
                    task "t" {{
                      driver = "polydev"
-                     config {{ {config} }}
+                     config {{
+ {config}
+ }}
                    }}
                  }}
                }}"#
         )
     };
     let cases = [
-        ("plain", "", "slot"),
+        ("plain", "image = \"busybox:1\"", "no `slot` block"),
         (
             "provider",
             "slot {\n provider = \"mistral\"\n }",

@@ -27,13 +27,17 @@ pub fn plugin() -> Spec {
 /// Options of `task { config { ... } }`.
 #[must_use]
 pub fn task() -> Spec {
-    object([block(
-        "slot",
-        [
-            attribute("provider", "string", Required::Yes),
-            attribute("image", "string", Required::No),
-        ],
-    )])
+    object([
+        // Of a plain task, which is refused with the reason.
+        attribute("image", "string", Required::No),
+        block(
+            "slot",
+            [
+                attribute("provider", "string", Required::Yes),
+                attribute("image", "string", Required::No),
+            ],
+        ),
+    ])
 }
 
 enum Required {

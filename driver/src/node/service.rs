@@ -268,6 +268,7 @@ fn encode_event(event: Event) -> ClaimResponse {
             signal: ended.signal,
             message: ended.message,
             after: duration(ended.after),
+            first_output_after: ended.first_output_after.and_then(duration),
             stdout_bytes: ended.stdout_bytes,
             stderr_bytes: ended.stderr_bytes,
         }),

@@ -72,6 +72,8 @@ pub struct Ended {
     pub signal: i32,
     pub message: String,
     pub after: Duration,
+    /// When the first byte of output came; `None` without output.
+    pub first_output_after: Option<Duration>,
     pub stdout_bytes: u64,
     pub stderr_bytes: u64,
 }

@@ -80,6 +80,7 @@ pub(super) async fn serve(
         kill_timeout,
         stdin: StdinWindow::default(),
         received: [0; 2],
+        first_output_after: None,
         end_at: Instant::now() + timeout + kill_timeout + GRACE,
         cancelled: Cancelled::No,
     };
@@ -108,6 +109,7 @@ struct Run<'a> {
     stdin: StdinWindow,
     /// Bytes of stdout and stderr so far.
     received: [u64; 2],
+    first_output_after: Option<Duration>,
     /// When the driver stops waiting for init.
     end_at: Instant,
     cancelled: Cancelled,
@@ -261,6 +263,8 @@ impl Run<'_> {
             offset,
             data: bytes,
         } = data;
+        self.first_output_after
+            .get_or_insert_with(|| self.arrived.elapsed());
         let end = offset + bytes.len() as u64;
         let kind = polydev_proto::init::Stream::try_from(stream).unwrap_or_default();
         self.received[usize::from(kind == polydev_proto::init::Stream::Stderr)] = end;
@@ -377,6 +381,7 @@ impl Run<'_> {
             signal: 0,
             message: message.to_owned(),
             after: self.arrived.elapsed(),
+            first_output_after: self.first_output_after,
             stdout_bytes,
             stderr_bytes,
         }

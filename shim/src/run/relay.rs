@@ -67,14 +67,13 @@ pub async fn relay(
                 run_response::Event::Started(Started {})
             }
             claim_response::Event::Stdout(output) => {
-                timeline.first_output();
                 run_response::Event::Stdout(encode_output(output))
             }
             claim_response::Event::Stderr(output) => {
-                timeline.first_output();
                 run_response::Event::Stderr(encode_output(output))
             }
             claim_response::Event::Ended(ended) => {
+                timeline.driver("first_output", ended.first_output_after);
                 timeline.driver("exited", ended.after);
                 let exited = encode_end(ended, timeline.stages);
                 send(caller, run_response::Event::Exited(exited)).await;
@@ -143,35 +142,20 @@ async fn send(
 /// When each stage was reached. The driver counts from the claim's arrival, which on
 /// its clock and ours is the moment it was sent, give or take the wire.
 struct Timeline {
-    received: Instant,
     claimed: Duration,
     stages: Vec<Stage>,
-    has_output: bool,
 }
 
 impl Timeline {
     fn new(received: Instant, sent: Instant) -> Self {
         let claimed = sent - received;
         let stages = vec![stage("received", Duration::ZERO), stage("claimed", claimed)];
-        Self {
-            received,
-            claimed,
-            stages,
-            has_output: false,
-        }
+        Self { claimed, stages }
     }
 
     fn driver(&mut self, name: &str, after: Option<prost_types::Duration>) {
         if let Some(after) = after.and_then(|after| Duration::try_from(after).ok()) {
             self.stages.push(stage(name, self.claimed + after));
-        }
-    }
-
-    fn first_output(&mut self) {
-        if !self.has_output {
-            self.has_output = true;
-            self.stages
-                .push(stage("first_output", self.received.elapsed()));
         }
     }
 }

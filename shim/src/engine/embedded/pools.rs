@@ -76,6 +76,7 @@ impl Slot {
     /// What Nomad would send for an allocation of `jobspecs/pool-*.nomad.hcl`.
     fn task(&self) -> TaskConfig {
         let config = serde_json::json!({
+            "image": null,
             "slot": { "image": null, "provider": self.provider.name() },
         });
         let name = "runtime";
