@@ -1,1 +1,256 @@
-fn main() {}
+//! `make bench`: how fast and how small, against what a user would use instead, in
+//! one run. Prints a table and writes `target/bench/results.json` and, with every
+//! sample, `target/bench/samples.json`.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail};
+use bollard::exec::{CreateExecOptions, StartExecResults};
+use futures_util::StreamExt;
+use polydev_proto::runtime::run_response::Event;
+use polydev_tests::{
+    client::{Client, argv},
+    docker, root,
+    shim::Shim,
+};
+use serde_json::{Value, json};
+
+const SLOTS: u32 = 8;
+const SAMPLES: usize = 100;
+/// What both sides run.
+const COMMAND: [&str; 3] = ["sh", "-c", "echo hi"];
+const IMAGE: &str = "polydev-anthropic-runtime:latest";
+
+fn main() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    let shim = Shim::dev(&[&format!("anthropic={SLOTS}")]);
+    let client = shim.client();
+    let memory = memory(&shim)?;
+
+    // A container for `docker exec` with the limits of a run, its process as idle as init.
+    let limits = [
+        "--cpus=0.5",
+        "--memory=512m",
+        "--memory-swap=512m",
+        "--pids-limit=256",
+    ];
+    let start = [
+        &["run", "--detach", "-e", "WARM_POOL=true"],
+        &limits[..],
+        &[IMAGE],
+    ]
+    .concat();
+    let container = docker::docker(&start).trim().to_owned();
+    let measured = measure(&client, &runtime, &container);
+    docker::docker(&["rm", "--force", &container]);
+    let (warm, exec) = measured?;
+
+    let (warm_summary, exec_summary) = (Summary::of(&warm), Summary::of(&exec));
+    let ratio = exec_summary.p50 / warm_summary.p50;
+    let mut figures = vec![json!({
+        "name": "warm claim to first byte, through the shim",
+        "unit": "ms",
+        "n": warm.len(),
+        "p50": warm_summary.p50, "p90": warm_summary.p90, "p99": warm_summary.p99,
+        "against": {
+            "name": "docker exec of the same command, over Docker's API",
+            "unit": "ms",
+            "n": exec.len(),
+            "p50": exec_summary.p50, "p90": exec_summary.p90, "p99": exec_summary.p99,
+        },
+        "ratio": ratio,
+        "bound": "p50 <= 5 ms, p99 <= 20 ms, ratio >= 8",
+        "holds": warm_summary.p50 <= 5.0 && warm_summary.p99 <= 20.0 && ratio >= 8.0,
+    })];
+    for (name, value, most) in memory {
+        figures.push(json!({
+            "name": name, "unit": "MB", "n": 1, "value": value,
+            "bound": format!("<= {most} MB"), "holds": value <= most,
+        }));
+    }
+
+    let folder = root().join("target/bench");
+    fs::create_dir_all(&folder)?;
+    fs::write(
+        folder.join("results.json"),
+        serde_json::to_string_pretty(&figures)?,
+    )?;
+    let samples = json!({ "warm_claim_ms": warm, "docker_exec_ms": exec });
+    fs::write(
+        folder.join("samples.json"),
+        serde_json::to_string_pretty(&samples)?,
+    )?;
+    print(&figures);
+    Ok(())
+}
+
+/// Milliseconds from request to first byte: warm claims, and `docker exec` in between.
+fn measure(
+    client: &Client,
+    runtime: &tokio::runtime::Runtime,
+    container: &str,
+) -> anyhow::Result<(Vec<f64>, Vec<f64>)> {
+    let docker = bollard::Docker::connect_with_unix_defaults()?;
+    let docker = runtime.block_on(docker.negotiate_version())?;
+    let (mut warm, mut exec) = (Vec::new(), Vec::new());
+    for sample in 0..SAMPLES {
+        // An idle machine: every slot is warm again, nothing is being refilled.
+        client.wait_idle("anthropic", SLOTS);
+        warm.push(warm_claim(client)?);
+        client.wait_idle("anthropic", SLOTS);
+        exec.push(runtime.block_on(docker_exec(&docker, container))?);
+        if sample % 20 == 19 {
+            eprintln!("{} of {SAMPLES} samples", sample + 1);
+        }
+    }
+    Ok((warm, exec))
+}
+
+fn warm_claim(client: &Client) -> anyhow::Result<f64> {
+    let start = Instant::now();
+    let mut run = client.start(argv("anthropic", &COMMAND))?;
+    let mut first = None;
+    loop {
+        match client.next(&mut run)? {
+            Some(Event::Stdout(_)) if first.is_none() => first = Some(millis(start.elapsed())),
+            Some(Event::Exited(exited)) if exited.exit_code == 0 => {
+                return first.context("the command wrote nothing");
+            }
+            Some(Event::Exited(exited)) => bail!("the command failed: {exited:?}"),
+            Some(_) => {}
+            None => bail!("the stream ended before the run"),
+        }
+    }
+}
+
+async fn docker_exec(docker: &bollard::Docker, container: &str) -> anyhow::Result<f64> {
+    let start = Instant::now();
+    let options = CreateExecOptions {
+        attach_stdout: Some(true),
+        attach_stderr: Some(true),
+        cmd: Some(COMMAND.to_vec()),
+        ..Default::default()
+    };
+    let exec = docker.create_exec(container, options).await?;
+    let StartExecResults::Attached { mut output, .. } = docker.start_exec(&exec.id, None).await?
+    else {
+        bail!("docker did not attach");
+    };
+    output.next().await.context("the command wrote nothing")??;
+    let first = millis(start.elapsed());
+    while output.next().await.is_some() {}
+    Ok(first)
+}
+
+/// Resident memory of driver, shim and the largest idle init, in MB (10^6), with the
+/// most each may take.
+fn memory(shim: &Shim) -> anyhow::Result<Vec<(String, f64, f64)>> {
+    let lock = fs::read_to_string(shim.state_dir().join("driver.lock"))?;
+    let mut inits = BTreeMap::new();
+    for id in docker::containers(&shim.label()) {
+        let pid = docker::inspect(&id)["State"]["Pid"]
+            .as_i64()
+            .context("a container has a pid")?;
+        inits.insert(id, resident(pid)?);
+    }
+    let init = inits.values().copied().fold(0.0, f64::max);
+    Ok(vec![
+        (
+            format!("driver, resident with {SLOTS} slots"),
+            resident(lock.trim().parse()?)?,
+            25.0,
+        ),
+        (
+            format!("shim, resident with {SLOTS} slots"),
+            resident(shim.process.pid().as_raw().into())?,
+            25.0,
+        ),
+        ("init, resident while idle".to_owned(), init, 1.5),
+    ])
+}
+
+fn resident(pid: i64) -> anyhow::Result<f64> {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(Path::new(&path)).with_context(|| path.clone())?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib: f64 = line
+        .and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok())
+        .with_context(|| format!("{path} has no VmRSS"))?;
+    Ok(kib * 1024.0 / 1e6)
+}
+
+struct Summary {
+    p50: f64,
+    p90: f64,
+    p99: f64,
+}
+
+impl Summary {
+    fn of(samples: &[f64]) -> Self {
+        let mut sorted = samples.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        // The smallest sample that so many percent do not exceed.
+        let at = |percent: usize| sorted[(sorted.len() * percent).div_ceil(100).max(1) - 1];
+        Self {
+            p50: at(50),
+            p90: at(90),
+            p99: at(99),
+        }
+    }
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+#[expect(clippy::print_stdout, reason = "the table is what this program is for")]
+fn print(figures: &[Value]) {
+    let number = |value: &Value| {
+        value
+            .as_f64()
+            .map_or("-".to_owned(), |value| format!("{value:.2}"))
+    };
+    println!(
+        "{:<52} {:>5} {:>9} {:>9} {:>9}  unit",
+        "figure", "n", "p50/value", "p90", "p99"
+    );
+    for figure in figures {
+        for row in [figure, &figure["against"]]
+            .into_iter()
+            .filter(|row| row.is_object())
+        {
+            let middle = if row["value"].is_null() {
+                &row["p50"]
+            } else {
+                &row["value"]
+            };
+            println!(
+                "{:<52} {:>5} {:>9} {:>9} {:>9}  {}",
+                row["name"].as_str().unwrap_or_default(),
+                row["n"],
+                number(middle),
+                number(&row["p90"]),
+                number(&row["p99"]),
+                row["unit"].as_str().unwrap_or_default(),
+            );
+        }
+        let holds = if figure["holds"] == true {
+            "holds"
+        } else {
+            "DOES NOT HOLD"
+        };
+        let ratio = figure["ratio"]
+            .as_f64()
+            .map(|ratio| format!(", ratio {ratio:.1}"))
+            .unwrap_or_default();
+        println!(
+            "    {}: {holds}{ratio}",
+            figure["bound"].as_str().unwrap_or_default()
+        );
+    }
+}

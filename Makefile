@@ -1,0 +1,62 @@
+# Everything there is to do, for people and for CI.
+
+SHELL      := /bin/bash
+CACHE      ?= $(HOME)/.cache/polydev
+HOST       := $(shell uname -m)-unknown-linux-gnu
+SUDO       := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env env PATH="$(PATH)" HOME="$(HOME)")
+export CACHE
+
+.PHONY: help demo test bench build release images lint fmt deny advisories proto-lint unit it clean-all
+
+help:          ## Show this.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
+
+demo: release  ## Run a real CLI warm on this machine, with Docker alone.
+	@$(SUDO) tests/demo.sh
+
+test:          ## Check and test everything, real Nomad included.
+	@tests/test.sh
+
+bench: release ## Measure, print and write target/bench/results.json.
+	@$(SUDO) tests/bench.sh
+
+build: init    ## Build all programs for tests.
+	cargo build --locked --workspace --exclude polydev-init
+	@cp target/$(HOST)/init/polydev-init target/debug/
+
+release: init  ## Build all programs for use.
+	cargo build --locked --release --workspace --exclude polydev-init
+	@cp target/$(HOST)/init/polydev-init target/release/
+
+.PHONY: init
+init:          ## Build polydev-init, static.
+	RUSTFLAGS="-C target-feature=+crt-static" \
+	    cargo build --locked --profile init --package polydev-init --target $(HOST)
+
+images:        ## Build the runtime images.
+	@tests/with-docker.sh containers/build.sh
+
+fmt:           ## Format the code.
+	cargo fmt --all
+
+lint:          ## Formatting and clippy, warnings denied.
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- --deny warnings
+
+deny:          ## Licences, sources and bans of the dependencies.
+	cargo deny --locked check bans licenses sources
+
+advisories:    ## Known vulnerabilities of the dependencies; needs the network.
+	cargo deny --locked check advisories
+
+proto-lint:    ## buf lint of our protocols.
+	cd proto && buf lint
+
+unit:          ## Tests that need neither root nor a daemon.
+	cargo test --locked --workspace --exclude polydev-tests
+
+it:            ## Tests of the whole system: root, Docker, Nomad, images.
+	cargo test --locked --package polydev-tests -- --test-threads=1
+
+clean-all:     ## Remove what demo, test and bench left: target, cache, images.
+	@$(SUDO) tests/clean-all.sh

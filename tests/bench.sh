@@ -1,0 +1,12 @@
+#!/bin/bash
+# make bench: see tests/src/bin/bench.rs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tests/lib.sh
+
+if [ -z "${POLYDEV_BENCH_ENGINE:-}" ]; then
+    need_root bench
+    POLYDEV_BENCH_ENGINE=1 exec tests/with-docker.sh "$0"
+fi
+tests/images.sh
+exec target/release/bench

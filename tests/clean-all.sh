@@ -1,0 +1,19 @@
+#!/bin/bash
+# make clean-all: removes what `make demo`, `test` and `bench` keep for next time.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tests/lib.sh
+
+DOCKER=$(docker_program)
+if "$DOCKER" info >/dev/null 2>&1; then
+    images=$("$DOCKER" images --format '{{.Repository}}:{{.Tag}}' | grep '^polydev-' || true)
+    if [ -n "$images" ]; then
+        step "removing images: ${images//$'\n'/ }"
+        # shellcheck disable=SC2086
+        "$DOCKER" rmi --force $images >/dev/null
+    fi
+else
+    step "no Docker engine answers: its images stay"
+fi
+step "removing target/ and $CACHE"
+rm -rf target "$CACHE"

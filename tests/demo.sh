@@ -1,0 +1,99 @@
+#!/bin/bash
+# make demo: one prompt for a real CLI, warm, and the same by `docker run`. With a
+# provider's key in the environment it talks to the provider, without to a stand-in.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tests/lib.sh
+
+if [ -z "${POLYDEV_DEMO_ENGINE:-}" ]; then
+    need_root demo
+    POLYDEV_DEMO_ENGINE=1 exec tests/with-docker.sh "$0"
+fi
+tests/images.sh
+
+work=$(mktemp -d /tmp/pdXXXXXX)
+export POLYDEV_ADDRESS=unix://$work/shim.sock
+bin=target/release
+shim='' namespace=''
+clean() {
+    if [ -n "$shim" ]; then
+        step "stopping"
+        kill "$shim" 2>/dev/null && wait "$shim" || true
+    fi
+    if [ -n "$namespace" ]; then
+        ip netns pids "$namespace" | xargs --no-run-if-empty kill
+        ip netns delete "$namespace"
+    fi
+    rm -rf "$work"
+}
+trap clean EXIT
+
+prompt="In one sentence: what is a warm container?"
+run=() docker_run=()
+if [ -n "${ANTHROPIC_API_KEY:-}" ]; then
+    provider=anthropic key=ANTHROPIC_API_KEY cli=(claude -p "$prompt")
+elif [ -n "${OPENAI_API_KEY:-}" ]; then
+    provider=openai key=OPENAI_API_KEY
+    cli=(codex exec --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox "$prompt")
+elif [ -n "${GOOGLE_API_KEY:-}" ]; then
+    provider=google key=GOOGLE_API_KEY cli=(gemini --skip-trust -p "$prompt")
+else
+    provider=anthropic key=ANTHROPIC_API_KEY cli=(claude -p "$prompt")
+    step "no key is set: a stand-in for the model answers, the CLI is the real one"
+    step "(set ANTHROPIC_API_KEY, OPENAI_API_KEY or GOOGLE_API_KEY to talk to the real service)"
+    ANTHROPIC_API_KEY=demo-$(od -An -N8 -tx8 /dev/urandom | tr -d ' ')
+    export ANTHROPIC_API_KEY
+    namespace=pddemo
+    ip netns add "$namespace"
+    ip link add pddemoh type veth peer name pddemon netns "$namespace"
+    ip address add 198.19.255.1/30 dev pddemoh
+    ip link set pddemoh up
+    ip -n "$namespace" address add 198.19.255.2/30 dev pddemon
+    ip -n "$namespace" link set pddemon up
+    ip -n "$namespace" link set lo up
+    ip -n "$namespace" route add default via 198.19.255.1
+    ip netns exec "$namespace" "$bin/stand-in" 198.19.255.2:80 &
+    run=(--env ANTHROPIC_BASE_URL=http://198.19.255.2)
+    docker_run=(--env ANTHROPIC_BASE_URL=http://198.19.255.2)
+fi
+
+step "starting the embedded engine with one warm $provider slot"
+"$bin/polydev-shim" dev --state-dir "$work/state" --pool "$provider=1" 2>"$work/shim.log" &
+shim=$!
+idle() {
+    for _ in $(seq 600); do
+        if "$bin/polydev-shim" pool list --output json 2>/dev/null | grep -q '"idle":1'; then return; fi
+        kill -0 "$shim" 2>/dev/null || break
+        sleep 0.1
+    done
+    cat "$work/shim.log" >&2
+    fail "no slot became warm"
+}
+idle
+
+limits=(--cpus 0.5 --memory 512m --memory-swap 512m --pids-limit 256)
+image=polydev-$provider-runtime:latest
+now() { date +%s%N; }
+since() { echo $((($(now) - $1) / 1000000)); }
+
+step "polydev-shim run $provider --prompt \"$prompt\""
+start=$(now)
+"$bin/polydev-shim" run "$provider" --prompt "$prompt" "${run[@]}" --timeline
+warm=$(since "$start")
+idle
+
+step "docker run $image ${cli[*]}"
+start=$(now)
+"$DOCKER" run --rm "${limits[@]}" --env "$key" "${docker_run[@]}" "$image" "${cli[@]}" 2>/dev/null
+cold=$(since "$start")
+
+step "the same for \`true\`, which does nothing but start"
+start=$(now)
+"$bin/polydev-shim" run "$provider" -- true </dev/null
+warm_true=$(since "$start")
+start=$(now)
+"$DOCKER" run --rm "${limits[@]}" --env "$key" "$image" true 2>/dev/null
+cold_true=$(since "$start")
+
+printf '\n%-22s %12s %12s\n' '' 'the prompt' '`true`'
+printf '%-22s %9s ms %9s ms\n' 'polydev-shim run' "$warm" "$warm_true" 'docker run' "$cold" "$cold_true"

@@ -1,0 +1,29 @@
+# What the scripts beside this one share. To be sourced, in the repository's root.
+
+step() { printf '==> %s\n' "$*" >&2; }
+fail() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
+
+# Ends with a way out if a program is missing: need PROGRAM HOW-TO-GET-IT
+need() { command -v "$1" >/dev/null || fail "\`$1\` is missing: $2"; }
+
+need_root() {
+    [ "$(id -u)" = 0 ] || fail "root is needed, for Docker, network namespaces and cgroups: sudo --preserve-env make $1"
+}
+
+# Debian packages that are missing: packages PROGRAM=PACKAGE...
+packages() {
+    local missing=() pair
+    for pair in "$@"; do
+        command -v "${pair%%=*}" >/dev/null || [ -x "/usr/sbin/${pair%%=*}" ] || missing+=("${pair#*=}")
+    done
+    [ ${#missing[@]} -eq 0 ] && return
+    need apt-get "install these by your distribution's means: ${missing[*]}"
+    step "installing ${missing[*]}"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+}
+
+# The engine's own client: another one may come first in PATH.
+docker_program() {
+    if [ -x /usr/bin/docker ]; then echo /usr/bin/docker; else echo docker; fi
+}

@@ -1,0 +1,62 @@
+#!/bin/bash
+# make test: every check and every test; ends with how many passed, failed and were
+# skipped. Nothing is skipped quietly: what cannot run has failed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tests/lib.sh
+
+if [ -z "${POLYDEV_TEST_ENGINE:-}" ]; then
+    need_root test
+    need cargo "install Rust, see https://rustup.rs"
+    need make "apt-get install make"
+    need cc "apt-get install gcc"
+    POLYDEV_TEST_ENGINE=1 exec tests/with-docker.sh "$0"
+fi
+
+passed=0 failed=0 skipped=0
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+# check NAME COMMAND...: one test that is a command.
+check() {
+    local name=$1
+    shift
+    step "$name"
+    if "$@"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        printf 'FAILED: %s\n' "$name" >&2
+    fi
+}
+
+# tests NAME COMMAND...: what cargo test counts.
+tests() {
+    local name=$1 status=0 counts
+    shift
+    step "$name"
+    "$@" 2>&1 | tee "$log" || status=$?
+    counts=$(awk '/^test result:/ { p += $4; f += $6; s += $8 } END { print p + 0, f + 0, s + 0 }' "$log")
+    read -r p f s <<<"$counts"
+    # It may end before it counts, as when it does not compile.
+    if [ "$status" != 0 ] && [ "$f" = 0 ]; then f=1; fi
+    if [ "$((p + f))" = 0 ]; then f=1; echo "FAILED: $name ran no test" >&2; fi
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+}
+
+tools=$(tests/tools.sh)
+export PATH=$tools:$PATH
+check "formatting and clippy" make --no-print-directory lint
+check "licences, sources and bans" make --no-print-directory deny
+check "protocol lint" make --no-print-directory proto-lint
+check "build" make --no-print-directory build
+tests "unit tests" make --no-print-directory unit
+check "images" tests/images.sh
+POLYDEV_NOMAD=$(tests/nomad/build.sh)
+export POLYDEV_NOMAD
+tests "tests of the whole system" make --no-print-directory it
+check "nothing is left behind" tests/leftovers.sh
+
+echo
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" = 0 ] && [ "$skipped" = 0 ]
