@@ -1,0 +1,285 @@
+//! polydev-init as its driver sees it, with the real program and a real socket; it
+//! is not process 1 here, and needs neither Docker nor root.
+
+#![expect(clippy::unwrap_used, reason = "this is a test, its helpers too")]
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use nix::{
+    sys::signal::{Signal as UnixSignal, kill},
+    unistd::Pid,
+};
+use polydev_proto::{
+    frame,
+    init::{
+        DataAck, Exited, FromInit, Release, Start, Stdin, Stream, ToInit, exited, from_init, hello,
+        not_started, to_init,
+    },
+};
+use tempfile::TempDir;
+
+struct Init {
+    process: Child,
+    listener: UnixListener,
+    _folder: TempDir,
+}
+
+struct Link {
+    stream: UnixStream,
+    input: BytesMut,
+}
+
+impl Init {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("init.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polydev-init"));
+        command
+            .arg(&socket)
+            .env("HOME", folder.path())
+            .stdin(Stdio::null());
+        Self {
+            process: command.spawn().unwrap(),
+            listener,
+            _folder: folder,
+        }
+    }
+
+    /// The next connection and what init says of itself.
+    fn connect(&self) -> (Link, hello::State) {
+        let (stream, _) = self.listener.accept().unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        let mut link = Link {
+            stream,
+            input: BytesMut::new(),
+        };
+        match link.next() {
+            from_init::Message::Hello(hello) => {
+                assert_eq!(
+                    hello.protocol_version,
+                    polydev_proto::init::PROTOCOL_VERSION
+                );
+                (link, hello.state.unwrap())
+            }
+            other => panic!("the first message is {other:?}"),
+        }
+    }
+}
+
+impl Drop for Init {
+    fn drop(&mut self) {
+        let _ended = self.process.kill();
+        let _reaped = self.process.wait();
+    }
+}
+
+impl Link {
+    fn send(&mut self, message: to_init::Message) {
+        let mut bytes = BytesMut::new();
+        frame::encode(
+            &ToInit {
+                message: Some(message),
+            },
+            &mut bytes,
+        )
+        .unwrap();
+        self.stream.write_all(&bytes).unwrap();
+    }
+
+    fn next(&mut self) -> from_init::Message {
+        loop {
+            if let Some(FromInit { message }) = frame::decode(&mut self.input).unwrap() {
+                return message.unwrap();
+            }
+            let mut chunk = [0; 4096];
+            let count = self.stream.read(&mut chunk).unwrap();
+            assert!(count > 0, "init closed the connection");
+            self.input.extend_from_slice(&chunk[..count]);
+        }
+    }
+
+    /// Reads to the end of the run, acknowledging what comes.
+    fn finish(&mut self, stdout: &mut Vec<u8>) -> Exited {
+        loop {
+            match self.next() {
+                from_init::Message::Data(data) => {
+                    if data.stream == i32::from(Stream::Stdout) {
+                        let at = usize::try_from(data.offset).unwrap();
+                        assert!(at <= stdout.len(), "a gap");
+                        stdout.truncate(at);
+                        stdout.extend_from_slice(&data.data);
+                    }
+                    let offset = data.offset + data.data.len() as u64;
+                    self.send(to_init::Message::DataAck(DataAck {
+                        stream: data.stream,
+                        offset,
+                    }));
+                }
+                from_init::Message::Exited(exited) => return exited,
+                _ => {}
+            }
+        }
+    }
+}
+
+fn shell(script: &str) -> Start {
+    Start {
+        run_id: "run".into(),
+        argv: ["sh", "-c", script]
+            .map(|arg| Bytes::copy_from_slice(arg.as_bytes()))
+            .into(),
+        timeout_ms: 60_000,
+        kill_timeout_ms: 1_000,
+        output_buffer_bytes: 1 << 20,
+        ..Default::default()
+    }
+}
+
+#[test]
+fn no_byte_is_lost_or_doubled_when_the_driver_comes_and_goes() {
+    let init = Init::start();
+    let (mut link, state) = init.connect();
+    assert!(matches!(state, hello::State::Waiting(_)));
+    link.send(to_init::Message::Start(shell("seq 1 300000")));
+
+    let mut stdout = Vec::new();
+    // Each life of the driver takes a little, acknowledges less, and is gone.
+    for life in 0..5u64 {
+        while let from_init::Message::Data(data) = match link.next() {
+            from_init::Message::Started(_) => link.next(),
+            message => message,
+        } {
+            let at = usize::try_from(data.offset).unwrap();
+            assert!(at <= stdout.len(), "a gap");
+            stdout.truncate(at);
+            stdout.extend_from_slice(&data.data);
+            if stdout.len() as u64 > (life + 1) * 200_000 {
+                break;
+            }
+            let offset = data.offset + data.data.len() as u64 / 2;
+            link.send(to_init::Message::DataAck(DataAck {
+                stream: data.stream,
+                offset,
+            }));
+        }
+        drop(link);
+        let state;
+        (link, state) = init.connect();
+        // The last megabyte may be waiting in init, its command long gone.
+        assert!(
+            matches!(state, hello::State::Running(_) | hello::State::Exited(_)),
+            "{state:?}"
+        );
+    }
+    let exited = link.finish(&mut stdout);
+    let expected: String = (1..=300_000).map(|n| format!("{n}\n")).collect();
+    assert!(stdout == expected.as_bytes(), "{} bytes", stdout.len());
+    assert_eq!(exited.stdout_bytes, expected.len() as u64);
+    assert_eq!(exited.status, Some(exited::Status::Code(0)));
+}
+
+#[test]
+fn the_end_is_told_again_until_it_is_released() {
+    let mut init = Init::start();
+    let (mut link, _) = init.connect();
+    link.send(to_init::Message::Start(shell("printf done; exit 3")));
+    let mut stdout = Vec::new();
+    assert_eq!(
+        link.finish(&mut stdout).status,
+        Some(exited::Status::Code(3))
+    );
+    drop(link);
+
+    let (mut link, state) = init.connect();
+    assert!(matches!(state, hello::State::Exited(_)));
+    assert_eq!(
+        link.finish(&mut stdout).status,
+        Some(exited::Status::Code(3))
+    );
+    assert_eq!(stdout, b"done");
+    link.send(to_init::Message::Release(Release {}));
+    assert!(init.process.wait().unwrap().success());
+}
+
+#[test]
+fn one_command_in_a_life() {
+    let init = Init::start();
+    let (mut link, _) = init.connect();
+    link.send(to_init::Message::Start(shell("exec sleep 1000")));
+    assert!(matches!(link.next(), from_init::Message::Started(_)));
+    link.send(to_init::Message::Start(shell("echo second")));
+    // A driver that tries is not listened to any more; the first command goes on.
+    let (_link, state) = init.connect();
+    assert!(matches!(state, hello::State::Running(_)), "{state:?}");
+}
+
+#[test]
+fn stdin_reaches_the_command_and_ends() {
+    let init = Init::start();
+    let (mut link, _) = init.connect();
+    link.send(to_init::Message::Start(Start {
+        stdin: true,
+        ..shell("cat; echo end")
+    }));
+    link.send(to_init::Message::Stdin(Stdin {
+        offset: 0,
+        data: "hello ".into(),
+        close: false,
+    }));
+    link.send(to_init::Message::Stdin(Stdin {
+        offset: 6,
+        data: "world\n".into(),
+        close: true,
+    }));
+    let mut stdout = Vec::new();
+    link.finish(&mut stdout);
+    assert_eq!(stdout, b"hello world\nend\n");
+}
+
+#[test]
+fn a_program_that_is_not_there_is_told_and_nothing_runs() {
+    let init = Init::start();
+    let (mut link, _) = init.connect();
+    let start = Start {
+        argv: vec!["no-such-program".into()],
+        ..shell("")
+    };
+    link.send(to_init::Message::Start(start));
+    match link.next() {
+        from_init::Message::NotStarted(refused) => {
+            assert_eq!(refused.reason(), not_started::Reason::NotFound);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_signal_ends_a_waiting_init_and_is_passed_on_by_a_running_one() {
+    let mut idle = Init::start();
+    let (_link, _) = idle.connect();
+    let pid = |init: &Init| Pid::from_raw(init.process.id().cast_signed());
+    kill(pid(&idle), UnixSignal::SIGTERM).unwrap();
+    assert!(idle.process.wait().unwrap().success());
+
+    let running = Init::start();
+    let (mut link, _) = running.connect();
+    let script = "trap 'echo got it; exit 4' TERM; echo ready; while :; do sleep 0.05; done";
+    link.send(to_init::Message::Start(shell(script)));
+    while !matches!(link.next(), from_init::Message::Data(_)) {}
+    kill(pid(&running), UnixSignal::SIGTERM).unwrap();
+    let mut stdout = b"ready\n".to_vec();
+    assert_eq!(
+        link.finish(&mut stdout).status,
+        Some(exited::Status::Code(4))
+    );
+    assert_eq!(stdout, b"ready\ngot it\n");
+}
