@@ -1,10 +1,10 @@
 # Everything there is to do, for people and for CI.
 
 SHELL      := /bin/bash
-CACHE      ?= $(HOME)/.cache/polydev
+POLYDEV_CACHE ?= $(HOME)/.cache/polydev
 HOST       := $(shell uname -m)-unknown-linux-gnu
 SUDO       := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env env PATH="$(PATH)" HOME="$(HOME)")
-export CACHE
+export POLYDEV_CACHE MAKECMDGOALS
 
 .PHONY: help demo test bench build release images lint fmt deny advisories proto-lint unit it clean-all
 
@@ -20,21 +20,24 @@ test:          ## Check and test everything, real Nomad included.
 bench: release ## Measure, print and write target/bench/results.json.
 	@$(SUDO) tests/bench.sh
 
-build: init    ## Build all programs for tests.
+build: tools init ## Build all programs for tests.
 	cargo build --locked --workspace --exclude polydev-init
 	@cp target/$(HOST)/init/polydev-init target/debug/
 
-release: init  ## Build all programs for use.
+release: tools init ## Build all programs for use.
 	cargo build --locked --release --workspace --exclude polydev-init
 	@cp target/$(HOST)/init/polydev-init target/release/
 
-.PHONY: init
+.PHONY: tools init
+tools:
+	@. tests/lib.sh && need cargo "install Rust, see https://rustup.rs" && need cc "apt-get install gcc"
+
 init:          ## Build polydev-init, static.
 	RUSTFLAGS="-C target-feature=+crt-static" \
 	    cargo build --locked --profile init --package polydev-init --target $(HOST)
 
 images:        ## Build the runtime images.
-	@tests/with-docker.sh containers/build.sh
+	@$(SUDO) tests/with-docker.sh tests/images.sh
 
 fmt:           ## Format the code.
 	cargo fmt --all

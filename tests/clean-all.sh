@@ -12,8 +12,10 @@ if "$DOCKER" info >/dev/null 2>&1; then
         # shellcheck disable=SC2086
         "$DOCKER" rmi --force $images >/dev/null
     fi
+    "$DOCKER" image prune --force --filter label=dev.polydev.stage=cli >/dev/null
 else
     step "no Docker engine answers: its images stay"
 fi
-step "removing target/ and $CACHE"
-rm -rf target "$CACHE"
+step "removing target/ and what is ours in $POLYDEV_CACHE"
+rm -rf target "$POLYDEV_CACHE"/nomad-* "$POLYDEV_CACHE"/tools-*
+rmdir "$POLYDEV_CACHE" 2>/dev/null || true

@@ -11,7 +11,7 @@ if [ -z "${POLYDEV_DEMO_ENGINE:-}" ]; then
 fi
 tests/images.sh
 
-work=$(mktemp -d /tmp/pdXXXXXX)
+work=$(mktemp -d /tmp/pdtest-XXXXXX)
 export POLYDEV_ADDRESS=unix://$work/shim.sock
 bin=target/release
 shim='' namespace=''

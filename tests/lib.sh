@@ -7,7 +7,7 @@ fail() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 need() { command -v "$1" >/dev/null || fail "\`$1\` is missing: $2"; }
 
 need_root() {
-    [ "$(id -u)" = 0 ] || fail "root is needed, for Docker, network namespaces and cgroups: sudo --preserve-env make $1"
+    [ "$(id -u)" = 0 ] || fail "root is needed, for Docker, network namespaces and cgroups: sudo --preserve-env env PATH=\"\$PATH\" make $1"
 }
 
 # Debian packages that are missing: packages PROGRAM=PACKAGE...

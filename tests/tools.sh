@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 BUF=1.57.0
 DENY=0.18.9
 
-folder=$CACHE/tools-buf-$BUF-deny-$DENY
+folder=$POLYDEV_CACHE/tools-buf-$BUF-deny-$DENY
 mkdir -p "$folder/bin"
 if ! command -v buf >/dev/null && [ ! -x "$folder/bin/buf" ]; then
     if command -v npm >/dev/null; then

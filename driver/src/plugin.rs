@@ -5,7 +5,12 @@ mod base;
 mod controller;
 pub mod handshake;
 
-use std::{io, sync::Arc};
+use std::{
+    fs, io,
+    os::unix::{fs::PermissionsExt, net::UnixStream, process::parent_id},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context;
 use polydev_proto::{
@@ -25,7 +30,9 @@ use crate::{events::Events, fingerprint::Health, node::Node, service::Service};
 /// Task configurations and exec input may be large; the host sets no limit at all.
 const MESSAGE_MOST: usize = 64 << 20;
 /// go-plugin's host kills a plugin two seconds after asking it to leave.
-const LEAVE: std::time::Duration = std::time::Duration::from_millis(1500);
+const LEAVE: Duration = Duration::from_millis(1500);
+/// Begins the name of the folder of each plugin process's socket.
+const FOLDER: &str = "polydev-plugin-";
 
 /// Serves one host until it says `Shutdown` or SIGTERM comes. Writes the handshake
 /// to `stdout`, which belongs to the host.
@@ -38,7 +45,11 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
     let mut interrupts = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let mut terminations = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
 
-    let folder = tempfile::Builder::new().prefix("polydev-").tempdir();
+    sweep();
+    let folder = tempfile::Builder::new()
+        .prefix(FOLDER)
+        .permissions(fs::Permissions::from_mode(0o700))
+        .tempdir();
     let folder = folder.context("cannot make a folder for the plugin's socket")?;
     let socket = folder.path().join("plugin.sock");
     let listener = UnixListener::bind(&socket)
@@ -73,10 +84,40 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
         _ = left.recv() => {}
         _ = terminations.recv() => {}
         () = async { while interrupts.recv().await.is_some() {} } => {}
+        () = abandoned(node.clone()) => {}
     }
     let node = node.borrow().clone();
     if let Some(node) = node {
         let _overrun = tokio::time::timeout(LEAVE, node.leave()).await;
     }
     Ok(())
+}
+
+/// Ends when the host is gone before it has given this process a node to look after:
+/// an agent that stops starts plugins that it never configures. One that has a node
+/// outlives its agent, for its runs.
+async fn abandoned(node: watch::Receiver<Option<Arc<Node>>>) {
+    let host = parent_id();
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        ticks.tick().await;
+        if parent_id() != host && node.borrow().is_none() {
+            return;
+        }
+    }
+}
+
+/// Removes the folders of plugin processes that were killed: their sockets refuse.
+fn sweep() {
+    let entries = fs::read_dir(std::env::temp_dir())
+        .into_iter()
+        .flatten()
+        .flatten();
+    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(FOLDER)) {
+        let refused = UnixStream::connect(entry.path().join("plugin.sock"))
+            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+        if refused && let Err(error) = fs::remove_dir_all(entry.path()) {
+            tracing::debug!(%error, "cannot remove a stale folder");
+        }
+    }
 }

@@ -79,7 +79,10 @@ impl Nomad {
         }
         // A second call, as in tests, finds it done.
         let _installed = rustls::crypto::ring::default_provider().install_default();
+        // The token goes to Nomad and to nobody else.
         let client = Client::builder()
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT)
             .timeout(ANSWER)
             .default_headers(headers)

@@ -1,5 +1,5 @@
 //! The whole system from outside, with real Docker, real Nomad and the real CLIs.
-//! They need root, and what `tests/setup.sh` installs; one runs after the other.
+//! They need root, and what `make test` installs; one runs after the other.
 
 mod images;
 mod jobspecs;

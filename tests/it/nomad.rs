@@ -30,7 +30,7 @@ fn the_real_clis_answer_with_their_users_keys_which_stay_nowhere() {
     let shim = Shim::serve(&nomad.address);
     let client = shim.client();
     let label = instance_label(&nomad.state_dir());
-    let (mut keys, mut command_lines) = (Vec::new(), Vec::new());
+    let (mut keys, mut seen) = (Vec::new(), secrets::Seen::default());
 
     for (provider, header, prefix) in HEADERS {
         let job = format!("polydev-pool-{provider}");
@@ -41,12 +41,19 @@ fn the_real_clis_answer_with_their_users_keys_which_stay_nowhere() {
 
         let key = fresh_key();
         let text = format!("What is {}?", fresh_key());
-        let run = client
-            .start(prompt(provider, &text, &key, &host.url))
-            .unwrap();
-        // While the CLI runs with the key in its environment.
-        command_lines.extend(secrets::command_lines());
-        let outcome = client.finish(run).unwrap();
+        // While the CLI runs with the key, everything around it is looked at.
+        let looked = seen.alive;
+        let outcome = std::thread::scope(|scope| {
+            let run = scope.spawn(|| shim.client().run(prompt(provider, &text, &key, &host.url)));
+            while !run.is_finished() {
+                seen.look(&label, &key);
+            }
+            run.join().unwrap().unwrap()
+        });
+        assert!(
+            seen.alive > looked,
+            "nobody looked while the CLI had its key"
+        );
         assert_eq!(outcome.exited.exit_code, 0, "{}", outcome.stderr());
         let answer = format!("sha256 {}", Text::of(&text).sha256);
         assert!(
@@ -112,7 +119,7 @@ fn the_real_clis_answer_with_their_users_keys_which_stay_nowhere() {
 
     prove_the_search(&nomad, &shim);
     for key in keys {
-        let found = secrets::find(&key, &nomad, &shim, &command_lines);
+        let found = secrets::find(&key, &nomad, &shim, &seen);
         assert!(found.is_empty(), "the key is in {found:?}");
     }
 }
@@ -140,13 +147,15 @@ fn prove_the_search(nomad: &Nomad, shim: &Shim) {
     let container = docker::docker(&echo).trim().to_owned();
     docker::docker(&["wait", &container]);
     let folder = tempfile::tempdir().expect("a folder can be made");
-    let mut sleeper = Command::new("python3");
-    sleeper.args(["-c", "import time; time.sleep(1000)", &key]);
+    let mut sleeper = Command::new("sh");
+    sleeper.args(["-c", "sleep 1000; :", "sh", &key]);
     let _process = Process::start(&mut sleeper, &folder.path().join("log"));
 
     // A process is there before it has its new command line.
     let places = wait_until("the planted keys", Duration::from_secs(20), || {
-        let places = secrets::find(&key, nomad, shim, &secrets::command_lines());
+        let mut now = secrets::Seen::default();
+        now.look(&instance_label(&nomad.state_dir()), &key);
+        let places = secrets::find(&key, nomad, shim, &now);
         let process = places.iter().any(|place| place.ends_with("/cmdline"));
         if process {
             Ok(places)

@@ -55,7 +55,11 @@ fn wrong_runs_are_refused_by_field_and_take_no_slot() {
         assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
         assert!(status.message().contains(field), "{}", status.message());
     }
-    assert_eq!(client.pool("anthropic").idle, 1);
+    let after = client.run(shell("anthropic", "true")).unwrap();
+    assert_eq!(
+        after.accepted.generation, 1,
+        "a refused run took the slot's first container"
+    );
 
     // A provider without slots: told after a wait, with how its pool stands.
     let status = client.run(shell("google", "true")).unwrap_err();

@@ -90,7 +90,7 @@ fn a_runs_container_is_hardened() {
     let client = shim.client();
     let script = r#"
         id -u; id -g
-        grep -E '^(CapEff|CapBnd|NoNewPrivs|Seccomp):' /proc/self/status | tr -d '\t'
+        grep -E '^(SigBlk|CapEff|CapBnd|NoNewPrivs|Seccomp):' /proc/self/status | tr -d '\t'
         touch /runtime/x /etc/x /x 2>/dev/null || echo read-only
         touch ~/x /tmp/x /run/x && echo writable
         (cat /proc/1/environ || ls /proc/1/fd || ls /proc/1/cwd) 2>/dev/null || echo init-is-closed
@@ -101,7 +101,7 @@ fn a_runs_container_is_hardened() {
         cat /proc/1/oom_score_adj
     "#;
     let outcome = client.run(shell("openai", script)).unwrap();
-    let expected = "1000\n1000\nCapEff:0000000000000000\nCapBnd:0000000000000000\nNoNewPrivs:1\n\
+    let expected = "1000\n1000\nSigBlk:0000000000000000\nCapEff:0000000000000000\nCapBnd:0000000000000000\nNoNewPrivs:1\n\
                     Seccomp:2\nread-only\nwritable\ninit-is-closed\n0 1 2 3 \n700\nno-docker\n500\n0\n";
     assert_eq!(outcome.stdout(), expected, "{}", outcome.stderr());
 }
@@ -203,6 +203,41 @@ fn every_byte_arrives_whatever_the_size_and_stdin_is_carried() {
         outcome.stdout.len()
     );
     assert_eq!(outcome.exited.exit_code, 0);
+}
+
+#[test]
+fn a_caller_that_closes_its_side_closes_stdin() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let mut run = client
+        .start(RunStart {
+            stdin: true,
+            ..argv("anthropic", &["cat"])
+        })
+        .unwrap();
+    client.send(&run, Message::Stdin("all\n".into()));
+    run.close();
+    let outcome = client.finish(run).unwrap();
+    assert_eq!(
+        (outcome.stdout().as_str(), outcome.exited.exit_code),
+        ("all\n", 0)
+    );
+}
+
+#[test]
+fn a_caller_that_stops_reading_cannot_keep_its_slot() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let start = RunStart {
+        timeout: seconds(1),
+        kill_timeout: seconds(1),
+        ..shell("anthropic", "yes")
+    };
+    // Accepted, and then not read at all.
+    let run = client.start(start).unwrap();
+    let next = client.run(shell("anthropic", "echo next")).unwrap();
+    assert_eq!(next.stdout(), "next\n");
+    drop(run);
 }
 
 #[test]
@@ -344,6 +379,17 @@ fn a_command_is_ended_at_its_deadline_first_kindly_then_not() {
     assert_eq!(
         (outcome.stdout().as_str(), outcome.exited.exit_code),
         ("bye\n", 5)
+    );
+
+    let plain = RunStart {
+        timeout: seconds(1),
+        ..argv("anthropic", &["sleep", "1000"])
+    };
+    let outcome = client.run(plain).unwrap();
+    assert_eq!(outcome.exited.reason(), ExitReason::Deadline);
+    assert_eq!(
+        outcome.exited.signal, 15,
+        "SIGTERM is enough for what does not resist"
     );
 
     let stubborn = RunStart {

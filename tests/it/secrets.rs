@@ -9,13 +9,54 @@ use std::{
 use base64::{Engine, prelude::BASE64_STANDARD};
 use polydev_tests::{docker, nomad::Nomad, process::output, shim::Shim};
 
+/// What could be seen of running containers and processes, moment by moment.
+#[derive(Default)]
+pub(crate) struct Seen {
+    /// Name of the place, and what stood there.
+    places: Vec<(String, Vec<u8>)>,
+    /// How often a process had the key in its environment: the moments that count.
+    pub(crate) alive: usize,
+}
+
+impl Seen {
+    /// Looks once, at what a run with `key` shows to others while it runs.
+    pub(crate) fn look(&mut self, label: &str, key: &str) {
+        for id in docker::containers(label) {
+            let inspect = output(docker::command().args(["inspect", &id])).stdout;
+            self.places
+                .push((format!("docker inspect of a run {id}"), inspect));
+            let logs = output(docker::command().args(["logs", &id]));
+            self.places.push((
+                format!("docker logs of a run {id}"),
+                [logs.stdout, logs.stderr].concat(),
+            ));
+        }
+        for process in processes() {
+            let environ = fs::read(process.join("environ")).unwrap_or_default();
+            self.alive += usize::from(contains(&environ, key.as_bytes()));
+            let line = fs::read(process.join("cmdline")).unwrap_or_default();
+            self.places
+                .push((process.join("cmdline").display().to_string(), line));
+        }
+    }
+}
+
+fn processes() -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir("/proc")
+        .expect("there is a /proc")
+        .filter_map(Result::ok);
+    let numeric = |entry: &fs::DirEntry| {
+        entry
+            .file_name()
+            .to_string_lossy()
+            .bytes()
+            .all(|byte| byte.is_ascii_digit())
+    };
+    entries.filter(numeric).map(|entry| entry.path())
+}
+
 /// Where `key` is, as plain text, base64 at any alignment, or hex: names of places.
-pub(crate) fn find(
-    key: &str,
-    nomad: &Nomad,
-    shim: &Shim,
-    command_lines: &[(String, Vec<u8>)],
-) -> Vec<String> {
+pub(crate) fn find(key: &str, nomad: &Nomad, shim: &Shim, seen: &Seen) -> Vec<String> {
     let needles = needles(key);
     let mut places = Vec::new();
     let mut look = |place: String, bytes: &[u8]| {
@@ -51,21 +92,10 @@ pub(crate) fn find(
         );
     }
 
-    for (process, line) in command_lines {
-        look(process.clone(), line);
+    for (place, bytes) in &seen.places {
+        look(place.clone(), bytes);
     }
     places
-}
-
-/// The command line of every process there is now.
-pub(crate) fn command_lines() -> Vec<(String, Vec<u8>)> {
-    let processes = fs::read_dir("/proc")
-        .expect("there is a /proc")
-        .filter_map(Result::ok);
-    processes
-        .map(|entry| entry.path().join("cmdline"))
-        .filter_map(|path| Some((path.display().to_string(), fs::read(path).ok()?)))
-        .collect()
 }
 
 /// What the API shows of jobs, allocations, evaluations, variables, nodes, events.

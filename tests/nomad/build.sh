@@ -10,7 +10,7 @@ if command -v nomad >/dev/null && nomad version | grep -q '^Nomad v1\.11\.'; the
     exit
 fi
 content=$(cat tests/nomad/go.mod tests/nomad/go.sum | sha256sum | cut -c1-16)
-program=$CACHE/nomad-$content/nomad
+program=$POLYDEV_CACHE/nomad-$content/nomad
 if [ ! -x "$program" ]; then
     need go "install Go 1.26 or newer, or put a Nomad 1.11 into PATH"
     step "building Nomad (5 minutes)"

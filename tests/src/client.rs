@@ -26,7 +26,8 @@ pub struct Client {
 /// A run that has been accepted.
 pub struct Run {
     pub accepted: Accepted,
-    pub requests: mpsc::Sender<RunRequest>,
+    /// `None` once the caller's side is closed.
+    pub requests: Option<mpsc::Sender<RunRequest>>,
     pub events: Streaming<polydev_proto::runtime::RunResponse>,
 }
 
@@ -37,6 +38,13 @@ pub struct Outcome {
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
     pub exited: Exited,
+}
+
+impl Run {
+    /// Closes the caller's side.
+    pub fn close(&mut self) {
+        self.requests = None;
+    }
 }
 
 impl Outcome {
@@ -138,7 +146,7 @@ impl Client {
             match events.message().await?.and_then(|response| response.event) {
                 Some(Event::Accepted(accepted)) => Ok(Run {
                     accepted,
-                    requests,
+                    requests: Some(requests),
                     events,
                 }),
                 other => panic!("the first event is {other:?}"),
@@ -203,7 +211,7 @@ impl Client {
     pub fn run_with_stdin(&self, mut start: RunStart, input: Bytes) -> Result<Outcome, Status> {
         start.stdin = true;
         let run = self.start(start)?;
-        let requests = run.requests.clone();
+        let requests = run.requests.clone().expect("the side is open");
         let sending = self.runtime.spawn(async move {
             let chunks = (0..input.len()).step_by(64 << 10);
             let chunks = chunks.map(|at| input.slice(at..input.len().min(at + (64 << 10))));
@@ -229,7 +237,8 @@ impl Client {
 
     /// Sends one message to a run.
     pub fn send(&self, run: &Run, message: Message) {
-        let sent = run.requests.try_send(RunRequest {
+        let requests = run.requests.as_ref().expect("the side is open");
+        let sent = requests.try_send(RunRequest {
             message: Some(message),
         });
         sent.expect("the queue has room");

@@ -24,7 +24,7 @@ pub struct Nomad {
     folder: TempDir,
 }
 
-/// The `nomad` program: `tests/setup.sh` says where it is.
+/// The `nomad` program: `tests/test.sh` says where it is.
 #[must_use]
 pub fn nomad_program() -> PathBuf {
     std::env::var_os("POLYDEV_NOMAD")
@@ -52,7 +52,9 @@ impl Nomad {
     /// not wait for anything.
     #[must_use]
     pub fn launch(options: &str) -> Self {
-        let folder = tempfile::Builder::new().prefix("pdn").tempdir_in("/tmp");
+        let folder = tempfile::Builder::new()
+            .prefix("pdtest-")
+            .tempdir_in("/tmp");
         let folder = folder.expect("a folder can be made");
         let plugins = folder.path().join("plugins");
         fs::create_dir(&plugins).expect("a folder can be made");

@@ -104,7 +104,7 @@ pub fn instance_label(state_dir: &std::path::Path) -> String {
 /// Short, for the sockets below it.
 fn folder() -> TempDir {
     tempfile::Builder::new()
-        .prefix("pd")
+        .prefix("pdtest-")
         .tempdir_in("/tmp")
         .expect("a folder can be made")
 }

@@ -17,7 +17,7 @@ use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::{
-        signal::{Signal, kill, killpg},
+        signal::{SigSet, Signal, kill, killpg},
         wait::WaitStatus,
     },
     unistd::{Pid, getpid},
@@ -97,15 +97,16 @@ impl Command {
             command.current_dir(&start.work_dir);
         }
 
-        let mut child = with_oom_score(oom_score, || command.spawn()).map_err(|error| {
-            let program = String::from_utf8_lossy(program);
-            let reason = match error.raw_os_error().map(Errno::from_raw) {
-                Some(Errno::ENOENT | Errno::ENOTDIR) => Reason::NotFound,
-                Some(Errno::E2BIG) | None => Reason::Invalid,
-                Some(_) => Reason::NotExecutable,
-            };
-            refuse(reason, format!("cannot start `{program}`: {error}"))
-        })?;
+        let mut child = with_oom_score(oom_score, || with_no_signal_blocked(|| command.spawn()))
+            .map_err(|error| {
+                let program = String::from_utf8_lossy(program);
+                let reason = match error.raw_os_error().map(Errno::from_raw) {
+                    Some(Errno::ENOENT | Errno::ENOTDIR) => Reason::NotFound,
+                    Some(Errno::E2BIG) | None => Reason::Invalid,
+                    Some(_) => Reason::NotExecutable,
+                };
+                refuse(reason, format!("cannot start `{program}`: {error}"))
+            })?;
 
         let pipes = [
             child
@@ -183,6 +184,23 @@ fn with_oom_score<T>(score: Option<&mut File>, spawn: impl FnOnce() -> T) -> T {
         let _unchanged = score
             .rewind()
             .and_then(|()| score.write_all(own.trim().as_bytes()));
+    }
+    child
+}
+
+/// Runs `spawn` with an empty signal mask, which the child inherits: init blocks what
+/// it reads from a descriptor, and a command that could not be interrupted would
+/// have to be killed. A SIGCHLD of this moment is lost; the caller reaps afterwards.
+fn with_no_signal_blocked<T>(spawn: impl FnOnce() -> T) -> T {
+    let blocked = SigSet::thread_get_mask().and_then(|mask| {
+        SigSet::empty().thread_set_mask()?;
+        Ok(mask)
+    });
+    let child = spawn();
+    if let Ok(blocked) = blocked {
+        blocked
+            .thread_set_mask()
+            .expect("a mask that was in force can be set again");
     }
     child
 }

@@ -248,6 +248,7 @@ impl Supervisor {
                         let pid = command.pid.as_raw().cast_unsigned();
                         self.link.send(from_init::Message::Started(Started { pid }));
                         self.state = State::Running(Box::new(command));
+                        self.reap();
                     }
                     Err(refused) => self.state = State::NotStarted(refused),
                 }

@@ -24,6 +24,9 @@ use crate::slot::{
     state::State,
 };
 
+/// How often a shim is told the time when nothing else happens: claims are dated by
+/// this driver's clock, and the shim's own may stand still while the machine sleeps.
+const CLOCK: Duration = Duration::from_secs(5);
 /// A shim says what it claims at once, or it is none.
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 /// A claim with argv and environment at the kernel's limits, and credential files.
@@ -81,7 +84,10 @@ impl NodeService for Service {
         let updates =
             futures_util::stream::unfold(state, |(node, mut changes, told, first)| async move {
                 if let Told::Something = first {
-                    changes.changed().await.ok()?;
+                    let changed = tokio::time::timeout(CLOCK, changes.changed()).await;
+                    if let Ok(Err(_)) = changed {
+                        return None;
+                    }
                 }
                 changes.mark_unchanged();
                 let now: HashMap<String, SlotMessage> = node

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::{
     Slot,
@@ -24,6 +24,8 @@ const LABEL_GENERATION: &str = "dev.polydev.generation";
 /// From the container's start until its init waits. Within the idle CPU limit that
 /// takes well under a second; a busy node may need many.
 const INIT: Duration = Duration::from_secs(60);
+/// How often to look whether it has ended meanwhile.
+const LOOK: Duration = Duration::from_millis(500);
 /// The user of a runtime image, where the image names it in words.
 const RUNTIME_UID: u32 = 1000;
 
@@ -36,7 +38,7 @@ pub enum Error {
         source: docker::Error,
     },
     #[error(
-        "`slot.image`: `{image}` runs as `{user}`; a slot's image must name another user than root"
+        "`slot.image`: `{image}` runs as `{user}`; a slot's image must run as `runtime` or a numeric user other than 0"
     )]
     RootImage { image: String, user: String },
     #[error("cannot run a container")]
@@ -49,6 +51,8 @@ pub enum Error {
     Link(#[from] link::Error),
     #[error("cannot open the container's limits")]
     Limits(#[from] limits::Error),
+    #[error("the slot was stopped while it was being filled")]
+    Stopped,
 }
 
 impl Error {
@@ -56,7 +60,7 @@ impl Error {
     #[must_use]
     pub fn is_recoverable(&self) -> bool {
         match self {
-            Self::RootImage { .. } => false,
+            Self::RootImage { .. } | Self::Stopped => false,
             Self::Image { source, .. } => !source.is_not_found(),
             Self::Docker(_)
             | Self::InitEnded { .. }
@@ -77,13 +81,20 @@ pub(super) struct Container {
     _listener: Listener,
 }
 
-/// Makes the slot's next container. Whoever cancels this, or gets an error, calls
-/// [`clean`] afterwards.
+/// Makes the slot's next container.
 ///
 /// # Errors
-/// [`Error`]; a container may be left.
+/// [`Error`]; a container may be left, for [`clean`].
+///
+/// # Cancel safety
+/// None: it is not to be cancelled.
 pub(super) async fn fill(node: &Node, slot: &Slot) -> Result<Container, Error> {
-    let image = find_image(node, slot).await?;
+    // Only the wait for a registry may be cut short: a container that Docker was told
+    // to create would be made all the same, when nobody looks for it any more.
+    let image = tokio::select! {
+        image = find_image(node, slot) => image?,
+        () = slot.drain.cancelled() => return Err(Error::Stopped),
+    };
     let (uid, gid) = user_of(&image).ok_or_else(|| Error::RootImage {
         image: slot.config.image.clone(),
         user: image.user.clone(),
@@ -159,21 +170,30 @@ async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted
             words,
         });
     }
-    match timeout(INIT, listener.accept(state.pid)).await {
-        Ok(link) => Ok(Greeted {
-            pid: state.pid,
-            link: link?,
-        }),
-        Err(_) => {
-            let state = docker.state(id).await?;
-            if state.pid != 0 {
-                return Err(Error::InitTimedOut);
+    let accept = timeout(INIT, listener.accept(state.pid));
+    tokio::select! {
+        accepted = accept => match accepted {
+            Ok(link) => Ok(Greeted { pid: state.pid, link: link? }),
+            Err(_) => Err(Error::InitTimedOut),
+        },
+        error = died(docker, id) => Err(error),
+    }
+}
+
+/// Waits until the container has ended, and says why.
+async fn died(docker: &Docker, id: &str) -> Error {
+    loop {
+        sleep(LOOK).await;
+        match docker.state(id).await {
+            Ok(state) if state.pid == 0 => {
+                let words = docker.last_words(id).await;
+                return Error::InitEnded {
+                    exit_code: state.exit_code,
+                    words,
+                };
             }
-            let words = docker.last_words(id).await;
-            Err(Error::InitEnded {
-                exit_code: state.exit_code,
-                words,
-            })
+            Ok(_) => {}
+            Err(error) => return Error::Docker(error),
         }
     }
 }
@@ -196,13 +216,14 @@ async fn find_image(node: &Node, slot: &Slot) -> Result<docker::Image, Error> {
     node.docker.image(reference).await.map_err(wrong)
 }
 
-/// Owner of the home; `None` for root.
+/// Owner of the home; `None` for root and for names nobody but the image knows.
 fn user_of(image: &docker::Image) -> Option<(u32, u32)> {
     let (user, group) = image.user.split_once(':').unwrap_or((&image.user, ""));
     let uid = match user.parse() {
         Ok(uid) => uid,
-        Err(_) if user.is_empty() || user == "root" => 0,
-        Err(_) => RUNTIME_UID,
+        Err(_) if user == "runtime" => RUNTIME_UID,
+        // Who a name stands for is known inside the image only.
+        Err(_) => 0,
     };
     (uid != 0).then(|| (uid, group.parse().unwrap_or(uid)))
 }
@@ -223,7 +244,7 @@ mod tests {
         assert_eq!(user("1000:1000"), Some((1000, 1000)));
         assert_eq!(user("1001"), Some((1001, 1001)));
         assert_eq!(user("runtime"), Some((1000, 1000)));
-        for root in ["", "root", "0", "0:1000", "root:root"] {
+        for root in ["", "root", "0", "0:1000", "root:root", "www-data"] {
             assert_eq!(user(root), None, "{root}");
         }
     }

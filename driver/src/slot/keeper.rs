@@ -1,6 +1,9 @@
 //! The task that owns one slot: it alone drives the slot from state to state.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use polydev_proto::init::{Release, to_init};
 use tokio::{
@@ -18,8 +21,10 @@ use super::{
 };
 use crate::{config, limits::Limits, node::Node};
 
-/// Refills in a row that may fail before the slot is given up and Nomad decides.
+/// Containers in a row that may fail before the slot is given up and Nomad decides.
 const FAILURES: u32 = 6;
+/// A container that idled for so long was a good one, however it ended.
+const STABLE: Duration = Duration::from_secs(60);
 const BACKOFF: Duration = Duration::from_millis(500);
 const BACKOFF_MOST: Duration = Duration::from_secs(15);
 
@@ -86,7 +91,7 @@ struct Keeper {
     node: Arc<Node>,
     slot: Arc<Slot>,
     granted: mpsc::Receiver<Claim>,
-    /// Failed refills since the last good one.
+    /// Containers that failed since the last good one.
     failures: u32,
 }
 
@@ -96,61 +101,68 @@ impl Keeper {
         // Leftovers of an earlier life of the driver, or of this task's last start.
         self.clean().await;
         let end = loop {
-            let filled = tokio::select! {
-                filled = fill::fill(&self.node, &self.slot) => filled,
-                () = self.slot.drain.cancelled() => break Ended::Stopped,
-            };
-            match filled {
+            let filled = fill::fill(&self.node, &self.slot).await;
+            if self.slot.drain.is_cancelled() {
+                break Ended::Stopped;
+            }
+            let failure = match filled {
                 Ok(container) => {
-                    self.failures = 0;
+                    self.slot.apply(Event::Warmed);
                     if let Some(ready) = ready.take() {
                         self.announce();
-                        self.slot.apply(Event::Warmed);
                         let _agent_gone = ready.send(Ok(()));
-                    } else {
-                        self.slot.apply(Event::Warmed);
                     }
-                    self.serve(container).await;
+                    let served = self.serve(container).await;
+                    if self.slot.drain.is_cancelled() {
+                        break Ended::Stopped;
+                    }
+                    self.slot.apply(Event::Recycled);
+                    served
                 }
                 Err(error) => {
                     self.clean().await;
-                    self.failures += 1;
-                    tracing::warn!(
-                        slot = self.slot.identity.slot_id(),
-                        failures = self.failures,
-                        error = &error as &dyn std::error::Error,
-                        "cannot fill a slot"
-                    );
-                    let reason = crate::chain(&error);
                     if let Some(ready) = ready.take() {
+                        let reason = crate::chain(&error);
                         let _agent_gone = ready.send(Err(error));
-                        self.failures = FAILURES;
+                        break self.give_up(reason);
                     }
+                    Err(crate::chain(&error))
+                }
+            };
+            match failure {
+                Ok(()) => self.failures = 0,
+                Err(reason) => {
+                    self.failures += 1;
+                    let (slot, failures) = (self.slot.identity.slot_id(), self.failures);
+                    tracing::warn!(slot, failures, reason, "a slot lost its container");
                     if self.failures >= FAILURES {
-                        self.slot.apply(Event::GivenUp {
-                            reason: reason.clone(),
-                        });
-                        break Ended::Failed { reason };
+                        break self.give_up(reason);
                     }
                     tokio::select! {
-                        () = sleep(backoff(self.failures)) => continue,
+                        () = sleep(backoff(self.failures)) => {}
                         () = self.slot.drain.cancelled() => break Ended::Stopped,
                     }
                 }
             }
-            if self.slot.drain.is_cancelled() {
-                break Ended::Stopped;
-            }
-            self.slot.apply(Event::Recycled);
         };
         self.clean().await;
         self.slot.end.send_replace(Some(end));
     }
 
+    fn give_up(&self, reason: String) -> Ended {
+        let given_up = Event::GivenUp {
+            reason: reason.clone(),
+        };
+        self.slot.apply(given_up);
+        Ended::Failed { reason }
+    }
+
     /// Waits with an idle container until it is claimed, dies or is not wanted any
-    /// more; then serves the claim, and destroys the container.
-    async fn serve(&mut self, mut container: Container) {
+    /// more; then serves the claim, and destroys the container. An error is the reason
+    /// why the container died without having been of use.
+    async fn serve(&mut self, mut container: Container) -> Result<(), String> {
         self.slot.hold(Some(container.limits.clone()));
+        let idle_since = Instant::now();
         let died = loop {
             tokio::select! {
                 biased;
@@ -164,7 +176,7 @@ impl Keeper {
                         || "init spoke out of turn".to_owned(),
                         |error| crate::chain(&error),
                     );
-                    break Some(reason);
+                    break Some(format!("its idle container died: {reason}"));
                 }
                 () = self.slot.drain.cancelled() => {
                     // A claim that was granted just before the drain is still served.
@@ -174,17 +186,18 @@ impl Keeper {
                 }
             }
         };
-        if let Some(reason) = died {
-            tracing::warn!(
-                slot = self.slot.identity.slot_id(),
-                reason,
-                "an idle container died"
-            );
+        if let Some(reason) = &died {
             self.slot.apply(Event::Died {
                 reason: reason.clone(),
             });
-            if let Ok(claim) = self.granted.try_recv() {
-                let _gone = claim.events.try_send(Err(Refusal::Broken { reason }));
+            // A claim that was granted meanwhile is on its way here, if not here already.
+            if self.slot.is_claimed()
+                && let Some(claim) = self.granted.recv().await
+            {
+                let broken = Refusal::Broken {
+                    reason: reason.clone(),
+                };
+                let _gone = claim.events.try_send(Err(broken));
                 self.slot.apply(Event::RunEnded);
             }
         } else {
@@ -192,9 +205,28 @@ impl Keeper {
             let _gone = container.link.writer.send(released).await;
         }
         self.slot.hold(None);
-        if let Err(error) = self.node.docker.remove(&container.id).await {
-            let error = &error as &dyn std::error::Error;
-            tracing::warn!(error, "cannot remove a container, the reaper will");
+        self.remove(&container.id).await;
+        match died {
+            Some(reason) if idle_since.elapsed() < STABLE => Err(reason),
+            _ => Ok(()),
+        }
+    }
+
+    /// Does not give up while the slot lives: the next container must not stand beside
+    /// one that still runs. What a drained slot leaves is the reaper's.
+    async fn remove(&self, id: &str) {
+        let mut failures = 0;
+        while let Err(error) = self.node.docker.remove(id).await {
+            failures += 1;
+            tracing::warn!(
+                container = id,
+                error = crate::chain(&error),
+                "cannot remove a container yet"
+            );
+            tokio::select! {
+                () = sleep(backoff(failures)) => {}
+                () = self.slot.drain.cancelled() => return,
+            }
         }
     }
 

@@ -25,6 +25,9 @@ const STDIN_WINDOW: u64 = 128 << 10;
 /// What init gets on top of the deadline before the driver ends the container itself.
 const GRACE: Duration = Duration::from_secs(1);
 
+/// How long the end of a run waits for a caller that does not read.
+const DELIVER: Duration = Duration::from_secs(10 * 60);
+
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
 
@@ -95,7 +98,10 @@ pub(super) async fn serve(
         Err(error) => run.lost(&error),
     };
     if let Caller::Present(events) = run.caller {
-        let _gone = events.send(Ok(Event::Ended(ended))).await;
+        // A caller that does not read must not hold the slot: its container goes now.
+        tokio::spawn(async move {
+            let _gone = tokio::time::timeout(DELIVER, events.send(Ok(Event::Ended(ended)))).await;
+        });
     }
 }
 
@@ -199,7 +205,7 @@ impl Run<'_> {
                         self.signal(SIGKILL).await
                     }
                     Cancelled::No => {
-                        return self.ended(Reason::Deadline, "it was killed at its deadline");
+                        return self.ended(Reason::Deadline, "its deadline passed; output that its caller had not read by then is lost");
                     }
                     Cancelled::Asked { .. } | Cancelled::Killed => {
                         return self.ended(Reason::Cancelled, "its caller went away");

@@ -93,7 +93,16 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
             call.metadata_mut().insert(name, value);
         }
     }
-    tokio::spawn(forward_signals(requests.clone())?);
+    let mut interrupt = unix::signal(unix::SignalKind::interrupt())?;
+    let mut terminate = unix::signal(unix::SignalKind::terminate())?;
+    let accepted = tokio::select! {
+        accepted = shim.run(call) => accepted,
+        // Nothing runs yet: going away is all there is to do.
+        _ = interrupt.recv() => return Ok(ExitCode::from(128 + 2)),
+        _ = terminate.recv() => return Ok(ExitCode::from(128 + 15)),
+    };
+    let events = accepted.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+    tokio::spawn(forward_signals(requests.clone(), interrupt, terminate));
     if reads_stdin {
         tokio::spawn(forward_stdin(requests));
     } else {
@@ -101,10 +110,6 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         drop(requests);
     }
 
-    let events = shim
-        .run(call)
-        .await
-        .map_err(|status| anyhow::anyhow!("{}", status.message()))?;
     let mut events = events.into_inner();
     loop {
         let event = events
@@ -197,26 +202,24 @@ fn request(message: Message) -> RunRequest {
 }
 
 /// Passes Ctrl-C and SIGTERM on to the command; it decides what becomes of them.
-fn forward_signals(
+async fn forward_signals(
     requests: mpsc::Sender<RunRequest>,
-) -> anyhow::Result<impl Future<Output = ()> + Send> {
-    let mut interrupt = unix::signal(unix::SignalKind::interrupt())?;
-    let mut terminate = unix::signal(unix::SignalKind::terminate())?;
-    Ok(async move {
-        loop {
-            let number = tokio::select! {
-                _ = interrupt.recv() => unix::SignalKind::interrupt().as_raw_value(),
-                _ = terminate.recv() => unix::SignalKind::terminate().as_raw_value(),
-            };
-            if requests
-                .send(request(Message::Signal(Signal { number })))
-                .await
-                .is_err()
-            {
-                return;
-            }
+    mut interrupt: unix::Signal,
+    mut terminate: unix::Signal,
+) {
+    loop {
+        let number = tokio::select! {
+            _ = interrupt.recv() => unix::SignalKind::interrupt().as_raw_value(),
+            _ = terminate.recv() => unix::SignalKind::terminate().as_raw_value(),
+        };
+        if requests
+            .send(request(Message::Signal(Signal { number })))
+            .await
+            .is_err()
+        {
+            return;
         }
-    })
+    }
 }
 
 async fn forward_stdin(requests: mpsc::Sender<RunRequest>) {

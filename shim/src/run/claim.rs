@@ -7,7 +7,10 @@ use polydev_proto::node::{
     self, ClaimRequest, ClaimResponse, claim_request, node_service_client::NodeServiceClient,
 };
 use prost_types::Timestamp;
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
@@ -18,6 +21,8 @@ use crate::pool::{Candidate, View};
 const START_BY: Duration = Duration::from_secs(5);
 /// Longer than [`START_BY`]: after it, the driver has refused or something is broken.
 const ANSWER: Duration = Duration::from_secs(10);
+/// Between a refusal and the next slot.
+const AGAIN: Duration = Duration::from_millis(20);
 /// Input on its way to the driver; each at most 64 KiB.
 const INPUTS: usize = 16;
 
@@ -66,6 +71,8 @@ pub async fn claim(view: &View, request: Request) -> Result<Claimed, Error> {
                     reason,
                     "a claim was refused, trying another slot"
                 );
+                // The view learns why in a moment; until then the same slot may come up.
+                sleep(AGAIN.mul_f64(rand::random_range(0.5..1.0))).await;
             }
         }
     }

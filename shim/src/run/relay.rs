@@ -5,19 +5,21 @@ use std::time::{Duration, Instant};
 use polydev_proto::{
     node::{self, ClaimRequest, ClaimResponse, claim_request, claim_response, ended},
     runtime::{
-        Accepted, ExitReason, Exited, Output, RunRequest, RunResponse, Stage, Started, run_request,
-        run_response,
+        Accepted, CloseStdin, ExitReason, Exited, Output, RunRequest, RunResponse, Stage, Started,
+        run_request, run_response,
     },
 };
 use tokio::sync::mpsc;
 use tonic::Streaming;
 use uuid::Uuid;
 
-use super::{Error, claim::Claimed};
+use super::{Error, claim::Claimed, request::Invalid};
 
 /// Events that may wait for a caller; each at most 64 KiB. When they are used up the
 /// driver is not read any more, and in the end the command waits.
 pub const EVENTS: usize = 16;
+/// Most stdin in one message, as the API says.
+const STDIN_MOST: usize = 64 << 10;
 
 /// Sends a claimed run's events until its end. Dropping the receiving end, or this
 /// future, ends the run.
@@ -93,36 +95,53 @@ pub async fn relay(
 pub async fn forward(
     mut requests: Streaming<RunRequest>,
     inputs: mpsc::Sender<ClaimRequest>,
-) -> Result<(), super::request::Invalid> {
+) -> Result<(), Invalid> {
     loop {
         let request = tokio::select! {
             request = requests.message() => request,
             () = inputs.closed() => return Ok(()),
         };
-        let Ok(Some(RunRequest { message })) = request else {
-            return Ok(());
+        let closed = matches!(request, Ok(None));
+        let message = match request {
+            Ok(Some(RunRequest { message })) => message,
+            // The caller has closed its side: the command reads end of file.
+            Ok(None) => Some(run_request::Message::CloseStdin(CloseStdin {})),
+            Err(_) => return Ok(()),
         };
         let message = match message {
-            Some(run_request::Message::Stdin(data)) => claim_request::Message::Stdin(data),
+            Some(run_request::Message::Stdin(data)) => {
+                if data.len() > STDIN_MOST {
+                    return Err(Invalid::Value {
+                        field: "stdin",
+                        given: format!("{} bytes", data.len()),
+                        allowed: "at most 65536 bytes a message",
+                    });
+                }
+                claim_request::Message::Stdin(data)
+            }
             Some(run_request::Message::CloseStdin(_)) => {
                 claim_request::Message::CloseStdin(node::CloseStdin {})
             }
             Some(run_request::Message::Signal(signal)) => {
+                if !(1..=31).contains(&signal.number) {
+                    return Err(Invalid::Value {
+                        field: "signal.number",
+                        given: signal.number.to_string(),
+                        allowed: "a signal from 1 to 31",
+                    });
+                }
                 claim_request::Message::Signal(node::Signal {
                     number: signal.number,
                 })
             }
             Some(run_request::Message::Start(_)) | None => {
-                return Err(super::request::Invalid::NotStarted);
+                return Err(Invalid::NotStarted);
             }
         };
-        if inputs
-            .send(ClaimRequest {
-                message: Some(message),
-            })
-            .await
-            .is_err()
-        {
+        let request = ClaimRequest {
+            message: Some(message),
+        };
+        if inputs.send(request).await.is_err() || closed {
             return Ok(());
         }
     }

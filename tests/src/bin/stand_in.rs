@@ -1,7 +1,7 @@
 //! `stand-in ADDRESS`: a model API for tests and demos. It speaks enough of the
 //! OpenAI Responses, Anthropic Messages and Gemini protocols for the real CLIs to
 //! finish a prompt, answers with a text that depends on the prompt, and keeps what
-//! arrived: `GET /requests` lists it.
+//! arrived: `GET /requests` lists it. `GET /zeros` is 2.5 MB to be measured by.
 
 use std::{
     net::SocketAddr,
@@ -35,6 +35,7 @@ async fn main() -> anyhow::Result<()> {
     let listener = tokio::net::TcpListener::bind(address).await?;
     let app = Router::new()
         .route("/requests", get(list))
+        .route("/zeros", get(async || vec![0; 2_500_000]))
         .fallback(answer)
         .layer(DefaultBodyLimit::max(BODY_MOST))
         .with_state(Log::default());
