@@ -34,8 +34,8 @@ job "polydev-pool-openai" {
   # in it ends when the run does. Canaries have no predecessor: as many as the pool
   # has slots, promoted when they are warm, keep it from ever being empty.
   update {
-    max_parallel      = var.count
-    canary            = var.count
+    max_parallel      = max(var.count, 1)
+    canary            = max(var.count, 1)
     auto_promote      = true
     health_check      = "task_states"
     min_healthy_time  = "1s"

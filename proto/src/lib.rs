@@ -32,6 +32,7 @@ pub mod init {
     pub const PROTOCOL_VERSION: u32 = 1;
 }
 
+pub mod error;
 pub mod exec;
 pub mod frame;
 

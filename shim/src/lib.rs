@@ -24,14 +24,4 @@ pub mod nomad;
 
 pub mod address;
 
-/// An error with its causes, for logs and for people who get no log.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}
+use polydev_proto::error::chain;

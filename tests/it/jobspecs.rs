@@ -19,6 +19,8 @@ fn jobspecs_are_formatted_and_valid() {
         let told = nomad.run(&["job", "validate", &file]);
         assert!(told.contains("Job validation successful"), "{told}");
         assert!(!told.contains("Warning"), "{told}");
+        let empty = nomad.run(&["job", "validate", "-var", "count=0", &file]);
+        assert!(empty.contains("Job validation successful"), "{empty}");
     }
 }
 

@@ -233,14 +233,24 @@ fn slots_follow_nomad_and_a_killed_driver_comes_back() {
         "hi\n"
     );
 
-    nomad.run(&[
-        "job",
-        "scale",
-        "-detach",
-        "polydev-pool-anthropic",
-        "pool",
-        "1",
-    ]);
+    // Nomad refuses to scale a job while it has a deployment going.
+    wait_until("a pool that is scaled", Duration::from_secs(60), || {
+        let args = [
+            "job",
+            "scale",
+            "-detach",
+            "polydev-pool-anthropic",
+            "pool",
+            "1",
+        ];
+        let scaled = output(&mut nomad.command(&args));
+        let told = String::from_utf8_lossy(&scaled.stderr).into_owned();
+        if scaled.status.success() {
+            Ok(())
+        } else {
+            Err(told)
+        }
+    });
     client.wait_idle("anthropic", 1);
     nomad.run(&["job", "stop", "-detach", "-yes", "polydev-pool-anthropic"]);
     wait_until("no container", Duration::from_secs(30), || {
