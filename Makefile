@@ -62,4 +62,4 @@ it:            ## Tests of the whole system: root, Docker, Nomad, images.
 	cargo test --locked --package polydev-tests -- --test-threads=1
 
 clean-all:     ## Remove what demo, test and bench left: target, cache, images.
-	@$(SUDO) tests/clean-all.sh
+	@$(SUDO) tests/with-docker.sh tests/clean-all.sh

@@ -5,17 +5,13 @@ cd "$(dirname "$0")/.."
 . tests/lib.sh
 
 DOCKER=$(docker_program)
-if "$DOCKER" info >/dev/null 2>&1; then
-    images=$("$DOCKER" images --format '{{.Repository}}:{{.Tag}}' | grep '^polydev-' || true)
-    if [ -n "$images" ]; then
-        step "removing images: ${images//$'\n'/ }"
-        # shellcheck disable=SC2086
-        "$DOCKER" rmi --force $images >/dev/null
-    fi
-    "$DOCKER" image prune --force --filter label=dev.polydev.stage=cli >/dev/null
-else
-    step "no Docker engine answers: its images stay"
+images=$("$DOCKER" images --format '{{.Repository}}:{{.Tag}}' | grep '^polydev-' || true)
+if [ -n "$images" ]; then
+    step "removing images: ${images//$'\n'/ }"
+    # shellcheck disable=SC2086
+    "$DOCKER" rmi --force $images >/dev/null
 fi
+"$DOCKER" image prune --force --filter label=dev.polydev.stage=cli >/dev/null
 step "removing target/ and what is ours in $POLYDEV_CACHE"
 rm -rf target "$POLYDEV_CACHE"/nomad-* "$POLYDEV_CACHE"/tools-*
 rmdir "$POLYDEV_CACHE" 2>/dev/null || true
