@@ -67,8 +67,6 @@ pub struct Docker {
 /// What a slot must know of its image.
 #[derive(Debug, Clone)]
 pub struct Image {
-    /// The content's id, `sha256:...`.
-    pub id: String,
     /// Numeric or by name, as the image says; empty means root.
     pub user: String,
     /// `HOME` of its environment.
@@ -132,7 +130,6 @@ impl Docker {
             .flatten()
             .find_map(|variable| variable.strip_prefix("HOME=").map(str::to_owned));
         Ok(Image {
-            id: image.id.unwrap_or_default(),
             user: config.user.unwrap_or_default(),
             home,
         })

@@ -18,7 +18,7 @@ pub use keeper::Ended;
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use tokio::sync::{mpsc, watch};
@@ -186,14 +186,5 @@ impl Slot {
             self.lock().state(),
             State::Claimed { .. } | State::Draining { run_id: Some(_) }
         )
-    }
-}
-
-/// How long a slot of this generation has been what it is; for logs.
-impl std::fmt::Display for Slot {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let life = self.lock();
-        let age = life.since().elapsed().unwrap_or(Duration::ZERO);
-        write!(f, "{} for {} ms", life.state().name(), age.as_millis())
     }
 }

@@ -169,6 +169,12 @@ impl Service {
             slot_id: claim.slot_id.clone(),
         })?;
         let generation = claim.generation;
+        tracing::debug!(
+            run_id = claim.run_id,
+            user_id = claim.user_id,
+            slot_id = claim.slot_id,
+            "claim"
+        );
         let parsed = claim::parse(claim)?;
 
         let (events, responses) = mpsc::channel(EVENTS);

@@ -236,7 +236,6 @@ mod tests {
     fn a_slot_never_runs_as_root() {
         let user = |user: &str| {
             user_of(&docker::Image {
-                id: String::new(),
                 user: user.into(),
                 home: None,
             })

@@ -129,7 +129,7 @@ enum Caller {
 #[derive(Clone, Copy, PartialEq)]
 enum Cancelled {
     No,
-    /// SIGTERM is sent, SIGKILL follows at [`Run::end_at`] less the grace.
+    /// SIGTERM is sent, SIGKILL follows.
     Asked {
         kill_at: Instant,
     },
