@@ -2,32 +2,48 @@
 //! place that names bollard; every call has a deadline.
 
 mod container;
+mod exec;
+mod image;
+mod logs;
+mod network;
+mod plain;
+mod sandbox;
 
 pub use container::ContainerSpec;
+pub use exec::{Exec, Input as ExecInput, Output as ExecOutput, Piece};
+pub use image::{Credentials, Image, Progress, TOKEN_USER, default_tag, is_latest};
+pub use plain::{InitMounts, Network, PlainSpec, Published, Resources};
+pub use sandbox::SandboxSpec;
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use bollard::{
     API_DEFAULT_VERSION,
     errors::Error as ApiError,
-    models::{ContainerUpdateBody, NetworkCreateRequest},
+    models::{
+        ContainerCreateBody, ContainerInspectResponse, ContainerSummaryStateEnum,
+        ContainerUpdateBody,
+    },
     query_parameters::{
-        CreateContainerOptionsBuilder, CreateImageOptionsBuilder, InspectContainerOptions,
-        InspectNetworkOptions, ListContainersOptionsBuilder, LogsOptionsBuilder,
+        CreateContainerOptionsBuilder, InspectContainerOptions, ListContainersOptionsBuilder,
         RemoveContainerOptionsBuilder,
     },
 };
-use futures_util::{StreamExt, TryStreamExt};
 use tokio::time::timeout;
 
-use crate::limits::{CPU_PERIOD, Limits};
+use crate::{
+    config::{Endpoint, Tls},
+    limits::{CPU_PERIOD, Limits},
+};
 
 /// For whatever dockerd does by itself; an overloaded one takes seconds.
 const CALL: Duration = Duration::from_secs(60);
 /// For a sign of life.
 const PING: Duration = Duration::from_secs(2);
-/// For a whole image.
-const PULL: Duration = Duration::from_secs(15 * 60);
 
 /// Why Docker did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -36,8 +52,8 @@ pub enum Error {
     Call { operation: String, source: ApiError },
     #[error("cannot {operation}: no answer from dockerd in {} s", after.as_secs())]
     TimedOut { operation: String, after: Duration },
-    #[error("endpoint `{endpoint}` is not a unix:// address")]
-    Endpoint { endpoint: String },
+    #[error("cannot {operation}: no progress for {} s", after.as_secs())]
+    Stalled { operation: String, after: Duration },
 }
 
 impl Error {
@@ -45,6 +61,43 @@ impl Error {
     #[must_use]
     pub fn is_not_found(&self) -> bool {
         self.status() == Some(404)
+    }
+
+    /// The registry has no such image, or none for this machine: it will not have one
+    /// in a minute either. Docker tells in words only, in the middle of a pull.
+    #[must_use]
+    pub fn is_missing_image(&self) -> bool {
+        const WORDS: [&str; 5] = [
+            "not found",
+            "manifest unknown",
+            "no matching manifest",
+            "pull access denied",
+            "invalid reference format",
+        ];
+        let Self::Call { source, .. } = self else {
+            return false;
+        };
+        let text = source.to_string();
+        self.is_not_found() || WORDS.iter().any(|words| text.contains(words))
+    }
+
+    /// Docker found the request itself wrong: it will again.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        self.status()
+            .is_some_and(|status| (400..500).contains(&status) && status != 409)
+    }
+
+    /// dockerd is there, and this is what it says.
+    #[must_use]
+    pub fn is_answer(&self) -> bool {
+        self.status().is_some()
+    }
+
+    /// Docker has another thing of that name, or is at it already.
+    #[must_use]
+    pub fn is_conflict(&self) -> bool {
+        self.status() == Some(409)
     }
 
     fn status(&self) -> Option<u16> {
@@ -61,22 +114,30 @@ impl Error {
 /// A connection to one engine; clones share it.
 #[derive(Debug, Clone)]
 pub struct Docker {
-    api: bollard::Docker,
+    inner: Arc<Inner>,
 }
 
-/// What a slot must know of its image.
-#[derive(Debug, Clone)]
-pub struct Image {
-    /// Numeric or by name, as the image says; empty means root.
-    pub user: String,
-    /// `HOME` of its environment.
-    pub home: Option<String>,
+#[derive(Debug)]
+struct Inner {
+    endpoint: Endpoint,
+    /// Made when it is first needed: bollard wants a socket's file to be there.
+    api: OnceLock<bollard::Docker>,
+}
+
+/// An engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct About {
+    pub version: String,
+    pub os_type: String,
+    pub runtimes: Vec<String>,
 }
 
 /// A container of ours, as a listing shows it.
 #[derive(Debug, Clone)]
 pub struct Listed {
     pub id: String,
+    pub names: Vec<String>,
+    pub runs: bool,
     pub labels: HashMap<String, String>,
 }
 
@@ -86,117 +147,70 @@ pub struct State {
     /// 0 when it does not run.
     pub pid: u32,
     pub exit_code: i64,
+    pub oom_killed: bool,
 }
 
 impl Docker {
-    /// Connects and agrees on an API version.
+    /// An engine that is asked for nothing yet: [`Docker::negotiate`] comes first.
+    #[must_use]
+    pub fn new(endpoint: &Endpoint) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                endpoint: endpoint.clone(),
+                api: OnceLock::new(),
+            }),
+        }
+    }
+
+    fn api(&self) -> Result<&bollard::Docker, Error> {
+        if let Some(api) = self.inner.api.get() {
+            return Ok(api);
+        }
+        let Endpoint { address, tls } = &self.inner.endpoint;
+        let (timeout, version) = (CALL.as_secs(), API_DEFAULT_VERSION);
+        let api = match (address.strip_prefix("unix://"), tls) {
+            (Some(path), _) => bollard::Docker::connect_with_unix(path, timeout, version),
+            (None, Some(Tls { cert, key, ca })) => {
+                bollard::Docker::connect_with_ssl(address, key, cert, ca, timeout, version)
+            }
+            (None, None) => bollard::Docker::connect_with_http(address, timeout, version),
+        };
+        let api = api.map_err(|source| Error::Call {
+            operation: format!("use Docker at {address}"),
+            source,
+        })?;
+        Ok(self.inner.api.get_or_init(|| api))
+    }
+
+    /// Agrees on an API version, for all clones.
     ///
     /// # Errors
     /// [`Error`] while the engine does not answer.
-    pub async fn connect(endpoint: &str) -> Result<Self, Error> {
-        let Some(path) = endpoint.strip_prefix("unix://") else {
-            return Err(Error::Endpoint {
-                endpoint: endpoint.to_owned(),
-            });
-        };
-        let operation = || format!("reach Docker at {endpoint}");
-        let api = bollard::Docker::connect_with_unix(path, CALL.as_secs(), API_DEFAULT_VERSION)
-            .map_err(|source| Error::Call {
-                operation: operation(),
-                source,
-            })?;
-        let api = within(PING, operation(), api.negotiate_version()).await?;
-        Ok(Self { api })
+    pub async fn negotiate(&self) -> Result<(), Error> {
+        // The version is shared by the clones of a connection.
+        let negotiated = self.api()?.clone().negotiate_version();
+        within(
+            PING,
+            format!("reach Docker at {}", self.inner.endpoint.address),
+            negotiated,
+        )
+        .await
+        .map(drop)
     }
 
-    /// The engine's version, as a sign of life.
+    /// What the engine is, as a sign of life.
     ///
     /// # Errors
     /// [`Error`] if it does not answer within two seconds.
-    pub async fn version(&self) -> Result<String, Error> {
-        let version = within(PING, "ask Docker for its version", self.api.version()).await?;
-        Ok(version.version.unwrap_or_default())
-    }
-
-    /// # Errors
-    /// [`Error`]; [`Error::is_not_found`] if the image is not on this node.
-    pub async fn image(&self, reference: &str) -> Result<Image, Error> {
-        let operation = format!("inspect image `{reference}`");
-        let image = within(CALL, operation, self.api.inspect_image(reference)).await?;
-        let config = image.config.unwrap_or_default();
-        let home = config
-            .env
-            .into_iter()
-            .flatten()
-            .find_map(|variable| variable.strip_prefix("HOME=").map(str::to_owned));
-        Ok(Image {
-            user: config.user.unwrap_or_default(),
-            home,
+    pub async fn about(&self) -> Result<About, Error> {
+        let info = within(PING, "ask Docker what it is", self.api()?.info()).await?;
+        let mut runtimes: Vec<String> = info.runtimes.unwrap_or_default().into_keys().collect();
+        runtimes.sort();
+        Ok(About {
+            version: info.server_version.unwrap_or_default(),
+            os_type: info.os_type.unwrap_or_default(),
+            runtimes,
         })
-    }
-
-    /// # Errors
-    /// [`Error`] if the registry cannot be reached or has no such image.
-    pub async fn pull(&self, reference: &str) -> Result<(), Error> {
-        // Without a tag the API would pull every tag there is.
-        let last = reference.rsplit('/').next().unwrap_or(reference);
-        let tag = if last.contains([':', '@']) {
-            ""
-        } else {
-            "latest"
-        };
-        let options = CreateImageOptionsBuilder::new()
-            .from_image(reference)
-            .tag(tag)
-            .build();
-        let progress = self.api.create_image(Some(options), None, None);
-        let done = progress.try_for_each(|_| std::future::ready(Ok(())));
-        within(PULL, format!("pull image `{reference}`"), done).await
-    }
-
-    /// Makes the node's bridge, unless it is there. Containers on it reach the
-    /// outside and not each other.
-    ///
-    /// # Errors
-    /// [`Error`]
-    pub async fn ensure_bridge(
-        &self,
-        name: &str,
-        interface: &str,
-        labels: &HashMap<String, String>,
-    ) -> Result<(), Error> {
-        let inspect = self
-            .api
-            .inspect_network(name, None::<InspectNetworkOptions>);
-        match within(CALL, format!("inspect network `{name}`"), inspect).await {
-            Ok(_) => return Ok(()),
-            Err(error) if error.is_not_found() => {}
-            Err(error) => return Err(error),
-        }
-        let option = |key: &str, value: &str| (format!("com.docker.network.{key}"), value.into());
-        let request = NetworkCreateRequest {
-            name: name.into(),
-            driver: Some("bridge".into()),
-            options: Some(HashMap::from([
-                option("bridge.name", interface),
-                option("bridge.enable_icc", "false"),
-            ])),
-            labels: Some(labels.clone()),
-            ..Default::default()
-        };
-        let create = self.api.create_network(request);
-        within(CALL, format!("create network `{name}`"), create)
-            .await
-            .map(drop)
-    }
-
-    /// Removes a bridge that no container is on; one that is gone is no error.
-    ///
-    /// # Errors
-    /// [`Error`] if it is in use.
-    pub async fn remove_bridge(&self, name: &str) -> Result<(), Error> {
-        let remove = self.api.remove_network(name);
-        ignore_missing(within(CALL, format!("remove network `{name}`"), remove).await)
     }
 
     /// Creates a container and returns its id.
@@ -204,52 +218,63 @@ impl Docker {
     /// # Errors
     /// [`Error`]
     pub async fn create(&self, spec: &ContainerSpec) -> Result<String, Error> {
-        let options = CreateContainerOptionsBuilder::new()
-            .name(&spec.name)
-            .build();
-        let create = self.api.create_container(Some(options), spec.body());
-        let created = within(CALL, format!("create container `{}`", spec.name), create).await?;
+        self.create_container(&spec.name, spec.body()).await
+    }
+
+    /// Creates a plain task's container and returns its id.
+    ///
+    /// # Errors
+    /// [`Error`]; [`Error::is_conflict`] if there is one of that name.
+    pub async fn create_plain(&self, spec: &PlainSpec<'_>) -> Result<String, Error> {
+        self.create_container(&spec.name, spec.body()).await
+    }
+
+    async fn create_container(
+        &self,
+        name: &str,
+        body: ContainerCreateBody,
+    ) -> Result<String, Error> {
+        let options = CreateContainerOptionsBuilder::new().name(name).build();
+        let create = self.api()?.create_container(Some(options), body);
+        let created = within(CALL, format!("create container `{name}`"), create).await?;
         Ok(created.id)
     }
 
     /// # Errors
     /// [`Error`]
     pub async fn start(&self, id: &str) -> Result<(), Error> {
-        let start = self.api.start_container(id, None);
+        let start = self.api()?.start_container(id, None);
         within(CALL, format!("start container `{id}`"), start).await
     }
 
     /// # Errors
     /// [`Error`]
     pub async fn state(&self, id: &str) -> Result<State, Error> {
-        let inspect = self
-            .api
-            .inspect_container(id, None::<InspectContainerOptions>);
-        let container = within(CALL, format!("inspect container `{id}`"), inspect).await?;
-        let state = container.state.unwrap_or_default();
+        let state = self.inspect(id).await?.state.unwrap_or_default();
         Ok(State {
             pid: state
                 .pid
                 .and_then(|pid| u32::try_from(pid).ok())
                 .unwrap_or(0),
             exit_code: state.exit_code.unwrap_or(0),
+            oom_killed: state.oom_killed.unwrap_or_default(),
         })
     }
 
-    /// The last lines a container's process 1 printed, for an error message.
-    pub async fn last_words(&self, id: &str) -> String {
-        let options = LogsOptionsBuilder::new()
-            .stdout(true)
-            .stderr(true)
-            .tail("5")
-            .build();
-        let lines = self
-            .api
-            .logs(id, Some(options))
-            .take(16)
-            .map_ok(|line| line.to_string());
-        let lines = within(PING, "read logs", lines.try_collect::<String>()).await;
-        lines.unwrap_or_default().trim().to_owned()
+    /// A container's labels.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn labels(&self, id: &str) -> Result<HashMap<String, String>, Error> {
+        let container = self.inspect(id).await?;
+        let labels = container.config.and_then(|config| config.labels);
+        Ok(labels.unwrap_or_default())
+    }
+
+    async fn inspect(&self, id: &str) -> Result<ContainerInspectResponse, Error> {
+        let options = None::<InspectContainerOptions>;
+        let inspect = self.api()?.inspect_container(id, options);
+        within(CALL, format!("inspect container `{id}`"), inspect).await
     }
 
     /// Tells Docker of limits that were set behind its back.
@@ -265,7 +290,7 @@ impl Docker {
             pids_limit: Some(limits.pids.into()),
             ..Default::default()
         };
-        let update = self.api.update_container(id, body);
+        let update = self.api()?.update_container(id, body);
         within(CALL, format!("update container `{id}`"), update).await
     }
 
@@ -278,11 +303,11 @@ impl Docker {
             .force(true)
             .v(true)
             .build();
-        let remove = self.api.remove_container(id, Some(options));
+        let remove = self.api()?.remove_container(id, Some(options));
         let removed = within(CALL, format!("remove container `{id}`"), remove).await;
         match removed {
             // Somebody else is at it: the outcome is the same.
-            Err(error) if error.status() == Some(409) => Ok(()),
+            Err(error) if error.is_conflict() => Ok(()),
             removed => ignore_missing(removed),
         }
     }
@@ -301,12 +326,14 @@ impl Docker {
             .all(true)
             .filters(&filters)
             .build();
-        let list = self.api.list_containers(Some(options));
+        let list = self.api()?.list_containers(Some(options));
         let listed = within(CALL, "list containers", list).await?;
         Ok(listed
             .into_iter()
             .map(|container| Listed {
                 id: container.id.unwrap_or_default(),
+                names: container.names.unwrap_or_default(),
+                runs: container.state == Some(ContainerSummaryStateEnum::RUNNING),
                 labels: container.labels.unwrap_or_default(),
             })
             .collect())

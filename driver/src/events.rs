@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use polydev_proto::driver::DriverTaskEvent;
 use tokio::sync::broadcast;
 
-use crate::slot::Identity;
+use crate::identity::Identity;
 
 /// Events that wait for the agent to read them; the oldest are dropped beyond.
 const WAITING: usize = 256;

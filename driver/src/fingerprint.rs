@@ -1,7 +1,12 @@
 //! Is this node able to run slots, and if not, why? One task finds out, takes
 //! charge of the node as soon as it can, and publishes what it finds.
 
-use std::{collections::BTreeMap, error::Error, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    error::Error,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::{
     sync::watch,
@@ -12,10 +17,15 @@ use crate::{
     chain, config,
     events::Events,
     limits,
-    node::{Node, lock::Lock},
+    node::{
+        Compute, Node,
+        lock::{self, Lock},
+    },
 };
 
 const EVERY: Duration = Duration::from_secs(2);
+/// How often to look after the bridge and its rules, which others may flush.
+const AGAIN: Duration = Duration::from_secs(30);
 
 /// What Nomad is told about the driver on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,16 +43,25 @@ pub enum Health {
 /// Watches Docker and the state folder for ever.
 pub async fn run(
     config: config::Plugin,
+    compute: Compute,
     events: Events,
     node: watch::Sender<Option<Arc<Node>>>,
     health: watch::Sender<Health>,
 ) {
     let mut ticks = interval(EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut lock = None;
+    let mut watcher = Watcher {
+        config,
+        compute,
+        events,
+        taken: node,
+        lock: None,
+        prepared: None,
+    };
     loop {
         ticks.tick().await;
-        let now = check(&config, &events, &node, &mut lock)
+        let now = watcher
+            .check()
             .await
             .unwrap_or_else(|error| Health::Unhealthy {
                 reason: chain(&*error),
@@ -58,40 +77,68 @@ pub async fn run(
     }
 }
 
-async fn check(
-    config: &config::Plugin,
-    events: &Events,
-    taken: &watch::Sender<Option<Arc<Node>>>,
-    lock: &mut Option<Lock>,
-) -> Result<Health, Box<dyn Error + Send + Sync>> {
-    let node = taken.borrow().clone();
-    let node = match node {
-        Some(node) => node,
-        None => {
-            let held = match lock.take() {
-                Some(held) => held,
-                None => Lock::take(&config.state_dir)?,
-            };
-            match Node::take(config.clone(), held, events.clone()).await {
-                Ok(node) => {
-                    taken.send_replace(Some(node.clone()));
-                    node
-                }
-                Err((error, held)) => {
-                    *lock = Some(held);
-                    return Err(error.into());
-                }
+struct Watcher {
+    config: config::Plugin,
+    compute: Compute,
+    events: Events,
+    taken: watch::Sender<Option<Arc<Node>>>,
+    lock: Option<Lock>,
+    /// When what slots need was last made sure of; `None` since Docker was away.
+    prepared: Option<Instant>,
+}
+
+impl Watcher {
+    async fn check(&mut self) -> Result<Health, Box<dyn Error + Send + Sync>> {
+        let node = self.node()?;
+        let asked = async {
+            let prepared = self.prepared.filter(|at| at.elapsed() < AGAIN);
+            if prepared.is_none() {
+                node.prepare().await?;
+            }
+            let at = prepared.unwrap_or_else(Instant::now);
+            Ok::<_, Box<dyn Error + Send + Sync>>((node.docker.about().await?, at))
+        };
+        let asked = asked.await;
+        // A dockerd that was away may have lost the bridge, or be another one.
+        self.prepared = asked.as_ref().ok().map(|(_, at)| *at);
+        let (about, _) = asked?;
+        node.ready.send_replace(true);
+        let attribute = |name: &str, value: String| (format!("driver.polydev.{name}"), value);
+        let config = &self.config;
+        Ok(Health::Healthy {
+            attributes: BTreeMap::from([
+                attribute("version", env!("CARGO_PKG_VERSION").to_owned()),
+                attribute("docker_version", about.version),
+                attribute("cgroup_version", limits::cgroup_version().to_string()),
+                attribute("runtimes", about.runtimes.join(",")),
+                attribute("os_type", about.os_type),
+                attribute("pids.limit", config.pids_limit.to_string()),
+                attribute("privileged.enabled", config.allow.privileged.to_string()),
+                attribute("volumes.enabled", config.volumes.to_string()),
+                attribute("bandwidth", "1".into()),
+                attribute("node_address", node.address()),
+            ]),
+        })
+    }
+
+    /// The node, taken charge of now if need be.
+    fn node(&mut self) -> Result<Arc<Node>, Box<dyn Error + Send + Sync>> {
+        if let Some(node) = self.taken.borrow().clone() {
+            return Ok(node);
+        }
+        let held = match self.lock.take() {
+            Some(held) => held,
+            None => Lock::take(&self.config.state_dir).inspect_err(lock::Error::ask_to_leave)?,
+        };
+        match Node::take(self.config.clone(), self.compute, held, self.events.clone()) {
+            Ok(node) => {
+                self.taken.send_replace(Some(node.clone()));
+                Ok(node)
+            }
+            Err((error, held)) => {
+                self.lock = Some(held);
+                Err(error.into())
             }
         }
-    };
-    let docker_version = node.docker.version().await?;
-    let attribute = |name: &str, value: String| (format!("driver.polydev.{name}"), value);
-    Ok(Health::Healthy {
-        attributes: BTreeMap::from([
-            attribute("version", env!("CARGO_PKG_VERSION").to_owned()),
-            attribute("docker_version", docker_version),
-            attribute("cgroup_version", limits::cgroup_version().to_string()),
-            attribute("node_address", node.address()),
-        ]),
-    })
+    }
 }

@@ -14,14 +14,21 @@ pub mod plugin;
 pub mod service;
 
 pub mod fingerprint;
+pub mod firewall;
+pub mod identity;
+pub mod images;
 pub mod node;
+pub mod sandbox;
 pub mod slot;
+pub mod task;
 
 pub mod config;
 pub mod docker;
 pub mod events;
 pub mod limits;
+mod link;
 pub mod logging;
+mod netlink;
 mod reap;
 
 use polydev_proto::error::chain;

@@ -55,6 +55,30 @@ impl Limits {
     }
 }
 
+/// What may pass a container's interface; `None` is unlimited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub struct Rates {
+    /// Megabits (10^6) a second that it receives.
+    pub ingress_mbits: Option<u32>,
+    /// Megabits a second that it sends.
+    pub egress_mbits: Option<u32>,
+    /// Bytes that pass at full speed after a pause.
+    pub burst: u32,
+}
+
+/// A segmented packet of the host is 64 KiB.
+pub const BURST: u32 = 64 << 10;
+
+impl Limits {
+    fn rates(&self) -> Rates {
+        Rates {
+            ingress_mbits: Some(self.mbits),
+            egress_mbits: Some(self.mbits),
+            burst: BURST,
+        }
+    }
+}
+
 impl std::fmt::Display for Limits {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self {
@@ -103,7 +127,8 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Handle {
     cgroup: cgroup::Cgroup,
-    traffic: traffic::Shaper,
+    /// Absent where nothing is shaped.
+    traffic: Option<traffic::Shaper>,
 }
 
 impl Handle {
@@ -114,10 +139,24 @@ impl Handle {
     /// # Errors
     /// [`Error`]; the container must not be used then.
     pub fn open(pid: u32, limits: &Limits) -> Result<Self, Error> {
+        Self::open_shaped(pid, Some(&limits.rates()))
+    }
+
+    /// As [`Handle::open`], for a container with `rates` or with no bound on its traffic.
+    ///
+    /// # Errors
+    /// [`Error`]; the container must not be used then.
+    pub fn open_shaped(pid: u32, rates: Option<&Rates>) -> Result<Self, Error> {
         let cgroup = cgroup::Cgroup::open(pid)?;
-        let traffic = traffic::Shaper::open(pid)?;
-        traffic.shape(limits.mbits)?;
-        Ok(Self { cgroup, traffic })
+        let traffic = rates.map(|rates| {
+            let traffic = traffic::Shaper::open(pid)?;
+            traffic.shape(rates)?;
+            Ok(traffic)
+        });
+        Ok(Self {
+            cgroup,
+            traffic: traffic.transpose()?,
+        })
     }
 
     /// Raises every limit to `limits`. Takes tens of microseconds and waits for nothing
@@ -127,7 +166,10 @@ impl Handle {
     /// [`Error`]; some limits may be raised, and the container must not be used.
     pub fn raise(&self, limits: &Limits) -> Result<(), Error> {
         self.cgroup.raise(limits)?;
-        self.traffic.shape(limits.mbits)
+        match &self.traffic {
+            Some(traffic) => traffic.shape(&limits.rates()),
+            None => Ok(()),
+        }
     }
 
     /// Processes the kernel has killed for want of memory.

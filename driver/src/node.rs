@@ -7,13 +7,19 @@ pub mod service;
 
 use std::{collections::HashMap, io, path::PathBuf, sync::Arc};
 
+use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use crate::{
     config,
     docker::{self, Docker},
     events::Events,
-    slot::{LABEL_INSTANCE, book::Book},
+    firewall::{self, Firewall},
+    identity::LABEL_INSTANCE,
+    images::Images,
+    sandbox::Networks,
+    slot::book::Book,
+    task::{self, journal::Journal},
 };
 use lock::Lock;
 
@@ -24,6 +30,8 @@ pub enum Error {
     Docker(#[from] docker::Error),
     #[error(transparent)]
     Files(#[from] files::Error),
+    #[error(transparent)]
+    Firewall(#[from] firewall::Error),
     #[error("cannot listen at `{path}`")]
     Listen { path: PathBuf, source: io::Error },
 }
@@ -44,52 +52,102 @@ pub struct Node {
     /// Holds a folder with a socket for each container.
     pub link_dir: PathBuf,
     pub resolv_conf: PathBuf,
+    firewall: Firewall,
+    pub compute: Compute,
+    pub images: Arc<Images>,
     pub slots: Book,
+    pub plain: task::book::Book,
+    pub journal: Journal,
+    pub networks: Networks,
     pub events: Events,
     pub tasks: TaskTracker,
+    /// Docker has answered once.
+    pub ready: watch::Sender<bool>,
     _lock: Lock,
 }
 
+/// The node's CPUs, as Nomad counts them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Compute {
+    /// All cores together.
+    pub mhz: i64,
+    pub cores: i64,
+}
+
+impl Compute {
+    /// As Nomad turns a percentage of a core into ticks.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "MHz are far below 2^52")]
+    pub fn mhz_of_a_core(&self) -> f64 {
+        self.mhz as f64 / self.cores.max(1) as f64
+    }
+}
+
 impl Node {
-    /// Prepares everything a slot needs and starts to serve shims.
+    /// Takes up what an earlier life of the driver left and starts to serve shims.
+    /// Docker is not asked for anything: [`Node::prepare`] does that.
     ///
     /// # Errors
     /// [`Error`] with the lock, to try again with.
-    pub async fn take(
+    pub fn take(
         config: config::Plugin,
+        compute: Compute,
         lock: Lock,
         events: Events,
     ) -> Result<Arc<Self>, (Error, Lock)> {
-        match Prepared::make(&config).await {
-            Ok(Prepared {
-                docker,
-                instance,
-                name,
-                init,
-                link_dir,
-                resolv_conf,
-                listener,
-            }) => {
-                let node = Arc::new(Self {
-                    config,
-                    docker,
-                    instance,
-                    start_id: uuid::Uuid::new_v4().to_string(),
-                    name,
-                    init,
-                    link_dir,
-                    resolv_conf,
-                    slots: Book::new(),
-                    events,
-                    tasks: TaskTracker::new(),
-                    _lock: lock,
-                });
-                node.tasks.spawn(service::serve(node.clone(), listener));
-                node.tasks.spawn(crate::reap::run(node.clone()));
-                Ok(node)
-            }
-            Err(error) => Err((error, lock)),
-        }
+        let prepared = match Prepared::make(&config) {
+            Ok(prepared) => prepared,
+            Err(error) => return Err((error, lock)),
+        };
+        let Prepared {
+            docker,
+            instance,
+            init,
+            link_dir,
+            resolv_conf,
+            journal,
+            listener,
+        } = prepared;
+        let text = std::fs::read_to_string(&resolv_conf).unwrap_or_default();
+        let node = Arc::new(Self {
+            firewall: Firewall::new(&instance, &interface(&instance), &text),
+            images: Images::new(&config, docker.clone()),
+            networks: Networks::open(&config.state_dir),
+            config,
+            docker,
+            start_id: uuid::Uuid::new_v4().to_string(),
+            name: format!("polydev-{instance}"),
+            instance,
+            init,
+            link_dir,
+            resolv_conf,
+            compute,
+            slots: Book::new(),
+            plain: task::book::Book::default(),
+            journal,
+            events,
+            tasks: TaskTracker::new(),
+            ready: watch::Sender::new(false),
+            _lock: lock,
+        });
+        task::recover(&node);
+        node.images.collect();
+        node.tasks.spawn(service::serve(node.clone(), listener));
+        node.tasks.spawn(crate::reap::run(node.clone()));
+        Ok(node)
+    }
+
+    /// Agrees with Docker on a version and makes the slots' bridge and its rules.
+    ///
+    /// # Errors
+    /// [`Error`]; to be tried again.
+    pub async fn prepare(&self) -> Result<(), Error> {
+        self.docker.negotiate().await?;
+        let labels = HashMap::from([(LABEL_INSTANCE.to_owned(), self.instance.clone())]);
+        self.docker
+            .ensure_bridge(&self.name, &interface(&self.instance), &labels)
+            .await?;
+        Ok(self.firewall.ensure().await?)
     }
 
     /// Where shims reach the node service.
@@ -101,12 +159,21 @@ impl Node {
     /// Takes away what only a driver with slots needs. Bounded by the engine's deadlines.
     pub async fn leave(&self) {
         let _gone = std::fs::remove_file(socket_path(&self.config));
-        if self.slots.all().iter().all(|slot| slot.end().is_some())
-            && let Err(error) = self.docker.remove_bridge(&self.name).await
-        {
-            tracing::info!(error = &error as &dyn std::error::Error, "the bridge stays");
+        if self.slots.all().iter().any(|slot| slot.end().is_none()) {
+            return;
+        }
+        match self.docker.remove_bridge(&self.name).await {
+            Ok(()) => self.firewall.remove().await,
+            Err(error) => {
+                tracing::info!(error = &error as &dyn std::error::Error, "the bridge stays");
+            }
         }
     }
+}
+
+/// The bridge's name for the kernel, which takes 15 letters.
+fn interface(instance: &str) -> String {
+    format!("pd-{instance}")
 }
 
 fn socket_path(config: &config::Plugin) -> PathBuf {
@@ -116,36 +183,36 @@ fn socket_path(config: &config::Plugin) -> PathBuf {
 struct Prepared {
     docker: Docker,
     instance: String,
-    name: String,
     init: PathBuf,
     link_dir: PathBuf,
     resolv_conf: PathBuf,
+    journal: Journal,
     listener: tokio::net::UnixListener,
 }
 
 impl Prepared {
-    async fn make(config: &config::Plugin) -> Result<Self, Error> {
-        let docker = Docker::connect(&config.endpoint).await?;
+    fn make(config: &config::Plugin) -> Result<Self, Error> {
+        let docker = Docker::new(&config.endpoint);
         let instance = files::instance(&config.state_dir)?;
         let init = files::install_init(&config.init_path, &config.state_dir)?;
         let resolv_conf = files::write_resolv_conf(&config.state_dir)?;
-        let link_dir = files::empty_folder(&config.state_dir.join("link"))?;
-
-        let name = format!("polydev-{instance}");
-        let labels = HashMap::from([(LABEL_INSTANCE.to_owned(), instance.clone())]);
-        docker
-            .ensure_bridge(&name, &format!("pd-{instance}"), &labels)
-            .await?;
+        let journal = Journal::open(&config.state_dir)?;
+        let in_use: Vec<PathBuf> = journal
+            .read()
+            .into_iter()
+            .filter_map(|entry| entry.link)
+            .collect();
+        let link_dir = files::folder_of(&config.state_dir.join("link"), &in_use)?;
 
         let path = socket_path(config);
         let listener = service::listen(&path).map_err(|source| Error::Listen { path, source })?;
         Ok(Self {
             docker,
             instance,
-            name,
             init,
             link_dir,
             resolv_conf,
+            journal,
             listener,
         })
     }

@@ -31,6 +31,8 @@ use crate::{events::Events, fingerprint::Health, node::Node, service::Service};
 const MESSAGE_MOST: usize = 64 << 20;
 /// go-plugin's host kills a plugin two seconds after asking it to leave.
 const LEAVE: Duration = Duration::from_millis(1500);
+/// Who holds [`Service::attached`] without an agent: the service and this module.
+const ALONE: usize = 2;
 /// Begins the name of the folder of each plugin process's socket.
 const FOLDER: &str = "polydev-plugin-";
 
@@ -43,6 +45,8 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
     // In the foreground, Ctrl-C at the agent reaches the plugin too; the agent
     // decides what becomes of it.
     let mut interrupts = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    let host = parent_id();
+    let mut successors = signal(SignalKind::user_defined2()).context("cannot handle SIGUSR2")?;
     let mut terminations = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
 
     sweep();
@@ -64,10 +68,12 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
         .set_service_status("plugin", tonic_health::ServingStatus::Serving)
         .await;
 
+    let attached = Arc::new(());
     let driver = Service {
         node: node.clone(),
         health,
         events: events.clone(),
+        attached: attached.clone(),
     };
     let base = base::Base::new(events, node_sender, health_sender);
     let server = Server::builder()
@@ -83,6 +89,12 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
         // Streams to the host never end, so there is no waiting for them.
         _ = left.recv() => {}
         _ = terminations.recv() => {}
+        // A second driver wants the node, which is its if the agent that started this one is
+        // gone and no other has attached.
+        () = async {
+            while successors.recv().await.is_some() && (parent_id() == host || Arc::strong_count(&attached) > ALONE) {}
+            tracing::info!("leaving the node to another driver");
+        } => {}
         () = async { while interrupts.recv().await.is_some() {} } => {}
         () = abandoned(node.clone()) => {}
     }

@@ -1,27 +1,22 @@
-//! Removes containers that are ours and in no slot, whatever left them there.
+//! Removes containers that are ours and belong to nothing any more, whatever left them.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{
     docker,
+    identity::{LABEL_INSTANCE, LABEL_NETWORK, LABEL_SLOT, LABEL_TASK},
     node::Node,
-    slot::{LABEL_INSTANCE, LABEL_SLOT},
 };
 
-const EVERY: Duration = Duration::from_secs(60);
-/// Nomad may take minutes to ask for a task after a restart, and what is not asked
-/// for yet must not be taken away.
-const GRACE: Duration = Duration::from_secs(5 * 60);
-
-/// Compares Docker with the book, for ever.
+/// Compares Docker with the books, for ever.
 pub(crate) async fn run(node: Arc<Node>) {
-    let mut ticks = interval(EVERY);
+    let dangling = node.config.gc.dangling;
+    if !dangling.enabled {
+        return;
+    }
+    let mut ticks = interval(dangling.period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut strays = HashMap::new();
     loop {
@@ -32,29 +27,51 @@ pub(crate) async fn run(node: Arc<Node>) {
     }
 }
 
-/// `strays` remembers since when each has been in no slot.
+/// `strays` remembers since when each has belonged to nothing. Nomad may take minutes
+/// to ask for a slot after a restart, and what is not asked for yet must not be taken
+/// away; a plain task is in the book from the start.
 async fn reap(node: &Node, strays: &mut HashMap<String, Instant>) -> Result<(), docker::Error> {
+    let dangling = node.config.gc.dangling;
     let listed = node.docker.list(LABEL_INSTANCE, &node.instance).await?;
-    let in_no_slot = |container: &&docker::Listed| {
-        let slot_id = container.labels.get(LABEL_SLOT);
-        slot_id.is_none_or(|slot_id| node.slots.by_slot_id(slot_id).is_none())
-    };
     let mut still = HashMap::new();
-    for container in listed.iter().filter(in_no_slot) {
+    for container in listed.iter().filter(|container| !is_known(node, container)) {
         let since = strays
             .get(&container.id)
             .copied()
             .unwrap_or_else(Instant::now);
-        if since.elapsed() < GRACE {
+        if since.elapsed() < dangling.creation_grace {
+            still.insert(container.id.clone(), since);
+            continue;
+        }
+        let names = container.names.join(" ");
+        if dangling.dry_run {
+            tracing::warn!(
+                container = container.id,
+                names,
+                "would remove a container that belongs to nothing"
+            );
             still.insert(container.id.clone(), since);
             continue;
         }
         tracing::warn!(
             container = container.id,
-            "removing a container that is in no slot"
+            names,
+            "removing a container that belongs to nothing"
         );
         node.docker.remove(&container.id).await?;
     }
     *strays = still;
     Ok(())
+}
+
+fn is_known(node: &Node, container: &docker::Listed) -> bool {
+    let label = |name: &str| container.labels.get(name);
+    if let Some(task_id) = label(LABEL_TASK) {
+        return node.plain.get(task_id).is_some() || (!node.config.gc.container && !container.runs);
+    }
+    if let Some(slot_id) = label(LABEL_SLOT) {
+        return node.slots.by_slot_id(slot_id).is_some();
+    }
+    // Nomad asks for an allocation's network before its tasks, and keeps it after them.
+    label(LABEL_NETWORK).is_some_and(|alloc_id| node.networks.holds(alloc_id))
 }

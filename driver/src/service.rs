@@ -1,9 +1,12 @@
 //! The RPCs of a Nomad task driver: decode, ask the book and the slots, encode.
 
 mod error;
+mod exec;
+mod start;
 mod stats;
+mod work;
 
-use std::{pin::Pin, sync::Arc, time::SystemTime};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::{Stream, StreamExt};
 use polydev_proto::{
@@ -13,39 +16,40 @@ use polydev_proto::{
         DriverCapabilities, DriverTaskEvent, ExecTaskRequest, ExecTaskResponse,
         ExecTaskStreamingRequest, ExecTaskStreamingResponse, ExitResult, FingerprintRequest,
         FingerprintResponse, InitRequest, InitResponse, InspectTaskRequest, InspectTaskResponse,
-        RecoverTaskRequest, RecoverTaskResponse, ShutdownRequest, ShutdownResponse,
-        SignalTaskRequest, SignalTaskResponse, StartTaskRequest, StartTaskResponse,
-        StopTaskRequest, StopTaskResponse, TaskConfig, TaskConfigSchemaRequest,
-        TaskConfigSchemaResponse, TaskDriverStatus, TaskEventsRequest, TaskHandle, TaskState,
-        TaskStatsRequest, TaskStatsResponse, TaskStatus, WaitTaskRequest, WaitTaskResponse,
-        driver_capabilities::FsIsolation, driver_server::Driver, fingerprint_response::HealthState,
+        NetworkIsolationSpec, RecoverTaskRequest, RecoverTaskResponse, ShutdownRequest,
+        ShutdownResponse, SignalTaskRequest, SignalTaskResponse, StartTaskRequest,
+        StartTaskResponse, StopTaskRequest, StopTaskResponse, TaskConfig, TaskConfigSchemaRequest,
+        TaskConfigSchemaResponse, TaskEventsRequest, TaskHandle, TaskState, TaskStatsRequest,
+        TaskStatsResponse, WaitTaskRequest, WaitTaskResponse, driver_capabilities::FsIsolation,
+        driver_server::Driver, fingerprint_response::HealthState,
         network_isolation_spec::NetworkIsolationMode,
     },
     structs::{Attribute, attribute},
 };
-use prost_types::Timestamp;
 use tokio::sync::watch;
 use tokio_stream::wrappers::{BroadcastStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
 pub use error::Error;
+use work::Work;
 
 use crate::{
-    config,
+    config::{self, Config},
     events::Events,
     fingerprint::Health,
-    limits::Limits,
     node::Node,
-    slot::{Ended, Identity, Slot},
+    sandbox,
+    task::{self, Task},
 };
 
 /// Version of the bytes that Nomad keeps for a task; 0 is Nomad's own.
 const HANDLE_VERSION: i32 = 1;
 
 /// What Nomad keeps of a task besides its configuration, whose driver part it forgets.
+/// A plain task is in the driver's own journal.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 struct DriverState {
-    slot: config::Slot,
+    slot: Option<config::Slot>,
 }
 
 /// The driver as Nomad's agent sees it.
@@ -55,6 +59,8 @@ pub struct Service {
     pub node: watch::Receiver<Option<Arc<Node>>>,
     pub health: watch::Receiver<Health>,
     pub events: Events,
+    /// Held by each stream to an agent: there is one as long as it is connected.
+    pub attached: Arc<()>,
 }
 
 type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -71,37 +77,62 @@ impl Service {
         Err(Error::NotReady { reason })
     }
 
-    fn slot(&self, task_id: &str) -> Result<Arc<Slot>, Error> {
+    /// The node: Nomad asks for tasks right after it has started the plugin.
+    async fn taken(&self) -> Result<Arc<Node>, Error> {
+        let mut taken = self.node.clone();
+        let _overrun = tokio::time::timeout(TAKE, taken.wait_for(Option::is_some)).await;
+        self.node()
+    }
+
+    /// The node, once Docker has answered there.
+    async fn ready(&self) -> Result<Arc<Node>, Error> {
+        let node = self.taken().await?;
+        let mut ready = node.ready.subscribe();
+        match tokio::time::timeout(TAKE, ready.wait_for(|ready| *ready)).await {
+            Ok(Ok(_)) => {}
+            _ => {
+                let reason = "Docker does not answer".into();
+                return Err(Error::NotReady { reason });
+            }
+        }
+        Ok(node)
+    }
+
+    fn work(&self, task_id: &str) -> Result<Work, Error> {
         let node = self.node.borrow().clone();
-        let slot = node.and_then(|node| node.slots.by_task(task_id));
-        slot.ok_or_else(|| Error::UnknownTask {
+        let work = node.and_then(|node| Work::find(&node, task_id));
+        work.ok_or_else(|| Error::UnknownTask {
             task_id: task_id.to_owned(),
         })
     }
 
-    /// Makes a slot and waits until it is idle.
-    async fn start(&self, task: &TaskConfig, config: config::Slot) -> Result<(), Error> {
-        let node = self.node()?;
-        let identity = identity(task);
-        node.slots.check(&identity)?;
-        if node.slots.by_task(&identity.task_id).is_some() {
-            return Ok(()); // A repeated call, after the agent lost sight of the first.
+    /// A plain task whose container can be entered. A slot's is its user's alone.
+    fn open(&self, task_id: &str, operation: &'static str) -> Result<Arc<Task>, Error> {
+        match self.work(task_id)? {
+            Work::Slot(_) => Err(Error::Private { operation }),
+            Work::Plain(task) if task.end().is_some() => Err(Error::Ended),
+            Work::Plain(task) => Ok(task),
         }
-        let idle = idle_limits(task)?;
-        let task_id = identity.task_id.clone();
-        let (slot, ready) = Slot::start(&node, identity, config, idle);
-        node.slots.add(slot);
-        match ready.await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => {
-                node.slots.remove(&task_id);
-                Err(Error::Start(error))
+    }
+
+    async fn start(&self, task: &TaskConfig, config: Config) -> Result<(), Error> {
+        let node = self.ready().await?;
+        config.check_allowed(&node.config).map_err(Error::Config)?;
+        match config {
+            Config::Slot(config) => {
+                let Some(ready) = start::slot(&node, task, config)? else {
+                    return Ok(());
+                };
+                let failed = match ready.await {
+                    Ok(Ok(())) => return Ok(()),
+                    Ok(Err(error)) => Error::Start(error),
+                    // The keeper drops it when the task is stopped before it was ever warm.
+                    Err(_) => Error::StoppedWhileStarting,
+                };
+                node.slots.remove(&task.id);
+                Err(failed)
             }
-            // The keeper drops it when the task is stopped before it was ever warm.
-            Err(_) => {
-                node.slots.remove(&task_id);
-                Err(Error::StoppedWhileStarting)
-            }
+            Config::Plain(options) => start::plain(&node, task, *options).await,
         }
     }
 }
@@ -138,9 +169,19 @@ impl Driver for Service {
         &self,
         _: Request<CapabilitiesRequest>,
     ) -> Result<Response<CapabilitiesResponse>, Status> {
+        let node = self.node.borrow().clone();
+        let modes = [
+            NetworkIsolationMode::Host,
+            NetworkIsolationMode::Group,
+            NetworkIsolationMode::Task,
+        ];
         let capabilities = DriverCapabilities {
+            send_signals: true,
+            exec: true,
             fs_isolation: FsIsolation::Image.into(),
-            network_isolation_modes: vec![NetworkIsolationMode::Host.into()],
+            network_isolation_modes: modes.map(Into::into).into(),
+            must_create_network: true,
+            disable_log_collection: node.is_some_and(|node| node.config.disable_log_collection),
             ..Default::default()
         };
         Ok(Response::new(CapabilitiesResponse {
@@ -152,12 +193,17 @@ impl Driver for Service {
         &self,
         _: Request<FingerprintRequest>,
     ) -> Result<Response<Self::FingerprintStream>, Status> {
-        let health = WatchStream::new(self.health.clone()).map(|health| Ok(encode_health(health)));
+        let attached = self.attached.clone();
+        let health = WatchStream::new(self.health.clone()).map(move |health| {
+            let _held_by_the_stream = &attached;
+            Ok(encode_health(health))
+        });
         Ok(Response::new(Box::pin(health)))
     }
 
-    /// A slot whose driver died starts afresh: what ran in it is ended, and the
-    /// next container takes its place under the same allocation.
+    /// A plain task is in the journal and has been taken up before. A slot starts afresh:
+    /// what ran in it is ended, and the next container takes its place under the same
+    /// allocation.
     async fn recover_task(
         &self,
         request: Request<RecoverTaskRequest>,
@@ -169,15 +215,15 @@ impl Driver for Service {
         let task = handle.config.ok_or(Error::Missing {
             field: "handle.config",
         })?;
-        let state: DriverState =
-            serde_json::from_slice(&handle.driver_state).map_err(Error::Handle)?;
-        // Nomad asks right after it has started the plugin.
-        let mut node = self.node.clone();
-        let taken = node.wait_for(Option::is_some);
-        if tokio::time::timeout(TAKE, taken).await.is_err() {
-            self.node()?;
+        let state = decode_state(&handle.driver_state)?;
+        let node = self.taken().await?;
+        match state.slot {
+            Some(slot) => drop(start::slot(&node, &task, slot)?),
+            None if node.plain.get(&task.id).is_some() => {
+                tracing::info!(task = task.id, "Nomad has asked for a recovered task");
+            }
+            None => return Err(Error::UnknownTask { task_id: task.id }.into()),
         }
-        self.start(&task, state.slot).await?;
         Ok(Response::new(RecoverTaskResponse {}))
     }
 
@@ -189,8 +235,13 @@ impl Driver for Service {
             .into_inner()
             .task
             .ok_or(Error::Missing { field: "task" })?;
-        let slot = config::Slot::parse(&task.msgpack_driver_config).map_err(Error::Config)?;
-        self.start(&task, slot.clone()).await?;
+        let config = Config::parse(&task.msgpack_driver_config).map_err(Error::Config)?;
+        let slot = match &config {
+            Config::Slot(slot) => Some(slot.clone()),
+            Config::Plain(_) => None,
+        };
+        self.start(&task, config).await?;
+        let network_override = self.work(&task.id).ok().and_then(|work| work.network());
         let driver_state = serde_json::to_vec(&DriverState { slot }).map_err(Error::Handle)?;
         let handle = TaskHandle {
             version: HANDLE_VERSION,
@@ -200,6 +251,7 @@ impl Driver for Service {
         };
         Ok(Response::new(StartTaskResponse {
             handle: Some(handle),
+            network_override,
             ..Default::default()
         }))
     }
@@ -208,25 +260,24 @@ impl Driver for Service {
         &self,
         request: Request<WaitTaskRequest>,
     ) -> Result<Response<WaitTaskResponse>, Status> {
-        let slot = self.slot(&request.into_inner().task_id)?;
-        let (exit_code, err) = match slot.ended().await {
-            Ended::Stopped => (0, String::new()),
-            Ended::Failed { reason } => (1, reason),
-        };
-        let result = Some(ExitResult {
-            exit_code,
-            ..Default::default()
-        });
-        Ok(Response::new(WaitTaskResponse { result, err }))
+        let work = self.work(&request.into_inner().task_id)?;
+        Ok(Response::new(work.wait().await))
     }
 
-    /// Answers at once: a claimed slot stays Nomad's task until its run has ended.
+    /// An unknown task has stopped: Nomad cannot be told that there is none.
     async fn stop_task(
         &self,
         request: Request<StopTaskRequest>,
     ) -> Result<Response<StopTaskResponse>, Status> {
-        if let Ok(slot) = self.slot(&request.into_inner().task_id) {
-            slot.drain();
+        let StopTaskRequest {
+            task_id,
+            timeout,
+            signal,
+        } = request.into_inner();
+        let node = self.taken().await?;
+        if let Some(work) = Work::find(&node, &task_id) {
+            let limit = timeout.and_then(|limit| Duration::try_from(limit).ok());
+            work.stop(&signal, limit.unwrap_or_default()).await;
         }
         Ok(Response::new(StopTaskResponse {}))
     }
@@ -236,13 +287,12 @@ impl Driver for Service {
         request: Request<DestroyTaskRequest>,
     ) -> Result<Response<DestroyTaskResponse>, Status> {
         let DestroyTaskRequest { task_id, force } = request.into_inner();
-        if let Ok(slot) = self.slot(&task_id) {
-            if !force && slot.end().is_none() {
+        let node = self.taken().await?;
+        if let Some(work) = Work::find(&node, &task_id) {
+            if !force && !work.has_ended() {
                 return Err(Error::StillRunning { task_id }.into());
             }
-            slot.kill();
-            slot.ended().await;
-            self.node()?.slots.remove(&task_id);
+            work.destroy(&node).await;
         }
         Ok(Response::new(DestroyTaskResponse {}))
     }
@@ -251,44 +301,8 @@ impl Driver for Service {
         &self,
         request: Request<InspectTaskRequest>,
     ) -> Result<Response<InspectTaskResponse>, Status> {
-        let slot = self.slot(&request.into_inner().task_id)?;
-        let end = slot.end();
-        // Go's zero time, for a task that has not ended.
-        let never = Timestamp {
-            seconds: -62_135_596_800,
-            nanos: 0,
-        };
-        let life = slot.life();
-        let task = TaskStatus {
-            id: slot.identity.task_id.clone(),
-            name: slot.identity.task_name.clone(),
-            state: if end.is_none() {
-                TaskState::Running
-            } else {
-                TaskState::Exited
-            }
-            .into(),
-            started_at: Some(slot.started.into()),
-            completed_at: Some(end.as_ref().map_or(never, |_| SystemTime::now().into())),
-            result: Some(ExitResult {
-                exit_code: i32::from(matches!(end, Some(Ended::Failed { .. }))),
-                ..Default::default()
-            }),
-        };
-        let attributes = [
-            ("provider", slot.config.provider.clone()),
-            ("image", slot.config.image.clone()),
-            ("state", life.state().name().to_owned()),
-            ("generation", life.generation().to_string()),
-        ];
-        let attributes = attributes
-            .map(|(name, value)| (name.to_owned(), value))
-            .into();
-        Ok(Response::new(InspectTaskResponse {
-            task: Some(task),
-            driver: Some(TaskDriverStatus { attributes }),
-            network_override: None,
-        }))
+        let work = self.work(&request.into_inner().task_id)?;
+        Ok(Response::new(work.inspect()))
     }
 
     async fn task_stats(
@@ -299,11 +313,10 @@ impl Driver for Service {
             task_id,
             collection_interval,
         } = request.into_inner();
-        let slot = self.slot(&task_id)?;
-        Ok(Response::new(Box::pin(stats::samples(
-            slot,
-            collection_interval,
-        ))))
+        let work = self.work(&task_id)?;
+        let mhz = self.node()?.compute.mhz_of_a_core();
+        let samples = stats::samples(work, mhz, collection_interval);
+        Ok(Response::new(Box::pin(samples)))
     }
 
     async fn task_events(
@@ -320,88 +333,109 @@ impl Driver for Service {
         &self,
         request: Request<SignalTaskRequest>,
     ) -> Result<Response<SignalTaskResponse>, Status> {
-        self.slot(&request.into_inner().task_id)?;
-        Err(Error::Private {
-            operation: "signals are",
-        }
-        .into())
+        let SignalTaskRequest { task_id, signal } = request.into_inner();
+        let task = self.open(&task_id, "signals are")?;
+        task.signal(&signal).map_err(Error::Signal)?;
+        Ok(Response::new(SignalTaskResponse {}))
     }
 
     async fn exec_task(
         &self,
         request: Request<ExecTaskRequest>,
     ) -> Result<Response<ExecTaskResponse>, Status> {
-        self.slot(&request.into_inner().task_id)?;
-        Err(Error::Private {
-            operation: "exec is",
-        }
-        .into())
+        let ExecTaskRequest {
+            task_id,
+            command,
+            timeout,
+        } = request.into_inner();
+        let task = self.open(&task_id, "exec is")?;
+        let limit = timeout.and_then(|limit| Duration::try_from(limit).ok());
+        let limit = limit.filter(|limit| !limit.is_zero()).unwrap_or(CHECK);
+        let docker = &self.node()?.docker;
+        let outcome = task::exec::run(docker, &task.entry.container, command, limit)
+            .await
+            .map_err(Error::Exec)?;
+        Ok(Response::new(ExecTaskResponse {
+            stdout: outcome.output,
+            stderr: Vec::new(),
+            result: Some(ExitResult {
+                exit_code: outcome.exit_code,
+                ..Default::default()
+            }),
+        }))
     }
 
     async fn exec_task_streaming(
         &self,
         request: Request<Streaming<ExecTaskStreamingRequest>>,
     ) -> Result<Response<Self::ExecTaskStreamingStream>, Status> {
+        let mut requests = request.into_inner();
         // A call that ends while its first message is on the way shows no reason.
-        let _setup = request.into_inner().message().await?;
-        Err(Error::Private {
-            operation: "exec is",
-        }
-        .into())
+        let setup = requests.message().await?.and_then(|first| first.setup);
+        let setup = setup.ok_or(Error::Missing { field: "setup" })?;
+        let task = self.open(&setup.task_id, "exec is")?;
+        let node = self.node()?;
+        let container = &task.entry.container;
+        let exec = node
+            .docker
+            .exec(container, setup.command, Vec::new(), setup.tty);
+        let exec = exec.await.map_err(Error::Exec)?;
+        Ok(Response::new(Box::pin(exec::serve(
+            &node,
+            container.clone(),
+            exec,
+            requests,
+        ))))
     }
 
     async fn create_network(
         &self,
-        _: Request<CreateNetworkRequest>,
+        request: Request<CreateNetworkRequest>,
     ) -> Result<Response<CreateNetworkResponse>, Status> {
-        Err(Error::NoNetworks.into())
+        let CreateNetworkRequest { alloc_id, hostname } = request.into_inner();
+        let node = self.ready().await?;
+        let network = sandbox::create(&node, &alloc_id, &hostname).await;
+        let network = network.map_err(Error::Network)?;
+        Ok(Response::new(CreateNetworkResponse {
+            isolation_spec: Some(NetworkIsolationSpec {
+                mode: NetworkIsolationMode::Group.into(),
+                path: network.namespace,
+                labels: network.labels.into_iter().collect(),
+                hosts_config: None,
+            }),
+            created: network.created,
+        }))
     }
 
     async fn destroy_network(
         &self,
-        _: Request<DestroyNetworkRequest>,
+        request: Request<DestroyNetworkRequest>,
     ) -> Result<Response<DestroyNetworkResponse>, Status> {
-        Err(Error::NoNetworks.into())
+        let DestroyNetworkRequest {
+            alloc_id,
+            isolation_spec,
+        } = request.into_inner();
+        let labels = isolation_spec.map(|spec| spec.labels.into_iter().collect());
+        let (node, labels) = (self.node()?, labels.unwrap_or_default());
+        let destroyed = sandbox::destroy(&node, &alloc_id, &labels).await;
+        destroyed.map_err(Error::Network)?;
+        Ok(Response::new(DestroyNetworkResponse {}))
     }
+}
+
+/// For a script check that does not say how long it may take.
+const CHECK: Duration = Duration::from_secs(30);
+
+/// Reads what Nomad has kept of a task.
+///
+/// # Errors
+/// [`Error::Handle`]
+fn decode_state(bytes: &[u8]) -> Result<DriverState, Error> {
+    serde_json::from_slice(bytes).map_err(Error::Handle)
 }
 
 /// How long a recovery waits for the driver to take charge of the node.
 const TAKE: std::time::Duration = std::time::Duration::from_secs(10);
-
-fn identity(task: &TaskConfig) -> Identity {
-    Identity {
-        task_id: task.id.clone(),
-        task_name: task.name.clone(),
-        alloc_id: task.alloc_id.clone(),
-        job_id: task.job_id.clone(),
-        namespace: task.namespace.clone(),
-        node_id: task.node_id.clone(),
-    }
-}
-
-/// An idle slot gets the CPU and memory that its job reserves.
-fn idle_limits(task: &TaskConfig) -> Result<Limits, Error> {
-    let missing = || Error::Missing { field: "resources" };
-    let resources = task
-        .resources
-        .as_ref()
-        .and_then(|r| r.allocated_resources.as_ref());
-    let resources = resources.ok_or_else(missing)?;
-    let positive = |value: i64| u32::try_from(value).ok().filter(|value| *value > 0);
-    let cpu = resources
-        .cpu
-        .as_ref()
-        .and_then(|cpu| positive(cpu.cpu_shares));
-    let memory = resources
-        .memory
-        .as_ref()
-        .and_then(|memory| positive(memory.memory_mb));
-    Ok(Limits {
-        cpu_mhz: cpu.ok_or_else(missing)?,
-        memory_mb: memory.ok_or_else(missing)?,
-        ..Limits::IDLE
-    })
-}
 
 fn encode_health(health: Health) -> FingerprintResponse {
     let text = |value| Attribute {

@@ -1,7 +1,7 @@
 //! Warm slots: allocations that keep an idle container ready and turn it, once, into a run.
 //!
 //! Read in the order of a slot's life: [`state`] is the pure machine, [`fill`] makes
-//! a container, [`link`] talks to its init, [`claim`] is what a shim asks, [`run`]
+//! a container, [`crate::link`] talks to its init, [`claim`] is what a shim asks, [`run`]
 //! serves it, and [`keeper`] drives one slot through all of that. [`book`] holds
 //! the slots of the node for everyone else.
 
@@ -9,11 +9,10 @@ pub mod book;
 pub mod claim;
 mod fill;
 mod keeper;
-mod link;
 mod run;
 pub mod state;
 
-pub use fill::{Error as FillError, LABEL_INSTANCE, LABEL_SLOT};
+pub use fill::Error as FillError;
 pub use keeper::Ended;
 
 use std::{
@@ -26,30 +25,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config,
+    identity::Identity,
     limits::{self, Limits, Usage},
 };
 use claim::Claim;
 use state::{Event, Life, State};
-
-/// Which allocation a slot is, in Nomad's words.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Identity {
-    /// Nomad's id of the task: allocation, name and a part that each start renews.
-    pub task_id: String,
-    pub task_name: String,
-    pub alloc_id: String,
-    pub job_id: String,
-    pub namespace: String,
-    pub node_id: String,
-}
-
-impl Identity {
-    /// Node id and allocation id: the slot's name for shims.
-    #[must_use]
-    pub fn slot_id(&self) -> String {
-        format!("{}/{}", self.node_id, self.alloc_id)
-    }
-}
 
 /// One slot, as everybody but its keeper sees it.
 #[derive(Debug)]
@@ -126,6 +106,8 @@ impl Slot {
             .unwrap_or_default();
         Usage {
             cpu: container.past.cpu + now.cpu,
+            cpu_user: container.past.cpu_user + now.cpu_user,
+            cpu_system: container.past.cpu_system + now.cpu_system,
             throttled_periods: container.past.throttled_periods + now.throttled_periods,
             throttled: container.past.throttled + now.throttled,
             ..now
@@ -170,7 +152,9 @@ impl Slot {
             container.past = Usage {
                 rss: 0,
                 cache: 0,
+                swap: 0,
                 memory: 0,
+                memory_max: 0,
                 ..used
             };
         }

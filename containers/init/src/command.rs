@@ -3,7 +3,7 @@
 use std::{
     ffi::OsStr,
     fs::File,
-    io::{Read, Seek, Write},
+    io::{self, Read, Seek, Write},
     os::{
         fd::{AsFd, OwnedFd},
         unix::{ffi::OsStrExt, process::CommandExt},
@@ -22,9 +22,11 @@ use nix::{
     },
     unistd::{Pid, getpid},
 };
-use polydev_proto::init::{NotStarted, Start, not_started::Reason};
+use polydev_proto::init::{
+    NotStarted, PlainTask, Start, not_started::Reason, plain_task::Output as OutputKind,
+};
 
-use crate::{deadline::Deadline, home, stdin::Input};
+use crate::{deadline::Deadline, drain::Drain, home, stdin::Input, terminal};
 
 /// Added to the command's OOM score, so that the kernel does not pick init.
 const OOM_SCORE: &[u8] = b"500";
@@ -34,10 +36,13 @@ const OOM_SCORE: &[u8] = b"500";
 pub(crate) struct Command {
     pub(crate) run_id: String,
     pub(crate) pid: Pid,
-    /// Read ends; `None` after end of file.
+    /// Read ends of a run's output; `None` after end of file.
     pub(crate) pipes: [Option<File>; 2],
     pub(crate) input: Input,
-    pub(crate) deadline: Deadline,
+    /// A plain task has none.
+    pub(crate) deadline: Option<Deadline>,
+    /// Signals are for the command alone, not for its process group.
+    alone: bool,
     /// Set when the command's own process has ended.
     pub(crate) status: Option<WaitStatus>,
 }
@@ -45,12 +50,15 @@ pub(crate) struct Command {
 impl Command {
     /// Starts what `start` asks for, as the user init itself runs as. Descriptors
     /// but the three standard ones are closed by the kernel: all of init's own are
-    /// close-on-exec.
+    /// close-on-exec. The output of a plain task becomes `drains`, which outlive it,
+    /// into the `descriptors` that came with the request.
     ///
     /// # Errors
     /// Why the command did not run, for the caller.
     pub(crate) fn start(
         start: &Start,
+        descriptors: Vec<OwnedFd>,
+        drains: &mut Vec<Drain>,
         oom_score: Option<&mut File>,
         now: Instant,
     ) -> Result<Self, NotStarted> {
@@ -70,15 +78,11 @@ impl Command {
             .map_err(|message| refuse(Reason::Invalid, message))?;
 
         let mut command = process::Command::new(OsStr::from_bytes(program));
-        command
-            .args(args.iter().map(|arg| OsStr::from_bytes(arg)))
-            .process_group(0);
-        command.stdin(if start.stdin {
-            Stdio::piped()
-        } else {
-            Stdio::null()
-        });
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(args.iter().map(|arg| OsStr::from_bytes(arg)));
+        let task = start.task.as_ref();
+        let master = attach_streams(&mut command, start, task).map_err(|error| {
+            refuse(Reason::Invalid, format!("no terminal can be made: {error}"))
+        })?;
         for variable in &start.env {
             command.env(
                 OsStr::from_bytes(&variable.name),
@@ -97,6 +101,8 @@ impl Command {
             command.current_dir(&start.work_dir);
         }
 
+        // A plain task's score is the job's to say.
+        let oom_score = oom_score.filter(|_| start.task.is_none());
         let mut child = with_oom_score(oom_score, || with_no_signal_blocked(|| command.spawn()))
             .map_err(|error| {
                 let program = String::from_utf8_lossy(program);
@@ -122,31 +128,47 @@ impl Command {
             .stdin
             .take()
             .map(|pipe| File::from(OwnedFd::from(pipe)));
-        for pipe in pipes.iter().chain([&stdin]).flatten() {
+        for pipe in pipes.iter().chain([&stdin, &master]).flatten() {
             set_nonblocking(pipe);
         }
+        let pipes = match task {
+            Some(task) => {
+                let tty = master.is_some();
+                let sources = [master].into_iter().chain(pipes).flatten();
+                let targets = targets(task, descriptors);
+                drains.extend(
+                    sources
+                        .zip(targets)
+                        .map(|(from, to)| Drain::new(from, to, tty)),
+                );
+                [None, None]
+            }
+            None => pipes,
+        };
+        let deadline = || {
+            let [timeout, kill_timeout] =
+                [start.timeout_ms, start.kill_timeout_ms].map(Duration::from_millis);
+            Deadline::new(now, timeout, kill_timeout)
+        };
         Ok(Self {
             run_id: start.run_id.clone(),
             pid: Pid::from_raw(child.id().cast_signed()),
             pipes,
             input: Input::new(stdin),
-            deadline: Deadline::new(
-                now,
-                Duration::from_millis(start.timeout_ms),
-                Duration::from_millis(start.kill_timeout_ms),
-            ),
+            deadline: (start.timeout_ms > 0).then(deadline),
+            alone: task.is_some(),
             status: None,
         })
     }
 
-    /// Sends `signal` to the command and its process group; too late is no error.
+    /// Sends `signal` to the command, of a run with its process group; too late is no error.
     pub(crate) fn signal(&self, signal: Signal) {
         if self.status.is_some() {
             return;
         }
         if signal == Signal::SIGKILL {
             kill_everything(self.pid);
-        } else if killpg(self.pid, signal).is_err() {
+        } else if self.alone || killpg(self.pid, signal).is_err() {
             let _gone = kill(self.pid, signal);
         }
     }
@@ -154,6 +176,46 @@ impl Command {
     /// Nothing will be written any more.
     pub(crate) fn is_drained(&self) -> bool {
         self.pipes.iter().all(Option::is_none)
+    }
+}
+
+/// Connects the command's three standard descriptors; our side of a terminal, if it
+/// gets one.
+fn attach_streams(
+    command: &mut process::Command,
+    start: &Start,
+    task: Option<&PlainTask>,
+) -> io::Result<Option<File>> {
+    if task.is_some_and(|task| task.tty) {
+        return terminal::attach(command).map(Some);
+    }
+    command.process_group(0);
+    command.stdin(if start.stdin {
+        Stdio::piped()
+    } else {
+        Stdio::null()
+    });
+    let inherited = task.is_some_and(|task| task.output() == OutputKind::Inherited);
+    let output = || {
+        if inherited {
+            Stdio::inherit()
+        } else {
+            Stdio::piped()
+        }
+    };
+    command.stdout(output()).stderr(output());
+    Ok(None)
+}
+
+/// Where the output of a plain task goes: stdout first. A terminal needs one only.
+fn targets(task: &PlainTask, descriptors: Vec<OwnedFd>) -> Vec<OwnedFd> {
+    match task.output() {
+        OutputKind::Descriptors => descriptors,
+        OutputKind::Inherited | OutputKind::Unspecified => {
+            let own = io::stdout().as_fd().try_clone_to_owned();
+            own.iter().for_each(set_nonblocking);
+            own.into_iter().collect()
+        }
     }
 }
 

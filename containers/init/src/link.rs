@@ -3,7 +3,8 @@
 //! connection with its state and sends again what was not acknowledged.
 
 use std::{
-    io::{self, ErrorKind, Read, Write},
+    io::{self, ErrorKind, IoSliceMut, Write},
+    mem::MaybeUninit,
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::net::UnixStream,
@@ -21,6 +22,7 @@ use polydev_proto::{
     frame,
     init::{FromInit, ToInit, from_init},
 };
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 /// Output that waits for the socket; beyond it nothing more is framed.
 const HIGH_WATER: usize = 128 << 10;
@@ -34,6 +36,8 @@ pub(crate) struct Link {
     path: PathBuf,
     stream: Option<UnixStream>,
     input: BytesMut,
+    /// Came with the input; taken by the message that announces them.
+    descriptors: Vec<OwnedFd>,
     output: BytesMut,
     retry_at: Instant,
     retry_after: Duration,
@@ -45,6 +49,7 @@ impl Link {
             path: path.to_owned(),
             stream: None,
             input: BytesMut::new(),
+            descriptors: Vec::new(),
             output: BytesMut::new(),
             retry_at: now,
             retry_after: RETRY,
@@ -85,8 +90,14 @@ impl Link {
     pub(crate) fn disconnect(&mut self, now: Instant) {
         self.stream = None;
         self.input = BytesMut::new();
+        self.descriptors.clear();
         self.output = BytesMut::new();
         self.retry_at = now + self.retry_after;
+    }
+
+    /// The descriptors that have come so far.
+    pub(crate) fn take_descriptors(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.descriptors)
     }
 
     /// Whether more output should be framed now.
@@ -128,7 +139,7 @@ impl Link {
     pub(crate) fn receive(&mut self, now: Instant, frames: &mut Vec<ToInit>) {
         let mut chunk = [0; 16 << 10];
         while let Some(stream) = &mut self.stream {
-            match stream.read(&mut chunk) {
+            match receive(stream, &mut chunk, &mut self.descriptors) {
                 Ok(0) => self.disconnect(now),
                 Ok(count) => {
                     self.input.extend_from_slice(&chunk[..count]);
@@ -152,6 +163,24 @@ impl Link {
             self.input = BytesMut::new();
         }
     }
+}
+
+/// Reads bytes and the descriptors that come with them.
+fn receive(
+    stream: &UnixStream,
+    chunk: &mut [u8],
+    descriptors: &mut Vec<OwnedFd>,
+) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received = recvmsg(stream, &mut [IoSliceMut::new(chunk)], &mut ancillary, flags)?;
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            descriptors.extend(received);
+        }
+    }
+    Ok(received.bytes)
 }
 
 /// Connects without ever waiting: a driver whose backlog is full must not stop

@@ -30,10 +30,13 @@ use polydev_proto::{
 
 use crate::{
     command::{Command, kill_everything},
+    drain::Drain,
     link::Link,
     output::Output,
 };
 
+/// How often to look whether what a plain task wrote has been read.
+const IS_READ: Duration = Duration::from_millis(5);
 const STREAMS: [Stream; 2] = [Stream::Stdout, Stream::Stderr];
 /// Most that a driver may ask to be buffered for one stream.
 const OUTPUT_BUFFER_MOST: usize = 8 << 20;
@@ -59,6 +62,12 @@ pub(crate) struct Supervisor {
     state: State,
     /// Outlive the command: what is not acknowledged can be asked for again.
     outputs: [Output; 2],
+    /// Of a plain task, in place of `outputs`; they may outlive the command too.
+    drains: Vec<Drain>,
+    /// The command is a plain task, whose status is the container's.
+    is_plain: bool,
+    /// The driver needs nothing more.
+    released: bool,
     /// Whether this connection has been told how the command ended.
     end_is_told: bool,
     link: Link,
@@ -74,6 +83,9 @@ impl Supervisor {
         Ok(Self {
             state: State::Waiting,
             outputs: [Output::default(), Output::default()],
+            drains: Vec::new(),
+            is_plain: false,
+            released: false,
             end_is_told: false,
             link: Link::new(socket, Instant::now()),
             signals: SignalFd::with_flags(&caught, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?,
@@ -81,14 +93,18 @@ impl Supervisor {
         })
     }
 
-    pub(crate) fn run(mut self) -> io::Result<()> {
+    /// Serves to the end; the status to exit with.
+    pub(crate) fn run(mut self) -> io::Result<u8> {
         let mut chunk = vec![0; MAX_DATA];
         let mut frames: Vec<ToInit> = Vec::new();
         loop {
             let now = Instant::now();
             if let State::Running(command) = &mut self.state
                 && command.status.is_none()
-                && let Some(signal) = command.deadline.due(now)
+                && let Some(signal) = command
+                    .deadline
+                    .as_mut()
+                    .and_then(|deadline| deadline.due(now))
             {
                 command.signal(signal);
             }
@@ -103,20 +119,28 @@ impl Supervisor {
             let now = Instant::now();
             while let Some(info) = self.signals.read_signal()? {
                 if !self.on_signal(info.ssi_signo) {
-                    return Ok(());
+                    return Ok(self.status());
                 }
             }
             self.read_output(&mut chunk)?;
+            for drain in &mut self.drains {
+                drain.advance();
+            }
             self.flush_input();
             self.link.receive(now, &mut frames);
             for frame in frames.drain(..) {
                 match frame.message {
-                    Some(to_init::Message::Release(_)) if !self.is_running() => return Ok(()),
+                    Some(to_init::Message::Release(_)) if !self.is_running() => {
+                        self.released = true
+                    }
                     Some(message) => self.on_message(message, now),
                     None => {} // A message of a newer driver: its answer is awaited there.
                 }
             }
             self.finish();
+            if self.released && self.drains.iter().all(Drain::is_read) {
+                return Ok(self.status());
+            }
         }
     }
 
@@ -124,6 +148,9 @@ impl Supervisor {
     fn wait(&self) -> io::Result<()> {
         let now = Instant::now();
         let mut timeout = self.link.retry_in(now);
+        let mut wake = |after: Duration| {
+            timeout = Some(timeout.map_or(after, |before| before.min(after)));
+        };
         let mut polled = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
         if let Some(stream) = self.link.stream() {
             let mut events = PollFlags::POLLIN;
@@ -134,9 +161,8 @@ impl Supervisor {
             polled.push(PollFd::new(stream.as_fd(), events));
         }
         if let State::Running(command) = &self.state {
-            if command.status.is_none() {
-                let left = command.deadline.remaining(now);
-                timeout = Some(timeout.map_or(left, |retry| retry.min(left)));
+            if let Some(deadline) = command.deadline.filter(|_| command.status.is_none()) {
+                wake(deadline.remaining(now));
             }
             for (pipe, output) in command.pipes.iter().zip(&self.outputs) {
                 if let Some(pipe) = pipe.as_ref().filter(|_| output.room() > 0) {
@@ -146,6 +172,12 @@ impl Supervisor {
             if let Some(pipe) = command.input.pending() {
                 polled.push(PollFd::new(pipe.as_fd(), PollFlags::POLLOUT));
             }
+        }
+        for (descriptor, events) in self.drains.iter().filter_map(Drain::interest) {
+            polled.push(PollFd::new(descriptor, events));
+        }
+        if self.released {
+            wake(IS_READ); // The kernel does not tell when a FIFO has been read empty.
         }
         // Rounded up: waking a little early would only spin until the time has come.
         let timeout = timeout.map_or(PollTimeout::NONE, |left| {
@@ -243,7 +275,10 @@ impl Supervisor {
             (to_init::Message::Start(start), State::Waiting) => {
                 let capacity = OUTPUT_BUFFER_MOST.min(start.output_buffer_bytes as usize);
                 self.outputs = [Output::new(capacity), Output::new(capacity)];
-                match Command::start(&start, self.oom_score.as_mut(), now) {
+                self.is_plain = start.task.is_some();
+                let descriptors = self.link.take_descriptors();
+                let oom_score = self.oom_score.as_mut();
+                match Command::start(&start, descriptors, &mut self.drains, oom_score, now) {
                     Ok(command) => {
                         let pid = command.pid.as_raw().cast_unsigned();
                         self.link.send(from_init::Message::Started(Started { pid }));
@@ -337,10 +372,28 @@ impl Supervisor {
         self.state = State::Exited(Exited {
             run_id: command.run_id.clone(),
             status: Some(status),
-            deadline_exceeded: command.deadline.has_passed(),
+            deadline_exceeded: command
+                .deadline
+                .is_some_and(|deadline| deadline.has_passed()),
             stdout_bytes: self.outputs[0].end(),
             stderr_bytes: self.outputs[1].end(),
         });
+    }
+
+    /// As a shell tells it; what never ran has been told to the driver.
+    fn status(&self) -> u8 {
+        let State::Exited(Exited { status, .. }) = &self.state else {
+            return 0;
+        };
+        if !self.is_plain {
+            return 0;
+        }
+        let status = match status {
+            Some(exited::Status::Code(code)) => *code,
+            Some(exited::Status::Signal(signal)) => 128 + signal,
+            None => 0,
+        };
+        u8::try_from(status).unwrap_or(u8::MAX)
     }
 
     fn has_unsent(&self) -> bool {

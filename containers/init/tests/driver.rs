@@ -4,8 +4,16 @@
 #![expect(clippy::unwrap_used, reason = "this is a test, its helpers too")]
 
 use std::{
-    io::{Read, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    fs::OpenOptions,
+    io::{IoSlice, Read, Write},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::{
+            fs::OpenOptionsExt,
+            net::{UnixListener, UnixStream},
+        },
+    },
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -18,11 +26,14 @@ use nix::{
 use polydev_proto::{
     frame,
     init::{
-        DataAck, Exited, FromInit, Release, Start, Stdin, Stream, ToInit, exited, from_init, hello,
-        not_started, to_init,
+        DataAck, Exited, FromInit, PlainTask, Release, Start, Stdin, Stream, ToInit, exited,
+        from_init, hello, not_started, plain_task, to_init,
     },
 };
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tempfile::TempDir;
+
+const O_NONBLOCK: i32 = nix::fcntl::OFlag::O_NONBLOCK.bits();
 
 struct Init {
     process: Child,
@@ -83,6 +94,20 @@ impl Drop for Init {
 }
 
 impl Link {
+    /// With descriptors beside the first byte.
+    fn send_with(&mut self, message: to_init::Message, descriptors: [BorrowedFd<'_>; 2]) {
+        let message = ToInit {
+            message: Some(message),
+        };
+        let mut bytes = BytesMut::new();
+        frame::encode(&message, &mut bytes).unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+        let bytes = [IoSlice::new(&bytes)];
+        sendmsg(&self.stream, &bytes, &mut ancillary, SendFlags::empty()).unwrap();
+    }
+
     fn send(&mut self, message: to_init::Message) {
         let mut bytes = BytesMut::new();
         frame::encode(
@@ -208,6 +233,51 @@ fn the_end_is_told_again_until_it_is_released() {
     assert_eq!(stdout, b"done");
     link.send(to_init::Message::Release(Release {}));
     assert!(init.process.wait().unwrap().success());
+}
+
+/// A plain task's output goes into the descriptors that came with its start. Its end is
+/// told at once; init goes when the output has been read, with the command's status.
+#[test]
+fn a_plain_task_writes_to_nomad_and_stays_until_it_is_read() {
+    let mut init = Init::start();
+    let (mut link, _) = init.connect();
+    let folder = tempfile::tempdir().unwrap();
+    let open = |name: &str| {
+        let path = folder.path().join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(O_NONBLOCK);
+        options.open(path).unwrap()
+    };
+    let (mut stdout, stderr) = (open("stdout"), open("stderr"));
+    let start = Start {
+        timeout_ms: 0,
+        task: Some(PlainTask {
+            output: plain_task::Output::Descriptors.into(),
+            tty: false,
+        }),
+        ..shell("seq 1 2000; exit 7")
+    };
+    link.send_with(
+        to_init::Message::Start(start),
+        [stdout.as_fd(), stderr.as_fd()],
+    );
+    assert!(matches!(link.next(), from_init::Message::Started(_)));
+    let from_init::Message::Exited(exited) = link.next() else {
+        panic!("the end follows");
+    };
+    assert_eq!(exited.status, Some(exited::Status::Code(7)));
+    link.send(to_init::Message::Release(Release {}));
+    assert!(
+        init.process.try_wait().unwrap().is_none(),
+        "its output is not read yet"
+    );
+
+    let expected: String = (1..=2000).map(|line| format!("{line}\n")).collect();
+    let mut text = vec![0; expected.len()];
+    stdout.read_exact(&mut text).unwrap();
+    assert!(text == expected.as_bytes());
+    assert_eq!(init.process.wait().unwrap().code(), Some(7));
 }
 
 #[test]

@@ -1,87 +1,254 @@
 //! The schemas in hclspec, Nomad's own language for them. Nomad refuses what is
-//! not in them, by name, before the driver sees it.
+//! not in them, by name, before the driver sees it. `docs/options.md` lists the same;
+//! a test keeps the two equal.
 
 use std::collections::BTreeMap;
 
-use polydev_proto::hclspec::{Attr, Block, Object, Spec, spec};
+use polydev_proto::hclspec::{Attr, Block, BlockAttrs, BlockList, Object, Spec, spec};
+
+const STRINGS: &str = "list(string)";
+/// Takes `name { key = "value" }` and `name = [{ key = "value" }]`.
+const MAPS: &str = "list(map(string))";
 
 /// Options of `plugin "nomad-driver-polydev" { config { ... } }`.
 #[must_use]
 pub fn plugin() -> Spec {
-    object([
-        attribute("endpoint", "string", Required::No),
-        attribute("state_dir", "string", Required::No),
-        attribute("init_path", "string", Required::No),
+    object(vec![
+        attr("endpoint", "string"),
         block(
-            "run_class",
-            [
-                attribute("cpu", "number", Required::No),
-                attribute("memory", "number", Required::No),
-                attribute("mbits", "number", Required::No),
-                attribute("pids", "number", Required::No),
+            "tls",
+            vec![
+                required("cert", "string"),
+                required("key", "string"),
+                required("ca", "string"),
             ],
         ),
+        attr("state_dir", "string"),
+        attr("init_path", "string"),
+        block(
+            "run_class",
+            vec![
+                attr("cpu", "number"),
+                attr("memory", "number"),
+                attr("mbits", "number"),
+                attr("pids", "number"),
+            ],
+        ),
+        block(
+            "auth",
+            vec![attr("config", "string"), attr("helper", "string")],
+        ),
+        attr("extra_labels", STRINGS),
+        block(
+            "logging",
+            vec![attr("type", "string"), attr("config", MAPS)],
+        ),
+        block(
+            "gc",
+            vec![
+                attr("image", "bool"),
+                attr("image_delay", "string"),
+                attr("container", "bool"),
+                block(
+                    "dangling_containers",
+                    vec![
+                        attr("enabled", "bool"),
+                        attr("dry_run", "bool"),
+                        attr("period", "string"),
+                        attr("creation_grace", "string"),
+                    ],
+                ),
+            ],
+        ),
+        block(
+            "volumes",
+            vec![attr("enabled", "bool"), attr("selinuxlabel", "string")],
+        ),
+        attr("allow_privileged", "bool"),
+        attr("allow_caps", STRINGS),
+        attr("allow_runtimes", STRINGS),
+        attr("allow_images", STRINGS),
+        block(
+            "allowed_modes",
+            vec![
+                attr("pid", STRINGS),
+                attr("ipc", STRINGS),
+                attr("uts", STRINGS),
+                attr("userns", STRINGS),
+            ],
+        ),
+        attr("pids_limit", "number"),
+        attr("image_pull_timeout", "string"),
+        attr("pull_activity_timeout", "string"),
+        attr("disable_log_collection", "bool"),
     ])
 }
 
 /// Options of `task { config { ... } }`.
 #[must_use]
 pub fn task() -> Spec {
-    object([
-        // Of a plain task, which is refused with the reason.
-        attribute("image", "string", Required::No),
+    let slot = vec![required("provider", "string"), attr("image", "string")];
+    object(vec![
+        block("slot", slot),
+        attr("image", "string"),
+        attr("command", "string"),
+        attr("args", STRINGS),
+        attr("entrypoint", "any"),
+        attr("work_dir", "string"),
+        attr("force_pull", "bool"),
+        attr("image_pull_timeout", "string"),
         block(
-            "slot",
-            [
-                attribute("provider", "string", Required::Yes),
-                attribute("image", "string", Required::No),
+            "auth",
+            vec![
+                required("username", "string"),
+                required("password", "string"),
+                attr("server_address", "string"),
             ],
         ),
+        attr("auth_soft_fail", "bool"),
+        attr("load", "string"),
+        attr("cpu_hard_limit", "bool"),
+        attr("cpu_cfs_period", "number"),
+        attr("memory_hard_limit", "number"),
+        attr("pids_limit", "number"),
+        attr("ulimit", MAPS),
+        attr("sysctl", MAPS),
+        attr("shm_size", "number"),
+        attr("oom_score_adj", "number"),
+        attrs("storage_opt"),
+        block(
+            "bandwidth",
+            vec![
+                attr("egress_mbits", "number"),
+                attr("ingress_mbits", "number"),
+                attr("burst", "number"),
+            ],
+        ),
+        attr("cap_add", STRINGS),
+        attr("cap_drop", STRINGS),
+        attr("privileged", "bool"),
+        attr("security_opt", STRINGS),
+        attr("readonly_rootfs", "bool"),
+        attr("runtime", "string"),
+        attr("group_add", STRINGS),
+        attr("pid_mode", "string"),
+        attr("ipc_mode", "string"),
+        attr("uts_mode", "string"),
+        attr("userns_mode", "string"),
+        attr("cgroupns", "string"),
+        attr("init", "bool"),
+        attr("interactive", "bool"),
+        attr("tty", "bool"),
+        attr("volumes", STRINGS),
+        blocks("mount", mount()),
+        blocks(
+            "devices",
+            vec![
+                required("host_path", "string"),
+                attr("container_path", "string"),
+                attr("cgroup_permissions", "string"),
+            ],
+        ),
+        attr("network_mode", "string"),
+        attr("network_aliases", STRINGS),
+        attr("ports", STRINGS),
+        attr("dns_servers", STRINGS),
+        attr("dns_search_domains", STRINGS),
+        attr("dns_options", STRINGS),
+        attr("extra_hosts", STRINGS),
+        attr("hostname", "string"),
+        attr("labels", MAPS),
+        block(
+            "logging",
+            vec![
+                attr("type", "string"),
+                attr("driver", "string"),
+                attr("config", MAPS),
+            ],
+        ),
+        block("healthchecks", vec![attr("disable", "bool")]),
     ])
 }
 
-enum Required {
-    Yes,
-    No,
+fn mount() -> Vec<Named> {
+    let driver = vec![attr("name", "string"), attr("options", MAPS)];
+    let volume = vec![
+        attr("no_copy", "bool"),
+        attr("labels", MAPS),
+        block("driver_config", driver),
+    ];
+    vec![
+        attr("type", "string"),
+        attr("source", "string"),
+        required("target", "string"),
+        attr("readonly", "bool"),
+        block("bind_options", vec![attr("propagation", "string")]),
+        block(
+            "tmpfs_options",
+            vec![attr("size", "number"), attr("mode", "number")],
+        ),
+        block("volume_options", volume),
+    ]
 }
 
 type Named = (&'static str, Spec);
 
-fn object<const N: usize>(children: [Named; N]) -> Spec {
+fn wrap(block: spec::Block) -> Spec {
+    Spec { block: Some(block) }
+}
+
+fn object(children: Vec<Named>) -> Spec {
     let attributes: BTreeMap<String, Spec> = children
         .into_iter()
         .map(|(name, spec)| (name.to_owned(), spec))
         .collect();
-    Spec {
-        block: Some(spec::Block::Object(Object { attributes })),
-    }
+    wrap(spec::Block::Object(Object { attributes }))
 }
 
-fn attribute(name: &'static str, kind: &str, required: Required) -> Named {
+fn attr(name: &'static str, kind: &str) -> Named {
+    attribute(name, kind, false)
+}
+
+fn required(name: &'static str, kind: &str) -> Named {
+    attribute(name, kind, true)
+}
+
+fn attribute(name: &'static str, kind: &str, required: bool) -> Named {
     let attr = Attr {
         name: name.into(),
         r#type: kind.into(),
-        required: matches!(required, Required::Yes),
+        required,
     };
-    (
-        name,
-        Spec {
-            block: Some(spec::Block::Attr(attr)),
-        },
-    )
+    (name, wrap(spec::Block::Attr(attr)))
 }
 
-fn block<const N: usize>(name: &'static str, children: [Named; N]) -> Named {
-    let nested = Some(Box::new(object(children)));
+/// A block that may stand once.
+fn block(name: &'static str, children: Vec<Named>) -> Named {
     let block = Block {
         name: name.into(),
         required: false,
-        nested,
+        nested: Some(Box::new(object(children))),
     };
-    (
-        name,
-        Spec {
-            block: Some(spec::Block::BlockValue(Box::new(block))),
-        },
-    )
+    (name, wrap(spec::Block::BlockValue(Box::new(block))))
+}
+
+/// A block that may stand any number of times.
+fn blocks(name: &'static str, children: Vec<Named>) -> Named {
+    let list = BlockList {
+        name: name.into(),
+        min_items: 0,
+        max_items: 0,
+        nested: Some(Box::new(object(children))),
+    };
+    (name, wrap(spec::Block::BlockList(Box::new(list))))
+}
+
+/// A block of any keys with strings.
+fn attrs(name: &'static str) -> Named {
+    let attrs = BlockAttrs {
+        name: name.into(),
+        r#type: "string".into(),
+        required: false,
+    };
+    (name, wrap(spec::Block::BlockAttrs(attrs)))
 }

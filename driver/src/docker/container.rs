@@ -11,9 +11,9 @@ use super::signed;
 use crate::limits::{CPU_PERIOD, Limits};
 
 /// Where the driver's things are inside a container.
-const INIT: &str = "/.polydev/init";
-const LINK: &str = "/.polydev/link";
-const SOCKET: &str = "/.polydev/link/init.sock";
+pub(super) const INIT: &str = "/.polydev/init";
+pub(super) const LINK: &str = "/.polydev/link";
+pub(super) const SOCKET: &str = "/.polydev/link/init.sock";
 
 /// A hardened container with polydev-init as process 1.
 #[derive(Debug, Clone)]
@@ -92,7 +92,7 @@ impl ContainerSpec {
 
 /// Mounted as a folder or file of the host, read-only. Not `-v` syntax: that has
 /// no way to write a colon.
-fn bind(source: &std::path::Path, target: &str) -> Mount {
+pub(super) fn bind(source: &std::path::Path, target: &str) -> Mount {
     Mount {
         typ: Some(MountType::BIND),
         source: Some(source.to_string_lossy().into_owned()),

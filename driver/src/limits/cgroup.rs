@@ -17,14 +17,19 @@ use super::{CPU_PERIOD, Error, Limits};
 pub struct Usage {
     /// CPU time since the container started.
     pub cpu: Duration,
+    pub cpu_user: Duration,
+    pub cpu_system: Duration,
     pub throttled_periods: u64,
     pub throttled: Duration,
     /// Bytes of anonymous memory.
     pub rss: u64,
     /// Bytes of page cache.
     pub cache: u64,
-    /// Bytes counted against the limit.
+    /// Bytes swapped out.
+    pub swap: u64,
+    /// Bytes counted against the limit, and their most so far.
     pub memory: u64,
+    pub memory_max: u64,
 }
 
 /// 2 where the memory controller is in the unified hierarchy, else 1.
@@ -172,19 +177,27 @@ impl Cgroup {
         match self.files {
             Files::V1 { .. } => Usage {
                 cpu: Duration::from_nanos(number(&self.cpuacct.join("cpuacct.usage"))),
+                cpu_user: Duration::from_nanos(number(&self.cpuacct.join("cpuacct.usage_user"))),
+                cpu_system: Duration::from_nanos(number(&self.cpuacct.join("cpuacct.usage_sys"))),
                 throttled_periods,
                 throttled: Duration::from_nanos(field(&throttling, "throttled_time")),
                 rss: field(&memory, "total_rss"),
                 cache: field(&memory, "total_cache"),
+                swap: field(&memory, "total_swap"),
                 memory: number(&self.memory.join("memory.usage_in_bytes")),
+                memory_max: number(&self.memory.join("memory.max_usage_in_bytes")),
             },
             Files::V2 { .. } => Usage {
                 cpu: Duration::from_micros(field(&throttling, "usage_usec")),
+                cpu_user: Duration::from_micros(field(&throttling, "user_usec")),
+                cpu_system: Duration::from_micros(field(&throttling, "system_usec")),
                 throttled_periods,
                 throttled: Duration::from_micros(field(&throttling, "throttled_usec")),
                 rss: field(&memory, "anon"),
                 cache: field(&memory, "file"),
+                swap: number(&self.memory.join("memory.swap.current")),
                 memory: number(&self.memory.join("memory.current")),
+                memory_max: number(&self.memory.join("memory.peak")),
             },
         }
     }

@@ -74,22 +74,26 @@ pub fn write_resolv_conf(state_dir: &Path) -> Result<PathBuf, Error> {
     Ok(path)
 }
 
-/// Makes a folder, or empties it of what an earlier life of the driver left.
+/// Makes a folder, or empties it of what an earlier life of the driver left, but for
+/// what is still `in_use`.
 ///
 /// # Errors
 /// [`Error::Write`]
-pub fn empty_folder(path: &Path) -> Result<PathBuf, Error> {
-    let made = match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => fs::create_dir(path),
+pub fn folder_of(path: &Path, in_use: &[PathBuf]) -> Result<PathBuf, Error> {
+    let wrong = |source| Error::Write {
+        path: path.to_owned(),
+        source,
     };
-    match made {
-        Ok(()) => Ok(path.to_owned()),
-        Err(source) => Err(Error::Write {
-            path: path.to_owned(),
-            source,
-        }),
+    match fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        made => made.map_err(wrong)?,
     }
+    for entry in fs::read_dir(path).map_err(wrong)?.flatten() {
+        if !in_use.contains(&entry.path()) {
+            fs::remove_dir_all(entry.path()).map_err(wrong)?;
+        }
+    }
+    Ok(path.to_owned())
 }
 
 fn without_loopback(text: &str) -> String {
@@ -108,7 +112,7 @@ fn without_loopback(text: &str) -> String {
 }
 
 /// Whole or not at all: another process may map or read it any time.
-fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), Error> {
+pub(crate) fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), Error> {
     let partial = path.with_extension("partial");
     fs::write(&partial, content)
         .and_then(|()| fs::set_permissions(&partial, Permissions::from_mode(mode)))

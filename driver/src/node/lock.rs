@@ -7,6 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
 /// Held as long as the process lives; the kernel lets go of it whatever happens.
 #[derive(Debug)]
 pub struct Lock {
@@ -24,6 +29,22 @@ pub enum Error {
         source: io::Error,
     },
 }
+
+impl Error {
+    /// Asks the holder to leave. It does if it has no agent any more: an agent that
+    /// crashed and could not reach it again has started this process in its place.
+    pub fn ask_to_leave(&self) {
+        if let Self::Held { pid, .. } = self
+            && let Ok(pid) = pid.parse()
+        {
+            // The lock is held, so that the number in it is of a live driver.
+            let _gone = kill(Pid::from_raw(pid), ASK_TO_LEAVE);
+        }
+    }
+}
+
+/// What a driver without an agent obeys.
+pub const ASK_TO_LEAVE: Signal = Signal::SIGUSR2;
 
 impl Lock {
     /// Takes the folder, making it if need be, for root alone. Does not wait.

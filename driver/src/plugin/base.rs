@@ -6,8 +6,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use polydev_proto::base::{
-    ConfigSchemaRequest, ConfigSchemaResponse, PluginInfoRequest, PluginInfoResponse, PluginType,
-    SetConfigRequest, SetConfigResponse, base_plugin_server::BasePlugin,
+    ClientTopology, ClientTopologyCore, ConfigSchemaRequest, ConfigSchemaResponse,
+    PluginInfoRequest, PluginInfoResponse, PluginType, SetConfigRequest, SetConfigResponse,
+    base_plugin_server::BasePlugin,
 };
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
@@ -16,7 +17,7 @@ use crate::{
     chain, config,
     events::Events,
     fingerprint::{self, Health},
-    node::Node,
+    node::{Compute, Node},
 };
 
 /// The only driver API there is.
@@ -77,7 +78,8 @@ impl BasePlugin for Base {
         let request = request.into_inner();
         let config = config::Plugin::parse(&request.msgpack_config)
             .map_err(|error| Status::invalid_argument(chain(&error)))?;
-        if request.nomad_config.is_some() {
+        if let Some(nomad) = request.nomad_config {
+            let compute = compute(nomad.driver.and_then(|driver| driver.topology));
             let publish = self
                 .publish
                 .lock()
@@ -85,7 +87,7 @@ impl BasePlugin for Base {
                 .take();
             match publish {
                 Some((node, health)) => {
-                    let run = fingerprint::run(config, self.events.clone(), node, health);
+                    let run = fingerprint::run(config, compute, self.events.clone(), node, health);
                     // Ends with the process.
                     tokio::spawn(run);
                 }
@@ -93,5 +95,28 @@ impl BasePlugin for Base {
             }
         }
         Ok(Response::new(SetConfigResponse {}))
+    }
+}
+
+/// The node's CPUs as its agent counts them.
+fn compute(topology: Option<ClientTopology>) -> Compute {
+    let ClientTopology {
+        cores,
+        override_total_compute,
+        ..
+    } = topology.unwrap_or_default();
+    let own = std::thread::available_parallelism().map_or(1, usize::from);
+    let count = if cores.is_empty() { own } else { cores.len() };
+    let speed = |core: &ClientTopologyCore| match core.base_speed {
+        0 => core.guess_speed.max(core.max_speed),
+        base => base,
+    };
+    let mhz = match override_total_compute {
+        0 => cores.iter().map(speed).sum(),
+        given => given,
+    };
+    Compute {
+        mhz: i64::try_from(mhz).unwrap_or(i64::MAX),
+        cores: i64::try_from(count).unwrap_or(1),
     }
 }

@@ -4,7 +4,7 @@ use polydev_proto::structs::RecoverableError;
 use prost::Message;
 use tonic::{Code, Status};
 
-use crate::{chain, config, slot};
+use crate::{chain, config, docker, sandbox, slot, task};
 
 /// Why an RPC of Nomad's failed.
 #[derive(Debug, thiserror::Error)]
@@ -25,13 +25,21 @@ pub enum Error {
     Duplicate(#[from] slot::book::Duplicate),
     #[error("cannot start the slot")]
     Start(#[source] slot::FillError),
+    #[error("cannot start the task")]
+    Task(#[source] task::StartError),
+    #[error("cannot run a command in the task")]
+    Exec(#[source] docker::Error),
+    #[error(transparent)]
+    Signal(#[from] task::UnknownSignal),
+    #[error("the task does not run any more")]
+    Ended,
+    #[error(transparent)]
+    Network(#[from] sandbox::Error),
     #[error("the task was stopped before its slot was warm")]
     StoppedWhileStarting,
     // Nomad passes on at most 123 bytes of an exec's error, its own 45 included.
     #[error("{operation} refused: the container of a warm slot is its user's alone")]
     Private { operation: &'static str },
-    #[error("the driver makes no networks; use `network {{ mode = \"host\" }}` or none")]
-    NoNetworks,
 }
 
 /// `google.rpc.Status`, whose first detail Nomad looks at.
@@ -72,16 +80,19 @@ impl From<Error> for Status {
         match error {
             Error::NotReady { .. } => recoverable(message),
             Error::Start(fill) if fill.is_recoverable() => recoverable(message),
+            Error::Task(start) if start.is_recoverable() => recoverable(message),
             Error::UnknownTask { .. } => Self::not_found(message),
-            Error::Missing { .. } | Error::Config(_) | Error::Handle(_) => {
+            Error::Missing { .. } | Error::Config(_) | Error::Handle(_) | Error::Signal(_) => {
                 Self::invalid_argument(message)
             }
             Error::Start(_)
+            | Error::Task(_)
+            | Error::Ended
             | Error::Duplicate(_)
             | Error::StillRunning { .. }
             | Error::StoppedWhileStarting
             | Error::Private { .. } => Self::failed_precondition(message),
-            Error::NoNetworks => Self::unimplemented(message),
+            Error::Exec(_) | Error::Network(_) => Self::unknown(message),
         }
     }
 }

@@ -1,9 +1,6 @@
-//! Usage samples of a slot: the sum of its containers, read from cgroup files.
+//! Usage samples, read from cgroup files: of a task, or of all containers of a slot.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant, SystemTime},
-};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::Stream;
 use polydev_proto::driver::{
@@ -12,11 +9,13 @@ use polydev_proto::driver::{
 use tokio::time::{MissedTickBehavior, interval};
 use tonic::Status;
 
-use crate::{limits::Usage, slot::Slot};
+use super::Work;
+use crate::limits::Usage;
 
-/// One sample each interval until the slot has ended.
+/// One sample each interval until the task has ended; `mhz` is one core's.
 pub(super) fn samples(
-    slot: Arc<Slot>,
+    work: Work,
+    mhz: f64,
     every: Option<prost_types::Duration>,
 ) -> impl Stream<Item = Result<TaskStatsResponse, Status>> {
     let every = every.and_then(|every| Duration::try_from(every).ok());
@@ -25,47 +24,61 @@ pub(super) fn samples(
         .unwrap_or(Duration::from_secs(1));
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let last = (Instant::now(), slot.usage());
-    futures_util::stream::unfold((slot, ticks, last), |(slot, mut ticks, last)| async move {
-        ticks.tick().await;
-        if slot.end().is_some() {
-            return None;
-        }
-        let now = (Instant::now(), slot.usage());
-        let sample = encode(&slot.identity.task_id, last, now);
-        Some((
-            Ok(TaskStatsResponse {
-                stats: Some(sample),
-            }),
-            (slot, ticks, now),
-        ))
-    })
+    let last = (Instant::now(), work.usage());
+    futures_util::stream::unfold(
+        (work, ticks, last),
+        move |(work, mut ticks, last)| async move {
+            ticks.tick().await;
+            if work.has_ended() {
+                return None;
+            }
+            let now = (Instant::now(), work.usage());
+            let sample = encode(work.task_id(), mhz, last, now);
+            Some((
+                Ok(TaskStatsResponse {
+                    stats: Some(sample),
+                }),
+                (work, ticks, now),
+            ))
+        },
+    )
 }
 
-fn encode(task_id: &str, last: (Instant, Usage), now: (Instant, Usage)) -> TaskStats {
+fn encode(task_id: &str, mhz: f64, last: (Instant, Usage), now: (Instant, Usage)) -> TaskStats {
     let usage = now.1;
     let wall = (now.0 - last.0).as_secs_f64().max(f64::EPSILON);
-    // One full core is 100.
-    let percent = usage.cpu.saturating_sub(last.1.cpu).as_secs_f64() / wall * 100.0;
+    // One full core is 100, and as many ticks as it has MHz.
+    let part =
+        |now: Duration, last: Duration| now.saturating_sub(last).as_secs_f64() / wall * 100.0;
+    let percent = part(usage.cpu, last.1.cpu);
     let cpu = CpuUsage {
         percent,
+        total_ticks: percent / 100.0 * mhz,
+        user_mode: part(usage.cpu_user, last.1.cpu_user),
+        system_mode: part(usage.cpu_system, last.1.cpu_system),
         throttled_periods: usage.throttled_periods,
         throttled_time: u64::try_from(usage.throttled.as_nanos()).unwrap_or(u64::MAX),
         measured_fields: vec![
             cpu_usage::Fields::Percent.into(),
+            cpu_usage::Fields::TotalTicks.into(),
+            cpu_usage::Fields::UserMode.into(),
+            cpu_usage::Fields::SystemMode.into(),
             cpu_usage::Fields::ThrottledPeriods.into(),
             cpu_usage::Fields::ThrottledTime.into(),
         ],
-        ..Default::default()
     };
     let memory = MemoryUsage {
         rss: usage.rss,
         cache: usage.cache,
+        swap: usage.swap,
         usage: usage.memory,
+        max_usage: usage.memory_max,
         measured_fields: vec![
             memory_usage::Fields::Rss.into(),
             memory_usage::Fields::Cache.into(),
+            memory_usage::Fields::Swap.into(),
             memory_usage::Fields::Usage.into(),
+            memory_usage::Fields::MaxUsage.into(),
         ],
         ..Default::default()
     };

@@ -51,7 +51,7 @@ impl Book {
 
     /// # Errors
     /// [`Duplicate`] if the allocation has a live slot under another task.
-    pub fn check(&self, slot: &super::Identity) -> Result<(), Duplicate> {
+    pub fn check(&self, slot: &crate::identity::Identity) -> Result<(), Duplicate> {
         match self.by_slot_id(&slot.slot_id()) {
             Some(other) if other.identity.task_id != slot.task_id => Err(Duplicate {
                 alloc_id: slot.alloc_id.clone(),

@@ -176,6 +176,7 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
             traceparent: trace.traceparent,
             tracestate: trace.tracestate,
         }),
+        task: None,
     };
     Ok(Parsed {
         start,

@@ -4,20 +4,18 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::time::{sleep, timeout};
 
-use super::{
-    Slot,
-    link::{self, Link, Listener},
-};
+use super::Slot;
+use polydev_proto::init::hello;
+
 use crate::{
     docker::{self, ContainerSpec, Docker},
+    identity::{LABEL_INSTANCE, LABEL_SLOT},
+    images::{self, Policy, Step, Use, Want},
     limits,
+    link::{self, Greeted, Link, Listener},
     node::Node,
 };
 
-/// Names the driver instance a container belongs to: its reaper touches no other's.
-pub const LABEL_INSTANCE: &str = "dev.polydev.instance";
-/// Names the slot.
-pub const LABEL_SLOT: &str = "dev.polydev.slot";
 const LABEL_PROVIDER: &str = "dev.polydev.provider";
 const LABEL_GENERATION: &str = "dev.polydev.generation";
 
@@ -32,11 +30,8 @@ const RUNTIME_UID: u32 = 1000;
 /// Why a slot could not be filled.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("`slot.image`: cannot use `{image}`")]
-    Image {
-        image: String,
-        source: docker::Error,
-    },
+    #[error("`slot.image` cannot be used")]
+    Image(#[from] images::Error),
     #[error(
         "`slot.image`: `{image}` runs as `{user}`; a slot's image must run as `runtime` or a numeric user other than 0"
     )]
@@ -61,7 +56,7 @@ impl Error {
     pub fn is_recoverable(&self) -> bool {
         match self {
             Self::RootImage { .. } | Self::Stopped => false,
-            Self::Image { source, .. } => !source.is_not_found(),
+            Self::Image(error) => error.is_recoverable(),
             Self::Docker(_)
             | Self::InitEnded { .. }
             | Self::InitTimedOut
@@ -79,6 +74,7 @@ pub(super) struct Container {
     pub(super) limits: Arc<limits::Handle>,
     /// Keeps the folder that is mounted into the container.
     _listener: Listener,
+    _image: Use,
 }
 
 /// Makes the slot's next container.
@@ -91,7 +87,13 @@ pub(super) struct Container {
 pub(super) async fn fill(node: &Node, slot: &Slot) -> Result<Container, Error> {
     // Only the wait for a registry may be cut short: a container that Docker was told
     // to create would be made all the same, when nobody looks for it any more.
-    let image = tokio::select! {
+    let mut ready = node.ready.subscribe();
+    tokio::select! {
+        // The bridge's rules are in force then.
+        _ = ready.wait_for(|ready| *ready) => {}
+        () = slot.drain.cancelled() => return Err(Error::Stopped),
+    }
+    let (image, held) = tokio::select! {
         image = find_image(node, slot) => image?,
         () = slot.drain.cancelled() => return Err(Error::Stopped),
     };
@@ -126,16 +128,16 @@ pub(super) async fn fill(node: &Node, slot: &Slot) -> Result<Container, Error> {
         })
         .await?;
     node.docker.start(&id).await?;
-    let link = greet(&node.docker, &listener, &id).await?;
-    let pid = link.pid;
+    let (pid, link) = greet(&node.docker, &listener, &id).await?;
     let idle = slot.idle;
     let limits = tokio::task::spawn_blocking(move || limits::Handle::open(pid, &idle));
     let limits = limits.await.expect("opening limits does not panic")?;
     Ok(Container {
         id,
-        link: link.link,
+        link,
         limits: Arc::new(limits),
         _listener: listener,
+        _image: held,
     })
 }
 
@@ -156,12 +158,7 @@ pub(super) async fn clean(node: &Node, slot: &Slot) -> Result<(), docker::Error>
     Ok(())
 }
 
-struct Greeted {
-    pid: u32,
-    link: Link,
-}
-
-async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted, Error> {
+async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<(u32, Link), Error> {
     let state = docker.state(id).await?;
     if state.pid == 0 {
         let words = docker.last_words(id).await;
@@ -170,10 +167,12 @@ async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted
             words,
         });
     }
-    let accept = timeout(INIT, listener.accept(state.pid));
+    let accept = timeout(INIT, listener.accept(|pid| pid == state.pid));
     tokio::select! {
         accepted = accept => match accepted {
-            Ok(link) => Ok(Greeted { pid: state.pid, link: link? }),
+            Ok(Ok(Greeted { state: hello::State::Waiting(_), pid, link })) => Ok((pid, link)),
+            Ok(Ok(_)) => Err(link::Error::NotWaiting.into()),
+            Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(Error::InitTimedOut),
         },
         error = died(docker, id) => Err(error),
@@ -199,21 +198,18 @@ async fn died(docker: &Docker, id: &str) -> Error {
 }
 
 /// Looks for the image on the node and pulls it only if it is not there.
-async fn find_image(node: &Node, slot: &Slot) -> Result<docker::Image, Error> {
+async fn find_image(node: &Node, slot: &Slot) -> Result<(docker::Image, Use), Error> {
     let reference = &slot.config.image;
-    let wrong = |source| Error::Image {
-        image: reference.clone(),
-        source,
+    let want = Want {
+        reference,
+        policy: Policy::IfMissing,
+        archive: None,
+        auth: None,
+        auth_soft_fail: false,
+        timeout: None,
     };
-    match node.docker.image(reference).await {
-        Ok(image) => return Ok(image),
-        Err(error) if error.is_not_found() => {}
-        Err(error) => return Err(Error::Docker(error)),
-    }
-    node.events
-        .send(&slot.identity, format!("Pulling image {reference}"));
-    node.docker.pull(reference).await.map_err(wrong)?;
-    node.docker.image(reference).await.map_err(wrong)
+    let tell = |step: Step| node.events.send(&slot.identity, step.message(reference));
+    Ok(node.images.get(&want, tell).await?)
 }
 
 /// Owner of the home; `None` for root and for names nobody but the image knows.
@@ -237,7 +233,7 @@ mod tests {
         let user = |user: &str| {
             user_of(&docker::Image {
                 user: user.into(),
-                home: None,
+                ..Default::default()
             })
         };
         assert_eq!(user("1000:1000"), Some((1000, 1000)));

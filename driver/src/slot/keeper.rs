@@ -13,13 +13,13 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Identity, Slot,
+    Slot,
     claim::{Claim, Refusal},
     fill::{self, Container},
     run,
     state::{Event, Life},
 };
-use crate::{config, limits::Limits, node::Node};
+use crate::{config, identity::Identity, limits::Limits, node::Node};
 
 /// Containers in a row that may fail before the slot is given up and Nomad decides.
 const FAILURES: u32 = 6;

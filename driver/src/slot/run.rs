@@ -16,9 +16,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     claim::{Claim, Ended, Event, Input, Refusal},
     fill::Container,
-    link,
 };
-use crate::limits::Limits;
+use crate::{limits::Limits, link};
 
 /// Bytes of stdin on their way to the command; init holds at most twice as much.
 const STDIN_WINDOW: u64 = 128 << 10;

@@ -1,0 +1,47 @@
+//! A terminal for the command: made here, so that an idle container needs none.
+
+use std::{
+    fs::File,
+    io,
+    os::{fd::OwnedFd, unix::process::CommandExt},
+    process::{Command, Stdio},
+};
+
+use rustix::{
+    io::Errno,
+    process::{ioctl_tiocsctty, setsid},
+    stdio,
+};
+
+/// Gives `command` a new terminal as its three standard descriptors, and returns our side.
+///
+/// # Errors
+/// If the container has no `/dev/ptmx` or no room for another terminal.
+pub(crate) fn attach(command: &mut Command) -> io::Result<File> {
+    let pty = nix::pty::openpty(None, None)?;
+    let slave = || pty.slave.try_clone().map(Stdio::from);
+    command.stdin(slave()?).stdout(slave()?).stderr(slave()?);
+    close_on_exec(&pty.master)?;
+    close_on_exec(&pty.slave)?;
+    lead_session(command);
+    Ok(pty.master.into())
+}
+
+/// Makes the command the leader of a session whose terminal is its stdin.
+fn lead_session(command: &mut Command) {
+    let lead = || -> io::Result<()> {
+        setsid()?;
+        ioctl_tiocsctty(stdio::stdin())?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only two system calls are made; nothing is
+    // allocated, locked or dropped.
+    #[expect(unsafe_code, reason = "a terminal is taken between fork and exec")]
+    unsafe {
+        command.pre_exec(lead);
+    }
+}
+
+fn close_on_exec(descriptor: &OwnedFd) -> Result<(), Errno> {
+    rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::CLOEXEC)
+}

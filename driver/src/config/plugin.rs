@@ -1,0 +1,426 @@
+//! The plugin's options.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::Deserialize;
+
+use super::{
+    Error,
+    task::Logging,
+    value::{self, Maps, Number, absolute, duration, merged, ranged, refused, text},
+};
+use crate::limits::Limits;
+
+/// What Docker gives a container by default, without NET_RAW, which forges packets
+/// on a bridge (CVE-2021-32575).
+pub(super) const DEFAULT_CAPS: [&str; 13] = [
+    "audit_write",
+    "chown",
+    "dac_override",
+    "fowner",
+    "fsetid",
+    "kill",
+    "mknod",
+    "net_bind_service",
+    "setfcap",
+    "setgid",
+    "setpcap",
+    "setuid",
+    "sys_chroot",
+];
+
+/// What of a task may be shown as labels.
+pub const EXTRA_LABELS: [&str; 8] = [
+    "job_id",
+    "job_name",
+    "namespace",
+    "node_id",
+    "node_name",
+    "parent_job_id",
+    "task_group_name",
+    "task_name",
+];
+
+/// The plugin's options, complete and checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plugin {
+    pub endpoint: Endpoint,
+    /// Folder of the driver's own, for sockets, its lock, its journal and its identity.
+    pub state_dir: PathBuf,
+    /// The `polydev-init` program.
+    pub init_path: PathBuf,
+    /// What a run gets.
+    pub run: Limits,
+    pub auth: Auth,
+    /// Globs over [`EXTRA_LABELS`].
+    pub extra_labels: Vec<String>,
+    /// For tasks whose output goes through Docker.
+    pub logging: Logging,
+    pub gc: Gc,
+    pub volumes: bool,
+    /// Appended to bind mounts, `z` or `Z`.
+    pub selinux_label: Option<String>,
+    pub allow: Allow,
+    /// Most processes of a plain task, and what it gets if it does not say.
+    pub pids_limit: u32,
+    pub image_pull_timeout: Duration,
+    /// A pull that makes no progress for so long is given up.
+    pub pull_activity_timeout: Duration,
+    pub disable_log_collection: bool,
+}
+
+/// Where Docker is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// `unix://` and a path, or `tcp://host:port` of this machine.
+    pub address: String,
+    pub tls: Option<Tls>,
+}
+
+/// Files for a Docker that wants client certificates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tls {
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    pub ca: PathBuf,
+}
+
+/// Where credentials for registries come from when a task brings none.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Auth {
+    /// A file such as `~/.docker/config.json`.
+    pub config: Option<PathBuf>,
+    /// The end of the name of a `docker-credential-` program.
+    pub helper: Option<String>,
+}
+
+/// What is removed, and when.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gc {
+    pub image: bool,
+    /// From the end of the last task of an image.
+    pub image_delay: Duration,
+    /// Whether the containers of ended tasks are removed.
+    pub container: bool,
+    pub dangling: Dangling,
+}
+
+/// How containers that belong to no task are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dangling {
+    pub enabled: bool,
+    /// Say what would be removed, and leave it.
+    pub dry_run: bool,
+    pub period: Duration,
+    /// Nothing that was seen for less than that is removed.
+    pub creation_grace: Duration,
+}
+
+/// What an operator lets jobs do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Allow {
+    pub privileged: bool,
+    /// Lower case, without `cap_`; `all` for all.
+    pub caps: Vec<String>,
+    pub runtimes: Vec<String>,
+    /// Globs over image references; empty allows every image.
+    pub images: Vec<String>,
+    pub modes: Modes,
+}
+
+/// Globs over the modes that share a namespace with the host or another container.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Modes {
+    pub pid: Vec<String>,
+    pub ipc: Vec<String>,
+    pub uts: Vec<String>,
+    pub userns: Vec<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Raw {
+    endpoint: Option<String>,
+    tls: Option<RawTls>,
+    state_dir: Option<String>,
+    init_path: Option<String>,
+    run_class: Option<RawClass>,
+    auth: Option<RawAuth>,
+    extra_labels: Option<Vec<String>>,
+    logging: Option<RawLogging>,
+    gc: Option<RawGc>,
+    volumes: Option<RawVolumes>,
+    allow_privileged: Option<bool>,
+    allow_caps: Option<Vec<String>>,
+    allow_runtimes: Option<Vec<String>>,
+    allow_images: Option<Vec<String>>,
+    allowed_modes: Option<RawModes>,
+    pids_limit: Option<Number>,
+    image_pull_timeout: Option<String>,
+    pull_activity_timeout: Option<String>,
+    disable_log_collection: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTls {
+    cert: Option<String>,
+    key: Option<String>,
+    ca: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawClass {
+    cpu: Option<Number>,
+    memory: Option<Number>,
+    mbits: Option<Number>,
+    pids: Option<Number>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawAuth {
+    config: Option<String>,
+    helper: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawLogging {
+    r#type: Option<String>,
+    config: Maps,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawGc {
+    image: Option<bool>,
+    image_delay: Option<String>,
+    container: Option<bool>,
+    dangling_containers: Option<RawDangling>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawDangling {
+    enabled: Option<bool>,
+    dry_run: Option<bool>,
+    period: Option<String>,
+    creation_grace: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawVolumes {
+    enabled: Option<bool>,
+    selinuxlabel: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawModes {
+    pid: Option<Vec<String>>,
+    ipc: Option<Vec<String>>,
+    uts: Option<Vec<String>>,
+    userns: Option<Vec<String>>,
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
+
+impl Raw {
+    pub(super) fn check(self) -> Result<Plugin, Error> {
+        let (volumes, selinux_label) = self.volumes.map_or((None, None), |volumes| {
+            (volumes.enabled, text(volumes.selinuxlabel))
+        });
+        if let Some(label) = &selinux_label {
+            value::one_of("volumes.selinuxlabel", label, &["z", "Z"])?;
+        }
+        let auth = self.auth.map_or_else(
+            || Ok(Auth::default()),
+            |auth| {
+                let config = text(auth.config).map(|path| absolute("auth.config", &path));
+                Ok(Auth {
+                    config: config.transpose()?,
+                    helper: text(auth.helper),
+                })
+            },
+        )?;
+        if let Some(helper) = auth.helper.as_ref().filter(|name| name.contains('/')) {
+            let allowed = "what follows `docker-credential-` in a program's name";
+            return Err(refused("auth.helper", helper, allowed));
+        }
+        let modes = self.allowed_modes.unwrap_or_default();
+        let caps = self
+            .allow_caps
+            .map(|caps| caps.iter().map(|cap| cap_name(cap)).collect());
+        let runtimes = self.allow_runtimes;
+        Ok(Plugin {
+            endpoint: endpoint(text(self.endpoint), self.tls)?,
+            state_dir: state_dir(text(self.state_dir))?,
+            init_path: match text(self.init_path) {
+                Some(path) => absolute("init_path", &path)?,
+                None => beside_this_program("polydev-init"),
+            },
+            run: self.run_class.unwrap_or_default().check()?,
+            auth,
+            extra_labels: self.extra_labels.unwrap_or_default(),
+            logging: self.logging.map_or_else(
+                || Logging {
+                    driver: "json-file".into(),
+                    config: [("max-file", "2"), ("max-size", "2m")]
+                        .map(|(key, value)| (key.into(), value.into()))
+                        .into(),
+                },
+                |logging| Logging {
+                    driver: text(logging.r#type).unwrap_or_else(|| "json-file".into()),
+                    config: merged(logging.config),
+                },
+            ),
+            gc: self.gc.unwrap_or_default().check()?,
+            volumes: volumes.unwrap_or_default(),
+            selinux_label,
+            allow: Allow {
+                privileged: self.allow_privileged.unwrap_or_default(),
+                caps: caps.unwrap_or_else(|| DEFAULT_CAPS.map(str::to_owned).into()),
+                runtimes: runtimes.unwrap_or_else(|| vec!["runc".into(), "nvidia".into()]),
+                images: self.allow_images.unwrap_or_default(),
+                modes: Modes {
+                    pid: modes.pid.unwrap_or_default(),
+                    ipc: modes.ipc.unwrap_or_default(),
+                    uts: modes.uts.unwrap_or_default(),
+                    userns: modes.userns.unwrap_or_default(),
+                },
+            },
+            pids_limit: ranged("pids_limit", self.pids_limit, 4096, 1, 4_194_304)?,
+            image_pull_timeout: duration(
+                "image_pull_timeout",
+                text(self.image_pull_timeout),
+                5 * MINUTE,
+                SECOND,
+            )?,
+            pull_activity_timeout: duration(
+                "pull_activity_timeout",
+                text(self.pull_activity_timeout),
+                2 * MINUTE,
+                MINUTE,
+            )?,
+            disable_log_collection: self.disable_log_collection.unwrap_or_default(),
+        })
+    }
+}
+
+impl RawClass {
+    fn check(self) -> Result<Limits, Error> {
+        let default = Limits::RUN;
+        Ok(Limits {
+            cpu_mhz: ranged("run_class.cpu", self.cpu, default.cpu_mhz, 10, 1_000_000)?,
+            memory_mb: ranged(
+                "run_class.memory",
+                self.memory,
+                default.memory_mb,
+                16,
+                4_194_304,
+            )?,
+            mbits: ranged("run_class.mbits", self.mbits, default.mbits, 1, 30_000)?,
+            pids: ranged("run_class.pids", self.pids, default.pids, 8, 4_194_304)?,
+        })
+    }
+}
+
+impl RawGc {
+    fn check(self) -> Result<Gc, Error> {
+        let dangling = self.dangling_containers.unwrap_or_default();
+        let minutes = |field: &str, given, default: u32| {
+            duration(
+                &format!("gc.{field}"),
+                text(given),
+                default * MINUTE,
+                MINUTE,
+            )
+        };
+        Ok(Gc {
+            image: self.image.unwrap_or(true),
+            image_delay: duration(
+                "gc.image_delay",
+                text(self.image_delay),
+                3 * MINUTE,
+                Duration::ZERO,
+            )?,
+            container: self.container.unwrap_or(true),
+            dangling: Dangling {
+                enabled: dangling.enabled.unwrap_or(true),
+                dry_run: dangling.dry_run.unwrap_or_default(),
+                period: minutes("dangling_containers.period", dangling.period, 5)?,
+                creation_grace: minutes(
+                    "dangling_containers.creation_grace",
+                    dangling.creation_grace,
+                    5,
+                )?,
+            },
+        })
+    }
+}
+
+/// `CAP_NET_ADMIN` and `net_admin` are the same.
+pub(super) fn cap_name(given: &str) -> String {
+    let lower = given.to_lowercase();
+    lower
+        .strip_prefix("cap_")
+        .map(str::to_owned)
+        .unwrap_or(lower)
+}
+
+fn endpoint(address: Option<String>, tls: Option<RawTls>) -> Result<Endpoint, Error> {
+    let address = address.unwrap_or_else(|| "unix:///var/run/docker.sock".into());
+    let unix = address
+        .strip_prefix("unix://")
+        .is_some_and(|path| path.starts_with('/'));
+    let tcp = address
+        .strip_prefix("tcp://")
+        .is_some_and(|host| host.contains(':'));
+    if !unix && !tcp {
+        let allowed = "`unix://` and an absolute path, or `tcp://host:port`";
+        return Err(refused("endpoint", address, allowed));
+    }
+    let file =
+        |field: &str, given: Option<String>| absolute(field, given.as_deref().unwrap_or_default());
+    let tls = tls.map(|tls| {
+        Ok(Tls {
+            cert: file("tls.cert", tls.cert)?,
+            key: file("tls.key", tls.key)?,
+            ca: file("tls.ca", tls.ca)?,
+        })
+    });
+    if unix && tls.is_some() {
+        return Err(refused(
+            "endpoint",
+            address,
+            "`tcp://host:port` with a `tls` block",
+        ));
+    }
+    Ok(Endpoint {
+        address,
+        tls: tls.transpose()?,
+    })
+}
+
+fn state_dir(given: Option<String>) -> Result<PathBuf, Error> {
+    let path = absolute("state_dir", given.as_deref().unwrap_or("/var/lib/polydev"))?;
+    // A unix socket's path has at most 107 bytes; ours are up to 60 longer than the folder's.
+    if path.as_os_str().len() > 48 {
+        let allowed = "at most 48 bytes, for the sockets below it";
+        return Err(refused("state_dir", path.display(), allowed));
+    }
+    Ok(path)
+}
+
+fn beside_this_program(name: &str) -> PathBuf {
+    let program = std::env::current_exe().unwrap_or_default();
+    let folder = program.parent().unwrap_or(Path::new("/"));
+    folder.join(name)
+}

@@ -1,0 +1,445 @@
+//! A plain task: the options that an operator knows from Nomad's Docker driver, with
+//! the same names and meanings, checked one by one. What the plugin must allow is
+//! checked in [`super::allow`].
+
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+
+use serde::Deserialize;
+
+use super::{
+    Error,
+    mount::{self, Device, Mount, Volume},
+    value::{self, Maps, Number, OneOrMany, merged, refused, text},
+};
+
+/// CFS periods that the kernel takes, in microseconds.
+const CFS_PERIOD: (u32, u32) = (1_000, 1_000_000);
+
+/// A plain task's options, complete and checked.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Task {
+    pub image: String,
+    pub command: Option<String>,
+    pub args: Vec<String>,
+    /// Replaces the image's; its command is not used then.
+    pub entrypoint: Option<Vec<String>>,
+    pub work_dir: Option<String>,
+    pub force_pull: bool,
+    /// `None`: the plugin's.
+    pub image_pull_timeout: Option<Duration>,
+    pub auth: Option<Auth>,
+    pub auth_soft_fail: bool,
+    /// An image archive, relative to the task's folder.
+    pub load: Option<String>,
+
+    pub cpu_hard_limit: bool,
+    pub cpu_cfs_period: Duration,
+    /// MiB; 0 for none.
+    pub memory_hard_limit: u32,
+    /// `None`: the plugin's.
+    pub pids_limit: Option<u32>,
+    pub ulimits: Vec<Ulimit>,
+    pub sysctl: BTreeMap<String, String>,
+    /// Bytes.
+    pub shm_size: Option<i64>,
+    pub oom_score_adj: i64,
+    pub storage_opt: BTreeMap<String, String>,
+    pub bandwidth: Bandwidth,
+
+    pub cap_add: Vec<String>,
+    pub cap_drop: Vec<String>,
+    pub privileged: bool,
+    pub security_opt: Vec<String>,
+    pub readonly_rootfs: bool,
+    pub runtime: Option<String>,
+    pub group_add: Vec<String>,
+    pub pid_mode: Option<String>,
+    pub ipc_mode: Option<String>,
+    pub uts_mode: Option<String>,
+    pub userns_mode: Option<String>,
+    pub cgroupns: Option<String>,
+
+    /// polydev-init is process 1.
+    pub init: bool,
+    pub interactive: bool,
+    pub tty: bool,
+
+    pub volumes: Vec<Volume>,
+    pub mounts: Vec<Mount>,
+    pub devices: Vec<Device>,
+
+    pub network_mode: Option<String>,
+    pub network_aliases: Vec<String>,
+    pub ports: Vec<String>,
+    pub dns_servers: Vec<String>,
+    pub dns_search_domains: Vec<String>,
+    pub dns_options: Vec<String>,
+    pub extra_hosts: Vec<String>,
+    pub hostname: Option<String>,
+
+    pub labels: BTreeMap<String, String>,
+    /// Set: output goes through Docker's log driver instead of straight to Nomad.
+    pub logging: Option<Logging>,
+    pub healthchecks_disabled: bool,
+}
+
+/// Credentials for a registry.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Auth {
+    pub username: String,
+    pub password: String,
+    pub server_address: Option<String>,
+}
+
+/// The password stays out of logs.
+impl std::fmt::Debug for Auth {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Auth")
+            .field("username", &self.username)
+            .field("server_address", &self.server_address)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A resource limit of the kernel's, `ulimit` of a shell. -1 is unlimited.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ulimit {
+    pub name: String,
+    pub soft: i64,
+    pub hard: i64,
+}
+
+/// A Docker log driver and its options.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Logging {
+    pub driver: String,
+    pub config: BTreeMap<String, String>,
+}
+
+/// Megabits (10^6) a second as the container sees it; `None` is unlimited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Bandwidth {
+    pub egress_mbits: Option<u32>,
+    pub ingress_mbits: Option<u32>,
+    /// KiB that pass at full speed after a pause; `None` is the default.
+    pub burst_kib: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Raw {
+    pub(super) slot: Option<super::slot::Raw>,
+    pub(super) image: Option<String>,
+    command: Option<String>,
+    args: Option<Vec<String>>,
+    entrypoint: Option<OneOrMany>,
+    work_dir: Option<String>,
+    force_pull: Option<bool>,
+    image_pull_timeout: Option<String>,
+    auth: Option<RawAuth>,
+    auth_soft_fail: Option<bool>,
+    load: Option<String>,
+    cpu_hard_limit: Option<bool>,
+    cpu_cfs_period: Option<Number>,
+    memory_hard_limit: Option<Number>,
+    pids_limit: Option<Number>,
+    ulimit: Maps,
+    sysctl: Maps,
+    shm_size: Option<Number>,
+    oom_score_adj: Option<Number>,
+    storage_opt: Option<BTreeMap<String, String>>,
+    bandwidth: Option<RawBandwidth>,
+    cap_add: Option<Vec<String>>,
+    cap_drop: Option<Vec<String>>,
+    privileged: Option<bool>,
+    security_opt: Option<Vec<String>>,
+    readonly_rootfs: Option<bool>,
+    runtime: Option<String>,
+    group_add: Option<Vec<String>>,
+    pid_mode: Option<String>,
+    ipc_mode: Option<String>,
+    uts_mode: Option<String>,
+    userns_mode: Option<String>,
+    cgroupns: Option<String>,
+    init: Option<bool>,
+    interactive: Option<bool>,
+    tty: Option<bool>,
+    volumes: Option<Vec<String>>,
+    mount: Option<Vec<mount::RawMount>>,
+    devices: Option<Vec<mount::RawDevice>>,
+    network_mode: Option<String>,
+    network_aliases: Option<Vec<String>>,
+    ports: Option<Vec<String>>,
+    dns_servers: Option<Vec<String>>,
+    dns_search_domains: Option<Vec<String>>,
+    dns_options: Option<Vec<String>>,
+    extra_hosts: Option<Vec<String>>,
+    hostname: Option<String>,
+    labels: Maps,
+    logging: Option<RawLogging>,
+    healthchecks: Option<RawHealthchecks>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawAuth {
+    username: Option<String>,
+    password: Option<String>,
+    server_address: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawBandwidth {
+    egress_mbits: Option<Number>,
+    ingress_mbits: Option<Number>,
+    burst: Option<Number>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawLogging {
+    r#type: Option<String>,
+    driver: Option<String>,
+    config: Maps,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawHealthchecks {
+    disable: Option<bool>,
+}
+
+impl Raw {
+    pub(super) fn check(self) -> Result<Task, Error> {
+        let image = self.image.as_deref().unwrap_or_default();
+        // The Docker driver takes a web address too.
+        let image = image.strip_prefix("https://").unwrap_or(image).to_owned();
+        if image.is_empty()
+            || image.ends_with([':', '@', '/'])
+            || image.contains(char::is_whitespace)
+        {
+            return Err(Error::NoImage { given: image });
+        }
+        if let Some(command) = &self.command
+            && (command.is_empty() || command.trim() != command)
+        {
+            let allowed = "a program's name without white space around it";
+            return Err(refused("command", command, allowed));
+        }
+        let init = self.init.unwrap_or(true);
+        let logging = self.logging.map(RawLogging::check);
+        let timeout = |given| {
+            let least = Duration::from_secs(1);
+            value::duration("image_pull_timeout", given, least, least)
+        };
+        let task = Task {
+            image,
+            command: self.command,
+            args: self.args.unwrap_or_default(),
+            entrypoint: self.entrypoint.map(OneOrMany::into_vec),
+            work_dir: text(self.work_dir),
+            force_pull: self.force_pull.unwrap_or_default(),
+            image_pull_timeout: text(self.image_pull_timeout)
+                .map(|given| timeout(Some(given)))
+                .transpose()?,
+            auth: self.auth.map(RawAuth::check).transpose()?,
+            auth_soft_fail: self.auth_soft_fail.unwrap_or_default(),
+            load: text(self.load),
+            cpu_hard_limit: self.cpu_hard_limit.unwrap_or_default(),
+            cpu_cfs_period: Duration::from_micros(
+                value::ranged(
+                    "cpu_cfs_period",
+                    self.cpu_cfs_period,
+                    100_000,
+                    CFS_PERIOD.0,
+                    CFS_PERIOD.1,
+                )?
+                .into(),
+            ),
+            memory_hard_limit: value::ranged(
+                "memory_hard_limit",
+                self.memory_hard_limit,
+                0,
+                0,
+                4_194_304,
+            )?,
+            pids_limit: value::whole("pids_limit", self.pids_limit, -1, 4_194_304)?
+                .and_then(|limit| u32::try_from(limit).ok())
+                .filter(|limit| *limit > 0),
+            ulimits: merged(self.ulimit)
+                .into_iter()
+                .map(ulimit)
+                .collect::<Result<_, _>>()?,
+            sysctl: merged(self.sysctl),
+            shm_size: value::whole("shm_size", self.shm_size, 0, 1 << 40)?.filter(|size| *size > 0),
+            oom_score_adj: value::whole("oom_score_adj", self.oom_score_adj, -1000, 1000)?
+                .unwrap_or(0),
+            storage_opt: self.storage_opt.unwrap_or_default(),
+            bandwidth: self
+                .bandwidth
+                .map(RawBandwidth::check)
+                .transpose()?
+                .unwrap_or_default(),
+            cap_add: self.cap_add.unwrap_or_default(),
+            cap_drop: self.cap_drop.unwrap_or_default(),
+            privileged: self.privileged.unwrap_or_default(),
+            security_opt: self.security_opt.unwrap_or_default(),
+            readonly_rootfs: self.readonly_rootfs.unwrap_or_default(),
+            runtime: text(self.runtime),
+            group_add: self.group_add.unwrap_or_default(),
+            pid_mode: text(self.pid_mode),
+            ipc_mode: text(self.ipc_mode),
+            uts_mode: text(self.uts_mode),
+            userns_mode: text(self.userns_mode),
+            cgroupns: text(self.cgroupns)
+                .map(|given| {
+                    value::one_of("cgroupns", &given, &["host", "private"]).map(str::to_owned)
+                })
+                .transpose()?,
+            init,
+            interactive: self.interactive.unwrap_or_default(),
+            tty: self.tty.unwrap_or_default(),
+            volumes: self
+                .volumes
+                .into_iter()
+                .flatten()
+                .map(|spec| Volume::parse(&spec))
+                .collect::<Result<_, _>>()?,
+            mounts: self
+                .mount
+                .into_iter()
+                .flatten()
+                .map(mount::RawMount::check)
+                .collect::<Result<_, _>>()?,
+            devices: self
+                .devices
+                .into_iter()
+                .flatten()
+                .map(mount::RawDevice::check)
+                .collect::<Result<_, _>>()?,
+            network_mode: text(self.network_mode),
+            network_aliases: self.network_aliases.unwrap_or_default(),
+            ports: self.ports.unwrap_or_default(),
+            dns_servers: addresses("dns_servers", self.dns_servers)?,
+            dns_search_domains: self.dns_search_domains.unwrap_or_default(),
+            dns_options: self.dns_options.unwrap_or_default(),
+            extra_hosts: extra_hosts(self.extra_hosts)?,
+            hostname: text(self.hostname),
+            labels: labels(merged(self.labels))?,
+            logging,
+            healthchecks_disabled: self
+                .healthchecks
+                .and_then(|checks| checks.disable)
+                .unwrap_or_default(),
+        };
+        mount::check_targets(&task)?;
+        Ok(task)
+    }
+}
+
+impl RawAuth {
+    fn check(self) -> Result<Auth, Error> {
+        let required = |field: &str, given: Option<String>| {
+            text(given).ok_or_else(|| refused(field, "", "a text that is not empty"))
+        };
+        Ok(Auth {
+            username: required("auth.username", self.username)?,
+            password: required("auth.password", self.password)?,
+            server_address: text(self.server_address),
+        })
+    }
+}
+
+impl RawBandwidth {
+    fn check(self) -> Result<Bandwidth, Error> {
+        let number = |field: &str, given, most| {
+            let value = value::whole(field, given, 1, most)?;
+            Ok::<_, Error>(value.and_then(|value| u32::try_from(value).ok()))
+        };
+        Ok(Bandwidth {
+            egress_mbits: number("bandwidth.egress_mbits", self.egress_mbits, 30_000)?,
+            ingress_mbits: number("bandwidth.ingress_mbits", self.ingress_mbits, 30_000)?,
+            burst_kib: number("bandwidth.burst", self.burst, 1 << 20)?,
+        })
+    }
+}
+
+impl RawLogging {
+    /// `type` wins over `driver`, which is its older name.
+    fn check(self) -> Logging {
+        let driver = text(self.r#type).or_else(|| text(self.driver));
+        Logging {
+            driver: driver.unwrap_or_else(|| "json-file".into()),
+            config: merged(self.config),
+        }
+    }
+}
+
+/// `soft` or `soft:hard`.
+fn ulimit((name, value): (String, String)) -> Result<Ulimit, Error> {
+    let field = format!("ulimit.{name}");
+    let wrong = || {
+        refused(
+            &field,
+            &value,
+            "`soft` or `soft:hard`, each a whole number or -1",
+        )
+    };
+    let (soft, hard) = value.split_once(':').unwrap_or((&value, &value));
+    let number = |text: &str| {
+        let number = text.parse::<i64>().ok();
+        number.filter(|number| *number >= -1).ok_or_else(wrong)
+    };
+    let (soft, hard) = (number(soft)?, number(hard)?);
+    if hard != -1 && (soft == -1 || soft > hard) {
+        return Err(refused(
+            &field,
+            &value,
+            "a soft limit of at most the hard one",
+        ));
+    }
+    Ok(Ulimit { name, soft, hard })
+}
+
+fn addresses(field: &str, given: Option<Vec<String>>) -> Result<Vec<String>, Error> {
+    let given = given.unwrap_or_default();
+    match given
+        .iter()
+        .find(|address| address.parse::<IpAddr>().is_err())
+    {
+        Some(wrong) => Err(refused(field, wrong, "IP addresses")),
+        None => Ok(given),
+    }
+}
+
+fn extra_hosts(given: Option<Vec<String>>) -> Result<Vec<String>, Error> {
+    let given = given.unwrap_or_default();
+    let wrong = given.iter().find(|entry| {
+        let address = entry.split_once(':').map(|(name, address)| (name.is_empty(), address));
+        let is_name = entry
+            .split(':')
+            .next()
+            .is_some_and(|name| name.chars().all(|letter| letter.is_ascii_alphanumeric() || "-._".contains(letter)));
+        !is_name || !matches!(address, Some((false, address))
+            if address == "host-gateway" || address.trim_matches(['[', ']']).parse::<IpAddr>().is_ok())
+    });
+    match wrong {
+        Some(wrong) => Err(refused("extra_hosts", wrong, "entries as `name:address`")),
+        None => Ok(given),
+    }
+}
+
+/// Docker's own and ours are not the job's to set.
+fn labels(given: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Error> {
+    const RESERVED: [&str; 2] = ["dev.polydev.", "com.hashicorp.nomad."];
+    let reserved = |label: &&String| RESERVED.iter().any(|prefix| label.starts_with(prefix));
+    match given.keys().find(reserved) {
+        Some(label) => Err(refused(
+            "labels",
+            label,
+            format!("names that do not begin with {}", RESERVED.join(" or ")),
+        )),
+        None => Ok(given),
+    }
+}

@@ -1,0 +1,307 @@
+use std::{path::PathBuf, time::Duration};
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::limits::Limits;
+
+fn msgpack(value: &Value) -> Vec<u8> {
+    rmp_serde::to_vec_named(value).unwrap()
+}
+
+pub(super) fn task(options: &Value) -> Result<Config, Error> {
+    Config::parse(&msgpack(options))
+}
+
+/// A plain task with these options beside its image.
+fn plain(mut options: Value) -> Result<Task, Error> {
+    options["image"] = "busybox:1".into();
+    task(&options).map(|config| match config {
+        Config::Plain(task) => *task,
+        Config::Slot(_) => panic!("no slot"),
+    })
+}
+
+#[test]
+fn without_a_config_block_the_documented_defaults_hold() {
+    let config = Plugin::parse(&[]).unwrap();
+    assert_eq!(config.endpoint.address, "unix:///var/run/docker.sock");
+    assert_eq!(config.state_dir, PathBuf::from("/var/lib/polydev"));
+    assert_eq!(config.run, Limits::RUN);
+    assert!(!config.volumes && !config.allow.privileged);
+    assert_eq!(config.allow.caps.len(), 13);
+    assert_eq!(config.gc.image_delay, Duration::from_secs(180));
+}
+
+/// The shapes in which go-cty sends numbers and absent values.
+#[test]
+fn nils_and_numbers_of_every_form_are_understood() {
+    for cpu in ["cd01f4", "cb407f400000000000", "a3353030"] {
+        let bytes = format!(
+            "84a8656e64706f696e74c0a9696e69745f70617468c0a972756e5f636c617373\
+             84a3637075{cpu}a56d62697473c0a66d656d6f7279c0a470696473c0a973746174655f646972c0"
+        );
+        let config = Plugin::parse(&hex::decode(bytes).unwrap()).unwrap();
+        assert_eq!(config.run.cpu_mhz, 500);
+    }
+}
+
+#[test]
+fn plugin_values_out_of_range_are_refused_by_name() {
+    let check = |config: Value, field: &str| {
+        let error = Plugin::parse(&msgpack(&config)).unwrap_err().to_string();
+        assert!(error.contains(&format!("`{field}`")), "{error}");
+    };
+    check(json!({"endpoint": "ssh://1.2.3.4"}), "endpoint");
+    check(
+        json!({"endpoint": "unix:///x", "tls": {"cert": "/a", "key": "/b", "ca": "/c"}}),
+        "endpoint",
+    );
+    check(
+        json!({"endpoint": "tcp://x:1", "tls": {"cert": "a", "key": "/b", "ca": "/c"}}),
+        "tls.cert",
+    );
+    check(json!({"state_dir": "relative"}), "state_dir");
+    check(
+        json!({"state_dir": format!("/{}", "x".repeat(60))}),
+        "state_dir",
+    );
+    check(json!({"init_path": "init"}), "init_path");
+    check(json!({"run_class": {"cpu": 0}}), "run_class.cpu");
+    check(json!({"run_class": {"memory": 1.5}}), "run_class.memory");
+    check(json!({"pids_limit": 0}), "pids_limit");
+    check(json!({"image_pull_timeout": "soon"}), "image_pull_timeout");
+    check(
+        json!({"pull_activity_timeout": "30s"}),
+        "pull_activity_timeout",
+    );
+    check(json!({"gc": {"image_delay": "-1s"}}), "gc.image_delay");
+    check(
+        json!({"gc": {"dangling_containers": {"creation_grace": "1s"}}}),
+        "gc.dangling_containers.creation_grace",
+    );
+    check(
+        json!({"volumes": {"selinuxlabel": "x"}}),
+        "volumes.selinuxlabel",
+    );
+    check(json!({"auth": {"helper": "/bin/sh"}}), "auth.helper");
+    check(json!({"volumes": {"enabled": "maybe"}}), "volumes.enabled");
+    check(json!({"unheard_of": 1}), "unheard_of");
+}
+
+#[test]
+fn a_task_is_a_slot_or_has_an_image() {
+    let slot =
+        task(&json!({"slot": {"provider": "google", "image": null}, "args": [], "image": null}));
+    let Config::Slot(slot) = slot.unwrap() else {
+        panic!("a slot")
+    };
+    assert_eq!(slot.image, "polydev-google-runtime:latest");
+    let error = |options| task(&options).unwrap_err().to_string();
+    let wrong = error(json!({"slot": {"provider": "codex"}}));
+    assert!(wrong.contains("`slot.provider` is `codex`"), "{wrong}");
+    let both = error(json!({"slot": {"provider": "google"}, "command": "sh"}));
+    assert!(both.contains("`command` stands beside `slot`"), "{both}");
+    for image in [json!(null), json!(""), json!("a b"), json!("busybox:")] {
+        let none = error(json!({"slot": null, "image": image}));
+        assert!(none.contains("image name required"), "{none}");
+    }
+    assert_eq!(
+        plain(json!({"image": "https://busybox:1"})).unwrap().image,
+        "busybox:1"
+    );
+}
+
+#[test]
+fn what_an_operator_writes_becomes_what_docker_is_told() {
+    let task = plain(json!({
+        "entrypoint": "sh", "args": ["-c", "id"], "ulimit": [{"nofile": "2048:4096", "core": "-1"}],
+        "sysctl": [{"net.core.somaxconn": "16384"}, {"a": "b"}], "volumes": ["a:/b", "/c:/d:ro"],
+        "mount": [{"type": "tmpfs", "target": "/t", "tmpfs_options": {"size": "1000", "mode": null}}],
+        "devices": [{"host_path": "/dev/null"}], "labels": [{"x": "y"}], "cpu_cfs_period": 50000,
+        "logging": {"driver": "journald", "type": "syslog"},
+    }))
+    .unwrap();
+    assert_eq!(task.entrypoint.unwrap(), ["sh"]);
+    assert_eq!(task.cpu_cfs_period, Duration::from_millis(50));
+    let [core, nofile] = &task.ulimits[..] else {
+        panic!("two")
+    };
+    assert_eq!((core.soft, core.hard), (-1, -1));
+    assert_eq!((nofile.soft, nofile.hard), (2048, 4096));
+    assert_eq!(task.sysctl.len(), 2);
+    assert_eq!(task.volumes[1].options, "ro");
+    assert_eq!(
+        task.mounts[0].kind,
+        MountKind::Tmpfs {
+            size: Some(1000),
+            mode: None
+        }
+    );
+    assert_eq!(task.devices[0].container_path, "/dev/null");
+    assert_eq!(task.devices[0].permissions, "rwm");
+    assert_eq!(task.logging.unwrap().driver, "syslog", "`type` wins");
+    assert!(task.init);
+}
+
+#[test]
+fn task_values_that_make_no_sense_are_refused_by_name() {
+    let check = |options: Value, field: &str| {
+        let error = crate::chain(&plain(options).unwrap_err());
+        assert!(error.contains(&format!("`{field}`")), "{error}");
+    };
+    check(json!({"command": ""}), "command");
+    check(json!({"command": " sh"}), "command");
+    check(json!({"args": "sh"}), "args");
+    check(json!({"entrypoint": 1}), "entrypoint");
+    check(json!({"image_pull_timeout": "0s"}), "image_pull_timeout");
+    check(
+        json!({"auth": {"username": "", "password": "x"}}),
+        "auth.username",
+    );
+    check(json!({"cpu_cfs_period": 1_000_001}), "cpu_cfs_period");
+    check(json!({"memory_hard_limit": -1}), "memory_hard_limit");
+    for wrong in ["", ":4096", "2048:", "abc", "4096:2048"] {
+        check(json!({"ulimit": [{"nofile": wrong}]}), "ulimit.nofile");
+    }
+    check(
+        json!({"bandwidth": {"egress_mbits": 0}}),
+        "bandwidth.egress_mbits",
+    );
+    check(
+        json!({"bandwidth": {"ingress_mbits": 40_000}}),
+        "bandwidth.ingress_mbits",
+    );
+    check(json!({"oom_score_adj": 2000}), "oom_score_adj");
+    check(json!({"cgroupns": "x"}), "cgroupns");
+    check(json!({"volumes": ["/a"]}), "volumes");
+    check(json!({"volumes": [":/a"]}), "volumes");
+    check(json!({"volumes": ["/a:b"]}), "volumes");
+    check(json!({"volumes": ["/a:/x", "/b:/x"]}), "volumes");
+    check(json!({"volumes": ["/a:/.polydev/init"]}), "volumes");
+    check(
+        json!({"mount": [{"type": "nfs", "target": "/x"}]}),
+        "mount.type",
+    );
+    check(
+        json!({"mount": [{"type": "bind", "target": "/x"}]}),
+        "mount.source",
+    );
+    check(
+        json!({"mount": [{"type": "bind", "source": "a", "target": "/x", "tmpfs_options": {}}]}),
+        "mount.type",
+    );
+    check(json!({"mount": [{"target": "x"}]}), "mount.target");
+    check(
+        json!({"devices": [{"host_path": "null"}]}),
+        "devices.host_path",
+    );
+    check(
+        json!({"devices": [{"host_path": "/dev/null", "cgroup_permissions": "rx"}]}),
+        "devices.cgroup_permissions",
+    );
+    check(json!({"dns_servers": ["localhost"]}), "dns_servers");
+    check(json!({"extra_hosts": ["a"]}), "extra_hosts");
+    check(json!({"labels": [{"dev.polydev.task": "x"}]}), "labels");
+    check(
+        json!({"labels": [{"com.hashicorp.nomad.alloc_id": "x"}]}),
+        "labels",
+    );
+}
+
+/// Anything that a serialiser could have written, and any bytes at all.
+fn any_msgpack() -> impl Strategy<Value = Vec<u8>> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        "[a-z:/0-9]{0,12}".prop_map(Value::from),
+    ];
+    let options = schema_names();
+    let value = leaf.prop_recursive(3, 24, 4, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::hash_map("[a-z]{1,6}", inner, 0..4)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    });
+    let config = prop::collection::hash_map(prop::sample::select(options), value, 0..6)
+        .prop_map(|map| msgpack(&Value::Object(map.into_iter().collect())));
+    prop_oneof![config, prop::collection::vec(any::<u8>(), 0..200)]
+}
+
+fn schema_names() -> Vec<String> {
+    let names = |spec| table(spec).into_iter().map(|(name, _)| name);
+    names(schema::plugin())
+        .chain(names(schema::task()))
+        .filter(|name| !name.contains('.'))
+        .collect()
+}
+
+/// Every option of a schema with its type, blocks before what is in them.
+fn table(spec: polydev_proto::hclspec::Spec) -> Vec<(String, String)> {
+    use polydev_proto::hclspec::{Spec, spec::Block};
+    fn walk(prefix: &str, spec: Spec, rows: &mut Vec<(String, String)>) {
+        let Some(Block::Object(object)) = spec.block else {
+            panic!("an object")
+        };
+        for (name, child) in object.attributes {
+            let name = format!("{prefix}{name}");
+            let below = format!("{name}.");
+            match child.block.unwrap() {
+                Block::Attr(attr) => rows.push((name, attr.r#type)),
+                Block::BlockAttrs(_) => rows.push((name, "block of strings".into())),
+                Block::BlockValue(block) => {
+                    rows.push((name, "block".into()));
+                    walk(&below, *block.nested.unwrap(), rows);
+                }
+                Block::BlockList(list) => {
+                    rows.push((name, "blocks".into()));
+                    walk(&below, *list.nested.unwrap(), rows);
+                }
+                other => panic!("a kind of spec that the page has no word for: {other:?}"),
+            }
+        }
+    }
+    let mut rows = Vec::new();
+    walk("", spec, &mut rows);
+    rows
+}
+
+/// The tables of `docs/options.md` under a heading: option and type.
+fn documented(heading: &str) -> Vec<(String, String)> {
+    let page = include_str!("../../../docs/options.md");
+    let (_, section) = page.split_once(&format!("\n## {heading}\n")).unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let cell = |cell: &str| cell.trim().trim_matches('`').to_owned();
+    let mut rows: Vec<_> = section
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `"))
+        .map(|line| {
+            let mut cells = line.split('|');
+            (cell(cells.next().unwrap()), cell(cells.next().unwrap()))
+        })
+        .collect();
+    rows.sort();
+    rows
+}
+
+#[test]
+fn the_page_of_options_and_the_schemas_are_equal() {
+    for (heading, spec) in [("Plugin", schema::plugin()), ("Task", schema::task())] {
+        let mut schema = table(spec);
+        schema.sort();
+        assert_eq!(documented(heading), schema, "docs/options.md, {heading}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_configuration_is_taken_or_refused_with_a_name(bytes in any_msgpack()) {
+        for error in [Plugin::parse(&bytes).err(), Config::parse(&bytes).err()].into_iter().flatten() {
+            prop_assert!(error.to_string().contains('`'), "{}", error);
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Another command in a running container.
+
+use std::{pin::Pin, time::Duration};
+
+use bollard::{
+    container::LogOutput,
+    exec::{CreateExecOptions, ResizeExecOptions, StartExecOptions, StartExecResults},
+};
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
+use tokio::{
+    io::{AsyncWrite, AsyncWriteExt},
+    time::timeout,
+};
+
+use super::{CALL, Docker, Error, within};
+
+/// A piece of output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    Stdout(Bytes),
+    Stderr(Bytes),
+}
+
+/// A command that was started.
+#[derive(Debug, Clone)]
+pub struct Exec {
+    docker: Docker,
+    id: String,
+}
+
+/// What a command writes. Dropping it leaves the command running.
+pub struct Output(Pin<Box<dyn Stream<Item = Result<LogOutput, bollard::errors::Error>> + Send>>);
+
+/// What a command reads.
+pub struct Input(Pin<Box<dyn AsyncWrite + Send>>);
+
+impl Docker {
+    /// Starts `command` in a container.
+    ///
+    /// # Errors
+    /// [`Error`] if the container does not run or has no such program.
+    pub async fn exec(
+        &self,
+        container: &str,
+        command: Vec<String>,
+        env: Vec<String>,
+        tty: bool,
+    ) -> Result<(Exec, Output, Input), Error> {
+        let options = CreateExecOptions {
+            attach_stdin: Some(true),
+            attach_stdout: Some(true),
+            attach_stderr: Some(true),
+            tty: Some(tty),
+            cmd: Some(command),
+            env: Some(env),
+            ..Default::default()
+        };
+        let operation = || format!("exec in container `{container}`");
+        let created = within(
+            CALL,
+            operation(),
+            self.api()?.create_exec(container, options),
+        )
+        .await?;
+        let options = StartExecOptions {
+            tty,
+            output_capacity: Some(64 << 10),
+            ..Default::default()
+        };
+        let start = self.api()?.start_exec(&created.id, Some(options));
+        match within(CALL, operation(), start).await? {
+            StartExecResults::Attached { output, input } => {
+                let (docker, id) = (self.clone(), created.id);
+                Ok((Exec { docker, id }, Output(output), Input(input)))
+            }
+            StartExecResults::Detached => unreachable!("`detach` was not asked for"),
+        }
+    }
+}
+
+impl Output {
+    /// The next output; `None` when there will be no more.
+    ///
+    /// # Errors
+    /// [`Error`] if the connection to dockerd breaks.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    pub async fn next(&mut self) -> Option<Result<Piece, Error>> {
+        let piece = self.0.next().await?;
+        Some(match piece {
+            Ok(LogOutput::StdErr { message }) => Ok(Piece::Stderr(message)),
+            Ok(output) => Ok(Piece::Stdout(output.into_bytes())),
+            Err(source) => Err(Error::Call {
+                operation: "read the output of an exec".into(),
+                source,
+            }),
+        })
+    }
+}
+
+impl Input {
+    /// Writes to the command's stdin; false once it does not read any more.
+    pub async fn write(&mut self, data: &[u8]) -> bool {
+        // A command that reads slowly is waited for: its caller is what ends it.
+        self.0.write_all(data).await.is_ok() && self.0.flush().await.is_ok()
+    }
+
+    /// Ends the command's stdin.
+    pub async fn close(&mut self) {
+        let _gone = timeout(CALL, self.0.shutdown()).await;
+    }
+}
+
+impl Exec {
+    /// Sizes the terminal; a command that has not begun or has ended has none.
+    pub async fn resize(&self, height: u16, width: u16) {
+        let options = ResizeExecOptions { height, width };
+        for _ in 0..20 {
+            let Ok(api) = self.docker.api() else { return };
+            let resize = api.resize_exec(&self.id, options);
+            match within(CALL, "resize a terminal", resize).await {
+                // The first size may come before the process exists.
+                Err(_) if matches!(self.exit_code().await, Ok(None)) => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                _ => return,
+            }
+        }
+    }
+
+    /// How the command ended; `None` while it runs.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn exit_code(&self) -> Result<Option<i64>, Error> {
+        let inspect = self.docker.api()?.inspect_exec(&self.id);
+        let exec = within(CALL, "inspect an exec", inspect).await?;
+        let code = exec.exit_code.filter(|_| exec.running == Some(false));
+        Ok(code)
+    }
+
+    /// The process on the host, to be killed when nobody waits for it any more.
+    pub async fn pid(&self) -> Option<u32> {
+        let inspect = self.docker.api().ok()?.inspect_exec(&self.id);
+        let exec = within(CALL, "inspect an exec", inspect).await.ok()?;
+        let pid = exec.pid.filter(|_| exec.running == Some(true))?;
+        u32::try_from(pid).ok().filter(|pid| *pid > 0)
+    }
+}

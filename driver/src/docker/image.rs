@@ -1,0 +1,253 @@
+//! Images: looked up, pulled, loaded, removed.
+
+use std::time::Duration;
+
+use bollard::{
+    auth::DockerCredentials,
+    body_try_stream,
+    query_parameters::{CreateImageOptionsBuilder, ImportImageOptions, RemoveImageOptionsBuilder},
+};
+use futures_util::{StreamExt, TryStreamExt};
+use tokio::time::timeout;
+
+use super::{CALL, Docker, Error, within};
+
+/// What the driver must know of an image.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Image {
+    /// Its content's digest.
+    pub id: String,
+    /// Numeric or by name, as the image says; empty means root.
+    pub user: String,
+    /// `HOME` of its environment.
+    pub home: Option<String>,
+    pub entrypoint: Vec<String>,
+    pub command: Vec<String>,
+    /// Name of the signal that asks it to stop.
+    pub stop_signal: Option<String>,
+}
+
+/// Who asks a registry.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Credentials {
+    /// [`TOKEN_USER`] where the password is an identity token.
+    pub username: String,
+    pub password: String,
+    pub server: Option<String>,
+}
+
+/// How Docker's credential helpers mark an identity token.
+pub const TOKEN_USER: &str = "<token>";
+
+impl Credentials {
+    fn to_api(&self) -> DockerCredentials {
+        let (name, secret) = (Some(self.username.clone()), Some(self.password.clone()));
+        let serveraddress = self.server.clone();
+        if self.username == TOKEN_USER {
+            DockerCredentials {
+                identitytoken: secret,
+                serveraddress,
+                ..Default::default()
+            }
+        } else {
+            DockerCredentials {
+                username: name,
+                password: secret,
+                serveraddress,
+                ..Default::default()
+            }
+        }
+    }
+}
+
+/// Shows no password.
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Credentials")
+            .field("username", &self.username)
+            .field("server", &self.server)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How far a pull has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    pub layers: usize,
+    pub done: usize,
+    /// Bytes fetched of all layers that tell.
+    pub bytes: i64,
+}
+
+impl Docker {
+    /// # Errors
+    /// [`Error`]; [`Error::is_not_found`] if the image is not on this node.
+    pub async fn image(&self, reference: &str) -> Result<Image, Error> {
+        let operation = format!("inspect image `{reference}`");
+        let image = within(CALL, operation, self.api()?.inspect_image(reference)).await?;
+        let config = image.config.unwrap_or_default();
+        let home = config
+            .env
+            .into_iter()
+            .flatten()
+            .find_map(|variable| variable.strip_prefix("HOME=").map(str::to_owned));
+        Ok(Image {
+            id: image.id.unwrap_or_default(),
+            user: config.user.unwrap_or_default(),
+            home,
+            entrypoint: config.entrypoint.unwrap_or_default(),
+            command: config.cmd.unwrap_or_default(),
+            stop_signal: config.stop_signal.filter(|signal| !signal.is_empty()),
+        })
+    }
+
+    /// Pulls an image; `told` hears of every step. Ends with an error when there was no
+    /// progress for `idle`.
+    ///
+    /// # Errors
+    /// [`Error`] if the registry cannot be reached, refuses, or has no such image.
+    ///
+    /// # Cancel safety
+    /// Cancelling it ends dockerd's pull too.
+    pub async fn pull(
+        &self,
+        reference: &str,
+        credentials: Option<&Credentials>,
+        idle: Duration,
+        mut told: impl FnMut(Progress),
+    ) -> Result<(), Error> {
+        let operation = || format!("pull image `{reference}`");
+        let options = CreateImageOptionsBuilder::new()
+            .from_image(reference)
+            .tag(default_tag(reference))
+            .build();
+        let credentials = credentials.map(Credentials::to_api);
+        // dockerd's answer begins when the registry's does.
+        let api = self.api()?.clone().with_timeout(idle);
+        let steps = api.create_image(Some(options), None, credentials);
+        let mut steps = std::pin::pin!(steps);
+        let mut layers = std::collections::HashMap::new();
+        loop {
+            let Ok(step) = timeout(idle, steps.next()).await else {
+                return Err(Error::Stalled {
+                    operation: operation(),
+                    after: idle,
+                });
+            };
+            let step = match step {
+                Some(Ok(step)) => step,
+                Some(Err(source)) => {
+                    return Err(Error::Call {
+                        operation: operation(),
+                        source,
+                    });
+                }
+                None => return Ok(()),
+            };
+            if let Some(layer) = step.id {
+                let fetched = step.progress_detail.and_then(|detail| detail.current);
+                let status = step.status.unwrap_or_default();
+                let is_done = matches!(&*status, "Pull complete" | "Already exists");
+                let known = layers.entry(layer).or_insert((0, false));
+                *known = (fetched.unwrap_or(known.0), is_done);
+                told(Progress {
+                    layers: layers.len(),
+                    done: layers.values().filter(|layer| layer.1).count(),
+                    bytes: layers.values().map(|layer| layer.0).sum(),
+                });
+            }
+        }
+    }
+
+    /// Loads the images of an archive, as `docker load` does.
+    ///
+    /// # Errors
+    /// [`Error`] if the file cannot be read or is none that Docker takes.
+    pub async fn load(&self, archive: tokio::fs::File, limit: Duration) -> Result<(), Error> {
+        let bytes = futures_util::stream::try_unfold(archive, |mut archive| async move {
+            use tokio::io::AsyncReadExt;
+            let mut chunk = bytes::BytesMut::with_capacity(256 << 10);
+            let count = archive.read_buf(&mut chunk).await?;
+            Ok::<_, std::io::Error>((count > 0).then(|| (chunk.freeze(), archive)))
+        });
+        let options = ImportImageOptions::default();
+        // dockerd answers when it has unpacked.
+        let api = self.api()?.clone().with_timeout(limit);
+        let steps = api.import_image(options, body_try_stream(bytes), None);
+        let done = steps.try_for_each(|_| std::future::ready(Ok(())));
+        within(limit, "load an image archive", done).await
+    }
+
+    /// Makes an image of one static program.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn import(&self, reference: &str, archive: Vec<u8>) -> Result<(), Error> {
+        let (repository, tag) = reference.rsplit_once(':').unwrap_or((reference, "latest"));
+        let options = CreateImageOptionsBuilder::new()
+            .from_src("-")
+            .repo(repository)
+            .tag(tag)
+            .build();
+        let body = bollard::body_full(archive.into());
+        let steps = self.api()?.create_image(Some(options), Some(body), None);
+        let done = steps.try_for_each(|_| std::future::ready(Ok(())));
+        within(CALL, format!("import image `{reference}`"), done).await
+    }
+
+    /// Removes a reference, and the image with its last one. False if a container uses
+    /// it; one that is gone is no error.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn remove_image(&self, reference: &str) -> Result<bool, Error> {
+        let options = RemoveImageOptionsBuilder::new().force(false).build();
+        let remove = self.api()?.remove_image(reference, Some(options), None);
+        match within(CALL, format!("remove image `{reference}`"), remove).await {
+            Err(error) if error.is_not_found() => Ok(true),
+            Err(error) if error.is_conflict() => Ok(false),
+            removed => removed.map(|_| true),
+        }
+    }
+}
+
+/// The tag to pull where the reference has none: without one the API would pull all.
+#[must_use]
+pub fn default_tag(reference: &str) -> &'static str {
+    let name = reference.rsplit('/').next().unwrap_or(reference);
+    if name.contains([':', '@']) {
+        ""
+    } else {
+        "latest"
+    }
+}
+
+/// Whether a reference's content may change: no digest, and no tag but `latest`.
+#[must_use]
+pub fn is_latest(reference: &str) -> bool {
+    default_tag(reference) == "latest"
+        || (reference.ends_with(":latest") && !reference.contains('@'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// C044: what is a tag, a digest and a registry's port.
+    #[test]
+    fn references_without_a_tag_mean_latest() {
+        for (reference, tag, latest) in [
+            ("busybox", "latest", true),
+            ("library/hello-world", "latest", true),
+            ("host:5000/a/b", "latest", true),
+            ("host:5000/a/b:1.0", "", false),
+            ("host:5000/a/b:latest", "", true),
+            ("busybox:latest", "", true),
+            ("host:5000/a/b@sha256:0123", "", false),
+            ("host:5000/a/b:latest@sha256:0123", "", false),
+        ] {
+            assert_eq!(default_tag(reference), tag, "{reference}");
+            assert_eq!(is_latest(reference), latest, "{reference}");
+        }
+    }
+}

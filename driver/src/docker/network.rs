@@ -1,0 +1,54 @@
+//! Docker's networks, as far as the driver makes any.
+
+use std::collections::HashMap;
+
+use bollard::{models::NetworkCreateRequest, query_parameters::InspectNetworkOptions};
+
+use super::{CALL, Docker, Error, ignore_missing, within};
+
+impl Docker {
+    /// Makes the node's bridge, unless it is there. Containers on it reach the
+    /// outside and not each other.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn ensure_bridge(
+        &self,
+        name: &str,
+        interface: &str,
+        labels: &HashMap<String, String>,
+    ) -> Result<(), Error> {
+        let inspect = self
+            .api()?
+            .inspect_network(name, None::<InspectNetworkOptions>);
+        match within(CALL, format!("inspect network `{name}`"), inspect).await {
+            Ok(_) => return Ok(()),
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error),
+        }
+        let option = |key: &str, value: &str| (format!("com.docker.network.{key}"), value.into());
+        let request = NetworkCreateRequest {
+            name: name.into(),
+            driver: Some("bridge".into()),
+            options: Some(HashMap::from([
+                option("bridge.name", interface),
+                option("bridge.enable_icc", "false"),
+            ])),
+            labels: Some(labels.clone()),
+            ..Default::default()
+        };
+        let create = self.api()?.create_network(request);
+        within(CALL, format!("create network `{name}`"), create)
+            .await
+            .map(drop)
+    }
+
+    /// Removes a bridge that no container is on; one that is gone is no error.
+    ///
+    /// # Errors
+    /// [`Error`] if it is in use.
+    pub async fn remove_bridge(&self, name: &str) -> Result<(), Error> {
+        let remove = self.api()?.remove_network(name);
+        ignore_missing(within(CALL, format!("remove network `{name}`"), remove).await)
+    }
+}

@@ -1,0 +1,199 @@
+//! What the containers of warm slots may not reach: the host's own services, Nomad and
+//! the node service among them, and the metadata address of clouds. (Each other they
+//! cannot reach because the bridge does not forward between them.)
+//!
+//! The rules stand in two chains of this driver's own, which are written as a whole; a
+//! jump in Docker's chain for its users and one in INPUT lead there.
+
+use std::{fmt::Write as _, io, process::Stdio, time::Duration};
+
+use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
+
+/// Another program may hold the tables' lock for a while.
+const LIMIT: Duration = Duration::from_secs(10);
+/// Link-local, where clouds answer with what an instance knows of itself.
+const METADATA: &str = "169.254.0.0/16";
+
+/// Why the rules are not in force.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot run `{program}`, which keeps warm slots from the host's services")]
+    Run {
+        program: &'static str,
+        source: io::Error,
+    },
+    #[error("`{program}` did not end within {} s", LIMIT.as_secs())]
+    TimedOut { program: &'static str },
+    #[error("`{program}` refused: {words}")]
+    Refused {
+        program: &'static str,
+        words: String,
+    },
+}
+
+/// The rules of one bridge.
+#[derive(Debug, Clone)]
+pub struct Firewall {
+    interface: String,
+    /// For what goes to this host.
+    input: String,
+    /// For what goes through it.
+    forward: String,
+    /// Name servers that containers ask, on this host or elsewhere.
+    servers: Vec<String>,
+}
+
+impl Firewall {
+    /// `resolv_conf` is the containers'.
+    #[must_use]
+    pub fn new(instance: &str, interface: &str, resolv_conf: &str) -> Self {
+        let servers = resolv_conf.lines().filter_map(|line| {
+            let server = line.strip_prefix("nameserver")?.trim();
+            server
+                .parse::<std::net::Ipv4Addr>()
+                .ok()
+                .map(|_| server.to_owned())
+        });
+        Self {
+            interface: interface.to_owned(),
+            input: format!("POLYDEV-{instance}-IN"),
+            forward: format!("POLYDEV-{instance}-FWD"),
+            servers: servers.collect(),
+        }
+    }
+
+    /// Puts the rules in force, or finds them so.
+    ///
+    /// # Errors
+    /// [`Error`]: slots must not run.
+    pub async fn ensure(&self) -> Result<(), Error> {
+        let restore = Command::new("iptables-restore");
+        run(
+            "iptables-restore",
+            restore,
+            &["--noflush", "-w", "5"],
+            &self.rules(),
+        )
+        .await?;
+        let docker = iptables(&["-n", "-L", "DOCKER-USER"]).await.is_ok();
+        let forward = if docker { "DOCKER-USER" } else { "FORWARD" };
+        for (from, to) in [(forward, &self.forward), ("INPUT", &self.input)] {
+            let jump = ["-i", &*self.interface, "-j", to];
+            if iptables(&[&["-C", from], &jump[..]].concat())
+                .await
+                .is_err()
+            {
+                iptables(&[&["-I", from], &jump[..]].concat()).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the rules away; what is not there is no error.
+    pub async fn remove(&self) {
+        for (from, to) in [
+            ("DOCKER-USER", &self.forward),
+            ("FORWARD", &self.forward),
+            ("INPUT", &self.input),
+        ] {
+            let _was_not_there = iptables(&["-D", from, "-i", &self.interface, "-j", to]).await;
+        }
+        for chain in [&self.forward, &self.input] {
+            let _was_not_there = iptables(&["-F", chain]).await;
+            let _was_not_there = iptables(&["-X", chain]).await;
+        }
+    }
+
+    /// Both chains, as `iptables-restore` reads them: naming a chain empties it.
+    fn rules(&self) -> String {
+        let Self {
+            input,
+            forward,
+            servers,
+            ..
+        } = self;
+        let mut rules = format!("*filter\n:{input} - [0:0]\n:{forward} - [0:0]\n");
+        for chain in [input, forward] {
+            for server in servers {
+                for protocol in ["udp", "tcp"] {
+                    let _infallible = writeln!(
+                        rules,
+                        "-A {chain} -d {server}/32 -p {protocol} --dport 53 -j RETURN"
+                    );
+                }
+            }
+        }
+        rules += &format!(
+            "-A {input} -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN\n\
+             -A {input} -j DROP\n\
+             -A {forward} -d {METADATA} -j DROP\n\
+             COMMIT\n"
+        );
+        rules
+    }
+}
+
+async fn iptables(arguments: &[&str]) -> Result<(), Error> {
+    let arguments = [&["-w", "5"], arguments].concat();
+    run("iptables", Command::new("iptables"), &arguments, "").await
+}
+
+async fn run(
+    program: &'static str,
+    mut command: Command,
+    arguments: &[&str],
+    input: &str,
+) -> Result<(), Error> {
+    let failed = |source| Error::Run { program, source };
+    let mut child = command
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed)?;
+    let done = async {
+        if let Some(mut stdin) = child.stdin.take() {
+            // One that ends early says why by itself.
+            let _closed = stdin.write_all(input.as_bytes()).await;
+        }
+        child.wait_with_output().await
+    };
+    let output = timeout(LIMIT, done).await;
+    let output = output
+        .map_err(|_| Error::TimedOut { program })?
+        .map_err(failed)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(Error::Refused {
+        program,
+        words: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_resolve_and_nothing_else_of_the_host_answers() {
+        let firewall = Firewall::new(
+            "0123abcd",
+            "pd-0123abcd",
+            "nameserver 10.0.0.2\nnameserver fd00::1\n",
+        );
+        let expected = "*filter\n:POLYDEV-0123abcd-IN - [0:0]\n:POLYDEV-0123abcd-FWD - [0:0]\n\
+            -A POLYDEV-0123abcd-IN -d 10.0.0.2/32 -p udp --dport 53 -j RETURN\n\
+            -A POLYDEV-0123abcd-IN -d 10.0.0.2/32 -p tcp --dport 53 -j RETURN\n\
+            -A POLYDEV-0123abcd-FWD -d 10.0.0.2/32 -p udp --dport 53 -j RETURN\n\
+            -A POLYDEV-0123abcd-FWD -d 10.0.0.2/32 -p tcp --dport 53 -j RETURN\n\
+            -A POLYDEV-0123abcd-IN -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN\n\
+            -A POLYDEV-0123abcd-IN -j DROP\n\
+            -A POLYDEV-0123abcd-FWD -d 169.254.0.0/16 -j DROP\nCOMMIT\n";
+        assert_eq!(firewall.rules(), expected);
+        // Names of chains have at most 28 letters.
+        assert!(firewall.forward.len() <= 28 && firewall.input.len() <= 28);
+    }
+}

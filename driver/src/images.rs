@@ -1,0 +1,411 @@
+//! The node's images: one pull however many tasks ask, references, garbage.
+//!
+//! Only what the driver itself fetched is ever removed: an image that an operator
+//! built or loaded on the node stays. What was fetched is kept in a file, who uses
+//! it is known from the tasks and slots, so that a restart forgets neither.
+
+mod auth;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs, io,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, Shared, WeakShared},
+};
+use tokio::{
+    sync::RwLock,
+    time::{sleep, timeout},
+};
+
+use crate::{
+    config,
+    docker::{self, Docker, Image, is_latest},
+};
+
+/// How often the log tells how far a pull has come.
+const PROGRESS: Duration = Duration::from_secs(10);
+
+/// Why a task's image cannot be had.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    #[error("cannot pull image `{image}`")]
+    Pull {
+        image: String,
+        source: Arc<docker::Error>,
+    },
+    #[error("cannot pull image `{image}`: not done within {}", humantime::format_duration(*after))]
+    TimedOut { image: String, after: Duration },
+    #[error("no credentials for image `{image}`")]
+    Auth {
+        image: String,
+        source: Arc<auth::Error>,
+    },
+    #[error("cannot load `{path}`")]
+    Archive {
+        path: PathBuf,
+        source: Arc<io::Error>,
+    },
+    #[error("cannot load `{path}`")]
+    Load {
+        path: PathBuf,
+        source: Arc<docker::Error>,
+    },
+    #[error(transparent)]
+    Docker(Arc<docker::Error>),
+}
+
+impl Error {
+    /// Whether another try may go better without anybody mending the job first.
+    #[must_use]
+    pub fn is_recoverable(&self) -> bool {
+        match self {
+            Self::Pull { source, .. } => !source.is_missing_image(),
+            Self::TimedOut { .. } | Self::Docker(_) | Self::Auth { .. } => true,
+            Self::Load { source, .. } => !source.is_refused(),
+            Self::Archive { .. } => false,
+        }
+    }
+}
+
+/// What a task or slot wants.
+#[derive(Debug, Clone)]
+pub struct Want<'a> {
+    pub reference: &'a str,
+    pub policy: Policy,
+    /// An archive on the host, to be loaded in place of a pull.
+    pub archive: Option<PathBuf>,
+    pub auth: Option<&'a config::TaskAuth>,
+    pub auth_soft_fail: bool,
+    /// `None`: the plugin's.
+    pub timeout: Option<Duration>,
+}
+
+/// When a registry is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Policy {
+    /// If the node does not have the image.
+    IfMissing,
+    /// And also if it is called `latest`, as Nomad's Docker driver does.
+    IfMissingOrLatest,
+    Always,
+}
+
+/// What happens to an image on behalf of a task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    Downloading,
+    Downloaded { after: Duration },
+    Loading,
+}
+
+impl Step {
+    /// As an operator reads it in the task's events.
+    #[must_use]
+    pub fn message(&self, image: &str) -> String {
+        match self {
+            Self::Downloading => format!("Downloading image {image}"),
+            Self::Downloaded { after } => {
+                format!("Downloaded image {image} in {:.1} s", after.as_secs_f64())
+            }
+            Self::Loading => format!("Loading image {image}"),
+        }
+    }
+}
+
+type Pull = Shared<BoxFuture<'static, Result<(), Arc<docker::Error>>>>;
+type WeakPull = WeakShared<BoxFuture<'static, Result<(), Arc<docker::Error>>>>;
+
+/// Shared by everything on the node.
+#[derive(Debug)]
+pub struct Images {
+    docker: Docker,
+    auth: config::Auth,
+    gc: Option<Duration>,
+    pull_timeout: Duration,
+    activity_timeout: Duration,
+    /// Where `state.fetched` is kept.
+    file: PathBuf,
+    state: Mutex<State>,
+    /// Held for writing while an image is being removed.
+    removal: RwLock<()>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    pulls: HashMap<String, WeakPull>,
+    uses: HashMap<String, Uses>,
+    fetched: BTreeSet<String>,
+}
+
+#[derive(Debug, Default)]
+struct Uses {
+    count: usize,
+    /// Changes with each use, so that a late removal knows it is out of date.
+    version: u64,
+}
+
+/// Keeps an image from being removed, until it is dropped.
+#[derive(Debug)]
+pub struct Use {
+    images: Arc<Images>,
+    reference: String,
+}
+
+impl Images {
+    /// Reads what an earlier life of the driver fetched.
+    #[must_use]
+    pub fn new(config: &config::Plugin, docker: Docker) -> Arc<Self> {
+        let file = config.state_dir.join("images.json");
+        let fetched = fs::read(&file)
+            .ok()
+            .and_then(|text| serde_json::from_slice(&text).ok());
+        Arc::new(Self {
+            docker,
+            auth: config.auth.clone(),
+            gc: config.gc.image.then_some(config.gc.image_delay),
+            pull_timeout: config.image_pull_timeout,
+            activity_timeout: config.pull_activity_timeout,
+            file,
+            state: Mutex::new(State {
+                fetched: fetched.unwrap_or_default(),
+                ..State::default()
+            }),
+            removal: RwLock::new(()),
+        })
+    }
+
+    /// Starts the removal of fetched images that nobody came to use after a restart.
+    pub fn collect(self: &Arc<Self>) {
+        let fetched = self.lock().fetched.clone();
+        for reference in fetched {
+            drop(self.hold(&reference));
+        }
+    }
+
+    /// Makes sure that the image is on the node, and keeps it there for the use of
+    /// what is returned. `tell` hears what takes time.
+    ///
+    /// # Errors
+    /// [`Error`]
+    ///
+    /// # Cancel safety
+    /// A pull ends when nobody waits for it any more.
+    pub async fn get(
+        self: &Arc<Self>,
+        want: &Want<'_>,
+        tell: impl Fn(Step),
+    ) -> Result<(Image, Use), Error> {
+        let reference = want.reference;
+        let held = {
+            let _not_being_removed = self.removal.read().await;
+            self.hold(reference)
+        };
+        let asks = match want.policy {
+            Policy::Always => true,
+            Policy::IfMissingOrLatest => is_latest(reference),
+            Policy::IfMissing => false,
+        };
+        let was_there = match self.docker.image(reference).await {
+            Ok(image) if !asks || want.archive.is_some() => return Ok((image, held)),
+            Ok(_) => true,
+            Err(error) if error.is_not_found() => false,
+            Err(error) => return Err(Error::Docker(error.into())),
+        };
+        match &want.archive {
+            Some(path) => {
+                tell(Step::Loading);
+                self.load(path).await?;
+            }
+            None => {
+                tell(Step::Downloading);
+                let begin = Instant::now();
+                self.pull(want).await?;
+                let after = begin.elapsed();
+                tell(Step::Downloaded { after });
+            }
+        }
+        if !was_there {
+            self.remember(reference);
+        }
+        let image = self.docker.image(reference).await;
+        image
+            .map(|image| (image, held))
+            .map_err(|error| Error::Docker(error.into()))
+    }
+
+    /// Keeps an image from being removed.
+    #[must_use]
+    pub fn hold(self: &Arc<Self>, reference: &str) -> Use {
+        let mut state = self.lock();
+        let uses = state.uses.entry(reference.to_owned()).or_default();
+        uses.count += 1;
+        uses.version += 1;
+        Use {
+            images: self.clone(),
+            reference: reference.to_owned(),
+        }
+    }
+
+    async fn load(&self, path: &std::path::Path) -> Result<(), Error> {
+        // A regular file, as the task's plan made sure: opening it does not wait.
+        let archive = tokio::fs::File::open(path).await;
+        let archive = archive.map_err(|error| Error::Archive {
+            path: path.to_owned(),
+            source: error.into(),
+        })?;
+        let loaded = self.docker.load(archive, self.pull_timeout).await;
+        loaded.map_err(|error| Error::Load {
+            path: path.to_owned(),
+            source: error.into(),
+        })
+    }
+
+    async fn pull(&self, want: &Want<'_>) -> Result<(), Error> {
+        let image = want.reference.to_owned();
+        let credentials = match auth::find(want, &self.auth).await {
+            Ok(credentials) => credentials,
+            Err(error) if want.auth_soft_fail => {
+                tracing::info!(error = crate::chain(&error), "pulling without credentials");
+                None
+            }
+            Err(error) => {
+                let source = error.into();
+                return Err(Error::Auth { image, source });
+            }
+        };
+        let after = want.timeout.unwrap_or(self.pull_timeout);
+        match timeout(after, self.shared_pull(&image, credentials)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(source)) => Err(Error::Pull { image, source }),
+            Err(_) => Err(Error::TimedOut { image, after }),
+        }
+    }
+
+    /// The pull of this image by this user that is going on, or a new one.
+    fn shared_pull(&self, reference: &str, credentials: Option<docker::Credentials>) -> Pull {
+        let user = credentials
+            .as_ref()
+            .map_or("", |credentials| &*credentials.username);
+        let key = format!("{user}@{reference}");
+        let mut state = self.lock();
+        state.pulls.retain(|_, pull| pull.upgrade().is_some());
+        if let Some(pull) = state.pulls.get(&key).and_then(WeakPull::upgrade) {
+            return pull;
+        }
+        let (docker, idle, image) = (
+            self.docker.clone(),
+            self.activity_timeout,
+            reference.to_owned(),
+        );
+        let pull = async move {
+            let mut told = Instant::now();
+            let progress = |progress: docker::Progress| {
+                if told.elapsed() >= PROGRESS {
+                    told = Instant::now();
+                    let docker::Progress {
+                        layers,
+                        done,
+                        bytes,
+                    } = progress;
+                    tracing::info!(image, layers, done, bytes, "pulling");
+                }
+            };
+            docker
+                .pull(&image, credentials.as_ref(), idle, progress)
+                .await
+                .map_err(Arc::new)
+        };
+        let pull = pull.boxed().shared();
+        if let Some(weak) = pull.downgrade() {
+            state.pulls.insert(key, weak);
+        }
+        pull
+    }
+
+    fn remember(&self, reference: &str) {
+        if self.lock().fetched.insert(reference.to_owned()) {
+            self.save();
+        }
+    }
+
+    fn save(&self) {
+        let fetched = self.lock().fetched.clone();
+        let text = serde_json::to_vec(&fetched).expect("strings can be written as JSON");
+        if let Err(error) = crate::node::files::write(&self.file, &text, 0o600) {
+            tracing::warn!(
+                error = crate::chain(&error),
+                "images that are left will not be removed"
+            );
+        }
+    }
+
+    fn released(self: &Arc<Self>, reference: &str) {
+        let mut state = self.lock();
+        let Some(uses) = state.uses.get_mut(reference) else {
+            return;
+        };
+        uses.count -= 1;
+        let (unused, version) = (uses.count == 0, uses.version);
+        if unused && !state.fetched.contains(reference) {
+            state.uses.remove(reference);
+            return;
+        }
+        drop(state);
+        // Without a runtime the process is at its end, and the next one collects.
+        if let (true, Some(delay), Ok(runtime)) =
+            (unused, self.gc, tokio::runtime::Handle::try_current())
+        {
+            let (images, reference) = (self.clone(), reference.to_owned());
+            runtime.spawn(async move {
+                sleep(delay).await;
+                images.remove_unused(&reference, version).await;
+            });
+        }
+    }
+
+    /// Removes an image unless it was used since.
+    async fn remove_unused(self: &Arc<Self>, reference: &str, version: u64) {
+        let _nobody_begins_to_use_one = self.removal.write().await;
+        {
+            let mut state = self.lock();
+            let unused = state
+                .uses
+                .get(reference)
+                .is_some_and(|uses| uses.count == 0 && uses.version == version);
+            if !unused {
+                return;
+            }
+            state.uses.remove(reference);
+        }
+        match self.docker.remove_image(reference).await {
+            Ok(false) => {
+                tracing::info!(
+                    image = reference,
+                    "a container of somebody else's uses the image; it stays"
+                );
+            }
+            Ok(true) => {
+                tracing::info!(image = reference, "removed an image that is no longer used");
+                self.lock().fetched.remove(reference);
+                self.save();
+            }
+            Err(error) => tracing::warn!(error = crate::chain(&error), "an unused image stays"),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        self.images.released(&self.reference);
+    }
+}

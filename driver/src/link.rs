@@ -1,0 +1,276 @@
+//! The driver's end of a container's socket: what init is told and what it tells.
+
+use std::{
+    fs,
+    io::{self, IoSlice},
+    mem::MaybeUninit,
+    os::{fd::BorrowedFd, unix::fs::PermissionsExt},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bytes::BytesMut;
+use polydev_proto::{
+    frame,
+    init::{FromInit, Hello, PROTOCOL_VERSION, ToInit, from_init, hello, to_init},
+};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, Interest},
+    net::{
+        UnixListener, UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    time::timeout,
+};
+
+/// Init reads whatever comes; one that does not for so long is dead.
+const SEND: Duration = Duration::from_secs(10);
+
+/// Why there is no talking to a container's init.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot listen in `{folder}`")]
+    Listen { folder: PathBuf, source: io::Error },
+    #[error("the connection to init broke")]
+    Broken(#[source] io::Error),
+    #[error("init does not speak its protocol")]
+    Protocol(#[source] frame::Error),
+    #[error("init speaks version {version} of its protocol, not {PROTOCOL_VERSION}")]
+    Version { version: u32 },
+    #[error("init did not begin with a greeting")]
+    NotGreeted,
+    #[error("init did not begin by waiting for a command")]
+    NotWaiting,
+    #[error("init closed the connection")]
+    Closed,
+}
+
+/// A socket in a folder made for one container, which is mounted into it. The
+/// folders above belong to root alone.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    folder: Folder,
+    socket: UnixListener,
+}
+
+impl Listener {
+    pub(crate) fn bind(parent: &Path) -> Result<Self, Error> {
+        let listen = |source| Error::Listen {
+            folder: parent.to_owned(),
+            source,
+        };
+        let folder = tempfile::Builder::new()
+            .prefix("")
+            .tempdir_in(parent)
+            .map_err(listen)?;
+        let folder = Folder {
+            path: folder.keep(),
+            keep: false,
+        };
+        let path = folder.path.join("init.sock");
+        Self::listen(folder, &path).map_err(listen)
+    }
+
+    /// Listens again in the folder of an earlier life of the driver.
+    pub(crate) fn bind_again(folder: &Path) -> Result<Self, Error> {
+        let listen = |source| Error::Listen {
+            folder: folder.to_owned(),
+            source,
+        };
+        let path = folder.join("init.sock");
+        let folder = Folder {
+            path: folder.to_owned(),
+            keep: true,
+        };
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(listen(error)),
+            _ => {}
+        }
+        Self::listen(folder, &path).map_err(listen)
+    }
+
+    fn listen(folder: Folder, path: &Path) -> io::Result<Self> {
+        let socket = UnixListener::bind(path)?;
+        // Init has the user of the image.
+        let open_to_all =
+            |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode));
+        open_to_all(&folder.path, 0o755)?;
+        open_to_all(path, 0o666)?;
+        Ok(Self { folder, socket })
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder.path
+    }
+
+    /// From now on the folder outlives this process: its container can come back to the
+    /// next one. Whoever destroys the container removes it.
+    pub(crate) fn keep(&mut self) {
+        self.folder.keep = true;
+    }
+
+    /// Waits for the container's init to connect and greet. Whoever else connects is
+    /// turned away: the command of a container cannot speak for its init.
+    ///
+    /// # Cancel safety
+    /// Cancelling drops the connection; init tries again.
+    pub(crate) async fn accept(&self, is_init: impl Fn(u32) -> bool) -> Result<Greeted, Error> {
+        loop {
+            let (stream, _) = self.socket.accept().await.map_err(Error::Broken)?;
+            let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
+            let Some(pid) = peer.map(i32::cast_unsigned).filter(|pid| is_init(*pid)) else {
+                tracing::warn!(?peer, "a process that is not init was turned away");
+                continue;
+            };
+            let mut link = Link::new(stream);
+            return match link.reader.next().await? {
+                from_init::Message::Hello(Hello {
+                    protocol_version: PROTOCOL_VERSION,
+                    state: Some(state),
+                }) => Ok(Greeted { pid, link, state }),
+                from_init::Message::Hello(hello) if hello.protocol_version != PROTOCOL_VERSION => {
+                    Err(Error::Version {
+                        version: hello.protocol_version,
+                    })
+                }
+                _ => Err(Error::NotGreeted),
+            };
+        }
+    }
+}
+
+/// An init that has connected.
+#[derive(Debug)]
+pub(crate) struct Greeted {
+    pub(crate) pid: u32,
+    pub(crate) link: Link,
+    pub(crate) state: hello::State,
+}
+
+/// Removed when dropped, unless it is kept.
+#[derive(Debug)]
+struct Folder {
+    path: PathBuf,
+    keep: bool,
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if !self.keep
+            && let Err(error) = fs::remove_dir_all(&self.path)
+        {
+            tracing::debug!(%error, "a socket's folder is left");
+        }
+    }
+}
+
+/// A connection to one container's init.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) reader: Reader,
+    pub(crate) writer: Writer,
+}
+
+impl Link {
+    fn new(stream: UnixStream) -> Self {
+        let (reader, writer) = stream.into_split();
+        Self {
+            reader: Reader {
+                socket: reader,
+                input: BytesMut::new(),
+            },
+            writer: Writer {
+                socket: writer,
+                output: BytesMut::new(),
+            },
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Reader {
+    socket: OwnedReadHalf,
+    input: BytesMut,
+}
+
+impl Reader {
+    /// The next message of init.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    pub(crate) async fn next(&mut self) -> Result<from_init::Message, Error> {
+        loop {
+            if let Some(FromInit { message }) =
+                frame::decode(&mut self.input).map_err(Error::Protocol)?
+            {
+                // A message of a newer init would be an empty one; it is not awaited here.
+                match message {
+                    Some(message) => return Ok(message),
+                    None => continue,
+                }
+            }
+            match self.socket.read_buf(&mut self.input).await {
+                Ok(0) => return Err(Error::Closed),
+                Ok(_) => {}
+                Err(source) => return Err(Error::Broken(source)),
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Writer {
+    socket: OwnedWriteHalf,
+    output: BytesMut,
+}
+
+impl Writer {
+    /// Sends one message whole. Not cancel safe: a message cut short ends the link.
+    pub(crate) async fn send(&mut self, message: to_init::Message) -> Result<(), Error> {
+        self.output.clear();
+        frame::encode(
+            &ToInit {
+                message: Some(message),
+            },
+            &mut self.output,
+        )
+        .map_err(Error::Protocol)?;
+        self.write(0).await
+    }
+
+    /// Sends one message whole, with descriptors beside its first byte.
+    pub(crate) async fn send_with(
+        &mut self,
+        message: to_init::Message,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), Error> {
+        self.output.clear();
+        let message = ToInit {
+            message: Some(message),
+        };
+        frame::encode(&message, &mut self.output).map_err(Error::Protocol)?;
+        let stream: &UnixStream = self.socket.as_ref();
+        let send = || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+            let bytes = [IoSlice::new(&self.output)];
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            sendmsg(stream, &bytes, &mut ancillary, flags).map_err(io::Error::from)
+        };
+        let sent = timeout(SEND, stream.async_io(Interest::WRITABLE, send)).await;
+        match sent {
+            Ok(sent) => self.write(sent.map_err(Error::Broken)?).await,
+            Err(_) => Err(Error::Broken(io::ErrorKind::TimedOut.into())),
+        }
+    }
+
+    /// Writes what was encoded, from `sent` on.
+    async fn write(&mut self, sent: usize) -> Result<(), Error> {
+        match timeout(SEND, self.socket.write_all(&self.output[sent..])).await {
+            Ok(sent) => sent.map_err(Error::Broken),
+            Err(_) => Err(Error::Broken(io::ErrorKind::TimedOut.into())),
+        }
+    }
+}

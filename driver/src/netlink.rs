@@ -1,0 +1,112 @@
+//! Requests to the kernel's routing tables, in this network namespace or another.
+
+use std::{fs::File, io, net::IpAddr, thread};
+
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressMessage, AddressScope},
+    link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use nix::sched::{CloneFlags, setns};
+
+/// A socket in the network namespace of a process, where it stays for good, whatever
+/// namespace uses it later. Blocks for about a millisecond.
+pub(crate) fn connect_in(pid: u32) -> io::Result<Socket> {
+    let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
+    // A thread of its own, which ends in the other namespace.
+    let inside = thread::spawn(move || -> io::Result<Socket> {
+        setns(namespace, CloneFlags::CLONE_NEWNET)?;
+        connect()
+    });
+    let socket = inside.join();
+    socket.map_err(|_| io::Error::other("thread died"))?
+}
+
+/// The address by which a namespace is reached from the host, if it has one.
+pub(crate) fn address(socket: &Socket) -> io::Result<Option<IpAddr>> {
+    let mut found = None;
+    let mut message = AddressMessage::default();
+    message.header.family = AddressFamily::Inet;
+    let dump = RouteNetlinkMessage::GetAddress(message);
+    request(socket, dump, NLM_F_DUMP, |message| {
+        if let RouteNetlinkMessage::NewAddress(address) = message
+            && address.header.scope == AddressScope::Universe
+        {
+            let own = address
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    AddressAttribute::Local(address) => Some(*address),
+                    _ => None,
+                });
+            found = found.or(own);
+        }
+    })?;
+    Ok(found)
+}
+
+/// The first interface that has its other end elsewhere, and the index of that end.
+pub(crate) fn find_veth(socket: &Socket) -> io::Result<Option<(u32, u32)>> {
+    let mut found = None;
+    let dump = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    request(socket, dump, NLM_F_DUMP, |message| {
+        if let RouteNetlinkMessage::NewLink(link) = message {
+            // What others call their link, such as a macvlan, is an interface of the host's.
+            let is_veth = link.attributes.iter().any(|attribute| match attribute {
+                LinkAttribute::LinkInfo(infos) => infos.contains(&LinkInfo::Kind(InfoKind::Veth)),
+                _ => false,
+            });
+            let peer = link
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    LinkAttribute::Link(peer) if is_veth && *peer != 0 => Some(*peer),
+                    _ => None,
+                });
+            found = found.or(peer.map(|peer| (link.header.index, peer)));
+        }
+    })?;
+    Ok(found)
+}
+
+pub(crate) fn connect() -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    Ok(socket)
+}
+
+/// Sends one request and reads to its acknowledgement or the end of its dump. The
+/// kernel answers before `send` returns, so that this never waits.
+pub(crate) fn request(
+    socket: &Socket,
+    payload: RouteNetlinkMessage,
+    flags: u16,
+    mut each: impl FnMut(RouteNetlinkMessage),
+) -> io::Result<()> {
+    let mut request = NetlinkMessage::from(payload);
+    request.header.flags = NLM_F_REQUEST | flags;
+    request.finalize();
+    let mut bytes = vec![0; request.buffer_len()];
+    request.serialize(&mut bytes);
+    socket.send(&bytes, 0)?;
+
+    loop {
+        let (datagram, _) = socket.recv_from_full()?;
+        let mut rest = datagram.as_slice();
+        while !rest.is_empty() {
+            let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+                .map_err(io::Error::other)?;
+            let length = (message.header.length as usize).next_multiple_of(4).max(16);
+            rest = rest.get(length..).unwrap_or_default();
+            match message.payload {
+                NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+                NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => return Ok(()),
+                NetlinkPayload::InnerMessage(inner) => each(inner),
+                _ => {}
+            }
+        }
+    }
+}

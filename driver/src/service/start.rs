@@ -1,0 +1,84 @@
+//! The start of what Nomad calls a task: a slot or a plain task.
+
+use std::{sync::Arc, time::Duration};
+
+use polydev_proto::driver::TaskConfig;
+
+use super::Error;
+use crate::{config, identity::Identity, limits::Limits, node::Node, slot::Slot, task};
+
+/// For init to say whether the command of an interrupted start runs.
+const KNOWN: Duration = Duration::from_secs(3);
+
+/// Makes a slot; `ready` tells when it is idle.
+pub(super) fn slot(
+    node: &Arc<Node>,
+    task: &TaskConfig,
+    config: config::Slot,
+) -> Result<Option<Ready>, Error> {
+    let identity = Identity::of(task);
+    node.slots.check(&identity)?;
+    if node.slots.by_task(&identity.task_id).is_some() {
+        return Ok(None); // A repeated call, after the agent lost sight of the first.
+    }
+    let idle = idle_limits(task)?;
+    let (slot, ready) = Slot::start(node, identity, config, idle);
+    node.slots.add(slot);
+    Ok(Some(ready))
+}
+
+pub(super) type Ready = tokio::sync::oneshot::Receiver<Result<(), crate::slot::FillError>>;
+
+/// Starts a plain task, to its end whatever becomes of the call: one whose agent is
+/// gone meanwhile is taken away again, for nobody would ever ask for it.
+pub(super) async fn plain(
+    node: &Arc<Node>,
+    task: &TaskConfig,
+    options: config::Task,
+) -> Result<(), Error> {
+    if let Some(known) = node.plain.get(&task.id) {
+        // The agent repeats a call when the driver died in the middle of it. A command
+        // that has run is not run again, however it ended; one that has not is.
+        match tokio::time::timeout(KNOWN, known.ended()).await {
+            Ok(exit) if exit.error == task::NEVER_STARTED => known.destroy(node).await,
+            _ => return Ok(()),
+        }
+    }
+    let (node, task) = (node.clone(), task.clone());
+    let (done, is_done) = tokio::sync::oneshot::channel();
+    node.clone().tasks.spawn(async move {
+        let started = task::start(&node, &task, options).await;
+        let began = started.as_ref().ok().cloned();
+        if done.send(started.map(drop)).is_err()
+            && let Some(began) = began
+        {
+            began.destroy(&node).await;
+        }
+    });
+    let started = is_done.await.map_err(|_| Error::StoppedWhileStarting)?;
+    started.map_err(Error::Task)
+}
+
+/// An idle slot gets the CPU and memory that its job reserves.
+fn idle_limits(task: &TaskConfig) -> Result<Limits, Error> {
+    let missing = || Error::Missing { field: "resources" };
+    let resources = task
+        .resources
+        .as_ref()
+        .and_then(|r| r.allocated_resources.as_ref());
+    let resources = resources.ok_or_else(missing)?;
+    let positive = |value: i64| u32::try_from(value).ok().filter(|value| *value > 0);
+    let cpu = resources
+        .cpu
+        .as_ref()
+        .and_then(|cpu| positive(cpu.cpu_shares));
+    let memory = resources
+        .memory
+        .as_ref()
+        .and_then(|memory| positive(memory.memory_mb));
+    Ok(Limits {
+        cpu_mhz: cpu.ok_or_else(missing)?,
+        memory_mb: memory.ok_or_else(missing)?,
+        ..Limits::IDLE
+    })
+}

@@ -1,0 +1,217 @@
+//! Plain tasks: jobs that an operator wrote, without a shim.
+//!
+//! Read in the order of a task's life: [`plan`] works out its container from the job
+//! ([`resources`], [`mounts`], [`network`]), [`start`] makes it, [`journal`] remembers
+//! it, [`keeper`] sees it through to its end, [`output`] is the way of its output when
+//! init does not carry it, [`exec`] is another command beside it. [`book`] holds the
+//! tasks of the node for everyone else.
+
+pub mod book;
+pub mod exec;
+pub mod journal;
+mod keeper;
+mod mounts;
+mod network;
+mod output;
+pub mod plan;
+mod process;
+mod resources;
+mod start;
+
+pub(crate) use keeper::{NEVER_STARTED, recover};
+pub use start::{Error as StartError, start};
+
+use std::{
+    str::FromStr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use nix::sys::signal::Signal;
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
+
+use crate::{
+    images::Use,
+    limits::{self, Usage},
+    node::Node,
+};
+use journal::Entry;
+
+/// For init to tell the end of a command that was killed, before it is killed itself.
+const KILLED: Duration = Duration::from_secs(3);
+
+/// How a task ended.
+#[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub struct Exit {
+    /// The command's status; 128 and the signal's number where one ended it.
+    pub code: i32,
+    pub signal: i32,
+    pub oom_killed: bool,
+    /// What went wrong beside the command; empty if nothing did.
+    pub error: String,
+    pub at: Option<SystemTime>,
+}
+
+/// One plain task, as everybody but its keeper sees it.
+#[derive(Debug)]
+pub struct Task {
+    /// As the journal has it, but for the exit.
+    pub entry: Entry,
+    signals: mpsc::Sender<i32>,
+    /// Nothing of the task may be left.
+    kill: tokio_util::sync::CancellationToken,
+    end: watch::Sender<Option<Exit>>,
+    /// Absent when it was over before this life of the driver.
+    limits: Option<Arc<limits::Handle>>,
+    /// What it used when its control group was last there.
+    used: Mutex<Usage>,
+    _image: Use,
+}
+
+/// A signal that Linux or this driver does not know.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("signal `{name}` is unknown; allowed are names such as `SIGTERM` and numbers from 1 to 31")]
+pub struct UnknownSignal {
+    pub name: String,
+}
+
+impl Task {
+    /// How the task ended, as soon as it has. Cancel safe, for any number of waiters.
+    pub async fn ended(&self) -> Exit {
+        let mut end = self.end.subscribe();
+        match end.wait_for(Option::is_some).await.map(|end| end.clone()) {
+            Ok(Some(end)) => end,
+            // The sender is in `self`, and `wait_for` asks for `Some`.
+            Ok(None) | Err(_) => unreachable!("a task outlives those who wait for it"),
+        }
+    }
+
+    /// How the task ended, if it has.
+    #[must_use]
+    pub fn end(&self) -> Option<Exit> {
+        self.end.borrow().clone()
+    }
+
+    /// Sends a signal to the command; one that has ended gets none.
+    ///
+    /// # Errors
+    /// [`UnknownSignal`]
+    pub fn signal(&self, name: &str) -> Result<(), UnknownSignal> {
+        self.send(signal_number(name)?);
+        Ok(())
+    }
+
+    /// Asks the command to stop, and makes it after `limit`. Answers when the task has
+    /// ended. An empty `signal` is the image's, and one that is unknown is SIGTERM: the
+    /// task must stop.
+    pub async fn stop(&self, signal: &str, limit: Duration) {
+        let signal = if signal.is_empty() {
+            &self.entry.stop_signal
+        } else {
+            signal
+        };
+        let number = signal_number(signal).unwrap_or_else(|unknown| {
+            tracing::warn!(task = self.entry.identity.task_id, %unknown, "sending SIGTERM");
+            Signal::SIGTERM as i32
+        });
+        if !limit.is_zero() {
+            self.send(number);
+            if timeout(limit, self.ended()).await.is_ok() {
+                return;
+            }
+        }
+        self.send(Signal::SIGKILL as i32);
+        if timeout(KILLED, self.ended()).await.is_err() {
+            self.kill.cancel();
+            self.ended().await;
+        }
+    }
+
+    /// A task that has ended takes no signals, and neither does one with many waiting.
+    fn send(&self, number: i32) {
+        let _not_taken = self.signals.try_send(number);
+    }
+
+    /// Ends the task now, if it has not ended.
+    pub async fn kill(&self) {
+        self.kill.cancel();
+        self.ended().await;
+    }
+
+    /// Ends the task and removes what it had: container, journal, folder, image if it was
+    /// the last. What Docker does not remove now is the reaper's.
+    pub async fn destroy(&self, node: &Node) {
+        self.kill().await;
+        let Entry {
+            container,
+            identity,
+            link,
+            ..
+        } = &self.entry;
+        if node.config.gc.container
+            && let Err(error) = node.docker.remove(container).await
+        {
+            tracing::warn!(
+                container,
+                error = crate::chain(&error),
+                "a task's container is left to the reaper"
+            );
+        }
+        if let Some(folder) = link {
+            let _gone_already = std::fs::remove_dir_all(folder);
+        }
+        node.journal.remove(identity);
+        node.plain.remove(&identity.task_id);
+    }
+
+    /// What the task uses, or used when it ended.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(limits), true) = (&self.limits, self.end.borrow().is_none()) {
+            *used = limits.usage();
+        }
+        *used
+    }
+}
+
+/// The number of a signal by name, with or without `SIG`, or number.
+fn signal_number(name: &str) -> Result<i32, UnknownSignal> {
+    let unknown = || UnknownSignal {
+        name: name.to_owned(),
+    };
+    if let Ok(number) = name.parse::<i32>() {
+        return Signal::try_from(number)
+            .map(|_| number)
+            .map_err(|_| unknown());
+    }
+    let upper = name.to_uppercase();
+    let full = if upper.starts_with("SIG") {
+        upper
+    } else {
+        format!("SIG{upper}")
+    };
+    Signal::from_str(&full)
+        .map(|signal| signal as i32)
+        .map_err(|_| unknown())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// C022.
+    #[test]
+    fn signals_are_known_by_name_and_number() {
+        for (name, number) in [("SIGTERM", 15), ("sigint", 2), ("HUP", 1), ("9", 9)] {
+            assert_eq!(signal_number(name), Ok(number), "{name}");
+        }
+        for name in ["", "SIGNOT", "0", "65", "-1", "RTMIN+3"] {
+            let unknown = signal_number(name).unwrap_err();
+            assert_eq!(unknown.name, name);
+        }
+    }
+}

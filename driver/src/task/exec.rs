@@ -1,0 +1,183 @@
+//! Another command in a task's container, for `nomad alloc exec` and script checks.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep, timeout},
+};
+
+use super::process::{Held, is_of_container};
+use crate::docker::{self, Docker, Exec, ExecInput, ExecOutput, Piece};
+
+/// How often to look whether a quiet command has ended.
+const LOOK: Duration = Duration::from_millis(100);
+/// After its end, output on its way is still awaited for so long after the last piece. A
+/// background process may hold the streams open for ever.
+const DRAIN: Duration = Duration::from_millis(200);
+/// And for so long at most.
+const DRAIN_MOST: Duration = Duration::from_secs(5);
+/// Nomad keeps 4 KiB of a script check's output.
+const OUTPUT_MOST: usize = 4 << 10;
+
+/// What a caller sends.
+#[derive(Debug)]
+pub enum Input {
+    Stdin(Bytes),
+    CloseStdin,
+    Resize { height: u16, width: u16 },
+}
+
+/// What a caller is told.
+#[derive(Debug)]
+pub enum Event {
+    Output(Piece),
+    /// The last one.
+    Exited(i32),
+}
+
+/// What a short command left.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    pub output: Vec<u8>,
+    pub exit_code: i32,
+}
+
+/// Runs a command to its end, or kills it after `limit`.
+///
+/// # Errors
+/// [`docker::Error`], `TimedOut` if it was killed.
+pub async fn run(
+    docker: &Docker,
+    container: &str,
+    command: Vec<String>,
+    limit: Duration,
+) -> Result<Outcome, docker::Error> {
+    let (exec, mut output, mut input) = docker.exec(container, command, Vec::new(), false).await?;
+    input.close().await;
+    let mut outcome = Outcome::default();
+    let mut ended = None;
+    let done = async {
+        loop {
+            match step(&exec, &mut output, &mut ended).await? {
+                Event::Output(Piece::Stdout(data) | Piece::Stderr(data)) => {
+                    let room = OUTPUT_MOST.saturating_sub(outcome.output.len());
+                    outcome
+                        .output
+                        .extend_from_slice(&data[..room.min(data.len())]);
+                }
+                Event::Exited(exit_code) => {
+                    outcome.exit_code = exit_code;
+                    return Ok(());
+                }
+            }
+        }
+    };
+    match timeout(limit, done).await {
+        Ok(Ok(())) => Ok(outcome),
+        Ok(Err(error)) => Err(error),
+        Err(_) => {
+            kill(&exec, container).await;
+            Err(docker::Error::TimedOut {
+                operation: "run a command in the task".into(),
+                after: limit,
+            })
+        }
+    }
+}
+
+/// Serves a started command until it has ended or nobody listens any more; then it is
+/// killed. The last event is its exit, or why dockerd could not tell it.
+pub async fn serve(
+    container: &str,
+    (exec, mut output, mut input): (Exec, ExecOutput, ExecInput),
+    mut received: mpsc::Receiver<Input>,
+    events: mpsc::Sender<Result<Event, docker::Error>>,
+) {
+    // Apart from the output: a command may write before it reads on.
+    let feed = async {
+        let mut is_read = true;
+        while let Some(step) = received.recv().await {
+            match step {
+                Input::Stdin(data) => is_read = is_read && input.write(&data).await,
+                Input::CloseStdin => input.close().await,
+                Input::Resize { height, width } => exec.resize(height, width).await,
+            }
+        }
+    };
+    let drain = async {
+        let mut ended = None;
+        loop {
+            let event = step(&exec, &mut output, &mut ended).await;
+            let is_last = !matches!(event, Ok(Event::Output(_)));
+            if events.send(event).await.is_err() {
+                return false;
+            }
+            if is_last {
+                return true;
+            }
+        }
+    };
+    let is_done = tokio::select! {
+        is_done = drain => is_done,
+        // The caller's connection is gone: so is its command.
+        () = feed => false,
+        () = events.closed() => false,
+    };
+    if !is_done {
+        kill(&exec, container).await;
+    }
+}
+
+/// The next thing that happens to a command; `ended` remembers since when it has.
+///
+/// # Cancel safety
+/// Loses nothing.
+async fn step(
+    exec: &Exec,
+    output: &mut ExecOutput,
+    ended: &mut Option<Instant>,
+) -> Result<Event, docker::Error> {
+    loop {
+        let wait = if ended.is_some() { DRAIN } else { LOOK };
+        let next = timeout(wait, output.next()).await;
+        match (next, &ended) {
+            (Ok(Some(piece)), Some(since)) if since.elapsed() < DRAIN_MOST => {
+                return piece.map(Event::Output);
+            }
+            (Ok(Some(piece)), None) => return piece.map(Event::Output),
+            (Ok(None), _) | (_, Some(_)) => return Ok(Event::Exited(exit_code(exec).await?)),
+            (Err(_), None) => *ended = exec.exit_code().await?.map(|_| Instant::now()),
+        }
+    }
+}
+
+/// The streams may end a moment before dockerd knows the status.
+async fn exit_code(exec: &Exec) -> Result<i32, docker::Error> {
+    let begin = Instant::now();
+    loop {
+        match exec.exit_code().await? {
+            Some(code) => return Ok(clamp(code)),
+            // A command that closed its streams and goes on.
+            None if begin.elapsed() < LOOK => sleep(Duration::from_millis(2)).await,
+            None => sleep(LOOK).await,
+        }
+    }
+}
+
+fn clamp(code: i64) -> i32 {
+    i32::try_from(code).unwrap_or(i32::MAX)
+}
+
+/// dockerd's word for a pid may be late: what is not of the container is left alone.
+async fn kill(exec: &Exec, container: &str) {
+    if let Some(held) = exec
+        .pid()
+        .await
+        .filter(|pid| is_of_container(*pid, container))
+        .and_then(|pid| Held::open(pid).ok())
+    {
+        held.signal(nix::sys::signal::Signal::SIGKILL as i32);
+    }
+}

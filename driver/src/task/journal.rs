@@ -1,0 +1,206 @@
+//! What the driver must know of a plain task after its own death: one file for each,
+//! written before the task can run and read before Nomad can ask.
+
+use std::{
+    fs, io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use super::{Exit, plan::OutputPath};
+use crate::{identity::Identity, node::files};
+
+/// A task as the journal has it.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct Entry {
+    pub identity: Identity,
+    pub image: String,
+    pub container: String,
+    /// Process 1 of the container, as the host counts, and when the kernel says that it
+    /// began: a pid alone may be another's by now.
+    pub pid: u32,
+    pub pid_start: u64,
+    pub started: SystemTime,
+    /// Folder of init's socket; `None` without init.
+    pub link: Option<PathBuf>,
+    pub output: OutputPath,
+    pub stdout: PathBuf,
+    pub stderr: PathBuf,
+    /// What asks it to stop when the job names no signal.
+    pub stop_signal: String,
+    pub address: Option<IpAddr>,
+    pub ports: Vec<(String, i32)>,
+    /// How it ended, once it has.
+    pub exit: Option<Exit>,
+    /// For an entry of an earlier life of the driver, when that last marked it.
+    #[serde(skip)]
+    pub marked: Option<SystemTime>,
+}
+
+/// The folder of entries.
+#[derive(Debug)]
+pub struct Journal {
+    folder: PathBuf,
+}
+
+impl Journal {
+    /// # Errors
+    /// [`files::Error`] if the folder cannot be made.
+    pub fn open(state_dir: &Path) -> Result<Self, files::Error> {
+        let folder = state_dir.join("tasks");
+        match fs::create_dir(&folder) {
+            Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+                Err(files::Error::Write {
+                    path: folder,
+                    source,
+                })
+            }
+            _ => Ok(Self { folder }),
+        }
+    }
+
+    /// All entries. One that cannot be read is reported and left for a person to see.
+    #[must_use]
+    pub fn read(&self) -> Vec<Entry> {
+        let files = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let entries = files.filter_map(|file| {
+            let path = file.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                return None;
+            }
+            let entry = fs::read(&path)
+                .map_err(|error| error.to_string())
+                .and_then(|text| Entry::decode(&text).map_err(|error| error.to_string()));
+            let marked = file.metadata().and_then(|metadata| metadata.modified()).ok();
+            entry
+                .map(|entry| Entry { marked, ..entry })
+                .inspect_err(|error| {
+                    tracing::error!(path = %path.display(), error, "a task's journal cannot be read");
+                })
+                .ok()
+        });
+        entries.collect()
+    }
+
+    /// # Errors
+    /// [`files::Error::Write`]
+    pub fn write(&self, entry: &Entry) -> Result<(), files::Error> {
+        let text = serde_json::to_vec(entry).expect("an entry can be written as JSON");
+        files::write(&self.path(&entry.identity), &text, 0o600)
+    }
+
+    /// Remembers that the task's output has been read until now.
+    pub fn mark(&self, identity: &Identity) {
+        let file = fs::File::options().append(true).open(self.path(identity));
+        if let Err(error) = file.and_then(|file| file.set_modified(SystemTime::now())) {
+            tracing::debug!(%error, "output may be read twice");
+        }
+    }
+
+    /// The folder for files that a task's container is given; removed with its entry.
+    #[must_use]
+    pub fn files(&self, identity: &Identity) -> PathBuf {
+        self.folder
+            .join(format!("{}.files", identity.container_name()))
+    }
+
+    /// Forgets a task; one that is forgotten already is fine.
+    pub fn remove(&self, identity: &Identity) {
+        let _there_are_none = fs::remove_dir_all(self.files(identity));
+        let path = self.path(identity);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %path.display(), %error, "a task's journal is left");
+            }
+            _ => {}
+        }
+    }
+
+    fn path(&self, identity: &Identity) -> PathBuf {
+        self.folder
+            .join(format!("{}.json", identity.container_name()))
+    }
+}
+
+impl Entry {
+    /// Reads one entry's bytes.
+    ///
+    /// # Errors
+    /// If they are not an entry.
+    pub fn decode(text: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(text)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn entry(name: &str) -> Entry {
+        Entry {
+            identity: Identity {
+                task_id: format!("0b1c2d3e-0000-1111-2222-333344445555/{name}/01234567"),
+                task_name: name.into(),
+                alloc_id: "0b1c2d3e-0000-1111-2222-333344445555".into(),
+                ..Default::default()
+            },
+            image: "busybox:1".into(),
+            container: "c0ffee".into(),
+            pid: 1,
+            pid_start: 2,
+            started: SystemTime::UNIX_EPOCH,
+            link: None,
+            output: OutputPath::Init,
+            stdout: "/dev/null".into(),
+            stderr: "/dev/null".into(),
+            stop_signal: "SIGTERM".into(),
+            address: Some([10, 0, 0, 1].into()),
+            ports: vec![("http".into(), 8080)],
+            exit: None,
+            marked: None,
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_read_without_a_panic(bytes in proptest::collection::vec(proptest::arbitrary::any::<u8>(), 0..300)) {
+            let _refused = Entry::decode(&bytes).is_err();
+        }
+    }
+
+    #[test]
+    fn names_with_dots_do_not_collide() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::open(folder.path()).unwrap();
+        journal.write(&entry("web.v1")).unwrap();
+        journal.write(&entry("web.v2")).unwrap();
+        assert_eq!(journal.read().len(), 2);
+    }
+
+    #[test]
+    fn what_is_written_is_read_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::open(folder.path()).unwrap();
+        let (one, mut two) = (entry("one"), entry("two"));
+        journal.write(&one).unwrap();
+        journal.write(&two).unwrap();
+        two.exit = Some(Exit {
+            code: 3,
+            ..Default::default()
+        });
+        journal.write(&two).unwrap();
+        fs::write(folder.path().join("tasks/broken.json"), "{").unwrap();
+        fs::write(folder.path().join("tasks/half.partial"), "{").unwrap();
+
+        let journal = Journal::open(folder.path()).unwrap();
+        let mut read = journal.read();
+        read.sort_by_key(|entry| entry.identity.task_name.clone());
+        assert_eq!(read.len(), 2);
+        assert_eq!(read[0].identity, one.identity);
+        assert_eq!(read[1].exit.as_ref().unwrap().code, 3);
+        journal.remove(&two.identity);
+        journal.remove(&two.identity);
+        assert_eq!(journal.read().len(), 1);
+    }
+}

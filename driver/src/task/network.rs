@@ -1,0 +1,383 @@
+//! How a plain task is on the network: Docker's modes, or the group's namespace.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use polydev_proto::driver::{
+    HostsConfig, TaskConfig, network_isolation_spec::NetworkIsolationMode,
+};
+
+use crate::{
+    config::{Mount, MountKind, Task},
+    docker::{Network, Published},
+    limits::{BURST, Rates},
+    sandbox,
+};
+
+/// Why a task cannot be put on the network as it asks.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("`ports` is `{label}`: the group's `network` block has no port of that label")]
+    UnknownPort { label: String },
+    #[error(
+        "`bandwidth` is set: a task with `network_mode` `{mode}` has no interface of its own to limit"
+    )]
+    NoInterface { mode: String },
+    #[error("`network_mode` is `{mode}`: network aliases need a network of the user's own")]
+    Aliases { mode: String },
+    #[error("`{field}` is set: the group's network has its own")]
+    Shared { field: &'static str },
+    #[error("`extra_hosts` has `host-gateway`: a group's network has no gateway of Docker's")]
+    Gateway,
+    #[error("cannot write `{path}`")]
+    Write { path: PathBuf, source: io::Error },
+}
+
+/// A task's place on the network.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) network: Network,
+    pub(super) ports: Vec<Published>,
+    pub(super) rates: Option<Rates>,
+    /// The files of the network that a shared namespace does not bring.
+    pub(super) files: Vec<Mount>,
+    /// Whether its address is its own, for services with `address_mode = "driver"`.
+    pub(super) has_address: bool,
+}
+
+/// `folder` is made for the files of a shared namespace; `resolv_conf` names the node's
+/// servers.
+pub(super) fn place(
+    task: &TaskConfig,
+    options: &Task,
+    folder: &Path,
+    resolv_conf: &Path,
+) -> Result<Place, Error> {
+    let group = task.network_isolation_spec.as_ref().filter(|spec| {
+        spec.mode() == NetworkIsolationMode::Group || spec.mode() == NetworkIsolationMode::None
+    });
+    let sandbox = group.and_then(|spec| spec.labels.get(sandbox::LABEL_CONTAINER));
+    let mode = match (&options.network_mode, sandbox) {
+        (Some(mode), _) => mode.clone(),
+        (None, Some(container)) => format!("container:{container}"),
+        (None, None) => "bridge".into(),
+    };
+    let is_shared = mode.starts_with("container:");
+    let is_published = !is_shared && mode != "host" && mode != "none";
+    if !options.network_aliases.is_empty()
+        && (!is_published || mode == "bridge" || mode == "default")
+    {
+        return Err(Error::Aliases { mode });
+    }
+    if is_shared && options.hostname.is_some() {
+        return Err(Error::Shared { field: "hostname" });
+    }
+    let is_group = is_shared && options.network_mode.is_none();
+    let rates = rates(task, options);
+    if rates.is_some() && !is_published && !is_group {
+        return Err(Error::NoInterface { mode });
+    }
+    let dns = task.dns.clone().unwrap_or_default();
+    let first =
+        |own: &Vec<String>, other: Vec<String>| if own.is_empty() { other } else { own.clone() };
+    let mut network = Network {
+        mode,
+        is_shared,
+        servers: first(&options.dns_servers, dns.servers),
+        searches: first(&options.dns_search_domains, dns.searches),
+        options: first(&options.dns_options, dns.options),
+    };
+    let mut files = Vec::new();
+    if is_group {
+        if options
+            .extra_hosts
+            .iter()
+            .any(|entry| entry.ends_with(":host-gateway"))
+        {
+            return Err(Error::Gateway);
+        }
+        fs::create_dir_all(folder).map_err(|source| Error::Write {
+            path: folder.to_owned(),
+            source,
+        })?;
+        let hosts = group.and_then(|spec| spec.hosts_config.as_ref());
+        files.push(file(
+            folder.join("hosts"),
+            "/etc/hosts",
+            &hosts_file(hosts, &options.extra_hosts),
+        )?);
+        let text = resolv_conf_file(&network, resolv_conf);
+        if !text.is_empty() {
+            files.push(file(folder.join("resolv.conf"), "/etc/resolv.conf", &text)?);
+        }
+    }
+    if is_shared {
+        // Docker refuses them for a namespace that is another container's.
+        (network.servers, network.searches, network.options) = Default::default();
+    }
+    Ok(Place {
+        ports: if is_published {
+            ports(task, options)?
+        } else {
+            Vec::new()
+        },
+        has_address: is_published,
+        network,
+        rates,
+        files,
+    })
+}
+
+/// The `bandwidth` block, or the `mbits` of the task's own network block.
+fn rates(task: &TaskConfig, options: &Task) -> Option<Rates> {
+    let networks = task
+        .resources
+        .as_ref()
+        .and_then(|given| given.allocated_resources.as_ref())
+        .map(|given| &given.networks);
+    let mbits = networks
+        .into_iter()
+        .flatten()
+        .find_map(|network| u32::try_from(network.mbits).ok().filter(|mbits| *mbits > 0));
+    let bandwidth = options.bandwidth;
+    let ingress_mbits = bandwidth.ingress_mbits.or(mbits);
+    let egress_mbits = bandwidth.egress_mbits.or(mbits);
+    (ingress_mbits.is_some() || egress_mbits.is_some()).then(|| Rates {
+        ingress_mbits,
+        egress_mbits,
+        burst: bandwidth.burst_kib.map_or(BURST, |kib| kib << 10),
+    })
+}
+
+/// The ports that the host forwards: those the task names, or, of an old job with a
+/// network block in its task, all of them under their own number.
+fn ports(task: &TaskConfig, options: &Task) -> Result<Vec<Published>, Error> {
+    let port = |number: i32| u16::try_from(number).unwrap_or_default();
+    let given = task.resources.as_ref();
+    let mut published = Vec::new();
+    for label in &options.ports {
+        let mapping = given.and_then(|given| given.ports.iter().find(|port| port.label == *label));
+        let mapping = mapping.ok_or_else(|| Error::UnknownPort {
+            label: label.clone(),
+        })?;
+        let inside = if mapping.to > 0 {
+            mapping.to
+        } else {
+            mapping.value
+        };
+        published.push(Published {
+            host_ip: mapping.host_ip.clone(),
+            host_port: port(mapping.value),
+            container_port: port(inside),
+        });
+    }
+    if options.ports.is_empty() {
+        let networks = given.and_then(|given| given.allocated_resources.as_ref());
+        for network in networks.into_iter().flat_map(|given| &given.networks) {
+            let all = network.reserved_ports.iter().chain(&network.dynamic_ports);
+            published.extend(all.map(|own| Published {
+                host_ip: network.ip.clone(),
+                host_port: port(own.value),
+                container_port: port(own.value),
+            }));
+        }
+    }
+    Ok(published)
+}
+
+fn hosts_file(own: Option<&HostsConfig>, extra: &[String]) -> String {
+    let mut text = String::from(
+        "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n\
+         fe00::0 ip6-localnet\nff00::0 ip6-mcastprefix\nff02::1 ip6-allnodes\nff02::2 ip6-allrouters\n",
+    );
+    if let Some(HostsConfig { hostname, address }) = own.filter(|own| !own.address.is_empty()) {
+        text += &format!("{address} {hostname}\n");
+    }
+    for (name, address) in extra.iter().filter_map(|entry| entry.split_once(':')) {
+        text += &format!("{} {name}\n", address.trim_matches(['[', ']']));
+    }
+    text
+}
+
+/// Empty if the namespace's own will do.
+fn resolv_conf_file(network: &Network, node: &Path) -> String {
+    if [&network.servers, &network.searches, &network.options]
+        .iter()
+        .all(|list| list.is_empty())
+    {
+        return String::new();
+    }
+    let mut servers: Vec<String> = network
+        .servers
+        .iter()
+        .map(|server| format!("nameserver {server}\n"))
+        .collect();
+    if servers.is_empty() {
+        let text = fs::read_to_string(node).unwrap_or_default();
+        let lines = text.lines().filter(|line| line.starts_with("nameserver"));
+        servers.extend(lines.map(|line| format!("{line}\n")));
+    }
+    let line = |word: &str, list: &[String]| match list {
+        [] => String::new(),
+        list => format!("{word} {}\n", list.join(" ")),
+    };
+    let rest = [
+        line("search", &network.searches),
+        line("options", &network.options),
+    ];
+    servers.into_iter().chain(rest).collect()
+}
+
+fn file(path: PathBuf, target: &str, text: &str) -> Result<Mount, Error> {
+    fs::write(&path, text).map_err(|source| Error::Write {
+        path: path.clone(),
+        source,
+    })?;
+    Ok(Mount {
+        target: target.into(),
+        readonly: false,
+        kind: MountKind::Bind {
+            source: path.to_string_lossy().into_owned(),
+            propagation: None,
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use polydev_proto::driver::{
+        AllocatedTaskResources, NetworkIsolationSpec, NetworkPort, NetworkResource, PortMapping,
+        Resources,
+    };
+
+    /// Of a task that is in no group's namespace.
+    fn bare(task: &TaskConfig, options: &Task) -> Result<Place, Error> {
+        place(task, options, Path::new("/nowhere"), Path::new("/nowhere"))
+    }
+
+    fn with_ports() -> TaskConfig {
+        let network = NetworkResource {
+            ip: "127.0.0.1".into(),
+            mbits: 7,
+            reserved_ports: vec![NetworkPort {
+                label: "main".into(),
+                value: 6000,
+            }],
+            ..Default::default()
+        };
+        let mapping = PortMapping {
+            label: "http".into(),
+            value: 20_000,
+            to: 8080,
+            host_ip: "10.0.0.1".into(),
+        };
+        TaskConfig {
+            resources: Some(Resources {
+                allocated_resources: Some(AllocatedTaskResources {
+                    networks: vec![network],
+                    ..Default::default()
+                }),
+                ports: vec![mapping],
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    /// C090, C091.
+    #[test]
+    fn ports_are_published_by_label_or_under_their_own_number() {
+        let by_label = Task {
+            ports: vec!["http".into()],
+            ..Default::default()
+        };
+        let place_of = |options: &Task| bare(&with_ports(), options);
+        let published = place_of(&by_label).unwrap().ports;
+        let [port] = &published[..] else {
+            panic!("{published:?}")
+        };
+        assert_eq!(
+            (port.host_port, port.container_port, &*port.host_ip),
+            (20_000, 8080, "10.0.0.1")
+        );
+        let own = place_of(&Task::default()).unwrap().ports;
+        assert_eq!((own[0].host_port, own[0].container_port), (6000, 6000));
+        let unknown = Task {
+            ports: vec!["db".into()],
+            ..Default::default()
+        };
+        assert!(matches!(place_of(&unknown), Err(Error::UnknownPort { .. })));
+    }
+
+    #[test]
+    fn bandwidth_comes_from_the_option_or_from_mbits_and_needs_an_interface() {
+        let mbits = bare(&with_ports(), &Task::default())
+            .unwrap()
+            .rates
+            .unwrap();
+        assert_eq!(
+            (mbits.ingress_mbits, mbits.egress_mbits),
+            (Some(7), Some(7))
+        );
+        let mut options = Task::default();
+        options.bandwidth.egress_mbits = Some(3);
+        let rates = bare(&TaskConfig::default(), &options)
+            .unwrap()
+            .rates
+            .unwrap();
+        assert_eq!((rates.ingress_mbits, rates.egress_mbits), (None, Some(3)));
+        for mode in ["host", "none", "container:x"] {
+            options.network_mode = Some(mode.into());
+            let refused = bare(&TaskConfig::default(), &options).unwrap_err();
+            assert!(refused.to_string().contains("`bandwidth`"), "{refused}");
+        }
+    }
+
+    /// C068 and the hosts file of a group's network.
+    #[test]
+    fn a_groups_network_brings_its_own_files() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("web")).unwrap();
+        let task = TaskConfig {
+            name: "web".into(),
+            alloc_dir: folder.path().to_string_lossy().into_owned(),
+            network_isolation_spec: Some(NetworkIsolationSpec {
+                mode: NetworkIsolationMode::Group.into(),
+                labels: [(sandbox::LABEL_CONTAINER.to_owned(), "abc".to_owned())].into(),
+                hosts_config: Some(HostsConfig {
+                    hostname: "h".into(),
+                    address: "172.26.64.2".into(),
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let options = Task {
+            dns_servers: vec!["8.8.8.8".into()],
+            dns_search_domains: vec!["example.org".into()],
+            dns_options: vec!["ndots:2".into()],
+            extra_hosts: vec!["db:10.0.0.5".into()],
+            ..Default::default()
+        };
+        let place = place(
+            &task,
+            &options,
+            &folder.path().join("web"),
+            Path::new("/nowhere"),
+        )
+        .unwrap();
+        assert_eq!(place.network.mode, "container:abc");
+        assert!(place.ports.is_empty() && place.network.servers.is_empty());
+        let read =
+            |name: &str| std::fs::read_to_string(folder.path().join("web").join(name)).unwrap();
+        assert_eq!(
+            read("resolv.conf"),
+            "nameserver 8.8.8.8\nsearch example.org\noptions ndots:2\n"
+        );
+        assert!(read("hosts").ends_with("172.26.64.2 h\n10.0.0.5 db\n"));
+        assert_eq!(place.files.len(), 2);
+    }
+}

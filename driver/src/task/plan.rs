@@ -1,0 +1,260 @@
+//! What a plain task's container will be, worked out before anything is made.
+
+use std::{
+    fs,
+    io::{self, Read},
+    path::PathBuf,
+};
+
+use polydev_proto::driver::TaskConfig;
+
+use super::{
+    mounts::{self, Folders},
+    network::{self, Place},
+    resources,
+};
+use crate::{
+    config::{self, Capabilities, Device, Logging, Mount, Task},
+    docker::{Image, InitMounts, PlainSpec, Resources},
+    identity::{Identity, labels},
+    images::{Policy, Want},
+    node::Node,
+};
+
+/// A seccomp profile is far smaller.
+const PROFILE_MOST: u64 = 1 << 20;
+
+/// Why a task cannot be started as its job describes it. Nothing has been made then.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("invalid task config")]
+    Config(#[from] config::Error),
+    #[error("invalid task config")]
+    Resources(#[from] resources::Error),
+    #[error("invalid task config")]
+    Mounts(#[from] mounts::Error),
+    #[error("invalid task config")]
+    Network(#[from] network::Error),
+    #[error("`security_opt` names the seccomp profile `{path}`, which cannot be used")]
+    Profile { path: PathBuf, source: io::Error },
+    #[error("the image `{image}` names no program; set `command` or `entrypoint`")]
+    NoCommand { image: String },
+}
+
+/// How the task's output reaches Nomad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum OutputPath {
+    /// Init moves it into Nomad's FIFOs.
+    Init,
+    /// Docker's log driver keeps it and the driver reads it from there.
+    Docker,
+}
+
+/// Everything about a container that does not depend on its image.
+#[derive(Debug)]
+pub(super) struct Plan<'a> {
+    task: &'a TaskConfig,
+    pub(super) options: Task,
+    pub(super) identity: Identity,
+    pub(super) place: Place,
+    pub(super) output: OutputPath,
+    capabilities: Capabilities,
+    resources: Resources,
+    binds: Vec<String>,
+    mounts: Vec<Mount>,
+    /// The image archive to load.
+    archive: Option<PathBuf>,
+    pids_limit: u32,
+    logging: Logging,
+}
+
+impl<'a> Plan<'a> {
+    pub(super) fn make(
+        node: &Node,
+        task: &'a TaskConfig,
+        mut options: Task,
+    ) -> Result<Self, Error> {
+        let plugin = &node.config;
+        options.check_allowed(plugin)?;
+        for option in &mut options.security_opt {
+            embed_profile(option)?;
+        }
+        let identity = Identity::of(task);
+        let place = network::place(
+            task,
+            &options,
+            &node.journal.files(&identity),
+            &node.resolv_conf,
+        )?;
+        let mut mounts = mounts::mounts(task, &options, plugin)?;
+        mounts.mounts.extend(place.files.iter().cloned());
+        let compute = &node.compute;
+        let output = if options.init && options.logging.is_none() && !plugin.disable_log_collection
+        {
+            OutputPath::Init
+        } else {
+            OutputPath::Docker
+        };
+        Ok(Self {
+            identity,
+            capabilities: options.capabilities(plugin)?,
+            resources: resources::resources(task, &options, compute.mhz, compute.cores)?,
+            archive: options
+                .load
+                .as_ref()
+                .map(|archive| Folders::of(task).archive(archive))
+                .transpose()?,
+            binds: mounts.binds,
+            mounts: mounts.mounts,
+            pids_limit: options.pids_limit.unwrap_or(plugin.pids_limit),
+            logging: match (output, &options.logging) {
+                // Nothing but init's own words.
+                (OutputPath::Init, _) => Logging {
+                    driver: "json-file".into(),
+                    config: [("max-size", "64k"), ("max-file", "1")]
+                        .map(|(key, value)| (key.into(), value.into()))
+                        .into(),
+                },
+                (OutputPath::Docker, Some(own)) => own.clone(),
+                (OutputPath::Docker, None) => plugin.logging.clone(),
+            },
+            place,
+            output,
+            task,
+            options,
+        })
+    }
+
+    /// Works the mounts out once more, right before they are made.
+    pub(super) fn look_again(&mut self, node: &Node) -> Result<(), Error> {
+        let mut mounts = mounts::mounts(self.task, &self.options, &node.config)?;
+        mounts.mounts.extend(self.place.files.iter().cloned());
+        (self.binds, self.mounts) = (mounts.binds, mounts.mounts);
+        Ok(())
+    }
+
+    pub(super) fn want(&self) -> Want<'_> {
+        let options = &self.options;
+        Want {
+            reference: &options.image,
+            policy: if options.force_pull {
+                Policy::Always
+            } else {
+                Policy::IfMissingOrLatest
+            },
+            archive: self.archive.clone(),
+            auth: options.auth.as_ref(),
+            auth_soft_fail: options.auth_soft_fail,
+            timeout: options.image_pull_timeout,
+        }
+    }
+
+    pub(super) fn spec<'s>(&'s self, node: &Node, init: Option<InitMounts<'s>>) -> PlainSpec<'s> {
+        let devices = self.task.devices.iter().map(|device| Device {
+            host_path: device.host_path.clone(),
+            container_path: device.task_path.clone(),
+            permissions: device.cgroup_permissions.clone(),
+        });
+        PlainSpec {
+            name: self.identity.container_name(),
+            options: &self.options,
+            labels: labels(
+                &node.instance,
+                self.task,
+                &self.options.labels,
+                &node.config.extra_labels,
+            ),
+            env: &self.task.env,
+            user: &self.task.user,
+            capabilities: self.capabilities.clone(),
+            init,
+            resources: self.resources.clone(),
+            binds: self.binds.clone(),
+            mounts: self.mounts.clone(),
+            devices: self
+                .options
+                .devices
+                .iter()
+                .cloned()
+                .chain(devices)
+                .collect(),
+            network: self.place.network.clone(),
+            ports: self.place.ports.clone(),
+            logging: self.logging.clone(),
+            pids_limit: self.pids_limit,
+        }
+    }
+
+    /// What init is to run: Docker's rule for what of an image's program holds.
+    pub(super) fn argv(&self, image: &Image) -> Result<Vec<String>, Error> {
+        let Task {
+            command,
+            args,
+            entrypoint,
+            image: name,
+            ..
+        } = &self.options;
+        let own: Vec<String> = command.iter().chain(args).cloned().collect();
+        let (program, rest) = match (entrypoint, own.is_empty()) {
+            (Some(entrypoint), _) => (entrypoint.clone(), own),
+            (None, false) => (image.entrypoint.clone(), own),
+            (None, true) => (image.entrypoint.clone(), image.command.clone()),
+        };
+        let argv: Vec<String> = program.into_iter().chain(rest).collect();
+        if argv.first().is_none_or(String::is_empty) {
+            return Err(Error::NoCommand {
+                image: name.clone(),
+            });
+        }
+        Ok(argv)
+    }
+}
+
+/// Docker's API takes a profile's text, the job names its file, as on Docker's command line.
+fn embed_profile(option: &mut String) -> Result<(), Error> {
+    let path = option
+        .strip_prefix("seccomp=")
+        .or_else(|| option.strip_prefix("seccomp:"));
+    let Some(path) = path.filter(|path| *path != "unconfined" && !path.starts_with('{')) else {
+        return Ok(());
+    };
+    let path = PathBuf::from(path);
+    let wrong = |source| Error::Profile {
+        path: path.clone(),
+        source,
+    };
+    let mut text = String::new();
+    // A pipe or a device would be waited for.
+    if !fs::metadata(&path).map_err(wrong)?.is_file() {
+        return Err(wrong(io::Error::other("it is not a file")));
+    }
+    fs::File::open(&path)
+        .and_then(|file| file.take(PROFILE_MOST).read_to_string(&mut text))
+        .map_err(wrong)?;
+    let profile: serde_json::Value =
+        serde_json::from_str(&text).map_err(|error| wrong(error.into()))?;
+    *option = format!("seccomp={profile}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// C058.
+    #[test]
+    fn a_seccomp_profile_is_read_from_its_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("profile.json");
+        fs::write(&path, "{ \"defaultAction\":\n \"SCMP_ACT_ALLOW\" }").unwrap();
+        let mut option = format!("seccomp={}", path.display());
+        embed_profile(&mut option).unwrap();
+        assert_eq!(option, "seccomp={\"defaultAction\":\"SCMP_ACT_ALLOW\"}");
+        let mut unconfined = "seccomp=unconfined".to_owned();
+        embed_profile(&mut unconfined).unwrap();
+        assert_eq!(unconfined, "seccomp=unconfined");
+        fs::write(&path, "no JSON").unwrap();
+        let wrong = embed_profile(&mut format!("seccomp={}", path.display())).unwrap_err();
+        assert!(wrong.to_string().contains("profile.json"), "{wrong}");
+    }
+}

@@ -1,0 +1,378 @@
+//! A plain task's start: three calls to Docker, and, with init, everything in place
+//! before the first instruction of the command.
+
+use std::{
+    io,
+    os::fd::AsFd,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use polydev_proto::{
+    driver::TaskConfig,
+    init::{NotStarted, PlainTask, Start, from_init, hello, not_started, plain_task, to_init},
+};
+use tokio::{
+    task::{JoinHandle, spawn_blocking},
+    time::timeout,
+};
+
+use super::{
+    Task,
+    journal::Entry,
+    keeper::{self, Live},
+    output,
+    plan::{self, OutputPath, Plan},
+    process::{Held, is_of_container},
+};
+use crate::{
+    config,
+    docker::{self, InitMounts},
+    identity::{Identity, LABEL_INSTANCE},
+    images::{self, Use},
+    limits,
+    link::{self, Greeted, Link, Listener},
+    netlink,
+    node::{Node, files},
+};
+
+/// From the container's start until its init connects. A busy node may need many seconds.
+const INIT: Duration = Duration::from_secs(60);
+/// For init to have started the command.
+const STARTED: Duration = Duration::from_secs(30);
+
+/// Why a plain task was not started; nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Plan(#[from] plan::Error),
+    #[error(transparent)]
+    Image(#[from] images::Error),
+    #[error(transparent)]
+    Docker(#[from] docker::Error),
+    #[error("a container named `{name}` is there already, and is not this driver's")]
+    Taken { name: String },
+    #[error("init ended with status {exit_code} before it was ready: {words}")]
+    InitEnded { exit_code: i64, words: String },
+    #[error("init was not ready within {} s; an image that needs to be process 1 itself, or a runtime without unix sockets, needs `init = false`", INIT.as_secs())]
+    InitTimedOut,
+    #[error("init cannot be used")]
+    Link(#[from] link::Error),
+    #[error("{message}")]
+    Command { message: String },
+    #[error("cannot open the task's log `{path}`")]
+    Log { path: String, source: io::Error },
+    #[error("cannot limit the container")]
+    Limits(#[from] limits::Error),
+    #[error("the container ended at once")]
+    Gone(#[source] io::Error),
+    #[error("cannot remember the task")]
+    Journal(#[from] files::Error),
+}
+
+impl Error {
+    /// Whether Nomad's restart policy should have another go: not if the job has to be
+    /// mended first.
+    #[must_use]
+    pub fn is_recoverable(&self) -> bool {
+        match self {
+            Self::Plan(_) | Self::Command { .. } | Self::Taken { .. } => false,
+            Self::Image(error) => error.is_recoverable(),
+            Self::Docker(error) => !error.is_refused(),
+            Self::InitEnded { .. }
+            | Self::InitTimedOut
+            | Self::Link(_)
+            | Self::Log { .. }
+            | Self::Limits(_)
+            | Self::Gone(_)
+            | Self::Journal(_) => true,
+        }
+    }
+}
+
+/// Starts a task and puts it into the book.
+///
+/// # Errors
+/// [`Error`]; nothing is left then.
+///
+/// # Cancel safety
+/// None: it is to be spawned.
+pub async fn start(
+    node: &Arc<Node>,
+    task: &TaskConfig,
+    options: config::Task,
+) -> Result<Arc<Task>, Error> {
+    let started = make(node, task, options).await;
+    if started.is_err() {
+        node.journal.remove(&Identity::of(task));
+    }
+    started
+}
+
+async fn make(
+    node: &Arc<Node>,
+    task: &TaskConfig,
+    options: config::Task,
+) -> Result<Arc<Task>, Error> {
+    let mut plan = Plan::make(node, task, options)?;
+    let tell = |step: images::Step| {
+        node.events
+            .send(&plan.identity, step.message(&plan.options.image));
+    };
+    let (image, held) = node.images.get(&plan.want(), tell).await?;
+    let argv = plan.argv(&image)?;
+    // Another task of the allocation has had time to put links in their place.
+    plan.look_again(node)?;
+    let stop_signal = image.stop_signal.as_deref().unwrap_or("SIGTERM");
+
+    let listener = if plan.options.init {
+        Some(Listener::bind(&node.link_dir)?)
+    } else {
+        None
+    };
+    let spec = plan.spec(
+        node,
+        listener.as_ref().map(|listener| InitMounts {
+            init: &node.init,
+            link: listener.folder(),
+        }),
+    );
+    let container = create(node, &spec).await?;
+    let folder = listener
+        .as_ref()
+        .map(|listener| listener.folder().to_owned());
+    let made = async {
+        let running = run(node, &container, listener).await?;
+        let live = prepare(node, &plan, task, &container, stop_signal, running).await?;
+        begin(live, &plan, argv, held).await
+    };
+    match made.await {
+        Ok((live, held)) => Ok(keeper::keep(node, live, held)),
+        Err(error) => {
+            if let Some(folder) = &folder {
+                let _gone_already = std::fs::remove_dir_all(folder);
+            }
+            if let Err(error) = node.docker.remove(&container).await {
+                tracing::warn!(
+                    container,
+                    error = crate::chain(&error),
+                    "a failed start leaves its container to the reaper"
+                );
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Makes the container. One of the same name is left from an attempt that failed.
+async fn create(node: &Node, spec: &docker::PlainSpec<'_>) -> Result<String, Error> {
+    match node.docker.create_plain(spec).await {
+        Err(error) if error.is_conflict() => {}
+        created => return Ok(created?),
+    }
+    let labels = node.docker.labels(&spec.name).await?;
+    if labels.get(LABEL_INSTANCE) != Some(&node.instance) {
+        return Err(Error::Taken {
+            name: spec.name.clone(),
+        });
+    }
+    node.docker.remove(&spec.name).await?;
+    Ok(node.docker.create_plain(spec).await?)
+}
+
+/// A container whose process 1 runs.
+struct Running {
+    pid: u32,
+    link: Option<(Listener, Link)>,
+}
+
+async fn run(node: &Node, container: &str, listener: Option<Listener>) -> Result<Running, Error> {
+    let (docker, id) = (node.docker.clone(), container.to_owned());
+    let mut started: JoinHandle<_> = node.tasks.spawn(async move { docker.start(&id).await });
+    let Some(listener) = listener else {
+        started.await.expect("starting does not panic")?;
+        let state = node.docker.state(container).await?;
+        // One that has ended already is found so by its keeper.
+        return Ok(Running {
+            pid: state.pid,
+            link: None,
+        });
+    };
+    let accept = async {
+        let accept = timeout(INIT, listener.accept(|pid| is_of_container(pid, container)));
+        let mut accept = std::pin::pin!(accept);
+        tokio::select! {
+            // Init is there before dockerd has answered: there is nothing to wait for.
+            accepted = &mut accept => Ok(accepted),
+            started = &mut started => {
+                started.expect("starting does not panic")?;
+                tokio::select! {
+                    accepted = &mut accept => Ok(accepted),
+                    error = died(&node.docker, container) => Err(error),
+                }
+            }
+        }
+    };
+    let accepted = accept.await?;
+    let greeted = accepted.map_err(|_| Error::InitTimedOut)?;
+    let Greeted { pid, link, state } = greeted?;
+    if !matches!(state, hello::State::Waiting(_)) {
+        return Err(link::Error::NotWaiting.into());
+    }
+    Ok(Running {
+        pid,
+        link: Some((listener, link)),
+    })
+}
+
+/// Waits until the container has ended, and says why.
+async fn died(docker: &docker::Docker, container: &str) -> Error {
+    loop {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        match docker.state(container).await {
+            Ok(state) if state.pid == 0 => {
+                let words = docker.last_words(container).await;
+                let exit_code = state.exit_code;
+                return Error::InitEnded { exit_code, words };
+            }
+            Ok(_) => {}
+            Err(error) => return error.into(),
+        }
+    }
+}
+
+/// Limits, address and journal: all that must be before the command runs.
+async fn prepare(
+    node: &Node,
+    plan: &Plan<'_>,
+    task: &TaskConfig,
+    container: &str,
+    stop_signal: &str,
+    running: Running,
+) -> Result<Live, Error> {
+    let Running { pid, link } = running;
+    let (rates, has_address) = (plan.place.rates, plan.place.has_address);
+    let look = spawn_blocking(move || {
+        let process = Held::open(pid);
+        let limits = limits::Handle::open_shaped(pid, rates.as_ref());
+        let address = || netlink::connect_in(pid).and_then(|socket| netlink::address(&socket));
+        let address = if has_address {
+            address().ok().flatten()
+        } else {
+            None
+        };
+        (process, limits, address)
+    });
+    let (process, limits, address) = look.await.expect("looking does not panic");
+    let (process, limits) = match (process, link.is_some()) {
+        // Without init the command runs already, and may be over in the meantime.
+        (Ok(process), false) if limits.is_err() && Held::find(pid, process.start).is_none() => {
+            (Some(process), None)
+        }
+        (Ok(process), _) => (Some(process), Some(Arc::new(limits?))),
+        // Without init a short command may be over already.
+        (Err(_), false) => (None, None),
+        (Err(error), true) => return Err(Error::Gone(error)),
+    };
+    let off = node.config.disable_log_collection;
+    let log = |path: &str| {
+        if off || path.is_empty() {
+            "/dev/null".into()
+        } else {
+            path.into()
+        }
+    };
+    let (mut listener, link) = link.map_or((None, None), |(listener, link)| {
+        (Some(listener), Some(link))
+    });
+    let entry = Entry {
+        identity: plan.identity.clone(),
+        image: plan.options.image.clone(),
+        container: container.to_owned(),
+        pid,
+        pid_start: process.as_ref().map_or(0, |process| process.start),
+        started: SystemTime::now(),
+        link: listener
+            .as_ref()
+            .map(|listener| listener.folder().to_owned()),
+        output: plan.output,
+        stdout: log(&task.stdout_path),
+        stderr: log(&task.stderr_path),
+        stop_signal: stop_signal.to_owned(),
+        address,
+        ports: plan
+            .options
+            .ports
+            .iter()
+            .zip(&plan.place.ports)
+            .map(|(label, port)| (label.clone(), port.container_port.into()))
+            .collect(),
+        exit: None,
+        marked: None,
+    };
+    node.journal.write(&entry)?;
+    if let Some(listener) = &mut listener {
+        listener.keep();
+    }
+    Ok(Live {
+        entry,
+        process,
+        limits,
+        listener,
+        link,
+    })
+}
+
+/// Has init start the command.
+async fn begin(
+    mut live: Live,
+    plan: &Plan<'_>,
+    argv: Vec<String>,
+    held: Use,
+) -> Result<(Live, Use), Error> {
+    let Some(link) = &mut live.link else {
+        return Ok((live, held));
+    };
+    let output = match plan.output {
+        OutputPath::Init => plain_task::Output::Descriptors,
+        OutputPath::Docker => plain_task::Output::Inherited,
+    };
+    let start = to_init::Message::Start(Start {
+        run_id: plan.identity.task_id.clone(),
+        argv: argv.into_iter().map(Into::into).collect(),
+        stdin: plan.options.interactive,
+        task: Some(PlainTask {
+            output: output.into(),
+            tty: plan.options.tty,
+        }),
+        ..Default::default()
+    });
+    match plan.output {
+        OutputPath::Init => {
+            let open = |path: &std::path::Path| {
+                output::open(path).map_err(|source| Error::Log {
+                    path: path.display().to_string(),
+                    source,
+                })
+            };
+            let logs = [open(&live.entry.stdout)?, open(&live.entry.stderr)?];
+            let logs = [logs[0].as_fd(), logs[1].as_fd()];
+            link.writer.send_with(start, &logs).await?;
+        }
+        OutputPath::Docker => link.writer.send(start).await?,
+    }
+    let answer = timeout(STARTED, link.reader.next()).await;
+    match answer.map_err(|_| Error::InitTimedOut)?? {
+        from_init::Message::Started(_) => Ok((live, held)),
+        from_init::Message::NotStarted(NotStarted {
+            reason, message, ..
+        }) => {
+            let _reason: Result<not_started::Reason, _> = reason.try_into();
+            Err(Error::Command { message })
+        }
+        other => {
+            tracing::warn!(?other, "init spoke out of turn");
+            Err(link::Error::NotWaiting.into())
+        }
+    }
+}
