@@ -6,7 +6,7 @@ HOST       := $(shell uname -m)-unknown-linux-gnu
 SUDO       := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env env PATH="$(PATH)" HOME="$(HOME)")
 export POLYDEV_CACHE MAKECMDGOALS
 
-.PHONY: help demo test bench build release images lint fmt deny advisories proto-lint unit it clean-all
+.PHONY: help demo test test-long bench build release images lint fmt deny advisories proto-lint unit it long clean-all
 
 help:          ## Show this.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
@@ -16,6 +16,9 @@ demo: release  ## Run a real CLI warm on this machine, with Docker alone.
 
 test:          ## Check and test everything, real Nomad included.
 	@tests/test.sh
+
+test-long:     ## The tests that take minutes each.
+	@tests/test.sh long
 
 bench: release ## Measure, print and write target/bench/results.json.
 	@$(SUDO) tests/bench.sh
@@ -58,8 +61,13 @@ proto-lint:    ## buf lint of our protocols.
 unit:          ## Tests that need neither root nor a daemon.
 	cargo test --locked --workspace --exclude polydev-tests
 
-it:            ## Tests of the whole system: root, Docker, Nomad, images.
-	cargo test --locked --package polydev-tests -- --test-threads=1
+it: init       ## Tests of the whole system: root, Docker, Nomad, images.
+	@cp target/$(HOST)/init/polydev-init target/debug/ # cargo test has put another there.
+	cargo test --locked --package polydev-tests -- --test-threads=1 --skip long::
+
+long: init
+	@cp target/$(HOST)/init/polydev-init target/debug/
+	cargo test --locked --package polydev-tests -- --test-threads=1 long::
 
 clean-all:     ## Remove what demo, test and bench left: target, cache, images.
 	@$(SUDO) tests/with-docker.sh tests/clean-all.sh

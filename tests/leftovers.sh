@@ -11,6 +11,7 @@ DOCKER=$(docker_program)
 "$DOCKER" network ls --filter label=dev.polydev.instance --format 'network {{.Name}}'
 ip netns list | sed -n 's/^\(pdt\|pddemo\)/namespace &/p'
 ip -brief link | sed -n 's/^\(pd-\|pdt\|pddemo\)/interface &/p'
+iptables --list-rules 2>/dev/null | sed -n 's/^-N POLYDEV-/rules POLYDEV-/p'
 pgrep --list-full --full '^/\.polydev/init|(^|/)(nomad-driver-polydev|polydev-shim|stand-in)( |$)' |
     sed 's/^[0-9]*/process/' || true
 find /tmp /var/lib /run -maxdepth 1 \( -name 'polydev-*' -o -name polydev -o -name 'pdtest-*' \) -printf 'file %p\n'

@@ -1,6 +1,7 @@
 #!/bin/bash
 # make test: every check and every test; ends with how many passed, failed and were
 # skipped. Nothing is skipped quietly: what cannot run has failed.
+# test.sh long: make test-long, the tests that take minutes each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh
@@ -11,8 +12,11 @@ if [ -z "${POLYDEV_TEST_ENGINE:-}" ]; then
     need make "apt-get install make"
     need cc "apt-get install gcc"
     command -v nomad >/dev/null || need go "install Go 1.26 or newer to build Nomad, or put a Nomad 1.11 into PATH"
-    POLYDEV_TEST_ENGINE=1 exec tests/with-docker.sh "$0"
+    POLYDEV_TEST_ENGINE=1 exec tests/with-docker.sh "$0" "$@"
 fi
+
+# For networks of groups, and a registry with a password.
+packages /usr/lib/cni/bridge=containernetworking-plugins docker-registry=docker-registry htpasswd=apache2-utils
 
 passed=0 failed=0 skipped=0
 log=$(mktemp)
@@ -47,17 +51,22 @@ tests() {
     passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
 }
 
-tools=$(tests/tools.sh)
-export PATH=$tools:$PATH
-check "formatting and clippy" make --no-print-directory lint
-check "licences, sources and bans" make --no-print-directory deny
-check "protocol lint" make --no-print-directory proto-lint
+if [ "${1:-}" != long ]; then
+    tools=$(tests/tools.sh)
+    export PATH=$tools:$PATH
+    check "formatting and clippy" make --no-print-directory lint
+    check "licences, sources and bans" make --no-print-directory deny
+    check "protocol lint" make --no-print-directory proto-lint
+fi
 check "build" make --no-print-directory build
-tests "unit tests" make --no-print-directory unit
+if [ "${1:-}" != long ]; then
+    tests "unit tests" make --no-print-directory unit
+    check "limits on a kernel with cgroup v2" tests/cgroup-v2.sh
+fi
 check "images" tests/images.sh
 POLYDEV_NOMAD=$(tests/nomad/build.sh)
 export POLYDEV_NOMAD
-tests "tests of the whole system" make --no-print-directory it
+tests "tests of the whole system" make --no-print-directory "${1:-it}"
 nothing_left() { ! tests/leftovers.sh | grep --invert-match --line-regexp --fixed-strings --file "$before"; }
 check "nothing is left behind" nothing_left
 

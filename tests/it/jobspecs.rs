@@ -1,8 +1,13 @@
 //! The jobs of `jobspecs/` are ones that Nomad takes, and the images' copies agree.
 
-use std::fs;
+use std::{fs, time::Duration};
 
-use polydev_tests::{nomad::Nomad, nomad::nomad_program, process::succeed, root};
+use polydev_tests::{
+    job,
+    nomad::{Nomad, nomad_program},
+    process::succeed,
+    root, wait_until,
+};
 
 const PROVIDERS: [&str; 3] = ["openai", "anthropic", "google"];
 
@@ -11,6 +16,7 @@ fn jobspecs_are_formatted_and_valid() {
     succeed(
         std::process::Command::new(nomad_program())
             .args(["fmt", "-check"])
+            .arg("-recursive")
             .arg(root().join("jobspecs")),
     );
     let nomad = Nomad::start();
@@ -45,4 +51,54 @@ fn what_the_images_share_is_the_same_in_each() {
         let [first, rest @ ..] = PROVIDERS.map(of);
         assert!(rest.iter().all(|other| *other == first), "{file}");
     }
+}
+
+/// The examples of the documentation do what they say.
+#[test]
+fn the_examples_run_as_they_are() {
+    let nomad = Nomad::start();
+    let submit = |name: &str| {
+        let file = format!("jobspecs/examples/{name}.nomad.hcl");
+        nomad.run(&["job", "run", "-detach", &file]);
+    };
+    submit("batch");
+    let alloc = nomad.wait_dead("example-batch");
+    let text = String::from_utf8(nomad.logs(job::id(&alloc), "stdout")).unwrap();
+    assert_eq!(text, "running as user in dc1\n");
+    assert_eq!(nomad.logs(job::id(&alloc), "stderr"), b"a warning\n");
+
+    submit("service");
+    let id = nomad.wait_started("example-service");
+    wait_until("a passing check", Duration::from_secs(30), || {
+        let checks = nomad.get(&format!("/v1/client/allocation/{id}/checks"));
+        let mut all = checks.as_object().into_iter().flatten();
+        if all.any(|(_, check)| check["Status"] == "success") {
+            Ok(())
+        } else {
+            Err(checks.to_string())
+        }
+    });
+
+    submit("group");
+    let id = nomad.wait_started("example-group");
+    let logs =
+        format!("/v1/client/fs/logs/{id}?task=neighbour&type=stdout&plain=true&origin=start");
+    wait_until("the neighbour", Duration::from_secs(30), || {
+        let text = nomad.get_raw(&logs);
+        if text == b"hello\n" {
+            Ok(())
+        } else {
+            Err(format!("{text:?}"))
+        }
+    });
+
+    submit("limits");
+    let id = nomad.wait_started("example-limits");
+    let seen = nomad.exec(
+        &id,
+        &["sh", "-c", "ulimit -Sn; ls -d /data /dev/hole"],
+        false,
+        b"",
+    );
+    assert_eq!(seen.stdout, "1024\n/data\n/dev/hole\n");
 }

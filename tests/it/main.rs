@@ -3,9 +3,15 @@
 
 mod api;
 mod ends;
+mod exec;
 mod images;
 mod jobspecs;
+mod long;
+mod network;
 mod nomad;
+mod output;
+mod plain;
 mod refusals;
+mod registry;
 mod runs;
 mod secrets;

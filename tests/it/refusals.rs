@@ -191,7 +191,47 @@ fn a_wrong_job_fails_with_the_name_of_the_field_and_leaves_nothing() {
         )
     };
     let cases = [
-        ("plain", "image = \"busybox:1\"", "no `slot` block"),
+        ("neither", "command = \"sh\"", "image name required"),
+        (
+            "both",
+            "command = \"sh\"\n slot {\n provider = \"google\"\n }",
+            "beside `slot`",
+        ),
+        (
+            "privileged",
+            "image = \"polydev-busybox:1\"\n privileged = true",
+            "`privileged`",
+        ),
+        (
+            "cap",
+            "image = \"polydev-busybox:1\"\n cap_add = [\"net_admin\"]",
+            "`cap_add` is `net_admin`",
+        ),
+        (
+            "host",
+            "image = \"polydev-busybox:1\"\n pid_mode = \"host\"",
+            "`pid_mode` is `host`",
+        ),
+        (
+            "volume",
+            "image = \"polydev-busybox:1\"\n volumes = [\"/etc:/x\"]",
+            "volumes are not enabled",
+        ),
+        (
+            "ulimit",
+            "image = \"polydev-busybox:1\"\n ulimit {\n nofile = \"no\"\n }",
+            "`ulimit.nofile`",
+        ),
+        (
+            "port",
+            "image = \"polydev-busybox:1\"\n ports = [\"http\"]",
+            "`ports` is `http`",
+        ),
+        (
+            "program",
+            "image = \"polydev-busybox:1\"\n command = \"no-such-program\"",
+            "no-such-program",
+        ),
         (
             "provider",
             "slot {\n provider = \"mistral\"\n }",

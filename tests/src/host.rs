@@ -118,3 +118,15 @@ impl Drop for Host {
 fn ip(args: &[&str]) {
     succeed(Command::new("ip").args(args));
 }
+
+/// Removes the packet filter's rules of a driver that did not get to it.
+pub fn remove_rules(instance: &str) {
+    let rules = |args: &[&str]| crate::process::output(Command::new("iptables").args(args));
+    let interface = format!("pd-{instance}");
+    for (suffix, from) in [("FWD", "DOCKER-USER"), ("IN", "INPUT")] {
+        let chain = format!("POLYDEV-{instance}-{suffix}");
+        rules(&["-w", "5", "-D", from, "-i", &interface, "-j", &chain]);
+        rules(&["-w", "5", "-F", &chain]);
+        rules(&["-w", "5", "-X", &chain]);
+    }
+}

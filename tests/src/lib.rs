@@ -4,6 +4,7 @@
 pub mod client;
 pub mod docker;
 pub mod host;
+pub mod job;
 pub mod nomad;
 pub mod process;
 pub mod shim;

@@ -1,6 +1,10 @@
 //! A real Nomad agent, server and client in one, with our driver in its plugin
 //! folder.
 
+mod exec;
+
+pub use exec::Exec;
+
 use std::{
     fs,
     net::TcpListener,
@@ -9,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -36,15 +41,22 @@ impl Nomad {
     /// Starts an agent and waits until the driver is healthy on its node.
     #[must_use]
     pub fn start() -> Self {
-        let nomad = Self::launch("");
-        wait_until("a healthy driver", Duration::from_secs(60), || {
-            let driver = nomad.driver();
-            if driver["Healthy"] == true {
-                Ok(())
-            } else {
-                Err(driver.to_string())
-            }
-        });
+        Self::start_with("")
+    }
+
+    /// As [`Nomad::start`], with `options` of the plugin beside the needed ones.
+    #[must_use]
+    pub fn start_with(options: &str) -> Self {
+        let nomad = Self::launch(options);
+        nomad.wait_healthy();
+        nomad
+    }
+
+    /// As [`Nomad::start`], with Nomad's own Docker driver beside ours.
+    #[must_use]
+    pub fn start_beside_docker() -> Self {
+        let nomad = Self::launch_with("", "polydev,docker");
+        nomad.wait_healthy();
         nomad
     }
 
@@ -52,6 +64,10 @@ impl Nomad {
     /// not wait for anything.
     #[must_use]
     pub fn launch(options: &str) -> Self {
+        Self::launch_with(options, "polydev")
+    }
+
+    fn launch_with(options: &str, drivers: &str) -> Self {
         let folder = tempfile::Builder::new()
             .prefix("pdtest-")
             .tempdir_in("/tmp");
@@ -89,10 +105,14 @@ impl Nomad {
               network_interface = "lo"
               cpu_total_compute = 8000
               memory_total_mb   = 8192
+              cni_path          = "/usr/lib/cni"
               options = {{
                 "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean"
-                "driver.allowlist"     = "polydev"
+                "driver.allowlist"     = "{drivers}"
               }}
+            }}
+            telemetry {{
+              publish_allocation_metrics = true
             }}
             plugin "nomad-driver-polydev" {{
               config {{
@@ -107,16 +127,84 @@ impl Nomad {
             state = folder.path().join("state").display(),
             init = program("polydev-init").display(),
         );
-        let path = folder.path().join("agent.hcl");
-        fs::write(&path, config).expect("a file can be written");
-        let mut command = Command::new(nomad_program());
-        command.args(["agent", "-config"]).arg(&path);
-        let agent = Process::start(&mut command, &folder.path().join("nomad.log"));
+        fs::write(folder.path().join("agent.hcl"), config).expect("a file can be written");
         Self {
-            agent: Some(agent),
+            agent: Some(Self::agent_in(folder.path())),
             address: format!("http://127.0.0.1:{http}"),
             folder,
         }
+    }
+
+    fn agent_in(folder: &Path) -> Process {
+        let mut command = Command::new(nomad_program());
+        command
+            .args(["agent", "-config"])
+            .arg(folder.join("agent.hcl"));
+        Process::start(&mut command, &folder.join("nomad.log"))
+    }
+
+    /// Stops the agent, if it has not ended, and starts another in its place; waits
+    /// until the driver is healthy.
+    pub fn restart(&mut self) {
+        self.agent = None;
+        self.agent = Some(Self::agent_in(self.folder.path()));
+        self.wait_healthy();
+    }
+
+    /// Makes an agent that is not running unable to attach to the driver it had: go-plugin
+    /// finds nobody at the address it knows.
+    pub fn forget_plugins(&self) {
+        let socket = |entry: &fs::DirEntry| entry.path().join("plugin.sock");
+        let entries = fs::read_dir(std::env::temp_dir()).expect("a folder can be read");
+        for entry in entries.flatten() {
+            if entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with("polydev-plugin-")
+            {
+                let _gone = fs::remove_file(socket(&entry));
+            }
+        }
+    }
+
+    /// Waits until the driver is healthy on the node.
+    #[track_caller]
+    pub fn wait_healthy(&self) {
+        wait_until("a healthy driver", Duration::from_secs(60), || {
+            let driver = self.driver();
+            if driver["Healthy"] == true {
+                Ok(())
+            } else {
+                Err(driver.to_string())
+            }
+        });
+    }
+
+    /// Processes that read logs for this agent: of its data folder's FIFOs.
+    #[must_use]
+    pub fn log_readers(&self) -> Vec<Pid> {
+        let fifos = |process: &procfs::process::Process| {
+            let mut open = process.fd().into_iter().flatten().flatten();
+            open.any(|fd| match fd.target {
+                procfs::process::FDTarget::Path(path) => {
+                    path.starts_with(self.folder.path().join("data"))
+                        && path
+                            .extension()
+                            .is_some_and(|extension| extension == "fifo")
+                }
+                _ => false,
+            })
+        };
+        let all = procfs::process::all_processes().expect("processes can be listed");
+        all.flatten()
+            .filter(|process| {
+                process
+                    .cmdline()
+                    .is_ok_and(|line| line.iter().any(|arg| arg == "logmon"))
+            })
+            .filter(fifos)
+            .map(|process| Pid::from_raw(process.pid))
+            .collect()
     }
 
     /// Everything the agent and the driver keep is below this folder.
@@ -136,6 +224,12 @@ impl Nomad {
     /// Never while the agent is not being dropped.
     pub fn agent(&mut self) -> &mut Process {
         self.agent.as_mut().expect("it lives as long as this")
+    }
+
+    /// What the agent, and through it the driver, has logged.
+    #[must_use]
+    pub fn agent_log(&self) -> String {
+        self.agent.as_ref().map(Process::log).unwrap_or_default()
     }
 
     /// `nomad ARGS` for this agent.
@@ -167,6 +261,85 @@ impl Nomad {
             &format!("count={count}"),
             &file,
         ]);
+    }
+
+    /// Submits a job given as the API's JSON.
+    #[track_caller]
+    pub fn submit(&self, job: &Value) {
+        self.put("/v1/jobs", &serde_json::json!({ "Job": job }));
+    }
+
+    /// PUT to a path of the HTTP API, which must succeed.
+    #[track_caller]
+    pub fn put(&self, path: &str, body: &Value) -> Value {
+        let url = format!("{}{path}", self.address);
+        let body = body.to_string();
+        let mut command = Command::new("curl");
+        command.args([
+            "--silent",
+            "--show-error",
+            "--fail-with-body",
+            "--noproxy",
+            "*",
+        ]);
+        let answer = succeed(command.args(["--request", "PUT", "--data-binary", &body, &url]));
+        serde_json::from_str(&answer).unwrap_or_default()
+    }
+
+    /// The one allocation of a job, once it has a task whose state `is` as wanted.
+    #[track_caller]
+    pub fn wait_task(&self, job: &str, is: impl Fn(&Value) -> bool) -> Value {
+        let what = format!("the task of job {job}");
+        wait_until(&what, Duration::from_secs(90), || {
+            let allocations = self.allocations(job);
+            let Some(alloc) = allocations.last() else {
+                return Err(self.get(&format!("/v1/job/{job}/evaluations")).to_string());
+            };
+            if is(&alloc["TaskStates"]["task"]) {
+                Ok(alloc.clone())
+            } else {
+                Err(alloc["TaskStates"].to_string())
+            }
+        })
+    }
+
+    /// Waits until the task of a job runs; its allocation's id.
+    #[track_caller]
+    pub fn wait_started(&self, job: &str) -> String {
+        let alloc = self.wait_task(job, |task| task["State"] == "running");
+        alloc["ID"]
+            .as_str()
+            .expect("an allocation has an id")
+            .to_owned()
+    }
+
+    /// Waits until the task of a job has ended for good; its allocation.
+    #[track_caller]
+    pub fn wait_dead(&self, job: &str) -> Value {
+        self.wait_task(job, |task| task["State"] == "dead")
+    }
+
+    /// A task's collected output, once it ends as wanted or the time is up.
+    #[must_use]
+    pub fn logs(&self, alloc: &str, stream: &str) -> Vec<u8> {
+        self.get_raw(&format!(
+            "/v1/client/fs/logs/{alloc}?task=task&type={stream}&plain=true&origin=start"
+        ))
+    }
+
+    /// A command in a running task, over the agent's web socket: what Nomad's command
+    /// line does, with the sizes of its conformance suite for the terminal.
+    #[track_caller]
+    pub fn exec(&self, alloc: &str, command: &[&str], tty: bool, stdin: &[u8]) -> Exec {
+        exec::run(&self.address, alloc, command, tty, stdin)
+    }
+
+    /// GET a path of the HTTP API as it is; empty while it fails.
+    #[must_use]
+    pub fn get_raw(&self, path: &str) -> Vec<u8> {
+        let url = format!("{}{path}", self.address);
+        let mut command = Command::new("curl");
+        output(command.args(["--silent", "--fail", "--noproxy", "*", &url])).stdout
     }
 
     /// GET a path of the HTTP API; null while it fails.
@@ -241,6 +414,7 @@ impl Drop for Nomad {
                 "rm",
                 &format!("polydev-{instance}"),
             ]));
+            crate::host::remove_rules(instance.trim());
         }
     }
 }

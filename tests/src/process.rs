@@ -75,8 +75,13 @@ impl Drop for Process {
         }
         if std::thread::panicking() {
             let log = self.log();
-            let tail = log.len().saturating_sub(6000);
-            eprintln!("--- {} ---\n{}", self.name, log.get(tail..).unwrap_or(&log));
+            // An agent logs each request of the harness.
+            let lines: Vec<&str> = log
+                .lines()
+                .filter(|line| !line.contains("http: request complete"))
+                .collect();
+            let tail = lines.len().saturating_sub(60);
+            eprintln!("--- {} ---\n{}", self.name, lines[tail..].join("\n"));
         }
     }
 }

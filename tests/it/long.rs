@@ -1,0 +1,70 @@
+//! What takes minutes: `make test-long`.
+
+use std::time::{Duration, Instant};
+
+use polydev_tests::{
+    docker,
+    job::{service, shell, task},
+    nomad::Nomad,
+    wait_until,
+};
+
+use crate::{exec::truncated, output::every_line_of};
+
+#[test]
+fn forty_allocations_at_once_lose_no_line_ten_times_over() {
+    let nomad = Nomad::start();
+    for round in 0..10 {
+        every_line_of(&nomad, &format!("forty-{round}"), 40);
+    }
+}
+
+#[test]
+fn nothing_is_cut_off_the_end_of_an_exec_two_hundred_times() {
+    let nomad = Nomad::start();
+    nomad.submit(&service("open", shell("while :; do sleep 1; done")));
+    let id = nomad.wait_started("open");
+    assert_eq!(truncated(&nomad, &id, 200), 0);
+}
+
+/// Nomad's Docker driver looks every five minutes for containers that are its own and in
+/// no task, and removes them; so does ours. Neither takes the other's.
+#[test]
+fn beside_nomads_docker_driver_nothing_is_killed() {
+    let nomad = Nomad::start_beside_docker();
+    let ours = service("ours", shell("while :; do sleep 1; done"));
+    let mut theirs = service("theirs", shell("while :; do sleep 1; done"));
+    task(&mut theirs)["Driver"] = "docker".into();
+    nomad.submit(&ours);
+    nomad.submit(&theirs);
+    let containers = ["ours", "theirs"].map(|job| {
+        let id = nomad.wait_started(job);
+        let label = if job == "ours" {
+            "dev.polydev"
+        } else {
+            "com.hashicorp.nomad"
+        };
+        let found = docker::containers(&format!("{label}.alloc_id={id}"));
+        assert_eq!(found.len(), 1, "{job}: {found:?}");
+        found[0].clone()
+    });
+    let end = Instant::now() + Duration::from_secs(11 * 60);
+    wait_until("eleven minutes", Duration::from_secs(12 * 60), || {
+        for container in &containers {
+            assert_eq!(
+                docker::inspect(container)["State"]["Running"],
+                true,
+                "{container}"
+            );
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            Ok(())
+        } else {
+            Err(format!("{left:?} to go"))
+        }
+    });
+    for job in ["ours", "theirs"] {
+        assert_eq!(nomad.allocations(job).len(), 1, "{job} was started anew");
+    }
+}

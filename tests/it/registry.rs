@@ -1,0 +1,198 @@
+//! Images from a real registry on loopback, with a password.
+
+#![expect(clippy::unwrap_used, reason = "this is a test, its helpers too")]
+
+use std::{fs, net::TcpListener, process::Command, time::Duration};
+
+use polydev_tests::{
+    docker,
+    job::{batch, events, merge, shell},
+    nomad::Nomad,
+    process::{Process, succeed},
+    wait_until,
+};
+use serde_json::json;
+use tempfile::TempDir;
+
+/// A registry with one user. Dropping it stops it and removes the image from the node.
+struct Registry {
+    process: Process,
+    address: String,
+    password: String,
+    folder: TempDir,
+}
+
+impl Registry {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let address = format!("127.0.0.1:{port}");
+        let password = format!("{:016x}", rand::random::<u64>());
+        let hash = succeed(Command::new("htpasswd").args(["-nbB", "user", &password]));
+        let base = folder.path().to_owned();
+        let path = |name: &str| base.join(name);
+        fs::write(path("htpasswd"), hash.trim()).unwrap();
+        let config = format!(
+            "version: 0.1\nlog: {{ accesslog: {{ disabled: false }} }}\n\
+             storage: {{ filesystem: {{ rootdirectory: {} }} }}\nhttp: {{ addr: {address} }}\n\
+             auth: {{ htpasswd: {{ realm: test, path: {} }} }}\n",
+            path("data").display(),
+            path("htpasswd").display(),
+        );
+        fs::write(path("config.yml"), config).unwrap();
+        let mut command = Command::new("docker-registry");
+        command.arg("serve").arg(path("config.yml"));
+        let registry = Self {
+            process: Process::start(&mut command, &path("log")),
+            address,
+            password,
+            folder,
+        };
+        let client = path("client");
+        let client = client.to_str().unwrap();
+        wait_until("the registry", Duration::from_secs(20), || {
+            let mut login = docker::command();
+            login.args([
+                "--config",
+                client,
+                "login",
+                "--username",
+                "user",
+                "--password",
+                &registry.password,
+                &registry.address,
+            ]);
+            let done = polydev_tests::process::output(&mut login);
+            if done.status.success() {
+                Ok(())
+            } else {
+                Err(String::from_utf8_lossy(&done.stderr).into_owned())
+            }
+        });
+        docker::docker(&["tag", "polydev-busybox:1", &registry.image()]);
+        docker::docker(&["--config", client, "push", "--quiet", &registry.image()]);
+        docker::docker(&["rmi", &registry.image()]);
+        registry
+    }
+
+    fn image(&self) -> String {
+        format!("{}/tests/busybox:1", self.address)
+    }
+
+    /// How often the image was pulled: each pull begins with one such question.
+    fn pulls(&self) -> usize {
+        let log = self.process.log();
+        log.lines()
+            .filter(|line| {
+                line.contains("\"HEAD /v2/tests/busybox/manifests/1") && line.contains(" 200 ")
+            })
+            .count()
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        polydev_tests::process::output(docker::command().args(["rmi", "--force", &self.image()]));
+    }
+}
+
+#[test]
+fn images_are_pulled_once_with_the_tasks_or_the_plugins_credentials() {
+    let registry = Registry::start();
+    let auths = registry.folder.path().join("client/config.json");
+    let nomad = Nomad::start_with(&format!(
+        "auth {{\n config = \"{}\"\n}}\n gc {{\n image_delay = \"1s\"\n}}",
+        auths.display()
+    ));
+    let from_registry = |id: &str, options: serde_json::Value| {
+        let mut config = shell("echo pulled");
+        merge(&mut config, json!({ "image": registry.image() }));
+        merge(&mut config, options);
+        batch(id, config)
+    };
+
+    // Several tasks at once with the plugin's credentials: one pull.
+    let before = registry.pulls();
+    let mut several = from_registry("several", json!({}));
+    several["TaskGroups"][0]["Count"] = json!(6);
+    nomad.submit(&several);
+    wait_until("six tasks", Duration::from_secs(60), || {
+        let done = nomad
+            .allocations("several")
+            .iter()
+            .filter(|alloc| alloc["ClientStatus"] == "complete")
+            .count();
+        if done == 6 {
+            Ok(())
+        } else {
+            Err(done.to_string())
+        }
+    });
+    wait_until("the registry's log", Duration::from_secs(10), || {
+        match registry.pulls() - before {
+            0 => Err(registry.process.log()),
+            _ => Ok(()),
+        }
+    });
+    assert_eq!(registry.pulls() - before, 1);
+    let told = events(&nomad.allocations("several")[0]);
+    let image = registry.image();
+    assert!(
+        told.contains(&format!("Downloading image {image}"))
+            && told.contains(&format!("Downloaded image {image}")),
+        "{told}"
+    );
+
+    // Nobody uses it any more: it goes after the delay.
+    let has_image = || {
+        polydev_tests::process::output(docker::command().args(["image", "inspect", &image]))
+            .status
+            .success()
+    };
+    wait_until("the image's removal", Duration::from_secs(30), || {
+        if has_image() {
+            Err("there".into())
+        } else {
+            Ok(())
+        }
+    });
+
+    // The task's own credentials win, and wrong ones are told.
+    let wrong = json!({ "auth": { "username": "user", "password": "wrong" } });
+    nomad.submit(&from_registry("wrong", wrong));
+    let told = events(&nomad.wait_dead("wrong"));
+    assert!(
+        told.contains("cannot pull image") && told.contains(&image),
+        "{told}"
+    );
+    let right = json!({ "auth": { "username": "user", "password": registry.password } });
+    nomad.submit(&from_registry("right", right));
+    let told = events(&nomad.wait_dead("right"));
+    assert!(told.contains("Exit Code: 0"), "{told}");
+
+    // One that is not there is final; a registry that is not there is not.
+    for (id, reference, words) in [
+        (
+            "missing",
+            format!("{}/tests/nothing:1", registry.address),
+            "cannot pull image",
+        ),
+        (
+            "dead",
+            "127.0.0.1:9/busybox:1".to_owned(),
+            "cannot pull image",
+        ),
+    ] {
+        let mut job = from_registry(id, json!({ "image": reference }));
+        job["TaskGroups"][0]["RestartPolicy"] = json!({ "Attempts": 1, "Interval": 60_000_000_000_u64, "Delay": 100_000_000, "Mode": "fail" });
+        nomad.submit(&job);
+        let told = events(&nomad.wait_dead(id));
+        assert!(told.contains(words), "{told}");
+        assert_eq!(told.contains("\nRestarting"), id == "dead", "{told}");
+    }
+    assert!(!nomad.agent_log().contains(&registry.password));
+}

@@ -1,0 +1,80 @@
+//! Jobs with one plain task, as the HTTP API takes them.
+
+use serde_json::{Value, json};
+
+/// The image of plain tasks: busybox, root and a user called `user`.
+pub const IMAGE: &str = "polydev-busybox:1";
+
+/// A job that runs once. Its one task is called `task`; `config` is added to its options.
+#[must_use]
+pub fn batch(id: &str, config: Value) -> Value {
+    let mut job = service(id, config);
+    job["Type"] = "batch".into();
+    job["Update"] = Value::Null;
+    job["TaskGroups"][0]["ReschedulePolicy"] = json!({ "Attempts": 0, "Unlimited": false });
+    job
+}
+
+/// A job that runs until it is stopped.
+#[must_use]
+pub fn service(id: &str, config: Value) -> Value {
+    let mut options = json!({ "image": IMAGE });
+    merge(&mut options, config);
+    json!({
+        "ID": id, "Name": id, "Type": "service", "Datacenters": ["*"],
+        "Update": { "MinHealthyTime": 0 },
+        "TaskGroups": [{
+            "Name": "group", "Count": 1,
+            "EphemeralDisk": { "SizeMB": 300 },
+            "RestartPolicy": { "Attempts": 0, "Mode": "fail" },
+            "Tasks": [{
+                "Name": "task", "Driver": "polydev", "Config": options,
+                "Resources": { "CPU": 100, "MemoryMB": 64 },
+                "LogConfig": { "MaxFiles": 3, "MaxFileSizeMB": 50 },
+            }],
+        }],
+    })
+}
+
+/// `sh -c script` as the command of [`batch`] and [`service`].
+#[must_use]
+pub fn shell(script: &str) -> Value {
+    json!({ "command": "sh", "args": ["-c", script] })
+}
+
+/// Adds options, and changes those that are there.
+pub fn merge(into: &mut Value, other: Value) {
+    match (into, other) {
+        (Value::Object(into), Value::Object(other)) => {
+            for (key, value) in other {
+                merge(into.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (into, other) => *into = other,
+    }
+}
+
+/// The task of a job made here.
+pub fn task(job: &mut Value) -> &mut Value {
+    &mut job["TaskGroups"][0]["Tasks"][0]
+}
+
+/// An allocation's id.
+///
+/// # Panics
+/// Never with what the API gives.
+#[must_use]
+pub fn id(alloc: &Value) -> &str {
+    alloc["ID"].as_str().expect("an allocation has an id")
+}
+
+/// What the operator reads of a task in its allocation: one line an event.
+#[must_use]
+pub fn events(alloc: &Value) -> String {
+    let events = alloc["TaskStates"]["task"]["Events"].as_array();
+    let line = |event: &Value| {
+        let text = event["DisplayMessage"].as_str().unwrap_or_default();
+        format!("{}: {text}\n", event["Type"].as_str().unwrap_or_default())
+    };
+    events.into_iter().flatten().map(line).collect()
+}
