@@ -10,7 +10,7 @@ use std::{
     net::TcpListener,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::unistd::Pid;
@@ -369,6 +369,24 @@ impl Nomad {
         list
     }
 
+    /// Nomad keeps the secrets of ended tasks mounted until it collects them.
+    fn unmount(&self) {
+        let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
+        let mounts = mounts.map(|mounts| mounts.0).unwrap_or_default();
+        let ours =
+            |mount: &&procfs::process::MountInfo| mount.mount_point.starts_with(self.folder.path());
+        for mount in mounts.iter().filter(ours) {
+            output(Command::new("umount").arg(&mount.mount_point));
+        }
+    }
+
+    /// Whether the client has something to do for any allocation.
+    fn has_live_allocations(&self) -> bool {
+        let all = self.get("/v1/allocations");
+        let mut all = all.as_array().into_iter().flatten();
+        all.any(|alloc| alloc["ClientStatus"] == "running" || alloc["ClientStatus"] == "pending")
+    }
+
     /// Waits until a job has as many running allocations.
     #[track_caller]
     pub fn wait_running(&self, job: &str, count: usize) -> Vec<Value> {
@@ -402,7 +420,13 @@ impl Drop for Nomad {
         for job in jobs {
             output(&mut self.command(&["job", "stop", "-purge", "-yes", job]));
         }
+        // An agent that stops leaves tasks alone.
+        let limit = Instant::now() + Duration::from_secs(60);
+        while self.has_live_allocations() && Instant::now() < limit {
+            std::thread::park_timeout(Duration::from_millis(50));
+        }
         self.agent = None;
+        self.unmount();
         // The agent leaves tasks alone when it stops; those of a failed test are left.
         if let Ok(instance) = fs::read_to_string(self.state_dir().join("instance")) {
             let label = format!("dev.polydev.instance={instance}");

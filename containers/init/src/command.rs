@@ -207,10 +207,12 @@ fn attach_streams(
     Ok(None)
 }
 
-/// Where the output of a plain task goes: stdout first. A terminal needs one only.
+/// Where the drains of a plain task's output lead: stdout first. A terminal needs one
+/// only, and a command that writes to init's own streams none.
 fn targets(task: &PlainTask, descriptors: Vec<OwnedFd>) -> Vec<OwnedFd> {
     match task.output() {
         OutputKind::Descriptors => descriptors,
+        OutputKind::Inherited | OutputKind::Unspecified if !task.tty => Vec::new(),
         OutputKind::Inherited | OutputKind::Unspecified => {
             let own = io::stdout().as_fd().try_clone_to_owned();
             own.iter().for_each(set_nonblocking);
