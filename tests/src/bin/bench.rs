@@ -2,8 +2,6 @@
 //! one run. Prints a table and writes `target/bench/results.json` and, with every
 //! sample, `target/bench/samples.json`.
 
-mod plain;
-
 use std::{
     collections::BTreeMap,
     fs,
@@ -75,9 +73,6 @@ fn main() -> anyhow::Result<()> {
             "bound": format!("<= {most} MB"), "holds": value <= most,
         }));
     }
-
-    drop((client, shim));
-    figures.extend(plain::figures()?);
 
     let folder = root().join("target/bench");
     fs::create_dir_all(&folder)?;
