@@ -376,9 +376,7 @@ impl Driver for Service {
         let task = self.open(&setup.task_id, "exec is")?;
         let node = self.node()?;
         let container = &task.entry.container;
-        let exec = node
-            .docker
-            .exec(container, setup.command, Vec::new(), setup.tty);
+        let exec = node.docker.exec(container, setup.command, setup.tty);
         let exec = exec.await.map_err(Error::Exec)?;
         Ok(Response::new(Box::pin(exec::serve(
             &node,

@@ -53,7 +53,7 @@ impl Drain {
     }
 
     /// Moves what can be moved. A target that fails is no longer written to: the
-    /// command's output is lost then, and the command goes on.
+    /// command's output is lost then, and a command that writes on is told by SIGPIPE.
     pub(crate) fn advance(&mut self) {
         let moved = if self.tty { self.copy() } else { self.splice() };
         if let Err(error) = moved {

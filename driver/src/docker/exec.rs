@@ -44,7 +44,6 @@ impl Docker {
         &self,
         container: &str,
         command: Vec<String>,
-        env: Vec<String>,
         tty: bool,
     ) -> Result<(Exec, Output, Input), Error> {
         let options = CreateExecOptions {
@@ -53,7 +52,6 @@ impl Docker {
             attach_stderr: Some(true),
             tty: Some(tty),
             cmd: Some(command),
-            env: Some(env),
             ..Default::default()
         };
         let operation = || format!("exec in container `{container}`");

@@ -212,8 +212,7 @@ impl Docker {
 }
 
 /// The tag to pull where the reference has none: without one the API would pull all.
-#[must_use]
-pub fn default_tag(reference: &str) -> &'static str {
+fn default_tag(reference: &str) -> &'static str {
     let name = reference.rsplit('/').next().unwrap_or(reference);
     if name.contains([':', '@']) {
         ""

@@ -54,7 +54,7 @@ pub async fn run(
     command: Vec<String>,
     limit: Duration,
 ) -> Result<Outcome, docker::Error> {
-    let (exec, mut output, mut input) = docker.exec(container, command, Vec::new(), false).await?;
+    let (exec, mut output, mut input) = docker.exec(container, command, false).await?;
     input.close().await;
     let mut outcome = Outcome::default();
     let mut ended = None;

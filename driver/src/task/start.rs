@@ -10,7 +10,7 @@ use std::{
 
 use polydev_proto::{
     driver::TaskConfig,
-    init::{NotStarted, PlainTask, Start, from_init, hello, not_started, plain_task, to_init},
+    init::{NotStarted, PlainTask, Start, from_init, hello, plain_task, to_init},
 };
 use tokio::{
     task::{JoinHandle, spawn_blocking},
@@ -364,10 +364,7 @@ async fn begin(
     let answer = timeout(STARTED, link.reader.next()).await;
     match answer.map_err(|_| Error::InitTimedOut)?? {
         from_init::Message::Started(_) => Ok((live, held)),
-        from_init::Message::NotStarted(NotStarted {
-            reason, message, ..
-        }) => {
-            let _reason: Result<not_started::Reason, _> = reason.try_into();
+        from_init::Message::NotStarted(NotStarted { message, .. }) => {
             Err(Error::Command { message })
         }
         other => {
