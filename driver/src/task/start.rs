@@ -266,9 +266,7 @@ async fn prepare(
     let (process, limits, address) = look.await.expect("looking does not panic");
     let (process, limits) = match (process, link.is_some()) {
         // Without init the command runs already, and may be over in the meantime.
-        (Ok(process), false) if limits.is_err() && Held::find(pid, process.start).is_none() => {
-            (Some(process), None)
-        }
+        (Ok(process), false) if limits.is_err() && process.has_ended() => (Some(process), None),
         (Ok(process), _) => (Some(process), Some(Arc::new(limits?))),
         // Without init a short command may be over already.
         (Err(_), false) => (None, None),
