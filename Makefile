@@ -6,7 +6,7 @@ HOST       := $(shell uname -m)-unknown-linux-gnu
 SUDO       := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env env PATH="$(PATH)" HOME="$(HOME)")
 export POLYDEV_CACHE MAKECMDGOALS
 
-.PHONY: help demo test test-long bench build release images lint fmt deny advisories proto-lint unit it long clean-all
+.PHONY: help demo test test-long bench build release images lint fmt deny advisories proto-lint unit fuzz it long clean-all
 
 help:          ## Show this.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
@@ -60,6 +60,9 @@ proto-lint:    ## buf lint of our protocols.
 
 unit:          ## Tests that need neither root nor a daemon.
 	cargo test --locked --workspace --exclude polydev-tests
+
+fuzz:          ## Fuzz what reads bytes from outside: SECONDS=20 for each target.
+	tests/fuzz/run.sh $(or $(SECONDS),20)
 
 it: init       ## Tests of the whole system: root, Docker, Nomad, images.
 	@cp target/$(HOST)/init/polydev-init target/debug/ # cargo test has put another there.

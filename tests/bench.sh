@@ -1,5 +1,5 @@
 #!/bin/bash
-# make bench: see tests/src/bin/bench.rs.
+# make bench: see tests/src/bin/bench/main.rs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh

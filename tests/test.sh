@@ -11,6 +11,7 @@ if [ -z "${POLYDEV_TEST_ENGINE:-}" ]; then
     need cargo "install Rust, see https://rustup.rs"
     need make "apt-get install make"
     need cc "apt-get install gcc"
+    need c++ "apt-get install g++"
     command -v nomad >/dev/null || need go "install Go 1.26 or newer to build Nomad, or put a Nomad 1.11 into PATH"
     POLYDEV_TEST_ENGINE=1 exec tests/with-docker.sh "$0" "$@"
 fi
@@ -61,6 +62,7 @@ fi
 check "build" make --no-print-directory build
 if [ "${1:-}" != long ]; then
     tests "unit tests" make --no-print-directory unit
+    check "fuzz targets" make --no-print-directory fuzz
     check "limits on a kernel with cgroup v2" tests/cgroup-v2.sh
 fi
 check "images" tests/images.sh

@@ -3,6 +3,7 @@
 mod error;
 mod exec;
 mod start;
+mod state;
 mod stats;
 mod work;
 
@@ -31,6 +32,7 @@ use tokio_stream::wrappers::{BroadcastStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
 pub use error::Error;
+pub use state::DriverState;
 use work::Work;
 
 use crate::{
@@ -41,16 +43,6 @@ use crate::{
     sandbox,
     task::{self, Task},
 };
-
-/// Version of the bytes that Nomad keeps for a task; 0 is Nomad's own.
-const HANDLE_VERSION: i32 = 1;
-
-/// What Nomad keeps of a task besides its configuration, whose driver part it forgets.
-/// A plain task is in the driver's own journal.
-#[derive(Debug, serde::Serialize, serde::Deserialize)]
-struct DriverState {
-    slot: Option<config::Slot>,
-}
 
 /// The driver as Nomad's agent sees it.
 #[derive(Debug, Clone)]
@@ -215,7 +207,7 @@ impl Driver for Service {
         let task = handle.config.ok_or(Error::Missing {
             field: "handle.config",
         })?;
-        let state = decode_state(&handle.driver_state)?;
+        let state = DriverState::decode(&handle.driver_state).map_err(Error::Handle)?;
         let node = self.taken().await?;
         match state.slot {
             Some(slot) => drop(start::slot(&node, &task, slot)?),
@@ -242,9 +234,9 @@ impl Driver for Service {
         };
         self.start(&task, config).await?;
         let network_override = self.work(&task.id).ok().and_then(|work| work.network());
-        let driver_state = serde_json::to_vec(&DriverState { slot }).map_err(Error::Handle)?;
+        let driver_state = DriverState { slot }.encode();
         let handle = TaskHandle {
-            version: HANDLE_VERSION,
+            version: state::VERSION,
             config: Some(task),
             state: TaskState::Running.into(),
             driver_state,
@@ -423,14 +415,6 @@ impl Driver for Service {
 
 /// For a script check that does not say how long it may take.
 const CHECK: Duration = Duration::from_secs(30);
-
-/// Reads what Nomad has kept of a task.
-///
-/// # Errors
-/// [`Error::Handle`]
-fn decode_state(bytes: &[u8]) -> Result<DriverState, Error> {
-    serde_json::from_slice(bytes).map_err(Error::Handle)
-}
 
 /// How long a recovery waits for the driver to take charge of the node.
 const TAKE: std::time::Duration = std::time::Duration::from_secs(10);

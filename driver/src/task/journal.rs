@@ -86,8 +86,7 @@ impl Journal {
     /// # Errors
     /// [`files::Error::Write`]
     pub fn write(&self, entry: &Entry) -> Result<(), files::Error> {
-        let text = serde_json::to_vec(entry).expect("an entry can be written as JSON");
-        files::write(&self.path(&entry.identity), &text, 0o600)
+        files::write(&self.path(&entry.identity), &entry.encode(), 0o600)
     }
 
     /// Remembers that the task's output has been read until now.
@@ -130,6 +129,13 @@ impl Entry {
     /// If they are not an entry.
     pub fn decode(text: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(text)
+    }
+
+    /// # Panics
+    /// If the task started before 1970.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("an entry can be written as JSON")
     }
 }
 

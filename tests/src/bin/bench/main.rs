@@ -2,6 +2,8 @@
 //! one run. Prints a table and writes `target/bench/results.json` and, with every
 //! sample, `target/bench/samples.json`.
 
+mod plain;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -73,6 +75,9 @@ fn main() -> anyhow::Result<()> {
             "bound": format!("<= {most} MB"), "holds": value <= most,
         }));
     }
+
+    drop((client, shim));
+    figures.extend(plain::figures()?);
 
     let folder = root().join("target/bench");
     fs::create_dir_all(&folder)?;

@@ -1,0 +1,1 @@
+//! Fuzz targets, each a program of `targets/`. `tests/fuzz/run.sh` builds and runs them.

@@ -1,0 +1,44 @@
+//! The link between driver and init, in both directions: a container is not to be trusted,
+//! and init outlives the driver it was started by.
+#![no_main]
+
+use bytes::BytesMut;
+use libfuzzer_sys::fuzz_target;
+use polydev_proto::{
+    frame,
+    init::{FromInit, ToInit},
+};
+
+fuzz_target!(|data: &[u8]| {
+    // The first byte says how the rest is cut into reads.
+    let Some((&cut, data)) = data.split_first() else {
+        return;
+    };
+    let whole = messages::<FromInit>(data, data.len());
+    assert_eq!(whole, messages::<FromInit>(data, usize::from(cut)), "a cut changes nothing");
+    messages::<ToInit>(data, usize::from(cut));
+});
+
+/// All messages until the bytes end or are refused; each survives being written again.
+fn messages<M>(data: &[u8], cut: usize) -> Vec<Vec<u8>>
+where
+    M: Default + prost::Message,
+{
+    let (mut input, mut read) = (BytesMut::new(), Vec::new());
+    for piece in data.chunks(cut.max(1)) {
+        input.extend_from_slice(piece);
+        loop {
+            match frame::decode::<M>(&mut input) {
+                Ok(Some(message)) => {
+                    let mut out = BytesMut::new();
+                    if frame::encode(&message, &mut out).is_ok() {
+                        read.push(out.to_vec());
+                    }
+                }
+                Ok(None) => break,
+                Err(_) => return read,
+            }
+        }
+    }
+    read
+}
