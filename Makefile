@@ -21,7 +21,7 @@ test-long:     ## The tests that take minutes each.
 	@tests/test.sh long
 
 bench: release ## Measure, print and write target/bench/results.json.
-	@$(SUDO) tests/bench.sh
+	@$(SUDO) tests/bench.sh $(PARTS)
 
 build: tools init ## Build all programs for tests.
 	cargo build --locked --workspace --exclude polydev-init

@@ -1,12 +1,14 @@
 #!/bin/bash
-# make bench: see tests/src/bin/bench/main.rs.
+# make bench [PARTS="warm plain"]: see tests/src/bin/bench/main.rs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh
 
 if [ -z "${POLYDEV_BENCH_ENGINE:-}" ]; then
     need_root bench
-    POLYDEV_BENCH_ENGINE=1 exec tests/with-docker.sh "$0"
+    POLYDEV_BENCH_ENGINE=1 exec tests/with-docker.sh "$0" "$@"
 fi
 tests/images.sh
-exec target/release/bench
+POLYDEV_NOMAD=$(tests/nomad/build.sh)
+export POLYDEV_NOMAD
+exec target/release/bench "$@"

@@ -22,6 +22,7 @@ pub mod sandbox;
 pub mod slot;
 pub mod task;
 
+mod backoff;
 pub mod config;
 pub mod docker;
 pub mod events;

@@ -159,13 +159,14 @@ impl Handle {
         })
     }
 
-    /// Raises every limit to `limits`. Takes tens of microseconds and waits for nothing
-    /// but the kernel.
+    /// Raises or lowers every limit to `limits`. Takes tens of microseconds and waits for
+    /// nothing but the kernel, which may have to reclaim memory for a lower limit.
     ///
     /// # Errors
-    /// [`Error`]; some limits may be raised, and the container must not be used.
-    pub fn raise(&self, limits: &Limits) -> Result<(), Error> {
-        self.cgroup.raise(limits)?;
+    /// [`Error`]; some limits may be set, and the container must not be used. With cgroup
+    /// v1 memory cannot be limited below what is in use.
+    pub fn set(&self, limits: &Limits) -> Result<(), Error> {
+        self.cgroup.set(limits)?;
         match &self.traffic {
             Some(traffic) => traffic.shape(&limits.rates()),
             None => Ok(()),

@@ -2,13 +2,39 @@
 
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::{
+    backoff::backoff,
     docker,
     identity::{LABEL_INSTANCE, LABEL_NETWORK, LABEL_SLOT, LABEL_TASK},
     node::Node,
 };
+
+/// Attempts to remove one container, over some minutes; the rounds below come after them.
+const ATTEMPTS: u32 = 20;
+
+/// Removes a container that is of no more use, or, while Docker cannot, sees to it that it
+/// will be.
+pub(crate) async fn remove(node: &Arc<Node>, container: &str) {
+    let Err(error) = node.docker.remove(container).await else {
+        return;
+    };
+    tracing::warn!(
+        container,
+        error = crate::chain(&error),
+        "cannot remove a container yet"
+    );
+    let (node, container) = (node.clone(), container.to_owned());
+    tokio::spawn(async move {
+        for failures in 0..ATTEMPTS {
+            sleep(backoff(failures)).await;
+            if node.docker.remove(&container).await.is_ok() {
+                return;
+            }
+        }
+    });
+}
 
 /// Compares Docker with the books, for ever.
 pub(crate) async fn run(node: Arc<Node>) {

@@ -37,6 +37,7 @@ use crate::{
     images::Use,
     limits::{self, Usage},
     node::Node,
+    reap,
 };
 use journal::Entry;
 
@@ -142,8 +143,8 @@ impl Task {
     }
 
     /// Ends the task and removes what it had: container, journal, folder, image if it was
-    /// the last. What Docker does not remove now is the reaper's.
-    pub async fn destroy(&self, node: &Node) {
+    /// the last. What Docker does not remove now goes later.
+    pub async fn destroy(&self, node: &Arc<Node>) {
         self.kill().await;
         let Entry {
             container,
@@ -151,14 +152,8 @@ impl Task {
             link,
             ..
         } = &self.entry;
-        if node.config.gc.container
-            && let Err(error) = node.docker.remove(container).await
-        {
-            tracing::warn!(
-                container,
-                error = crate::chain(&error),
-                "a task's container is left to the reaper"
-            );
+        if node.config.gc.container {
+            reap::remove(node, container).await;
         }
         if let Some(folder) = link {
             let _gone_already = std::fs::remove_dir_all(folder);

@@ -31,7 +31,7 @@ fn nothing_is_cut_off_the_end_of_an_exec_two_hundred_times() {
 /// no task, and removes them; so does ours. Neither takes the other's.
 #[test]
 fn beside_nomads_docker_driver_nothing_is_killed() {
-    let nomad = Nomad::start_beside_docker();
+    let nomad = Nomad::start_beside_docker("");
     let ours = service("ours", shell("while :; do sleep 1; done"));
     let mut theirs = service("theirs", shell("while :; do sleep 1; done"));
     task(&mut theirs)["Driver"] = "docker".into();

@@ -4,6 +4,7 @@
 mod api;
 mod ends;
 mod exec;
+mod faults;
 mod images;
 mod jobspecs;
 mod long;

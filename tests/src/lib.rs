@@ -3,6 +3,8 @@
 
 pub mod client;
 pub mod docker;
+pub mod docker_proxy;
+pub mod engine;
 pub mod host;
 pub mod job;
 pub mod nomad;

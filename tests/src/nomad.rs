@@ -13,7 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::unistd::Pid;
+use nix::{
+    mount::{MsFlags, mount},
+    unistd::Pid,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -52,10 +55,26 @@ impl Nomad {
         nomad
     }
 
-    /// As [`Nomad::start`], with Nomad's own Docker driver beside ours.
+    /// As [`Nomad::start_with`], with Nomad's own Docker driver beside ours.
     #[must_use]
-    pub fn start_beside_docker() -> Self {
-        let nomad = Self::launch_with("", "polydev,docker");
+    pub fn start_beside_docker(options: &str) -> Self {
+        let nomad = Self::launch_with(options, "polydev,docker");
+        nomad.wait_healthy();
+        nomad
+    }
+
+    /// As [`Nomad::start_with`], with 4 MB for the driver's own files.
+    ///
+    /// # Panics
+    /// Without root's rights.
+    #[must_use]
+    pub fn start_with_small_state(options: &str) -> Self {
+        let nomad = Self::configure(options, "polydev");
+        let state = nomad.state_dir();
+        fs::create_dir(&state).expect("a folder can be made");
+        let kind = Some("tmpfs");
+        mount(kind, &state, kind, MsFlags::empty(), Some("size=4m")).expect("root may mount");
+        let nomad = nomad.run_agent();
         nomad.wait_healthy();
         nomad
     }
@@ -68,6 +87,15 @@ impl Nomad {
     }
 
     fn launch_with(options: &str, drivers: &str) -> Self {
+        Self::configure(options, drivers).run_agent()
+    }
+
+    fn run_agent(mut self) -> Self {
+        self.agent = Some(Self::agent_in(self.folder.path()));
+        self
+    }
+
+    fn configure(options: &str, drivers: &str) -> Self {
         let folder = tempfile::Builder::new()
             .prefix("pdtest-")
             .tempdir_in("/tmp");
@@ -129,7 +157,7 @@ impl Nomad {
         );
         fs::write(folder.path().join("agent.hcl"), config).expect("a file can be written");
         Self {
-            agent: Some(Self::agent_in(folder.path())),
+            agent: None,
             address: format!("http://127.0.0.1:{http}"),
             folder,
         }
@@ -416,6 +444,7 @@ impl Drop for Nomad {
             .as_array()
             .into_iter()
             .flatten()
+            .filter(|job| job["Status"] != "dead")
             .filter_map(|job| job["ID"].as_str());
         for job in jobs {
             output(&mut self.command(&["job", "stop", "-purge", "-yes", job]));

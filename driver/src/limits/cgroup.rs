@@ -128,7 +128,7 @@ impl Cgroup {
         })
     }
 
-    pub(super) fn raise(&self, limits: &Limits) -> Result<(), Error> {
+    pub(super) fn set(&self, limits: &Limits) -> Result<(), Error> {
         let quota = limits.cpu_quota().as_micros();
         let memory = limits.memory_bytes();
         match &self.files {
@@ -139,11 +139,19 @@ impl Cgroup {
                 pids,
             } => {
                 write(cpu, "cpu.cfs_quota_us", quota)?;
-                // Memory with swap first: it may never be below memory alone.
-                if let Some(swap) = swap {
-                    write(swap, "memory.memsw.limit_in_bytes", memory)?;
+                let alone = || write(limit, "memory.limit_in_bytes", memory);
+                match swap {
+                    // Memory with swap may never be below memory alone.
+                    Some(swap) => {
+                        let with_swap = || write(swap, "memory.memsw.limit_in_bytes", memory);
+                        if memory < number(&self.memory.join("memory.limit_in_bytes")) {
+                            alone().and_then(|()| with_swap())?;
+                        } else {
+                            with_swap().and_then(|()| alone())?;
+                        }
+                    }
+                    None => alone()?,
                 }
-                write(limit, "memory.limit_in_bytes", memory)?;
                 write(pids, "pids.max", limits.pids)
             }
             Files::V2 {

@@ -26,7 +26,7 @@ pub(super) enum Work {
 }
 
 impl Work {
-    pub(super) fn find(node: &Node, task_id: &str) -> Option<Self> {
+    pub(super) fn find(node: &Arc<Node>, task_id: &str) -> Option<Self> {
         let plain = || node.plain.get(task_id).map(Self::Plain);
         node.slots.by_task(task_id).map(Self::Slot).or_else(plain)
     }
@@ -77,7 +77,7 @@ impl Work {
     }
 
     /// Ends what still runs and forgets the task with all that it had.
-    pub(super) async fn destroy(&self, node: &Node) {
+    pub(super) async fn destroy(&self, node: &Arc<Node>) {
         match self {
             Self::Slot(slot) => {
                 slot.kill();

@@ -19,14 +19,12 @@ use super::{
     run,
     state::{Event, Life},
 };
-use crate::{config, identity::Identity, limits::Limits, node::Node};
+use crate::{backoff::backoff, config, identity::Identity, limits::Limits, node::Node};
 
 /// Containers in a row that may fail before the slot is given up and Nomad decides.
 const FAILURES: u32 = 6;
 /// A container that idled for so long was a good one, however it ended.
 const STABLE: Duration = Duration::from_secs(60);
-const BACKOFF: Duration = Duration::from_millis(500);
-const BACKOFF_MOST: Duration = Duration::from_secs(15);
 
 /// How a slot ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -277,11 +275,3 @@ impl Keeper {
 /// A run that is over by then is not worth dockerd's time; `docker inspect` is
 /// right for every run that somebody could look at.
 const TELL_DOCKER_AFTER: Duration = Duration::from_millis(200);
-
-/// Doubles with each failure, and spreads slots that failed together.
-fn backoff(failures: u32) -> Duration {
-    let full = BACKOFF
-        .saturating_mul(1 << failures.min(10))
-        .min(BACKOFF_MOST);
-    full.mul_f64(rand::random_range(0.5..1.0))
-}

@@ -51,7 +51,7 @@ pub(super) async fn serve(
     let granted_after = arrived.elapsed();
     let refusal = if Instant::now() >= start_by {
         Some(Refusal::TooLate)
-    } else if let Err(error) = container.limits.raise(limits) {
+    } else if let Err(error) = container.limits.set(limits) {
         tracing::error!(
             error = &error as &dyn std::error::Error,
             "cannot raise limits"

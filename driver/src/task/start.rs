@@ -34,6 +34,7 @@ use crate::{
     link::{self, Greeted, Link, Listener},
     netlink,
     node::{Node, files},
+    reap,
 };
 
 /// From the container's start until its init connects. A busy node may need many seconds.
@@ -152,22 +153,21 @@ async fn make(
             if let Some(folder) = &folder {
                 let _gone_already = std::fs::remove_dir_all(folder);
             }
-            if let Err(error) = node.docker.remove(&container).await {
-                tracing::warn!(
-                    container,
-                    error = crate::chain(&error),
-                    "a failed start leaves its container to the reaper"
-                );
-            }
+            reap::remove(node, &container).await;
             Err(error)
         }
     }
 }
 
 /// Makes the container. One of the same name is left from an attempt that failed.
-async fn create(node: &Node, spec: &docker::PlainSpec<'_>) -> Result<String, Error> {
+async fn create(node: &Arc<Node>, spec: &docker::PlainSpec<'_>) -> Result<String, Error> {
     match node.docker.create_plain(spec).await {
         Err(error) if error.is_conflict() => {}
+        Err(error) if !error.is_answer() => {
+            // Docker may have made it all the same.
+            reap::remove(node, &spec.name).await;
+            return Err(error.into());
+        }
         created => return Ok(created?),
     }
     let labels = node.docker.labels(&spec.name).await?;

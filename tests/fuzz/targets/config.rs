@@ -7,7 +7,10 @@ use polydev_driver::config::{Config, Plugin};
 fuzz_target!(|data: &[u8]| {
     let plugin = Plugin::parse(data);
     let task = Config::parse(data);
-    for error in [plugin.as_ref().err(), task.as_ref().err()].into_iter().flatten() {
+    for error in [plugin.as_ref().err(), task.as_ref().err()]
+        .into_iter()
+        .flatten()
+    {
         let text = error.to_string();
         assert!(text.contains('`'), "no field is named: {text}");
     }

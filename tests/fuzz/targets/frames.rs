@@ -15,7 +15,11 @@ fuzz_target!(|data: &[u8]| {
         return;
     };
     let whole = messages::<FromInit>(data, data.len());
-    assert_eq!(whole, messages::<FromInit>(data, usize::from(cut)), "a cut changes nothing");
+    assert_eq!(
+        whole,
+        messages::<FromInit>(data, usize::from(cut)),
+        "a cut changes nothing"
+    );
     messages::<ToInit>(data, usize::from(cut));
 });
 

@@ -9,7 +9,9 @@ fuzz_target!(|data: &[u8]| {
     let text = String::from_utf8_lossy(data);
     let variable = |name: &str| {
         let mut lines = text.lines().filter_map(|line| line.split_once('='));
-        lines.find(|(key, _)| *key == name).map(|(_, value)| value.to_owned())
+        lines
+            .find(|(key, _)| *key == name)
+            .map(|(_, value)| value.to_owned())
     };
     let answer = handshake::check(variable);
     if variable("NOMAD_PLUGIN_MAGIC_COOKIE").is_none() {

@@ -11,6 +11,9 @@ fuzz_target!(|data: &[u8]| {
         assert_eq!(again.ok(), Some(state), "what is written is read");
     }
     if let Ok(entry) = Entry::decode(data) {
-        assert!(Entry::decode(&entry.encode()).is_ok(), "what is written is read");
+        assert!(
+            Entry::decode(&entry.encode()).is_ok(),
+            "what is written is read"
+        );
     }
 });

@@ -82,7 +82,7 @@ fn run() -> anyhow::Result<()> {
         (Limits::RUN, "50000 100000"),
         (Limits::IDLE, "10000 100000"),
     ] {
-        handle.raise(&class)?;
+        handle.set(&class)?;
         let seen = [read("cpu.max")?, read("memory.max")?, read("pids.max")?];
         let expected = [
             quota.to_owned(),
@@ -99,7 +99,7 @@ fn run() -> anyhow::Result<()> {
     ensure!(handle.oom_kills() == 0, "killed too early");
 
     // A process that eats: the kernel kills it, and that is counted.
-    handle.raise(&Limits {
+    handle.set(&Limits {
         memory_mb: 64,
         ..Limits::IDLE
     })?;

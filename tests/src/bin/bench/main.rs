@@ -1,7 +1,8 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
-//! one run. Prints a table and writes `target/bench/results.json` and, with every
+//! one run. `bench warm` and `bench plain` measure one part. Prints a table and writes `target/bench/results.json` and, with every
 //! sample, `target/bench/samples.json`.
 
+mod bandwidth;
 mod plain;
 
 use std::{
@@ -29,6 +30,25 @@ const COMMAND: [&str; 3] = ["sh", "-c", "echo hi"];
 const IMAGE: &str = "polydev-anthropic-runtime:latest";
 
 fn main() -> anyhow::Result<()> {
+    let parts: Vec<String> = std::env::args().skip(1).collect();
+    let is_wanted = |part: &str| parts.is_empty() || parts.iter().any(|wanted| wanted == part);
+    let folder = root().join("target/bench");
+    fs::create_dir_all(&folder)?;
+    let mut figures = Vec::new();
+    if is_wanted("warm") {
+        figures.extend(warm_figures(&folder)?);
+    }
+    if is_wanted("plain") {
+        figures.extend(plain::figures()?);
+    }
+    let results = serde_json::to_string_pretty(&figures)?;
+    fs::write(folder.join("results.json"), results)?;
+    print(&figures);
+    Ok(())
+}
+
+/// Warm slots against `docker exec`.
+fn warm_figures(folder: &Path) -> anyhow::Result<Vec<Value>> {
     let runtime = tokio::runtime::Runtime::new()?;
     let shim = Shim::dev(&[&format!("anthropic={SLOTS}")]);
     let client = shim.client();
@@ -77,21 +97,12 @@ fn main() -> anyhow::Result<()> {
     }
 
     drop((client, shim));
-    figures.extend(plain::figures()?);
-
-    let folder = root().join("target/bench");
-    fs::create_dir_all(&folder)?;
-    fs::write(
-        folder.join("results.json"),
-        serde_json::to_string_pretty(&figures)?,
-    )?;
     let samples = json!({ "warm_claim_ms": warm, "docker_exec_ms": exec });
     fs::write(
         folder.join("samples.json"),
         serde_json::to_string_pretty(&samples)?,
     )?;
-    print(&figures);
-    Ok(())
+    Ok(figures)
 }
 
 /// Milliseconds from request to first byte: warm claims, and `docker exec` in between.

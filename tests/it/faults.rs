@@ -1,0 +1,251 @@
+//! What dies or fills up around plain tasks: a dockerd, a disk.
+
+#![expect(clippy::unwrap_used, reason = "this is a test, its helpers too")]
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use polydev_tests::{
+    docker_proxy::DockerProxy,
+    engine::Engine,
+    job::{self, batch, events, merge, service, shell, task},
+    nomad::Nomad,
+    wait_until,
+};
+use serde_json::{Value, json};
+
+/// An agent whose driver uses this dockerd.
+fn agent(socket: &Path) -> Nomad {
+    Nomad::start_with(&format!("endpoint = \"unix://{}\"", socket.display()))
+}
+
+/// A command without a network: the test's dockerd has no bridge.
+fn offline(script: &str, options: Value) -> Value {
+    let mut config = shell(script);
+    merge(&mut config, json!({ "network_mode": "none" }));
+    merge(&mut config, options);
+    config
+}
+
+/// Nomad tries again, and again.
+fn restarting(mut job: Value) -> Value {
+    job["TaskGroups"][0]["RestartPolicy"] = json!({
+        "Attempts": 20, "Interval": 600_000_000_000_u64, "Delay": 500_000_000, "Mode": "fail",
+    });
+    job
+}
+
+#[track_caller]
+fn wait_nothing_left(engine: &Engine) {
+    wait_until("nothing is left", Duration::from_secs(30), || {
+        let left = engine.containers();
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{left:?}"))
+        }
+    });
+}
+
+#[test]
+fn tasks_outlive_a_killed_dockerd_and_the_node_says_how_it_is() {
+    let mut engine = Engine::start();
+    let nomad = agent(&engine.socket());
+    let script = "echo one; until [ -e /alloc/go ]; do sleep 0.05; done; echo two; exit 3";
+    let jobs = [("with-init", true), ("without-init", false)];
+    let allocs = jobs.map(|(name, init)| {
+        nomad.submit(&batch(name, offline(script, json!({ "init": init }))));
+        nomad.wait_started(name)
+    });
+    let wait_health = |healthy: bool| {
+        let word = if healthy {
+            "now=\"Healthy"
+        } else {
+            "now=\"Unhealthy"
+        };
+        wait_until("the driver's word", Duration::from_secs(5), || {
+            let log = nomad.agent_log();
+            let last = log
+                .lines()
+                .rfind(|line| line.contains("] health:") || line.contains(" health: "));
+            match last {
+                Some(line) if line.contains(word) => Ok(()),
+                last => Err(format!("{last:?}")),
+            }
+        });
+        // An agent gathers such news for up to ten seconds.
+        wait_until("the node's", Duration::from_secs(20), || {
+            let driver = nomad.driver();
+            if driver["Healthy"] == healthy {
+                Ok(())
+            } else {
+                Err(driver.to_string())
+            }
+        });
+    };
+    engine.kill();
+    wait_health(false);
+    let go = |alloc: &str| {
+        let folder = nomad.folder().join("data/alloc").join(alloc).join("alloc");
+        fs::write(folder.join("go"), "").unwrap();
+    };
+    // Init knows how its command ended, and moved its output, without dockerd.
+    go(&allocs[0]);
+    let ended = nomad.wait_dead("with-init");
+    assert!(
+        events(&ended).contains("Exit Code: 3"),
+        "{}",
+        events(&ended)
+    );
+    assert_eq!(nomad.logs(&allocs[0], "stdout"), b"one\ntwo\n");
+
+    engine.restart();
+    wait_health(true);
+    go(&allocs[1]);
+    let ended = nomad.wait_dead("without-init");
+    assert!(
+        events(&ended).contains("Exit Code: 3"),
+        "{}",
+        events(&ended)
+    );
+    // What was read in dockerd's last second may come twice; nothing is lost.
+    let output = String::from_utf8(nomad.logs(&allocs[1], "stdout")).unwrap();
+    assert!(output == "one\ntwo\n" || output == "one\none\ntwo\n", "{output}");
+    wait_nothing_left(&engine);
+}
+
+#[test]
+fn a_dockerd_killed_in_the_middle_of_a_call_costs_a_restart_at_most() {
+    let engine = Arc::new(Mutex::new(Engine::start()));
+    let socket = engine.lock().unwrap().socket();
+    let proxy = DockerProxy::start(&socket);
+    let nomad = agent(&proxy.socket());
+    // Kills dockerd when such a request has just reached it.
+    let kill_at = |method: &'static str, path_end: &'static str| {
+        let engine = engine.clone();
+        let is = move |request: &str| {
+            request.starts_with(method)
+                && request.contains("/containers")
+                && request.ends_with(path_end)
+        };
+        proxy.on(is, move || engine.lock().unwrap().kill());
+    };
+    let revive = |at: &str| {
+        let killed = format!("dockerd is killed at {at}");
+        wait_until(&killed, Duration::from_secs(30), || {
+            if engine.lock().unwrap().is_killed() {
+                Ok(())
+            } else {
+                Err("it lives".to_owned())
+            }
+        });
+        engine.lock().unwrap().restart();
+        nomad.wait_healthy();
+    };
+    let with_init = json!({});
+    let without = json!({ "init": false });
+    for (name, method, path_end, options) in [
+        ("create", "POST", "/create", &with_init),
+        ("start", "POST", "/start", &with_init),
+        ("start-without-init", "POST", "/start", &without),
+        ("wait", "GET", "/json", &without),
+        ("logs", "GET", "/logs", &without),
+    ] {
+        kill_at(method, path_end);
+        let script = "echo first; sleep 1; echo last";
+        nomad.submit(&restarting(batch(name, offline(script, options.clone()))));
+        revive(name);
+        let ended = nomad.wait_dead(name);
+        let told = events(&ended);
+        assert!(told.contains("Exit Code: 0"), "{name}: {told}");
+        let output = String::from_utf8_lossy(&nomad.logs(job::id(&ended), "stdout")).into_owned();
+        assert!(output.ends_with("last\n"), "{name}: {output}");
+        wait_nothing_left(&engine.lock().unwrap());
+    }
+
+    nomad.submit(&service(
+        "open",
+        offline("while :; do sleep 1; done", json!({})),
+    ));
+    let alloc = nomad.wait_started("open");
+    kill_at("POST", "/exec");
+    let cut_off = nomad.exec(&alloc, &["true"], false, b"");
+    assert!(
+        cut_off.exit_code != 0 || !cut_off.error.is_empty(),
+        "{cut_off:?}"
+    );
+    revive("exec");
+    let exec = nomad.exec(&alloc, &["echo", "hi"], false, b"");
+    assert_eq!(exec.stdout, "hi\n", "{exec:?}");
+    kill_at("DELETE", "");
+    nomad.run(&["job", "stop", "-detach", "-yes", "open"]);
+    revive("stop");
+    let told = events(&nomad.wait_dead("open"));
+    assert!(told.contains("\nKilled"), "{told}");
+    wait_nothing_left(&engine.lock().unwrap());
+
+    // A registry that never answers, so that the pull is sure to be under way.
+    let registry = TcpListener::bind("127.0.0.1:0").unwrap();
+    let reference = format!("{}/never:1", registry.local_addr().unwrap());
+    let killer = engine.clone();
+    proxy.on(
+        |request| request.ends_with("/images/create"),
+        move || killer.lock().unwrap().kill(),
+    );
+    let mut job = restarting(batch(
+        "pull",
+        offline(
+            "true",
+            json!({ "image": reference, "image_pull_timeout": "2s" }),
+        ),
+    ));
+    job["TaskGroups"][0]["RestartPolicy"]["Attempts"] = 1.into();
+    task(&mut job)["RestartPolicy"] = Value::Null;
+    nomad.submit(&job);
+    revive("pull");
+    let told = events(&nomad.wait_dead("pull"));
+    assert!(
+        told.contains("\nRestarting") && told.contains("cannot pull image"),
+        "{told}"
+    );
+}
+
+#[test]
+fn a_full_disk_is_told_and_leaves_nothing() {
+    let engine = Engine::start();
+    let nomad = agent(&engine.socket());
+    engine.fill();
+    nomad.submit(&batch("full", offline("true", json!({}))));
+    let told = events(&nomad.wait_dead("full"));
+    assert!(told.contains("no space left on device"), "{told}");
+    engine.empty();
+    nomad.submit(&batch("room", offline("true", json!({}))));
+    let told = events(&nomad.wait_dead("room"));
+    assert!(told.contains("Exit Code: 0"), "{told}");
+    wait_nothing_left(&engine);
+}
+
+#[test]
+fn a_task_that_could_not_be_remembered_is_not_started() {
+    let engine = Engine::start();
+    let nomad = Nomad::start_with_small_state(&format!(
+        "endpoint = \"unix://{}\"",
+        engine.socket().display()
+    ));
+    let filler = fs::File::create(nomad.state_dir().join("filler")).unwrap();
+    std::io::copy(&mut std::io::repeat(0), &mut &filler).unwrap_err();
+    nomad.submit(&batch("full", offline("true", json!({}))));
+    let told = events(&nomad.wait_dead("full"));
+    assert!(told.contains("No space left on device"), "{told}");
+    drop(filler);
+    fs::remove_file(nomad.state_dir().join("filler")).unwrap();
+    nomad.submit(&batch("room", offline("true", json!({}))));
+    let told = events(&nomad.wait_dead("room"));
+    assert!(told.contains("Exit Code: 0"), "{told}");
+    wait_nothing_left(&engine);
+}

@@ -1,0 +1,224 @@
+//! A dockerd of a test's own, to be killed and filled up: apart from the machine's, without
+//! a bridge and without rules in the packet filter.
+
+use std::{
+    fs,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::signal::Signal,
+};
+use tempfile::TempDir;
+
+use crate::{
+    docker,
+    job::IMAGE,
+    process::{Process, output, succeed},
+    wait_until,
+};
+
+/// Dropping it removes its containers and stops it.
+#[derive(Debug)]
+pub struct Engine {
+    process: Option<Process>,
+    /// By itself, as distributions start it: it outlives dockerd.
+    containerd: Option<Process>,
+    folder: TempDir,
+}
+
+impl Engine {
+    /// Starts it with [`IMAGE`] in it.
+    ///
+    /// # Panics
+    /// Without root's rights, or if it does not start.
+    #[must_use]
+    pub fn start() -> Self {
+        let folder = tempfile::Builder::new()
+            .prefix("pdengine-")
+            .tempdir_in("/tmp");
+        let mut engine = Self {
+            process: None,
+            containerd: None,
+            folder: folder.expect("a folder can be made"),
+        };
+        // Small, so that a test can fill it.
+        let data = engine.data();
+        fs::create_dir(&data).expect("a folder can be made");
+        let size = Some("size=64m");
+        mount(Some("tmpfs"), &data, Some("tmpfs"), MsFlags::empty(), size).expect("root may mount");
+        engine.start_containerd();
+        engine.restart();
+        let archive = engine.folder.path().join("image.tar");
+        let path = archive.to_str().expect("a temporary folder's name is text");
+        docker::docker(&["save", "--output", path, IMAGE]);
+        engine.docker(&["load", "--input", path]);
+        fs::remove_file(archive).expect("it was written");
+        engine
+    }
+
+    fn start_containerd(&mut self) {
+        let path = |name: &str| self.folder.path().join(name);
+        let config = format!(
+            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = {:?}\n",
+            self.data().join("containerd"),
+            path("containerd"),
+            path("containerd.sock"),
+        );
+        fs::write(path("containerd.toml"), config).expect("a file can be written");
+        let mut command = Command::new("containerd");
+        command.arg("--config").arg(path("containerd.toml"));
+        self.containerd = Some(Process::start(&mut command, &path("containerd.log")));
+        let socket = path("containerd.sock");
+        wait_until("the test's containerd", Duration::from_secs(30), || {
+            UnixStream::connect(&socket).map_err(|error| error.to_string())
+        });
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("docker.sock")
+    }
+
+    /// Kills dockerd as a crash would; containers go on.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.signal(Signal::SIGKILL);
+            while process.exit().is_none() {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Whether [`Engine::kill`] was the last that happened to it.
+    #[must_use]
+    pub fn is_killed(&self) -> bool {
+        self.process.is_none()
+    }
+
+    /// Starts dockerd again, and waits until it answers.
+    ///
+    /// # Panics
+    /// If it does not.
+    #[track_caller]
+    pub fn restart(&mut self) {
+        self.kill();
+        let path = |name: &str| self.folder.path().join(name);
+        let mut command = Command::new("dockerd");
+        command
+            .args([
+                "--live-restore",
+                "--bridge=none",
+                "--iptables=false",
+                "--ip-forward=false",
+            ])
+            .arg("--data-root")
+            .arg(self.data())
+            .arg("--exec-root")
+            .arg(path("exec"))
+            .arg("--containerd")
+            .arg(path("containerd.sock"))
+            .arg("--pidfile")
+            .arg(path("pid"))
+            .arg("--config-file")
+            .arg(path("daemon.json"))
+            .arg("--host")
+            .arg(format!("unix://{}", self.socket().display()));
+        fs::write(path("daemon.json"), "{}").expect("a file can be written");
+        // The number it holds may be another process's by now.
+        let _first_start = fs::remove_file(path("pid"));
+        let process = self
+            .process
+            .insert(Process::start(&mut command, &path("log")));
+        let socket = self.folder.path().join("docker.sock");
+        wait_until("the test's dockerd", Duration::from_secs(60), || {
+            let answer = output(client(&socket).arg("version"));
+            if answer.status.success() {
+                Ok(())
+            } else {
+                Err(process.log())
+            }
+        });
+    }
+
+    /// `docker ARGS` with this engine, which must succeed.
+    #[track_caller]
+    pub fn docker(&self, args: &[&str]) -> String {
+        succeed(client(&self.socket()).args(args))
+    }
+
+    /// Ids of all containers.
+    #[track_caller]
+    #[must_use]
+    pub fn containers(&self) -> Vec<String> {
+        let ids = self.docker(&["ps", "--all", "--quiet", "--no-trunc"]);
+        ids.lines().map(str::to_owned).collect()
+    }
+
+    /// Leaves no room for anything, until [`Engine::empty`].
+    ///
+    /// # Panics
+    /// If there is room all the same.
+    pub fn fill(&self) {
+        let filler = fs::File::create(self.data().join("filler")).expect("it is a folder");
+        let full = std::io::copy(&mut std::io::repeat(0), &mut &filler).expect_err("it is small");
+        assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    }
+
+    pub fn empty(&self) {
+        let _not_filled = fs::remove_file(self.data().join("filler"));
+    }
+}
+
+fn client(socket: &Path) -> Command {
+    let mut command = docker::command();
+    command
+        .arg("--host")
+        .arg(format!("unix://{}", socket.display()));
+    command
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.empty();
+        if self.process.is_none() && !std::thread::panicking() {
+            self.restart();
+        }
+        let ids = output(client(&self.socket()).args(["ps", "--all", "--quiet"]));
+        for id in String::from_utf8_lossy(&ids.stdout).lines() {
+            output(client(&self.socket()).args(["rm", "--force", id]));
+        }
+        let networks = output(client(&self.socket()).args([
+            "network",
+            "ls",
+            "--quiet",
+            "--filter",
+            "type=custom",
+        ]));
+        for id in String::from_utf8_lossy(&networks.stdout).lines() {
+            output(client(&self.socket()).args(["network", "rm", id]));
+        }
+        self.process = None;
+        self.containerd = None;
+        let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
+        let mut below: Vec<PathBuf> = mounts
+            .map(|mounts| mounts.0)
+            .unwrap_or_default()
+            .into_iter()
+            .map(|mount| mount.mount_point)
+            .filter(|point| point.starts_with(self.folder.path()))
+            .collect();
+        below.sort();
+        for point in below.iter().rev() {
+            let _busy = umount2(point, MntFlags::MNT_DETACH);
+        }
+    }
+}
