@@ -115,7 +115,10 @@ fn tasks_outlive_a_killed_dockerd_and_the_node_says_how_it_is() {
     );
     // What was read in dockerd's last second may come twice; nothing is lost.
     let output = String::from_utf8(nomad.logs(&allocs[1], "stdout")).unwrap();
-    assert!(output == "one\ntwo\n" || output == "one\none\ntwo\n", "{output}");
+    assert!(
+        output == "one\ntwo\n" || output == "one\none\ntwo\n",
+        "{output}"
+    );
     wait_nothing_left(&engine);
 }
 

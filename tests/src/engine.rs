@@ -1,5 +1,5 @@
-//! A dockerd of a test's own, to be killed and filled up: apart from the machine's, without
-//! a bridge and without rules in the packet filter.
+//! A dockerd of a test's own, to be killed and filled up, with a containerd and a network
+//! namespace of its own: one without a bridge would take the machine's away.
 
 use std::{
     fs,
@@ -28,6 +28,7 @@ pub struct Engine {
     process: Option<Process>,
     /// By itself, as distributions start it: it outlives dockerd.
     containerd: Option<Process>,
+    namespace: String,
     folder: TempDir,
 }
 
@@ -44,6 +45,7 @@ impl Engine {
         let mut engine = Self {
             process: None,
             containerd: None,
+            namespace: format!("pde{:08x}", rand::random::<u32>()),
             folder: folder.expect("a folder can be made"),
         };
         // Small, so that a test can fill it.
@@ -51,6 +53,7 @@ impl Engine {
         fs::create_dir(&data).expect("a folder can be made");
         let size = Some("size=64m");
         mount(Some("tmpfs"), &data, Some("tmpfs"), MsFlags::empty(), size).expect("root may mount");
+        succeed(Command::new("ip").args(["netns", "add", &engine.namespace]));
         engine.start_containerd();
         engine.restart();
         let archive = engine.folder.path().join("image.tar");
@@ -70,13 +73,22 @@ impl Engine {
             path("containerd.sock"),
         );
         fs::write(path("containerd.toml"), config).expect("a file can be written");
-        let mut command = Command::new("containerd");
+        let mut command = self.inside("containerd");
         command.arg("--config").arg(path("containerd.toml"));
         self.containerd = Some(Process::start(&mut command, &path("containerd.log")));
         let socket = path("containerd.sock");
         wait_until("the test's containerd", Duration::from_secs(30), || {
             UnixStream::connect(&socket).map_err(|error| error.to_string())
         });
+    }
+
+    /// A program in the namespace. (`ip netns exec` would hide the cgroups.)
+    fn inside(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--net=/run/netns/{}", self.namespace))
+            .arg(program);
+        command
     }
 
     fn data(&self) -> PathBuf {
@@ -112,7 +124,7 @@ impl Engine {
     pub fn restart(&mut self) {
         self.kill();
         let path = |name: &str| self.folder.path().join(name);
-        let mut command = Command::new("dockerd");
+        let mut command = self.inside("dockerd");
         command
             .args([
                 "--live-restore",
@@ -220,5 +232,6 @@ impl Drop for Engine {
         for point in below.iter().rev() {
             let _busy = umount2(point, MntFlags::MNT_DETACH);
         }
+        output(Command::new("ip").args(["netns", "delete", &self.namespace]));
     }
 }

@@ -15,6 +15,7 @@ use std::{
 
 use nix::{
     mount::{MsFlags, mount},
+    sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use serde_json::Value;
@@ -397,6 +398,25 @@ impl Nomad {
         list
     }
 
+    /// A driver with live tasks outlives its agent.
+    fn stop_driver(&self) {
+        let lock = fs::read_to_string(self.state_dir().join("driver.lock"));
+        let Some(pid) = lock.ok().and_then(|pid| pid.trim().parse().ok()) else {
+            return;
+        };
+        let is_ours = || {
+            let program = fs::read_link(format!("/proc/{pid}/exe"));
+            program.is_ok_and(|program| program.starts_with(self.folder.path()))
+        };
+        if is_ours() {
+            let _gone = kill(Pid::from_raw(pid), Signal::SIGTERM);
+            let limit = Instant::now() + Duration::from_secs(30);
+            while is_ours() && Instant::now() < limit {
+                std::thread::park_timeout(Duration::from_millis(20));
+            }
+        }
+    }
+
     /// Nomad keeps the secrets of ended tasks mounted until it collects them.
     fn unmount(&self) {
         let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
@@ -455,6 +475,7 @@ impl Drop for Nomad {
             std::thread::park_timeout(Duration::from_millis(50));
         }
         self.agent = None;
+        self.stop_driver();
         self.unmount();
         // The agent leaves tasks alone when it stops; those of a failed test are left.
         if let Ok(instance) = fs::read_to_string(self.state_dir().join("instance")) {

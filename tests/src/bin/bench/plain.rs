@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context;
 use polydev_tests::{
     docker_proxy::DockerProxy,
-    job::{batch, merge, service, shell, task},
+    job::{batch, events, merge, service, shell, task},
     nomad::Nomad,
 };
 use serde_json::{Value, json};
@@ -88,7 +88,7 @@ fn starts(nomad: &Nomad, name: &str, rounds: usize, at_once: usize) -> anyhow::R
             for job in &jobs {
                 // A slash would be one of the path.
                 let alloc = nomad.wait_dead(&job.replace('/', "%2F"));
-                last = last.max(event(&alloc, "Started").context("a started task says so")?);
+                last = last.max(event(&alloc, "Started").with_context(|| events(&alloc))?);
             }
             samples.push(since(begin, last));
         }
@@ -109,8 +109,8 @@ fn logs(nomad: &Nomad) -> anyhow::Result<Value> {
             task(&mut job)["Resources"]["CPU"] = 1000.into();
             nomad.submit(&job);
             let alloc = nomad.wait_dead(&id);
-            let begin = event(&alloc, "Started").context("a started task says so")?;
-            let end = event(&alloc, "Terminated").context("an ended task says so")?;
+            let begin = event(&alloc, "Started").with_context(|| events(&alloc))?;
+            let end = event(&alloc, "Terminated").with_context(|| events(&alloc))?;
             #[expect(
                 clippy::cast_precision_loss,
                 reason = "minutes in nanoseconds are below 2^52"
