@@ -1,5 +1,5 @@
 #!/bin/bash
-# make bench [PARTS="warm plain"]: see tests/src/bin/bench/main.rs.
+# make bench [PARTS="warm starts ..."]: see tests/src/bin/bench/main.rs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh

@@ -5,6 +5,7 @@
 //! [`Handle`] has held open since the slot was filled: microseconds, and no dockerd.
 
 mod cgroup;
+mod frames;
 mod traffic;
 
 pub use cgroup::{Usage, version as cgroup_version};

@@ -11,17 +11,24 @@ use netlink_packet_route::{
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::sched::{CloneFlags, setns};
 
-/// A socket in the network namespace of a process, where it stays for good, whatever
-/// namespace uses it later. Blocks for about a millisecond.
+/// A socket in the network namespace of a process, see [`in_network`].
 pub(crate) fn connect_in(pid: u32) -> io::Result<Socket> {
+    in_network(pid, connect)
+}
+
+/// What `make` makes in the network namespace of a process, such as a socket, which
+/// stays there for good. Blocks for about a millisecond.
+pub(crate) fn in_network<T: Send + 'static>(
+    pid: u32,
+    make: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
     let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
     // A thread of its own, which ends in the other namespace.
-    let inside = thread::spawn(move || -> io::Result<Socket> {
+    let inside = thread::spawn(move || {
         setns(namespace, CloneFlags::CLONE_NEWNET)?;
-        connect()
+        make()
     });
-    let socket = inside.join();
-    socket.map_err(|_| io::Error::other("thread died"))?
+    inside.join().map_err(|_| io::Error::other("thread died"))?
 }
 
 /// The address by which a namespace is reached from the host, if it has one.

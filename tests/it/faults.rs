@@ -1,7 +1,5 @@
 //! What dies or fills up around plain tasks: a dockerd, a disk.
 
-#![expect(clippy::unwrap_used, reason = "this is a test, its helpers too")]
-
 use std::{
     fs,
     net::TcpListener,

@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use polydev_tests::{
     docker,
-    job::{service, shell, task},
+    job::{IMAGE, service, shell, task},
     nomad::Nomad,
+    shim::instance_label,
     wait_until,
 };
 
@@ -67,4 +68,30 @@ fn beside_nomads_docker_driver_nothing_is_killed() {
     for job in ["ours", "theirs"] {
         assert_eq!(nomad.allocations(job).len(), 1, "{job} was started anew");
     }
+}
+
+/// What looks like ours and is in no book goes after the grace; what is not ours stays.
+#[test]
+fn what_belongs_to_nothing_is_removed_and_nothing_else() {
+    let often = "gc {\n dangling_containers {\n period = \"1m\"\n creation_grace = \"1m\"\n }\n }";
+    let nomad = Nomad::start_with(often);
+    let ours = instance_label(&nomad.state_dir());
+    let run = |label: &str| {
+        let id = docker::docker(&["run", "--detach", "--label", label, IMAGE, "sleep", "10000"]);
+        id.trim().to_owned()
+    };
+    let (stray, foreign) = (run(&ours), run("dev.polydev.instance=somebody-elses"));
+    nomad.submit(&service("open", shell("while :; do sleep 1; done")));
+    let alloc = nomad.wait_started("open");
+    wait_until("the stray's end", Duration::from_secs(4 * 60), || {
+        let left = docker::containers(&ours);
+        if left.contains(&stray) {
+            Err(format!("{left:?}"))
+        } else {
+            Ok(())
+        }
+    });
+    assert_eq!(docker::inspect(&foreign)["State"]["Running"], true);
+    assert_eq!(nomad.wait_started("open"), alloc);
+    docker::docker(&["rm", "--force", &foreign]);
 }

@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "this is a test, its helpers too")]
 
-use std::{fs, net::TcpListener, process::Command, time::Duration};
+use std::{fs, io::Write, net::TcpListener, process::Command, time::Duration};
 
 use polydev_tests::{
     docker,
@@ -12,6 +12,7 @@ use polydev_tests::{
     wait_until,
 };
 use serde_json::json;
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 /// A registry with one user. Dropping it stops it and removes the image from the node.
@@ -81,6 +82,42 @@ impl Registry {
 
     fn image(&self) -> String {
         format!("{}/tests/busybox:1", self.address)
+    }
+
+    /// Another image, which is there for a machine that nobody has.
+    fn image_for_another_machine(&self) -> String {
+        let list = "application/vnd.docker.distribution.manifest.list.v2+json";
+        let single = "application/vnd.docker.distribution.manifest.v2+json";
+        let user = format!("user:{}", self.password);
+        let url = |tag: &str| format!("http://{}/v2/tests/busybox/manifests/{tag}", self.address);
+        let curl = |args: &[&str]| {
+            let mut command = Command::new("curl");
+            succeed(
+                command
+                    .args(["--silent", "--fail", "--noproxy", "*", "--user", &user])
+                    .args(args),
+            )
+        };
+        let manifest = curl(&["--header", &format!("Accept: {single}"), &url("1")]);
+        let digest = hex::encode(Sha256::digest(&manifest));
+        let body = json!({
+            "schemaVersion": 2, "mediaType": list,
+            "manifests": [{
+                "mediaType": single, "size": manifest.len(), "digest": format!("sha256:{digest}"),
+                "platform": { "architecture": "s390x", "os": "linux" },
+            }],
+        });
+        let kind = format!("Content-Type: {list}");
+        curl(&[
+            "--request",
+            "PUT",
+            "--header",
+            &kind,
+            "--data-binary",
+            &body.to_string(),
+            &url("other"),
+        ]);
+        format!("{}/tests/busybox:other", self.address)
     }
 
     /// How often the image was pulled: each pull begins with one such question.
@@ -175,8 +212,28 @@ fn images_are_pulled_once_with_the_tasks_or_the_plugins_credentials() {
     let told = events(&nomad.wait_dead("right"));
     assert!(told.contains("Exit Code: 0"), "{told}");
 
-    // One that is not there is final; a registry that is not there is not.
+    // Registries that never answer, or with nonsense.
+    let hanging = TcpListener::bind("127.0.0.1:0").unwrap();
+    let nonsense = TcpListener::bind("127.0.0.1:0").unwrap();
+    let reference =
+        |listener: &TcpListener| format!("{}/busybox:1", listener.local_addr().unwrap());
+    let (hangs, babbles) = (reference(&hanging), reference(&nonsense));
+    std::thread::spawn(move || {
+        for mut client in nonsense.incoming().flatten() {
+            let _gone = client.write_all(b"\xff\x00 yes? \r\n\r\n");
+        }
+    });
+
+    // One that is not there, or for another machine, is final; a registry that is not there
+    // or does not do its work is not.
     for (id, reference, words) in [
+        ("hangs", hangs, "not done within 2s"),
+        ("babbles", babbles, "cannot pull image"),
+        (
+            "machine",
+            registry.image_for_another_machine(),
+            "no matching manifest for linux",
+        ),
         (
             "missing",
             format!("{}/tests/nothing:1", registry.address),
@@ -188,12 +245,16 @@ fn images_are_pulled_once_with_the_tasks_or_the_plugins_credentials() {
             "cannot pull image",
         ),
     ] {
-        let mut job = from_registry(id, json!({ "image": reference }));
+        let mut job = from_registry(
+            id,
+            json!({ "image": reference, "image_pull_timeout": "2s" }),
+        );
         job["TaskGroups"][0]["RestartPolicy"] = json!({ "Attempts": 1, "Interval": 60_000_000_000_u64, "Delay": 100_000_000, "Mode": "fail" });
         nomad.submit(&job);
         let told = events(&nomad.wait_dead(id));
         assert!(told.contains(words), "{told}");
-        assert_eq!(told.contains("\nRestarting"), id == "dead", "{told}");
+        let is_final = ["missing", "machine"].contains(&id);
+        assert_eq!(told.contains("\nRestarting"), !is_final, "{told}");
     }
     assert!(!nomad.agent_log().contains(&registry.password));
 }

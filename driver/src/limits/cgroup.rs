@@ -175,18 +175,20 @@ impl Cgroup {
             Files::V1 { .. } => "memory.oom_control",
             Files::V2 { .. } => "memory.events",
         };
-        field(&self.memory.join(file), "oom_kill")
+        field(&read(&self.memory.join(file)), "oom_kill")
     }
 
     pub(super) fn usage(&self) -> Usage {
-        let throttling = self.cpu.join("cpu.stat");
-        let memory = self.memory.join("memory.stat");
+        let throttling = read(&self.cpu.join("cpu.stat"));
         let throttled_periods = field(&throttling, "nr_throttled");
+        // The dearest of them all: the kernel adds up the whole group.
+        let memory = read(&self.memory.join("memory.stat"));
+        let cpuacct = |file: &str| Duration::from_nanos(number(&self.cpuacct.join(file)));
         match self.files {
             Files::V1 { .. } => Usage {
-                cpu: Duration::from_nanos(number(&self.cpuacct.join("cpuacct.usage"))),
-                cpu_user: Duration::from_nanos(number(&self.cpuacct.join("cpuacct.usage_user"))),
-                cpu_system: Duration::from_nanos(number(&self.cpuacct.join("cpuacct.usage_sys"))),
+                cpu: cpuacct("cpuacct.usage"),
+                cpu_user: cpuacct("cpuacct.usage_user"),
+                cpu_system: cpuacct("cpuacct.usage_sys"),
                 throttled_periods,
                 throttled: Duration::from_nanos(field(&throttling, "throttled_time")),
                 rss: field(&memory, "total_rss"),
@@ -233,9 +235,8 @@ fn number(path: &Path) -> u64 {
     read(path).trim().parse().unwrap_or(0)
 }
 
-/// The number behind `key` in a file of `key number` lines; 0 if there is none.
-fn field(path: &Path, key: &str) -> u64 {
-    let text = read(path);
+/// The number behind `key` in lines of `key number`; 0 if there is none.
+fn field(text: &str, key: &str) -> u64 {
     let value = text
         .lines()
         .find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));

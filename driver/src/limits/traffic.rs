@@ -2,7 +2,7 @@
 //! what the container receives, its own end what it sends. The container has no
 //! capability to change either.
 
-use std::io;
+use std::{io, os::fd::OwnedFd};
 
 use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::{
@@ -11,7 +11,7 @@ use netlink_packet_route::{
 };
 use netlink_sys::Socket;
 
-use super::{Error, Rates};
+use super::{Error, Rates, frames};
 use crate::netlink;
 
 /// How much may queue behind the bucket, in time at the limited rate.
@@ -24,11 +24,12 @@ pub(super) struct Shaper {
     container: End,
 }
 
-/// One interface and a netlink socket in its network namespace, where the socket
-/// stays for good, whatever namespace uses it later.
+/// One interface, with sockets in its network namespace.
 #[derive(Debug)]
 struct End {
     socket: Socket,
+    /// Sends frames, and gets none.
+    frames: OwnedFd,
     interface: u32,
 }
 
@@ -36,18 +37,22 @@ impl Shaper {
     /// Finds both ends of the container whose first process is `pid`.
     pub(super) fn open(pid: u32) -> Result<Self, Error> {
         let enter = |source| Error::EnterNetwork { pid, source };
-        let socket = netlink::connect_in(pid).map_err(enter)?;
+        let inside = || Ok((netlink::connect()?, frames::open()?));
+        let (socket, own_frames) = netlink::in_network(pid, inside).map_err(enter)?;
         let (interface, peer) = netlink::find_veth(&socket)
             .map_err(enter)?
             .ok_or(Error::NoInterface { pid })?;
         let host = End {
             socket: netlink::connect().map_err(enter)?,
+            frames: frames::open().map_err(enter)?,
             interface: peer,
         };
-        Ok(Self {
-            host,
-            container: End { socket, interface },
-        })
+        let container = End {
+            socket,
+            frames: own_frames,
+            interface,
+        };
+        Ok(Self { host, container })
     }
 
     /// Limits each direction that has a rate.
@@ -79,7 +84,10 @@ impl End {
             RouteNetlinkMessage::NewQueueDiscipline(message),
             flags,
             |_| {},
-        )
+        )?;
+        // What waits in the bucket waits for as long as the old rate says, unless
+        // something comes after it.
+        frames::send_empty(&self.frames, self.interface)
     }
 }
 

@@ -92,3 +92,30 @@ fn encode(task_id: &str, mhz: f64, last: (Instant, Usage), now: (Instant, Usage)
         resource_usage_by_pid: Default::default(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_core_is_a_hundred_percent() {
+        let begin = Instant::now();
+        let cpu = |used: u64, seconds: u64| {
+            let usage = |millis| Usage {
+                cpu: Duration::from_millis(millis),
+                cpu_user: Duration::from_millis(millis / 2),
+                ..Usage::default()
+            };
+            let (last, now) = (usage(1000), usage(1000 + used));
+            let later = begin + Duration::from_secs(seconds);
+            let sample = encode("task", 2000.0, (begin, last), (later, now));
+            let cpu = sample.agg_resource_usage.unwrap().cpu.unwrap();
+            (cpu.percent, cpu.total_ticks, cpu.user_mode)
+        };
+        assert_eq!(cpu(1000, 1), (100.0, 2000.0, 50.0));
+        assert_eq!(cpu(0, 1), (0.0, 0.0, 0.0));
+        assert_eq!(cpu(4000, 2), (200.0, 4000.0, 100.0));
+        // Twice at the same moment: nothing was used in no time.
+        assert_eq!(cpu(0, 0).0, 0.0);
+    }
+}

@@ -22,6 +22,8 @@ use serde_json::{Value, json};
 /// What the bucket lets through at once is gone by then.
 const SETTLE: Duration = Duration::from_secs(1);
 const WINDOW: Duration = Duration::from_secs(3);
+/// For a slow one longer: what passes at once is up to 64 KiB.
+const WINDOW_MBITS: Duration = Duration::from_secs(20);
 /// Ethernet, IP and TCP with timestamps, of a frame of 1,514 bytes.
 const HEADERS: f64 = 66.0;
 const FRAME: f64 = 1514.0;
@@ -108,7 +110,7 @@ impl Server {
     fn passing(&self, direction: usize) -> anyhow::Result<f64> {
         thread::sleep(SETTLE);
         let (begin, before) = (Instant::now(), self.counters(direction)?);
-        thread::sleep(WINDOW);
+        thread::sleep(WINDOW.max(WINDOW_MBITS / self.mbits));
         let (time, after) = (begin.elapsed(), self.counters(direction)?);
         // Segments that pass as one packet are counted with the headers of one.
         let payload = (after.0 - before.0) - (after.1 - before.1) * HEADERS;

@@ -1,6 +1,7 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
-//! one run. `bench warm` and `bench plain` measure one part. Prints a table and writes `target/bench/results.json` and, with every
-//! sample, `target/bench/samples.json`.
+//! one run; `bench PART...` measures `warm`, `starts`, `logs`, `bandwidth` or `many` alone.
+//! Prints a table and writes `target/bench/results.json` and, with every sample of the
+//! warm slots, `target/bench/samples.json`.
 
 mod bandwidth;
 mod plain;
@@ -38,8 +39,11 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("warm") {
         figures.extend(warm_figures(&folder)?);
     }
-    if is_wanted("plain") {
-        figures.extend(plain::figures()?);
+    if ["starts", "logs", "bandwidth", "many"]
+        .into_iter()
+        .any(is_wanted)
+    {
+        figures.extend(plain::figures(is_wanted)?);
     }
     let results = serde_json::to_string_pretty(&figures)?;
     fs::write(folder.join("results.json"), results)?;

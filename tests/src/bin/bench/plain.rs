@@ -23,33 +23,36 @@ const TASKS: usize = 100;
 const WATCH: Duration = Duration::from_secs(20);
 const DRIVERS: [&str; 2] = ["polydev", "docker"];
 
-/// Every figure of plain tasks.
-pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
+/// The wanted figures of plain tasks.
+pub(super) fn figures(is_wanted: impl Fn(&str) -> bool) -> anyhow::Result<Vec<Value>> {
     let proxy = DockerProxy::start(Path::new("/var/run/docker.sock"));
     let endpoint = format!("endpoint = \"unix://{}\"", proxy.socket().display());
     let nomad = Nomad::start_beside_docker(&endpoint);
-    for driver in DRIVERS {
-        let mut job = batch(&format!("start-{driver}"), shell("true"));
-        job["ParameterizedJob"] = json!({ "Payload": "forbidden" });
-        merge(
-            task(&mut job),
-            json!({ "Driver": driver, "Resources": { "CPU": 20, "MemoryMB": 16 } }),
-        );
-        nomad.submit(&job);
+    let mut figures = Vec::new();
+    if is_wanted("starts") {
+        for driver in DRIVERS {
+            let mut job = batch(&format!("start-{driver}"), shell("true"));
+            job["ParameterizedJob"] = json!({ "Payload": "forbidden" });
+            merge(
+                task(&mut job),
+                json!({ "Driver": driver, "Resources": { "CPU": 20, "MemoryMB": 16 } }),
+            );
+            nomad.submit(&job);
+        }
+        figures.push(starts(&nomad, "dispatch to Started", STARTS, 1)?);
+        let eight = "eight dispatched at once, to the last Started";
+        figures.push(starts(&nomad, eight, ROUNDS, 8)?);
+        figures.push(calls(&nomad, &proxy));
     }
-    let mut figures = vec![
-        starts(&nomad, "dispatch to Started", STARTS, 1)?,
-        starts(
-            &nomad,
-            "eight dispatched at once, to the last Started",
-            ROUNDS,
-            8,
-        )?,
-        calls(&nomad, &proxy),
-        logs(&nomad)?,
-    ];
-    figures.extend(bandwidth::figures(&nomad)?);
-    figures.extend(many(&nomad)?);
+    if is_wanted("logs") {
+        figures.push(logs(&nomad)?);
+    }
+    if is_wanted("bandwidth") {
+        figures.extend(bandwidth::figures(&nomad)?);
+    }
+    if is_wanted("many") {
+        figures.extend(many(&nomad)?);
+    }
     Ok(figures)
 }
 
