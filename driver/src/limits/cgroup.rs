@@ -183,20 +183,23 @@ impl Cgroup {
         let throttled_periods = field(&throttling, "nr_throttled");
         // The dearest of them all: the kernel adds up the whole group.
         let memory = read(&self.memory.join("memory.stat"));
-        let cpuacct = |file: &str| Duration::from_nanos(number(&self.cpuacct.join(file)));
         match self.files {
-            Files::V1 { .. } => Usage {
-                cpu: cpuacct("cpuacct.usage"),
-                cpu_user: cpuacct("cpuacct.usage_user"),
-                cpu_system: cpuacct("cpuacct.usage_sys"),
-                throttled_periods,
-                throttled: Duration::from_nanos(field(&throttling, "throttled_time")),
-                rss: field(&memory, "total_rss"),
-                cache: field(&memory, "total_cache"),
-                swap: field(&memory, "total_swap"),
-                memory: number(&self.memory.join("memory.usage_in_bytes")),
-                memory_max: number(&self.memory.join("memory.max_usage_in_bytes")),
-            },
+            Files::V1 { .. } => {
+                let [user, system] =
+                    user_and_system(&read(&self.cpuacct.join("cpuacct.usage_all")));
+                Usage {
+                    cpu: user + system,
+                    cpu_user: user,
+                    cpu_system: system,
+                    throttled_periods,
+                    throttled: Duration::from_nanos(field(&throttling, "throttled_time")),
+                    rss: field(&memory, "total_rss"),
+                    cache: field(&memory, "total_cache"),
+                    swap: field(&memory, "total_swap"),
+                    memory: number(&self.memory.join("memory.usage_in_bytes")),
+                    memory_max: number(&self.memory.join("memory.max_usage_in_bytes")),
+                }
+            }
             Files::V2 { .. } => Usage {
                 cpu: Duration::from_micros(field(&throttling, "usage_usec")),
                 cpu_user: Duration::from_micros(field(&throttling, "user_usec")),
@@ -245,7 +248,18 @@ fn field(text: &str, key: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// A cgroup file is a page at most.
+/// The sums of a table of nanoseconds: a heading, then `cpu user system` for each CPU.
+fn user_and_system(table: &str) -> [Duration; 2] {
+    let mut sums = [Duration::ZERO; 2];
+    for row in table.lines().skip(1) {
+        for (sum, column) in sums.iter_mut().zip(row.split_whitespace().skip(1)) {
+            *sum += Duration::from_nanos(column.parse().unwrap_or(0));
+        }
+    }
+    sums
+}
+
+/// A cgroup file is a page or two.
 fn read(path: &Path) -> String {
     let mut text = String::with_capacity(4096);
     let opened = File::open(path).and_then(|file| file.take(64 << 10).read_to_string(&mut text));
