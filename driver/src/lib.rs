@@ -31,5 +31,6 @@ mod link;
 pub mod logging;
 mod netlink;
 mod reap;
+mod ticks;
 
 use polydev_proto::error::chain;

@@ -2,13 +2,14 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::Read,
-    os::unix::fs::FileExt,
+    io::{self, Read},
+    os::{fd::OwnedFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use procfs::process::Process;
+use rustix::fs::{CWD, Mode, OFlags, openat};
 
 use super::{CPU_PERIOD, Error, Limits};
 
@@ -45,10 +46,14 @@ pub fn version() -> u8 {
 #[derive(Debug)]
 pub(super) struct Cgroup {
     files: Files,
-    memory: PathBuf,
-    cpu: PathBuf,
-    cpuacct: PathBuf,
+    memory: Folder,
+    cpu: Folder,
+    cpuacct: Folder,
 }
+
+/// A folder of one controller, held open: its files are a step away.
+#[derive(Debug)]
+struct Folder(OwnedFd);
 
 #[derive(Debug)]
 enum Files {
@@ -122,9 +127,9 @@ impl Cgroup {
         let cpuacct = folder("cpuacct").unwrap_or_else(|_| cpu.clone());
         Ok(Self {
             files,
-            memory,
-            cpu,
-            cpuacct,
+            memory: Folder::open(memory)?,
+            cpu: Folder::open(cpu)?,
+            cpuacct: Folder::open(cpuacct)?,
         })
     }
 
@@ -144,7 +149,7 @@ impl Cgroup {
                     // Memory with swap may never be below memory alone.
                     Some(swap) => {
                         let with_swap = || write(swap, "memory.memsw.limit_in_bytes", memory);
-                        if memory < number(&self.memory.join("memory.limit_in_bytes")) {
+                        if memory < self.memory.number("memory.limit_in_bytes") {
                             alone().and_then(|()| with_swap())?;
                         } else {
                             with_swap().and_then(|()| alone())?;
@@ -175,18 +180,17 @@ impl Cgroup {
             Files::V1 { .. } => "memory.oom_control",
             Files::V2 { .. } => "memory.events",
         };
-        field(&read(&self.memory.join(file)), "oom_kill")
+        field(&self.memory.read(file), "oom_kill")
     }
 
     pub(super) fn usage(&self) -> Usage {
-        let throttling = read(&self.cpu.join("cpu.stat"));
+        let throttling = self.cpu.read("cpu.stat");
         let throttled_periods = field(&throttling, "nr_throttled");
         // The dearest of them all: the kernel adds up the whole group.
-        let memory = read(&self.memory.join("memory.stat"));
+        let memory = self.memory.read("memory.stat");
         match self.files {
             Files::V1 { .. } => {
-                let [user, system] =
-                    user_and_system(&read(&self.cpuacct.join("cpuacct.usage_all")));
+                let [user, system] = user_and_system(&self.cpuacct.read("cpuacct.usage_all"));
                 Usage {
                     cpu: user + system,
                     cpu_user: user,
@@ -196,8 +200,8 @@ impl Cgroup {
                     rss: field(&memory, "total_rss"),
                     cache: field(&memory, "total_cache"),
                     swap: field(&memory, "total_swap"),
-                    memory: number(&self.memory.join("memory.usage_in_bytes")),
-                    memory_max: number(&self.memory.join("memory.max_usage_in_bytes")),
+                    memory: self.memory.number("memory.usage_in_bytes"),
+                    memory_max: self.memory.number("memory.max_usage_in_bytes"),
                 }
             }
             Files::V2 { .. } => Usage {
@@ -208,9 +212,9 @@ impl Cgroup {
                 throttled: Duration::from_micros(field(&throttling, "throttled_usec")),
                 rss: field(&memory, "anon"),
                 cache: field(&memory, "file"),
-                swap: number(&self.memory.join("memory.swap.current")),
-                memory: number(&self.memory.join("memory.current")),
-                memory_max: number(&self.memory.join("memory.peak")),
+                swap: self.memory.number("memory.swap.current"),
+                memory: self.memory.number("memory.current"),
+                memory_max: self.memory.number("memory.peak"),
             },
         }
     }
@@ -233,9 +237,33 @@ fn write(file: &File, name: &'static str, value: impl ToString) -> Result<(), Er
         })
 }
 
-/// The number in a file that holds one; 0 once the container is gone.
-fn number(path: &Path) -> u64 {
-    read(path).trim().parse().unwrap_or(0)
+impl Folder {
+    fn open(path: PathBuf) -> Result<Self, Error> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = openat(CWD, &path, flags, Mode::empty());
+        opened.map(Self).map_err(|source| Error::Open {
+            path,
+            source: source.into(),
+        })
+    }
+
+    /// A file's text, of a page or two; empty once the container is gone.
+    fn read(&self, file: &str) -> String {
+        let mut text = String::with_capacity(4096);
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let read = openat(&self.0, file, flags, Mode::empty())
+            .map_err(io::Error::from)
+            .and_then(|file| File::from(file).take(64 << 10).read_to_string(&mut text));
+        if read.is_err() {
+            text.clear();
+        }
+        text
+    }
+
+    /// The number in a file that holds one; 0 once the container is gone.
+    fn number(&self, file: &str) -> u64 {
+        self.read(file).trim().parse().unwrap_or(0)
+    }
 }
 
 /// The number behind `key` in lines of `key number`; 0 if there is none.
@@ -257,14 +285,4 @@ fn user_and_system(table: &str) -> [Duration; 2] {
         }
     }
     sums
-}
-
-/// A cgroup file is a page or two.
-fn read(path: &Path) -> String {
-    let mut text = String::with_capacity(4096);
-    let opened = File::open(path).and_then(|file| file.take(64 << 10).read_to_string(&mut text));
-    if opened.is_err() {
-        text.clear();
-    }
-    text
 }

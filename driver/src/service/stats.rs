@@ -6,11 +6,10 @@ use futures_util::Stream;
 use polydev_proto::driver::{
     CpuUsage, MemoryUsage, TaskResourceUsage, TaskStats, TaskStatsResponse, cpu_usage, memory_usage,
 };
-use tokio::time::{MissedTickBehavior, interval};
 use tonic::Status;
 
 use super::Work;
-use crate::limits::Usage;
+use crate::{limits::Usage, ticks::ticks};
 
 /// One sample each interval until the task has ended; `mhz` is one core's.
 pub(super) fn samples(
@@ -22,8 +21,7 @@ pub(super) fn samples(
     let every = every
         .filter(|every| !every.is_zero())
         .unwrap_or(Duration::from_secs(1));
-    let mut ticks = interval(every);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let ticks = ticks(every);
     let last = (Instant::now(), work.usage());
     futures_util::stream::unfold(
         (work, ticks, last),

@@ -11,7 +11,7 @@ use std::{
 use polydev_proto::init::{Exited, Release, Signal, exited, from_init, hello, to_init};
 use tokio::{
     sync::{mpsc, watch},
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
@@ -21,6 +21,7 @@ use crate::{
     limits,
     link::{Greeted, Link, Listener},
     node::Node,
+    ticks::ticks,
 };
 
 /// How often to look for processes that the kernel killed for want of memory.
@@ -177,8 +178,7 @@ impl Keeper {
 
     /// Serves the running task until it has ended.
     async fn ended(&mut self) -> Exit {
-        let mut looks = interval(LOOK);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut looks = ticks(LOOK);
         let (task, node) = (self.task.clone(), self.node.clone());
         loop {
             let Live {

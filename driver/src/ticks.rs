@@ -1,0 +1,42 @@
+//! Periodic work of many tasks, done at the same moments.
+
+use std::{sync::OnceLock, time::Duration};
+
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+
+/// Ticks each `every`, together with all others of that period in this process: a hundred
+/// tasks wake it once and not a hundred times. The first tick is within one period.
+pub(crate) fn ticks(every: Duration) -> Interval {
+    static BEGIN: OnceLock<Instant> = OnceLock::new();
+    let now = Instant::now();
+    let next = now + until_next(now - *BEGIN.get_or_init(|| now), every);
+    let mut ticks = interval_at(next, every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    ticks
+}
+
+/// From a moment, given by the time since the first, to the next multiple of the period.
+fn until_next(since: Duration, every: Duration) -> Duration {
+    let over = since.as_nanos() % every.as_nanos().max(1);
+    every - Duration::from_nanos(u64::try_from(over).unwrap_or(0)).min(every)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    proptest::proptest! {
+        #[test]
+        fn whenever_they_begin_they_tick_together(first in 0_u64..10_000, later in 0_u64..10_000, every in 1_u64..3_000) {
+            let every = Duration::from_millis(every);
+            let next = |since: u64| {
+                let since = Duration::from_millis(since);
+                let wait = until_next(since, every);
+                assert!(!wait.is_zero() && wait <= every);
+                (since + wait).as_nanos() % every.as_nanos()
+            };
+            proptest::prop_assert_eq!(next(first), 0);
+            proptest::prop_assert_eq!(next(first + later), 0);
+        }
+    }
+}
