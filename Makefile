@@ -6,7 +6,7 @@ HOST       := $(shell uname -m)-unknown-linux-gnu
 SUDO       := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env env PATH="$(PATH)" HOME="$(HOME)")
 export POLYDEV_CACHE MAKECMDGOALS
 
-.PHONY: help demo test test-long bench build release images lint fmt deny advisories proto-lint unit fuzz it long clean-all
+.PHONY: help demo test test-long bench build release images lint fmt deny advisories proto-lint unit fuzz it long agent clean-all
 
 help:          ## Show this.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
@@ -71,6 +71,11 @@ it: init       ## Tests of the whole system: root, Docker, Nomad, images.
 long: init
 	@cp target/$(HOST)/init/polydev-init target/debug/
 	cargo test --locked --package polydev-tests -- --test-threads=1 long::
+
+agent: init    # Those of the tests that have a Nomad agent.
+	@cp target/$(HOST)/init/polydev-init target/debug/
+	cargo test --locked --package polydev-tests -- --test-threads=1 --skip long:: \
+	    corners:: exec:: faults:: jobspecs:: network:: nomad:: output:: plain:: refusals:: registry::
 
 clean-all:     ## Remove what demo, test and bench left: target, cache, images.
 	@$(SUDO) tests/with-docker.sh tests/clean-all.sh

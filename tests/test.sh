@@ -69,6 +69,10 @@ check "images" tests/images.sh
 POLYDEV_NOMAD=$(tests/nomad/build.sh)
 export POLYDEV_NOMAD
 tests "tests of the whole system" make --no-print-directory "${1:-it}"
+if [ "${1:-}" = long ]; then
+    POLYDEV_NOMAD=$(tests/nomad/build.sh 1.10)
+    tests "tests under Nomad 1.10" make --no-print-directory agent
+fi
 nothing_left() { ! tests/leftovers.sh | grep --invert-match --line-regexp --fixed-strings --file "$before"; }
 check "nothing is left behind" nothing_left
 

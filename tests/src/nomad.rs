@@ -134,6 +134,7 @@ impl Nomad {
               network_interface = "lo"
               cpu_total_compute = 8000
               memory_total_mb   = 8192
+              gc_max_allocs     = 1000
               cni_path          = "/usr/lib/cni"
               options = {{
                 "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean"
