@@ -17,7 +17,7 @@ demo: release  ## Run a real CLI warm on this machine, with Docker alone.
 test:          ## Check and test everything, real Nomad included.
 	@tests/test.sh
 
-test-long:     ## The tests that take minutes each.
+test-long:     ## The tests that take minutes each, and Nomad 1.10.
 	@tests/test.sh long
 
 bench: release ## Measure, print and write target/bench/results.json.

@@ -9,9 +9,9 @@ DOCKER=$(docker_program)
 "$DOCKER" ps --all --filter label=dev.polydev.instance --format 'container {{.Names}}'
 "$DOCKER" ps --all --format '{{.Image}} {{.Names}}' | sed -n 's/^polydev-.* /container /p'
 "$DOCKER" network ls --filter label=dev.polydev.instance --format 'network {{.Name}}'
-ip netns list | sed -n 's/^\(pdt\|pddemo\)/namespace &/p'
+ip netns list | sed -n 's/^\(pdt\|pde\|pddemo\)/namespace &/p'
 ip -brief link | sed -n 's/^\(pd-\|pdt\|pddemo\)/interface &/p'
 iptables --list-rules 2>/dev/null | sed -n 's/^-N POLYDEV-/rules POLYDEV-/p'
-pgrep --list-full --full '^/\.polydev/init|(^|/)(nomad-driver-polydev|polydev-shim|stand-in)( |$)' |
+pgrep --list-full --full '^/\.polydev/init|(^|/)(nomad-driver-polydev|polydev-shim|stand-in)( |$)|/tmp/pdengine-' |
     sed 's/^[0-9]*/process/' || true
-find /tmp /var/lib /run -maxdepth 1 \( -name 'polydev-*' -o -name polydev -o -name 'pdtest-*' \) -printf 'file %p\n'
+find /tmp /var/lib /run -maxdepth 1 \( -name 'polydev-*' -o -name polydev -o -name 'pdtest-*' -o -name 'pdengine-*' \) -printf 'file %p\n'

@@ -1,7 +1,8 @@
 #!/bin/bash
 # make test: every check and every test; ends with how many passed, failed and were
 # skipped. Nothing is skipped quietly: what cannot run has failed.
-# test.sh long: make test-long, the tests that take minutes each.
+# test.sh long: make test-long, the tests that take minutes each, and all that have a
+# Nomad agent once more under Nomad 1.10.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh
@@ -67,10 +68,11 @@ if [ "${1:-}" != long ]; then
 fi
 check "images" tests/images.sh
 POLYDEV_NOMAD=$(tests/nomad/build.sh)
+if [ "${1:-}" = long ]; then older=$(tests/nomad/build.sh 1.10); fi
 export POLYDEV_NOMAD
 tests "tests of the whole system" make --no-print-directory "${1:-it}"
 if [ "${1:-}" = long ]; then
-    POLYDEV_NOMAD=$(tests/nomad/build.sh 1.10)
+    POLYDEV_NOMAD=$older
     tests "tests under Nomad 1.10" make --no-print-directory agent
 fi
 nothing_left() { ! tests/leftovers.sh | grep --invert-match --line-regexp --fixed-strings --file "$before"; }

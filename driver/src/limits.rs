@@ -165,7 +165,7 @@ impl Handle {
     ///
     /// # Errors
     /// [`Error`]; some limits may be set, and the container must not be used. With cgroup
-    /// v1 memory cannot be limited below what is in use.
+    /// v1 memory cannot be limited below what is in use; with v2 the kernel kills for it.
     pub fn set(&self, limits: &Limits) -> Result<(), Error> {
         self.cgroup.set(limits)?;
         match &self.traffic {

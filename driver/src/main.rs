@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use nix::sys::{
     prctl,
-    resource::{Resource, setrlimit},
+    resource::{Resource, getrlimit, setrlimit},
 };
 use polydev_driver::{logging, plugin};
 
@@ -37,5 +37,8 @@ async fn run() -> anyhow::Result<()> {
     // Credentials pass through: no core dump, and no other process may look inside.
     prctl::set_dumpable(false)?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    // A task takes some ten descriptors; 1,024, which is the usual soft limit, are few.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     plugin::serve(std::io::stdout()).await
 }

@@ -36,6 +36,19 @@ pub(crate) async fn remove(node: &Arc<Node>, container: &str) {
     });
 }
 
+/// Removes a container of this name should Docker still come to make it: it was asked to,
+/// and has not answered.
+pub(crate) fn remove_if_made(node: &Arc<Node>, name: &str) {
+    let (node, name) = (node.clone(), name.to_owned());
+    tokio::spawn(async move {
+        for attempts in 0..ATTEMPTS {
+            // That there is none yet says nothing.
+            let _done_or_not = node.docker.remove(&name).await;
+            sleep(backoff(attempts)).await;
+        }
+    });
+}
+
 /// Compares Docker with the books, for ever.
 pub(crate) async fn run(node: Arc<Node>) {
     let dangling = node.config.gc.dangling;
@@ -84,7 +97,11 @@ async fn reap(node: &Node, strays: &mut HashMap<String, Instant>) -> Result<(), 
             names,
             "removing a container that belongs to nothing"
         );
-        node.docker.remove(&container.id).await?;
+        if let Err(error) = node.docker.remove(&container.id).await {
+            let error = crate::chain(&error);
+            tracing::warn!(container = container.id, error, "it stays for now");
+            still.insert(container.id.clone(), since);
+        }
     }
     *strays = still;
     Ok(())

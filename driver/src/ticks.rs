@@ -5,20 +5,25 @@ use std::{sync::OnceLock, time::Duration};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 /// Ticks each `every`, together with all others of that period in this process: a hundred
-/// tasks wake it once and not a hundred times. The first tick is within one period.
+/// tasks wake it once and not a hundred times. The first tick comes after half a period at
+/// least, and one and a half at most; a period of more than a day is one of a day.
 pub(crate) fn ticks(every: Duration) -> Interval {
     static BEGIN: OnceLock<Instant> = OnceLock::new();
-    let now = Instant::now();
+    let (now, every) = (Instant::now(), every.min(DAY));
     let next = now + until_next(now - *BEGIN.get_or_init(|| now), every);
     let mut ticks = interval_at(next, every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     ticks
 }
 
-/// From a moment, given by the time since the first, to the next multiple of the period.
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// From a moment, given by the time since the first, to a multiple of the period.
 fn until_next(since: Duration, every: Duration) -> Duration {
     let over = since.as_nanos() % every.as_nanos().max(1);
-    every - Duration::from_nanos(u64::try_from(over).unwrap_or(0)).min(every)
+    let left = every - Duration::from_nanos(u64::try_from(over).unwrap_or(0)).min(every);
+    // What is measured between two ticks would be noise.
+    if left < every / 2 { left + every } else { left }
 }
 
 #[cfg(test)]
@@ -32,7 +37,7 @@ mod tests {
             let next = |since: u64| {
                 let since = Duration::from_millis(since);
                 let wait = until_next(since, every);
-                assert!(!wait.is_zero() && wait <= every);
+                assert!(wait >= every / 2 && wait <= every * 3 / 2);
                 (since + wait).as_nanos() % every.as_nanos()
             };
             proptest::prop_assert_eq!(next(first), 0);

@@ -84,6 +84,13 @@ impl DockerProxy {
     }
 }
 
+impl Drop for DockerProxy {
+    /// The listening thread stays; what it was to do does not.
+    fn drop(&mut self) {
+        *lock(&self.shared.next) = None;
+    }
+}
+
 fn serve(driver: UnixStream, shared: &Shared) -> Option<()> {
     let docker = UnixStream::connect(&shared.docker).ok()?;
     let (from_docker, to_driver) = (docker.try_clone().ok()?, driver.try_clone().ok()?);

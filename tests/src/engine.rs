@@ -6,12 +6,13 @@ use std::{
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
-    sys::signal::Signal,
+    sys::signal::{Signal, kill},
+    unistd::Pid,
 };
 use tempfile::TempDir;
 
@@ -122,6 +123,18 @@ impl Engine {
     /// If it does not.
     #[track_caller]
     pub fn restart(&mut self) {
+        self.launch();
+        let socket = self.socket();
+        wait_until("the test's dockerd", Duration::from_secs(60), || {
+            if answers(&socket) {
+                Ok(())
+            } else {
+                Err(self.process.as_ref().map(Process::log).unwrap_or_default())
+            }
+        });
+    }
+
+    fn launch(&mut self) {
         self.kill();
         let path = |name: &str| self.folder.path().join(name);
         let mut command = self.inside("dockerd");
@@ -147,18 +160,19 @@ impl Engine {
         fs::write(path("daemon.json"), "{}").expect("a file can be written");
         // The number it holds may be another process's by now.
         let _first_start = fs::remove_file(path("pid"));
-        let process = self
-            .process
-            .insert(Process::start(&mut command, &path("log")));
-        let socket = self.folder.path().join("docker.sock");
-        wait_until("the test's dockerd", Duration::from_secs(60), || {
-            let answer = output(client(&socket).arg("version"));
-            if answer.status.success() {
-                Ok(())
-            } else {
-                Err(process.log())
+        self.process = Some(Process::start(&mut command, &path("log")));
+    }
+
+    /// A dockerd that is killed while it starts a container may never know of its shim.
+    fn end_shims(&self) {
+        let address = self.folder.path().join("containerd.sock");
+        let all = procfs::process::all_processes().into_iter().flatten();
+        for process in all.flatten() {
+            let line = process.cmdline().unwrap_or_default();
+            if line.iter().any(|argument| Path::new(argument) == address) {
+                let _gone = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
             }
-        });
+        }
     }
 
     /// `docker ARGS` with this engine, which must succeed.
@@ -198,11 +212,19 @@ fn client(socket: &Path) -> Command {
     command
 }
 
+fn answers(socket: &Path) -> bool {
+    output(client(socket).arg("version")).status.success()
+}
+
 impl Drop for Engine {
     fn drop(&mut self) {
         self.empty();
-        if self.process.is_none() && !std::thread::panicking() {
-            self.restart();
+        if self.process.is_none() {
+            self.launch();
+            let limit = Instant::now() + Duration::from_secs(30);
+            while !answers(&self.socket()) && Instant::now() < limit {
+                std::thread::park_timeout(Duration::from_millis(100));
+            }
         }
         let ids = output(client(&self.socket()).args(["ps", "--all", "--quiet"]));
         for id in String::from_utf8_lossy(&ids.stdout).lines() {
@@ -220,6 +242,7 @@ impl Drop for Engine {
         }
         self.process = None;
         self.containerd = None;
+        self.end_shims();
         let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
         let mut below: Vec<PathBuf> = mounts
             .map(|mounts| mounts.0)

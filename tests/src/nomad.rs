@@ -477,9 +477,10 @@ impl Drop for Nomad {
         }
         self.agent = None;
         self.stop_driver();
+        let instance = fs::read_to_string(self.state_dir().join("instance"));
         self.unmount();
         // The agent leaves tasks alone when it stops; those of a failed test are left.
-        if let Ok(instance) = fs::read_to_string(self.state_dir().join("instance")) {
+        if let Ok(instance) = instance {
             let label = format!("dev.polydev.instance={instance}");
             for id in crate::docker::containers(&label) {
                 output(crate::docker::command().args(["rm", "--force", &id]));

@@ -192,7 +192,8 @@ impl Cgroup {
             Files::V1 { .. } => {
                 let [user, system] = user_and_system(&self.cpuacct.read("cpuacct.usage_all"));
                 Usage {
-                    cpu: user + system,
+                    // Exact, where the table has what the clock's ticks happened to see.
+                    cpu: Duration::from_nanos(self.cpuacct.number("cpuacct.usage")),
                     cpu_user: user,
                     cpu_system: system,
                     throttled_periods,

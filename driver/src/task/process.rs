@@ -4,10 +4,7 @@
 use std::{io, os::fd::OwnedFd};
 
 use procfs::process::Process;
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
-};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// A live process, or one that has just ended.
@@ -51,13 +48,6 @@ impl Held {
     pub(super) async fn ended(&self) {
         // A descriptor of a process never fails to be polled.
         let _readable = self.descriptor.readable().await;
-    }
-
-    /// Whether it has ended. One that nobody has reaped still has its number, and no
-    /// control groups any more.
-    pub(super) fn has_ended(&self) -> bool {
-        let mut descriptor = [PollFd::new(self.descriptor.get_ref(), PollFlags::IN)];
-        poll(&mut descriptor, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
     /// Sends a signal; too late is no error.

@@ -39,6 +39,8 @@ use crate::{
 
 /// From the container's start until its init connects. A busy node may need many seconds.
 const INIT: Duration = Duration::from_secs(60);
+/// For a process that has left its control groups to have ended.
+const ENDS: Duration = Duration::from_secs(1);
 /// For init to have started the command.
 const STARTED: Duration = Duration::from_secs(30);
 
@@ -161,13 +163,8 @@ async fn make(
 
 /// Makes the container. One of the same name is left from an attempt that failed.
 async fn create(node: &Arc<Node>, spec: &docker::PlainSpec<'_>) -> Result<String, Error> {
-    match node.docker.create_plain(spec).await {
+    match create_once(node, spec).await {
         Err(error) if error.is_conflict() => {}
-        Err(error) if !error.is_answer() => {
-            // Docker may have made it all the same.
-            reap::remove(node, &spec.name).await;
-            return Err(error.into());
-        }
         created => return Ok(created?),
     }
     let labels = node.docker.labels(&spec.name).await?;
@@ -177,7 +174,18 @@ async fn create(node: &Arc<Node>, spec: &docker::PlainSpec<'_>) -> Result<String
         });
     }
     node.docker.remove(&spec.name).await?;
-    Ok(node.docker.create_plain(spec).await?)
+    Ok(create_once(node, spec).await?)
+}
+
+async fn create_once(
+    node: &Arc<Node>,
+    spec: &docker::PlainSpec<'_>,
+) -> Result<String, docker::Error> {
+    let created = node.docker.create_plain(spec).await;
+    if created.as_ref().is_err_and(|error| !error.is_answer()) {
+        reap::remove_if_made(node, &spec.name);
+    }
+    created
 }
 
 /// A container whose process 1 runs.
@@ -265,8 +273,11 @@ async fn prepare(
     });
     let (process, limits, address) = look.await.expect("looking does not panic");
     let (process, limits) = match (process, link.is_some()) {
-        // Without init the command runs already, and may be over in the meantime.
-        (Ok(process), false) if limits.is_err() && process.has_ended() => (Some(process), None),
+        // Without init the command runs already, and may be over in the meantime: it has
+        // left its control groups a moment before its end is seen.
+        (Ok(process), false) if limits.is_err() && timeout(ENDS, process.ended()).await.is_ok() => {
+            (Some(process), None)
+        }
         (Ok(process), _) => (Some(process), Some(Arc::new(limits?))),
         // Without init a short command may be over already.
         (Err(_), false) => (None, None),

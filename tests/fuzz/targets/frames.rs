@@ -26,7 +26,7 @@ fuzz_target!(|data: &[u8]| {
 /// All messages until the bytes end or are refused; each survives being written again.
 fn messages<M>(data: &[u8], cut: usize) -> Vec<Vec<u8>>
 where
-    M: Default + prost::Message,
+    M: Default + PartialEq + prost::Message + std::fmt::Debug,
 {
     let (mut input, mut read) = (BytesMut::new(), Vec::new());
     for piece in data.chunks(cut.max(1)) {
@@ -35,9 +35,14 @@ where
             match frame::decode::<M>(&mut input) {
                 Ok(Some(message)) => {
                     let mut out = BytesMut::new();
-                    if frame::encode(&message, &mut out).is_ok() {
-                        read.push(out.to_vec());
-                    }
+                    frame::encode(&message, &mut out).expect("what was read is not too long");
+                    read.push(out.to_vec());
+                    let again = frame::decode::<M>(&mut out);
+                    assert_eq!(
+                        again.ok().flatten(),
+                        Some(message),
+                        "what is written is read"
+                    );
                 }
                 Ok(None) => break,
                 Err(_) => return read,

@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::TcpStream,
+    net::{TcpStream, UdpSocket},
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -47,7 +47,9 @@ struct Server {
     job: String,
     mbits: u32,
     pid: u32,
+    container: String,
     address: String,
+    gateway: String,
 }
 
 impl Server {
@@ -63,12 +65,19 @@ impl Server {
         let alloc = nomad.wait_started(&job);
         let ids = docker::containers(&format!("dev.polydev.alloc_id={alloc}"));
         let container = docker::inspect(ids.first().context("the task has a container")?);
-        let address = container["NetworkSettings"]["IPAddress"].as_str();
+        let network = |name: &str| {
+            container["NetworkSettings"][name]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        };
         Ok(Self {
             job,
             mbits,
             pid: u32::try_from(container["State"]["Pid"].as_u64().context("a pid")?)?,
-            address: address.unwrap_or_default().to_owned(),
+            container: ids[0].clone(),
+            address: network("IPAddress"),
+            gateway: network("Gateway"),
         })
     }
 
@@ -147,26 +156,37 @@ impl Server {
         let download = self.connect(9001);
         let receiver = download.try_clone()?;
         let reader = drain(download);
-        // What the container's interface has sent after so long, in megabits a second.
-        let sent = |time: Duration| -> anyhow::Result<f64> {
-            let (begin, before) = (Instant::now(), self.counters(1)?.0);
-            while begin.elapsed() < time {
-                std::hint::spin_loop();
-            }
-            let (time, after) = (begin.elapsed(), self.counters(1)?.0);
-            Ok((after - before) * 8.0 / 1e6 / time.as_secs_f64())
-        };
+        // Packets that no congestion control holds back; nobody reads them.
+        let sink = UdpSocket::bind((&*self.gateway, 0))?;
+        let flood = format!(
+            "nc -u {} {} </dev/zero",
+            self.gateway,
+            sink.local_addr()?.port()
+        );
+        docker::docker(&["exec", "--detach", &self.container, "sh", "-c", &flood]);
+        // What the container's interface sends from now, or from before `change`, until so
+        // long after it, in megabits a second.
+        let sent =
+            |change: &dyn Fn() -> anyhow::Result<()>, time: Duration| -> anyhow::Result<f64> {
+                let (begin, before) = (Instant::now(), self.counters(1)?.0);
+                change()?;
+                while begin.elapsed() < time {
+                    std::hint::spin_loop();
+                }
+                let (time, after) = (begin.elapsed(), self.counters(1)?.0);
+                Ok((after - before) * 8.0 / 1e6 / time.as_secs_f64())
+            };
         let (mut took, mut quickly, mut slowly) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..10 {
             thread::sleep(SETTLE);
-            let begin = Instant::now();
-            handle.set(&class(high))?;
-            took.push(begin.elapsed().as_secs_f64() * 1e3);
-            quickly.push(sent(LOOK)?);
+            let change = || Ok(handle.set(&class(high))?);
+            quickly.push(sent(&change, LOOK)?);
             thread::sleep(SETTLE);
+            let begin = Instant::now();
             handle.set(&class(low))?;
+            took.push(begin.elapsed().as_secs_f64() * 1e3);
             thread::sleep(LOOK);
-            slowly.push(sent(SETTLE)?);
+            slowly.push(sent(&|| Ok(()), SETTLE)?);
         }
         ensure!(!reader.is_finished(), "the connection was dropped");
         receiver.shutdown(std::net::Shutdown::Both)?;

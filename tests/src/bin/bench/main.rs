@@ -1,7 +1,7 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
 //! one run; `bench PART...` measures `warm`, `starts`, `logs`, `bandwidth` or `many` alone.
-//! Prints a table and writes `target/bench/results.json` and, with every sample of the
-//! warm slots, `target/bench/samples.json`.
+//! Prints a table; a whole run writes it to `target/bench/results.json`. Every sample of the
+//! warm slots goes to `target/bench/samples.json`.
 
 mod bandwidth;
 mod plain;
@@ -24,6 +24,7 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
+const PARTS: [&str; 5] = ["warm", "starts", "logs", "bandwidth", "many"];
 const SLOTS: u32 = 8;
 const SAMPLES: usize = 100;
 /// What both sides run.
@@ -32,6 +33,9 @@ const IMAGE: &str = "polydev-anthropic-runtime:latest";
 
 fn main() -> anyhow::Result<()> {
     let parts: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(unknown) = parts.iter().find(|part| !PARTS.contains(&part.as_str())) {
+        bail!("`{unknown}` is no part; allowed are {}", PARTS.join(", "));
+    }
     let is_wanted = |part: &str| parts.is_empty() || parts.iter().any(|wanted| wanted == part);
     let folder = root().join("target/bench");
     fs::create_dir_all(&folder)?;
@@ -39,14 +43,13 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("warm") {
         figures.extend(warm_figures(&folder)?);
     }
-    if ["starts", "logs", "bandwidth", "many"]
-        .into_iter()
-        .any(is_wanted)
-    {
+    if PARTS[1..].iter().any(|part| is_wanted(part)) {
         figures.extend(plain::figures(is_wanted)?);
     }
-    let results = serde_json::to_string_pretty(&figures)?;
-    fs::write(folder.join("results.json"), results)?;
+    if parts.is_empty() {
+        let results = serde_json::to_string_pretty(&figures)?;
+        fs::write(folder.join("results.json"), results)?;
+    }
     print(&figures);
     Ok(())
 }
