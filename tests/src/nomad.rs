@@ -134,7 +134,10 @@ impl Nomad {
               network_interface = "lo"
               cpu_total_compute = 8000
               memory_total_mb   = 8192
-              gc_max_allocs     = 1000
+              # What has ended is looked at, however full this machine's disk is.
+              gc_max_allocs            = 1000
+              gc_disk_usage_threshold  = 99
+              gc_inode_usage_threshold = 99
               cni_path          = "/usr/lib/cni"
               options = {{
                 "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean"
