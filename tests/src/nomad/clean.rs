@@ -1,0 +1,91 @@
+//! What an agent's end leaves, and its removal.
+
+use std::{
+    fs,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use super::Nomad;
+use crate::process::output;
+
+impl Nomad {
+    /// A driver with live tasks outlives its agent.
+    fn stop_driver(&self) {
+        let lock = fs::read_to_string(self.state_dir().join("driver.lock"));
+        let Some(pid) = lock.ok().and_then(|pid| pid.trim().parse().ok()) else {
+            return;
+        };
+        let is_ours = || {
+            let program = fs::read_link(format!("/proc/{pid}/exe"));
+            program.is_ok_and(|program| program.starts_with(self.folder.path()))
+        };
+        if is_ours() {
+            let _gone = kill(Pid::from_raw(pid), Signal::SIGTERM);
+            let limit = Instant::now() + Duration::from_secs(30);
+            while is_ours() && Instant::now() < limit {
+                std::thread::park_timeout(Duration::from_millis(20));
+            }
+        }
+    }
+
+    /// Nomad keeps the secrets of ended tasks mounted until it collects them.
+    fn unmount(&self) {
+        let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
+        let mounts = mounts.map(|mounts| mounts.0).unwrap_or_default();
+        let ours =
+            |mount: &&procfs::process::MountInfo| mount.mount_point.starts_with(self.folder.path());
+        for mount in mounts.iter().filter(ours) {
+            output(Command::new("umount").arg(&mount.mount_point));
+        }
+    }
+
+    /// Whether the client has something to do for any allocation.
+    fn has_live_allocations(&self) -> bool {
+        let all = self.get("/v1/allocations");
+        let mut all = all.as_array().into_iter().flatten();
+        all.any(|alloc| alloc["ClientStatus"] == "running" || alloc["ClientStatus"] == "pending")
+    }
+}
+
+impl Drop for Nomad {
+    fn drop(&mut self) {
+        let jobs = self.get("/v1/jobs");
+        let jobs = jobs
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|job| job["Status"] != "dead")
+            .filter_map(|job| job["ID"].as_str());
+        for job in jobs {
+            output(&mut self.command(&["job", "stop", "-purge", "-yes", job]));
+        }
+        // An agent that stops leaves tasks alone.
+        let limit = Instant::now() + Duration::from_secs(60);
+        while self.has_live_allocations() && Instant::now() < limit {
+            std::thread::park_timeout(Duration::from_millis(50));
+        }
+        self.agent = None;
+        self.stop_driver();
+        let instance = fs::read_to_string(self.state_dir().join("instance"));
+        self.unmount();
+        // The agent leaves tasks alone when it stops; those of a failed test are left.
+        if let Ok(instance) = instance {
+            let label = format!("dev.polydev.instance={instance}");
+            for id in crate::docker::containers(&label) {
+                output(crate::docker::command().args(["rm", "--force", &id]));
+            }
+            output(crate::docker::command().args([
+                "network",
+                "rm",
+                &format!("polydev-{instance}"),
+            ]));
+            crate::host::remove_rules(instance.trim());
+        }
+    }
+}
