@@ -49,6 +49,15 @@ fn starts_that_fail_say_why() {
             ),
             "Exit Code: 2",
         ),
+        // dockerd's own words show that it was asked for it, whatever the disk can do.
+        (
+            "storage",
+            batch(
+                "storage",
+                with("true", json!({ "storage_opt": { "no_such": "1" } })),
+            ),
+            "option",
+        ),
         (
             "present",
             batch("present", with("true", json!({ "image": here[0] }))),

@@ -9,10 +9,11 @@ use std::{
 };
 
 use polydev_tests::{
-    docker_proxy::DockerProxy,
+    docker_proxy::{DockerProxy, When},
     engine::Engine,
     job::{self, batch, events, merge, service, shell, task},
     nomad::Nomad,
+    tls::Certificates,
     wait_until,
 };
 use serde_json::{Value, json};
@@ -126,15 +127,14 @@ fn a_dockerd_killed_in_the_middle_of_a_call_is_got_over() {
     let socket = engine.lock().unwrap().socket();
     let proxy = DockerProxy::start(&socket);
     let nomad = agent(&proxy.socket());
-    // Kills dockerd when such a request has just reached it.
-    let kill_at = |method: &'static str, path_end: &'static str| {
+    let kill_at = |when: When, method: &'static str, path_end: &'static str| {
         let engine = engine.clone();
         let is = move |request: &str| {
             request.starts_with(method)
                 && request.contains("/containers")
                 && request.ends_with(path_end)
         };
-        proxy.on(is, move || engine.lock().unwrap().kill());
+        proxy.on(when, is, move || engine.lock().unwrap().kill());
     };
     let revive = |at: &str| {
         let killed = format!("dockerd is killed at {at}");
@@ -150,23 +150,38 @@ fn a_dockerd_killed_in_the_middle_of_a_call_is_got_over() {
     };
     let with_init = json!({});
     let without = json!({ "init": false });
-    for (name, method, path_end, options) in [
-        ("create", "POST", "/create", &with_init),
-        ("start", "POST", "/start", &with_init),
-        ("start-without-init", "POST", "/start", &without),
-        ("wait", "GET", "/json", &without),
-        ("logs", "GET", "/logs", &without),
+    for (name, when, method, path_end, options) in [
+        ("create", When::Asked, "POST", "/create", &with_init),
+        ("created", When::Done, "POST", "/create", &with_init),
+        ("start", When::Asked, "POST", "/start", &with_init),
+        ("started", When::Done, "POST", "/start", &with_init),
+        (
+            "start-without-init",
+            When::Asked,
+            "POST",
+            "/start",
+            &without,
+        ),
+        (
+            "started-without-init",
+            When::Done,
+            "POST",
+            "/start",
+            &without,
+        ),
+        ("wait", When::Asked, "GET", "/json", &without),
+        ("logs", When::Asked, "GET", "/logs", &without),
     ] {
         // The start asks in the same words as the wait.
         let at_end = name == "wait";
         if !at_end {
-            kill_at(method, path_end);
+            kill_at(when, method, path_end);
         }
         let script = "echo first; sleep 2; echo last";
         nomad.submit(&restarting(batch(name, offline(script, options.clone()))));
         if at_end {
             nomad.wait_started(name);
-            kill_at(method, path_end);
+            kill_at(when, method, path_end);
         }
         revive(name);
         let ended = nomad.wait_dead(name);
@@ -180,12 +195,12 @@ fn a_dockerd_killed_in_the_middle_of_a_call_is_got_over() {
         wait_nothing_left(&engine.lock().unwrap());
     }
 
-    nomad.submit(&service(
-        "open",
-        offline("while :; do sleep 1; done", json!({})),
-    ));
-    let alloc = nomad.wait_started("open");
-    kill_at("POST", "/exec");
+    let [alloc, _] = ["open", "open-too"].map(|name| {
+        let forever = offline("while :; do sleep 1; done", json!({}));
+        nomad.submit(&service(name, forever));
+        nomad.wait_started(name)
+    });
+    kill_at(When::Asked, "POST", "/exec");
     let cut_off = nomad.exec(&alloc, &["true"], false, b"");
     assert!(
         cut_off.exit_code != 0 || !cut_off.error.is_empty(),
@@ -194,11 +209,13 @@ fn a_dockerd_killed_in_the_middle_of_a_call_is_got_over() {
     revive("exec");
     let exec = nomad.exec(&alloc, &["echo", "hi"], false, b"");
     assert_eq!(exec.stdout, "hi\n", "{exec:?}");
-    kill_at("DELETE", "");
-    nomad.run(&["job", "stop", "-detach", "-yes", "open"]);
-    revive("stop");
-    let told = events(&nomad.wait_dead("open"));
-    assert!(told.contains("\nKilled"), "{told}");
+    for (name, when) in [("open", When::Asked), ("open-too", When::Done)] {
+        kill_at(when, "DELETE", "");
+        nomad.run(&["job", "stop", "-detach", "-yes", name]);
+        revive("the removal");
+        let told = events(&nomad.wait_dead(name));
+        assert!(told.contains("\nKilled"), "{told}");
+    }
     wait_nothing_left(&engine.lock().unwrap());
 
     // A registry that never answers, so that the pull is sure to be under way.
@@ -206,6 +223,7 @@ fn a_dockerd_killed_in_the_middle_of_a_call_is_got_over() {
     let reference = format!("{}/never:1", registry.local_addr().unwrap());
     let killer = engine.clone();
     proxy.on(
+        When::Asked,
         |request| request.ends_with("/images/create"),
         move || killer.lock().unwrap().kill(),
     );
@@ -259,5 +277,36 @@ fn a_task_that_could_not_be_remembered_is_not_started() {
     nomad.submit(&batch("room", offline("true", json!({}))));
     let told = events(&nomad.wait_dead("room"));
     assert!(told.contains("Exit Code: 0"), "{told}");
+    wait_nothing_left(&engine);
+}
+
+#[test]
+fn a_docker_that_wants_certificates_gets_them() {
+    const PORT: u16 = 2376;
+    let certificates = Certificates::make();
+    let engine = Engine::start_with(certificates.dockerd_options(PORT));
+    let address = engine.forward(PORT);
+    let nomad = Nomad::start_with(&certificates.plugin_options(address, "ours"));
+    nomad.submit(&batch("sealed", offline("echo hi", json!({}))));
+    let ended = nomad.wait_dead("sealed");
+    assert!(
+        events(&ended).contains("Exit Code: 0"),
+        "{}",
+        events(&ended)
+    );
+    assert_eq!(nomad.logs(job::id(&ended), "stdout"), b"hi\n");
+    drop(nomad);
+
+    let stranger = Nomad::launch(&certificates.plugin_options(address, "anothers"));
+    wait_until("the driver's word", Duration::from_secs(30), || {
+        let driver = stranger.driver();
+        let why = driver["HealthDescription"].as_str().unwrap_or_default();
+        if driver["Healthy"] == false && why.contains("BadCertificate") {
+            Ok(())
+        } else {
+            Err(driver.to_string())
+        }
+    });
+    drop(stranger);
     wait_nothing_left(&engine);
 }

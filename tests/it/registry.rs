@@ -2,11 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "this is a test, its helpers too")]
 
-use std::{fs, io::Write, net::TcpListener, process::Command, time::Duration};
+use std::{
+    fs::{self, Permissions},
+    io::Write,
+    net::TcpListener,
+    os::unix::fs::PermissionsExt,
+    process::Command,
+    time::Duration,
+};
 
 use polydev_tests::{
     docker,
-    job::{batch, events, merge, shell},
+    job::{IMAGE, batch, events, merge, shell},
     nomad::Nomad,
     process::{Process, succeed},
     wait_until,
@@ -74,10 +81,22 @@ impl Registry {
                 Err(String::from_utf8_lossy(&done.stderr).into_owned())
             }
         });
-        docker::docker(&["tag", "polydev-busybox:1", &registry.image()]);
-        docker::docker(&["--config", client, "push", "--quiet", &registry.image()]);
-        docker::docker(&["rmi", &registry.image()]);
+        registry.push(&registry.image());
         registry
+    }
+
+    /// Gives it the tests' image under this name.
+    fn push(&self, image: &str) {
+        let client = self.folder.path().join("client");
+        docker::docker(&["tag", IMAGE, image]);
+        docker::docker(&[
+            "--config",
+            client.to_str().unwrap(),
+            "push",
+            "--quiet",
+            image,
+        ]);
+        docker::docker(&["rmi", image]);
     }
 
     fn image(&self) -> String {
@@ -137,6 +156,68 @@ impl Drop for Registry {
     }
 }
 
+fn here(image: &str) -> bool {
+    polydev_tests::process::output(docker::command().args(["image", "inspect", image]))
+        .status
+        .success()
+}
+
+#[track_caller]
+fn wait_removed(image: &str) {
+    wait_until("an image's removal", Duration::from_secs(30), || {
+        if here(image) {
+            Err(format!("{image} is there"))
+        } else {
+            Ok(())
+        }
+    });
+}
+
+/// An agent whose plugin asks a program of ours for credentials.
+fn agent_with_helper(registry: &Registry, gc: &str) -> Nomad {
+    let helper = registry.folder.path().join("docker-credential-polydevtest");
+    let answer = json!({
+        "ServerURL": registry.address, "Username": "user", "Secret": registry.password,
+    });
+    // It gives them for the server that it is asked about on its standard input.
+    let script = format!(
+        "#!/bin/sh\nread -r server\n[ \"$1 $server\" = \"get {}\" ] && echo '{answer}'\n",
+        registry.address
+    );
+    fs::write(&helper, script).unwrap();
+    fs::set_permissions(&helper, Permissions::from_mode(0o700)).unwrap();
+    let options = format!("auth {{\n helper = \"polydevtest\"\n}}\n{gc}");
+    Nomad::start_with_programs(&options, registry.folder.path())
+}
+
+/// C032, C035, C036, C048
+#[test]
+fn a_helper_is_asked_and_an_image_that_is_used_again_stays() {
+    let registry = Registry::start();
+    let other = format!("{}/tests/busybox:2", registry.address);
+    registry.push(&other);
+    let nomad = agent_with_helper(&registry, "gc {\n image_delay = \"5s\"\n}");
+    let image = registry.image();
+    for (id, image) in [("first", &image), ("second", &other)] {
+        let mut config = shell("echo pulled");
+        merge(&mut config, json!({ "image": image }));
+        nomad.submit(&batch(id, config));
+        let told = events(&nomad.wait_dead(id));
+        assert!(told.contains("Exit Code: 0"), "{told}");
+        assert!(here(image));
+    }
+    // The first is due to go before the second, but for this.
+    let mut config = shell("until [ -e /alloc/go ]; do sleep 0.05; done");
+    merge(&mut config, json!({ "image": image }));
+    nomad.submit(&batch("again", config));
+    let alloc = nomad.wait_started("again");
+    wait_removed(&other);
+    assert!(here(&image), "it was removed under a task");
+    let folder = nomad.folder().join("data/alloc").join(alloc).join("alloc");
+    fs::write(folder.join("go"), "").unwrap();
+    wait_removed(&image);
+}
+
 #[test]
 fn images_are_pulled_once_with_the_tasks_or_the_plugins_credentials() {
     let registry = Registry::start();
@@ -186,18 +267,7 @@ fn images_are_pulled_once_with_the_tasks_or_the_plugins_credentials() {
     );
 
     // Nobody uses it any more: it goes after the delay.
-    let has_image = || {
-        polydev_tests::process::output(docker::command().args(["image", "inspect", &image]))
-            .status
-            .success()
-    };
-    wait_until("the image's removal", Duration::from_secs(30), || {
-        if has_image() {
-            Err("there".into())
-        } else {
-            Ok(())
-        }
-    });
+    wait_removed(&image);
 
     // The task's own credentials win, and wrong ones are told.
     let wrong = json!({ "auth": { "username": "user", "password": "wrong" } });

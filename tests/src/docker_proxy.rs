@@ -25,8 +25,23 @@ pub struct DockerProxy {
 struct Shared {
     docker: PathBuf,
     seen: Mutex<Vec<String>>,
-    /// A request to come, and what to do when it was passed on.
-    next: Mutex<Option<(Matches, Action)>>,
+    next: Mutex<Option<Next>>,
+}
+
+/// A request to come, and what is to be done about it.
+struct Next {
+    is: Matches,
+    when: When,
+    action: Action,
+}
+
+/// The moment at which a [`DockerProxy`] acts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    /// dockerd has got the request.
+    Asked,
+    /// dockerd has done it and has said so; nobody will hear it.
+    Done,
 }
 
 impl fmt::Debug for Shared {
@@ -74,13 +89,18 @@ impl DockerProxy {
         std::mem::take(&mut *lock(&self.shared.seen))
     }
 
-    /// Once: acts as soon as such a request (its method and path) has reached dockerd.
+    /// Once: acts at this moment of such a request, known by its method and path.
     pub fn on(
         &self,
+        when: When,
         request: impl Fn(&str) -> bool + Send + 'static,
         action: impl FnOnce() + Send + 'static,
     ) {
-        *lock(&self.shared.next) = Some((Box::new(request), Box::new(action)));
+        *lock(&self.shared.next) = Some(Next {
+            is: Box::new(request),
+            when,
+            action: Box::new(action),
+        });
     }
 }
 
@@ -94,33 +114,64 @@ impl Drop for DockerProxy {
 fn serve(driver: UnixStream, shared: &Shared) -> Option<()> {
     let docker = UnixStream::connect(&shared.docker).ok()?;
     let (from_docker, to_driver) = (docker.try_clone().ok()?, driver.try_clone().ok()?);
-    thread::spawn(move || copy(from_docker, to_driver, |_| None));
+    // What is to be done in place of passing on an answer.
+    let at_answer = Arc::new(Mutex::new(None::<Action>));
+    let action = at_answer.clone();
+    thread::spawn(move || {
+        copy(from_docker, to_driver, |data, to| {
+            if let Some(action) = lock(&action).take() {
+                action();
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
+            to.write_all(data)
+        });
+    });
     // A request begins a write of the client's; its body never looks like one.
-    copy(driver, docker, |data| {
-        let line = data.split(|byte| *byte == b'\r').next().unwrap_or_default();
-        let line = String::from_utf8_lossy(line);
-        let request = line.strip_suffix(" HTTP/1.1")?.split('?').next()?;
-        lock(&shared.seen).push(request.to_owned());
-        let (_, action) = lock(&shared.next).take_if(|(is, _)| is(request))?;
-        Some(action)
+    copy(driver, docker, |data, to| {
+        let action = see(data, shared).and_then(|Next { when, action, .. }| match when {
+            When::Asked => Some(action),
+            When::Done => {
+                *lock(&at_answer) = Some(action);
+                None
+            }
+        });
+        to.write_all(data)?;
+        if let Some(action) = action {
+            action();
+        }
+        Ok(())
     });
     Some(())
 }
 
-/// Copies until either side ends; what `see` answers is done once the piece has been passed on.
-fn copy(mut from: UnixStream, mut to: UnixStream, mut see: impl FnMut(&[u8]) -> Option<Action>) {
+/// Notes what may be the beginning of a request; the answer is what is to be done about it.
+fn see(data: &[u8], shared: &Shared) -> Option<Next> {
+    let line = data.split(|byte| *byte == b'\r').next().unwrap_or_default();
+    let line = String::from_utf8_lossy(line);
+    let request = line.strip_suffix(" HTTP/1.1")?.split('?').next()?;
+    lock(&shared.seen).push(request.to_owned());
+    lock(&shared.next).take_if(|next| (next.is)(request))
+}
+
+/// Passes on each piece until either side ends.
+fn copy(
+    mut from: UnixStream,
+    mut to: UnixStream,
+    mut pass: impl FnMut(&[u8], &mut UnixStream) -> io::Result<()>,
+) {
     let mut buffer = vec![0; 64 << 10];
-    let mut piece = || -> io::Result<bool> {
-        let len = from.read(&mut buffer)?;
-        let action = see(&buffer[..len]);
-        to.write_all(&buffer[..len])?;
-        if let Some(action) = action {
-            action();
+    let mut all = || -> io::Result<()> {
+        loop {
+            match from.read(&mut buffer)? {
+                0 => return Ok(()),
+                len => pass(&buffer[..len], &mut to)?,
+            }
         }
-        Ok(len > 0)
     };
-    while piece().unwrap_or(false) {}
-    let _closed_already = to.shutdown(Shutdown::Write);
+    let ended = all();
+    // The other direction goes on after an end, and not after an error.
+    let how = ended.map_or(Shutdown::Both, |()| Shutdown::Write);
+    let _closed_already = to.shutdown(how);
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -3,14 +3,17 @@
 
 use std::{
     fs,
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::Command,
+    thread,
     time::{Duration, Instant},
 };
 
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, setns},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -31,6 +34,8 @@ pub struct Engine {
     containerd: Option<Process>,
     namespace: String,
     folder: TempDir,
+    /// Of dockerd, besides the needed ones.
+    options: Vec<String>,
 }
 
 impl Engine {
@@ -40,6 +45,15 @@ impl Engine {
     /// Without root's rights, or if it does not start.
     #[must_use]
     pub fn start() -> Self {
+        Self::start_with(Vec::new())
+    }
+
+    /// As [`Engine::start`], with options of dockerd.
+    ///
+    /// # Panics
+    /// As there.
+    #[must_use]
+    pub fn start_with(options: Vec<String>) -> Self {
         let folder = tempfile::Builder::new()
             .prefix("pdengine-")
             .tempdir_in("/tmp");
@@ -48,13 +62,16 @@ impl Engine {
             containerd: None,
             namespace: format!("pde{:08x}", rand::random::<u32>()),
             folder: folder.expect("a folder can be made"),
+            options,
         };
         // Small, so that a test can fill it.
         let data = engine.data();
         fs::create_dir(&data).expect("a folder can be made");
         let size = Some("size=64m");
         mount(Some("tmpfs"), &data, Some("tmpfs"), MsFlags::empty(), size).expect("root may mount");
-        succeed(Command::new("ip").args(["netns", "add", &engine.namespace]));
+        let name = &*engine.namespace;
+        succeed(Command::new("ip").args(["netns", "add", name]));
+        succeed(Command::new("ip").args(["-netns", name, "link", "set", "lo", "up"]));
         engine.start_containerd();
         engine.restart();
         let archive = engine.folder.path().join("image.tar");
@@ -106,7 +123,7 @@ impl Engine {
         if let Some(mut process) = self.process.take() {
             process.signal(Signal::SIGKILL);
             while process.exit().is_none() {
-                std::thread::yield_now();
+                thread::yield_now();
             }
         }
     }
@@ -156,11 +173,37 @@ impl Engine {
             .arg("--config-file")
             .arg(path("daemon.json"))
             .arg("--host")
-            .arg(format!("unix://{}", self.socket().display()));
+            .arg(format!("unix://{}", self.socket().display()))
+            .args(&self.options);
         fs::write(path("daemon.json"), "{}").expect("a file can be written");
         // The number it holds may be another process's by now.
         let _first_start = fs::remove_file(path("pid"));
         self.process = Some(Process::start(&mut command, &path("log")));
+    }
+
+    /// An address of this machine's from which connections go on to a port of dockerd's.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn forward(&self, port: u16) -> SocketAddr {
+        let namespace = fs::File::open(format!("/run/netns/{}", self.namespace));
+        let namespace = namespace.expect("it was added at the start");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let address = listener.local_addr().expect("it listens");
+        thread::spawn(move || {
+            setns(namespace, CloneFlags::CLONE_NEWNET).expect("root may enter");
+            for client in listener.incoming().flatten() {
+                let Ok(docker) = TcpStream::connect(("127.0.0.1", port)) else {
+                    continue;
+                };
+                let ends = [client.try_clone(), docker.try_clone()];
+                let [from, to] = ends.map(|end| end.expect("a descriptor can be copied"));
+                thread::spawn(move || pass_on(&client, &docker));
+                thread::spawn(move || pass_on(&to, &from));
+            }
+        });
+        address
     }
 
     /// A dockerd that is killed while it starts a container may never know of its shim.
@@ -204,6 +247,11 @@ impl Engine {
     }
 }
 
+fn pass_on(mut from: &TcpStream, mut to: &TcpStream) {
+    let _broken = std::io::copy(&mut from, &mut to);
+    let _closed_already = to.shutdown(Shutdown::Write);
+}
+
 fn client(socket: &Path) -> Command {
     let mut command = docker::command();
     command
@@ -223,7 +271,7 @@ impl Drop for Engine {
             self.launch();
             let limit = Instant::now() + Duration::from_secs(30);
             while !answers(&self.socket()) && Instant::now() < limit {
-                std::thread::park_timeout(Duration::from_millis(100));
+                thread::park_timeout(Duration::from_millis(100));
             }
         }
         let ids = output(client(&self.socket()).args(["ps", "--all", "--quiet"]));

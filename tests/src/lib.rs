@@ -11,6 +11,7 @@ pub mod nomad;
 pub mod process;
 pub mod shim;
 pub mod stand_in;
+pub mod tls;
 
 use std::{
     path::PathBuf,

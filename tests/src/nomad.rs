@@ -31,6 +31,8 @@ pub struct Nomad {
     agent: Option<Process>,
     pub address: String,
     folder: TempDir,
+    /// Where programs are looked for, this machine's own places apart.
+    programs: Option<PathBuf>,
 }
 
 /// The `nomad` program: `tests/test.sh` says where it is.
@@ -64,6 +66,16 @@ impl Nomad {
         nomad
     }
 
+    /// As [`Nomad::start_with`], with the programs of a folder in its `PATH`.
+    #[must_use]
+    pub fn start_with_programs(options: &str, folder: &Path) -> Self {
+        let mut nomad = Self::configure(options, "polydev");
+        nomad.programs = Some(folder.to_owned());
+        let nomad = nomad.run_agent();
+        nomad.wait_healthy();
+        nomad
+    }
+
     /// As [`Nomad::start_with`], with 4 MB for the driver's own files.
     ///
     /// # Panics
@@ -92,7 +104,7 @@ impl Nomad {
     }
 
     fn run_agent(mut self) -> Self {
-        self.agent = Some(Self::agent_in(self.folder.path()));
+        self.agent = Some(self.spawn_agent());
         self
     }
 
@@ -165,14 +177,22 @@ impl Nomad {
             agent: None,
             address: format!("http://127.0.0.1:{http}"),
             folder,
+            programs: None,
         }
     }
 
-    fn agent_in(folder: &Path) -> Process {
+    fn spawn_agent(&self) -> Process {
         let mut command = Command::new(nomad_program());
+        let folder = self.folder.path();
         command
             .args(["agent", "-config"])
             .arg(folder.join("agent.hcl"));
+        if let Some(programs) = &self.programs {
+            let ours = std::env::var_os("PATH").unwrap_or_default();
+            let all = std::iter::once(programs.clone()).chain(std::env::split_paths(&ours));
+            let path = std::env::join_paths(all).expect("a folder's name has no colon");
+            command.env("PATH", path);
+        }
         Process::start(&mut command, &folder.join("nomad.log"))
     }
 
@@ -180,7 +200,7 @@ impl Nomad {
     /// until the driver is healthy.
     pub fn restart(&mut self) {
         self.agent = None;
-        self.agent = Some(Self::agent_in(self.folder.path()));
+        self.agent = Some(self.spawn_agent());
         self.wait_healthy();
     }
 

@@ -1,0 +1,72 @@
+//! Certificates for a dockerd that lets in by certificate only, made for one test.
+
+use std::{fs, net::SocketAddr};
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use tempfile::TempDir;
+
+/// An authority, and what it has signed.
+#[derive(Debug)]
+pub struct Certificates {
+    folder: TempDir,
+}
+
+impl Certificates {
+    /// # Panics
+    /// If the files cannot be written.
+    #[must_use]
+    pub fn make() -> Self {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        let write = |name: &str, text: String| {
+            fs::write(folder.path().join(name), text).expect("a file can be written");
+        };
+        let key = || KeyPair::generate().expect("there is randomness");
+        for authority in ["ours", "anothers"] {
+            let mut params = CertificateParams::default();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params
+                .distinguished_name
+                .push(rcgen::DnType::CommonName, authority);
+            let issuer = CertifiedIssuer::self_signed(params, key()).expect("it is a certificate");
+            write(&format!("{authority}-ca.pem"), issuer.pem());
+            for name in ["server", "client"] {
+                let key = key();
+                let names = vec!["127.0.0.1".to_owned()];
+                let params = CertificateParams::new(names).expect("an address is a name");
+                let signed = params
+                    .signed_by(&key, &issuer)
+                    .expect("it is a certificate");
+                write(&format!("{authority}-{name}.pem"), signed.pem());
+                write(&format!("{authority}-{name}-key.pem"), key.serialize_pem());
+            }
+        }
+        Self { folder }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).display().to_string()
+    }
+
+    /// Options of a dockerd that lets in whom the first authority knows, at this port.
+    #[must_use]
+    pub fn dockerd_options(&self, port: u16) -> Vec<String> {
+        vec![
+            "--tlsverify".to_owned(),
+            format!("--tlscacert={}", self.path("ours-ca.pem")),
+            format!("--tlscert={}", self.path("ours-server.pem")),
+            format!("--tlskey={}", self.path("ours-server-key.pem")),
+            format!("--host=tcp://127.0.0.1:{port}"),
+        ]
+    }
+
+    /// Options of a plugin that trusts the first authority and is known to this one.
+    #[must_use]
+    pub fn plugin_options(&self, docker: SocketAddr, authority: &str) -> String {
+        format!(
+            "endpoint = \"tcp://{docker}\"\ntls {{\n cert = {:?}\n key = {:?}\n ca = {:?}\n}}",
+            self.path(&format!("{authority}-client.pem")),
+            self.path(&format!("{authority}-client-key.pem")),
+            self.path("ours-ca.pem"),
+        )
+    }
+}
