@@ -317,11 +317,7 @@ impl Docker {
     /// # Errors
     /// [`Error`]
     pub async fn list(&self, key: &str, value: &str) -> Result<Vec<Listed>, Error> {
-        let filters = HashMap::from([("label", vec![format!("{key}={value}")])]);
-        let filters: HashMap<String, Vec<String>> = filters
-            .into_iter()
-            .map(|(key, values)| (key.to_owned(), values))
-            .collect();
+        let filters = HashMap::from([("label".to_owned(), vec![format!("{key}={value}")])]);
         let options = ListContainersOptionsBuilder::new()
             .all(true)
             .filters(&filters)

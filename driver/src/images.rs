@@ -31,6 +31,10 @@ use crate::{
 /// How often the log tells how far a pull has come.
 const PROGRESS: Duration = Duration::from_secs(10);
 
+/// Until the next look at an image that a container uses without being in our books: one
+/// of somebody else's, or a task's whose image has got a newer one's name since.
+const IN_USE: Duration = Duration::from_secs(10 * 60);
+
 /// Why a task's image cannot be had.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
@@ -56,6 +60,8 @@ pub enum Error {
         path: PathBuf,
         source: Arc<docker::Error>,
     },
+    #[error("`{path}`, which `load` names, has no image `{image}`")]
+    NotInArchive { path: PathBuf, image: String },
     #[error(transparent)]
     Docker(Arc<docker::Error>),
 }
@@ -68,7 +74,7 @@ impl Error {
             Self::Pull { source, .. } => !source.is_missing_image(),
             Self::TimedOut { .. } | Self::Docker(_) | Self::Auth { .. } => true,
             Self::Load { source, .. } => !source.is_refused(),
-            Self::Archive { .. } => false,
+            Self::Archive { .. } | Self::NotInArchive { .. } => false,
         }
     }
 }
@@ -138,7 +144,8 @@ pub struct Images {
 
 #[derive(Debug, Default)]
 struct State {
-    pulls: HashMap<String, WeakPull>,
+    /// By reference, and by who asks: what one is refused another may be given.
+    pulls: HashMap<(String, Option<docker::Credentials>), WeakPull>,
     uses: HashMap<String, Uses>,
     fetched: BTreeSet<String>,
 }
@@ -211,16 +218,16 @@ impl Images {
             Policy::IfMissingOrLatest => is_latest(reference),
             Policy::IfMissing => false,
         };
-        let was_there = match self.docker.image(reference).await {
-            Ok(image) if !asks || want.archive.is_some() => return Ok((image, held)),
-            Ok(_) => true,
-            Err(error) if error.is_not_found() => false,
+        let before = match self.docker.image(reference).await {
+            Ok(image) if !asks => return Ok((image, held)),
+            Ok(image) => Some(image),
+            Err(error) if error.is_not_found() => None,
             Err(error) => return Err(Error::Docker(error.into())),
         };
         match &want.archive {
             Some(path) => {
                 tell(Step::Loading);
-                self.load(path).await?;
+                self.load(path, want.timeout).await?;
             }
             None => {
                 tell(Step::Downloading);
@@ -230,13 +237,25 @@ impl Images {
                 tell(Step::Downloaded { after });
             }
         }
-        if !was_there {
-            self.remember(reference);
+        let image = match (self.docker.image(reference).await, &want.archive) {
+            (Err(error), Some(path)) if error.is_not_found() => {
+                return Err(Error::NotInArchive {
+                    path: path.clone(),
+                    image: reference.to_owned(),
+                });
+            }
+            (image, _) => image.map_err(|error| Error::Docker(error.into()))?,
+        };
+        match before {
+            None => self.remember(reference),
+            // Its name has gone over to the new one.
+            Some(old) if old.id != image.id && self.lock().fetched.contains(reference) => {
+                self.remember(&old.id);
+                drop(self.hold(&old.id));
+            }
+            Some(_) => {}
         }
-        let image = self.docker.image(reference).await;
-        image
-            .map(|image| (image, held))
-            .map_err(|error| Error::Docker(error.into()))
+        Ok((image, held))
     }
 
     /// Keeps an image from being removed.
@@ -252,14 +271,17 @@ impl Images {
         }
     }
 
-    async fn load(&self, path: &std::path::Path) -> Result<(), Error> {
+    async fn load(&self, path: &std::path::Path, limit: Option<Duration>) -> Result<(), Error> {
         // A regular file, as the task's plan made sure: opening it does not wait.
         let archive = tokio::fs::File::open(path).await;
         let archive = archive.map_err(|error| Error::Archive {
             path: path.to_owned(),
             source: error.into(),
         })?;
-        let loaded = self.docker.load(archive, self.pull_timeout).await;
+        let loaded = self
+            .docker
+            .load(archive, limit.unwrap_or(self.pull_timeout))
+            .await;
         loaded.map_err(|error| Error::Load {
             path: path.to_owned(),
             source: error.into(),
@@ -289,10 +311,7 @@ impl Images {
 
     /// The pull of this image by this user that is going on, or a new one.
     fn shared_pull(&self, reference: &str, credentials: Option<docker::Credentials>) -> Pull {
-        let user = credentials
-            .as_ref()
-            .map_or("", |credentials| &*credentials.username);
-        let key = format!("{user}@{reference}");
+        let key = (reference.to_owned(), credentials.clone());
         let mut state = self.lock();
         state.pulls.retain(|_, pull| pull.upgrade().is_some());
         if let Some(pull) = state.pulls.get(&key).and_then(WeakPull::upgrade) {
@@ -385,10 +404,12 @@ impl Images {
         }
         match self.docker.remove_image(reference).await {
             Ok(false) => {
-                tracing::info!(
-                    image = reference,
-                    "a container of somebody else's uses the image; it stays"
-                );
+                tracing::debug!(image = reference, "a container uses the image; it stays");
+                let (images, reference) = (self.clone(), reference.to_owned());
+                tokio::spawn(async move {
+                    sleep(IN_USE).await;
+                    drop(images.hold(&reference));
+                });
             }
             Ok(true) => {
                 tracing::info!(image = reference, "removed an image that is no longer used");

@@ -18,7 +18,7 @@ use crate::{
     identity::LABEL_INSTANCE,
     images::Images,
     sandbox::Networks,
-    slot::book::Book,
+    slot::{book::Book, headroom::Headroom},
     task::{self, journal::Journal},
 };
 use lock::Lock;
@@ -56,6 +56,7 @@ pub struct Node {
     pub compute: Compute,
     pub images: Arc<Images>,
     pub slots: Book,
+    pub headroom: Arc<Headroom>,
     pub plain: task::book::Book,
     pub journal: Journal,
     pub networks: Networks,
@@ -113,6 +114,7 @@ impl Node {
             firewall: Firewall::new(&instance, &interface(&instance), &text),
             images: Images::new(&config, docker.clone()),
             networks: Networks::open(&config.state_dir),
+            headroom: Headroom::new(config.run_headroom),
             config,
             docker,
             start_id: uuid::Uuid::new_v4().to_string(),

@@ -1,13 +1,14 @@
 //! Warm slots: allocations that keep an idle container ready and turn it, once, into a run.
 //!
 //! Read in the order of a slot's life: [`state`] is the pure machine, [`fill`] makes
-//! a container, [`crate::link`] talks to its init, [`claim`] is what a shim asks, [`run`]
-//! serves it, and [`keeper`] drives one slot through all of that. [`book`] holds
+//! a container, [`crate::link`] talks to its init, [`claim`] is what a shim asks,
+//! [`headroom`] says whether the node has room for it, [`run`] serves it, and [`keeper`] drives one slot through all of that. [`book`] holds
 //! the slots of the node for everyone else.
 
 pub mod book;
 pub mod claim;
 mod fill;
+pub mod headroom;
 mod keeper;
 mod run;
 pub mod state;
@@ -28,7 +29,8 @@ use crate::{
     identity::Identity,
     limits::{self, Limits, Usage},
 };
-use claim::Claim;
+use claim::{Claim, Refusal};
+use headroom::Share;
 use state::{Event, Life, State};
 
 /// One slot, as everybody but its keeper sees it.
@@ -41,7 +43,7 @@ pub struct Slot {
     pub started: SystemTime,
     life: Mutex<Life>,
     /// Filled by a granted claim only, of which there is one at a time.
-    claims: mpsc::Sender<Claim>,
+    claims: mpsc::Sender<Granted>,
     /// Nomad wants the slot gone: no new claim, and its end when the run has ended.
     drain: CancellationToken,
     /// Nothing of the slot may be left, run or not.
@@ -49,6 +51,13 @@ pub struct Slot {
     end: watch::Sender<Option<Ended>>,
     container: Mutex<Container>,
     changed: watch::Sender<u64>,
+}
+
+/// A claim with what it took of the node.
+#[derive(Debug)]
+struct Granted {
+    claim: Claim,
+    share: Share,
 }
 
 /// Of the slot's containers: the limits of the present one, the use of the past ones.
@@ -117,12 +126,27 @@ impl Slot {
     /// Decides about a claim, once and for good: the only place where one is granted.
     ///
     /// # Errors
-    /// [`state::Refused`] if the slot is not idle at this generation.
-    fn grant(&self, generation: u64, run_id: &str) -> Result<(), state::Refused> {
-        self.try_apply(Event::Claimed {
+    /// [`Refusal`] if the slot is not idle at this generation, or the node is full; the
+    /// slot is as it was.
+    fn grant(
+        &self,
+        generation: u64,
+        run_id: &str,
+        room: impl FnOnce() -> Result<Share, headroom::Full>,
+    ) -> Result<Share, Refusal> {
+        let claimed = Event::Claimed {
             generation,
             run_id: run_id.to_owned(),
-        })
+        };
+        let mut life = self.lock();
+        let mut next = life.clone();
+        next.apply(claimed, SystemTime::now())
+            .map_err(Refusal::Taken)?;
+        let share = room()?;
+        *life = next;
+        drop(life);
+        self.changed.send_modify(|version| *version += 1);
+        Ok(share)
     }
 
     fn try_apply(&self, event: Event) -> Result<(), state::Refused> {

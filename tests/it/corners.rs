@@ -187,14 +187,29 @@ fn networks_by_name_and_the_hosts_own() {
     docker::docker(&["network", "create", &network]);
     let server =
         "mkdir /tmp/www; echo hello >/tmp/www/index.html; exec httpd -f -p 8080 -h /tmp/www";
-    nomad.submit(&service(
+    let mut serves = service(
         "server",
         with(
             server,
             json!({ "network_mode": network, "network_aliases": ["db"] }),
         ),
-    ));
-    nomad.wait_started("server");
+    );
+    task(&mut serves)["Services"] =
+        json!([{ "Name": "db", "Provider": "nomad", "PortLabel": "8080" }]);
+    nomad.submit(&serves);
+    let alloc = nomad.wait_started("server");
+    // Its address there is what others in the network use.
+    let own =
+        docker::inspect(&container(&alloc))["NetworkSettings"]["Networks"][&network]["IPAddress"]
+            .clone();
+    wait_until("the service", Duration::from_secs(20), || {
+        let told = nomad.get("/v1/service/db");
+        if told[0]["Address"] == own && told[0]["Port"] == 8080 {
+            Ok(())
+        } else {
+            Err(format!("{told}, not {own}"))
+        }
+    });
     let client = "until wget -qO- http://db:8080/; do sleep 0.1; done";
     nomad.submit(&batch(
         "client",

@@ -8,6 +8,10 @@ use std::{
     time::Duration,
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use polydev_tests::{
     docker_proxy::{DockerProxy, When},
     engine::Engine,
@@ -243,6 +247,41 @@ fn a_dockerd_killed_in_the_middle_of_a_call_is_got_over() {
         told.contains("\nRestarting") && told.contains("cannot pull image"),
         "{told}"
     );
+}
+
+/// C023: Nomad asks again for a task whose start its driver did not survive.
+#[test]
+fn a_driver_killed_in_the_middle_of_a_start_starts_the_task_once() {
+    let proxy = DockerProxy::start(Path::new("/var/run/docker.sock"));
+    let nomad = agent(&proxy.socket());
+    let lock = nomad.state_dir().join("driver.lock");
+    for (name, when, path_end) in [
+        ("create", When::Asked, "/create"),
+        ("created", When::Done, "/create"),
+        ("start", When::Asked, "/start"),
+        ("started", When::Done, "/start"),
+    ] {
+        let lock = lock.clone();
+        let is = move |request: &str| {
+            request.starts_with("POST")
+                && request.contains("/containers")
+                && request.ends_with(path_end)
+        };
+        let (killed, is_killed) = std::sync::mpsc::channel();
+        proxy.on(when, is, move || {
+            let pid = fs::read_to_string(lock).unwrap().trim().parse().unwrap();
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+            killed.send(()).unwrap();
+        });
+        nomad.submit(&restarting(batch(name, shell("echo ran >>/alloc/count"))));
+        is_killed.recv_timeout(Duration::from_secs(30)).unwrap();
+        let ended = nomad.wait_dead(name);
+        let told = events(&ended);
+        assert!(told.contains("Exit Code: 0"), "{name}: {told}");
+        let folder = nomad.folder().join("data/alloc").join(job::id(&ended));
+        let count = fs::read_to_string(folder.join("alloc/count")).unwrap();
+        assert_eq!(count, "ran\n", "{name}: {told}");
+    }
 }
 
 #[test]

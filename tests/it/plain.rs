@@ -1,6 +1,6 @@
 //! Plain tasks under a real Nomad agent: life, output, exec, recovery.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use polydev_tests::{
@@ -67,8 +67,12 @@ fn stop_sends_the_kill_signal_and_kills_after_the_timeout() {
                 Err(format!("{text:?}"))
             }
         });
+        let asked = Instant::now();
         nomad.run(&["job", "stop", "-detach", "-yes", id]);
         let alloc = nomad.wait_dead(id);
+        if id == "deaf" {
+            assert!(asked.elapsed() >= Duration::from_secs(2), "it had no time");
+        }
         let told = events(&alloc);
         let expected = if id == "polite" {
             "Exit Code: 3"
@@ -186,7 +190,7 @@ fn options_and_resources_are_what_docker_and_the_kernel_see() {
         json!({
             "cap_drop": ["chown"], "readonly_rootfs": true, "hostname": "box", "work_dir": "/tmp",
             "ulimit": [{ "nofile": "100:200" }], "sysctl": [{ "net.core.somaxconn": "99" }],
-            "shm_size": 1_000_000, "group_add": ["user"], "labels": [{ "own": "label" }],
+            "shm_size": 1_000_000, "group_add": ["4242"], "labels": [{ "own": "label" }],
             "mount": [{ "type": "tmpfs", "target": "/scratch", "tmpfs_options": { "size": 100_000 } }],
             "volumes": ["local/data:/data"], "devices": [{ "host_path": "/dev/null", "container_path": "/dev/hole" }],
             "cpu_hard_limit": true, "pids_limit": 50, "healthchecks": { "disable": true },
@@ -206,17 +210,20 @@ fn options_and_resources_are_what_docker_and_the_kernel_see() {
         (&json!(64 << 20), &json!(64 << 20))
     );
     assert_eq!(host["CpuShares"], 100);
+    assert!(host["CpuQuota"].as_i64() > Some(0), "no hard limit");
+    assert_eq!(host["ShmSize"], 1_000_000);
+    assert_eq!(host["Mounts"][0]["TmpfsOptions"]["SizeBytes"], 100_000);
     assert_eq!(host["PidsLimit"], 50);
     assert_eq!(seen["Config"]["Healthcheck"]["Test"], json!(["NONE"]));
     let labels = &seen["Config"]["Labels"];
     assert_eq!(labels["own"], "label");
     assert_eq!(labels["com.hashicorp.nomad.job_name"], "seen");
     assert_eq!(labels["com.hashicorp.nomad.task_group_name"], "group");
-    let script = "id -un; id -Gn; hostname; pwd; ulimit -Sn; ulimit -Hn; cat /proc/sys/net/core/somaxconn; \
+    let script = "id -un; id -G; hostname; pwd; ulimit -Sn; ulimit -Hn; cat /proc/sys/net/core/somaxconn; \
         touch /x 2>/dev/null || echo read-only; ls -d /data /alloc /local /secrets /dev/hole; \
         grep NoNewPrivs /proc/self/status; ps -o pid,args | grep '^ *1 '; touch /alloc/logs/x 2>/dev/null || echo logs are ours";
     let told = nomad.exec(&id, &["sh", "-c", script], false, b"").stdout;
-    let expected = "user\nuser\nbox\n/tmp\n100\n200\n99\nread-only\n/alloc\n/data\n/dev/hole\n/local\n/secrets\n\
+    let expected = "user\n1000 4242\nbox\n/tmp\n100\n200\n99\nread-only\n/alloc\n/data\n/dev/hole\n/local\n/secrets\n\
         NoNewPrivs:\t1\n    1 /.polydev/init /.polydev/link/init.sock\nlogs are ours\n";
     assert_eq!(told, expected);
     // CPU and memory figures come without dockerd.

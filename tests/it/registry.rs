@@ -22,6 +22,10 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
+/// Kinds of manifests: of an image for several machines, and for one.
+const LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+const SINGLE: &str = "application/vnd.docker.distribution.manifest.v2+json";
+
 /// A registry with one user. Dropping it stops it and removes the image from the node.
 struct Registry {
     process: Process,
@@ -87,8 +91,13 @@ impl Registry {
 
     /// Gives it the tests' image under this name.
     fn push(&self, image: &str) {
-        let client = self.folder.path().join("client");
         docker::docker(&["tag", IMAGE, image]);
+        self.push_tagged(image);
+    }
+
+    /// Gives it what has this name here.
+    fn push_tagged(&self, image: &str) {
+        let client = self.folder.path().join("client");
         docker::docker(&[
             "--config",
             client.to_str().unwrap(),
@@ -105,38 +114,37 @@ impl Registry {
 
     /// Another image, which is there for a machine that nobody has.
     fn image_for_another_machine(&self) -> String {
-        let list = "application/vnd.docker.distribution.manifest.list.v2+json";
-        let single = "application/vnd.docker.distribution.manifest.v2+json";
-        let user = format!("user:{}", self.password);
-        let url = |tag: &str| format!("http://{}/v2/tests/busybox/manifests/{tag}", self.address);
-        let curl = |args: &[&str]| {
-            let mut command = Command::new("curl");
-            succeed(
-                command
-                    .args(["--silent", "--fail", "--noproxy", "*", "--user", &user])
-                    .args(args),
-            )
-        };
-        let manifest = curl(&["--header", &format!("Accept: {single}"), &url("1")]);
+        let manifest = self.manifest("1");
         let digest = hex::encode(Sha256::digest(&manifest));
         let body = json!({
-            "schemaVersion": 2, "mediaType": list,
+            "schemaVersion": 2, "mediaType": LIST,
             "manifests": [{
-                "mediaType": single, "size": manifest.len(), "digest": format!("sha256:{digest}"),
+                "mediaType": SINGLE, "size": manifest.len(), "digest": format!("sha256:{digest}"),
                 "platform": { "architecture": "s390x", "os": "linux" },
             }],
         });
-        let kind = format!("Content-Type: {list}");
-        curl(&[
-            "--request",
-            "PUT",
-            "--header",
-            &kind,
-            "--data-binary",
-            &body.to_string(),
-            &url("other"),
-        ]);
+        self.put_manifest("other", LIST, &body.to_string());
         format!("{}/tests/busybox:other", self.address)
+    }
+
+    fn manifest(&self, tag: &str) -> String {
+        self.curl(&["--header", &format!("Accept: {SINGLE}")], tag)
+    }
+
+    fn put_manifest(&self, tag: &str, kind: &str, body: &str) {
+        let kind = format!("Content-Type: {kind}");
+        self.curl(
+            &["--request", "PUT", "--header", &kind, "--data-binary", body],
+            tag,
+        );
+    }
+
+    fn curl(&self, args: &[&str], tag: &str) -> String {
+        let user = format!("user:{}", self.password);
+        let url = format!("http://{}/v2/tests/busybox/manifests/{tag}", self.address);
+        let mut command = Command::new("curl");
+        command.args(["--silent", "--fail", "--noproxy", "*", "--user", &user]);
+        succeed(command.args(args).arg(url))
     }
 
     /// How often the image was pulled: each pull begins with one such question.
@@ -216,6 +224,30 @@ fn a_helper_is_asked_and_an_image_that_is_used_again_stays() {
     let folder = nomad.folder().join("data/alloc").join(alloc).join("alloc");
     fs::write(folder.join("go"), "").unwrap();
     wait_removed(&image);
+
+    // One whose name has gone over to another goes, too.
+    let latest = format!("{}/tests/busybox:latest", registry.address);
+    let id = |image: &str| docker::docker(&["image", "inspect", "--format", "{{.Id}}", image]);
+    let mut ids = Vec::new();
+    for content in ["one", "two"] {
+        let made = docker::docker(&["create", IMAGE]);
+        let label = format!("LABEL content={content}");
+        let own = format!("{}/tests/busybox:{content}", registry.address);
+        docker::docker(&["commit", "--change", &label, made.trim(), &own]);
+        docker::docker(&["rm", made.trim()]);
+        registry.push_tagged(&own);
+        registry.put_manifest("latest", SINGLE, &registry.manifest(content));
+        let mut config = shell("echo pulled");
+        merge(&mut config, json!({ "image": latest }));
+        nomad.submit(&batch(content, config));
+        let told = events(&nomad.wait_dead(content));
+        assert!(told.contains("Exit Code: 0"), "{told}");
+        ids.push(id(&latest).trim().to_owned());
+    }
+    assert_ne!(ids[0], ids[1]);
+    for id in ids {
+        wait_removed(&id);
+    }
 }
 
 #[test]

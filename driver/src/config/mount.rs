@@ -222,6 +222,7 @@ pub(super) fn propagation(field: &str, given: &str) -> Result<String, Error> {
 /// Nothing may cover a folder that Nomad or the driver puts there, or another mount.
 pub(super) fn check_targets(task: &Task) -> Result<(), Error> {
     const OURS: &str = "/.polydev";
+    const NOMADS: [&str; 3] = ["/alloc", "/local", "/secrets"];
     let volumes = task
         .volumes
         .iter()
@@ -237,6 +238,13 @@ pub(super) fn check_targets(task: &Task) -> Result<(), Error> {
         }
         if Path::new(target).starts_with(OURS) {
             return Err(refused(field, target, format!("paths outside `{OURS}`")));
+        }
+        if NOMADS
+            .iter()
+            .any(|folder| Path::new(folder) == Path::new(target))
+        {
+            let allowed = "paths other than `/alloc`, `/local` and `/secrets`, which are Nomad's";
+            return Err(refused(field, target, allowed));
         }
         if !seen.insert(Path::new(target)) {
             return Err(refused(field, target, "each target once"));

@@ -12,7 +12,7 @@ use super::{
     task::Logging,
     value::{self, Maps, Number, absolute, duration, merged, ranged, refused, text},
 };
-use crate::limits::Limits;
+use crate::{limits::Limits, slot::headroom::Amount};
 
 /// What Docker gives a container by default, without NET_RAW, which forges packets
 /// on a bridge (CVE-2021-32575).
@@ -54,6 +54,8 @@ pub struct Plugin {
     pub init_path: PathBuf,
     /// What a run gets.
     pub run: Limits,
+    /// For all runs together, beyond what Nomad has set aside for their slots.
+    pub run_headroom: Option<Amount>,
     pub auth: Auth,
     /// Globs over [`EXTRA_LABELS`].
     pub extra_labels: Vec<String>,
@@ -148,6 +150,7 @@ pub(super) struct Raw {
     state_dir: Option<String>,
     init_path: Option<String>,
     run_class: Option<RawClass>,
+    run_headroom: Option<RawHeadroom>,
     auth: Option<RawAuth>,
     extra_labels: Option<Vec<String>>,
     logging: Option<RawLogging>,
@@ -179,6 +182,13 @@ struct RawClass {
     memory: Option<Number>,
     mbits: Option<Number>,
     pids: Option<Number>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawHeadroom {
+    cpu: Option<Number>,
+    memory: Option<Number>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -267,6 +277,7 @@ impl Raw {
                 None => beside_this_program("polydev-init"),
             },
             run: self.run_class.unwrap_or_default().check()?,
+            run_headroom: self.run_headroom.map(RawHeadroom::check).transpose()?,
             auth,
             extra_labels: self.extra_labels.unwrap_or_default(),
             logging: self.logging.map_or_else(
@@ -328,6 +339,19 @@ impl RawClass {
             )?,
             mbits: ranged("run_class.mbits", self.mbits, default.mbits, 1, 30_000)?,
             pids: ranged("run_class.pids", self.pids, default.pids, 8, 4_194_304)?,
+        })
+    }
+}
+
+impl RawHeadroom {
+    fn check(self) -> Result<Amount, Error> {
+        let required = |field, given: Option<Number>, most| match given {
+            Some(_) => ranged(field, given, 0, 0, most),
+            None => Err(refused(field, "missing", "a number is needed")),
+        };
+        Ok(Amount {
+            cpu_mhz: required("run_headroom.cpu", self.cpu, 4_000_000)?,
+            memory_mb: required("run_headroom.memory", self.memory, 67_108_864)?,
         })
     }
 }

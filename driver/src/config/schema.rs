@@ -35,6 +35,10 @@ pub fn plugin() -> Spec {
             ],
         ),
         block(
+            "run_headroom",
+            vec![required("cpu", "number"), required("memory", "number")],
+        ),
+        block(
             "auth",
             vec![attr("config", "string"), attr("helper", "string")],
         ),

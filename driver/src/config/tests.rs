@@ -15,7 +15,7 @@ pub(super) fn task(options: &Value) -> Result<Config, Error> {
 }
 
 /// A plain task with these options beside its image.
-fn plain(mut options: Value) -> Result<Task, Error> {
+pub(crate) fn plain(mut options: Value) -> Result<Task, Error> {
     options["image"] = "busybox:1".into();
     task(&options).map(|config| match config {
         Config::Plain(task) => *task,
@@ -70,6 +70,11 @@ fn plugin_values_out_of_range_are_refused_by_name() {
     check(json!({"init_path": "init"}), "init_path");
     check(json!({"run_class": {"cpu": 0}}), "run_class.cpu");
     check(json!({"run_class": {"memory": 1.5}}), "run_class.memory");
+    check(json!({"run_headroom": {"cpu": 100}}), "run_headroom.memory");
+    check(
+        json!({"run_headroom": {"cpu": -1, "memory": 1}}),
+        "run_headroom.cpu",
+    );
     check(json!({"pids_limit": 0}), "pids_limit");
     check(json!({"image_pull_timeout": "soon"}), "image_pull_timeout");
     check(

@@ -28,7 +28,7 @@ pub struct Image {
 }
 
 /// Who asks a registry.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Credentials {
     /// [`TOKEN_USER`] where the password is an identity token.
     pub username: String,

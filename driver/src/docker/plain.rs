@@ -98,12 +98,11 @@ impl PlainSpec<'_> {
                 )
             }
         };
-        let mut env: Vec<String> = self
+        let env: Vec<String> = self
             .env
             .iter()
             .map(|(name, value)| format!("{name}={value}"))
             .collect();
-        env.sort();
         let is_docker_tty = options.tty && self.init.is_none();
         ContainerCreateBody {
             image: Some(options.image.clone()),

@@ -2,14 +2,13 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::{self, Read},
-    os::{fd::OwnedFd, unix::fs::FileExt},
+    io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use procfs::process::Process;
-use rustix::fs::{CWD, Mode, OFlags, openat};
 
 use super::{CPU_PERIOD, Error, Limits};
 
@@ -42,18 +41,13 @@ pub fn version() -> u8 {
     if unified { 2 } else { 1 }
 }
 
-/// Open files of one container. Which ones depends on the cgroup version.
+/// Open files of one container. Which ones depends on the cgroup version. Held open
+/// because opening one takes longer than reading it.
 #[derive(Debug)]
 pub(super) struct Cgroup {
-    files: Files,
-    memory: Folder,
-    cpu: Folder,
-    cpuacct: Folder,
+    limits: Files,
+    figures: Figures,
 }
-
-/// A folder of one controller, held open: its files are a step away.
-#[derive(Debug)]
-struct Folder(OwnedFd);
 
 #[derive(Debug)]
 enum Files {
@@ -68,6 +62,23 @@ enum Files {
         memory: File,
         pids: File,
     },
+}
+
+/// What tells how much is used.
+#[derive(Debug)]
+struct Figures {
+    /// `cpu.stat`
+    cpu: File,
+    /// Of version 1: `cpuacct.usage` and `cpuacct.usage_all`.
+    cpuacct: Option<[File; 2]>,
+    /// `memory.stat`
+    memory: File,
+    memory_now: File,
+    /// Newer than version 2 itself.
+    memory_most: Option<File>,
+    /// Of version 2, where the kernel accounts for swap.
+    swap: Option<File>,
+    oom: File,
 }
 
 impl Cgroup {
@@ -108,35 +119,52 @@ impl Cgroup {
         };
 
         let (memory, cpu, pids) = (folder("memory")?, folder("cpu")?, folder("pids")?);
-        let files = if memory.join("memory.max").exists() {
-            Files::V2 {
-                cpu: open(cpu.join("cpu.max"))?,
-                memory: open(memory.join("memory.max"))?,
-                pids: open(pids.join("pids.max"))?,
-            }
-        } else {
-            // Absent where the kernel does not account for swap.
-            let swap = memory.join("memory.memsw.limit_in_bytes");
-            Files::V1 {
+        if memory.join("memory.max").exists() {
+            return Ok(Self {
+                limits: Files::V2 {
+                    cpu: open(cpu.join("cpu.max"))?,
+                    memory: open(memory.join("memory.max"))?,
+                    pids: open(pids.join("pids.max"))?,
+                },
+                figures: Figures {
+                    cpu: read_only(cpu.join("cpu.stat"))?,
+                    cpuacct: None,
+                    memory: read_only(memory.join("memory.stat"))?,
+                    memory_now: read_only(memory.join("memory.current"))?,
+                    memory_most: if_there(memory.join("memory.peak"), read_only)?,
+                    swap: if_there(memory.join("memory.swap.current"), read_only)?,
+                    oom: read_only(memory.join("memory.events"))?,
+                },
+            });
+        }
+        let cpuacct = folder("cpuacct")?;
+        Ok(Self {
+            limits: Files::V1 {
                 cpu: open(cpu.join("cpu.cfs_quota_us"))?,
                 memory: open(memory.join("memory.limit_in_bytes"))?,
-                swap: swap.exists().then(|| open(swap)).transpose()?,
+                // Absent where the kernel does not account for swap.
+                swap: if_there(memory.join("memory.memsw.limit_in_bytes"), open)?,
                 pids: open(pids.join("pids.max"))?,
-            }
-        };
-        let cpuacct = folder("cpuacct").unwrap_or_else(|_| cpu.clone());
-        Ok(Self {
-            files,
-            memory: Folder::open(memory)?,
-            cpu: Folder::open(cpu)?,
-            cpuacct: Folder::open(cpuacct)?,
+            },
+            figures: Figures {
+                cpu: read_only(cpu.join("cpu.stat"))?,
+                cpuacct: Some([
+                    read_only(cpuacct.join("cpuacct.usage"))?,
+                    read_only(cpuacct.join("cpuacct.usage_all"))?,
+                ]),
+                memory: read_only(memory.join("memory.stat"))?,
+                memory_now: read_only(memory.join("memory.usage_in_bytes"))?,
+                memory_most: Some(read_only(memory.join("memory.max_usage_in_bytes"))?),
+                swap: None,
+                oom: read_only(memory.join("memory.oom_control"))?,
+            },
         })
     }
 
     pub(super) fn set(&self, limits: &Limits) -> Result<(), Error> {
         let quota = limits.cpu_quota().as_micros();
         let memory = limits.memory_bytes();
-        match &self.files {
+        match &self.limits {
             Files::V1 {
                 cpu,
                 memory: limit,
@@ -149,7 +177,7 @@ impl Cgroup {
                     // Memory with swap may never be below memory alone.
                     Some(swap) => {
                         let with_swap = || write(swap, "memory.memsw.limit_in_bytes", memory);
-                        if memory < self.memory.number("memory.limit_in_bytes") {
+                        if memory < number(limit) {
                             alone().and_then(|()| with_swap())?;
                         } else {
                             with_swap().and_then(|()| alone())?;
@@ -176,56 +204,75 @@ impl Cgroup {
     }
 
     pub(super) fn oom_kills(&self) -> u64 {
-        let file = match self.files {
-            Files::V1 { .. } => "memory.oom_control",
-            Files::V2 { .. } => "memory.events",
-        };
-        field(&self.memory.read(file), "oom_kill")
+        field(&read(&self.figures.oom), "oom_kill")
     }
 
     pub(super) fn usage(&self) -> Usage {
-        let throttling = self.cpu.read("cpu.stat");
-        let throttled_periods = field(&throttling, "nr_throttled");
+        let Figures {
+            cpu,
+            cpuacct,
+            memory,
+            memory_now,
+            memory_most,
+            swap,
+            ..
+        } = &self.figures;
+        let throttling = read(cpu);
         // The dearest of them all: the kernel adds up the whole group.
-        let memory = self.memory.read("memory.stat");
-        match self.files {
-            Files::V1 { .. } => {
-                let [user, system] = user_and_system(&self.cpuacct.read("cpuacct.usage_all"));
+        let stat = read(memory);
+        let usage = Usage {
+            throttled_periods: field(&throttling, "nr_throttled"),
+            memory: number(memory_now),
+            memory_max: memory_most.as_ref().map(number).unwrap_or_default(),
+            ..Usage::default()
+        };
+        match cpuacct {
+            Some([total, by_cpu]) => {
+                let [user, system] = user_and_system(&read(by_cpu));
                 Usage {
                     // Exact, where the table has what the clock's ticks happened to see.
-                    cpu: Duration::from_nanos(self.cpuacct.number("cpuacct.usage")),
+                    cpu: Duration::from_nanos(number(total)),
                     cpu_user: user,
                     cpu_system: system,
-                    throttled_periods,
                     throttled: Duration::from_nanos(field(&throttling, "throttled_time")),
-                    rss: field(&memory, "total_rss"),
-                    cache: field(&memory, "total_cache"),
-                    swap: field(&memory, "total_swap"),
-                    memory: self.memory.number("memory.usage_in_bytes"),
-                    memory_max: self.memory.number("memory.max_usage_in_bytes"),
+                    rss: field(&stat, "total_rss"),
+                    cache: field(&stat, "total_cache"),
+                    swap: field(&stat, "total_swap"),
+                    ..usage
                 }
             }
-            Files::V2 { .. } => Usage {
+            None => Usage {
                 cpu: Duration::from_micros(field(&throttling, "usage_usec")),
                 cpu_user: Duration::from_micros(field(&throttling, "user_usec")),
                 cpu_system: Duration::from_micros(field(&throttling, "system_usec")),
-                throttled_periods,
                 throttled: Duration::from_micros(field(&throttling, "throttled_usec")),
-                rss: field(&memory, "anon"),
-                cache: field(&memory, "file"),
-                swap: self.memory.number("memory.swap.current"),
-                memory: self.memory.number("memory.current"),
-                memory_max: self.memory.number("memory.peak"),
+                rss: field(&stat, "anon"),
+                cache: field(&stat, "file"),
+                swap: swap.as_ref().map(number).unwrap_or_default(),
+                ..usage
             },
         }
     }
 }
 
 fn open(path: PathBuf) -> Result<File, Error> {
-    OpenOptions::new()
-        .write(true)
-        .open(&path)
-        .map_err(|source| Error::Open { path, source })
+    let opened = OpenOptions::new().read(true).write(true).open(&path);
+    opened.map_err(|source| Error::Open { path, source })
+}
+
+fn read_only(path: PathBuf) -> Result<File, Error> {
+    File::open(&path).map_err(|source| Error::Open { path, source })
+}
+
+/// Some files depend on the kernel.
+fn if_there(
+    path: PathBuf,
+    open: impl FnOnce(PathBuf) -> Result<File, Error>,
+) -> Result<Option<File>, Error> {
+    match open(path) {
+        Err(Error::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        opened => opened.map(Some),
+    }
 }
 
 fn write(file: &File, name: &'static str, value: impl ToString) -> Result<(), Error> {
@@ -238,33 +285,18 @@ fn write(file: &File, name: &'static str, value: impl ToString) -> Result<(), Er
         })
 }
 
-impl Folder {
-    fn open(path: PathBuf) -> Result<Self, Error> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let opened = openat(CWD, &path, flags, Mode::empty());
-        opened.map(Self).map_err(|source| Error::Open {
-            path,
-            source: source.into(),
-        })
-    }
+/// A file's text as it is now; empty once the container is gone. The kernel gives such a
+/// file whole to a reader with room for it.
+fn read(file: &File) -> String {
+    let mut text = vec![0; 16 << 10];
+    let length = file.read_at(&mut text, 0).unwrap_or(0);
+    text.truncate(length);
+    String::from_utf8(text).unwrap_or_default()
+}
 
-    /// A file's text, of a page or two; empty once the container is gone.
-    fn read(&self, file: &str) -> String {
-        let mut text = String::with_capacity(4096);
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let read = openat(&self.0, file, flags, Mode::empty())
-            .map_err(io::Error::from)
-            .and_then(|file| File::from(file).take(64 << 10).read_to_string(&mut text));
-        if read.is_err() {
-            text.clear();
-        }
-        text
-    }
-
-    /// The number in a file that holds one; 0 once the container is gone.
-    fn number(&self, file: &str) -> u64 {
-        self.read(file).trim().parse().unwrap_or(0)
-    }
+/// The number in a file that holds one; 0 once the container is gone.
+fn number(file: &File) -> u64 {
+    read(file).trim().parse().unwrap_or(0)
 }
 
 /// The number behind `key` in lines of `key number`; 0 if there is none.

@@ -180,6 +180,7 @@ impl Service {
         let (events, responses) = mpsc::channel(EVENTS);
         let (inputs, input_queue) = mpsc::channel(INPUTS);
         slot.claim(
+            node,
             generation,
             claim::Claim {
                 run_id: parsed.start.run_id.clone(),
@@ -307,6 +308,7 @@ impl From<Refusal> for Status {
             Refusal::Taken(_) | Refusal::UnknownSlot { .. } | Refusal::Broken { .. } => {
                 Self::failed_precondition(message)
             }
+            Refusal::Full(_) => Self::resource_exhausted(message),
             Refusal::Invalid(_) => Self::invalid_argument(message),
         }
     }

@@ -125,14 +125,14 @@ impl Work {
         }
     }
 
-    /// For services with `address_mode = "driver"`.
+    /// For services with `address_mode = "driver"`, or `auto` in a network of the user's.
     pub(super) fn network(&self) -> Option<NetworkOverride> {
         let Self::Plain(task) = self else { return None };
         let entry = &task.entry;
         entry.address.map(|address| NetworkOverride {
             port_map: entry.ports.iter().cloned().collect(),
             addr: address.to_string(),
-            auto_advertise: false,
+            auto_advertise: entry.auto_advertise,
         })
     }
 

@@ -83,6 +83,8 @@ pub struct Ended {
 pub enum Refusal {
     #[error("{0}")]
     Taken(super::state::Refused),
+    #[error("this node has no room for another run: {0}")]
+    Full(#[from] super::headroom::Full),
     #[error("this node has no slot `{slot_id}`")]
     UnknownSlot { slot_id: String },
     #[error("the claim came too late to start")]

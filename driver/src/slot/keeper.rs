@@ -13,9 +13,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Slot,
+    Granted, Slot,
     claim::{Claim, Refusal},
     fill::{self, Container},
+    headroom::Amount,
     run,
     state::{Event, Life},
 };
@@ -76,10 +77,12 @@ impl Slot {
     ///
     /// # Errors
     /// [`Refusal`]: nothing of it runs.
-    pub(crate) fn claim(&self, generation: u64, claim: Claim) -> Result<(), Refusal> {
-        self.grant(generation, &claim.run_id)
-            .map_err(Refusal::Taken)?;
-        self.claims.try_send(claim).map_err(|_| Refusal::Broken {
+    pub(crate) fn claim(&self, node: &Node, generation: u64, claim: Claim) -> Result<(), Refusal> {
+        let needed = Amount::on_top(&node.config.run, &self.idle);
+        let room = || node.headroom.take(needed);
+        let share = self.grant(generation, &claim.run_id, room)?;
+        let granted = Granted { claim, share };
+        self.claims.try_send(granted).map_err(|_| Refusal::Broken {
             reason: "the slot has ended".into(),
         })
     }
@@ -88,7 +91,7 @@ impl Slot {
 struct Keeper {
     node: Arc<Node>,
     slot: Arc<Slot>,
-    granted: mpsc::Receiver<Claim>,
+    granted: mpsc::Receiver<Granted>,
     /// Containers that failed since the last good one.
     failures: u32,
 }
@@ -161,10 +164,13 @@ impl Keeper {
     async fn serve(&mut self, mut container: Container) -> Result<(), String> {
         self.slot.hold(Some(container.limits.clone()));
         let idle_since = Instant::now();
+        // Held until the container is gone, for it is what the share stands for.
+        let mut _share = None;
         let died = loop {
             tokio::select! {
                 biased;
-                Some(claim) = self.granted.recv() => {
+                Some(Granted { claim, share }) = self.granted.recv() => {
+                    _share = Some(share);
                     self.run(&mut container, claim).await;
                     break None;
                 }
@@ -190,7 +196,7 @@ impl Keeper {
             });
             // A claim that was granted meanwhile is on its way here, if not here already.
             if self.slot.is_claimed()
-                && let Some(claim) = self.granted.recv().await
+                && let Some(Granted { claim, .. }) = self.granted.recv().await
             {
                 let broken = Refusal::Broken {
                     reason: reason.clone(),

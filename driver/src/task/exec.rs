@@ -15,7 +15,7 @@ use crate::docker::{self, Docker, Exec, ExecInput, ExecOutput, Piece};
 const LOOK: Duration = Duration::from_millis(100);
 /// After its end, output on its way is still awaited for so long after the last piece. A
 /// background process may hold the streams open for ever.
-const DRAIN: Duration = Duration::from_millis(200);
+const DRAIN: Duration = Duration::from_secs(1);
 /// And for so long at most.
 const DRAIN_MOST: Duration = Duration::from_secs(5);
 /// Nomad keeps 4 KiB of a script check's output.
@@ -54,13 +54,15 @@ pub async fn run(
     command: Vec<String>,
     limit: Duration,
 ) -> Result<Outcome, docker::Error> {
-    let (exec, mut output, mut input) = docker.exec(container, command, false).await?;
-    input.close().await;
     let mut outcome = Outcome::default();
-    let mut ended = None;
+    let mut started = None;
     let done = async {
+        let (exec, mut output, mut input) = docker.exec(container, command, false).await?;
+        let exec = &*started.insert(exec);
+        input.close().await;
+        let mut ended = None;
         loop {
-            match step(&exec, &mut output, &mut ended).await? {
+            match step(exec, &mut output, &mut ended).await? {
                 Event::Output(Piece::Stdout(data) | Piece::Stderr(data)) => {
                     let room = OUTPUT_MOST.saturating_sub(outcome.output.len());
                     outcome
@@ -78,7 +80,9 @@ pub async fn run(
         Ok(Ok(())) => Ok(outcome),
         Ok(Err(error)) => Err(error),
         Err(_) => {
-            kill(&exec, container).await;
+            if let Some(exec) = &started {
+                kill(exec, container).await;
+            }
             Err(docker::Error::TimedOut {
                 operation: "run a command in the task".into(),
                 after: limit,

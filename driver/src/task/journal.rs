@@ -30,6 +30,9 @@ pub struct Entry {
     /// What asks it to stop when the job names no signal.
     pub stop_signal: String,
     pub address: Option<IpAddr>,
+    /// Whether services use that address unless they say otherwise.
+    #[serde(default)]
+    pub auto_advertise: bool,
     pub ports: Vec<(String, i32)>,
     /// How it ended, once it has.
     pub exit: Option<Exit>,
@@ -162,6 +165,7 @@ pub(crate) mod tests {
             stderr: "/dev/null".into(),
             stop_signal: "SIGTERM".into(),
             address: Some([10, 0, 0, 1].into()),
+            auto_advertise: false,
             ports: vec![("http".into(), 8080)],
             exit: None,
             marked: None,

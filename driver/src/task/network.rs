@@ -10,7 +10,7 @@ use polydev_proto::driver::{
 };
 
 use crate::{
-    config::{Mount, MountKind, Task},
+    config::{Bandwidth, Mount, MountKind, Task},
     docker::{Network, Published},
     limits::{BURST, Rates},
     sandbox,
@@ -22,9 +22,9 @@ pub enum Error {
     #[error("`ports` is `{label}`: the group's `network` block has no port of that label")]
     UnknownPort { label: String },
     #[error(
-        "`bandwidth` is set: a task with `network_mode` `{mode}` has no interface of its own to limit"
+        "`{field}` is set: a task with `network_mode` `{mode}` has no interface of its own to limit"
     )]
-    NoInterface { mode: String },
+    NoInterface { field: &'static str, mode: String },
     #[error("`network_mode` is `{mode}`: network aliases need a network of the user's own")]
     Aliases { mode: String },
     #[error("`{field}` is set: the group's network has its own")]
@@ -45,6 +45,8 @@ pub(super) struct Place {
     pub(super) files: Vec<Mount>,
     /// Whether its address is its own, for services with `address_mode = "driver"`.
     pub(super) has_address: bool,
+    /// A network of the user's own, whose addresses others in it know.
+    pub(super) is_users_own: bool,
 }
 
 /// `folder` is made for the files of a shared namespace; `resolv_conf` names the node's
@@ -66,9 +68,8 @@ pub(super) fn place(
     };
     let is_shared = mode.starts_with("container:");
     let is_published = !is_shared && mode != "host" && mode != "none";
-    if !options.network_aliases.is_empty()
-        && (!is_published || mode == "bridge" || mode == "default")
-    {
+    let is_users_own = is_published && mode != "bridge" && mode != "default";
+    if !options.network_aliases.is_empty() && !is_users_own {
         return Err(Error::Aliases { mode });
     }
     if is_shared && options.hostname.is_some() {
@@ -77,7 +78,12 @@ pub(super) fn place(
     let is_group = is_shared && options.network_mode.is_none();
     let rates = rates(task, options);
     if rates.is_some() && !is_published && !is_group {
-        return Err(Error::NoInterface { mode });
+        let field = if options.bandwidth == Bandwidth::default() {
+            "resources.network.mbits"
+        } else {
+            "bandwidth"
+        };
+        return Err(Error::NoInterface { field, mode });
     }
     let dns = task.dns.clone().unwrap_or_default();
     let first =
@@ -124,6 +130,7 @@ pub(super) fn place(
             Vec::new()
         },
         has_address: is_published,
+        is_users_own,
         network,
         rates,
         files,

@@ -185,29 +185,36 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// What init is to run: Docker's rule for what of an image's program holds.
+    /// What init is to run.
     pub(super) fn argv(&self, image: &Image) -> Result<Vec<String>, Error> {
-        let Task {
-            command,
-            args,
-            entrypoint,
-            image: name,
-            ..
-        } = &self.options;
-        let own: Vec<String> = command.iter().chain(args).cloned().collect();
-        let (program, rest) = match (entrypoint, own.is_empty()) {
-            (Some(entrypoint), _) => (entrypoint.clone(), own),
-            (None, false) => (image.entrypoint.clone(), own),
-            (None, true) => (image.entrypoint.clone(), image.command.clone()),
-        };
-        let argv: Vec<String> = program.into_iter().chain(rest).collect();
-        if argv.first().is_none_or(String::is_empty) {
-            return Err(Error::NoCommand {
-                image: name.clone(),
-            });
-        }
-        Ok(argv)
+        argv(&self.options, image)
     }
+}
+
+/// Docker's rule for what of an image's program holds.
+fn argv(options: &Task, image: &Image) -> Result<Vec<String>, Error> {
+    let own: Vec<String> = options
+        .command
+        .iter()
+        .chain(&options.args)
+        .cloned()
+        .collect();
+    let (program, rest) = match (&options.entrypoint, own.is_empty()) {
+        // `[""]` is how Docker's users say that there is none, and `[]` that the image's
+        // is not wanted.
+        (Some(entrypoint), _) if entrypoint == &[""] => (Vec::new(), own),
+        (Some(entrypoint), true) if entrypoint.is_empty() => (Vec::new(), image.command.clone()),
+        (Some(entrypoint), _) => (entrypoint.clone(), own),
+        (None, false) => (image.entrypoint.clone(), own),
+        (None, true) => (image.entrypoint.clone(), image.command.clone()),
+    };
+    let argv: Vec<String> = program.into_iter().chain(rest).collect();
+    if argv.first().is_none_or(String::is_empty) {
+        return Err(Error::NoCommand {
+            image: options.image.clone(),
+        });
+    }
+    Ok(argv)
 }
 
 /// Docker's API takes a profile's text, the job names its file, as on Docker's command line.
@@ -240,6 +247,7 @@ fn embed_profile(option: &mut String) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     /// C058.
     #[test]
@@ -256,5 +264,42 @@ mod tests {
         fs::write(&path, "no JSON").unwrap();
         let wrong = embed_profile(&mut format!("seccomp={}", path.display())).unwrap_err();
         assert!(wrong.to_string().contains("profile.json"), "{wrong}");
+    }
+
+    /// C081.
+    #[test]
+    fn what_of_an_images_program_holds_is_as_with_docker() {
+        let image = Image {
+            entrypoint: vec!["entry".into()],
+            command: vec!["cmd".into()],
+            ..Image::default()
+        };
+        let run = |options: serde_json::Value| {
+            let mut task = crate::config::tests::plain(json!({})).unwrap();
+            let strings = |name: &str| {
+                options[name].as_array().map(|list| {
+                    let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+                    list.iter().map(text).collect::<Vec<_>>()
+                })
+            };
+            task.entrypoint = strings("entrypoint");
+            task.args = strings("args").unwrap_or_default();
+            argv(&task, &image).map(|argv| argv.join(" "))
+        };
+        for (options, expected) in [
+            (json!({}), "entry cmd"),
+            (json!({ "args": ["a"] }), "entry a"),
+            (json!({ "entrypoint": ["e"] }), "e"),
+            (json!({ "entrypoint": ["e"], "args": ["a"] }), "e a"),
+            (json!({ "entrypoint": [] }), "cmd"),
+            (json!({ "entrypoint": [], "args": ["a"] }), "a"),
+            (json!({ "entrypoint": [""], "args": ["a"] }), "a"),
+        ] {
+            assert_eq!(run(options).unwrap(), expected);
+        }
+        assert!(matches!(
+            run(json!({ "entrypoint": [""] })),
+            Err(Error::NoCommand { .. })
+        ));
     }
 }

@@ -309,6 +309,7 @@ async fn prepare(
         stderr: log(&task.stderr_path),
         stop_signal: stop_signal.to_owned(),
         address,
+        auto_advertise: plan.place.is_users_own,
         ports: plan
             .options
             .ports

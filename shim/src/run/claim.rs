@@ -21,8 +21,9 @@ use crate::pool::{Candidate, View};
 const START_BY: Duration = Duration::from_secs(5);
 /// Longer than [`START_BY`]: after it, the driver has refused or something is broken.
 const ANSWER: Duration = Duration::from_secs(10);
-/// Between a refusal and the next slot.
+/// Between a refusal and the next slot; doubled with each refusal.
 const AGAIN: Duration = Duration::from_millis(20);
+const AGAIN_MOST: Duration = Duration::from_millis(500);
 /// Input on its way to the driver; each at most 64 KiB.
 const INPUTS: usize = 16;
 
@@ -56,9 +57,10 @@ pub async fn claim(view: &View, request: Request) -> Result<Claimed, Error> {
         trace: request.trace,
         ..Default::default()
     };
+    let (mut last_refusal, mut again) = (None, AGAIN);
     loop {
         let Ok(slot) = tokio::time::timeout_at(give_up, view.idle_slot(provider)).await else {
-            return Err(none_idle(view, provider));
+            return Err(none_idle(view, provider, last_refusal));
         };
         match try_slot(&slot, claim.clone()).await? {
             Tried::Claimed(claimed) => {
@@ -71,8 +73,13 @@ pub async fn claim(view: &View, request: Request) -> Result<Claimed, Error> {
                     reason,
                     "a claim was refused, trying another slot"
                 );
+                last_refusal = Some(reason);
+                if tokio::time::Instant::now() >= give_up {
+                    return Err(none_idle(view, provider, last_refusal));
+                }
                 // The view learns why in a moment; until then the same slot may come up.
-                sleep(AGAIN.mul_f64(rand::random_range(0.5..1.0))).await;
+                sleep(again.mul_f64(rand::random_range(0.5..1.0))).await;
+                again = AGAIN_MOST.min(again * 2);
             }
         }
     }
@@ -124,16 +131,20 @@ async fn try_slot(slot: &Candidate, mut claim: node::Claim) -> Result<Tried, Err
     }
 }
 
-fn none_idle(view: &View, provider: &'static str) -> Error {
+fn none_idle(view: &View, provider: &'static str, last_refusal: Option<String>) -> Error {
     if view.nodes().0 == 0 {
         return Error::NoNode;
     }
     let pool = match view.counts().get(provider) {
         None => "there is no slot of this provider".to_owned(),
         Some(pool) => format!(
-            "of its slots {} are warming, {} claimed, {} recycling, {} draining, {} failed",
-            pool.warming, pool.claimed, pool.recycling, pool.draining, pool.failed
+            "of its slots {} are idle, {} warming, {} claimed, {} recycling, {} draining, {} failed",
+            pool.idle, pool.warming, pool.claimed, pool.recycling, pool.draining, pool.failed
         ),
     };
-    Error::NoIdleSlot { provider, pool }
+    let refused = last_refusal.map_or_else(String::new, |reason| format!("; {reason}"));
+    Error::NoIdleSlot {
+        provider,
+        pool: pool + &refused,
+    }
 }
