@@ -212,7 +212,6 @@ fn options_and_resources_are_what_docker_and_the_kernel_see() {
     assert_eq!(host["CpuShares"], 100);
     assert!(host["CpuQuota"].as_i64() > Some(0), "no hard limit");
     assert_eq!(host["ShmSize"], 1_000_000);
-    assert_eq!(host["Mounts"][0]["TmpfsOptions"]["SizeBytes"], 100_000);
     assert_eq!(host["PidsLimit"], 50);
     assert_eq!(seen["Config"]["Healthcheck"]["Test"], json!(["NONE"]));
     let labels = &seen["Config"]["Labels"];
@@ -221,10 +220,11 @@ fn options_and_resources_are_what_docker_and_the_kernel_see() {
     assert_eq!(labels["com.hashicorp.nomad.task_group_name"], "group");
     let script = "id -un; id -G; hostname; pwd; ulimit -Sn; ulimit -Hn; cat /proc/sys/net/core/somaxconn; \
         touch /x 2>/dev/null || echo read-only; ls -d /data /alloc /local /secrets /dev/hole; \
-        grep NoNewPrivs /proc/self/status; ps -o pid,args | grep '^ *1 '; touch /alloc/logs/x 2>/dev/null || echo logs are ours";
+        grep NoNewPrivs /proc/self/status; ps -o pid,args | grep '^ *1 '; touch /alloc/logs/x 2>/dev/null || echo logs are ours; \
+        grep /scratch /proc/mounts | grep -o 'size=[0-9]*k'";
     let told = nomad.exec(&id, &["sh", "-c", script], false, b"").stdout;
     let expected = "user\n1000 4242\nbox\n/tmp\n100\n200\n99\nread-only\n/alloc\n/data\n/dev/hole\n/local\n/secrets\n\
-        NoNewPrivs:\t1\n    1 /.polydev/init /.polydev/link/init.sock\nlogs are ours\n";
+        NoNewPrivs:\t1\n    1 /.polydev/init /.polydev/link/init.sock\nlogs are ours\nsize=100k\n";
     assert_eq!(told, expected);
     // CPU and memory figures come without dockerd.
     wait_until("figures", Duration::from_secs(10), || {

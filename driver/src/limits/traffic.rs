@@ -1,6 +1,6 @@
 //! Token buckets on both ends of a container's veth pair: the host's end limits
-//! what the container receives, its own end what it sends. The container has no
-//! capability to change either.
+//! what the container receives, its own end what it sends. A container cannot change
+//! either, unless its job was allowed `net_admin` or `privileged`.
 
 use std::{io, os::fd::OwnedFd};
 
