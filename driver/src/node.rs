@@ -7,7 +7,7 @@ pub mod service;
 
 use std::{collections::HashMap, io, path::PathBuf, sync::Arc};
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::{
@@ -18,7 +18,7 @@ use crate::{
     identity::LABEL_INSTANCE,
     images::Images,
     sandbox::Networks,
-    slot::{book::Book, headroom::Headroom},
+    slot::{book::Book, breaker::Breakers, headroom::Headroom},
     task::{self, journal::Journal},
 };
 use lock::Lock;
@@ -57,6 +57,9 @@ pub struct Node {
     pub images: Arc<Images>,
     pub slots: Book,
     pub headroom: Arc<Headroom>,
+    pub breakers: Breakers,
+    /// Containers of slots that may be made at the same time: more would slow the runs.
+    pub fills: Semaphore,
     pub plain: task::book::Book,
     pub journal: Journal,
     pub networks: Networks,
@@ -115,6 +118,8 @@ impl Node {
             images: Images::new(&config, docker.clone()),
             networks: Networks::open(&config.state_dir),
             headroom: Headroom::new(config.run_headroom),
+            breakers: Breakers::default(),
+            fills: Semaphore::new(usize::try_from(compute.cores).unwrap_or(0).max(2)),
             config,
             docker,
             start_id: uuid::Uuid::new_v4().to_string(),

@@ -1,11 +1,12 @@
 //! Warm slots: allocations that keep an idle container ready and turn it, once, into a run.
 //!
 //! Read in the order of a slot's life: [`state`] is the pure machine, [`fill`] makes
-//! a container, [`crate::link`] talks to its init, [`claim`] is what a shim asks,
+//! a container unless [`breaker`] says that its image is not worth it, [`crate::link`] talks to its init, [`claim`] is what a shim asks,
 //! [`headroom`] says whether the node has room for it, [`run`] serves it, and [`keeper`] drives one slot through all of that. [`book`] holds
 //! the slots of the node for everyone else.
 
 pub mod book;
+pub mod breaker;
 pub mod claim;
 mod fill;
 pub mod headroom;

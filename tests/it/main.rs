@@ -13,6 +13,7 @@ mod network;
 mod nomad;
 mod output;
 mod plain;
+mod pools;
 mod refusals;
 mod registry;
 mod runs;

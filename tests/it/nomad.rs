@@ -3,7 +3,6 @@
 use std::{fs, process::Command, time::Duration};
 
 use nix::sys::signal::Signal;
-use polydev_proto::runtime::RunStart;
 use polydev_tests::{
     client::{prompt, shell},
     docker, fresh_key,
@@ -14,8 +13,6 @@ use polydev_tests::{
     stand_in::Text,
     wait_until,
 };
-
-use tonic::Code;
 
 use crate::secrets;
 
@@ -314,51 +311,4 @@ fn stopping_a_claimed_slot_lets_its_run_end() {
         }
     });
     assert!(docker::containers(&instance_label(&nomad.state_dir())).is_empty());
-}
-
-#[test]
-fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
-    // What one run takes on top of its idle slot.
-    let nomad = Nomad::start_with("run_headroom {\n cpu = 400\n memory = 256\n}");
-    let shim = Shim::serve(&nomad.address);
-    let client = shim.client();
-    nomad.submit_pool("anthropic", 2);
-    client.wait_idle("anthropic", 2);
-    let open = RunStart {
-        stdin: true,
-        ..shell("anthropic", "cat")
-    };
-    let mut first = client.start(open).unwrap();
-    let full = client.run(shell("anthropic", "true")).unwrap_err();
-    assert_eq!(full.code(), Code::ResourceExhausted);
-    for words in [
-        "a run takes 400 MHz and 256 MiB of `run_headroom`, of which 0 MHz and 0 MiB are left",
-        "1 are idle",
-    ] {
-        assert!(full.message().contains(words), "{full}");
-    }
-    // One that waits gets its turn when the first has ended.
-    let refusals = || {
-        shim.process
-            .log()
-            .matches("no room for another run")
-            .count()
-    };
-    let before = refusals();
-    std::thread::scope(|scope| {
-        let second = scope.spawn(|| shim.client().run(shell("anthropic", "echo turn")));
-        wait_until("a refusal", Duration::from_secs(5), || {
-            let now = refusals();
-            if now > before {
-                Ok(())
-            } else {
-                Err(now.to_string())
-            }
-        });
-        first.close();
-        client.finish(first).unwrap();
-        assert_eq!(second.join().unwrap().unwrap().stdout(), "turn\n");
-    });
-    nomad.run(&["job", "stop", "-detach", "-yes", "polydev-pool-anthropic"]);
-    client.wait_idle("anthropic", 0);
 }

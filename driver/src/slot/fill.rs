@@ -1,10 +1,14 @@
 //! Filling a slot: one hardened container, its init connected, its limits open.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::time::{sleep, timeout};
 
-use super::Slot;
+use super::{Slot, breaker};
 use polydev_proto::init::hello;
 
 use crate::{
@@ -46,6 +50,8 @@ pub enum Error {
     Link(#[from] link::Error),
     #[error("cannot open the container's limits")]
     Limits(#[from] limits::Error),
+    #[error("it is not tried for now: {0}")]
+    Open(#[from] breaker::Open),
     #[error("the slot was stopped while it was being filled")]
     Stopped,
 }
@@ -58,11 +64,20 @@ impl Error {
             Self::RootImage { .. } | Self::Stopped => false,
             Self::Image(error) => error.is_recoverable(),
             Self::Docker(_)
+            | Self::Open(_)
             | Self::InitEnded { .. }
             | Self::InitTimedOut
             | Self::Link(_)
             | Self::Limits(_) => true,
         }
+    }
+
+    /// Whether another container of the same image is likely to fail as well.
+    fn is_the_images(&self) -> bool {
+        matches!(
+            self,
+            Self::InitEnded { .. } | Self::InitTimedOut | Self::Link(_)
+        )
     }
 }
 
@@ -72,6 +87,7 @@ pub(super) struct Container {
     pub(super) id: String,
     pub(super) link: Link,
     pub(super) limits: Arc<limits::Handle>,
+    pub(super) image_id: String,
     /// Keeps the folder that is mounted into the container.
     _listener: Listener,
     _image: Use,
@@ -97,6 +113,28 @@ pub(super) async fn fill(node: &Node, slot: &Slot) -> Result<Container, Error> {
         image = find_image(node, slot) => image?,
         () = slot.drain.cancelled() => return Err(Error::Stopped),
     };
+    let (reference, image_id) = (&slot.config.image, image.id.clone());
+    node.breakers.check(reference, &image_id, Instant::now())?;
+    let _turn = tokio::select! {
+        turn = node.fills.acquire() => turn.expect("it is never closed"),
+        () = slot.drain.cancelled() => return Err(Error::Stopped),
+    };
+    let made = make(node, slot, image, held).await;
+    if let Err(error) = &made
+        && error.is_the_images()
+    {
+        let (reason, now) = (crate::chain(error), Instant::now());
+        node.breakers.failed(reference, &image_id, &reason, now);
+    }
+    made
+}
+
+async fn make(
+    node: &Node,
+    slot: &Slot,
+    image: docker::Image,
+    held: Use,
+) -> Result<Container, Error> {
     let (uid, gid) = user_of(&image).ok_or_else(|| Error::RootImage {
         image: slot.config.image.clone(),
         user: image.user.clone(),
@@ -136,6 +174,7 @@ pub(super) async fn fill(node: &Node, slot: &Slot) -> Result<Container, Error> {
         id,
         link,
         limits: Arc::new(limits),
+        image_id: image.id,
         _listener: listener,
         _image: held,
     })

@@ -27,6 +27,9 @@ const FAILURES: u32 = 6;
 /// A container that idled for so long was a good one, however it ended.
 const STABLE: Duration = Duration::from_secs(60);
 
+/// How often to look whether an image that is left alone is another by now.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
 /// How a slot ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ended {
@@ -99,6 +102,7 @@ struct Keeper {
 impl Keeper {
     async fn keep(mut self, ready: oneshot::Sender<Result<(), fill::Error>>) {
         let mut ready = Some(ready);
+        let image = self.slot.config.image.clone();
         // Leftovers of an earlier life of the driver, or of this task's last start.
         self.clean().await;
         let end = loop {
@@ -108,6 +112,7 @@ impl Keeper {
             }
             let failure = match filled {
                 Ok(container) => {
+                    let image_id = container.image_id.clone();
                     self.slot.apply(Event::Warmed);
                     if let Some(ready) = ready.take() {
                         self.announce();
@@ -118,16 +123,30 @@ impl Keeper {
                         break Ended::Stopped;
                     }
                     self.slot.apply(Event::Recycled);
+                    let breakers = &self.node.breakers;
+                    match &served {
+                        Ok(()) => breakers.worked(&image),
+                        Err(reason) => breakers.failed(&image, &image_id, reason, Instant::now()),
+                    }
                     served
                 }
                 Err(error) => {
                     self.clean().await;
-                    if let Some(ready) = ready.take() {
-                        let reason = crate::chain(&error);
+                    let reason = crate::chain(&error);
+                    // Nomad has a slot for a running one if nobody waits for its start.
+                    if let Some(ready) = ready.take_if(|ready| !ready.is_closed()) {
                         let _agent_gone = ready.send(Err(error));
                         break self.give_up(reason);
                     }
-                    Err(crate::chain(&error))
+                    if let fill::Error::Open(open) = error {
+                        self.slot.apply(Event::Held { reason });
+                        let wait = open.retry_in.min(LOOK_AGAIN);
+                        if self.rest(wait.mul_f64(rand::random_range(0.5..1.0))).await {
+                            continue;
+                        }
+                        break Ended::Stopped;
+                    }
+                    Err(reason)
                 }
             };
             match failure {
@@ -139,15 +158,22 @@ impl Keeper {
                     if self.failures >= FAILURES {
                         break self.give_up(reason);
                     }
-                    tokio::select! {
-                        () = sleep(backoff(self.failures)) => {}
-                        () = self.slot.drain.cancelled() => break Ended::Stopped,
+                    if !self.rest(backoff(self.failures)).await {
+                        break Ended::Stopped;
                     }
                 }
             }
         };
         self.clean().await;
         self.slot.end.send_replace(Some(end));
+    }
+
+    /// False if the slot is not wanted any more.
+    async fn rest(&self, time: Duration) -> bool {
+        tokio::select! {
+            () = sleep(time) => true,
+            () = self.slot.drain.cancelled() => false,
+        }
     }
 
     fn give_up(&self, reason: String) -> Ended {

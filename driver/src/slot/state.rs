@@ -47,6 +47,8 @@ impl State {
 /// What happens to a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
+    /// No container is tried for now.
+    Held { reason: String },
     /// Its container is ready.
     Warmed,
     /// A shim claims the container it saw.
@@ -119,6 +121,7 @@ impl Life {
     /// [`Refused`] if there is no such step from here.
     pub fn apply(&mut self, event: Event, now: SystemTime) -> Result<(), Refused> {
         let (state, reason) = match (&self.state, event) {
+            (State::Warming, Event::Held { reason }) => (State::Warming, reason),
             (State::Warming, Event::Warmed) => (State::Idle, String::new()),
             (State::Idle, Event::Claimed { generation, run_id })
                 if generation == self.generation =>
@@ -171,6 +174,9 @@ mod tests {
 
     fn event() -> impl Strategy<Value = Event> {
         prop_oneof![
+            Just(Event::Held {
+                reason: "broken".into()
+            }),
             Just(Event::Warmed),
             (1u64..6, "[a-z]")
                 .prop_map(|(generation, run_id)| Event::Claimed { generation, run_id }),

@@ -1,0 +1,155 @@
+//! Leaves an image alone whose containers fail again and again: all slots of the node
+//! would otherwise make containers of it without end.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// Failures in a row, of all slots together, after which an image is left alone.
+const OPENS: u32 = 5;
+/// Until one slot may try it again; doubled with each further failure.
+const FIRST: Duration = Duration::from_secs(15);
+const MOST: Duration = Duration::from_secs(5 * 60);
+
+/// An image is left alone for the time being.
+#[derive(Debug, thiserror::Error)]
+#[error("`{image}` failed {failures} times in a row, the last time because {reason}")]
+pub struct Open {
+    pub image: String,
+    pub failures: u32,
+    pub reason: String,
+    /// Until it may be tried again.
+    pub retry_in: Duration,
+}
+
+/// The images of a node that have failed, by reference. Told the time, for tests.
+#[derive(Debug, Default)]
+pub struct Breakers {
+    images: Mutex<HashMap<String, Breaker>>,
+}
+
+#[derive(Debug)]
+struct Breaker {
+    /// Of the content that failed.
+    id: String,
+    failures: u32,
+    reason: String,
+    retry_at: Instant,
+}
+
+impl Breakers {
+    /// Whether a container may be made of this content of an image. While it is open one
+    /// caller after the other is let through, with more and more time between them.
+    ///
+    /// # Errors
+    /// [`Open`]
+    pub fn check(&self, image: &str, id: &str, now: Instant) -> Result<(), Open> {
+        let mut images = self.lock();
+        let Some(breaker) = images.get_mut(image) else {
+            return Ok(());
+        };
+        if breaker.id != id {
+            tracing::info!(image, "the image is another now, and is tried again");
+            images.remove(image);
+            return Ok(());
+        }
+        if breaker.failures < OPENS {
+            return Ok(());
+        }
+        if breaker.retry_at <= now {
+            breaker.retry_at = now + wait(breaker.failures);
+            return Ok(());
+        }
+        Err(Open {
+            image: image.to_owned(),
+            failures: breaker.failures,
+            reason: breaker.reason.clone(),
+            retry_in: breaker.retry_at - now,
+        })
+    }
+
+    /// A container of it was of no use.
+    pub fn failed(&self, image: &str, id: &str, reason: &str, now: Instant) {
+        let mut images = self.lock();
+        let failures = match images.get(image) {
+            Some(breaker) if breaker.id == id => breaker.failures + 1,
+            _ => 1,
+        };
+        let breaker = Breaker {
+            id: id.to_owned(),
+            failures,
+            reason: reason.to_owned(),
+            retry_at: now + wait(failures),
+        };
+        images.insert(image.to_owned(), breaker);
+        if failures == OPENS {
+            tracing::warn!(
+                image,
+                reason,
+                "the image failed {failures} times in a row and is left alone"
+            );
+        }
+    }
+
+    /// A container of it was of use.
+    pub fn worked(&self, image: &str) {
+        self.lock().remove(image);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Breaker>> {
+        self.images.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn wait(failures: u32) -> Duration {
+    let doublings = failures.saturating_sub(OPENS).min(10);
+    FIRST.saturating_mul(1 << doublings).min(MOST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_that_fails_is_left_alone_and_tried_by_one_at_a_time() {
+        let (breakers, start) = (Breakers::default(), Instant::now());
+        for _ in 0..OPENS {
+            breakers.check("image", "one", start).unwrap();
+            breakers.failed("image", "one", "it is broken", start);
+        }
+        let open = breakers.check("image", "one", start).unwrap_err();
+        assert_eq!(
+            open.to_string(),
+            "`image` failed 5 times in a row, the last time because it is broken"
+        );
+        assert_eq!(open.retry_in, FIRST);
+        breakers.check("other", "one", start).unwrap();
+
+        let later = start + FIRST;
+        breakers.check("image", "one", later).unwrap();
+        breakers.check("image", "one", later).unwrap_err();
+        breakers.failed("image", "one", "again", later);
+        let open = breakers.check("image", "one", later).unwrap_err();
+        assert_eq!(open.retry_in, 2 * FIRST);
+        breakers.worked("image");
+        breakers.check("image", "one", later).unwrap();
+    }
+
+    #[test]
+    fn another_image_of_the_same_name_is_tried_at_once() {
+        let (breakers, now) = (Breakers::default(), Instant::now());
+        for _ in 0..OPENS {
+            breakers.failed("image", "one", "it is broken", now);
+        }
+        breakers.check("image", "one", now).unwrap_err();
+        breakers.check("image", "two", now).unwrap();
+        breakers.check("image", "two", now).unwrap();
+    }
+
+    #[test]
+    fn the_wait_has_an_end() {
+        assert_eq!(wait(u32::MAX), MOST);
+    }
+}

@@ -1,0 +1,117 @@
+//! Pools under a real Nomad agent: what fills slots, and what keeps runs out of them.
+
+use std::time::Duration;
+
+use polydev_proto::runtime::RunStart;
+use polydev_tests::{
+    client::shell,
+    docker,
+    nomad::Nomad,
+    shim::{Shim, instance_label},
+    wait_until,
+};
+use tonic::Code;
+
+#[test]
+fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
+    // What one run takes on top of its idle slot.
+    let nomad = Nomad::start_with("run_headroom {\n cpu = 400\n memory = 256\n}");
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    nomad.submit_pool("anthropic", 2);
+    client.wait_idle("anthropic", 2);
+    let open = RunStart {
+        stdin: true,
+        ..shell("anthropic", "cat")
+    };
+    let mut first = client.start(open).unwrap();
+    let full = client.run(shell("anthropic", "true")).unwrap_err();
+    assert_eq!(full.code(), Code::ResourceExhausted);
+    for words in [
+        "a run takes 400 MHz and 256 MiB of `run_headroom`, of which 0 MHz and 0 MiB are left",
+        "1 are idle",
+    ] {
+        assert!(full.message().contains(words), "{full}");
+    }
+    // One that waits gets its turn when the first has ended.
+    let refusals = || {
+        shim.process
+            .log()
+            .matches("no room for another run")
+            .count()
+    };
+    let before = refusals();
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| shim.client().run(shell("anthropic", "echo turn")));
+        wait_until("a refusal", Duration::from_secs(5), || {
+            let now = refusals();
+            if now > before {
+                Ok(())
+            } else {
+                Err(now.to_string())
+            }
+        });
+        first.close();
+        client.finish(first).unwrap();
+        assert_eq!(second.join().unwrap().unwrap().stdout(), "turn\n");
+    });
+    nomad.run(&["job", "stop", "-detach", "-yes", "polydev-pool-anthropic"]);
+    client.wait_idle("anthropic", 0);
+}
+
+#[test]
+fn an_image_that_fails_again_and_again_is_left_alone_until_it_is_another() {
+    let nomad = Nomad::start();
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    let image = format!("pdtest-image-{:08x}:1", rand::random::<u32>());
+    docker::docker(&["tag", "polydev-anthropic-runtime:latest", &image]);
+    let named = format!("image={image}");
+    let file = "jobspecs/pool-anthropic.nomad.hcl";
+    let args = ["job", "run", "-detach", "-var", "count=1", "-var", &named];
+    nomad.run(&[&args[..], &[file]].concat());
+    client.wait_idle("anthropic", 1);
+
+    let label = instance_label(&nomad.state_dir());
+    let is_left_alone = || {
+        nomad
+            .agent_log()
+            .contains("times in a row and is left alone")
+    };
+    wait_until("the end of patience", Duration::from_secs(90), || {
+        if is_left_alone() {
+            return Ok(());
+        }
+        let containers = docker::containers(&label);
+        if client.pool("anthropic").idle == 1 {
+            for id in &containers {
+                polydev_tests::process::output(docker::command().args(["kill", id]));
+            }
+        }
+        Err(format!("{containers:?}"))
+    });
+    wait_until("an empty slot", Duration::from_secs(10), || {
+        let (pool, containers) = (client.pool("anthropic"), docker::containers(&label));
+        if pool.warming == 1 && containers.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{pool:?} {containers:?}"))
+        }
+    });
+
+    let made = docker::docker(&["create", &image]);
+    docker::docker(&["commit", "--change", "LABEL mended=1", made.trim(), &image]);
+    docker::docker(&["rm", made.trim()]);
+    client.wait_idle("anthropic", 1);
+    assert!(nomad.agent_log().contains("the image is another now"));
+    nomad.run(&["job", "stop", "-detach", "-yes", "polydev-pool-anthropic"]);
+    wait_until("its container's removal", Duration::from_secs(30), || {
+        let containers = docker::containers(&label);
+        if containers.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{containers:?}"))
+        }
+    });
+    docker::docker(&["rmi", &image]);
+}
