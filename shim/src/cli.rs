@@ -33,7 +33,7 @@ enum Command {
     Dev(dev::Arguments),
     /// Run one command or prompt and stream it; exits with the command's status.
     Run(run::Arguments),
-    /// Look at the warm pools.
+    /// Look at the warm pools, and size them.
     #[command(subcommand)]
     Pool(pool::Command),
 }

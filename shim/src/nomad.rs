@@ -34,6 +34,15 @@ pub enum Error {
     Decode(#[source] serde_json::Error),
 }
 
+impl Error {
+    /// Whether Nomad takes no change of a job's size because it still acts on the last one.
+    #[must_use]
+    pub fn is_deployment(&self) -> bool {
+        matches!(self, Self::Status { status, text }
+            if *status == StatusCode::BAD_REQUEST && text.contains("active deployment"))
+    }
+}
+
 /// A connection to one Nomad agent, which knows the whole region.
 #[derive(Debug, Clone)]
 pub struct Nomad {
@@ -99,25 +108,87 @@ impl Nomad {
     /// # Errors
     /// [`Error`]
     pub async fn nodes(&self, index: u64) -> Result<(u64, Vec<Node>), Error> {
+        let wait = format!("{}s", WAIT.as_secs());
+        let request = self.client.get(self.url("/v1/nodes")).query(&[
+            ("index", index.to_string().as_str()),
+            ("wait", &wait),
+            ("stale", "true"),
+        ]);
+        let (next, nodes) = self.ask(request).await?;
+        // An index that goes back means that Nomad has begun anew.
+        Ok((if next < index { 0 } else { next }, nodes))
+    }
+
+    /// The counts that a job's groups should have; `None` without such a job.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn counts(&self, job: &str) -> Result<Option<BTreeMap<String, u32>>, Error> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Scale {
+            task_groups: BTreeMap<String, Group>,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Group {
+            desired: u32,
+        }
+        let request = self.client.get(self.url(&format!("/v1/job/{job}/scale")));
+        match self.ask::<Scale>(request).await {
+            Ok((_, Scale { task_groups })) => Ok(Some(
+                task_groups
+                    .into_iter()
+                    .map(|(name, group)| (name, group.desired))
+                    .collect(),
+            )),
+            Err(Error::Status {
+                status: StatusCode::NOT_FOUND,
+                ..
+            }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sets the count of a job's group, as `nomad job scale` does; `message` stands in the
+    /// job's scaling events.
+    ///
+    /// # Errors
+    /// [`Error`]; [`Error::is_deployment`] while a deployment of the job is going on.
+    pub async fn scale(
+        &self,
+        job: &str,
+        group: &str,
+        count: u32,
+        message: &str,
+    ) -> Result<(), Error> {
+        #[derive(Deserialize)]
+        struct Taken {}
+        let body = serde_json::json!({
+            "Count": count, "Target": { "Group": group }, "Message": message,
+        });
+        let url = self.url(&format!("/v1/job/{job}/scale"));
+        let request = self.client.post(url).body(body.to_string());
+        self.ask::<Taken>(request).await.map(drop)
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.address)
+    }
+
+    /// An answer with its index.
+    async fn ask<T: serde::de::DeserializeOwned>(
+        &self,
+        request: reqwest::RequestBuilder,
+    ) -> Result<(u64, T), Error> {
         let reach = |source| Error::Reach {
             address: self.address.clone(),
             source,
         };
-        let wait = format!("{}s", WAIT.as_secs());
-        let request = self
-            .client
-            .get(format!("{}/v1/nodes", self.address))
-            .query(&[
-                ("index", index.to_string().as_str()),
-                ("wait", &wait),
-                ("stale", "true"),
-            ]);
         let mut response = request.send().await.map_err(reach)?;
         let status = response.status();
-        let next = response.headers().get("X-Nomad-Index");
-        let next = next
-            .and_then(|index| index.to_str().ok()?.parse().ok())
-            .unwrap_or(0);
+        let index = response.headers().get("X-Nomad-Index");
+        let index = index.and_then(|index| index.to_str().ok()?.parse().ok());
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(reach)? {
             if body.len() + chunk.len() > BODY_MOST {
@@ -133,8 +204,7 @@ impl Nomad {
                 .collect();
             return Err(Error::Status { status, text });
         }
-        // An index that goes back means that Nomad has begun anew.
-        let next = if next < index { 0 } else { next };
-        Ok((next, serde_json::from_slice(&body).map_err(Error::Decode)?))
+        let answer = serde_json::from_slice(&body).map_err(Error::Decode)?;
+        Ok((index.unwrap_or(0), answer))
     }
 }

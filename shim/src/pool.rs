@@ -1,6 +1,8 @@
-//! The warm slots of all nodes, as their drivers tell them: what a claim is chosen from.
+//! The warm slots of all nodes, as their drivers tell them: what a claim is chosen from;
+//! and their number.
 
 mod follow;
+pub mod scale;
 mod view;
 
 pub use follow::follow;

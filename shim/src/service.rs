@@ -7,8 +7,10 @@ use polydev_proto::{
     DESCRIPTORS,
     node::TraceContext,
     runtime::{
-        ListPoolsRequest, ListPoolsResponse, Pool, RunRequest, RunResponse, run_request,
+        ListPoolsRequest, ListPoolsResponse, Pool, RunRequest, RunResponse, ScalePoolRequest,
+        ScalePoolResponse, ScaleWaiting, Scaled, run_request,
         runtime_service_server::{RuntimeService, RuntimeServiceServer},
+        scale_pool_response,
     },
 };
 use tokio::{
@@ -21,7 +23,8 @@ use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap, transpo
 
 use crate::{
     address::Listener,
-    pool::View,
+    nomad::Nomad,
+    pool::{View, scale},
     provider::Provider,
     run::{self, Error, claim, relay, request},
 };
@@ -37,10 +40,16 @@ const STOP: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// Whatever keeps it from serving.
-pub async fn serve(view: View, listener: Listener, stop: CancellationToken) -> anyhow::Result<()> {
+pub async fn serve(
+    view: View,
+    nomad: Option<Nomad>,
+    listener: Listener,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
     let runs = TaskTracker::new();
     let service = Service {
         view,
+        nomad,
         runs: runs.clone(),
     };
     let service = RuntimeServiceServer::new(service).max_decoding_message_size(MESSAGE_MOST);
@@ -87,6 +96,8 @@ pub async fn serve(view: View, listener: Listener, stop: CancellationToken) -> a
 
 struct Service {
     view: View,
+    /// `None` with the embedded engine, whose pools are as they were started.
+    nomad: Option<Nomad>,
     runs: TaskTracker,
 }
 
@@ -95,6 +106,7 @@ type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 #[tonic::async_trait]
 impl RuntimeService for Service {
     type RunStream = Responses<RunResponse>;
+    type ScalePoolStream = Responses<ScalePoolResponse>;
 
     async fn run(
         &self,
@@ -166,6 +178,54 @@ impl RuntimeService for Service {
             nodes_connected: u32::try_from(connected).unwrap_or(u32::MAX),
             nodes_unreachable: u32::try_from(unreachable).unwrap_or(u32::MAX),
         }))
+    }
+
+    async fn scale_pool(
+        &self,
+        request: Request<ScalePoolRequest>,
+    ) -> Result<Response<Self::ScalePoolStream>, Status> {
+        let ScalePoolRequest { provider, size } = request.into_inner();
+        let provider: Provider = provider
+            .parse()
+            .map_err(|error| Status::invalid_argument(format!("`provider`: {error}")))?;
+        let Some(nomad) = self.nomad.clone() else {
+            let reason = "without Nomad the pools are as `--pool` says";
+            return Err(Status::unimplemented(reason));
+        };
+        let (events, responses) = mpsc::channel(2);
+        let tell = events.clone();
+        self.runs.spawn(async move {
+            let waiting = |reason| {
+                let event = scale_pool_response::Event::Waiting(ScaleWaiting { reason });
+                let event = ScalePoolResponse { event: Some(event) };
+                // It is the first of two, and there is room for both.
+                let _gone = tell.try_send(Ok(event));
+            };
+            let scaled = tokio::select! {
+                scaled = scale::scale(&nomad, provider, size, waiting) => scaled,
+                () = events.closed() => return,
+            };
+            let scaled = scaled.map_err(Status::from).map(|from| ScalePoolResponse {
+                event: Some(scale_pool_response::Event::Scaled(Scaled {
+                    from,
+                    to: size,
+                })),
+            });
+            let _gone = events.send(scaled).await;
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(responses))))
+    }
+}
+
+impl From<scale::Error> for Status {
+    fn from(error: scale::Error) -> Self {
+        let message = crate::chain(&error);
+        match error {
+            scale::Error::Size { .. } => Self::invalid_argument(message),
+            scale::Error::NoJob { .. } => Self::not_found(message),
+            scale::Error::Deployment { .. } => Self::failed_precondition(message),
+            scale::Error::Nomad(_) => Self::unavailable(message),
+        }
     }
 }
 

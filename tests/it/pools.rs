@@ -1,12 +1,14 @@
 //! Pools under a real Nomad agent: what fills slots, and what keeps runs out of them.
 
-use std::time::Duration;
+use std::{process::Command, time::Duration};
 
 use polydev_proto::runtime::RunStart;
 use polydev_tests::{
     client::shell,
     docker,
-    nomad::Nomad,
+    nomad::{Nomad, nomad_program},
+    process::output,
+    program,
     shim::{Shim, instance_label},
     wait_until,
 };
@@ -85,7 +87,7 @@ fn an_image_that_fails_again_and_again_is_left_alone_until_it_is_another() {
         let containers = docker::containers(&label);
         if client.pool("anthropic").idle == 1 {
             for id in &containers {
-                polydev_tests::process::output(docker::command().args(["kill", id]));
+                output(docker::command().args(["kill", id]));
             }
         }
         Err(format!("{containers:?}"))
@@ -114,4 +116,61 @@ fn an_image_that_fails_again_and_again_is_left_alone_until_it_is_another() {
         }
     });
     docker::docker(&["rmi", &image]);
+}
+
+#[test]
+fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
+    let nomad = Nomad::start();
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    let scale = |provider: &str, size: u32| {
+        let mut command = Command::new(program("polydev-shim"));
+        command.args(["pool", "scale", provider, &size.to_string()]);
+        output(command.env("POLYDEV_ADDRESS", &shim.address))
+    };
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    for (provider, size, words) in [
+        ("anthropic", 1, "Nomad has no job `polydev-pool-anthropic`"),
+        ("anthropic", 101, "`size` is `101`, allowed are 0 to 100"),
+        ("codex", 1, "`provider`"),
+    ] {
+        let refused = scale(provider, size);
+        assert_eq!(refused.status.code(), Some(125));
+        let told = text(&refused.stderr);
+        assert!(told.contains(words), "{told}");
+    }
+
+    nomad.submit_pool("anthropic", 1);
+    let job = "polydev-pool-anthropic";
+    wait_until("its deployment", Duration::from_secs(20), || {
+        match nomad.get(&format!("/v1/job/{job}/deployment")) {
+            serde_json::Value::Null => Err("none"),
+            _ => Ok(()),
+        }
+        .map_err(str::to_owned)
+    });
+    // Nomad takes no size while its slot becomes warm.
+    let scaled = scale("anthropic", 3);
+    let (stdout, stderr) = (text(&scaled.stdout), text(&scaled.stderr));
+    assert_eq!(stdout, "anthropic: 1 -> 3\n", "{stderr}");
+    assert!(stderr.contains("waiting for Nomad"), "{stderr}");
+    client.wait_idle("anthropic", 3);
+
+    let by_nomad = || {
+        let mut command = Command::new(nomad_program());
+        command.args(["job", "scale", "-detach", "-address", &nomad.address]);
+        output(command.args([job, "pool", "1"]))
+    };
+    wait_until("Nomad's own command", Duration::from_secs(60), || {
+        let scaled = by_nomad();
+        if scaled.status.success() {
+            Ok(())
+        } else {
+            Err(text(&scaled.stderr))
+        }
+    });
+    client.wait_idle("anthropic", 1);
+    let scaled = scale("anthropic", 0);
+    assert_eq!(text(&scaled.stdout), "anthropic: 1 -> 0\n");
+    client.wait_idle("anthropic", 0);
 }

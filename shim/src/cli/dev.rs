@@ -72,7 +72,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     tracing::info!(listen = %arguments.listen, "serving, without Nomad");
     let drivers = engine.drivers();
     let served = tokio::select! {
-        served = service::serve(view.clone(), listener, stop) => served,
+        served = service::serve(view.clone(), None, listener, stop) => served,
         reason = engine.driver_died() => Err(anyhow::anyhow!(reason)),
         () = follow(view, drivers) => unreachable!("the engine, which names the driver, lives on"),
     };

@@ -47,7 +47,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let (publish, drivers) = watch::channel(BTreeMap::new());
     tracing::info!(listen = %arguments.listen, nomad = arguments.nomad_addr, "serving");
     let serving = tokio::select! {
-        serving = service::serve(view.clone(), listener, stop) => serving,
+        serving = service::serve(view.clone(), Some(nomad.clone()), listener, stop) => serving,
         () = engine::nomad::discover(nomad, publish) => unreachable!("it never ends"),
         () = follow(view, drivers) => unreachable!("it ends after its sender, which never does"),
     };
