@@ -3,8 +3,8 @@
 //! ```text
 //!  Nomad agent --go-plugin--> plugin --> service --+
 //!                                                  +--> slot (book, keeper) --> docker --> dockerd
-//!  shims --polydev.node.v1--> node/service --------+        |  |
-//!                                                  limits <-+  +-> link --> polydev-init
+//!  shims --polydev.node.v1--> node/service --+-----+        |  |
+//!                                            +--> run <-----+  +-> link --> polydev-init
 //! ```
 //!
 //! Nothing on the right knows anything on its left. `docker` alone names bollard;
@@ -30,7 +30,9 @@ pub mod limits;
 mod link;
 pub mod logging;
 mod netlink;
+mod process;
 mod reap;
+pub mod run;
 mod ticks;
 
 use polydev_proto::error::chain;

@@ -110,6 +110,11 @@ impl Listener {
         self.folder.keep = true;
     }
 
+    /// The container is of no more use, and with it the folder.
+    pub(crate) fn let_go(&mut self) {
+        self.folder.keep = false;
+    }
+
     /// Waits for the container's init to connect and greet. Whoever else connects is
     /// turned away: the command of a container cannot speak for its init.
     ///

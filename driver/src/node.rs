@@ -17,6 +17,7 @@ use crate::{
     firewall::{self, Firewall},
     identity::LABEL_INSTANCE,
     images::Images,
+    run::{self, book::Runs, recover::Open},
     sandbox::Networks,
     slot::{book::Book, breaker::Breakers, headroom::Headroom},
     task::{self, journal::Journal},
@@ -32,6 +33,8 @@ pub enum Error {
     Files(#[from] files::Error),
     #[error(transparent)]
     Firewall(#[from] firewall::Error),
+    #[error(transparent)]
+    Runs(#[from] run::book::Error),
     #[error("cannot listen at `{path}`")]
     Listen { path: PathBuf, source: io::Error },
 }
@@ -56,6 +59,7 @@ pub struct Node {
     pub compute: Compute,
     pub images: Arc<Images>,
     pub slots: Book,
+    pub runs: Arc<Runs>,
     pub headroom: Arc<Headroom>,
     pub breakers: Breakers,
     /// Containers of slots that may be made at the same time: more would slow the runs.
@@ -110,6 +114,8 @@ impl Node {
             link_dir,
             resolv_conf,
             journal,
+            runs,
+            open,
             listener,
         } = prepared;
         let text = std::fs::read_to_string(&resolv_conf).unwrap_or_default();
@@ -130,6 +136,7 @@ impl Node {
             resolv_conf,
             compute,
             slots: Book::new(),
+            runs: runs.into(),
             plain: task::book::Book::default(),
             journal,
             events,
@@ -138,8 +145,10 @@ impl Node {
             _lock: lock,
         });
         task::recover(&node);
+        run::recover::recover(&node, open);
         node.images.collect();
         node.tasks.spawn(service::serve(node.clone(), listener));
+        node.tasks.spawn(run::book::keep(node.runs.clone()));
         node.tasks.spawn(crate::reap::run(node.clone()));
         Ok(node)
     }
@@ -166,9 +175,10 @@ impl Node {
     /// Takes away what only a driver with slots needs. Bounded by the engine's deadlines.
     pub async fn leave(&self) {
         let _gone = std::fs::remove_file(socket_path(&self.config));
-        if self.slots.all().iter().any(|slot| slot.end().is_none()) {
+        if self.runs.is_busy() || self.slots.all().iter().any(|slot| slot.end().is_none()) {
             return;
         }
+        self.runs.leave();
         match self.docker.remove_bridge(&self.name).await {
             Ok(()) => self.firewall.remove().await,
             Err(error) => {
@@ -194,6 +204,9 @@ struct Prepared {
     link_dir: PathBuf,
     resolv_conf: PathBuf,
     journal: Journal,
+    runs: Runs,
+    /// Runs that go on.
+    open: Vec<Open>,
     listener: tokio::net::UnixListener,
 }
 
@@ -204,11 +217,10 @@ impl Prepared {
         let init = files::install_init(&config.init_path, &config.state_dir)?;
         let resolv_conf = files::write_resolv_conf(&config.state_dir)?;
         let journal = Journal::open(&config.state_dir)?;
-        let in_use: Vec<PathBuf> = journal
-            .read()
-            .into_iter()
-            .filter_map(|entry| entry.link)
-            .collect();
+        let (runs, open) = Runs::open(&config.state_dir)?;
+        let tasks = journal.read().into_iter().filter_map(|entry| entry.link);
+        let links = open.iter().map(|open| open.link().to_owned());
+        let in_use: Vec<PathBuf> = tasks.chain(links).collect();
         let link_dir = files::folder_of(&config.state_dir.join("link"), &in_use)?;
 
         let path = socket_path(config);
@@ -220,6 +232,8 @@ impl Prepared {
             link_dir,
             resolv_conf,
             journal,
+            runs,
+            open,
             listener,
         })
     }

@@ -113,6 +113,9 @@ fn is_known(node: &Node, container: &docker::Listed) -> bool {
         return node.plain.get(task_id).is_some() || (!node.config.gc.container && !container.runs);
     }
     if let Some(slot_id) = label(LABEL_SLOT) {
+        if node.runs.holds(&container.id) {
+            return true;
+        }
         return node.slots.by_slot_id(slot_id).is_some();
     }
     // Nomad asks for an allocation's network before its tasks, and keeps it after them.

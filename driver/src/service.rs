@@ -193,9 +193,8 @@ impl Driver for Service {
         Ok(Response::new(Box::pin(health)))
     }
 
-    /// A plain task is in the journal and has been taken up before. A slot starts afresh:
-    /// what ran in it is ended, and the next container takes its place under the same
-    /// allocation.
+    /// A plain task is in the journal and has been taken up before, and so is the run in a
+    /// slot: when it is over, or at once, the slot's next container is made.
     async fn recover_task(
         &self,
         request: Request<RecoverTaskRequest>,

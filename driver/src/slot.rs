@@ -1,17 +1,16 @@
 //! Warm slots: allocations that keep an idle container ready and turn it, once, into a run.
 //!
 //! Read in the order of a slot's life: [`state`] is the pure machine, [`fill`] makes
-//! a container unless [`breaker`] says that its image is not worth it, [`crate::link`] talks to its init, [`claim`] is what a shim asks,
-//! [`headroom`] says whether the node has room for it, [`run`] serves it, and [`keeper`] drives one slot through all of that. [`book`] holds
-//! the slots of the node for everyone else.
+//! a container unless [`breaker`] says that its image is not worth it, [`crate::link`] talks
+//! to its init, [`headroom`] says whether the node has room for a run, [`crate::run`] has what
+//! is run in it, and [`keeper`] drives one slot through all of that. [`book`] holds the slots
+//! of the node for everyone else.
 
 pub mod book;
 pub mod breaker;
-pub mod claim;
 mod fill;
 pub mod headroom;
 mod keeper;
-mod run;
 pub mod state;
 
 pub use fill::Error as FillError;
@@ -29,8 +28,8 @@ use crate::{
     config,
     identity::Identity,
     limits::{self, Limits, Usage},
+    run::{Run, book::Occupant, carry::Order, claim::Refusal},
 };
-use claim::{Claim, Refusal};
 use headroom::Share;
 use state::{Event, Life, State};
 
@@ -44,7 +43,7 @@ pub struct Slot {
     pub started: SystemTime,
     life: Mutex<Life>,
     /// Filled by a granted claim only, of which there is one at a time.
-    claims: mpsc::Sender<Granted>,
+    claims: mpsc::Sender<Claim>,
     /// Nomad wants the slot gone: no new claim, and its end when the run has ended.
     drain: CancellationToken,
     /// Nothing of the slot may be left, run or not.
@@ -54,17 +53,19 @@ pub struct Slot {
     changed: watch::Sender<u64>,
 }
 
-/// A claim with what it took of the node.
+/// A run on its way to the slot's container, with what it took of the node.
 #[derive(Debug)]
-struct Granted {
-    claim: Claim,
+struct Claim {
+    run: Arc<Run>,
+    order: Order,
     share: Share,
 }
 
-/// Of the slot's containers: the limits of the present one, the use of the past ones.
+/// Of the slot's containers: who the present one is, and the use of the past ones.
 #[derive(Debug, Default)]
 struct Container {
     limits: Option<Arc<limits::Handle>>,
+    occupant: Option<Occupant>,
     past: Usage,
 }
 
@@ -105,10 +106,7 @@ impl Slot {
     /// What all containers of the slot have used; never goes down in what adds up.
     #[must_use]
     pub fn usage(&self) -> Usage {
-        let container = self
-            .container
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let container = self.container();
         let now = container
             .limits
             .as_ref()
@@ -127,13 +125,13 @@ impl Slot {
     /// Decides about a claim, once and for good: the only place where one is granted.
     ///
     /// # Errors
-    /// [`Refusal`] if the slot is not idle at this generation, or the node is full; the
-    /// slot is as it was.
+    /// [`Refusal`] if the slot is not idle at this generation, or `room` refuses; the slot is
+    /// as it was.
     fn grant(
         &self,
         generation: u64,
         run_id: &str,
-        room: impl FnOnce() -> Result<Share, headroom::Full>,
+        room: impl FnOnce(Occupant) -> Result<Share, Refusal>,
     ) -> Result<Share, Refusal> {
         let claimed = Event::Claimed {
             generation,
@@ -143,7 +141,8 @@ impl Slot {
         let mut next = life.clone();
         next.apply(claimed, SystemTime::now())
             .map_err(Refusal::Taken)?;
-        let share = room()?;
+        let occupant = self.container().occupant.clone();
+        let share = room(occupant.expect("an idle slot has a container"))?;
         *life = next;
         drop(life);
         self.changed.send_modify(|version| *version += 1);
@@ -163,17 +162,19 @@ impl Slot {
         }
     }
 
-    fn hold(&self, limits: Option<Arc<limits::Handle>>) {
-        let used = if limits.is_none() {
-            self.usage()
-        } else {
-            Usage::default()
-        };
-        let mut container = self
-            .container
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if limits.is_none() && container.limits.is_some() {
+    /// The slot has a container, which is not told to be idle yet.
+    fn hold(&self, limits: Arc<limits::Handle>, occupant: Occupant) {
+        let mut container = self.container();
+        container.limits = Some(limits);
+        container.occupant = Some(occupant);
+    }
+
+    /// Its container is of no more use: what it used has been used.
+    fn let_go(&self) {
+        let used = self.usage();
+        let mut container = self.container();
+        container.occupant = None;
+        if container.limits.take().is_some() {
             container.past = Usage {
                 rss: 0,
                 cache: 0,
@@ -183,7 +184,12 @@ impl Slot {
                 ..used
             };
         }
-        container.limits = limits;
+    }
+
+    fn container(&self) -> MutexGuard<'_, Container> {
+        self.container
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, Life> {

@@ -14,7 +14,6 @@ mod mounts;
 mod network;
 mod output;
 pub mod plan;
-mod process;
 mod resources;
 mod start;
 

@@ -1,9 +1,11 @@
 //! The command line: one binary, a file a command.
 
+mod attach;
 mod dev;
 mod pool;
 mod run;
 mod serve;
+mod stream;
 
 use std::{io::IsTerminal, process::ExitCode};
 
@@ -33,6 +35,10 @@ enum Command {
     Dev(dev::Arguments),
     /// Run one command or prompt and stream it; exits with the command's status.
     Run(run::Arguments),
+    /// Go on with a run whose connection broke; exits with its command's status.
+    Attach(attach::Attach),
+    /// End a run: SIGTERM now, SIGKILL after its kill timeout.
+    Cancel(attach::Cancel),
     /// Look at the warm pools, and size them.
     #[command(subcommand)]
     Pool(pool::Command),
@@ -98,6 +104,8 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Serve(arguments) => serve::execute(arguments).await,
         Command::Dev(arguments) => dev::execute(arguments).await,
         Command::Run(arguments) => run::execute(arguments).await,
+        Command::Attach(arguments) => attach::attach(arguments).await,
+        Command::Cancel(arguments) => attach::cancel(arguments).await,
         Command::Pool(command) => pool::execute(command).await,
     }
 }

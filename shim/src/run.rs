@@ -1,15 +1,82 @@
-//! One run, in the order it happens: [`request`] checks what the caller wants,
-//! [`claim`] gets it a container, [`relay`] carries it to its end.
+//! One run, in the order it happens: [`request`] checks what the caller wants, [`fence`]
+//! makes sure that a retry has not run elsewhere, [`claim`] gets it a container, [`relay`]
+//! carries it to its end, and [`attach`] finds it again when a connection broke on the way.
 
+pub mod attach;
 pub mod claim;
+pub mod fence;
 pub mod relay;
 pub mod request;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use polydev_proto::node::{AttachResponse, ClaimResponse, RunEvent, RunInput, run_event};
+use tokio::sync::mpsc;
+use tonic::{Status, Streaming};
 
 /// How long a run waits for a slot to become idle before its caller is told that
 /// there is none.
 pub const SLOT_WAIT: Duration = Duration::from_secs(10);
+/// Input on its way to the driver; each at most 64 KiB.
+const INPUTS: usize = 16;
+
+/// The way to a run on its node.
+#[derive(Debug)]
+pub struct Connection {
+    pub slot_id: String,
+    pub node_id: String,
+    pub generation: u64,
+    /// How much stdin the command has taken.
+    pub stdin_offset: u64,
+    /// When the claim was sent: the driver's times count from then.
+    pub sent: Instant,
+    pub inputs: mpsc::Sender<RunInput>,
+    pub events: Events,
+}
+
+/// What the driver tells, to a claim or to an attach.
+#[derive(Debug)]
+pub enum Events {
+    Claimed(Box<Streaming<ClaimResponse>>),
+    Attached(Box<Streaming<AttachResponse>>),
+}
+
+impl Connection {
+    /// # Errors
+    /// The status of a driver that refuses, or of the wire.
+    async fn new(
+        node_id: String,
+        sent: Instant,
+        inputs: mpsc::Sender<RunInput>,
+        mut events: Events,
+    ) -> Result<Self, Status> {
+        match events.next().await?.and_then(|event| event.event) {
+            Some(run_event::Event::Attached(attached)) => Ok(Self {
+                slot_id: attached.slot_id,
+                node_id,
+                generation: attached.generation,
+                stdin_offset: attached.stdin_offset,
+                sent,
+                inputs,
+                events,
+            }),
+            _ => Err(Status::unavailable(
+                "the driver does not say where the run is",
+            )),
+        }
+    }
+}
+
+impl Events {
+    /// # Cancel safety
+    /// Loses nothing.
+    async fn next(&mut self) -> Result<Option<RunEvent>, Status> {
+        Ok(match self {
+            Self::Claimed(events) => events.message().await?.and_then(|response| response.event),
+            Self::Attached(events) => events.message().await?.and_then(|response| response.event),
+        })
+    }
+}
 
 /// Why a run came to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -25,8 +92,22 @@ pub enum Error {
     NoNode,
     #[error("the driver refused the run: {reason}")]
     Refused { reason: String },
+    #[error("{reason}")]
+    OtherCommand { reason: String },
+    #[error("the command did not run, and may be tried again: {reason}")]
+    NotRun { reason: String },
     #[error("slot `{slot_id}` gave no clear answer, the command may have run: {reason}")]
     Unclear { slot_id: String, reason: String },
     #[error("the connection to slot `{slot_id}` broke, the command may still have run: {reason}")]
     Lost { slot_id: String, reason: String },
+    #[error("it may have run on {}, which cannot be asked; `accept_duplicate` goes on without", nodes.join(", "))]
+    MayHaveRun { nodes: Vec<String> },
+    #[error("it may be on {}, which cannot be asked", nodes.join(", "))]
+    Unasked { nodes: Vec<String> },
+    #[error("{reason}")]
+    UnknownRun { reason: String },
+    #[error("run `{run_id}` is another user's")]
+    Forbidden { run_id: String },
+    #[error("{reason}")]
+    BeyondEnd { reason: String },
 }

@@ -7,8 +7,9 @@ use polydev_proto::{
     DESCRIPTORS,
     node::TraceContext,
     runtime::{
-        ListPoolsRequest, ListPoolsResponse, Pool, RunRequest, RunResponse, ScalePoolRequest,
-        ScalePoolResponse, ScaleWaiting, Scaled, run_request,
+        AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse, ListPoolsRequest,
+        ListPoolsResponse, Pool, RunEvent, RunRequest, RunResponse, ScalePoolRequest,
+        ScalePoolResponse, ScaleWaiting, Scaled, attach_request, run_request,
         runtime_service_server::{RuntimeService, RuntimeServiceServer},
         scale_pool_response,
     },
@@ -26,10 +27,15 @@ use crate::{
     nomad::Nomad,
     pool::{View, scale},
     provider::Provider,
-    run::{self, Error, claim, relay, request},
+    run::{
+        self, Connection, Error,
+        attach::{self, Name},
+        claim,
+        relay::{self, Relay},
+        request,
+    },
 };
 
-/// A caller says what it wants run at once.
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 /// A run with argv and environment at the kernel's limits.
 const MESSAGE_MOST: usize = 4 << 20;
@@ -106,6 +112,7 @@ type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 #[tonic::async_trait]
 impl RuntimeService for Service {
     type RunStream = Responses<RunResponse>;
+    type AttachStream = Responses<AttachResponse>;
     type ScalePoolStream = Responses<ScalePoolResponse>;
 
     async fn run(
@@ -115,35 +122,76 @@ impl RuntimeService for Service {
         let received = Instant::now();
         let trace = trace_context(request.metadata());
         let mut requests = request.into_inner();
-        let first = timeout(FIRST_MESSAGE, requests.message())
-            .await
-            .map_err(|_| Status::deadline_exceeded("no `start` came in 10 s"))??;
-        let Some(RunRequest {
-            message: Some(run_request::Message::Start(start)),
-        }) = first
-        else {
+        let Some(run_request::Message::Start(start)) = first(&mut requests).await?.message else {
             return Err(Error::from(request::Invalid::NotStarted).into());
         };
         let request = request::Request::parse(*start, trace).map_err(Error::from)?;
-        let run_id = request.run_id;
+        let (run_id, longest) = (request.run_id, request.longest());
         tracing::info!(%run_id, provider = %request.provider, user_id = request.user_id, "run");
+        let name = Name {
+            run_id: run_id.to_string(),
+            user_id: request.user_id.clone(),
+        };
 
-        let claimed = claim::claim(&self.view, request).await?;
-        let (events, responses) = mpsc::channel(relay::EVENTS);
-        let inputs = claimed.inputs.clone();
-        self.runs.spawn(async move {
-            let relay = relay::relay(received, run_id, claimed, &events);
-            let error = tokio::select! {
-                relayed = relay => relayed.err(),
-                error = refuse_input(requests, inputs) => Some(error),
-            };
-            if let Some(error) = error {
-                tracing::warn!(%run_id, error = %crate::chain(&error), "run broken off");
-                let _gone = events.send(Err(error)).await;
-            }
+        let connection = claim::claim(&self.view, request).await?;
+        let requests = requests.map(|request| {
+            Ok(match request?.message {
+                Some(run_request::Message::Input(input)) => Some(input),
+                Some(run_request::Message::Start(_)) | None => None,
+            })
         });
-        let responses = ReceiverStream::new(responses).map(|event| event.map_err(Status::from));
+        let until = Instant::now() + longest;
+        let (relay, responses) = self.relay(name, received, [0; 2], until);
+        self.carry(relay, connection, requests.boxed());
+        let responses = responses.map(|event| {
+            Ok(RunResponse {
+                event: Some(event?),
+            })
+        });
         Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<AttachRequest>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let received = Instant::now();
+        let mut requests = request.into_inner();
+        let Some(attach_request::Message::Start(start)) = first(&mut requests).await?.message
+        else {
+            return Err(Error::from(request::Invalid::NotStarted).into());
+        };
+        let name = Name {
+            run_id: start.run_id,
+            user_id: start.user_id,
+        };
+        let offsets = [start.stdout_offset, start.stderr_offset];
+        let connection = attach::attach(&self.view, &name, offsets).await?;
+        let requests = requests.map(|request| {
+            Ok(match request?.message {
+                Some(attach_request::Message::Input(input)) => Some(input),
+                Some(attach_request::Message::Start(_)) | None => None,
+            })
+        });
+        // Its deadline is the driver's to know.
+        let until = Instant::now() + request::LONGEST;
+        let (relay, responses) = self.relay(name, received, offsets, until);
+        self.carry(relay, connection, requests.boxed());
+        let responses = responses.map(|event| {
+            Ok(AttachResponse {
+                event: Some(event?),
+            })
+        });
+        Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn cancel_run(
+        &self,
+        request: Request<CancelRunRequest>,
+    ) -> Result<Response<CancelRunResponse>, Status> {
+        let CancelRunRequest { run_id, user_id } = request.into_inner();
+        attach::cancel(&self.view, &Name { run_id, user_id }).await?;
+        Ok(Response::new(CancelRunResponse {}))
     }
 
     async fn list_pools(
@@ -229,15 +277,46 @@ impl From<scale::Error> for Status {
     }
 }
 
-/// Forwards the caller's input for ever, or says what was wrong with it.
-async fn refuse_input(
-    requests: Streaming<RunRequest>,
-    inputs: mpsc::Sender<polydev_proto::node::ClaimRequest>,
-) -> Error {
-    match relay::forward(requests, inputs).await {
-        Err(invalid) => invalid.into(),
-        Ok(()) => std::future::pending().await,
+impl Service {
+    fn relay(
+        &self,
+        name: Name,
+        received: Instant,
+        offsets: [u64; 2],
+        until: Instant,
+    ) -> (
+        Relay,
+        impl Stream<Item = Result<RunEvent, Status>> + Send + use<>,
+    ) {
+        let (caller, events) = mpsc::channel(relay::EVENTS);
+        let relay = Relay {
+            view: self.view.clone(),
+            name,
+            received,
+            offsets,
+            until,
+            caller,
+        };
+        let events = ReceiverStream::new(events);
+        (relay, events.map(|event| event.map_err(Status::from)))
     }
+
+    fn carry(&self, relay: Relay, connection: Connection, requests: relay::Inputs) {
+        self.runs.spawn(async move {
+            let (caller, run_id) = (relay.caller.clone(), relay.name.run_id.clone());
+            if let Err(error) = relay.run(connection, requests).await {
+                tracing::warn!(run_id, error = %crate::chain(&error), "run broken off");
+                let _gone = caller.send(Err(error)).await;
+            }
+        });
+    }
+}
+
+/// A caller says what it wants at once.
+async fn first<T>(requests: &mut Streaming<T>) -> Result<T, Status> {
+    let first = timeout(FIRST_MESSAGE, requests.message()).await;
+    let first = first.map_err(|_| Status::deadline_exceeded("no `start` came in 10 s"))??;
+    first.ok_or_else(|| Error::from(request::Invalid::NotStarted).into())
 }
 
 /// The caller's place in a trace, as W3C has it in headers.
@@ -260,9 +339,16 @@ impl From<run::Error> for Status {
         let message = crate::chain(&error);
         match error {
             Error::Invalid(_) | Error::Refused { .. } => Self::invalid_argument(message),
+            Error::OtherCommand { .. } => Self::already_exists(message),
             Error::NoIdleSlot { .. } => Self::resource_exhausted(message),
-            Error::NoNode => Self::unavailable(message),
+            Error::NoNode
+            | Error::NotRun { .. }
+            | Error::MayHaveRun { .. }
+            | Error::Unasked { .. } => Self::unavailable(message),
             Error::Unclear { .. } | Error::Lost { .. } => Self::aborted(message),
+            Error::UnknownRun { .. } => Self::not_found(message),
+            Error::Forbidden { .. } => Self::permission_denied(message),
+            Error::BeyondEnd { .. } => Self::out_of_range(message),
         }
     }
 }

@@ -18,3 +18,4 @@ mod refusals;
 mod registry;
 mod runs;
 mod secrets;
+mod survive;

@@ -289,8 +289,8 @@ fn stopping_a_claimed_slot_lets_its_run_end() {
     let running = &nomad.allocations("polydev-pool-anthropic")[0]["ClientStatus"];
     assert_eq!(running, "running", "Nomad must keep the resources of a run");
 
-    use polydev_proto::runtime::{run_request::Message, run_response::Event};
-    client.send(&run, Message::Stdin("late\n".into()));
+    use polydev_proto::runtime::{run_event::Event, run_input::Input};
+    client.send(&run, Input::Stdin("late\n".into()));
     let mut text = String::new();
     loop {
         match client.next(&mut run).unwrap() {

@@ -3,7 +3,7 @@
 use std::{process::Command, time::Duration};
 
 use bytes::Bytes;
-use polydev_proto::runtime::{ExitReason, RunStart, run_request::Message, run_response::Event};
+use polydev_proto::runtime::{ExitReason, RunStart, run_event::Event, run_input::Input};
 use polydev_tests::{
     client::{argv, prompt, shell},
     docker, fresh_key,
@@ -150,7 +150,7 @@ fn limits_are_raised_before_the_command_and_docker_agrees_with_the_kernel() {
     );
     client.send(
         &run,
-        Message::CloseStdin(polydev_proto::runtime::CloseStdin {}),
+        Input::CloseStdin(polydev_proto::runtime::CloseStdin {}),
     );
     while !matches!(client.next(&mut run).unwrap(), Some(Event::Exited(_))) {}
 }

@@ -1,16 +1,18 @@
 //! A caller of the shim, as a master-controller is one.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, pin::Pin, time::Duration};
 
 use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
 use polydev_proto::runtime::{
-    Accepted, Argv, CloseStdin, Credential, Exited, ListPoolsRequest, Pool, Prompt, RunRequest,
-    RunStart, run_request::Message, run_response::Event, run_start::Command,
+    Accepted, Argv, AttachRequest, AttachStart, CancelRunRequest, CloseStdin, Credential, Exited,
+    ListPoolsRequest, Pool, Prompt, RunEvent, RunInput, RunRequest, RunStart, attach_request,
+    run_event::Event, run_input::Input, run_request, run_start::Command,
     runtime_service_client::RuntimeServiceClient,
 };
 use tokio::{runtime::Runtime, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming, transport::Channel};
+use tonic::{Status, transport::Channel};
 
 use crate::wait_until;
 
@@ -26,10 +28,14 @@ pub struct Client {
 /// A run that has been accepted.
 pub struct Run {
     pub accepted: Accepted,
+    // Dropped first: that breaks the call, while the end of the inputs would close stdin.
+    pub events: Events,
     /// `None` once the caller's side is closed.
-    pub requests: Option<mpsc::Sender<RunRequest>>,
-    pub events: Streaming<polydev_proto::runtime::RunResponse>,
+    pub inputs: Option<mpsc::Sender<Input>>,
 }
+
+/// What a run tells, to whichever call.
+pub type Events = Pin<Box<dyn Stream<Item = Result<RunEvent, Status>> + Send>>;
 
 /// A run that has ended.
 #[derive(Debug)]
@@ -43,7 +49,7 @@ pub struct Outcome {
 impl Run {
     /// Closes the caller's side.
     pub fn close(&mut self) {
-        self.requests = None;
+        self.inputs = None;
     }
 }
 
@@ -135,26 +141,77 @@ impl Client {
     /// # Errors
     /// As the shim answers.
     pub fn start(&self, start: RunStart) -> Result<Run, Status> {
-        let (requests, queue) = mpsc::channel(16);
-        let first = RunRequest {
-            message: Some(Message::Start(Box::new(start))),
-        };
-        requests.try_send(first).expect("an empty queue has room");
+        let (inputs, queue) = mpsc::channel(16);
+        let first = run_request::Message::Start(Box::new(start));
+        let rest = ReceiverStream::new(queue)
+            .map(|input| run_request::Message::Input(RunInput { input: Some(input) }));
+        let requests = futures_util::stream::iter([first])
+            .chain(rest)
+            .map(|message| RunRequest {
+                message: Some(message),
+            });
         let mut service = self.service.clone();
         self.wait(async move {
-            let mut events = service.run(ReceiverStream::new(queue)).await?.into_inner();
-            match events.message().await?.and_then(|response| response.event) {
-                Some(Event::Accepted(accepted)) => Ok(Run {
-                    accepted,
-                    requests: Some(requests),
-                    events,
-                }),
-                other => panic!("the first event is {other:?}"),
-            }
+            let events = service.run(requests).await?.into_inner();
+            let events = events.map(|response| Ok(response?.event.expect("an event")));
+            accepted(inputs, events.boxed()).await
         })
     }
 
-    /// Reads a run to its end.
+    /// Goes back to a run of the user `tester`.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub fn attach(&self, run_id: &str, [stdout, stderr]: [usize; 2]) -> Result<Run, Status> {
+        self.attach_as("tester", run_id, [stdout, stderr])
+    }
+
+    /// As [`Client::attach`], for another user.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub fn attach_as(
+        &self,
+        user_id: &str,
+        run_id: &str,
+        [stdout, stderr]: [usize; 2],
+    ) -> Result<Run, Status> {
+        let (inputs, queue) = mpsc::channel(16);
+        let first = attach_request::Message::Start(AttachStart {
+            run_id: run_id.into(),
+            user_id: user_id.into(),
+            stdout_offset: stdout as u64,
+            stderr_offset: stderr as u64,
+        });
+        let rest = ReceiverStream::new(queue)
+            .map(|input| attach_request::Message::Input(RunInput { input: Some(input) }));
+        let requests = futures_util::stream::iter([first])
+            .chain(rest)
+            .map(|message| AttachRequest {
+                message: Some(message),
+            });
+        let mut service = self.service.clone();
+        self.wait(async move {
+            let events = service.attach(requests).await?.into_inner();
+            let events = events.map(|response| Ok(response?.event.expect("an event")));
+            accepted(inputs, events.boxed()).await
+        })
+    }
+
+    /// Ends a run of the user `tester`.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub fn cancel(&self, run_id: &str) -> Result<(), Status> {
+        let request = CancelRunRequest {
+            run_id: run_id.into(),
+            user_id: "tester".into(),
+        };
+        let mut service = self.service.clone();
+        self.wait(async move { service.cancel_run(request).await.map(drop) })
+    }
+
+    /// Reads a run to its end, from its first byte.
     ///
     /// # Errors
     /// As the shim answers.
@@ -162,27 +219,43 @@ impl Client {
     /// # Panics
     /// If its output has a gap.
     pub fn finish(&self, run: Run) -> Result<Outcome, Status> {
+        self.finish_from(run, [0; 2])
+    }
+
+    /// Reads a run to its end, from the offsets that it was attached to at.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    ///
+    /// # Panics
+    /// If its output has a gap.
+    pub fn finish_from(&self, run: Run, offsets: [usize; 2]) -> Result<Outcome, Status> {
         let Run {
             accepted,
-            requests: _requests,
+            inputs: _inputs,
             mut events,
         } = run;
         self.wait(async move {
             let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+            let [before_stdout, before_stderr] = offsets.map(|offset| offset as u64);
             loop {
-                let response = events.message().await?.expect("the last event is `exited`");
-                match response.event.expect("every response has an event") {
+                let event = events.next().await.expect("the last event is `exited`")?;
+                match event.event.expect("every event is one") {
                     Event::Stdout(output) => {
-                        assert_eq!(output.offset, stdout.len() as u64, "a gap in stdout");
+                        let expected = before_stdout + stdout.len() as u64;
+                        assert_eq!(output.offset, expected, "a gap in stdout");
                         stdout.extend_from_slice(&output.data);
                     }
                     Event::Stderr(output) => {
-                        assert_eq!(output.offset, stderr.len() as u64, "a gap in stderr");
+                        let expected = before_stderr + stderr.len() as u64;
+                        assert_eq!(output.offset, expected, "a gap in stderr");
                         stderr.extend_from_slice(&output.data);
                     }
                     Event::Exited(exited) => {
-                        assert_eq!(exited.stdout_bytes, stdout.len() as u64);
-                        assert_eq!(exited.stderr_bytes, stderr.len() as u64);
+                        let stdout_bytes = before_stdout + stdout.len() as u64;
+                        let stderr_bytes = before_stderr + stderr.len() as u64;
+                        assert_eq!(exited.stdout_bytes, stdout_bytes);
+                        assert_eq!(exited.stderr_bytes, stderr_bytes);
                         return Ok(Outcome {
                             accepted,
                             stdout,
@@ -190,6 +263,7 @@ impl Client {
                             exited,
                         });
                     }
+                    Event::Lost(lost) => panic!("output is lost: {lost:?}"),
                     Event::Accepted(_) | Event::Started(_) => {}
                 }
             }
@@ -211,21 +285,15 @@ impl Client {
     pub fn run_with_stdin(&self, mut start: RunStart, input: Bytes) -> Result<Outcome, Status> {
         start.stdin = true;
         let run = self.start(start)?;
-        let requests = run.requests.clone().expect("the side is open");
+        let inputs = run.inputs.clone().expect("the side is open");
         let sending = self.runtime.spawn(async move {
             let chunks = (0..input.len()).step_by(64 << 10);
             let chunks = chunks.map(|at| input.slice(at..input.len().min(at + (64 << 10))));
             let messages = chunks
-                .map(Message::Stdin)
-                .chain([Message::CloseStdin(CloseStdin {})]);
+                .map(Input::Stdin)
+                .chain([Input::CloseStdin(CloseStdin {})]);
             for message in messages {
-                if requests
-                    .send(RunRequest {
-                        message: Some(message),
-                    })
-                    .await
-                    .is_err()
-                {
+                if inputs.send(message).await.is_err() {
                     return;
                 }
             }
@@ -236,12 +304,9 @@ impl Client {
     }
 
     /// Sends one message to a run.
-    pub fn send(&self, run: &Run, message: Message) {
-        let requests = run.requests.as_ref().expect("the side is open");
-        let sent = requests.try_send(RunRequest {
-            message: Some(message),
-        });
-        sent.expect("the queue has room");
+    pub fn send(&self, run: &Run, input: Input) {
+        let inputs = run.inputs.as_ref().expect("the side is open");
+        inputs.try_send(input).expect("the queue has room");
     }
 
     /// The next event of a run.
@@ -250,11 +315,8 @@ impl Client {
     /// As the shim answers.
     pub fn next(&self, run: &mut Run) -> Result<Option<Event>, Status> {
         self.wait(async {
-            Ok(run
-                .events
-                .message()
-                .await?
-                .and_then(|response| response.event))
+            let event = run.events.next().await.transpose()?;
+            Ok(event.and_then(|event| event.event))
         })
     }
 
@@ -294,5 +356,18 @@ impl Client {
                 .await
                 .expect("an answer within three minutes")
         })
+    }
+}
+
+/// The first event of every run.
+async fn accepted(inputs: mpsc::Sender<Input>, mut events: Events) -> Result<Run, Status> {
+    let first = events.next().await.transpose()?;
+    match first.and_then(|event| event.event) {
+        Some(Event::Accepted(accepted)) => Ok(Run {
+            accepted,
+            inputs: Some(inputs),
+            events,
+        }),
+        other => panic!("the first event is {other:?}"),
     }
 }

@@ -12,15 +12,15 @@ use std::{
 };
 
 use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
+    mount::{MsFlags, mount},
     sched::{CloneFlags, setns},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use tempfile::TempDir;
 
 use crate::{
     docker,
+    folder::Folder,
     job::IMAGE,
     process::{Process, output, succeed},
     wait_until,
@@ -33,7 +33,7 @@ pub struct Engine {
     /// By itself, as distributions start it: it outlives dockerd.
     containerd: Option<Process>,
     namespace: String,
-    folder: TempDir,
+    folder: Folder,
     /// Of dockerd, besides the needed ones.
     options: Vec<String>,
 }
@@ -54,14 +54,11 @@ impl Engine {
     /// As there.
     #[must_use]
     pub fn start_with(options: Vec<String>) -> Self {
-        let folder = tempfile::Builder::new()
-            .prefix("pdengine-")
-            .tempdir_in("/tmp");
         let mut engine = Self {
             process: None,
             containerd: None,
             namespace: format!("pde{:08x}", rand::random::<u32>()),
-            folder: folder.expect("a folder can be made"),
+            folder: Folder::new("pdengine-"),
             options,
         };
         // Small, so that a test can fill it.
@@ -291,18 +288,7 @@ impl Drop for Engine {
         self.process = None;
         self.containerd = None;
         self.end_shims();
-        let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
-        let mut below: Vec<PathBuf> = mounts
-            .map(|mounts| mounts.0)
-            .unwrap_or_default()
-            .into_iter()
-            .map(|mount| mount.mount_point)
-            .filter(|point| point.starts_with(self.folder.path()))
-            .collect();
-        below.sort();
-        for point in below.iter().rev() {
-            let _busy = umount2(point, MntFlags::MNT_DETACH);
-        }
+        self.folder.unmount();
         output(Command::new("ip").args(["netns", "delete", &self.namespace]));
     }
 }

@@ -5,6 +5,7 @@ pub mod client;
 pub mod docker;
 pub mod docker_proxy;
 pub mod engine;
+pub mod folder;
 pub mod host;
 pub mod job;
 pub mod nomad;

@@ -19,9 +19,9 @@ use nix::{
     unistd::Pid,
 };
 use serde_json::Value;
-use tempfile::TempDir;
 
 use crate::{
+    folder::Folder,
     process::{Process, output, succeed},
     program, root, wait_until,
 };
@@ -30,7 +30,7 @@ use crate::{
 pub struct Nomad {
     agent: Option<Process>,
     pub address: String,
-    folder: TempDir,
+    folder: Folder,
     /// Where programs are looked for, this machine's own places apart.
     programs: Option<PathBuf>,
 }
@@ -109,10 +109,7 @@ impl Nomad {
     }
 
     fn configure(options: &str, drivers: &str) -> Self {
-        let folder = tempfile::Builder::new()
-            .prefix("pdtest-")
-            .tempdir_in("/tmp");
-        let folder = folder.expect("a folder can be made");
+        let folder = Folder::new("pdtest-");
         let plugins = folder.path().join("plugins");
         fs::create_dir(&plugins).expect("a folder can be made");
         fs::copy(

@@ -2,23 +2,21 @@
 
 use std::{path::PathBuf, process::Command, time::Duration};
 
-use tempfile::TempDir;
-
-use crate::{client::Client, process::Process, program, wait_until};
+use crate::{client::Client, folder::Folder, process::Process, program, wait_until};
 
 /// A running shim. Dropping it stops it, and with it what it started.
 pub struct Shim {
     // Dropped before the folder that its driver works in.
     pub process: Process,
     pub address: String,
-    folder: TempDir,
+    folder: Folder,
 }
 
 impl Shim {
     /// `polydev-shim dev` with `pools` such as `anthropic=2`, all of them warm.
     #[must_use]
     pub fn dev(pools: &[&str]) -> Self {
-        let folder = folder();
+        let folder = Folder::new("pdtest-");
         let mut command = Command::new(program("polydev-shim"));
         command
             .arg("dev")
@@ -41,10 +39,10 @@ impl Shim {
     pub fn serve(nomad: &str) -> Self {
         let mut command = Command::new(program("polydev-shim"));
         command.args(["serve", "--nomad-addr", nomad]);
-        Self::start(command, folder())
+        Self::start(command, Folder::new("pdtest-"))
     }
 
-    fn start(mut command: Command, folder: TempDir) -> Self {
+    fn start(mut command: Command, folder: Folder) -> Self {
         let socket = folder.path().join("shim.sock");
         let address = format!("unix://{}", socket.display());
         command.args(["--listen", &address]);
@@ -99,12 +97,4 @@ pub fn instance_label(state_dir: &std::path::Path) -> String {
         "dev.polydev.instance={}",
         instance.expect("the driver has made its id")
     )
-}
-
-/// Short, for the sockets below it.
-fn folder() -> TempDir {
-    tempfile::Builder::new()
-        .prefix("pdtest-")
-        .tempdir_in("/tmp")
-        .expect("a folder can be made")
 }

@@ -5,29 +5,34 @@ use std::{
     time::Instant,
 };
 
-use futures_util::{Stream, StreamExt};
+use futures_util::{Stream, StreamExt, stream};
 use polydev_proto::node::{
-    Claim, ClaimRequest, ClaimResponse, Ended, Granted, Output, Slot as SlotMessage, Started,
-    WatchSlotsRequest, WatchSlotsResponse, claim_request, claim_response,
+    AttachRequest, AttachResponse, Attached, CancelRunRequest, CancelRunResponse, Claim,
+    ClaimRequest, ClaimResponse, Ended, FenceRequest, FenceResponse, Granted, HaveRun, Lost,
+    Output, RunEvent, RunInput, Slot as SlotMessage, Started, StdinTaken, Unknown,
+    WatchSlotsRequest, WatchSlotsResponse, attach_request, claim_request, fence_response,
     node_service_server::{NodeService, NodeServiceServer},
-    slot,
+    run_event, run_input, slot,
 };
 use prost_types::Timestamp;
-use tokio::{net::UnixListener, sync::mpsc, time::Duration};
-use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tokio::{net::UnixListener, time::Duration};
+use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
 use super::Node;
-use crate::slot::{
-    Slot,
-    claim::{self, EVENTS, Event, INPUTS, Input, Refusal},
-    state::State,
+use crate::{
+    run::{
+        Input, Run,
+        book::{Fenced, NotFound},
+        claim::{self, Refusal},
+        follow::{BeyondEnd, Event, Follower},
+    },
+    slot::{Slot, state::State},
 };
 
 /// How often a shim is told the time when nothing else happens: claims are dated by
 /// this driver's clock, and the shim's own may stand still while the machine sleeps.
 const CLOCK: Duration = Duration::from_secs(5);
-/// A shim says what it claims at once, or it is none.
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 /// A claim with argv and environment at the kernel's limits, and credential files.
 const MESSAGE_MOST: usize = 4 << 20;
@@ -71,6 +76,7 @@ type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl NodeService for Service {
     type WatchSlotsStream = Responses<WatchSlotsResponse>;
     type ClaimStream = Responses<ClaimResponse>;
+    type AttachStream = Responses<AttachResponse>;
 
     async fn watch_slots(
         &self,
@@ -122,100 +128,194 @@ impl NodeService for Service {
     ) -> Result<Response<Self::ClaimStream>, Status> {
         let arrived = Instant::now();
         let mut requests = request.into_inner();
-        let first = tokio::time::timeout(FIRST_MESSAGE, requests.message())
-            .await
-            .map_err(|_| Status::deadline_exceeded("no claim came"))??;
-        let Some(ClaimRequest {
-            message: Some(claim_request::Message::Claim(claim)),
-        }) = first
+        let Some(claim_request::Message::Claim(claim)) =
+            first(&mut requests).await?.and_then(|first| first.message)
         else {
             return Err(Status::invalid_argument(
                 "`claim` must be the first message",
             ));
         };
-        let mut responses = self.grant(*claim, arrived, requests)?;
-        // The first event says whether it was granted; a refusal is the call's status.
-        let first = match responses.recv().await {
-            Some(Ok(event)) => encode_event(event),
-            Some(Err(refusal)) => return Err(refusal.into()),
-            None => return Err(Status::unknown("the slot ended")),
+        let run = self.grant(*claim, arrived)?;
+        let mut follower = Follower::new(run.clone(), [0; 2]).map_err(beyond_end)?;
+        let stdin_offset = follower.stdin_taken();
+        // The first event tells whether it was granted or refused after all.
+        let granted = follower.next().await.map(encode_event).transpose()?;
+        let inputs = requests.filter_map(|request| async {
+            match request.ok()?.message? {
+                claim_request::Message::Input(input) => Some(input),
+                claim_request::Message::Claim(_) => None,
+            }
+        });
+        self.node.tasks.spawn(forward(inputs.boxed(), run.clone()));
+        let first = [Some(attached(&run, stdin_offset)), granted];
+        let events = stream::iter(first.into_iter().flatten().map(Ok)).chain(events(follower));
+        let responses = events.map(|event| {
+            Ok(ClaimResponse {
+                event: Some(event?),
+            })
+        });
+        Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<AttachRequest>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let mut requests = request.into_inner();
+        let Some(attach_request::Message::Attach(attach)) =
+            first(&mut requests).await?.and_then(|first| first.message)
+        else {
+            return Err(Status::invalid_argument(
+                "`attach` must be the first message",
+            ));
         };
-        let rest = ReceiverStream::new(responses)
-            .map(|event| event.map(encode_event).map_err(Status::from));
-        Ok(Response::new(Box::pin(
-            futures_util::stream::iter([Ok(first)]).chain(rest),
-        )))
+        let run = self.find(&attach.run_id, &attach.user_id)?;
+        let offsets = [attach.stdout_offset, attach.stderr_offset];
+        let follower = Follower::new(run.clone(), offsets).map_err(beyond_end)?;
+        let attached = attached(&run, follower.stdin_taken());
+        let inputs = requests.filter_map(|request| async {
+            match request.ok()?.message? {
+                attach_request::Message::Input(input) => Some(input),
+                attach_request::Message::Attach(_) => None,
+            }
+        });
+        self.node.tasks.spawn(forward(inputs.boxed(), run));
+        let responses = stream::iter([Ok(attached)]).chain(events(follower));
+        let responses = responses.map(|event| {
+            Ok(AttachResponse {
+                event: Some(event?),
+            })
+        });
+        Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn cancel_run(
+        &self,
+        request: Request<CancelRunRequest>,
+    ) -> Result<Response<CancelRunResponse>, Status> {
+        let CancelRunRequest { run_id, user_id } = request.into_inner();
+        self.find(&run_id, &user_id)?.cancel();
+        tracing::info!(run_id, user_id, "cancelled");
+        Ok(Response::new(CancelRunResponse {}))
+    }
+
+    async fn fence(
+        &self,
+        request: Request<FenceRequest>,
+    ) -> Result<Response<FenceResponse>, Status> {
+        let FenceRequest { run_id, ballot } = request.into_inner();
+        let ballot = ballot.ok_or_else(|| Status::invalid_argument("`ballot` is missing"))?;
+        claim::made_at(&run_id).map_err(|invalid| Status::invalid_argument(invalid.to_string()))?;
+        let fenced = self.node.runs.fence(&run_id, ballot.into());
+        let fenced = fenced.map_err(|error| Status::unavailable(crate::chain(&error)))?;
+        let answer = match fenced {
+            Fenced::Have {
+                slot_id,
+                generation,
+                ended,
+            } => fence_response::Answer::Have(HaveRun {
+                slot_id,
+                generation,
+                ended,
+            }),
+            Fenced::Fenced(ballot) => fence_response::Answer::Fenced(ballot.into()),
+            Fenced::Unknown => fence_response::Answer::Unknown(Unknown {}),
+        };
+        Ok(Response::new(FenceResponse {
+            answer: Some(answer),
+        }))
     }
 }
 
 impl Service {
-    fn grant(
-        &self,
-        claim: Claim,
-        arrived: Instant,
-        requests: Streaming<ClaimRequest>,
-    ) -> Result<mpsc::Receiver<Result<Event, Refusal>>, Refusal> {
+    fn grant(&self, claim: Claim, arrived: Instant) -> Result<Arc<Run>, Status> {
         let node = &self.node;
-        if claim.start_id != node.start_id {
-            let actual = node.start_id.clone();
-            return Err(Refusal::OtherStart {
-                given: claim.start_id,
-                actual,
-            });
-        }
-        let start_by = time_left(claim.start_by).ok_or(Refusal::TooLate)?;
-        let slot = node.slots.by_slot_id(&claim.slot_id);
-        let slot = slot.ok_or_else(|| Refusal::UnknownSlot {
-            slot_id: claim.slot_id.clone(),
-        })?;
-        let generation = claim.generation;
+        let (slot_id, generation) = (claim.slot_id.clone(), claim.generation);
+        let (start_id, start_by) = (claim.start_id.clone(), claim.start_by);
         tracing::debug!(
             run_id = claim.run_id,
             user_id = claim.user_id,
-            slot_id = claim.slot_id,
+            slot_id,
             "claim"
         );
-        let parsed = claim::parse(claim)?;
+        let decide = || {
+            let parsed = claim::parse(claim)?;
+            // A claim that is repeated has its answer, whatever has changed meanwhile.
+            if let Some(run) = node.runs.repeated(&parsed) {
+                return Ok(run);
+            }
+            if start_id != node.start_id {
+                let actual = node.start_id.clone();
+                return Err(Refusal::OtherStart {
+                    given: start_id,
+                    actual,
+                });
+            }
+            let left = time_left(start_by).ok_or(Refusal::TooLate)?;
+            let slot = node.slots.by_slot_id(&slot_id);
+            let slot = slot.ok_or(Refusal::UnknownSlot { slot_id })?;
+            slot.claim(node, generation, parsed, arrived, arrived + left)
+        };
+        decide().map_err(|refusal| refuse(&refusal))
+    }
 
-        let (events, responses) = mpsc::channel(EVENTS);
-        let (inputs, input_queue) = mpsc::channel(INPUTS);
-        slot.claim(
-            node,
-            generation,
-            claim::Claim {
-                run_id: parsed.start.run_id.clone(),
-                arrived,
-                start_by: arrived + start_by,
-                start: parsed.start,
-                timeout: parsed.timeout,
-                kill_timeout: parsed.kill_timeout,
-                events,
-                inputs: input_queue,
-            },
-        )?;
-        node.tasks.spawn(forward_inputs(requests, inputs));
-        Ok(responses)
+    fn find(&self, run_id: &str, user_id: &str) -> Result<Arc<Run>, Status> {
+        self.node.runs.find(run_id, user_id).map_err(|error| {
+            let message = error.to_string();
+            match error {
+                NotFound::Forbidden { .. } => Status::permission_denied(message),
+                NotFound::Unknown { .. } | NotFound::Released { .. } => Status::not_found(message),
+            }
+        })
     }
 }
 
-/// Until the caller closes its side or goes away, or the run ends.
-async fn forward_inputs(mut requests: Streaming<ClaimRequest>, inputs: mpsc::Sender<Input>) {
+/// A shim says what it wants at once, or it is none.
+async fn first<T>(requests: &mut Streaming<T>) -> Result<Option<T>, Status> {
+    let first = tokio::time::timeout(FIRST_MESSAGE, requests.message()).await;
+    first.map_err(|_| Status::deadline_exceeded("no first message came in 10 s"))?
+}
+
+/// The first event of every call.
+fn attached(run: &Run, stdin_offset: u64) -> RunEvent {
+    let attached = Attached {
+        slot_id: run.claimed.slot_id.clone(),
+        generation: run.claimed.generation,
+        stdin_offset,
+    };
+    RunEvent {
+        event: Some(run_event::Event::Attached(attached)),
+    }
+}
+
+/// What a caller of a run is told, as it asks for it.
+fn events(follower: Follower) -> impl Stream<Item = Result<RunEvent, Status>> + Send {
+    stream::unfold(follower, |mut follower| async move {
+        let event = follower.next().await?;
+        Some((encode_event(event), follower))
+    })
+}
+
+/// Until the caller closes its side or goes away, or the run ends. That a caller is gone
+/// closes nothing: it may come back.
+async fn forward(mut inputs: stream::BoxStream<'static, RunInput>, run: Arc<Run>) {
     loop {
-        let request = tokio::select! {
-            request = requests.message() => request,
-            () = inputs.closed() => return,
+        let input = tokio::select! {
+            input = inputs.next() => input,
+            () = run.over() => return,
         };
-        let Ok(Some(ClaimRequest { message })) = request else {
-            return;
+        let input = match input.map(|input| input.input) {
+            Some(Some(run_input::Input::Stdin(stdin))) => Input::Stdin {
+                offset: stdin.offset,
+                data: stdin.data,
+            },
+            Some(Some(run_input::Input::CloseStdin(_))) => Input::CloseStdin,
+            Some(Some(run_input::Input::Signal(signal))) => Input::Signal(signal.number),
+            // A message of a newer shim.
+            Some(None) => continue,
+            None => return,
         };
-        let input = match message {
-            Some(claim_request::Message::Stdin(data)) => Input::Stdin(data),
-            Some(claim_request::Message::CloseStdin(_)) => Input::CloseStdin,
-            Some(claim_request::Message::Signal(signal)) => Input::Signal(signal.number),
-            // A second claim on the same call, or a message of a newer shim.
-            Some(claim_request::Message::Claim(_)) | None => return,
-        };
-        if inputs.send(input).await.is_err() {
+        if !run.input(input).await {
             return;
         }
     }
@@ -252,30 +352,34 @@ fn encode_slot(slot: &Slot) -> SlotMessage {
     }
 }
 
-fn encode_event(event: Event) -> ClaimResponse {
-    use polydev_proto::init::Stream as Kind;
+/// A run of which nothing ran is told by a status.
+fn encode_event(event: Event) -> Result<RunEvent, Status> {
     let event = match event {
-        Event::Granted {
-            granted_after,
-            limits_raised_after,
-        } => claim_response::Event::Granted(Granted {
-            granted_after: duration(granted_after),
-            limits_raised_after: duration(limits_raised_after),
+        Event::Granted(granted) => run_event::Event::Granted(Granted {
+            granted_after: duration(granted.granted_after),
+            limits_raised_after: duration(granted.limits_raised_after),
         }),
-        Event::Started { after } => claim_response::Event::Started(Started {
+        Event::Started { after } => run_event::Event::Started(Started {
             after: duration(after),
         }),
         Event::Output {
-            stream: Kind::Stderr,
+            stream,
             offset,
             data,
-        } => claim_response::Event::Stderr(Output { offset, data }),
-        Event::Output {
-            stream: Kind::Stdout | Kind::Unspecified,
-            offset,
-            data,
-        } => claim_response::Event::Stdout(Output { offset, data }),
-        Event::Ended(ended) => claim_response::Event::Ended(Ended {
+        } => {
+            let output = Output { offset, data };
+            match stream {
+                0 => run_event::Event::Stdout(output),
+                _ => run_event::Event::Stderr(output),
+            }
+        }
+        Event::Lost { stream, from, to } => run_event::Event::Lost(Lost {
+            stream: if stream == 0 { 1 } else { 2 },
+            from,
+            to,
+        }),
+        Event::StdinTaken { offset } => run_event::Event::StdinTaken(StdinTaken { offset }),
+        Event::Ended(ended) => run_event::Event::Ended(Ended {
             reason: ended.reason.into(),
             exit_code: ended.exit_code,
             signal: ended.signal,
@@ -285,8 +389,9 @@ fn encode_event(event: Event) -> ClaimResponse {
             stdout_bytes: ended.stdout_bytes,
             stderr_bytes: ended.stderr_bytes,
         }),
+        Event::Aborted(refusal) => return Err(refuse(&refusal)),
     };
-    ClaimResponse { event: Some(event) }
+    Ok(RunEvent { event: Some(event) })
 }
 
 /// A run's times are far within what a protobuf duration holds.
@@ -299,17 +404,25 @@ enum Told {
     Something,
 }
 
+fn beyond_end(error: BeyondEnd) -> Status {
+    Status::out_of_range(error.to_string())
+}
+
 /// All refusals are definite; see `node.proto` for what a shim does after each.
-impl From<Refusal> for Status {
-    fn from(refusal: Refusal) -> Self {
-        let message = refusal.to_string();
-        match refusal {
-            Refusal::TooLate | Refusal::OtherStart { .. } => Self::aborted(message),
-            Refusal::Taken(_) | Refusal::UnknownSlot { .. } | Refusal::Broken { .. } => {
-                Self::failed_precondition(message)
-            }
-            Refusal::Full(_) => Self::resource_exhausted(message),
-            Refusal::Invalid(_) => Self::invalid_argument(message),
+fn refuse(refusal: &Refusal) -> Status {
+    let message = crate::chain(refusal);
+    match refusal {
+        Refusal::TooLate | Refusal::OtherStart { .. } | Refusal::Fenced { .. } => {
+            Status::aborted(message)
         }
+        Refusal::Taken(_)
+        | Refusal::UnknownSlot { .. }
+        | Refusal::Broken { .. }
+        | Refusal::NotReached => Status::failed_precondition(message),
+        Refusal::Full(_) | Refusal::NoOutput { .. } | Refusal::Journal(_) => {
+            Status::resource_exhausted(message)
+        }
+        Refusal::OtherCommand { .. } | Refusal::Released { .. } => Status::already_exists(message),
+        Refusal::Invalid(_) => Status::invalid_argument(message),
     }
 }

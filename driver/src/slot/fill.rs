@@ -18,6 +18,8 @@ use crate::{
     limits,
     link::{self, Greeted, Link, Listener},
     node::Node,
+    process::Held,
+    run::{book::Occupant, carry::Connection},
 };
 
 const LABEL_PROVIDER: &str = "dev.polydev.provider";
@@ -48,6 +50,8 @@ pub enum Error {
     InitTimedOut,
     #[error("init cannot be used")]
     Link(#[from] link::Error),
+    #[error("the container ended as soon as it was ready")]
+    Gone(#[source] std::io::Error),
     #[error("cannot open the container's limits")]
     Limits(#[from] limits::Error),
     #[error("it is not tried for now: {0}")]
@@ -68,6 +72,7 @@ impl Error {
             | Self::InitEnded { .. }
             | Self::InitTimedOut
             | Self::Link(_)
+            | Self::Gone(_)
             | Self::Limits(_) => true,
         }
     }
@@ -85,12 +90,21 @@ impl Error {
 #[derive(Debug)]
 pub(super) struct Container {
     pub(super) id: String,
-    pub(super) link: Link,
+    pub(super) connection: Connection,
     pub(super) limits: Arc<limits::Handle>,
     pub(super) image_id: String,
-    /// Keeps the folder that is mounted into the container.
-    _listener: Listener,
     _image: Use,
+}
+
+impl Container {
+    pub(super) fn occupant(&self) -> Occupant {
+        Occupant {
+            container: self.id.clone(),
+            pid: self.connection.pid,
+            pid_start: self.connection.init.start,
+            link: self.connection.listener.folder().to_owned(),
+        }
+    }
 }
 
 /// Makes the slot's next container.
@@ -167,15 +181,20 @@ async fn make(
         .await?;
     node.docker.start(&id).await?;
     let (pid, link) = greet(&node.docker, &listener, &id).await?;
+    let init = Held::open(pid).map_err(Error::Gone)?;
     let idle = slot.idle;
     let limits = tokio::task::spawn_blocking(move || limits::Handle::open(pid, &idle));
     let limits = limits.await.expect("opening limits does not panic")?;
     Ok(Container {
         id,
-        link,
+        connection: Connection {
+            listener,
+            init,
+            pid,
+            link: Some(link),
+        },
         limits: Arc::new(limits),
         image_id: image.id,
-        _listener: listener,
         _image: held,
     })
 }

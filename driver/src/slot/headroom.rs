@@ -11,7 +11,7 @@ use procfs::{Current, Meminfo};
 use crate::limits::Limits;
 
 /// CPU and memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Amount {
     /// 1,000 is one core.
     pub cpu_mhz: u32,
@@ -106,6 +106,28 @@ impl Headroom {
             headroom: self.clone(),
             amount: needed,
         })
+    }
+}
+
+impl Headroom {
+    /// The share of a run that an earlier life of the driver admitted: it is taken whether
+    /// it fits or not.
+    #[must_use]
+    pub fn take_back(self: &Arc<Self>, amount: Amount) -> Share {
+        let mut taken = amount;
+        if let Some(left) = &self.left {
+            let mut left = lock(left);
+            taken = Amount {
+                cpu_mhz: amount.cpu_mhz.min(left.cpu_mhz),
+                memory_mb: amount.memory_mb.min(left.memory_mb),
+            };
+            left.cpu_mhz -= taken.cpu_mhz;
+            left.memory_mb -= taken.memory_mb;
+        }
+        Share {
+            headroom: self.clone(),
+            amount: taken,
+        }
     }
 }
 

@@ -2,10 +2,9 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
-use polydev_proto::init::{Release, to_init};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{sleep, timeout},
@@ -13,14 +12,25 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Granted, Slot,
-    claim::{Claim, Refusal},
+    Claim, Slot,
     fill::{self, Container},
     headroom::Amount,
-    run,
     state::{Event, Life},
 };
-use crate::{backoff::backoff, config, identity::Identity, limits::Limits, node::Node};
+use crate::{
+    backoff::backoff,
+    config,
+    identity::Identity,
+    limits::Limits,
+    node::Node,
+    run::{
+        Run,
+        book::{Admitted, Occupant},
+        carry::{self, Order},
+        claim::{Parsed, Refusal},
+        journal::Claimed,
+    },
+};
 
 /// Containers in a row that may fail before the slot is given up and Nomad decides.
 const FAILURES: u32 = 6;
@@ -51,13 +61,23 @@ impl Slot {
         // One claim can be granted before the keeper takes it, and no second one.
         let (claims, granted) = mpsc::channel(1);
         let (ready, is_ready) = oneshot::channel();
-        let now = std::time::SystemTime::now();
+        let now = SystemTime::now();
+        // Of an earlier life of the driver.
+        let slot_id = identity.slot_id();
+        let open = node.runs.open_in(&slot_id);
+        let life = match &open {
+            Some(run) => {
+                let run_id = run.claimed.run_id.clone();
+                Life::resumed(Some(run_id), run.claimed.generation, now)
+            }
+            None => Life::resumed(None, node.runs.last_generation(&slot_id) + 1, now),
+        };
         let slot = Arc::new(Self {
             identity,
             config,
             idle,
             started: now,
-            life: Life::new(now).into(),
+            life: life.into(),
             claims,
             drain: CancellationToken::new(),
             kill: CancellationToken::new(),
@@ -71,37 +91,109 @@ impl Slot {
             granted,
             failures: 0,
         };
-        node.tasks.spawn(keeper.keep(ready));
+        node.tasks.spawn(keeper.keep(open, ready));
         (slot, is_ready)
     }
 
-    /// Hands a claim to the slot, or says why not. What becomes of it is told
-    /// through its own queue of events.
+    /// Decides about a claim of this slot, and hands it over. What becomes of it is for
+    /// the run to tell.
     ///
     /// # Errors
     /// [`Refusal`]: nothing of it runs.
-    pub(crate) fn claim(&self, node: &Node, generation: u64, claim: Claim) -> Result<(), Refusal> {
-        let needed = Amount::on_top(&node.config.run, &self.idle);
-        let room = || node.headroom.take(needed);
-        let share = self.grant(generation, &claim.run_id, room)?;
-        let granted = Granted { claim, share };
-        self.claims.try_send(granted).map_err(|_| Refusal::Broken {
-            reason: "the slot has ended".into(),
-        })
+    pub(crate) fn claim(
+        &self,
+        node: &Node,
+        generation: u64,
+        parsed: Parsed,
+        arrived: Instant,
+        start_by: Instant,
+    ) -> Result<Arc<Run>, Refusal> {
+        let share_needed = Amount::on_top(&node.config.run, &self.idle);
+        let run_id = &parsed.start.run_id;
+        let mut share = None;
+        let admitted = node.runs.admit(
+            &parsed,
+            arrived,
+            || self.kill.child_token(),
+            |write| {
+                let room = |occupant: Occupant| {
+                    let share = node.headroom.take(share_needed)?;
+                    write(self.claimed(&parsed, generation, occupant, share_needed, node))?;
+                    Ok(share)
+                };
+                share = Some(self.grant(generation, run_id, room)?);
+                Ok(())
+            },
+        );
+        let (run, inputs) = match admitted? {
+            Admitted::Known(run) => return Ok(run),
+            Admitted::New(run, inputs) => (run, inputs),
+        };
+        let claim = Claim {
+            run: run.clone(),
+            order: Order {
+                start: parsed.start,
+                start_by,
+                inputs,
+            },
+            share: share.expect("what is admitted was granted its share"),
+        };
+        if self.claims.try_send(claim).is_err() {
+            let reason = "the slot has ended".into();
+            node.runs.aborted(&run, Refusal::Broken { reason });
+        }
+        Ok(run)
+    }
+
+    fn claimed(
+        &self,
+        parsed: &Parsed,
+        generation: u64,
+        occupant: Occupant,
+        share: Amount,
+        node: &Node,
+    ) -> Claimed {
+        Claimed {
+            run_id: parsed.start.run_id.clone(),
+            user_id: parsed.user_id.clone(),
+            ballot: parsed.ballot,
+            slot_id: self.identity.slot_id(),
+            generation,
+            spec_hash: parsed.spec_hash.clone(),
+            claimed_at: SystemTime::now(),
+            timeout: parsed.timeout,
+            kill_timeout: parsed.kill_timeout,
+            drop_oldest: parsed.drop_oldest,
+            share,
+            boot_id: node.runs.boot_id.clone(),
+            container: occupant.container,
+            pid: occupant.pid,
+            pid_start: occupant.pid_start,
+            link: occupant.link,
+        }
     }
 }
 
 struct Keeper {
     node: Arc<Node>,
     slot: Arc<Slot>,
-    granted: mpsc::Receiver<Granted>,
+    granted: mpsc::Receiver<Claim>,
     /// Containers that failed since the last good one.
     failures: u32,
 }
 
 impl Keeper {
-    async fn keep(mut self, ready: oneshot::Sender<Result<(), fill::Error>>) {
+    /// `open` is a run of an earlier life of the driver in the slot, carried by another.
+    async fn keep(
+        mut self,
+        open: Option<Arc<Run>>,
+        ready: oneshot::Sender<Result<(), fill::Error>>,
+    ) {
         let mut ready = Some(ready);
+        if let Some(run) = open {
+            self.wait_for(&run).await;
+        }
+
         let image = self.slot.config.image.clone();
         // Leftovers of an earlier life of the driver, or of this task's last start.
         self.clean().await;
@@ -113,6 +205,8 @@ impl Keeper {
             let failure = match filled {
                 Ok(container) => {
                     let image_id = container.image_id.clone();
+                    self.slot
+                        .hold(container.limits.clone(), container.occupant());
                     self.slot.apply(Event::Warmed);
                     if let Some(ready) = ready.take() {
                         self.announce();
@@ -184,62 +278,90 @@ impl Keeper {
         Ended::Failed { reason }
     }
 
+    /// Until that run is over and its container gone.
+    async fn wait_for(&self, run: &Run) {
+        tokio::select! {
+            () = run.gone() => {}
+            () = self.slot.kill.cancelled() => {
+                run.kill();
+                run.gone().await;
+            }
+        }
+        self.slot.apply(Event::RunEnded);
+        self.slot.apply(Event::Recycled);
+    }
+
     /// Waits with an idle container until it is claimed, dies or is not wanted any
     /// more; then serves the claim, and destroys the container. An error is the reason
     /// why the container died without having been of use.
     async fn serve(&mut self, mut container: Container) -> Result<(), String> {
-        self.slot.hold(Some(container.limits.clone()));
         let idle_since = Instant::now();
-        // Held until the container is gone, for it is what the share stands for.
-        let mut _share = None;
-        let died = loop {
-            tokio::select! {
-                biased;
-                Some(Granted { claim, share }) = self.granted.recv() => {
-                    _share = Some(share);
-                    self.run(&mut container, claim).await;
-                    break None;
-                }
-                // Init has nothing to say while it waits.
-                message = container.link.reader.next() => {
-                    let reason = message.err().map_or_else(
-                        || "init spoke out of turn".to_owned(),
-                        |error| crate::chain(&error),
-                    );
-                    break Some(format!("its idle container died: {reason}"));
-                }
-                () = self.slot.drain.cancelled() => {
-                    // A claim that was granted just before the drain is still served.
-                    if !self.slot.is_claimed() {
-                        break None;
-                    }
-                }
+        let (claim, died) = self.idle(&mut container).await;
+        let served = match (claim, &died) {
+            (Some(claim), None) => {
+                self.run(&mut container, &claim.run, claim.order).await;
+                Some((claim.run, claim.share))
             }
-        };
-        if let Some(reason) = &died {
-            self.slot.apply(Event::Died {
-                reason: reason.clone(),
-            });
-            // A claim that was granted meanwhile is on its way here, if not here already.
-            if self.slot.is_claimed()
-                && let Some(Granted { claim, .. }) = self.granted.recv().await
-            {
-                let broken = Refusal::Broken {
-                    reason: reason.clone(),
-                };
-                let _gone = claim.events.try_send(Err(broken));
+            (Some(claim), Some(reason)) => {
+                let reason = reason.clone();
+                self.node
+                    .runs
+                    .aborted(&claim.run, Refusal::Broken { reason });
                 self.slot.apply(Event::RunEnded);
+                Some((claim.run, claim.share))
             }
-        } else {
-            let released = to_init::Message::Release(Release {});
-            let _gone = container.link.writer.send(released).await;
-        }
-        self.slot.hold(None);
+            (None, _) => None,
+        };
+        container.connection.release().await;
+        self.slot.let_go();
         self.remove(&container.id).await;
+        container.connection.listener.let_go();
+        // Its share is held until the container is gone, which is what it stands for.
+        if let Some((run, _share)) = served {
+            run.is_gone();
+        }
         match died {
             Some(reason) if idle_since.elapsed() < STABLE => Err(reason),
             _ => Ok(()),
         }
+    }
+
+    /// Until the container is claimed, or is of no more use: then with the reason, if it
+    /// died.
+    async fn idle(&mut self, container: &mut Container) -> (Option<Claim>, Option<String>) {
+        let link = container.connection.link.as_mut();
+        let reader = &mut link
+            .expect("a slot is filled with its init connected")
+            .reader;
+        let died = loop {
+            tokio::select! {
+                biased;
+                Some(claim) = self.granted.recv() => return (Some(claim), None),
+                // Init has nothing to say while it waits.
+                message = reader.next() => {
+                    let reason = message.err().map_or_else(
+                        || "init spoke out of turn".to_owned(),
+                        |error| crate::chain(&error),
+                    );
+                    break format!("its idle container died: {reason}");
+                }
+                () = self.slot.drain.cancelled() => {
+                    // A claim that was granted just before the drain is still served.
+                    if !self.slot.is_claimed() {
+                        return (None, None);
+                    }
+                }
+            }
+        };
+        self.slot.apply(Event::Died {
+            reason: died.clone(),
+        });
+        // A claim that was granted meanwhile is on its way here, if not here already.
+        let claim = match self.slot.is_claimed() {
+            true => self.granted.recv().await,
+            false => None,
+        };
+        (claim, Some(died))
     }
 
     /// Does not give up while the slot lives: the next container must not stand beside
@@ -260,22 +382,23 @@ impl Keeper {
         }
     }
 
-    async fn run(&self, container: &mut Container, claim: Claim) {
-        let limits = self.node.config.run;
+    async fn run(&self, container: &mut Container, run: &Run, order: Order) {
+        // From now on it can come back to another life of the driver.
+        container.connection.listener.keep();
+        let class = self.node.config.run;
         // Docker learns of the raised limits while the command already runs.
         let (docker, id) = (self.node.docker.clone(), container.id.clone());
-        let update = async move {
-            if let Err(error) = docker.update(&id, &limits).await {
+        let update = self.node.tasks.spawn(async move {
+            sleep(TELL_DOCKER_AFTER).await;
+            if let Err(error) = docker.update(&id, &class).await {
                 // The container of a short run is gone by now.
                 tracing::debug!(error = &error as &dyn std::error::Error, "limits not told");
             }
-        };
-        let serve = run::serve(container, claim, &limits, &self.slot.kill);
-        let update = self.node.tasks.spawn(async {
-            sleep(TELL_DOCKER_AFTER).await;
-            update.await;
         });
-        serve.await;
+        let Container {
+            connection, limits, ..
+        } = container;
+        carry::start(&self.node.runs, run, connection, limits, &class, order).await;
         update.abort();
         self.slot.apply(Event::RunEnded);
     }

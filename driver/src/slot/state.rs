@@ -94,6 +94,17 @@ impl Life {
         }
     }
 
+    /// Of a slot whose driver has been restarted: the run that was in it still is.
+    #[must_use]
+    pub fn resumed(run_id: Option<String>, generation: u64, now: SystemTime) -> Self {
+        Self {
+            state: run_id.map_or(State::Warming, |run_id| State::Claimed { run_id }),
+            generation,
+            reason: String::new(),
+            since: now,
+        }
+    }
+
     #[must_use]
     pub fn state(&self) -> &State {
         &self.state

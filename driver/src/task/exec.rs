@@ -8,8 +8,10 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::process::{Held, is_of_container};
-use crate::docker::{self, Docker, Exec, ExecInput, ExecOutput, Piece};
+use crate::{
+    docker::{self, Docker, Exec, ExecInput, ExecOutput, Piece},
+    process::{Held, is_of_container},
+};
 
 /// How often to look whether a quiet command has ended.
 const LOOK: Duration = Duration::from_millis(100);

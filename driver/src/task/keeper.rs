@@ -15,12 +15,13 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-use super::{Exit, Task, journal::Entry, output, plan::OutputPath, process::Held};
+use super::{Exit, Task, journal::Entry, output, plan::OutputPath};
 use crate::{
     images::Use,
     limits,
     link::{Greeted, Link, Listener},
     node::Node,
+    process::Held,
     ticks::ticks,
 };
 

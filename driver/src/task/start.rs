@@ -23,7 +23,6 @@ use super::{
     keeper::{self, Live},
     output,
     plan::{self, OutputPath, Plan},
-    process::{Held, is_of_container},
 };
 use crate::{
     config,
@@ -34,6 +33,7 @@ use crate::{
     link::{self, Greeted, Link, Listener},
     netlink,
     node::{Node, files},
+    process::{Held, is_of_container},
     reap,
 };
 

@@ -2,33 +2,30 @@
 
 use std::{
     ffi::OsString,
-    io::Write,
     os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::{Context, bail};
-use base64::{Engine as _, prelude::BASE64_STANDARD};
+use anyhow::Context;
 use bytes::Bytes;
+use futures_util::StreamExt;
 use polydev_proto::runtime::{
-    self, Argv, CloseStdin, Credential, ExitReason, Exited, Prompt, RunRequest, RunStart, Signal,
-    run_request::Message, run_response::Event, run_start::Command,
+    Argv, Credential, Prompt, RunRequest, RunStart, run_request::Message, run_start::Command,
     runtime_service_client::RuntimeServiceClient,
 };
-use serde_json::json;
-use tokio::{io::AsyncReadExt, signal::unix, sync::mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{metadata::MetadataValue, transport::Channel};
 
-use super::{Client, FAILED, Output};
+use super::{
+    Client, Output,
+    stream::{self, QUEUE, Signals, forward_signals, forward_stdin},
+};
 use crate::{address::Address, chain, provider::Provider};
 
 pub(super) const CONNECT: Duration = Duration::from_secs(10);
-/// The most the API takes in one message.
-const CHUNK: usize = 64 << 10;
-const QUEUE: usize = 8;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -81,10 +78,16 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let channel = connect(&arguments.client.address).await?;
     let mut shim = RuntimeServiceClient::new(channel);
 
-    let (requests, queue) = mpsc::channel(QUEUE);
+    let (inputs, queue) = mpsc::channel(QUEUE);
     let reads_stdin = start.stdin;
-    requests.try_send(request(Message::Start(Box::new(start))))?;
-    let mut call = tonic::Request::new(ReceiverStream::new(queue));
+    let first = Message::Start(Box::new(start));
+    let rest = ReceiverStream::new(queue).map(Message::Input);
+    let requests = futures_util::stream::iter([first])
+        .chain(rest)
+        .map(|message| RunRequest {
+            message: Some(message),
+        });
+    let mut call = tonic::Request::new(requests);
     for name in ["traceparent", "tracestate"] {
         let value = std::env::var(name.to_uppercase()).unwrap_or_default();
         if let Ok(value) = MetadataValue::try_from(value)
@@ -93,38 +96,22 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
             call.metadata_mut().insert(name, value);
         }
     }
-    let mut interrupt = unix::signal(unix::SignalKind::interrupt())?;
-    let mut terminate = unix::signal(unix::SignalKind::terminate())?;
+    let mut signals = Signals::new()?;
     let accepted = tokio::select! {
         accepted = shim.run(call) => accepted,
         // Nothing runs yet: going away is all there is to do.
-        _ = interrupt.recv() => return Ok(ExitCode::from(128 + 2)),
-        _ = terminate.recv() => return Ok(ExitCode::from(128 + 15)),
+        number = signals.next() => return Ok(ExitCode::from(128 + number)),
     };
     let events = accepted.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-    tokio::spawn(forward_signals(requests.clone(), interrupt, terminate));
+    tokio::spawn(forward_signals(inputs.clone(), signals));
     if reads_stdin {
-        tokio::spawn(forward_stdin(requests));
+        tokio::spawn(forward_stdin(inputs));
     } else {
         // Signals keep the request side open.
-        drop(requests);
+        drop(inputs);
     }
-
-    let mut events = events.into_inner();
-    loop {
-        let event = events
-            .message()
-            .await
-            .map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-        let Some(event) = event else {
-            bail!("the shim ended the stream before the run's end")
-        };
-        let Some(event) = event.event else { continue };
-        print(&event, arguments.output)?;
-        if let Event::Exited(exited) = event {
-            return Ok(finish(&exited, &arguments));
-        }
-    }
+    let events = events.into_inner().map(|response| Ok(response?.event));
+    stream::print(events, arguments.output, arguments.timeline).await
 }
 
 pub(super) async fn connect(address: &Address) -> anyhow::Result<Channel> {
@@ -193,129 +180,4 @@ fn credential(provider: Provider, file: Option<&Path>) -> anyhow::Result<Option<
             .and_then(variable)
             .unwrap_or_default(),
     }))
-}
-
-fn request(message: Message) -> RunRequest {
-    RunRequest {
-        message: Some(message),
-    }
-}
-
-/// Passes Ctrl-C and SIGTERM on to the command; it decides what becomes of them.
-async fn forward_signals(
-    requests: mpsc::Sender<RunRequest>,
-    mut interrupt: unix::Signal,
-    mut terminate: unix::Signal,
-) {
-    loop {
-        let number = tokio::select! {
-            _ = interrupt.recv() => unix::SignalKind::interrupt().as_raw_value(),
-            _ = terminate.recv() => unix::SignalKind::terminate().as_raw_value(),
-        };
-        if requests
-            .send(request(Message::Signal(Signal { number })))
-            .await
-            .is_err()
-        {
-            return;
-        }
-    }
-}
-
-async fn forward_stdin(requests: mpsc::Sender<RunRequest>) {
-    let mut stdin = tokio::io::stdin();
-    let mut chunk = vec![0; CHUNK];
-    loop {
-        let message = match stdin.read(&mut chunk).await {
-            Ok(0) | Err(_) => Message::CloseStdin(CloseStdin {}),
-            Ok(count) => Message::Stdin(Bytes::copy_from_slice(&chunk[..count])),
-        };
-        let last = matches!(message, Message::CloseStdin(_));
-        if requests.send(request(message)).await.is_err() || last {
-            return;
-        }
-    }
-}
-
-/// Output goes out as it comes: whoever reads this waits for the run, not for us.
-fn print(event: &Event, output: Output) -> anyhow::Result<()> {
-    let (mut stdout, mut stderr) = (std::io::stdout().lock(), std::io::stderr().lock());
-    match (output, event) {
-        (Output::Text, Event::Stdout(bytes)) => {
-            stdout.write_all(&bytes.data)?;
-            stdout.flush()?;
-        }
-        (Output::Text, Event::Stderr(bytes)) => {
-            stderr.write_all(&bytes.data)?;
-            stderr.flush()?;
-        }
-        (Output::Text, Event::Accepted(_) | Event::Started(_) | Event::Exited(_)) => {}
-        (Output::Json, event) => {
-            writeln!(stdout, "{}", to_json(event))?;
-            stdout.flush()?;
-        }
-    }
-    Ok(())
-}
-
-fn to_json(event: &Event) -> serde_json::Value {
-    let bytes = |name: &str, output: &runtime::Output| {
-        json!({
-            "event": name,
-            "offset": output.offset,
-            "data": BASE64_STANDARD.encode(&output.data),
-        })
-    };
-    match event {
-        Event::Accepted(accepted) => json!({
-            "event": "accepted",
-            "run_id": accepted.run_id,
-            "slot_id": accepted.slot_id,
-            "generation": accepted.generation,
-            "node_id": accepted.node_id,
-            "warm": accepted.warm,
-        }),
-        Event::Started(_) => json!({ "event": "started" }),
-        Event::Stdout(output) => bytes("stdout", output),
-        Event::Stderr(output) => bytes("stderr", output),
-        Event::Exited(exited) => {
-            let timeline: serde_json::Map<_, _> = stages(exited)
-                .map(|(name, at)| (name.to_owned(), json!(at.as_secs_f64() * 1e3)))
-                .collect();
-            json!({
-                "event": "exited",
-                "reason": exited.reason().as_str_name().trim_start_matches("EXIT_REASON_").to_lowercase(),
-                "exit_code": exited.exit_code,
-                "signal": exited.signal,
-                "message": exited.message,
-                "warm": exited.warm,
-                "stdout_bytes": exited.stdout_bytes,
-                "stderr_bytes": exited.stderr_bytes,
-                "timeline_ms": timeline,
-            })
-        }
-    }
-}
-
-fn stages(exited: &Exited) -> impl Iterator<Item = (&str, Duration)> {
-    exited.timeline.iter().filter_map(|stage| {
-        let at = stage.at.and_then(|at| Duration::try_from(at).ok())?;
-        Some((stage.name.as_str(), at))
-    })
-}
-
-fn finish(exited: &Exited, arguments: &Arguments) -> ExitCode {
-    if arguments.timeline {
-        for (name, at) in stages(exited) {
-            eprintln!("{name:>14}  {:>10.3} ms", at.as_secs_f64() * 1e3);
-        }
-    }
-    if arguments.output == Output::Text && exited.reason() != ExitReason::Exited {
-        eprintln!("polydev-shim: {}", exited.message);
-    }
-    let code = match exited.reason() {
-        ExitReason::Lost | ExitReason::Unspecified => FAILED,
-        _ => u8::try_from(exited.exit_code).unwrap_or(FAILED),
-    };
-    ExitCode::from(code)
 }

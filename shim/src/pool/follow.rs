@@ -14,7 +14,8 @@ use super::View;
 
 const CONNECT: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_millis(100);
-const RETRY_MOST: Duration = Duration::from_secs(5);
+/// Runs wait for their driver to come back.
+const RETRY_MOST: Duration = Duration::from_millis(500);
 
 /// Follows every driver that `drivers` names, node id to address, as they come and
 /// go. Ends when `drivers` does.

@@ -152,6 +152,42 @@ impl View {
         pools
     }
 
+    /// The connections to all nodes, and the names of those that cannot be reached.
+    #[must_use]
+    pub fn channels(&self) -> (Vec<(String, Channel)>, Vec<String>) {
+        let nodes = self.lock();
+        let channels = nodes.iter().filter_map(|(node_id, node)| {
+            let connected = node.connected.as_ref()?;
+            Some((node_id.clone(), connected.channel.clone()))
+        });
+        let unreachable = nodes
+            .iter()
+            .filter(|(_, node)| node.connected.is_none())
+            .map(|(node_id, _)| node_id.clone());
+        (channels.collect(), unreachable.collect())
+    }
+
+    /// The connection to a node, as soon as there is one.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    pub async fn channel(&self, node_id: &str) -> Channel {
+        let mut changed = self.changed.subscribe();
+        loop {
+            changed.mark_unchanged();
+            let connected = self.lock().get(node_id).and_then(|node| {
+                let connected = node.connected.as_ref()?;
+                Some(connected.channel.clone())
+            });
+            if let Some(channel) = connected {
+                return channel;
+            }
+            if changed.changed().await.is_err() {
+                unreachable!("the sender is in `self`");
+            }
+        }
+    }
+
     /// Nodes that are followed, and nodes that cannot be reached.
     #[must_use]
     pub fn nodes(&self) -> (usize, usize) {

@@ -3,8 +3,10 @@
 
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt;
 use polydev_proto::node::{
-    self, ClaimRequest, ClaimResponse, claim_request, node_service_client::NodeServiceClient,
+    self, Ballot, ClaimRequest, RunInput, claim_request, fence_response::Answer,
+    node_service_client::NodeServiceClient,
 };
 use prost_types::Timestamp;
 use tokio::{
@@ -12,9 +14,14 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Streaming};
+use tonic::Code;
 
-use super::{Error, SLOT_WAIT, request::Request};
+use super::{
+    Connection, Error, Events, INPUTS, SLOT_WAIT,
+    attach::{Name, attach_again},
+    fence::{self, Fenced, fence},
+    request::Request,
+};
 use crate::pool::{Candidate, View};
 
 /// A claim must start within this time. A driver grants one in about a millisecond.
@@ -24,33 +31,38 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// Between a refusal and the next slot; doubled with each refusal.
 const AGAIN: Duration = Duration::from_millis(20);
 const AGAIN_MOST: Duration = Duration::from_millis(500);
-/// Input on its way to the driver; each at most 64 KiB.
-const INPUTS: usize = 16;
+/// For a driver that gave no clear answer to come back and tell: after it, the claim can
+/// start no more.
+const SETTLE: Duration = Duration::from_secs(20);
 
-/// A run that has its container.
-#[derive(Debug)]
-pub struct Claimed {
-    pub slot_id: String,
-    pub node_id: String,
-    pub generation: u64,
-    /// When the claim that was granted was sent: the driver's times count from then.
-    pub sent: Instant,
-    pub inputs: mpsc::Sender<ClaimRequest>,
-    pub events: Streaming<ClaimResponse>,
-}
-
-/// Claims a slot for `request`.
+/// Claims a slot for `request`; a run that exists is attached to.
 ///
 /// # Errors
-/// [`Error`]; the command has not run, except with [`Error::Unclear`].
+/// [`Error`]; the command has not run, except with [`Error::Unclear`] and
+/// [`Error::MayHaveRun`].
 ///
 /// # Cancel safety
-/// The driver ends a claim whose call is dropped.
-pub async fn claim(view: &View, request: Request) -> Result<Claimed, Error> {
+/// A claim that was granted meanwhile runs.
+pub async fn claim(view: &View, request: Request) -> Result<Connection, Error> {
     let give_up = tokio::time::Instant::now() + SLOT_WAIT;
     let provider = request.provider.name();
-    let claim = node::Claim {
+    let name = Name {
         run_id: request.run_id.to_string(),
+        user_id: request.user_id.clone(),
+    };
+    let mut ballot = Ballot {
+        attempt: 0,
+        nonce: rand::random(),
+    };
+    if request.is_retry {
+        ballot.attempt = request.attempt;
+        match fence(view, &name.run_id, ballot, request.accept_duplicate).await? {
+            Fenced::Have => return super::attach::attach(view, &name, [0; 2]).await,
+            Fenced::All(fence) => ballot = fence,
+        }
+    }
+    let mut claim = node::Claim {
+        run_id: name.run_id.clone(),
         user_id: request.user_id,
         spec: Some(request.spec),
         secrets: Some(request.secrets),
@@ -62,32 +74,76 @@ pub async fn claim(view: &View, request: Request) -> Result<Claimed, Error> {
         let Ok(slot) = tokio::time::timeout_at(give_up, view.idle_slot(provider)).await else {
             return Err(none_idle(view, provider, last_refusal));
         };
-        match try_slot(&slot, claim.clone()).await? {
-            Tried::Claimed(claimed) => {
-                slot.granted();
-                return Ok(*claimed);
-            }
-            Tried::Refused(reason) => {
-                tracing::info!(
-                    slot = slot.slot_id,
-                    reason,
-                    "a claim was refused, trying another slot"
-                );
-                last_refusal = Some(reason);
-                if tokio::time::Instant::now() >= give_up {
-                    return Err(none_idle(view, provider, last_refusal));
+        ballot.attempt += 1;
+        claim.ballot = Some(ballot);
+        let reason = match try_slot(&slot, claim.clone()).await? {
+            Tried::Granted(connection) => {
+                // A run that was claimed before may be in another slot.
+                if connection.slot_id == slot.slot_id {
+                    slot.granted();
                 }
-                // The view learns why in a moment; until then the same slot may come up.
-                sleep(again.mul_f64(rand::random_range(0.5..1.0))).await;
-                again = AGAIN_MOST.min(again * 2);
+                return Ok(*connection);
             }
+            Tried::Refused(reason) => reason,
+            // Only this driver was sent this claim: it alone can have the run.
+            Tried::Unclear(reason) => {
+                match timeout(SETTLE, settle(view, &slot, &name, &mut ballot)).await {
+                    Ok(Ok(Some(connection))) => return Ok(connection),
+                    Ok(Ok(None)) => reason,
+                    Ok(Err(error)) => return Err(error),
+                    Err(_) => {
+                        let slot_id = slot.slot_id.clone();
+                        return Err(Error::Unclear { slot_id, reason });
+                    }
+                }
+            }
+        };
+        tracing::info!(
+            slot = slot.slot_id,
+            reason,
+            "a claim was refused, trying another slot"
+        );
+        last_refusal = Some(reason);
+        if tokio::time::Instant::now() >= give_up {
+            return Err(none_idle(view, provider, last_refusal));
         }
+        // The view learns why in a moment; until then the same slot may come up.
+        sleep(again.mul_f64(rand::random_range(0.5..1.0))).await;
+        again = AGAIN_MOST.min(again * 2);
+    }
+}
+
+/// Asks the driver that gave no clear answer until it gives one: the run, or `None` once
+/// it has not taken the claim and will not.
+async fn settle(
+    view: &View,
+    slot: &Candidate,
+    name: &Name,
+    ballot: &mut Ballot,
+) -> Result<Option<Connection>, Error> {
+    loop {
+        let channel = view.channel(&slot.node_id).await;
+        ballot.attempt += 1;
+        match fence::ask(channel, &name.run_id, *ballot).await {
+            Ok(Answer::Have(_)) => {
+                return attach_again(view, &slot.node_id, name, [0; 2])
+                    .await
+                    .map(Some);
+            }
+            Ok(Answer::Fenced(highest)) if highest.attempt <= ballot.attempt => return Ok(None),
+            Ok(Answer::Fenced(highest)) => ballot.attempt = highest.attempt,
+            Ok(Answer::Unknown(_)) => std::future::pending().await,
+            Err(status) => tracing::debug!(%status, "not settled yet"),
+        }
+        sleep(AGAIN_MOST.mul_f64(rand::random_range(0.5..1.0))).await;
     }
 }
 
 enum Tried {
-    Claimed(Box<Claimed>),
+    Granted(Box<Connection>),
     Refused(String),
+    /// It may have been granted.
+    Unclear(String),
 }
 
 async fn try_slot(slot: &Candidate, mut claim: node::Claim) -> Result<Tried, Error> {
@@ -96,38 +152,38 @@ async fn try_slot(slot: &Candidate, mut claim: node::Claim) -> Result<Tried, Err
     claim.generation = slot.generation;
     claim.start_by = Some(Timestamp::from(slot.driver_time(START_BY)));
 
-    let (inputs, requests) = mpsc::channel(INPUTS);
-    let first = ClaimRequest {
-        message: Some(claim_request::Message::Claim(Box::new(claim))),
-    };
-    inputs.try_send(first).expect("an empty queue has room");
+    let (inputs, queue) = mpsc::channel::<RunInput>(INPUTS);
+    let first = claim_request::Message::Claim(Box::new(claim));
+    let rest = ReceiverStream::new(queue).map(claim_request::Message::Input);
+    let requests = futures_util::stream::iter([first])
+        .chain(rest)
+        .map(|message| ClaimRequest {
+            message: Some(message),
+        });
     let sent = Instant::now();
     let mut client = NodeServiceClient::new(slot.channel.clone());
-    let answer = timeout(ANSWER, client.claim(ReceiverStream::new(requests))).await;
-    let unclear = |reason: String| Error::Unclear {
-        slot_id: slot.slot_id.clone(),
-        reason,
+    let call = async {
+        let events = client.claim(requests).await?.into_inner();
+        let events = Events::Claimed(Box::new(events));
+        Connection::new(slot.node_id.clone(), sent, inputs, events).await
     };
-    match answer {
-        Err(_) => Err(unclear(format!("no answer in {} s", ANSWER.as_secs()))),
-        Ok(Ok(response)) => Ok(Tried::Claimed(Box::new(Claimed {
-            slot_id: slot.slot_id.clone(),
-            node_id: slot.node_id.clone(),
-            generation: slot.generation,
-            sent,
-            inputs,
-            events: response.into_inner(),
-        }))),
-        Ok(Err(status)) => match status.code() {
-            Code::Aborted
-            | Code::FailedPrecondition
-            | Code::PermissionDenied
-            | Code::ResourceExhausted => Ok(Tried::Refused(status.message().to_owned())),
-            Code::InvalidArgument => Err(Error::Refused {
-                reason: status.message().to_owned(),
-            }),
-            _ => Err(unclear(status.message().to_owned())),
-        },
+    let status = match timeout(ANSWER, call).await {
+        Ok(Ok(connection)) => return Ok(Tried::Granted(Box::new(connection))),
+        Ok(Err(status)) => status,
+        Err(_) => {
+            let reason = format!("no answer in {} s", ANSWER.as_secs());
+            return Ok(Tried::Unclear(reason));
+        }
+    };
+    let reason = status.message().to_owned();
+    match status.code() {
+        Code::Aborted
+        | Code::FailedPrecondition
+        | Code::PermissionDenied
+        | Code::ResourceExhausted => Ok(Tried::Refused(reason)),
+        Code::InvalidArgument => Err(Error::Refused { reason }),
+        Code::AlreadyExists => Err(Error::OtherCommand { reason }),
+        _ => Ok(Tried::Unclear(reason)),
     }
 }
 

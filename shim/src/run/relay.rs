@@ -1,115 +1,189 @@
-//! Between the caller and the driver, until the command has ended.
+//! Between the caller and the driver, until the command has ended. A driver that goes away
+//! and comes back is attached to again where its stream broke; a caller that goes away
+//! leaves the run as it is.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::VecDeque,
+    pin::Pin,
+    time::{Duration, Instant},
+};
 
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
 use polydev_proto::{
-    node::{self, ClaimRequest, ClaimResponse, claim_request, claim_response, ended},
+    node::{self, RunInput, ended, run_event as driver, run_input},
     runtime::{
-        Accepted, CloseStdin, ExitReason, Exited, Output, RunRequest, RunResponse, Stage, Started,
-        run_request, run_response,
+        self, Accepted, ExitReason, Exited, Lost, Output, RunEvent, Stage, Started, Stream as Kind,
+        run_event,
     },
 };
-use tokio::sync::mpsc;
-use tonic::Streaming;
-use uuid::Uuid;
+use tokio::{sync::mpsc, time::timeout_at};
+use tonic::{Code, Status};
 
-use super::{Error, claim::Claimed, request::Invalid};
+use super::{
+    Connection, Error,
+    attach::{Name, attach_again},
+    request::Invalid,
+};
+use crate::pool::View;
 
 /// Events that may wait for a caller; each at most 64 KiB. When they are used up the
 /// driver is not read any more, and in the end the command waits.
 pub const EVENTS: usize = 16;
 /// Most stdin in one message, as the API says.
 const STDIN_MOST: usize = 64 << 10;
+/// Stdin that the command has not taken, kept to be sent again to a driver that restarts.
+const STDIN_KEPT: u64 = 256 << 10;
 
-/// Sends a claimed run's events until its end. Dropping the receiving end, or this
-/// future, ends the run.
-///
-/// # Errors
-/// [`Error::Lost`] if the driver falls silent before it tells the end.
-pub async fn relay(
-    received: Instant,
-    run_id: Uuid,
-    mut claimed: Claimed,
-    caller: &mpsc::Sender<Result<RunResponse, Error>>,
-) -> Result<(), Error> {
-    let mut timeline = Timeline::new(received, claimed.sent);
-    let accepted = run_response::Event::Accepted(Accepted {
-        run_id: run_id.to_string(),
-        slot_id: claimed.slot_id.clone(),
-        generation: claimed.generation,
-        node_id: claimed.node_id.clone(),
-        warm: true,
-    });
-    if !send(caller, accepted).await {
-        return Ok(());
-    }
-    loop {
-        let event = tokio::select! {
-            event = claimed.events.message() => event,
-            () = caller.closed() => return Ok(()),
+/// What the caller sends, message by message; an error is a caller that is gone.
+pub type Inputs = Pin<Box<dyn Stream<Item = Result<Option<runtime::RunInput>, Status>> + Send>>;
+
+/// A run and the caller that is told of it.
+pub struct Relay {
+    pub view: View,
+    pub name: Name,
+    /// When the shim received the call.
+    pub received: Instant,
+    /// Of the next bytes of stdout and stderr.
+    pub offsets: [u64; 2],
+    /// For so long a driver that is gone is waited for: nothing of the run is left then.
+    pub until: Instant,
+    pub caller: mpsc::Sender<Result<RunEvent, Error>>,
+}
+
+impl Relay {
+    /// Sends a run's events until its end, and the caller's input to it. Returns as well
+    /// when the caller is gone.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for what the caller may not send, [`Error::NotRun`] if the claim
+    /// came to nothing after all, [`Error::Lost`] if the driver does not come back.
+    pub async fn run(self, connection: Connection, requests: Inputs) -> Result<(), Error> {
+        let accepted = run_event::Event::Accepted(Accepted {
+            run_id: self.name.run_id.clone(),
+            slot_id: connection.slot_id.clone(),
+            generation: connection.generation,
+            node_id: connection.node_id.clone(),
+            warm: true,
+            stdin_offset: connection.stdin_offset,
+        });
+        let mut carried = Carried {
+            timeline: Timeline::new(self.received, connection.sent),
+            stdin: Stdin::from(connection.stdin_offset),
+            to_caller: Some(accepted),
+            to_driver: VecDeque::new(),
+            started: false,
+            relay: self,
+            connection,
+            requests: Some(requests),
         };
-        let lost = |reason: String| Error::Lost {
-            slot_id: claimed.slot_id.clone(),
-            reason,
-        };
-        let event = match event {
-            Ok(Some(ClaimResponse { event: Some(event) })) => event,
-            Ok(Some(ClaimResponse { event: None })) => continue,
-            Ok(None) => return Err(lost("the driver ended the stream".into())),
-            Err(status) => return Err(lost(status.message().to_owned())),
-        };
-        let event = match event {
-            claim_response::Event::Granted(granted) => {
-                timeline.driver("granted", granted.granted_after);
-                timeline.driver("limits_raised", granted.limits_raised_after);
-                continue;
-            }
-            claim_response::Event::Started(started) => {
-                timeline.driver("started", started.after);
-                run_response::Event::Started(Started {})
-            }
-            claim_response::Event::Stdout(output) => {
-                run_response::Event::Stdout(encode_output(output))
-            }
-            claim_response::Event::Stderr(output) => {
-                run_response::Event::Stderr(encode_output(output))
-            }
-            claim_response::Event::Ended(ended) => {
-                timeline.driver("first_output", ended.first_output_after);
-                timeline.driver("exited", ended.after);
-                let exited = encode_end(ended, timeline.stages);
-                send(caller, run_response::Event::Exited(exited)).await;
-                return Ok(());
-            }
-        };
-        if !send(caller, event).await {
-            return Ok(());
-        }
+        carried.carry().await
     }
 }
 
-/// Carries the caller's input to the driver until either side has enough.
-///
-/// # Errors
-/// A sentence on what the caller may not send.
-pub async fn forward(
-    mut requests: Streaming<RunRequest>,
-    inputs: mpsc::Sender<ClaimRequest>,
-) -> Result<(), Invalid> {
-    loop {
-        let request = tokio::select! {
-            request = requests.message() => request,
-            () = inputs.closed() => return Ok(()),
+struct Carried {
+    relay: Relay,
+    connection: Connection,
+    timeline: Timeline,
+    /// `None` when the caller has said all it will.
+    requests: Option<Inputs>,
+    stdin: Stdin,
+    /// On its way to either side; nothing more is taken from the other one meanwhile.
+    to_caller: Option<run_event::Event>,
+    to_driver: VecDeque<run_input::Input>,
+    started: bool,
+}
+
+/// The caller's stdin that the command has not taken.
+struct Stdin {
+    sent: u64,
+    taken: u64,
+    closed: bool,
+    kept: VecDeque<node::Stdin>,
+}
+
+enum Wake {
+    Caller(bool),
+    Driver(Result<Option<node::RunEvent>, Status>),
+    Request(Option<Result<Option<runtime::RunInput>, Status>>),
+    Sent,
+}
+
+impl Carried {
+    async fn carry(&mut self) -> Result<(), Error> {
+        loop {
+            match self.wait().await {
+                // It may come back, through another shim.
+                Wake::Caller(false) | Wake::Request(Some(Err(_))) => return Ok(()),
+                Wake::Caller(true) if self.timeline.ended => return Ok(()),
+                Wake::Caller(true) | Wake::Sent => {}
+                Wake::Request(request) => {
+                    let input = request.and_then(Result::ok);
+                    self.on_request(input)?;
+                }
+                Wake::Driver(Ok(Some(event))) => self.on_event(event),
+                Wake::Driver(Ok(None)) => self.attach("the driver ended the stream").await?,
+                Wake::Driver(Err(status)) => match status.code() {
+                    // A definite refusal, after all: the driver died before it was started.
+                    Code::FailedPrecondition | Code::Aborted => {
+                        return Err(Error::NotRun {
+                            reason: status.message().to_owned(),
+                        });
+                    }
+                    _ => self.attach(status.message()).await?,
+                },
+            }
+        }
+    }
+
+    async fn wait(&mut self) -> Wake {
+        let caller = &self.relay.caller;
+        let takes_stdin = self.to_driver.is_empty()
+            && self.stdin.sent.saturating_sub(self.stdin.taken) < STDIN_KEPT;
+        let request = async {
+            match &mut self.requests {
+                Some(requests) => requests.next().await,
+                None => std::future::pending().await,
+            }
         };
-        let closed = matches!(request, Ok(None));
-        let message = match request {
-            Ok(Some(RunRequest { message })) => message,
+        tokio::select! {
+            permit = caller.reserve(), if self.to_caller.is_some() => {
+                let event = self.to_caller.take();
+                Wake::Caller(permit.map(|permit| permit.send(Ok(RunEvent { event }))).is_ok())
+            }
+            () = caller.closed() => Wake::Caller(false),
+            event = self.connection.events.next(), if self.to_caller.is_none() => {
+                Wake::Driver(event)
+            }
+            permit = self.connection.inputs.reserve(), if !self.to_driver.is_empty() => {
+                match permit {
+                    Ok(permit) => {
+                        let input = self.to_driver.pop_front();
+                        permit.send(RunInput { input });
+                    }
+                    // The driver takes no more: the run is over, or the stream breaks.
+                    Err(_) => self.to_driver.clear(),
+                }
+                Wake::Sent
+            }
+            request = request, if takes_stdin => Wake::Request(request),
+        }
+    }
+
+    fn on_request(&mut self, input: Option<Option<runtime::RunInput>>) -> Result<(), Invalid> {
+        let input = match input {
+            Some(Some(runtime::RunInput { input: Some(input) })) => input,
+            Some(Some(runtime::RunInput { input: None }) | None) => {
+                return Err(Invalid::NotStarted);
+            }
             // The caller has closed its side: the command reads end of file.
-            Ok(None) => Some(run_request::Message::CloseStdin(CloseStdin {})),
-            Err(_) => return Ok(()),
+            None => {
+                self.requests = None;
+                runtime::run_input::Input::CloseStdin(runtime::CloseStdin {})
+            }
         };
-        let message = match message {
-            Some(run_request::Message::Stdin(data)) => {
+        let input = match input {
+            runtime::run_input::Input::Stdin(data) => {
                 if data.len() > STDIN_MOST {
                     return Err(Invalid::Value {
                         field: "stdin",
@@ -117,12 +191,13 @@ pub async fn forward(
                         allowed: "at most 65536 bytes a message",
                     });
                 }
-                claim_request::Message::Stdin(data)
+                run_input::Input::Stdin(self.stdin.keep(data))
             }
-            Some(run_request::Message::CloseStdin(_)) => {
-                claim_request::Message::CloseStdin(node::CloseStdin {})
+            runtime::run_input::Input::CloseStdin(_) => {
+                self.stdin.closed = true;
+                run_input::Input::CloseStdin(node::CloseStdin {})
             }
-            Some(run_request::Message::Signal(signal)) => {
+            runtime::run_input::Input::Signal(signal) => {
                 if !(1..=31).contains(&signal.number) {
                     return Err(Invalid::Value {
                         field: "signal.number",
@@ -130,32 +205,138 @@ pub async fn forward(
                         allowed: "a signal from 1 to 31",
                     });
                 }
-                claim_request::Message::Signal(node::Signal {
+                run_input::Input::Signal(node::Signal {
                     number: signal.number,
                 })
             }
-            Some(run_request::Message::Start(_)) | None => {
-                return Err(Invalid::NotStarted);
+        };
+        self.to_driver.push_back(input);
+        Ok(())
+    }
+
+    fn on_event(&mut self, event: node::RunEvent) {
+        let Some(event) = event.event else { return };
+        let [stdout, stderr] = &mut self.relay.offsets;
+        self.to_caller = match event {
+            driver::Event::Attached(_) => None,
+            driver::Event::Granted(granted) => {
+                self.timeline.driver("granted", granted.granted_after);
+                self.timeline
+                    .driver("limits_raised", granted.limits_raised_after);
+                None
+            }
+            driver::Event::Started(started) => {
+                // Told again after each attach.
+                let first = !std::mem::replace(&mut self.started, true);
+                first.then(|| {
+                    self.timeline.driver("started", started.after);
+                    run_event::Event::Started(Started {})
+                })
+            }
+            driver::Event::StdinTaken(taken) => {
+                self.stdin.taken(taken.offset);
+                None
+            }
+            driver::Event::Stdout(output) => {
+                *stdout = output.offset + output.data.len() as u64;
+                Some(run_event::Event::Stdout(encode_output(output)))
+            }
+            driver::Event::Stderr(output) => {
+                *stderr = output.offset + output.data.len() as u64;
+                Some(run_event::Event::Stderr(encode_output(output)))
+            }
+            driver::Event::Lost(lost) => {
+                let (offset, stream) = match lost.stream {
+                    1 => (stdout, Kind::Stdout),
+                    _ => (stderr, Kind::Stderr),
+                };
+                *offset = lost.to;
+                Some(run_event::Event::Lost(Lost {
+                    stream: stream.into(),
+                    from: lost.from,
+                    to: lost.to,
+                }))
+            }
+            driver::Event::Ended(ended) => {
+                self.timeline
+                    .driver("first_output", ended.first_output_after);
+                self.timeline.driver("exited", ended.after);
+                self.timeline.ended = true;
+                let stages = std::mem::take(&mut self.timeline.stages);
+                Some(run_event::Event::Exited(encode_end(ended, stages)))
             }
         };
-        let request = ClaimRequest {
-            message: Some(message),
+    }
+
+    /// Goes back to the run where its stream broke.
+    async fn attach(&mut self, reason: &str) -> Result<(), Error> {
+        let Relay {
+            view,
+            name,
+            offsets,
+            until,
+            caller,
+            ..
+        } = &self.relay;
+        tracing::info!(run_id = name.run_id, reason, "attaching again");
+        let again = attach_again(view, &self.connection.node_id, name, *offsets);
+        let attached = tokio::select! {
+            attached = timeout_at((*until).into(), again) => attached,
+            // Its error is told by the next wait.
+            () = caller.closed() => return Ok(()),
         };
-        if inputs.send(request).await.is_err() || closed {
-            return Ok(());
+        let lost = |reason: String| Error::Lost {
+            slot_id: self.connection.slot_id.clone(),
+            reason,
+        };
+        match attached {
+            Ok(Ok(connection)) => {
+                self.to_driver = self.stdin.resend(connection.stdin_offset);
+                self.connection = connection;
+                Ok(())
+            }
+            // Its claim was aborted, of which only the journal of the driver knew.
+            Ok(Err(Error::UnknownRun { reason })) if !self.started => Err(Error::NotRun { reason }),
+            Ok(Err(error)) => Err(lost(crate::chain(&error))),
+            Err(_) => Err(lost(reason.to_owned())),
         }
     }
 }
 
-/// False when the caller is gone.
-async fn send(
-    caller: &mpsc::Sender<Result<RunResponse, Error>>,
-    event: run_response::Event,
-) -> bool {
-    caller
-        .send(Ok(RunResponse { event: Some(event) }))
-        .await
-        .is_ok()
+impl Stdin {
+    fn from(offset: u64) -> Self {
+        Self {
+            sent: offset,
+            taken: offset,
+            closed: false,
+            kept: VecDeque::new(),
+        }
+    }
+
+    fn keep(&mut self, data: Bytes) -> node::Stdin {
+        let stdin = node::Stdin {
+            offset: self.sent,
+            data,
+        };
+        self.sent += stdin.data.len() as u64;
+        self.kept.push_back(stdin.clone());
+        stdin
+    }
+
+    fn taken(&mut self, offset: u64) {
+        self.taken = self.taken.max(offset);
+        self.kept
+            .retain(|kept| kept.offset + kept.data.len() as u64 > offset);
+    }
+
+    fn resend(&mut self, offset: u64) -> VecDeque<run_input::Input> {
+        self.taken(offset);
+        let kept = self.kept.iter().cloned().map(run_input::Input::Stdin);
+        let close = self
+            .closed
+            .then(|| run_input::Input::CloseStdin(node::CloseStdin {}));
+        kept.chain(close).collect()
+    }
 }
 
 /// When each stage was reached. The driver counts from the claim's arrival, which on
@@ -163,17 +344,25 @@ async fn send(
 struct Timeline {
     claimed: Duration,
     stages: Vec<Stage>,
+    ended: bool,
 }
 
 impl Timeline {
     fn new(received: Instant, sent: Instant) -> Self {
         let claimed = sent - received;
         let stages = vec![stage("received", Duration::ZERO), stage("claimed", claimed)];
-        Self { claimed, stages }
+        Self {
+            claimed,
+            stages,
+            ended: false,
+        }
     }
 
     fn driver(&mut self, name: &str, after: Option<prost_types::Duration>) {
-        if let Some(after) = after.and_then(|after| Duration::try_from(after).ok()) {
+        let known = self.stages.iter().any(|stage| stage.name == name);
+        if let Some(after) = after.and_then(|after| Duration::try_from(after).ok())
+            && !known
+        {
             self.stages.push(stage(name, self.claimed + after));
         }
     }
@@ -213,5 +402,30 @@ fn encode_end(end: node::Ended, timeline: Vec<Stage>) -> Exited {
         warm: true,
         stdout_bytes: end.stdout_bytes,
         stderr_bytes: end.stderr_bytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_driver_that_restarts_gets_the_stdin_that_the_command_has_not_taken() {
+        let mut stdin = Stdin::from(0);
+        for text in ["abc", "def", "ghi"] {
+            stdin.keep(Bytes::from_static(text.as_bytes()));
+        }
+        stdin.taken(3);
+        stdin.closed = true;
+        let offsets = |inputs: VecDeque<run_input::Input>| {
+            let offset = |input| match input {
+                run_input::Input::Stdin(stdin) => stdin.offset,
+                run_input::Input::CloseStdin(_) => u64::MAX,
+                run_input::Input::Signal(_) => panic!("a signal is not sent again"),
+            };
+            inputs.into_iter().map(offset).collect::<Vec<_>>()
+        };
+        assert_eq!(offsets(stdin.resend(4)), [3, 6, u64::MAX]);
+        assert_eq!(offsets(stdin.resend(9)), [u64::MAX]);
     }
 }

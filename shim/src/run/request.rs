@@ -6,7 +6,7 @@ use bytes::Bytes;
 use polydev_proto::{
     exec,
     node::{RunSpec, Secrets, TraceContext},
-    runtime::{RunStart, run_start::Command},
+    runtime::{RunStart, SlowReader, run_start::Command},
 };
 use uuid::Uuid;
 
@@ -22,12 +22,21 @@ const TIMEOUT_MOST: Duration = Duration::from_secs(24 * 3600);
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 const USER_ID_MOST: usize = 128;
 
+/// Nothing is left of any run so long after it was claimed.
+pub const LONGEST: Duration = Duration::from_secs(24 * 3600 + 60);
+/// For a driver that comes back to tell the end of a run.
+const TELL: Duration = Duration::from_secs(30);
+
 /// A run that may be tried.
 #[derive(Debug)]
 pub struct Request {
     pub provider: Provider,
     pub user_id: String,
     pub run_id: Uuid,
+    /// Whether another try of it may have run.
+    pub is_retry: bool,
+    pub attempt: u64,
+    pub accept_duplicate: bool,
     pub spec: RunSpec,
     pub secrets: Secrets,
     pub trace: Option<TraceContext>,
@@ -75,12 +84,22 @@ impl Request {
         }
         let run_id = match start.run_id.as_str() {
             "" => Uuid::now_v7(),
-            given => Uuid::parse_str(given).map_err(|_| Invalid::Value {
-                field: "run_id",
-                given: given.to_owned(),
-                allowed: "a UUID",
-            })?,
+            given => Uuid::parse_str(given)
+                .ok()
+                .filter(|id| id.get_version_num() == 7)
+                .ok_or_else(|| Invalid::Value {
+                    field: "run_id",
+                    given: given.to_owned(),
+                    allowed: "a UUIDv7",
+                })?,
         };
+        let is_retry = !start.run_id.is_empty() && start.attempt != 1;
+        let on_slow_reader =
+            SlowReader::try_from(start.on_slow_reader).map_err(|unknown| Invalid::Value {
+                field: "on_slow_reader",
+                given: unknown.to_string(),
+                allowed: "SLOW_READER_BLOCK or SLOW_READER_DROP_OLDEST",
+            })?;
         if !start.work_dir.is_empty() && !start.work_dir.starts_with('/') {
             let allowed = "an absolute path";
             return Err(Invalid::Value {
@@ -122,15 +141,32 @@ impl Request {
                 KILL_TIMEOUT,
                 "1 ms to 30 s",
             )?,
+            drop_oldest: on_slow_reader == SlowReader::DropOldest,
         };
         Ok(Self {
             provider,
             user_id,
             run_id,
+            is_retry,
+            attempt: start.attempt.into(),
+            accept_duplicate: start.accept_duplicate,
             spec,
             secrets,
             trace,
         })
+    }
+}
+
+impl Request {
+    /// How long it may be until its end is told.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
+        let of = |given: Option<prost_types::Duration>| {
+            given
+                .and_then(|given| Duration::try_from(given).ok())
+                .unwrap_or_default()
+        };
+        of(self.spec.timeout) + of(self.spec.kill_timeout) + TELL
     }
 }
 
@@ -217,6 +253,8 @@ mod tests {
         refused(|run| run.user_id = String::new(), "user_id");
         refused(|run| run.user_id = "a\nb".into(), "user_id");
         refused(|run| run.run_id = "42".into(), "run_id");
+        refused(|run| run.run_id = Uuid::new_v4().into(), "run_id");
+        refused(|run| run.on_slow_reader = 7, "on_slow_reader");
         refused(|run| run.command = None, "command");
         refused(|run| run.command = argv(&[]), "argv");
         refused(|run| run.command = argv(&[b"sh", b"a\0"]), "argv[1]");

@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context, bail};
 use bollard::exec::{CreateExecOptions, StartExecResults};
 use futures_util::StreamExt;
-use polydev_proto::runtime::run_response::Event;
+use polydev_proto::runtime::run_event::Event;
 use polydev_tests::{
     client::{Client, argv},
     docker, root,

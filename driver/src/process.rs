@@ -9,16 +9,16 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 /// A live process, or one that has just ended.
 #[derive(Debug)]
-pub(super) struct Held {
+pub(crate) struct Held {
     descriptor: AsyncFd<OwnedFd>,
     /// When the kernel says that it began, in clock ticks since boot.
-    pub(super) start: u64,
+    pub(crate) start: u64,
 }
 
 impl Held {
     /// # Errors
     /// If there is no such process.
-    pub(super) fn open(pid: u32) -> io::Result<Self> {
+    pub(crate) fn open(pid: u32) -> io::Result<Self> {
         let number = Pid::from_raw(pid.cast_signed()).ok_or(io::ErrorKind::InvalidInput)?;
         let descriptor = pidfd_open(number, PidfdFlags::NONBLOCK)?;
         // Read after it is held: it is this process's, or there is none.
@@ -37,7 +37,7 @@ impl Held {
     }
 
     /// The process that was known by this pid and start, if it lives.
-    pub(super) fn find(pid: u32, start: u64) -> Option<Self> {
+    pub(crate) fn find(pid: u32, start: u64) -> Option<Self> {
         Self::open(pid).ok().filter(|held| held.start == start)
     }
 
@@ -45,13 +45,13 @@ impl Held {
     ///
     /// # Cancel safety
     /// Loses nothing.
-    pub(super) async fn ended(&self) {
+    pub(crate) async fn ended(&self) {
         // A descriptor of a process never fails to be polled.
         let _readable = self.descriptor.readable().await;
     }
 
     /// Sends a signal; too late is no error.
-    pub(super) fn signal(&self, number: i32) {
+    pub(crate) fn signal(&self, number: i32) {
         if let Some(signal) = Signal::from_named_raw(number) {
             let _gone = pidfd_send_signal(self.descriptor.get_ref(), signal);
         }
@@ -59,7 +59,7 @@ impl Held {
 }
 
 /// Whether a process is of a container, by the name of its control group.
-pub(super) fn is_of_container(pid: u32, container: &str) -> bool {
+pub(crate) fn is_of_container(pid: u32, container: &str) -> bool {
     let groups = Process::new(pid.cast_signed()).and_then(|process| process.cgroups());
     groups.is_ok_and(|groups| {
         groups

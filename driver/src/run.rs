@@ -1,0 +1,225 @@
+//! Runs: one command each, from its claim until its results are not kept any more. A run
+//! outlives its caller's connection, and this process.
+//!
+//! Read in the order of a run's life: [`claim`] is what a shim asks, [`book`] decides about
+//! it and knows every run of the node, [`journal`] remembers that over this process's death,
+//! [`carry`] starts the command and carries its streams, [`window`] holds its output,
+//! [`follow`] tells a caller, and [`recover`] takes runs up after a restart.
+
+pub mod book;
+pub(crate) mod carry;
+pub mod claim;
+pub mod follow;
+pub mod journal;
+pub(crate) mod recover;
+mod window;
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use bytes::Bytes;
+use polydev_proto::node::{self, ended::Reason};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use claim::Refusal;
+use journal::Claimed;
+use window::Window;
+
+/// Messages from the caller that may wait for the command, each at most 64 KiB.
+const INPUTS: usize = 16;
+const STREAMS: [&str; 2] = ["stdout", "stderr"];
+
+/// One try at a run: by attempt, then by nonce.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    serde::Serialize,
+    serde::Deserialize,
+)]
+pub struct Ballot {
+    pub attempt: u64,
+    pub nonce: u64,
+}
+
+impl From<node::Ballot> for Ballot {
+    fn from(node::Ballot { attempt, nonce }: node::Ballot) -> Self {
+        Self { attempt, nonce }
+    }
+}
+
+impl From<Ballot> for node::Ballot {
+    fn from(Ballot { attempt, nonce }: Ballot) -> Self {
+        Self { attempt, nonce }
+    }
+}
+
+/// One run of this node, as everybody but its carrier sees it.
+#[derive(Debug)]
+pub struct Run {
+    pub claimed: Claimed,
+    /// When the claim came: the timeline's zero.
+    arrived: Instant,
+    progress: watch::Sender<Progress>,
+    output: [Window; 2],
+    inputs: mpsc::Sender<Input>,
+    /// The caller took output: there may be room for more.
+    room: Notify,
+    cancel: CancellationToken,
+    /// Nothing of it may be left.
+    kill: CancellationToken,
+    /// Its container is gone.
+    gone: CancellationToken,
+}
+
+/// How far a run has come. Times count from the claim's arrival.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Progress {
+    granted: Option<Granted>,
+    started: Option<Duration>,
+    first_output: Option<Duration>,
+    stdin_taken: u64,
+    outcome: Option<Outcome>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Granted {
+    pub granted_after: Duration,
+    pub limits_raised_after: Duration,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum Outcome {
+    Ended(Ended),
+    /// Nothing of it ran.
+    Aborted(Arc<Refusal>),
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ended {
+    #[serde(with = "journal::reason")]
+    pub reason: Reason,
+    pub exit_code: i32,
+    pub signal: i32,
+    pub message: String,
+    pub after: Duration,
+    /// When the first byte of output came; `None` without output.
+    pub first_output_after: Option<Duration>,
+    pub stdout_bytes: u64,
+    pub stderr_bytes: u64,
+}
+
+/// From the caller to the command.
+#[derive(Debug)]
+pub enum Input {
+    Stdin { offset: u64, data: Bytes },
+    CloseStdin,
+    Signal(i32),
+}
+
+impl Run {
+    /// A run that has just been claimed, and the end of its queue for the carrier.
+    fn new(
+        claimed: Claimed,
+        arrived: Instant,
+        windows: &Path,
+        kill: CancellationToken,
+    ) -> (Arc<Self>, mpsc::Receiver<Input>) {
+        let output = STREAMS.map(|name| Window::new(windows.join(file_name(&claimed, name))));
+        Self::with(claimed, arrived, output, kill, Progress::default())
+    }
+
+    fn with(
+        claimed: Claimed,
+        arrived: Instant,
+        output: [Window; 2],
+        kill: CancellationToken,
+        progress: Progress,
+    ) -> (Arc<Self>, mpsc::Receiver<Input>) {
+        let (inputs, queue) = mpsc::channel(INPUTS);
+        let run = Self {
+            claimed,
+            arrived,
+            progress: watch::Sender::new(progress),
+            output,
+            inputs,
+            room: Notify::new(),
+            cancel: CancellationToken::new(),
+            kill,
+            gone: CancellationToken::new(),
+        };
+        (run.into(), queue)
+    }
+
+    /// Asks it to end: SIGTERM now, SIGKILL after its kill timeout.
+    pub fn cancel(&self) {
+        self.cancel.cancel();
+    }
+
+    /// Ends it at once.
+    pub(crate) fn kill(&self) {
+        self.kill.cancel();
+    }
+
+    /// Hands input to the command; false once nobody takes it any more. Waits while the
+    /// command does not read.
+    ///
+    /// # Cancel safety
+    /// What is being handed over is lost.
+    pub async fn input(&self, input: Input) -> bool {
+        tokio::select! {
+            sent = self.inputs.send(input) => sent.is_ok(),
+            () = self.over() => false,
+        }
+    }
+
+    /// Waits until it is over, one way or the other.
+    pub(crate) async fn over(&self) {
+        let mut progress = self.progress.subscribe();
+        // The sender is in `self`.
+        let _over = progress
+            .wait_for(|progress| progress.outcome.is_some())
+            .await;
+    }
+
+    /// Waits until its container is gone.
+    pub(crate) async fn gone(&self) {
+        self.gone.cancelled().await;
+    }
+
+    /// Its container is gone.
+    pub(crate) fn is_gone(&self) {
+        self.gone.cancel();
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.progress.borrow().outcome.is_some()
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Progress)) {
+        self.progress.send_modify(change);
+    }
+
+    /// Moments of its life, by the time of day, for what a restart may not forget.
+    fn since_arrival(claimed_at: SystemTime) -> Instant {
+        let now = Instant::now();
+        let ago = claimed_at.elapsed().unwrap_or_default();
+        now.checked_sub(ago).unwrap_or(now)
+    }
+}
+
+/// A run's files in the windows' folder.
+fn file_name(claimed: &Claimed, stream: &str) -> String {
+    format!("{}.{stream}", claimed.run_id)
+}

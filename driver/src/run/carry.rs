@@ -1,0 +1,529 @@
+//! Carrying one run: from a container that waits to the end of its command.
+//!
+//! Neither Docker nor Nomad is asked for anything here. Bytes of the command are
+//! acknowledged to init when they are in the run's windows, and init sends again what is
+//! not, on every new connection: neither a break nor a restart of this process loses any.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use polydev_proto::{
+    frame::MAX_DATA,
+    init::{
+        Data, DataAck, Exited, NotStarted, Release, Signal, Start, Stdin, Stream, exited,
+        from_init, hello, not_started, to_init,
+    },
+    node::ended::Reason,
+};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, sleep_until, timeout},
+};
+
+use super::{Ended, Granted, Input, Run, book::Runs, claim::Refusal};
+use crate::{
+    limits::{self, Limits},
+    link::{self, Greeted, Link, Listener},
+    process::Held,
+};
+
+/// Bytes of stdin on their way to the command; init holds at most twice as much.
+const STDIN_WINDOW: u64 = 128 << 10;
+/// What init gets on top of the deadline before the driver ends the container itself.
+const GRACE: Duration = Duration::from_secs(1);
+/// For an init whose connection broke.
+const BACK: Duration = Duration::from_secs(10);
+/// For the memory that output needs, once the oldest results are given up.
+const MEMORY: Duration = Duration::from_millis(100);
+const MEMORY_TRIES: u32 = 50;
+
+const SIGTERM: i32 = 15;
+const SIGKILL: i32 = 9;
+
+/// The way to one container's init.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    /// Keeps the folder that is mounted into the container.
+    pub(crate) listener: Listener,
+    pub(crate) init: Held,
+    pub(crate) pid: u32,
+    /// `None` until init is back.
+    pub(crate) link: Option<Link>,
+}
+
+impl Connection {
+    /// Lets init go: it exits.
+    pub(crate) async fn release(&mut self) {
+        if let Some(link) = &mut self.link {
+            let released = to_init::Message::Release(Release {});
+            let _gone = link.writer.send(released).await;
+        }
+    }
+}
+
+/// What is to be started, and the right to it.
+#[derive(Debug)]
+pub(crate) struct Order {
+    pub(crate) start: Start,
+    /// It must not start any more from then on.
+    pub(crate) start_by: Instant,
+    pub(crate) inputs: mpsc::Receiver<Input>,
+}
+
+/// Raises the limits, starts the command and carries it to its end. The container is of
+/// no further use afterwards.
+pub(crate) async fn start(
+    runs: &Runs,
+    run: &Run,
+    connection: &mut Connection,
+    limits: &limits::Handle,
+    class: &Limits,
+    order: Order,
+) {
+    let granted_after = run.arrived.elapsed();
+    let raise = || {
+        if Instant::now() >= order.start_by {
+            return Err(Refusal::TooLate);
+        }
+        limits.set(class).map_err(|error| Refusal::Broken {
+            reason: crate::chain(&error),
+        })
+    };
+    if let Err(refusal) = raise() {
+        tracing::warn!(
+            run_id = run.claimed.run_id,
+            error = crate::chain(&refusal),
+            "not started"
+        );
+        return runs.aborted(run, refusal);
+    }
+    let granted = Granted {
+        granted_after,
+        limits_raised_after: run.arrived.elapsed(),
+    };
+    run.update(|progress| progress.granted = Some(granted));
+    let mut carrier = Carrier::new(runs, run, connection, Some(limits), order.inputs);
+    // Whether it arrived is asked of init, should the connection break.
+    let _told_below = carrier.send(to_init::Message::Start(order.start)).await;
+    carrier.carry().await;
+}
+
+/// Goes on with a run of an earlier life of the driver.
+pub(super) async fn resume(
+    runs: &Runs,
+    run: &Run,
+    connection: &mut Connection,
+    limits: Option<&limits::Handle>,
+    inputs: mpsc::Receiver<Input>,
+) {
+    Carrier::new(runs, run, connection, limits, inputs)
+        .carry()
+        .await;
+}
+
+struct Carrier<'a> {
+    runs: &'a Runs,
+    run: &'a Run,
+    connection: &'a mut Connection,
+    limits: Option<&'a limits::Handle>,
+    inputs: mpsc::Receiver<Input>,
+    stdin: StdinWindow,
+    /// When the driver stops waiting for init.
+    end_at: Instant,
+    ending: Ending,
+    /// Output is taken whether the caller has room for it or not: it is the last.
+    overdraft: bool,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Ending {
+    No,
+    /// SIGTERM is sent, SIGKILL follows.
+    Asked {
+        kill_at: Instant,
+    },
+    Killed,
+}
+
+/// What of stdin init has not told to be taken.
+#[derive(Default)]
+struct StdinWindow {
+    sent: u64,
+    taken: u64,
+    closed: bool,
+    kept: VecDeque<Stdin>,
+}
+
+enum Wake {
+    FromInit(Result<from_init::Message, link::Error>),
+    Input(Input),
+    Room,
+    /// Init is gone while nobody reads what it left.
+    Died,
+    Cancel,
+    Kill,
+    Time,
+}
+
+/// What interrupts the carriage: for now, or for good.
+enum Stop {
+    Link(link::Error),
+    End(End),
+}
+
+impl From<link::Error> for Stop {
+    fn from(error: link::Error) -> Self {
+        Self::Link(error)
+    }
+}
+
+/// The end of a run's carriage.
+enum End {
+    Ended(Ended),
+    NotStarted(Refusal),
+}
+
+impl<'a> Carrier<'a> {
+    fn new(
+        runs: &'a Runs,
+        run: &'a Run,
+        connection: &'a mut Connection,
+        limits: Option<&'a limits::Handle>,
+        inputs: mpsc::Receiver<Input>,
+    ) -> Self {
+        let allowed = run.claimed.timeout + run.claimed.kill_timeout + GRACE;
+        Self {
+            runs,
+            run,
+            connection,
+            limits,
+            inputs,
+            stdin: StdinWindow::default(),
+            end_at: run.arrived + allowed,
+            ending: Ending::No,
+            overdraft: false,
+        }
+    }
+
+    async fn carry(mut self) {
+        let end = loop {
+            match self.step().await {
+                Ok(()) => {}
+                Err(Stop::End(end)) => break end,
+                Err(Stop::Link(error)) => {
+                    let (run_id, error) = (&self.run.claimed.run_id, crate::chain(&error));
+                    tracing::debug!(run_id, error, "init is out of reach");
+                    self.connection.link = None;
+                }
+            }
+        };
+        match end {
+            End::Ended(ended) => self.runs.ended(self.run, ended),
+            End::NotStarted(refusal) => self.runs.aborted(self.run, refusal),
+        }
+    }
+
+    async fn step(&mut self) -> Result<(), Stop> {
+        if self.connection.link.is_none() {
+            return self.reconnect().await;
+        }
+        match self.wait().await {
+            Wake::FromInit(message) => self.on_message(message?).await,
+            Wake::Input(input) => self.on_input(input).await,
+            Wake::Room => Ok(()),
+            Wake::Died => {
+                self.overdraft = true;
+                Ok(())
+            }
+            Wake::Cancel => {
+                let kill_at = Instant::now() + self.run.claimed.kill_timeout;
+                self.ending = Ending::Asked { kill_at };
+                self.signal(SIGTERM).await
+            }
+            Wake::Kill => Err(self.end(Reason::Cancelled, DESTROYED)),
+            Wake::Time => self.on_time().await,
+        }
+    }
+
+    /// Waits for init to come back, and goes on where it says that it is.
+    async fn reconnect(&mut self) -> Result<(), Stop> {
+        let Connection {
+            listener,
+            init,
+            pid,
+            link,
+        } = &mut *self.connection;
+        let greeted = tokio::select! {
+            biased;
+            () = self.run.kill.cancelled() => return Err(self.end(Reason::Cancelled, DESTROYED)),
+            () = init.ended() => None,
+            greeted = timeout(BACK, listener.accept(|peer| peer == *pid)) => {
+                greeted.ok().and_then(Result::ok)
+            }
+        };
+        let Some(Greeted {
+            link: new, state, ..
+        }) = greeted
+        else {
+            return Err(self.lost());
+        };
+        *link = Some(new);
+        let run_id = &self.run.claimed.run_id;
+        match state {
+            hello::State::Waiting(_) => Err(Stop::End(End::NotStarted(Refusal::NotReached))),
+            hello::State::Running(running) if running.run_id == *run_id => {
+                self.started();
+                self.taken(running.stdin_offset, false);
+                self.stdin.sent = self.stdin.sent.max(running.stdin_offset);
+                for stdin in self.stdin.kept.clone() {
+                    self.send(to_init::Message::Stdin(stdin)).await?;
+                }
+                Ok(())
+            }
+            // Their ends are told again, after the output.
+            hello::State::Exited(exited) if exited.run_id == *run_id => {
+                self.started();
+                Ok(())
+            }
+            hello::State::NotStarted(refused) if refused.run_id == *run_id => Ok(()),
+            _ => Err(self.end(Reason::Lost, "its container has another run")),
+        }
+    }
+
+    /// Waits for whatever comes first. Init is read only when there is room for what
+    /// it says: a caller that reads slowly slows the command.
+    async fn wait(&mut self) -> Wake {
+        let wake_at = match self.ending {
+            Ending::Asked { kill_at } => kill_at.min(self.end_at),
+            Ending::No | Ending::Killed => self.end_at,
+        };
+        let has_room = self.overdraft
+            || self.run.claimed.drop_oldest
+            || self
+                .run
+                .output
+                .iter()
+                .all(|window| window.room() >= MAX_DATA as u64);
+        let window_open = self.stdin.sent - self.stdin.taken < STDIN_WINDOW;
+        let is_asked = self.ending != Ending::No;
+        let Connection { init, link, .. } = &mut *self.connection;
+        let message = async {
+            match link {
+                Some(link) => link.reader.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.run.kill.cancelled() => Wake::Kill,
+            () = self.run.cancel.cancelled(), if !is_asked => Wake::Cancel,
+            message = message, if has_room => Wake::FromInit(message),
+            () = self.run.room.notified(), if !has_room => Wake::Room,
+            () = init.ended(), if !has_room => Wake::Died,
+            Some(input) = self.inputs.recv(), if window_open => Wake::Input(input),
+            () = sleep_until(wake_at.into()) => Wake::Time,
+        }
+    }
+
+    async fn on_message(&mut self, message: from_init::Message) -> Result<(), Stop> {
+        match message {
+            from_init::Message::Data(data) => {
+                let ack = self.output(data).await;
+                return self.send(to_init::Message::DataAck(ack)).await;
+            }
+            from_init::Message::Started(_) => self.started(),
+            from_init::Message::StdinAck(ack) => self.taken(ack.offset, ack.closed),
+            from_init::Message::Exited(exited) => return Err(self.exited(&exited)),
+            from_init::Message::NotStarted(refused) => return Err(self.not_started(&refused)),
+            // Only the first message of a connection is one.
+            from_init::Message::Hello(_) => {}
+        }
+        Ok(())
+    }
+
+    async fn on_time(&mut self) -> Result<(), Stop> {
+        let now = Instant::now();
+        match self.ending {
+            Ending::Asked { kill_at } if kill_at <= now => {
+                self.ending = Ending::Killed;
+                self.end_at = self.end_at.min(now + GRACE);
+                self.signal(SIGKILL).await
+            }
+            // Init has ended the command, and its last output waits for room.
+            _ if !self.overdraft => {
+                self.overdraft = true;
+                self.end_at = now + GRACE;
+                Ok(())
+            }
+            Ending::No => Err(self.end(Reason::Deadline, "its deadline passed")),
+            Ending::Asked { .. } | Ending::Killed => Err(self.end(Reason::Cancelled, CANCELLED)),
+        }
+    }
+
+    fn started(&mut self) {
+        if self.run.progress.borrow().started.is_none() {
+            self.runs.started(self.run);
+        }
+    }
+
+    async fn output(&mut self, data: Data) -> DataAck {
+        let kind = Stream::try_from(data.stream).unwrap_or_default();
+        let window = &self.run.output[usize::from(kind == Stream::Stderr)];
+        if self.run.claimed.drop_oldest {
+            window.drop_oldest(data.data.len() as u64);
+        }
+        for attempt in 1.. {
+            let Err(error) = window.append(data.offset, &data.data) else {
+                break;
+            };
+            self.runs.make_room();
+            if attempt > MEMORY_TRIES {
+                // The caller is told of the gap by what follows it.
+                let run_id = &self.run.claimed.run_id;
+                tracing::error!(run_id, %error, "no memory for output, it is lost");
+                break;
+            }
+            sleep(MEMORY).await;
+        }
+        let after = self.run.arrived.elapsed();
+        self.run.update(|progress| {
+            progress.first_output.get_or_insert(after);
+        });
+        DataAck {
+            stream: data.stream,
+            offset: data.offset + data.data.len() as u64,
+        }
+    }
+
+    async fn on_input(&mut self, input: Input) -> Result<(), Stop> {
+        let (data, close) = match input {
+            Input::Signal(number) => return self.signal(number).await,
+            Input::Stdin { offset, data } => {
+                // What the shim sends again is known here already.
+                let known = usize::try_from(self.stdin.sent.saturating_sub(offset));
+                let new = known.ok().filter(|known| *known < data.len());
+                match new {
+                    Some(known) if offset <= self.stdin.sent => (data.slice(known..), false),
+                    _ => return Ok(()),
+                }
+            }
+            Input::CloseStdin => (Bytes::new(), true),
+        };
+        if self.stdin.closed {
+            return Ok(());
+        }
+        self.stdin.closed = close;
+        let offset = self.stdin.sent;
+        self.stdin.sent += data.len() as u64;
+        let stdin = Stdin {
+            offset,
+            data,
+            close,
+        };
+        self.stdin.kept.push_back(stdin.clone());
+        self.send(to_init::Message::Stdin(stdin)).await
+    }
+
+    fn taken(&mut self, offset: u64, closed: bool) {
+        let stdin = &mut self.stdin;
+        stdin.taken = stdin.taken.max(offset);
+        stdin.closed |= closed;
+        let taken = stdin.taken;
+        stdin
+            .kept
+            .retain(|kept| kept.close || kept.offset + kept.data.len() as u64 > taken);
+        if taken > self.run.progress.borrow().stdin_taken {
+            self.run.update(|progress| progress.stdin_taken = taken);
+        }
+    }
+
+    async fn signal(&mut self, number: i32) -> Result<(), Stop> {
+        self.send(to_init::Message::Signal(Signal { number })).await
+    }
+
+    async fn send(&mut self, message: to_init::Message) -> Result<(), Stop> {
+        let link = self.connection.link.as_mut().ok_or(link::Error::Closed)?;
+        Ok(link.writer.send(message).await?)
+    }
+
+    fn exited(&self, exited: &Exited) -> Stop {
+        let (exit_code, signal) = match exited.status {
+            Some(exited::Status::Code(code)) => (code, 0),
+            Some(exited::Status::Signal(signal)) => (128 + signal, signal),
+            None => return self.end(Reason::Lost, "init did not say how the command ended"),
+        };
+        let killed = exit_code == 128 + SIGKILL;
+        let (reason, message) = if self.ending != Ending::No {
+            (Reason::Cancelled, CANCELLED.into())
+        } else if killed && self.oom_kills() > 0 {
+            (
+                Reason::OutOfMemory,
+                "the kernel killed it: it needed more memory than it may have".into(),
+            )
+        } else if exited.deadline_exceeded {
+            (Reason::Deadline, "its deadline passed".into())
+        } else if signal != 0 {
+            (Reason::Signaled, format!("signal {signal} ended it"))
+        } else {
+            (Reason::Exited, String::new())
+        };
+        Stop::End(End::Ended(Ended {
+            exit_code,
+            signal,
+            stdout_bytes: exited.stdout_bytes,
+            stderr_bytes: exited.stderr_bytes,
+            ..self.run.end(reason, &message)
+        }))
+    }
+
+    fn not_started(&self, refused: &NotStarted) -> Stop {
+        let exit_code = match refused.reason() {
+            not_started::Reason::NotFound => 127,
+            not_started::Reason::NotExecutable
+            | not_started::Reason::Invalid
+            | not_started::Reason::Unspecified => 126,
+        };
+        Stop::End(End::Ended(Ended {
+            exit_code,
+            ..self.run.end(Reason::NotStarted, &refused.message)
+        }))
+    }
+
+    fn lost(&self) -> Stop {
+        if self.oom_kills() > 0 {
+            return self.end(Reason::OutOfMemory, "the container ran out of memory");
+        }
+        self.end(Reason::Lost, "its container ended")
+    }
+
+    fn oom_kills(&self) -> u64 {
+        self.limits.map_or(0, limits::Handle::oom_kills)
+    }
+
+    fn end(&self, reason: Reason, message: &str) -> Stop {
+        Stop::End(End::Ended(self.run.end(reason, message)))
+    }
+}
+
+const CANCELLED: &str = "it was cancelled";
+const DESTROYED: &str = "its slot was destroyed";
+
+impl Run {
+    /// An end that init has not told.
+    pub(super) fn end(&self, reason: Reason, message: &str) -> Ended {
+        let [stdout_bytes, stderr_bytes] = [0, 1].map(|stream: usize| self.output[stream].end());
+        Ended {
+            reason,
+            // Docker's status for what it killed.
+            exit_code: 128 + SIGKILL,
+            signal: 0,
+            message: message.to_owned(),
+            after: self.arrived.elapsed(),
+            first_output_after: self.progress.borrow().first_output,
+            stdout_bytes,
+            stderr_bytes,
+        }
+    }
+}

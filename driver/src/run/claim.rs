@@ -1,0 +1,294 @@
+//! A claim: what a shim wants run in one slot, checked.
+
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use polydev_proto::{
+    exec,
+    init::{File, Start, TraceContext, Variable},
+    node,
+};
+use prost::Message;
+use sha2::{Digest, Sha256};
+use uuid::Uuid;
+
+use super::Ballot;
+use crate::{
+    run::journal,
+    slot::{headroom, state},
+};
+
+/// What init may hold of each stream while the driver does not read.
+const OUTPUT_BUFFER: u32 = 1 << 20;
+/// The longest run there is.
+const TIMEOUT_MOST: Duration = Duration::from_secs(24 * 3600);
+const KILL_TIMEOUT_MOST: Duration = Duration::from_secs(30);
+
+/// A run id is no older than that when it is claimed: for so long, and longer, a driver
+/// remembers which it has run.
+pub const ID_AGE_MOST: Duration = Duration::from_secs(3600);
+/// By how much clocks may differ.
+const CLOCKS: Duration = Duration::from_secs(5 * 60);
+
+/// A definite no: nothing of the command ran.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    #[error("{0}")]
+    Taken(state::Refused),
+    #[error("this node has no room for another run: {0}")]
+    Full(#[from] headroom::Full),
+    #[error("this node has no room for another run: {held} runs hold its memory for output")]
+    NoOutput { held: usize },
+    #[error("this node cannot remember another run: {0}")]
+    Journal(#[from] journal::Error),
+    #[error("a fence stands at attempt {}, the claim is attempt {}", fence.attempt, ballot.attempt)]
+    Fenced { fence: Ballot, ballot: Ballot },
+    #[error("`run_id` {run_id} is another command's")]
+    OtherCommand { run_id: String },
+    #[error("`run_id` {run_id} has run; its results are not kept any more")]
+    Released { run_id: String },
+    #[error("this node has no slot `{slot_id}`")]
+    UnknownSlot { slot_id: String },
+    #[error("the claim came too late to start")]
+    TooLate,
+    #[error("the claim names start `{given}` of the driver, this is `{actual}`")]
+    OtherStart { given: String, actual: String },
+    #[error("the slot's container failed before the command was started: {reason}")]
+    Broken { reason: String },
+    #[error("the driver died before the command was started")]
+    NotReached,
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+}
+
+/// A field of a claim that no slot would take.
+#[derive(Debug, thiserror::Error)]
+#[error("`{field}` {problem}")]
+pub struct Invalid {
+    pub field: String,
+    pub problem: String,
+}
+
+fn invalid(field: &str, problem: impl Into<String>) -> Invalid {
+    Invalid {
+        field: field.into(),
+        problem: problem.into(),
+    }
+}
+
+/// The checked part of a claim's message.
+#[derive(Debug)]
+pub struct Parsed {
+    pub user_id: String,
+    pub ballot: Ballot,
+    /// See [`spec_hash`].
+    pub spec_hash: String,
+    pub start: Start,
+    pub timeout: Duration,
+    pub kill_timeout: Duration,
+    pub drop_oldest: bool,
+}
+
+/// SHA-256 over all that is executed and for whom, in hexadecimal. Of secrets it takes the
+/// names only, so that it gives nothing to guess at.
+#[must_use]
+pub fn spec_hash(user_id: &str, spec: &node::RunSpec, secrets: &node::Secrets) -> String {
+    let mut hash = Sha256::new();
+    let mut add = |bytes: &[u8]| {
+        hash.update((bytes.len() as u64).to_be_bytes());
+        hash.update(bytes);
+    };
+    add(user_id.as_bytes());
+    // Its maps are sorted: the same spec has the same bytes.
+    add(&spec.encode_to_vec());
+    secrets.env.keys().for_each(|name| add(name.as_bytes()));
+    add(b"files");
+    secrets
+        .files
+        .iter()
+        .for_each(|file| add(file.path.as_bytes()));
+    hex::encode(hash.finalize())
+}
+
+/// Checks what is to be run and puts it into init's form.
+///
+/// # Errors
+/// [`Invalid`] with the field's name.
+pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
+    let spec = claim.spec.ok_or_else(|| invalid("spec", "is missing"))?;
+    let secrets = claim.secrets.unwrap_or_default();
+    let env = || spec.env.iter().chain(&secrets.env);
+    exec::check(
+        spec.argv.iter().map(|arg| &arg[..]),
+        env().map(|(name, value)| (name.as_str(), value.as_str())),
+    )
+    .map_err(|error| invalid(&format!("spec.{}", error.field), error.problem))?;
+    check_run_id(&claim.run_id, SystemTime::now())?;
+    let ballot = claim
+        .ballot
+        .ok_or_else(|| invalid("ballot", "is missing"))?;
+    let spec_hash = spec_hash(&claim.user_id, &spec, &secrets);
+    if !spec.work_dir.is_empty() && !spec.work_dir.starts_with('/') {
+        return Err(invalid("spec.work_dir", "is not an absolute path"));
+    }
+    let timeout = bounded(
+        "spec.timeout",
+        spec.timeout,
+        Duration::from_millis(1),
+        TIMEOUT_MOST,
+    )?;
+    let kill_timeout = bounded(
+        "spec.kill_timeout",
+        spec.kill_timeout,
+        Duration::ZERO,
+        KILL_TIMEOUT_MOST,
+    )?;
+
+    let variable = |(name, value): (&String, &String)| Variable {
+        name: Bytes::copy_from_slice(name.as_bytes()),
+        value: Bytes::copy_from_slice(value.as_bytes()),
+    };
+    let start = Start {
+        run_id: claim.run_id,
+        env: env().map(variable).collect(),
+        argv: spec.argv,
+        files: secrets
+            .files
+            .into_iter()
+            .map(|file| File {
+                path: file.path,
+                mode: 0o600,
+                content: file.content,
+            })
+            .collect(),
+        work_dir: spec.work_dir,
+        stdin: spec.stdin,
+        timeout_ms: millis(timeout),
+        kill_timeout_ms: millis(kill_timeout),
+        output_buffer_bytes: OUTPUT_BUFFER,
+        trace: claim.trace.map(|trace| TraceContext {
+            traceparent: trace.traceparent,
+            tracestate: trace.tracestate,
+        }),
+        task: None,
+    };
+    Ok(Parsed {
+        user_id: claim.user_id,
+        ballot: ballot.into(),
+        spec_hash,
+        start,
+        timeout,
+        kill_timeout,
+        drop_oldest: spec.drop_oldest,
+    })
+}
+
+/// When a run id was made.
+///
+/// # Errors
+/// [`Invalid`] if it does not say.
+pub fn made_at(run_id: &str) -> Result<SystemTime, Invalid> {
+    Uuid::parse_str(run_id)
+        .ok()
+        .filter(|id| id.get_version_num() == 7)
+        .and_then(|id| id.get_timestamp())
+        .map(|made| {
+            let (seconds, nanos) = made.to_unix();
+            SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos)
+        })
+        .ok_or_else(|| invalid("run_id", format!("is `{run_id}`, which is not a UUIDv7")))
+}
+
+fn check_run_id(run_id: &str, now: SystemTime) -> Result<(), Invalid> {
+    let made = made_at(run_id)?;
+    let problem = if made > now + CLOCKS {
+        "was made in the future"
+    } else if made + ID_AGE_MOST < now {
+        "was made more than an hour ago: a new run needs a new one"
+    } else {
+        return Ok(());
+    };
+    Err(invalid("run_id", format!("{run_id} {problem}")))
+}
+
+fn bounded(
+    field: &str,
+    given: Option<prost_types::Duration>,
+    least: Duration,
+    most: Duration,
+) -> Result<Duration, Invalid> {
+    let given = given.ok_or_else(|| invalid(field, "is missing"))?;
+    let parsed = Duration::try_from(given)
+        .ok()
+        .filter(|value| (least..=most).contains(value));
+    parsed.ok_or_else(|| {
+        invalid(
+            field,
+            format!(
+                "is `{given}`, allowed are {least:?} to {} s",
+                most.as_secs()
+            ),
+        )
+    })
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_id_tells_its_time() {
+        let now = SystemTime::now();
+        let at = |time: SystemTime| {
+            let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+            let made = uuid::Timestamp::from_unix(uuid::NoContext, since.as_secs(), 0);
+            Uuid::new_v7(made).to_string()
+        };
+        let hour = Duration::from_secs(3600);
+        assert!(check_run_id(&at(now), now).is_ok());
+        assert!(check_run_id(&at(now - hour / 2), now).is_ok());
+        assert!(check_run_id(&at(now + CLOCKS / 2), now).is_ok());
+        let refused = |id: &str, words: &str| {
+            let error = check_run_id(id, now).unwrap_err().to_string();
+            assert!(
+                error.starts_with("`run_id` ") && error.contains(words),
+                "{error}"
+            );
+        };
+        refused(&at(now - 2 * hour), "more than an hour ago");
+        refused(&at(now + hour), "in the future");
+        refused(&Uuid::new_v4().to_string(), "not a UUIDv7");
+        refused("42", "is `42`");
+    }
+
+    #[test]
+    fn what_is_executed_is_in_the_hash_and_what_is_secret_is_not() {
+        let spec = |argv: &[&'static str]| node::RunSpec {
+            argv: argv
+                .iter()
+                .map(|arg| Bytes::from_static(arg.as_bytes()))
+                .collect(),
+            ..Default::default()
+        };
+        let secrets = |name: &str, value: &str| node::Secrets {
+            env: [(name.to_owned(), value.to_owned())].into(),
+            ..Default::default()
+        };
+        let hash = spec_hash("alice", &spec(&["a", "b"]), &secrets("KEY", "1"));
+        assert_eq!(
+            hash,
+            spec_hash("alice", &spec(&["a", "b"]), &secrets("KEY", "2"))
+        );
+        for other in [
+            spec_hash("bob", &spec(&["a", "b"]), &secrets("KEY", "1")),
+            spec_hash("alice", &spec(&["ab"]), &secrets("KEY", "1")),
+            spec_hash("alice", &spec(&["a", "b"]), &secrets("OTHER", "1")),
+        ] {
+            assert_ne!(hash, other);
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! What one caller of a run is told: from its offsets on, to the end. It is asked for the
+//! next event when the last one has gone out, so that a caller that reads slowly slows
+//! the command, and nothing is queued here.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use polydev_proto::frame::MAX_DATA;
+use tokio::sync::watch;
+
+use super::{Ended, Granted, Outcome, Progress, Run, claim::Refusal, window::Piece};
+
+/// Of one run, in this order but for `StdinTaken`.
+#[derive(Debug)]
+pub enum Event {
+    Granted(Granted),
+    Started {
+        after: Duration,
+    },
+    Output {
+        stream: usize,
+        offset: u64,
+        data: Bytes,
+    },
+    /// Bytes that are not kept.
+    Lost {
+        stream: usize,
+        from: u64,
+        to: u64,
+    },
+    /// How far the command has taken its stdin.
+    StdinTaken {
+        offset: u64,
+    },
+    /// The last.
+    Ended(Ended),
+    /// The last as well: nothing ran.
+    Aborted(Arc<Refusal>),
+}
+
+/// The caller asked for bytes that the command has not written.
+#[derive(Debug, thiserror::Error)]
+#[error("`{field}` is {given}, the command has written {end} bytes")]
+pub struct BeyondEnd {
+    field: &'static str,
+    given: u64,
+    end: u64,
+}
+
+/// One caller's way through a run.
+#[derive(Debug)]
+pub struct Follower {
+    run: Arc<Run>,
+    progress: watch::Receiver<Progress>,
+    /// Of the next byte of stdout and stderr.
+    offsets: [u64; 2],
+    granted: bool,
+    started: bool,
+    stdin_taken: u64,
+    /// Which stream comes first: they take turns.
+    turn: usize,
+    over: bool,
+}
+
+impl Follower {
+    /// # Errors
+    /// [`BeyondEnd`]
+    pub fn new(run: Arc<Run>, offsets: [u64; 2]) -> Result<Self, BeyondEnd> {
+        let lengths = match &run.progress.borrow().outcome {
+            Some(Outcome::Ended(ended)) => [ended.stdout_bytes, ended.stderr_bytes],
+            _ => [0; 2],
+        };
+        for (stream, field) in ["stdout_offset", "stderr_offset"].into_iter().enumerate() {
+            let (given, end) = (
+                offsets[stream],
+                run.output[stream].end().max(lengths[stream]),
+            );
+            if given > end {
+                return Err(BeyondEnd { field, given, end });
+            }
+        }
+        Ok(Self {
+            progress: run.progress.subscribe(),
+            run,
+            offsets,
+            granted: false,
+            started: false,
+            stdin_taken: 0,
+            turn: 0,
+            over: false,
+        })
+    }
+
+    /// How far the command has taken its stdin.
+    #[must_use]
+    pub fn stdin_taken(&self) -> u64 {
+        self.progress.borrow().stdin_taken
+    }
+
+    /// The next event; `None` after the last. To ask for it says that the one before has
+    /// been passed on.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    pub async fn next(&mut self) -> Option<Event> {
+        for (window, offset) in self.run.output.iter().zip(self.offsets) {
+            window.deliver(offset);
+        }
+        self.run.room.notify_one();
+        while !self.over {
+            // Taken before the windows are read: what an end announces is in them by then.
+            let progress = self.progress.borrow_and_update().clone();
+            if let Some(event) = self.news(&progress) {
+                return Some(event);
+            }
+            if self.progress.changed().await.is_err() {
+                unreachable!("the sender is in the run, and the run is in `self`");
+            }
+        }
+        None
+    }
+
+    fn news(&mut self, progress: &Progress) -> Option<Event> {
+        if let Some(granted) = progress.granted
+            && !std::mem::replace(&mut self.granted, true)
+        {
+            return Some(Event::Granted(granted));
+        }
+        if let Some(after) = progress.started
+            && !std::mem::replace(&mut self.started, true)
+        {
+            return Some(Event::Started { after });
+        }
+        if progress.stdin_taken > self.stdin_taken {
+            self.stdin_taken = progress.stdin_taken;
+            let offset = self.stdin_taken;
+            return Some(Event::StdinTaken { offset });
+        }
+        self.turn ^= 1;
+        if let Some(event) = self
+            .output(self.turn)
+            .or_else(|| self.output(self.turn ^ 1))
+        {
+            return Some(event);
+        }
+        match progress.outcome.clone()? {
+            Outcome::Aborted(refusal) => {
+                self.over = true;
+                Some(Event::Aborted(refusal))
+            }
+            Outcome::Ended(ended) => {
+                let lengths = [ended.stdout_bytes, ended.stderr_bytes];
+                for (stream, to) in lengths.into_iter().enumerate() {
+                    let from = self.offsets[stream];
+                    if from < to {
+                        self.offsets[stream] = to;
+                        return Some(Event::Lost { stream, from, to });
+                    }
+                }
+                self.over = true;
+                Some(Event::Ended(ended))
+            }
+        }
+    }
+
+    fn output(&mut self, stream: usize) -> Option<Event> {
+        let offset = self.offsets[stream];
+        match self.run.output[stream].read(offset, MAX_DATA) {
+            Ok(Piece::Bytes(data)) => {
+                self.offsets[stream] += data.len() as u64;
+                Some(Event::Output {
+                    stream,
+                    offset,
+                    data,
+                })
+            }
+            Ok(Piece::Gap { to }) => {
+                self.offsets[stream] = to;
+                let from = offset;
+                Some(Event::Lost { stream, from, to })
+            }
+            Ok(Piece::End) => None,
+            Err(error) => {
+                tracing::error!(run_id = self.run.claimed.run_id, %error, "output cannot be read");
+                None
+            }
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Runs that were open when an earlier life of the driver ended: they went on in their
+//! containers, and go on here.
+
+use std::sync::Arc;
+
+use polydev_proto::node::ended::Reason;
+use tokio::sync::mpsc;
+
+use super::{
+    Input, Run,
+    carry::{self, Connection},
+};
+use crate::{limits, link::Listener, node::Node, process::Held, reap};
+
+/// A run to be taken up.
+#[derive(Debug)]
+pub(crate) struct Open {
+    pub(super) run: Arc<Run>,
+    pub(super) inputs: mpsc::Receiver<Input>,
+}
+
+impl Open {
+    /// The folder of its container's socket, which is in use.
+    pub(crate) fn link(&self) -> &std::path::Path {
+        &self.run.claimed.link
+    }
+}
+
+/// Takes up every one of them, before anybody can ask. dockerd is not needed.
+pub(crate) fn recover(node: &Arc<Node>, open: Vec<Open>) {
+    for Open { run, inputs } in open {
+        let share = node.headroom.take_back(run.claimed.share);
+        let node = node.clone();
+        node.clone().tasks.spawn(async move {
+            resume(&node, &run, inputs).await;
+            drop(share);
+            reap::remove(&node, &run.claimed.container).await;
+            run.is_gone();
+        });
+    }
+}
+
+async fn resume(node: &Node, run: &Run, inputs: mpsc::Receiver<Input>) {
+    let claimed = &run.claimed;
+    let runs = &node.runs;
+    let lost = |message: &str| runs.ended(run, run.end(Reason::Lost, message));
+    if claimed.boot_id != runs.boot_id {
+        return lost("the machine was restarted");
+    }
+    let Some(init) = Held::find(claimed.pid, claimed.pid_start) else {
+        return lost("its container ended while the driver was away");
+    };
+    let listener = match Listener::bind_again(&claimed.link) {
+        Ok(listener) => listener,
+        Err(error) => return lost(&crate::chain(&error)),
+    };
+    // For the reason of an end by the kernel; the run goes on without it.
+    let (pid, class) = (claimed.pid, node.config.run);
+    let limits = tokio::task::spawn_blocking(move || limits::Handle::open(pid, &class)).await;
+    let limits = limits.ok().and_then(|opened| {
+        opened
+            .inspect_err(|error| {
+                let run_id = &claimed.run_id;
+                tracing::warn!(
+                    run_id,
+                    error = crate::chain(error),
+                    "a run's limits cannot be read"
+                );
+            })
+            .ok()
+    });
+    tracing::info!(
+        run_id = claimed.run_id,
+        slot = claimed.slot_id,
+        "a run goes on"
+    );
+    let mut connection = Connection {
+        listener,
+        init,
+        pid,
+        link: None,
+    };
+    carry::resume(runs, run, &mut connection, limits.as_ref(), inputs).await;
+    connection.release().await;
+    connection.listener.let_go();
+}

@@ -1,0 +1,357 @@
+//! One output stream of a run: what its caller has not been given yet, and a while of what
+//! it has. A sparse file in the driver's tmpfs, where a byte's place is its offset in the
+//! stream: the file alone says what is kept, to this driver and to the next.
+//!
+//! ```text
+//! 0 ......... base ........... delivered ............ end
+//!      freed        kept behind          not given yet
+//! ```
+
+use std::{
+    fs::{self, File},
+    io::{self, ErrorKind},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use bytes::Bytes;
+use rustix::{
+    buffer::spare_capacity,
+    fs::{FallocateFlags, SeekFrom, fallocate, seek},
+    io::pread,
+};
+
+/// Bytes that may wait for the caller before the command has to.
+pub(super) const WAITING: u64 = 4 << 20;
+/// Bytes that stay after they were given: more than a connection and a shim hold, so that
+/// a caller whose connection broke finds what was on its way.
+const BEHIND: u64 = 3 << 20;
+/// What is not needed any more is freed in pieces.
+const PIECE: u64 = 512 << 10;
+
+/// The kept part of one stream.
+#[derive(Debug)]
+pub(super) struct Window {
+    path: PathBuf,
+    span: Mutex<Span>,
+}
+
+#[derive(Debug, Default)]
+struct Span {
+    /// `None` until there is output.
+    file: Option<File>,
+    base: u64,
+    delivered: u64,
+    end: u64,
+}
+
+/// What a window has at an offset.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Piece {
+    Bytes(Bytes),
+    /// Nothing is kept before `to`.
+    Gap {
+        to: u64,
+    },
+    /// The command has not written more.
+    End,
+}
+
+impl Window {
+    /// An empty one; its file comes with the first byte.
+    pub(super) fn new(path: PathBuf) -> Self {
+        Self {
+            path,
+            span: Mutex::default(),
+        }
+    }
+
+    /// What an earlier life of the driver left there.
+    pub(super) fn recover(path: PathBuf) -> io::Result<Self> {
+        let file = match File::options().read(true).write(true).open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::new(path)),
+            Err(error) => return Err(error),
+        };
+        let end = file.metadata()?.len();
+        let base = match seek(&file, SeekFrom::Data(0)) {
+            Ok(base) => base,
+            // Nothing but a hole.
+            Err(rustix::io::Errno::NXIO) => end,
+            Err(errno) => return Err(errno.into()),
+        };
+        // The kernel knows holes by pages only.
+        let gap = fs::read_to_string(gap_file(&path)).ok();
+        let base = base.max(gap.and_then(|to| to.parse().ok()).unwrap_or(0));
+        let span = Span {
+            file: Some(file),
+            base,
+            delivered: base,
+            end,
+        };
+        Ok(Self {
+            path,
+            span: span.into(),
+        })
+    }
+
+    /// Adds what continues the stream; bytes that are known already are skipped. Bytes
+    /// beyond the end leave a gap: nobody has what came before them.
+    ///
+    /// # Errors
+    /// If there is no memory for them: they are not in the window then.
+    pub(super) fn append(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut span = self.lock();
+        let known = span.end.saturating_sub(offset);
+        let Some(new) = usize::try_from(known)
+            .ok()
+            .and_then(|known| bytes.get(known..))
+            .filter(|new| !new.is_empty())
+        else {
+            return Ok(());
+        };
+        if offset > span.end {
+            fs::write(gap_file(&self.path), offset.to_string())?;
+            span.base = offset;
+            span.end = offset;
+            span.delivered = span.delivered.max(offset);
+        }
+        if span.file.is_none() {
+            let mut options = File::options();
+            options.read(true).write(true).create(true).truncate(true);
+            span.file = Some(options.open(&self.path)?);
+        }
+        let at = span.end;
+        let file = span.file.as_ref().expect("it was opened above");
+        file.write_all_at(new, at)?;
+        span.end += new.len() as u64;
+        Ok(())
+    }
+
+    /// How many bytes may be added before the caller has to take some.
+    pub(super) fn room(&self) -> u64 {
+        let span = self.lock();
+        WAITING.saturating_sub(span.end - span.delivered)
+    }
+
+    /// Makes room by giving up the oldest bytes that the caller has not been given.
+    pub(super) fn drop_oldest(&self, needed: u64) {
+        let mut span = self.lock();
+        let least = (span.end + needed).saturating_sub(WAITING);
+        if least > span.delivered {
+            span.delivered = least;
+            span.free_below(least);
+            // Not only what fills whole pieces: what is given up must not be found later.
+            span.base = span.base.max(least);
+        }
+    }
+
+    /// Up to `most` bytes from `offset` on.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub(super) fn read(&self, offset: u64, most: usize) -> io::Result<Piece> {
+        let span = self.lock();
+        if offset < span.base {
+            return Ok(Piece::Gap { to: span.base });
+        }
+        let (Some(file), true) = (&span.file, offset < span.end) else {
+            return Ok(Piece::End);
+        };
+        let left = usize::try_from(span.end - offset).unwrap_or(usize::MAX);
+        let mut bytes = Vec::with_capacity(most.min(left));
+        pread(file, spare_capacity(&mut bytes), offset)?;
+        if bytes.is_empty() {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        Ok(Piece::Bytes(bytes.into()))
+    }
+
+    /// The caller has been given what is below `offset`.
+    pub(super) fn deliver(&self, offset: u64) {
+        let mut span = self.lock();
+        span.delivered = span.delivered.max(offset.min(span.end));
+        let least = span.delivered.saturating_sub(BEHIND);
+        span.free_below(least);
+    }
+
+    /// Length of the stream so far.
+    pub(super) fn end(&self) -> u64 {
+        self.lock().end
+    }
+
+    /// Nothing of it can be asked for any more.
+    pub(super) fn release(&self) {
+        let mut span = self.lock();
+        span.file = None;
+        span.base = span.end;
+        for path in [&self.path, &gap_file(&self.path)] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), %error, "output stays in memory");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Span> {
+        self.span.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Span {
+    /// Gives the memory below `least` back, in whole pieces.
+    fn free_below(&mut self, least: u64) {
+        let least = least - least % PIECE;
+        let Some(file) = self.file.as_ref().filter(|_| least > self.base) else {
+            return;
+        };
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(file, hole, 0, least) {
+            Ok(()) => self.base = least,
+            Err(error) => tracing::debug!(%error, "output stays in memory"),
+        }
+    }
+}
+
+/// Says where the stream goes on after bytes that nobody has.
+fn gap_file(path: &Path) -> PathBuf {
+    path.with_extension("gap")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn window() -> (tempfile::TempDir, Window) {
+        // Where holes are real, as in the driver's own tmpfs.
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let window = Window::new(folder.path().join("stdout"));
+        (folder, window)
+    }
+
+    /// Byte `offset` of a stream that never repeats within a window.
+    fn bytes(offset: u64, len: usize) -> Vec<u8> {
+        (offset..offset + len as u64)
+            .map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8)
+            .collect()
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Write(usize),
+        /// Init sends again what was not acknowledged on the connection that broke.
+        Repeat(u64, usize),
+        Read(usize),
+        DropOldest,
+        Restart,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (1usize..200_000).prop_map(Step::Write),
+            1 => (0u64..100_000, 1usize..200_000).prop_map(|(back, len)| Step::Repeat(back, len)),
+            4 => (1usize..300_000).prop_map(Step::Read),
+            1 => Just(Step::DropOldest),
+            1 => Just(Step::Restart),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        /// Whatever is written, repeated, dropped or restarted: what is read is what was
+        /// written, each byte once, and every gap is told.
+        #[test]
+        fn every_byte_is_read_once_or_told_as_lost(steps in prop::collection::vec(step(), 0..150)) {
+            let (folder, mut window) = window();
+            let (mut end, mut read) = (0u64, 0u64);
+            let take = |window: &Window, read: &mut u64, most| {
+                let piece = window.read(*read, most).unwrap();
+                match &piece {
+                    Piece::Bytes(got) => {
+                        assert_eq!(&got[..], &bytes(*read, got.len())[..]);
+                        *read += got.len() as u64;
+                        window.deliver(*read);
+                    }
+                    Piece::Gap { to } => *read = *to,
+                    Piece::End => {}
+                }
+                piece
+            };
+            for step in steps {
+                match step {
+                    Step::Write(len) => {
+                        let len = len.min(usize::try_from(window.room()).unwrap());
+                        window.append(end, &bytes(end, len)).unwrap();
+                        end += len as u64;
+                    }
+                    Step::Repeat(back, len) => {
+                        let offset = end.saturating_sub(back);
+                        let len = len.min(usize::try_from(end - offset + window.room()).unwrap());
+                        window.append(offset, &bytes(offset, len)).unwrap();
+                        end = end.max(offset + len as u64);
+                    }
+                    Step::Read(most) => { take(&window, &mut read, most); }
+                    Step::DropOldest => window.drop_oldest(1 << 20),
+                    Step::Restart => {
+                        window = Window::recover(folder.path().join("stdout")).unwrap();
+                        window.deliver(read);
+                    }
+                }
+                prop_assert_eq!(window.end(), end);
+                let held = { let span = window.lock(); span.end - span.base };
+                prop_assert!(held <= WAITING + BEHIND + PIECE);
+            }
+            while take(&window, &mut read, 100_000) != Piece::End {}
+            prop_assert_eq!(read, end);
+        }
+    }
+
+    #[test]
+    fn what_was_given_stays_for_a_caller_whose_connection_broke() {
+        let (_folder, window) = window();
+        let mut end = 0;
+        while end < 20 << 20 {
+            window.append(end, &bytes(end, 64 << 10)).unwrap();
+            end += 64 << 10;
+            window.deliver(end);
+        }
+        let Piece::Bytes(got) = window.read(end - BEHIND, 1000).unwrap() else {
+            panic!("{BEHIND} bytes are kept")
+        };
+        assert_eq!(&got[..], &bytes(end - BEHIND, 1000)[..]);
+        assert!(matches!(window.read(0, 1).unwrap(), Piece::Gap { .. }));
+    }
+
+    #[test]
+    fn a_gap_is_a_gap_after_a_restart_too() {
+        let (folder, window) = window();
+        window.append(5000, b"the rest").unwrap();
+        assert_eq!(window.read(0, 10).unwrap(), Piece::Gap { to: 5000 });
+        let window = Window::recover(folder.path().join("stdout")).unwrap();
+        assert_eq!(window.read(0, 10).unwrap(), Piece::Gap { to: 5000 });
+        assert_eq!(
+            window.read(5000, 10).unwrap(),
+            Piece::Bytes(Bytes::from_static(b"the rest"))
+        );
+    }
+
+    #[test]
+    fn the_memory_of_what_is_gone_is_given_back() {
+        use std::os::unix::fs::MetadataExt;
+        let (folder, window) = window();
+        let path = folder.path().join("stdout");
+        for index in 0..64 {
+            window.append(index << 20, &vec![7; 1 << 20]).unwrap();
+            window.deliver((index + 1) << 20);
+            let held = fs::metadata(&path).unwrap().blocks() * 512;
+            assert!(held <= BEHIND + (2 << 20), "{held} bytes after {index} MiB");
+        }
+        window.release();
+        assert!(!path.exists());
+    }
+}

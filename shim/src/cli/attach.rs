@@ -1,0 +1,88 @@
+//! `polydev-shim attach` and `cancel`: for a run that another call has started.
+
+use std::process::ExitCode;
+
+use futures_util::StreamExt;
+use polydev_proto::runtime::{
+    AttachRequest, AttachStart, CancelRunRequest, attach_request::Message,
+    runtime_service_client::RuntimeServiceClient,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::{
+    Client, Output,
+    run::connect,
+    stream::{self, QUEUE, Signals, forward_signals},
+};
+
+/// Which run.
+#[derive(clap::Args)]
+struct Name {
+    /// The run's UUID, as `run --output json` prints it.
+    run_id: String,
+    /// Whose run it is.
+    #[arg(long, default_value = "local")]
+    user: String,
+}
+
+#[derive(clap::Args)]
+pub(super) struct Attach {
+    #[command(flatten)]
+    name: Name,
+    #[command(flatten)]
+    client: Client,
+    /// First byte of stdout to print.
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    stdout_offset: u64,
+    /// First byte of stderr to print.
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    stderr_offset: u64,
+    /// How to print the run: its output as it is, or every event as a JSON object.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+#[derive(clap::Args)]
+pub(super) struct Cancel {
+    #[command(flatten)]
+    name: Name,
+    #[command(flatten)]
+    client: Client,
+}
+
+pub(super) async fn attach(arguments: Attach) -> anyhow::Result<ExitCode> {
+    let channel = connect(&arguments.client.address).await?;
+    let mut shim = RuntimeServiceClient::new(channel);
+    let (inputs, queue) = mpsc::channel(QUEUE);
+    let first = Message::Start(AttachStart {
+        run_id: arguments.name.run_id,
+        user_id: arguments.name.user,
+        stdout_offset: arguments.stdout_offset,
+        stderr_offset: arguments.stderr_offset,
+    });
+    // The end of the requests would close the command's stdin: signals keep them open.
+    let rest = ReceiverStream::new(queue).map(Message::Input);
+    let requests = futures_util::stream::iter([first])
+        .chain(rest)
+        .map(|message| AttachRequest {
+            message: Some(message),
+        });
+    let signals = Signals::new()?;
+    let events = shim.attach(requests).await;
+    let events = events.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+    tokio::spawn(forward_signals(inputs, signals));
+    let events = events.into_inner().map(|response| Ok(response?.event));
+    stream::print(events, arguments.output, false).await
+}
+
+pub(super) async fn cancel(arguments: Cancel) -> anyhow::Result<ExitCode> {
+    let channel = connect(&arguments.client.address).await?;
+    let request = CancelRunRequest {
+        run_id: arguments.name.run_id,
+        user_id: arguments.name.user,
+    };
+    let cancelled = RuntimeServiceClient::new(channel).cancel_run(request).await;
+    cancelled.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,202 @@
+//! A run's streams at a terminal: events to stdout and stderr, stdin and signals to the
+//! command.
+
+use std::{io::Write, process::ExitCode, time::Duration};
+
+use anyhow::bail;
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
+use polydev_proto::runtime::{
+    self, CloseStdin, ExitReason, Exited, RunEvent, RunInput, Signal, run_event::Event,
+    run_input::Input,
+};
+use serde_json::json;
+use tokio::{
+    io::AsyncReadExt,
+    signal::unix::{self, SignalKind},
+    sync::mpsc,
+};
+use tonic::Status;
+
+use super::{FAILED, Output};
+
+/// Messages to the command that may wait.
+pub(super) const QUEUE: usize = 8;
+/// The most the API takes in one message.
+const CHUNK: usize = 64 << 10;
+
+/// Prints a run to its end; the status to exit with.
+pub(super) async fn print(
+    events: impl Stream<Item = Result<Option<RunEvent>, Status>>,
+    output: Output,
+    timeline: bool,
+) -> anyhow::Result<ExitCode> {
+    let mut events = std::pin::pin!(events);
+    while let Some(event) = events.next().await {
+        let event = event.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+        let Some(event) = event.and_then(|event| event.event) else {
+            continue;
+        };
+        print_event(&event, output)?;
+        if let Event::Exited(exited) = event {
+            return Ok(finish(&exited, output, timeline));
+        }
+    }
+    bail!("the shim ended the stream before the run's end")
+}
+
+/// What a terminal, or whoever started this, asks the command to do.
+pub(super) struct Signals {
+    interrupt: unix::Signal,
+    terminate: unix::Signal,
+    hangup: unix::Signal,
+}
+
+impl Signals {
+    pub(super) fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: unix::signal(SignalKind::interrupt())?,
+            terminate: unix::signal(SignalKind::terminate())?,
+            hangup: unix::signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// The number of the next one.
+    pub(super) async fn next(&mut self) -> u8 {
+        tokio::select! {
+            _ = self.hangup.recv() => 1,
+            _ = self.interrupt.recv() => 2,
+            _ = self.terminate.recv() => 15,
+        }
+    }
+}
+
+/// Passes Ctrl-C and the like on to the command; it decides what becomes of them.
+pub(super) async fn forward_signals(inputs: mpsc::Sender<RunInput>, mut signals: Signals) {
+    loop {
+        let number = signals.next().await.into();
+        let signal = RunInput {
+            input: Some(Input::Signal(Signal { number })),
+        };
+        if inputs.send(signal).await.is_err() {
+            return;
+        }
+    }
+}
+
+pub(super) async fn forward_stdin(inputs: mpsc::Sender<RunInput>) {
+    let mut stdin = tokio::io::stdin();
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        let input = match stdin.read(&mut chunk).await {
+            Ok(0) | Err(_) => Input::CloseStdin(CloseStdin {}),
+            Ok(count) => Input::Stdin(Bytes::copy_from_slice(&chunk[..count])),
+        };
+        let last = matches!(input, Input::CloseStdin(_));
+        let input = RunInput { input: Some(input) };
+        if inputs.send(input).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+/// Output goes out as it comes: whoever reads this waits for the run, not for us.
+fn print_event(event: &Event, output: Output) -> anyhow::Result<()> {
+    let (mut stdout, mut stderr) = (std::io::stdout().lock(), std::io::stderr().lock());
+    match (output, event) {
+        (Output::Text, Event::Stdout(bytes)) => {
+            stdout.write_all(&bytes.data)?;
+            stdout.flush()?;
+        }
+        (Output::Text, Event::Stderr(bytes)) => {
+            stderr.write_all(&bytes.data)?;
+            stderr.flush()?;
+        }
+        (Output::Text, Event::Lost(lost)) => {
+            let (stream, bytes) = (stream(lost), lost.to - lost.from);
+            writeln!(stderr, "polydev-shim: {bytes} bytes of {stream} are lost")?;
+        }
+        (Output::Text, Event::Accepted(_) | Event::Started(_) | Event::Exited(_)) => {}
+        (Output::Json, event) => {
+            writeln!(stdout, "{}", to_json(event))?;
+            stdout.flush()?;
+        }
+    }
+    Ok(())
+}
+
+fn to_json(event: &Event) -> serde_json::Value {
+    let bytes = |name: &str, output: &runtime::Output| {
+        json!({
+            "event": name,
+            "offset": output.offset,
+            "data": BASE64_STANDARD.encode(&output.data),
+        })
+    };
+    match event {
+        Event::Accepted(accepted) => json!({
+            "event": "accepted",
+            "run_id": accepted.run_id,
+            "slot_id": accepted.slot_id,
+            "generation": accepted.generation,
+            "node_id": accepted.node_id,
+            "warm": accepted.warm,
+        }),
+        Event::Started(_) => json!({ "event": "started" }),
+        Event::Lost(lost) => json!({
+            "event": "lost",
+            "stream": stream(lost),
+            "from": lost.from,
+            "to": lost.to,
+        }),
+        Event::Stdout(output) => bytes("stdout", output),
+        Event::Stderr(output) => bytes("stderr", output),
+        Event::Exited(exited) => {
+            let timeline: serde_json::Map<_, _> = stages(exited)
+                .map(|(name, at)| (name.to_owned(), json!(at.as_secs_f64() * 1e3)))
+                .collect();
+            json!({
+                "event": "exited",
+                "reason": exited.reason().as_str_name().trim_start_matches("EXIT_REASON_").to_lowercase(),
+                "exit_code": exited.exit_code,
+                "signal": exited.signal,
+                "message": exited.message,
+                "warm": exited.warm,
+                "stdout_bytes": exited.stdout_bytes,
+                "stderr_bytes": exited.stderr_bytes,
+                "timeline_ms": timeline,
+            })
+        }
+    }
+}
+
+fn stream(lost: &runtime::Lost) -> &'static str {
+    match lost.stream() {
+        runtime::Stream::Stderr => "stderr",
+        runtime::Stream::Stdout | runtime::Stream::Unspecified => "stdout",
+    }
+}
+
+fn stages(exited: &Exited) -> impl Iterator<Item = (&str, Duration)> {
+    exited.timeline.iter().filter_map(|stage| {
+        let at = stage.at.and_then(|at| Duration::try_from(at).ok())?;
+        Some((stage.name.as_str(), at))
+    })
+}
+
+fn finish(exited: &Exited, output: Output, timeline: bool) -> ExitCode {
+    if timeline {
+        for (name, at) in stages(exited) {
+            eprintln!("{name:>14}  {:>10.3} ms", at.as_secs_f64() * 1e3);
+        }
+    }
+    if output == Output::Text && exited.reason() != ExitReason::Exited {
+        eprintln!("polydev-shim: {}", exited.message);
+    }
+    let code = match exited.reason() {
+        ExitReason::Lost | ExitReason::Unspecified => FAILED,
+        _ => u8::try_from(exited.exit_code).unwrap_or(FAILED),
+    };
+    ExitCode::from(code)
+}

@@ -1,0 +1,352 @@
+//! Runs outlive their caller's connection, the shim and the driver, and lose no byte.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use nix::{sys::signal::Signal, unistd::Pid};
+use polydev_proto::runtime::{
+    ExitReason, RunStart, SlowReader, run_event::Event, run_input::Input,
+};
+use polydev_tests::{
+    client::{Client, Run, argv, shell},
+    docker,
+    nomad::Nomad,
+    shim::{Shim, instance_label},
+    wait_until,
+};
+use tonic::Code;
+use uuid::Uuid;
+
+/// Numbered lines: no two places of the stream are alike.
+fn lines(count: u32) -> String {
+    (1..=count).map(|line| format!("{line}\n")).collect()
+}
+
+/// Reads at least `least` bytes of stdout.
+fn read(client: &Client, run: &mut Run, least: usize) -> Vec<u8> {
+    let mut read = Vec::new();
+    while read.len() < least {
+        match client.next(run).expect("the run goes on") {
+            Some(Event::Stdout(output)) => {
+                assert_eq!(output.offset, read.len() as u64);
+                read.extend_from_slice(&output.data);
+            }
+            Some(Event::Started(_)) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    read
+}
+
+#[test]
+fn a_caller_whose_connection_broke_finds_every_byte() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let script = "seq 1 200000; read line; seq 200001 400000; echo $line";
+    let start = RunStart {
+        stdin: true,
+        ..shell("anthropic", script)
+    };
+    let broken = shim.client();
+    let mut run = broken.start(start).unwrap();
+    let run_id = run.accepted.run_id.clone();
+    let mut text = read(&broken, &mut run, 700_000);
+    // Its connection first: a call that is ended in good order closes the command's stdin.
+    drop(broken);
+    drop(run);
+
+    // More than was read had been on its way.
+    let run = client.attach(&run_id, [text.len(), 0]).unwrap();
+    assert_eq!(
+        run.accepted.stdin_offset, 0,
+        "the command reads nothing yet"
+    );
+    client.send(&run, Input::Stdin("the end\n".into()));
+    let outcome = client.finish_from(run, [text.len(), 0]).unwrap();
+    text.extend_from_slice(&outcome.stdout);
+    assert!(text == (lines(400_000) + "the end\n").into_bytes());
+    assert_eq!(outcome.exited.reason(), ExitReason::Exited);
+
+    // And once more, after its end.
+    let run = client.attach(&run_id, [text.len() - 8, 0]).unwrap();
+    let again = client.finish_from(run, [text.len() - 8, 0]).unwrap();
+    assert_eq!(again.stdout(), "the end\n");
+    assert_eq!(again.exited.reason(), ExitReason::Exited);
+}
+
+#[test]
+fn a_run_without_a_caller_goes_on_until_it_is_cancelled() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let script = "trap 'echo told; exit 3' TERM; echo ready; while :; do sleep 0.1; done";
+    let mut run = client.start(shell("anthropic", script)).unwrap();
+    let run_id = run.accepted.run_id.clone();
+    read(&client, &mut run, 6);
+    drop(run);
+    let [container] = &docker::containers(&shim.label())[..] else {
+        panic!("one container")
+    };
+    let run = client.attach(&run_id, [6, 0]).unwrap();
+    client.cancel(&run_id).unwrap();
+    let outcome = client.finish_from(run, [6, 0]).unwrap();
+    assert_eq!(outcome.exited.reason(), ExitReason::Cancelled);
+    assert_eq!(
+        (outcome.stdout().as_str(), outcome.exited.exit_code),
+        ("told\n", 3)
+    );
+    client.wait_idle("anthropic", 1);
+    assert!(!docker::containers(&shim.label()).contains(container));
+    client.cancel(&run_id).expect("an ended run is cancelled");
+}
+
+#[test]
+fn what_cannot_be_attached_to_is_told_why() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let run = client.start(shell("anthropic", "echo some")).unwrap();
+    let run_id = run.accepted.run_id.clone();
+    client.finish(run).unwrap();
+    let refused = |user: &str, run_id: &str, offset| {
+        let refused = client.attach_as(user, run_id, [offset, 0]).err().unwrap();
+        (refused.code(), refused.message().to_owned())
+    };
+    let (code, words) = refused("tester", &run_id, 6);
+    assert_eq!(code, Code::OutOfRange);
+    assert_eq!(
+        words,
+        "`stdout_offset` is 6, the command has written 5 bytes"
+    );
+    assert_eq!(refused("mallory", &run_id, 0).0, Code::PermissionDenied);
+    let unknown = Uuid::now_v7().to_string();
+    let (code, words) = refused("tester", &unknown, 0);
+    assert_eq!(code, Code::NotFound);
+    assert_eq!(words, format!("this node has no run `{unknown}`"));
+    assert_eq!(client.cancel(&unknown).unwrap_err().code(), Code::NotFound);
+}
+
+#[test]
+fn a_run_is_started_once_however_often_it_is_asked_for() {
+    let shim = Shim::dev(&["anthropic=2"]);
+    let client = shim.client();
+    let run_id = Uuid::now_v7().to_string();
+    let start = |attempt, script: &str| RunStart {
+        run_id: run_id.clone(),
+        attempt,
+        ..shell("anthropic", script)
+    };
+    let script = "cat /proc/sys/kernel/random/uuid; read line; echo $line";
+    let first = client
+        .start(RunStart {
+            stdin: true,
+            ..start(1, script)
+        })
+        .unwrap();
+    let again = [0, 1, 2].map(|attempt| {
+        let again = RunStart {
+            stdin: true,
+            ..start(attempt, script)
+        };
+        client.start(again).unwrap()
+    });
+    for again in &again {
+        assert_eq!(again.accepted.slot_id, first.accepted.slot_id);
+        assert_eq!(again.accepted.generation, first.accepted.generation);
+    }
+    let other = client.start(start(1, "echo other")).err().unwrap();
+    assert_eq!(other.code(), Code::AlreadyExists);
+    assert!(other.message().contains(&run_id), "{other}");
+
+    client.send(&first, Input::Stdin("done\n".into()));
+    let first = client.finish(first).unwrap();
+    assert!(first.stdout().ends_with("\ndone\n"));
+    for again in again {
+        assert_eq!(client.finish(again).unwrap().stdout, first.stdout);
+    }
+    // Its result is the answer to whoever asks again.
+    let again = client
+        .run(RunStart {
+            stdin: true,
+            ..start(2, script)
+        })
+        .unwrap();
+    assert_eq!(again.stdout, first.stdout);
+}
+
+#[test]
+fn a_command_that_must_not_wait_loses_its_oldest_output_and_says_how_much() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let start = RunStart {
+        on_slow_reader: SlowReader::DropOldest.into(),
+        ..shell("anthropic", "seq 1 4000000; echo written >&2; sleep 1000")
+    };
+    let run = client.start(start).unwrap();
+    let run_id = run.accepted.run_id.clone();
+    // Nobody reads, and the command comes to its end all the same.
+    let expected = lines(4_000_000).into_bytes();
+    wait_until("the command's last line", Duration::from_secs(60), || {
+        let refused = client.attach(&run_id, [expected.len() + 1, 0]);
+        let words = refused.err().map(|status| status.message().to_owned());
+        let all = format!("the command has written {} bytes", expected.len());
+        if words.iter().any(|words| words.contains(&all)) {
+            Ok(())
+        } else {
+            Err(format!("{words:?}"))
+        }
+    });
+    drop(run);
+    let mut run = client.attach(&run_id, [0, 0]).unwrap();
+    let Some(Event::Started(_)) = client.next(&mut run).unwrap() else {
+        panic!("it has started")
+    };
+    let mut at = 0;
+    while at < expected.len() {
+        match client.next(&mut run).unwrap() {
+            Some(Event::Lost(lost)) => {
+                assert_eq!(
+                    (lost.stream(), lost.from),
+                    (polydev_proto::runtime::Stream::Stdout, 0)
+                );
+                at = usize::try_from(lost.to).unwrap();
+                assert!(at > expected.len() / 2, "only {at} bytes are lost");
+            }
+            Some(Event::Stdout(output)) => {
+                let end = at + output.data.len();
+                assert!(output.data == expected[at..end], "at {at}");
+                at = end;
+            }
+            Some(Event::Stderr(_)) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    client.cancel(&run_id).unwrap();
+}
+
+/// The driver that has the node.
+fn driver(nomad: &Nomad) -> Pid {
+    let holder = fs::read_to_string(nomad.state_dir().join("driver.lock"));
+    let pid = holder.expect("a driver has the node").trim().parse();
+    Pid::from_raw(pid.expect("a pid"))
+}
+
+fn kill_driver(nomad: &Nomad) {
+    let killed = driver(nomad);
+    nix::sys::signal::kill(killed, Signal::SIGKILL).expect("it lives");
+    wait_until("another driver", Duration::from_secs(60), || {
+        if driver(nomad) == killed {
+            Err(killed.to_string())
+        } else {
+            Ok(())
+        }
+    });
+}
+
+#[test]
+fn a_killed_driver_loses_no_run_and_no_byte() {
+    let nomad = Nomad::start();
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    nomad.submit_pool("anthropic", 3);
+    let before = nomad.wait_running("polydev-pool-anthropic", 3);
+    client.wait_idle("anthropic", 3);
+
+    // One prints all the time, one waits for input, one ends while nobody carries it.
+    let script = "for part in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do \
+        seq 1 20000; sleep 0.5; done";
+    let mut printing = client.start(shell("anthropic", script)).unwrap();
+    let echo = RunStart {
+        stdin: true,
+        ..argv("anthropic", &["cat"])
+    };
+    let echo = client.start(echo).unwrap();
+    client.send(&echo, Input::Stdin("before ".into()));
+    let ends = shell("anthropic", "echo begin; sleep 2; echo end; exit 7");
+    let ends = client.start(ends).unwrap();
+    let mut text = read(&client, &mut printing, 100_000);
+
+    kill_driver(&nomad);
+    client.send(&echo, Input::Stdin("and after".into()));
+    let outcome = client.finish_from(printing, [text.len(), 0]).unwrap();
+    text.extend_from_slice(&outcome.stdout);
+    assert!(text == lines(20_000).repeat(20).into_bytes());
+    assert_eq!(outcome.exited.reason(), ExitReason::Exited);
+
+    // The caller closes its side now; the second driver has not had the first's input.
+    let mut echo = echo;
+    echo.close();
+    let outcome = client.finish(echo).unwrap();
+    assert_eq!(outcome.stdout(), "before and after");
+    let outcome = client.finish(ends).unwrap();
+    assert_eq!(
+        (outcome.stdout().as_str(), outcome.exited.exit_code),
+        ("begin\nend\n", 7)
+    );
+
+    // Nomad saw nothing of it, and the slots are warm again.
+    client.wait_idle("anthropic", 3);
+    let ids = |list: &[serde_json::Value]| -> Vec<String> {
+        list.iter().map(|alloc| alloc["ID"].to_string()).collect()
+    };
+    let after = nomad.wait_running("polydev-pool-anthropic", 3);
+    assert_eq!(ids(&after), ids(&before));
+    assert_eq!(
+        docker::containers(&instance_label(&nomad.state_dir())).len(),
+        3
+    );
+}
+
+#[test]
+fn a_result_outlives_the_driver_and_another_shim_has_it() {
+    let nomad = Nomad::start();
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    nomad.submit_pool("anthropic", 1);
+    nomad.wait_running("polydev-pool-anthropic", 1);
+    client.wait_idle("anthropic", 1);
+    let start = RunStart {
+        run_id: Uuid::now_v7().to_string(),
+        ..shell("anthropic", "echo out; echo err >&2; exit 3")
+    };
+    let first = client.run(start.clone()).unwrap();
+    drop(client);
+    drop(shim);
+    kill_driver(&nomad);
+
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    client.wait_idle("anthropic", 1);
+    let attached = client.attach(&start.run_id, [0; 2]).unwrap();
+    let attached = client.finish(attached).unwrap();
+    // A retry of the run is the run.
+    let again = client.run(start).unwrap();
+    for outcome in [attached, again] {
+        assert_eq!(outcome.stdout, first.stdout);
+        assert_eq!(outcome.stderr, first.stderr);
+        assert_eq!(outcome.exited.exit_code, 3);
+        assert_eq!(outcome.accepted.generation, first.accepted.generation);
+    }
+}
+
+/// The agent's clean stop ends the plugin: runs go on without it.
+#[test]
+fn an_agent_that_is_stopped_and_started_loses_no_run_and_no_byte() {
+    let mut nomad = Nomad::start();
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    nomad.submit_pool("anthropic", 1);
+    nomad.wait_running("polydev-pool-anthropic", 1);
+    client.wait_idle("anthropic", 1);
+    let script = "seq 1 20000; sleep 6; seq 20001 40000; sleep 20; echo done";
+    let mut run = client.start(shell("anthropic", script)).unwrap();
+    let mut text = read(&client, &mut run, 100_000);
+    let began = Instant::now();
+    nomad.restart();
+    let outcome = client.finish_from(run, [text.len(), 0]).unwrap();
+    assert!(began.elapsed() < Duration::from_secs(60));
+    text.extend_from_slice(&outcome.stdout);
+    assert!(text == (lines(40_000) + "done\n").into_bytes());
+    assert_eq!(outcome.exited.reason(), ExitReason::Exited);
+    client.wait_idle("anthropic", 1);
+}

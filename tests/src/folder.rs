@@ -1,0 +1,48 @@
+//! A temporary folder, short enough for the sockets below it, with whatever comes to be
+//! mounted there.
+
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, umount2};
+use tempfile::TempDir;
+
+/// Removed, with its mounts, when dropped.
+#[derive(Debug)]
+pub struct Folder(TempDir);
+
+impl Folder {
+    /// # Panics
+    /// If it cannot be made.
+    #[must_use]
+    pub fn new(prefix: &str) -> Self {
+        let folder = tempfile::Builder::new().prefix(prefix).tempdir_in("/tmp");
+        Self(folder.expect("a folder can be made"))
+    }
+
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Takes away what is mounted below it.
+    pub fn unmount(&self) {
+        let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
+        let mut below: Vec<PathBuf> = mounts
+            .map(|mounts| mounts.0)
+            .unwrap_or_default()
+            .into_iter()
+            .map(|mount| mount.mount_point)
+            .filter(|point| point.starts_with(self.path()))
+            .collect();
+        below.sort();
+        for point in below.iter().rev() {
+            let _busy = umount2(point, MntFlags::MNT_DETACH);
+        }
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        self.unmount();
+    }
+}
