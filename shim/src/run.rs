@@ -1,10 +1,12 @@
 //! One run, in the order it happens: [`request`] checks what the caller wants, [`fence`]
-//! makes sure that a retry has not run elsewhere, [`claim`] gets it a container, [`relay`]
-//! carries it to its end, and [`attach`] finds it again when a connection broke on the way.
+//! makes sure that a retry has not run elsewhere, [`queue`] has those that wait, [`claim`]
+//! gets it a container, [`relay`] carries it to its end, and [`attach`] finds it again when a
+//! connection broke on the way.
 
 pub mod attach;
 pub mod claim;
 pub mod fence;
+pub mod queue;
 pub mod relay;
 pub mod request;
 
@@ -14,9 +16,6 @@ use polydev_proto::node::{AttachResponse, ClaimResponse, RunEvent, RunInput, run
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
-/// How long a run waits for a slot to become idle before its caller is told that
-/// there is none.
-pub const SLOT_WAIT: Duration = Duration::from_secs(10);
 /// Input on its way to the driver; each at most 64 KiB.
 const INPUTS: usize = 16;
 
@@ -83,11 +82,14 @@ impl Events {
 pub enum Error {
     #[error(transparent)]
     Invalid(#[from] request::Invalid),
-    #[error("no `{provider}` slot became idle within {} s; {pool}", SLOT_WAIT.as_secs())]
+    #[error("no `{provider}` slot became idle within {} s; {pool}", waited.as_secs_f64())]
     NoIdleSlot {
         provider: &'static str,
+        waited: Duration,
         pool: String,
     },
+    #[error(transparent)]
+    Full(#[from] queue::Full),
     #[error("no node can be reached")]
     NoNode,
     #[error("the driver refused the run: {reason}")]

@@ -31,6 +31,7 @@ use crate::{
         self, Connection, Error,
         attach::{self, Name},
         claim,
+        queue::{PerUser, Queue, Running},
         relay::{self, Relay},
         request,
     },
@@ -49,6 +50,7 @@ const STOP: Duration = Duration::from_secs(10);
 pub async fn serve(
     view: View,
     nomad: Option<Nomad>,
+    per_user: PerUser,
     listener: Listener,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
@@ -56,6 +58,7 @@ pub async fn serve(
     let service = Service {
         view,
         nomad,
+        queue: Queue::new(per_user),
         runs: runs.clone(),
     };
     let service = RuntimeServiceServer::new(service).max_decoding_message_size(MESSAGE_MOST);
@@ -104,6 +107,7 @@ struct Service {
     view: View,
     /// `None` with the embedded engine, whose pools are as they were started.
     nomad: Option<Nomad>,
+    queue: Queue,
     runs: TaskTracker,
 }
 
@@ -133,16 +137,17 @@ impl RuntimeService for Service {
             user_id: request.user_id.clone(),
         };
 
-        let connection = claim::claim(&self.view, request).await?;
         let requests = requests.map(|request| {
             Ok(match request?.message {
                 Some(run_request::Message::Input(input)) => Some(input),
                 Some(run_request::Message::Start(_)) | None => None,
             })
         });
-        let until = Instant::now() + longest;
-        let (relay, responses) = self.relay(name, received, [0; 2], until);
-        self.carry(relay, connection, requests.boxed());
+        let (relay, responses) = self.relay(name, received, [0; 2], longest);
+        let (view, queue) = (self.view.clone(), self.queue.clone());
+        self.carry(relay, requests.boxed(), |caller| async move {
+            claim::claim(&view, &queue, request, &caller).await
+        });
         let responses = responses.map(|event| {
             Ok(RunResponse {
                 event: Some(event?),
@@ -174,9 +179,10 @@ impl RuntimeService for Service {
             })
         });
         // Its deadline is the driver's to know.
-        let until = Instant::now() + request::LONGEST;
-        let (relay, responses) = self.relay(name, received, offsets, until);
-        self.carry(relay, connection, requests.boxed());
+        let (relay, responses) = self.relay(name, received, offsets, request::LONGEST);
+        self.carry(relay, requests.boxed(), |_| async {
+            Ok((connection, None))
+        });
         let responses = responses.map(|event| {
             Ok(AttachResponse {
                 event: Some(event?),
@@ -283,7 +289,7 @@ impl Service {
         name: Name,
         received: Instant,
         offsets: [u64; 2],
-        until: Instant,
+        longest: Duration,
     ) -> (
         Relay,
         impl Stream<Item = Result<RunEvent, Status>> + Send + use<>,
@@ -294,17 +300,34 @@ impl Service {
             name,
             received,
             offsets,
-            until,
+            longest,
             caller,
         };
         let events = ReceiverStream::new(events);
         (relay, events.map(|event| event.map_err(Status::from)))
     }
 
-    fn carry(&self, relay: Relay, connection: Connection, requests: relay::Inputs) {
+    /// Gets a run its connection, and carries it.
+    fn carry<F>(
+        &self,
+        relay: Relay,
+        requests: relay::Inputs,
+        connect: impl FnOnce(mpsc::Sender<Result<RunEvent, Error>>) -> F,
+    ) where
+        F: Future<Output = Result<(Connection, Option<Running>), Error>> + Send + 'static,
+    {
+        let (caller, run_id) = (relay.caller.clone(), relay.name.run_id.clone());
+        let connect = connect(caller.clone());
         self.runs.spawn(async move {
-            let (caller, run_id) = (relay.caller.clone(), relay.name.run_id.clone());
-            if let Err(error) = relay.run(connection, requests).await {
+            let carried = async {
+                let (connection, _running) = tokio::select! {
+                    connected = connect => connected?,
+                    // Nothing of it runs, but for a claim that was granted just now.
+                    () = caller.closed() => return Ok(()),
+                };
+                relay.run(connection, requests).await
+            };
+            if let Err(error) = carried.await {
                 tracing::warn!(run_id, error = %crate::chain(&error), "run broken off");
                 let _gone = caller.send(Err(error)).await;
             }
@@ -340,7 +363,7 @@ impl From<run::Error> for Status {
         match error {
             Error::Invalid(_) | Error::Refused { .. } => Self::invalid_argument(message),
             Error::OtherCommand { .. } => Self::already_exists(message),
-            Error::NoIdleSlot { .. } => Self::resource_exhausted(message),
+            Error::NoIdleSlot { .. } | Error::Full(_) => Self::resource_exhausted(message),
             Error::NoNode
             | Error::NotRun { .. }
             | Error::MayHaveRun { .. }

@@ -14,6 +14,7 @@ mod nomad;
 mod output;
 mod plain;
 mod pools;
+mod queue;
 mod refusals;
 mod registry;
 mod runs;

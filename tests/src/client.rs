@@ -141,6 +141,15 @@ impl Client {
     /// # Errors
     /// As the shim answers.
     pub fn start(&self, start: RunStart) -> Result<Run, Status> {
+        let (inputs, events) = self.submit(start)?;
+        self.wait(accepted(inputs, events))
+    }
+
+    /// Starts a run and waits for nothing.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub fn submit(&self, start: RunStart) -> Result<(mpsc::Sender<Input>, Events), Status> {
         let (inputs, queue) = mpsc::channel(16);
         let first = run_request::Message::Start(Box::new(start));
         let rest = ReceiverStream::new(queue)
@@ -154,7 +163,7 @@ impl Client {
         self.wait(async move {
             let events = service.run(requests).await?.into_inner();
             let events = events.map(|response| Ok(response?.event.expect("an event")));
-            accepted(inputs, events.boxed()).await
+            Ok((inputs, events.boxed()))
         })
     }
 
@@ -264,7 +273,7 @@ impl Client {
                         });
                     }
                     Event::Lost(lost) => panic!("output is lost: {lost:?}"),
-                    Event::Accepted(_) | Event::Started(_) => {}
+                    Event::Accepted(_) | Event::Started(_) | Event::Queued(_) => {}
                 }
             }
         })
@@ -314,8 +323,16 @@ impl Client {
     /// # Errors
     /// As the shim answers.
     pub fn next(&self, run: &mut Run) -> Result<Option<Event>, Status> {
+        self.next_of(&mut run.events)
+    }
+
+    /// The next event of a run that may not be accepted yet.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub fn next_of(&self, events: &mut Events) -> Result<Option<Event>, Status> {
         self.wait(async {
-            let event = run.events.next().await.transpose()?;
+            let event = events.next().await.transpose()?;
             Ok(event.and_then(|event| event.event))
         })
     }
@@ -359,15 +376,20 @@ impl Client {
     }
 }
 
-/// The first event of every run.
+/// The first event of every run that has its turn.
 async fn accepted(inputs: mpsc::Sender<Input>, mut events: Events) -> Result<Run, Status> {
-    let first = events.next().await.transpose()?;
-    match first.and_then(|event| event.event) {
-        Some(Event::Accepted(accepted)) => Ok(Run {
-            accepted,
-            inputs: Some(inputs),
-            events,
-        }),
-        other => panic!("the first event is {other:?}"),
+    loop {
+        let event = events.next().await.transpose()?;
+        match event.and_then(|event| event.event) {
+            Some(Event::Accepted(accepted)) => {
+                return Ok(Run {
+                    accepted,
+                    events,
+                    inputs: Some(inputs),
+                });
+            }
+            Some(Event::Queued(_)) => {}
+            other => panic!("the first event is {other:?}"),
+        }
     }
 }

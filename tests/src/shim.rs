@@ -16,12 +16,19 @@ impl Shim {
     /// `polydev-shim dev` with `pools` such as `anthropic=2`, all of them warm.
     #[must_use]
     pub fn dev(pools: &[&str]) -> Self {
+        Self::dev_with(pools, &[])
+    }
+
+    /// As [`Shim::dev`], with options of the shim's.
+    #[must_use]
+    pub fn dev_with(pools: &[&str], options: &[&str]) -> Self {
         let folder = Folder::new("pdtest-");
         let mut command = Command::new(program("polydev-shim"));
         command
             .arg("dev")
             .arg("--state-dir")
-            .arg(folder.path().join("s"));
+            .arg(folder.path().join("s"))
+            .args(options);
         for pool in pools {
             command.args(["--pool", pool]);
         }

@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::{
     Client, Output,
     run::connect,
-    stream::{self, QUEUE, Signals, forward_signals},
+    stream::{self, QUEUE, Signals},
 };
 
 /// Which run.
@@ -71,9 +71,8 @@ pub(super) async fn attach(arguments: Attach) -> anyhow::Result<ExitCode> {
     let signals = Signals::new()?;
     let events = shim.attach(requests).await;
     let events = events.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-    tokio::spawn(forward_signals(inputs, signals));
     let events = events.into_inner().map(|response| Ok(response?.event));
-    stream::print(events, arguments.output, false).await
+    stream::print(events, inputs, signals, arguments.output, false).await
 }
 
 pub(super) async fn cancel(arguments: Cancel) -> anyhow::Result<ExitCode> {

@@ -9,6 +9,7 @@ use crate::{
     engine::embedded::{Engine, Settings},
     pool::{View, follow},
     provider::Provider,
+    run::queue::PerUser,
     service,
 };
 
@@ -26,6 +27,8 @@ pub(super) struct Arguments {
     /// Folder of the driver's own.
     #[arg(long, default_value = "/var/lib/polydev-dev")]
     state_dir: PathBuf,
+    #[command(flatten)]
+    per_user: PerUser,
 }
 
 /// Docker's bridge has addresses for a few hundred.
@@ -72,7 +75,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     tracing::info!(listen = %arguments.listen, "serving, without Nomad");
     let drivers = engine.drivers();
     let served = tokio::select! {
-        served = service::serve(view.clone(), None, listener, stop) => served,
+        served = service::serve(view.clone(), None, arguments.per_user, listener, stop) => served,
         reason = engine.driver_died() => Err(anyhow::anyhow!(reason)),
         () = follow(view, drivers) => unreachable!("the engine, which names the driver, lives on"),
     };

@@ -21,7 +21,7 @@ use tonic::{metadata::MetadataValue, transport::Channel};
 
 use super::{
     Client, Output,
-    stream::{self, QUEUE, Signals, forward_signals, forward_stdin},
+    stream::{self, QUEUE, Signals, forward_stdin},
 };
 use crate::{address::Address, chain, provider::Provider};
 
@@ -52,6 +52,9 @@ pub(super) struct Arguments {
     /// Working directory of the command.
     #[arg(long, default_value = "")]
     work_dir: String,
+    /// Seconds to wait for a slot.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    queue_timeout: u32,
     /// Seconds until the command is told to end.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u32,
@@ -96,22 +99,21 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
             call.metadata_mut().insert(name, value);
         }
     }
-    let mut signals = Signals::new()?;
-    let accepted = tokio::select! {
-        accepted = shim.run(call) => accepted,
-        // Nothing runs yet: going away is all there is to do.
-        number = signals.next() => return Ok(ExitCode::from(128 + number)),
-    };
-    let events = accepted.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-    tokio::spawn(forward_signals(inputs.clone(), signals));
+    let signals = Signals::new()?;
+    let events = shim.run(call).await;
+    let events = events.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
     if reads_stdin {
-        tokio::spawn(forward_stdin(inputs));
-    } else {
-        // Signals keep the request side open.
-        drop(inputs);
+        tokio::spawn(forward_stdin(inputs.clone()));
     }
     let events = events.into_inner().map(|response| Ok(response?.event));
-    stream::print(events, arguments.output, arguments.timeline).await
+    stream::print(
+        events,
+        inputs,
+        signals,
+        arguments.output,
+        arguments.timeline,
+    )
+    .await
 }
 
 pub(super) async fn connect(address: &Address) -> anyhow::Result<Channel> {
@@ -154,12 +156,19 @@ fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {
         credential: credential(arguments.provider, arguments.key_file.as_deref())?,
         work_dir: arguments.work_dir.clone(),
         stdin,
-        timeout: Some(prost_types::Duration {
-            seconds: arguments.timeout.into(),
-            nanos: 0,
-        }),
+        timeout: seconds(arguments.timeout),
+        queue_timeout: seconds(arguments.queue_timeout),
         ..Default::default()
     })
+}
+
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "the fields it is for are optional"
+)]
+fn seconds(seconds: u32) -> Option<prost_types::Duration> {
+    let seconds = seconds.into();
+    Some(prost_types::Duration { seconds, nanos: 0 })
 }
 
 /// Never from the arguments: every process of the machine can read those.

@@ -11,6 +11,7 @@ use crate::{
     engine,
     nomad::Nomad,
     pool::{View, follow},
+    run::queue::PerUser,
     service,
 };
 
@@ -25,6 +26,8 @@ pub(super) struct Arguments {
     /// File with Nomad's token; the variable NOMAD_TOKEN is read without it.
     #[arg(long)]
     nomad_token_file: Option<PathBuf>,
+    #[command(flatten)]
+    per_user: PerUser,
 }
 
 pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
@@ -47,7 +50,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let (publish, drivers) = watch::channel(BTreeMap::new());
     tracing::info!(listen = %arguments.listen, nomad = arguments.nomad_addr, "serving");
     let serving = tokio::select! {
-        serving = service::serve(view.clone(), Some(nomad.clone()), listener, stop) => serving,
+        serving = service::serve(view.clone(), Some(nomad.clone()), arguments.per_user, listener, stop) => serving,
         () = engine::nomad::discover(nomad, publish) => unreachable!("it never ends"),
         () = follow(view, drivers) => unreachable!("it ends after its sender, which never does"),
     };

@@ -1,7 +1,11 @@
 //! A run's streams at a terminal: events to stdout and stderr, stdin and signals to the
 //! command.
 
-use std::{io::Write, process::ExitCode, time::Duration};
+use std::{
+    io::{IsTerminal, Write},
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::bail;
 use base64::{Engine as _, prelude::BASE64_STANDARD};
@@ -26,24 +30,52 @@ pub(super) const QUEUE: usize = 8;
 /// The most the API takes in one message.
 const CHUNK: usize = 64 << 10;
 
-/// Prints a run to its end; the status to exit with.
+/// Prints a run to its end, and passes signals on to it; the status to exit with. While
+/// the run waits for a slot, a signal ends the waiting.
 pub(super) async fn print(
     events: impl Stream<Item = Result<Option<RunEvent>, Status>>,
+    inputs: mpsc::Sender<RunInput>,
+    mut signals: Signals,
     output: Output,
     timeline: bool,
 ) -> anyhow::Result<ExitCode> {
     let mut events = std::pin::pin!(events);
-    while let Some(event) = events.next().await {
+    let mut is_accepted = false;
+    loop {
+        let event = tokio::select! {
+            event = events.next() => event,
+            number = signals.next() => {
+                if !is_accepted {
+                    return Ok(ExitCode::from(128 + number));
+                }
+                tokio::spawn(send_signal(inputs.clone(), number));
+                continue;
+            }
+        };
+        let Some(event) = event else {
+            bail!("the shim ended the stream before the run's end")
+        };
         let event = event.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
         let Some(event) = event.and_then(|event| event.event) else {
             continue;
         };
+        is_accepted |= matches!(event, Event::Accepted(_));
         print_event(&event, output)?;
         if let Event::Exited(exited) = event {
             return Ok(finish(&exited, output, timeline));
         }
     }
-    bail!("the shim ended the stream before the run's end")
+}
+
+/// The command decides what becomes of it.
+async fn send_signal(inputs: mpsc::Sender<RunInput>, number: u8) {
+    let signal = Signal {
+        number: number.into(),
+    };
+    let signal = RunInput {
+        input: Some(Input::Signal(signal)),
+    };
+    let _ended = inputs.send(signal).await;
 }
 
 /// What a terminal, or whoever started this, asks the command to do.
@@ -68,19 +100,6 @@ impl Signals {
             _ = self.hangup.recv() => 1,
             _ = self.interrupt.recv() => 2,
             _ = self.terminate.recv() => 15,
-        }
-    }
-}
-
-/// Passes Ctrl-C and the like on to the command; it decides what becomes of them.
-pub(super) async fn forward_signals(inputs: mpsc::Sender<RunInput>, mut signals: Signals) {
-    loop {
-        let number = signals.next().await.into();
-        let signal = RunInput {
-            input: Some(Input::Signal(Signal { number })),
-        };
-        if inputs.send(signal).await.is_err() {
-            return;
         }
     }
 }
@@ -113,6 +132,15 @@ fn print_event(event: &Event, output: Output) -> anyhow::Result<()> {
             stderr.write_all(&bytes.data)?;
             stderr.flush()?;
         }
+        (Output::Text, Event::Queued(queued)) => {
+            if stderr.is_terminal() {
+                let before = queued.before;
+                writeln!(
+                    stderr,
+                    "waiting for a slot, {before} runs are before this one"
+                )?;
+            }
+        }
         (Output::Text, Event::Lost(lost)) => {
             let (stream, bytes) = (stream(lost), lost.to - lost.from);
             writeln!(stderr, "polydev-shim: {bytes} bytes of {stream} are lost")?;
@@ -144,6 +172,7 @@ fn to_json(event: &Event) -> serde_json::Value {
             "warm": accepted.warm,
         }),
         Event::Started(_) => json!({ "event": "started" }),
+        Event::Queued(queued) => json!({ "event": "queued", "before": queued.before }),
         Event::Lost(lost) => json!({
             "event": "lost",
             "stream": stream(lost),

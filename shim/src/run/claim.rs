@@ -4,9 +4,12 @@
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
-use polydev_proto::node::{
-    self, Ballot, ClaimRequest, RunInput, claim_request, fence_response::Answer,
-    node_service_client::NodeServiceClient,
+use polydev_proto::{
+    node::{
+        self, Ballot, ClaimRequest, RunInput, claim_request, fence_response::Answer,
+        node_service_client::NodeServiceClient,
+    },
+    runtime::{Queued, RunEvent, run_event},
 };
 use prost_types::Timestamp;
 use tokio::{
@@ -17,9 +20,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
 use super::{
-    Connection, Error, Events, INPUTS, SLOT_WAIT,
+    Connection, Error, Events, INPUTS,
     attach::{Name, attach_again},
     fence::{self, Fenced, fence},
+    queue::{Place, Queue, Running, Ticket},
     request::Request,
 };
 use crate::pool::{Candidate, View};
@@ -43,8 +47,14 @@ const SETTLE: Duration = Duration::from_secs(20);
 ///
 /// # Cancel safety
 /// A claim that was granted meanwhile runs.
-pub async fn claim(view: &View, request: Request) -> Result<Connection, Error> {
-    let give_up = tokio::time::Instant::now() + SLOT_WAIT;
+pub async fn claim(
+    view: &View,
+    queue: &Queue,
+    request: Request,
+    caller: &mpsc::Sender<Result<RunEvent, Error>>,
+) -> Result<(Connection, Option<Running>), Error> {
+    let waited = request.queue_timeout;
+    let give_up = tokio::time::Instant::now() + waited;
     let provider = request.provider.name();
     let name = Name {
         run_id: request.run_id.to_string(),
@@ -57,10 +67,14 @@ pub async fn claim(view: &View, request: Request) -> Result<Connection, Error> {
     if request.is_retry {
         ballot.attempt = request.attempt;
         match fence(view, &name.run_id, ballot, request.accept_duplicate).await? {
-            Fenced::Have => return super::attach::attach(view, &name, [0; 2]).await,
+            Fenced::Have => {
+                let attached = super::attach::attach(view, &name, [0; 2]).await;
+                return attached.map(|connection| (connection, None));
+            }
             Fenced::All(fence) => ballot = fence,
         }
     }
+    let mut ticket = queue.enter(provider, &request.user_id)?;
     let mut claim = node::Claim {
         run_id: name.run_id.clone(),
         user_id: request.user_id,
@@ -71,9 +85,19 @@ pub async fn claim(view: &View, request: Request) -> Result<Connection, Error> {
     };
     let (mut last_refusal, mut again) = (None, AGAIN);
     loop {
-        let Ok(slot) = tokio::time::timeout_at(give_up, view.idle_slot(provider)).await else {
-            return Err(none_idle(view, provider, last_refusal));
+        let slot = wait(view, &mut ticket, provider, caller);
+        let Ok(slot) = tokio::time::timeout_at(give_up, slot).await else {
+            let behind = match *ticket.place.borrow() {
+                Place::Behind(before) => Some(format!(
+                    "{before} runs of this shim were before it, or its user had as many as may go on at once"
+                )),
+                Place::Next => None,
+            };
+            let refusal = last_refusal.or(behind);
+            return Err(none_idle(view, provider, waited, refusal));
         };
+        // Whoever is next may try another slot meanwhile.
+        let running = ticket.served();
         ballot.attempt += 1;
         claim.ballot = Some(ballot);
         let reason = match try_slot(&slot, claim.clone()).await? {
@@ -82,13 +106,13 @@ pub async fn claim(view: &View, request: Request) -> Result<Connection, Error> {
                 if connection.slot_id == slot.slot_id {
                     slot.granted();
                 }
-                return Ok(*connection);
+                return Ok((*connection, Some(running)));
             }
             Tried::Refused(reason) => reason,
             // Only this driver was sent this claim: it alone can have the run.
             Tried::Unclear(reason) => {
                 match timeout(SETTLE, settle(view, &slot, &name, &mut ballot)).await {
-                    Ok(Ok(Some(connection))) => return Ok(connection),
+                    Ok(Ok(Some(connection))) => return Ok((connection, Some(running))),
                     Ok(Ok(None)) => reason,
                     Ok(Err(error)) => return Err(error),
                     Err(_) => {
@@ -105,11 +129,48 @@ pub async fn claim(view: &View, request: Request) -> Result<Connection, Error> {
         );
         last_refusal = Some(reason);
         if tokio::time::Instant::now() >= give_up {
-            return Err(none_idle(view, provider, last_refusal));
+            return Err(none_idle(view, provider, waited, last_refusal));
         }
         // The view learns why in a moment; until then the same slot may come up.
         sleep(again.mul_f64(rand::random_range(0.5..1.0))).await;
         again = AGAIN_MOST.min(again * 2);
+        ticket = running.back();
+    }
+}
+
+/// Waits for the run's turn, and then for a slot; the caller is told its place, if it is
+/// not served at once.
+async fn wait(
+    view: &View,
+    ticket: &mut Ticket,
+    provider: &str,
+    caller: &mpsc::Sender<Result<RunEvent, Error>>,
+) -> Candidate {
+    let mut place = ticket.place.clone();
+    let tell = async {
+        loop {
+            let before = match *place.borrow_and_update() {
+                Place::Next => 0,
+                Place::Behind(before) => u32::try_from(before).unwrap_or(u32::MAX),
+            };
+            let queued = run_event::Event::Queued(Queued { before });
+            // A caller that does not read is not told every change.
+            let _full = caller.try_send(Ok(RunEvent {
+                event: Some(queued),
+            }));
+            if place.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    let slot = async {
+        ticket.turn().await;
+        view.idle_slot(provider).await
+    };
+    tokio::select! {
+        biased;
+        slot = slot => slot,
+        () = tell => unreachable!("it never ends"),
     }
 }
 
@@ -187,7 +248,12 @@ async fn try_slot(slot: &Candidate, mut claim: node::Claim) -> Result<Tried, Err
     }
 }
 
-fn none_idle(view: &View, provider: &'static str, last_refusal: Option<String>) -> Error {
+fn none_idle(
+    view: &View,
+    provider: &'static str,
+    waited: Duration,
+    last_refusal: Option<String>,
+) -> Error {
     if view.nodes().0 == 0 {
         return Error::NoNode;
     }
@@ -201,6 +267,7 @@ fn none_idle(view: &View, provider: &'static str, last_refusal: Option<String>) 
     let refused = last_refusal.map_or_else(String::new, |reason| format!("; {reason}"));
     Error::NoIdleSlot {
         provider,
+        waited,
         pool: pool + &refused,
     }
 }

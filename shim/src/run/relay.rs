@@ -46,8 +46,9 @@ pub struct Relay {
     pub received: Instant,
     /// Of the next bytes of stdout and stderr.
     pub offsets: [u64; 2],
-    /// For so long a driver that is gone is waited for: nothing of the run is left then.
-    pub until: Instant,
+    /// For so long after its claim a driver that is gone is waited for: nothing of the run
+    /// is left then.
+    pub longest: Duration,
     pub caller: mpsc::Sender<Result<RunEvent, Error>>,
 }
 
@@ -68,6 +69,7 @@ impl Relay {
             stdin_offset: connection.stdin_offset,
         });
         let mut carried = Carried {
+            claimed: connection.sent,
             timeline: Timeline::new(self.received, connection.sent),
             stdin: Stdin::from(connection.stdin_offset),
             to_caller: Some(accepted),
@@ -84,6 +86,8 @@ impl Relay {
 struct Carried {
     relay: Relay,
     connection: Connection,
+    /// When its first claim was sent.
+    claimed: Instant,
     timeline: Timeline,
     /// `None` when the caller has said all it will.
     requests: Option<Inputs>,
@@ -274,14 +278,15 @@ impl Carried {
             view,
             name,
             offsets,
-            until,
+            longest,
             caller,
             ..
         } = &self.relay;
+        let until = self.claimed + *longest;
         tracing::info!(run_id = name.run_id, reason, "attaching again");
         let again = attach_again(view, &self.connection.node_id, name, *offsets);
         let attached = tokio::select! {
-            attached = timeout_at((*until).into(), again) => attached,
+            attached = timeout_at(until.into(), again) => attached,
             // Its error is told by the next wait.
             () = caller.closed() => return Ok(()),
         };

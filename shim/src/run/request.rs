@@ -1,6 +1,6 @@
 //! What a caller wants run, checked once: nothing behind this checks it again.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
 
 use bytes::Bytes;
 use polydev_proto::{
@@ -16,7 +16,11 @@ use crate::{
     provider::{InvalidPrompt, Prompt, Provider, Unknown},
 };
 
+const LEAST: Duration = Duration::from_millis(1);
 const TIMEOUT: Duration = Duration::from_secs(10 * 60);
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Well below the age of a run id that drivers take.
+const QUEUE_TIMEOUT_MOST: Duration = Duration::from_secs(30 * 60);
 const TIMEOUT_MOST: Duration = Duration::from_secs(24 * 3600);
 /// The run class's kill timeout; also the most.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -37,6 +41,8 @@ pub struct Request {
     pub is_retry: bool,
     pub attempt: u64,
     pub accept_duplicate: bool,
+    /// How long it may wait for a slot.
+    pub queue_timeout: Duration,
     pub spec: RunSpec,
     pub secrets: Secrets,
     pub trace: Option<TraceContext>,
@@ -108,6 +114,13 @@ impl Request {
                 allowed,
             });
         }
+        let queue_timeout = bounded(
+            "queue_timeout",
+            start.queue_timeout,
+            QUEUE_TIMEOUT,
+            Duration::ZERO..=QUEUE_TIMEOUT_MOST,
+            "0 s to 30 min",
+        )?;
         environment::check(&start.env)?;
         let argv = argv(provider, start.command, &start.env)?;
         let secrets = match start.credential {
@@ -131,16 +144,20 @@ impl Request {
                 "timeout",
                 start.timeout,
                 TIMEOUT,
-                TIMEOUT_MOST,
+                LEAST..=TIMEOUT_MOST,
                 "1 ms to 24 h",
-            )?,
+            )?
+            .try_into()
+            .ok(),
             kill_timeout: bounded(
                 "kill_timeout",
                 start.kill_timeout,
                 KILL_TIMEOUT,
-                KILL_TIMEOUT,
+                LEAST..=KILL_TIMEOUT,
                 "1 ms to 30 s",
-            )?,
+            )?
+            .try_into()
+            .ok(),
             drop_oldest: on_slow_reader == SlowReader::DropOldest,
         };
         Ok(Self {
@@ -150,6 +167,7 @@ impl Request {
             is_retry,
             attempt: start.attempt.into(),
             accept_duplicate: start.accept_duplicate,
+            queue_timeout,
             spec,
             secrets,
             trace,
@@ -198,24 +216,20 @@ fn bounded(
     field: &'static str,
     given: Option<prost_types::Duration>,
     default: Duration,
-    most: Duration,
+    range: RangeInclusive<Duration>,
     allowed: &'static str,
-) -> Result<Option<prost_types::Duration>, Invalid> {
-    let range = Duration::from_millis(1)..=most;
-    let given = match given {
-        None => default.try_into().map_err(|_| ()),
-        Some(given) if Duration::try_from(given).is_ok_and(|value| range.contains(&value)) => {
-            Ok(given)
-        }
-        Some(given) => {
-            return Err(Invalid::Value {
-                field,
-                given: given.to_string(),
-                allowed,
-            });
-        }
+) -> Result<Duration, Invalid> {
+    let Some(given) = given else {
+        return Ok(default);
     };
-    Ok(given.ok())
+    let value = Duration::try_from(given).ok();
+    value
+        .filter(|value| range.contains(value))
+        .ok_or_else(|| Invalid::Value {
+            field,
+            given: given.to_string(),
+            allowed,
+        })
 }
 
 #[cfg(test)]
@@ -268,6 +282,7 @@ mod tests {
         refused(|run| run.timeout = seconds(-1), "timeout");
         refused(|run| run.timeout = seconds(90_000), "timeout");
         refused(|run| run.kill_timeout = seconds(31), "kill_timeout");
+        refused(|run| run.queue_timeout = seconds(1801), "queue_timeout");
         refused(
             |run| run.credential = Some(runtime::Credential::default()),
             "credential.api_key",

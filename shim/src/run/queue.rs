@@ -1,0 +1,331 @@
+//! Runs that wait for a slot, in an order that is fair between users: whoever has the
+//! fewest runs comes first, then whoever was served longest ago, then who came first.
+//! Each shim has queues of its own, and counts the runs that it carries itself.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::watch;
+
+/// Runs that may wait in one shim.
+const WAITING_MOST: usize = 1000;
+
+/// What one user may have in a shim.
+#[derive(Debug, Clone, Copy, Default, clap::Args)]
+pub struct PerUser {
+    /// Runs of one user that this shim lets go on at the same time; others wait. [default: any]
+    #[arg(long = "user-running", value_name = "RUNS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub running: Option<u32>,
+    /// Runs of one user that may wait in this shim; others are refused. [default: any]
+    #[arg(long = "user-queued", value_name = "RUNS")]
+    pub queued: Option<u32>,
+}
+
+/// The run may not even wait.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Full {
+    #[error("{WAITING_MOST} runs wait already, this shim lets no more")]
+    Shim,
+    #[error("user `{user_id}` has {most} runs waiting already, this shim lets no more")]
+    User { user_id: String, most: u32 },
+}
+
+/// The queues of a shim; clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct Queue {
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    per_user: PerUser,
+    waiting: Vec<Waiting>,
+    users: HashMap<String, User>,
+    /// Counts those who came, and those who were served.
+    next: u64,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    number: u64,
+    provider: &'static str,
+    user_id: String,
+    place: watch::Sender<Place>,
+}
+
+#[derive(Debug, Default)]
+struct User {
+    running: u32,
+    served: u64,
+}
+
+/// Where a run stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// So many are before it.
+    Behind(usize),
+    /// The next idle slot is its.
+    Next,
+}
+
+/// A run's place in the queue, given up when dropped.
+#[derive(Debug)]
+pub struct Ticket {
+    queue: Queue,
+    number: u64,
+    provider: &'static str,
+    user_id: String,
+    pub place: watch::Receiver<Place>,
+}
+
+/// A run that goes on, until it is dropped.
+#[derive(Debug)]
+pub struct Running {
+    queue: Queue,
+    number: u64,
+    provider: &'static str,
+    user_id: String,
+}
+
+impl Queue {
+    #[must_use]
+    pub fn new(per_user: PerUser) -> Self {
+        let inner = Inner {
+            per_user,
+            ..Inner::default()
+        };
+        Self {
+            inner: Arc::new(inner.into()),
+        }
+    }
+
+    /// Puts a run at its place.
+    ///
+    /// # Errors
+    /// [`Full`]
+    pub fn enter(&self, provider: &'static str, user_id: &str) -> Result<Ticket, Full> {
+        let mut inner = self.lock();
+        if inner.waiting.len() >= WAITING_MOST {
+            return Err(Full::Shim);
+        }
+        let queued = inner.waiting.iter().filter(|one| one.user_id == user_id);
+        if let Some(most) = inner.per_user.queued
+            && queued.count() >= most as usize
+        {
+            let user_id = user_id.to_owned();
+            return Err(Full::User { user_id, most });
+        }
+        inner.next += 1;
+        let number = inner.next;
+        drop(inner);
+        Ok(self.insert(number, provider, user_id.to_owned()))
+    }
+
+    fn insert(&self, number: u64, provider: &'static str, user_id: String) -> Ticket {
+        let (place, receiver) = watch::channel(Place::Behind(usize::MAX));
+        let mut inner = self.lock();
+        inner.waiting.push(Waiting {
+            number,
+            provider,
+            user_id: user_id.clone(),
+            place,
+        });
+        inner.order();
+        Ticket {
+            queue: self.clone(),
+            number,
+            provider,
+            user_id,
+            place: receiver,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Ticket {
+    /// Waits until the next idle slot is this run's.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    pub async fn turn(&mut self) {
+        // The sender goes with the ticket.
+        let _next = self.place.wait_for(|place| *place == Place::Next).await;
+    }
+
+    /// The run has its container: it waits no more, and counts as its user's.
+    #[must_use]
+    pub fn served(self) -> Running {
+        let mut inner = self.queue.lock();
+        inner.next += 1;
+        let served = inner.next;
+        let user = inner.users.entry(self.user_id.clone()).or_default();
+        user.running += 1;
+        user.served = served;
+        drop(inner);
+        Running {
+            queue: self.queue.clone(),
+            number: self.number,
+            provider: self.provider,
+            user_id: self.user_id.clone(),
+        }
+    }
+}
+
+impl Running {
+    /// Its container was not to be had after all: it waits again, where it was.
+    #[must_use]
+    pub fn back(self) -> Ticket {
+        self.queue
+            .insert(self.number, self.provider, self.user_id.clone())
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut inner = self.queue.lock();
+        inner.waiting.retain(|one| one.number != self.number);
+        inner.order();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let mut inner = self.queue.lock();
+        if let Some(user) = inner.users.get_mut(&self.user_id) {
+            user.running = user.running.saturating_sub(1);
+        }
+        inner.order();
+    }
+}
+
+impl Inner {
+    /// Tells everybody where they stand.
+    fn order(&mut self) {
+        let Self {
+            per_user,
+            waiting,
+            users,
+            ..
+        } = self;
+        // Who neither runs nor waits is not remembered.
+        users.retain(|user_id, user| {
+            user.running > 0 || waiting.iter().any(|one| one.user_id == *user_id)
+        });
+        waiting.sort_by_key(|one| one.number);
+        // A user's second run comes after all first ones of users with as many runs.
+        let mut counted: HashMap<String, u32> = HashMap::new();
+        let mut keys: HashMap<u64, (u32, u64)> = HashMap::new();
+        for one in waiting.iter() {
+            let user = users.get(&one.user_id);
+            let before = counted.entry(one.user_id.clone()).or_default();
+            let running = user.map_or(0, |user| user.running) + *before;
+            *before += 1;
+            keys.insert(one.number, (running, user.map_or(0, |user| user.served)));
+        }
+        waiting.sort_by_key(|one| (keys[&one.number], one.number));
+        let mut ahead: HashMap<&'static str, usize> = HashMap::new();
+        let mut taken: HashMap<&'static str, bool> = HashMap::new();
+        for one in waiting.iter() {
+            let (running, _) = keys[&one.number];
+            let may_run = per_user.running.is_none_or(|most| running < most);
+            let behind = ahead.entry(one.provider).or_default();
+            let place =
+                if may_run && !std::mem::replace(taken.entry(one.provider).or_default(), may_run) {
+                    Place::Next
+                } else {
+                    Place::Behind(*behind)
+                };
+            *behind += 1;
+            one.place
+                .send_if_modified(|now| std::mem::replace(now, place) != place);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn place(ticket: &Ticket) -> Place {
+        *ticket.place.borrow()
+    }
+
+    #[test]
+    fn users_take_turns_however_many_runs_each_brings() {
+        let queue = Queue::default();
+        let many: Vec<Ticket> = (0..3)
+            .map(|_| queue.enter("openai", "alice").unwrap())
+            .collect();
+        let one = queue.enter("openai", "bob").unwrap();
+        let other = queue.enter("google", "carol").unwrap();
+        assert_eq!(place(&many[0]), Place::Next);
+        assert_eq!(place(&one), Place::Behind(1));
+        assert_eq!(place(&many[1]), Place::Behind(2));
+        assert_eq!(place(&other), Place::Next, "each provider has its own");
+
+        let mut many = many.into_iter();
+        let running = many.next().unwrap().served();
+        assert_eq!(place(&one), Place::Next, "alice has a run, bob has none");
+        let bobs = one.served();
+        let second = many.next().unwrap();
+        assert_eq!(place(&second), Place::Next);
+        drop(running);
+        drop(bobs);
+        assert_eq!(place(&second), Place::Next);
+    }
+
+    #[test]
+    fn a_user_at_the_limit_waits_and_holds_nobody_up() {
+        let queue = Queue::new(PerUser {
+            running: Some(1),
+            queued: Some(2),
+        });
+        let running = queue.enter("openai", "alice").unwrap().served();
+        let waits = queue.enter("openai", "alice").unwrap();
+        let _third = queue.enter("openai", "alice").unwrap();
+        assert_eq!(place(&waits), Place::Behind(0));
+        let refused = queue.enter("openai", "alice").unwrap_err().to_string();
+        assert_eq!(
+            refused,
+            "user `alice` has 2 runs waiting already, this shim lets no more"
+        );
+        let bob = queue.enter("openai", "bob").unwrap();
+        assert_eq!(place(&bob), Place::Next);
+        drop(bob);
+        drop(running);
+        assert_eq!(place(&waits), Place::Next);
+    }
+
+    proptest! {
+        /// Whoever comes, is served, gives up or ends: of each provider exactly one of those
+        /// who wait is next, and in the end nobody is remembered.
+        #[test]
+        fn somebody_is_always_next(steps in prop::collection::vec((0u8..4, 0usize..3, 0usize..9), 0..80)) {
+            let queue = Queue::default();
+            let (mut waiting, mut running) = (Vec::<Ticket>::new(), Vec::<Running>::new());
+            for (step, user, index) in steps {
+                match step {
+                    0 => waiting.push(queue.enter("openai", ["a", "b", "c"][user]).unwrap()),
+                    1 if !waiting.is_empty() => {
+                        let next = waiting.iter().position(|one| place(one) == Place::Next).unwrap();
+                        running.push(waiting.remove(next).served());
+                    }
+                    2 if !waiting.is_empty() => drop(waiting.remove(index % waiting.len())),
+                    3 if !running.is_empty() => drop(running.remove(index % running.len())),
+                    _ => {}
+                }
+                let next = waiting.iter().filter(|one| place(one) == Place::Next).count();
+                prop_assert_eq!(next, usize::from(!waiting.is_empty()));
+            }
+            drop((waiting, running));
+            let inner = queue.lock();
+            prop_assert!(inner.waiting.is_empty() && inner.users.is_empty());
+        }
+    }
+}

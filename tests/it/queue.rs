@@ -1,0 +1,106 @@
+//! Runs that wait for a slot.
+
+use std::time::Duration;
+
+use polydev_proto::runtime::{Queued, RunStart, run_event::Event};
+use polydev_tests::{
+    client::{Client, Events, shell},
+    shim::Shim,
+};
+use tonic::Code;
+
+fn run_of(user_id: &str, script: &str) -> RunStart {
+    RunStart {
+        user_id: user_id.into(),
+        stdin: true,
+        queue_timeout: Some(prost_types::Duration {
+            seconds: 60,
+            nanos: 0,
+        }),
+        ..shell("anthropic", script)
+    }
+}
+
+fn before(client: &Client, events: &mut Events) -> u32 {
+    match client.next_of(events).expect("it waits") {
+        Some(Event::Queued(Queued { before })) => before,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Reads a run that has waited to its end.
+fn served(client: &Client, events: &mut Events) {
+    let mut is_accepted = false;
+    loop {
+        match client.next_of(events).expect("it is served") {
+            Some(Event::Accepted(_)) => is_accepted = true,
+            Some(Event::Exited(exited)) => {
+                assert!(is_accepted && exited.exit_code == 0);
+                return;
+            }
+            Some(_) => {}
+            None => panic!("no end"),
+        }
+    }
+}
+
+#[test]
+fn users_take_turns_and_see_their_place() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let mut holder = client.start(run_of("alice", "cat")).unwrap();
+    let (_alice_input, mut alice) = client.submit(run_of("alice", "true")).unwrap();
+    assert_eq!(before(&client, &mut alice), 0);
+    // Alice has a run, Bob has none.
+    let (_bob_input, mut bob) = client.submit(run_of("bob", "true")).unwrap();
+    assert_eq!(before(&client, &mut bob), 0);
+    assert_eq!(before(&client, &mut alice), 1);
+
+    holder.close();
+    served(&client, &mut bob);
+    served(&client, &mut alice);
+    client.finish(holder).unwrap();
+}
+
+#[test]
+fn who_waits_too_long_or_with_too_many_is_refused_with_the_figures() {
+    let shim = Shim::dev_with(
+        &["anthropic=2"],
+        &["--user-running", "1", "--user-queued", "1"],
+    );
+    let client = shim.client();
+    let holder = client.start(run_of("alice", "cat")).unwrap();
+    // A slot is idle, and it is not for her.
+    let waits = RunStart {
+        queue_timeout: Some(prost_types::Duration {
+            seconds: 1,
+            nanos: 0,
+        }),
+        ..run_of("alice", "true")
+    };
+    let (_input, mut waiting) = client.submit(waits).unwrap();
+    assert_eq!(before(&client, &mut waiting), 0);
+    let refused = client.start(run_of("alice", "true")).err().unwrap();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    let words = "user `alice` has 1 runs waiting already, this shim lets no more";
+    assert_eq!(refused.message(), words);
+    let bob = std::time::Instant::now();
+    let (_bob_input, mut events) = client.submit(run_of("bob", "true")).unwrap();
+    served(&client, &mut events);
+    assert!(
+        bob.elapsed() < Duration::from_secs(20),
+        "nobody held him up"
+    );
+
+    // Its place changed while Bob came and was served.
+    let refused = loop {
+        match client.next_of(&mut waiting) {
+            Ok(Some(Event::Queued(_))) => {}
+            other => break other.unwrap_err(),
+        }
+    };
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    let words = "or its user had as many as may go on at once";
+    assert!(refused.message().ends_with(words), "{refused}");
+    drop(holder);
+}
