@@ -17,11 +17,12 @@ mod window;
 use std::{
     path::Path,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use polydev_proto::node::{self, ended::Reason};
+use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -84,6 +85,8 @@ pub struct Run {
 /// How far a run has come. Times count from the claim's arrival.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Progress {
+    /// Init has been heard, in this life of the driver.
+    connected: bool,
     granted: Option<Granted>,
     started: Option<Duration>,
     first_output: Option<Duration>,
@@ -162,11 +165,6 @@ impl Run {
         (run.into(), queue)
     }
 
-    /// Asks it to end: SIGTERM now, SIGKILL after its kill timeout.
-    pub fn cancel(&self) {
-        self.cancel.cancel();
-    }
-
     /// Ends it at once.
     pub(crate) fn kill(&self) {
         self.kill.cancel();
@@ -193,6 +191,15 @@ impl Run {
             .await;
     }
 
+    /// Waits until it is known how far it has come.
+    pub(crate) async fn known(&self) {
+        let mut progress = self.progress.subscribe();
+        // The sender is in `self`.
+        let _known = progress
+            .wait_for(|progress| progress.connected || progress.outcome.is_some())
+            .await;
+    }
+
     /// Waits until its container is gone.
     pub(crate) async fn gone(&self) {
         self.gone.cancelled().await;
@@ -211,12 +218,18 @@ impl Run {
         self.progress.send_modify(change);
     }
 
-    /// Moments of its life, by the time of day, for what a restart may not forget.
-    fn since_arrival(claimed_at: SystemTime) -> Instant {
-        let now = Instant::now();
-        let ago = claimed_at.elapsed().unwrap_or_default();
+    /// When a claim of an earlier life of the driver came.
+    fn arrival(claimed: &Claimed) -> Instant {
+        let (now, ago) = (Instant::now(), uptime().saturating_sub(claimed.uptime));
         now.checked_sub(ago).unwrap_or(now)
     }
+}
+
+/// The kernel's clock since boot, which nobody sets.
+pub(crate) fn uptime() -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    // It is never negative.
+    Duration::try_from(now).unwrap_or_default()
 }
 
 /// A run's files in the windows' folder.

@@ -2,20 +2,25 @@
 
 use std::{
     fs,
+    process::Command,
     time::{Duration, Instant},
 };
 
 use nix::{sys::signal::Signal, unistd::Pid};
-use polydev_proto::runtime::{
-    ExitReason, RunStart, SlowReader, run_event::Event, run_input::Input,
+use polydev_proto::{
+    node::{Ballot, FenceRequest, fence_response::Answer, node_service_client::NodeServiceClient},
+    runtime::{ExitReason, RunStart, SlowReader, run_event::Event, run_input::Input},
 };
 use polydev_tests::{
     client::{Client, Run, argv, shell},
     docker,
     nomad::Nomad,
+    process::output,
+    program,
     shim::{Shim, instance_label},
     wait_until,
 };
+use sha2::{Digest, Sha256};
 use tonic::Code;
 use uuid::Uuid;
 
@@ -49,12 +54,9 @@ fn a_caller_whose_connection_broke_finds_every_byte() {
         stdin: true,
         ..shell("anthropic", script)
     };
-    let broken = shim.client();
-    let mut run = broken.start(start).unwrap();
+    let mut run = client.start(start).unwrap();
     let run_id = run.accepted.run_id.clone();
-    let mut text = read(&broken, &mut run, 700_000);
-    // Its connection first: a call that is ended in good order closes the command's stdin.
-    drop(broken);
+    let mut text = read(&client, &mut run, 700_000);
     drop(run);
 
     // More than was read had been on its way.
@@ -74,6 +76,87 @@ fn a_caller_whose_connection_broke_finds_every_byte() {
     let again = client.finish_from(run, [text.len() - 8, 0]).unwrap();
     assert_eq!(again.stdout(), "the end\n");
     assert_eq!(again.exited.reason(), ExitReason::Exited);
+}
+
+/// How much the command has written that the driver has.
+fn written(client: &Client, run_id: &str) -> usize {
+    let refused = client.attach(run_id, [usize::MAX >> 1, 0]).err();
+    let words = refused.expect("it is beyond the end").message().to_owned();
+    let bytes = words
+        .strip_suffix(" bytes")
+        .and_then(|words| words.rsplit(' ').next());
+    bytes
+        .and_then(|bytes| bytes.parse().ok())
+        .expect("it says how much there is")
+}
+
+#[test]
+fn what_was_on_its_way_to_a_caller_that_went_away_is_kept() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let expected = lines(3_000_000).into_bytes();
+    let mut run = client.start(shell("anthropic", "seq 1 3000000")).unwrap();
+    let run_id = run.accepted.run_id.clone();
+    let mut text = read(&client, &mut run, 1 << 20);
+    // It is not read any more: everything on the way fills up, and the command waits.
+    let mut before = 0;
+    let full = wait_until("the command to wait", Duration::from_secs(60), || {
+        let now = written(&client, &run_id);
+        let stands = now > 4 << 20 && now == before;
+        before = now;
+        std::thread::sleep(Duration::from_millis(300));
+        if stands {
+            Ok(now)
+        } else {
+            Err(now.to_string())
+        }
+    });
+    assert!(full < 14 << 20, "{full} bytes are held");
+    drop(run);
+    let run = client.attach(&run_id, [text.len(), 0]).unwrap();
+    let outcome = client.finish_from(run, [text.len(), 0]).unwrap();
+    text.extend_from_slice(&outcome.stdout);
+    assert!(text == expected);
+}
+
+#[test]
+fn a_try_that_another_has_fenced_off_asks_every_node_again() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let run_id = Uuid::now_v7().to_string();
+    let fence = |attempt| {
+        let request = FenceRequest {
+            run_id: run_id.clone(),
+            ballot: Some(Ballot { attempt, nonce: 7 }),
+        };
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let address = format!("unix://{}", shim.state_dir().join("node.sock").display());
+        runtime.block_on(async {
+            let mut node = NodeServiceClient::connect(address).await.unwrap();
+            node.fence(request)
+                .await
+                .unwrap()
+                .into_inner()
+                .answer
+                .unwrap()
+        })
+    };
+    assert!(matches!(fence(30), Answer::Fenced(ballot) if ballot.attempt == 30));
+    // Not above the highest: it is told which that is.
+    assert!(matches!(fence(20), Answer::Fenced(ballot) if ballot.attempt == 30));
+    let start = RunStart {
+        run_id: run_id.clone(),
+        attempt: 1,
+        ..shell("anthropic", "echo once")
+    };
+    let outcome = client.run(start).unwrap();
+    assert_eq!(outcome.stdout(), "once\n");
+    assert!(
+        shim.process
+            .log()
+            .contains("another try of the run stands before this one")
+    );
+    assert!(matches!(fence(40), Answer::Have(have) if have.ended));
 }
 
 #[test]
@@ -154,9 +237,11 @@ fn a_run_is_started_once_however_often_it_is_asked_for() {
         assert_eq!(again.accepted.slot_id, first.accepted.slot_id);
         assert_eq!(again.accepted.generation, first.accepted.generation);
     }
-    let other = client.start(start(1, "echo other")).err().unwrap();
-    assert_eq!(other.code(), Code::AlreadyExists);
-    assert!(other.message().contains(&run_id), "{other}");
+    for attempt in [0, 1, 2] {
+        let other = client.start(start(attempt, "echo other")).err().unwrap();
+        assert_eq!(other.code(), Code::AlreadyExists);
+        assert!(other.message().contains(&run_id), "{other}");
+    }
 
     client.send(&first, Input::Stdin("done\n".into()));
     let first = client.finish(first).unwrap();
@@ -222,6 +307,29 @@ fn a_command_that_must_not_wait_loses_its_oldest_output_and_says_how_much() {
         }
     }
     client.cancel(&run_id).unwrap();
+}
+
+#[test]
+fn a_journal_of_a_newer_driver_is_left_as_it_is_and_said_to_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().join("s");
+    fs::create_dir(&state).unwrap();
+    let json = br#"{"record":"format","version":2}"#;
+    let sum = hex::encode(&Sha256::digest(json)[..4]);
+    let newer = [sum.as_bytes(), b" ", json, b"\n"].concat();
+    fs::write(state.join("runs.journal"), &newer).unwrap();
+    let mut command = Command::new(program("polydev-shim"));
+    let socket = format!("unix://{}", folder.path().join("shim.sock").display());
+    command.args(["dev", "--pool", "anthropic=1", "--listen", &socket]);
+    command.arg("--state-dir").arg(&state);
+    let refused = output(&mut command);
+    assert!(!refused.status.success());
+    let words = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        words.contains("has version 2, this driver reads 1"),
+        "{words}"
+    );
+    assert_eq!(fs::read(state.join("runs.journal")).unwrap(), newer);
 }
 
 /// The driver that has the node.

@@ -170,6 +170,8 @@ impl NodeService for Service {
             ));
         };
         let run = self.find(&attach.run_id, &attach.user_id)?;
+        // Of a run that has just been taken up it is init that knows how far it is.
+        run.known().await;
         let offsets = [attach.stdout_offset, attach.stderr_offset];
         let follower = Follower::new(run.clone(), offsets).map_err(beyond_end)?;
         let attached = attached(&run, follower.stdin_taken());
@@ -194,7 +196,8 @@ impl NodeService for Service {
         request: Request<CancelRunRequest>,
     ) -> Result<Response<CancelRunResponse>, Status> {
         let CancelRunRequest { run_id, user_id } = request.into_inner();
-        self.find(&run_id, &user_id)?.cancel();
+        let run = self.find(&run_id, &user_id)?;
+        self.node.runs.cancel(&run);
         tracing::info!(run_id, user_id, "cancelled");
         Ok(Response::new(CancelRunResponse {}))
     }
@@ -241,7 +244,7 @@ impl Service {
         let decide = || {
             let parsed = claim::parse(claim)?;
             // A claim that is repeated has its answer, whatever has changed meanwhile.
-            if let Some(run) = node.runs.repeated(&parsed) {
+            if let Some(run) = node.runs.repeated(&parsed)? {
                 return Ok(run);
             }
             if start_id != node.start_id {
@@ -264,6 +267,7 @@ impl Service {
             let message = error.to_string();
             match error {
                 NotFound::Forbidden { .. } => Status::permission_denied(message),
+                NotFound::Aborted { .. } => Status::failed_precondition(message),
                 NotFound::Unknown { .. } | NotFound::Released { .. } => Status::not_found(message),
             }
         })
@@ -412,10 +416,10 @@ fn beyond_end(error: BeyondEnd) -> Status {
 fn refuse(refusal: &Refusal) -> Status {
     let message = crate::chain(refusal);
     match refusal {
-        Refusal::TooLate | Refusal::OtherStart { .. } | Refusal::Fenced { .. } => {
-            Status::aborted(message)
-        }
-        Refusal::Taken(_)
+        Refusal::Fenced { .. } => Status::aborted(message),
+        Refusal::TooLate
+        | Refusal::OtherStart { .. }
+        | Refusal::Taken(_)
         | Refusal::UnknownSlot { .. }
         | Refusal::Broken { .. }
         | Refusal::NotReached => Status::failed_precondition(message),

@@ -18,7 +18,7 @@ use super::{
     Ballot, Ended, Input, Outcome, Progress, Run, STREAMS,
     claim::{self, ID_AGE_MOST, Parsed, Refusal},
     journal::{self, Claimed, Journal, Record},
-    window::{self, Window},
+    window::Window,
 };
 
 /// From a run's end, for a caller that comes back.
@@ -31,7 +31,7 @@ const WINDOWS: &str = "size=25%,mode=0700";
 /// By how much the clock that made a run id may differ from this machine's.
 const CLOCKS: Duration = Duration::from_secs(60);
 /// Left for the output of one more run.
-const ROOM: u64 = 4 * window::WAITING;
+const ROOM: u64 = 16 << 20;
 
 /// Why runs cannot be taken up.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +74,8 @@ enum Known {
     Fenced {
         ballot: Ballot,
         at: SystemTime,
+        /// A claim of it came to nothing.
+        aborted: bool,
     },
 }
 
@@ -111,6 +113,8 @@ pub enum NotFound {
     Unknown { run_id: String },
     #[error("run `{run_id}` has ended, and its results were kept for {} minutes", KEEP_RESULTS.as_secs() / 60)]
     Released { run_id: String },
+    #[error("run `{run_id}` was claimed and not started")]
+    Aborted { run_id: String },
     #[error("run `{run_id}` is another user's")]
     Forbidden { run_id: String },
 }
@@ -132,23 +136,36 @@ impl Runs {
     /// [`Error`]; nothing has been changed that a later try would miss.
     pub(crate) fn open(state_dir: &Path) -> Result<(Self, Vec<super::recover::Open>), Error> {
         let boot_id = boot_id().map_err(Error::Boot)?;
+        let (journal, records) = Journal::open(state_dir)?;
         let windows = mount_windows(state_dir).map_err(|source| Error::Windows {
             path: state_dir.join("output"),
             source,
         })?;
-        let (journal, records) = Journal::open(state_dir)?;
+        let begun = journal.begun();
         let mut known = HashMap::new();
         let mut open = Vec::new();
         for (run_id, found) in fold(records) {
             let entry = match found {
                 Found::Past(past) => Known::Past(past),
-                Found::Fenced { ballot, at } => Known::Fenced { ballot, at },
+                Found::Fenced {
+                    ballot,
+                    at,
+                    aborted,
+                } => Known::Fenced {
+                    ballot,
+                    at,
+                    aborted,
+                },
                 Found::Run {
                     claimed,
                     started,
+                    cancelled,
                     ended,
                 } => {
                     let (run, inputs) = take_up(*claimed, started, ended, &windows);
+                    if cancelled {
+                        run.cancel.cancel();
+                    }
                     if !run.is_over() {
                         open.push(super::recover::Open {
                             run: run.clone(),
@@ -164,7 +181,7 @@ impl Runs {
             inner: Inner { known, journal }.into(),
             windows,
             boot_id,
-            since: booted().map_err(Error::Boot)? + CLOCKS,
+            since: (booted().map_err(Error::Boot)? + CLOCKS).max(begun),
         };
         Ok((runs, open))
     }
@@ -183,29 +200,12 @@ impl Runs {
     ) -> Result<Admitted, Refusal> {
         let run_id = &parsed.start.run_id;
         let mut inner = self.lock();
-        match inner.known.get(run_id) {
-            Some(Known::Run(run)) if run.claimed.spec_hash == parsed.spec_hash => {
-                return Ok(Admitted::Known(run.clone()));
-            }
-            Some(Known::Past(past)) if past.spec_hash == parsed.spec_hash => {
-                let run_id = run_id.clone();
-                return Err(Refusal::Released { run_id });
-            }
-            Some(Known::Run(_) | Known::Past(_)) => {
-                let run_id = run_id.clone();
-                return Err(Refusal::OtherCommand { run_id });
-            }
-            Some(Known::Fenced { ballot, .. }) if parsed.ballot <= *ballot => {
-                return Err(Refusal::Fenced {
-                    fence: *ballot,
-                    ballot: parsed.ballot,
-                });
-            }
-            Some(Known::Fenced { .. }) | None => {}
+        if let Some(run) = inner.repeated(parsed)? {
+            return Ok(Admitted::Known(run));
         }
-        if !self.has_room() {
-            inner.release_oldest();
-            if !self.has_room() {
+        claim::check_age(run_id, SystemTime::now())?;
+        while !self.has_room() {
+            if !inner.release_oldest() {
                 let held = inner.runs().count();
                 return Err(Refusal::NoOutput { held });
             }
@@ -224,11 +224,11 @@ impl Runs {
     }
 
     /// The run that a claim is for, if it has been claimed before.
-    pub(crate) fn repeated(&self, parsed: &Parsed) -> Option<Arc<Run>> {
-        match self.lock().known.get(&parsed.start.run_id) {
-            Some(Known::Run(run)) if run.claimed.spec_hash == parsed.spec_hash => Some(run.clone()),
-            _ => None,
-        }
+    ///
+    /// # Errors
+    /// [`Refusal`] if no slot can be claimed for it.
+    pub(crate) fn repeated(&self, parsed: &Parsed) -> Result<Option<Arc<Run>>, Refusal> {
+        self.lock().repeated(parsed)
     }
 
     /// A run with its results, for its own user.
@@ -241,6 +241,7 @@ impl Runs {
             Some(Known::Run(run)) if run.claimed.user_id == user_id => Ok(run.clone()),
             Some(Known::Run(_)) => Err(NotFound::Forbidden { run_id }),
             Some(Known::Past(_)) => Err(NotFound::Released { run_id }),
+            Some(Known::Fenced { aborted: true, .. }) => Err(NotFound::Aborted { run_id }),
             Some(Known::Fenced { .. }) | None => Err(NotFound::Unknown { run_id }),
         }
     }
@@ -269,12 +270,10 @@ impl Runs {
                 });
             }
             Some(Known::Fenced { ballot: fence, .. }) => (*fence).max(ballot),
-            // What no claim can name any more, and what came before this boot.
-            None if claim::made_at(run_id).is_ok_and(|made| made < self.since) => {
-                return Ok(Fenced::Unknown);
-            }
+            None if self.may_have_forgotten(run_id) => return Ok(Fenced::Unknown),
             None => ballot,
         };
+        let aborted = matches!(known.get(run_id), Some(Known::Fenced { aborted: true, .. }));
         let at = SystemTime::now();
         journal.write(&Record::Fenced {
             run_id: run_id.to_owned(),
@@ -284,9 +283,27 @@ impl Runs {
         let fence = Known::Fenced {
             ballot: highest,
             at,
+            aborted,
         };
         known.insert(run_id.to_owned(), fence);
         Ok(Fenced::Fenced(highest))
+    }
+
+    /// What was made before this boot or this journal, and what is remembered no longer.
+    fn may_have_forgotten(&self, run_id: &str) -> bool {
+        let oldest = SystemTime::now().checked_sub(REMEMBER);
+        claim::made_at(run_id)
+            .is_ok_and(|made| made < self.since || oldest.is_some_and(|oldest| made < oldest))
+    }
+
+    /// Asks a run to end: SIGTERM now, SIGKILL after its kill timeout; a restarted driver
+    /// remembers that.
+    pub fn cancel(&self, run: &Run) {
+        if !run.is_over() && !run.cancel.is_cancelled() {
+            let run_id = run.claimed.run_id.clone();
+            self.remember(&Record::Cancelled { run_id }, || ());
+        }
+        run.cancel.cancel();
     }
 
     /// The open run in a slot, if there is one.
@@ -324,55 +341,67 @@ impl Runs {
 
     pub(super) fn started(&self, run: &Run) {
         let after = run.arrived.elapsed();
-        self.remember(&Record::Started {
+        let record = Record::Started {
             run_id: run.claimed.run_id.clone(),
             after,
+        };
+        self.remember(&record, || {
+            run.update(|progress| progress.started = Some(after))
         });
-        run.update(|progress| progress.started = Some(after));
     }
 
     /// A run is over, with a result.
     pub(super) fn ended(&self, run: &Run, ended: Ended) {
-        self.remember(&Record::Exited {
+        let record = Record::Exited {
             run_id: run.claimed.run_id.clone(),
             ended: ended.clone(),
+        };
+        let outcome = Some(Outcome::Ended(ended));
+        self.remember(&record, || {
+            run.update(|progress| progress.outcome = outcome)
         });
-        run.update(|progress| progress.outcome = Some(Outcome::Ended(ended)));
     }
 
     /// A claim came to nothing: another one may follow, above its ballot.
     pub(crate) fn aborted(&self, run: &Run, refusal: Refusal) {
         let run_id = &run.claimed.run_id;
-        self.remember(&Record::Aborted {
+        let record = Record::Aborted {
             run_id: run_id.clone(),
+        };
+        let outcome = Some(Outcome::Aborted(refusal.into()));
+        self.remember(&record, || {
+            run.update(|progress| progress.outcome = outcome)
         });
         let fence = Known::Fenced {
             ballot: run.claimed.ballot,
             at: SystemTime::now(),
+            aborted: true,
         };
         self.lock().known.insert(run_id.clone(), fence);
         run.output.iter().for_each(Window::release);
-        run.update(|progress| progress.outcome = Some(Outcome::Aborted(refusal.into())));
     }
 
-    /// Gives up results of ended runs, the oldest first, until there is room.
+    /// Gives up the results of the run that ended first.
     pub(super) fn make_room(&self) {
         self.lock().release_oldest();
     }
 
-    /// Nothing is left that a caller could come back for, or a driver take up.
+    /// Nothing is left that a driver could take up; results of ended runs go too.
     pub(crate) fn leave(&self) {
         if let Err(error) = umount2(&self.windows, MntFlags::MNT_DETACH) {
             tracing::debug!(%error, "the output's memory stays");
         }
     }
 
-    /// A journal that cannot be written does not stop what already runs.
-    fn remember(&self, record: &Record) {
-        if let Err(error) = self.lock().journal.write(record) {
+    /// Writes a step down, and takes it before the journal can be written anew. One that
+    /// cannot be written does not stop what already runs.
+    fn remember(&self, record: &Record, step: impl FnOnce()) {
+        let mut inner = self.lock();
+        if let Err(error) = inner.journal.write(record) {
             let run_id = record.run_id();
             tracing::error!(run_id, error = crate::chain(&error), "not in the journal");
         }
+        step();
     }
 
     /// Whether the output of one more run fits.
@@ -395,7 +424,8 @@ impl Runs {
         inner.known.retain(|_, known| match known {
             Known::Run(_) => true,
             Known::Past(Past { claimed_at: at, .. }) | Known::Fenced { at, .. } => {
-                now.duration_since(*at).is_ok_and(|age| age < REMEMBER)
+                // A time to come is one of a clock that was set back.
+                now.duration_since(*at).map_or(true, |age| age < REMEMBER)
             }
         });
         if inner.journal.is_long(inner.known.len()) {
@@ -415,12 +445,32 @@ impl Inner {
         })
     }
 
-    fn release_oldest(&mut self) {
+    fn repeated(&self, parsed: &Parsed) -> Result<Option<Arc<Run>>, Refusal> {
+        let run_id = parsed.start.run_id.clone();
+        match self.known.get(&run_id) {
+            None => Ok(None),
+            Some(Known::Run(run)) if run.claimed.spec_hash == parsed.spec_hash => {
+                Ok(Some(run.clone()))
+            }
+            Some(Known::Past(past)) if past.spec_hash == parsed.spec_hash => {
+                Err(Refusal::Released { run_id })
+            }
+            Some(Known::Run(_) | Known::Past(_)) => Err(Refusal::OtherCommand { run_id }),
+            // Above a fence it is the turn of who made it, and of nobody else.
+            Some(Known::Fenced { ballot: fence, .. })
+                if parsed.ballot <= *fence || parsed.ballot.nonce != fence.nonce =>
+            {
+                Err(Refusal::Fenced { fence: *fence })
+            }
+            Some(Known::Fenced { .. }) => Ok(None),
+        }
+    }
+
+    /// False if there is nothing to give up.
+    fn release_oldest(&mut self) -> bool {
         let ended = self.runs().filter(|run| run.is_over());
         let oldest = ended.min_by_key(|run| run.claimed.claimed_at).cloned();
-        if let Some(run) = oldest {
-            self.release(&run);
-        }
+        oldest.inspect(|run| self.release(run)).is_some()
     }
 
     fn release(&mut self, run: &Run) {
@@ -456,7 +506,7 @@ impl Known {
         let run_id = run_id.clone();
         match known {
             Self::Past(past) => vec![past.record(&run_id)],
-            Self::Fenced { ballot, at } => vec![Record::Fenced {
+            Self::Fenced { ballot, at, .. } => vec![Record::Fenced {
                 run_id,
                 ballot: *ballot,
                 at: *at,
@@ -474,9 +524,13 @@ impl Known {
                     }),
                     Some(Outcome::Aborted(_)) | None => None,
                 };
+                let cancelled = run.cancel.is_cancelled().then(|| Record::Cancelled {
+                    run_id: run.claimed.run_id.clone(),
+                });
                 [Record::Claimed(run.claimed.clone().into())]
                     .into_iter()
                     .chain(started)
+                    .chain(cancelled)
                     .chain(exited)
                     .collect()
             }
@@ -499,12 +553,14 @@ enum Found {
     Run {
         claimed: Box<Claimed>,
         started: Option<Duration>,
+        cancelled: bool,
         ended: Option<Ended>,
     },
     Past(Past),
     Fenced {
         ballot: Ballot,
         at: SystemTime,
+        aborted: bool,
     },
 }
 
@@ -518,6 +574,7 @@ fn fold(records: Vec<Record>) -> HashMap<String, Found> {
                 let run = Found::Run {
                     claimed,
                     started: None,
+                    cancelled: false,
                     ended: None,
                 };
                 found.insert(run_id, run);
@@ -525,6 +582,11 @@ fn fold(records: Vec<Record>) -> HashMap<String, Found> {
             Record::Started { after, .. } => {
                 if let Some(Found::Run { started, .. }) = found.get_mut(&run_id) {
                     *started = Some(after);
+                }
+            }
+            Record::Cancelled { .. } => {
+                if let Some(Found::Run { cancelled, .. }) = found.get_mut(&run_id) {
+                    *cancelled = true;
                 }
             }
             Record::Exited { ended: end, .. } => {
@@ -537,6 +599,7 @@ fn fold(records: Vec<Record>) -> HashMap<String, Found> {
                     let fence = Found::Fenced {
                         ballot: claimed.ballot,
                         at: claimed.claimed_at,
+                        aborted: true,
                     };
                     found.insert(run_id, fence);
                 }
@@ -557,7 +620,12 @@ fn fold(records: Vec<Record>) -> HashMap<String, Found> {
                 found.insert(run_id, Found::Past(past));
             }
             Record::Fenced { ballot, at, .. } => {
-                found.insert(run_id, Found::Fenced { ballot, at });
+                let fence = Found::Fenced {
+                    ballot,
+                    at,
+                    aborted: false,
+                };
+                found.insert(run_id, fence);
             }
         }
     }
@@ -578,7 +646,7 @@ fn take_up(
             Window::new(path)
         })
     });
-    let arrived = Run::since_arrival(claimed.claimed_at);
+    let arrived = Run::arrival(&claimed);
     let is_over = ended.is_some();
     let progress = Progress {
         started,

@@ -23,7 +23,12 @@ use tokio::{
     time::{sleep, sleep_until, timeout},
 };
 
-use super::{Ended, Granted, Input, Run, book::Runs, claim::Refusal};
+use super::{
+    Ended, Granted, Input, Run,
+    book::Runs,
+    claim::Refusal,
+    window::{WAITING, Window},
+};
 use crate::{
     limits::{self, Limits},
     link::{self, Greeted, Link, Listener},
@@ -36,9 +41,11 @@ const STDIN_WINDOW: u64 = 128 << 10;
 const GRACE: Duration = Duration::from_secs(1);
 /// For an init whose connection broke.
 const BACK: Duration = Duration::from_secs(10);
-/// For the memory that output needs, once the oldest results are given up.
+/// How often to look for memory that output needs.
 const MEMORY: Duration = Duration::from_millis(100);
-const MEMORY_TRIES: u32 = 50;
+/// Beyond the caller's window, for the last output of a run that is asked to end: what init
+/// and the command's pipes hold.
+const LAST_OUTPUT: u64 = 2 << 20;
 
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
@@ -104,7 +111,10 @@ pub(crate) async fn start(
         granted_after,
         limits_raised_after: run.arrived.elapsed(),
     };
-    run.update(|progress| progress.granted = Some(granted));
+    run.update(|progress| {
+        progress.connected = true;
+        progress.granted = Some(granted);
+    });
     let mut carrier = Carrier::new(runs, run, connection, Some(limits), order.inputs);
     // Whether it arrived is asked of init, should the connection break.
     let _told_below = carrier.send(to_init::Message::Start(order.start)).await;
@@ -134,8 +144,10 @@ struct Carrier<'a> {
     /// When the driver stops waiting for init.
     end_at: Instant,
     ending: Ending,
-    /// Output is taken whether the caller has room for it or not: it is the last.
+    /// The command is dead: its output is taken whether the caller has room for it or not.
     overdraft: bool,
+    /// Output for which there was no memory. It is not acknowledged, and nothing more is read.
+    starved: Option<Data>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -161,6 +173,8 @@ enum Wake {
     FromInit(Result<from_init::Message, link::Error>),
     Input(Input),
     Room,
+    /// There may be memory again.
+    Memory,
     /// Init is gone while nobody reads what it left.
     Died,
     Cancel,
@@ -205,6 +219,7 @@ impl<'a> Carrier<'a> {
             end_at: run.arrived + allowed,
             ending: Ending::No,
             overdraft: false,
+            starved: None,
         }
     }
 
@@ -234,6 +249,10 @@ impl<'a> Carrier<'a> {
             Wake::FromInit(message) => self.on_message(message?).await,
             Wake::Input(input) => self.on_input(input).await,
             Wake::Room => Ok(()),
+            Wake::Memory => match self.starved.take() {
+                Some(data) => self.output(data).await,
+                None => Ok(()),
+            },
             Wake::Died => {
                 self.overdraft = true;
                 Ok(())
@@ -271,12 +290,18 @@ impl<'a> Carrier<'a> {
             return Err(self.lost());
         };
         *link = Some(new);
+        self.starved = None; // It is sent again.
+        self.run.update(|progress| progress.connected = true);
         let run_id = &self.run.claimed.run_id;
         match state {
             hello::State::Waiting(_) => Err(Stop::End(End::NotStarted(Refusal::NotReached))),
             hello::State::Running(running) if running.run_id == *run_id => {
                 self.started();
                 self.taken(running.stdin_offset, false);
+                if self.ending != Ending::No {
+                    // It may have been on its way when the connection broke.
+                    self.signal(SIGTERM).await?;
+                }
                 self.stdin.sent = self.stdin.sent.max(running.stdin_offset);
                 for stdin in self.stdin.kept.clone() {
                     self.send(to_init::Message::Stdin(stdin)).await?;
@@ -300,13 +325,15 @@ impl<'a> Carrier<'a> {
             Ending::Asked { kill_at } => kill_at.min(self.end_at),
             Ending::No | Ending::Killed => self.end_at,
         };
-        let has_room = self.overdraft
-            || self.run.claimed.drop_oldest
-            || self
-                .run
-                .output
-                .iter()
-                .all(|window| window.room() >= MAX_DATA as u64);
+        let most = match self.ending {
+            Ending::No => WAITING,
+            // It should not take the kill timeout to hear that the command has ended.
+            Ending::Asked { .. } | Ending::Killed => WAITING + LAST_OUTPUT,
+        };
+        let fits = |window: &Window| window.waiting() + MAX_DATA as u64 <= most;
+        let is_starved = self.starved.is_some();
+        let has_room = !is_starved
+            && (self.overdraft || self.run.claimed.drop_oldest || self.run.output.iter().all(fits));
         let window_open = self.stdin.sent - self.stdin.taken < STDIN_WINDOW;
         let is_asked = self.ending != Ending::No;
         let Connection { init, link, .. } = &mut *self.connection;
@@ -321,7 +348,8 @@ impl<'a> Carrier<'a> {
             () = self.run.cancel.cancelled(), if !is_asked => Wake::Cancel,
             message = message, if has_room => Wake::FromInit(message),
             () = self.run.room.notified(), if !has_room => Wake::Room,
-            () = init.ended(), if !has_room => Wake::Died,
+            () = sleep(MEMORY), if is_starved => Wake::Memory,
+            () = init.ended(), if !has_room && !self.overdraft => Wake::Died,
             Some(input) = self.inputs.recv(), if window_open => Wake::Input(input),
             () = sleep_until(wake_at.into()) => Wake::Time,
         }
@@ -329,10 +357,7 @@ impl<'a> Carrier<'a> {
 
     async fn on_message(&mut self, message: from_init::Message) -> Result<(), Stop> {
         match message {
-            from_init::Message::Data(data) => {
-                let ack = self.output(data).await;
-                return self.send(to_init::Message::DataAck(ack)).await;
-            }
+            from_init::Message::Data(data) => return self.output(data).await,
             from_init::Message::Started(_) => self.started(),
             from_init::Message::StdinAck(ack) => self.taken(ack.offset, ack.closed),
             from_init::Message::Exited(exited) => return Err(self.exited(&exited)),
@@ -348,6 +373,7 @@ impl<'a> Carrier<'a> {
         match self.ending {
             Ending::Asked { kill_at } if kill_at <= now => {
                 self.ending = Ending::Killed;
+                self.overdraft = true;
                 self.end_at = self.end_at.min(now + GRACE);
                 self.signal(SIGKILL).await
             }
@@ -368,38 +394,40 @@ impl<'a> Carrier<'a> {
         }
     }
 
-    async fn output(&mut self, data: Data) -> DataAck {
+    async fn output(&mut self, data: Data) -> Result<(), Stop> {
         let kind = Stream::try_from(data.stream).unwrap_or_default();
         let window = &self.run.output[usize::from(kind == Stream::Stderr)];
         if self.run.claimed.drop_oldest {
             window.drop_oldest(data.data.len() as u64);
         }
-        for attempt in 1.. {
-            let Err(error) = window.append(data.offset, &data.data) else {
-                break;
-            };
+        if let Err(error) = window.append(data.offset, &data.data) {
+            let run_id = &self.run.claimed.run_id;
+            tracing::debug!(run_id, %error, "output waits for memory");
             self.runs.make_room();
-            if attempt > MEMORY_TRIES {
-                // The caller is told of the gap by what follows it.
-                let run_id = &self.run.claimed.run_id;
-                tracing::error!(run_id, %error, "no memory for output, it is lost");
-                break;
-            }
-            sleep(MEMORY).await;
+            self.starved = Some(data);
+            return Ok(());
         }
         let after = self.run.arrived.elapsed();
         self.run.update(|progress| {
             progress.first_output.get_or_insert(after);
         });
-        DataAck {
+        let ack = DataAck {
             stream: data.stream,
             offset: data.offset + data.data.len() as u64,
-        }
+        };
+        self.send(to_init::Message::DataAck(ack)).await
     }
 
     async fn on_input(&mut self, input: Input) -> Result<(), Stop> {
         let (data, close) = match input {
             Input::Signal(number) => return self.signal(number).await,
+            Input::Stdin { offset, data } if self.stdin.closed => {
+                // Nobody reads it: it is taken, for the caller to go on.
+                let end = offset + data.len() as u64;
+                self.stdin.sent = self.stdin.sent.max(end);
+                self.taken(end, true);
+                return Ok(());
+            }
             Input::Stdin { offset, data } => {
                 // What the shim sends again is known here already.
                 let known = usize::try_from(self.stdin.sent.saturating_sub(offset));

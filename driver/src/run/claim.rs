@@ -41,8 +41,8 @@ pub enum Refusal {
     NoOutput { held: usize },
     #[error("this node cannot remember another run: {0}")]
     Journal(#[from] journal::Error),
-    #[error("a fence stands at attempt {}, the claim is attempt {}", fence.attempt, ballot.attempt)]
-    Fenced { fence: Ballot, ballot: Ballot },
+    #[error("another try of the run stands before this one, with attempt {}", fence.attempt)]
+    Fenced { fence: Ballot },
     #[error("`run_id` {run_id} is another command's")]
     OtherCommand { run_id: String },
     #[error("`run_id` {run_id} has run; its results are not kept any more")]
@@ -123,7 +123,7 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         env().map(|(name, value)| (name.as_str(), value.as_str())),
     )
     .map_err(|error| invalid(&format!("spec.{}", error.field), error.problem))?;
-    check_run_id(&claim.run_id, SystemTime::now())?;
+    made_at(&claim.run_id)?;
     let ballot = claim
         .ballot
         .ok_or_else(|| invalid("ballot", "is missing"))?;
@@ -199,7 +199,11 @@ pub fn made_at(run_id: &str) -> Result<SystemTime, Invalid> {
         .ok_or_else(|| invalid("run_id", format!("is `{run_id}`, which is not a UUIDv7")))
 }
 
-fn check_run_id(run_id: &str, now: SystemTime) -> Result<(), Invalid> {
+/// Checks that a run id which is not known can be a new run's.
+///
+/// # Errors
+/// [`Invalid`] if it is too old, or not made yet.
+pub fn check_age(run_id: &str, now: SystemTime) -> Result<(), Invalid> {
     let made = made_at(run_id)?;
     let problem = if made > now + CLOCKS {
         "was made in the future"
@@ -249,11 +253,11 @@ mod tests {
             Uuid::new_v7(made).to_string()
         };
         let hour = Duration::from_secs(3600);
-        assert!(check_run_id(&at(now), now).is_ok());
-        assert!(check_run_id(&at(now - hour / 2), now).is_ok());
-        assert!(check_run_id(&at(now + CLOCKS / 2), now).is_ok());
+        assert!(check_age(&at(now), now).is_ok());
+        assert!(check_age(&at(now - hour / 2), now).is_ok());
+        assert!(check_age(&at(now + CLOCKS / 2), now).is_ok());
         let refused = |id: &str, words: &str| {
-            let error = check_run_id(id, now).unwrap_err().to_string();
+            let error = check_age(id, now).unwrap_err().to_string();
             assert!(
                 error.starts_with("`run_id` ") && error.contains(words),
                 "{error}"

@@ -5,7 +5,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use polydev_proto::frame::MAX_DATA;
+use polydev_proto::{frame::MAX_DATA, node::ended::Reason};
 use tokio::sync::watch;
 
 use super::{Ended, Granted, Outcome, Progress, Run, claim::Refusal, window::Piece};
@@ -67,6 +67,8 @@ impl Follower {
     /// [`BeyondEnd`]
     pub fn new(run: Arc<Run>, offsets: [u64; 2]) -> Result<Self, BeyondEnd> {
         let lengths = match &run.progress.borrow().outcome {
+            // How much it has written is not known.
+            Some(Outcome::Ended(ended)) if ended.reason == Reason::Lost => [u64::MAX; 2],
             Some(Outcome::Ended(ended)) => [ended.stdout_bytes, ended.stderr_bytes],
             _ => [0; 2],
         };

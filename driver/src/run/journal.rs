@@ -33,11 +33,17 @@ const SYNC: Duration = Duration::from_millis(10);
 #[serde(tag = "record", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Record {
     /// The first line.
-    Format { version: u32 },
+    Format {
+        version: u32,
+        /// What came before is in no journal.
+        begun: SystemTime,
+    },
     /// A slot's container is the run's. Nothing has been started.
     Claimed(Box<Claimed>),
     /// The command's process exists.
     Started { run_id: String, after: Duration },
+    /// Somebody asked it to end.
+    Cancelled { run_id: String },
     /// It is over, with this result.
     Exited { run_id: String, ended: Ended },
     /// The claim came to nothing: no instruction of the command ran.
@@ -71,6 +77,8 @@ pub struct Claimed {
     /// Of all that is executed, in hexadecimal; see [`super::claim::spec_hash`].
     pub spec_hash: String,
     pub claimed_at: SystemTime,
+    /// The same moment by the kernel's clock since boot, which nobody sets.
+    pub uptime: Duration,
     pub timeout: Duration,
     pub kill_timeout: Duration,
     pub drop_oldest: bool,
@@ -95,6 +103,7 @@ impl Record {
             Self::Format { .. } => "",
             Self::Claimed(claimed) => &claimed.run_id,
             Self::Started { run_id, .. }
+            | Self::Cancelled { run_id }
             | Self::Exited { run_id, .. }
             | Self::Aborted { run_id }
             | Self::Released { run_id, .. }
@@ -119,13 +128,15 @@ pub enum Error {
     #[error(
         "the journal `{path}` has version {version}, this driver reads {VERSION}; it is left as it is: start the driver that wrote it, or move it away"
     )]
-    Version { path: PathBuf, version: u32 },
+    Version { path: PathBuf, version: u64 },
 }
 
 /// What was read, and how much of the bytes it took.
 #[derive(Debug)]
 pub struct Decoded {
     pub records: Vec<Record>,
+    /// When the journal was begun; `None` for an empty one.
+    pub begun: Option<SystemTime>,
     /// Bytes of whole records; what follows is the torn end of a last write.
     pub whole: usize,
 }
@@ -136,11 +147,20 @@ pub struct Decoded {
 /// [`Error`] for anything but a torn end.
 pub fn decode(path: &Path, bytes: &[u8]) -> Result<Decoded, Error> {
     let mut records = Vec::new();
-    let mut whole = 0;
+    let (mut whole, mut begun) = (0, None);
     while let Some(length) = bytes[whole..].iter().position(|byte| *byte == b'\n') {
         let line = &bytes[whole..whole + length];
         let next = whole + length + 1;
-        let record = match checked(line).map(serde_json::from_slice::<Record>) {
+        let json = checked(line);
+        if whole == 0
+            && let Some(version) = json.and_then(other_version)
+        {
+            return Err(Error::Version {
+                path: path.to_owned(),
+                version,
+            });
+        }
+        let record = match json.map(serde_json::from_slice::<Record>) {
             Some(Ok(record)) => record,
             // A crash of the machine may leave the last write in part.
             None if next == bytes.len() && whole > 0 => break,
@@ -157,13 +177,7 @@ pub fn decode(path: &Path, bytes: &[u8]) -> Result<Decoded, Error> {
             }
         };
         match record {
-            Record::Format { version: VERSION } if whole == 0 => {}
-            Record::Format { version } if whole == 0 => {
-                return Err(Error::Version {
-                    path: path.to_owned(),
-                    version,
-                });
-            }
+            Record::Format { begun: at, .. } if whole == 0 => begun = Some(at),
             Record::Format { .. } => {
                 return Err(Error::Broken {
                     path: path.to_owned(),
@@ -182,7 +196,28 @@ pub fn decode(path: &Path, bytes: &[u8]) -> Result<Decoded, Error> {
         }
         whole = next;
     }
-    Ok(Decoded { records, whole })
+    Ok(Decoded {
+        records,
+        begun,
+        whole,
+    })
+}
+
+/// The version of a first line that is not ours to understand.
+fn other_version(json: &[u8]) -> Option<u64> {
+    let format: serde_json::Value = serde_json::from_slice(json).ok()?;
+    let version = format.get("version")?.as_u64()?;
+    (format["record"] == "format" && version != u64::from(VERSION)).then_some(version)
+}
+
+/// What a first write may have left that a crash of the machine cut short.
+fn is_torn_beginning(bytes: &[u8]) -> bool {
+    let known = format!("{{\"record\":\"format\",\"version\":{VERSION},");
+    let (sum, json) = bytes.split_at(bytes.len().min(CHECKSUM + 1));
+    sum.iter()
+        .all(|byte| byte.is_ascii_hexdigit() || *byte == b' ')
+        && !json.contains(&b'\n')
+        && (known.as_bytes().starts_with(json) || json.starts_with(known.as_bytes()))
 }
 
 fn checked(line: &[u8]) -> Option<&[u8]> {
@@ -216,6 +251,7 @@ pub fn encode(record: &Record) -> Vec<u8> {
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
+    begun: SystemTime,
     file: Arc<File>,
     length: u64,
     /// Told when there is something to sync.
@@ -237,9 +273,13 @@ impl Journal {
             Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
             read => read.map_err(wrong)?,
         };
-        let Decoded { records, whole } = decode(&path, &bytes)?;
-        let format = encode(&Record::Format { version: VERSION });
-        if whole == 0 && !format.starts_with(&bytes) {
+        let Decoded {
+            records,
+            begun,
+            whole,
+        } = decode(&path, &bytes)?;
+        // All that a first write that was torn can have left.
+        if whole == 0 && !is_torn_beginning(&bytes) {
             let problem = "it does not begin with its format".into();
             return Err(Error::Broken {
                 path,
@@ -257,14 +297,28 @@ impl Journal {
         file.set_len(whole as u64).map_err(wrong)?;
         let mut journal = Self {
             path,
+            begun: begun.unwrap_or_else(SystemTime::now),
             file: file.into(),
             length: whole as u64,
             dirty: Arc::default(),
         };
         if whole == 0 {
-            journal.write(&Record::Format { version: VERSION })?;
+            journal.write(&journal.format())?;
         }
         Ok((journal, records))
+    }
+
+    /// When it was begun: of what came before it knows nothing.
+    #[must_use]
+    pub fn begun(&self) -> SystemTime {
+        self.begun
+    }
+
+    fn format(&self) -> Record {
+        Record::Format {
+            version: VERSION,
+            begun: self.begun,
+        }
     }
 
     /// Adds a record; when this returns, the driver may die.
@@ -304,7 +358,7 @@ impl Journal {
     ) -> Result<(), Error> {
         let partial = self.path.with_extension("partial");
         let write = || {
-            let mut bytes = encode(&Record::Format { version: VERSION });
+            let mut bytes = encode(&self.format());
             records
                 .into_iter()
                 .for_each(|record| bytes.extend(encode(record)));
@@ -390,6 +444,7 @@ pub(crate) mod tests {
             generation: 3,
             spec_hash: "00".into(),
             claimed_at: SystemTime::UNIX_EPOCH,
+            uptime: Duration::from_secs(5),
             timeout: Duration::from_secs(60),
             kill_timeout: Duration::from_secs(30),
             drop_oldest: false,
@@ -409,6 +464,7 @@ pub(crate) mod tests {
                 run_id: "a".into(),
                 after: Duration::from_millis(3),
             },
+            Record::Cancelled { run_id: "a".into() },
             Record::Exited {
                 run_id: "a".into(),
                 ended: Ended {
@@ -428,9 +484,15 @@ pub(crate) mod tests {
         ]
     }
 
+    fn format(version: u32) -> Record {
+        Record::Format {
+            version,
+            begun: SystemTime::UNIX_EPOCH,
+        }
+    }
+
     fn bytes() -> Vec<u8> {
-        let format = Record::Format { version: VERSION };
-        std::iter::once(&format)
+        std::iter::once(&format(VERSION))
             .chain(&records())
             .flat_map(encode)
             .collect()
@@ -447,11 +509,11 @@ pub(crate) mod tests {
         let (mut journal, read) = Journal::open(folder.path()).unwrap();
         assert_eq!(read, records());
         journal.rewrite(&records()[..2]).unwrap();
-        journal.write(&records()[3]).unwrap();
+        journal.write(records().last().unwrap()).unwrap();
         let (_, read) = Journal::open(folder.path()).unwrap();
         assert_eq!(
             read,
-            [&records()[..2], &records()[3..]].concat(),
+            [&records()[..2], &records()[4..]].concat(),
             "rewritten"
         );
     }
@@ -470,7 +532,7 @@ pub(crate) mod tests {
             let (mut journal, read) = Journal::open(folder.path()).unwrap();
             let whole = ends.iter().filter(|end| **end <= cut).count() - 1;
             assert_eq!(read, records()[..whole], "cut at {cut}");
-            journal.write(&records()[3]).unwrap();
+            journal.write(records().last().unwrap()).unwrap();
             let (_, read) = Journal::open(folder.path()).unwrap();
             assert_eq!(read.len(), whole + 1, "cut at {cut}");
         }
@@ -486,10 +548,10 @@ pub(crate) mod tests {
             assert_eq!(fs::read(&path).unwrap(), bytes, "it is as it was");
             error
         };
-        let newer = encode(&Record::Format { version: 2 });
+        let newer = encode(&format(2));
         assert!(refused(&newer).contains("has version 2, this driver reads 1"));
 
-        let format = encode(&Record::Format { version: VERSION });
+        let format = encode(&format(VERSION));
         let mut damaged = bytes();
         damaged[format.len() + 30] ^= 1;
         let offset = format!("from byte {} on", format.len());
@@ -499,7 +561,9 @@ pub(crate) mod tests {
         let line = [checksum(unknown).as_bytes(), b" ", unknown, b"\n"].concat();
         let unknown = [&format[..], &line, &format].concat();
         assert!(refused(&unknown).contains("`leased`"));
-        assert!(refused(b"not a journal\n").contains("from byte 0 on"));
+        for other in [&b"not a journal\n"[..], b"nor this", b"c0ffee00 {}"] {
+            assert!(refused(other).contains("from byte 0 on"));
+        }
     }
 
     #[test]

@@ -23,10 +23,10 @@ use rustix::{
 };
 
 /// Bytes that may wait for the caller before the command has to.
-pub(super) const WAITING: u64 = 4 << 20;
-/// Bytes that stay after they were given: more than a connection and a shim hold, so that
-/// a caller whose connection broke finds what was on its way.
-const BEHIND: u64 = 3 << 20;
+pub(super) const WAITING: u64 = 3 << 20;
+/// Bytes that stay after they were given, so that a caller whose connection broke finds what
+/// was on its way: more than a shim and its connection hold, and 2 MiB on the caller's own.
+const BEHIND: u64 = 4 << 20;
 /// What is not needed any more is freed in pieces.
 const PIECE: u64 = 512 << 10;
 
@@ -129,10 +129,10 @@ impl Window {
         Ok(())
     }
 
-    /// How many bytes may be added before the caller has to take some.
-    pub(super) fn room(&self) -> u64 {
+    /// How many bytes the caller has not been given.
+    pub(super) fn waiting(&self) -> u64 {
         let span = self.lock();
-        WAITING.saturating_sub(span.end - span.delivered)
+        span.end.saturating_sub(span.delivered)
     }
 
     /// Makes room by giving up the oldest bytes that the caller has not been given.
@@ -218,7 +218,9 @@ impl Span {
 
 /// Says where the stream goes on after bytes that nobody has.
 fn gap_file(path: &Path) -> PathBuf {
-    path.with_extension("gap")
+    let mut name = path.as_os_str().to_owned();
+    name.push(".gap");
+    name.into()
 }
 
 #[cfg(test)]
@@ -229,7 +231,7 @@ mod tests {
     fn window() -> (tempfile::TempDir, Window) {
         // Where holes are real, as in the driver's own tmpfs.
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-        let window = Window::new(folder.path().join("stdout"));
+        let window = Window::new(folder.path().join("run.stdout"));
         (folder, window)
     }
 
@@ -285,20 +287,20 @@ mod tests {
             for step in steps {
                 match step {
                     Step::Write(len) => {
-                        let len = len.min(usize::try_from(window.room()).unwrap());
+                        let len = len.min(usize::try_from(WAITING.saturating_sub(window.waiting())).unwrap());
                         window.append(end, &bytes(end, len)).unwrap();
                         end += len as u64;
                     }
                     Step::Repeat(back, len) => {
                         let offset = end.saturating_sub(back);
-                        let len = len.min(usize::try_from(end - offset + window.room()).unwrap());
+                        let len = len.min(usize::try_from(end - offset + WAITING.saturating_sub(window.waiting())).unwrap());
                         window.append(offset, &bytes(offset, len)).unwrap();
                         end = end.max(offset + len as u64);
                     }
                     Step::Read(most) => { take(&window, &mut read, most); }
                     Step::DropOldest => window.drop_oldest(1 << 20),
                     Step::Restart => {
-                        window = Window::recover(folder.path().join("stdout")).unwrap();
+                        window = Window::recover(folder.path().join("run.stdout")).unwrap();
                         window.deliver(read);
                     }
                 }
@@ -328,15 +330,22 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_is_a_gap_after_a_restart_too() {
+    fn a_gap_is_a_gap_after_a_restart_too_and_of_its_own_stream() {
         let (folder, window) = window();
+        let stderr = folder.path().join("run.stderr");
+        Window::new(stderr.clone()).append(0, b"all").unwrap();
         window.append(5000, b"the rest").unwrap();
         assert_eq!(window.read(0, 10).unwrap(), Piece::Gap { to: 5000 });
-        let window = Window::recover(folder.path().join("stdout")).unwrap();
+        let window = Window::recover(folder.path().join("run.stdout")).unwrap();
         assert_eq!(window.read(0, 10).unwrap(), Piece::Gap { to: 5000 });
         assert_eq!(
             window.read(5000, 10).unwrap(),
             Piece::Bytes(Bytes::from_static(b"the rest"))
+        );
+        let stderr = Window::recover(stderr).unwrap();
+        assert_eq!(
+            stderr.read(0, 10).unwrap(),
+            Piece::Bytes(Bytes::from_static(b"all"))
         );
     }
 
@@ -344,7 +353,7 @@ mod tests {
     fn the_memory_of_what_is_gone_is_given_back() {
         use std::os::unix::fs::MetadataExt;
         let (folder, window) = window();
-        let path = folder.path().join("stdout");
+        let path = folder.path().join("run.stdout");
         for index in 0..64 {
             window.append(index << 20, &vec![7; 1 << 20]).unwrap();
             window.deliver((index + 1) << 20);

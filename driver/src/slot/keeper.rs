@@ -29,6 +29,7 @@ use crate::{
         carry::{self, Order},
         claim::{Parsed, Refusal},
         journal::Claimed,
+        uptime,
     },
 };
 
@@ -161,6 +162,7 @@ impl Slot {
             generation,
             spec_hash: parsed.spec_hash.clone(),
             claimed_at: SystemTime::now(),
+            uptime: uptime(),
             timeout: parsed.timeout,
             kill_timeout: parsed.kill_timeout,
             drop_oldest: parsed.drop_oldest,

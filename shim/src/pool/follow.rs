@@ -12,6 +12,10 @@ use tonic::{Status, transport::Endpoint};
 
 use super::View;
 
+/// Bytes of one run on their way from the driver.
+const STREAM_WINDOW: u32 = 1 << 20;
+/// Bytes of all runs on their way from one driver: one that is read slowly stops no other.
+const CONNECTION_WINDOW: u32 = 256 << 20;
 const CONNECT: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_millis(100);
 /// Runs wait for their driver to come back.
@@ -28,7 +32,7 @@ pub async fn follow(view: View, mut drivers: watch::Receiver<BTreeMap<String, St
             let keep = wanted.get(node_id) == Some(address);
             if !keep {
                 task.abort();
-                view.forget(node_id);
+                view.leave(node_id);
             }
             keep
         });
@@ -63,8 +67,11 @@ async fn follow_once(
     address: &str,
     retry: &mut Duration,
 ) -> Result<Infallible, Status> {
+    // Each connection on the way of a run holds so much of its output: see `docs/reliability.md`.
     let endpoint = Endpoint::from_shared(address.to_owned())
-        .map_err(|error| Status::invalid_argument(crate::chain(&error)))?;
+        .map_err(|error| Status::invalid_argument(crate::chain(&error)))?
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW);
     let connect = timeout(CONNECT, endpoint.connect()).await;
     let channel = connect
         .map_err(|_| Status::deadline_exceeded("no connection in 5 s"))?

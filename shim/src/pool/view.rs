@@ -20,11 +20,16 @@ pub struct View {
 }
 
 /// A node that is or was connected.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Node {
     /// `None` while it cannot be reached: its slots are not to be had then.
     connected: Option<Connected>,
+    /// When it was no longer one of the cluster's: for a while it may still have runs.
+    left: Option<Instant>,
 }
+
+/// As long as a driver remembers its runs.
+const REMEMBERED: Duration = Duration::from_secs(70 * 60);
 
 #[derive(Debug)]
 struct Connected {
@@ -119,6 +124,7 @@ impl View {
         };
         if let Some(Node {
             connected: Some(node),
+            ..
         }) = nodes.get_mut(&candidate.node_id)
         {
             node.claiming
@@ -152,7 +158,8 @@ impl View {
         pools
     }
 
-    /// The connections to all nodes, and the names of those that cannot be reached.
+    /// The connections to all nodes, and the names of those that cannot be reached, also of
+    /// those that have left a short while ago.
     #[must_use]
     pub fn channels(&self) -> (Vec<(String, Channel)>, Vec<String>) {
         let nodes = self.lock();
@@ -192,19 +199,15 @@ impl View {
     #[must_use]
     pub fn nodes(&self) -> (usize, usize) {
         let nodes = self.lock();
-        let connected = nodes
-            .values()
-            .filter(|node| node.connected.is_some())
-            .count();
-        (connected, nodes.len() - connected)
+        let ours = || nodes.values().filter(|node| node.left.is_none());
+        let connected = ours().filter(|node| node.connected.is_some()).count();
+        (connected, ours().count() - connected)
     }
 
     /// A node is to be followed, and is not yet.
     pub(super) fn expect(&self, node_id: &str) {
         self.update(|nodes| {
-            nodes
-                .entry(node_id.to_owned())
-                .or_insert(Node { connected: None });
+            nodes.entry(node_id.to_owned()).or_default().left = None;
         });
     }
 
@@ -216,9 +219,7 @@ impl View {
             heard: Instant::now(),
         };
         self.update(|nodes| {
-            let node = nodes
-                .entry(node_id.to_owned())
-                .or_insert(Node { connected: None });
+            let node = nodes.entry(node_id.to_owned()).or_default();
             if told.snapshot {
                 node.connected = None;
             }
@@ -248,10 +249,14 @@ impl View {
         });
     }
 
-    /// A node is no longer one of ours.
-    pub(super) fn forget(&self, node_id: &str) {
+    /// A node is no longer one of ours. That Nomad has lost it does not end its runs.
+    pub(super) fn leave(&self, node_id: &str) {
         self.update(|nodes| {
-            nodes.remove(node_id);
+            if let Some(node) = nodes.get_mut(node_id) {
+                node.connected = None;
+                node.left = Some(Instant::now());
+            }
+            nodes.retain(|_, node| node.left.is_none_or(|left| left.elapsed() < REMEMBERED));
         });
     }
 
@@ -298,6 +303,7 @@ impl Drop for Candidate {
         self.view.update(|nodes| {
             if let Some(Node {
                 connected: Some(node),
+                ..
             }) = nodes.get_mut(&self.node_id)
             {
                 node.claiming.remove(&claimed);

@@ -156,7 +156,11 @@ where
 fn is_answer(status: &Status) -> bool {
     matches!(
         status.code(),
-        Code::NotFound | Code::PermissionDenied | Code::OutOfRange | Code::InvalidArgument
+        Code::NotFound
+            | Code::PermissionDenied
+            | Code::FailedPrecondition
+            | Code::OutOfRange
+            | Code::InvalidArgument
     )
 }
 
@@ -168,6 +172,7 @@ impl Error {
             Code::PermissionDenied => Self::Forbidden {
                 run_id: name.run_id.clone(),
             },
+            Code::FailedPrecondition => Self::NotRun { reason },
             Code::OutOfRange => Self::BeyondEnd { reason },
             _ => Self::Refused { reason },
         }

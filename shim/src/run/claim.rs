@@ -17,11 +17,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Code;
+use tonic::{Code, transport::Channel};
 
 use super::{
     Connection, Error, Events, INPUTS,
-    attach::{Name, attach_again},
     fence::{self, Fenced, fence},
     queue::{Place, Queue, Running, Ticket},
     request::Request,
@@ -39,7 +38,7 @@ const AGAIN_MOST: Duration = Duration::from_millis(500);
 /// start no more.
 const SETTLE: Duration = Duration::from_secs(20);
 
-/// Claims a slot for `request`; a run that exists is attached to.
+/// Claims a slot for `request`; a run that exists is gone back to.
 ///
 /// # Errors
 /// [`Error`]; the command has not run, except with [`Error::Unclear`] and
@@ -53,36 +52,31 @@ pub async fn claim(
     request: Request,
     caller: &mpsc::Sender<Result<RunEvent, Error>>,
 ) -> Result<(Connection, Option<Running>), Error> {
+    let provider = request.provider.name();
+    let mut attempts = Attempts {
+        view,
+        accept_duplicate: request.accept_duplicate,
+        ballot: Ballot {
+            attempt: request.attempt,
+            nonce: rand::random(),
+        },
+        claim: node::Claim {
+            run_id: request.run_id.to_string(),
+            user_id: request.user_id.clone(),
+            spec: Some(request.spec),
+            secrets: Some(request.secrets),
+            trace: request.trace,
+            ..Default::default()
+        },
+    };
+    if request.is_retry
+        && let Some(connection) = attempts.fence().await?
+    {
+        return Ok((connection, None));
+    }
     let waited = request.queue_timeout;
     let give_up = tokio::time::Instant::now() + waited;
-    let provider = request.provider.name();
-    let name = Name {
-        run_id: request.run_id.to_string(),
-        user_id: request.user_id.clone(),
-    };
-    let mut ballot = Ballot {
-        attempt: 0,
-        nonce: rand::random(),
-    };
-    if request.is_retry {
-        ballot.attempt = request.attempt;
-        match fence(view, &name.run_id, ballot, request.accept_duplicate).await? {
-            Fenced::Have => {
-                let attached = super::attach::attach(view, &name, [0; 2]).await;
-                return attached.map(|connection| (connection, None));
-            }
-            Fenced::All(fence) => ballot = fence,
-        }
-    }
     let mut ticket = queue.enter(provider, &request.user_id)?;
-    let mut claim = node::Claim {
-        run_id: name.run_id.clone(),
-        user_id: request.user_id,
-        spec: Some(request.spec),
-        secrets: Some(request.secrets),
-        trace: request.trace,
-        ..Default::default()
-    };
     let (mut last_refusal, mut again) = (None, AGAIN);
     loop {
         let slot = wait(view, &mut ticket, provider, caller);
@@ -98,29 +92,29 @@ pub async fn claim(
         };
         // Whoever is next may try another slot meanwhile.
         let running = ticket.served();
-        ballot.attempt += 1;
-        claim.ballot = Some(ballot);
-        let reason = match try_slot(&slot, claim.clone()).await? {
+        let reason = match attempts.at(&slot).await? {
             Tried::Granted(connection) => {
-                // A run that was claimed before may be in another slot.
-                if connection.slot_id == slot.slot_id {
+                // A run that was claimed before may be in another container.
+                if (&connection.slot_id, connection.generation) == (&slot.slot_id, slot.generation)
+                {
                     slot.granted();
                 }
                 return Ok((*connection, Some(running)));
             }
             Tried::Refused(reason) => reason,
-            // Only this driver was sent this claim: it alone can have the run.
-            Tried::Unclear(reason) => {
-                match timeout(SETTLE, settle(view, &slot, &name, &mut ballot)).await {
-                    Ok(Ok(Some(connection))) => return Ok((connection, Some(running))),
-                    Ok(Ok(None)) => reason,
-                    Ok(Err(error)) => return Err(error),
-                    Err(_) => {
-                        let slot_id = slot.slot_id.clone();
-                        return Err(Error::Unclear { slot_id, reason });
-                    }
+            Tried::Overtaken(reason) => match attempts.fence().await? {
+                Some(connection) => return Ok((connection, Some(running))),
+                None => reason,
+            },
+            Tried::Unclear(reason) => match timeout(SETTLE, attempts.settle(&slot)).await {
+                Ok(Ok(Some(connection))) => return Ok((connection, Some(running))),
+                Ok(Ok(None)) => reason,
+                Ok(Err(error)) => return Err(error),
+                Err(_) => {
+                    let slot_id = slot.slot_id.clone();
+                    return Err(Error::Unclear { slot_id, reason });
                 }
-            }
+            },
         };
         tracing::info!(
             slot = slot.slot_id,
@@ -136,6 +130,121 @@ pub async fn claim(
         again = AGAIN_MOST.min(again * 2);
         ticket = running.back();
     }
+}
+
+/// The tries of one run by this shim, each with a ballot of its own.
+struct Attempts<'a> {
+    view: &'a View,
+    accept_duplicate: bool,
+    ballot: Ballot,
+    claim: node::Claim,
+}
+
+impl Attempts<'_> {
+    /// Sees to it that no other try can get a container any more; the run, if one has.
+    async fn fence(&mut self) -> Result<Option<Connection>, Error> {
+        let fenced = fence(
+            self.view,
+            &self.claim.run_id,
+            self.ballot,
+            self.accept_duplicate,
+        );
+        match fenced.await? {
+            Fenced::All(ballot) => {
+                self.ballot = ballot;
+                Ok(None)
+            }
+            Fenced::Have { node_id, channel } => self.repeat(node_id, channel).await.map(Some),
+        }
+    }
+
+    /// Claims an idle slot.
+    async fn at(&mut self, slot: &Candidate) -> Result<Tried, Error> {
+        self.ballot.attempt += 1;
+        self.claim.slot_id.clone_from(&slot.slot_id);
+        self.claim.start_id.clone_from(&slot.start_id);
+        self.claim.generation = slot.generation;
+        self.claim.start_by = Some(Timestamp::from(slot.driver_time(START_BY)));
+        self.send(slot.node_id.clone(), slot.channel.clone()).await
+    }
+
+    /// Claims what a node has already: it answers with its run, if this is the command.
+    async fn repeat(&mut self, node_id: String, channel: Channel) -> Result<Connection, Error> {
+        match self.send(node_id.clone(), channel).await? {
+            Tried::Granted(connection) => Ok(*connection),
+            Tried::Refused(reason) | Tried::Overtaken(reason) => Err(Error::NotRun { reason }),
+            Tried::Unclear(_) => Err(Error::Unasked {
+                nodes: vec![node_id],
+            }),
+        }
+    }
+
+    /// Asks the driver that gave no clear answer until it gives one: the run, or `None` once
+    /// it has not taken the claim and will not. Only this driver was sent it.
+    async fn settle(&mut self, slot: &Candidate) -> Result<Option<Connection>, Error> {
+        loop {
+            let channel = self.view.channel(&slot.node_id).await;
+            self.ballot.attempt += 1;
+            match fence::ask(channel.clone(), &self.claim.run_id, self.ballot).await {
+                Ok(Answer::Have(_)) => {
+                    return self.repeat(slot.node_id.clone(), channel).await.map(Some);
+                }
+                Ok(Answer::Fenced(fence)) if fence == self.ballot => return Ok(None),
+                Ok(Answer::Fenced(_)) => return self.fence().await,
+                // It will not be able to tell later either.
+                Ok(Answer::Unknown(_)) => std::future::pending().await,
+                Err(status) => tracing::debug!(%status, "not settled yet"),
+            }
+            sleep(AGAIN_MOST.mul_f64(rand::random_range(0.5..1.0))).await;
+        }
+    }
+
+    async fn send(&self, node_id: String, channel: Channel) -> Result<Tried, Error> {
+        let mut claim = self.claim.clone();
+        claim.ballot = Some(self.ballot);
+        let (inputs, queue) = mpsc::channel::<RunInput>(INPUTS);
+        let first = claim_request::Message::Claim(Box::new(claim));
+        let rest = ReceiverStream::new(queue).map(claim_request::Message::Input);
+        let requests = futures_util::stream::iter([first])
+            .chain(rest)
+            .map(|message| ClaimRequest {
+                message: Some(message),
+            });
+        let sent = Instant::now();
+        let mut client = NodeServiceClient::new(channel);
+        let call = async {
+            let events = client.claim(requests).await?.into_inner();
+            let events = Events::Claimed(Box::new(events));
+            Connection::new(node_id, sent, inputs, events).await
+        };
+        let status = match timeout(ANSWER, call).await {
+            Ok(Ok(connection)) => return Ok(Tried::Granted(Box::new(connection))),
+            Ok(Err(status)) => status,
+            Err(_) => {
+                let reason = format!("no answer in {} s", ANSWER.as_secs());
+                return Ok(Tried::Unclear(reason));
+            }
+        };
+        let reason = status.message().to_owned();
+        match status.code() {
+            Code::FailedPrecondition | Code::PermissionDenied | Code::ResourceExhausted => {
+                Ok(Tried::Refused(reason))
+            }
+            Code::Aborted => Ok(Tried::Overtaken(reason)),
+            Code::InvalidArgument => Err(Error::Refused { reason }),
+            Code::AlreadyExists => Err(Error::OtherCommand { reason }),
+            _ => Ok(Tried::Unclear(reason)),
+        }
+    }
+}
+
+enum Tried {
+    Granted(Box<Connection>),
+    Refused(String),
+    /// Another try of the run has fenced this one off.
+    Overtaken(String),
+    /// It may have been granted.
+    Unclear(String),
 }
 
 /// Waits for the run's turn, and then for a slot; the caller is told its place, if it is
@@ -171,80 +280,6 @@ async fn wait(
         biased;
         slot = slot => slot,
         () = tell => unreachable!("it never ends"),
-    }
-}
-
-/// Asks the driver that gave no clear answer until it gives one: the run, or `None` once
-/// it has not taken the claim and will not.
-async fn settle(
-    view: &View,
-    slot: &Candidate,
-    name: &Name,
-    ballot: &mut Ballot,
-) -> Result<Option<Connection>, Error> {
-    loop {
-        let channel = view.channel(&slot.node_id).await;
-        ballot.attempt += 1;
-        match fence::ask(channel, &name.run_id, *ballot).await {
-            Ok(Answer::Have(_)) => {
-                return attach_again(view, &slot.node_id, name, [0; 2])
-                    .await
-                    .map(Some);
-            }
-            Ok(Answer::Fenced(highest)) if highest.attempt <= ballot.attempt => return Ok(None),
-            Ok(Answer::Fenced(highest)) => ballot.attempt = highest.attempt,
-            Ok(Answer::Unknown(_)) => std::future::pending().await,
-            Err(status) => tracing::debug!(%status, "not settled yet"),
-        }
-        sleep(AGAIN_MOST.mul_f64(rand::random_range(0.5..1.0))).await;
-    }
-}
-
-enum Tried {
-    Granted(Box<Connection>),
-    Refused(String),
-    /// It may have been granted.
-    Unclear(String),
-}
-
-async fn try_slot(slot: &Candidate, mut claim: node::Claim) -> Result<Tried, Error> {
-    claim.slot_id.clone_from(&slot.slot_id);
-    claim.start_id.clone_from(&slot.start_id);
-    claim.generation = slot.generation;
-    claim.start_by = Some(Timestamp::from(slot.driver_time(START_BY)));
-
-    let (inputs, queue) = mpsc::channel::<RunInput>(INPUTS);
-    let first = claim_request::Message::Claim(Box::new(claim));
-    let rest = ReceiverStream::new(queue).map(claim_request::Message::Input);
-    let requests = futures_util::stream::iter([first])
-        .chain(rest)
-        .map(|message| ClaimRequest {
-            message: Some(message),
-        });
-    let sent = Instant::now();
-    let mut client = NodeServiceClient::new(slot.channel.clone());
-    let call = async {
-        let events = client.claim(requests).await?.into_inner();
-        let events = Events::Claimed(Box::new(events));
-        Connection::new(slot.node_id.clone(), sent, inputs, events).await
-    };
-    let status = match timeout(ANSWER, call).await {
-        Ok(Ok(connection)) => return Ok(Tried::Granted(Box::new(connection))),
-        Ok(Err(status)) => status,
-        Err(_) => {
-            let reason = format!("no answer in {} s", ANSWER.as_secs());
-            return Ok(Tried::Unclear(reason));
-        }
-    };
-    let reason = status.message().to_owned();
-    match status.code() {
-        Code::Aborted
-        | Code::FailedPrecondition
-        | Code::PermissionDenied
-        | Code::ResourceExhausted => Ok(Tried::Refused(reason)),
-        Code::InvalidArgument => Err(Error::Refused { reason }),
-        Code::AlreadyExists => Err(Error::OtherCommand { reason }),
-        _ => Ok(Tried::Unclear(reason)),
     }
 }
 

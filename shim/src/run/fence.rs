@@ -1,5 +1,5 @@
 //! A run that was tried before must not run twice: every node is asked whether it took
-//! the run, and closed to what may still be on its way there.
+//! the run, and closed to every try but this one, also to what is still on its way there.
 
 use std::time::Duration;
 
@@ -20,17 +20,18 @@ const ROUNDS: u32 = 10;
 /// What the nodes know of a run.
 #[derive(Debug)]
 pub enum Fenced {
-    /// One has it.
-    Have,
-    /// None has it, and none takes a claim up to this ballot.
+    /// This one has it.
+    Have { node_id: String, channel: Channel },
+    /// None has it, and none takes a claim of it but those above this ballot and with its
+    /// nonce.
     All(Ballot),
 }
 
-/// Asks every node, and closes the run to claims up to a ballot above `ballot`.
+/// Asks every node, and closes the run to all tries but that of `ballot`'s nonce.
 ///
 /// # Errors
 /// [`Error::MayHaveRun`] if a node cannot be asked or cannot tell, unless
-/// `accept_duplicate`; [`Error::Unclear`] if others try the same run all the time.
+/// `accept_duplicate`; [`Error::NotRun`] if others try the same run all the time.
 pub async fn fence(
     view: &View,
     run_id: &str,
@@ -44,13 +45,13 @@ pub async fn fence(
         }
         ballot.attempt += 1;
         let asked = nodes.into_iter().map(async |(node_id, channel)| {
-            let answer = ask(channel, run_id, ballot).await;
-            (node_id, answer)
+            let answer = ask(channel.clone(), run_id, ballot).await;
+            (node_id, channel, answer)
         });
         let mut highest = ballot;
-        for (node_id, answer) in join_all(asked).await {
+        for (node_id, channel, answer) in join_all(asked).await {
             match answer {
-                Ok(Answer::Have(_)) => return Ok(Fenced::Have),
+                Ok(Answer::Have(_)) => return Ok(Fenced::Have { node_id, channel }),
                 Ok(Answer::Fenced(fence)) if order(&fence) > order(&highest) => highest = fence,
                 Ok(Answer::Fenced(_)) => {}
                 Ok(Answer::Unknown(_)) => unsure.push(node_id),

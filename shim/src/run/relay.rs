@@ -17,7 +17,10 @@ use polydev_proto::{
         run_event,
     },
 };
-use tokio::{sync::mpsc, time::timeout_at};
+use tokio::{
+    sync::mpsc,
+    time::{sleep_until, timeout_at},
+};
 use tonic::{Code, Status};
 
 use super::{
@@ -29,9 +32,11 @@ use crate::pool::View;
 
 /// Events that may wait for a caller; each at most 64 KiB. When they are used up the
 /// driver is not read any more, and in the end the command waits.
-pub const EVENTS: usize = 16;
+pub const EVENTS: usize = 4;
 /// Most stdin in one message, as the API says.
 const STDIN_MOST: usize = 64 << 10;
+/// A call that is cancelled looks at first as if its caller had closed its side.
+const CLOSES: Duration = Duration::from_millis(50);
 /// Stdin that the command has not taken, kept to be sent again to a driver that restarts.
 const STDIN_KEPT: u64 = 256 << 10;
 
@@ -78,6 +83,7 @@ impl Relay {
             relay: self,
             connection,
             requests: Some(requests),
+            closes: None,
         };
         carried.carry().await
     }
@@ -91,6 +97,8 @@ struct Carried {
     timeline: Timeline,
     /// `None` when the caller has said all it will.
     requests: Option<Inputs>,
+    /// When the caller's end of input is passed on.
+    closes: Option<Instant>,
     stdin: Stdin,
     /// On its way to either side; nothing more is taken from the other one meanwhile.
     to_caller: Option<run_event::Event>,
@@ -110,6 +118,7 @@ enum Wake {
     Caller(bool),
     Driver(Result<Option<node::RunEvent>, Status>),
     Request(Option<Result<Option<runtime::RunInput>, Status>>),
+    Closes,
     Sent,
 }
 
@@ -121,9 +130,17 @@ impl Carried {
                 Wake::Caller(false) | Wake::Request(Some(Err(_))) => return Ok(()),
                 Wake::Caller(true) if self.timeline.ended => return Ok(()),
                 Wake::Caller(true) | Wake::Sent => {}
-                Wake::Request(request) => {
-                    let input = request.and_then(Result::ok);
-                    self.on_request(input)?;
+                Wake::Request(None) => {
+                    self.requests = None;
+                    self.closes = Some(Instant::now() + CLOSES);
+                }
+                Wake::Request(Some(Ok(input))) => self.on_request(input)?,
+                // The command reads end of file.
+                Wake::Closes => {
+                    self.closes = None;
+                    self.stdin.closed = true;
+                    let close = run_input::Input::CloseStdin(node::CloseStdin {});
+                    self.to_driver.push_back(close);
                 }
                 Wake::Driver(Ok(Some(event))) => self.on_event(event),
                 Wake::Driver(Ok(None)) => self.attach("the driver ended the stream").await?,
@@ -150,6 +167,12 @@ impl Carried {
                 None => std::future::pending().await,
             }
         };
+        let closes = async {
+            match self.closes {
+                Some(closes) => sleep_until(closes.into()).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             permit = caller.reserve(), if self.to_caller.is_some() => {
                 let event = self.to_caller.take();
@@ -171,21 +194,13 @@ impl Carried {
                 Wake::Sent
             }
             request = request, if takes_stdin => Wake::Request(request),
+            () = closes => Wake::Closes,
         }
     }
 
-    fn on_request(&mut self, input: Option<Option<runtime::RunInput>>) -> Result<(), Invalid> {
-        let input = match input {
-            Some(Some(runtime::RunInput { input: Some(input) })) => input,
-            Some(Some(runtime::RunInput { input: None }) | None) => {
-                return Err(Invalid::NotStarted);
-            }
-            // The caller has closed its side: the command reads end of file.
-            None => {
-                self.requests = None;
-                runtime::run_input::Input::CloseStdin(runtime::CloseStdin {})
-            }
-        };
+    fn on_request(&mut self, input: Option<runtime::RunInput>) -> Result<(), Invalid> {
+        let input = input.and_then(|input| input.input);
+        let input = input.ok_or(Invalid::NotStarted)?;
         let input = match input {
             runtime::run_input::Input::Stdin(data) => {
                 if data.len() > STDIN_MOST {
@@ -300,8 +315,7 @@ impl Carried {
                 self.connection = connection;
                 Ok(())
             }
-            // Its claim was aborted, of which only the journal of the driver knew.
-            Ok(Err(Error::UnknownRun { reason })) if !self.started => Err(Error::NotRun { reason }),
+            Ok(Err(error @ Error::NotRun { .. })) => Err(error),
             Ok(Err(error)) => Err(lost(crate::chain(&error))),
             Err(_) => Err(lost(reason.to_owned())),
         }
