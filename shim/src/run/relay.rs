@@ -24,7 +24,7 @@ use tokio::{
 use tonic::{Code, Status};
 
 use super::{
-    Connection, Error,
+    Connection, Error, Events,
     attach::{Name, attach_again},
     request::Invalid,
 };
@@ -75,7 +75,10 @@ impl Relay {
         });
         let mut carried = Carried {
             claimed: connection.sent,
-            timeline: Timeline::new(self.received, connection.sent),
+            timeline: match connection.events {
+                Events::Claimed(_) => Timeline::new(self.received, connection.sent),
+                Events::Attached(_) => Timeline::default(),
+            },
             stdin: Stdin::from(connection.stdin_offset),
             to_caller: Some(accepted),
             to_driver: VecDeque::new(),
@@ -360,8 +363,10 @@ impl Stdin {
 
 /// When each stage was reached. The driver counts from the claim's arrival, which on
 /// its clock and ours is the moment it was sent, give or take the wire.
+#[derive(Default)]
 struct Timeline {
-    claimed: Duration,
+    /// `None` for a caller that came back: the stages were before its call.
+    claimed: Option<Duration>,
     stages: Vec<Stage>,
     ended: bool,
 }
@@ -371,7 +376,7 @@ impl Timeline {
         let claimed = sent - received;
         let stages = vec![stage("received", Duration::ZERO), stage("claimed", claimed)];
         Self {
-            claimed,
+            claimed: Some(claimed),
             stages,
             ended: false,
         }
@@ -379,10 +384,9 @@ impl Timeline {
 
     fn driver(&mut self, name: &str, after: Option<prost_types::Duration>) {
         let known = self.stages.iter().any(|stage| stage.name == name);
-        if let Some(after) = after.and_then(|after| Duration::try_from(after).ok())
-            && !known
-        {
-            self.stages.push(stage(name, self.claimed + after));
+        let after = after.and_then(|after| Duration::try_from(after).ok());
+        if let (Some(claimed), Some(after), false) = (self.claimed, after, known) {
+            self.stages.push(stage(name, claimed + after));
         }
     }
 }

@@ -1,10 +1,11 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
-//! one run; `bench PART...` measures `warm`, `starts`, `logs`, `bandwidth` or `many` alone.
+//! one run; `bench PART...` measures `warm`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
 //! Prints a table; a whole run writes it to `target/bench/results.json`. Every sample of the
 //! warm slots goes to `target/bench/samples.json`.
 
 mod bandwidth;
 mod plain;
+mod stream;
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +25,7 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-const PARTS: [&str; 5] = ["warm", "starts", "logs", "bandwidth", "many"];
+const PARTS: [&str; 6] = ["warm", "stream", "starts", "logs", "bandwidth", "many"];
 const SLOTS: u32 = 8;
 const SAMPLES: usize = 100;
 /// What both sides run.
@@ -43,7 +44,10 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("warm") {
         figures.extend(warm_figures(&folder)?);
     }
-    if PARTS[1..].iter().any(|part| is_wanted(part)) {
+    if is_wanted("stream") {
+        figures.extend(stream::figures(IMAGE)?);
+    }
+    if PARTS[2..].iter().any(|part| is_wanted(part)) {
         figures.extend(plain::figures(is_wanted)?);
     }
     if parts.is_empty() {
