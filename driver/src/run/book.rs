@@ -301,7 +301,7 @@ impl Runs {
     pub fn cancel(&self, run: &Run) {
         if !run.is_over() && !run.cancel.is_cancelled() {
             let run_id = run.claimed.run_id.clone();
-            self.remember(&Record::Cancelled { run_id }, || ());
+            self.remember(&Record::Cancelled { run_id }, |_| ());
         }
         run.cancel.cancel();
     }
@@ -345,8 +345,8 @@ impl Runs {
             run_id: run.claimed.run_id.clone(),
             after,
         };
-        self.remember(&record, || {
-            run.update(|progress| progress.started = Some(after))
+        self.remember(&record, |_| {
+            run.update(|progress| progress.started = Some(after));
         });
     }
 
@@ -357,8 +357,8 @@ impl Runs {
             ended: ended.clone(),
         };
         let outcome = Some(Outcome::Ended(ended));
-        self.remember(&record, || {
-            run.update(|progress| progress.outcome = outcome)
+        self.remember(&record, |_| {
+            run.update(|progress| progress.outcome = outcome);
         });
     }
 
@@ -369,15 +369,15 @@ impl Runs {
             run_id: run_id.clone(),
         };
         let outcome = Some(Outcome::Aborted(refusal.into()));
-        self.remember(&record, || {
-            run.update(|progress| progress.outcome = outcome)
-        });
         let fence = Known::Fenced {
             ballot: run.claimed.ballot,
             at: SystemTime::now(),
             aborted: true,
         };
-        self.lock().known.insert(run_id.clone(), fence);
+        self.remember(&record, |known| {
+            known.insert(run_id.clone(), fence);
+            run.update(|progress| progress.outcome = outcome);
+        });
         run.output.iter().for_each(Window::release);
     }
 
@@ -395,13 +395,13 @@ impl Runs {
 
     /// Writes a step down, and takes it before the journal can be written anew. One that
     /// cannot be written does not stop what already runs.
-    fn remember(&self, record: &Record, step: impl FnOnce()) {
+    fn remember(&self, record: &Record, step: impl FnOnce(&mut HashMap<String, Known>)) {
         let mut inner = self.lock();
         if let Err(error) = inner.journal.write(record) {
             let run_id = record.run_id();
             tracing::error!(run_id, error = crate::chain(&error), "not in the journal");
         }
-        step();
+        step(&mut inner.known);
     }
 
     /// Whether the output of one more run fits.

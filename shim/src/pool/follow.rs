@@ -16,6 +16,8 @@ use super::View;
 const STREAM_WINDOW: u32 = 1 << 20;
 /// Bytes of all runs on their way from one driver: one that is read slowly stops no other.
 const CONNECTION_WINDOW: u32 = 256 << 20;
+/// A piece of output fits.
+const FRAME: u32 = 128 << 10;
 const CONNECT: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_millis(100);
 /// Runs wait for their driver to come back.
@@ -71,7 +73,8 @@ async fn follow_once(
     let endpoint = Endpoint::from_shared(address.to_owned())
         .map_err(|error| Status::invalid_argument(crate::chain(&error)))?
         .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW);
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME);
     let connect = timeout(CONNECT, endpoint.connect()).await;
     let channel = connect
         .map_err(|_| Status::deadline_exceeded("no connection in 5 s"))?

@@ -17,7 +17,10 @@ fuzz_target!(|data: &[u8]| {
         let Ok(record) = serde_json::from_slice(line) else {
             continue;
         };
-        let format = polydev_driver::run::journal::Record::Format { version: 1 };
+        let format = polydev_driver::run::journal::Record::Format {
+            version: 1,
+            begun: std::time::SystemTime::UNIX_EPOCH,
+        };
         let whole = [encode(&format), encode(&record)].concat();
         if let Ok(again) = decode(path, &whole) {
             assert_eq!(again.records, [record], "what is written is read");
