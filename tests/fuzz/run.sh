@@ -1,5 +1,5 @@
 #!/bin/bash
-# run.sh SECONDS [TARGET...]: runs each fuzz target for so long, two at a time. What they
+# run.sh SECONDS [TARGET...]: runs each fuzz target for so long, three at a time. What they
 # have learnt is kept in target/fuzz; an input that fails is printed and kept there too.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -27,4 +27,4 @@ one() {
         "$(awk '/number_of_executed_units/ { print $2 }' "$folder.log")" "$2" "$(find "$folder" -type f | wc -l)"
 }
 export -f one
-printf '%s\n' "${targets[@]}" | xargs -P 2 -I{} bash -c 'one "$@"' _ {} "$seconds"
+printf '%s\n' "${targets[@]}" | xargs -P 3 -I{} bash -c 'one "$@"' _ {} "$seconds"

@@ -125,8 +125,8 @@ fn tasks_outlive_a_killed_dockerd_and_the_node_says_how_it_is() {
     wait_nothing_left(&engine);
 }
 
-#[test]
-fn a_dockerd_killed_in_the_middle_of_a_call_is_got_over() {
+/// Takes over a minute: `long` has it as a test.
+pub fn a_dockerd_is_killed_in_the_middle_of_calls() {
     let engine = Arc::new(Mutex::new(Engine::start()));
     let socket = engine.lock().unwrap().socket();
     let proxy = DockerProxy::start(&socket);

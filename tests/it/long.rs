@@ -13,6 +13,11 @@ use polydev_tests::{
 use crate::{exec::truncated, output::every_line_of};
 
 #[test]
+fn a_dockerd_killed_in_the_middle_of_a_call_is_got_over() {
+    crate::faults::a_dockerd_is_killed_in_the_middle_of_calls();
+}
+
+#[test]
 fn forty_allocations_at_once_lose_no_line_ten_times_over() {
     let nomad = Nomad::start();
     for round in 0..10 {

@@ -352,12 +352,19 @@ fn kill_driver(nomad: &Nomad) {
 }
 
 #[test]
-fn a_killed_driver_loses_no_run_and_no_byte() {
+fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     let nomad = Nomad::start();
     let shim = Shim::serve(&nomad.address);
     let client = shim.client();
     nomad.submit_pool("anthropic", 3);
     let before = nomad.wait_running("polydev-pool-anthropic", 3);
+    client.wait_idle("anthropic", 3);
+
+    let result = RunStart {
+        run_id: Uuid::now_v7().to_string(),
+        ..shell("anthropic", "echo out; echo err >&2; exit 3")
+    };
+    let first = client.run(result.clone()).unwrap();
     client.wait_idle("anthropic", 3);
 
     // One prints all the time, one waits for input, one ends while nobody carries it.
@@ -392,6 +399,20 @@ fn a_killed_driver_loses_no_run_and_no_byte() {
         ("begin\nend\n", 7)
     );
 
+    // What ended before has its result, also through another shim, and a retry of it is it.
+    let other = Shim::serve(&nomad.address);
+    let other_client = other.client();
+    other_client.wait_idle("anthropic", 3);
+    let attached = other_client.attach(&result.run_id, [0; 2]).unwrap();
+    let attached = other_client.finish(attached).unwrap();
+    let again = other_client.run(result).unwrap();
+    for outcome in [attached, again] {
+        assert_eq!(outcome.stdout, first.stdout);
+        assert_eq!(outcome.stderr, first.stderr);
+        assert_eq!(outcome.exited.exit_code, 3);
+        assert_eq!(outcome.accepted.generation, first.accepted.generation);
+    }
+
     // Nomad saw nothing of it, and the slots are warm again.
     client.wait_idle("anthropic", 3);
     let ids = |list: &[serde_json::Value]| -> Vec<String> {
@@ -403,38 +424,6 @@ fn a_killed_driver_loses_no_run_and_no_byte() {
         docker::containers(&instance_label(&nomad.state_dir())).len(),
         3
     );
-}
-
-#[test]
-fn a_result_outlives_the_driver_and_another_shim_has_it() {
-    let nomad = Nomad::start();
-    let shim = Shim::serve(&nomad.address);
-    let client = shim.client();
-    nomad.submit_pool("anthropic", 1);
-    nomad.wait_running("polydev-pool-anthropic", 1);
-    client.wait_idle("anthropic", 1);
-    let start = RunStart {
-        run_id: Uuid::now_v7().to_string(),
-        ..shell("anthropic", "echo out; echo err >&2; exit 3")
-    };
-    let first = client.run(start.clone()).unwrap();
-    drop(client);
-    drop(shim);
-    kill_driver(&nomad);
-
-    let shim = Shim::serve(&nomad.address);
-    let client = shim.client();
-    client.wait_idle("anthropic", 1);
-    let attached = client.attach(&start.run_id, [0; 2]).unwrap();
-    let attached = client.finish(attached).unwrap();
-    // A retry of the run is the run.
-    let again = client.run(start).unwrap();
-    for outcome in [attached, again] {
-        assert_eq!(outcome.stdout, first.stdout);
-        assert_eq!(outcome.stderr, first.stderr);
-        assert_eq!(outcome.exited.exit_code, 3);
-        assert_eq!(outcome.accepted.generation, first.accepted.generation);
-    }
 }
 
 /// The agent's clean stop ends the plugin: runs go on without it.
