@@ -126,9 +126,9 @@ fn tasks_outlive_a_killed_dockerd_and_the_node_says_how_it_is() {
 }
 
 /// Takes over a minute: `long` has it as a test.
-pub fn a_dockerd_is_killed_in_the_middle_of_calls() {
+pub(crate) fn a_dockerd_is_killed_in_the_middle_of_calls() {
     let engine = Arc::new(Mutex::new(Engine::start()));
-    let socket = engine.lock().unwrap().socket();
+    let socket = engine.lock().expect("nobody panics with it").socket();
     let proxy = DockerProxy::start(&socket);
     let nomad = agent(&proxy.socket());
     let kill_at = |when: When, method: &'static str, path_end: &'static str| {
@@ -138,18 +138,20 @@ pub fn a_dockerd_is_killed_in_the_middle_of_calls() {
                 && request.contains("/containers")
                 && request.ends_with(path_end)
         };
-        proxy.on(when, is, move || engine.lock().unwrap().kill());
+        proxy.on(when, is, move || {
+            engine.lock().expect("nobody panics with it").kill()
+        });
     };
     let revive = |at: &str| {
         let killed = format!("dockerd is killed at {at}");
         wait_until(&killed, Duration::from_secs(30), || {
-            if engine.lock().unwrap().is_killed() {
+            if engine.lock().expect("nobody panics with it").is_killed() {
                 Ok(())
             } else {
                 Err("it lives".to_owned())
             }
         });
-        engine.lock().unwrap().restart();
+        engine.lock().expect("nobody panics with it").restart();
         nomad.wait_healthy();
     };
     let with_init = json!({});
@@ -196,7 +198,7 @@ pub fn a_dockerd_is_killed_in_the_middle_of_calls() {
             output.starts_with("first\n") && output.ends_with("last\n"),
             "{name}: {output}"
         );
-        wait_nothing_left(&engine.lock().unwrap());
+        wait_nothing_left(&engine.lock().expect("nobody panics with it"));
     }
 
     let [alloc, _] = ["open", "open-too"].map(|name| {
@@ -220,16 +222,16 @@ pub fn a_dockerd_is_killed_in_the_middle_of_calls() {
         let told = events(&nomad.wait_dead(name));
         assert!(told.contains("\nKilled"), "{told}");
     }
-    wait_nothing_left(&engine.lock().unwrap());
+    wait_nothing_left(&engine.lock().expect("nobody panics with it"));
 
     // A registry that never answers, so that the pull is sure to be under way.
-    let registry = TcpListener::bind("127.0.0.1:0").unwrap();
-    let reference = format!("{}/never:1", registry.local_addr().unwrap());
+    let registry = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let reference = format!("{}/never:1", registry.local_addr().expect("it listens"));
     let killer = engine.clone();
     proxy.on(
         When::Asked,
         |request| request.ends_with("/images/create"),
-        move || killer.lock().unwrap().kill(),
+        move || killer.lock().expect("nobody panics with it").kill(),
     );
     let mut job = restarting(batch(
         "pull",

@@ -2,7 +2,6 @@
 
 use std::{fs, process::Command, time::Duration};
 
-use nix::sys::signal::Signal;
 use polydev_tests::{
     client::{prompt, shell},
     docker, fresh_key,
