@@ -13,11 +13,20 @@ pub mod request;
 use std::time::{Duration, Instant};
 
 use polydev_proto::node::{AttachResponse, ClaimResponse, RunEvent, RunInput, run_event};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 use tonic::{Status, Streaming};
 
 /// Input on its way to the driver; each at most 64 KiB.
 const INPUTS: usize = 16;
+
+/// A driver knows its runs by heart.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// A driver's answer, or UNAVAILABLE if none comes.
+async fn answered<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    let answer = timeout(ANSWER, call).await;
+    answer.map_err(|_| Status::unavailable("no answer in 5 s"))?
+}
 
 /// The way to a run on its node.
 #[derive(Debug)]

@@ -99,13 +99,12 @@ fn what_was_on_its_way_to_a_caller_that_went_away_is_kept() {
     let run_id = run.accepted.run_id.clone();
     let mut text = read(&client, &mut run, 1 << 20);
     // It is not read any more: everything on the way fills up, and the command waits.
-    let mut before = 0;
+    let (mut before, mut stood) = (0, 0);
     let full = wait_until("the command to wait", Duration::from_secs(60), || {
         let now = written(&client, &run_id);
-        let stands = now > 4 << 20 && now == before;
+        stood = if now == before { stood + 1 } else { 0 };
         before = now;
-        std::thread::sleep(Duration::from_millis(300));
-        if stands {
+        if now > 4 << 20 && stood > 5 {
             Ok(now)
         } else {
             Err(now.to_string())

@@ -1,5 +1,9 @@
 //! Every run of the node that a question may come about, and the decision about a claim:
-//! the only place where a run id gets a run.
+//! the only place where a run id gets a run. [`replay`] is between the
+//! book and the journal, [`memory`] where the output is kept.
+
+mod memory;
+mod replay;
 
 use std::{
     collections::HashMap,
@@ -8,30 +12,25 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use procfs::{Current, sys::kernel::random::boot_id};
-use rustix::fs::statvfs;
+use procfs::sys::kernel::random::boot_id;
 use tokio::{sync::mpsc, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Ballot, Ended, Input, Outcome, Progress, Run, STREAMS,
+    Ballot, Ended, Input, Outcome, Run,
     claim::{self, ID_AGE_MOST, Parsed, Refusal},
     journal::{self, Claimed, Journal, Record},
     window::Window,
 };
+use memory::Memory;
 
 /// From a run's end, for a caller that comes back.
 pub const KEEP_RESULTS: Duration = Duration::from_secs(10 * 60);
 /// A run id is remembered until no claim of it can come any more, by any clock.
 const REMEMBER: Duration = ID_AGE_MOST.saturating_add(KEEP_RESULTS);
 const LOOK: Duration = Duration::from_secs(5);
-/// How much of the node's memory the output of its runs may take.
-const WINDOWS: &str = "size=25%,mode=0700";
 /// By how much the clock that made a run id may differ from this machine's.
 const CLOCKS: Duration = Duration::from_secs(60);
-/// Left for the output of one more run.
-const ROOM: u64 = 16 << 20;
 
 /// Why runs cannot be taken up.
 #[derive(Debug, thiserror::Error)]
@@ -51,10 +50,11 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Runs {
     inner: Mutex<Inner>,
-    /// A tmpfs of our own with the runs' output.
-    windows: PathBuf,
+    /// With the runs' output.
+    windows: Memory,
     pub(crate) boot_id: String,
-    /// Of runs that were made before, some may be forgotten: the machine was restarted.
+    /// Of runs that were made before, some may be forgotten: the machine was restarted
+    /// then, or the journal begun.
     since: SystemTime,
 }
 
@@ -70,7 +70,8 @@ enum Known {
     Run(Arc<Run>),
     /// Its results are not kept any more.
     Past(Past),
-    /// It has not run here, and claims up to this ballot are refused.
+    /// It has not run here. Of its claims, only those above this ballot and with its nonce
+    /// are taken.
     Fenced {
         ballot: Ballot,
         at: SystemTime,
@@ -137,51 +138,17 @@ impl Runs {
     pub(crate) fn open(state_dir: &Path) -> Result<(Self, Vec<super::recover::Open>), Error> {
         let boot_id = boot_id().map_err(Error::Boot)?;
         let (journal, records) = Journal::open(state_dir)?;
-        let windows = mount_windows(state_dir).map_err(|source| Error::Windows {
+        let windows = Memory::mount(state_dir).map_err(|source| Error::Windows {
             path: state_dir.join("output"),
             source,
         })?;
         let begun = journal.begun();
-        let mut known = HashMap::new();
-        let mut open = Vec::new();
-        for (run_id, found) in fold(records) {
-            let entry = match found {
-                Found::Past(past) => Known::Past(past),
-                Found::Fenced {
-                    ballot,
-                    at,
-                    aborted,
-                } => Known::Fenced {
-                    ballot,
-                    at,
-                    aborted,
-                },
-                Found::Run {
-                    claimed,
-                    started,
-                    cancelled,
-                    ended,
-                } => {
-                    let (run, inputs) = take_up(*claimed, started, ended, &windows);
-                    if cancelled {
-                        run.cancel.cancel();
-                    }
-                    if !run.is_over() {
-                        open.push(super::recover::Open {
-                            run: run.clone(),
-                            inputs,
-                        });
-                    }
-                    Known::Run(run)
-                }
-            };
-            known.insert(run_id, entry);
-        }
+        let (known, open) = replay::replay(records, windows.path());
         let runs = Self {
             inner: Inner { known, journal }.into(),
             windows,
             boot_id,
-            since: (booted().map_err(Error::Boot)? + CLOCKS).max(begun),
+            since: (booted() + CLOCKS).max(begun),
         };
         Ok((runs, open))
     }
@@ -204,7 +171,7 @@ impl Runs {
             return Ok(Admitted::Known(run));
         }
         claim::check_age(run_id, SystemTime::now())?;
-        while !self.has_room() {
+        while !self.windows.has_room() {
             if !inner.release_oldest() {
                 let held = inner.runs().count();
                 return Err(Refusal::NoOutput { held });
@@ -218,7 +185,7 @@ impl Runs {
             Ok(())
         })?;
         let claimed = written.expect("whoever takes a slot writes its claim down");
-        let (run, inputs) = Run::new(claimed, arrived, &self.windows, kill());
+        let (run, inputs) = Run::new(claimed, arrived, self.windows.path(), kill());
         known.insert(run_id.clone(), Known::Run(run.clone()));
         Ok(Admitted::New(run, inputs))
     }
@@ -246,7 +213,7 @@ impl Runs {
         }
     }
 
-    /// Closes a run to claims below `ballot`, unless there is a run.
+    /// Closes a run to all tries but that of `ballot`, unless there is a run.
     ///
     /// # Errors
     /// [`journal::Error`]: it is not closed.
@@ -279,6 +246,7 @@ impl Runs {
             run_id: run_id.to_owned(),
             ballot: highest,
             at,
+            aborted,
         })?;
         let fence = Known::Fenced {
             ballot: highest,
@@ -362,7 +330,7 @@ impl Runs {
         });
     }
 
-    /// A claim came to nothing: another one may follow, above its ballot.
+    /// A claim came to nothing: the same try may claim again, above its ballot.
     pub(crate) fn aborted(&self, run: &Run, refusal: Refusal) {
         let run_id = &run.claimed.run_id;
         let record = Record::Aborted {
@@ -388,9 +356,7 @@ impl Runs {
 
     /// Nothing is left that a driver could take up; results of ended runs go too.
     pub(crate) fn leave(&self) {
-        if let Err(error) = umount2(&self.windows, MntFlags::MNT_DETACH) {
-            tracing::debug!(%error, "the output's memory stays");
-        }
+        self.windows.unmount();
     }
 
     /// Writes a step down, and takes it before the journal can be written anew. One that
@@ -402,11 +368,6 @@ impl Runs {
             tracing::error!(run_id, error = crate::chain(&error), "not in the journal");
         }
         step(&mut inner.known);
-    }
-
-    /// Whether the output of one more run fits.
-    fn has_room(&self) -> bool {
-        statvfs(&self.windows).is_ok_and(|space| space.f_bavail * space.f_frsize >= ROOM)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -489,55 +450,6 @@ impl Inner {
     }
 }
 
-impl Past {
-    fn record(&self, run_id: &str) -> Record {
-        Record::Released {
-            run_id: run_id.to_owned(),
-            spec_hash: self.spec_hash.clone(),
-            slot_id: self.slot_id.clone(),
-            generation: self.generation,
-            claimed_at: self.claimed_at,
-        }
-    }
-}
-
-impl Known {
-    fn records((run_id, known): (&String, &Self)) -> Vec<Record> {
-        let run_id = run_id.clone();
-        match known {
-            Self::Past(past) => vec![past.record(&run_id)],
-            Self::Fenced { ballot, at, .. } => vec![Record::Fenced {
-                run_id,
-                ballot: *ballot,
-                at: *at,
-            }],
-            Self::Run(run) => {
-                let progress = run.progress.borrow();
-                let started = progress.started.map(|after| Record::Started {
-                    run_id: run_id.clone(),
-                    after,
-                });
-                let exited = match &progress.outcome {
-                    Some(Outcome::Ended(ended)) => Some(Record::Exited {
-                        run_id,
-                        ended: ended.clone(),
-                    }),
-                    Some(Outcome::Aborted(_)) | None => None,
-                };
-                let cancelled = run.cancel.is_cancelled().then(|| Record::Cancelled {
-                    run_id: run.claimed.run_id.clone(),
-                });
-                [Record::Claimed(run.claimed.clone().into())]
-                    .into_iter()
-                    .chain(started)
-                    .chain(cancelled)
-                    .chain(exited)
-                    .collect()
-            }
-        }
-    }
-}
-
 impl Run {
     fn ended_before(&self, moment: Option<SystemTime>) -> bool {
         let progress = self.progress.borrow();
@@ -548,141 +460,10 @@ impl Run {
     }
 }
 
-/// What records say of a run, taken together.
-enum Found {
-    Run {
-        claimed: Box<Claimed>,
-        started: Option<Duration>,
-        cancelled: bool,
-        ended: Option<Ended>,
-    },
-    Past(Past),
-    Fenced {
-        ballot: Ballot,
-        at: SystemTime,
-        aborted: bool,
-    },
-}
-
-fn fold(records: Vec<Record>) -> HashMap<String, Found> {
-    let mut found: HashMap<String, Found> = HashMap::new();
-    for record in records {
-        let run_id = record.run_id().to_owned();
-        match record {
-            Record::Format { .. } => {}
-            Record::Claimed(claimed) => {
-                let run = Found::Run {
-                    claimed,
-                    started: None,
-                    cancelled: false,
-                    ended: None,
-                };
-                found.insert(run_id, run);
-            }
-            Record::Started { after, .. } => {
-                if let Some(Found::Run { started, .. }) = found.get_mut(&run_id) {
-                    *started = Some(after);
-                }
-            }
-            Record::Cancelled { .. } => {
-                if let Some(Found::Run { cancelled, .. }) = found.get_mut(&run_id) {
-                    *cancelled = true;
-                }
-            }
-            Record::Exited { ended: end, .. } => {
-                if let Some(Found::Run { ended, .. }) = found.get_mut(&run_id) {
-                    *ended = Some(end);
-                }
-            }
-            Record::Aborted { .. } => {
-                if let Some(Found::Run { claimed, .. }) = found.get(&run_id) {
-                    let fence = Found::Fenced {
-                        ballot: claimed.ballot,
-                        at: claimed.claimed_at,
-                        aborted: true,
-                    };
-                    found.insert(run_id, fence);
-                }
-            }
-            Record::Released {
-                spec_hash,
-                slot_id,
-                generation,
-                claimed_at,
-                ..
-            } => {
-                let past = Past {
-                    spec_hash,
-                    slot_id,
-                    generation,
-                    claimed_at,
-                };
-                found.insert(run_id, Found::Past(past));
-            }
-            Record::Fenced { ballot, at, .. } => {
-                let fence = Found::Fenced {
-                    ballot,
-                    at,
-                    aborted: false,
-                };
-                found.insert(run_id, fence);
-            }
-        }
-    }
-    found
-}
-
-/// A run of an earlier life of the driver.
-fn take_up(
-    claimed: Claimed,
-    started: Option<Duration>,
-    ended: Option<Ended>,
-    windows: &Path,
-) -> (Arc<Run>, mpsc::Receiver<Input>) {
-    let output = STREAMS.map(|name| {
-        let path = windows.join(super::file_name(&claimed, name));
-        Window::recover(path.clone()).unwrap_or_else(|error| {
-            tracing::error!(path = %path.display(), %error, "output is lost");
-            Window::new(path)
-        })
-    });
-    let arrived = Run::arrival(&claimed);
-    let is_over = ended.is_some();
-    let progress = Progress {
-        started,
-        outcome: ended.map(Outcome::Ended),
-        ..Progress::default()
-    };
-    let kill = CancellationToken::new();
-    let (run, inputs) = Run::with(claimed, arrived, output, kill, progress);
-    if is_over {
-        run.gone.cancel();
-    }
-    (run, inputs)
-}
-
 /// When the machine was started.
-fn booted() -> Result<SystemTime, procfs::ProcError> {
-    let uptime = procfs::Uptime::current()?.uptime_duration();
-    Ok(SystemTime::now()
-        .checked_sub(uptime)
-        .unwrap_or(SystemTime::UNIX_EPOCH))
-}
-
-/// Output is to be in memory and on no disk, and outlives this process.
-fn mount_windows(state_dir: &Path) -> std::io::Result<PathBuf> {
-    use std::os::unix::fs::MetadataExt;
-    let path = state_dir.join("output");
-    std::fs::create_dir_all(&path)?;
-    if path.metadata()?.dev() != state_dir.metadata()?.dev() {
-        return Ok(path); // Of an earlier life.
-    }
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let mount = |options: &str| mount(Some("tmpfs"), &path, Some("tmpfs"), flags, Some(options));
-    // Linux knows `noswap` since 6.4.
-    let mounted = mount(&format!("{WINDOWS},noswap")).or_else(|_| mount(WINDOWS));
-    mounted.map_err(std::io::Error::from)?;
-    Ok(path)
+fn booted() -> SystemTime {
+    let now = SystemTime::now();
+    now.checked_sub(super::uptime()).unwrap_or(now)
 }
 
 /// Gives up what is kept no longer, and takes the journal to the disk, for ever.

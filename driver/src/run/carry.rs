@@ -4,6 +4,8 @@
 //! acknowledged to init when they are in the run's windows, and init sends again what is
 //! not, on every new connection: neither a break nor a restart of this process loses any.
 
+mod end;
+
 use std::{
     collections::VecDeque,
     time::{Duration, Instant},
@@ -12,10 +14,7 @@ use std::{
 use bytes::Bytes;
 use polydev_proto::{
     frame::MAX_DATA,
-    init::{
-        Data, DataAck, Exited, NotStarted, Release, Signal, Start, Stdin, Stream, exited,
-        from_init, hello, not_started, to_init,
-    },
+    init::{Data, DataAck, Release, Signal, Start, Stdin, Stream, from_init, hello, to_init},
     node::ended::Reason,
 };
 use tokio::{
@@ -475,83 +474,7 @@ impl<'a> Carrier<'a> {
         let link = self.connection.link.as_mut().ok_or(link::Error::Closed)?;
         Ok(link.writer.send(message).await?)
     }
-
-    fn exited(&self, exited: &Exited) -> Stop {
-        let (exit_code, signal) = match exited.status {
-            Some(exited::Status::Code(code)) => (code, 0),
-            Some(exited::Status::Signal(signal)) => (128 + signal, signal),
-            None => return self.end(Reason::Lost, "init did not say how the command ended"),
-        };
-        let killed = exit_code == 128 + SIGKILL;
-        let (reason, message) = if self.ending != Ending::No {
-            (Reason::Cancelled, CANCELLED.into())
-        } else if killed && self.oom_kills() > 0 {
-            (
-                Reason::OutOfMemory,
-                "the kernel killed it: it needed more memory than it may have".into(),
-            )
-        } else if exited.deadline_exceeded {
-            (Reason::Deadline, "its deadline passed".into())
-        } else if signal != 0 {
-            (Reason::Signaled, format!("signal {signal} ended it"))
-        } else {
-            (Reason::Exited, String::new())
-        };
-        Stop::End(End::Ended(Ended {
-            exit_code,
-            signal,
-            stdout_bytes: exited.stdout_bytes,
-            stderr_bytes: exited.stderr_bytes,
-            ..self.run.end(reason, &message)
-        }))
-    }
-
-    fn not_started(&self, refused: &NotStarted) -> Stop {
-        let exit_code = match refused.reason() {
-            not_started::Reason::NotFound => 127,
-            not_started::Reason::NotExecutable
-            | not_started::Reason::Invalid
-            | not_started::Reason::Unspecified => 126,
-        };
-        Stop::End(End::Ended(Ended {
-            exit_code,
-            ..self.run.end(Reason::NotStarted, &refused.message)
-        }))
-    }
-
-    fn lost(&self) -> Stop {
-        if self.oom_kills() > 0 {
-            return self.end(Reason::OutOfMemory, "the container ran out of memory");
-        }
-        self.end(Reason::Lost, "its container ended")
-    }
-
-    fn oom_kills(&self) -> u64 {
-        self.limits.map_or(0, limits::Handle::oom_kills)
-    }
-
-    fn end(&self, reason: Reason, message: &str) -> Stop {
-        Stop::End(End::Ended(self.run.end(reason, message)))
-    }
 }
 
 const CANCELLED: &str = "it was cancelled";
 const DESTROYED: &str = "its slot was destroyed";
-
-impl Run {
-    /// An end that init has not told.
-    pub(super) fn end(&self, reason: Reason, message: &str) -> Ended {
-        let [stdout_bytes, stderr_bytes] = [0, 1].map(|stream: usize| self.output[stream].end());
-        Ended {
-            reason,
-            // Docker's status for what it killed.
-            exit_code: 128 + SIGKILL,
-            signal: 0,
-            message: message.to_owned(),
-            after: self.arrived.elapsed(),
-            first_output_after: self.progress.borrow().first_output,
-            stdout_bytes,
-            stderr_bytes,
-        }
-    }
-}

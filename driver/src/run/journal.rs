@@ -57,11 +57,13 @@ pub enum Record {
         generation: u64,
         claimed_at: SystemTime,
     },
-    /// Claims of the run up to this ballot are refused.
+    /// Claims of the run are refused but those above this ballot and with its nonce.
     Fenced {
         run_id: String,
         ballot: Ballot,
         at: SystemTime,
+        /// A claim of it came to nothing.
+        aborted: bool,
     },
 }
 
@@ -428,160 +430,4 @@ pub(super) mod reason {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    pub(crate) fn claimed(run_id: &str) -> Claimed {
-        Claimed {
-            run_id: run_id.into(),
-            user_id: "alice".into(),
-            ballot: Ballot {
-                attempt: 1,
-                nonce: 7,
-            },
-            slot_id: "node/alloc".into(),
-            generation: 3,
-            spec_hash: "00".into(),
-            claimed_at: SystemTime::UNIX_EPOCH,
-            uptime: Duration::from_secs(5),
-            timeout: Duration::from_secs(60),
-            kill_timeout: Duration::from_secs(30),
-            drop_oldest: false,
-            share: Amount::default(),
-            boot_id: "boot".into(),
-            container: "c0ffee".into(),
-            pid: 1,
-            pid_start: 2,
-            link: "/run/link/x".into(),
-        }
-    }
-
-    fn records() -> Vec<Record> {
-        vec![
-            Record::Claimed(claimed("a").into()),
-            Record::Started {
-                run_id: "a".into(),
-                after: Duration::from_millis(3),
-            },
-            Record::Cancelled { run_id: "a".into() },
-            Record::Exited {
-                run_id: "a".into(),
-                ended: Ended {
-                    reason: Reason::OutOfMemory,
-                    exit_code: 137,
-                    ..Ended::default()
-                },
-            },
-            Record::Fenced {
-                run_id: "b".into(),
-                ballot: Ballot {
-                    attempt: 2,
-                    nonce: u64::MAX,
-                },
-                at: SystemTime::UNIX_EPOCH,
-            },
-        ]
-    }
-
-    fn format(version: u32) -> Record {
-        Record::Format {
-            version,
-            begun: SystemTime::UNIX_EPOCH,
-        }
-    }
-
-    fn bytes() -> Vec<u8> {
-        std::iter::once(&format(VERSION))
-            .chain(&records())
-            .flat_map(encode)
-            .collect()
-    }
-
-    #[test]
-    fn what_is_written_is_read_after_a_restart() {
-        let folder = tempfile::tempdir().unwrap();
-        let (mut journal, before) = Journal::open(folder.path()).unwrap();
-        assert_eq!(before, []);
-        for record in records() {
-            journal.write(&record).unwrap();
-        }
-        let (mut journal, read) = Journal::open(folder.path()).unwrap();
-        assert_eq!(read, records());
-        journal.rewrite(&records()[..2]).unwrap();
-        journal.write(records().last().unwrap()).unwrap();
-        let (_, read) = Journal::open(folder.path()).unwrap();
-        assert_eq!(
-            read,
-            [&records()[..2], &records()[4..]].concat(),
-            "rewritten"
-        );
-    }
-
-    /// Wherever the last write was cut, what came before it is there.
-    #[test]
-    fn a_torn_end_is_cut_off_wherever_it_is_torn() {
-        let bytes = bytes();
-        let ends: Vec<usize> = (0..bytes.len())
-            .filter(|at| bytes[*at] == b'\n')
-            .map(|at| at + 1)
-            .collect();
-        for cut in ends[0]..bytes.len() {
-            let folder = tempfile::tempdir().unwrap();
-            fs::write(folder.path().join("runs.journal"), &bytes[..cut]).unwrap();
-            let (mut journal, read) = Journal::open(folder.path()).unwrap();
-            let whole = ends.iter().filter(|end| **end <= cut).count() - 1;
-            assert_eq!(read, records()[..whole], "cut at {cut}");
-            journal.write(records().last().unwrap()).unwrap();
-            let (_, read) = Journal::open(folder.path()).unwrap();
-            assert_eq!(read.len(), whole + 1, "cut at {cut}");
-        }
-    }
-
-    #[test]
-    fn what_cannot_be_understood_is_refused_and_left_as_it_is() {
-        let refused = |bytes: &[u8]| {
-            let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join("runs.journal");
-            fs::write(&path, bytes).unwrap();
-            let error = Journal::open(folder.path()).unwrap_err().to_string();
-            assert_eq!(fs::read(&path).unwrap(), bytes, "it is as it was");
-            error
-        };
-        let newer = encode(&format(2));
-        assert!(refused(&newer).contains("has version 2, this driver reads 1"));
-
-        let format = encode(&format(VERSION));
-        let mut damaged = bytes();
-        damaged[format.len() + 30] ^= 1;
-        let offset = format!("from byte {} on", format.len());
-        assert!(refused(&damaged).contains(&offset));
-
-        let unknown = br#"{"record":"leased","run_id":"a"}"#;
-        let line = [checksum(unknown).as_bytes(), b" ", unknown, b"\n"].concat();
-        let unknown = [&format[..], &line, &format].concat();
-        assert!(refused(&unknown).contains("`leased`"));
-        for other in [&b"not a journal\n"[..], b"nor this", b"c0ffee00 {}"] {
-            assert!(refused(other).contains("from byte 0 on"));
-        }
-    }
-
-    #[test]
-    fn a_full_disk_leaves_the_journal_whole() {
-        let folder = tempfile::tempdir().unwrap();
-        let (mut journal, _) = Journal::open(folder.path()).unwrap();
-        journal.write(&records()[0]).unwrap();
-        // The kernel's own full disk.
-        journal.file = Arc::new(File::options().write(true).open("/dev/full").unwrap());
-        assert!(journal.write(&records()[1]).is_err());
-        let (_, read) = Journal::open(folder.path()).unwrap();
-        assert_eq!(read, records()[..1]);
-    }
-
-    proptest! {
-        #[test]
-        fn any_bytes_are_read_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-            let _refused = decode(Path::new("/"), &bytes).is_err();
-        }
-    }
-}
+mod tests;

@@ -69,9 +69,9 @@ impl Slot {
         let life = match &open {
             Some(run) => {
                 let run_id = run.claimed.run_id.clone();
-                Life::resumed(Some(run_id), run.claimed.generation, now)
+                Life::resumed(run_id, run.claimed.generation, now)
             }
-            None => Life::resumed(None, node.runs.last_generation(&slot_id) + 1, now),
+            None => Life::new(node.runs.last_generation(&slot_id) + 1, now),
         };
         let slot = Arc::new(Self {
             identity,

@@ -84,11 +84,12 @@ pub struct Life {
 }
 
 impl Life {
+    /// Of a slot whose first container is to be the `generation`th.
     #[must_use]
-    pub fn new(now: SystemTime) -> Self {
+    pub fn new(generation: u64, now: SystemTime) -> Self {
         Self {
             state: State::Warming,
-            generation: 1,
+            generation,
             reason: String::new(),
             since: now,
         }
@@ -96,12 +97,10 @@ impl Life {
 
     /// Of a slot whose driver has been restarted: the run that was in it still is.
     #[must_use]
-    pub fn resumed(run_id: Option<String>, generation: u64, now: SystemTime) -> Self {
+    pub fn resumed(run_id: String, generation: u64, now: SystemTime) -> Self {
         Self {
-            state: run_id.map_or(State::Warming, |run_id| State::Claimed { run_id }),
-            generation,
-            reason: String::new(),
-            since: now,
+            state: State::Claimed { run_id },
+            ..Self::new(generation, now)
         }
     }
 
@@ -206,7 +205,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_container_serves_at_most_one_run(events in prop::collection::vec(event(), 0..300)) {
-            let mut life = Life::new(SystemTime::UNIX_EPOCH);
+            let mut life = Life::new(1, SystemTime::UNIX_EPOCH);
             let mut claimed = HashSet::new();
             for event in events {
                 let before = life.clone();
@@ -234,7 +233,7 @@ mod tests {
     #[test]
     fn a_claim_for_an_older_container_is_refused() {
         let now = SystemTime::UNIX_EPOCH;
-        let mut life = Life::new(now);
+        let mut life = Life::new(1, now);
         let claim = |generation| Event::Claimed {
             generation,
             run_id: "run".into(),

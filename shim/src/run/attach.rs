@@ -8,18 +8,12 @@ use polydev_proto::node::{
     Attach, AttachRequest, CancelRunRequest, RunInput, attach_request,
     node_service_client::NodeServiceClient,
 };
-use tokio::{
-    sync::mpsc,
-    time::{sleep, timeout},
-};
+use tokio::{sync::mpsc, time::sleep};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, transport::Channel};
 
-use super::{Connection, Error, Events, INPUTS};
+use super::{Connection, Error, Events, INPUTS, answered};
 use crate::pool::View;
-
-/// A driver knows its runs by heart.
-const ANSWER: Duration = Duration::from_secs(5);
 
 /// Between attempts to reach a driver that has just been there.
 const AGAIN: Duration = Duration::from_millis(100);
@@ -57,12 +51,11 @@ async fn attach_at(
             message: Some(message),
         });
     let mut client = NodeServiceClient::new(channel);
-    let call = async {
+    answered(async {
         let events = client.attach(requests).await?.into_inner();
         Connection::new(node_id, sent, inputs, Events::Attached(Box::new(events))).await
-    };
-    let answer = timeout(ANSWER, call).await;
-    answer.map_err(|_| Status::unavailable("no answer in 5 s"))?
+    })
+    .await
 }
 
 /// Attaches to a run on whichever node has it.
@@ -112,9 +105,7 @@ pub async fn cancel(view: &View, name: &Name) -> Result<(), Error> {
             user_id: name.user_id.clone(),
         };
         let mut client = NodeServiceClient::new(channel);
-        let answer = timeout(ANSWER, client.cancel_run(request)).await;
-        answer.map_err(|_| Status::unavailable("no answer in 5 s"))??;
-        Ok::<_, Status>(())
+        answered(client.cancel_run(request)).await.map(drop)
     };
     first_of(view, name, ask).await
 }

@@ -7,13 +7,12 @@ use futures_util::future::join_all;
 use polydev_proto::node::{
     Ballot, FenceRequest, fence_response::Answer, node_service_client::NodeServiceClient,
 };
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use tonic::{Status, transport::Channel};
 
-use super::Error;
+use super::{Error, answered};
 use crate::pool::View;
 
-const ANSWER: Duration = Duration::from_secs(5);
 /// Shims that try the same run at the same time overtake each other so often at most.
 const ROUNDS: u32 = 10;
 
@@ -85,9 +84,7 @@ pub async fn ask(channel: Channel, run_id: &str, ballot: Ballot) -> Result<Answe
         ballot: Some(ballot),
     };
     let mut client = NodeServiceClient::new(channel);
-    let answer = timeout(ANSWER, client.fence(request)).await;
-    let answer = answer.map_err(|_| Status::unavailable("no answer in 5 s"))??;
-    let answer = answer.into_inner().answer;
+    let answer = answered(client.fence(request)).await?.into_inner().answer;
     answer.ok_or_else(|| Status::internal("an empty answer"))
 }
 

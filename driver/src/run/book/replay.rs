@@ -1,0 +1,202 @@
+//! What an earlier life of the driver knew of runs, from its journal, and what has to be
+//! in it for the next.
+
+use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::{Known, Past};
+use crate::run::{
+    Ended, Input, Outcome, Progress, Run, STREAMS, file_name,
+    journal::{Claimed, Record},
+    recover::Open,
+    window::Window,
+};
+
+/// What is known of each run id, and the runs that were open.
+pub(super) fn replay(records: Vec<Record>, windows: &Path) -> (HashMap<String, Known>, Vec<Open>) {
+    let mut open = Vec::new();
+    let known = fold(records).into_iter().map(|(run_id, found)| {
+        let known = match found {
+            Found::Settled(known) => known,
+            Found::Run(traces) => {
+                let (run, inputs) = take_up(*traces, windows);
+                if !run.is_over() {
+                    let run = run.clone();
+                    open.push(Open { run, inputs });
+                }
+                Known::Run(run)
+            }
+        };
+        (run_id, known)
+    });
+    (known.collect(), open)
+}
+
+/// What records say of a run id, taken together.
+enum Found {
+    Run(Box<Traces>),
+    Settled(Known),
+}
+
+struct Traces {
+    claimed: Claimed,
+    started: Option<Duration>,
+    cancelled: bool,
+    ended: Option<Ended>,
+}
+
+fn fold(records: Vec<Record>) -> HashMap<String, Found> {
+    let mut found: HashMap<String, Found> = HashMap::new();
+    for record in records {
+        let run_id = record.run_id().to_owned();
+        let run = match found.get_mut(&run_id) {
+            Some(Found::Run(run)) => Some(run),
+            Some(Found::Settled(_)) | None => None,
+        };
+        let known = match record {
+            Record::Format { .. } => continue,
+            Record::Claimed(claimed) => Found::Run(Box::new(Traces {
+                claimed: *claimed,
+                started: None,
+                cancelled: false,
+                ended: None,
+            })),
+            Record::Started { after, .. } => {
+                run.into_iter().for_each(|run| run.started = Some(after));
+                continue;
+            }
+            Record::Cancelled { .. } => {
+                run.into_iter().for_each(|run| run.cancelled = true);
+                continue;
+            }
+            Record::Exited { ended, .. } => {
+                if let Some(run) = run {
+                    run.ended = Some(ended);
+                }
+                continue;
+            }
+            Record::Aborted { .. } => {
+                let Some(run) = run else { continue };
+                Found::Settled(Known::Fenced {
+                    ballot: run.claimed.ballot,
+                    at: run.claimed.claimed_at,
+                    aborted: true,
+                })
+            }
+            Record::Released {
+                spec_hash,
+                slot_id,
+                generation,
+                claimed_at,
+                ..
+            } => Found::Settled(Known::Past(Past {
+                spec_hash,
+                slot_id,
+                generation,
+                claimed_at,
+            })),
+            Record::Fenced {
+                ballot,
+                at,
+                aborted,
+                ..
+            } => Found::Settled(Known::Fenced {
+                ballot,
+                at,
+                aborted,
+            }),
+        };
+        found.insert(run_id, known);
+    }
+    found
+}
+
+fn take_up(traces: Traces, windows: &Path) -> (Arc<Run>, mpsc::Receiver<Input>) {
+    let Traces {
+        claimed,
+        started,
+        cancelled,
+        ended,
+    } = traces;
+    let output = STREAMS.map(|name| {
+        let path = windows.join(file_name(&claimed, name));
+        Window::recover(path.clone()).unwrap_or_else(|error| {
+            tracing::error!(path = %path.display(), %error, "output is lost");
+            Window::new(path)
+        })
+    });
+    let arrived = Run::arrival(&claimed);
+    let is_over = ended.is_some();
+    let progress = Progress {
+        started,
+        outcome: ended.map(Outcome::Ended),
+        ..Progress::default()
+    };
+    let kill = CancellationToken::new();
+    let (run, inputs) = Run::with(claimed, arrived, output, kill, progress);
+    if cancelled {
+        run.cancel.cancel();
+    }
+    if is_over {
+        run.is_gone();
+    }
+    (run, inputs)
+}
+
+impl Past {
+    /// Its one record.
+    pub(super) fn record(&self, run_id: &str) -> Record {
+        Record::Released {
+            run_id: run_id.to_owned(),
+            spec_hash: self.spec_hash.clone(),
+            slot_id: self.slot_id.clone(),
+            generation: self.generation,
+            claimed_at: self.claimed_at,
+        }
+    }
+}
+
+impl Known {
+    /// What has to be in a journal that is written anew.
+    pub(super) fn records((run_id, known): (&String, &Self)) -> Vec<Record> {
+        let run_id = run_id.clone();
+        match known {
+            Self::Past(past) => vec![past.record(&run_id)],
+            Self::Fenced {
+                ballot,
+                at,
+                aborted,
+            } => vec![Record::Fenced {
+                run_id,
+                ballot: *ballot,
+                at: *at,
+                aborted: *aborted,
+            }],
+            Self::Run(run) => {
+                let progress = run.progress.borrow();
+                let started = progress.started.map(|after| Record::Started {
+                    run_id: run_id.clone(),
+                    after,
+                });
+                let exited = match &progress.outcome {
+                    Some(Outcome::Ended(ended)) => Some(Record::Exited {
+                        run_id,
+                        ended: ended.clone(),
+                    }),
+                    Some(Outcome::Aborted(_)) | None => None,
+                };
+                let cancelled = run.cancel.is_cancelled().then(|| Record::Cancelled {
+                    run_id: run.claimed.run_id.clone(),
+                });
+                [Record::Claimed(run.claimed.clone().into())]
+                    .into_iter()
+                    .chain(started)
+                    .chain(cancelled)
+                    .chain(exited)
+                    .collect()
+            }
+        }
+    }
+}

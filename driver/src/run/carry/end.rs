@@ -1,0 +1,90 @@
+//! How a run ended, and why: from what init tells, or in its place.
+
+use polydev_proto::{
+    init::{Exited, NotStarted, exited, not_started},
+    node::ended::Reason,
+};
+
+use super::{CANCELLED, Carrier, End, Ending, SIGKILL, Stop};
+use crate::{
+    limits,
+    run::{Ended, Run},
+};
+
+impl Carrier<'_> {
+    pub(super) fn exited(&self, exited: &Exited) -> Stop {
+        let (exit_code, signal) = match exited.status {
+            Some(exited::Status::Code(code)) => (code, 0),
+            Some(exited::Status::Signal(signal)) => (128 + signal, signal),
+            None => return self.end(Reason::Lost, "init did not say how the command ended"),
+        };
+        let killed = exit_code == 128 + SIGKILL;
+        let (reason, message) = if self.ending != Ending::No {
+            (Reason::Cancelled, CANCELLED.into())
+        } else if killed && self.oom_kills() > 0 {
+            (
+                Reason::OutOfMemory,
+                "the kernel killed it: it needed more memory than it may have".into(),
+            )
+        } else if exited.deadline_exceeded {
+            (Reason::Deadline, "its deadline passed".into())
+        } else if signal != 0 {
+            (Reason::Signaled, format!("signal {signal} ended it"))
+        } else {
+            (Reason::Exited, String::new())
+        };
+        Stop::End(End::Ended(Ended {
+            exit_code,
+            signal,
+            stdout_bytes: exited.stdout_bytes,
+            stderr_bytes: exited.stderr_bytes,
+            ..self.run.end(reason, &message)
+        }))
+    }
+
+    pub(super) fn not_started(&self, refused: &NotStarted) -> Stop {
+        let exit_code = match refused.reason() {
+            not_started::Reason::NotFound => 127,
+            not_started::Reason::NotExecutable
+            | not_started::Reason::Invalid
+            | not_started::Reason::Unspecified => 126,
+        };
+        Stop::End(End::Ended(Ended {
+            exit_code,
+            ..self.run.end(Reason::NotStarted, &refused.message)
+        }))
+    }
+
+    pub(super) fn lost(&self) -> Stop {
+        if self.oom_kills() > 0 {
+            return self.end(Reason::OutOfMemory, "the container ran out of memory");
+        }
+        self.end(Reason::Lost, "its container ended")
+    }
+
+    fn oom_kills(&self) -> u64 {
+        self.limits.map_or(0, limits::Handle::oom_kills)
+    }
+
+    pub(super) fn end(&self, reason: Reason, message: &str) -> Stop {
+        Stop::End(End::Ended(self.run.end(reason, message)))
+    }
+}
+
+impl Run {
+    /// An end that init has not told.
+    pub(in crate::run) fn end(&self, reason: Reason, message: &str) -> Ended {
+        let [stdout_bytes, stderr_bytes] = [0, 1].map(|stream: usize| self.output[stream].end());
+        Ended {
+            reason,
+            // Docker's status for what it killed.
+            exit_code: 128 + SIGKILL,
+            signal: 0,
+            message: message.to_owned(),
+            after: self.arrived.elapsed(),
+            first_output_after: self.progress.borrow().first_output,
+            stdout_bytes,
+            stderr_bytes,
+        }
+    }
+}
