@@ -7,6 +7,7 @@
 //! [`follow`] tells a caller, and [`recover`] takes runs up after a restart.
 
 pub mod book;
+mod cancel;
 pub(crate) mod carry;
 pub mod claim;
 pub mod follow;
@@ -26,6 +27,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use cancel::Cancel;
 use claim::Refusal;
 use journal::Claimed;
 use window::Window;
@@ -75,7 +77,7 @@ pub struct Run {
     inputs: mpsc::Sender<Input>,
     /// The caller took output: there may be room for more.
     room: Notify,
-    cancel: CancellationToken,
+    cancel: Cancel,
     /// Nothing of it may be left.
     kill: CancellationToken,
     /// Its container is gone.
@@ -158,7 +160,7 @@ impl Run {
             output,
             inputs,
             room: Notify::new(),
-            cancel: CancellationToken::new(),
+            cancel: Cancel::default(),
             kill,
             gone: CancellationToken::new(),
         };

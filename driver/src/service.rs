@@ -268,7 +268,7 @@ impl Driver for Service {
         let node = self.taken().await?;
         if let Some(work) = Work::find(&node, &task_id) {
             let limit = timeout.and_then(|limit| Duration::try_from(limit).ok());
-            work.stop(&signal, limit.unwrap_or_default()).await;
+            work.stop(&node, &signal, limit.unwrap_or_default()).await;
         }
         Ok(Response::new(StopTaskResponse {}))
     }

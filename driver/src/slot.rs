@@ -87,6 +87,12 @@ impl Slot {
         self.kill.cancel();
     }
 
+    /// Whether it is for one run only.
+    #[must_use]
+    pub fn is_on_demand(&self) -> bool {
+        self.config.run_id.is_some()
+    }
+
     /// How the slot ended, as soon as it has. Cancel safe, for any number of waiters.
     pub async fn ended(&self) -> Ended {
         let mut end = self.end.subscribe();

@@ -1,17 +1,20 @@
-//! Nomad's HTTP API, as far as the shim needs it; alone in naming reqwest.
+//! Nomad's HTTP API, as far as the shim needs it; alone in naming reqwest. [`job`] is what
+//! it asks of jobs, [`node`] of nodes.
 
-use std::{collections::BTreeMap, time::Duration};
+pub mod job;
+pub mod node;
+
+use std::time::Duration;
 
 use reqwest::{
     Client, StatusCode,
     header::{HeaderMap, HeaderValue},
 };
-use serde::Deserialize;
 use zeroize::Zeroizing;
 
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long a query waits for a change; Nomad adds up to a sixteenth.
-const WAIT: Duration = Duration::from_secs(60);
+const WAIT: &str = "60s";
 const ANSWER: Duration = Duration::from_secs(75);
 /// A stub of a node takes about 2 KB: room for thousands of nodes.
 const BODY_MOST: usize = 64 << 20;
@@ -35,6 +38,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether Nomad knows no such thing.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Status { status, text }
+            // A dispatch of a job that is not there is Nomad's own fault, by its status.
+            if *status == StatusCode::NOT_FOUND || text == "parameterized job not found")
+    }
+
     /// Whether Nomad takes no change of a job's size because it still acts on the last one.
     #[must_use]
     pub fn is_deployment(&self) -> bool {
@@ -48,25 +59,6 @@ impl Error {
 pub struct Nomad {
     client: Client,
     address: String,
-}
-
-/// A node as the list of nodes shows it.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-pub struct Node {
-    #[serde(rename = "ID")]
-    pub id: String,
-    pub status: String,
-    #[serde(default)]
-    pub drivers: BTreeMap<String, Driver>,
-}
-
-/// A driver on a node.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-pub struct Driver {
-    #[serde(default)]
-    pub attributes: Option<BTreeMap<String, String>>,
 }
 
 impl Nomad {
@@ -103,77 +95,23 @@ impl Nomad {
         })
     }
 
-    /// All nodes, as soon as there is something newer than `index`, or after a minute.
-    ///
-    /// # Errors
-    /// [`Error`]
-    pub async fn nodes(&self, index: u64) -> Result<(u64, Vec<Node>), Error> {
-        let wait = format!("{}s", WAIT.as_secs());
-        let request = self.client.get(self.url("/v1/nodes")).query(&[
-            ("index", index.to_string().as_str()),
-            ("wait", &wait),
-            ("stale", "true"),
-        ]);
-        let (next, nodes) = self.ask(request).await?;
-        // An index that goes back means that Nomad has begun anew.
-        Ok((if next < index { 0 } else { next }, nodes))
-    }
-
-    /// The counts that a job's groups should have; `None` without such a job.
-    ///
-    /// # Errors
-    /// [`Error`]
-    pub async fn counts(&self, job: &str) -> Result<Option<BTreeMap<String, u32>>, Error> {
-        #[derive(Deserialize)]
-        #[serde(rename_all = "PascalCase")]
-        struct Scale {
-            task_groups: BTreeMap<String, Group>,
-        }
-        #[derive(Deserialize)]
-        #[serde(rename_all = "PascalCase")]
-        struct Group {
-            desired: u32,
-        }
-        let request = self.client.get(self.url(&format!("/v1/job/{job}/scale")));
-        match self.ask::<Scale>(request).await {
-            Ok((_, Scale { task_groups })) => Ok(Some(
-                task_groups
-                    .into_iter()
-                    .map(|(name, group)| (name, group.desired))
-                    .collect(),
-            )),
-            Err(Error::Status {
-                status: StatusCode::NOT_FOUND,
-                ..
-            }) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Sets the count of a job's group, as `nomad job scale` does; `message` stands in the
-    /// job's scaling events.
-    ///
-    /// # Errors
-    /// [`Error`]; [`Error::is_deployment`] while a deployment of the job is going on.
-    pub async fn scale(
-        &self,
-        job: &str,
-        group: &str,
-        count: u32,
-        message: &str,
-    ) -> Result<(), Error> {
-        #[derive(Deserialize)]
-        struct Taken {}
-        let body = serde_json::json!({
-            "Count": count, "Target": { "Group": group }, "Message": message,
-        });
-        let url = self.url(&format!("/v1/job/{job}/scale"));
-        let request = self.client.post(url).body(body.to_string());
-        self.ask::<Taken>(request).await.map(drop)
-    }
-
     fn url(&self, path: &str) -> String {
         format!("{}{path}", self.address)
+    }
+
+    /// An answer as soon as there is something newer than `index`, or after a minute; with
+    /// the index to ask with next.
+    async fn watch<T: serde::de::DeserializeOwned>(
+        &self,
+        path: &str,
+        index: u64,
+    ) -> Result<(u64, T), Error> {
+        let known = index.to_string();
+        let query = [("index", known.as_str()), ("wait", WAIT), ("stale", "true")];
+        let request = self.client.get(self.url(path)).query(&query);
+        let (next, answer) = self.ask(request).await?;
+        // An index that goes back means that Nomad has begun anew.
+        Ok((if next < index { 0 } else { next }, answer))
     }
 
     /// An answer with its index.

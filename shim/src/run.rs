@@ -1,11 +1,12 @@
 //! One run, in the order it happens: [`request`] checks what the caller wants, [`fence`]
-//! makes sure that a retry has not run elsewhere, [`queue`] has those that wait, [`claim`]
-//! gets it a container, [`relay`] carries it to its end, and [`attach`] finds it again when a
+//! makes sure that a retry has not run elsewhere, [`queue`] has those that wait,
+//! [`on_demand`] orders a slot when none is idle, [`claim`] gets it a container, [`relay`] carries it to its end, and [`attach`] finds it again when a
 //! connection broke on the way.
 
 pub mod attach;
 pub mod claim;
 pub mod fence;
+pub mod on_demand;
 pub mod queue;
 pub mod relay;
 pub mod request;
@@ -36,6 +37,10 @@ pub struct Connection {
     pub generation: u64,
     /// How much stdin the command has taken.
     pub stdin_offset: u64,
+    /// The slot was made for this run.
+    pub on_demand: bool,
+    /// When Nomad was told to make it.
+    pub dispatched: Option<Instant>,
     /// When the claim was sent: the driver's times count from then.
     pub sent: Instant,
     pub inputs: mpsc::Sender<RunInput>,
@@ -64,6 +69,8 @@ impl Connection {
                 node_id,
                 generation: attached.generation,
                 stdin_offset: attached.stdin_offset,
+                on_demand: attached.on_demand,
+                dispatched: None,
                 sent,
                 inputs,
                 events,

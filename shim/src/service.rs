@@ -31,6 +31,7 @@ use crate::{
         self, Connection, Error,
         attach::{self, Name},
         claim,
+        on_demand::OnDemand,
         queue::{PerUser, Queue, Running},
         relay::{self, Relay},
         request,
@@ -43,6 +44,14 @@ const MESSAGE_MOST: usize = 4 << 20;
 /// How long runs may go on once the shim is told to stop.
 const STOP: Duration = Duration::from_secs(10);
 
+/// What a shim lets its callers have.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    pub per_user: PerUser,
+    /// Slots that may be on order at a time.
+    pub on_demand: usize,
+}
+
 /// Serves callers until `stop`, then lets runs end within ten seconds.
 ///
 /// # Errors
@@ -50,15 +59,16 @@ const STOP: Duration = Duration::from_secs(10);
 pub async fn serve(
     view: View,
     nomad: Option<Nomad>,
-    per_user: PerUser,
+    limits: Limits,
     listener: Listener,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let runs = TaskTracker::new();
     let service = Service {
         view,
+        on_demand: OnDemand::new(nomad.clone(), limits.on_demand),
         nomad,
-        queue: Queue::new(per_user),
+        queue: Queue::new(limits.per_user),
         runs: runs.clone(),
     };
     let service = RuntimeServiceServer::new(service).max_decoding_message_size(MESSAGE_MOST);
@@ -108,6 +118,7 @@ struct Service {
     /// `None` with the embedded engine, whose pools are as they were started.
     nomad: Option<Nomad>,
     queue: Queue,
+    on_demand: OnDemand,
     runs: TaskTracker,
 }
 
@@ -144,9 +155,13 @@ impl RuntimeService for Service {
             })
         });
         let (relay, responses) = self.relay(name, received, [0; 2], longest);
-        let (view, queue) = (self.view.clone(), self.queue.clone());
+        let (view, queue, on_demand) = (
+            self.view.clone(),
+            self.queue.clone(),
+            self.on_demand.clone(),
+        );
         self.carry(relay, requests.boxed(), |caller| async move {
-            claim::claim(&view, &queue, request, &caller).await
+            claim::claim(&view, &queue, &on_demand, request, &caller).await
         });
         let responses = responses.map(|event| {
             Ok(RunResponse {
@@ -222,6 +237,7 @@ impl RuntimeService for Service {
                     recycling: pool.recycling,
                     draining: pool.draining,
                     failed: pool.failed,
+                    on_demand: pool.on_demand,
                 }
             })
             .collect();

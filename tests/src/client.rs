@@ -150,21 +150,30 @@ impl Client {
     /// # Errors
     /// As the shim answers.
     pub fn submit(&self, start: RunStart) -> Result<(mpsc::Sender<Input>, Events), Status> {
-        let (inputs, queue) = mpsc::channel(16);
-        let first = run_request::Message::Start(Box::new(start));
-        let rest = ReceiverStream::new(queue)
-            .map(|input| run_request::Message::Input(RunInput { input: Some(input) }));
-        let requests = futures_util::stream::iter([first])
-            .chain(rest)
-            .map(|message| RunRequest {
-                message: Some(message),
-            });
+        let (inputs, requests) = requests(start);
         let mut service = self.service.clone();
         self.wait(async move {
             let events = service.run(requests).await?.into_inner();
             let events = events.map(|response| Ok(response?.event.expect("an event")));
             Ok((inputs, events.boxed()))
         })
+    }
+
+    /// Starts runs at the same moment and waits until all are accepted.
+    ///
+    /// # Errors
+    /// As the shim answers to the first that it refuses.
+    pub fn start_all(&self, starts: Vec<RunStart>) -> Result<Vec<Run>, Status> {
+        let calls = starts.into_iter().map(|start| {
+            let (inputs, requests) = requests(start);
+            let mut service = self.service.clone();
+            async move {
+                let events = service.run(requests).await?.into_inner();
+                let events = events.map(|response| Ok(response?.event.expect("an event")));
+                accepted(inputs, events.boxed()).await
+            }
+        });
+        self.wait(futures_util::future::try_join_all(calls))
     }
 
     /// Goes back to a run of the user `tester`.
@@ -374,6 +383,24 @@ impl Client {
                 .expect("an answer within three minutes")
         })
     }
+}
+
+/// What a caller sends: the start, then its input.
+fn requests(
+    start: RunStart,
+) -> (
+    mpsc::Sender<Input>,
+    impl Stream<Item = RunRequest> + Send + 'static,
+) {
+    let (inputs, queue) = mpsc::channel(16);
+    let first = run_request::Message::Start(Box::new(start));
+    let rest = ReceiverStream::new(queue)
+        .map(|input| run_request::Message::Input(RunInput { input: Some(input) }));
+    let messages = futures_util::stream::iter([first]).chain(rest);
+    let requests = messages.map(|message| RunRequest {
+        message: Some(message),
+    });
+    (inputs, requests)
 }
 
 /// The first event of every run that has its turn.

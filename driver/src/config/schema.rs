@@ -91,7 +91,11 @@ pub fn plugin() -> Spec {
 /// Options of `task { config { ... } }`.
 #[must_use]
 pub fn task() -> Spec {
-    let slot = vec![required("provider", "string"), attr("image", "string")];
+    let slot = vec![
+        required("provider", "string"),
+        attr("image", "string"),
+        attr("run_id", "string"),
+    ];
     object(vec![
         block("slot", slot),
         attr("image", "string"),

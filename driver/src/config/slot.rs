@@ -1,6 +1,7 @@
 //! A warm slot, as its job describes it.
 
 use serde::Deserialize;
+use uuid::Uuid;
 
 use super::{Error, PROVIDERS, value};
 
@@ -11,6 +12,8 @@ pub struct Slot {
     pub provider: String,
     /// Image reference.
     pub image: String,
+    /// Of a slot that is made on demand: the one run that gets it, after which it is gone.
+    pub run_id: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -18,6 +21,7 @@ pub struct Slot {
 pub(super) struct Raw {
     provider: Option<String>,
     image: Option<String>,
+    run_id: Option<String>,
 }
 
 impl Raw {
@@ -26,6 +30,15 @@ impl Raw {
         value::one_of("slot.provider", &provider, &PROVIDERS)?;
         let image = value::text(self.image);
         let image = image.unwrap_or_else(|| format!("polydev-{provider}-runtime:latest"));
-        Ok(Slot { provider, image })
+        let run_id = value::text(self.run_id);
+        if let Some(run_id) = run_id.as_ref().filter(|id| Uuid::parse_str(id).is_err()) {
+            let allowed = "the UUID of a run, for a slot that is made on demand";
+            return Err(value::refused("slot.run_id", run_id, allowed));
+        }
+        Ok(Slot {
+            provider,
+            image,
+            run_id,
+        })
     }
 }

@@ -24,6 +24,21 @@ pub(crate) fn plain(mut options: Value) -> Result<Task, Error> {
 }
 
 #[test]
+fn a_slot_on_demand_is_for_the_run_of_an_id() {
+    let slot = |run_id: &str| task(&json!({"slot": {"provider": "openai", "run_id": run_id}}));
+    let id = "01890a5d-ac96-774b-bcce-b302099a8057";
+    match slot(id).unwrap() {
+        Config::Slot(slot) => assert_eq!(slot.run_id.as_deref(), Some(id)),
+        Config::Plain(_) => panic!("a slot"),
+    }
+    let refused = slot("${NOMAD_META_run_id}").unwrap_err().to_string();
+    assert!(
+        refused.starts_with("`slot.run_id` is `${NOMAD_META_run_id}`: the UUID"),
+        "{refused}"
+    );
+}
+
+#[test]
 fn without_a_config_block_the_documented_defaults_hold() {
     let config = Plugin::parse(&[]).unwrap();
     assert_eq!(config.endpoint.address, "unix:///var/run/docker.sock");

@@ -34,6 +34,8 @@ use crate::{
 /// this driver's clock, and the shim's own may stand still while the machine sleeps.
 const CLOCK: Duration = Duration::from_secs(5);
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
+/// It is a sentence, and goes into the journal.
+const REASON_MOST: usize = 500;
 /// A claim with argv and environment at the kernel's limits, and credential files.
 const MESSAGE_MOST: usize = 4 << 20;
 
@@ -169,7 +171,7 @@ impl NodeService for Service {
                 "`attach` must be the first message",
             ));
         };
-        let run = self.find(&attach.run_id, &attach.user_id)?;
+        let run = self.find(&attach.run_id, Some(&attach.user_id))?;
         // Of a run that has just been taken up it is init that knows how far it is.
         run.known().await;
         let offsets = [attach.stdout_offset, attach.stderr_offset];
@@ -195,10 +197,21 @@ impl NodeService for Service {
         &self,
         request: Request<CancelRunRequest>,
     ) -> Result<Response<CancelRunResponse>, Status> {
-        let CancelRunRequest { run_id, user_id } = request.into_inner();
-        let run = self.find(&run_id, &user_id)?;
-        self.node.runs.cancel(&run);
-        tracing::info!(run_id, user_id, "cancelled");
+        let CancelRunRequest {
+            run_id,
+            user_id,
+            reason,
+        } = request.into_inner();
+        if reason.len() > REASON_MOST {
+            return Err(Status::invalid_argument(format!(
+                "`reason` has {} bytes, allowed are {REASON_MOST}",
+                reason.len()
+            )));
+        }
+        let user_id = (!user_id.is_empty()).then_some(user_id);
+        let run = self.find(&run_id, user_id.as_deref())?;
+        self.node.runs.cancel(&run, &reason);
+        tracing::info!(run_id, user_id, reason, "cancelled");
         Ok(Response::new(CancelRunResponse {}))
     }
 
@@ -262,7 +275,8 @@ impl Service {
         decide().map_err(|refusal| refuse(&refusal))
     }
 
-    fn find(&self, run_id: &str, user_id: &str) -> Result<Arc<Run>, Status> {
+    /// `None` is the operator.
+    fn find(&self, run_id: &str, user_id: Option<&str>) -> Result<Arc<Run>, Status> {
         self.node.runs.find(run_id, user_id).map_err(|error| {
             let message = error.to_string();
             match error {
@@ -286,6 +300,7 @@ fn attached(run: &Run, stdin_offset: u64) -> RunEvent {
         slot_id: run.claimed.slot_id.clone(),
         generation: run.claimed.generation,
         stdin_offset,
+        on_demand: run.claimed.on_demand,
     };
     RunEvent {
         event: Some(run_event::Event::Attached(attached)),
@@ -353,6 +368,7 @@ fn encode_slot(slot: &Slot) -> SlotMessage {
         job_id: slot.identity.job_id.clone(),
         alloc_id: slot.identity.alloc_id.clone(),
         run_id: run_id.cloned().unwrap_or_default(),
+        for_run_id: slot.config.run_id.clone().unwrap_or_default(),
     }
 }
 

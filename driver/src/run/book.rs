@@ -198,14 +198,16 @@ impl Runs {
         self.lock().repeated(parsed)
     }
 
-    /// A run with its results, for its own user.
+    /// A run with its results, for its own user or, with `None`, for the operator.
     ///
     /// # Errors
     /// [`NotFound`]
-    pub fn find(&self, run_id: &str, user_id: &str) -> Result<Arc<Run>, NotFound> {
+    pub fn find(&self, run_id: &str, user_id: Option<&str>) -> Result<Arc<Run>, NotFound> {
         let run_id = run_id.to_owned();
         match self.lock().known.get(&run_id) {
-            Some(Known::Run(run)) if run.claimed.user_id == user_id => Ok(run.clone()),
+            Some(Known::Run(run)) if user_id.is_none_or(|user| run.claimed.user_id == user) => {
+                Ok(run.clone())
+            }
             Some(Known::Run(_)) => Err(NotFound::Forbidden { run_id }),
             Some(Known::Past(_)) => Err(NotFound::Released { run_id }),
             Some(Known::Fenced { aborted: true, .. }) => Err(NotFound::Aborted { run_id }),
@@ -266,12 +268,15 @@ impl Runs {
 
     /// Asks a run to end: SIGTERM now, SIGKILL after its kill timeout; a restarted driver
     /// remembers that.
-    pub fn cancel(&self, run: &Run) {
-        if !run.is_over() && !run.cancel.is_cancelled() {
-            let run_id = run.claimed.run_id.clone();
-            self.remember(&Record::Cancelled { run_id }, |_| ());
+    pub fn cancel(&self, run: &Run, reason: &str) {
+        if run.is_over() || run.cancel.reason().is_some() {
+            return;
         }
-        run.cancel.cancel();
+        let record = Record::Cancelled {
+            run_id: run.claimed.run_id.clone(),
+            reason: reason.to_owned(),
+        };
+        self.remember(&record, |_| run.cancel.ask(reason));
     }
 
     /// The open run in a slot, if there is one.

@@ -344,7 +344,7 @@ impl<'a> Carrier<'a> {
         };
         tokio::select! {
             () = self.run.kill.cancelled() => Wake::Kill,
-            () = self.run.cancel.cancelled(), if !is_asked => Wake::Cancel,
+            () = self.run.cancel.asked(), if !is_asked => Wake::Cancel,
             message = message, if has_room => Wake::FromInit(message),
             () = self.run.room.notified(), if !has_room => Wake::Room,
             () = sleep(MEMORY), if is_starved => Wake::Memory,
@@ -383,7 +383,9 @@ impl<'a> Carrier<'a> {
                 Ok(())
             }
             Ending::No => Err(self.end(Reason::Deadline, "its deadline passed")),
-            Ending::Asked { .. } | Ending::Killed => Err(self.end(Reason::Cancelled, CANCELLED)),
+            Ending::Asked { .. } | Ending::Killed => {
+                Err(self.end(Reason::Cancelled, &self.run.cancel.message()))
+            }
         }
     }
 
@@ -476,5 +478,4 @@ impl<'a> Carrier<'a> {
     }
 }
 
-const CANCELLED: &str = "it was cancelled";
 const DESTROYED: &str = "its slot was destroyed";

@@ -42,8 +42,8 @@ pub enum Record {
     Claimed(Box<Claimed>),
     /// The command's process exists.
     Started { run_id: String, after: Duration },
-    /// Somebody asked it to end.
-    Cancelled { run_id: String },
+    /// Somebody asked it to end, and may have said why.
+    Cancelled { run_id: String, reason: String },
     /// It is over, with this result.
     Exited { run_id: String, ended: Ended },
     /// The claim came to nothing: no instruction of the command ran.
@@ -84,6 +84,8 @@ pub struct Claimed {
     pub timeout: Duration,
     pub kill_timeout: Duration,
     pub drop_oldest: bool,
+    /// Whether its slot is for no other run.
+    pub on_demand: bool,
     /// What it takes of the node's headroom.
     pub share: Amount,
     /// The kernel's, in whose life the container was started.
@@ -105,7 +107,7 @@ impl Record {
             Self::Format { .. } => "",
             Self::Claimed(claimed) => &claimed.run_id,
             Self::Started { run_id, .. }
-            | Self::Cancelled { run_id }
+            | Self::Cancelled { run_id, .. }
             | Self::Exited { run_id, .. }
             | Self::Aborted { run_id }
             | Self::Released { run_id, .. }

@@ -68,10 +68,18 @@ impl Work {
     }
 
     /// A slot is told and answers at once: a claimed one stays Nomad's task until its
-    /// run has ended. A plain task has ended when this answers.
-    pub(super) async fn stop(&self, signal: &str, limit: Duration) {
+    /// run has ended, which that of a slot on demand does now. A plain task has ended when
+    /// this answers.
+    pub(super) async fn stop(&self, node: &Node, signal: &str, limit: Duration) {
         match self {
-            Self::Slot(slot) => slot.drain(),
+            Self::Slot(slot) => {
+                slot.drain();
+                if slot.is_on_demand()
+                    && let Some(run) = node.runs.open_in(&slot.identity.slot_id())
+                {
+                    node.runs.cancel(&run, "its job was stopped");
+                }
+            }
             Self::Plain(task) => task.stop(signal, limit).await,
         }
     }

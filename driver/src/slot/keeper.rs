@@ -7,7 +7,7 @@ use std::{
 
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::{sleep, timeout},
+    time::{sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -38,6 +38,9 @@ const FAILURES: u32 = 6;
 /// A container that idled for so long was a good one, however it ended.
 const STABLE: Duration = Duration::from_secs(60);
 
+/// For the run of a slot that was made on demand to come.
+const UNUSED: Duration = Duration::from_secs(60);
+
 /// How often to look whether an image that is left alone is another by now.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
@@ -66,12 +69,11 @@ impl Slot {
         // Of an earlier life of the driver.
         let slot_id = identity.slot_id();
         let open = node.runs.open_in(&slot_id);
+        let generation = node.runs.last_generation(&slot_id) + 1;
+        let life = Life::new(generation, config.run_id.clone(), now);
         let life = match &open {
-            Some(run) => {
-                let run_id = run.claimed.run_id.clone();
-                Life::resumed(run_id, run.claimed.generation, now)
-            }
-            None => Life::new(node.runs.last_generation(&slot_id) + 1, now),
+            Some(run) => life.resumed(run.claimed.run_id.clone(), run.claimed.generation),
+            None => life,
         };
         let slot = Arc::new(Self {
             identity,
@@ -166,6 +168,7 @@ impl Slot {
             timeout: parsed.timeout,
             kill_timeout: parsed.kill_timeout,
             drop_oldest: parsed.drop_oldest,
+            on_demand: self.is_on_demand(),
             share,
             boot_id: node.runs.boot_id.clone(),
             container: occupant.container,
@@ -192,8 +195,13 @@ impl Keeper {
         ready: oneshot::Sender<Result<(), fill::Error>>,
     ) {
         let mut ready = Some(ready);
+        let had_run = open.is_some() || self.slot.life().generation() > 1;
         if let Some(run) = open {
             self.wait_for(&run).await;
+        }
+        if had_run && self.slot.is_on_demand() {
+            self.slot.end.send_replace(Some(Ended::Stopped));
+            return;
         }
 
         let image = self.slot.config.image.clone();
@@ -218,12 +226,18 @@ impl Keeper {
                     if self.slot.drain.is_cancelled() {
                         break Ended::Stopped;
                     }
-                    self.slot.apply(Event::Recycled);
                     let breakers = &self.node.breakers;
                     match &served {
                         Ok(()) => breakers.worked(&image),
                         Err(reason) => breakers.failed(&image, &image_id, reason, Instant::now()),
                     }
+                    if self.slot.is_on_demand() {
+                        break match served {
+                            Ok(()) => Ended::Stopped,
+                            Err(reason) => Ended::Failed { reason },
+                        };
+                    }
+                    self.slot.apply(Event::Recycled);
                     served
                 }
                 Err(error) => {
@@ -331,6 +345,7 @@ impl Keeper {
     /// Until the container is claimed, or is of no more use: then with the reason, if it
     /// died.
     async fn idle(&mut self, container: &mut Container) -> (Option<Claim>, Option<String>) {
+        let unused_at = tokio::time::Instant::now() + UNUSED;
         let link = container.connection.link.as_mut();
         let reader = &mut link
             .expect("a slot is filled with its init connected")
@@ -352,6 +367,11 @@ impl Keeper {
                     if !self.slot.is_claimed() {
                         return (None, None);
                     }
+                }
+                () = sleep_until(unused_at), if self.slot.is_on_demand() => {
+                    let message = format!("Its run did not come within {} s", UNUSED.as_secs());
+                    self.node.events.send(&self.slot.identity, message);
+                    self.slot.drain();
                 }
             }
         };
@@ -412,11 +432,11 @@ impl Keeper {
             idle,
             ..
         } = &*self.slot;
-        let run = self.node.config.run;
-        let message = format!(
-            "Warm: image {}, idle {idle}; a run gets {run}",
-            config.image
-        );
+        let (run, image) = (self.node.config.run, &config.image);
+        let message = match &config.run_id {
+            None => format!("Warm: image {image}, idle {idle}; a run gets {run}"),
+            Some(run_id) => format!("Ready: image {image}, for run {run_id} alone; it gets {run}"),
+        };
         self.node.events.send(identity, message);
     }
 

@@ -8,6 +8,9 @@
 //!   any but Failed --Drained--> Draining          any --GivenUp--> Failed
 //! ```
 //!
+//! A slot that is made on demand is for one run, and has one container: what would lead it to
+//! `Recycling` leads it to `Draining` instead.
+//!
 //! `Leased` joins them when callers can hold a slot before they use it.
 
 use std::time::SystemTime;
@@ -67,10 +70,11 @@ pub enum Event {
 
 /// The event does not fit the state, which is left as it was.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the slot is {} at generation {generation}", state.name())]
+#[error("the slot is {} at generation {generation}{}", state.name(), if *on_demand { ", for one run only" } else { "" })]
 pub struct Refused {
     pub state: State,
     pub generation: u64,
+    pub on_demand: bool,
 }
 
 /// A slot's state with what goes with it.
@@ -79,6 +83,8 @@ pub struct Life {
     state: State,
     /// Counts the slot's containers, from 1.
     generation: u64,
+    /// The one run that may have it; `None` for a pool's.
+    for_run: Option<String>,
     reason: String,
     since: SystemTime,
 }
@@ -86,21 +92,23 @@ pub struct Life {
 impl Life {
     /// Of a slot whose first container is to be the `generation`th.
     #[must_use]
-    pub fn new(generation: u64, now: SystemTime) -> Self {
+    pub fn new(generation: u64, for_run: Option<String>, now: SystemTime) -> Self {
         Self {
             state: State::Warming,
             generation,
+            for_run,
             reason: String::new(),
             since: now,
         }
     }
 
-    /// Of a slot whose driver has been restarted: the run that was in it still is.
+    /// The slot's driver has been restarted, and the run that was in it still is.
     #[must_use]
-    pub fn resumed(run_id: String, generation: u64, now: SystemTime) -> Self {
+    pub fn resumed(self, run_id: String, generation: u64) -> Self {
         Self {
             state: State::Claimed { run_id },
-            ..Self::new(generation, now)
+            generation,
+            ..self
         }
     }
 
@@ -134,12 +142,12 @@ impl Life {
             (State::Warming, Event::Held { reason }) => (State::Warming, reason),
             (State::Warming, Event::Warmed) => (State::Idle, String::new()),
             (State::Idle, Event::Claimed { generation, run_id })
-                if generation == self.generation =>
+                if generation == self.generation && self.is_for(&run_id) =>
             {
                 (State::Claimed { run_id }, String::new())
             }
-            (State::Claimed { .. }, Event::RunEnded) => (State::Recycling, String::new()),
-            (State::Idle, Event::Died { reason }) => (State::Recycling, reason),
+            (State::Claimed { .. }, Event::RunEnded) => (self.after_container(), String::new()),
+            (State::Idle, Event::Died { reason }) => (self.after_container(), reason),
             (State::Recycling, Event::Recycled) => {
                 self.generation += 1;
                 (State::Warming, std::mem::take(&mut self.reason))
@@ -163,6 +171,7 @@ impl Life {
                 return Err(Refused {
                     state: self.state.clone(),
                     generation: self.generation,
+                    on_demand: self.for_run.is_some(),
                 });
             }
         };
@@ -171,8 +180,20 @@ impl Life {
             reason,
             since: now,
             generation: self.generation,
+            for_run: self.for_run.take(),
         };
         Ok(())
+    }
+
+    fn is_for(&self, run_id: &str) -> bool {
+        self.for_run.as_ref().is_none_or(|only| only == run_id)
+    }
+
+    fn after_container(&self) -> State {
+        match self.for_run {
+            None => State::Recycling,
+            Some(_) => State::Draining { run_id: None },
+        }
     }
 }
 
@@ -204,8 +225,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_container_serves_at_most_one_run(events in prop::collection::vec(event(), 0..300)) {
-            let mut life = Life::new(1, SystemTime::UNIX_EPOCH);
+        fn a_container_serves_at_most_one_run(
+            on_demand in prop::option::of("[a-c]"),
+            events in prop::collection::vec(event(), 0..300),
+        ) {
+            let mut life = Life::new(1, on_demand.clone(), SystemTime::UNIX_EPOCH);
             let mut claimed = HashSet::new();
             for event in events {
                 let before = life.clone();
@@ -213,8 +237,9 @@ mod tests {
                     Ok(()) => {
                         prop_assert!(life.generation() - before.generation() <= 1);
                         prop_assert!(*before.state() != State::Failed, "Failed is final");
-                        if let Event::Claimed { generation, .. } = event {
+                        if let Event::Claimed { generation, run_id } = event {
                             prop_assert_eq!(generation, life.generation());
+                            prop_assert!(on_demand.as_ref().is_none_or(|only| *only == run_id));
                             prop_assert!(claimed.insert(generation), "a second claim");
                         }
                         if let State::Draining { .. } = before.state() {
@@ -227,13 +252,14 @@ mod tests {
                     Err(_) => prop_assert_eq!(life.state(), before.state()),
                 }
             }
+            prop_assert!(on_demand.is_none() || life.generation() == 1, "a second container");
         }
     }
 
     #[test]
     fn a_claim_for_an_older_container_is_refused() {
         let now = SystemTime::UNIX_EPOCH;
-        let mut life = Life::new(1, now);
+        let mut life = Life::new(1, None, now);
         let claim = |generation| Event::Claimed {
             generation,
             run_id: "run".into(),

@@ -74,8 +74,12 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let view = View::new();
     tracing::info!(listen = %arguments.listen, "serving, without Nomad");
     let drivers = engine.drivers();
+    let limits = service::Limits {
+        per_user: arguments.per_user,
+        on_demand: 0,
+    };
     let served = tokio::select! {
-        served = service::serve(view.clone(), None, arguments.per_user, listener, stop) => served,
+        served = service::serve(view.clone(), None, limits, listener, stop) => served,
         reason = engine.driver_died() => Err(anyhow::anyhow!(reason)),
         () = follow(view, drivers) => unreachable!("the engine, which names the driver, lives on"),
     };

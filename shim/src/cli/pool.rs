@@ -93,12 +93,14 @@ async fn list(client: &Client, output: Output) -> anyhow::Result<ExitCode> {
     let answer = answer.into_inner();
     let mut text = String::new();
     if output == Output::Text {
-        text.push_str("PROVIDER    SLOTS  WARMING  IDLE  CLAIMED  RECYCLING  DRAINING  FAILED\n");
+        text.push_str(
+            "PROVIDER    SLOTS  WARMING  IDLE  CLAIMED  RECYCLING  DRAINING  FAILED  ON-DEMAND\n",
+        );
     }
     for pool in answer.pools {
         match output {
             Output::Text => text.push_str(&format!(
-                "{:<10}  {:>5}  {:>7}  {:>4}  {:>7}  {:>9}  {:>8}  {:>6}\n",
+                "{:<10}  {:>5}  {:>7}  {:>4}  {:>7}  {:>9}  {:>8}  {:>6}  {:>9}\n",
                 pool.provider,
                 pool.slots,
                 pool.warming,
@@ -106,13 +108,15 @@ async fn list(client: &Client, output: Output) -> anyhow::Result<ExitCode> {
                 pool.claimed,
                 pool.recycling,
                 pool.draining,
-                pool.failed
+                pool.failed,
+                pool.on_demand
             )),
             Output::Json => {
                 let line = json!({
                     "provider": pool.provider, "slots": pool.slots, "warming": pool.warming,
                     "idle": pool.idle, "claimed": pool.claimed, "recycling": pool.recycling,
                     "draining": pool.draining, "failed": pool.failed,
+                    "on_demand": pool.on_demand,
                 });
                 text.push_str(&format!("{line}\n"));
             }

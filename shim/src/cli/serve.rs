@@ -1,16 +1,15 @@
 //! `polydev-shim serve`
 
-use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
-use tokio::sync::watch;
 use zeroize::Zeroizing;
 
 use crate::{
     address::{Address, DEFAULT},
     engine,
     nomad::Nomad,
-    pool::{View, follow},
+    pool::{View, drained, follow},
     run::queue::PerUser,
     service,
 };
@@ -28,6 +27,9 @@ pub(super) struct Arguments {
     nomad_token_file: Option<PathBuf>,
     #[command(flatten)]
     per_user: PerUser,
+    /// Slots that may be on order from Nomad at a time, for runs that find none idle.
+    #[arg(long, value_name = "SLOTS", default_value_t = 20)]
+    on_demand: usize,
 }
 
 pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
@@ -47,12 +49,18 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let listener = arguments.listen.listen().await;
     let listener = listener.with_context(|| format!("cannot listen at {}", arguments.listen))?;
     let view = View::new();
-    let (publish, drivers) = watch::channel(BTreeMap::new());
+    let cluster = engine::nomad::Cluster::default();
+    let (drivers, drained) = (cluster.drivers.subscribe(), cluster.drained.subscribe());
     tracing::info!(listen = %arguments.listen, nomad = arguments.nomad_addr, "serving");
+    let limits = service::Limits {
+        per_user: arguments.per_user,
+        on_demand: arguments.on_demand,
+    };
     let serving = tokio::select! {
-        serving = service::serve(view.clone(), Some(nomad.clone()), arguments.per_user, listener, stop) => serving,
-        () = engine::nomad::discover(nomad, publish) => unreachable!("it never ends"),
-        () = follow(view, drivers) => unreachable!("it ends after its sender, which never does"),
+        serving = service::serve(view.clone(), Some(nomad.clone()), limits, listener, stop) => serving,
+        () = engine::nomad::discover(nomad, cluster) => unreachable!("it never ends"),
+        () = follow(view.clone(), drivers) => unreachable!("it ends after its sender, which never does"),
+        () = drained::end_runs(view, drained) => unreachable!("it ends after its sender, which never does"),
     };
     serving.map(|()| ExitCode::SUCCESS)
 }

@@ -1,11 +1,15 @@
 //! Finds the drivers through Nomad: ready nodes whose driver is healthy say in an
 //! attribute where their node service listens.
 
-use std::{collections::BTreeMap, convert::Infallible, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
+    time::Duration,
+};
 
 use tokio::{sync::watch, time::sleep};
 
-use crate::nomad::{Error, Node, Nomad};
+use crate::nomad::{Error, Nomad, node::Node};
 
 const ADDRESS: &str = "driver.polydev.node_address";
 const RETRY: Duration = Duration::from_millis(500);
@@ -13,12 +17,20 @@ const RETRY_MOST: Duration = Duration::from_secs(10);
 /// Between two answers: a busy cluster changes its nodes all the time.
 const PACE: Duration = Duration::from_millis(250);
 
-/// Publishes the drivers, node id to address, for ever. While Nomad is out of reach
-/// the last ones stand.
-pub async fn discover(nomad: Nomad, drivers: watch::Sender<BTreeMap<String, String>>) {
+/// What Nomad's nodes say.
+#[derive(Debug, Clone, Default)]
+pub struct Cluster {
+    /// Node id to address.
+    pub drivers: watch::Sender<BTreeMap<String, String>>,
+    /// Ids of nodes that have been drained, or have come to the deadline of it.
+    pub drained: watch::Sender<BTreeSet<String>>,
+}
+
+/// Publishes what changes, for ever. While Nomad is out of reach the last stands.
+pub async fn discover(nomad: Nomad, cluster: Cluster) {
     let mut retry = RETRY;
     loop {
-        let Err(error) = discover_once(&nomad, &drivers, &mut retry).await;
+        let Err(error) = discover_once(&nomad, &cluster, &mut retry).await;
         tracing::warn!(error = %crate::chain(&error), "cannot list nodes");
         sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
         retry = RETRY_MOST.min(retry * 2);
@@ -27,7 +39,7 @@ pub async fn discover(nomad: Nomad, drivers: watch::Sender<BTreeMap<String, Stri
 
 async fn discover_once(
     nomad: &Nomad,
-    drivers: &watch::Sender<BTreeMap<String, String>>,
+    cluster: &Cluster,
     retry: &mut Duration,
 ) -> Result<Infallible, Error> {
     let mut index = 0;
@@ -35,14 +47,25 @@ async fn discover_once(
         let (next, nodes) = nomad.nodes(index).await?;
         index = next;
         *retry = RETRY;
-        let found: BTreeMap<String, String> = nodes.into_iter().filter_map(address).collect();
-        drivers.send_if_modified(|drivers| {
-            let changed = *drivers != found;
-            *drivers = found;
-            changed
-        });
+        let drained = nodes.iter().filter(|node| node.is_drained());
+        publish(
+            &cluster.drained,
+            drained.map(|node| node.id.clone()).collect(),
+        );
+        publish(
+            &cluster.drivers,
+            nodes.into_iter().filter_map(address).collect(),
+        );
         sleep(PACE).await;
     }
+}
+
+fn publish<T: PartialEq>(to: &watch::Sender<T>, found: T) {
+    to.send_if_modified(|known| {
+        let changed = *known != found;
+        *known = found;
+        changed
+    });
 }
 
 /// An unhealthy driver is still followed, because its runs and idle slots are there;
@@ -73,5 +96,22 @@ mod tests {
         let nodes: Vec<Node> = serde_json::from_str(nodes).unwrap();
         let found: Vec<_> = nodes.into_iter().filter_map(address).collect();
         assert_eq!(found, [("a".to_owned(), "unix:///a".to_owned())]);
+    }
+
+    #[test]
+    fn a_node_that_may_be_given_tasks_again_is_not_drained() {
+        let node = |eligibility: &str, last: &str| -> Node {
+            let node = format!(
+                r#"{{"ID": "a", "Status": "ready", "SchedulingEligibility": "{eligibility}",
+                "LastDrain": {last}}}"#
+            );
+            serde_json::from_str(&node).unwrap()
+        };
+        let drain = |status: &str| format!(r#"{{"Status": "{status}", "StartedAt": "x"}}"#);
+        assert!(node("ineligible", &drain("complete")).is_drained());
+        assert!(!node("eligible", &drain("complete")).is_drained());
+        assert!(!node("ineligible", &drain("draining")).is_drained());
+        assert!(!node("ineligible", &drain("canceled")).is_drained());
+        assert!(!node("ineligible", "null").is_drained());
     }
 }

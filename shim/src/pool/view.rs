@@ -69,6 +69,8 @@ pub struct Counts {
     pub recycling: u32,
     pub draining: u32,
     pub failed: u32,
+    /// Made for one run each, whatever their state; counted nowhere else.
+    pub on_demand: u32,
 }
 
 impl View {
@@ -86,11 +88,27 @@ impl View {
     /// # Cancel safety
     /// Loses nothing.
     pub async fn idle_slot(&self, provider: &str) -> Candidate {
+        self.wait_for(|view| {
+            view.take(|slot| slot.for_run_id.is_empty() && slot.provider == provider)
+        })
+        .await
+    }
+
+    /// The slot that was made on demand for a run, as soon as it is idle.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    pub async fn slot_for(&self, run_id: &str) -> Candidate {
+        self.wait_for(|view| view.take(|slot| slot.for_run_id == run_id))
+            .await
+    }
+
+    async fn wait_for<T>(&self, look: impl Fn(&Self) -> Option<T>) -> T {
         let mut changed = self.changed.subscribe();
         loop {
             changed.mark_unchanged();
-            if let Some(candidate) = self.try_idle_slot(provider) {
-                return candidate;
+            if let Some(found) = look(self) {
+                return found;
             }
             if changed.changed().await.is_err() {
                 unreachable!("the sender is in `self`");
@@ -98,7 +116,8 @@ impl View {
         }
     }
 
-    fn try_idle_slot(&self, provider: &str) -> Option<Candidate> {
+    /// A random one of the idle slots that `fit`.
+    fn take(&self, fits: impl Fn(&Slot) -> bool) -> Option<Candidate> {
         let mut nodes = self.lock();
         let idle = nodes.iter_mut().flat_map(|(node_id, node)| {
             let connected = node.connected.iter();
@@ -106,7 +125,7 @@ impl View {
                 .flat_map(move |node| node.slots.values().map(move |slot| (node_id, node, slot)))
         });
         let idle = idle.filter(|(_, node, slot)| {
-            slot.provider == provider
+            fits(slot)
                 && slot.state() == State::Idle
                 && !node
                     .claiming
@@ -144,6 +163,10 @@ impl View {
             .flat_map(|n| n.slots.values())
         {
             let pool = pools.entry(slot.provider.clone()).or_default();
+            if !slot.for_run_id.is_empty() {
+                pool.on_demand += 1;
+                continue;
+            }
             match slot.state() {
                 State::Warming => pool.warming += 1,
                 State::Idle => pool.idle += 1,
@@ -179,20 +202,24 @@ impl View {
     /// # Cancel safety
     /// Loses nothing.
     pub async fn channel(&self, node_id: &str) -> Channel {
-        let mut changed = self.changed.subscribe();
-        loop {
-            changed.mark_unchanged();
-            let connected = self.lock().get(node_id).and_then(|node| {
-                let connected = node.connected.as_ref()?;
-                Some(connected.channel.clone())
-            });
-            if let Some(channel) = connected {
-                return channel;
-            }
-            if changed.changed().await.is_err() {
-                unreachable!("the sender is in `self`");
-            }
-        }
+        self.wait_for(|view| {
+            let nodes = view.lock();
+            let connected = nodes.get(node_id)?.connected.as_ref()?;
+            Some(connected.channel.clone())
+        })
+        .await
+    }
+
+    /// The runs that go on in a node's slots, with the way there.
+    #[must_use]
+    pub fn runs_on(&self, node_id: &str) -> Vec<(Channel, String)> {
+        let nodes = self.lock();
+        let node = nodes.get(node_id).and_then(|node| node.connected.as_ref());
+        let slots = node.into_iter().flat_map(|node| {
+            let slots = node.slots.values().filter(|slot| !slot.run_id.is_empty());
+            slots.map(|slot| (node.channel.clone(), slot.run_id.clone()))
+        });
+        slots.collect()
     }
 
     /// Nodes that are followed, and nodes that cannot be reached.
@@ -354,11 +381,29 @@ mod tests {
             view.idle_slot("openai").await,
         );
         assert_ne!(first.slot_id, second.slot_id);
-        assert!(view.try_idle_slot("openai").is_none());
+        assert!(view.take(|_| true).is_none());
 
         let freed = first.slot_id.clone();
         drop(first);
-        assert_eq!(view.try_idle_slot("openai").unwrap().slot_id, freed);
+        assert_eq!(view.take(|_| true).unwrap().slot_id, freed);
+    }
+
+    #[tokio::test]
+    async fn a_slot_on_demand_is_for_its_run_alone() {
+        let view = View::new();
+        let made = Slot {
+            for_run_id: "run".into(),
+            ..slot("a", State::Idle, 1)
+        };
+        tell(&view, true, vec![made], &[]);
+        tokio::select! {
+            biased;
+            _ = view.idle_slot("openai") => panic!("it is no slot of the pool"),
+            _ = view.slot_for("other") => panic!("it is another run's"),
+            slot = view.slot_for("run") => assert_eq!(slot.slot_id, "a"),
+        }
+        let counts = view.counts()["openai"];
+        assert_eq!((counts.idle, counts.on_demand), (0, 1));
     }
 
     #[tokio::test]

@@ -103,6 +103,7 @@ pub async fn cancel(view: &View, name: &Name) -> Result<(), Error> {
         let request = CancelRunRequest {
             run_id: name.run_id.clone(),
             user_id: name.user_id.clone(),
+            ..Default::default()
         };
         let mut client = NodeServiceClient::new(channel);
         answered(client.cancel_run(request)).await.map(drop)

@@ -22,6 +22,7 @@ use tonic::{Code, transport::Channel};
 use super::{
     Connection, Error, Events, INPUTS,
     fence::{self, Fenced, fence},
+    on_demand::OnDemand,
     queue::{Place, Queue, Running, Ticket},
     request::Request,
 };
@@ -49,6 +50,7 @@ const SETTLE: Duration = Duration::from_secs(20);
 pub async fn claim(
     view: &View,
     queue: &Queue,
+    on_demand: &OnDemand,
     request: Request,
     caller: &mpsc::Sender<Result<RunEvent, Error>>,
 ) -> Result<(Connection, Option<Running>), Error> {
@@ -77,27 +79,31 @@ pub async fn claim(
     let waited = request.queue_timeout;
     let give_up = tokio::time::Instant::now() + waited;
     let mut ticket = queue.enter(provider, &request.user_id)?;
+    let run_id = request.run_id.to_string();
+    let order = on_demand.order(request.provider, run_id.clone(), ticket.place.clone());
     let (mut last_refusal, mut again) = (None, AGAIN);
     loop {
-        let slot = wait(view, &mut ticket, provider, caller);
+        let slot = wait(view, &mut ticket, provider, &run_id, caller);
         let Ok(slot) = tokio::time::timeout_at(give_up, slot).await else {
             let behind = match *ticket.place.borrow() {
-                Place::Behind(before) => Some(format!(
-                    "{before} runs of this shim were before it, or its user had as many as may go on at once"
-                )),
+                Place::Behind(before) => Some(format!("{before} runs of this shim were before it")),
+                Place::Held(_) => Some("its user has as many runs as may go on at once".into()),
                 Place::Next => None,
             };
-            let refusal = last_refusal.or(behind);
-            return Err(none_idle(view, provider, waited, refusal));
+            let reasons = [last_refusal.or(behind), Some(order.told())];
+            return Err(none_idle(view, provider, waited, reasons));
         };
         // Whoever is next may try another slot meanwhile.
         let running = ticket.served();
         let reason = match attempts.at(&slot).await? {
-            Tried::Granted(connection) => {
+            Tried::Granted(mut connection) => {
                 // A run that was claimed before may be in another container.
                 if (&connection.slot_id, connection.generation) == (&slot.slot_id, slot.generation)
                 {
                     slot.granted();
+                }
+                if connection.on_demand {
+                    connection.dispatched = order.used();
                 }
                 return Ok((*connection, Some(running)));
             }
@@ -123,7 +129,8 @@ pub async fn claim(
         );
         last_refusal = Some(reason);
         if tokio::time::Instant::now() >= give_up {
-            return Err(none_idle(view, provider, waited, last_refusal));
+            let reasons = [last_refusal, Some(order.told())];
+            return Err(none_idle(view, provider, waited, reasons));
         }
         // The view learns why in a moment; until then the same slot may come up.
         sleep(again.mul_f64(rand::random_range(0.5..1.0))).await;
@@ -253,6 +260,7 @@ async fn wait(
     view: &View,
     ticket: &mut Ticket,
     provider: &str,
+    run_id: &str,
     caller: &mpsc::Sender<Result<RunEvent, Error>>,
 ) -> Candidate {
     let mut place = ticket.place.clone();
@@ -260,7 +268,9 @@ async fn wait(
         loop {
             let before = match *place.borrow_and_update() {
                 Place::Next => 0,
-                Place::Behind(before) => u32::try_from(before).unwrap_or(u32::MAX),
+                Place::Behind(before) | Place::Held(before) => {
+                    u32::try_from(before).unwrap_or(u32::MAX)
+                }
             };
             let queued = run_event::Event::Queued(Queued { before });
             // A caller that does not read is not told every change.
@@ -279,6 +289,8 @@ async fn wait(
     tokio::select! {
         biased;
         slot = slot => slot,
+        // Nobody else may have it, so nobody is overtaken.
+        slot = view.slot_for(run_id) => slot,
         () = tell => unreachable!("it never ends"),
     }
 }
@@ -287,7 +299,7 @@ fn none_idle(
     view: &View,
     provider: &'static str,
     waited: Duration,
-    last_refusal: Option<String>,
+    reasons: [Option<String>; 2],
 ) -> Error {
     if view.nodes().0 == 0 {
         return Error::NoNode;
@@ -299,10 +311,13 @@ fn none_idle(
             pool.idle, pool.warming, pool.claimed, pool.recycling, pool.draining, pool.failed
         ),
     };
-    let refused = last_refusal.map_or_else(String::new, |reason| format!("; {reason}"));
+    let reasons = reasons
+        .into_iter()
+        .flatten()
+        .filter(|reason| !reason.is_empty());
     Error::NoIdleSlot {
         provider,
         waited,
-        pool: pool + &refused,
+        pool: reasons.fold(pool, |told, reason| format!("{told}; {reason}")),
     }
 }

@@ -66,6 +66,8 @@ struct User {
 pub enum Place {
     /// So many are before it.
     Behind(usize),
+    /// Its user has as many runs as may go on at once. So many are before it.
+    Held(usize),
     /// The next idle slot is its.
     Next,
 }
@@ -234,12 +236,13 @@ impl Inner {
             let (running, _) = keys[&one.number];
             let may_run = per_user.running.is_none_or(|most| running < most);
             let behind = ahead.entry(one.provider).or_default();
-            let place =
-                if may_run && !std::mem::replace(taken.entry(one.provider).or_default(), may_run) {
-                    Place::Next
-                } else {
-                    Place::Behind(*behind)
-                };
+            let place = if !may_run {
+                Place::Held(*behind)
+            } else if std::mem::replace(taken.entry(one.provider).or_default(), true) {
+                Place::Behind(*behind)
+            } else {
+                Place::Next
+            };
             *behind += 1;
             one.place
                 .send_if_modified(|now| std::mem::replace(now, place) != place);
@@ -289,7 +292,7 @@ mod tests {
         let running = queue.enter("openai", "alice").unwrap().served();
         let waits = queue.enter("openai", "alice").unwrap();
         let _third = queue.enter("openai", "alice").unwrap();
-        assert_eq!(place(&waits), Place::Behind(0));
+        assert_eq!(place(&waits), Place::Held(0));
         let refused = queue.enter("openai", "alice").unwrap_err().to_string();
         assert_eq!(
             refused,

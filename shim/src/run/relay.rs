@@ -70,13 +70,13 @@ impl Relay {
             slot_id: connection.slot_id.clone(),
             generation: connection.generation,
             node_id: connection.node_id.clone(),
-            warm: true,
+            warm: !connection.on_demand,
             stdin_offset: connection.stdin_offset,
         });
         let mut carried = Carried {
             claimed: connection.sent,
             timeline: match connection.events {
-                Events::Claimed(_) => Timeline::new(self.received, connection.sent),
+                Events::Claimed(_) => Timeline::new(self.received, &connection),
                 Events::Attached(_) => Timeline::default(),
             },
             stdin: Stdin::from(connection.stdin_offset),
@@ -285,7 +285,8 @@ impl Carried {
                 self.timeline.driver("exited", ended.after);
                 self.timeline.ended = true;
                 let stages = std::mem::take(&mut self.timeline.stages);
-                Some(run_event::Event::Exited(encode_end(ended, stages)))
+                let warm = !self.connection.on_demand;
+                Some(run_event::Event::Exited(encode_end(ended, stages, warm)))
             }
         };
     }
@@ -372,9 +373,16 @@ struct Timeline {
 }
 
 impl Timeline {
-    fn new(received: Instant, sent: Instant) -> Self {
-        let claimed = sent - received;
-        let stages = vec![stage("received", Duration::ZERO), stage("claimed", claimed)];
+    fn new(received: Instant, connection: &Connection) -> Self {
+        let claimed = connection.sent - received;
+        let dispatched = connection
+            .dispatched
+            .map(|at| stage("dispatched", at - received));
+        let stages = [stage("received", Duration::ZERO)].into_iter();
+        let stages = stages
+            .chain(dispatched)
+            .chain([stage("claimed", claimed)])
+            .collect();
         Self {
             claimed: Some(claimed),
             stages,
@@ -405,7 +413,7 @@ fn encode_output(output: node::Output) -> Output {
     }
 }
 
-fn encode_end(end: node::Ended, timeline: Vec<Stage>) -> Exited {
+fn encode_end(end: node::Ended, timeline: Vec<Stage>, warm: bool) -> Exited {
     let reason = match end.reason() {
         ended::Reason::Unspecified => ExitReason::Unspecified,
         ended::Reason::Exited => ExitReason::Exited,
@@ -422,7 +430,7 @@ fn encode_end(end: node::Ended, timeline: Vec<Stage>) -> Exited {
         signal: end.signal,
         message: end.message,
         timeline,
-        warm: true,
+        warm,
         stdout_bytes: end.stdout_bytes,
         stderr_bytes: end.stderr_bytes,
     }

@@ -43,7 +43,7 @@ enum Found {
 struct Traces {
     claimed: Claimed,
     started: Option<Duration>,
-    cancelled: bool,
+    cancelled: Option<String>,
     ended: Option<Ended>,
 }
 
@@ -60,15 +60,17 @@ fn fold(records: Vec<Record>) -> HashMap<String, Found> {
             Record::Claimed(claimed) => Found::Run(Box::new(Traces {
                 claimed: *claimed,
                 started: None,
-                cancelled: false,
+                cancelled: None,
                 ended: None,
             })),
             Record::Started { after, .. } => {
                 run.into_iter().for_each(|run| run.started = Some(after));
                 continue;
             }
-            Record::Cancelled { .. } => {
-                run.into_iter().for_each(|run| run.cancelled = true);
+            Record::Cancelled { reason, .. } => {
+                if let Some(run) = run {
+                    run.cancelled.get_or_insert(reason);
+                }
                 continue;
             }
             Record::Exited { ended, .. } => {
@@ -136,8 +138,8 @@ fn take_up(traces: Traces, windows: &Path) -> (Arc<Run>, mpsc::Receiver<Input>) 
     };
     let kill = CancellationToken::new();
     let (run, inputs) = Run::with(claimed, arrived, output, kill, progress);
-    if cancelled {
-        run.cancel.cancel();
+    if let Some(reason) = cancelled {
+        run.cancel.ask(&reason);
     }
     if is_over {
         run.is_gone();
@@ -187,8 +189,9 @@ impl Known {
                     }),
                     Some(Outcome::Aborted(_)) | None => None,
                 };
-                let cancelled = run.cancel.is_cancelled().then(|| Record::Cancelled {
+                let cancelled = run.cancel.reason().map(|reason| Record::Cancelled {
                     run_id: run.claimed.run_id.clone(),
+                    reason: reason.to_owned(),
                 });
                 [Record::Claimed(run.claimed.clone().into())]
                     .into_iter()

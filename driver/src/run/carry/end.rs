@@ -5,7 +5,7 @@ use polydev_proto::{
     node::ended::Reason,
 };
 
-use super::{CANCELLED, Carrier, End, Ending, SIGKILL, Stop};
+use super::{Carrier, End, Ending, SIGKILL, Stop};
 use crate::{
     limits,
     run::{Ended, Run},
@@ -20,7 +20,7 @@ impl Carrier<'_> {
         };
         let killed = exit_code == 128 + SIGKILL;
         let (reason, message) = if self.ending != Ending::No {
-            (Reason::Cancelled, CANCELLED.into())
+            (Reason::Cancelled, self.run.cancel.message())
         } else if killed && self.oom_kills() > 0 {
             (
                 Reason::OutOfMemory,

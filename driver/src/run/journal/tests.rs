@@ -17,6 +17,7 @@ fn claimed(run_id: &str) -> Claimed {
         timeout: Duration::from_secs(60),
         kill_timeout: Duration::from_secs(30),
         drop_oldest: false,
+        on_demand: false,
         share: Amount::default(),
         boot_id: "boot".into(),
         container: "c0ffee".into(),
@@ -33,7 +34,10 @@ fn records() -> Vec<Record> {
             run_id: "a".into(),
             after: Duration::from_millis(3),
         },
-        Record::Cancelled { run_id: "a".into() },
+        Record::Cancelled {
+            run_id: "a".into(),
+            reason: "the node is drained".into(),
+        },
         Record::Exited {
             run_id: "a".into(),
             ended: Ended {

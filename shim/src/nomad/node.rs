@@ -1,0 +1,61 @@
+//! Nodes.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::{Error, Nomad};
+
+/// A node as the list of nodes shows it.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Node {
+    #[serde(rename = "ID")]
+    pub id: String,
+    pub status: String,
+    #[serde(default)]
+    pub scheduling_eligibility: String,
+    #[serde(default)]
+    pub last_drain: Option<Drain>,
+    #[serde(default)]
+    pub drivers: BTreeMap<String, Driver>,
+}
+
+/// The latest drain of a node.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Drain {
+    /// `draining`, `complete` or `canceled`.
+    pub status: String,
+}
+
+/// A driver on a node.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Driver {
+    #[serde(default)]
+    pub attributes: Option<BTreeMap<String, String>>,
+}
+
+impl Node {
+    /// Whether a drain has come to its end, or to its deadline, and the node has been given
+    /// nothing since. Nomad calls a drain complete when its deadline has come, whatever is
+    /// left.
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        let complete = |drain: &Drain| drain.status == "complete";
+        self.scheduling_eligibility == "ineligible"
+            && self.last_drain.as_ref().is_some_and(complete)
+    }
+}
+
+impl Nomad {
+    /// All nodes, as soon as there is something newer than `index`, or after a minute; with
+    /// the index to ask with next.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn nodes(&self, index: u64) -> Result<(u64, Vec<Node>), Error> {
+        self.watch("/v1/nodes", index).await
+    }
+}

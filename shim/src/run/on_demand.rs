@@ -1,0 +1,224 @@
+//! Slots that are ordered from Nomad for one run each, when none is idle: dispatches of a
+//! parameterised job, which its driver grants to that run alone.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{Semaphore, oneshot, watch},
+    time::{sleep, timeout},
+};
+
+use super::queue::Place;
+use crate::{
+    nomad::{self, Nomad, job::Allocation},
+    provider::Provider,
+};
+
+/// For a slot of the pool to become idle: a refill takes about as long.
+const PATIENCE: Duration = Duration::from_millis(500);
+const ANSWER: Duration = Duration::from_secs(10);
+const RETRY: Duration = Duration::from_secs(1);
+/// A job that cannot be stopped in so many tries is left: its slot ends unused.
+const STOPS: u32 = 5;
+
+/// Orders slots, so many at a time; clones share the number.
+#[derive(Debug, Clone)]
+pub struct OnDemand {
+    nomad: Option<Nomad>,
+    waiting: Arc<Semaphore>,
+}
+
+/// One run's order. When it is dropped the slot is not needed any more.
+#[derive(Debug)]
+pub struct Order {
+    progress: watch::Receiver<Progress>,
+    used: Option<oneshot::Sender<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Progress {
+    /// For people.
+    told: String,
+    dispatched: Option<Instant>,
+}
+
+type Tell = watch::Sender<Progress>;
+
+impl OnDemand {
+    /// Without `nomad` nothing is ordered. At most `most` slots are on order at a time.
+    #[must_use]
+    pub fn new(nomad: Option<Nomad>, most: usize) -> Self {
+        Self {
+            nomad: nomad.filter(|_| most > 0),
+            waiting: Arc::new(Semaphore::new(most)),
+        }
+    }
+
+    /// Orders a slot for a run that still waits after a moment, once its user may have
+    /// another run.
+    #[must_use]
+    pub fn order(
+        &self,
+        provider: Provider,
+        run_id: String,
+        mut place: watch::Receiver<Place>,
+    ) -> Order {
+        let (tell, progress) = watch::channel(Progress::default());
+        let (used, mut is_used) = oneshot::channel();
+        if let Some(nomad) = self.nomad.clone() {
+            let waiting = self.waiting.clone();
+            tokio::spawn(async move {
+                let turn = async {
+                    sleep(PATIENCE).await;
+                    // Its sender goes when the run has a slot to try: it may run then.
+                    drop(
+                        place
+                            .wait_for(|place| !matches!(place, Place::Held(_)))
+                            .await,
+                    );
+                    waiting.acquire().await.expect("it is never closed")
+                };
+                let _turn = tokio::select! {
+                    turn = turn => turn,
+                    _ = &mut is_used => return,
+                };
+                // To its end: a job that nobody knows of would not be stopped.
+                let Some(job) = dispatch(&nomad, provider, &run_id, &tell).await else {
+                    return;
+                };
+                let used = tokio::select! {
+                    used = &mut is_used => used,
+                    () = watch_start(&nomad, &job, &tell) => is_used.await,
+                };
+                if used.is_err() {
+                    stop(&nomad, &job).await;
+                }
+            });
+        }
+        Order {
+            progress,
+            used: Some(used),
+        }
+    }
+}
+
+impl Order {
+    /// The run is in its slot, and the job ends with it; when Nomad was told, if by this order.
+    pub fn used(mut self) -> Option<Instant> {
+        if let Some(used) = self.used.take() {
+            let _gone = used.send(());
+        }
+        self.progress.borrow().dispatched
+    }
+
+    /// How it goes, for people; empty if nothing was ordered.
+    #[must_use]
+    pub fn told(&self) -> String {
+        self.progress.borrow().told.clone()
+    }
+}
+
+fn say(tell: &Tell, words: String) {
+    tell.send_modify(|progress| progress.told = words);
+}
+
+fn job(provider: Provider) -> String {
+    format!("polydev-on-demand-{}", provider.name())
+}
+
+/// The dispatched job; however often it is asked for, by whichever shim, a run has one.
+async fn dispatch(nomad: &Nomad, provider: Provider, run_id: &str, tell: &Tell) -> Option<String> {
+    let job = job(provider);
+    let meta = [("run_id", run_id)];
+    let dispatched = nomad.dispatch(&job, &meta, run_id);
+    match timeout(ANSWER, dispatched).await {
+        Ok(Ok(child)) => {
+            tracing::info!(run_id, job = child, "a slot is ordered");
+            tell.send_modify(|progress| progress.dispatched = Some(Instant::now()));
+            say(tell, format!("a slot is ordered as `{child}`"));
+            Some(child)
+        }
+        Ok(Err(error)) if error.is_not_found() => {
+            tracing::debug!(job, "without this job no slot is ordered");
+            say(
+                tell,
+                format!("no slot can be ordered without the job `{job}`"),
+            );
+            None
+        }
+        Ok(Err(error)) => {
+            let error = crate::chain(&error);
+            tracing::warn!(run_id, error, "no slot is ordered");
+            say(tell, format!("no slot could be ordered: {error}"));
+            None
+        }
+        Err(_) => {
+            say(
+                tell,
+                "no slot could be ordered: Nomad does not answer".into(),
+            );
+            None
+        }
+    }
+}
+
+/// Tells how the start of the slot goes, until there is nothing more to tell.
+async fn watch_start(nomad: &Nomad, job: &str, tell: &Tell) {
+    let mut index = 0;
+    loop {
+        match nomad.allocations(job, index).await {
+            Ok((next, allocations)) => {
+                index = next;
+                let Some(allocation) = allocations.last() else {
+                    say(tell, format!("Nomad has no room yet for `{job}`"));
+                    continue;
+                };
+                let status = &allocation.client_status;
+                let why = last_words(allocation);
+                say(
+                    tell,
+                    format!("the slot ordered as `{job}` is {status}{why}"),
+                );
+                if !matches!(status.as_str(), "pending" | "running") {
+                    tracing::warn!(job, status, why, "a slot on demand has ended");
+                    return;
+                }
+            }
+            Err(error) => {
+                tracing::debug!(job, error = crate::chain(&error), "cannot be watched");
+                sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+fn last_words(allocation: &Allocation) -> String {
+    let tasks = allocation.task_states.iter().flatten();
+    let mut events = tasks.flat_map(|(_, task)| &task.events).rev();
+    let failure = events.find(|event| event.r#type.contains("Failure"));
+    failure.map_or_else(String::new, |event| format!(": {}", event.display_message))
+}
+
+async fn stop(nomad: &Nomad, job: &str) {
+    for _ in 0..STOPS {
+        let stopped = timeout(ANSWER, nomad.stop(job)).await;
+        match stopped {
+            Ok(Ok(())) => {
+                tracing::info!(job, "a slot that was ordered is not needed");
+                return;
+            }
+            Ok(Err(nomad::Error::Status { status, text })) => {
+                tracing::warn!(job, %status, text, "a slot that is not needed stays");
+                return;
+            }
+            Ok(Err(_)) | Err(_) => sleep(RETRY).await,
+        }
+    }
+    tracing::warn!(
+        job,
+        "Nomad does not answer: a slot that is not needed stays"
+    );
+}
