@@ -7,8 +7,9 @@ mod run;
 mod serve;
 mod stream;
 
-use std::{io::IsTerminal, process::ExitCode};
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
+use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
 use nix::sys::{
     prctl,
@@ -16,6 +17,7 @@ use nix::sys::{
 };
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
+use zeroize::Zeroizing;
 
 use crate::address::{Address, DEFAULT};
 
@@ -59,6 +61,43 @@ struct Client {
     /// Where the shim listens: unix:///PATH or http://127.0.0.1:PORT.
     #[arg(long, env = "POLYDEV_ADDRESS", default_value = DEFAULT)]
     address: Address,
+}
+
+/// The Nomad cluster that a command works with.
+#[derive(clap::Args)]
+struct Nomad {
+    /// A Nomad agent.
+    #[arg(
+        id = "nomad_addr",
+        long = "nomad-addr",
+        env = "NOMAD_ADDR",
+        default_value = "http://127.0.0.1:4646"
+    )]
+    address: String,
+    /// File with Nomad's token; the variable NOMAD_TOKEN is read without it.
+    #[arg(
+        id = "nomad_token_file",
+        long = "nomad-token-file",
+        value_name = "FILE"
+    )]
+    token_file: Option<PathBuf>,
+}
+
+impl Nomad {
+    /// Connects to nobody yet.
+    fn connect(&self) -> anyhow::Result<crate::nomad::Nomad> {
+        let token =
+            match &self.token_file {
+                Some(path) => Some(std::fs::read_to_string(path).with_context(|| {
+                    format!("cannot read --nomad-token-file `{}`", path.display())
+                })?),
+                None => std::env::var("NOMAD_TOKEN")
+                    .ok()
+                    .filter(|token| !token.is_empty()),
+            };
+        let token = token.map(|token| Zeroizing::new(token.trim().to_owned()));
+        Ok(crate::nomad::Nomad::new(&self.address, token)?)
+    }
 }
 
 /// Our own failures, as `docker run` has them; 126 and 127 are the command's.

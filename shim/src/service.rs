@@ -1,4 +1,7 @@
-//! `polydev.runtime.v1`: decodes, asks `run` and `pool`, encodes.
+//! `polydev.runtime.v1`: decodes, asks `run` and `pool`, encodes. The calls about pools are in
+//! [`pools`].
+
+mod pools;
 
 use std::{pin::Pin, time::Instant};
 
@@ -7,11 +10,11 @@ use polydev_proto::{
     DESCRIPTORS,
     node::TraceContext,
     runtime::{
-        AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse, ListPoolsRequest,
-        ListPoolsResponse, Pool, RunEvent, RunRequest, RunResponse, ScalePoolRequest,
-        ScalePoolResponse, ScaleWaiting, Scaled, attach_request, run_request,
+        AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse, DrainPoolRequest,
+        DrainPoolResponse, GetPoolRequest, GetPoolResponse, ListPoolsRequest, ListPoolsResponse,
+        ResumePoolRequest, ResumePoolResponse, RunEvent, RunRequest, RunResponse, ScalePoolRequest,
+        ScalePoolResponse, WatchPoolsRequest, WatchPoolsResponse, attach_request, run_request,
         runtime_service_server::{RuntimeService, RuntimeServiceServer},
-        scale_pool_response,
     },
 };
 use tokio::{
@@ -25,8 +28,7 @@ use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap, transpo
 use crate::{
     address::Listener,
     nomad::Nomad,
-    pool::{View, scale},
-    provider::Provider,
+    pool::View,
     run::{
         self, Connection, Error,
         attach::{self, Name},
@@ -128,7 +130,10 @@ type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl RuntimeService for Service {
     type RunStream = Responses<RunResponse>;
     type AttachStream = Responses<AttachResponse>;
+    type WatchPoolsStream = Responses<WatchPoolsResponse>;
     type ScalePoolStream = Responses<ScalePoolResponse>;
+    type DrainPoolStream = Responses<DrainPoolResponse>;
+    type ResumePoolStream = Responses<ResumePoolResponse>;
 
     async fn run(
         &self,
@@ -219,35 +224,23 @@ impl RuntimeService for Service {
         &self,
         _: Request<ListPoolsRequest>,
     ) -> Result<Response<ListPoolsResponse>, Status> {
-        let counts = self.view.counts();
-        let mut pools: Vec<Pool> = Provider::all()
-            .map(|provider| {
-                let pool = counts.get(provider.name()).copied().unwrap_or_default();
-                Pool {
-                    provider: provider.name().into(),
-                    slots: pool.warming
-                        + pool.idle
-                        + pool.claimed
-                        + pool.recycling
-                        + pool.draining
-                        + pool.failed,
-                    warming: pool.warming,
-                    idle: pool.idle,
-                    claimed: pool.claimed,
-                    recycling: pool.recycling,
-                    draining: pool.draining,
-                    failed: pool.failed,
-                    on_demand: pool.on_demand,
-                }
-            })
-            .collect();
-        pools.sort_by(|a, b| a.provider.cmp(&b.provider));
-        let (connected, unreachable) = self.view.nodes();
-        Ok(Response::new(ListPoolsResponse {
-            pools,
-            nodes_connected: u32::try_from(connected).unwrap_or(u32::MAX),
-            nodes_unreachable: u32::try_from(unreachable).unwrap_or(u32::MAX),
-        }))
+        Ok(Response::new(pools::list(&self.view)))
+    }
+
+    async fn get_pool(
+        &self,
+        request: Request<GetPoolRequest>,
+    ) -> Result<Response<GetPoolResponse>, Status> {
+        let provider = pools::provider(&request.into_inner().provider)?;
+        Ok(Response::new(pools::get(&self.view, provider)))
+    }
+
+    async fn watch_pools(
+        &self,
+        _: Request<WatchPoolsRequest>,
+    ) -> Result<Response<Self::WatchPoolsStream>, Status> {
+        let changes = pools::watch(self.view.clone()).map(Ok);
+        Ok(Response::new(Box::pin(changes)))
     }
 
     async fn scale_pool(
@@ -255,51 +248,38 @@ impl RuntimeService for Service {
         request: Request<ScalePoolRequest>,
     ) -> Result<Response<Self::ScalePoolStream>, Status> {
         let ScalePoolRequest { provider, size } = request.into_inner();
-        let provider: Provider = provider
-            .parse()
-            .map_err(|error| Status::invalid_argument(format!("`provider`: {error}")))?;
-        let Some(nomad) = self.nomad.clone() else {
-            let reason = "without Nomad the pools are as `--pool` says";
-            return Err(Status::unimplemented(reason));
-        };
-        let (events, responses) = mpsc::channel(2);
-        let tell = events.clone();
-        self.runs.spawn(async move {
-            let waiting = |reason| {
-                let event = scale_pool_response::Event::Waiting(ScaleWaiting { reason });
-                let event = ScalePoolResponse { event: Some(event) };
-                // It is the first of two, and there is room for both.
-                let _gone = tell.try_send(Ok(event));
-            };
-            let scaled = tokio::select! {
-                scaled = scale::scale(&nomad, provider, size, waiting) => scaled,
-                () = events.closed() => return,
-            };
-            let scaled = scaled.map_err(Status::from).map(|from| ScalePoolResponse {
-                event: Some(scale_pool_response::Event::Scaled(Scaled {
-                    from,
-                    to: size,
-                })),
-            });
-            let _gone = events.send(scaled).await;
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(responses))))
+        let (provider, nomad) = (pools::provider(&provider)?, self.nomad()?);
+        let events = pools::scale(&self.runs, nomad, provider, size);
+        Ok(Response::new(Box::pin(events)))
     }
-}
 
-impl From<scale::Error> for Status {
-    fn from(error: scale::Error) -> Self {
-        let message = crate::chain(&error);
-        match error {
-            scale::Error::Size { .. } => Self::invalid_argument(message),
-            scale::Error::NoJob { .. } => Self::not_found(message),
-            scale::Error::Deployment { .. } => Self::failed_precondition(message),
-            scale::Error::Nomad(_) => Self::unavailable(message),
-        }
+    async fn drain_pool(
+        &self,
+        request: Request<DrainPoolRequest>,
+    ) -> Result<Response<Self::DrainPoolStream>, Status> {
+        let provider = pools::provider(&request.into_inner().provider)?;
+        let events = pools::drain(&self.runs, self.nomad()?, self.view.clone(), provider);
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn resume_pool(
+        &self,
+        request: Request<ResumePoolRequest>,
+    ) -> Result<Response<Self::ResumePoolStream>, Status> {
+        let provider = pools::provider(&request.into_inner().provider)?;
+        let events = pools::resume(&self.runs, self.nomad()?, provider);
+        Ok(Response::new(Box::pin(events)))
     }
 }
 
 impl Service {
+    fn nomad(&self) -> Result<Nomad, Status> {
+        self.nomad.clone().ok_or_else(|| {
+            let reason = "without Nomad the pools are as `--pool` says";
+            Status::unimplemented(reason)
+        })
+    }
+
     fn relay(
         &self,
         name: Name,

@@ -1,6 +1,10 @@
 //! Pools under a real Nomad agent: what fills slots, and what keeps runs out of them.
 
-use std::{process::Command, time::Duration};
+use std::{
+    io::{BufRead, BufReader},
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use polydev_proto::runtime::RunStart;
 use polydev_tests::{
@@ -8,7 +12,7 @@ use polydev_tests::{
     docker,
     nomad::{Nomad, nomad_program},
     process::output,
-    program,
+    program, root,
     shim::{Shim, instance_label},
     wait_until,
 };
@@ -140,7 +144,35 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
         assert!(told.contains(words), "{told}");
     }
 
-    nomad.submit_pool("anthropic", 1);
+    let file = "jobspecs/pool-anthropic.nomad.hcl";
+    let apply = |sizes: &[(&str, &str)], options: &[&str]| {
+        let mut command = Command::new(program("polydev-shim"));
+        command.args(["pool", "apply", "--file", file, "--nomad-addr"]);
+        command.arg(&nomad.address).args(options);
+        output(command.envs(sizes.iter().copied()).current_dir(root()))
+    };
+    for (size, words) in [
+        (
+            "101",
+            "`WARM_POOL_ANTHROPIC_SIZE` is `101`, allowed are 0 to 100",
+        ),
+        ("one", "`WARM_POOL_ANTHROPIC_SIZE` is `one`"),
+    ] {
+        let refused = apply(&[("WARM_POOL_ANTHROPIC_SIZE", size)], &["--yes"]);
+        assert_eq!(refused.status.code(), Some(125));
+        assert!(
+            text(&refused.stderr).contains(words),
+            "{}",
+            text(&refused.stderr)
+        );
+    }
+    let unasked = apply(&[], &[]);
+    assert!(text(&unasked.stderr).contains("--yes submits without asking"));
+    assert!(text(&unasked.stdout).contains("polydev-pool-anthropic: new\n  pool: 10 Place\n"));
+    let applied = apply(&[("WARM_POOL_ANTHROPIC_SIZE", "1")], &["--yes"]);
+    let planned =
+        "polydev-pool-anthropic: new\n  pool: 1 Place\npolydev-pool-anthropic: submitted\n";
+    assert_eq!(text(&applied.stdout), planned, "{}", text(&applied.stderr));
     let job = "polydev-pool-anthropic";
     wait_until("its deployment", Duration::from_secs(20), || {
         match nomad.get(&format!("/v1/job/{job}/deployment")) {
@@ -170,6 +202,74 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
         }
     });
     client.wait_idle("anthropic", 1);
+
+    // The size it has is kept, whatever it was to be at first.
+    let applied = apply(&[("WARM_POOL_ANTHROPIC_SIZE", "0")], &["--plan"]);
+    let plan = text(&applied.stdout);
+    assert!(
+        plan.starts_with("polydev-pool-anthropic: ") && !plan.contains("Count"),
+        "{plan}"
+    );
+    let applied = apply(&[], &["--plan", "--var", "image=other:1"]);
+    let change =
+        "pool.runtime.Config.slot[0][image]: \"polydev-anthropic-runtime:latest\" -> \"other:1\"";
+    assert!(
+        text(&applied.stdout).contains(change),
+        "{}",
+        text(&applied.stdout)
+    );
+
+    // Drained: no new run, and the one that goes on is waited for.
+    let pool = |args: &[&str]| {
+        let mut command = Command::new(program("polydev-shim"));
+        command.arg("pool").args(args);
+        command.env("POLYDEV_ADDRESS", &shim.address);
+        command
+    };
+    let refused = output(&mut pool(&["resume", "anthropic"]));
+    let told = text(&refused.stderr);
+    assert!(
+        told.contains("the pool of anthropic is not drained, it has 1 slots"),
+        "{told}"
+    );
+    let open = RunStart {
+        stdin: true,
+        ..shell("anthropic", "cat")
+    };
+    let mut run = client.start(open).unwrap();
+    let mut draining = pool(&["drain", "anthropic"]);
+    draining.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let draining = draining.spawn().unwrap();
+    wait_until("a slot that drains", Duration::from_secs(60), || {
+        let shown = text(&output(&mut pool(&["show", "anthropic"])).stdout);
+        let last = shown.lines().last().unwrap_or_default();
+        if last.contains("draining") && last.contains(&run.accepted.run_id) {
+            Ok(())
+        } else {
+            Err(shown)
+        }
+    });
+    run.close();
+    client.finish(run).unwrap();
+    let drained = draining.wait_with_output().unwrap();
+    assert_eq!(
+        text(&drained.stdout),
+        "anthropic: 1 -> 0\nanthropic: drained\n"
+    );
+    assert!(text(&drained.stderr).contains("anthropic: 1 slots are left, 1 with a run\n"));
+    let again = output(&mut pool(&["drain", "anthropic"]));
+    assert_eq!(text(&again.stdout), "anthropic: drained\n");
+
+    let mut watching = pool(&["watch", "--output", "json"]);
+    let mut watching = watching.stdout(Stdio::piped()).spawn().unwrap();
+    let resumed = output(&mut pool(&["resume", "anthropic"]));
+    assert_eq!(text(&resumed.stdout), "anthropic: 0 -> 1\n");
+    client.wait_idle("anthropic", 1);
+    let lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    let is_idle = |line: &str| line.contains("anthropic") && line.contains("\"idle\":1");
+    assert!(lines.map_while(Result::ok).any(|line| is_idle(&line)));
+    watching.kill().unwrap();
+    watching.wait().unwrap();
     let scaled = scale("anthropic", 0);
     assert_eq!(text(&scaled.stdout), "anthropic: 1 -> 0\n");
     client.wait_idle("anthropic", 0);

@@ -32,7 +32,7 @@ fn open() -> RunStart {
 #[track_caller]
 fn ends_by_itself(client: &Client, mut run: Run) {
     run.close();
-    let outcome = client.finish(run).unwrap();
+    let outcome = client.finish(run).expect("its node lives");
     assert_eq!(
         (outcome.stdout().as_str(), outcome.exited.exit_code),
         ("done\n", 0)

@@ -1,25 +1,29 @@
 //! `polydev-shim pool ...`
 
+mod apply;
+mod look;
+mod size;
+
 use std::{io::Write, process::ExitCode};
 
-use polydev_proto::runtime::{
-    ListPoolsRequest, ScalePoolRequest, ScalePoolResponse, ScaleWaiting, Scaled,
-    runtime_service_client::RuntimeServiceClient, scale_pool_response::Event,
-};
-use serde_json::json;
+use polydev_proto::runtime::runtime_service_client::RuntimeServiceClient;
+use tonic::{Status, transport::Channel};
 
 use super::{Client, Output};
 
 #[derive(clap::Subcommand)]
 pub(super) enum Command {
     /// Show each provider's slots by state.
-    List {
+    List(Options),
+    /// Show a provider's slots one by one.
+    Show {
+        /// openai, anthropic or google.
+        provider: String,
         #[command(flatten)]
-        client: Client,
-        /// How to print them.
-        #[arg(long, value_enum, default_value = "text")]
-        output: Output,
+        options: Options,
     },
+    /// Show each provider's slots by state, and again whenever they change, until Ctrl-C.
+    Watch(Options),
     /// Set how many warm slots a provider has, as `nomad job scale` does.
     Scale {
         /// openai, anthropic or google.
@@ -27,107 +31,73 @@ pub(super) enum Command {
         /// Warm slots to keep, 0 to 100. Runs in slots that go are not cut short.
         size: u32,
         #[command(flatten)]
-        client: Client,
-        /// How to print the result.
-        #[arg(long, value_enum, default_value = "text")]
-        output: Output,
+        options: Options,
     },
+    /// Take a pool out of use: size 0, and wait until its last run has ended.
+    Drain {
+        /// openai, anthropic or google.
+        provider: String,
+        /// Do not wait for its runs.
+        #[arg(long)]
+        detach: bool,
+        #[command(flatten)]
+        options: Options,
+    },
+    /// Give a drained pool the size that it had.
+    Resume {
+        /// openai, anthropic or google.
+        provider: String,
+        #[command(flatten)]
+        options: Options,
+    },
+    /// Submit job files to Nomad, after showing what would change.
+    Apply(apply::Arguments),
+}
+
+#[derive(clap::Args)]
+pub(super) struct Options {
+    #[command(flatten)]
+    client: Client,
+    /// How to print results.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+impl Options {
+    async fn connect(&self) -> anyhow::Result<RuntimeServiceClient<Channel>> {
+        let channel = super::run::connect(&self.client.address).await?;
+        Ok(RuntimeServiceClient::new(channel))
+    }
 }
 
 pub(super) async fn execute(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::List { client, output } => list(&client, output).await,
+        Command::List(options) => look::list(&options).await?,
+        Command::Show { provider, options } => look::show(&options, provider).await?,
+        Command::Watch(options) => look::watch(&options).await?,
         Command::Scale {
             provider,
             size,
-            client,
-            output,
-        } => scale(&client, provider, size, output).await,
+            options,
+        } => size::scale(&options, provider, size).await?,
+        Command::Drain {
+            provider,
+            detach,
+            options,
+        } => size::drain(&options, provider, detach).await?,
+        Command::Resume { provider, options } => size::resume(&options, provider).await?,
+        Command::Apply(arguments) => apply::apply(&arguments).await?,
     }
-}
-
-/// Waits as long as the shim does for Nomad, and says so.
-async fn scale(
-    client: &Client,
-    provider: String,
-    size: u32,
-    output: Output,
-) -> anyhow::Result<ExitCode> {
-    let told = |status: tonic::Status| anyhow::anyhow!("{}", status.message());
-    let mut shim = RuntimeServiceClient::new(super::run::connect(&client.address).await?);
-    let request = ScalePoolRequest {
-        provider: provider.clone(),
-        size,
-    };
-    let mut events = shim.scale_pool(request).await.map_err(told)?.into_inner();
-    while let Some(ScalePoolResponse { event }) = events.message().await.map_err(told)? {
-        match event {
-            Some(Event::Waiting(ScaleWaiting { reason })) => {
-                eprintln!("waiting for Nomad to take a new size: {reason}");
-            }
-            Some(Event::Scaled(Scaled { from, to })) => {
-                let text = match output {
-                    Output::Text => format!("{provider}: {from} -> {to}\n"),
-                    Output::Json => {
-                        format!(
-                            "{}\n",
-                            json!({ "provider": provider, "from": from, "to": to })
-                        )
-                    }
-                };
-                std::io::stdout().write_all(text.as_bytes())?;
-                return Ok(ExitCode::SUCCESS);
-            }
-            None => {}
-        }
-    }
-    anyhow::bail!("the shim did not say whether Nomad has taken the size")
-}
-
-async fn list(client: &Client, output: Output) -> anyhow::Result<ExitCode> {
-    let mut shim = RuntimeServiceClient::new(super::run::connect(&client.address).await?);
-    let answer = tokio::time::timeout(super::run::CONNECT, shim.list_pools(ListPoolsRequest {}));
-    let answer = answer
-        .await?
-        .map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-    let answer = answer.into_inner();
-    let mut text = String::new();
-    if output == Output::Text {
-        text.push_str(
-            "PROVIDER    SLOTS  WARMING  IDLE  CLAIMED  RECYCLING  DRAINING  FAILED  ON-DEMAND\n",
-        );
-    }
-    for pool in answer.pools {
-        match output {
-            Output::Text => text.push_str(&format!(
-                "{:<10}  {:>5}  {:>7}  {:>4}  {:>7}  {:>9}  {:>8}  {:>6}  {:>9}\n",
-                pool.provider,
-                pool.slots,
-                pool.warming,
-                pool.idle,
-                pool.claimed,
-                pool.recycling,
-                pool.draining,
-                pool.failed,
-                pool.on_demand
-            )),
-            Output::Json => {
-                let line = json!({
-                    "provider": pool.provider, "slots": pool.slots, "warming": pool.warming,
-                    "idle": pool.idle, "claimed": pool.claimed, "recycling": pool.recycling,
-                    "draining": pool.draining, "failed": pool.failed,
-                    "on_demand": pool.on_demand,
-                });
-                text.push_str(&format!("{line}\n"));
-            }
-        }
-    }
-    if answer.nodes_unreachable > 0 {
-        eprintln!(
-            "{} nodes cannot be reached; their slots are not counted",
-            answer.nodes_unreachable
-        );
-    }
-    std::io::stdout().write_all(text.as_bytes())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The shim's words.
+fn told(status: Status) -> anyhow::Error {
+    anyhow::anyhow!("{}", status.message())
+}
+
+fn print(text: &str) -> std::io::Result<()> {
+    let mut stdout = std::io::stdout();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::{Error, Nomad};
 
@@ -31,37 +32,69 @@ pub struct TaskEvent {
     pub display_message: String,
 }
 
+/// How a group of a job is scaled.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Scaling {
+    /// The count that it should have.
+    pub desired: u32,
+    #[serde(default)]
+    pub events: Option<Vec<ScalingEvent>>,
+}
+
+/// One change of a group's count.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct ScalingEvent {
+    /// Nanoseconds since 1970.
+    pub time: i64,
+    /// It came to nothing.
+    pub error: bool,
+    /// What whoever made it left.
+    #[serde(default)]
+    pub meta: Option<BTreeMap<String, Value>>,
+}
+
+/// What registering a job would change.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Plan {
+    /// Of the job that is registered now; 0 for none.
+    pub job_modify_index: u64,
+    pub diff: Value,
+    #[serde(default)]
+    pub annotations: Value,
+    #[serde(default, rename = "FailedTGAllocs")]
+    pub failed: Value,
+    #[serde(default)]
+    pub warnings: String,
+}
+
+/// An answer of which nothing is wanted.
+#[derive(Deserialize)]
+struct Taken {}
+
 impl Nomad {
-    /// The counts that a job's groups should have; `None` without such a job.
+    /// How a job's groups are scaled; `None` without such a job.
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn counts(&self, job: &str) -> Result<Option<BTreeMap<String, u32>>, Error> {
+    pub async fn scaling(&self, job: &str) -> Result<Option<BTreeMap<String, Scaling>>, Error> {
         #[derive(Deserialize)]
         #[serde(rename_all = "PascalCase")]
         struct Scale {
-            task_groups: BTreeMap<String, Group>,
-        }
-        #[derive(Deserialize)]
-        #[serde(rename_all = "PascalCase")]
-        struct Group {
-            desired: u32,
+            task_groups: BTreeMap<String, Scaling>,
         }
         let request = self.client.get(self.url(&format!("/v1/job/{job}/scale")));
         match self.ask::<Scale>(request).await {
-            Ok((_, Scale { task_groups })) => Ok(Some(
-                task_groups
-                    .into_iter()
-                    .map(|(name, group)| (name, group.desired))
-                    .collect(),
-            )),
+            Ok((_, Scale { task_groups })) => Ok(Some(task_groups)),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Sets the count of a job's group, as `nomad job scale` does; `message` stands in the
-    /// job's scaling events.
+    /// Sets the count of a job's group, as `nomad job scale` does; `message` and `meta` stand
+    /// in the job's scaling events.
     ///
     /// # Errors
     /// [`Error`]; [`Error::is_deployment`] while a deployment of the job is going on.
@@ -71,14 +104,51 @@ impl Nomad {
         group: &str,
         count: u32,
         message: &str,
+        meta: &BTreeMap<&str, String>,
     ) -> Result<(), Error> {
-        #[derive(Deserialize)]
-        struct Taken {}
         let body = serde_json::json!({
-            "Count": count, "Target": { "Group": group }, "Message": message,
+            "Count": count, "Target": { "Group": group }, "Message": message, "Meta": meta,
         });
         let url = self.url(&format!("/v1/job/{job}/scale"));
         let request = self.client.post(url).body(body.to_string());
+        self.ask::<Taken>(request).await.map(drop)
+    }
+
+    /// A job's file, as Nomad understands it with these `variables`, lines of `name = value`.
+    ///
+    /// # Errors
+    /// [`Error::Status`] with Nomad's words about the file.
+    pub async fn parse(&self, hcl: &str, variables: &str) -> Result<Value, Error> {
+        let body = serde_json::json!({
+            "JobHCL": hcl, "Variables": variables, "Canonicalize": true,
+        });
+        let request = self.client.post(self.url("/v1/jobs/parse"));
+        let (_, job) = self.ask(request.body(body.to_string())).await?;
+        Ok(job)
+    }
+
+    /// What registering a job would change.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn plan(&self, job: &Value) -> Result<Plan, Error> {
+        let id = job["ID"].as_str().unwrap_or_default();
+        let body = serde_json::json!({ "Job": job, "Diff": true });
+        let request = self.client.post(self.url(&format!("/v1/job/{id}/plan")));
+        let (_, plan) = self.ask(request.body(body.to_string())).await?;
+        Ok(plan)
+    }
+
+    /// Registers a job, if it is still the one that was planned with.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn register(&self, job: &Value, planned: &Plan) -> Result<(), Error> {
+        let body = serde_json::json!({
+            "Job": job, "EnforceIndex": true, "JobModifyIndex": planned.job_modify_index,
+        });
+        let request = self.client.post(self.url("/v1/jobs"));
+        let request = request.body(body.to_string());
         self.ask::<Taken>(request).await.map(drop)
     }
 
@@ -110,8 +180,6 @@ impl Nomad {
     /// # Errors
     /// [`Error`]
     pub async fn stop(&self, job: &str) -> Result<(), Error> {
-        #[derive(Deserialize)]
-        struct Taken {}
         let request = self.client.delete(self.url(&format!("/v1/job/{job}")));
         match self.ask::<Taken>(request).await {
             Err(error) if !error.is_not_found() => Err(error),

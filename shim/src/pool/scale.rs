@@ -1,6 +1,6 @@
 //! Changes a pool's size, which is the count of its Nomad job.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use tokio::time::{Instant, sleep};
 
@@ -12,7 +12,9 @@ use crate::{
 /// The largest pool.
 pub const SIZE_MOST: u32 = 100;
 /// The group of the pools' jobs, see `jobspecs/`.
-const GROUP: &str = "pool";
+pub const GROUP: &str = "pool";
+/// What a scaling event says of the size that a drained pool had.
+const DRAINED_FROM: &str = "polydev_drained_from";
 /// How long a deployment is waited for: as long as the jobs give their slots to become
 /// healthy.
 const DEPLOYMENT: Duration = Duration::from_secs(10 * 60);
@@ -30,13 +32,44 @@ pub enum Error {
     NoJob { job: String, provider: Provider },
     #[error("Nomad still takes no other size of `{job}` after {} s: {reason}", DEPLOYMENT.as_secs())]
     Deployment { job: String, reason: String },
+    #[error("the pool of {provider} is not drained, it has {size} slots")]
+    NotDrained { provider: Provider, size: u32 },
     #[error(transparent)]
     Nomad(#[from] nomad::Error),
 }
 
 /// The job that keeps a provider's warm slots.
-fn job(provider: Provider) -> String {
+#[must_use]
+pub fn job(provider: Provider) -> String {
     format!("polydev-pool-{}", provider.name())
+}
+
+/// A pool's size as Nomad has it.
+#[derive(Debug, Clone, Copy)]
+struct Size {
+    now: u32,
+    /// Before it was drained.
+    drained_from: Option<u32>,
+}
+
+impl Size {
+    async fn of(nomad: &Nomad, provider: Provider) -> Result<Self, Error> {
+        let job = job(provider);
+        let mut groups = nomad.scaling(&job).await?.unwrap_or_default();
+        let Some(group) = groups.remove(GROUP) else {
+            return Err(Error::NoJob { job, provider });
+        };
+        // Whoever scaled it since has taken it into use again.
+        let events = group.events.into_iter().flatten();
+        let last = events
+            .filter(|event| !event.error)
+            .max_by_key(|event| event.time);
+        let from = last.and_then(|event| event.meta?.get(DRAINED_FROM)?.as_str()?.parse().ok());
+        Ok(Self {
+            now: group.desired,
+            drained_from: from.filter(|_| group.desired == 0),
+        })
+    }
 }
 
 /// Sets the size of a pool; the size it had. `waiting` hears Nomad's reason, once, if it
@@ -56,18 +89,70 @@ pub async fn scale(
     if size > SIZE_MOST {
         return Err(Error::Size { given: size });
     }
+    let from = Size::of(nomad, provider).await?.now;
+    set(nomad, provider, (from, size), BTreeMap::new(), waiting).await?;
+    Ok(from)
+}
+
+/// Sets the size of a pool to 0 and leaves word of the size it had; that size, or `None` if
+/// it was drained before.
+///
+/// # Errors
+/// As [`scale`].
+///
+/// # Cancel safety
+/// As [`scale`].
+pub async fn drain(
+    nomad: &Nomad,
+    provider: Provider,
+    waiting: impl Fn(String),
+) -> Result<Option<u32>, Error> {
+    let size = Size::of(nomad, provider).await?;
+    if size.drained_from.is_some() {
+        return Ok(None);
+    }
+    let meta = [(DRAINED_FROM, size.now.to_string())].into();
+    set(nomad, provider, (size.now, 0), meta, waiting).await?;
+    Ok(Some(size.now))
+}
+
+/// Gives a drained pool the size it had; that size.
+///
+/// # Errors
+/// As [`scale`]; [`Error::NotDrained`].
+///
+/// # Cancel safety
+/// As [`scale`].
+pub async fn resume(
+    nomad: &Nomad,
+    provider: Provider,
+    waiting: impl Fn(String),
+) -> Result<u32, Error> {
+    let Size { now, drained_from } = Size::of(nomad, provider).await?;
+    let from = drained_from.filter(|from| *from <= SIZE_MOST);
+    let size = from.ok_or(Error::NotDrained {
+        provider,
+        size: now,
+    })?;
+    set(nomad, provider, (now, size), BTreeMap::new(), waiting).await?;
+    Ok(size)
+}
+
+async fn set(
+    nomad: &Nomad,
+    provider: Provider,
+    (from, to): (u32, u32),
+    meta: BTreeMap<&str, String>,
+    waiting: impl Fn(String),
+) -> Result<(), Error> {
     let job = job(provider);
-    let counts = nomad.counts(&job).await?.unwrap_or_default();
-    let Some(from) = counts.get(GROUP).copied() else {
-        return Err(Error::NoJob { job, provider });
-    };
-    let message = format!("polydev-shim: from {from} to {size} warm slots");
+    let message = format!("polydev-shim: from {from} to {to} warm slots");
     let (end, mut retry, mut is_told) = (Instant::now() + DEPLOYMENT, RETRY, false);
     loop {
-        match nomad.scale(&job, GROUP, size, &message).await {
+        match nomad.scale(&job, GROUP, to, &message, &meta).await {
             Ok(()) => {
-                tracing::info!(job, from, to = size, "scaled");
-                return Ok(from);
+                tracing::info!(job, from, to, "scaled");
+                return Ok(());
             }
             Err(error) if error.is_deployment() => {
                 let reason = crate::chain(&error);

@@ -73,6 +73,14 @@ pub struct Counts {
     pub on_demand: u32,
 }
 
+impl Counts {
+    /// All slots of the pool.
+    #[must_use]
+    pub fn slots(&self) -> u32 {
+        self.warming + self.idle + self.claimed + self.recycling + self.draining + self.failed
+    }
+}
+
 impl View {
     #[must_use]
     pub fn new() -> Self {
@@ -179,6 +187,27 @@ impl View {
             }
         }
         pools
+    }
+
+    /// A provider's slots with their nodes' ids, in their order.
+    #[must_use]
+    pub fn slots(&self, provider: &str) -> Vec<(String, Slot)> {
+        let nodes = self.lock();
+        let slots = nodes.iter().flat_map(|(node_id, node)| {
+            let slots = node.connected.iter().flat_map(|node| node.slots.values());
+            slots.map(move |slot| (node_id.clone(), slot.clone()))
+        });
+        let mut slots: Vec<_> = slots
+            .filter(|(_, slot)| slot.provider == provider)
+            .collect();
+        slots.sort_by(|(_, a), (_, b)| a.slot_id.cmp(&b.slot_id));
+        slots
+    }
+
+    /// Changes whenever a driver has told something, or is out of reach.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
     }
 
     /// The connections to all nodes, and the names of those that cannot be reached, also of

@@ -1,0 +1,154 @@
+//! `polydev-shim pool list|show|watch`
+
+use std::{
+    io::IsTerminal,
+    time::{Duration, SystemTime},
+};
+
+use polydev_proto::runtime::{
+    GetPoolRequest, ListPoolsRequest, Pool, Slot, SlotState, WatchPoolsRequest,
+};
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use super::{Options, Output, print, told};
+
+const ANSWER: Duration = Duration::from_secs(10);
+/// Of an allocation's or a run's id, as Nomad shows it.
+const SHORT: usize = 8;
+
+pub(super) async fn list(options: &Options) -> anyhow::Result<()> {
+    let mut shim = options.connect().await?;
+    let answer = timeout(ANSWER, shim.list_pools(ListPoolsRequest {})).await?;
+    let answer = answer.map_err(told)?.into_inner();
+    print(&pools(&answer.pools, options.output))?;
+    unreachable_nodes(answer.nodes_unreachable);
+    Ok(())
+}
+
+pub(super) async fn show(options: &Options, provider: String) -> anyhow::Result<()> {
+    let mut shim = options.connect().await?;
+    let answer = timeout(ANSWER, shim.get_pool(GetPoolRequest { provider })).await?;
+    let slots = answer.map_err(told)?.into_inner().slots;
+    let mut text = String::new();
+    if options.output == Output::Text {
+        text.push_str("ALLOCATION  NODE      STATE      FOR    GENERATION  RUN                                   IMAGE\n");
+    }
+    for slot in &slots {
+        text.push_str(&match options.output {
+            Output::Text => slot_line(slot),
+            Output::Json => format!("{}\n", slot_json(slot)),
+        });
+    }
+    Ok(print(&text)?)
+}
+
+pub(super) async fn watch(options: &Options) -> anyhow::Result<()> {
+    let mut shim = options.connect().await?;
+    let watching = timeout(ANSWER, shim.watch_pools(WatchPoolsRequest {})).await?;
+    let mut changes = watching.map_err(told)?.into_inner();
+    let redraws = options.output == Output::Text && std::io::stdout().is_terminal();
+    while let Some(now) = changes.message().await.map_err(told)? {
+        // Over the last one, as `watch` does.
+        let clear = if redraws { "\x1b[H\x1b[J" } else { "" };
+        print(&format!("{clear}{}", pools(&now.pools, options.output)))?;
+        unreachable_nodes(now.nodes_unreachable);
+    }
+    anyhow::bail!("the shim has ended")
+}
+
+fn unreachable_nodes(count: u32) {
+    if count > 0 {
+        eprintln!("{count} nodes cannot be reached; their slots are not counted");
+    }
+}
+
+fn pools(pools: &[Pool], output: Output) -> String {
+    let mut text = String::new();
+    if output == Output::Text {
+        text.push_str(
+            "PROVIDER    SLOTS  WARMING  IDLE  CLAIMED  RECYCLING  DRAINING  FAILED  ON-DEMAND\n",
+        );
+    }
+    for pool in pools {
+        match output {
+            Output::Text => text.push_str(&format!(
+                "{:<10}  {:>5}  {:>7}  {:>4}  {:>7}  {:>9}  {:>8}  {:>6}  {:>9}\n",
+                pool.provider,
+                pool.slots,
+                pool.warming,
+                pool.idle,
+                pool.claimed,
+                pool.recycling,
+                pool.draining,
+                pool.failed,
+                pool.on_demand
+            )),
+            Output::Json => {
+                let line = json!({
+                    "provider": pool.provider, "slots": pool.slots, "warming": pool.warming,
+                    "idle": pool.idle, "claimed": pool.claimed, "recycling": pool.recycling,
+                    "draining": pool.draining, "failed": pool.failed,
+                    "on_demand": pool.on_demand,
+                });
+                text.push_str(&format!("{line}\n"));
+            }
+        }
+    }
+    text
+}
+
+fn slot_line(slot: &Slot) -> String {
+    let short = |id: &str| id.chars().take(SHORT).collect::<String>();
+    let allocation = slot.slot_id.rsplit('/').next().unwrap_or_default();
+    let mut line = format!(
+        "{:<10}  {:<8}  {:<9}  {:<5}  {:>10}  {:<36}  {}",
+        short(allocation),
+        short(&slot.node_id),
+        state(slot),
+        age(slot),
+        slot.generation,
+        if slot.run_id.is_empty() {
+            "-"
+        } else {
+            &slot.run_id
+        },
+        slot.image,
+    );
+    if slot.on_demand {
+        line.push_str("  (on demand)");
+    }
+    if !slot.reason.is_empty() {
+        line.push_str(&format!("  {}", slot.reason));
+    }
+    line + "\n"
+}
+
+fn slot_json(slot: &Slot) -> Value {
+    json!({
+        "slot_id": slot.slot_id, "node_id": slot.node_id, "job_id": slot.job_id,
+        "state": state(slot), "since": slot.since.as_ref().map(ToString::to_string),
+        "reason": slot.reason, "generation": slot.generation, "image": slot.image,
+        "run_id": slot.run_id, "on_demand": slot.on_demand,
+    })
+}
+
+/// The word that drivers, logs and metrics have for it.
+fn state(slot: &Slot) -> String {
+    let name = SlotState::try_from(slot.state).map_or("", |state| state.as_str_name());
+    name.trim_start_matches("SLOT_STATE_").to_lowercase()
+}
+
+/// For how long it has been in its state, to the second; two clocks may differ.
+fn age(slot: &Slot) -> String {
+    let since = slot
+        .since
+        .and_then(|since| SystemTime::try_from(since).ok());
+    let age = since.and_then(|since| SystemTime::now().duration_since(since).ok());
+    match age.map(|age| age.as_secs()) {
+        None => "-".into(),
+        Some(seconds) if seconds < 120 => format!("{seconds}s"),
+        Some(seconds) if seconds < 7200 => format!("{}m", seconds / 60),
+        Some(seconds) => format!("{}h", seconds / 3600),
+    }
+}
