@@ -58,7 +58,7 @@ pub(super) async fn drain(options: &Options, provider: String, detach: bool) -> 
             }
             Some(draining::Event::Drained(_)) => {
                 let text = format!("{provider}: drained");
-                return print(
+                return tell(
                     options,
                     &text,
                     &json!({ "provider": provider, "drained": true }),
