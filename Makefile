@@ -6,7 +6,7 @@ HOST       := $(shell uname -m)-unknown-linux-gnu
 SUDO       := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env env PATH="$(PATH)" HOME="$(HOME)")
 export POLYDEV_CACHE MAKECMDGOALS
 
-.PHONY: help demo test test-long bench build release images lint fmt deny advisories proto-lint unit fuzz it long agent clean-all
+.PHONY: help demo test test-long bench chaos build release images lint fmt deny advisories proto-lint unit fuzz it long agent clean-all
 
 help:          ## Show this.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
@@ -22,6 +22,9 @@ test-long:     ## The tests that take minutes each, and Nomad 1.10.
 
 bench: release ## Measure, print and write target/bench/results.json.
 	@$(SUDO) tests/bench.sh $(PARTS)
+
+chaos: release ## Kill parts under load: MINUTES=10, SEED to repeat one.
+	@$(SUDO) tests/chaos.sh --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 build: tools init ## Build all programs for tests.
 	cargo build --locked --workspace --exclude polydev-init

@@ -122,6 +122,8 @@ pub enum Error {
     MayHaveRun { nodes: Vec<String> },
     #[error("it may be on {}, which cannot be asked", nodes.join(", "))]
     Unasked { nodes: Vec<String> },
+    #[error("{reason}; it may be tried again")]
+    NotStarted { reason: String },
     #[error("{reason}")]
     UnknownRun { reason: String },
     #[error("run `{run_id}` is another user's")]

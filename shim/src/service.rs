@@ -365,6 +365,7 @@ impl From<run::Error> for Status {
             | Error::MayHaveRun { .. }
             | Error::Unasked { .. } => Self::unavailable(message),
             Error::Unclear { .. } | Error::Lost { .. } => Self::aborted(message),
+            Error::NotStarted { .. } => Self::failed_precondition(message),
             Error::UnknownRun { .. } => Self::not_found(message),
             Error::Forbidden { .. } => Self::permission_denied(message),
             Error::BeyondEnd { .. } => Self::out_of_range(message),

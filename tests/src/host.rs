@@ -1,7 +1,7 @@
-//! A host outside: the stand-in model API in a network namespace, joined to this
-//! machine by a veth pair, so that containers reach it as they reach any server.
+//! A host outside: the stand-in model API, or another server, in a network namespace, joined
+//! to this machine by a veth pair, so that containers reach it as they reach any server.
 
-use std::{process::Command, time::Duration};
+use std::{net::IpAddr, process::Command, time::Duration};
 
 use tempfile::TempDir;
 
@@ -16,6 +16,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Host {
     namespace: String,
+    pub address: IpAddr,
     /// The stand-in's address, `http://` and an IP.
     pub url: String,
     server: Option<Process>,
@@ -23,13 +24,30 @@ pub struct Host {
 }
 
 impl Host {
-    /// Makes the namespace and starts the stand-in in it. The addresses are from
-    /// 198.18.0.0/15, which is set aside for tests between networks.
+    /// Starts the stand-in in a namespace.
     ///
     /// # Panics
     /// Without root's rights, or if the stand-in does not answer.
     #[must_use]
     pub fn start() -> Self {
+        let host = Self::serve(|address| {
+            let mut command = Command::new(program("stand-in"));
+            command.arg(format!("{address}:80"));
+            command
+        });
+        wait_until("the stand-in", Duration::from_secs(10), || {
+            host.try_requests()
+        });
+        host
+    }
+
+    /// Makes the namespace and starts what `server` says for its address. The addresses are
+    /// from 198.18.0.0/15, which is set aside for tests between networks.
+    ///
+    /// # Panics
+    /// Without root's rights.
+    #[must_use]
+    pub fn serve(server: impl FnOnce(IpAddr) -> Command) -> Self {
         let nonce = rand::random::<u16>();
         let namespace = format!("pdt{nonce:04x}");
         let [high, low] = (nonce & 0xfffc).to_be_bytes();
@@ -43,6 +61,7 @@ impl Host {
         let folder = tempfile::tempdir().expect("a folder can be made");
         let mut host = Self {
             namespace,
+            address: there.parse().expect("it is one"),
             url: format!("http://{there}"),
             server: None,
             _folder: folder,
@@ -66,18 +85,16 @@ impl Host {
         ip(&["-n", namespace, "link", "set", "lo", "up"]);
         ip(&["-n", namespace, "route", "add", "default", "via", &here]);
 
+        let server = server(host.address);
         let mut command = Command::new("ip");
         command
             .args(["netns", "exec", namespace])
-            .arg(program("stand-in"))
-            .arg(format!("{there}:80"));
+            .arg(server.get_program())
+            .args(server.get_args());
         host.server = Some(Process::start(
             &mut command,
-            &host._folder.path().join("stand-in.log"),
+            &host._folder.path().join("server.log"),
         ));
-        wait_until("the stand-in", Duration::from_secs(10), || {
-            host.try_requests()
-        });
         host
     }
 

@@ -199,14 +199,13 @@ impl Keeper {
         if let Some(run) = open {
             self.wait_for(&run).await;
         }
+        let image = self.slot.config.image.clone();
+        // Leftovers of an earlier life of the driver, or of this task's last start.
+        self.clean().await;
         if had_run && self.slot.is_on_demand() {
             self.slot.end.send_replace(Some(Ended::Stopped));
             return;
         }
-
-        let image = self.slot.config.image.clone();
-        // Leftovers of an earlier life of the driver, or of this task's last start.
-        self.clean().await;
         let end = loop {
             let filled = fill::fill(&self.node, &self.slot).await;
             if self.slot.drain.is_cancelled() {

@@ -164,7 +164,7 @@ impl Error {
             Code::PermissionDenied => Self::Forbidden {
                 run_id: name.run_id.clone(),
             },
-            Code::FailedPrecondition => Self::NotRun { reason },
+            Code::FailedPrecondition => Self::NotStarted { reason },
             Code::OutOfRange => Self::BeyondEnd { reason },
             _ => Self::Refused { reason },
         }

@@ -80,7 +80,12 @@ pub async fn claim(
     let give_up = tokio::time::Instant::now() + waited;
     let mut ticket = queue.enter(provider, &request.user_id)?;
     let run_id = request.run_id.to_string();
-    let order = on_demand.order(request.provider, run_id.clone(), ticket.place.clone());
+    let order = on_demand.order(
+        view.clone(),
+        request.provider,
+        run_id.clone(),
+        ticket.place.clone(),
+    );
     let (mut last_refusal, mut again) = (None, AGAIN);
     loop {
         let slot = wait(view, &mut ticket, provider, &run_id, caller);

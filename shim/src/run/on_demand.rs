@@ -14,11 +14,14 @@ use tokio::{
 use super::queue::Place;
 use crate::{
     nomad::{self, Nomad, job::Allocation},
+    pool::View,
     provider::Provider,
 };
 
-/// For a slot of the pool to become idle: a refill takes about as long.
+/// For a slot of the pool to become idle.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// The same if one is being filled for the run: an order would only slow that down.
+const PATIENCE_MOST: Duration = Duration::from_secs(3);
 const ANSWER: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(1);
 /// A job that cannot be stopped in so many tries is left: its slot ends unused.
@@ -62,6 +65,7 @@ impl OnDemand {
     #[must_use]
     pub fn order(
         &self,
+        view: View,
         provider: Provider,
         run_id: String,
         mut place: watch::Receiver<Place>,
@@ -73,6 +77,8 @@ impl OnDemand {
             tokio::spawn(async move {
                 let turn = async {
                     sleep(PATIENCE).await;
+                    let _enough =
+                        timeout(PATIENCE_MOST, none_coming(&view, provider, &place)).await;
                     // Its sender goes when the run has a slot to try: it may run then.
                     drop(
                         place
@@ -123,6 +129,23 @@ impl Order {
 
 fn say(tell: &Tell, words: String) {
     tell.send_modify(|progress| progress.told = words);
+}
+
+/// Waits until fewer slots are being filled than runs wait before this one.
+async fn none_coming(view: &View, provider: Provider, place: &watch::Receiver<Place>) {
+    let mut changes = view.changes();
+    loop {
+        changes.mark_unchanged();
+        let pool = view.counts().get(provider.name()).copied();
+        let coming = pool.map_or(0, |pool| pool.warming + pool.recycling);
+        let before = match *place.borrow() {
+            Place::Next => 0,
+            Place::Behind(before) | Place::Held(before) => before,
+        };
+        if coming as usize <= before || changes.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 fn job(provider: Provider) -> String {

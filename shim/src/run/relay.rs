@@ -319,7 +319,7 @@ impl Carried {
                 self.connection = connection;
                 Ok(())
             }
-            Ok(Err(error @ Error::NotRun { .. })) => Err(error),
+            Ok(Err(Error::NotStarted { reason })) => Err(Error::NotRun { reason }),
             Ok(Err(error)) => Err(lost(crate::chain(&error))),
             Err(_) => Err(lost(reason.to_owned())),
         }

@@ -1,0 +1,363 @@
+//! One run as a caller that does not give up sees it: what breaks is taken up again,
+//! through another shim, and what may have run is asked for before it is tried again.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
+use polydev_proto::runtime::{
+    Argv, AttachRequest, AttachStart, ExitReason, Exited, Output, RunEvent, RunRequest, RunStart,
+    attach_request, run_event::Event, run_request, run_start::Command,
+    runtime_service_client::RuntimeServiceClient,
+};
+use rand::{Rng, rngs::StdRng};
+use sha2::{Digest, Sha256};
+use tokio::time::{sleep, timeout};
+use tonic::{
+    Code, Status,
+    transport::{Channel, Endpoint},
+};
+use uuid::Uuid;
+
+use crate::{PROVIDER, small};
+
+/// Longer than anything takes that is not broken for good.
+const LIMIT: Duration = Duration::from_secs(180);
+const CONNECT: Duration = Duration::from_secs(5);
+const AGAIN: Duration = Duration::from_millis(200);
+const USER: &str = "chaos";
+
+/// What a run does, all of it known beforehand.
+#[derive(Debug, Clone)]
+pub(crate) struct Spec {
+    pub(crate) run_id: String,
+    ledger: SocketAddr,
+    /// On stdout before the pause, and as many after it.
+    lines: u32,
+    /// On stderr.
+    errors: u32,
+    pause: f32,
+    pub(crate) status: i32,
+    /// Goes away at so many bytes, once, and comes back.
+    leaves_at: Option<u64>,
+}
+
+/// Puts its id into the ledger, then prints what only it would print.
+const SCRIPT: &str = r#"
+exec 3<>"/dev/tcp/$1/$2" || exit 98
+echo "$3" >&3
+read -r written <&3 && [ "$written" = written ] || exit 97
+seq -f "$3 %.0f" 1 "$4"
+seq -f "$3 error %.0f" 1 "$5" >&2
+sleep "$6"
+seq -f "$3 %.0f" "$(($4 + 1))" "$(($4 + $4))"
+exit "$7"
+"#;
+
+impl Spec {
+    pub(crate) fn random(rng: &mut StdRng, ledger: SocketAddr) -> Self {
+        let pause = match rng.random_range(0..10) {
+            0..6 => 0.0,
+            _ => rng.random_range(0.1..3.0),
+        };
+        Self {
+            run_id: Uuid::now_v7().to_string(),
+            ledger,
+            lines: 1 + small(rng, 20_000),
+            errors: small(rng, 2_000),
+            pause,
+            status: rng.random_range(0..90),
+            leaves_at: rng.random_bool(0.1).then(|| rng.random_range(0..10_000)),
+        }
+    }
+
+    /// The whole of stdout and stderr.
+    pub(crate) fn expected(&self) -> [Vec<u8>; 2] {
+        let id = &self.run_id;
+        let stdout = (1..=2 * self.lines).map(|line| format!("{id} {line}\n"));
+        let stderr = (1..=self.errors).map(|line| format!("{id} error {line}\n"));
+        [stdout.collect::<String>(), stderr.collect::<String>()].map(String::into_bytes)
+    }
+
+    fn start(&self, attempt: u32) -> RunStart {
+        let ledger = (self.ledger.ip().to_string(), self.ledger.port().to_string());
+        let words = [
+            "bash",
+            "-c",
+            SCRIPT,
+            "chaos",
+            &ledger.0,
+            &ledger.1,
+            &self.run_id,
+            &self.lines.to_string(),
+            &self.errors.to_string(),
+            &self.pause.to_string(),
+            &self.status.to_string(),
+        ];
+        let args = words.map(|word| Bytes::copy_from_slice(word.as_bytes()));
+        let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+        RunStart {
+            provider: PROVIDER.into(),
+            user_id: USER.into(),
+            run_id: self.run_id.clone(),
+            attempt,
+            command: Some(Command::Argv(Argv { args: args.into() })),
+            timeout: seconds(120),
+            queue_timeout: seconds(60),
+            ..Default::default()
+        }
+    }
+}
+
+/// The shims that are up; clones share them.
+#[derive(Debug, Clone)]
+pub(crate) struct Addresses(pub(crate) Arc<Mutex<Vec<String>>>);
+
+impl Addresses {
+    /// One of them, another one for another number.
+    pub(crate) fn any(&self, number: usize) -> String {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all[number % all.len()].clone()
+    }
+}
+
+/// A run and what its caller was told of it.
+#[derive(Debug)]
+pub(crate) struct Call {
+    pub(crate) spec: Spec,
+    pub(crate) outcome: Outcome,
+    pub(crate) attempts: u32,
+    pub(crate) attached: u32,
+    pub(crate) on_demand: bool,
+    /// What it received: of each stream the length and the hash.
+    pub(crate) received: [(u64, [u8; 32]); 2],
+    /// Bytes that came twice, or not in their order.
+    pub(crate) gaps: u32,
+}
+
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// It ended by itself.
+    Whole(Exited),
+    /// It ended otherwise, with the reason.
+    Lost(Exited),
+    /// It did not run.
+    Refused(Status),
+    /// It may have run.
+    Told(Status),
+    /// Nothing was said in time.
+    Stuck(String),
+}
+
+impl Outcome {
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Whole(_) => "whole",
+            Self::Lost(_) => "lost",
+            Self::Refused(_) => "refused",
+            Self::Told(_) => "told",
+            Self::Stuck(_) => "stuck",
+        }
+    }
+}
+
+/// What has arrived.
+#[derive(Default)]
+struct Received {
+    accepted: bool,
+    on_demand: bool,
+    offsets: [u64; 2],
+    hashes: [Sha256; 2],
+    gaps: u32,
+}
+
+/// How one stream ended.
+enum Stop {
+    Exited(Exited),
+    /// The caller went away.
+    Left,
+    Status(Status),
+}
+
+/// Runs `spec` to an outcome.
+pub(crate) async fn call(shims: &Addresses, spec: Spec, rng: &mut StdRng) -> Call {
+    let mut received = Received::default();
+    let (mut attempts, mut attached, mut turn) = (0, 0, rng.random_range(0..2));
+    let mut leaves_at = spec.leaves_at;
+    let mut last = String::new();
+    let begun = Instant::now();
+    let outcome = loop {
+        if begun.elapsed() > LIMIT {
+            break Outcome::Stuck(last);
+        }
+        turn += 1;
+        let address = shims.any(turn);
+        let stop = if received.accepted {
+            attached += 1;
+            attach(&address, &spec, &mut received, &mut leaves_at).await
+        } else {
+            attempts += 1;
+            run(&address, &spec, attempts, &mut received, &mut leaves_at).await
+        };
+        let status = match stop {
+            Stop::Exited(exited) if exited.reason() == ExitReason::Exited => {
+                break Outcome::Whole(exited);
+            }
+            Stop::Exited(exited) => break Outcome::Lost(exited),
+            Stop::Left => continue,
+            Stop::Status(status) => status,
+        };
+        last = format!("{status:?}");
+        match (status.code(), received.accepted) {
+            (Code::ResourceExhausted, false) => break Outcome::Refused(status),
+            // It was claimed and not started, and may be tried again.
+            (Code::FailedPrecondition, true) => received.accepted = false,
+            (Code::Unavailable | Code::Unknown | Code::Cancelled | Code::DeadlineExceeded, _) => {}
+            _ => break Outcome::Told(status),
+        }
+        sleep(AGAIN.mul_f64(rng.random_range(0.5..1.5))).await;
+    };
+    let Received {
+        on_demand,
+        offsets,
+        hashes,
+        gaps,
+        ..
+    } = received;
+    let [stdout, stderr] = hashes.map(|hash| hash.finalize().into());
+    Call {
+        spec,
+        outcome,
+        attempts,
+        attached,
+        on_demand,
+        received: [(offsets[0], stdout), (offsets[1], stderr)],
+        gaps,
+    }
+}
+
+async fn run(
+    address: &str,
+    spec: &Spec,
+    attempt: u32,
+    received: &mut Received,
+    leaves_at: &mut Option<u64>,
+) -> Stop {
+    let first = RunRequest {
+        message: Some(run_request::Message::Start(Box::new(spec.start(attempt)))),
+    };
+    let mut service = match connect(address).await {
+        Ok(service) => service,
+        Err(status) => return Stop::Status(status),
+    };
+    match service.run(open(first)).await {
+        Ok(events) => {
+            let events = events.into_inner();
+            follow(
+                events.map(|event| event?.event.ok_or_else(empty)),
+                received,
+                leaves_at,
+            )
+            .await
+        }
+        Err(status) => Stop::Status(status),
+    }
+}
+
+async fn attach(
+    address: &str,
+    spec: &Spec,
+    received: &mut Received,
+    leaves_at: &mut Option<u64>,
+) -> Stop {
+    let [stdout_offset, stderr_offset] = received.offsets;
+    let first = AttachRequest {
+        message: Some(attach_request::Message::Start(AttachStart {
+            run_id: spec.run_id.clone(),
+            user_id: USER.into(),
+            stdout_offset,
+            stderr_offset,
+        })),
+    };
+    let mut service = match connect(address).await {
+        Ok(service) => service,
+        Err(status) => return Stop::Status(status),
+    };
+    match service.attach(open(first)).await {
+        Ok(events) => {
+            let events = events.into_inner();
+            follow(
+                events.map(|event| event?.event.ok_or_else(empty)),
+                received,
+                leaves_at,
+            )
+            .await
+        }
+        Err(status) => Stop::Status(status),
+    }
+}
+
+/// The caller says one thing, and stays.
+fn open<T: Send + 'static>(first: T) -> impl Stream<Item = T> + Send + 'static {
+    futures_util::stream::iter([first]).chain(futures_util::stream::pending())
+}
+
+fn empty() -> Status {
+    Status::internal("an empty event")
+}
+
+async fn connect(address: &str) -> Result<RuntimeServiceClient<Channel>, Status> {
+    let endpoint = Endpoint::from_shared(address.to_owned());
+    let endpoint = endpoint.map_err(|error| Status::internal(error.to_string()))?;
+    let connected = timeout(CONNECT, endpoint.connect()).await;
+    let channel = connected
+        .map_err(|_| Status::unavailable("no connection"))?
+        .map_err(|error| Status::unavailable(error.to_string()))?;
+    Ok(RuntimeServiceClient::new(channel))
+}
+
+async fn follow(
+    events: impl Stream<Item = Result<RunEvent, Status>>,
+    received: &mut Received,
+    leaves_at: &mut Option<u64>,
+) -> Stop {
+    tokio::pin!(events);
+    loop {
+        let event = match timeout(LIMIT, events.next()).await {
+            Ok(Some(Ok(event))) => event.event,
+            Ok(Some(Err(status))) => return Stop::Status(status),
+            Ok(None) => return Stop::Status(Status::unavailable("the stream ended")),
+            Err(_) => return Stop::Status(Status::deadline_exceeded("silence")),
+        };
+        match event {
+            Some(Event::Accepted(accepted)) => {
+                received.accepted = true;
+                received.on_demand |= !accepted.warm;
+            }
+            Some(Event::Stdout(output)) => received.take(0, &output),
+            Some(Event::Stderr(output)) => received.take(1, &output),
+            Some(Event::Lost(_)) => received.gaps += 1,
+            Some(Event::Exited(exited)) => return Stop::Exited(exited),
+            Some(Event::Started(_) | Event::Queued(_)) | None => {}
+        }
+        if received.accepted && leaves_at.is_some_and(|bytes| received.offsets[0] >= bytes) {
+            *leaves_at = None;
+            return Stop::Left;
+        }
+    }
+}
+
+impl Received {
+    fn take(&mut self, stream: usize, output: &Output) {
+        let offset = &mut self.offsets[stream];
+        if output.offset != *offset {
+            self.gaps += 1;
+        }
+        *offset = output.offset + output.data.len() as u64;
+        self.hashes[stream].update(&output.data);
+    }
+}

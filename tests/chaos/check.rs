@@ -1,0 +1,159 @@
+//! Decides: from what commands wrote and what callers were told, and from what is left on
+//! the machine.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs, io,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use polydev_tests::{client::Client, docker};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    PROVIDER, SLOTS,
+    caller::{Call, Outcome},
+    faults::Parts,
+};
+
+/// For everything to be gone after the last recovery.
+const GONE: Duration = Duration::from_secs(10);
+
+/// What is wrong with the runs, a line each.
+pub(crate) fn runs(calls: &[Call], ledger: &HashMap<String, u32>) -> Vec<String> {
+    let mut findings = Vec::new();
+    for call in calls {
+        let times = ledger.get(&call.spec.run_id).copied().unwrap_or(0);
+        let problem = problem(call, times);
+        findings.extend(problem.map(|problem| {
+            let (id, kind) = (&call.spec.run_id, call.outcome.kind());
+            format!("{id}, {kind}: {problem}; {:?}", call.outcome)
+        }));
+    }
+    let known: HashSet<&String> = calls.iter().map(|call| &call.spec.run_id).collect();
+    let unknown = ledger.keys().filter(|id| !known.contains(id));
+    findings.extend(unknown.map(|id| format!("{id} is nobody's")));
+    findings
+}
+
+fn problem(call: &Call, times: u32) -> Option<String> {
+    if times > 1 {
+        return Some(format!("it ran {times} times"));
+    }
+    if call.gaps > 0 {
+        return Some(format!("{} gaps in its output", call.gaps));
+    }
+    let expected = call.spec.expected();
+    match &call.outcome {
+        Outcome::Whole(exited) => {
+            let is_right = |stream: usize| {
+                let (length, hash) = call.received[stream];
+                let hash_expected: [u8; 32] = Sha256::digest(&expected[stream]).into();
+                length == expected[stream].len() as u64 && hash == hash_expected
+            };
+            if times != 1 {
+                Some("it is not in the ledger".into())
+            } else if exited.exit_code != call.spec.status {
+                Some(format!("its status should be {}", call.spec.status))
+            } else if !is_right(0) || !is_right(1) {
+                Some(format!(
+                    "its output should have {:?} bytes",
+                    expected.map(|e| e.len())
+                ))
+            } else {
+                None
+            }
+        }
+        // A part of it may be missing, and the caller was told.
+        Outcome::Lost(_) => {
+            let is_prefix = |stream: usize| {
+                let (length, hash) = call.received[stream];
+                let part = usize::try_from(length).ok();
+                let part = part.and_then(|length| expected[stream].get(..length));
+                part.is_some_and(|part| <[u8; 32]>::from(Sha256::digest(part)) == hash)
+            };
+            (!is_prefix(0) || !is_prefix(1)).then(|| "its output is not its own".into())
+        }
+        Outcome::Refused(_) => (times > 0).then(|| "it ran".into()),
+        Outcome::Told(_) => None,
+        Outcome::Stuck(_) => Some("its caller was told nothing".into()),
+    }
+}
+
+/// What is left of it all; takes it away.
+pub(crate) fn leftovers(
+    parts: Parts,
+    label: &str,
+    veths: &HashSet<String>,
+    last_recovery: Instant,
+) -> Vec<String> {
+    let client = Client::connect(&parts.addresses().any(0));
+    let mut findings = settle(last_recovery, || {
+        let pool = client.pool(PROVIDER);
+        let containers = docker::containers(label).len();
+        if (pool.idle, pool.on_demand, containers) == (SLOTS, 0, SLOTS as usize) {
+            vec![]
+        } else {
+            vec![format!(
+                "the pool is not what it was: {pool:?}, {containers} containers"
+            )]
+        }
+    });
+    for job in ["pool", "on-demand"] {
+        let job = format!("polydev-{job}-{PROVIDER}");
+        parts.nomad.run(&["job", "stop", "-detach", "-yes", &job]);
+    }
+    let links = parts.nomad.state_dir().join("link");
+    findings.extend(settle(Instant::now(), || {
+        let filter = format!("label={label}");
+        let format = r#"container {{.Names}} of slot {{.Label "dev.polydev.slot"}}, {{.Status}}"#;
+        let containers = docker::docker(&["ps", "--all", "--filter", &filter, "--format", format]);
+        let mut left: Vec<String> = containers.lines().map(str::to_owned).collect();
+        left.extend(
+            below(&links)
+                .into_iter()
+                .map(|path| format!("socket folder {path}")),
+        );
+        let now = self::veths().unwrap_or_default();
+        left.extend(
+            now.difference(veths)
+                .map(|name| format!("interface {name}")),
+        );
+        let prefix = format!("/v1/jobs?prefix=polydev-on-demand-{PROVIDER}/");
+        let jobs = parts.nomad.get(&prefix);
+        let open = jobs
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|job| job["Status"] != "dead");
+        left.extend(open.map(|job| format!("job {}", job["ID"])));
+        left
+    }));
+    findings
+}
+
+/// What is still found when everything should be gone.
+fn settle(since: Instant, look: impl Fn() -> Vec<String>) -> Vec<String> {
+    loop {
+        let left = look();
+        if left.is_empty() || since.elapsed() > GONE {
+            return left;
+        }
+        std::thread::park_timeout(Duration::from_millis(100));
+    }
+}
+
+fn below(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path().display().to_string())
+        .collect()
+}
+
+/// Ends of containers' networks in this namespace.
+pub(crate) fn veths() -> io::Result<HashSet<String>> {
+    let names = fs::read_dir("/sys/class/net")?.flatten();
+    let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    Ok(names.filter(|name| name.starts_with("veth")).collect())
+}

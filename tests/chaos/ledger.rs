@@ -1,0 +1,91 @@
+//! Where runs say that they ran: a server in a network namespace of its own, which writes
+//! each id it is told into a file before it answers.
+
+use std::{
+    collections::HashMap,
+    fs::{self, OpenOptions},
+    io::{self, BufRead, BufReader, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::Path,
+    process::Command,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use polydev_tests::{folder::Folder, host::Host, program, wait_until};
+
+const PORT: u16 = 80;
+/// For a command that says nothing.
+const SILENCE: Duration = Duration::from_secs(10);
+/// Of an id.
+const LINE_MOST: u64 = 100;
+
+/// Dropping it ends it.
+pub(crate) struct Ledger {
+    pub(crate) address: SocketAddr,
+    folder: Folder,
+    _host: Host,
+}
+
+impl Ledger {
+    /// # Panics
+    /// Without root's rights.
+    pub(crate) fn start() -> Self {
+        let folder = Folder::new("pdtest-");
+        let file = folder.path().join("ledger");
+        let path = file.clone();
+        let host = Host::serve(move |there| {
+            let mut command = Command::new(program("chaos"));
+            command
+                .arg("ledger")
+                .arg(format!("{there}:{PORT}"))
+                .arg(&path);
+            command
+        });
+        wait_until("the ledger", Duration::from_secs(10), || {
+            fs::metadata(&file)
+                .map(drop)
+                .map_err(|error| error.to_string())
+        });
+        Self {
+            address: SocketAddr::new(host.address, PORT),
+            folder,
+            _host: host,
+        }
+    }
+
+    /// How often each id was written.
+    pub(crate) fn entries(&self) -> io::Result<HashMap<String, u32>> {
+        let mut entries = HashMap::new();
+        for id in fs::read_to_string(self.folder.path().join("ledger"))?.lines() {
+            *entries.entry(id.to_owned()).or_default() += 1;
+        }
+        Ok(entries)
+    }
+}
+
+/// Serves for ever.
+pub(crate) fn serve(listen: SocketAddr, file: &Path) -> io::Result<()> {
+    let listener = TcpListener::bind(listen)?;
+    let file = OpenOptions::new().create(true).append(true).open(file)?;
+    let file = Arc::new(file);
+    for connection in listener.incoming() {
+        let (connection, file) = (connection?, file.clone());
+        thread::spawn(move || write_down(&connection, &file));
+    }
+    Ok(())
+}
+
+fn write_down(connection: &TcpStream, mut file: &fs::File) -> io::Result<()> {
+    connection.set_read_timeout(Some(SILENCE))?;
+    let mut line = String::new();
+    let mut reader = BufReader::new(io::Read::take(connection, LINE_MOST));
+    reader.read_line(&mut line)?;
+    if line.ends_with('\n') {
+        // One write appends it whole.
+        file.write_all(line.as_bytes())?;
+        (&mut &*connection).write_all(b"written\n")?;
+    }
+    Ok(())
+}

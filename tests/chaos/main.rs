@@ -1,0 +1,216 @@
+//! `make chaos MINUTES=n [SEED=s]`: real Nomad, Docker, driver and two shims under load, while
+//! parts of it are killed in an order that the seed gives. What counts is what commands
+//! wrote: each run puts its id into a ledger outside its container, and prints lines that
+//! only it would print. [`check`] looks at nothing else.
+//!
+//! Ends with status 1 if a run ran twice, was lost without a word, or had a byte wrong, or if
+//! something was left behind.
+
+mod caller;
+mod check;
+mod faults;
+mod ledger;
+
+use std::{
+    io::{Write, stderr, stdout},
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use clap::Parser;
+use polydev_tests::{client::Client, nomad::Nomad, shim::instance_label, wait_until};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use caller::{Call, Spec};
+use faults::{Fault, Parts};
+use ledger::Ledger;
+
+const PROVIDER: &str = "anthropic";
+const SLOTS: u32 = 8;
+/// Callers at the same time; more than slots, so that some wait and some are on demand.
+const CALLERS: u64 = 10;
+
+#[derive(Parser)]
+enum Arguments {
+    /// Break things for a while, and look what has become of the runs.
+    Run {
+        #[arg(long, default_value_t = 10)]
+        minutes: u64,
+        /// Decides what is run and what is killed. [default: random]
+        #[arg(long)]
+        seed: Option<u64>,
+        /// From one fault's recovery to the next fault.
+        #[arg(long, default_value_t = 10)]
+        pause: u64,
+    },
+    /// Where commands put their ids: a part of `run`.
+    Ledger { listen: SocketAddr, file: PathBuf },
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    match Arguments::parse() {
+        Arguments::Run {
+            minutes,
+            seed,
+            pause,
+        } => run(
+            Duration::from_secs(minutes * 60),
+            seed.unwrap_or_else(rand::random),
+            Duration::from_secs(pause),
+        ),
+        Arguments::Ledger { listen, file } => {
+            ledger::serve(listen, &file)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
+    say(&format!("seed {seed}, {} minutes", time.as_secs() / 60));
+    let veths = check::veths()?;
+    let ledger = Ledger::start();
+    let nomad = Nomad::start_with("run_headroom {\n cpu = 20000\n memory = 16384\n}");
+    nomad.submit_pool(PROVIDER, SLOTS);
+    let on_demand = format!("jobspecs/on-demand-{PROVIDER}.nomad.hcl");
+    nomad.run(&["job", "run", "-detach", &on_demand]);
+    let label = instance_label(&nomad.state_dir());
+    let parts = Parts::start(nomad, label.clone());
+    wait_warm(&parts);
+
+    let over = Arc::new(AtomicBool::new(false));
+    let calls: Arc<Mutex<Vec<Call>>> = Arc::default();
+    let load = {
+        let (shims, over, calls) = (parts.addresses(), over.clone(), calls.clone());
+        let ledger = ledger.address;
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
+            runtime.block_on(async {
+                let callers = (0..CALLERS).map(|number| {
+                    let (shims, over, calls) = (shims.clone(), over.clone(), calls.clone());
+                    tokio::spawn(async move {
+                        let mut rng = StdRng::seed_from_u64(seed ^ (number + 1));
+                        while !over.load(Ordering::Relaxed) {
+                            let spec = Spec::random(&mut rng, ledger);
+                            let call = caller::call(&shims, spec, &mut rng).await;
+                            let mut calls = calls.lock().unwrap_or_else(PoisonError::into_inner);
+                            calls.push(call);
+                        }
+                    })
+                });
+                futures_util::future::try_join_all(callers).await
+            })?;
+            anyhow::Ok(())
+        })
+    };
+
+    let begun = Instant::now();
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut parts = parts;
+    let mut killed = Vec::new();
+    while begun.elapsed() + pause < time && !load.is_finished() {
+        std::thread::park_timeout(pause);
+        let fault = Fault::random(&mut rng);
+        let recovered = parts.inject(fault, &mut rng);
+        killed.push(fault);
+        let ran = calls.lock().unwrap_or_else(PoisonError::into_inner).len();
+        say(&format!(
+            "{:>4} s  {ran:>5} runs  {} recovered in {:.1} s",
+            begun.elapsed().as_secs(),
+            fault.name(),
+            recovered.as_secs_f64()
+        ));
+    }
+    over.store(true, Ordering::Relaxed);
+    match load.join() {
+        Ok(ended) => ended?,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+    let took = begun.elapsed();
+    let last = Instant::now();
+
+    let calls = std::mem::take(&mut *calls.lock().unwrap_or_else(PoisonError::into_inner));
+    let mut findings = check::runs(&calls, &ledger.entries()?);
+    findings.extend(check::leftovers(parts, &label, &veths, last));
+    report(seed, took, &calls, &killed, &findings)?;
+    Ok(match findings.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+fn wait_warm(parts: &Parts) {
+    let address = parts.addresses().any(0);
+    wait_until("a warm pool", Duration::from_secs(120), || {
+        let pool = Client::connect(&address).pool(PROVIDER);
+        if pool.idle == SLOTS {
+            Ok(())
+        } else {
+            Err(format!("{pool:?}"))
+        }
+    });
+}
+
+fn report(
+    seed: u64,
+    took: Duration,
+    calls: &[Call],
+    killed: &[Fault],
+    findings: &[String],
+) -> std::io::Result<()> {
+    let mut out = stdout();
+    let count = |kind: &str| {
+        calls
+            .iter()
+            .filter(|call| call.outcome.kind() == kind)
+            .count()
+    };
+    let whole = count("whole");
+    writeln!(out, "seed               {seed}")?;
+    writeln!(out, "minutes            {:.1}", took.as_secs_f64() / 60.0)?;
+    writeln!(
+        out,
+        "runs, whole        {whole}, {:.2} a second",
+        whole as f64 / took.as_secs_f64()
+    )?;
+    for kind in ["lost", "refused", "told", "stuck"] {
+        writeln!(out, "runs, {kind:<12} {}", count(kind))?;
+    }
+    let of = |what: fn(&Call) -> u32| calls.iter().map(what).sum::<u32>();
+    writeln!(
+        out,
+        "on demand          {}",
+        calls.iter().filter(|call| call.on_demand).count()
+    )?;
+    writeln!(
+        out,
+        "tried again        {}",
+        of(|call| call.attempts.saturating_sub(1))
+    )?;
+    writeln!(out, "attached           {}", of(|call| call.attached))?;
+    for fault in Fault::ALL {
+        let times = killed.iter().filter(|killed| **killed == fault).count();
+        writeln!(out, "{:<18} {times}", fault.name())?;
+    }
+    writeln!(out, "findings           {}", findings.len())?;
+    for finding in findings {
+        writeln!(out, "  {finding}")?;
+    }
+    Ok(())
+}
+
+fn say(line: &str) {
+    let _nobody_looks = writeln!(stderr(), "chaos: {line}");
+}
+
+/// A number below `end`, more often a small one.
+fn small(rng: &mut StdRng, end: u32) -> u32 {
+    let fraction: f64 = rng.random();
+    (fraction.powi(4) * f64::from(end)) as u32
+}
