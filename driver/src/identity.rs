@@ -11,6 +11,8 @@ use crate::config::EXTRA_LABELS;
 pub const LABEL_INSTANCE: &str = "dev.polydev.instance";
 /// Names the slot.
 pub const LABEL_SLOT: &str = "dev.polydev.slot";
+/// Names the life of the driver that made a slot's container.
+pub const LABEL_START: &str = "dev.polydev.start";
 /// Names the plain task, by Nomad's id of it.
 pub const LABEL_TASK: &str = "dev.polydev.task";
 /// Names the allocation whose network a container holds.

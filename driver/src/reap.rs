@@ -1,18 +1,25 @@
 //! Removes containers that are ours and belong to nothing any more, whatever left them.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{
+    collections::HashMap,
+    iter,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::sleep;
 
 use crate::{
     backoff::backoff,
     docker,
-    identity::{LABEL_INSTANCE, LABEL_NETWORK, LABEL_SLOT, LABEL_TASK},
+    identity::{LABEL_INSTANCE, LABEL_NETWORK, LABEL_SLOT, LABEL_START, LABEL_TASK},
     node::Node,
 };
 
 /// Attempts to remove one container, over some minutes; the rounds below come after them.
 const ATTEMPTS: u32 = 20;
+/// Before the first rounds: dockerd may still be making what a dead driver asked it for.
+const FIRST_SECONDS: [u64; 4] = [0, 2, 5, 20];
 
 /// Removes a container that is of no more use, or, while Docker cannot, sees to it that it
 /// will be.
@@ -49,26 +56,25 @@ pub(crate) fn remove_if_made(node: &Arc<Node>, name: &str) {
     });
 }
 
-/// Compares Docker with the books, for ever.
+/// Compares Docker with the books, for ever; several times at first, when an earlier life of
+/// the driver may have left something, or may still come to.
 pub(crate) async fn run(node: Arc<Node>) {
     let dangling = node.config.gc.dangling;
     if !dangling.enabled {
         return;
     }
-    let mut ticks = interval(dangling.period);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut strays = HashMap::new();
-    loop {
-        ticks.tick().await;
+    let first = FIRST_SECONDS.map(Duration::from_secs);
+    for pause in first.into_iter().chain(iter::repeat(dangling.period)) {
+        sleep(pause).await;
         if let Err(error) = reap(&node, &mut strays).await {
             tracing::debug!(error = &error as &dyn std::error::Error, "cannot reap now");
         }
     }
 }
 
-/// `strays` remembers since when each has belonged to nothing. Nomad may take minutes
-/// to ask for a slot after a restart, and what is not asked for yet must not be taken
-/// away; a plain task is in the book from the start.
+/// `strays` remembers since when each has belonged to nothing: what is just being made is
+/// in no book yet.
 async fn reap(node: &Node, strays: &mut HashMap<String, Instant>) -> Result<(), docker::Error> {
     let dangling = node.config.gc.dangling;
     let listed = node.docker.list(LABEL_INSTANCE, &node.instance).await?;
@@ -78,7 +84,7 @@ async fn reap(node: &Node, strays: &mut HashMap<String, Instant>) -> Result<(), 
             .get(&container.id)
             .copied()
             .unwrap_or_else(Instant::now);
-        if since.elapsed() < dangling.creation_grace {
+        if since.elapsed() < dangling.creation_grace && !is_left(node, container) {
             still.insert(container.id.clone(), since);
             continue;
         }
@@ -107,6 +113,13 @@ async fn reap(node: &Node, strays: &mut HashMap<String, Instant>) -> Result<(), 
     Ok(())
 }
 
+/// Whether an earlier life of the driver left it: nobody will ever use it, since a slot that
+/// Nomad asks for after a restart gets a new container.
+fn is_left(node: &Node, container: &docker::Listed) -> bool {
+    let start = container.labels.get(LABEL_START);
+    start.is_some_and(|start| *start != node.start_id)
+}
+
 fn is_known(node: &Node, container: &docker::Listed) -> bool {
     let label = |name: &str| container.labels.get(name);
     if let Some(task_id) = label(LABEL_TASK) {
@@ -116,7 +129,7 @@ fn is_known(node: &Node, container: &docker::Listed) -> bool {
         if node.runs.holds(&container.id) {
             return true;
         }
-        return node.slots.by_slot_id(slot_id).is_some();
+        return !is_left(node, container) && node.slots.by_slot_id(slot_id).is_some();
     }
     // Nomad asks for an allocation's network before its tasks, and keeps it after them.
     label(LABEL_NETWORK).is_some_and(|alloc_id| node.networks.holds(alloc_id))

@@ -1,8 +1,8 @@
 //! Runs: one command each, from its claim until its results are not kept any more. A run
 //! outlives its caller's connection, and this process.
 //!
-//! Read in the order of a run's life: [`claim`] is what a shim asks, [`book`] decides about
-//! it and knows every run of the node, [`journal`] remembers that over this process's death,
+//! Read in the order of a run's life: [`claim`] is what a shim asks, [`standing`] decides
+//! about it, [`book`] knows every run of the node, [`journal`] remembers that over this process's death,
 //! [`carry`] starts the command and carries its streams, [`window`] holds its output,
 //! [`follow`] tells a caller, and [`recover`] takes runs up after a restart.
 
@@ -13,6 +13,7 @@ pub mod claim;
 pub mod follow;
 pub mod journal;
 pub(crate) mod recover;
+pub mod standing;
 mod window;
 
 use std::{
@@ -44,6 +45,7 @@ const STREAMS: [&str; 2] = ["stdout", "stderr"];
     Default,
     PartialEq,
     Eq,
+    Hash,
     PartialOrd,
     Ord,
     serde::Serialize,

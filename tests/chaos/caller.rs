@@ -163,6 +163,15 @@ impl Outcome {
             Self::Stuck(_) => "stuck",
         }
     }
+
+    /// What the caller was told.
+    pub(crate) fn words(&self) -> String {
+        match self {
+            Self::Whole(exited) | Self::Lost(exited) => format!("{exited:?}"),
+            Self::Refused(status) | Self::Told(status) => format!("{status:?}"),
+            Self::Stuck(last) => last.clone(),
+        }
+    }
 }
 
 /// What has arrived.

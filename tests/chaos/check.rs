@@ -28,7 +28,7 @@ pub(crate) fn runs(calls: &[Call], ledger: &HashMap<String, u32>) -> Vec<String>
         let problem = problem(call, times);
         findings.extend(problem.map(|problem| {
             let (id, kind) = (&call.spec.run_id, call.outcome.kind());
-            format!("{id}, {kind}: {problem}; {:?}", call.outcome)
+            format!("{id}, {kind}: {problem}; {}", call.outcome.words())
         }));
     }
     let known: HashSet<&String> = calls.iter().map(|call| &call.spec.run_id).collect();

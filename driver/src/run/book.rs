@@ -20,6 +20,7 @@ use super::{
     Ballot, Ended, Input, Outcome, Run,
     claim::{self, ID_AGE_MOST, Parsed, Refusal},
     journal::{self, Claimed, Journal, Record},
+    standing::{OnClaim, OnFence, Standing},
     window::Window,
 };
 use memory::Memory;
@@ -222,25 +223,29 @@ impl Runs {
     pub fn fence(&self, run_id: &str, ballot: Ballot) -> Result<Fenced, journal::Error> {
         let mut inner = self.lock();
         let Inner { known, journal } = &mut *inner;
-        let highest = match known.get(run_id) {
-            Some(Known::Run(run)) => {
-                let (slot_id, generation) = (run.claimed.slot_id.clone(), run.claimed.generation);
+        let highest = match (
+            known.get(run_id),
+            Known::on_fence(known.get(run_id), ballot),
+        ) {
+            (None, _) if self.may_have_forgotten(run_id) => return Ok(Fenced::Unknown),
+            (_, OnFence::Fenced(highest)) => highest,
+            (Some(Known::Run(run)), OnFence::Have) => {
                 return Ok(Fenced::Have {
-                    slot_id,
-                    generation,
+                    slot_id: run.claimed.slot_id.clone(),
+                    generation: run.claimed.generation,
                     ended: run.is_over(),
                 });
             }
-            Some(Known::Past(past)) => {
+            (Some(Known::Past(past)), OnFence::Have) => {
                 return Ok(Fenced::Have {
                     slot_id: past.slot_id.clone(),
                     generation: past.generation,
                     ended: true,
                 });
             }
-            Some(Known::Fenced { ballot: fence, .. }) => (*fence).max(ballot),
-            None if self.may_have_forgotten(run_id) => return Ok(Fenced::Unknown),
-            None => ballot,
+            (Some(Known::Fenced { .. }) | None, OnFence::Have) => {
+                unreachable!("only what has run is had")
+            }
         };
         let aborted = matches!(known.get(run_id), Some(Known::Fenced { aborted: true, .. }));
         let at = SystemTime::now();
@@ -297,6 +302,13 @@ impl Runs {
             _ => None,
         });
         generations.max().unwrap_or(0)
+    }
+
+    /// Whether a run has been claimed on this node.
+    pub(crate) fn has_run(&self, run_id: &str) -> bool {
+        let inner = self.lock();
+        let standing = inner.known.get(run_id).map(Known::standing);
+        matches!(standing, Some(Standing::Ran { .. }))
     }
 
     /// Whether a run is in a container, or was until a moment ago.
@@ -403,32 +415,48 @@ impl Runs {
     }
 }
 
+impl Known {
+    fn run(&self) -> Option<&Arc<Run>> {
+        match self {
+            Self::Run(run) => Some(run),
+            Self::Past(_) | Self::Fenced { .. } => None,
+        }
+    }
+
+    fn standing(&self) -> Standing<&str> {
+        match self {
+            Self::Run(run) => Standing::Ran {
+                spec: &run.claimed.spec_hash,
+                kept: true,
+            },
+            Self::Past(past) => Standing::Ran {
+                spec: &past.spec_hash,
+                kept: false,
+            },
+            Self::Fenced { ballot, .. } => Standing::Fenced(*ballot),
+        }
+    }
+
+    fn on_fence(this: Option<&Self>, ballot: Ballot) -> OnFence {
+        Standing::on_fence(this.map(Self::standing).as_ref(), ballot)
+    }
+}
+
 impl Inner {
     fn runs(&self) -> impl Iterator<Item = &Arc<Run>> {
-        self.known.values().filter_map(|known| match known {
-            Known::Run(run) => Some(run),
-            Known::Past(_) | Known::Fenced { .. } => None,
-        })
+        self.known.values().filter_map(Known::run)
     }
 
     fn repeated(&self, parsed: &Parsed) -> Result<Option<Arc<Run>>, Refusal> {
         let run_id = parsed.start.run_id.clone();
-        match self.known.get(&run_id) {
-            None => Ok(None),
-            Some(Known::Run(run)) if run.claimed.spec_hash == parsed.spec_hash => {
-                Ok(Some(run.clone()))
-            }
-            Some(Known::Past(past)) if past.spec_hash == parsed.spec_hash => {
-                Err(Refusal::Released { run_id })
-            }
-            Some(Known::Run(_) | Known::Past(_)) => Err(Refusal::OtherCommand { run_id }),
-            // Above a fence it is the turn of who made it, and of nobody else.
-            Some(Known::Fenced { ballot: fence, .. })
-                if parsed.ballot <= *fence || parsed.ballot.nonce != fence.nonce =>
-            {
-                Err(Refusal::Fenced { fence: *fence })
-            }
-            Some(Known::Fenced { .. }) => Ok(None),
+        let known = self.known.get(&run_id);
+        let standing = known.map(Known::standing);
+        match Standing::on_claim(standing.as_ref(), &&*parsed.spec_hash, parsed.ballot) {
+            OnClaim::Take => Ok(None),
+            OnClaim::Repeat => Ok(known.and_then(Known::run).cloned()),
+            OnClaim::Released => Err(Refusal::Released { run_id }),
+            OnClaim::OtherCommand => Err(Refusal::OtherCommand { run_id }),
+            OnClaim::Fenced(fence) => Err(Refusal::Fenced { fence }),
         }
     }
 

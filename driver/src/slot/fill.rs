@@ -13,7 +13,7 @@ use polydev_proto::init::hello;
 
 use crate::{
     docker::{self, ContainerSpec, Docker},
-    identity::{LABEL_INSTANCE, LABEL_SLOT},
+    identity::{LABEL_INSTANCE, LABEL_SLOT, LABEL_START},
     images::{self, Policy, Step, Use, Want},
     limits,
     link::{self, Greeted, Link, Listener},
@@ -168,6 +168,7 @@ async fn make(
                 (LABEL_SLOT.into(), slot.identity.slot_id()),
                 (LABEL_PROVIDER.into(), slot.config.provider.clone()),
                 (LABEL_GENERATION.into(), generation.to_string()),
+                (LABEL_START.into(), node.start_id.clone()),
             ]),
             init: node.init.clone(),
             link: listener.folder().to_owned(),

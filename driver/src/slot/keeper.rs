@@ -7,7 +7,7 @@ use std::{
 
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::{sleep, sleep_until, timeout},
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -40,6 +40,9 @@ const STABLE: Duration = Duration::from_secs(60);
 
 /// For the run of a slot that was made on demand to come.
 const UNUSED: Duration = Duration::from_secs(60);
+
+/// How often to look whether that run has found another slot.
+const LOOK_FOR_RUN: Duration = Duration::from_secs(1);
 
 /// How often to look whether an image that is left alone is another by now.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
@@ -344,7 +347,8 @@ impl Keeper {
     /// Until the container is claimed, or is of no more use: then with the reason, if it
     /// died.
     async fn idle(&mut self, container: &mut Container) -> (Option<Claim>, Option<String>) {
-        let unused_at = tokio::time::Instant::now() + UNUSED;
+        let not_needed = not_needed(&self.node, &self.slot);
+        tokio::pin!(not_needed);
         let link = container.connection.link.as_mut();
         let reader = &mut link
             .expect("a slot is filled with its init connected")
@@ -367,9 +371,8 @@ impl Keeper {
                         return (None, None);
                     }
                 }
-                () = sleep_until(unused_at), if self.slot.is_on_demand() => {
-                    let message = format!("Its run did not come within {} s", UNUSED.as_secs());
-                    self.node.events.send(&self.slot.identity, message);
+                reason = &mut not_needed, if !self.slot.drain.is_cancelled() => {
+                    self.node.events.send(&self.slot.identity, reason);
                     self.slot.drain();
                 }
             }
@@ -446,6 +449,21 @@ impl Keeper {
             tracing::warn!(error, "cannot clean a slot, the reaper will");
         }
     }
+}
+
+/// Waits until the one run of a slot on demand will not come; why.
+async fn not_needed(node: &Node, slot: &Slot) -> String {
+    let Some(run_id) = &slot.config.run_id else {
+        return std::future::pending().await;
+    };
+    let begun = Instant::now();
+    while begun.elapsed() < UNUSED {
+        if node.runs.has_run(run_id) && !slot.is_claimed() {
+            return "Its run found another slot".into();
+        }
+        sleep(LOOK_FOR_RUN).await;
+    }
+    format!("Its run did not come within {} s", UNUSED.as_secs())
 }
 
 /// A run that is over by then is not worth dockerd's time; `docker inspect` is

@@ -16,7 +16,7 @@
 use std::time::SystemTime;
 
 /// Where a slot is in its life.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum State {
     /// A container is being started.
     Warming,
@@ -78,7 +78,7 @@ pub struct Refused {
 }
 
 /// A slot's state with what goes with it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Life {
     state: State,
     /// Counts the slot's containers, from 1.

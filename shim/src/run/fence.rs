@@ -47,31 +47,81 @@ pub async fn fence(
             let answer = ask(channel.clone(), run_id, ballot).await;
             (node_id, channel, answer)
         });
-        let mut highest = ballot;
+        let mut have = None;
+        let mut answers = vec![Told::Unsure; unsure.len()];
         for (node_id, channel, answer) in join_all(asked).await {
-            match answer {
-                Ok(Answer::Have(_)) => return Ok(Fenced::Have { node_id, channel }),
-                Ok(Answer::Fenced(fence)) if order(&fence) > order(&highest) => highest = fence,
-                Ok(Answer::Fenced(_)) => {}
-                Ok(Answer::Unknown(_)) => unsure.push(node_id),
+            answers.push(match answer {
+                Ok(Answer::Have(_)) => {
+                    have = Some(Fenced::Have { node_id, channel });
+                    Told::Have
+                }
+                Ok(Answer::Fenced(fence)) => Told::Fenced(order(&fence)),
+                Ok(Answer::Unknown(_)) => {
+                    unsure.push(node_id);
+                    Told::Unsure
+                }
                 Err(status) => {
                     tracing::info!(node_id, %status, "a node does not say whether it has a run");
                     unsure.push(node_id);
+                    Told::Unsure
                 }
+            });
+        }
+        match (settle(order(&ballot), &answers, accept_duplicate), have) {
+            (Settled::Have, Some(have)) => return Ok(have),
+            (Settled::All, _) => return Ok(Fenced::All(ballot)),
+            (Settled::Overtaken { attempt }, _) => ballot.attempt = attempt,
+            (Settled::Unsure | Settled::Have, _) => {
+                return Err(Error::MayHaveRun { nodes: unsure });
             }
         }
-        if !unsure.is_empty() && !accept_duplicate {
-            return Err(Error::MayHaveRun { nodes: unsure });
-        }
-        if highest == ballot {
-            return Ok(Fenced::All(ballot));
-        }
-        ballot.attempt = highest.attempt;
         sleep(Duration::from_millis(10 * u64::from(round)).mul_f64(rand::random())).await;
     }
     Err(Error::NotRun {
         reason: "other shims try the same run".into(),
     })
+}
+
+/// One node's answer to a fence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Told {
+    Have,
+    /// The highest ballot it was shown, as attempt and nonce.
+    Fenced((u64, u64)),
+    /// It cannot tell, or cannot be asked.
+    Unsure,
+}
+
+/// What all answers to a fence come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Settled {
+    Have,
+    /// It holds everywhere.
+    All,
+    /// Another fence was higher: it has to go above this attempt.
+    Overtaken {
+        attempt: u64,
+    },
+    Unsure,
+}
+
+/// Decides what a fence with `ballot` has come to. Pure: `tests/model` asks it too.
+#[must_use]
+pub fn settle(ballot: (u64, u64), answers: &[Told], accept_duplicate: bool) -> Settled {
+    if answers.contains(&Told::Have) {
+        return Settled::Have;
+    }
+    if answers.contains(&Told::Unsure) && !accept_duplicate {
+        return Settled::Unsure;
+    }
+    let fences = answers.iter().filter_map(|told| match told {
+        Told::Fenced(fence) => Some(*fence),
+        Told::Have | Told::Unsure => None,
+    });
+    match fences.max() {
+        Some(highest) if highest > ballot => Settled::Overtaken { attempt: highest.0 },
+        _ => Settled::All,
+    }
 }
 
 /// Asks one node.
