@@ -209,8 +209,7 @@ fn say(line: &str) {
     let _nobody_looks = writeln!(stderr(), "chaos: {line}");
 }
 
-/// A number below `end`, more often a small one.
+/// A number up to `end`, more often a small one.
 fn small(rng: &mut StdRng, end: u32) -> u32 {
-    let fraction: f64 = rng.random();
-    (fraction.powi(4) * f64::from(end)) as u32
+    (0..3).fold(end, |most, _| rng.random_range(0..=most))
 }

@@ -86,18 +86,14 @@ enum Message {
         driver: usize,
         ballot: (u64, u64),
     },
-    Granted {
-        to: Address,
-    },
-    Refused {
-        to: Address,
-        fenced: bool,
-    },
-    Fences {
-        to: Address,
-        driver: usize,
-        told: Told,
-    },
+}
+
+/// What a driver answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    Granted,
+    Refused { fenced: bool },
+    Told { driver: usize, told: Told },
 }
 
 /// One try of the run.
@@ -134,7 +130,11 @@ enum Does {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Action {
-    Deliver(Message),
+    /// A message arrives; its answer too, if there is one, or not.
+    Deliver {
+        message: Message,
+        answered: bool,
+    },
     /// A shim claims the slot of a driver, as it saw it.
     Claim {
         shim: usize,
@@ -151,10 +151,12 @@ enum Action {
     /// A driver takes the step after its journal's record.
     Start {
         driver: usize,
+        answered: bool,
     },
     /// The same, too late.
     Abort {
         driver: usize,
+        answered: bool,
     },
     /// The command ends.
     Exit {
@@ -187,16 +189,17 @@ impl Driver {
         }
     }
 
+    /// `None` if the answer has to wait for the next step.
     fn on_claim(
         &mut self,
         from: Address,
         start_id: u8,
         generation: u64,
         ballot: Ballot,
-    ) -> Option<Message> {
-        let refused = |fenced| Some(Message::Refused { to: from, fenced });
+    ) -> Option<Answer> {
+        let refused = |fenced| Some(Answer::Refused { fenced });
         match Standing::on_claim(self.standing.as_ref(), &(), ballot) {
-            OnClaim::Repeat | OnClaim::Released => return Some(Message::Granted { to: from }),
+            OnClaim::Repeat | OnClaim::Released => return Some(Answer::Granted),
             OnClaim::OtherCommand => unreachable!("there is one command"),
             OnClaim::Fenced(_) => return refused(true),
             OnClaim::Take => {}
@@ -305,66 +308,46 @@ impl State {
         });
     }
 
-    /// A message arrives.
-    fn deliver(&mut self, message: Message) {
-        let answer = match message {
+    /// A message arrives; who is answered, and what.
+    fn deliver(&mut self, message: Message) -> Option<(Address, Answer)> {
+        let (Message::Claim { driver, .. } | Message::Fence { driver, .. }) = message;
+        let node = &mut self.drivers[driver];
+        if !node.up {
+            return None;
+        }
+        match message {
             Message::Claim {
                 from,
-                driver,
                 start_id,
                 generation,
                 ballot,
+                ..
             } => {
-                let driver = &mut self.drivers[driver];
-                if !driver.up {
-                    return;
-                }
-                driver.on_claim(from, start_id, generation, unpack(ballot))
+                let answer = node.on_claim(from, start_id, generation, unpack(ballot));
+                answer.map(|answer| (from, answer))
             }
-            Message::Fence {
-                from,
-                driver,
-                ballot,
-            } => {
-                let node = &mut self.drivers[driver];
-                if !node.up {
-                    return;
-                }
+            Message::Fence { from, ballot, .. } => {
                 let told = node.on_fence(unpack(ballot));
-                Some(Message::Fences {
-                    to: from,
-                    driver,
-                    told,
-                })
+                Some((from, Answer::Told { driver, told }))
             }
-            answer => {
-                self.answered(answer);
-                None
-            }
-        };
-        self.messages.extend(answer);
+        }
     }
 
-    fn answered(&mut self, message: Message) {
-        let to = match &message {
-            Message::Granted { to } | Message::Refused { to, .. } | Message::Fences { to, .. } => {
-                *to
-            }
-            Message::Claim { .. } | Message::Fence { .. } => unreachable!("no answer"),
-        };
+    /// The shim that waits for it is answered.
+    fn answered(&mut self, (to, answer): (Address, Answer)) {
         let number = to.shim;
         let shim = &mut self.shims[number];
         if shim.call != to.call {
             return;
         }
         let own = (shim.ballot.attempt, shim.ballot.nonce);
-        match (&mut shim.does, message) {
-            (Does::Claims { .. }, Message::Granted { .. }) => shim.does = Does::Attached,
-            (Does::Claims { .. }, Message::Refused { fenced: true, .. }) => self.fence(number),
-            (Does::Claims { .. }, Message::Refused { fenced: false, .. }) => {
+        match (&mut shim.does, answer) {
+            (Does::Claims { .. }, Answer::Granted) => shim.does = Does::Attached,
+            (Does::Claims { .. }, Answer::Refused { fenced: true }) => self.fence(number),
+            (Does::Claims { .. }, Answer::Refused { fenced: false }) => {
                 shim.does = Does::Picks;
             }
-            (Does::Settles { .. }, Message::Fences { told, .. }) => match told {
+            (Does::Settles { .. }, Answer::Told { told, .. }) => match told {
                 Told::Have => shim.does = Does::Attached,
                 Told::Fenced(fence) if fence == own => shim.does = Does::Picks,
                 Told::Fenced(_) => self.fence(number),
@@ -372,10 +355,9 @@ impl State {
             },
             (
                 Does::Fences { told },
-                Message::Fences {
+                Answer::Told {
                     driver,
                     told: answer,
-                    ..
                 },
             ) => {
                 told[driver] = Some(answer);
@@ -444,7 +426,12 @@ impl Model for Bounds {
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
         for message in &state.messages {
-            actions.push(Action::Deliver(message.clone()));
+            for answered in [false, true] {
+                actions.push(Action::Deliver {
+                    message: message.clone(),
+                    answered,
+                });
+            }
         }
         for (shim, it) in state.shims.iter().enumerate() {
             match it.does {
@@ -474,8 +461,10 @@ impl Model for Bounds {
                 continue;
             }
             if it.is_to_start() {
-                actions.push(Action::Start { driver });
-                actions.push(Action::Abort { driver });
+                for answered in [false, true] {
+                    actions.push(Action::Start { driver, answered });
+                    actions.push(Action::Abort { driver, answered });
+                }
             }
             if it.init == Init::Running {
                 actions.push(Action::Exit { driver });
@@ -492,7 +481,11 @@ impl Model for Bounds {
     fn next_state(&self, last: &State, action: Action) -> Option<State> {
         let mut state = last.clone();
         match action {
-            Action::Deliver(message) => state.deliver(message),
+            Action::Deliver { message, answered } => {
+                if let Some(answer) = state.deliver(message).filter(|_| answered) {
+                    state.answered(answer);
+                }
+            }
             Action::Claim { shim, driver } => {
                 let (from, ballot) = state.shims[shim].next(shim);
                 state.shims[shim].does = Does::Claims { driver };
@@ -515,20 +508,20 @@ impl Model for Bounds {
                     _ => state.shims[shim].does = Does::Unsure,
                 }
             }
-            Action::Start { driver } => {
+            Action::Start { driver, answered } => {
                 let node = &mut state.drivers[driver];
                 node.init = Init::Running;
                 state.starts += 1;
-                let granted = node.answers.take().map(|to| Message::Granted { to });
-                state.messages.extend(granted);
+                if let Some(to) = node.answers.take().filter(|_| answered) {
+                    state.answered((to, Answer::Granted));
+                }
             }
-            Action::Abort { driver } => {
+            Action::Abort { driver, answered } => {
                 let node = &mut state.drivers[driver];
                 node.abort();
-                let refused = node.answers.take();
-                state
-                    .messages
-                    .extend(refused.map(|to| Message::Refused { to, fenced: false }));
+                if let Some(to) = node.answers.take().filter(|_| answered) {
+                    state.answered((to, Answer::Refused { fenced: false }));
+                }
             }
             Action::Exit { driver } => {
                 let node = &mut state.drivers[driver];
@@ -610,7 +603,9 @@ impl Model for Bounds {
                 "a claim comes to nothing after it was journalled",
                 |_, state: &State| {
                     let aborted = |driver: &Driver| {
-                        driver.start_id > 0 && matches!(driver.standing, Some(Standing::Fenced(_)))
+                        driver.start_id == 0
+                            && *driver.slot.state() == SlotState::Recycling
+                            && matches!(driver.standing, Some(Standing::Fenced(_)))
                     };
                     state.drivers.iter().any(aborted)
                 },
@@ -620,11 +615,10 @@ impl Model for Bounds {
 }
 
 fn check(bounds: Bounds) {
-    let checker = bounds.checker().threads(2).spawn_bfs().report(
-        &mut stateright::report::WriteReporter::new(&mut std::io::stderr()),
-    );
+    let checker = bounds.checker().threads(2).spawn_bfs().join();
     checker.assert_properties();
-    eprintln!("{} states", checker.unique_state_count());
+    let states = checker.unique_state_count();
+    assert!(states > 1000, "{states} states are no search");
 }
 
 #[test]
@@ -632,8 +626,8 @@ fn one_try_over_two_nodes_with_crashes() {
     check(Bounds {
         shims: 1,
         drivers: 2,
-        crashes: 1,
-        attempts: 2,
+        crashes: 2,
+        attempts: 3,
     });
 }
 
@@ -643,6 +637,16 @@ fn a_retry_while_the_first_try_is_on_its_way() {
         shims: 2,
         drivers: 2,
         crashes: 1,
-        attempts: 3,
+        attempts: 2,
+    });
+}
+
+#[test]
+fn a_retry_at_a_node_that_crashes() {
+    check(Bounds {
+        shims: 2,
+        drivers: 1,
+        crashes: 1,
+        attempts: 2,
     });
 }
