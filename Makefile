@@ -78,7 +78,7 @@ long: init
 agent: init    # Those of the tests that have a Nomad agent.
 	@cp target/$(HOST)/init/polydev-init target/debug/
 	cargo test --locked --package polydev-tests -- --test-threads=1 --skip long:: \
-	    corners:: exec:: faults:: jobspecs:: network:: nomad:: output:: plain:: pools:: refusals:: registry:: \
+	    corners:: exec:: faults:: jobspecs:: network:: nomad:: on_demand:: output:: plain:: pools:: refusals:: registry:: rolls:: \
 	    survive::a_killed survive::an_agent
 
 clean-all:     ## Remove what demo, test and bench left: target, cache, images.

@@ -46,6 +46,12 @@ impl Error {
             if *status == StatusCode::NOT_FOUND || text == "parameterized job not found")
     }
 
+    /// Whether Nomad has refused, and will again.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Status { status, .. } if status.is_client_error())
+    }
+
     /// Whether Nomad takes no change of a job's size because it still acts on the last one.
     #[must_use]
     pub fn is_deployment(&self) -> bool {

@@ -186,6 +186,7 @@ impl RuntimeService for Service {
         else {
             return Err(Error::from(request::Invalid::NotStarted).into());
         };
+        request::check_user(&start.user_id).map_err(Error::from)?;
         let name = Name {
             run_id: start.run_id,
             user_id: start.user_id,
@@ -216,6 +217,8 @@ impl RuntimeService for Service {
         request: Request<CancelRunRequest>,
     ) -> Result<Response<CancelRunResponse>, Status> {
         let CancelRunRequest { run_id, user_id } = request.into_inner();
+        // To a driver nobody is the operator.
+        request::check_user(&user_id).map_err(Error::from)?;
         attach::cancel(&self.view, &Name { run_id, user_id }).await?;
         Ok(Response::new(CancelRunResponse {}))
     }

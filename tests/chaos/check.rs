@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use polydev_proto::runtime::ExitReason;
 use polydev_tests::{client::Client, docker};
 use sha2::{Digest, Sha256};
 
@@ -20,8 +21,12 @@ use crate::{
 /// For everything to be gone after the last recovery.
 const GONE: Duration = Duration::from_secs(10);
 
-/// What is wrong with the runs, a line each.
-pub(crate) fn runs(calls: &[Call], ledger: &HashMap<String, u32>) -> Vec<String> {
+/// What is wrong with the runs, a line each; so many `containers` were killed.
+pub(crate) fn runs(
+    calls: &[Call],
+    ledger: &HashMap<String, u32>,
+    containers: usize,
+) -> Vec<String> {
     let mut findings = Vec::new();
     for call in calls {
         let times = ledger.get(&call.spec.run_id).copied().unwrap_or(0);
@@ -30,6 +35,15 @@ pub(crate) fn runs(calls: &[Call], ledger: &HashMap<String, u32>) -> Vec<String>
             let (id, kind) = (&call.spec.run_id, call.outcome.kind());
             format!("{id}, {kind}: {problem}; {}", call.outcome.words())
         }));
+    }
+    let lost = calls
+        .iter()
+        .filter(|call| call.outcome.kind() == "lost")
+        .count();
+    if lost > containers {
+        findings.push(format!(
+            "{lost} runs lost their containers, of which {containers} were killed"
+        ));
     }
     let known: HashSet<&String> = calls.iter().map(|call| &call.spec.run_id).collect();
     let unknown = ledger.keys().filter(|id| !known.contains(id));
@@ -64,6 +78,14 @@ fn problem(call: &Call, times: u32) -> Option<String> {
             } else {
                 None
             }
+        }
+        Outcome::Lost(exited)
+            if matches!(
+                exited.reason(),
+                ExitReason::Cancelled | ExitReason::Deadline
+            ) =>
+        {
+            Some("nobody ended it".into())
         }
         // A part of it may be missing, and the caller was told.
         Outcome::Lost(_) => {

@@ -136,7 +136,11 @@ fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
     let last = Instant::now();
 
     let calls = std::mem::take(&mut *calls.lock().unwrap_or_else(PoisonError::into_inner));
-    let mut findings = check::runs(&calls, &ledger.entries()?);
+    let containers = killed
+        .iter()
+        .filter(|fault| **fault == Fault::Container)
+        .count();
+    let mut findings = check::runs(&calls, &ledger.entries()?, containers);
     findings.extend(check::leftovers(parts, &label, &veths, last));
     report(seed, took, &calls, &killed, &findings)?;
     Ok(match findings.is_empty() {

@@ -128,7 +128,7 @@ fn a_run_that_finds_no_idle_slot_gets_one_of_its_own() {
     assert_eq!(outcome.exited.reason(), ExitReason::Cancelled);
     assert_eq!(
         outcome.exited.message,
-        "it was cancelled: its job was stopped"
+        "it was cancelled: Nomad stopped its slot"
     );
 
     // Its run never came.

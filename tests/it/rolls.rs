@@ -196,4 +196,13 @@ fn a_drained_node_waits_for_its_runs_until_the_deadline() {
     let why = "it was cancelled: its node was drained, and the deadline has come";
     assert_eq!(outcome.exited.message, why);
     drained(Duration::from_secs(30));
+
+    // Closed for another reason, it keeps its runs.
+    nomad.run(&["node", "eligibility", "-self", "-enable"]);
+    client.wait_idle("anthropic", 2);
+    let run = client
+        .start(shell("anthropic", "sleep 4; echo lives"))
+        .unwrap();
+    nomad.run(&["node", "eligibility", "-self", "-disable"]);
+    assert_eq!(client.finish(run).unwrap().stdout(), "lives\n");
 }

@@ -201,6 +201,11 @@ fn what_cannot_be_attached_to_is_told_why() {
         "`stdout_offset` is 6, the command has written 5 bytes"
     );
     assert_eq!(refused("mallory", &run_id, 0).0, Code::PermissionDenied);
+    // To a driver nobody is the operator; a shim's callers are never that.
+    let ended = |user| client.cancel_as(user, &run_id).unwrap_err().code();
+    assert_eq!(ended("mallory"), Code::PermissionDenied);
+    assert_eq!(ended(""), Code::InvalidArgument);
+    assert_eq!(refused("", &run_id, 0).0, Code::InvalidArgument);
     let unknown = Uuid::now_v7().to_string();
     let (code, words) = refused("tester", &unknown, 0);
     assert_eq!(code, Code::NotFound);

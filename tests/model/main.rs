@@ -199,8 +199,10 @@ impl Driver {
     ) -> Option<Answer> {
         let refused = |fenced| Some(Answer::Refused { fenced });
         match Standing::on_claim(self.standing.as_ref(), &(), ballot) {
-            OnClaim::Repeat | OnClaim::Released => return Some(Answer::Granted),
-            OnClaim::OtherCommand => unreachable!("there is one command"),
+            OnClaim::Repeat => return Some(Answer::Granted),
+            OnClaim::OtherCommand | OnClaim::Released => {
+                unreachable!("there is one command, and its results are kept")
+            }
             OnClaim::Fenced(_) => return refused(true),
             OnClaim::Take => {}
         }
@@ -577,15 +579,22 @@ impl Model for Bounds {
                     state.starts == 0 || state.drivers.iter().any(knows)
                 },
             ),
-            Property::eventually(
-                "everybody is told, and every slot is warm again",
-                |_, state: &State| {
+            // Not `eventually`: it is not sound where ways meet, as they do here.
+            Property::always(
+                "when nothing more happens everybody is told, and every slot is warm",
+                |model: &Bounds, state: &State| {
                     let told = |shim: &Shim| {
                         matches!(shim.does, Does::Attached | Does::NotRun | Does::Unsure)
                     };
                     let warm =
                         |driver: &Driver| driver.up && *driver.slot.state() == SlotState::Idle;
-                    state.shims.iter().all(told) && state.drivers.iter().all(warm)
+                    if state.shims.iter().all(told) && state.drivers.iter().all(warm) {
+                        return true;
+                    }
+                    let mut actions = Vec::new();
+                    model.actions(state, &mut actions);
+                    let mut next = actions.into_iter();
+                    next.any(|action| model.next_state(state, action).is_some())
                 },
             ),
             Property::sometimes("it runs", |_, state: &State| state.starts == 1),

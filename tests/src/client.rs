@@ -221,9 +221,17 @@ impl Client {
     /// # Errors
     /// As the shim answers.
     pub fn cancel(&self, run_id: &str) -> Result<(), Status> {
+        self.cancel_as("tester", run_id)
+    }
+
+    /// As [`Client::cancel`], for another user.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub fn cancel_as(&self, user_id: &str, run_id: &str) -> Result<(), Status> {
         let request = CancelRunRequest {
             run_id: run_id.into(),
-            user_id: "tester".into(),
+            user_id: user_id.into(),
         };
         let mut service = self.service.clone();
         self.wait(async move { service.cancel_run(request).await.map(drop) })

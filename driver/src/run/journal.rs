@@ -43,7 +43,11 @@ pub enum Record {
     /// The command's process exists.
     Started { run_id: String, after: Duration },
     /// Somebody asked it to end, and may have said why.
-    Cancelled { run_id: String, reason: String },
+    Cancelled {
+        run_id: String,
+        #[serde(default)]
+        reason: String,
+    },
     /// It is over, with this result.
     Exited { run_id: String, ended: Ended },
     /// The claim came to nothing: no instruction of the command ran.
@@ -63,6 +67,7 @@ pub enum Record {
         ballot: Ballot,
         at: SystemTime,
         /// A claim of it came to nothing.
+        #[serde(default)]
         aborted: bool,
     },
 }
@@ -85,6 +90,7 @@ pub struct Claimed {
     pub kill_timeout: Duration,
     pub drop_oldest: bool,
     /// Whether its slot is for no other run.
+    #[serde(default)]
     pub on_demand: bool,
     /// What it takes of the node's headroom.
     pub share: Amount,

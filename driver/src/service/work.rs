@@ -77,7 +77,7 @@ impl Work {
                 if slot.is_on_demand()
                     && let Some(run) = node.runs.open_in(&slot.identity.slot_id())
                 {
-                    node.runs.cancel(&run, "its job was stopped");
+                    node.runs.cancel(&run, "Nomad stopped its slot");
                 }
             }
             Self::Plain(task) => task.stop(signal, limit).await,

@@ -21,7 +21,8 @@ pub(super) struct Arguments {
     nomad: super::Nomad,
     #[command(flatten)]
     per_user: PerUser,
-    /// Slots that may be on order from Nomad at a time, for runs that find none idle.
+    /// Slots of a provider that may be on order from Nomad at a time, for runs that find none
+    /// idle; 0 orders none.
     #[arg(long, value_name = "SLOTS", default_value_t = 20)]
     on_demand: usize,
 }

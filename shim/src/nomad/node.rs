@@ -38,9 +38,10 @@ pub struct Driver {
 }
 
 impl Node {
-    /// Whether a drain has come to its end, or to its deadline, and the node has been given
-    /// nothing since. Nomad calls a drain complete when its deadline has come, whatever is
-    /// left.
+    /// Whether the last drain has come to its end, or to its deadline, and the node is to be
+    /// given nothing. Nomad calls a drain complete when its deadline has come, whatever is
+    /// left. An old drain looks the same on a node that is closed for another reason: what
+    /// the drain has stopped is what counts.
     #[must_use]
     pub fn is_drained(&self) -> bool {
         let complete = |drain: &Drain| drain.status == "complete";

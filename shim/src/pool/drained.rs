@@ -22,7 +22,7 @@ const REASON: &str = "its node was drained, and the deadline has come";
 pub async fn end_runs(view: View, mut drained: watch::Receiver<BTreeSet<String>>) {
     loop {
         let nodes = drained.borrow_and_update().clone();
-        let left = nodes.iter().flat_map(|node_id| view.runs_on(node_id));
+        let left = nodes.iter().flat_map(|node_id| view.stopped_runs(node_id));
         let asked = left.map(async |(channel, run_id)| {
             let request = CancelRunRequest {
                 run_id: run_id.clone(),

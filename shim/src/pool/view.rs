@@ -56,6 +56,8 @@ pub struct Candidate {
     pub start_id: String,
     pub slot_id: String,
     pub generation: u64,
+    /// It was made for one run.
+    pub on_demand: bool,
     clock: Clock,
     view: View,
 }
@@ -146,6 +148,7 @@ impl View {
             start_id: node.start_id.clone(),
             slot_id: slot.slot_id.clone(),
             generation: slot.generation,
+            on_demand: !slot.for_run_id.is_empty(),
             clock: node.clock,
             view: self.clone(),
         };
@@ -239,13 +242,14 @@ impl View {
         .await
     }
 
-    /// The runs that go on in a node's slots, with the way there.
+    /// The runs that go on in slots of a node which Nomad has stopped, with the way there.
     #[must_use]
-    pub fn runs_on(&self, node_id: &str) -> Vec<(Channel, String)> {
+    pub fn stopped_runs(&self, node_id: &str) -> Vec<(Channel, String)> {
         let nodes = self.lock();
         let node = nodes.get(node_id).and_then(|node| node.connected.as_ref());
         let slots = node.into_iter().flat_map(|node| {
-            let slots = node.slots.values().filter(|slot| !slot.run_id.is_empty());
+            let stopped = |slot: &&Slot| slot.state() == State::Draining && !slot.run_id.is_empty();
+            let slots = node.slots.values().filter(stopped);
             slots.map(|slot| (node.channel.clone(), slot.run_id.clone()))
         });
         slots.collect()

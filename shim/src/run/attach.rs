@@ -132,7 +132,11 @@ where
     while let Some((node_id, answer)) = asked.next().await {
         match answer {
             Ok(found) => return Ok(found),
-            Err(status) if status.code() == Code::NotFound => not_found = Some(status),
+            Err(status) if status.code() == Code::NotFound => {
+                not_found.get_or_insert(status);
+            }
+            // A claim of it came to nothing there; another node may have the run.
+            Err(status) if status.code() == Code::FailedPrecondition => not_found = Some(status),
             Err(status) if is_answer(&status) => return Err(Error::of(status, name)),
             Err(_) => unreachable.push(node_id),
         }

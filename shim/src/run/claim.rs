@@ -22,7 +22,7 @@ use tonic::{Code, transport::Channel};
 use super::{
     Connection, Error, Events, INPUTS,
     fence::{self, Fenced, fence},
-    on_demand::OnDemand,
+    on_demand::{OnDemand, Order},
     queue::{Place, Queue, Running, Ticket},
     request::Request,
 };
@@ -80,13 +80,13 @@ pub async fn claim(
     let give_up = tokio::time::Instant::now() + waited;
     let mut ticket = queue.enter(provider, &request.user_id)?;
     let run_id = request.run_id.to_string();
-    let order = on_demand.order(
+    let mut order = Some(on_demand.order(
         view.clone(),
         request.provider,
         run_id.clone(),
         ticket.place.clone(),
-    );
-    let (mut last_refusal, mut again) = (None, AGAIN);
+    ));
+    let (mut last_refusal, mut again, mut dispatched) = (None, AGAIN, None);
     loop {
         let slot = wait(view, &mut ticket, provider, &run_id, caller);
         let Ok(slot) = tokio::time::timeout_at(give_up, slot).await else {
@@ -95,11 +95,15 @@ pub async fn claim(
                 Place::Held(_) => Some("its user has as many runs as may go on at once".into()),
                 Place::Next => None,
             };
-            let reasons = [last_refusal.or(behind), Some(order.told())];
+            let reasons = [last_refusal.or(behind), order.as_ref().map(Order::told)];
             return Err(none_idle(view, provider, waited, reasons));
         };
         // Whoever is next may try another slot meanwhile.
         let running = ticket.served();
+        // From now on the run may be in it, whatever the answer: to stop it would end the run.
+        if let Some(order) = order.take_if(|_| slot.on_demand) {
+            dispatched = order.used();
+        }
         let reason = match attempts.at(&slot).await? {
             Tried::Granted(mut connection) => {
                 // A run that was claimed before may be in another container.
@@ -108,7 +112,7 @@ pub async fn claim(
                     slot.granted();
                 }
                 if connection.on_demand {
-                    connection.dispatched = order.used();
+                    connection.dispatched = dispatched;
                 }
                 return Ok((*connection, Some(running)));
             }
@@ -134,7 +138,7 @@ pub async fn claim(
         );
         last_refusal = Some(reason);
         if tokio::time::Instant::now() >= give_up {
-            let reasons = [last_refusal, Some(order.told())];
+            let reasons = [last_refusal, order.as_ref().map(Order::told)];
             return Err(none_idle(view, provider, waited, reasons));
         }
         // The view learns why in a moment; until then the same slot may come up.

@@ -2,6 +2,7 @@
 //! parameterised job, which its driver grants to that run alone.
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,7 +14,7 @@ use tokio::{
 
 use super::queue::Place;
 use crate::{
-    nomad::{self, Nomad, job::Allocation},
+    nomad::{Nomad, job::Allocation},
     pool::View,
     provider::Provider,
 };
@@ -31,7 +32,8 @@ const STOPS: u32 = 5;
 #[derive(Debug, Clone)]
 pub struct OnDemand {
     nomad: Option<Nomad>,
-    waiting: Arc<Semaphore>,
+    /// Orders that may wait, by provider: those of one that fail hold no other's up.
+    waiting: Arc<BTreeMap<&'static str, Semaphore>>,
 }
 
 /// One run's order. When it is dropped the slot is not needed any more.
@@ -51,12 +53,17 @@ struct Progress {
 type Tell = watch::Sender<Progress>;
 
 impl OnDemand {
-    /// Without `nomad` nothing is ordered. At most `most` slots are on order at a time.
+    /// Without `nomad` nothing is ordered. At most `most` slots of a provider are on order at
+    /// a time.
     #[must_use]
     pub fn new(nomad: Option<Nomad>, most: usize) -> Self {
         Self {
             nomad: nomad.filter(|_| most > 0),
-            waiting: Arc::new(Semaphore::new(most)),
+            waiting: Arc::new(
+                Provider::all()
+                    .map(|provider| (provider.name(), Semaphore::new(most)))
+                    .collect(),
+            ),
         }
     }
 
@@ -76,18 +83,18 @@ impl OnDemand {
             let waiting = self.waiting.clone();
             tokio::spawn(async move {
                 let turn = async {
-                    sleep(PATIENCE).await;
-                    let _enough =
-                        timeout(PATIENCE_MOST, none_coming(&view, provider, &place)).await;
                     // Its sender goes when the run has a slot to try: it may run then.
-                    drop(
-                        place
-                            .wait_for(|place| !matches!(place, Place::Held(_)))
-                            .await,
-                    );
-                    waiting.acquire().await.expect("it is never closed")
+                    let may_run = |place: &Place| !matches!(place, Place::Held(_));
+                    drop(place.wait_for(may_run).await);
+                    sleep(PATIENCE).await;
+                    let coming = none_coming(&view, provider, &place);
+                    let _enough = timeout(PATIENCE_MOST, coming).await;
+                    let turns = waiting
+                        .get(provider.name())
+                        .expect("every provider has some");
+                    turns.acquire().await.expect("it is never closed")
                 };
-                let _turn = tokio::select! {
+                let turn = tokio::select! {
                     turn = turn => turn,
                     _ = &mut is_used => return,
                 };
@@ -97,7 +104,10 @@ impl OnDemand {
                 };
                 let used = tokio::select! {
                     used = &mut is_used => used,
-                    () = watch_start(&nomad, &job, &tell) => is_used.await,
+                    () = watch_start(&nomad, &job, &tell) => {
+                        drop(turn);
+                        is_used.await
+                    }
                 };
                 if used.is_err() {
                     stop(&nomad, &job).await;
@@ -112,7 +122,8 @@ impl OnDemand {
 }
 
 impl Order {
-    /// The run is in its slot, and the job ends with it; when Nomad was told, if by this order.
+    /// The run is on its way to its slot, and the job ends with it, or by itself: nothing is
+    /// withdrawn any more. When Nomad was told, if by this order.
     pub fn used(mut self) -> Option<Instant> {
         if let Some(used) = self.used.take() {
             let _gone = used.send(());
@@ -152,39 +163,51 @@ fn job(provider: Provider) -> String {
     format!("polydev-on-demand-{}", provider.name())
 }
 
-/// The dispatched job; however often it is asked for, by whichever shim, a run has one.
+/// The dispatched job, as soon as Nomad answers; `None` if it will not be.
 async fn dispatch(nomad: &Nomad, provider: Provider, run_id: &str, tell: &Tell) -> Option<String> {
     let job = job(provider);
     let meta = [("run_id", run_id)];
-    let dispatched = nomad.dispatch(&job, &meta, run_id);
-    match timeout(ANSWER, dispatched).await {
-        Ok(Ok(child)) => {
-            tracing::info!(run_id, job = child, "a slot is ordered");
-            tell.send_modify(|progress| progress.dispatched = Some(Instant::now()));
-            say(tell, format!("a slot is ordered as `{child}`"));
-            Some(child)
-        }
-        Ok(Err(error)) if error.is_not_found() => {
-            tracing::debug!(job, "without this job no slot is ordered");
-            say(
-                tell,
-                format!("no slot can be ordered without the job `{job}`"),
-            );
-            None
-        }
-        Ok(Err(error)) => {
-            let error = crate::chain(&error);
-            tracing::warn!(run_id, error, "no slot is ordered");
-            say(tell, format!("no slot could be ordered: {error}"));
-            None
-        }
-        Err(_) => {
-            say(
+    // Of this order: a repeated call makes no second job, and another try of the run has one
+    // of its own, which it may stop.
+    let token = format!("{run_id}.{:016x}", rand::random::<u64>());
+    let mut tries_unwanted = 0;
+    loop {
+        match timeout(ANSWER, nomad.dispatch(&job, &meta, &token)).await {
+            Ok(Ok(child)) => {
+                tracing::info!(run_id, job = child, "a slot is ordered");
+                tell.send_modify(|progress| progress.dispatched = Some(Instant::now()));
+                say(tell, format!("a slot is ordered as `{child}`"));
+                return Some(child);
+            }
+            Ok(Err(error)) if error.is_not_found() => {
+                tracing::debug!(job, "without this job no slot is ordered");
+                say(
+                    tell,
+                    format!("no slot can be ordered without the job `{job}`"),
+                );
+                return None;
+            }
+            Ok(Err(error)) => {
+                let words = crate::chain(&error);
+                tracing::warn!(run_id, error = words, "no slot is ordered");
+                say(tell, format!("no slot could be ordered: {words}"));
+                if error.is_refusal() {
+                    return None;
+                }
+            }
+            Err(_) => say(
                 tell,
                 "no slot could be ordered: Nomad does not answer".into(),
-            );
-            None
+            ),
         }
+        // One that got no answer may have been taken, and would have to be stopped.
+        if tell.is_closed() {
+            tries_unwanted += 1;
+            if tries_unwanted == STOPS {
+                return None;
+            }
+        }
+        sleep(RETRY).await;
     }
 }
 
@@ -233,8 +256,9 @@ async fn stop(nomad: &Nomad, job: &str) {
                 tracing::info!(job, "a slot that was ordered is not needed");
                 return;
             }
-            Ok(Err(nomad::Error::Status { status, text })) => {
-                tracing::warn!(job, %status, text, "a slot that is not needed stays");
+            Ok(Err(error)) if error.is_refusal() => {
+                let error = crate::chain(&error);
+                tracing::warn!(job, error, "a slot that is not needed stays");
                 return;
             }
             Ok(Err(_)) | Err(_) => sleep(RETRY).await,

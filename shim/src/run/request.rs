@@ -71,23 +71,29 @@ pub enum Invalid {
     },
 }
 
+/// Checks whose run it is.
+///
+/// # Errors
+/// [`Invalid::Value`]
+pub fn check_user(user_id: &str) -> Result<(), Invalid> {
+    let is_short = (1..=USER_ID_MOST).contains(&user_id.len());
+    if is_short && !user_id.chars().any(char::is_control) {
+        return Ok(());
+    }
+    Err(Invalid::Value {
+        field: "user_id",
+        given: user_id.to_owned(),
+        allowed: "1 to 128 bytes without control characters",
+    })
+}
+
 impl Request {
     /// # Errors
     /// [`Invalid`] for the first field that is wrong.
     pub fn parse(start: RunStart, trace: Option<TraceContext>) -> Result<Self, Invalid> {
         let provider: Provider = start.provider.parse()?;
         let user_id = start.user_id;
-        if user_id.is_empty()
-            || user_id.len() > USER_ID_MOST
-            || user_id.chars().any(char::is_control)
-        {
-            let allowed = "1 to 128 bytes without control characters";
-            return Err(Invalid::Value {
-                field: "user_id",
-                given: user_id,
-                allowed,
-            });
-        }
+        check_user(&user_id)?;
         let run_id = match start.run_id.as_str() {
             "" => Uuid::now_v7(),
             given => Uuid::parse_str(given)

@@ -154,8 +154,9 @@ pub(super) fn drain(
                 slots: counts.slots(),
                 runs: u32::try_from(runs).unwrap_or(u32::MAX),
             };
-            // What cannot be asked may have some.
-            if left.slots == 0 && view.nodes().1 == 0 {
+            // A node that cannot be asked, or that has left, may have some.
+            let (nodes, unreachable) = view.channels();
+            if left.slots == 0 && !nodes.is_empty() && unreachable.is_empty() {
                 let _gone = events
                     .send(Ok(event(draining::Event::Drained(Drained {}))))
                     .await;

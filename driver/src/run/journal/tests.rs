@@ -158,3 +158,15 @@ proptest! {
         let _refused = decode(Path::new("/"), &bytes).is_err();
     }
 }
+
+/// Fields that came later may be missing.
+#[test]
+fn records_of_the_first_drivers_are_read() {
+    let mut older = serde_json::to_value(&records()[0]).unwrap();
+    older.as_object_mut().unwrap().remove("on_demand").unwrap();
+    let record: Record = serde_json::from_value(older).unwrap();
+    assert_eq!(record, records()[0]);
+    let older = r#"{"record":"cancelled","run_id":"a"}"#;
+    let record: Record = serde_json::from_str(older).unwrap();
+    assert_eq!(record.run_id(), "a");
+}
