@@ -6,7 +6,8 @@ use polydev_tests::{
     docker,
     job::{IMAGE, service, shell, task},
     nomad::Nomad,
-    shim::instance_label,
+    process::output,
+    shim::{Shim, instance_label},
     wait_until,
 };
 
@@ -101,4 +102,99 @@ fn what_belongs_to_nothing_is_removed_and_nothing_else() {
     assert_eq!(docker::inspect(&foreign)["State"]["Running"], true);
     assert_eq!(nomad.wait_started("open"), alloc);
     docker::docker(&["rm", "--force", &foreign]);
+}
+
+#[test]
+fn an_image_that_fails_again_and_again_is_left_alone_until_it_is_another() {
+    let nomad = Nomad::start();
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    let image = format!("pdtest-image-{:08x}:1", rand::random::<u32>());
+    docker::docker(&["tag", "polydev-anthropic-runtime:latest", &image]);
+    let named = format!("image={image}");
+    let file = "jobspecs/pool-anthropic.nomad.hcl";
+    let args = ["job", "run", "-detach", "-var", "count=1", "-var", &named];
+    nomad.run(&[&args[..], &[file]].concat());
+    client.wait_idle("anthropic", 1);
+
+    let label = instance_label(&nomad.state_dir());
+    let is_left_alone = || {
+        nomad
+            .agent_log()
+            .contains("times in a row and is left alone")
+    };
+    wait_until("the end of patience", Duration::from_secs(90), || {
+        if is_left_alone() {
+            return Ok(());
+        }
+        let containers = docker::containers(&label);
+        if client.pool("anthropic").idle == 1 {
+            for id in &containers {
+                output(docker::command().args(["kill", id]));
+            }
+        }
+        Err(format!("{containers:?}"))
+    });
+    wait_until("an empty slot", Duration::from_secs(10), || {
+        let (pool, containers) = (client.pool("anthropic"), docker::containers(&label));
+        if pool.warming == 1 && containers.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{pool:?} {containers:?}"))
+        }
+    });
+
+    let made = docker::docker(&["create", &image]);
+    docker::docker(&["commit", "--change", "LABEL mended=1", made.trim(), &image]);
+    docker::docker(&["rm", made.trim()]);
+    client.wait_idle("anthropic", 1);
+    assert!(nomad.agent_log().contains("the image is another now"));
+    nomad.run(&["job", "stop", "-detach", "-yes", "polydev-pool-anthropic"]);
+    wait_until("its container's removal", Duration::from_secs(30), || {
+        let containers = docker::containers(&label);
+        if containers.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{containers:?}"))
+        }
+    });
+    docker::docker(&["rmi", &image]);
+}
+
+#[test]
+fn a_slot_on_demand_whose_run_does_not_come_ends_after_a_minute() {
+    let nomad = Nomad::start();
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    let job = "polydev-on-demand-anthropic";
+    nomad.run(&[
+        "job",
+        "run",
+        "-detach",
+        "jobspecs/on-demand-anthropic.nomad.hcl",
+    ]);
+    let run_id = format!("run_id={}", uuid::Uuid::now_v7());
+    nomad.run(&["job", "dispatch", "-detach", "-meta", &run_id, job]);
+    wait_until("its slot", Duration::from_secs(30), || {
+        match client.pool("anthropic") {
+            pool if pool.on_demand == 1 && pool.slots == 0 => Ok(()),
+            pool => Err(format!("{pool:?}")),
+        }
+    });
+    let jobs = nomad.get(&format!("/v1/jobs?prefix={job}/"));
+    let child = jobs[0]["ID"].as_str().unwrap();
+    let events = wait_until("its end", Duration::from_secs(90), || {
+        let allocations = nomad.allocations(child);
+        match &allocations[..] {
+            [alloc] if alloc["ClientStatus"] == "complete" => {
+                Ok(alloc["TaskStates"]["runtime"]["Events"].to_string())
+            }
+            _ => Err(format!("{allocations:?}")),
+        }
+    });
+    assert!(
+        events.contains("Its run did not come within 60 s"),
+        "{events}"
+    );
+    assert!(docker::containers(&instance_label(&nomad.state_dir())).is_empty());
 }

@@ -9,11 +9,10 @@ use std::{
 use polydev_proto::runtime::RunStart;
 use polydev_tests::{
     client::shell,
-    docker,
     nomad::{Nomad, nomad_program},
     process::output,
     program, root,
-    shim::{Shim, instance_label},
+    shim::Shim,
     wait_until,
 };
 use tonic::Code;
@@ -63,63 +62,6 @@ fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     });
     nomad.run(&["job", "stop", "-detach", "-yes", "polydev-pool-anthropic"]);
     client.wait_idle("anthropic", 0);
-}
-
-#[test]
-fn an_image_that_fails_again_and_again_is_left_alone_until_it_is_another() {
-    let nomad = Nomad::start();
-    let shim = Shim::serve(&nomad.address);
-    let client = shim.client();
-    let image = format!("pdtest-image-{:08x}:1", rand::random::<u32>());
-    docker::docker(&["tag", "polydev-anthropic-runtime:latest", &image]);
-    let named = format!("image={image}");
-    let file = "jobspecs/pool-anthropic.nomad.hcl";
-    let args = ["job", "run", "-detach", "-var", "count=1", "-var", &named];
-    nomad.run(&[&args[..], &[file]].concat());
-    client.wait_idle("anthropic", 1);
-
-    let label = instance_label(&nomad.state_dir());
-    let is_left_alone = || {
-        nomad
-            .agent_log()
-            .contains("times in a row and is left alone")
-    };
-    wait_until("the end of patience", Duration::from_secs(90), || {
-        if is_left_alone() {
-            return Ok(());
-        }
-        let containers = docker::containers(&label);
-        if client.pool("anthropic").idle == 1 {
-            for id in &containers {
-                output(docker::command().args(["kill", id]));
-            }
-        }
-        Err(format!("{containers:?}"))
-    });
-    wait_until("an empty slot", Duration::from_secs(10), || {
-        let (pool, containers) = (client.pool("anthropic"), docker::containers(&label));
-        if pool.warming == 1 && containers.is_empty() {
-            Ok(())
-        } else {
-            Err(format!("{pool:?} {containers:?}"))
-        }
-    });
-
-    let made = docker::docker(&["create", &image]);
-    docker::docker(&["commit", "--change", "LABEL mended=1", made.trim(), &image]);
-    docker::docker(&["rm", made.trim()]);
-    client.wait_idle("anthropic", 1);
-    assert!(nomad.agent_log().contains("the image is another now"));
-    nomad.run(&["job", "stop", "-detach", "-yes", "polydev-pool-anthropic"]);
-    wait_until("its container's removal", Duration::from_secs(30), || {
-        let containers = docker::containers(&label);
-        if containers.is_empty() {
-            Ok(())
-        } else {
-            Err(format!("{containers:?}"))
-        }
-    });
-    docker::docker(&["rmi", &image]);
 }
 
 #[test]

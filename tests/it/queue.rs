@@ -100,7 +100,7 @@ fn who_waits_too_long_or_with_too_many_is_refused_with_the_figures() {
         }
     };
     assert_eq!(refused.code(), Code::ResourceExhausted);
-    let words = "or its user had as many as may go on at once";
+    let words = "; its user has as many runs as may go on at once";
     assert!(refused.message().ends_with(words), "{refused}");
     drop(holder);
 }

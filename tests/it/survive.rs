@@ -439,6 +439,16 @@ fn an_agent_that_is_stopped_and_started_loses_no_run_and_no_byte() {
     nomad.submit_pool("anthropic", 1);
     nomad.wait_running("polydev-pool-anthropic", 1);
     client.wait_idle("anthropic", 1);
+
+    // All of Nomad, servers and agent, is silent: warm claims go on, and so do refills.
+    nomad.agent().signal(Signal::SIGSTOP);
+    for _ in 0..2 {
+        let outcome = client.run(shell("anthropic", "echo on")).unwrap();
+        assert_eq!(outcome.stdout(), "on\n");
+        client.wait_idle("anthropic", 1);
+    }
+    nomad.agent().signal(Signal::SIGCONT);
+
     let script = "seq 1 20000; sleep 6; seq 20001 40000; sleep 20; echo done";
     let mut run = client.start(shell("anthropic", script)).unwrap();
     let mut text = read(&client, &mut run, 100_000);
