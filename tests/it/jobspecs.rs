@@ -10,6 +10,7 @@ use polydev_tests::{
 };
 
 const PROVIDERS: [&str; 3] = ["openai", "anthropic", "google"];
+const KINDS: [&str; 2] = ["pool", "on-demand"];
 
 #[test]
 fn jobspecs_are_formatted_and_valid() {
@@ -21,10 +22,13 @@ fn jobspecs_are_formatted_and_valid() {
     );
     let nomad = Nomad::start();
     for provider in PROVIDERS {
+        for kind in KINDS {
+            let file = format!("jobspecs/{kind}-{provider}.nomad.hcl");
+            let told = nomad.run(&["job", "validate", &file]);
+            assert!(told.contains("Job validation successful"), "{told}");
+            assert!(!told.contains("Warning"), "{told}");
+        }
         let file = format!("jobspecs/pool-{provider}.nomad.hcl");
-        let told = nomad.run(&["job", "validate", &file]);
-        assert!(told.contains("Job validation successful"), "{told}");
-        assert!(!told.contains("Warning"), "{told}");
         let empty = nomad.run(&["job", "validate", "-var", "count=0", &file]);
         assert!(empty.contains("Job validation successful"), "{empty}");
     }
@@ -32,14 +36,16 @@ fn jobspecs_are_formatted_and_valid() {
 
 #[test]
 fn jobspecs_of_all_providers_say_the_same() {
-    let of = |provider: &str| {
-        let path = root().join(format!("jobspecs/pool-{provider}.nomad.hcl"));
-        fs::read_to_string(path)
-            .unwrap()
-            .replace(provider, "PROVIDER")
-    };
-    let [first, rest @ ..] = PROVIDERS.map(of);
-    assert!(rest.iter().all(|other| *other == first));
+    for kind in KINDS {
+        let of = |provider: &str| {
+            let path = root().join(format!("jobspecs/{kind}-{provider}.nomad.hcl"));
+            fs::read_to_string(path)
+                .unwrap()
+                .replace(provider, "PROVIDER")
+        };
+        let [first, rest @ ..] = PROVIDERS.map(of);
+        assert!(rest.iter().all(|other| *other == first), "{kind}");
+    }
 }
 
 #[test]
