@@ -1,7 +1,8 @@
 //! `make chaos MINUTES=n [SEED=s]`: real Nomad, Docker, driver and two shims under load, while
 //! parts of it are killed in an order that the seed gives. What counts is what commands
 //! wrote: each run puts its id into a ledger outside its container, and prints lines that
-//! only it would print. [`check`] looks at nothing else.
+//! only it would print. [`check`] compares that with what callers were told, and then looks
+//! for what is left on the machine.
 //!
 //! Ends with status 1 if a run ran twice, was lost without a word, or had a byte wrong, or if
 //! something was left behind.
@@ -81,7 +82,7 @@ fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
     let on_demand = format!("jobspecs/on-demand-{PROVIDER}.nomad.hcl");
     nomad.run(&["job", "run", "-detach", &on_demand]);
     let label = instance_label(&nomad.state_dir());
-    let parts = Parts::start(nomad, label.clone());
+    let mut parts = Parts::start(nomad, label.clone());
     wait_warm(&parts);
 
     let over = Arc::new(AtomicBool::new(false));
@@ -112,7 +113,6 @@ fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
 
     let begun = Instant::now();
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut parts = parts;
     let mut killed = Vec::new();
     while begun.elapsed() + pause < time && !load.is_finished() {
         std::thread::park_timeout(pause);

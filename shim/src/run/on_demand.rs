@@ -25,7 +25,8 @@ const PATIENCE: Duration = Duration::from_millis(500);
 const PATIENCE_MOST: Duration = Duration::from_secs(3);
 const ANSWER: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(1);
-/// A job that cannot be stopped in so many tries is left: its slot ends unused.
+/// Once the run does not need it: tries to stop a job, or to learn whether there is one. What
+/// is left then ends unused.
 const STOPS: u32 = 5;
 
 /// Orders slots, so many at a time; clones share the number.
