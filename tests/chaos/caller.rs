@@ -18,7 +18,7 @@ use rand::{Rng, rngs::StdRng};
 use sha2::{Digest, Sha256};
 use tokio::time::{sleep, timeout};
 use tonic::{
-    Code, Status,
+    Code, Response, Status, Streaming,
     transport::{Channel, Endpoint},
 };
 use uuid::Uuid;
@@ -263,18 +263,8 @@ async fn run(
         Ok(service) => service,
         Err(status) => return Stop::Status(status),
     };
-    match service.run(open(first)).await {
-        Ok(events) => {
-            let events = events.into_inner();
-            follow(
-                events.map(|event| event?.event.ok_or_else(empty)),
-                received,
-                leaves_at,
-            )
-            .await
-        }
-        Err(status) => Stop::Status(status),
-    }
+    let events = service.run(open(first)).await;
+    follow(events, |response| response.event, received, leaves_at).await
 }
 
 async fn attach(
@@ -296,27 +286,13 @@ async fn attach(
         Ok(service) => service,
         Err(status) => return Stop::Status(status),
     };
-    match service.attach(open(first)).await {
-        Ok(events) => {
-            let events = events.into_inner();
-            follow(
-                events.map(|event| event?.event.ok_or_else(empty)),
-                received,
-                leaves_at,
-            )
-            .await
-        }
-        Err(status) => Stop::Status(status),
-    }
+    let events = service.attach(open(first)).await;
+    follow(events, |response| response.event, received, leaves_at).await
 }
 
 /// The caller says one thing, and stays.
 fn open<T: Send + 'static>(first: T) -> impl Stream<Item = T> + Send + 'static {
     futures_util::stream::iter([first]).chain(futures_util::stream::pending())
-}
-
-fn empty() -> Status {
-    Status::internal("an empty event")
 }
 
 async fn connect(address: &str) -> Result<RuntimeServiceClient<Channel>, Status> {
@@ -329,17 +305,21 @@ async fn connect(address: &str) -> Result<RuntimeServiceClient<Channel>, Status>
     Ok(RuntimeServiceClient::new(channel))
 }
 
-async fn follow(
-    events: impl Stream<Item = Result<RunEvent, Status>>,
+async fn follow<T>(
+    events: Result<Response<Streaming<T>>, Status>,
+    event_of: impl Fn(T) -> Option<RunEvent>,
     received: &mut Received,
     leaves_at: &mut Option<u64>,
 ) -> Stop {
-    tokio::pin!(events);
+    let mut events = match events {
+        Ok(events) => events.into_inner(),
+        Err(status) => return Stop::Status(status),
+    };
     loop {
-        let event = match timeout(LIMIT, events.next()).await {
-            Ok(Some(Ok(event))) => event.event,
-            Ok(Some(Err(status))) => return Stop::Status(status),
-            Ok(None) => return Stop::Status(Status::unavailable("the stream ended")),
+        let event = match timeout(LIMIT, events.message()).await {
+            Ok(Ok(Some(response))) => event_of(response).and_then(|event| event.event),
+            Ok(Ok(None)) => return Stop::Status(Status::unavailable("the stream ended")),
+            Ok(Err(status)) => return Stop::Status(status),
             Err(_) => return Stop::Status(Status::deadline_exceeded("silence")),
         };
         match event {

@@ -1,21 +1,23 @@
 //! The claim protocol, checked: every order in which shims, drivers, inits, crashes and lost,
 //! late and repeated messages can come, for small numbers of each. What is decided is not
-//! modelled: [`Standing`], [`Life`] and [`settle`] are those of the driver and the shim.
+//! modelled: `Standing`, `Life` and `settle` are those of the driver and the shim.
 //!
 //! One run is tried by several shims, the first as a first try, the others as retries. There
-//! is no time: a message may be as late as it likes, which is more than `start_by` allows.
+//! is no time: a request may be as late as it likes, which is more than `start_by` allows, and
+//! come again and again. An answer comes at once or never: a shim does nothing else while it
+//! waits, so that a late answer is the same as one to a request that came late.
+
+mod parts;
 
 use std::{collections::BTreeSet, time::SystemTime};
 
 use polydev_driver::{
-    run::{
-        Ballot,
-        standing::{OnClaim, OnFence, Standing},
-    },
-    slot::state::{Event, Life, State as SlotState},
+    run::{Ballot, standing::Standing},
+    slot::state::{Event, State as SlotState},
 };
-use polydev_shim::run::fence::{Settled, Told, settle};
 use stateright::{Checker, Model, Property};
+
+use parts::{Answer, Does, Driver, Init, Message, Shim, State};
 
 const RUN: &str = "run";
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
@@ -29,103 +31,6 @@ struct Bounds {
     crashes: u8,
     /// Claims and fences of one shim.
     attempts: u64,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct State {
-    drivers: Vec<Driver>,
-    shims: Vec<Shim>,
-    /// All that were ever sent: each may arrive at any time, again and again, or never.
-    messages: BTreeSet<Message>,
-    crashes: u8,
-    /// How often init was told to start the run.
-    starts: u8,
-}
-
-/// A driver with one slot.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Driver {
-    up: bool,
-    /// Renewed by each start.
-    start_id: u8,
-    /// What its journal says of the run; with the ballot it was claimed with.
-    standing: Option<Standing<()>>,
-    claimed: Option<Ballot>,
-    slot: Life,
-    /// Of the slot's container.
-    init: Init,
-    /// The try that waits for the answer to its claim.
-    answers: Option<Address>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Init {
-    Waiting,
-    Running,
-    Exited,
-}
-
-/// Who is answered: a shim, and which of its calls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-struct Address {
-    shim: usize,
-    call: u64,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-enum Message {
-    Claim {
-        from: Address,
-        driver: usize,
-        start_id: u8,
-        generation: u64,
-        ballot: (u64, u64),
-    },
-    Fence {
-        from: Address,
-        driver: usize,
-        ballot: (u64, u64),
-    },
-}
-
-/// What a driver answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Answer {
-    Granted,
-    Refused { fenced: bool },
-    Told { driver: usize, told: Told },
-}
-
-/// One try of the run.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Shim {
-    ballot: Ballot,
-    /// Numbers its calls: an answer to an earlier one is nobody's.
-    call: u64,
-    does: Does,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Does {
-    /// Picks a slot.
-    Picks,
-    Claims {
-        driver: usize,
-    },
-    /// Asks the driver that gave no clear answer.
-    Settles {
-        driver: usize,
-    },
-    /// Asks all.
-    Fences {
-        told: Vec<Option<Told>>,
-    },
-    /// It has the run, its own or another try's.
-    Attached,
-    /// The caller is told that the command did not run.
-    NotRun,
-    /// The caller is told that it may have run.
-    Unsure,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -172,230 +77,6 @@ enum Action {
     Restart {
         driver: usize,
     },
-}
-
-impl Driver {
-    fn new() -> Self {
-        let mut slot = Life::new(1, None, NOW);
-        slot.apply(Event::Warmed, NOW).expect("it is warming");
-        Self {
-            up: true,
-            start_id: 0,
-            standing: None,
-            claimed: None,
-            slot,
-            init: Init::Waiting,
-            answers: None,
-        }
-    }
-
-    /// `None` if the answer has to wait for the next step.
-    fn on_claim(
-        &mut self,
-        from: Address,
-        start_id: u8,
-        generation: u64,
-        ballot: Ballot,
-    ) -> Option<Answer> {
-        let refused = |fenced| Some(Answer::Refused { fenced });
-        match Standing::on_claim(self.standing.as_ref(), &(), ballot) {
-            OnClaim::Repeat => return Some(Answer::Granted),
-            OnClaim::OtherCommand | OnClaim::Released => {
-                unreachable!("there is one command, and its results are kept")
-            }
-            OnClaim::Fenced(_) => return refused(true),
-            OnClaim::Take => {}
-        }
-        if start_id != self.start_id {
-            return refused(false);
-        }
-        let claimed = Event::Claimed {
-            generation,
-            run_id: RUN.into(),
-        };
-        if self.slot.apply(claimed, NOW).is_err() {
-            return refused(false);
-        }
-        self.standing = Some(Standing::Ran {
-            spec: (),
-            kept: true,
-        });
-        self.claimed = Some(ballot);
-        self.answers = Some(from);
-        None
-    }
-
-    fn on_fence(&mut self, ballot: Ballot) -> Told {
-        match Standing::on_fence(self.standing.as_ref(), ballot) {
-            OnFence::Have => Told::Have,
-            OnFence::Fenced(highest) => {
-                self.standing = Some(Standing::Fenced(highest));
-                Told::Fenced((highest.attempt, highest.nonce))
-            }
-        }
-    }
-
-    /// Its claim came to nothing.
-    fn abort(&mut self) {
-        let ballot = self.claimed.take().expect("it was claimed");
-        self.standing = Some(Standing::Fenced(ballot));
-        let _drained = self.slot.apply(Event::RunEnded, NOW);
-    }
-
-    /// As `recover` and the keeper: a run whose init waits was never started; idle
-    /// containers are made anew.
-    fn restart(&mut self) {
-        self.up = true;
-        self.start_id += 1;
-        self.answers = None;
-        if let SlotState::Claimed { .. } = self.slot.state() {
-            match self.init {
-                Init::Waiting => self.abort(),
-                Init::Running => {}
-                Init::Exited => drop(self.slot.apply(Event::RunEnded, NOW)),
-            }
-        } else if *self.slot.state() == SlotState::Idle {
-            let died = Event::Died {
-                reason: String::new(),
-            };
-            self.slot.apply(died, NOW).expect("it is idle");
-        }
-    }
-
-    fn is_to_start(&self) -> bool {
-        self.up
-            && self.init == Init::Waiting
-            && matches!(self.slot.state(), SlotState::Claimed { .. })
-    }
-}
-
-impl Shim {
-    fn address(&self, shim: usize) -> Address {
-        Address {
-            shim,
-            call: self.call,
-        }
-    }
-
-    /// A new call with a new ballot.
-    fn next(&mut self, shim: usize) -> (Address, (u64, u64)) {
-        self.call += 1;
-        self.ballot.attempt += 1;
-        (self.address(shim), (self.ballot.attempt, self.ballot.nonce))
-    }
-}
-
-impl State {
-    fn fence(&mut self, shim: usize) {
-        let drivers = self.drivers.len();
-        let (from, ballot) = self.shims[shim].next(shim);
-        self.shims[shim].does = Does::Fences {
-            told: vec![None; drivers],
-        };
-        self.messages
-            .extend((0..drivers).map(|driver| Message::Fence {
-                from,
-                driver,
-                ballot,
-            }));
-    }
-
-    fn settle(&mut self, shim: usize, driver: usize) {
-        let (from, ballot) = self.shims[shim].next(shim);
-        self.shims[shim].does = Does::Settles { driver };
-        self.messages.insert(Message::Fence {
-            from,
-            driver,
-            ballot,
-        });
-    }
-
-    /// A message arrives; who is answered, and what.
-    fn deliver(&mut self, message: Message) -> Option<(Address, Answer)> {
-        let (Message::Claim { driver, .. } | Message::Fence { driver, .. }) = message;
-        let node = &mut self.drivers[driver];
-        if !node.up {
-            return None;
-        }
-        match message {
-            Message::Claim {
-                from,
-                start_id,
-                generation,
-                ballot,
-                ..
-            } => {
-                let answer = node.on_claim(from, start_id, generation, unpack(ballot));
-                answer.map(|answer| (from, answer))
-            }
-            Message::Fence { from, ballot, .. } => {
-                let told = node.on_fence(unpack(ballot));
-                Some((from, Answer::Told { driver, told }))
-            }
-        }
-    }
-
-    /// The shim that waits for it is answered.
-    fn answered(&mut self, (to, answer): (Address, Answer)) {
-        let number = to.shim;
-        let shim = &mut self.shims[number];
-        if shim.call != to.call {
-            return;
-        }
-        let own = (shim.ballot.attempt, shim.ballot.nonce);
-        match (&mut shim.does, answer) {
-            (Does::Claims { .. }, Answer::Granted) => shim.does = Does::Attached,
-            (Does::Claims { .. }, Answer::Refused { fenced: true }) => self.fence(number),
-            (Does::Claims { .. }, Answer::Refused { fenced: false }) => {
-                shim.does = Does::Picks;
-            }
-            (Does::Settles { .. }, Answer::Told { told, .. }) => match told {
-                Told::Have => shim.does = Does::Attached,
-                Told::Fenced(fence) if fence == own => shim.does = Does::Picks,
-                Told::Fenced(_) => self.fence(number),
-                Told::Unsure => shim.does = Does::Unsure,
-            },
-            (
-                Does::Fences { told },
-                Answer::Told {
-                    driver,
-                    told: answer,
-                },
-            ) => {
-                told[driver] = Some(answer);
-                if told.iter().all(Option::is_some) {
-                    self.fenced(number);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// All have answered, or are not waited for.
-    fn fenced(&mut self, number: usize) {
-        let shim = &mut self.shims[number];
-        let Does::Fences { told } = &shim.does else {
-            return;
-        };
-        let told: Vec<Told> = told
-            .iter()
-            .map(|told| told.unwrap_or(Told::Unsure))
-            .collect();
-        let own = (shim.ballot.attempt, shim.ballot.nonce);
-        match settle(own, &told, false) {
-            Settled::Have => shim.does = Does::Attached,
-            Settled::All => shim.does = Does::Picks,
-            Settled::Unsure => shim.does = Does::Unsure,
-            Settled::Overtaken { attempt } => {
-                shim.ballot.attempt = attempt;
-                self.fence(number);
-            }
-        }
-    }
-}
-
-fn unpack((attempt, nonce): (u64, u64)) -> Ballot {
-    Ballot { attempt, nonce }
 }
 
 impl Model for Bounds {

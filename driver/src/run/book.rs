@@ -1,9 +1,13 @@
 //! Every run of the node that a question may come about, and the decision about a claim:
 //! the only place where a run id gets a run. [`replay`] is between the
-//! book and the journal, [`memory`] where the output is kept.
+//! book and the journal, [`memory`] where the output is kept, [`tidy`] gives up what
+//! is kept no longer.
 
 mod memory;
 mod replay;
+mod tidy;
+
+pub(crate) use tidy::keep;
 
 use std::{
     collections::HashMap,
@@ -13,7 +17,7 @@ use std::{
 };
 
 use procfs::sys::kernel::random::boot_id;
-use tokio::{sync::mpsc, time::MissedTickBehavior};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -29,7 +33,6 @@ use memory::Memory;
 pub const KEEP_RESULTS: Duration = Duration::from_secs(10 * 60);
 /// A run id is remembered until no claim of it can come any more, by any clock.
 const REMEMBER: Duration = ID_AGE_MOST.saturating_add(KEEP_RESULTS);
-const LOOK: Duration = Duration::from_secs(5);
 /// By how much the clock that made a run id may differ from this machine's.
 const CLOCKS: Duration = Duration::from_secs(60);
 
@@ -390,29 +393,6 @@ impl Runs {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn tidy(&self, now: SystemTime) {
-        let mut inner = self.lock();
-        let old: Vec<Arc<Run>> = inner
-            .runs()
-            .filter(|run| run.ended_before(now.checked_sub(KEEP_RESULTS)))
-            .cloned()
-            .collect();
-        old.iter().for_each(|run| inner.release(run));
-        inner.known.retain(|_, known| match known {
-            Known::Run(_) => true,
-            Known::Past(Past { claimed_at: at, .. }) | Known::Fenced { at, .. } => {
-                // A time to come is one of a clock that was set back.
-                now.duration_since(*at).map_or(true, |age| age < REMEMBER)
-            }
-        });
-        if inner.journal.is_long(inner.known.len()) {
-            let records: Vec<Record> = inner.known.iter().flat_map(Known::records).collect();
-            if let Err(error) = inner.journal.rewrite(&records) {
-                tracing::warn!(error = crate::chain(&error), "the journal stays long");
-            }
-        }
-    }
 }
 
 impl Known {
@@ -483,33 +463,8 @@ impl Inner {
     }
 }
 
-impl Run {
-    fn ended_before(&self, moment: Option<SystemTime>) -> bool {
-        let progress = self.progress.borrow();
-        let Some(Outcome::Ended(ended)) = &progress.outcome else {
-            return false;
-        };
-        moment.is_some_and(|moment| self.claimed.claimed_at + ended.after < moment)
-    }
-}
-
 /// When the machine was started.
 fn booted() -> SystemTime {
     let now = SystemTime::now();
     now.checked_sub(super::uptime()).unwrap_or(now)
-}
-
-/// Gives up what is kept no longer, and takes the journal to the disk, for ever.
-pub(crate) async fn keep(runs: Arc<Runs>) {
-    let dirty = runs.lock().journal.dirty();
-    let sync = journal::sync(dirty, || runs.lock().journal.file());
-    let tidy = async {
-        let mut ticks = tokio::time::interval(LOOK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            ticks.tick().await;
-            runs.tidy(SystemTime::now());
-        }
-    };
-    tokio::join!(sync, tidy);
 }

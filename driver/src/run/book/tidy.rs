@@ -1,0 +1,66 @@
+//! Results, run ids and records that are kept no longer.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tokio::time::MissedTickBehavior;
+
+use super::{KEEP_RESULTS, Known, Past, REMEMBER, Runs};
+use crate::run::{
+    Outcome, Run,
+    journal::{self, Record},
+};
+
+const LOOK: Duration = Duration::from_secs(5);
+
+/// Gives up what is kept no longer, and takes the journal to the disk, for ever.
+pub(crate) async fn keep(runs: Arc<Runs>) {
+    let dirty = runs.lock().journal.dirty();
+    let sync = journal::sync(dirty, || runs.lock().journal.file());
+    let tidy = async {
+        let mut ticks = tokio::time::interval(LOOK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            runs.tidy(SystemTime::now());
+        }
+    };
+    tokio::join!(sync, tidy);
+}
+
+impl Runs {
+    fn tidy(&self, now: SystemTime) {
+        let mut inner = self.lock();
+        let old: Vec<Arc<Run>> = inner
+            .runs()
+            .filter(|run| run.ended_before(now.checked_sub(KEEP_RESULTS)))
+            .cloned()
+            .collect();
+        old.iter().for_each(|run| inner.release(run));
+        inner.known.retain(|_, known| match known {
+            Known::Run(_) => true,
+            Known::Past(Past { claimed_at: at, .. }) | Known::Fenced { at, .. } => {
+                // A time to come is one of a clock that was set back.
+                now.duration_since(*at).map_or(true, |age| age < REMEMBER)
+            }
+        });
+        if inner.journal.is_long(inner.known.len()) {
+            let records: Vec<Record> = inner.known.iter().flat_map(Known::records).collect();
+            if let Err(error) = inner.journal.rewrite(&records) {
+                tracing::warn!(error = crate::chain(&error), "the journal stays long");
+            }
+        }
+    }
+}
+
+impl Run {
+    fn ended_before(&self, moment: Option<SystemTime>) -> bool {
+        let progress = self.progress.borrow();
+        let Some(Outcome::Ended(ended)) = &progress.outcome else {
+            return false;
+        };
+        moment.is_some_and(|moment| self.claimed.claimed_at + ended.after < moment)
+    }
+}

@@ -1,0 +1,336 @@
+//! The parts of the model, and what each does with a message: shims, drivers with one slot
+//! each, and what is on its way between them.
+
+use std::collections::BTreeSet;
+
+use polydev_driver::{
+    run::{
+        Ballot,
+        standing::{OnClaim, OnFence, Standing},
+    },
+    slot::state::{Event, Life, State as SlotState},
+};
+use polydev_shim::run::fence::{Settled, Told, settle};
+
+use super::{NOW, RUN};
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct State {
+    pub(super) drivers: Vec<Driver>,
+    pub(super) shims: Vec<Shim>,
+    /// All that were ever sent: each may arrive at any time, again and again, or never.
+    pub(super) messages: BTreeSet<Message>,
+    pub(super) crashes: u8,
+    /// How often init was told to start the run.
+    pub(super) starts: u8,
+}
+
+/// A driver with one slot.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Driver {
+    pub(super) up: bool,
+    /// Renewed by each start.
+    pub(super) start_id: u8,
+    /// What its journal says of the run; with the ballot it was claimed with.
+    pub(super) standing: Option<Standing<()>>,
+    pub(super) claimed: Option<Ballot>,
+    pub(super) slot: Life,
+    /// Of the slot's container.
+    pub(super) init: Init,
+    /// The try that waits for the answer to its claim.
+    pub(super) answers: Option<Address>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Init {
+    Waiting,
+    Running,
+    Exited,
+}
+
+/// Who is answered: a shim, and which of its calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Address {
+    pub(super) shim: usize,
+    pub(super) call: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Message {
+    Claim {
+        from: Address,
+        driver: usize,
+        start_id: u8,
+        generation: u64,
+        ballot: (u64, u64),
+    },
+    Fence {
+        from: Address,
+        driver: usize,
+        ballot: (u64, u64),
+    },
+}
+
+/// What a driver answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    Granted,
+    Refused { fenced: bool },
+    Told { driver: usize, told: Told },
+}
+
+/// One try of the run.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Shim {
+    pub(super) ballot: Ballot,
+    /// Numbers its calls: an answer to an earlier one is nobody's.
+    pub(super) call: u64,
+    pub(super) does: Does,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Does {
+    /// Picks a slot.
+    Picks,
+    Claims {
+        driver: usize,
+    },
+    /// Asks the driver that gave no clear answer.
+    Settles {
+        driver: usize,
+    },
+    /// Asks all.
+    Fences {
+        told: Vec<Option<Told>>,
+    },
+    /// It has the run, its own or another try's.
+    Attached,
+    /// The caller is told that the command did not run.
+    NotRun,
+    /// The caller is told that it may have run.
+    Unsure,
+}
+
+impl Driver {
+    pub(super) fn new() -> Self {
+        let mut slot = Life::new(1, None, NOW);
+        slot.apply(Event::Warmed, NOW).expect("it is warming");
+        Self {
+            up: true,
+            start_id: 0,
+            standing: None,
+            claimed: None,
+            slot,
+            init: Init::Waiting,
+            answers: None,
+        }
+    }
+
+    /// `None` if the answer has to wait for the next step.
+    fn on_claim(
+        &mut self,
+        from: Address,
+        start_id: u8,
+        generation: u64,
+        ballot: Ballot,
+    ) -> Option<Answer> {
+        let refused = |fenced| Some(Answer::Refused { fenced });
+        match Standing::on_claim(self.standing.as_ref(), &(), ballot) {
+            OnClaim::Repeat => return Some(Answer::Granted),
+            OnClaim::OtherCommand | OnClaim::Released => {
+                unreachable!("there is one command, and its results are kept")
+            }
+            OnClaim::Fenced(_) => return refused(true),
+            OnClaim::Take => {}
+        }
+        if start_id != self.start_id {
+            return refused(false);
+        }
+        let claimed = Event::Claimed {
+            generation,
+            run_id: RUN.into(),
+        };
+        if self.slot.apply(claimed, NOW).is_err() {
+            return refused(false);
+        }
+        self.standing = Some(Standing::Ran {
+            spec: (),
+            kept: true,
+        });
+        self.claimed = Some(ballot);
+        self.answers = Some(from);
+        None
+    }
+
+    fn on_fence(&mut self, ballot: Ballot) -> Told {
+        match Standing::on_fence(self.standing.as_ref(), ballot) {
+            OnFence::Have => Told::Have,
+            OnFence::Fenced(highest) => {
+                self.standing = Some(Standing::Fenced(highest));
+                Told::Fenced((highest.attempt, highest.nonce))
+            }
+        }
+    }
+
+    /// Its claim came to nothing.
+    pub(super) fn abort(&mut self) {
+        let ballot = self.claimed.take().expect("it was claimed");
+        self.standing = Some(Standing::Fenced(ballot));
+        let _drained = self.slot.apply(Event::RunEnded, NOW);
+    }
+
+    /// As `recover` and the keeper: a run whose init waits was never started; idle
+    /// containers are made anew.
+    pub(super) fn restart(&mut self) {
+        self.up = true;
+        self.start_id += 1;
+        self.answers = None;
+        if let SlotState::Claimed { .. } = self.slot.state() {
+            match self.init {
+                Init::Waiting => self.abort(),
+                Init::Running => {}
+                Init::Exited => drop(self.slot.apply(Event::RunEnded, NOW)),
+            }
+        } else if *self.slot.state() == SlotState::Idle {
+            let died = Event::Died {
+                reason: String::new(),
+            };
+            self.slot.apply(died, NOW).expect("it is idle");
+        }
+    }
+
+    pub(super) fn is_to_start(&self) -> bool {
+        self.up
+            && self.init == Init::Waiting
+            && matches!(self.slot.state(), SlotState::Claimed { .. })
+    }
+}
+
+impl Shim {
+    fn address(&self, shim: usize) -> Address {
+        Address {
+            shim,
+            call: self.call,
+        }
+    }
+
+    /// A new call with a new ballot.
+    pub(super) fn next(&mut self, shim: usize) -> (Address, (u64, u64)) {
+        self.call += 1;
+        self.ballot.attempt += 1;
+        (self.address(shim), (self.ballot.attempt, self.ballot.nonce))
+    }
+}
+
+impl State {
+    pub(super) fn fence(&mut self, shim: usize) {
+        let drivers = self.drivers.len();
+        let (from, ballot) = self.shims[shim].next(shim);
+        self.shims[shim].does = Does::Fences {
+            told: vec![None; drivers],
+        };
+        self.messages
+            .extend((0..drivers).map(|driver| Message::Fence {
+                from,
+                driver,
+                ballot,
+            }));
+    }
+
+    pub(super) fn settle(&mut self, shim: usize, driver: usize) {
+        let (from, ballot) = self.shims[shim].next(shim);
+        self.shims[shim].does = Does::Settles { driver };
+        self.messages.insert(Message::Fence {
+            from,
+            driver,
+            ballot,
+        });
+    }
+
+    /// A message arrives; who is answered, and what.
+    pub(super) fn deliver(&mut self, message: Message) -> Option<(Address, Answer)> {
+        let (Message::Claim { driver, .. } | Message::Fence { driver, .. }) = message;
+        let node = &mut self.drivers[driver];
+        if !node.up {
+            return None;
+        }
+        match message {
+            Message::Claim {
+                from,
+                start_id,
+                generation,
+                ballot,
+                ..
+            } => {
+                let answer = node.on_claim(from, start_id, generation, unpack(ballot));
+                answer.map(|answer| (from, answer))
+            }
+            Message::Fence { from, ballot, .. } => {
+                let told = node.on_fence(unpack(ballot));
+                Some((from, Answer::Told { driver, told }))
+            }
+        }
+    }
+
+    /// The shim that waits for it is answered.
+    pub(super) fn answered(&mut self, (to, answer): (Address, Answer)) {
+        let number = to.shim;
+        let shim = &mut self.shims[number];
+        if shim.call != to.call {
+            return;
+        }
+        let own = (shim.ballot.attempt, shim.ballot.nonce);
+        match (&mut shim.does, answer) {
+            (Does::Claims { .. }, Answer::Granted) => shim.does = Does::Attached,
+            (Does::Claims { .. }, Answer::Refused { fenced: true }) => self.fence(number),
+            (Does::Claims { .. }, Answer::Refused { fenced: false }) => {
+                shim.does = Does::Picks;
+            }
+            (Does::Settles { .. }, Answer::Told { told, .. }) => match told {
+                Told::Have => shim.does = Does::Attached,
+                Told::Fenced(fence) if fence == own => shim.does = Does::Picks,
+                Told::Fenced(_) => self.fence(number),
+                Told::Unsure => shim.does = Does::Unsure,
+            },
+            (
+                Does::Fences { told },
+                Answer::Told {
+                    driver,
+                    told: answer,
+                },
+            ) => {
+                told[driver] = Some(answer);
+                if told.iter().all(Option::is_some) {
+                    self.fenced(number);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// All have answered, or are not waited for.
+    pub(super) fn fenced(&mut self, number: usize) {
+        let shim = &mut self.shims[number];
+        let Does::Fences { told } = &shim.does else {
+            return;
+        };
+        let told: Vec<Told> = told
+            .iter()
+            .map(|told| told.unwrap_or(Told::Unsure))
+            .collect();
+        let own = (shim.ballot.attempt, shim.ballot.nonce);
+        match settle(own, &told, false) {
+            Settled::Have => shim.does = Does::Attached,
+            Settled::All => shim.does = Does::Picks,
+            Settled::Unsure => shim.does = Does::Unsure,
+            Settled::Overtaken { attempt } => {
+                shim.ballot.attempt = attempt;
+                self.fence(number);
+            }
+        }
+    }
+}
+
+fn unpack((attempt, nonce): (u64, u64)) -> Ballot {
+    Ballot { attempt, nonce }
+}
