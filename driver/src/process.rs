@@ -50,6 +50,11 @@ impl Held {
         let _readable = self.descriptor.readable().await;
     }
 
+    /// Kills it; too late is no error.
+    pub(crate) fn kill(&self) {
+        let _gone = pidfd_send_signal(self.descriptor.get_ref(), Signal::KILL);
+    }
+
     /// Sends a signal; too late is no error.
     pub(crate) fn signal(&self, number: i32) {
         if let Some(signal) = Signal::from_named_raw(number) {

@@ -95,6 +95,7 @@ pub fn task() -> Spec {
         required("provider", "string"),
         attr("image", "string"),
         attr("run_id", "string"),
+        attr("prepare_ahead", "bool"),
     ];
     object(vec![
         block("slot", slot),

@@ -14,6 +14,9 @@ pub struct Slot {
     pub image: String,
     /// Of a slot that is made on demand: the one run that gets it, after which it is gone.
     pub run_id: Option<String>,
+    /// Whether the next container is made while a run goes on, if the node has room.
+    #[serde(default)] // Nomad keeps this, also from drivers that did not know the option.
+    pub prepare_ahead: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -22,6 +25,7 @@ pub(super) struct Raw {
     provider: Option<String>,
     image: Option<String>,
     run_id: Option<String>,
+    prepare_ahead: Option<bool>,
 }
 
 impl Raw {
@@ -35,10 +39,16 @@ impl Raw {
             let allowed = "the UUID of a run, for a slot that is made on demand";
             return Err(value::refused("slot.run_id", run_id, allowed));
         }
+        let prepare_ahead = self.prepare_ahead.unwrap_or(false);
+        if prepare_ahead && run_id.is_some() {
+            let allowed = "`false` beside `slot.run_id`: a slot on demand has one container";
+            return Err(value::refused("slot.prepare_ahead", "true", allowed));
+        }
         Ok(Slot {
             provider,
             image,
             run_id,
+            prepare_ahead,
         })
     }
 }

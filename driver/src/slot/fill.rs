@@ -28,6 +28,8 @@ const LABEL_GENERATION: &str = "dev.polydev.generation";
 /// From the container's start until its init waits. Within the idle CPU limit that
 /// takes well under a second; a busy node may need many.
 const INIT: Duration = Duration::from_secs(60);
+/// For all that may be left of a slot to be removed.
+const CLEAN: Duration = Duration::from_secs(60);
 /// How often to look whether it has ended meanwhile.
 const LOOK: Duration = Duration::from_millis(500);
 /// The user of a runtime image, where the image names it in words.
@@ -105,16 +107,30 @@ impl Container {
             link: self.connection.listener.folder().to_owned(),
         }
     }
+
+    /// Waits until the idle container is of no more use; why.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    pub(super) async fn dies(&mut self) -> String {
+        let link = self.connection.link.as_mut();
+        let link = link.expect("a slot is filled with its init connected");
+        // Init has nothing to say while it waits.
+        link.reader.next().await.err().map_or_else(
+            || "init spoke out of turn".to_owned(),
+            |error| crate::chain(&error),
+        )
+    }
 }
 
-/// Makes the slot's next container.
+/// Makes the slot's container of a generation.
 ///
 /// # Errors
 /// [`Error`]; a container may be left, for [`clean`].
 ///
 /// # Cancel safety
 /// None: it is not to be cancelled.
-pub(super) async fn fill(node: &Node, slot: &Slot) -> Result<Container, Error> {
+pub(super) async fn fill(node: &Node, slot: &Slot, generation: u64) -> Result<Container, Error> {
     // Only the wait for a registry may be cut short: a container that Docker was told
     // to create would be made all the same, when nobody looks for it any more.
     let mut ready = node.ready.subscribe();
@@ -133,7 +149,7 @@ pub(super) async fn fill(node: &Node, slot: &Slot) -> Result<Container, Error> {
         turn = node.fills.acquire() => turn.expect("it is never closed"),
         () = slot.drain.cancelled() => return Err(Error::Stopped),
     };
-    let made = make(node, slot, image, held).await;
+    let made = make(node, slot, generation, image, held).await;
     if let Err(error) = &made
         && error.is_the_images()
     {
@@ -146,6 +162,7 @@ pub(super) async fn fill(node: &Node, slot: &Slot) -> Result<Container, Error> {
 async fn make(
     node: &Node,
     slot: &Slot,
+    generation: u64,
     image: docker::Image,
     held: Use,
 ) -> Result<Container, Error> {
@@ -155,7 +172,6 @@ async fn make(
     })?;
     let listener = Listener::bind(&node.link_dir)?;
 
-    let generation = slot.life().generation();
     let nonce = rand::random::<u32>();
     let id = node
         .docker
@@ -200,21 +216,26 @@ async fn make(
     })
 }
 
-/// Removes every container of the slot, whichever attempt or life of the driver made it.
-///
-/// # Errors
-/// [`docker::Error`] if some may be left; the reaper tries again.
-pub(super) async fn clean(node: &Node, slot: &Slot) -> Result<(), docker::Error> {
-    for container in node
-        .docker
-        .list(LABEL_SLOT, &slot.identity.slot_id())
-        .await?
-    {
-        if container.labels.get(LABEL_INSTANCE) == Some(&node.instance) {
-            node.docker.remove(&container.id).await?;
+/// Removes every container of the slot, or of one generation of it, whichever attempt or life
+/// of the driver made it. What cannot be removed is left to the reaper.
+pub(super) async fn clean(node: &Node, slot: &Slot, generation: Option<u64>) {
+    let generation = generation.map(|generation| generation.to_string());
+    let clean = async {
+        let slot_id = slot.identity.slot_id();
+        for container in node.docker.list(LABEL_SLOT, &slot_id).await? {
+            let label = |name: &str| container.labels.get(name);
+            if label(LABEL_INSTANCE) == Some(&node.instance)
+                && (generation.is_none() || label(LABEL_GENERATION) == generation.as_ref())
+            {
+                node.docker.remove(&container.id).await?;
+            }
         }
+        Ok::<(), docker::Error>(())
+    };
+    if let Ok(Err(error)) = timeout(CLEAN, clean).await {
+        let error = crate::chain(&error);
+        tracing::warn!(error, "cannot clean a slot, the reaper will");
     }
-    Ok(())
 }
 
 async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<(u32, Link), Error> {

@@ -37,6 +37,15 @@ impl Amount {
     }
 }
 
+impl From<&Limits> for Amount {
+    fn from(limits: &Limits) -> Self {
+        Self {
+            cpu_mhz: limits.cpu_mhz,
+            memory_mb: limits.memory_mb,
+        }
+    }
+}
+
 impl fmt::Display for Amount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} MHz and {} MiB", self.cpu_mhz, self.memory_mb)

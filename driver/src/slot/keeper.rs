@@ -7,14 +7,16 @@ use std::{
 
 use tokio::{
     sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
     Claim, Slot,
+    ahead::Ahead,
     fill::{self, Container},
-    headroom::Amount,
+    headroom::{Amount, Share},
     state::{Event, Life},
 };
 use crate::{
@@ -46,6 +48,13 @@ const LOOK_FOR_RUN: Duration = Duration::from_secs(1);
 
 /// How often to look whether an image that is left alone is another by now.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
+/// A run that is over by then is not worth dockerd's time; `docker inspect` is
+/// right for every run that somebody could look at.
+pub(super) const LONG_RUN: Duration = Duration::from_millis(200);
+
+/// For a container's processes to end once its first one is killed.
+const EMPTY: Duration = Duration::from_secs(10);
 
 /// How a slot ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,6 +105,8 @@ impl Slot {
             slot: slot.clone(),
             granted,
             failures: 0,
+            next: None,
+            removal: None,
         };
         node.tasks.spawn(keeper.keep(open, ready));
         (slot, is_ready)
@@ -188,6 +199,10 @@ struct Keeper {
     granted: mpsc::Receiver<Claim>,
     /// Containers that failed since the last good one.
     failures: u32,
+    /// Prepared during the last run.
+    next: Option<Container>,
+    /// Of the last container.
+    removal: Option<JoinHandle<()>>,
 }
 
 impl Keeper {
@@ -204,13 +219,17 @@ impl Keeper {
         }
         let image = self.slot.config.image.clone();
         // Leftovers of an earlier life of the driver, or of this task's last start.
-        self.clean().await;
+        fill::clean(&self.node, &self.slot, None).await;
         if had_run && self.slot.is_on_demand() {
             self.slot.end.send_replace(Some(Ended::Stopped));
             return;
         }
         let end = loop {
-            let filled = fill::fill(&self.node, &self.slot).await;
+            let generation = self.slot.life().generation();
+            let filled = match self.next.take() {
+                Some(prepared) => Ok(prepared),
+                None => fill::fill(&self.node, &self.slot, generation).await,
+            };
             if self.slot.drain.is_cancelled() {
                 break Ended::Stopped;
             }
@@ -243,7 +262,7 @@ impl Keeper {
                     served
                 }
                 Err(error) => {
-                    self.clean().await;
+                    fill::clean(&self.node, &self.slot, None).await;
                     let reason = crate::chain(&error);
                     // Nomad has a slot for a running one if nobody waits for its start.
                     if let Some(ready) = ready.take_if(|ready| !ready.is_closed()) {
@@ -276,7 +295,8 @@ impl Keeper {
                 }
             }
         };
-        self.clean().await;
+        self.removed().await;
+        fill::clean(&self.node, &self.slot, None).await;
         self.slot.end.send_replace(Some(end));
     }
 
@@ -315,8 +335,10 @@ impl Keeper {
     async fn serve(&mut self, mut container: Container) -> Result<(), String> {
         let idle_since = Instant::now();
         let (claim, died) = self.idle(&mut container).await;
+        let mut ahead = None;
         let served = match (claim, &died) {
             (Some(claim), None) => {
+                ahead = Ahead::begin(&self.node, &self.slot);
                 self.run(&mut container, &claim.run, claim.order).await;
                 Some((claim.run, claim.share))
             }
@@ -330,13 +352,15 @@ impl Keeper {
             }
             (None, _) => None,
         };
-        container.connection.release().await;
+        self.empty(&mut container).await;
         self.slot.let_go();
-        self.remove(&container.id).await;
-        container.connection.listener.let_go();
-        // Its share is held until the container is gone, which is what it stands for.
-        if let Some((run, _share)) = served {
-            run.is_gone();
+        // Its share is free as well: what it stands for is.
+        let run = served.map(|(run, _share)| run);
+        self.removed().await;
+        let removal = remove(self.node.clone(), self.slot.clone(), container, run);
+        self.removal = Some(self.node.tasks.spawn(removal));
+        if let Some(ahead) = ahead {
+            self.next = ahead.take().await;
         }
         match died {
             Some(reason) if idle_since.elapsed() < STABLE => Err(reason),
@@ -349,22 +373,11 @@ impl Keeper {
     async fn idle(&mut self, container: &mut Container) -> (Option<Claim>, Option<String>) {
         let not_needed = not_needed(&self.node, &self.slot);
         tokio::pin!(not_needed);
-        let link = container.connection.link.as_mut();
-        let reader = &mut link
-            .expect("a slot is filled with its init connected")
-            .reader;
         let died = loop {
             tokio::select! {
                 biased;
                 Some(claim) = self.granted.recv() => return (Some(claim), None),
-                // Init has nothing to say while it waits.
-                message = reader.next() => {
-                    let reason = message.err().map_or_else(
-                        || "init spoke out of turn".to_owned(),
-                        |error| crate::chain(&error),
-                    );
-                    break format!("its idle container died: {reason}");
-                }
+                reason = container.dies() => break format!("its idle container died: {reason}"),
                 () = self.slot.drain.cancelled() => {
                     // A claim that was granted just before the drain is still served.
                     if !self.slot.is_claimed() {
@@ -388,21 +401,30 @@ impl Keeper {
         (claim, Some(died))
     }
 
-    /// Does not give up while the slot lives: the next container must not stand beside
-    /// one that still runs. What a drained slot leaves is the reaper's.
-    async fn remove(&self, id: &str) {
-        let mut failures = 0;
-        while let Err(error) = self.node.docker.remove(id).await {
-            failures += 1;
-            tracing::warn!(
-                container = id,
-                error = crate::chain(&error),
-                "cannot remove a container yet"
-            );
-            tokio::select! {
-                () = sleep(backoff(failures)) => {}
-                () = self.slot.drain.cancelled() => return,
-            }
+    /// Ends whatever is in the container, so that the next one never stands beside it: what it
+    /// took of the node is free then, while Docker has still to clear it away.
+    async fn empty(&self, container: &mut Container) {
+        container.connection.release().await;
+        let init = &container.connection.init;
+        init.kill();
+        let too_long = async {
+            sleep(EMPTY).await;
+            let container = &container.id;
+            tracing::warn!(container, "the kernel has not ended it yet");
+            self.slot.drain.cancelled().await;
+        };
+        tokio::select! {
+            () = init.ended() => {}
+            () = too_long => {}
+        }
+    }
+
+    /// Waits until Docker has removed the last container: a slot has one to be removed at a
+    /// time.
+    async fn removed(&mut self) {
+        if let Some(removal) = self.removal.take() {
+            // That it panicked has been reported.
+            let _panicked = removal.await;
         }
     }
 
@@ -413,7 +435,7 @@ impl Keeper {
         // Docker learns of the raised limits while the command already runs.
         let (docker, id) = (self.node.docker.clone(), container.id.clone());
         let update = self.node.tasks.spawn(async move {
-            sleep(TELL_DOCKER_AFTER).await;
+            sleep(LONG_RUN).await;
             if let Err(error) = docker.update(&id, &class).await {
                 // The container of a short run is gone by now.
                 tracing::debug!(error = &error as &dyn std::error::Error, "limits not told");
@@ -441,13 +463,28 @@ impl Keeper {
         };
         self.node.events.send(identity, message);
     }
+}
 
-    async fn clean(&self) {
-        let cleaned = timeout(Duration::from_secs(60), fill::clean(&self.node, &self.slot)).await;
-        if let Ok(Err(error)) = cleaned {
-            let error = &error as &dyn std::error::Error;
-            tracing::warn!(error, "cannot clean a slot, the reaper will");
+/// Removes a container in which nothing runs any more, and then says so of its run. Does not
+/// give up while the slot lives. What a drained slot leaves is the reaper's.
+async fn remove(node: Arc<Node>, slot: Arc<Slot>, mut container: Container, run: Option<Arc<Run>>) {
+    let mut failures = 0;
+    while let Err(error) = node.docker.remove(&container.id).await {
+        failures += 1;
+        let error = crate::chain(&error);
+        tracing::warn!(
+            container = container.id,
+            error,
+            "cannot remove a container yet"
+        );
+        tokio::select! {
+            () = sleep(backoff(failures)) => {}
+            () = slot.drain.cancelled() => break,
         }
+    }
+    container.connection.listener.let_go();
+    if let Some(run) = run {
+        run.is_gone();
     }
 }
 
@@ -465,7 +502,3 @@ async fn not_needed(node: &Node, slot: &Slot) -> String {
     }
     format!("Its run did not come within {} s", UNUSED.as_secs())
 }
-
-/// A run that is over by then is not worth dockerd's time; `docker inspect` is
-/// right for every run that somebody could look at.
-const TELL_DOCKER_AFTER: Duration = Duration::from_millis(200);

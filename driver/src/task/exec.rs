@@ -184,6 +184,6 @@ async fn kill(exec: &Exec, container: &str) {
         .filter(|pid| is_of_container(*pid, container))
         .and_then(|pid| Held::open(pid).ok())
     {
-        held.signal(nix::sys::signal::Signal::SIGKILL as i32);
+        held.kill();
     }
 }

@@ -330,7 +330,7 @@ impl Keeper {
         let Some(process) = &self.live.process else {
             return;
         };
-        process.signal(SIGKILL);
+        process.kill();
         if timeout(DIES, process.ended()).await.is_err() {
             let _the_reapers = self.node.docker.remove(&self.live.entry.container).await;
             let _still_there = timeout(DIES, process.ended()).await;

@@ -1,10 +1,11 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
-//! one run; `bench PART...` measures `warm`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
+//! one run; `bench PART...` measures `warm`, `refill`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
 //! Prints a table; a whole run writes it to `target/bench/results.json`. Every sample of the
 //! warm slots goes to `target/bench/samples.json`.
 
 mod bandwidth;
 mod plain;
+mod refill;
 mod stream;
 
 use std::{
@@ -25,7 +26,15 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-const PARTS: [&str; 6] = ["warm", "stream", "starts", "logs", "bandwidth", "many"];
+const PARTS: [&str; 7] = [
+    "warm",
+    "refill",
+    "stream",
+    "starts",
+    "logs",
+    "bandwidth",
+    "many",
+];
 const SLOTS: u32 = 8;
 const SAMPLES: usize = 100;
 /// What both sides run.
@@ -44,10 +53,13 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("warm") {
         figures.extend(warm_figures(&folder)?);
     }
+    if is_wanted("refill") {
+        figures.extend(refill::figures()?);
+    }
     if is_wanted("stream") {
         figures.extend(stream::figures(IMAGE)?);
     }
-    if PARTS[2..].iter().any(|part| is_wanted(part)) {
+    if PARTS[3..].iter().any(|part| is_wanted(part)) {
         figures.extend(plain::figures(is_wanted)?);
     }
     if parts.is_empty() {

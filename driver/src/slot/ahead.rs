@@ -1,0 +1,89 @@
+//! `prepare_ahead`: the container of a slot's next generation, made while a run goes on in
+//! this one.
+
+use std::sync::Arc;
+
+use tokio::{task::JoinHandle, time::sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Slot,
+    fill::{self, Container},
+    headroom::{Amount, Share},
+    keeper::LONG_RUN,
+};
+use crate::node::Node;
+
+/// A container on its way.
+#[derive(Debug)]
+pub(super) struct Ahead {
+    made: JoinHandle<Option<Container>>,
+    wanted: CancellationToken,
+}
+
+impl Ahead {
+    /// Begins to make one, if the slot is to have one and the node has room for both.
+    pub(super) fn begin(node: &Arc<Node>, slot: &Arc<Slot>) -> Option<Self> {
+        if !slot.config.prepare_ahead {
+            return None;
+        }
+        let room = match node.headroom.take(Amount::from(&slot.idle)) {
+            Ok(room) => room,
+            Err(full) => {
+                tracing::debug!(slot = slot.identity.slot_id(), %full, "nothing is prepared");
+                return None;
+            }
+        };
+        let wanted = CancellationToken::new();
+        let making = make(node.clone(), slot.clone(), room, wanted.clone());
+        Some(Self {
+            made: node.tasks.spawn(making),
+            wanted,
+        })
+    }
+
+    /// The container, once the one before it has ended and given its room back. `None` if it
+    /// came to nothing: then nothing is left of it, or the slot is not wanted any more.
+    pub(super) async fn take(self) -> Option<Container> {
+        self.wanted.cancel();
+        // That it panicked has been reported.
+        self.made.await.ok().flatten()
+    }
+}
+
+async fn make(
+    node: Arc<Node>,
+    slot: Arc<Slot>,
+    _room: Share,
+    wanted: CancellationToken,
+) -> Option<Container> {
+    tokio::select! {
+        () = sleep(LONG_RUN) => {}
+        () = wanted.cancelled() => return None,
+    }
+    let (slot_id, generation) = (slot.identity.slot_id(), slot.life().generation() + 1);
+    match fill::fill(&node, &slot, generation).await {
+        Ok(mut container) => {
+            tracing::debug!(slot = slot_id, generation, "the next container is prepared");
+            tokio::select! {
+                biased;
+                () = wanted.cancelled() => return Some(container),
+                reason = container.dies() => {
+                    tracing::warn!(slot = slot_id, generation, reason, "a prepared container died");
+                }
+                () = slot.drain.cancelled() => {}
+            }
+        }
+        Err(error) => {
+            let error = crate::chain(&error);
+            tracing::warn!(
+                slot = slot_id,
+                generation,
+                error,
+                "the next container is not prepared"
+            );
+        }
+    }
+    fill::clean(&node, &slot, Some(generation)).await;
+    None
+}

@@ -1,0 +1,195 @@
+//! What comes after a run: its slot is filled again, while other runs are claimed.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use bollard::{
+    Docker,
+    models::{ContainerCreateBody, HostConfig},
+    query_parameters::{CreateContainerOptions, RemoveContainerOptions},
+};
+use polydev_tests::{
+    client::{Client, argv},
+    shim::Shim,
+};
+use serde_json::{Value, json};
+
+use super::{IMAGE, Summary, millis, warm_claim};
+
+const SLOTS: u32 = 8;
+const SAMPLES: usize = 20;
+/// Claims whose percentiles are compared.
+const CLAIMS: usize = 100;
+/// Of one claim to the next: fast enough that something is always being refilled, slow
+/// enough that a slot is always idle.
+const PAUSE: Duration = Duration::from_millis(700);
+const RATE_TIME: Duration = Duration::from_secs(20);
+
+pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    let docker = runtime.block_on(async {
+        let docker = Docker::connect_with_unix_defaults()?;
+        docker.negotiate_version().await
+    })?;
+    let shim = Shim::dev(&[&format!("anthropic={SLOTS}")]);
+    let client = shim.client();
+
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..SAMPLES {
+        ours.push(refill(&client)?);
+        theirs.push(runtime.block_on(container(&docker))?);
+    }
+    let idle = claims(&client, Duration::ZERO, true)?;
+    let busy = claims(&client, PAUSE, false)?;
+    let (runs, containers) = (rate_of_runs(&shim)?, rate_of_containers(&runtime, &docker)?);
+
+    let (our, their) = (Summary::of(&ours), Summary::of(&theirs));
+    let (idle, busy) = (Summary::of(&idle), Summary::of(&busy));
+    let ratio = our.p50 / their.p50;
+    let slower = busy.p99 / idle.p99;
+    Ok(vec![
+        json!({
+            "name": "from the end of a run until its slot is idle again", "unit": "ms",
+            "n": ours.len(), "p50": our.p50, "p90": our.p90, "p99": our.p99,
+            "against": {
+                "name": "create, start and remove a container with these limits, over Docker's API",
+                "unit": "ms", "n": theirs.len(),
+                "p50": their.p50, "p90": their.p90, "p99": their.p99,
+            },
+            "ratio": ratio, "bound": "ratio <= 1.2", "holds": ratio <= 1.2,
+        }),
+        json!({
+            "name": "runs a second, as many callers as slots", "unit": "/s",
+            "n": 1, "value": runs,
+            "against": {
+                "name": "containers a second over Docker's API, as many callers",
+                "unit": "/s", "n": 1, "value": containers,
+            },
+            "ratio": runs / containers, "bound": ">= 3 a second", "holds": runs >= 3.0,
+        }),
+        json!({
+            "name": "warm claim to first byte, while a slot is being refilled", "unit": "ms",
+            "n": CLAIMS, "p50": busy.p50, "p90": busy.p90, "p99": busy.p99,
+            "against": {
+                "name": "the same, while nothing is", "unit": "ms", "n": CLAIMS,
+                "p50": idle.p50, "p90": idle.p90, "p99": idle.p99,
+            },
+            "ratio": slower, "bound": "p99 <= 2 times", "holds": slower <= 2.0,
+        }),
+    ])
+}
+
+/// Milliseconds from the end of a run until its slot is idle again.
+fn refill(client: &Client) -> anyhow::Result<f64> {
+    client.wait_idle("anthropic", SLOTS);
+    client.run(argv("anthropic", &["true"]))?;
+    let ended = Instant::now();
+    client.wait_idle("anthropic", SLOTS);
+    Ok(millis(ended.elapsed()))
+}
+
+/// Milliseconds that Docker alone takes for a container as a slot has it.
+async fn container(docker: &Docker) -> anyhow::Result<f64> {
+    let begun = Instant::now();
+    let tmpfs = ["/tmp", "/run", "/home/runtime"].map(|path| (path.to_owned(), String::new()));
+    let body = ContainerCreateBody {
+        image: Some(IMAGE.into()),
+        entrypoint: Some(vec!["sleep".into(), "1000".into()]),
+        cmd: Some(vec![]),
+        host_config: Some(HostConfig {
+            cap_drop: Some(vec!["ALL".into()]),
+            readonly_rootfs: Some(true),
+            memory: Some(256 << 20),
+            memory_swap: Some(256 << 20),
+            cpu_period: Some(100_000),
+            cpu_quota: Some(10_000),
+            pids_limit: Some(64),
+            tmpfs: Some(HashMap::from(tmpfs)),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let id = docker
+        .create_container(None::<CreateContainerOptions>, body)
+        .await?
+        .id;
+    docker.start_container(&id, None).await?;
+    let force = RemoveContainerOptions {
+        force: true,
+        ..Default::default()
+    };
+    docker.remove_container(&id, Some(force)).await?;
+    Ok(millis(begun.elapsed()))
+}
+
+fn claims(client: &Client, pause: Duration, wait: bool) -> anyhow::Result<Vec<f64>> {
+    client.wait_idle("anthropic", SLOTS);
+    let claims = (0..CLAIMS).map(|_| {
+        if wait {
+            client.wait_idle("anthropic", SLOTS);
+        }
+        std::thread::park_timeout(pause);
+        warm_claim(client)
+    });
+    claims.collect()
+}
+
+/// Runs a second, with a caller for each slot that starts the next run as one ends.
+fn rate_of_runs(shim: &Shim) -> anyhow::Result<f64> {
+    let (over, ran) = (AtomicBool::new(false), AtomicUsize::new(0));
+    shim.client().wait_idle("anthropic", SLOTS);
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        let callers: Vec<_> = (0..SLOTS)
+            .map(|_| {
+                scope.spawn(|| {
+                    let client = shim.client();
+                    while !over.load(Ordering::Relaxed) {
+                        client.run(argv("anthropic", &["true"]))?;
+                        ran.fetch_add(1, Ordering::Relaxed);
+                    }
+                    anyhow::Ok(())
+                })
+            })
+            .collect();
+        // The first ones find warm slots: they do not count.
+        std::thread::park_timeout(RATE_TIME / 4);
+        let (before, since) = (ran.load(Ordering::Relaxed), begun.elapsed());
+        std::thread::park_timeout(RATE_TIME);
+        let (after, now) = (ran.load(Ordering::Relaxed), begun.elapsed());
+        over.store(true, Ordering::Relaxed);
+        for caller in callers {
+            caller.join().ok().context("a caller panicked")??;
+        }
+        Ok((after - before) as f64 / (now - since).as_secs_f64())
+    })
+}
+
+fn rate_of_containers(runtime: &tokio::runtime::Runtime, docker: &Docker) -> anyhow::Result<f64> {
+    let made = Arc::new(AtomicUsize::new(0));
+    let begun = Instant::now();
+    runtime.block_on(async {
+        let callers = (0..SLOTS).map(|_| {
+            let (docker, made) = (docker.clone(), made.clone());
+            tokio::spawn(async move {
+                while begun.elapsed() < RATE_TIME {
+                    container(&docker).await?;
+                    made.fetch_add(1, Ordering::Relaxed);
+                }
+                anyhow::Ok(())
+            })
+        });
+        for caller in futures_util::future::try_join_all(callers).await? {
+            caller?;
+        }
+        anyhow::Ok(())
+    })?;
+    Ok(made.load(Ordering::Relaxed) as f64 / begun.elapsed().as_secs_f64())
+}
