@@ -20,6 +20,12 @@ variable "image" {
   description = "Image of the slots; pin it by version or digest in production."
 }
 
+variable "prepare_ahead" {
+  type        = bool
+  default     = false
+  description = "Whether a slot's next container is made while a run goes on in this one."
+}
+
 job "polydev-pool-openai" {
   type        = "service"
   priority    = 40
@@ -77,8 +83,9 @@ job "polydev-pool-openai" {
 
       config {
         slot {
-          provider = "openai"
-          image    = var.image
+          provider      = "openai"
+          image         = var.image
+          prepare_ahead = var.prepare_ahead
         }
       }
 

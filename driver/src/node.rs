@@ -125,7 +125,7 @@ impl Node {
             networks: Networks::open(&config.state_dir),
             headroom: Headroom::new(config.run_headroom),
             breakers: Breakers::default(),
-            fills: Semaphore::new(usize::try_from(compute.cores).unwrap_or(0).max(2)),
+            fills: Semaphore::new(2 * usize::try_from(compute.cores).unwrap_or(0).max(1)),
             config,
             docker,
             start_id: uuid::Uuid::new_v4().to_string(),

@@ -2,6 +2,7 @@
 //! They need root, and what `make test` installs; one runs after the other.
 
 mod api;
+mod cluster;
 mod corners;
 mod ends;
 mod exec;

@@ -9,27 +9,45 @@ use std::{
 use polydev_proto::runtime::RunStart;
 use polydev_tests::{
     client::shell,
+    docker,
     nomad::{Nomad, nomad_program},
     process::output,
     program, root,
-    shim::Shim,
+    shim::{Shim, instance_label},
     wait_until,
 };
 use tonic::Code;
 
 #[test]
 fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
-    // What one run takes on top of its idle slot.
-    let nomad = Nomad::start_with("run_headroom {\n cpu = 400\n memory = 256\n}");
+    // What two runs take on top of their idle slots, and one idle container more.
+    let nomad = Nomad::start_with("run_headroom {\n cpu = 900\n memory = 768\n}");
     let shim = Shim::serve(&nomad.address);
     let client = shim.client();
-    nomad.submit_pool("anthropic", 2);
-    client.wait_idle("anthropic", 2);
-    let open = RunStart {
+    let pool = "jobspecs/pool-anthropic.nomad.hcl";
+    let options = ["-var", "count=3", "-var", "prepare_ahead=true", pool];
+    nomad.run(&[&["job", "run", "-detach"], &options[..]].concat());
+    client.wait_idle("anthropic", 3);
+    let label = instance_label(&nomad.state_dir());
+    let wait_containers = |count: usize| {
+        wait_until("containers", Duration::from_secs(20), || {
+            let now = docker::containers(&label);
+            if now.len() == count {
+                Ok(())
+            } else {
+                Err(format!("{now:?}"))
+            }
+        });
+    };
+    let open = || RunStart {
         stdin: true,
         ..shell("anthropic", "cat")
     };
-    let mut first = client.start(open).unwrap();
+    let before = docker::containers(&label);
+    let mut first = client.start(open()).unwrap();
+    // Its next container, which is prepared ahead, has room.
+    wait_containers(4);
+    let mut second = client.start(open()).unwrap();
     let full = client.run(shell("anthropic", "true")).unwrap_err();
     assert_eq!(full.code(), Code::ResourceExhausted);
     for words in [
@@ -38,28 +56,37 @@ fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     ] {
         assert!(full.message().contains(words), "{full}");
     }
-    // One that waits gets its turn when the first has ended.
+    let prepared = docker::containers(&label);
+    let prepared: Vec<_> = prepared.iter().filter(|id| !before.contains(id)).collect();
+    assert_eq!(prepared.len(), 1, "that of the second had no room");
+    // One that waits gets its turn when another has ended.
     let refusals = || {
         shim.process
             .log()
             .matches("no room for another run")
             .count()
     };
-    let before = refusals();
+    let refused = refusals();
     std::thread::scope(|scope| {
-        let second = scope.spawn(|| shim.client().run(shell("anthropic", "echo turn")));
+        let third = scope.spawn(|| shim.client().run(shell("anthropic", "echo turn")));
         wait_until("a refusal", Duration::from_secs(5), || {
             let now = refusals();
-            if now > before {
+            if now > refused {
                 Ok(())
             } else {
                 Err(now.to_string())
             }
         });
-        first.close();
-        client.finish(first).unwrap();
-        assert_eq!(second.join().unwrap().unwrap().stdout(), "turn\n");
+        second.close();
+        client.finish(second).unwrap();
+        assert_eq!(third.join().unwrap().unwrap().stdout(), "turn\n");
     });
+    client.wait_idle("anthropic", 2);
+    first.close();
+    client.finish(first).unwrap();
+    client.wait_idle("anthropic", 3);
+    wait_containers(3);
+    assert!(docker::containers(&label).contains(prepared[0]));
     nomad.run(&["job", "stop", "-detach", "-yes", "polydev-pool-anthropic"]);
     client.wait_idle("anthropic", 0);
 }

@@ -1,5 +1,6 @@
 //! A dockerd of a test's own, to be killed and filled up, with a containerd and a network
-//! namespace of its own: one without a bridge would take the machine's away.
+//! namespace of its own: one without a bridge would take the machine's away, and two with one
+//! each other's.
 
 use std::{
     fs,
@@ -38,6 +39,12 @@ pub struct Engine {
     options: Vec<String>,
 }
 
+/// The image of the slots in an engine of [`Engine::start_whole`]: busybox alone.
+pub const SLOT_IMAGE: &str = "polydev-anthropic-runtime:latest";
+
+/// Without networks, of which plain faults need none.
+const BARE: [&str; 3] = ["--bridge=none", "--iptables=false", "--ip-forward=false"];
+
 impl Engine {
     /// Starts it with [`IMAGE`] in it.
     ///
@@ -54,6 +61,29 @@ impl Engine {
     /// As there.
     #[must_use]
     pub fn start_with(options: Vec<String>) -> Self {
+        let bare = BARE.map(str::to_owned);
+        // Small, so that a test can fill it.
+        Self::launch_new([&bare[..], &options].concat(), "size=64m")
+    }
+
+    /// One with bridges and their rules, as a node has it, and with [`SLOT_IMAGE`] in it.
+    ///
+    /// # Panics
+    /// As [`Engine::start`].
+    #[must_use]
+    pub fn start_whole() -> Self {
+        let engine = Self::launch_new(Vec::new(), "size=512m");
+        let archive = engine.folder.path().join("slot.tar");
+        let path = archive.to_str().expect("a temporary folder's name is text");
+        let container = engine.docker(&["create", IMAGE, "true"]);
+        engine.docker(&["export", "--output", path, container.trim()]);
+        engine.docker(&["rm", container.trim()]);
+        engine.docker(&["import", "--change", "USER 1000:1000", path, SLOT_IMAGE]);
+        fs::remove_file(archive).expect("it was written");
+        engine
+    }
+
+    fn launch_new(options: Vec<String>, size: &str) -> Self {
         let mut engine = Self {
             process: None,
             containerd: None,
@@ -61,11 +91,10 @@ impl Engine {
             folder: Folder::new("pdengine-"),
             options,
         };
-        // Small, so that a test can fill it.
         let data = engine.data();
         fs::create_dir(&data).expect("a folder can be made");
-        let size = Some("size=64m");
-        mount(Some("tmpfs"), &data, Some("tmpfs"), MsFlags::empty(), size).expect("root may mount");
+        let kind = Some("tmpfs");
+        mount(kind, &data, kind, MsFlags::empty(), Some(size)).expect("root may mount");
         let name = &*engine.namespace;
         succeed(Command::new("ip").args(["netns", "add", name]));
         succeed(Command::new("ip").args(["-netns", name, "link", "set", "lo", "up"]));
@@ -88,8 +117,10 @@ impl Engine {
             path("containerd.sock"),
         );
         fs::write(path("containerd.toml"), config).expect("a file can be written");
-        let mut command = self.inside("containerd");
-        command.arg("--config").arg(path("containerd.toml"));
+        let mut command = self.inside();
+        command
+            .args(["containerd", "--config"])
+            .arg(path("containerd.toml"));
         self.containerd = Some(Process::start(&mut command, &path("containerd.log")));
         let socket = path("containerd.sock");
         wait_until("the test's containerd", Duration::from_secs(30), || {
@@ -97,13 +128,19 @@ impl Engine {
         });
     }
 
-    /// A program in the namespace. (`ip netns exec` would hide the cgroups.)
-    fn inside(&self, program: &str) -> Command {
+    /// Runs the program that follows in the namespace. (`ip netns exec` would hide the
+    /// cgroups.)
+    #[must_use]
+    pub fn inside(&self) -> Command {
         let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.namespace));
         command
-            .arg(format!("--net=/run/netns/{}", self.namespace))
-            .arg(program);
-        command
+    }
+
+    /// The name of its network namespace.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        &self.namespace
     }
 
     fn data(&self) -> PathBuf {
@@ -151,14 +188,9 @@ impl Engine {
     fn launch(&mut self) {
         self.kill();
         let path = |name: &str| self.folder.path().join(name);
-        let mut command = self.inside("dockerd");
+        let mut command = self.inside();
         command
-            .args([
-                "--live-restore",
-                "--bridge=none",
-                "--iptables=false",
-                "--ip-forward=false",
-            ])
+            .args(["dockerd", "--live-restore"])
             .arg("--data-root")
             .arg(self.data())
             .arg("--exec-root")

@@ -2,6 +2,7 @@
 //! parts. Every fixture takes away what it made when it is dropped.
 
 pub mod client;
+pub mod cluster;
 pub mod docker;
 pub mod docker_proxy;
 pub mod engine;

@@ -1,7 +1,7 @@
 //! A real Nomad agent, server and client in one, with our driver in its plugin
 //! folder.
 
-mod clean;
+pub(crate) mod clean;
 mod exec;
 
 pub use exec::Exec;

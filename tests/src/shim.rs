@@ -49,6 +49,14 @@ impl Shim {
         Self::start(command, Folder::new("pdtest-"))
     }
 
+    /// As [`Shim::serve`], run by `command`: in a network namespace.
+    #[must_use]
+    pub fn serve_from(mut command: Command, nomad: &str) -> Self {
+        command.arg(program("polydev-shim"));
+        command.args(["serve", "--nomad-addr", nomad]);
+        Self::start(command, Folder::new("pdtest-"))
+    }
+
     fn start(mut command: Command, folder: Folder) -> Self {
         let socket = folder.path().join("shim.sock");
         let address = format!("unix://{}", socket.display());

@@ -8,7 +8,7 @@ use std::{
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
-    time::{sleep, timeout},
+    time::sleep,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -16,7 +16,7 @@ use super::{
     Claim, Slot,
     ahead::Ahead,
     fill::{self, Container},
-    headroom::{Amount, Share},
+    headroom::Amount,
     state::{Event, Life},
 };
 use crate::{

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    path::Path,
     process::Command,
     time::{Duration, Instant},
 };
@@ -14,26 +15,27 @@ use nix::{
 use super::Nomad;
 use crate::process::output;
 
-impl Nomad {
-    /// A driver with live tasks outlives its agent.
-    fn stop_driver(&self) {
-        let lock = fs::read_to_string(self.state_dir().join("driver.lock"));
-        let Some(pid) = lock.ok().and_then(|pid| pid.trim().parse().ok()) else {
-            return;
-        };
-        let is_ours = || {
-            let program = fs::read_link(format!("/proc/{pid}/exe"));
-            program.is_ok_and(|program| program.starts_with(self.folder.path()))
-        };
-        if is_ours() {
-            let _gone = kill(Pid::from_raw(pid), Signal::SIGTERM);
-            let limit = Instant::now() + Duration::from_secs(30);
-            while is_ours() && Instant::now() < limit {
-                std::thread::park_timeout(Duration::from_millis(20));
-            }
+/// Ends the driver of a state folder, whose program is below `folder`: one with live tasks
+/// outlives its agent.
+pub(crate) fn stop_driver(state_dir: &Path, folder: &Path) {
+    let lock = fs::read_to_string(state_dir.join("driver.lock"));
+    let Some(pid) = lock.ok().and_then(|pid| pid.trim().parse().ok()) else {
+        return;
+    };
+    let is_ours = || {
+        let program = fs::read_link(format!("/proc/{pid}/exe"));
+        program.is_ok_and(|program| program.starts_with(folder))
+    };
+    if is_ours() {
+        let _gone = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        let limit = Instant::now() + Duration::from_secs(30);
+        while is_ours() && Instant::now() < limit {
+            std::thread::park_timeout(Duration::from_millis(20));
         }
     }
+}
 
+impl Nomad {
     /// Nomad keeps the secrets of ended tasks mounted until it collects them.
     fn unmount(&self) {
         let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
@@ -71,7 +73,7 @@ impl Drop for Nomad {
             std::thread::park_timeout(Duration::from_millis(50));
         }
         self.agent = None;
-        self.stop_driver();
+        stop_driver(&self.state_dir(), self.folder.path());
         let instance = fs::read_to_string(self.state_dir().join("instance"));
         self.unmount();
         // The agent leaves tasks alone when it stops; those of a failed test are left.

@@ -26,10 +26,10 @@ use super::{IMAGE, Summary, millis, warm_claim};
 const SLOTS: u32 = 8;
 const SAMPLES: usize = 20;
 /// Claims whose percentiles are compared.
-const CLAIMS: usize = 100;
+const CLAIMS: usize = 200;
 /// Of one claim to the next: fast enough that something is always being refilled, slow
 /// enough that a slot is always idle.
-const PAUSE: Duration = Duration::from_millis(700);
+const PAUSE: Duration = Duration::from_millis(400);
 const RATE_TIME: Duration = Duration::from_secs(20);
 
 pub(super) fn figures() -> anyhow::Result<Vec<Value>> {

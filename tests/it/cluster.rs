@@ -1,0 +1,151 @@
+//! Three shims over two nodes, each with a dockerd, a driver and a network of its own.
+
+use std::{collections::HashSet, time::Duration};
+
+use nix::sys::signal::Signal;
+use polydev_proto::runtime::{RunStart, run_input::Input};
+use polydev_tests::{
+    client::{Client, Run, shell},
+    cluster::Cluster,
+    shim::{Shim, instance_label},
+    wait_until,
+};
+use uuid::Uuid;
+
+const SLOTS: u32 = 6;
+
+#[test]
+fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
+    let mut cluster = Cluster::start();
+    let shims: [Shim; 3] = std::array::from_fn(|_| cluster.shim());
+    let count = format!("count={SLOTS}");
+    let file = "jobspecs/pool-anthropic.nomad.hcl";
+    cluster.run(&["job", "run", "-detach", "-var", &count, file]);
+    let clients = shims.each_ref().map(Shim::client);
+    let wait_warm = || {
+        for client in &clients {
+            client.wait_idle("anthropic", SLOTS);
+        }
+    };
+    wait_warm();
+
+    each_run_has_a_container_of_its_own(&shims);
+    one_run_asked_for_three_times_at_once_runs_once(&shims);
+    wait_warm();
+
+    // A run in every slot, on both nodes, told about by any shim.
+    let script = "seq 1 20000; read line; echo $line; seq 20001 40000";
+    let open = || RunStart {
+        stdin: true,
+        ..shell("anthropic", script)
+    };
+    let mut runs: Vec<Run> = (0..SLOTS as usize)
+        .map(|number| clients[number % 3].start(open()).unwrap())
+        .collect();
+    let nodes = |runs: &[Run]| -> HashSet<String> {
+        runs.iter()
+            .map(|run| run.accepted.node_id.clone())
+            .collect()
+    };
+    assert_eq!(nodes(&runs).len(), 2);
+
+    // No server answers: a run is cancelled through another shim, and its slot is refilled and
+    // claimed.
+    cluster.server.signal(Signal::SIGSTOP);
+    let ended = runs.swap_remove(0);
+    clients[1].cancel(&ended.accepted.run_id).unwrap();
+    clients[2].wait_idle("anthropic", 1);
+    let outcome = clients[2].run(shell("anthropic", "echo on")).unwrap();
+    assert_eq!(outcome.stdout(), "on\n");
+    cluster.server.signal(Signal::SIGCONT);
+
+    // No dockerd answers, on either node: runs go on to their ends, and stream.
+    clients[0].wait_idle("anthropic", 1);
+    for engine in &mut cluster.engines {
+        engine.kill();
+    }
+    let outcome = clients[1].run(shell("anthropic", "echo on")).unwrap();
+    assert_eq!(outcome.stdout(), "on\n", "a warm claim needs no dockerd");
+    let lines =
+        |from: u32, to: u32| -> String { (from..=to).map(|line| format!("{line}\n")).collect() };
+    let expected = lines(1, 20_000) + "further\n" + &lines(20_001, 40_000);
+    for (number, mut run) in runs.into_iter().enumerate() {
+        let run_id = run.accepted.run_id.clone();
+        let written = Input::Stdin(b"further\n".to_vec().into());
+        clients[0].send(&run, written);
+        run.close();
+        let outcome = clients[0].finish(run).unwrap();
+        assert!(outcome.stdout() == expected, "{run_id}");
+        assert_eq!(outcome.exited.exit_code, 0);
+        let again = clients[number % 3].attach(&run_id, [0; 2]).unwrap();
+        let again = clients[number % 3].finish(again).unwrap();
+        assert!(again.stdout() == expected, "{run_id} through another shim");
+    }
+
+    for engine in &mut cluster.engines {
+        engine.restart();
+    }
+    wait_warm();
+    for (number, engine) in cluster.engines.iter().enumerate() {
+        let label = instance_label(&cluster.state_dir(number));
+        let filter = format!("label={label}");
+        wait_until("half of the containers", Duration::from_secs(30), || {
+            let ids = engine.docker(&["ps", "--all", "--quiet", "--filter", &filter]);
+            if ids.lines().count() == SLOTS as usize / 2 {
+                Ok(())
+            } else {
+                Err(ids)
+            }
+        });
+    }
+}
+
+/// Far more runs than slots, through all shims at once.
+fn each_run_has_a_container_of_its_own(shims: &[Shim; 3]) {
+    let name = |client: &Client| {
+        client
+            .run(shell("anthropic", "hostname"))
+            .map(|run| run.stdout())
+    };
+    let names: Vec<String> = std::thread::scope(|scope| {
+        let callers: Vec<_> = (0..12)
+            .map(|number| {
+                scope.spawn(move || {
+                    let client = shims[number % 3].client();
+                    [(); 2].map(|()| name(&client).expect("a slot in time"))
+                })
+            })
+            .collect();
+        let names = callers
+            .into_iter()
+            .map(|caller| caller.join().expect("no panic"));
+        names.flatten().collect()
+    });
+    assert_eq!(names.iter().collect::<HashSet<_>>().len(), 24, "{names:?}");
+}
+
+/// Whoever is told anything of the command is told the same.
+fn one_run_asked_for_three_times_at_once_runs_once(shims: &[Shim; 3]) {
+    for _ in 0..3 {
+        let run_id = Uuid::now_v7().to_string();
+        let told: Vec<Result<String, tonic::Status>> = std::thread::scope(|scope| {
+            let callers: Vec<_> = (1..)
+                .zip(shims)
+                .map(|(attempt, shim)| {
+                    let start = RunStart {
+                        run_id: run_id.clone(),
+                        attempt,
+                        ..shell("anthropic", "cat /proc/sys/kernel/random/uuid; sleep 0.3")
+                    };
+                    scope.spawn(move || shim.client().run(start).map(|run| run.stdout()))
+                })
+                .collect();
+            callers
+                .into_iter()
+                .map(|caller| caller.join().expect("no panic"))
+                .collect()
+        });
+        let ran: HashSet<&String> = told.iter().flatten().collect();
+        assert_eq!(ran.len(), 1, "{told:?}");
+    }
+}
