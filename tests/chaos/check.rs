@@ -4,7 +4,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fs, io,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -107,7 +107,7 @@ fn problem(call: &Call, times: u32) -> Option<String> {
 pub(crate) fn leftovers(
     parts: Parts,
     label: &str,
-    veths: &HashSet<String>,
+    traces: &HashSet<String>,
     last_recovery: Instant,
 ) -> Vec<String> {
     let client = Client::connect(&parts.addresses().any(0));
@@ -137,11 +137,8 @@ pub(crate) fn leftovers(
                 .into_iter()
                 .map(|path| format!("socket folder {path}")),
         );
-        let now = self::veths().unwrap_or_default();
-        left.extend(
-            now.difference(veths)
-                .map(|name| format!("interface {name}")),
-        );
+        let now = self::traces().unwrap_or_default();
+        left.extend(now.difference(traces).cloned());
         let prefix = format!("/v1/jobs?prefix=polydev-on-demand-{PROVIDER}/");
         let jobs = parts.nomad.get(&prefix);
         let open = jobs
@@ -173,9 +170,33 @@ fn below(folder: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Ends of containers' networks in this namespace.
-pub(crate) fn veths() -> io::Result<HashSet<String>> {
+/// What Docker makes for containers besides themselves: the ends of their networks in this
+/// namespace, and their control groups.
+pub(crate) fn traces() -> io::Result<HashSet<String>> {
     let names = fs::read_dir("/sys/class/net")?.flatten();
     let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    Ok(names.filter(|name| name.starts_with("veth")).collect())
+    let mut traces: HashSet<String> = names
+        .filter(|name| name.starts_with("veth"))
+        .map(|name| format!("interface {name}"))
+        .collect();
+    let mut folders = vec![PathBuf::from("/sys/fs/cgroup")];
+    while let Some(folder) = folders.pop() {
+        // One that is gone by now has nothing below it.
+        let below = fs::read_dir(folder).into_iter().flatten().flatten();
+        let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        for entry in below {
+            if is_container(&entry.file_name().to_string_lossy()) {
+                traces.insert(format!("control group {}", entry.path().display()));
+            } else {
+                folders.push(entry.path());
+            }
+        }
+    }
+    Ok(traces)
+}
+
+/// Whether a control group's name is that of a container: its id, or `docker-ID.scope`.
+fn is_container(name: &str) -> bool {
+    name.split(['-', '.'])
+        .any(|part| part.len() == 64 && part.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }

@@ -75,9 +75,9 @@ fn main() -> anyhow::Result<ExitCode> {
 
 fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
     say(&format!("seed {seed}, {} minutes", time.as_secs() / 60));
-    let veths = check::veths()?;
+    let traces = check::traces()?;
     let ledger = Ledger::start();
-    let nomad = Nomad::start_with("run_headroom {\n cpu = 20000\n memory = 16384\n}");
+    let nomad = Nomad::start_forgetting("run_headroom {\n cpu = 20000\n memory = 16384\n}");
     nomad.submit_pool(PROVIDER, SLOTS);
     let on_demand = format!("jobspecs/on-demand-{PROVIDER}.nomad.hcl");
     nomad.run(&["job", "run", "-detach", &on_demand]);
@@ -141,7 +141,7 @@ fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
         .filter(|fault| **fault == Fault::Container)
         .count();
     let mut findings = check::runs(&calls, &ledger.entries()?, containers);
-    findings.extend(check::leftovers(parts, &label, &veths, last));
+    findings.extend(check::leftovers(parts, &label, &traces, last));
     report(seed, took, &calls, &killed, &findings)?;
     Ok(match findings.is_empty() {
         true => ExitCode::SUCCESS,

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    path::Path,
     process::Command,
     time::{Duration, Instant},
 };
@@ -25,6 +26,9 @@ use tonic::Code;
 use uuid::Uuid;
 
 /// Numbered lines: no two places of the stream are alike.
+/// What the shim gives a claim to start in.
+const START_BY: Duration = Duration::from_secs(5);
+
 fn lines(count: u32) -> String {
     (1..=count).map(|line| format!("{line}\n")).collect()
 }
@@ -184,6 +188,30 @@ fn a_run_without_a_caller_goes_on_until_it_is_cancelled() {
 }
 
 #[test]
+fn a_run_of_a_machine_that_was_restarted_is_lost_and_said_to_be() {
+    let mut shim = Shim::dev(&["anthropic=1"]);
+    let script = "echo begun; sleep 1000";
+    let mut run = shim.client().start(shell("anthropic", script)).unwrap();
+    read(&shim.client(), &mut run, 6);
+    let run_id = run.accepted.run_id.clone();
+    shim.reboot();
+    let client = shim.client();
+    let run = client.attach(&run_id, [0; 2]).unwrap();
+    let outcome = client.finish(run).unwrap();
+    assert_eq!(outcome.exited.reason(), ExitReason::Lost);
+    assert_eq!(outcome.exited.message, "the machine was restarted");
+    client.wait_idle("anthropic", 1);
+    wait_until("one container", Duration::from_secs(20), || {
+        let left = docker::containers(&shim.label());
+        if left.len() == 1 {
+            Ok(())
+        } else {
+            Err(format!("{left:?}"))
+        }
+    });
+}
+
+#[test]
 fn what_cannot_be_attached_to_is_told_why() {
     let shim = Shim::dev(&["anthropic=1"]);
     let client = shim.client();
@@ -261,6 +289,19 @@ fn a_run_is_started_once_however_often_it_is_asked_for() {
         })
         .unwrap();
     assert_eq!(again.stdout, first.stdout);
+
+    // A driver that comes to a claim too late does not start it: the run is claimed again.
+    let holder = driver(&shim.state_dir());
+    let late = std::thread::scope(|scope| {
+        nix::sys::signal::kill(holder, Signal::SIGSTOP).unwrap();
+        let late = scope.spawn(|| shim.client().run(shell("anthropic", "echo late")));
+        std::thread::park_timeout(START_BY + Duration::from_secs(1));
+        nix::sys::signal::kill(holder, Signal::SIGCONT).unwrap();
+        late.join().unwrap().unwrap()
+    });
+    assert_eq!(late.stdout(), "late\n");
+    let log = shim.process.log();
+    assert!(log.contains("the claim came too late to start"), "{log}");
 }
 
 #[test]
@@ -336,18 +377,18 @@ fn a_journal_of_a_newer_driver_is_left_as_it_is_and_said_to_be() {
     assert_eq!(fs::read(state.join("runs.journal")).unwrap(), newer);
 }
 
-/// The driver that has the node.
-fn driver(nomad: &Nomad) -> Pid {
-    let holder = fs::read_to_string(nomad.state_dir().join("driver.lock"));
+/// The driver that has the node of a state folder.
+fn driver(state_dir: &Path) -> Pid {
+    let holder = fs::read_to_string(state_dir.join("driver.lock"));
     let pid = holder.expect("a driver has the node").trim().parse();
     Pid::from_raw(pid.expect("a pid"))
 }
 
 fn kill_driver(nomad: &Nomad) {
-    let killed = driver(nomad);
+    let killed = driver(&nomad.state_dir());
     nix::sys::signal::kill(killed, Signal::SIGKILL).expect("it lives");
     wait_until("another driver", Duration::from_secs(60), || {
-        if driver(nomad) == killed {
+        if driver(&nomad.state_dir()) == killed {
             Err(killed.to_string())
         } else {
             Ok(())
@@ -385,6 +426,8 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     let ends = client.start(ends).unwrap();
     let mut text = read(&client, &mut printing, 100_000);
 
+    // The next one is another version, with another init.
+    nomad.upgrade();
     kill_driver(&nomad);
     client.send(&echo, Input::Stdin("and after".into()));
     let outcome = client.finish_from(printing, [text.len(), 0]).unwrap();
@@ -419,6 +462,9 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
 
     // Nomad saw nothing of it, and the slots are warm again.
     client.wait_idle("anthropic", 3);
+    let state = fs::read_dir(nomad.state_dir()).unwrap().flatten();
+    let inits = state.filter(|file| file.file_name().to_string_lossy().starts_with("init-"));
+    assert_eq!(inits.count(), 2, "the new init beside that of the runs");
     let ids = |list: &[serde_json::Value]| -> Vec<String> {
         list.iter().map(|alloc| alloc["ID"].to_string()).collect()
     };

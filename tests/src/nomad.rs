@@ -8,6 +8,7 @@ pub use exec::Exec;
 
 use std::{
     fs,
+    io::Write,
     net::TcpListener,
     path::{Path, PathBuf},
     process::Command,
@@ -25,6 +26,10 @@ use crate::{
     process::{Process, output, succeed},
     program, root, wait_until,
 };
+
+/// Allocations that are kept once they have ended: tests look at them, however full this
+/// machine's disk is.
+const ENDED: u32 = 1000;
 
 /// Dropping it purges its jobs and stops it.
 pub struct Nomad {
@@ -58,6 +63,15 @@ impl Nomad {
         nomad
     }
 
+    /// As [`Nomad::start_with`], keeping no more of what has ended than Nomad itself would:
+    /// for many runs, each of which an agent that starts goes through.
+    #[must_use]
+    pub fn start_forgetting(options: &str) -> Self {
+        let nomad = Self::configure(options, "polydev", 50).run_agent();
+        nomad.wait_healthy();
+        nomad
+    }
+
     /// As [`Nomad::start_with`], with Nomad's own Docker driver beside ours.
     #[must_use]
     pub fn start_beside_docker(options: &str) -> Self {
@@ -69,7 +83,7 @@ impl Nomad {
     /// As [`Nomad::start_with`], with the programs of a folder in its `PATH`.
     #[must_use]
     pub fn start_with_programs(options: &str, folder: &Path) -> Self {
-        let mut nomad = Self::configure(options, "polydev");
+        let mut nomad = Self::configure(options, "polydev", ENDED);
         nomad.programs = Some(folder.to_owned());
         let nomad = nomad.run_agent();
         nomad.wait_healthy();
@@ -82,7 +96,7 @@ impl Nomad {
     /// Without root's rights.
     #[must_use]
     pub fn start_with_small_state(options: &str) -> Self {
-        let nomad = Self::configure(options, "polydev");
+        let nomad = Self::configure(options, "polydev", ENDED);
         let state = nomad.state_dir();
         fs::create_dir(&state).expect("a folder can be made");
         let kind = Some("tmpfs");
@@ -100,7 +114,7 @@ impl Nomad {
     }
 
     fn launch_with(options: &str, drivers: &str) -> Self {
-        Self::configure(options, drivers).run_agent()
+        Self::configure(options, drivers, ENDED).run_agent()
     }
 
     fn run_agent(mut self) -> Self {
@@ -108,7 +122,7 @@ impl Nomad {
         self
     }
 
-    fn configure(options: &str, drivers: &str) -> Self {
+    fn configure(options: &str, drivers: &str, ended: u32) -> Self {
         let folder = Folder::new("pdtest-");
         let plugins = folder.path().join("plugins");
         fs::create_dir(&plugins).expect("a folder can be made");
@@ -117,6 +131,8 @@ impl Nomad {
             plugins.join("nomad-driver-polydev"),
         )
         .expect("the driver is built");
+        let init = folder.path().join("polydev-init");
+        fs::copy(program("polydev-init"), &init).expect("init is built");
         let [http, rpc, serf] = free_ports();
         let config = format!(
             r#"
@@ -142,9 +158,8 @@ impl Nomad {
               enabled           = true
               network_interface = "lo"
               cpu_total_compute = 8000
-              memory_total_mb   = 8192
-              # What has ended is looked at, however full this machine's disk is.
-              gc_max_allocs            = 1000
+              memory_total_mb   = 16384
+              gc_max_allocs            = {ended}
               gc_disk_usage_threshold  = 99
               gc_inode_usage_threshold = 99
               cni_path          = "/usr/lib/cni"
@@ -167,7 +182,7 @@ impl Nomad {
             data = folder.path().join("data").display(),
             plugins = plugins.display(),
             state = folder.path().join("state").display(),
-            init = program("polydev-init").display(),
+            init = init.display(),
         );
         fs::write(folder.path().join("agent.hcl"), config).expect("a file can be written");
         Self {
@@ -199,6 +214,25 @@ impl Nomad {
         self.agent = None;
         self.agent = Some(self.spawn_agent());
         self.wait_healthy();
+    }
+
+    /// Puts another driver and another init in the places of those that run, as a package
+    /// would: the next driver is the new one.
+    ///
+    /// # Panics
+    /// If the disk is full.
+    pub fn upgrade(&self) {
+        for path in ["plugins/nomad-driver-polydev", "polydev-init"] {
+            let (path, new) = (
+                self.folder.path().join(path),
+                self.folder.path().join("new"),
+            );
+            fs::copy(&path, &new).expect("a file can be copied");
+            let file = fs::File::options().append(true).open(&new);
+            let written = file.and_then(|mut file| file.write_all(b"another version"));
+            written.expect("a file can be written");
+            fs::rename(&new, &path).expect("both are in one folder");
+        }
     }
 
     /// Makes an agent that is not running unable to attach to the driver it had: go-plugin

@@ -1,6 +1,17 @@
 //! A shim of this build: with the embedded engine, or in front of a Nomad agent.
 
-use std::{path::PathBuf, process::Command, time::Duration};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use uuid::Uuid;
 
 use crate::{client::Client, folder::Folder, process::Process, program, wait_until};
 
@@ -9,6 +20,8 @@ pub struct Shim {
     // Dropped before the folder that its driver works in.
     pub process: Process,
     pub address: String,
+    /// Its command line.
+    words: Vec<OsString>,
     folder: Folder,
 }
 
@@ -57,19 +70,37 @@ impl Shim {
         Self::start(command, Folder::new("pdtest-"))
     }
 
+    /// Kills it and its driver, and starts both again as if the machine had been restarted: with
+    /// another boot id.
+    ///
+    /// # Panics
+    /// Without root's rights, or with a shim that has no driver of its own.
+    pub fn reboot(&mut self) {
+        let driver = std::fs::read_to_string(self.state_dir().join("driver.lock"));
+        let driver = driver.expect("it has a driver").trim().parse();
+        self.process.signal(Signal::SIGKILL);
+        let _gone = kill(Pid::from_raw(driver.expect("a pid")), Signal::SIGKILL);
+        wait_until("the shim's end", Duration::from_secs(10), || {
+            self.process.exit().ok_or_else(|| "it lives".to_owned())
+        });
+        let boot_id = self.folder.path().join("boot_id");
+        std::fs::write(&boot_id, format!("{}\n", Uuid::new_v4())).expect("a file can be written");
+        let script = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", script]).arg(boot_id);
+        command.args(&self.words);
+        self.process = launch(&mut command, self.folder.path());
+    }
+
     fn start(mut command: Command, folder: Folder) -> Self {
         let socket = folder.path().join("shim.sock");
         let address = format!("unix://{}", socket.display());
         command.args(["--listen", &address]);
-        let mut process = Process::start(&mut command, &folder.path().join("shim.log"));
-        wait_until("the shim's socket", Duration::from_secs(60), || {
-            if let Some(status) = process.exit() {
-                panic!("the shim ended, {status}:\n{}", process.log());
-            }
-            std::os::unix::net::UnixStream::connect(&socket).map_err(|error| error.to_string())
-        });
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let words = words.map(ToOwned::to_owned).collect();
         Self {
-            process,
+            process: launch(&mut command, folder.path()),
+            words,
             address,
             folder,
         }
@@ -101,12 +132,25 @@ impl Shim {
     }
 }
 
+/// Starts a shim that listens in `folder`, and waits until it does.
+fn launch(command: &mut Command, folder: &Path) -> Process {
+    let socket = folder.join("shim.sock");
+    let mut process = Process::start(command, &folder.join("shim.log"));
+    wait_until("the shim's socket", Duration::from_secs(60), || {
+        if let Some(status) = process.exit() {
+            panic!("the shim ended, {status}:\n{}", process.log());
+        }
+        std::os::unix::net::UnixStream::connect(&socket).map_err(|error| error.to_string())
+    });
+    process
+}
+
 /// The label of everything that the driver of a state folder has made in Docker.
 ///
 /// # Panics
 /// If no driver has used the folder.
 #[must_use]
-pub fn instance_label(state_dir: &std::path::Path) -> String {
+pub fn instance_label(state_dir: &Path) -> String {
     let instance = std::fs::read_to_string(state_dir.join("instance"));
     format!(
         "dev.polydev.instance={}",

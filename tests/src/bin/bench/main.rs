@@ -1,11 +1,12 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
-//! one run; `bench PART...` measures `warm`, `refill`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
+//! one run; `bench PART...` measures `warm`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
 //! Prints a table; a whole run writes it to `target/bench/results.json`. Every sample of the
 //! warm slots goes to `target/bench/samples.json`.
 
 mod bandwidth;
 mod plain;
 mod refill;
+mod runs;
 mod stream;
 
 use std::{
@@ -26,9 +27,10 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-const PARTS: [&str; 7] = [
+const PARTS: [&str; 8] = [
     "warm",
     "refill",
+    "runs",
     "stream",
     "starts",
     "logs",
@@ -56,10 +58,13 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("refill") {
         figures.extend(refill::figures()?);
     }
+    if is_wanted("runs") {
+        figures.extend(runs::figures()?);
+    }
     if is_wanted("stream") {
         figures.extend(stream::figures(IMAGE)?);
     }
-    if PARTS[3..].iter().any(|part| is_wanted(part)) {
+    if PARTS[4..].iter().any(|part| is_wanted(part)) {
         figures.extend(plain::figures(is_wanted)?);
     }
     if parts.is_empty() {
