@@ -67,13 +67,12 @@ job "polydev-pool-openai" {
       mode     = "fail" # With "delay" the slot would never be placed elsewhere.
     }
 
+    # A pool comes back to its size, however often its nodes or drivers fail.
     reschedule {
-      attempts       = 3
-      interval       = "10m"
       delay          = "30s"
       delay_function = "exponential"
       max_delay      = "2m"
-      unlimited      = false
+      unlimited      = true
     }
 
     task "runtime" {

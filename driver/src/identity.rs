@@ -13,6 +13,8 @@ pub const LABEL_INSTANCE: &str = "dev.polydev.instance";
 pub const LABEL_SLOT: &str = "dev.polydev.slot";
 /// Names the life of the driver that made a slot's container.
 pub const LABEL_START: &str = "dev.polydev.start";
+/// Which of its slot's containers it is, from 1.
+pub const LABEL_GENERATION: &str = "dev.polydev.generation";
 /// Names the plain task, by Nomad's id of it.
 pub const LABEL_TASK: &str = "dev.polydev.task";
 /// Names the allocation whose network a container holds.

@@ -12,7 +12,9 @@ use tokio::time::sleep;
 use crate::{
     backoff::backoff,
     docker,
-    identity::{LABEL_INSTANCE, LABEL_NETWORK, LABEL_SLOT, LABEL_START, LABEL_TASK},
+    identity::{
+        LABEL_GENERATION, LABEL_INSTANCE, LABEL_NETWORK, LABEL_SLOT, LABEL_START, LABEL_TASK,
+    },
     node::Node,
 };
 
@@ -129,7 +131,10 @@ fn is_known(node: &Node, container: &docker::Listed) -> bool {
         if node.runs.holds(&container.id) {
             return true;
         }
-        return !is_left(node, container) && node.slots.by_slot_id(slot_id).is_some();
+        let slot = node.slots.by_slot_id(slot_id);
+        let generation = label(LABEL_GENERATION).and_then(|generation| generation.parse().ok());
+        return !is_left(node, container)
+            && slot.is_some_and(|slot| generation >= Some(slot.life().generation()));
     }
     // Nomad asks for an allocation's network before its tasks, and keeps it after them.
     label(LABEL_NETWORK).is_some_and(|alloc_id| node.networks.holds(alloc_id))

@@ -9,7 +9,7 @@ use std::{
 };
 
 use polydev_proto::runtime::ExitReason;
-use polydev_tests::{client::Client, docker};
+use polydev_tests::{client::Client, docker, job::events};
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -18,8 +18,12 @@ use crate::{
     faults::Parts,
 };
 
-/// For everything to be gone after the last recovery.
+/// For everything to be gone.
 const GONE: Duration = Duration::from_secs(10);
+
+/// For the pool to be what it was: Nomad gives a task up whose driver dies twice while it is
+/// started, and replaces it after two minutes at most.
+const BACK: Duration = Duration::from_secs(150);
 
 /// What is wrong with the runs, a line each; so many `containers` were killed.
 pub(crate) fn runs(
@@ -111,7 +115,7 @@ pub(crate) fn leftovers(
     last_recovery: Instant,
 ) -> Vec<String> {
     let client = Client::connect(&parts.addresses().any(0));
-    let mut findings = settle(last_recovery, || {
+    let mut findings = settle(last_recovery, BACK, || {
         let pool = client.pool(PROVIDER);
         let containers = docker::containers(label).len();
         if (pool.idle, pool.on_demand, containers) == (SLOTS, 0, SLOTS as usize) {
@@ -122,12 +126,19 @@ pub(crate) fn leftovers(
             )]
         }
     });
+    if !findings.is_empty() {
+        let allocations = parts.nomad.allocations(&format!("polydev-pool-{PROVIDER}"));
+        findings.extend(allocations.iter().map(|alloc| {
+            let (id, status) = (&alloc["ID"], &alloc["ClientStatus"]);
+            format!("allocation {id}, {status}: {}", events(alloc))
+        }));
+    }
     for job in ["pool", "on-demand"] {
         let job = format!("polydev-{job}-{PROVIDER}");
         parts.nomad.run(&["job", "stop", "-detach", "-yes", &job]);
     }
     let links = parts.nomad.state_dir().join("link");
-    findings.extend(settle(Instant::now(), || {
+    findings.extend(settle(Instant::now(), GONE, || {
         let filter = format!("label={label}");
         let format = r#"container {{.Names}} of slot {{.Label "dev.polydev.slot"}}, {{.Status}}"#;
         let containers = docker::docker(&["ps", "--all", "--filter", &filter, "--format", format]);
@@ -153,10 +164,10 @@ pub(crate) fn leftovers(
 }
 
 /// What is still found when everything should be gone.
-fn settle(since: Instant, look: impl Fn() -> Vec<String>) -> Vec<String> {
+fn settle(since: Instant, limit: Duration, look: impl Fn() -> Vec<String>) -> Vec<String> {
     loop {
         let left = look();
-        if left.is_empty() || since.elapsed() > GONE {
+        if left.is_empty() || since.elapsed() > limit {
             return left;
         }
         std::thread::park_timeout(Duration::from_millis(100));

@@ -46,7 +46,12 @@ impl Fault {
     ];
 
     pub(crate) fn random(rng: &mut StdRng) -> Self {
-        *Self::ALL.choose(rng).expect("there are some")
+        let fault = Self::ALL.choose_weighted(rng, |fault| match fault {
+            // While its agent is away a node has no driver, and nothing is shown but waiting.
+            Self::AgentKilled | Self::AgentStopped => 1,
+            _ => 2,
+        });
+        *fault.expect("there are some, with weights")
     }
 
     pub(crate) fn name(self) -> &'static str {

@@ -77,8 +77,11 @@ fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
     say(&format!("seed {seed}, {} minutes", time.as_secs() / 60));
     let traces = check::traces()?;
     let ledger = Ledger::start();
-    let nomad = Nomad::start_forgetting("run_headroom {\n cpu = 20000\n memory = 16384\n}");
-    nomad.submit_pool(PROVIDER, SLOTS);
+    let nomad = Nomad::start_with("run_headroom {\n cpu = 20000\n memory = 16384\n}");
+    let pool = format!("jobspecs/pool-{PROVIDER}.nomad.hcl");
+    let count = format!("count={SLOTS}");
+    let options = ["-var", &count, "-var", "prepare_ahead=true", &pool];
+    nomad.run(&[&["job", "run", "-detach"], &options[..]].concat());
     let on_demand = format!("jobspecs/on-demand-{PROVIDER}.nomad.hcl");
     nomad.run(&["job", "run", "-detach", &on_demand]);
     let label = instance_label(&nomad.state_dir());

@@ -30,7 +30,7 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
     wait_warm();
 
     each_run_has_a_container_of_its_own(&shims);
-    one_run_asked_for_three_times_at_once_runs_once(&shims);
+    one_run_asked_for_three_times_at_once_runs_once(&cluster, &shims);
     wait_warm();
 
     // A run in every slot, on both nodes, told about by any shim.
@@ -77,8 +77,9 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
         let outcome = clients[0].finish(run).unwrap();
         assert!(outcome.stdout() == expected, "{run_id}");
         assert_eq!(outcome.exited.exit_code, 0);
-        let again = clients[number % 3].attach(&run_id, [0; 2]).unwrap();
-        let again = clients[number % 3].finish(again).unwrap();
+        let other = &clients[(number + 1) % 3];
+        let again = other.attach(&run_id, [0; 2]).unwrap();
+        let again = other.finish(again).unwrap();
         assert!(again.stdout() == expected, "{run_id} through another shim");
     }
 
@@ -125,7 +126,7 @@ fn each_run_has_a_container_of_its_own(shims: &[Shim; 3]) {
 }
 
 /// Whoever is told anything of the command is told the same.
-fn one_run_asked_for_three_times_at_once_runs_once(shims: &[Shim; 3]) {
+fn one_run_asked_for_three_times_at_once_runs_once(cluster: &Cluster, shims: &[Shim; 3]) {
     for _ in 0..3 {
         let run_id = Uuid::now_v7().to_string();
         let told: Vec<Result<String, tonic::Status>> = std::thread::scope(|scope| {
@@ -147,5 +148,12 @@ fn one_run_asked_for_three_times_at_once_runs_once(shims: &[Shim; 3]) {
         });
         let ran: HashSet<&String> = told.iter().flatten().collect();
         assert_eq!(ran.len(), 1, "{told:?}");
+        let started = |number| {
+            let journal = cluster.state_dir(number).join("runs.journal");
+            let journal = std::fs::read_to_string(journal).expect("a driver has a journal");
+            let is_start = |line: &&str| line.contains("Started") && line.contains(&run_id);
+            journal.lines().filter(is_start).count()
+        };
+        assert_eq!(started(0) + started(1), 1, "{told:?}");
     }
 }

@@ -3,6 +3,8 @@
 use std::time::{Duration, Instant};
 
 use polydev_tests::{
+    client,
+    cluster::Cluster,
     docker,
     job::{IMAGE, service, shell, task},
     nomad::Nomad,
@@ -197,4 +199,31 @@ fn a_slot_on_demand_whose_run_does_not_come_ends_after_a_minute() {
         "{events}"
     );
     assert!(docker::containers(&instance_label(&nomad.state_dir())).is_empty());
+}
+
+#[test]
+fn slots_wait_for_a_dockerd_that_is_away_however_long() {
+    let mut cluster = Cluster::start();
+    let shim = cluster.shim();
+    let file = "jobspecs/pool-anthropic.nomad.hcl";
+    cluster.run(&["job", "run", "-detach", "-var", "count=2", file]);
+    let client = shim.client();
+    client.wait_idle("anthropic", 2);
+    for engine in &mut cluster.engines {
+        engine.kill();
+    }
+    client.run(client::shell("anthropic", "true")).unwrap();
+    // Longer than a slot bears with failures of its own.
+    std::thread::park_timeout(Duration::from_secs(35));
+    assert_eq!(client.pool("anthropic").failed, 0);
+    for engine in &mut cluster.engines {
+        engine.restart();
+    }
+    client.wait_idle("anthropic", 2);
+    let allocations = cluster.get("/v1/job/polydev-pool-anthropic/allocations");
+    let allocations = allocations.as_array().unwrap();
+    assert_eq!(allocations.len(), 2);
+    for alloc in allocations {
+        assert_eq!(alloc["TaskStates"]["runtime"]["Restarts"], 0, "{alloc}");
+    }
 }

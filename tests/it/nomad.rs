@@ -75,8 +75,7 @@ fn the_real_clis_answer_with_their_users_keys_which_stay_nowhere() {
 
         // The container is gone, and its slot is warm again under the same allocation.
         client.wait_idle(provider, 2);
-        let now = docker::containers(&label);
-        assert_eq!(now.len(), containers.len());
+        let now = docker::wait_containers(&label, containers.len());
         assert_eq!(now.iter().filter(|id| !containers.contains(id)).count(), 1);
         let ids = |list: &[serde_json::Value]| -> Vec<String> {
             list.iter().map(|alloc| alloc["ID"].to_string()).collect()

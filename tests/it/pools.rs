@@ -29,16 +29,6 @@ fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     nomad.run(&[&["job", "run", "-detach"], &options[..]].concat());
     client.wait_idle("anthropic", 3);
     let label = instance_label(&nomad.state_dir());
-    let wait_containers = |count: usize| {
-        wait_until("containers", Duration::from_secs(20), || {
-            let now = docker::containers(&label);
-            if now.len() == count {
-                Ok(())
-            } else {
-                Err(format!("{now:?}"))
-            }
-        });
-    };
     let open = || RunStart {
         stdin: true,
         ..shell("anthropic", "cat")
@@ -46,7 +36,7 @@ fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     let before = docker::containers(&label);
     let mut first = client.start(open()).unwrap();
     // Its next container, which is prepared ahead, has room.
-    wait_containers(4);
+    docker::wait_containers(&label, 4);
     let mut second = client.start(open()).unwrap();
     let full = client.run(shell("anthropic", "true")).unwrap_err();
     assert_eq!(full.code(), Code::ResourceExhausted);
@@ -85,10 +75,16 @@ fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     first.close();
     client.finish(first).unwrap();
     client.wait_idle("anthropic", 3);
-    wait_containers(3);
-    assert!(docker::containers(&label).contains(prepared[0]));
+    assert!(docker::wait_containers(&label, 3).contains(prepared[0]));
+
+    // What is prepared for a slot that is not wanted any more goes before its run ends.
+    let mut last = client.start(open()).unwrap();
+    docker::wait_containers(&label, 4);
     nomad.run(&["job", "stop", "-detach", "-yes", "polydev-pool-anthropic"]);
-    client.wait_idle("anthropic", 0);
+    docker::wait_containers(&label, 1);
+    last.close();
+    client.finish(last).unwrap();
+    docker::wait_containers(&label, 0);
 }
 
 #[test]

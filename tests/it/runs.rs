@@ -74,7 +74,7 @@ fn a_container_serves_one_run_and_the_slot_is_warm_again() {
     );
 
     client.wait_idle("anthropic", 1);
-    assert_eq!(docker::containers(&shim.label()).len(), 1);
+    docker::wait_containers(&shim.label(), 1);
 }
 
 #[test]

@@ -25,10 +25,10 @@ use sha2::{Digest, Sha256};
 use tonic::Code;
 use uuid::Uuid;
 
-/// Numbered lines: no two places of the stream are alike.
 /// What the shim gives a claim to start in.
 const START_BY: Duration = Duration::from_secs(5);
 
+/// Numbered lines: no two places of the stream are alike.
 fn lines(count: u32) -> String {
     (1..=count).map(|line| format!("{line}\n")).collect()
 }
@@ -183,7 +183,8 @@ fn a_run_without_a_caller_goes_on_until_it_is_cancelled() {
         ("told\n", 3)
     );
     client.wait_idle("anthropic", 1);
-    assert!(!docker::containers(&shim.label()).contains(container));
+    let left = docker::wait_containers(&shim.label(), 1);
+    assert!(!left.contains(container));
     client.cancel(&run_id).expect("an ended run is cancelled");
 }
 
@@ -201,14 +202,7 @@ fn a_run_of_a_machine_that_was_restarted_is_lost_and_said_to_be() {
     assert_eq!(outcome.exited.reason(), ExitReason::Lost);
     assert_eq!(outcome.exited.message, "the machine was restarted");
     client.wait_idle("anthropic", 1);
-    wait_until("one container", Duration::from_secs(20), || {
-        let left = docker::containers(&shim.label());
-        if left.len() == 1 {
-            Ok(())
-        } else {
-            Err(format!("{left:?}"))
-        }
-    });
+    docker::wait_containers(&shim.label(), 1);
 }
 
 #[test]
@@ -470,10 +464,7 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     };
     let after = nomad.wait_running("polydev-pool-anthropic", 3);
     assert_eq!(ids(&after), ids(&before));
-    assert_eq!(
-        docker::containers(&instance_label(&nomad.state_dir())).len(),
-        3
-    );
+    docker::wait_containers(&instance_label(&nomad.state_dir()), 3);
 }
 
 /// The agent's clean stop ends the plugin: runs go on without it.

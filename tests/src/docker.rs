@@ -1,6 +1,6 @@
 //! Docker as a person uses it: the command line.
 
-use std::process::Command;
+use std::{process::Command, time::Duration};
 
 use serde_json::Value;
 
@@ -29,6 +29,21 @@ pub fn containers(label: &str) -> Vec<String> {
     let filter = format!("label={label}");
     let ids = docker(&["ps", "--all", "--quiet", "--no-trunc", "--filter", &filter]);
     ids.lines().map(str::to_owned).collect()
+}
+
+/// As [`containers`], once there are as many: a slot is idle again before Docker has cleared
+/// its last container away.
+#[track_caller]
+pub fn wait_containers(label: &str, count: usize) -> Vec<String> {
+    let what = format!("{count} containers");
+    crate::wait_until(&what, Duration::from_secs(20), || {
+        let now = containers(label);
+        if now.len() == count {
+            Ok(now)
+        } else {
+            Err(format!("{now:?}"))
+        }
+    })
 }
 
 /// What `docker inspect` says of a container.

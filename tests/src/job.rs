@@ -71,10 +71,12 @@ pub fn id(alloc: &Value) -> &str {
 /// What the operator reads of a task in its allocation: one line an event.
 #[must_use]
 pub fn events(alloc: &Value) -> String {
-    let events = alloc["TaskStates"]["task"]["Events"].as_array();
+    let tasks = alloc["TaskStates"].as_object();
+    let events = tasks.into_iter().flat_map(|tasks| tasks.values());
+    let events = events.filter_map(|task| task["Events"].as_array());
     let line = |event: &Value| {
         let text = event["DisplayMessage"].as_str().unwrap_or_default();
         format!("{}: {text}\n", event["Type"].as_str().unwrap_or_default())
     };
-    events.into_iter().flatten().map(line).collect()
+    events.flatten().map(line).collect()
 }

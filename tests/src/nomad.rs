@@ -27,10 +27,6 @@ use crate::{
     program, root, wait_until,
 };
 
-/// Allocations that are kept once they have ended: tests look at them, however full this
-/// machine's disk is.
-const ENDED: u32 = 1000;
-
 /// Dropping it purges its jobs and stops it.
 pub struct Nomad {
     agent: Option<Process>,
@@ -63,15 +59,6 @@ impl Nomad {
         nomad
     }
 
-    /// As [`Nomad::start_with`], keeping no more of what has ended than Nomad itself would:
-    /// for many runs, each of which an agent that starts goes through.
-    #[must_use]
-    pub fn start_forgetting(options: &str) -> Self {
-        let nomad = Self::configure(options, "polydev", 50).run_agent();
-        nomad.wait_healthy();
-        nomad
-    }
-
     /// As [`Nomad::start_with`], with Nomad's own Docker driver beside ours.
     #[must_use]
     pub fn start_beside_docker(options: &str) -> Self {
@@ -83,7 +70,7 @@ impl Nomad {
     /// As [`Nomad::start_with`], with the programs of a folder in its `PATH`.
     #[must_use]
     pub fn start_with_programs(options: &str, folder: &Path) -> Self {
-        let mut nomad = Self::configure(options, "polydev", ENDED);
+        let mut nomad = Self::configure(options, "polydev");
         nomad.programs = Some(folder.to_owned());
         let nomad = nomad.run_agent();
         nomad.wait_healthy();
@@ -96,7 +83,7 @@ impl Nomad {
     /// Without root's rights.
     #[must_use]
     pub fn start_with_small_state(options: &str) -> Self {
-        let nomad = Self::configure(options, "polydev", ENDED);
+        let nomad = Self::configure(options, "polydev");
         let state = nomad.state_dir();
         fs::create_dir(&state).expect("a folder can be made");
         let kind = Some("tmpfs");
@@ -114,7 +101,7 @@ impl Nomad {
     }
 
     fn launch_with(options: &str, drivers: &str) -> Self {
-        Self::configure(options, drivers, ENDED).run_agent()
+        Self::configure(options, drivers).run_agent()
     }
 
     fn run_agent(mut self) -> Self {
@@ -122,7 +109,7 @@ impl Nomad {
         self
     }
 
-    fn configure(options: &str, drivers: &str, ended: u32) -> Self {
+    fn configure(options: &str, drivers: &str) -> Self {
         let folder = Folder::new("pdtest-");
         let plugins = folder.path().join("plugins");
         fs::create_dir(&plugins).expect("a folder can be made");
@@ -159,7 +146,8 @@ impl Nomad {
               network_interface = "lo"
               cpu_total_compute = 8000
               memory_total_mb   = 16384
-              gc_max_allocs            = {ended}
+              # What has ended is looked at, however full this machine's disk is.
+              gc_max_allocs            = 1000
               gc_disk_usage_threshold  = 99
               gc_inode_usage_threshold = 99
               cni_path          = "/usr/lib/cni"

@@ -28,7 +28,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 const HIGH_WATER: usize = 128 << 10;
 /// A driver that restarts is back within a second or two.
 const RETRY: Duration = Duration::from_millis(50);
-const RETRY_MOST: Duration = Duration::from_secs(1);
+const RETRY_MOST: Duration = Duration::from_millis(250);
 
 /// The driver's end, when there is one.
 #[derive(Debug)]

@@ -40,6 +40,8 @@ const STDIN_WINDOW: u64 = 128 << 10;
 const GRACE: Duration = Duration::from_secs(1);
 /// For an init whose connection broke.
 const BACK: Duration = Duration::from_secs(10);
+/// For an init that is killed.
+const DIES: Duration = Duration::from_secs(10);
 /// How often to look for memory that output needs.
 const MEMORY: Duration = Duration::from_millis(100);
 /// Beyond the caller's window, for the last output of a run that is asked to end: what init
@@ -61,11 +63,21 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Lets init go: it exits.
-    pub(crate) async fn release(&mut self) {
+    /// Ends init, and with it whatever is in its container: what that took of the node is
+    /// free then. One that cannot be killed, as in a paused container, is dockerd's to
+    /// remove: `remove` asks it to.
+    ///
+    /// # Cancel safety
+    /// None is needed: what was begun goes on.
+    pub(crate) async fn end<F: Future<Output = ()>>(&mut self, remove: impl Fn() -> F) {
         if let Some(link) = &mut self.link {
             let released = to_init::Message::Release(Release {});
             let _gone = link.writer.send(released).await;
+        }
+        self.init.kill();
+        while timeout(DIES, self.init.ended()).await.is_err() {
+            tracing::warn!(pid = self.pid, "init cannot be killed, asking dockerd");
+            remove().await;
         }
     }
 }

@@ -40,7 +40,7 @@ pub(crate) fn recover(node: &Arc<Node>, open: Vec<Open>) {
     }
 }
 
-async fn resume(node: &Node, run: &Run, inputs: mpsc::Receiver<Input>) {
+async fn resume(node: &Arc<Node>, run: &Run, inputs: mpsc::Receiver<Input>) {
     let claimed = &run.claimed;
     let runs = &node.runs;
     let lost = |message: &str| runs.ended(run, run.end(Reason::Lost, message));
@@ -52,7 +52,10 @@ async fn resume(node: &Node, run: &Run, inputs: mpsc::Receiver<Input>) {
     };
     let listener = match Listener::bind_again(&claimed.link) {
         Ok(listener) => listener,
-        Err(error) => return lost(&crate::chain(&error)),
+        Err(error) => {
+            init.kill();
+            return lost(&crate::chain(&error));
+        }
     };
     // For the reason of an end by the kernel; the run goes on without it.
     let (pid, class) = (claimed.pid, node.config.run);
@@ -81,6 +84,8 @@ async fn resume(node: &Node, run: &Run, inputs: mpsc::Receiver<Input>) {
         link: None,
     };
     carry::resume(runs, run, &mut connection, limits.as_ref(), inputs).await;
-    connection.release().await;
+    connection
+        .end(|| reap::remove(node, &claimed.container))
+        .await;
     connection.listener.let_go();
 }

@@ -43,7 +43,7 @@ impl Ahead {
     }
 
     /// The container, once the one before it has ended and given its room back. `None` if it
-    /// came to nothing: then nothing is left of it, or the slot is not wanted any more.
+    /// came to nothing, or the slot is not wanted any more.
     pub(super) async fn take(self) -> Option<Container> {
         self.wanted.cancel();
         // That it panicked has been reported.
@@ -74,6 +74,7 @@ async fn make(
                 () = slot.drain.cancelled() => {}
             }
         }
+        Err(fill::Error::Stopped) => {}
         Err(error) => {
             let error = crate::chain(&error);
             tracing::warn!(
@@ -84,6 +85,6 @@ async fn make(
             );
         }
     }
-    fill::clean(&node, &slot, Some(generation)).await;
+    let _or_the_reaper = fill::clean(&node, &slot, Some(generation)).await;
     None
 }

@@ -13,7 +13,7 @@ use polydev_proto::init::hello;
 
 use crate::{
     docker::{self, ContainerSpec, Docker},
-    identity::{LABEL_INSTANCE, LABEL_SLOT, LABEL_START},
+    identity::{LABEL_GENERATION, LABEL_INSTANCE, LABEL_SLOT, LABEL_START},
     images::{self, Policy, Step, Use, Want},
     limits,
     link::{self, Greeted, Link, Listener},
@@ -23,7 +23,6 @@ use crate::{
 };
 
 const LABEL_PROVIDER: &str = "dev.polydev.provider";
-const LABEL_GENERATION: &str = "dev.polydev.generation";
 
 /// From the container's start until its init waits. Within the idle CPU limit that
 /// takes well under a second; a busy node may need many.
@@ -76,6 +75,15 @@ impl Error {
             | Self::Link(_)
             | Self::Gone(_)
             | Self::Limits(_) => true,
+        }
+    }
+
+    /// Whether Docker was not there to be asked.
+    pub(super) fn is_silence(&self) -> bool {
+        match self {
+            Self::Docker(error) => !error.is_answer(),
+            Self::Image(images::Error::Docker(error)) => !error.is_answer(),
+            _ => false,
         }
     }
 
@@ -217,8 +225,9 @@ async fn make(
 }
 
 /// Removes every container of the slot, or of one generation of it, whichever attempt or life
-/// of the driver made it. What cannot be removed is left to the reaper.
-pub(super) async fn clean(node: &Node, slot: &Slot, generation: Option<u64>) {
+/// of the driver made it. False if some may be left: then they are the reaper's, once the slot
+/// is at a later generation or has ended.
+pub(super) async fn clean(node: &Node, slot: &Slot, generation: Option<u64>) -> bool {
     let generation = generation.map(|generation| generation.to_string());
     let clean = async {
         let slot_id = slot.identity.slot_id();
@@ -232,10 +241,14 @@ pub(super) async fn clean(node: &Node, slot: &Slot, generation: Option<u64>) {
         }
         Ok::<(), docker::Error>(())
     };
-    if let Ok(Err(error)) = timeout(CLEAN, clean).await {
-        let error = crate::chain(&error);
-        tracing::warn!(error, "cannot clean a slot, the reaper will");
+    match timeout(CLEAN, clean).await {
+        Ok(Ok(())) => return true,
+        Ok(Err(error)) => {
+            tracing::warn!(error = crate::chain(&error), "cannot clean a slot yet");
+        }
+        Err(_) => tracing::warn!("cannot clean a slot yet: Docker is too slow"),
     }
+    false
 }
 
 async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<(u32, Link), Error> {

@@ -53,8 +53,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// right for every run that somebody could look at.
 pub(super) const LONG_RUN: Duration = Duration::from_millis(200);
 
-/// For a container's processes to end once its first one is killed.
-const EMPTY: Duration = Duration::from_secs(10);
+/// How often to try whether Docker is back.
+const DOCKER_AWAY: Duration = Duration::from_secs(2);
 
 /// How a slot ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -219,7 +219,7 @@ impl Keeper {
         }
         let image = self.slot.config.image.clone();
         // Leftovers of an earlier life of the driver, or of this task's last start.
-        fill::clean(&self.node, &self.slot, None).await;
+        let _or_the_reaper = fill::clean(&self.node, &self.slot, None).await;
         if had_run && self.slot.is_on_demand() {
             self.slot.end.send_replace(Some(Ended::Stopped));
             return;
@@ -262,16 +262,24 @@ impl Keeper {
                     served
                 }
                 Err(error) => {
-                    fill::clean(&self.node, &self.slot, None).await;
+                    let is_clean = fill::clean(&self.node, &self.slot, None).await;
                     let reason = crate::chain(&error);
                     // Nomad has a slot for a running one if nobody waits for its start.
                     if let Some(ready) = ready.take_if(|ready| !ready.is_closed()) {
                         let _agent_gone = ready.send(Err(error));
                         break self.give_up(reason);
                     }
-                    if let fill::Error::Open(open) = error {
+                    if !is_clean && !self.cleaned().await {
+                        break Ended::Stopped;
+                    }
+                    let held = match &error {
+                        fill::Error::Open(open) => Some(open.retry_in.min(LOOK_AGAIN)),
+                        // That Docker is away says nothing of the slot.
+                        error if error.is_silence() => Some(DOCKER_AWAY),
+                        _ => None,
+                    };
+                    if let Some(wait) = held {
                         self.slot.apply(Event::Held { reason });
-                        let wait = open.retry_in.min(LOOK_AGAIN);
                         if self.rest(wait.mul_f64(rand::random_range(0.5..1.0))).await {
                             continue;
                         }
@@ -296,8 +304,19 @@ impl Keeper {
             }
         };
         self.removed().await;
-        fill::clean(&self.node, &self.slot, None).await;
+        let _or_the_reaper = fill::clean(&self.node, &self.slot, None).await;
         self.slot.end.send_replace(Some(end));
+    }
+
+    /// Waits until nothing is left of what could not be made: the next container would stand
+    /// beside it. False if the slot is not wanted any more.
+    async fn cleaned(&self) -> bool {
+        while self.rest(DOCKER_AWAY).await {
+            if fill::clean(&self.node, &self.slot, None).await {
+                return true;
+            }
+        }
+        false
     }
 
     /// False if the slot is not wanted any more.
@@ -352,8 +371,9 @@ impl Keeper {
             }
             (None, _) => None,
         };
-        self.empty(&mut container).await;
+        // Before its control group goes, with what it has used.
         self.slot.let_go();
+        self.empty(&mut container).await;
         // Its share is free as well: what it stands for is.
         let run = served.map(|(run, _share)| run);
         self.removed().await;
@@ -401,22 +421,16 @@ impl Keeper {
         (claim, Some(died))
     }
 
-    /// Ends whatever is in the container, so that the next one never stands beside it: what it
-    /// took of the node is free then, while Docker has still to clear it away.
+    /// Ends whatever is in the container, so that the next one never stands beside it.
     async fn empty(&self, container: &mut Container) {
-        container.connection.release().await;
-        let init = &container.connection.init;
-        init.kill();
-        let too_long = async {
-            sleep(EMPTY).await;
-            let container = &container.id;
-            tracing::warn!(container, "the kernel has not ended it yet");
-            self.slot.drain.cancelled().await;
+        let Container { id, connection, .. } = container;
+        let remove = || async {
+            if let Err(error) = self.node.docker.remove(id).await {
+                let error = crate::chain(&error);
+                tracing::warn!(container = id, error, "cannot remove a container yet");
+            }
         };
-        tokio::select! {
-            () = init.ended() => {}
-            () = too_long => {}
-        }
+        connection.end(remove).await;
     }
 
     /// Waits until Docker has removed the last container: a slot has one to be removed at a

@@ -24,7 +24,7 @@ pub enum State {
     Idle,
     /// A run is in it.
     Claimed { run_id: String },
-    /// Its container is being destroyed.
+    /// What is left in its container is being ended.
     Recycling,
     /// It leaves the pool, after its run if there is one. Final.
     Draining { run_id: Option<String> },
@@ -60,7 +60,7 @@ pub enum Event {
     RunEnded,
     /// Its idle container is gone.
     Died { reason: String },
-    /// The old container is destroyed and the next one is started.
+    /// Nothing runs in the old container, and the next one is made.
     Recycled,
     /// Nomad stops the allocation.
     Drained,

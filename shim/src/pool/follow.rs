@@ -19,9 +19,9 @@ const CONNECTION_WINDOW: u32 = 256 << 20;
 /// A piece of output fits.
 const FRAME: u32 = 128 << 10;
 const CONNECT: Duration = Duration::from_secs(5);
-const RETRY: Duration = Duration::from_millis(100);
+const RETRY: Duration = Duration::from_millis(50);
 /// Runs wait for their driver to come back.
-const RETRY_MOST: Duration = Duration::from_millis(500);
+const RETRY_MOST: Duration = Duration::from_millis(250);
 
 /// Follows every driver that `drivers` names, node id to address, as they come and
 /// go. Ends when `drivers` does.

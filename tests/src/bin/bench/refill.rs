@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use bollard::{
     Docker,
     models::{ContainerCreateBody, HostConfig},
@@ -27,9 +27,8 @@ const SLOTS: u32 = 8;
 const SAMPLES: usize = 20;
 /// Claims whose percentiles are compared.
 const CLAIMS: usize = 200;
-/// Of one claim to the next: fast enough that something is always being refilled, slow
-/// enough that a slot is always idle.
-const PAUSE: Duration = Duration::from_millis(400);
+/// From the end of a run to the next claim, while its slot is being refilled.
+const PAUSE: Duration = Duration::from_millis(100);
 const RATE_TIME: Duration = Duration::from_secs(20);
 
 pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
@@ -46,8 +45,8 @@ pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
         ours.push(refill(&client)?);
         theirs.push(runtime.block_on(container(&docker))?);
     }
-    let idle = claims(&client, Duration::ZERO, true)?;
-    let busy = claims(&client, PAUSE, false)?;
+    let idle = claims(&client, false)?;
+    let busy = claims(&client, true)?;
     let (runs, containers) = (rate_of_runs(&shim)?, rate_of_containers(&runtime, &docker)?);
 
     let (our, their) = (Summary::of(&ours), Summary::of(&theirs));
@@ -129,13 +128,23 @@ async fn container(docker: &Docker) -> anyhow::Result<f64> {
     Ok(millis(begun.elapsed()))
 }
 
-fn claims(client: &Client, pause: Duration, wait: bool) -> anyhow::Result<Vec<f64>> {
+/// Claims while nothing is being refilled, or a moment after another run has ended.
+fn claims(client: &Client, is_refilling: bool) -> anyhow::Result<Vec<f64>> {
     client.wait_idle("anthropic", SLOTS);
+    warm_claim(client)?;
     let claims = (0..CLAIMS).map(|_| {
-        if wait {
+        if is_refilling {
+            std::thread::park_timeout(PAUSE);
+            // Refills take longer than the claims of one caller: they are let catch up.
+            while client.pool("anthropic").idle < SLOTS / 4 {
+                std::thread::park_timeout(PAUSE);
+            }
+            if client.pool("anthropic").idle == SLOTS {
+                bail!("nothing is being refilled");
+            }
+        } else {
             client.wait_idle("anthropic", SLOTS);
         }
-        std::thread::park_timeout(pause);
         warm_claim(client)
     });
     claims.collect()

@@ -6,10 +6,10 @@ use std::{
     os::unix::net::UnixStream,
     path::Path,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU32, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, bail};
@@ -36,6 +36,9 @@ const TICKS: &str = "exec 3<> <(:); while :; do echo $EPOCHREALTIME; read -t 0.2
 /// What the slow caller reads a second.
 const SLOWLY: usize = 1_000_000;
 const SLOW_TIME: Duration = Duration::from_secs(15);
+
+/// When the next driver listened.
+type Listening = OnceLock<(Instant, SystemTime)>;
 
 pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
     let nomad = Nomad::start_with("run_headroom {\n cpu = 25000\n memory = 16384\n}");
@@ -95,7 +98,7 @@ fn memory(state: &Path, shim: &Shim) -> anyhow::Result<f64> {
 /// listens until each stream has gone on, at the byte it had come to.
 fn resumed(client: &Client, state: &Path) -> anyhow::Result<Vec<f64>> {
     let runs = client.start_all(vec![shell_of_bash(TICKS); SLOTS as usize])?;
-    let listening = Arc::new(std::sync::OnceLock::<Instant>::new());
+    let listening = Arc::new(Listening::new());
     let going = AtomicU32::new(0);
     let socket = state.join("node.sock");
     std::thread::scope(|scope| {
@@ -114,15 +117,18 @@ fn resumed(client: &Client, state: &Path) -> anyhow::Result<Vec<f64>> {
                 some => Err(some.to_string()),
             },
         );
-        kill(Pid::from_raw(driver(state)?), Signal::SIGKILL)?;
+        let killed = driver(state)?;
+        kill(Pid::from_raw(killed), Signal::SIGKILL)?;
         let limit = Instant::now() + Duration::from_secs(60);
-        while UnixStream::connect(&socket).is_err() {
+        // The dead one's socket may take a connection for a moment.
+        while driver(state).is_ok_and(|now| now == killed) || UnixStream::connect(&socket).is_err()
+        {
             if Instant::now() > limit {
                 bail!("no driver listens");
             }
             std::thread::park_timeout(Duration::from_millis(1));
         }
-        let _once = listening.set(Instant::now());
+        let _once = listening.set((Instant::now(), SystemTime::now()));
         let samples = readers.into_iter().map(|reader| {
             let (run_id, sample) = reader.join().ok().context("a reader panicked")??;
             client.cancel(&run_id)?;
@@ -136,7 +142,7 @@ fn resumed(client: &Client, state: &Path) -> anyhow::Result<Vec<f64>> {
 fn first_after(
     client: &Client,
     mut run: Run,
-    listening: &std::sync::OnceLock<Instant>,
+    listening: &Listening,
     going: &AtomicU32,
 ) -> anyhow::Result<(String, f64)> {
     let mut next = 0;
@@ -150,7 +156,9 @@ fn first_after(
                     going.fetch_add(1, Ordering::Relaxed);
                 }
                 next += output.data.len() as u64;
-                if let Some(since) = listening.get() {
+                if let Some((since, clock)) = listening.get()
+                    && written(&output.data)? > clock.duration_since(UNIX_EPOCH)?.as_secs_f64()
+                {
                     return Ok((run.accepted.run_id, millis(since.elapsed())));
                 }
             }
@@ -158,6 +166,13 @@ fn first_after(
             _ => {}
         }
     }
+}
+
+/// When the last whole line was written.
+fn written(output: &[u8]) -> anyhow::Result<f64> {
+    let text = String::from_utf8_lossy(output);
+    let last = text.lines().rfind(|line| line.len() > 15);
+    Ok(last.map_or(Ok(0.0), str::parse)?)
 }
 
 fn shell_of_bash(script: &str) -> RunStart {
