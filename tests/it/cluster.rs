@@ -103,11 +103,15 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
 
 /// Far more runs than slots, through all shims at once.
 fn each_run_has_a_container_of_its_own(shims: &[Shim; 3]) {
-    let name = |client: &Client| {
-        client
-            .run(shell("anthropic", "hostname"))
-            .map(|run| run.stdout())
+    let start = RunStart {
+        queue_timeout: Some(prost_types::Duration {
+            seconds: 60,
+            nanos: 0,
+        }),
+        ..shell("anthropic", "hostname")
     };
+    let name = |client: &Client| client.run(start.clone()).map(|run| run.stdout());
+    let name = &name;
     let names: Vec<String> = std::thread::scope(|scope| {
         let callers: Vec<_> = (0..12)
             .map(|number| {
@@ -151,7 +155,8 @@ fn one_run_asked_for_three_times_at_once_runs_once(cluster: &Cluster, shims: &[S
         let started = |number| {
             let journal = cluster.state_dir(number).join("runs.journal");
             let journal = std::fs::read_to_string(journal).expect("a driver has a journal");
-            let is_start = |line: &&str| line.contains("Started") && line.contains(&run_id);
+            let is_start =
+                |line: &&str| line.contains(r#""record":"started""#) && line.contains(&run_id);
             journal.lines().filter(is_start).count()
         };
         assert_eq!(started(0) + started(1), 1, "{told:?}");

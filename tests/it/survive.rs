@@ -192,8 +192,9 @@ fn a_run_without_a_caller_goes_on_until_it_is_cancelled() {
 fn a_run_of_a_machine_that_was_restarted_is_lost_and_said_to_be() {
     let mut shim = Shim::dev(&["anthropic=1"]);
     let script = "echo begun; sleep 1000";
-    let mut run = shim.client().start(shell("anthropic", script)).unwrap();
-    read(&shim.client(), &mut run, 6);
+    let before = shim.client();
+    let mut run = before.start(shell("anthropic", script)).unwrap();
+    read(&before, &mut run, 6);
     let run_id = run.accepted.run_id.clone();
     shim.reboot();
     let client = shim.client();
