@@ -6,6 +6,7 @@ use nix::sys::signal::Signal as UnixSignal;
 use polydev_proto::runtime::{ExitReason, RunStart, Signal, run_event::Event, run_input::Input};
 use polydev_tests::{
     client::{argv, shell},
+    docker,
     process::{Process, wait_for_log},
     shim::Shim,
     wait_until,
@@ -192,4 +193,22 @@ fn ctrl_c_at_the_command_line_reaches_the_command() {
     });
     assert_eq!(status.code(), Some(4));
     assert!(process.log().contains("interrupted"));
+}
+
+#[test]
+fn a_run_of_a_machine_that_was_restarted_is_lost_and_said_to_be() {
+    let mut shim = Shim::dev(&["anthropic=1"]);
+    let script = "echo begun; sleep 1000";
+    let before = shim.client();
+    let mut run = before.start(shell("anthropic", script)).unwrap();
+    while !matches!(before.next(&mut run).unwrap(), Some(Event::Stdout(_))) {}
+    let run_id = run.accepted.run_id.clone();
+    shim.reboot();
+    let client = shim.client();
+    let run = client.attach(&run_id, [0; 2]).unwrap();
+    let outcome = client.finish(run).unwrap();
+    assert_eq!(outcome.exited.reason(), ExitReason::Lost);
+    assert_eq!(outcome.exited.message, "the machine was restarted");
+    client.wait_idle("anthropic", 1);
+    docker::wait_containers(&shim.label(), 1);
 }

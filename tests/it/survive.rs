@@ -189,24 +189,6 @@ fn a_run_without_a_caller_goes_on_until_it_is_cancelled() {
 }
 
 #[test]
-fn a_run_of_a_machine_that_was_restarted_is_lost_and_said_to_be() {
-    let mut shim = Shim::dev(&["anthropic=1"]);
-    let script = "echo begun; sleep 1000";
-    let before = shim.client();
-    let mut run = before.start(shell("anthropic", script)).unwrap();
-    read(&before, &mut run, 6);
-    let run_id = run.accepted.run_id.clone();
-    shim.reboot();
-    let client = shim.client();
-    let run = client.attach(&run_id, [0; 2]).unwrap();
-    let outcome = client.finish(run).unwrap();
-    assert_eq!(outcome.exited.reason(), ExitReason::Lost);
-    assert_eq!(outcome.exited.message, "the machine was restarted");
-    client.wait_idle("anthropic", 1);
-    docker::wait_containers(&shim.label(), 1);
-}
-
-#[test]
 fn what_cannot_be_attached_to_is_told_why() {
     let shim = Shim::dev(&["anthropic=1"]);
     let client = shim.client();

@@ -7,7 +7,7 @@ use tokio::{task::JoinHandle, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Slot,
+    Slot, clear,
     fill::{self, Container},
     headroom::{Amount, Share},
     keeper::LONG_RUN,
@@ -85,6 +85,6 @@ async fn make(
             );
         }
     }
-    let _or_the_reaper = fill::clean(&node, &slot, Some(generation)).await;
+    let _or_the_reaper = clear::clean(&node, &slot, Some(generation)).await;
     None
 }

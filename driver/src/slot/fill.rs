@@ -27,8 +27,6 @@ const LABEL_PROVIDER: &str = "dev.polydev.provider";
 /// From the container's start until its init waits. Within the idle CPU limit that
 /// takes well under a second; a busy node may need many.
 const INIT: Duration = Duration::from_secs(60);
-/// For all that may be left of a slot to be removed.
-const CLEAN: Duration = Duration::from_secs(60);
 /// How often to look whether it has ended meanwhile.
 const LOOK: Duration = Duration::from_millis(500);
 /// The user of a runtime image, where the image names it in words.
@@ -134,7 +132,7 @@ impl Container {
 /// Makes the slot's container of a generation.
 ///
 /// # Errors
-/// [`Error`]; a container may be left, for [`clean`].
+/// [`Error`]; a container may be left, for [`clean`](super::clear::clean).
 ///
 /// # Cancel safety
 /// None: it is not to be cancelled.
@@ -222,33 +220,6 @@ async fn make(
         image_id: image.id,
         _image: held,
     })
-}
-
-/// Removes every container of the slot, or of one generation of it, whichever attempt or life
-/// of the driver made it. False if some may be left: then they are the reaper's, once the slot
-/// is at a later generation or has ended.
-pub(super) async fn clean(node: &Node, slot: &Slot, generation: Option<u64>) -> bool {
-    let generation = generation.map(|generation| generation.to_string());
-    let clean = async {
-        let slot_id = slot.identity.slot_id();
-        for container in node.docker.list(LABEL_SLOT, &slot_id).await? {
-            let label = |name: &str| container.labels.get(name);
-            if label(LABEL_INSTANCE) == Some(&node.instance)
-                && (generation.is_none() || label(LABEL_GENERATION) == generation.as_ref())
-            {
-                node.docker.remove(&container.id).await?;
-            }
-        }
-        Ok::<(), docker::Error>(())
-    };
-    match timeout(CLEAN, clean).await {
-        Ok(Ok(())) => return true,
-        Ok(Err(error)) => {
-            tracing::warn!(error = crate::chain(&error), "cannot clean a slot yet");
-        }
-        Err(_) => tracing::warn!("cannot clean a slot yet: Docker is too slow"),
-    }
-    false
 }
 
 async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<(u32, Link), Error> {

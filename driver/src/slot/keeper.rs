@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Claim, Slot,
     ahead::Ahead,
+    clear,
     fill::{self, Container},
     headroom::Amount,
     state::{Event, Life},
@@ -219,7 +220,7 @@ impl Keeper {
         }
         let image = self.slot.config.image.clone();
         // Leftovers of an earlier life of the driver, or of this task's last start.
-        let _or_the_reaper = fill::clean(&self.node, &self.slot, None).await;
+        let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
         if had_run && self.slot.is_on_demand() {
             self.slot.end.send_replace(Some(Ended::Stopped));
             return;
@@ -262,7 +263,7 @@ impl Keeper {
                     served
                 }
                 Err(error) => {
-                    let is_clean = fill::clean(&self.node, &self.slot, None).await;
+                    let is_clean = clear::clean(&self.node, &self.slot, None).await;
                     let reason = crate::chain(&error);
                     // Nomad has a slot for a running one if nobody waits for its start.
                     if let Some(ready) = ready.take_if(|ready| !ready.is_closed()) {
@@ -304,7 +305,7 @@ impl Keeper {
             }
         };
         self.removed().await;
-        let _or_the_reaper = fill::clean(&self.node, &self.slot, None).await;
+        let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
         self.slot.end.send_replace(Some(end));
     }
 
@@ -312,7 +313,7 @@ impl Keeper {
     /// beside it. False if the slot is not wanted any more.
     async fn cleaned(&self) -> bool {
         while self.rest(DOCKER_AWAY).await {
-            if fill::clean(&self.node, &self.slot, None).await {
+            if clear::clean(&self.node, &self.slot, None).await {
                 return true;
             }
         }
@@ -373,11 +374,11 @@ impl Keeper {
         };
         // Before its control group goes, with what it has used.
         self.slot.let_go();
-        self.empty(&mut container).await;
+        clear::empty(&self.node, &mut container).await;
         // Its share is free as well: what it stands for is.
         let run = served.map(|(run, _share)| run);
         self.removed().await;
-        let removal = remove(self.node.clone(), self.slot.clone(), container, run);
+        let removal = clear::remove(self.node.clone(), self.slot.clone(), container, run);
         self.removal = Some(self.node.tasks.spawn(removal));
         if let Some(ahead) = ahead {
             self.next = ahead.take().await;
@@ -419,18 +420,6 @@ impl Keeper {
             false => None,
         };
         (claim, Some(died))
-    }
-
-    /// Ends whatever is in the container, so that the next one never stands beside it.
-    async fn empty(&self, container: &mut Container) {
-        let Container { id, connection, .. } = container;
-        let remove = || async {
-            if let Err(error) = self.node.docker.remove(id).await {
-                let error = crate::chain(&error);
-                tracing::warn!(container = id, error, "cannot remove a container yet");
-            }
-        };
-        connection.end(remove).await;
     }
 
     /// Waits until Docker has removed the last container: a slot has one to be removed at a
@@ -476,29 +465,6 @@ impl Keeper {
             Some(run_id) => format!("Ready: image {image}, for run {run_id} alone; it gets {run}"),
         };
         self.node.events.send(identity, message);
-    }
-}
-
-/// Removes a container in which nothing runs any more, and then says so of its run. Does not
-/// give up while the slot lives. What a drained slot leaves is the reaper's.
-async fn remove(node: Arc<Node>, slot: Arc<Slot>, mut container: Container, run: Option<Arc<Run>>) {
-    let mut failures = 0;
-    while let Err(error) = node.docker.remove(&container.id).await {
-        failures += 1;
-        let error = crate::chain(&error);
-        tracing::warn!(
-            container = container.id,
-            error,
-            "cannot remove a container yet"
-        );
-        tokio::select! {
-            () = sleep(backoff(failures)) => {}
-            () = slot.drain.cancelled() => break,
-        }
-    }
-    container.connection.listener.let_go();
-    if let Some(run) = run {
-        run.is_gone();
     }
 }
 

@@ -1,0 +1,84 @@
+//! What ends a slot's container and clears it away.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{sleep, timeout};
+
+use super::{Slot, fill::Container};
+use crate::{
+    backoff::backoff,
+    docker,
+    identity::{LABEL_GENERATION, LABEL_INSTANCE, LABEL_SLOT},
+    node::Node,
+    run::Run,
+};
+
+/// For all that may be left of a slot to be removed.
+const CLEAN: Duration = Duration::from_secs(60);
+
+/// Ends whatever is in the container, so that the next one never stands beside it.
+pub(super) async fn empty(node: &Node, container: &mut Container) {
+    let Container { id, connection, .. } = container;
+    let remove = || async {
+        if let Err(error) = node.docker.remove(id).await {
+            let error = crate::chain(&error);
+            tracing::warn!(container = id, error, "cannot remove a container yet");
+        }
+    };
+    connection.end(remove).await;
+}
+
+/// Removes a container in which nothing runs any more, and then says so of its run. Does not
+/// give up while the slot lives. What a drained slot leaves is the reaper's.
+pub(super) async fn remove(
+    node: Arc<Node>,
+    slot: Arc<Slot>,
+    mut container: Container,
+    run: Option<Arc<Run>>,
+) {
+    let mut failures = 0;
+    while let Err(error) = node.docker.remove(&container.id).await {
+        failures += 1;
+        let error = crate::chain(&error);
+        tracing::warn!(
+            container = container.id,
+            error,
+            "cannot remove a container yet"
+        );
+        tokio::select! {
+            () = sleep(backoff(failures)) => {}
+            () = slot.drain.cancelled() => break,
+        }
+    }
+    container.connection.listener.let_go();
+    if let Some(run) = run {
+        run.is_gone();
+    }
+}
+
+/// Removes every container of the slot, or of one generation of it, whichever attempt or life
+/// of the driver made it. False if some may be left: then they are the reaper's, once the slot
+/// is at a later generation or has ended.
+pub(super) async fn clean(node: &Node, slot: &Slot, generation: Option<u64>) -> bool {
+    let generation = generation.map(|generation| generation.to_string());
+    let clean = async {
+        let slot_id = slot.identity.slot_id();
+        for container in node.docker.list(LABEL_SLOT, &slot_id).await? {
+            let label = |name: &str| container.labels.get(name);
+            if label(LABEL_INSTANCE) == Some(&node.instance)
+                && (generation.is_none() || label(LABEL_GENERATION) == generation.as_ref())
+            {
+                node.docker.remove(&container.id).await?;
+            }
+        }
+        Ok::<(), docker::Error>(())
+    };
+    match timeout(CLEAN, clean).await {
+        Ok(Ok(())) => return true,
+        Ok(Err(error)) => {
+            tracing::warn!(error = crate::chain(&error), "cannot clean a slot yet");
+        }
+        Err(_) => tracing::warn!("cannot clean a slot yet: Docker is too slow"),
+    }
+    false
+}
