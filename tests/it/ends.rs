@@ -205,10 +205,10 @@ fn a_run_of_a_machine_that_was_restarted_is_lost_and_said_to_be() {
     let run_id = run.accepted.run_id.clone();
     shim.reboot();
     let client = shim.client();
+    client.wait_idle("anthropic", 1);
     let run = client.attach(&run_id, [0; 2]).unwrap();
     let outcome = client.finish(run).unwrap();
     assert_eq!(outcome.exited.reason(), ExitReason::Lost);
     assert_eq!(outcome.exited.message, "the machine was restarted");
-    client.wait_idle("anthropic", 1);
     docker::wait_containers(&shim.label(), 1);
 }
