@@ -3,8 +3,8 @@
 //! Read in the order of a slot's life: [`state`] is the pure machine, [`fill`] makes
 //! a container unless [`breaker`] says that its image is not worth it, [`crate::link`] talks
 //! to its init, [`headroom`] says whether the node has room for a run, [`crate::run`] has what
-//! is run in it, [`ahead`] makes the next container meanwhile if it is to, [`clear`] ends and
-//! removes the old one, and [`keeper`] drives one slot through all of that. [`book`] holds the
+//! is run in it, [`ahead`] makes the next container meanwhile if it is to, [`clear`] removes
+//! the old one, and [`keeper`] drives one slot through all of that. [`book`] holds the
 //! slots of the node for everyone else.
 
 mod ahead;

@@ -115,17 +115,24 @@ pub(crate) fn leftovers(
     last_recovery: Instant,
 ) -> Vec<String> {
     let client = Client::connect(&parts.addresses().any(0));
-    let mut findings = settle(last_recovery, BACK, || {
+    let mut findings = settle(last_recovery, GONE, || {
         let pool = client.pool(PROVIDER);
-        let containers = docker::containers(label).len();
-        if (pool.idle, pool.on_demand, containers) == (SLOTS, 0, SLOTS as usize) {
+        let containers = docker::containers(label);
+        // Slots that Nomad has still to replace have none.
+        if pool.on_demand == 0 && containers.len() == pool.idle as usize {
             vec![]
         } else {
-            vec![format!(
-                "the pool is not what it was: {pool:?}, {containers} containers"
-            )]
+            vec![format!("containers of nothing: {pool:?}, {containers:?}")]
         }
     });
+    findings.extend(settle(last_recovery, BACK, || {
+        let pool = client.pool(PROVIDER);
+        if pool.idle == SLOTS {
+            vec![]
+        } else {
+            vec![format!("the pool is not what it was: {pool:?}")]
+        }
+    }));
     if !findings.is_empty() {
         let allocations = parts.nomad.allocations(&format!("polydev-pool-{PROVIDER}"));
         findings.extend(allocations.iter().map(|alloc| {

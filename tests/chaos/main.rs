@@ -78,10 +78,7 @@ fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
     let traces = check::traces()?;
     let ledger = Ledger::start();
     let nomad = Nomad::start_with("run_headroom {\n cpu = 20000\n memory = 16384\n}");
-    let pool = format!("jobspecs/pool-{PROVIDER}.nomad.hcl");
-    let count = format!("count={SLOTS}");
-    let options = ["-var", &count, "-var", "prepare_ahead=true", &pool];
-    nomad.run(&[&["job", "run", "-detach"], &options[..]].concat());
+    nomad.submit_pool_with(PROVIDER, SLOTS, "prepare_ahead=true");
     let on_demand = format!("jobspecs/on-demand-{PROVIDER}.nomad.hcl");
     nomad.run(&["job", "run", "-detach", &on_demand]);
     let label = instance_label(&nomad.state_dir());

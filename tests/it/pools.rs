@@ -24,9 +24,7 @@ fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     let nomad = Nomad::start_with("run_headroom {\n cpu = 900\n memory = 768\n}");
     let shim = Shim::serve(&nomad.address);
     let client = shim.client();
-    let pool = "jobspecs/pool-anthropic.nomad.hcl";
-    let options = ["-var", "count=3", "-var", "prepare_ahead=true", pool];
-    nomad.run(&[&["job", "run", "-detach"], &options[..]].concat());
+    nomad.submit_pool_with("anthropic", 3, "prepare_ahead=true");
     client.wait_idle("anthropic", 3);
     let label = instance_label(&nomad.state_dir());
     let open = || RunStart {

@@ -324,14 +324,16 @@ impl Nomad {
     /// Submits a file of `jobspecs/`.
     #[track_caller]
     pub fn submit_pool(&self, provider: &str, count: u32) {
+        self.submit_pool_with(provider, count, "prepare_ahead=false");
+    }
+
+    /// As [`Nomad::submit_pool`], with one more of the file's variables, `NAME=VALUE`.
+    #[track_caller]
+    pub fn submit_pool_with(&self, provider: &str, count: u32, variable: &str) {
         let file = format!("jobspecs/pool-{provider}.nomad.hcl");
+        let count = format!("count={count}");
         self.run(&[
-            "job",
-            "run",
-            "-detach",
-            "-var",
-            &format!("count={count}"),
-            &file,
+            "job", "run", "-detach", "-var", &count, "-var", variable, &file,
         ]);
     }
 

@@ -36,6 +36,12 @@ fn a_slot_on_demand_is_for_the_run_of_an_id() {
         refused.starts_with("`slot.run_id` is `${NOMAD_META_run_id}`: the UUID"),
         "{refused}"
     );
+    let ahead = json!({"slot": {"provider": "openai", "run_id": id, "prepare_ahead": true}});
+    let refused = task(&ahead).unwrap_err().to_string();
+    assert!(
+        refused.starts_with("`slot.prepare_ahead` is `true`: "),
+        "{refused}"
+    );
 }
 
 #[test]

@@ -29,6 +29,7 @@ use super::{
     window::{WAITING, Window},
 };
 use crate::{
+    docker::Docker,
     limits::{self, Limits},
     link::{self, Greeted, Link, Listener},
     process::Held,
@@ -65,19 +66,22 @@ pub(crate) struct Connection {
 impl Connection {
     /// Ends init, and with it whatever is in its container: what that took of the node is
     /// free then. One that cannot be killed, as in a paused container, is dockerd's to
-    /// remove: `remove` asks it to.
+    /// remove, which is asked until it has.
     ///
     /// # Cancel safety
-    /// None is needed: what was begun goes on.
-    pub(crate) async fn end<F: Future<Output = ()>>(&mut self, remove: impl Fn() -> F) {
+    /// What was begun goes on.
+    pub(crate) async fn end(&mut self, docker: &Docker, container: &str) {
         if let Some(link) = &mut self.link {
             let released = to_init::Message::Release(Release {});
             let _gone = link.writer.send(released).await;
         }
         self.init.kill();
         while timeout(DIES, self.init.ended()).await.is_err() {
-            tracing::warn!(pid = self.pid, "init cannot be killed, asking dockerd");
-            remove().await;
+            tracing::warn!(container, "init cannot be killed, asking dockerd");
+            if let Err(error) = docker.remove(container).await {
+                let error = crate::chain(&error);
+                tracing::warn!(container, error, "cannot remove a container yet");
+            }
         }
     }
 }

@@ -40,7 +40,7 @@ pub(crate) fn recover(node: &Arc<Node>, open: Vec<Open>) {
     }
 }
 
-async fn resume(node: &Arc<Node>, run: &Run, inputs: mpsc::Receiver<Input>) {
+async fn resume(node: &Node, run: &Run, inputs: mpsc::Receiver<Input>) {
     let claimed = &run.claimed;
     let runs = &node.runs;
     let lost = |message: &str| runs.ended(run, run.end(Reason::Lost, message));
@@ -84,8 +84,6 @@ async fn resume(node: &Arc<Node>, run: &Run, inputs: mpsc::Receiver<Input>) {
         link: None,
     };
     carry::resume(runs, run, &mut connection, limits.as_ref(), inputs).await;
-    connection
-        .end(|| reap::remove(node, &claimed.container))
-        .await;
+    connection.end(&node.docker, &claimed.container).await;
     connection.listener.let_go();
 }

@@ -1,4 +1,4 @@
-//! What ends a slot's container and clears it away.
+//! What clears a slot's containers away.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,18 +15,6 @@ use crate::{
 
 /// For all that may be left of a slot to be removed.
 const CLEAN: Duration = Duration::from_secs(60);
-
-/// Ends whatever is in the container, so that the next one never stands beside it.
-pub(super) async fn empty(node: &Node, container: &mut Container) {
-    let Container { id, connection, .. } = container;
-    let remove = || async {
-        if let Err(error) = node.docker.remove(id).await {
-            let error = crate::chain(&error);
-            tracing::warn!(container = id, error, "cannot remove a container yet");
-        }
-    };
-    connection.end(remove).await;
-}
 
 /// Removes a container in which nothing runs any more, and then says so of its run. Does not
 /// give up while the slot lives. What a drained slot leaves is the reaper's.

@@ -270,8 +270,12 @@ impl Keeper {
                         let _agent_gone = ready.send(Err(error));
                         break self.give_up(reason);
                     }
-                    if !is_clean && !self.cleaned().await {
-                        break Ended::Stopped;
+                    if !is_clean {
+                        let reason = reason.clone();
+                        self.slot.apply(Event::Held { reason });
+                        if !self.cleaned().await {
+                            break Ended::Stopped;
+                        }
                     }
                     let held = match &error {
                         fill::Error::Open(open) => Some(open.retry_in.min(LOOK_AGAIN)),
@@ -374,7 +378,9 @@ impl Keeper {
         };
         // Before its control group goes, with what it has used.
         self.slot.let_go();
-        clear::empty(&self.node, &mut container).await;
+        // The next one never stands beside it.
+        let Container { id, connection, .. } = &mut container;
+        connection.end(&self.node.docker, id).await;
         // Its share is free as well: what it stands for is.
         let run = served.map(|(run, _share)| run);
         self.removed().await;
