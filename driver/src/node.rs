@@ -3,6 +3,7 @@
 
 pub mod files;
 pub mod lock;
+pub mod records;
 pub mod service;
 
 use std::{collections::HashMap, io, path::PathBuf, sync::Arc};
@@ -19,7 +20,7 @@ use crate::{
     images::Images,
     run::{self, book::Runs, recover::Open},
     sandbox::Networks,
-    slot::{book::Book, breaker::Breakers, headroom::Headroom},
+    slot::{adopt::Shelf, book::Book, breaker::Breakers, headroom::Headroom},
     task::{self, journal::Journal},
 };
 use lock::Lock;
@@ -59,6 +60,8 @@ pub struct Node {
     pub compute: Compute,
     pub images: Arc<Images>,
     pub slots: Book,
+    /// Idle containers, as the next life of the driver will find them.
+    pub idle: Shelf,
     pub runs: Arc<Runs>,
     pub headroom: Arc<Headroom>,
     pub breakers: Breakers,
@@ -114,6 +117,7 @@ impl Node {
             link_dir,
             resolv_conf,
             journal,
+            idle,
             runs,
             open,
             listener,
@@ -136,6 +140,7 @@ impl Node {
             resolv_conf,
             compute,
             slots: Book::new(),
+            idle,
             runs: runs.into(),
             plain: task::book::Book::default(),
             journal,
@@ -204,6 +209,7 @@ struct Prepared {
     link_dir: PathBuf,
     resolv_conf: PathBuf,
     journal: Journal,
+    idle: Shelf,
     runs: Runs,
     /// Runs that go on.
     open: Vec<Open>,
@@ -220,7 +226,8 @@ impl Prepared {
         let (runs, open) = Runs::open(&config.state_dir)?;
         let tasks = journal.read().into_iter().filter_map(|entry| entry.link);
         let links = open.iter().map(|open| open.link().to_owned());
-        let in_use: Vec<PathBuf> = tasks.chain(links).collect();
+        let idle = Shelf::open(&config.state_dir)?;
+        let in_use: Vec<PathBuf> = tasks.chain(links).chain(idle.links()).collect();
         let link_dir = files::folder_of(&config.state_dir.join("link"), &in_use)?;
 
         let path = socket_path(config);
@@ -232,6 +239,7 @@ impl Prepared {
             link_dir,
             resolv_conf,
             journal,
+            idle,
             runs,
             open,
             listener,

@@ -115,11 +115,11 @@ async fn reap(node: &Node, strays: &mut HashMap<String, Instant>) -> Result<(), 
     Ok(())
 }
 
-/// Whether an earlier life of the driver left it: nobody will ever use it, since a slot that
-/// Nomad asks for after a restart gets a new container.
+/// Whether an earlier life of the driver left it and nobody will ever use it: a slot that Nomad
+/// asks for after a restart takes up what was idle, and nothing else.
 fn is_left(node: &Node, container: &docker::Listed) -> bool {
     let start = container.labels.get(LABEL_START);
-    start.is_some_and(|start| *start != node.start_id)
+    start.is_some_and(|start| *start != node.start_id) && !node.idle.holds(&container.id)
 }
 
 fn is_known(node: &Node, container: &docker::Listed) -> bool {
@@ -131,10 +131,12 @@ fn is_known(node: &Node, container: &docker::Listed) -> bool {
         if node.runs.holds(&container.id) {
             return true;
         }
-        let slot = node.slots.by_slot_id(slot_id);
+        let Some(slot) = node.slots.by_slot_id(slot_id) else {
+            return false;
+        };
         let generation = label(LABEL_GENERATION).and_then(|generation| generation.parse().ok());
-        return !is_left(node, container)
-            && slot.is_some_and(|slot| generation >= Some(slot.life().generation()));
+        return slot.has(&container.id)
+            || (!is_left(node, container) && generation >= Some(slot.life().generation()));
     }
     // Nomad asks for an allocation's network before its tasks, and keeps it after them.
     label(LABEL_NETWORK).is_some_and(|alloc_id| node.networks.holds(alloc_id))

@@ -1,12 +1,14 @@
 //! Warm slots: allocations that keep an idle container ready and turn it, once, into a run.
 //!
 //! Read in the order of a slot's life: [`state`] is the pure machine, [`fill`] makes
-//! a container unless [`breaker`] says that its image is not worth it, [`crate::link`] talks
+//! a container unless [`breaker`] says that its image is not worth it, [`adopt`] takes up one
+//! that an earlier life of the driver left, [`crate::link`] talks
 //! to its init, [`headroom`] says whether the node has room for a run, [`crate::run`] has what
 //! is run in it, [`ahead`] makes the next container meanwhile if it is to, [`clear`] removes
 //! the old one, and [`keeper`] drives one slot through all of that. [`book`] holds the
 //! slots of the node for everyone else.
 
+pub mod adopt;
 mod ahead;
 pub mod book;
 pub mod breaker;
@@ -176,6 +178,14 @@ impl Slot {
         let mut container = self.container();
         container.limits = Some(limits);
         container.occupant = Some(occupant);
+    }
+
+    /// Whether that is its container.
+    pub(crate) fn has(&self, container: &str) -> bool {
+        let occupant = &self.container().occupant;
+        occupant
+            .as_ref()
+            .is_some_and(|occupant| occupant.container == container)
     }
 
     /// Its container is of no more use: what it used has been used.

@@ -447,7 +447,17 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     };
     let after = nomad.wait_running("polydev-pool-anthropic", 3);
     assert_eq!(ids(&after), ids(&before));
-    docker::wait_containers(&instance_label(&nomad.state_dir()), 3);
+
+    // An idle container is the next driver's too, and is claimed once; then the slot has another.
+    let label = instance_label(&nomad.state_dir());
+    let idle = docker::wait_containers(&label, 3);
+    kill_driver(&nomad);
+    let outcome = client.run(shell("anthropic", "echo again")).unwrap();
+    assert_eq!(outcome.stdout(), "again\n");
+    client.wait_idle("anthropic", 3);
+    let still = docker::wait_containers(&label, 3);
+    let kept = still.iter().filter(|id| idle.contains(id)).count();
+    assert_eq!(kept, 2, "of {idle:?} in {still:?}");
 }
 
 /// The agent's clean stop ends the plugin: runs go on without it.

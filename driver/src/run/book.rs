@@ -125,12 +125,14 @@ pub enum NotFound {
 }
 
 /// A container that a claim gets, as the journal must have it.
-#[derive(Debug, Clone)]
-pub(crate) struct Occupant {
-    pub(crate) container: String,
-    pub(crate) pid: u32,
-    pub(crate) pid_start: u64,
-    pub(crate) link: PathBuf,
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Occupant {
+    pub container: String,
+    /// Its init, as the host counts, and when the kernel says that it began.
+    pub pid: u32,
+    pub pid_start: u64,
+    /// The folder of its socket.
+    pub link: PathBuf,
 }
 
 impl Runs {

@@ -101,7 +101,7 @@ pub(super) struct Container {
     pub(super) connection: Connection,
     pub(super) limits: Arc<limits::Handle>,
     pub(super) image_id: String,
-    _image: Use,
+    pub(super) _image: Use,
 }
 
 impl Container {

@@ -13,7 +13,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Claim, Slot,
+    Claim, Slot, adopt,
     ahead::Ahead,
     clear,
     fill::{self, Container},
@@ -82,7 +82,10 @@ impl Slot {
         // Of an earlier life of the driver.
         let slot_id = identity.slot_id();
         let open = node.runs.open_in(&slot_id);
-        let generation = node.runs.last_generation(&slot_id) + 1;
+        let last = node.runs.last_generation(&slot_id);
+        let left = node.idle.left_in(&slot_id);
+        let left = left.filter(|left| open.is_none() && left.generation > last);
+        let generation = left.map_or(last + 1, |left| left.generation);
         let life = Life::new(generation, config.run_id.clone(), now);
         let life = match &open {
             Some(run) => life.resumed(run.claimed.run_id.clone(), run.claimed.generation),
@@ -200,7 +203,7 @@ struct Keeper {
     granted: mpsc::Receiver<Claim>,
     /// Containers that failed since the last good one.
     failures: u32,
-    /// Prepared during the last run.
+    /// Prepared during the last run, or taken up.
     next: Option<Container>,
     /// Of the last container.
     removal: Option<JoinHandle<()>>,
@@ -219,8 +222,11 @@ impl Keeper {
             self.wait_for(&run).await;
         }
         let image = self.slot.config.image.clone();
-        // Leftovers of an earlier life of the driver, or of this task's last start.
-        let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
+        self.next = adopt::adopt(&self.node, &self.slot).await;
+        if self.next.is_none() {
+            // Leftovers of an earlier life of the driver, or of this task's last start.
+            let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
+        }
         if had_run && self.slot.is_on_demand() {
             self.slot.end.send_replace(Some(Ended::Stopped));
             return;
@@ -228,17 +234,18 @@ impl Keeper {
         let end = loop {
             let generation = self.slot.life().generation();
             let filled = match self.next.take() {
-                Some(prepared) => Ok(prepared),
+                Some(container) => Ok(container),
                 None => fill::fill(&self.node, &self.slot, generation).await,
             };
             if self.slot.drain.is_cancelled() {
                 break Ended::Stopped;
             }
             let failure = match filled {
-                Ok(container) => {
+                Ok(mut container) => {
                     let image_id = container.image_id.clone();
                     self.slot
                         .hold(container.limits.clone(), container.occupant());
+                    adopt::keep(&self.node, &self.slot, &mut container);
                     self.slot.apply(Event::Warmed);
                     if let Some(ready) = ready.take() {
                         self.announce();
@@ -310,6 +317,7 @@ impl Keeper {
         };
         self.removed().await;
         let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
+        self.node.idle.forget(&self.slot.identity.slot_id());
         self.slot.end.send_replace(Some(end));
     }
 

@@ -2,14 +2,20 @@
 //! written before the task can run and read before Nomad can ask.
 
 use std::{
-    fs, io,
+    fs,
     net::IpAddr,
     path::{Path, PathBuf},
     time::SystemTime,
 };
 
 use super::{Exit, plan::OutputPath};
-use crate::{identity::Identity, node::files};
+use crate::{
+    identity::Identity,
+    node::{
+        files,
+        records::{Found, Records},
+    },
+};
 
 /// A task as the journal has it.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
@@ -41,61 +47,34 @@ pub struct Entry {
     pub marked: Option<SystemTime>,
 }
 
-/// The folder of entries.
+/// The entries, and the files of their tasks.
 #[derive(Debug)]
-pub struct Journal {
-    folder: PathBuf,
-}
+pub struct Journal(Records<Entry>);
 
 impl Journal {
     /// # Errors
     /// [`files::Error`] if the folder cannot be made.
     pub fn open(state_dir: &Path) -> Result<Self, files::Error> {
-        let folder = state_dir.join("tasks");
-        match fs::create_dir(&folder) {
-            Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
-                Err(files::Error::Write {
-                    path: folder,
-                    source,
-                })
-            }
-            _ => Ok(Self { folder }),
-        }
+        Records::open(state_dir.join("tasks")).map(Self)
     }
 
-    /// All entries. One that cannot be read is reported and left for a person to see.
+    /// All entries that can be read.
     #[must_use]
     pub fn read(&self) -> Vec<Entry> {
-        let files = fs::read_dir(&self.folder).into_iter().flatten().flatten();
-        let entries = files.filter_map(|file| {
-            let path = file.path();
-            if path.extension().is_none_or(|extension| extension != "json") {
-                return None;
-            }
-            let entry = fs::read(&path)
-                .map_err(|error| error.to_string())
-                .and_then(|text| Entry::decode(&text).map_err(|error| error.to_string()));
-            let marked = file.metadata().and_then(|metadata| metadata.modified()).ok();
-            entry
-                .map(|entry| Entry { marked, ..entry })
-                .inspect_err(|error| {
-                    tracing::error!(path = %path.display(), error, "a task's journal cannot be read");
-                })
-                .ok()
-        });
+        let found = self.0.read().into_iter();
+        let entries = found.map(|Found { record, marked }| Entry { marked, ..record });
         entries.collect()
     }
 
     /// # Errors
     /// [`files::Error::Write`]
     pub fn write(&self, entry: &Entry) -> Result<(), files::Error> {
-        files::write(&self.path(&entry.identity), &entry.encode(), 0o600)
+        self.0.write(&entry.identity.container_name(), entry)
     }
 
     /// Remembers that the task's output has been read until now.
     pub fn mark(&self, identity: &Identity) {
-        let file = fs::File::options().append(true).open(self.path(identity));
-        if let Err(error) = file.and_then(|file| file.set_modified(SystemTime::now())) {
+        if let Err(error) = self.0.mark(&identity.container_name()) {
             tracing::debug!(%error, "output may be read twice");
         }
     }
@@ -103,42 +82,15 @@ impl Journal {
     /// The folder for files that a task's container is given; removed with its entry.
     #[must_use]
     pub fn files(&self, identity: &Identity) -> PathBuf {
-        self.folder
+        self.0
+            .folder()
             .join(format!("{}.files", identity.container_name()))
     }
 
     /// Forgets a task; one that is forgotten already is fine.
     pub fn remove(&self, identity: &Identity) {
         let _there_are_none = fs::remove_dir_all(self.files(identity));
-        let path = self.path(identity);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %path.display(), %error, "a task's journal is left");
-            }
-            _ => {}
-        }
-    }
-
-    fn path(&self, identity: &Identity) -> PathBuf {
-        self.folder
-            .join(format!("{}.json", identity.container_name()))
-    }
-}
-
-impl Entry {
-    /// Reads one entry's bytes.
-    ///
-    /// # Errors
-    /// If they are not an entry.
-    pub fn decode(text: &[u8]) -> Result<Self, serde_json::Error> {
-        serde_json::from_slice(text)
-    }
-
-    /// # Panics
-    /// If the task started before 1970.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        serde_json::to_vec(self).expect("an entry can be written as JSON")
+        self.0.remove(&identity.container_name());
     }
 }
 
@@ -175,7 +127,7 @@ pub(crate) mod tests {
     proptest::proptest! {
         #[test]
         fn any_bytes_are_read_without_a_panic(bytes in proptest::collection::vec(proptest::arbitrary::any::<u8>(), 0..300)) {
-            let _refused = Entry::decode(&bytes).is_err();
+            let _refused = serde_json::from_slice::<Entry>(&bytes).is_err();
         }
     }
 

@@ -1,0 +1,297 @@
+//! Idle containers of an earlier life of the driver: they wait on, and their slots take them
+//! up again. Docker is not asked for anything.
+//!
+//! One that a run was ever granted is not taken up, even if that run never reached it.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use polydev_proto::init::hello;
+use tokio::time::timeout;
+
+use super::{Slot, fill::Container};
+use crate::{
+    limits::{self, Limits},
+    link::{self, Greeted, Listener},
+    node::{Node, files, records::Records},
+    process::Held,
+    run::{book::Occupant, carry::Connection},
+};
+
+/// Init looks for the driver several times a second.
+const BACK: Duration = Duration::from_secs(10);
+
+/// An idle container, as the next life of the driver must know it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Idle {
+    pub slot_id: String,
+    pub generation: u64,
+    pub occupant: Occupant,
+    pub image: String,
+    pub image_id: String,
+    /// How it was made: one that would be made otherwise by now is of no use.
+    pub made: Made,
+}
+
+/// What decides how a slot's container is made, beside its image.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Made {
+    /// The driver's version.
+    pub version: String,
+    /// Named by its content.
+    pub init: PathBuf,
+    pub limits: Limits,
+}
+
+impl Made {
+    fn by(node: &Node, slot: &Slot) -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION").into(),
+            init: node.init.clone(),
+            limits: slot.idle,
+        }
+    }
+}
+
+/// Why a container is not taken up. The slot makes another.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("it is not as one that would be made now")]
+    Other,
+    #[error("it has ended")]
+    Ended,
+    #[error("init cannot be used")]
+    Link(#[from] link::Error),
+    #[error("init did not come back within {} s", BACK.as_secs())]
+    Away,
+    #[error("cannot open the container's limits")]
+    Limits(#[from] limits::Error),
+}
+
+/// What is on record, by slot.
+#[derive(Debug)]
+pub struct Shelf {
+    records: Records<Idle>,
+    /// Those of an earlier life of the driver that Nomad has not asked for yet.
+    left: Mutex<HashMap<String, Idle>>,
+}
+
+impl Shelf {
+    /// Reads what an earlier life of the driver left, and forgets those that have ended.
+    ///
+    /// # Errors
+    /// [`files::Error`] if the folder cannot be made.
+    pub fn open(state_dir: &Path) -> Result<Self, files::Error> {
+        let records = Records::open(state_dir.join("idle"))?;
+        let mut left = HashMap::new();
+        for found in records.read() {
+            let idle: Idle = found.record;
+            let Occupant { pid, pid_start, .. } = idle.occupant;
+            if Held::find(pid, pid_start).is_some() {
+                left.insert(idle.slot_id.clone(), idle);
+            } else {
+                records.remove(&name(&idle.slot_id));
+            }
+        }
+        Ok(Self {
+            records,
+            left: left.into(),
+        })
+    }
+
+    /// The folders of their sockets, which are in use.
+    pub fn links(&self) -> Vec<PathBuf> {
+        let left = self.left();
+        left.values()
+            .map(|idle| idle.occupant.link.clone())
+            .collect()
+    }
+
+    /// Whether the container may still be taken up.
+    #[must_use]
+    pub fn holds(&self, container: &str) -> bool {
+        let left = self.left();
+        left.values()
+            .any(|idle| idle.occupant.container == container)
+    }
+
+    /// What an earlier life of the driver left in the slot.
+    pub(super) fn left_in(&self, slot_id: &str) -> Option<Idle> {
+        self.left().get(slot_id).cloned()
+    }
+
+    /// What was left in the slot is taken up, or is of no use.
+    fn settle(&self, slot_id: &str) {
+        self.left().remove(slot_id);
+    }
+
+    /// Puts a slot's container on record, in place of the last one. If that fails, the next
+    /// life of the driver makes another.
+    fn put(&self, idle: &Idle) {
+        self.settle(&idle.slot_id);
+        if let Err(error) = self.records.write(&name(&idle.slot_id), idle) {
+            let (slot, error) = (&idle.slot_id, crate::chain(&error));
+            tracing::warn!(slot, error, "an idle container is not on record");
+        }
+    }
+
+    /// The slot has ended.
+    pub(super) fn forget(&self, slot_id: &str) {
+        self.settle(slot_id);
+        self.records.remove(&name(slot_id));
+    }
+
+    fn left(&self) -> MutexGuard<'_, HashMap<String, Idle>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn name(slot_id: &str) -> String {
+    slot_id.replace('/', "_")
+}
+
+/// Sees to it that the slot's container can be taken up by the next life of the driver.
+pub(super) fn keep(node: &Node, slot: &Slot, container: &mut Container) {
+    container.connection.listener.keep();
+    node.idle.put(&Idle {
+        slot_id: slot.identity.slot_id(),
+        generation: slot.life().generation(),
+        occupant: container.occupant(),
+        image: slot.config.image.clone(),
+        image_id: container.image_id.clone(),
+        made: Made::by(node, slot),
+    });
+}
+
+/// Takes up what is left in the slot, if it is as one that would be made now. `None` if there
+/// is nothing of use; what there is ends then.
+///
+/// # Cancel safety
+/// None: it is not to be cancelled.
+pub(super) async fn adopt(node: &Node, slot: &Slot) -> Option<Container> {
+    let slot_id = slot.identity.slot_id();
+    let idle = node.idle.left_in(&slot_id)?;
+    let Occupant {
+        container, link, ..
+    } = idle.occupant.clone();
+    match take_up(node, slot, idle).await {
+        Ok(adopted) => {
+            tracing::info!(slot = slot_id, container, "an idle container is taken up");
+            Some(adopted)
+        }
+        Err(error) => {
+            let error = crate::chain(&error);
+            tracing::info!(
+                slot = slot_id,
+                container,
+                error,
+                "an idle container is not taken up"
+            );
+            node.idle.settle(&slot_id);
+            let _gone_already = std::fs::remove_dir_all(link);
+            None
+        }
+    }
+}
+
+async fn take_up(node: &Node, slot: &Slot, idle: Idle) -> Result<Container, Error> {
+    let Idle {
+        generation,
+        occupant,
+        image,
+        image_id,
+        made,
+        ..
+    } = idle;
+    let is_as_now = made == Made::by(node, slot)
+        && image == slot.config.image
+        && generation == slot.life().generation();
+    if !is_as_now {
+        return Err(Error::Other);
+    }
+    let init = Held::find(occupant.pid, occupant.pid_start).ok_or(Error::Ended)?;
+    let listener = Listener::bind_again(&occupant.link)?;
+    let accept = timeout(BACK, listener.accept(|pid| pid == occupant.pid));
+    let link = tokio::select! {
+        biased;
+        () = init.ended() => return Err(Error::Ended),
+        accepted = accept => match accepted.map_err(|_| Error::Away)?? {
+            Greeted { state: hello::State::Waiting(_), link, .. } => link,
+            Greeted { .. } => return Err(link::Error::NotWaiting.into()),
+        },
+    };
+    let limits = {
+        let (pid, idle) = (occupant.pid, slot.idle);
+        tokio::task::spawn_blocking(move || limits::Handle::open(pid, &idle)).await
+    };
+    Ok(Container {
+        id: occupant.container,
+        connection: Connection {
+            listener,
+            init,
+            pid: occupant.pid,
+            link: Some(link),
+        },
+        limits: Arc::new(limits.expect("opening limits does not panic")?),
+        image_id,
+        _image: node.images.hold(&image),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn idle(slot_id: &str, pid: u32, pid_start: u64) -> Idle {
+        Idle {
+            slot_id: slot_id.into(),
+            generation: 3,
+            occupant: Occupant {
+                container: format!("container of {slot_id}"),
+                pid,
+                pid_start,
+                link: "/state/link/1".into(),
+            },
+            image: "image:1".into(),
+            image_id: "sha256:1".into(),
+            made: Made {
+                version: "1".into(),
+                init: "/state/init-1".into(),
+                limits: Limits::IDLE,
+            },
+        }
+    }
+
+    #[tokio::test]
+    async fn what_lives_is_found_after_a_restart_until_it_is_settled() {
+        let folder = tempfile::tempdir().unwrap();
+        let own = Held::open(std::process::id()).unwrap();
+        let (lives, ended) = (
+            idle("node/lives", std::process::id(), own.start),
+            idle("node/ended", std::process::id(), own.start + 1),
+        );
+        let shelf = Shelf::open(folder.path()).unwrap();
+        shelf.put(&lives);
+        shelf.put(&ended);
+        assert!(!shelf.holds(&lives.occupant.container), "it is this life's");
+
+        let shelf = Shelf::open(folder.path()).unwrap();
+        assert_eq!(shelf.left_in("node/lives"), Some(lives.clone()));
+        assert_eq!(shelf.left_in("node/ended"), None);
+        assert!(shelf.holds(&lives.occupant.container));
+        assert_eq!(shelf.links(), ["/state/link/1"].map(PathBuf::from));
+        shelf.settle("node/lives");
+        assert!(!shelf.holds(&lives.occupant.container));
+
+        let shelf = Shelf::open(folder.path()).unwrap();
+        assert_eq!(shelf.left_in("node/lives"), Some(lives));
+        shelf.forget("node/lives");
+        assert!(shelf.links().is_empty());
+        let shelf = Shelf::open(folder.path()).unwrap();
+        assert_eq!(shelf.left_in("node/lives"), None);
+    }
+}
