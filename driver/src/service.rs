@@ -112,9 +112,10 @@ impl Service {
         config.check_allowed(&node.config).map_err(Error::Config)?;
         match config {
             Config::Slot(config) => {
-                let Some(ready) = start::slot(&node, task, config)? else {
+                let Some((slot, ready)) = start::slot(&node, task, config)? else {
                     return Ok(());
                 };
+                slot.want();
                 let failed = match ready.await {
                     Ok(Ok(())) => return Ok(()),
                     Ok(Err(error)) => Error::Start(error),

@@ -12,6 +12,7 @@ pub mod adopt;
 mod ahead;
 pub mod book;
 pub mod breaker;
+mod claim;
 mod clear;
 mod fill;
 pub mod headroom;
@@ -33,7 +34,7 @@ use crate::{
     config,
     identity::Identity,
     limits::{self, Limits, Usage},
-    run::{Run, book::Occupant, carry::Order, claim::Refusal},
+    run::{Run, book::Occupant, carry::Order},
 };
 use headroom::Share;
 use state::{Event, Life, State};
@@ -49,6 +50,8 @@ pub struct Slot {
     life: Mutex<Life>,
     /// Filled by a granted claim only, of which there is one at a time.
     claims: mpsc::Sender<Claim>,
+    /// Nomad means the slot to be.
+    wanted: CancellationToken,
     /// Nomad wants the slot gone: no new claim, and its end when the run has ended.
     drain: CancellationToken,
     /// Nothing of the slot may be left, run or not.
@@ -78,6 +81,12 @@ impl Slot {
     #[must_use]
     pub fn life(&self) -> Life {
         self.lock().clone()
+    }
+
+    /// Nomad waits for the slot's end. A slot that it has recovered does nothing before: Nomad
+    /// recovers tasks that are dead to it as well, to destroy them.
+    pub fn want(&self) {
+        self.wanted.cancel();
     }
 
     /// No further claim; the slot ends when its run, if it has one, has ended.
@@ -131,33 +140,6 @@ impl Slot {
             throttled: container.past.throttled + now.throttled,
             ..now
         }
-    }
-
-    /// Decides about a claim, once and for good: the only place where one is granted.
-    ///
-    /// # Errors
-    /// [`Refusal`] if the slot is not idle at this generation, or `room` refuses; the slot is
-    /// as it was.
-    fn grant(
-        &self,
-        generation: u64,
-        run_id: &str,
-        room: impl FnOnce(Occupant) -> Result<Share, Refusal>,
-    ) -> Result<Share, Refusal> {
-        let claimed = Event::Claimed {
-            generation,
-            run_id: run_id.to_owned(),
-        };
-        let mut life = self.lock();
-        let mut next = life.clone();
-        next.apply(claimed, SystemTime::now())
-            .map_err(Refusal::Taken)?;
-        let occupant = self.container().occupant.clone();
-        let share = room(occupant.expect("an idle slot has a container"))?;
-        *life = next;
-        drop(life);
-        self.changed.send_modify(|version| *version += 1);
-        Ok(share)
     }
 
     fn try_apply(&self, event: Event) -> Result<(), state::Refused> {

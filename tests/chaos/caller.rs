@@ -48,13 +48,11 @@ pub(crate) struct Spec {
 
 /// Puts its id into the ledger, then prints what only it would print.
 const SCRIPT: &str = r#"
-exec 3<>"/dev/tcp/$1/$2" || exit 98
-echo "$3" >&3
-read -r written <&3 && [ "$written" = written ] || exit 97
-seq -f "$3 %.0f" 1 "$4"
-seq -f "$3 error %.0f" 1 "$5" >&2
+[ "$(echo "$3" | nc "$1" "$2")" = written ] || exit 97
+seq 1 "$4" | sed "s/^/$3 /"
+seq 1 "$5" | sed "s/^/$3 error /" >&2
 sleep "$6"
-seq -f "$3 %.0f" "$(($4 + 1))" "$(($4 + $4))"
+seq "$(($4 + 1))" "$(($4 + $4))" | sed "s/^/$3 /"
 exit "$7"
 "#;
 
@@ -86,7 +84,7 @@ impl Spec {
     fn start(&self, attempt: u32) -> RunStart {
         let ledger = (self.ledger.ip().to_string(), self.ledger.port().to_string());
         let words = [
-            "bash",
+            "sh",
             "-c",
             SCRIPT,
             "chaos",

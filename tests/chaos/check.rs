@@ -3,13 +3,17 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs, io,
+    fs,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use polydev_proto::runtime::ExitReason;
-use polydev_tests::{client::Client, docker, job::events};
+use polydev_tests::{
+    client::Client,
+    cluster::{Cluster, NODES},
+    job::events,
+};
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -22,7 +26,8 @@ use crate::{
 const GONE: Duration = Duration::from_secs(10);
 
 /// For the pool to be what it was: Nomad gives a task up whose driver dies twice while it is
-/// started, and replaces it after two minutes at most.
+/// started, and replaces it after two minutes at most. A slot on demand whose shim died before
+/// it could withdraw it ends after one.
 const BACK: Duration = Duration::from_secs(150);
 
 /// What is wrong with the runs, a line each; so many `containers` were killed.
@@ -110,16 +115,16 @@ fn problem(call: &Call, times: u32) -> Option<String> {
 /// What is left of it all; takes it away.
 pub(crate) fn leftovers(
     parts: Parts,
-    label: &str,
     traces: &HashSet<String>,
     last_recovery: Instant,
 ) -> Vec<String> {
     let client = Client::connect(&parts.addresses().any(0));
+    let cluster = &parts.cluster;
     let mut findings = settle(last_recovery, GONE, || {
         let pool = client.pool(PROVIDER);
-        let containers = docker::containers(label);
+        let containers = containers(cluster, "{{.ID}}");
         // Slots that Nomad has still to replace have none.
-        if pool.on_demand == 0 && containers.len() == pool.idle as usize {
+        if containers.len() == (pool.idle + pool.on_demand) as usize {
             vec![]
         } else {
             vec![format!("containers of nothing: {pool:?}, {containers:?}")]
@@ -127,38 +132,35 @@ pub(crate) fn leftovers(
     });
     findings.extend(settle(last_recovery, BACK, || {
         let pool = client.pool(PROVIDER);
-        if pool.idle == SLOTS {
+        if pool.idle == SLOTS && pool.on_demand == 0 {
             vec![]
         } else {
             vec![format!("the pool is not what it was: {pool:?}")]
         }
     }));
     if !findings.is_empty() {
-        let allocations = parts.nomad.allocations(&format!("polydev-pool-{PROVIDER}"));
-        findings.extend(allocations.iter().map(|alloc| {
+        let path = format!("/v1/job/polydev-pool-{PROVIDER}/allocations");
+        let allocations = cluster.get(&path);
+        findings.extend(allocations.as_array().into_iter().flatten().map(|alloc| {
             let (id, status) = (&alloc["ID"], &alloc["ClientStatus"]);
             format!("allocation {id}, {status}: {}", events(alloc))
         }));
     }
     for job in ["pool", "on-demand"] {
         let job = format!("polydev-{job}-{PROVIDER}");
-        parts.nomad.run(&["job", "stop", "-detach", "-yes", &job]);
+        cluster.run(&["job", "stop", "-detach", "-yes", &job]);
     }
-    let links = parts.nomad.state_dir().join("link");
     findings.extend(settle(Instant::now(), GONE, || {
-        let filter = format!("label={label}");
         let format = r#"container {{.Names}} of slot {{.Label "dev.polydev.slot"}}, {{.Status}}"#;
-        let containers = docker::docker(&["ps", "--all", "--filter", &filter, "--format", format]);
-        let mut left: Vec<String> = containers.lines().map(str::to_owned).collect();
-        left.extend(
-            below(&links)
-                .into_iter()
-                .map(|path| format!("socket folder {path}")),
-        );
-        let now = self::traces().unwrap_or_default();
+        let mut left = containers(cluster, format);
+        for node in 0..NODES {
+            let links = below(&cluster.state_dir(node).join("link"));
+            left.extend(links.iter().map(|path| format!("socket folder {path}")));
+        }
+        let now = self::traces(cluster);
         left.extend(now.difference(traces).cloned());
         let prefix = format!("/v1/jobs?prefix=polydev-on-demand-{PROVIDER}/");
-        let jobs = parts.nomad.get(&prefix);
+        let jobs = cluster.get(&prefix);
         let open = jobs
             .as_array()
             .into_iter()
@@ -181,6 +183,11 @@ fn settle(since: Instant, limit: Duration, look: impl Fn() -> Vec<String>) -> Ve
     }
 }
 
+fn containers(cluster: &Cluster, format: &str) -> Vec<String> {
+    let listed = (0..NODES).flat_map(|node| cluster.containers(node, format));
+    listed.collect()
+}
+
 fn below(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries
@@ -188,15 +195,20 @@ fn below(folder: &Path) -> Vec<String> {
         .collect()
 }
 
-/// What Docker makes for containers besides themselves: the ends of their networks in this
-/// namespace, and their control groups.
-pub(crate) fn traces() -> io::Result<HashSet<String>> {
-    let names = fs::read_dir("/sys/class/net")?.flatten();
-    let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let mut traces: HashSet<String> = names
-        .filter(|name| name.starts_with("veth"))
-        .map(|name| format!("interface {name}"))
-        .collect();
+/// What Docker makes for containers besides themselves: the ends of their networks in their
+/// node's namespace, and their control groups.
+pub(crate) fn traces(cluster: &Cluster) -> HashSet<String> {
+    let links = |node: usize| {
+        let links = cluster.engines[node]
+            .namespace()
+            .ip(&["-oneline", "link", "show"]);
+        let names = links.lines().filter_map(|line| line.split(": ").nth(1));
+        let names: Vec<String> = names
+            .map(|name| format!("interface {name} of node {node}"))
+            .collect();
+        names
+    };
+    let mut traces: HashSet<String> = (0..NODES).flat_map(links).collect();
     let mut folders = vec![PathBuf::from("/sys/fs/cgroup")];
     while let Some(folder) = folders.pop() {
         // One that is gone by now has nothing below it.
@@ -210,7 +222,7 @@ pub(crate) fn traces() -> io::Result<HashSet<String>> {
             }
         }
     }
-    Ok(traces)
+    traces
 }
 
 /// Whether a control group's name is that of a container: its id, or `docker-ID.scope`.

@@ -10,13 +10,19 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use polydev_tests::{docker, nomad::Nomad, process::output, shim::Shim, wait_until};
+use polydev_tests::{
+    cluster::{Cluster, NODES},
+    shim::Shim,
+    wait_until,
+};
 use rand::{Rng, rngs::StdRng, seq::IndexedRandom};
 
 use crate::caller::Addresses;
 
 const SHIMS: usize = 2;
 const BACK: Duration = Duration::from_secs(60);
+/// Of a dockerd.
+const AWAY: Duration = Duration::from_secs(5);
 
 /// A part that is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +35,10 @@ pub(crate) enum Fault {
     AgentKilled,
     /// A clean stop of the agent, which ends the driver; then a new one.
     AgentStopped,
+    /// kill -9 of the server, and a new one at once.
+    Server,
+    /// kill -9 of dockerd, which stays away for up to five seconds.
+    Dockerd,
     /// Any container, with init and command.
     Container,
     /// The driver twice, as soon as there is another one.
@@ -36,22 +46,19 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Driver,
         Self::Shim,
         Self::AgentKilled,
         Self::AgentStopped,
+        Self::Server,
+        Self::Dockerd,
         Self::Container,
         Self::DriverTwice,
     ];
 
     pub(crate) fn random(rng: &mut StdRng) -> Self {
-        let fault = Self::ALL.choose_weighted(rng, |fault| match fault {
-            // While its agent is away a node has no driver, and nothing is shown but waiting.
-            Self::AgentKilled | Self::AgentStopped => 1,
-            _ => 2,
-        });
-        *fault.expect("there are some, with weights")
+        *Self::ALL.choose(rng).expect("there are some")
     }
 
     pub(crate) fn name(self) -> &'static str {
@@ -60,6 +67,8 @@ impl Fault {
             Self::Shim => "shim killed",
             Self::AgentKilled => "agent killed",
             Self::AgentStopped => "agent stopped",
+            Self::Server => "server killed",
+            Self::Dockerd => "dockerd killed",
             Self::Container => "container killed",
             Self::DriverTwice => "driver, twice",
         }
@@ -71,20 +80,17 @@ pub(crate) struct Parts {
     // The shims end before the cluster they are in front of.
     shims: Vec<Shim>,
     addresses: Addresses,
-    pub(crate) nomad: Nomad,
-    /// Of the driver's containers.
-    label: String,
+    pub(crate) cluster: Cluster,
 }
 
 impl Parts {
-    pub(crate) fn start(nomad: Nomad, label: String) -> Self {
-        let shims: Vec<Shim> = (0..SHIMS).map(|_| Shim::serve(&nomad.address)).collect();
+    pub(crate) fn start(cluster: Cluster) -> Self {
+        let shims: Vec<Shim> = (0..SHIMS).map(|_| cluster.shim()).collect();
         let addresses = shims.iter().map(|shim| shim.address.clone()).collect();
         Self {
             shims,
             addresses: Addresses(Arc::new(Mutex::new(addresses))),
-            nomad,
-            label,
+            cluster,
         }
     }
 
@@ -95,52 +101,56 @@ impl Parts {
     /// Kills something, and waits until it is there again; how long that took.
     pub(crate) fn inject(&mut self, fault: Fault, rng: &mut StdRng) -> Duration {
         let begun = Instant::now();
+        let node = rng.random_range(0..NODES);
         match fault {
-            Fault::Driver => self.kill_driver(),
+            Fault::Driver => self.kill_driver(node),
             Fault::DriverTwice => {
-                self.kill_driver();
-                self.kill_driver();
+                self.kill_driver(node);
+                self.kill_driver(node);
             }
             Fault::Shim => {
                 let which = rng.random_range(0..SHIMS);
                 self.shims[which].process.signal(Signal::SIGKILL);
-                self.shims[which] = Shim::serve(&self.nomad.address);
+                self.shims[which] = self.cluster.shim();
                 let address = self.shims[which].address.clone();
                 self.addresses
                     .0
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)[which] = address;
             }
-            Fault::AgentKilled => {
-                self.nomad.agent().signal(Signal::SIGKILL);
-                self.nomad.restart();
+            Fault::AgentKilled => self.cluster.restart_agent(node, Signal::SIGKILL),
+            Fault::AgentStopped => self.cluster.restart_agent(node, Signal::SIGTERM),
+            Fault::Server => self.cluster.restart_server(),
+            Fault::Dockerd => {
+                let engine = &mut self.cluster.engines[node];
+                engine.kill();
+                std::thread::park_timeout(AWAY.mul_f64(rng.random()));
+                engine.restart();
             }
-            Fault::AgentStopped => self.nomad.restart(),
             Fault::Container => {
-                if let Some(container) = docker::containers(&self.label).choose(rng) {
-                    // It may have ended meanwhile.
-                    output(docker::command().args(["kill", container]));
+                if let Some(container) = self.cluster.containers(node, "{{.ID}}").choose(rng) {
+                    self.cluster.engines[node].end(container);
                 }
             }
         }
-        self.nomad.wait_healthy();
+        self.cluster.wait_healthy();
         begun.elapsed()
     }
 
-    fn kill_driver(&self) {
-        let before = self.driver();
+    fn kill_driver(&self, node: usize) {
+        let before = self.driver(node);
         if let Some(pid) = before {
             let _gone = kill(pid, Signal::SIGKILL);
         }
-        wait_until("another driver", BACK, || match self.driver() {
+        wait_until("another driver", BACK, || match self.driver(node) {
             Some(pid) if Some(pid) != before => Ok(()),
             same => Err(format!("{same:?}")),
         });
     }
 
     /// The driver that has the node.
-    fn driver(&self) -> Option<Pid> {
-        let holder = fs::read_to_string(self.nomad.state_dir().join("driver.lock"));
+    fn driver(&self, node: usize) -> Option<Pid> {
+        let holder = fs::read_to_string(self.cluster.state_dir(node).join("driver.lock"));
         Some(Pid::from_raw(holder.ok()?.trim().parse().ok()?))
     }
 }

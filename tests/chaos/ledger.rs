@@ -1,5 +1,5 @@
-//! Where runs say that they ran: a server in a network namespace of its own, which writes
-//! each id it is told into a file before it answers.
+//! Where runs say that they ran: a server outside the nodes, which writes each id it is told
+//! into a file before it answers.
 
 use std::{
     collections::HashMap,
@@ -7,13 +7,12 @@ use std::{
     io::{self, BufRead, BufReader, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
-    process::Command,
     sync::Arc,
     thread,
     time::Duration,
 };
 
-use polydev_tests::{folder::Folder, host::Host, program, wait_until};
+use polydev_tests::{cluster::Cluster, folder::Folder, process::Process, program, wait_until};
 
 const PORT: u16 = 80;
 /// For a command that says nothing.
@@ -25,33 +24,30 @@ const LINE_MOST: u64 = 100;
 pub(crate) struct Ledger {
     pub(crate) address: SocketAddr,
     folder: Folder,
-    _host: Host,
+    _process: Process,
 }
 
 impl Ledger {
     /// # Panics
-    /// Without root's rights.
-    pub(crate) fn start() -> Self {
+    /// If it does not start.
+    pub(crate) fn start(cluster: &Cluster) -> Self {
         let folder = Folder::new("pdtest-");
         let file = folder.path().join("ledger");
-        let path = file.clone();
-        let host = Host::serve(move |there| {
-            let mut command = Command::new(program("chaos"));
-            command
-                .arg("ledger")
-                .arg(format!("{there}:{PORT}"))
-                .arg(&path);
-            command
-        });
+        let (namespace, address) = cluster.outside();
+        let address = SocketAddr::new(address, PORT);
+        let mut command = namespace.inside();
+        command.arg(program("chaos")).arg("ledger");
+        command.arg(address.to_string()).arg(&file);
+        let process = Process::start(&mut command, &folder.path().join("log"));
         wait_until("the ledger", Duration::from_secs(10), || {
             fs::metadata(&file)
                 .map(drop)
                 .map_err(|error| error.to_string())
         });
         Self {
-            address: SocketAddr::new(host.address, PORT),
+            address,
             folder,
-            _host: host,
+            _process: process,
         }
     }
 

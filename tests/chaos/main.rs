@@ -1,4 +1,5 @@
-//! `make chaos MINUTES=n [SEED=s]`: real Nomad, Docker, driver and two shims under load, while
+//! `make chaos MINUTES=n [SEED=s]`: two nodes, each with a Nomad agent, a dockerd and a driver,
+//! with a server and two shims before them, all real and under load, while
 //! parts of it are killed in an order that the seed gives. What counts is what commands
 //! wrote: each run puts its id into a ledger outside its container, and prints lines that
 //! only it would print. [`check`] compares that with what callers were told, and then looks
@@ -26,7 +27,7 @@ use std::{
 
 use anyhow::Context;
 use clap::Parser;
-use polydev_tests::{client::Client, nomad::Nomad, shim::instance_label, wait_until};
+use polydev_tests::{client::Client, cluster::Cluster, wait_until};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use caller::{Call, Spec};
@@ -35,6 +36,8 @@ use ledger::Ledger;
 
 const PROVIDER: &str = "anthropic";
 const SLOTS: u32 = 8;
+/// Findings that are printed; the others are counted.
+const SHOWN: usize = 40;
 /// Callers at the same time; more than slots, so that some wait and some are on demand.
 const CALLERS: u64 = 10;
 
@@ -75,14 +78,18 @@ fn main() -> anyhow::Result<ExitCode> {
 
 fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
     say(&format!("seed {seed}, {} minutes", time.as_secs() / 60));
-    let traces = check::traces()?;
-    let ledger = Ledger::start();
-    let nomad = Nomad::start_with("run_headroom {\n cpu = 20000\n memory = 16384\n}");
-    nomad.submit_pool_with(PROVIDER, SLOTS, "prepare_ahead=true");
+    let cluster = Cluster::start();
+    let traces = check::traces(&cluster);
+    let ledger = Ledger::start(&cluster);
+    let pool = format!("jobspecs/pool-{PROVIDER}.nomad.hcl");
+    let count = format!("count={SLOTS}");
+    let ahead = "prepare_ahead=true";
+    cluster.run(&[
+        "job", "run", "-detach", "-var", &count, "-var", ahead, &pool,
+    ]);
     let on_demand = format!("jobspecs/on-demand-{PROVIDER}.nomad.hcl");
-    nomad.run(&["job", "run", "-detach", &on_demand]);
-    let label = instance_label(&nomad.state_dir());
-    let mut parts = Parts::start(nomad, label.clone());
+    cluster.run(&["job", "run", "-detach", &on_demand]);
+    let mut parts = Parts::start(cluster);
     wait_warm(&parts);
 
     let over = Arc::new(AtomicBool::new(false));
@@ -141,7 +148,7 @@ fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
         .filter(|fault| **fault == Fault::Container)
         .count();
     let mut findings = check::runs(&calls, &ledger.entries()?, containers);
-    findings.extend(check::leftovers(parts, &label, &traces, last));
+    findings.extend(check::leftovers(parts, &traces, last));
     report(seed, took, &calls, &killed, &findings)?;
     Ok(match findings.is_empty() {
         true => ExitCode::SUCCESS,
@@ -203,7 +210,7 @@ fn report(
         writeln!(out, "{:<18} {times}", fault.name())?;
     }
     writeln!(out, "findings           {}", findings.len())?;
-    for finding in findings {
+    for finding in findings.iter().take(SHOWN) {
         writeln!(out, "  {finding}")?;
     }
     Ok(())

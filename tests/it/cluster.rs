@@ -6,8 +6,8 @@ use nix::sys::signal::Signal;
 use polydev_proto::runtime::{RunStart, run_input::Input};
 use polydev_tests::{
     client::{Client, Run, shell},
-    cluster::Cluster,
-    shim::{Shim, instance_label},
+    cluster::{Cluster, NODES},
+    shim::Shim,
     wait_until,
 };
 use uuid::Uuid;
@@ -87,15 +87,13 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
         engine.restart();
     }
     wait_warm();
-    for (number, engine) in cluster.engines.iter().enumerate() {
-        let label = instance_label(&cluster.state_dir(number));
-        let filter = format!("label={label}");
+    for number in 0..NODES {
         wait_until("half of the containers", Duration::from_secs(30), || {
-            let ids = engine.docker(&["ps", "--all", "--quiet", "--filter", &filter]);
-            if ids.lines().count() == SLOTS as usize / 2 {
+            let ids = cluster.containers(number, "{{.ID}}");
+            if ids.len() == SLOTS as usize / NODES {
                 Ok(())
             } else {
-                Err(ids)
+                Err(format!("{ids:?}"))
             }
         });
     }

@@ -1,8 +1,9 @@
-//! A Nomad server and two clients, each client in a network namespace with a dockerd and a
-//! driver of its own. A pair of veths joins the two; the server is in the first one's.
+//! A Nomad server and two nodes, each in a network namespace of its own; a node has a client
+//! agent, a dockerd and a driver. A bridge in the server's joins them.
 
 use std::{
     fs,
+    net::IpAddr,
     path::PathBuf,
     process::Command,
     time::{Duration, Instant},
@@ -14,23 +15,33 @@ use serde_json::Value;
 use crate::{
     engine::Engine,
     folder::Folder,
+    namespace::Namespace,
     nomad::{clean::stop_driver, nomad_program},
     process::{Process, output, succeed},
     program, root,
-    shim::Shim,
+    shim::{Shim, instance_label},
     wait_until,
 };
 
-const ADDRESSES: [&str; 2] = ["10.213.77.1", "10.213.77.2"];
-/// The ends of the pair, in both namespaces.
+/// How many there are.
+pub const NODES: usize = 2;
+const SERVER: &str = "10.213.77.1";
+const ADDRESSES: [&str; NODES] = ["10.213.77.2", "10.213.77.3"];
+/// The bridge in the server's namespace, and each node's end of what leads there.
 const LINK: &str = "cluster";
+/// The agents of the nodes.
+const CLIENTS: [&str; NODES] = ["client0", "client1"];
 const RPC: u16 = 4647;
+/// Of a node's agent.
+const HTTP: u16 = 5646;
 
 /// Dropping it purges its jobs, and ends and removes everything.
 pub struct Cluster {
     agents: Vec<Process>,
     pub server: Process,
-    pub engines: [Engine; 2],
+    pub engines: [Engine; NODES],
+    /// The server's network.
+    namespace: Namespace,
     pub address: String,
     folder: Folder,
 }
@@ -45,43 +56,34 @@ impl Cluster {
     pub fn start() -> Self {
         let folder = Folder::new("pdcluster-");
         let engines = [Engine::start_whole(), Engine::start_whole()];
-        let [first, second] = engines.each_ref().map(Engine::namespace);
-        let ip = |namespace: &str, words: &[&str]| {
-            succeed(Command::new("ip").args(["-netns", namespace]).args(words));
-        };
-        let pair = ["link", "add", LINK, "type", "veth", "peer", "name", LINK];
-        ip(first, &[&pair[..], &["netns", second]].concat());
-        for (namespace, address) in [first, second].into_iter().zip(ADDRESSES) {
-            let address = format!("{address}/30");
-            ip(namespace, &["address", "add", &address, "dev", LINK]);
-            ip(namespace, &["link", "set", LINK, "up"]);
-        }
-        let server = format!(
-            r#"
-            server {{
-              enabled          = true
-              bootstrap_expect = 1
-              default_scheduler_config {{ scheduler_algorithm = "spread" }}
-            }}
-            {}
-            "#,
-            common(&folder, "server", ADDRESSES[0], 4646)
-        );
-        let server = agent(&folder, "server", &server, &engines[0]);
-        let agents = engines.iter().enumerate().map(|(number, engine)| {
-            let name = format!("client{number}");
+        let namespace = Namespace::new("pdc");
+        join(&namespace, &engines);
+        write_config(&folder, "server", &server(&folder));
+        for (number, engine) in engines.iter().enumerate() {
             let config = client(&folder, number, engine);
-            agent(&folder, &name, &config, engine)
-        });
+            write_config(&folder, CLIENTS[number], &config);
+        }
+        let agents = CLIENTS
+            .iter()
+            .zip(&engines)
+            .map(|(name, engine)| agent(&folder, name, engine.namespace()));
         let cluster = Self {
             agents: agents.collect(),
-            server,
-            address: format!("http://{}:4646", ADDRESSES[0]),
+            server: agent(&folder, "server", &namespace),
+            address: format!("http://{SERVER}:4646"),
             engines,
+            namespace,
             folder,
         };
+        cluster.wait_healthy();
+        cluster
+    }
+
+    /// Waits until both drivers are healthy.
+    #[track_caller]
+    pub fn wait_healthy(&self) {
         wait_until("two healthy drivers", Duration::from_secs(90), || {
-            let nodes = cluster.get("/v1/nodes");
+            let nodes = self.get("/v1/nodes");
             let drivers = nodes.as_array().into_iter().flatten();
             let drivers = drivers.map(|node| &node["Drivers"]["polydev"]);
             match drivers.filter(|driver| driver["Healthy"] == true).count() {
@@ -89,13 +91,40 @@ impl Cluster {
                 _ => Err(nodes.to_string()),
             }
         });
-        cluster
+    }
+
+    /// Ends a node's agent with that signal, and starts another in its place; waits until that
+    /// answers.
+    #[track_caller]
+    pub fn restart_agent(&mut self, number: usize, signal: Signal) {
+        self.agents[number].end(signal);
+        let namespace = self.engines[number].namespace();
+        self.agents[number] = agent(&self.folder, CLIENTS[number], namespace);
+        let health = format!("http://{}:{HTTP}/v1/agent/health", ADDRESSES[number]);
+        wait_until("a healthy agent", Duration::from_secs(90), || {
+            match self.fetch(&health) {
+                Value::Null => Err(self.agents[number].log()),
+                _ => Ok(()),
+            }
+        });
+    }
+
+    /// Kills the server, and starts another in its place.
+    pub fn restart_server(&mut self) {
+        self.server.end(Signal::SIGKILL);
+        self.server = agent(&self.folder, "server", &self.namespace);
     }
 
     /// A shim in front of the server.
     #[must_use]
     pub fn shim(&self) -> Shim {
-        Shim::serve_from(self.engines[0].inside(), &self.address)
+        Shim::serve_from(self.namespace.inside(), &self.address)
+    }
+
+    /// The server's network, which containers of both nodes reach.
+    #[must_use]
+    pub fn outside(&self) -> (&Namespace, IpAddr) {
+        (&self.namespace, SERVER.parse().expect("it is an address"))
     }
 
     /// `nomad ARGS`, which must succeed.
@@ -105,7 +134,7 @@ impl Cluster {
     }
 
     fn command(&self, args: &[&str]) -> Command {
-        let mut command = self.engines[0].inside();
+        let mut command = self.namespace.inside();
         command.arg(nomad_program()).args(args);
         command.env("NOMAD_ADDR", &self.address).current_dir(root());
         command
@@ -114,9 +143,12 @@ impl Cluster {
     /// GET a path of the HTTP API; null while it fails.
     #[must_use]
     pub fn get(&self, path: &str) -> Value {
-        let url = format!("{}{path}", self.address);
-        let mut command = self.engines[0].inside();
-        let answer = output(command.args(["curl", "--silent", "--fail", "--noproxy", "*", &url]));
+        self.fetch(&format!("{}{path}", self.address))
+    }
+
+    fn fetch(&self, url: &str) -> Value {
+        let mut command = self.namespace.inside();
+        let answer = output(command.args(["curl", "--silent", "--fail", "--noproxy", "*", url]));
         serde_json::from_slice(&answer.stdout).unwrap_or_default()
     }
 
@@ -125,6 +157,54 @@ impl Cluster {
     pub fn state_dir(&self, number: usize) -> PathBuf {
         self.folder.path().join(format!("state{number}"))
     }
+
+    /// A node's containers of slots: of each what `docker ps --format` makes of it.
+    #[must_use]
+    pub fn containers(&self, number: usize, format: &str) -> Vec<String> {
+        let filter = format!("label={}", instance_label(&self.state_dir(number)));
+        let args = [
+            "ps",
+            "--all",
+            "--no-trunc",
+            "--filter",
+            &filter,
+            "--format",
+            format,
+        ];
+        let listed = self.engines[number].docker(&args);
+        listed.lines().map(str::to_owned).collect()
+    }
+}
+
+fn join(server: &Namespace, engines: &[Engine]) {
+    let up = |namespace: &Namespace, address: &str| {
+        let address = format!("{address}/29");
+        namespace.ip(&["address", "add", &address, "dev", LINK]);
+        namespace.ip(&["link", "set", LINK, "up"]);
+    };
+    server.ip(&["link", "add", LINK, "type", "bridge"]);
+    up(server, SERVER);
+    for (number, engine) in engines.iter().enumerate() {
+        let (end, node) = (format!("node{number}"), engine.namespace());
+        let pair = ["link", "add", &end, "type", "veth", "peer", "name", LINK];
+        server.ip(&[&pair[..], &["netns", node.name()]].concat());
+        server.ip(&["link", "set", &end, "master", LINK, "up"]);
+        up(node, ADDRESSES[number]);
+    }
+}
+
+fn server(folder: &Folder) -> String {
+    format!(
+        r#"
+        server {{
+          enabled          = true
+          bootstrap_expect = 1
+          default_scheduler_config {{ scheduler_algorithm = "spread" }}
+        }}
+        {}
+        "#,
+        common(folder, "server", SERVER, 4646)
+    )
 }
 
 fn common(folder: &Folder, name: &str, address: &str, http: u16) -> String {
@@ -160,6 +240,8 @@ fn client(folder: &Folder, number: usize, engine: &Engine) -> String {
           network_interface = "{LINK}"
           cpu_total_compute = 8000
           memory_total_mb   = 8192
+          # What has ended is looked at.
+          gc_max_allocs            = 1000
           gc_disk_usage_threshold  = 99
           gc_inode_usage_threshold = 99
           options = {{
@@ -179,19 +261,23 @@ fn client(folder: &Folder, number: usize, engine: &Engine) -> String {
           }}
         }}
         "#,
-        common(folder, &format!("client{number}"), ADDRESSES[number], 5646),
+        common(folder, CLIENTS[number], ADDRESSES[number], HTTP),
         plugins.display(),
-        ADDRESSES[0],
+        SERVER,
         engine.socket().display(),
         folder.path().join(format!("state{number}")).display(),
         program("polydev-init").display(),
     )
 }
 
-fn agent(folder: &Folder, name: &str, config: &str, engine: &Engine) -> Process {
+fn write_config(folder: &Folder, name: &str, config: &str) {
+    let path = folder.path().join(format!("{name}.hcl"));
+    fs::write(path, config).expect("a file can be written");
+}
+
+fn agent(folder: &Folder, name: &str, namespace: &Namespace) -> Process {
     let path = |kind: &str| folder.path().join(format!("{name}.{kind}"));
-    fs::write(path("hcl"), config).expect("a file can be written");
-    let mut command = engine.inside();
+    let mut command = namespace.inside();
     command.arg(nomad_program()).args(["agent", "-config"]);
     Process::start(command.arg(path("hcl")), &path("log"))
 }
@@ -206,7 +292,8 @@ impl Drop for Cluster {
             }
         }
         let jobs = self.get("/v1/jobs");
-        for job in jobs.as_array().into_iter().flatten() {
+        let jobs = jobs.as_array().into_iter().flatten();
+        for job in jobs.filter(|job| job["Status"] != "dead") {
             if let Some(id) = job["ID"].as_str() {
                 output(&mut self.command(&["job", "stop", "-purge", "-yes", id]));
             }
@@ -221,7 +308,7 @@ impl Drop for Cluster {
             std::thread::park_timeout(Duration::from_millis(100));
         }
         self.agents.clear();
-        for number in 0..2 {
+        for number in 0..NODES {
             let state = self.state_dir(number);
             stop_driver(&state, self.folder.path());
         }

@@ -23,6 +23,7 @@ use crate::{
     docker,
     folder::Folder,
     job::IMAGE,
+    namespace::Namespace,
     process::{Process, output, succeed},
     wait_until,
 };
@@ -33,8 +34,9 @@ pub struct Engine {
     process: Option<Process>,
     /// By itself, as distributions start it: it outlives dockerd.
     containerd: Option<Process>,
-    namespace: String,
     folder: Folder,
+    // Removed after what lives in it.
+    namespace: Namespace,
     /// Of dockerd, besides the needed ones.
     options: Vec<String>,
 }
@@ -87,7 +89,7 @@ impl Engine {
         let mut engine = Self {
             process: None,
             containerd: None,
-            namespace: format!("pde{:08x}", rand::random::<u32>()),
+            namespace: Namespace::new("pde"),
             folder: Folder::new("pdengine-"),
             options,
         };
@@ -95,9 +97,6 @@ impl Engine {
         fs::create_dir(&data).expect("a folder can be made");
         let kind = Some("tmpfs");
         mount(kind, &data, kind, MsFlags::empty(), Some(size)).expect("root may mount");
-        let name = &*engine.namespace;
-        succeed(Command::new("ip").args(["netns", "add", name]));
-        succeed(Command::new("ip").args(["-netns", name, "link", "set", "lo", "up"]));
         engine.start_containerd();
         engine.restart();
         let archive = engine.folder.path().join("image.tar");
@@ -117,7 +116,7 @@ impl Engine {
             path("containerd.sock"),
         );
         fs::write(path("containerd.toml"), config).expect("a file can be written");
-        let mut command = self.inside();
+        let mut command = self.namespace.inside();
         command
             .args(["containerd", "--config"])
             .arg(path("containerd.toml"));
@@ -128,18 +127,9 @@ impl Engine {
         });
     }
 
-    /// Runs the program that follows in the namespace. (`ip netns exec` would hide the
-    /// cgroups.)
+    /// Its network namespace.
     #[must_use]
-    pub fn inside(&self) -> Command {
-        let mut command = Command::new("nsenter");
-        command.arg(format!("--net=/run/netns/{}", self.namespace));
-        command
-    }
-
-    /// The name of its network namespace.
-    #[must_use]
-    pub fn namespace(&self) -> &str {
+    pub fn namespace(&self) -> &Namespace {
         &self.namespace
     }
 
@@ -155,10 +145,7 @@ impl Engine {
     /// Kills dockerd as a crash would; containers go on.
     pub fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {
-            process.signal(Signal::SIGKILL);
-            while process.exit().is_none() {
-                thread::yield_now();
-            }
+            process.end(Signal::SIGKILL);
         }
     }
 
@@ -188,7 +175,7 @@ impl Engine {
     fn launch(&mut self) {
         self.kill();
         let path = |name: &str| self.folder.path().join(name);
-        let mut command = self.inside();
+        let mut command = self.namespace.inside();
         command
             .args(["dockerd", "--live-restore"])
             .arg("--data-root")
@@ -216,7 +203,7 @@ impl Engine {
     /// If there is none.
     #[must_use]
     pub fn forward(&self, port: u16) -> SocketAddr {
-        let namespace = fs::File::open(format!("/run/netns/{}", self.namespace));
+        let namespace = fs::File::open(format!("/run/netns/{}", self.namespace.name()));
         let namespace = namespace.expect("it was added at the start");
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
         let address = listener.local_addr().expect("it listens");
@@ -251,6 +238,11 @@ impl Engine {
     #[track_caller]
     pub fn docker(&self, args: &[&str]) -> String {
         succeed(client(&self.socket()).args(args))
+    }
+
+    /// Kills a container, if there is still one.
+    pub fn end(&self, container: &str) {
+        output(client(&self.socket()).args(["kill", container]));
     }
 
     /// Ids of all containers.
@@ -321,6 +313,5 @@ impl Drop for Engine {
         self.containerd = None;
         self.end_shims();
         self.folder.unmount();
-        output(Command::new("ip").args(["netns", "delete", &self.namespace]));
     }
 }

@@ -6,6 +6,7 @@ use std::{net::IpAddr, process::Command, time::Duration};
 use tempfile::TempDir;
 
 use crate::{
+    namespace::Namespace,
     process::{Process, succeed},
     program,
     stand_in::Received,
@@ -15,7 +16,7 @@ use crate::{
 /// Removed with its interfaces when dropped.
 #[derive(Debug)]
 pub struct Host {
-    namespace: String,
+    namespace: Namespace,
     pub address: IpAddr,
     /// The stand-in's address, `http://` and an IP.
     pub url: String,
@@ -49,15 +50,14 @@ impl Host {
     #[must_use]
     pub fn serve(server: impl FnOnce(IpAddr) -> Command) -> Self {
         let nonce = rand::random::<u16>();
-        let namespace = format!("pdt{nonce:04x}");
+        let namespace = Namespace::new("pdt");
         let [high, low] = (nonce & 0xfffc).to_be_bytes();
         let (here, there) = (
             format!("198.18.{high}.{}", low + 1),
             format!("198.18.{high}.{}", low + 2),
         );
-        let (outer, inner) = (format!("{namespace}h"), format!("{namespace}n"));
-
-        ip(&["netns", "add", &namespace]);
+        let name = namespace.name();
+        let (outer, inner) = (format!("{name}h"), format!("{name}n"));
         let folder = tempfile::tempdir().expect("a folder can be made");
         let mut host = Self {
             namespace,
@@ -66,31 +66,20 @@ impl Host {
             server: None,
             _folder: folder,
         };
-        let namespace = host.namespace.as_str();
+        let namespace = &host.namespace;
+        let name = namespace.name();
         ip(&[
-            "link", "add", &outer, "type", "veth", "peer", "name", &inner, "netns", namespace,
+            "link", "add", &outer, "type", "veth", "peer", "name", &inner, "netns", name,
         ]);
         ip(&["addr", "add", &format!("{here}/30"), "dev", &outer]);
         ip(&["link", "set", &outer, "up"]);
-        ip(&[
-            "-n",
-            namespace,
-            "addr",
-            "add",
-            &format!("{there}/30"),
-            "dev",
-            &inner,
-        ]);
-        ip(&["-n", namespace, "link", "set", &inner, "up"]);
-        ip(&["-n", namespace, "link", "set", "lo", "up"]);
-        ip(&["-n", namespace, "route", "add", "default", "via", &here]);
+        namespace.ip(&["addr", "add", &format!("{there}/30"), "dev", &inner]);
+        namespace.ip(&["link", "set", &inner, "up"]);
+        namespace.ip(&["route", "add", "default", "via", &here]);
 
         let server = server(host.address);
-        let mut command = Command::new("ip");
-        command
-            .args(["netns", "exec", namespace])
-            .arg(server.get_program())
-            .args(server.get_args());
+        let mut command = namespace.inside();
+        command.arg(server.get_program()).args(server.get_args());
         host.server = Some(Process::start(
             &mut command,
             &host._folder.path().join("server.log"),
@@ -106,18 +95,8 @@ impl Host {
 
     fn try_requests(&self) -> Result<Vec<Received>, String> {
         let url = format!("{}/requests", self.url);
-        let mut command = Command::new("ip");
-        command.args([
-            "netns",
-            "exec",
-            &self.namespace,
-            "curl",
-            "--silent",
-            "--fail",
-            "--noproxy",
-            "*",
-            &url,
-        ]);
+        let mut command = self.namespace.inside();
+        command.args(["curl", "--silent", "--fail", "--noproxy", "*", &url]);
         let output = crate::process::output(&mut command);
         serde_json::from_slice(&output.stdout)
             .map_err(|error| format!("{error}: {}", output.status))
@@ -127,7 +106,6 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         self.server = None;
-        ip(&["netns", "delete", &self.namespace]);
     }
 }
 

@@ -9,6 +9,7 @@ pub mod engine;
 pub mod folder;
 pub mod host;
 pub mod job;
+pub mod namespace;
 pub mod nomad;
 pub mod process;
 pub mod shim;

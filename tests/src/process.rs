@@ -56,6 +56,15 @@ impl Process {
         let _gone = kill(self.pid(), signal);
     }
 
+    /// Ends it with that signal, and waits until it has.
+    pub fn end(&mut self, signal: Signal) {
+        self.signal(signal);
+        let what = format!("the end of {}", self.name);
+        wait_until(&what, Duration::from_secs(60), || {
+            self.exit().ok_or_else(|| "it lives".to_owned())
+        });
+    }
+
     /// Its status, if it has ended.
     pub fn exit(&mut self) -> Option<std::process::ExitStatus> {
         self.child.try_wait().expect("a child can be waited for")

@@ -78,11 +78,8 @@ impl Shim {
     pub fn reboot(&mut self) {
         let driver = std::fs::read_to_string(self.state_dir().join("driver.lock"));
         let driver = driver.expect("it has a driver").trim().parse();
-        self.process.signal(Signal::SIGKILL);
+        self.process.end(Signal::SIGKILL);
         let _gone = kill(Pid::from_raw(driver.expect("a pid")), Signal::SIGKILL);
-        wait_until("the shim's end", Duration::from_secs(10), || {
-            self.process.exit().ok_or_else(|| "it lives".to_owned())
-        });
         let boot_id = self.folder.path().join("boot_id");
         std::fs::write(&boot_id, format!("{}\n", Uuid::new_v4())).expect("a file can be written");
         let script = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"";

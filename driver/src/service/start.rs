@@ -10,12 +10,12 @@ use crate::{config, identity::Identity, limits::Limits, node::Node, slot::Slot, 
 /// For init to say whether the command of an interrupted start runs.
 const KNOWN: Duration = Duration::from_secs(3);
 
-/// Makes a slot; `ready` tells when it is idle.
+/// Makes a slot, which is not wanted yet; `Ready` tells when it is idle.
 pub(super) fn slot(
     node: &Arc<Node>,
     task: &TaskConfig,
     config: config::Slot,
-) -> Result<Option<Ready>, Error> {
+) -> Result<Option<(Arc<Slot>, Ready)>, Error> {
     let identity = Identity::of(task);
     node.slots.check(&identity)?;
     if node.slots.by_task(&identity.task_id).is_some() {
@@ -23,8 +23,8 @@ pub(super) fn slot(
     }
     let idle = idle_limits(task)?;
     let (slot, ready) = Slot::start(node, identity, config, idle);
-    node.slots.add(slot);
-    Ok(Some(ready))
+    node.slots.add(slot.clone());
+    Ok(Some((slot, ready)))
 }
 
 pub(super) type Ready = tokio::sync::oneshot::Receiver<Result<(), crate::slot::FillError>>;

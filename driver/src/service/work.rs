@@ -55,7 +55,10 @@ impl Work {
     /// Answers when the task has ended.
     pub(super) async fn wait(&self) -> WaitTaskResponse {
         let (result, err) = match self {
-            Self::Slot(slot) => slot_end(slot.ended().await),
+            Self::Slot(slot) => {
+                slot.want();
+                slot_end(slot.ended().await)
+            }
             Self::Plain(task) => {
                 let exit = task.ended().await;
                 (exit_result(&exit), exit.error)
@@ -73,6 +76,7 @@ impl Work {
     pub(super) async fn stop(&self, node: &Node, signal: &str, limit: Duration) {
         match self {
             Self::Slot(slot) => {
+                slot.want();
                 slot.drain();
                 if slot.is_on_demand()
                     && let Some(run) = node.runs.open_in(&slot.identity.slot_id())

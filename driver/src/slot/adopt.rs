@@ -175,6 +175,10 @@ pub(super) fn keep(node: &Node, slot: &Slot, container: &mut Container) {
 pub(super) async fn adopt(node: &Node, slot: &Slot) -> Option<Container> {
     let slot_id = slot.identity.slot_id();
     let idle = node.idle.left_in(&slot_id)?;
+    if idle.generation != slot.life().generation() {
+        node.idle.settle(&slot_id); // It has had its run.
+        return None;
+    }
     let Occupant {
         container, link, ..
     } = idle.occupant.clone();
@@ -200,17 +204,13 @@ pub(super) async fn adopt(node: &Node, slot: &Slot) -> Option<Container> {
 
 async fn take_up(node: &Node, slot: &Slot, idle: Idle) -> Result<Container, Error> {
     let Idle {
-        generation,
         occupant,
         image,
         image_id,
         made,
         ..
     } = idle;
-    let is_as_now = made == Made::by(node, slot)
-        && image == slot.config.image
-        && generation == slot.life().generation();
-    if !is_as_now {
+    if made != Made::by(node, slot) || image != slot.config.image {
         return Err(Error::Other);
     }
     let init = Held::find(occupant.pid, occupant.pid_start).ok_or(Error::Ended)?;

@@ -17,7 +17,6 @@ use super::{
     ahead::Ahead,
     clear,
     fill::{self, Container},
-    headroom::Amount,
     state::{Event, Life},
 };
 use crate::{
@@ -28,11 +27,8 @@ use crate::{
     node::Node,
     run::{
         Run,
-        book::{Admitted, Occupant},
         carry::{self, Order},
-        claim::{Parsed, Refusal},
-        journal::Claimed,
-        uptime,
+        claim::Refusal,
     },
 };
 
@@ -67,7 +63,7 @@ pub enum Ended {
 }
 
 impl Slot {
-    /// Starts keeping a slot. `ready` answers when it is idle for the first time, or
+    /// Starts keeping a slot as soon as it is [wanted](Slot::want). `ready` answers when it is idle for the first time, or
     /// with the reason why it will never be; in that case nothing is left of it.
     pub(crate) fn start(
         node: &Arc<Node>,
@@ -98,6 +94,7 @@ impl Slot {
             started: now,
             life: life.into(),
             claims,
+            wanted: CancellationToken::new(),
             drain: CancellationToken::new(),
             kill: CancellationToken::new(),
             end: watch::Sender::new(None),
@@ -114,86 +111,6 @@ impl Slot {
         };
         node.tasks.spawn(keeper.keep(open, ready));
         (slot, is_ready)
-    }
-
-    /// Decides about a claim of this slot, and hands it over. What becomes of it is for
-    /// the run to tell.
-    ///
-    /// # Errors
-    /// [`Refusal`]: nothing of it runs.
-    pub(crate) fn claim(
-        &self,
-        node: &Node,
-        generation: u64,
-        parsed: Parsed,
-        arrived: Instant,
-        start_by: Instant,
-    ) -> Result<Arc<Run>, Refusal> {
-        let share_needed = Amount::on_top(&node.config.run, &self.idle);
-        let run_id = &parsed.start.run_id;
-        let mut share = None;
-        let admitted = node.runs.admit(
-            &parsed,
-            arrived,
-            || self.kill.child_token(),
-            |write| {
-                let room = |occupant: Occupant| {
-                    let share = node.headroom.take(share_needed)?;
-                    write(self.claimed(&parsed, generation, occupant, share_needed, node))?;
-                    Ok(share)
-                };
-                share = Some(self.grant(generation, run_id, room)?);
-                Ok(())
-            },
-        );
-        let (run, inputs) = match admitted? {
-            Admitted::Known(run) => return Ok(run),
-            Admitted::New(run, inputs) => (run, inputs),
-        };
-        let claim = Claim {
-            run: run.clone(),
-            order: Order {
-                start: parsed.start,
-                start_by,
-                inputs,
-            },
-            share: share.expect("what is admitted was granted its share"),
-        };
-        if self.claims.try_send(claim).is_err() {
-            let reason = "the slot has ended".into();
-            node.runs.aborted(&run, Refusal::Broken { reason });
-        }
-        Ok(run)
-    }
-
-    fn claimed(
-        &self,
-        parsed: &Parsed,
-        generation: u64,
-        occupant: Occupant,
-        share: Amount,
-        node: &Node,
-    ) -> Claimed {
-        Claimed {
-            run_id: parsed.start.run_id.clone(),
-            user_id: parsed.user_id.clone(),
-            ballot: parsed.ballot,
-            slot_id: self.identity.slot_id(),
-            generation,
-            spec_hash: parsed.spec_hash.clone(),
-            claimed_at: SystemTime::now(),
-            uptime: uptime(),
-            timeout: parsed.timeout,
-            kill_timeout: parsed.kill_timeout,
-            drop_oldest: parsed.drop_oldest,
-            on_demand: self.is_on_demand(),
-            share,
-            boot_id: node.runs.boot_id.clone(),
-            container: occupant.container,
-            pid: occupant.pid,
-            pid_start: occupant.pid_start,
-            link: occupant.link,
-        }
     }
 }
 
@@ -216,6 +133,13 @@ impl Keeper {
         open: Option<Arc<Run>>,
         ready: oneshot::Sender<Result<(), fill::Error>>,
     ) {
+        if !self.is_wanted().await {
+            // A run that is still in it goes on without it.
+            if open.is_none() {
+                let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
+            }
+            return self.end(Ended::Stopped);
+        }
         let mut ready = Some(ready);
         let had_run = open.is_some() || self.slot.life().generation() > 1;
         if let Some(run) = open {
@@ -228,8 +152,7 @@ impl Keeper {
             let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
         }
         if had_run && self.slot.is_on_demand() {
-            self.slot.end.send_replace(Some(Ended::Stopped));
-            return;
+            return self.end(Ended::Stopped);
         }
         let end = loop {
             let generation = self.slot.life().generation();
@@ -317,6 +240,19 @@ impl Keeper {
         };
         self.removed().await;
         let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
+        self.end(end);
+    }
+
+    /// Whether Nomad means the task to be, rather than to be destroyed.
+    async fn is_wanted(&self) -> bool {
+        tokio::select! {
+            biased;
+            () = self.slot.wanted.cancelled() => true,
+            () = self.slot.drain.cancelled() => false,
+        }
+    }
+
+    fn end(&self, end: Ended) {
         self.node.idle.forget(&self.slot.identity.slot_id());
         self.slot.end.send_replace(Some(end));
     }

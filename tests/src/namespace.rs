@@ -1,0 +1,49 @@
+//! A network namespace of a test's own.
+
+use std::process::Command;
+
+use crate::process::{output, succeed};
+
+/// Removed with its interfaces when dropped.
+#[derive(Debug)]
+pub struct Namespace(String);
+
+impl Namespace {
+    /// Makes one whose loopback is up. `prefix` is short: interfaces are named like it.
+    ///
+    /// # Panics
+    /// Without root's rights.
+    #[must_use]
+    pub fn new(prefix: &str) -> Self {
+        let name = format!("{prefix}{:08x}", rand::random::<u32>());
+        succeed(Command::new("ip").args(["netns", "add", &name]));
+        let namespace = Self(name);
+        namespace.ip(&["link", "set", "lo", "up"]);
+        namespace
+    }
+
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+
+    /// Runs the program that follows in it. (`ip netns exec` would hide the cgroups.)
+    #[must_use]
+    pub fn inside(&self) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.0));
+        command
+    }
+
+    /// `ip WORDS` in it, which must succeed.
+    #[track_caller]
+    pub fn ip(&self, words: &[&str]) -> String {
+        succeed(Command::new("ip").args(["-netns", &self.0]).args(words))
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        output(Command::new("ip").args(["netns", "delete", &self.0]));
+    }
+}
