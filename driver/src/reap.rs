@@ -21,7 +21,7 @@ use crate::{
 /// Attempts to remove one container, over some minutes; the rounds below come after them.
 const ATTEMPTS: u32 = 20;
 /// Before the first rounds: dockerd may still be making what a dead driver asked it for.
-const FIRST_SECONDS: [u64; 4] = [0, 2, 5, 20];
+const FIRST_SECONDS: [u64; 5] = [0, 2, 5, 20, 40];
 
 /// Removes a container that is of no more use, or, while Docker cannot, sees to it that it
 /// will be.
@@ -105,6 +105,7 @@ async fn reap(node: &Node, strays: &mut HashMap<String, Instant>) -> Result<(), 
             names,
             "removing a container that belongs to nothing"
         );
+        node.idle.give_up(&container.id);
         if let Err(error) = node.docker.remove(&container.id).await {
             let error = crate::chain(&error);
             tracing::warn!(container = container.id, error, "it stays for now");
@@ -115,11 +116,10 @@ async fn reap(node: &Node, strays: &mut HashMap<String, Instant>) -> Result<(), 
     Ok(())
 }
 
-/// Whether an earlier life of the driver left it and nobody will ever use it: a slot that Nomad
-/// asks for after a restart takes up what was idle, and nothing else.
+/// Whether an earlier life of the driver left it.
 fn is_left(node: &Node, container: &docker::Listed) -> bool {
     let start = container.labels.get(LABEL_START);
-    start.is_some_and(|start| *start != node.start_id) && !node.idle.holds(&container.id)
+    start.is_some_and(|start| *start != node.start_id)
 }
 
 fn is_known(node: &Node, container: &docker::Listed) -> bool {
@@ -128,13 +128,16 @@ fn is_known(node: &Node, container: &docker::Listed) -> bool {
         return node.plain.get(task_id).is_some() || (!node.config.gc.container && !container.runs);
     }
     if let Some(slot_id) = label(LABEL_SLOT) {
-        if node.runs.holds(&container.id) {
+        // Of what an earlier life left, a slot that Nomad asks for takes up what was idle, and
+        // nobody uses the rest.
+        if node.runs.holds(&container.id) || node.idle.holds(&container.id) {
             return true;
         }
         let Some(slot) = node.slots.by_slot_id(slot_id) else {
             return false;
         };
         let generation = label(LABEL_GENERATION).and_then(|generation| generation.parse().ok());
+        // Asked after the above: what is no longer held has been taken up.
         return slot.has(&container.id)
             || (!is_left(node, container) && generation >= Some(slot.life().generation()));
     }

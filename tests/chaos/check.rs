@@ -25,6 +25,9 @@ use crate::{
 /// For everything to be gone.
 const GONE: Duration = Duration::from_secs(10);
 
+/// For an init that its dockerd has forgotten to end by itself.
+const FORSAKEN: Duration = Duration::from_secs(40);
+
 /// For the pool to be what it was: Nomad gives a task up whose driver dies twice while it is
 /// started, and replaces it after two minutes at most. A slot on demand whose shim died before
 /// it could withdraw it ends after one.
@@ -112,12 +115,15 @@ fn problem(call: &Call, times: u32) -> Option<String> {
     }
 }
 
-/// What is left of it all; takes it away.
+/// What is left of it all; takes it away. And how many containers Docker has lost: one that is
+/// killed while it starts a container does not know of it when it is back, and leaves its control
+/// groups and interfaces. What ran in them ends by itself.
 pub(crate) fn leftovers(
     parts: Parts,
     traces: &HashSet<String>,
     last_recovery: Instant,
-) -> Vec<String> {
+    dockerd_was_killed: bool,
+) -> (Vec<String>, usize) {
     let client = Client::connect(&parts.addresses().any(0));
     let cluster = &parts.cluster;
     let mut findings = settle(last_recovery, GONE, || {
@@ -150,15 +156,33 @@ pub(crate) fn leftovers(
         let job = format!("polydev-{job}-{PROVIDER}");
         cluster.run(&["job", "stop", "-detach", "-yes", &job]);
     }
+    let is_lost = |trace: &String| dockerd_was_killed && !has_processes(trace);
+    let new = || -> Vec<String> {
+        let now = self::traces(cluster);
+        now.difference(traces).cloned().collect()
+    };
+    let limit = match dockerd_was_killed {
+        true => FORSAKEN,
+        false => GONE,
+    };
     findings.extend(settle(Instant::now(), GONE, || {
         let format = r#"container {{.Names}} of slot {{.Label "dev.polydev.slot"}}, {{.Status}}"#;
         let mut left = containers(cluster, format);
         for node in 0..NODES {
-            let links = below(&cluster.state_dir(node).join("link"));
-            left.extend(links.iter().map(|path| format!("socket folder {path}")));
+            for folder in ["link", "idle"] {
+                let entries = below(&cluster.state_dir(node).join(folder));
+                left.extend(entries);
+            }
         }
-        let now = self::traces(cluster);
-        left.extend(now.difference(traces).cloned());
+        left
+    }));
+    findings.extend(settle(Instant::now(), limit, || {
+        let mut left = new();
+        left.retain(|trace| !is_lost(trace));
+        left
+    }));
+    findings.extend(settle(Instant::now(), GONE, || {
+        let mut left = Vec::new();
         let prefix = format!("/v1/jobs?prefix=polydev-on-demand-{PROVIDER}/");
         let jobs = cluster.get(&prefix);
         let open = jobs
@@ -169,7 +193,11 @@ pub(crate) fn leftovers(
         left.extend(open.map(|job| format!("job {}", job["ID"])));
         left
     }));
-    findings
+    let lost: HashSet<String> = new()
+        .iter()
+        .filter_map(|trace| container_of(trace))
+        .collect();
+    (findings, lost.len())
 }
 
 /// What is still found when everything should be gone.
@@ -215,8 +243,9 @@ pub(crate) fn traces(cluster: &Cluster) -> HashSet<String> {
         let below = fs::read_dir(folder).into_iter().flatten().flatten();
         let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
         for entry in below {
-            if is_container(&entry.file_name().to_string_lossy()) {
-                traces.insert(format!("control group {}", entry.path().display()));
+            let path = entry.path().display().to_string();
+            if container_of(&path).is_some() {
+                traces.insert(format!("{CONTROL_GROUP}{path}"));
             } else {
                 folders.push(entry.path());
             }
@@ -225,8 +254,19 @@ pub(crate) fn traces(cluster: &Cluster) -> HashSet<String> {
     traces
 }
 
-/// Whether a control group's name is that of a container: its id, or `docker-ID.scope`.
-fn is_container(name: &str) -> bool {
-    name.split(['-', '.'])
-        .any(|part| part.len() == 64 && part.bytes().all(|byte| byte.is_ascii_hexdigit()))
+const CONTROL_GROUP: &str = "control group ";
+
+/// The container that a control group's name is of: its id, or `docker-ID.scope`.
+fn container_of(path: &str) -> Option<String> {
+    let name = path.rsplit('/').next()?;
+    let is_id = |part: &&str| part.len() == 64 && part.bytes().all(|byte| byte.is_ascii_hexdigit());
+    name.split(['-', '.']).find(is_id).map(str::to_owned)
+}
+
+fn has_processes(trace: &str) -> bool {
+    let group = trace.strip_prefix(CONTROL_GROUP);
+    group.is_some_and(|path| {
+        let processes = fs::read_to_string(Path::new(path).join("cgroup.procs"));
+        processes.is_ok_and(|processes| !processes.is_empty())
+    })
 }

@@ -148,8 +148,16 @@ fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
         .filter(|fault| **fault == Fault::Container)
         .count();
     let mut findings = check::runs(&calls, &ledger.entries()?, containers);
-    findings.extend(check::leftovers(parts, &traces, last));
+    let dockerd_was_killed = killed.contains(&Fault::Dockerd);
+    let (left, lost) = check::leftovers(parts, &traces, last, dockerd_was_killed);
+    findings.extend(left);
     report(seed, took, &calls, &killed, &findings)?;
+    if lost > 0 {
+        writeln!(
+            stdout(),
+            "lost by dockerd    {lost} containers, whose control groups it left"
+        )?;
+    }
     Ok(match findings.is_empty() {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,

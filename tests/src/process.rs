@@ -73,7 +73,10 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        self.signal(Signal::SIGTERM);
+        // Its number may be another process's once it has ended.
+        if self.exit().is_none() {
+            self.signal(Signal::SIGTERM);
+        }
         let limit = std::time::Instant::now() + Duration::from_secs(60);
         while self.exit().is_none() {
             if std::time::Instant::now() > limit {

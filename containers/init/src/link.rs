@@ -29,6 +29,8 @@ const HIGH_WATER: usize = 128 << 10;
 /// A driver that restarts is back within a second or two.
 const RETRY: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_millis(250);
+/// A driver makes the socket again within moments of removing it.
+const FORSAKEN: Duration = Duration::from_secs(20);
 
 /// The driver's end, when there is one.
 #[derive(Debug)]
@@ -41,6 +43,8 @@ pub(crate) struct Link {
     output: BytesMut,
     retry_at: Instant,
     retry_after: Duration,
+    /// Since when there has been no socket.
+    missing_since: Option<Instant>,
 }
 
 impl Link {
@@ -53,6 +57,7 @@ impl Link {
             output: BytesMut::new(),
             retry_at: now,
             retry_after: RETRY,
+            missing_since: None,
         }
     }
 
@@ -76,14 +81,26 @@ impl Link {
             Ok(stream) => {
                 self.stream = Some(stream);
                 self.retry_after = RETRY;
+                self.missing_since = None;
                 true
             }
-            Err(_) => {
+            Err(error) => {
+                self.missing_since = match error.kind() {
+                    ErrorKind::NotFound => self.missing_since.or(Some(now)),
+                    _ => None,
+                };
                 self.retry_at = now + self.retry_after;
                 self.retry_after = RETRY_MOST.min(self.retry_after * 2);
                 false
             }
         }
+    }
+
+    /// Whether no driver will ever come: a dead one leaves its socket, and one that has no use
+    /// for the container has removed it.
+    pub(crate) fn is_forsaken(&self, now: Instant) -> bool {
+        self.missing_since
+            .is_some_and(|since| now.duration_since(since) > FORSAKEN)
     }
 
     /// Gives the connection up; another attempt follows.

@@ -111,6 +111,10 @@ impl Supervisor {
             if self.link.connect_if_due(now) {
                 self.greet();
             }
+            // A dockerd that is killed while it starts a container may forget it.
+            if matches!(self.state, State::Waiting) && self.link.is_forsaken(now) {
+                return Ok(self.status());
+            }
             self.send_output();
             self.link.flush(now);
 

@@ -38,7 +38,7 @@ const O_NONBLOCK: i32 = nix::fcntl::OFlag::O_NONBLOCK.bits();
 struct Init {
     process: Child,
     listener: UnixListener,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 struct Link {
@@ -59,7 +59,7 @@ impl Init {
         Self {
             process: command.spawn().unwrap(),
             listener,
-            _folder: folder,
+            folder,
         }
     }
 
@@ -352,4 +352,13 @@ fn a_signal_ends_a_waiting_init_and_is_passed_on_by_a_running_one() {
         Some(exited::Status::Code(4))
     );
     assert_eq!(stdout, b"ready\ngot it\n");
+}
+
+#[test]
+fn an_init_that_waits_ends_when_its_socket_is_gone_for_good() {
+    let mut idle = Init::start();
+    let (link, _) = idle.connect();
+    std::fs::remove_file(idle.folder.path().join("init.sock")).unwrap();
+    drop(link);
+    assert!(idle.process.wait().unwrap().success());
 }

@@ -30,6 +30,7 @@ impl Open {
 pub(crate) fn recover(node: &Arc<Node>, open: Vec<Open>) {
     for Open { run, inputs } in open {
         let share = node.headroom.take_back(run.claimed.share);
+        node.idle.forget(&run.claimed.slot_id);
         let node = node.clone();
         node.clone().tasks.spawn(async move {
             resume(&node, &run, inputs).await;

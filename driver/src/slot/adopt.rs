@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use polydev_proto::init::hello;
@@ -24,6 +24,9 @@ use crate::{
 
 /// Init looks for the driver several times a second.
 const BACK: Duration = Duration::from_secs(10);
+/// For Nomad to ask for a slot, since the driver started. What it does not ask for by then is
+/// the reaper's.
+const ASKED: Duration = Duration::from_secs(60);
 
 /// An idle container, as the next life of the driver must know it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -44,6 +47,8 @@ pub struct Made {
     pub version: String,
     /// Named by its content.
     pub init: PathBuf,
+    /// The text of it, which the container keeps.
+    pub resolv_conf: String,
     pub limits: Limits,
 }
 
@@ -52,6 +57,7 @@ impl Made {
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
             init: node.init.clone(),
+            resolv_conf: std::fs::read_to_string(&node.resolv_conf).unwrap_or_default(),
             limits: slot.idle,
         }
     }
@@ -72,12 +78,37 @@ enum Error {
     Limits(#[from] limits::Error),
 }
 
+impl Idle {
+    /// It is of no use: ends it. Docker's part of it is left, for
+    /// [`clean`](super::clear::clean) or the reaper.
+    pub(super) fn discard(&self) {
+        let Occupant {
+            pid,
+            pid_start,
+            link,
+            ..
+        } = &self.occupant;
+        if let Some(init) = Held::find(*pid, *pid_start) {
+            init.kill();
+        }
+        let _gone_already = std::fs::remove_dir_all(link);
+    }
+}
+
 /// What is on record, by slot.
 #[derive(Debug)]
 pub struct Shelf {
     records: Records<Idle>,
-    /// Those of an earlier life of the driver that Nomad has not asked for yet.
-    left: Mutex<HashMap<String, Idle>>,
+    left: Mutex<HashMap<String, Left>>,
+    opened: Instant,
+}
+
+/// What an earlier life of the driver left in a slot.
+#[derive(Debug)]
+struct Left {
+    idle: Idle,
+    /// Nomad has asked for the slot.
+    asked: bool,
 }
 
 impl Shelf {
@@ -92,7 +123,8 @@ impl Shelf {
             let idle: Idle = found.record;
             let Occupant { pid, pid_start, .. } = idle.occupant;
             if Held::find(pid, pid_start).is_some() {
-                left.insert(idle.slot_id.clone(), idle);
+                let asked = false;
+                left.insert(idle.slot_id.clone(), Left { idle, asked });
             } else {
                 records.remove(&name(&idle.slot_id));
             }
@@ -100,52 +132,65 @@ impl Shelf {
         Ok(Self {
             records,
             left: left.into(),
+            opened: Instant::now(),
         })
     }
 
     /// The folders of their sockets, which are in use.
     pub fn links(&self) -> Vec<PathBuf> {
         let left = self.left();
-        left.values()
-            .map(|idle| idle.occupant.link.clone())
-            .collect()
+        let links = left.values().map(|left| left.idle.occupant.link.clone());
+        links.collect()
     }
 
     /// Whether the container may still be taken up.
     #[must_use]
     pub fn holds(&self, container: &str) -> bool {
         let left = self.left();
-        left.values()
-            .any(|idle| idle.occupant.container == container)
+        left.values().any(|left| {
+            left.idle.occupant.container == container
+                && (left.asked || self.opened.elapsed() < ASKED)
+        })
     }
 
-    /// What an earlier life of the driver left in the slot.
-    pub(super) fn left_in(&self, slot_id: &str) -> Option<Idle> {
-        self.left().get(slot_id).cloned()
+    /// Nobody has asked for the container: what there is of it besides Docker's part goes.
+    pub(crate) fn give_up(&self, container: &str) {
+        let mut left = self.left();
+        let mut unasked = left.values().filter(|left| !left.asked);
+        let found = unasked.find(|left| left.idle.occupant.container == container);
+        if let Some(slot_id) = found.map(|left| left.idle.slot_id.clone())
+            && let Some(Left { idle, .. }) = left.remove(&slot_id)
+        {
+            self.records.remove(&name(&slot_id));
+            idle.discard();
+        }
     }
 
-    /// What was left in the slot is taken up, or is of no use.
-    fn settle(&self, slot_id: &str) {
-        self.left().remove(slot_id);
+    /// What an earlier life of the driver left in the slot, which Nomad asks for.
+    pub(super) fn ask(&self, slot_id: &str) -> Option<Idle> {
+        let mut left = self.left();
+        let left = left.get_mut(slot_id)?;
+        left.asked = true;
+        Some(left.idle.clone())
     }
 
     /// Puts a slot's container on record, in place of the last one. If that fails, the next
     /// life of the driver makes another.
     fn put(&self, idle: &Idle) {
-        self.settle(&idle.slot_id);
+        self.left().remove(&idle.slot_id);
         if let Err(error) = self.records.write(&name(&idle.slot_id), idle) {
             let (slot, error) = (&idle.slot_id, crate::chain(&error));
             tracing::warn!(slot, error, "an idle container is not on record");
         }
     }
 
-    /// The slot has ended.
-    pub(super) fn forget(&self, slot_id: &str) {
-        self.settle(slot_id);
+    /// There is nothing in the slot that could be taken up: a run has it, or it has ended.
+    pub(crate) fn forget(&self, slot_id: &str) {
+        self.left().remove(slot_id);
         self.records.remove(&name(slot_id));
     }
 
-    fn left(&self) -> MutexGuard<'_, HashMap<String, Idle>> {
+    fn left(&self) -> MutexGuard<'_, HashMap<String, Left>> {
         self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -167,22 +212,15 @@ pub(super) fn keep(node: &Node, slot: &Slot, container: &mut Container) {
     });
 }
 
-/// Takes up what is left in the slot, if it is as one that would be made now. `None` if there
-/// is nothing of use; what there is ends then.
+/// Takes up what is left in the slot, if it is as one that would be made now. `None` if it is
+/// of no use; then it has ended.
 ///
 /// # Cancel safety
 /// None: it is not to be cancelled.
-pub(super) async fn adopt(node: &Node, slot: &Slot) -> Option<Container> {
+pub(super) async fn adopt(node: &Node, slot: &Slot, idle: Idle) -> Option<Container> {
     let slot_id = slot.identity.slot_id();
-    let idle = node.idle.left_in(&slot_id)?;
-    if idle.generation != slot.life().generation() {
-        node.idle.settle(&slot_id); // It has had its run.
-        return None;
-    }
-    let Occupant {
-        container, link, ..
-    } = idle.occupant.clone();
-    match take_up(node, slot, idle).await {
+    let container = &idle.occupant.container;
+    match take_up(node, slot, &idle).await {
         Ok(adopted) => {
             tracing::info!(slot = slot_id, container, "an idle container is taken up");
             Some(adopted)
@@ -195,14 +233,14 @@ pub(super) async fn adopt(node: &Node, slot: &Slot) -> Option<Container> {
                 error,
                 "an idle container is not taken up"
             );
-            node.idle.settle(&slot_id);
-            let _gone_already = std::fs::remove_dir_all(link);
+            node.idle.forget(&slot_id);
+            idle.discard();
             None
         }
     }
 }
 
-async fn take_up(node: &Node, slot: &Slot, idle: Idle) -> Result<Container, Error> {
+async fn take_up(node: &Node, slot: &Slot, idle: &Idle) -> Result<Container, Error> {
     let Idle {
         occupant,
         image,
@@ -210,12 +248,13 @@ async fn take_up(node: &Node, slot: &Slot, idle: Idle) -> Result<Container, Erro
         made,
         ..
     } = idle;
-    if made != Made::by(node, slot) || image != slot.config.image {
+    if *made != Made::by(node, slot) || *image != slot.config.image {
         return Err(Error::Other);
     }
-    let init = Held::find(occupant.pid, occupant.pid_start).ok_or(Error::Ended)?;
-    let listener = Listener::bind_again(&occupant.link)?;
-    let accept = timeout(BACK, listener.accept(|pid| pid == occupant.pid));
+    let pid = occupant.pid;
+    let init = Held::find(pid, occupant.pid_start).ok_or(Error::Ended)?;
+    let mut listener = Listener::bind_again(&occupant.link)?;
+    let accept = timeout(BACK, listener.accept(|peer| peer == pid));
     let link = tokio::select! {
         biased;
         () = init.ended() => return Err(Error::Ended),
@@ -224,21 +263,22 @@ async fn take_up(node: &Node, slot: &Slot, idle: Idle) -> Result<Container, Erro
             Greeted { .. } => return Err(link::Error::NotWaiting.into()),
         },
     };
-    let limits = {
-        let (pid, idle) = (occupant.pid, slot.idle);
-        tokio::task::spawn_blocking(move || limits::Handle::open(pid, &idle)).await
-    };
+    let limits = slot.idle;
+    let limits = tokio::task::spawn_blocking(move || limits::Handle::open(pid, &limits)).await;
+    let limits = limits.expect("opening limits does not panic")?;
+    // Until it is kept again.
+    listener.let_go();
     Ok(Container {
-        id: occupant.container,
+        id: occupant.container.clone(),
         connection: Connection {
             listener,
             init,
-            pid: occupant.pid,
+            pid,
             link: Some(link),
         },
-        limits: Arc::new(limits.expect("opening limits does not panic")?),
-        image_id,
-        _image: node.images.hold(&image),
+        limits: Arc::new(limits),
+        image_id: image_id.clone(),
+        _image: node.images.hold(image),
     })
 }
 
@@ -261,6 +301,7 @@ mod tests {
             made: Made {
                 version: "1".into(),
                 init: "/state/init-1".into(),
+                resolv_conf: "nameserver 192.0.2.1\n".into(),
                 limits: Limits::IDLE,
             },
         }
@@ -280,18 +321,44 @@ mod tests {
         assert!(!shelf.holds(&lives.occupant.container), "it is this life's");
 
         let shelf = Shelf::open(folder.path()).unwrap();
-        assert_eq!(shelf.left_in("node/lives"), Some(lives.clone()));
-        assert_eq!(shelf.left_in("node/ended"), None);
+        assert_eq!(shelf.ask("node/ended"), None);
         assert!(shelf.holds(&lives.occupant.container));
         assert_eq!(shelf.links(), ["/state/link/1"].map(PathBuf::from));
-        shelf.settle("node/lives");
-        assert!(!shelf.holds(&lives.occupant.container));
+        assert_eq!(shelf.ask("node/lives"), Some(lives.clone()));
+        shelf.give_up(&lives.occupant.container);
+        assert!(
+            shelf.holds(&lives.occupant.container),
+            "Nomad has asked for it"
+        );
+        shelf.put(&lives);
+        assert!(!shelf.holds(&lives.occupant.container), "it is this life's");
 
         let shelf = Shelf::open(folder.path()).unwrap();
-        assert_eq!(shelf.left_in("node/lives"), Some(lives));
+        assert_eq!(shelf.ask("node/lives"), Some(lives));
         shelf.forget("node/lives");
         assert!(shelf.links().is_empty());
         let shelf = Shelf::open(folder.path()).unwrap();
-        assert_eq!(shelf.left_in("node/lives"), None);
+        assert_eq!(shelf.ask("node/lives"), None);
+    }
+
+    #[tokio::test]
+    async fn what_nobody_asks_for_is_ended_with_its_record_and_its_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let link = folder.path().join("link");
+        std::fs::create_dir(&link).unwrap();
+        let mut process = std::process::Command::new("sleep");
+        let mut process = process.arg("1000").spawn().unwrap();
+        let held = Held::open(process.id()).unwrap();
+        let mut left = idle("node/left", process.id(), held.start);
+        left.occupant.link = link.clone();
+        Shelf::open(folder.path()).unwrap().put(&left);
+
+        let shelf = Shelf::open(folder.path()).unwrap();
+        shelf.give_up(&left.occupant.container);
+        process.wait().unwrap();
+        assert!(!link.exists());
+        assert_eq!(shelf.ask("node/left"), None);
+        let shelf = Shelf::open(folder.path()).unwrap();
+        assert_eq!(shelf.ask("node/left"), None);
     }
 }

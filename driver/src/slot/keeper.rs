@@ -13,7 +13,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Claim, Slot, adopt,
+    Claim, Slot,
+    adopt::{self, Idle},
     ahead::Ahead,
     clear,
     fill::{self, Container},
@@ -79,9 +80,9 @@ impl Slot {
         let slot_id = identity.slot_id();
         let open = node.runs.open_in(&slot_id);
         let last = node.runs.last_generation(&slot_id);
-        let left = node.idle.left_in(&slot_id);
+        let left = node.idle.ask(&slot_id);
         let left = left.filter(|left| open.is_none() && left.generation > last);
-        let generation = left.map_or(last + 1, |left| left.generation);
+        let generation = left.as_ref().map_or(last + 1, |left| left.generation);
         let life = Life::new(generation, config.run_id.clone(), now);
         let life = match &open {
             Some(run) => life.resumed(run.claimed.run_id.clone(), run.claimed.generation),
@@ -109,7 +110,7 @@ impl Slot {
             next: None,
             removal: None,
         };
-        node.tasks.spawn(keeper.keep(open, ready));
+        node.tasks.spawn(keeper.keep(open, left, ready));
         (slot, is_ready)
     }
 }
@@ -127,15 +128,20 @@ struct Keeper {
 }
 
 impl Keeper {
-    /// `open` is a run of an earlier life of the driver in the slot, carried by another.
+    /// `open` is a run of an earlier life of the driver in the slot, carried by another; or
+    /// `left` is what idles in it since then.
     async fn keep(
         mut self,
         open: Option<Arc<Run>>,
+        left: Option<Idle>,
         ready: oneshot::Sender<Result<(), fill::Error>>,
     ) {
         if !self.is_wanted().await {
             // A run that is still in it goes on without it.
             if open.is_none() {
+                if let Some(left) = left {
+                    left.discard();
+                }
                 let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
             }
             return self.end(Ended::Stopped);
@@ -146,7 +152,9 @@ impl Keeper {
             self.wait_for(&run).await;
         }
         let image = self.slot.config.image.clone();
-        self.next = adopt::adopt(&self.node, &self.slot).await;
+        if let Some(left) = left {
+            self.next = adopt::adopt(&self.node, &self.slot, left).await;
+        }
         if self.next.is_none() {
             // Leftovers of an earlier life of the driver, or of this task's last start.
             let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
@@ -245,6 +253,10 @@ impl Keeper {
 
     /// Whether Nomad means the task to be, rather than to be destroyed.
     async fn is_wanted(&self) -> bool {
+        if !self.slot.wanted.is_cancelled() {
+            let reason = "Nomad has recovered it and does not wait for it yet".into();
+            self.slot.apply(Event::Held { reason });
+        }
         tokio::select! {
             biased;
             () = self.slot.wanted.cancelled() => true,
@@ -382,8 +394,8 @@ impl Keeper {
     }
 
     async fn run(&self, container: &mut Container, run: &Run, order: Order) {
-        // From now on it can come back to another life of the driver.
-        container.connection.listener.keep();
+        // From now on it comes back to another life of the driver with its run, or not at all.
+        self.node.idle.forget(&self.slot.identity.slot_id());
         let class = self.node.config.run;
         // Docker learns of the raised limits while the command already runs.
         let (docker, id) = (self.node.docker.clone(), container.id.clone());
