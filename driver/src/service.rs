@@ -195,7 +195,7 @@ impl Driver for Service {
     }
 
     /// A plain task is in the journal and has been taken up before, and so is the run in a
-    /// slot: when it is over, or at once, the slot's next container is made.
+    /// slot. What idles in a slot is taken up when Nomad waits for it.
     async fn recover_task(
         &self,
         request: Request<RecoverTaskRequest>,

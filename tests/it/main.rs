@@ -17,6 +17,7 @@ mod output;
 mod plain;
 mod pools;
 mod queue;
+mod recovery;
 mod refusals;
 mod registry;
 mod rolls;

@@ -2,8 +2,8 @@
 //! Nomad agent launches it, and pools kept in Nomad's place. For trying out and for
 //! tests; a cluster is Nomad's work.
 
-mod plugin;
-mod pools;
+pub mod plugin;
+pub mod pools;
 
 pub use plugin::Error;
 

@@ -57,7 +57,7 @@ pub enum Error {
 }
 
 /// A driver process and the connection to it.
-pub(super) struct Plugin {
+pub struct Plugin {
     process: Child,
     /// Kept open: a plugin whose stdout breaks may take it for its host's death.
     _stdout: BufReader<ChildStdout>,
@@ -65,7 +65,11 @@ pub(super) struct Plugin {
 }
 
 impl Plugin {
-    pub(super) async fn launch(driver: &Path, state_dir: &Path) -> Result<Self, Error> {
+    /// Launches and configures it, with a state folder and otherwise no options.
+    ///
+    /// # Errors
+    /// [`Error`]; nothing is left running.
+    pub async fn launch(driver: &Path, state_dir: &Path) -> Result<Self, Error> {
         let mut process = Command::new(driver)
             .env(COOKIE.0, COOKIE.1)
             .env("PLUGIN_PROTOCOL_VERSIONS", "2")
@@ -168,7 +172,10 @@ impl Plugin {
     }
 
     /// Waits until the driver can run slots and returns its node service's address.
-    pub(super) async fn healthy(&mut self) -> Result<String, Error> {
+    ///
+    /// # Errors
+    /// [`Error`] if it cannot within 30 s; why.
+    pub async fn healthy(&mut self) -> Result<String, Error> {
         let mut reason = "it has told nothing".to_owned();
         let healthy = async {
             let refused = |status| Error::Refused {
@@ -203,7 +210,9 @@ impl Plugin {
         }
     }
 
-    pub(super) fn driver(&self) -> DriverClient<Channel> {
+    /// The service that Nomad calls.
+    #[must_use]
+    pub fn driver(&self) -> DriverClient<Channel> {
         DriverClient::new(self.channel.clone())
     }
 
@@ -215,7 +224,7 @@ impl Plugin {
     }
 
     /// Asks the driver to leave, and ends it if it does not.
-    pub(super) async fn shutdown(mut self) {
+    pub async fn shutdown(mut self) {
         let mut controller = GrpcControllerClient::new(self.channel.clone());
         let _ended_meanwhile = limited(controller.shutdown(Empty {})).await;
         if timeout(EXIT, self.process.wait()).await.is_err() {

@@ -22,14 +22,16 @@ const RETRY: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_secs(15);
 
 /// One slot of a pool.
-pub(super) struct Slot {
+pub struct Slot {
     provider: Provider,
     node_id: String,
     alloc_id: String,
 }
 
 impl Slot {
-    pub(super) fn new(provider: Provider, node_id: &str) -> Self {
+    /// One under an allocation of its own.
+    #[must_use]
+    pub fn new(provider: Provider, node_id: &str) -> Self {
         Self {
             provider,
             node_id: node_id.to_owned(),
@@ -74,7 +76,11 @@ impl Slot {
     }
 
     /// What Nomad would send for an allocation of `jobspecs/pool-*.nomad.hcl`.
-    fn task(&self) -> TaskConfig {
+    ///
+    /// # Panics
+    /// Never.
+    #[must_use]
+    pub fn task(&self) -> TaskConfig {
         let config = serde_json::json!({
             "image": null,
             "slot": { "image": null, "provider": self.provider.name() },
