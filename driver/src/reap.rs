@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Attempts to remove one container, over some minutes; the rounds below come after them.
-const ATTEMPTS: u32 = 20;
+pub(crate) const ATTEMPTS: u32 = 20;
 /// Before the first rounds: dockerd may still be making what a dead driver asked it for.
 const FIRST_SECONDS: [u64; 5] = [0, 2, 5, 20, 40];
 

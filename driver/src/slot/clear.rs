@@ -10,6 +10,7 @@ use crate::{
     docker,
     identity::{LABEL_GENERATION, LABEL_INSTANCE, LABEL_SLOT},
     node::Node,
+    reap::ATTEMPTS,
     run::Run,
 };
 
@@ -17,7 +18,7 @@ use crate::{
 const CLEAN: Duration = Duration::from_secs(60);
 
 /// Removes a container in which nothing runs any more, and then says so of its run. Does not
-/// give up while the slot lives. What a drained slot leaves is the reaper's.
+/// give up while the slot lives. What a drained slot leaves is cleaned at last.
 pub(super) async fn remove(
     node: Arc<Node>,
     slot: Arc<Slot>,
@@ -69,4 +70,22 @@ pub(super) async fn clean(node: &Node, slot: &Slot, generation: Option<u64>) -> 
         Err(_) => tracing::warn!("cannot clean a slot yet: Docker is too slow"),
     }
     false
+}
+
+/// Removes every container of a slot that ends. While Docker cannot, it is tried again for some
+/// minutes; another slot of the allocation's does it itself.
+pub(super) async fn clean_at_last(node: &Arc<Node>, slot: &Arc<Slot>) {
+    if clean(node, slot, None).await {
+        return;
+    }
+    let (node, slot) = (node.clone(), slot.clone());
+    tokio::spawn(async move {
+        let slot_id = slot.identity.slot_id();
+        for failures in 1..=ATTEMPTS {
+            sleep(backoff(failures)).await;
+            if node.slots.by_slot_id(&slot_id).is_some() || clean(&node, &slot, None).await {
+                return;
+            }
+        }
+    });
 }

@@ -142,7 +142,7 @@ impl Keeper {
                 if let Some(left) = left {
                     left.discard();
                 }
-                let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
+                clear::clean_at_last(&self.node, &self.slot).await;
             }
             return self.end(Ended::Stopped);
         }
@@ -157,7 +157,7 @@ impl Keeper {
         }
         if self.next.is_none() {
             // Leftovers of an earlier life of the driver, or of this task's last start.
-            let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
+            clear::clean_at_last(&self.node, &self.slot).await;
         }
         if had_run && self.slot.is_on_demand() {
             return self.end(Ended::Stopped);
@@ -247,7 +247,7 @@ impl Keeper {
             }
         };
         self.removed().await;
-        let _or_the_reaper = clear::clean(&self.node, &self.slot, None).await;
+        clear::clean_at_last(&self.node, &self.slot).await;
         self.end(end);
     }
 
