@@ -30,7 +30,7 @@ const HIGH_WATER: usize = 128 << 10;
 const RETRY: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_millis(250);
 /// A driver makes the socket again within moments of removing it.
-const FORSAKEN: Duration = Duration::from_secs(20);
+const FORSAKEN: Duration = Duration::from_secs(10);
 
 /// The driver's end, when there is one.
 #[derive(Debug)]
