@@ -20,7 +20,8 @@ use crate::{
 
 /// Attempts to remove one container, over some minutes; the rounds below come after them.
 pub(crate) const ATTEMPTS: u32 = 20;
-/// Before the first rounds: dockerd may still be making what a dead driver asked it for.
+/// Before the first rounds: dockerd may still be making what a dead driver asked it for. The last
+/// is for idle containers that Nomad has not asked for within a minute.
 const FIRST_SECONDS: [u64; 5] = [0, 2, 5, 20, 40];
 
 /// Removes a container that is of no more use, or, while Docker cannot, sees to it that it

@@ -72,8 +72,8 @@ pub(super) async fn clean(node: &Node, slot: &Slot, generation: Option<u64>) -> 
     false
 }
 
-/// Removes every container of a slot that ends. While Docker cannot, it is tried again for some
-/// minutes; another slot of the allocation's does it itself.
+/// Removes every container of a slot that ends, or begins. While Docker cannot, it is tried again
+/// for some minutes, as long as the allocation has no slot: a live one does it itself.
 pub(super) async fn clean_at_last(node: &Arc<Node>, slot: &Arc<Slot>) {
     if clean(node, slot, None).await {
         return;
