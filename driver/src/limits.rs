@@ -10,7 +10,7 @@ mod traffic;
 
 pub use cgroup::{Usage, version as cgroup_version};
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 /// The CFS period of every container: Docker's default.
 pub const CPU_PERIOD: Duration = Duration::from_millis(100);
@@ -129,7 +129,7 @@ pub enum Error {
 pub struct Handle {
     cgroup: cgroup::Cgroup,
     /// Absent where nothing is shaped.
-    traffic: Option<traffic::Shaper>,
+    traffic: Option<Arc<traffic::Shaper>>,
 }
 
 impl Handle {
@@ -152,7 +152,7 @@ impl Handle {
         let traffic = rates.map(|rates| {
             let traffic = traffic::Shaper::open(pid)?;
             traffic.shape(rates)?;
-            Ok(traffic)
+            Ok(Arc::new(traffic))
         });
         Ok(Self {
             cgroup,
@@ -160,16 +160,27 @@ impl Handle {
         })
     }
 
-    /// Raises or lowers every limit to `limits`. Takes tens of microseconds and waits for
-    /// nothing but the kernel, which may have to reclaim memory for a lower limit.
+    /// Raises or lowers CPU, memory and pids to `limits`. Takes tens of microseconds and waits
+    /// for nothing but the kernel, which may have to reclaim memory for a lower limit.
     ///
     /// # Errors
     /// [`Error`]; some limits may be set, and the container must not be used. With cgroup
     /// v1 memory cannot be limited below what is in use; with v2 the kernel kills for it.
     pub fn set(&self, limits: &Limits) -> Result<(), Error> {
-        self.cgroup.set(limits)?;
-        match &self.traffic {
-            Some(traffic) => traffic.shape(&limits.rates()),
+        self.cgroup.set(limits)
+    }
+
+    /// Raises or lowers the bandwidth to that of `limits`, once it is called. It blocks while
+    /// the kernel makes or removes a container's interfaces: tens of milliseconds on a busy
+    /// node. If it fails the container must not be used.
+    #[must_use = "nothing is shaped until it is called"]
+    pub fn shaping(
+        &self,
+        limits: &Limits,
+    ) -> impl FnOnce() -> Result<(), Error> + Send + 'static + use<> {
+        let (traffic, rates) = (self.traffic.clone(), limits.rates());
+        move || match traffic {
+            Some(traffic) => traffic.shape(&rates),
             None => Ok(()),
         }
     }

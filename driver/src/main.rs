@@ -1,6 +1,6 @@
 //! The plugin's process: settings, logging, run, exit code.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use clap::Parser;
 use nix::sys::{
@@ -16,6 +16,10 @@ use polydev_driver::{logging, plugin};
 #[command(name = "nomad-driver-polydev", version)]
 struct Arguments {}
 
+/// How long idle threads for blocking calls are kept. A new one waits for as long as the
+/// kernel moves others into their control groups, so for whole containers to be started.
+const KEEP_THREADS: Duration = Duration::from_secs(3600);
+
 fn main() -> ExitCode {
     let Arguments {} = Arguments::parse();
     if let Err(error) = plugin::handshake::check(|name| std::env::var(name).ok()) {
@@ -23,7 +27,14 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     logging::init();
-    match run() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_keep_alive(KEEP_THREADS)
+        .build();
+    match runtime
+        .map_err(Into::into)
+        .and_then(|runtime| runtime.block_on(run()))
+    {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -32,7 +43,6 @@ fn main() -> ExitCode {
     }
 }
 
-#[tokio::main]
 async fn run() -> anyhow::Result<()> {
     // Credentials pass through: no core dump, and no other process may look inside.
     prctl::set_dumpable(false)?;

@@ -290,6 +290,7 @@ fn limits_are_raised_and_lowered_on_a_live_container() {
         |file: &str| docker::docker(&["exec", id, "cat", &format!("/sys/fs/cgroup/{file}")]);
     for class in [Limits::RUN, Limits::IDLE, Limits::RUN, Limits::IDLE] {
         handle.set(&class).unwrap();
+        handle.shaping(&class)().unwrap();
         let seen = if polydev_driver::limits::cgroup_version() == 2 {
             ["memory.max", "pids.max"].map(inside)
         } else {

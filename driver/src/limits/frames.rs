@@ -16,16 +16,41 @@ const KIND: [u8; 2] = [0x88, 0xb5];
 /// The shortest that Ethernet has, without its checksum.
 const LENGTH: usize = 60;
 
-/// A socket for frames in this thread's network namespace; without a protocol it
-/// receives none.
-pub(super) fn open() -> io::Result<OwnedFd> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    Ok(socket(AddressFamily::Packet, SockType::Raw, flags, None)?)
+/// A socket for frames in one network namespace; without a protocol it receives none.
+///
+/// The kernel closes one only when no processor can be using it any more, which takes up
+/// to tens of milliseconds: so it is closed where that holds up nobody.
+#[derive(Debug)]
+pub(super) struct Frames(Option<OwnedFd>);
+
+impl Drop for Frames {
+    fn drop(&mut self) {
+        let socket = self.0.take();
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn_blocking(|| drop(socket));
+        }
+    }
 }
 
-/// Sends an empty frame out of an interface. One that is down, or whose queue is full,
-/// needs none.
-pub(super) fn send_empty(socket: &OwnedFd, interface: u32) -> io::Result<()> {
+impl Frames {
+    /// In this thread's network namespace.
+    pub(super) fn open() -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Packet, SockType::Raw, flags, None)?;
+        Ok(Self(Some(socket)))
+    }
+
+    /// Sends an empty frame out of an interface. One that is down, or whose queue is full,
+    /// needs none.
+    pub(super) fn send_empty(&self, interface: u32) -> io::Result<()> {
+        match &self.0 {
+            Some(socket) => send_empty(socket, interface),
+            None => Ok(()),
+        }
+    }
+}
+
+fn send_empty(socket: &OwnedFd, interface: u32) -> io::Result<()> {
     let mut frame = [0; LENGTH];
     frame[..6].copy_from_slice(&TO);
     frame[12..14].copy_from_slice(&KIND);

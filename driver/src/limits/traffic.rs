@@ -2,7 +2,7 @@
 //! what the container receives, its own end what it sends. A container cannot change
 //! either, unless its job was allowed `net_admin` or `privileged`.
 
-use std::{io, os::fd::OwnedFd};
+use std::io;
 
 use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::{
@@ -11,7 +11,7 @@ use netlink_packet_route::{
 };
 use netlink_sys::Socket;
 
-use super::{Error, Rates, frames};
+use super::{Error, Rates, frames::Frames};
 use crate::netlink;
 
 /// How much may queue behind the bucket, in time at the limited rate.
@@ -28,8 +28,7 @@ pub(super) struct Shaper {
 #[derive(Debug)]
 struct End {
     socket: Socket,
-    /// Sends frames, and gets none.
-    frames: OwnedFd,
+    frames: Frames,
     interface: u32,
 }
 
@@ -37,14 +36,14 @@ impl Shaper {
     /// Finds both ends of the container whose first process is `pid`.
     pub(super) fn open(pid: u32) -> Result<Self, Error> {
         let enter = |source| Error::EnterNetwork { pid, source };
-        let inside = || Ok((netlink::connect()?, frames::open()?));
+        let inside = || Ok((netlink::connect()?, Frames::open()?));
         let (socket, own_frames) = netlink::in_network(pid, inside).map_err(enter)?;
         let (interface, peer) = netlink::find_veth(&socket)
             .map_err(enter)?
             .ok_or(Error::NoInterface { pid })?;
         let host = End {
             socket: netlink::connect().map_err(enter)?,
-            frames: frames::open().map_err(enter)?,
+            frames: Frames::open().map_err(enter)?,
             interface: peer,
         };
         let container = End {
@@ -87,7 +86,7 @@ impl End {
         )?;
         // What waits in the bucket waits for as long as the old rate says, unless
         // something comes after it.
-        frames::send_empty(&self.frames, self.interface)
+        self.frames.send_empty(self.interface)
     }
 }
 

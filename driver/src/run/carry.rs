@@ -19,6 +19,7 @@ use polydev_proto::{
 };
 use tokio::{
     sync::mpsc,
+    task::{JoinHandle, spawn_blocking},
     time::{sleep, sleep_until, timeout},
 };
 
@@ -97,6 +98,9 @@ pub(crate) struct Order {
 
 /// Raises the limits, starts the command and carries it to its end. The container is of
 /// no further use afterwards.
+///
+/// Bandwidth is raised beside the start, because the kernel changes a token bucket under the
+/// lock that the making and removing of other containers' interfaces takes for long.
 pub(crate) async fn start(
     runs: &Runs,
     run: &Run,
@@ -131,6 +135,7 @@ pub(crate) async fn start(
         progress.granted = Some(granted);
     });
     let mut carrier = Carrier::new(runs, run, connection, Some(limits), order.inputs);
+    carrier.shaping = Some(spawn_blocking(limits.shaping(class)));
     // Whether it arrived is asked of init, should the connection break.
     let _told_below = carrier.send(to_init::Message::Start(order.start)).await;
     carrier.carry().await;
@@ -154,6 +159,8 @@ struct Carrier<'a> {
     run: &'a Run,
     connection: &'a mut Connection,
     limits: Option<&'a limits::Handle>,
+    /// Until its bandwidth is the run's.
+    shaping: Option<JoinHandle<Result<(), limits::Error>>>,
     inputs: mpsc::Receiver<Input>,
     stdin: StdinWindow,
     /// When the driver stops waiting for init.
@@ -187,6 +194,7 @@ struct StdinWindow {
 enum Wake {
     FromInit(Result<from_init::Message, link::Error>),
     Input(Input),
+    Shaped(Result<(), String>),
     Room,
     /// There may be memory again.
     Memory,
@@ -229,6 +237,7 @@ impl<'a> Carrier<'a> {
             run,
             connection,
             limits,
+            shaping: None,
             inputs,
             stdin: StdinWindow::default(),
             end_at: run.arrived + allowed,
@@ -263,7 +272,8 @@ impl<'a> Carrier<'a> {
         match self.wait().await {
             Wake::FromInit(message) => self.on_message(message?).await,
             Wake::Input(input) => self.on_input(input).await,
-            Wake::Room => Ok(()),
+            Wake::Shaped(Ok(())) | Wake::Room => Ok(()),
+            Wake::Shaped(Err(error)) => Err(self.broken(&error)),
             Wake::Memory => match self.starved.take() {
                 Some(data) => self.output(data).await,
                 None => Ok(()),
@@ -365,6 +375,7 @@ impl<'a> Carrier<'a> {
             () = self.run.room.notified(), if !has_room => Wake::Room,
             () = sleep(MEMORY), if is_starved => Wake::Memory,
             () = init.ended(), if !has_room && !self.overdraft => Wake::Died,
+            shaped = shaped(&mut self.shaping) => Wake::Shaped(shaped),
             Some(input) = self.inputs.recv(), if window_open => Wake::Input(input),
             () = sleep_until(wake_at.into()) => Wake::Time,
         }
@@ -491,6 +502,19 @@ impl<'a> Carrier<'a> {
     async fn send(&mut self, message: to_init::Message) -> Result<(), Stop> {
         let link = self.connection.link.as_mut().ok_or(link::Error::Closed)?;
         Ok(link.writer.send(message).await?)
+    }
+}
+
+/// Waits for the bandwidth to be set, and clears `shaping`.
+async fn shaped(shaping: &mut Option<JoinHandle<Result<(), limits::Error>>>) -> Result<(), String> {
+    let Some(running) = shaping else {
+        return std::future::pending().await;
+    };
+    let result = running.await;
+    *shaping = None;
+    match result {
+        Ok(result) => result.map_err(|error| crate::chain(&error)),
+        Err(error) => Err(crate::chain(&error)),
     }
 }
 

@@ -56,10 +56,15 @@ impl Carrier<'_> {
     }
 
     pub(super) fn lost(&self) -> Stop {
+        self.broken("its container ended")
+    }
+
+    /// For a container that is of no use any more.
+    pub(super) fn broken(&self, message: &str) -> Stop {
         if self.oom_kills() > 0 {
             return self.end(Reason::OutOfMemory, "the container ran out of memory");
         }
-        self.end(Reason::Lost, "its container ended")
+        self.end(Reason::Lost, message)
     }
 
     fn oom_kills(&self) -> u64 {

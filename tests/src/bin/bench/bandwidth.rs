@@ -179,11 +179,11 @@ impl Server {
         let (mut took, mut quickly, mut slowly) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..10 {
             thread::sleep(SETTLE);
-            let change = || Ok(handle.set(&class(high))?);
+            let change = || Ok(handle.shaping(&class(high))()?);
             quickly.push(sent(&change, LOOK)?);
             thread::sleep(SETTLE);
             let begin = Instant::now();
-            handle.set(&class(low))?;
+            handle.shaping(&class(low))()?;
             took.push(begin.elapsed().as_secs_f64() * 1e3);
             thread::sleep(LOOK);
             slowly.push(sent(&|| Ok(()), SETTLE)?);
