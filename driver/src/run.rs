@@ -4,7 +4,7 @@
 //! Read in the order of a run's life: [`claim`] is what a shim asks, [`standing`] decides
 //! about it, [`book`] knows every run of the node, [`journal`] remembers that over this process's death,
 //! [`carry`] starts the command and carries its streams, [`window`] holds its output,
-//! [`follow`] tells a caller, and [`recover`] takes runs up after a restart.
+//! [`follow`] tells a caller, [`listing`] whoever looks on, and [`recover`] takes runs up after a restart.
 
 pub mod book;
 mod cancel;
@@ -12,6 +12,7 @@ pub(crate) mod carry;
 pub mod claim;
 pub mod follow;
 pub mod journal;
+pub mod listing;
 pub(crate) mod recover;
 pub mod standing;
 mod window;

@@ -1,13 +1,18 @@
 //! The command line: one binary, a file a command.
 
-mod attach;
 mod dev;
 mod pool;
 mod run;
+mod runs;
 mod serve;
 mod stream;
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
+use std::{
+    io::{IsTerminal, Write},
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
@@ -15,7 +20,10 @@ use nix::sys::{
     prctl,
     resource::{Resource, setrlimit},
 };
+use polydev_proto::runtime::runtime_service_client::RuntimeServiceClient;
+use prost_types::Timestamp;
 use tokio_util::sync::CancellationToken;
+use tonic::{Status, transport::Channel};
 use tracing_subscriber::EnvFilter;
 use zeroize::Zeroizing;
 
@@ -37,10 +45,9 @@ enum Command {
     Dev(dev::Arguments),
     /// Run one command or prompt and stream it; exits with the command's status.
     Run(run::Arguments),
-    /// Go on with a run whose connection broke; exits with its command's status.
-    Attach(attach::Attach),
-    /// End a run: SIGTERM now, SIGKILL after its kill timeout.
-    Cancel(attach::Cancel),
+    /// Look at runs, go on with their streams, end them.
+    #[command(subcommand)]
+    Runs(runs::Command),
     /// Look at the warm pools, and size them.
     #[command(subcommand)]
     Pool(pool::Command),
@@ -61,6 +68,49 @@ struct Client {
     /// Where the shim listens: unix:///PATH or http://127.0.0.1:PORT.
     #[arg(long, env = "POLYDEV_ADDRESS", default_value = DEFAULT)]
     address: Address,
+}
+
+/// What every command has that asks a shim and prints the answer.
+#[derive(clap::Args)]
+struct Options {
+    #[command(flatten)]
+    client: Client,
+    /// How to print results.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+impl Options {
+    async fn connect(&self) -> anyhow::Result<RuntimeServiceClient<Channel>> {
+        let channel = run::connect(&self.client.address).await?;
+        Ok(RuntimeServiceClient::new(channel))
+    }
+}
+
+/// For an answer that is not a stream.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// The shim's words.
+fn told(status: Status) -> anyhow::Error {
+    anyhow::anyhow!("{}", status.message())
+}
+
+fn print(text: &str) -> std::io::Result<()> {
+    let mut stdout = std::io::stdout();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// How long ago it was, to the second; two clocks may differ.
+fn age(since: Option<Timestamp>) -> String {
+    let since = since.and_then(|since| SystemTime::try_from(since).ok());
+    let age = since.and_then(|since| SystemTime::now().duration_since(since).ok());
+    match age.map(|age| age.as_secs()) {
+        None => "-".into(),
+        Some(seconds) if seconds < 120 => format!("{seconds}s"),
+        Some(seconds) if seconds < 7200 => format!("{}m", seconds / 60),
+        Some(seconds) => format!("{}h", seconds / 3600),
+    }
 }
 
 /// The Nomad cluster that a command works with.
@@ -143,8 +193,7 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Serve(arguments) => serve::execute(arguments).await,
         Command::Dev(arguments) => dev::execute(arguments).await,
         Command::Run(arguments) => run::execute(arguments).await,
-        Command::Attach(arguments) => attach::attach(arguments).await,
-        Command::Cancel(arguments) => attach::cancel(arguments).await,
+        Command::Runs(command) => runs::execute(command).await,
         Command::Pool(command) => pool::execute(command).await,
     }
 }

@@ -18,6 +18,8 @@ pub struct Provider {
 /// What differs between providers.
 struct Table {
     name: &'static str,
+    /// Another name, as callers of earlier systems have it.
+    alias: &'static str,
     /// Variable in which callers keep the key, as documented.
     key_variable: &'static str,
     /// Variable in which callers keep the project, where there is one.
@@ -105,7 +107,8 @@ impl FromStr for Provider {
     type Err = Unknown;
 
     fn from_str(given: &str) -> Result<Self, Unknown> {
-        let found = Self::all().find(|provider| provider.name() == given);
+        let found =
+            Self::all().find(|provider| [provider.name(), provider.table.alias].contains(&given));
         found.ok_or_else(|| Unknown {
             given: given.to_owned(),
         })
@@ -148,6 +151,19 @@ mod tests {
                 env: &env,
             })
             .unwrap()
+    }
+
+    #[test]
+    fn aliases_are_taken_and_not_given() {
+        for (alias, name) in [
+            ("codex", "openai"),
+            ("claude_code", "anthropic"),
+            ("gemini_cli", "google"),
+        ] {
+            assert_eq!(alias.parse::<Provider>().unwrap().to_string(), name);
+        }
+        assert!("Codex".parse::<Provider>().is_err());
+        assert!("".parse::<Provider>().is_err());
     }
 
     #[test]
@@ -211,8 +227,8 @@ mod tests {
         assert_eq!(refused("google", "hi", Some("--yolo")), "prompt.model");
         assert_eq!(refused("openai", "-", None), "prompt.text");
         assert_eq!(
-            "codex".parse::<Provider>().unwrap_err().to_string(),
-            "`provider` is `codex`, allowed are openai, anthropic, google"
+            "codecs".parse::<Provider>().unwrap_err().to_string(),
+            "`provider` is `codecs`, allowed are openai, anthropic, google"
         );
     }
 

@@ -1,11 +1,12 @@
 //! One run, in the order it happens: [`request`] checks what the caller wants, [`fence`]
 //! makes sure that a retry has not run elsewhere, [`queue`] has those that wait,
 //! [`on_demand`] orders a slot when none is idle, [`claim`] gets it a container, [`relay`] carries it to its end, and [`attach`] finds it again when a
-//! connection broke on the way.
+//! connection broke on the way. [`listing`] tells of runs without their output.
 
 pub mod attach;
 pub mod claim;
 pub mod fence;
+pub mod listing;
 pub mod on_demand;
 pub mod queue;
 pub mod relay;

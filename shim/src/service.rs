@@ -1,7 +1,10 @@
 //! `polydev.runtime.v1`: decodes, asks `run` and `pool`, encodes. The calls about pools are in
-//! [`pools`].
+//! [`pools`], those that tell of runs in
+//! [`runs`]. How errors are told is in [`status`].
 
 mod pools;
+mod runs;
+mod status;
 
 use std::{pin::Pin, time::Instant};
 
@@ -11,9 +14,10 @@ use polydev_proto::{
     node::TraceContext,
     runtime::{
         AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse, DrainPoolRequest,
-        DrainPoolResponse, GetPoolRequest, GetPoolResponse, ListPoolsRequest, ListPoolsResponse,
-        ResumePoolRequest, ResumePoolResponse, RunEvent, RunRequest, RunResponse, ScalePoolRequest,
-        ScalePoolResponse, WatchPoolsRequest, WatchPoolsResponse, attach_request, run_request,
+        DrainPoolResponse, GetPoolRequest, GetPoolResponse, GetRunRequest, GetRunResponse,
+        ListPoolsRequest, ListPoolsResponse, ListRunsRequest, ListRunsResponse, ResumePoolRequest,
+        ResumePoolResponse, RunEvent, RunRequest, RunResponse, ScalePoolRequest, ScalePoolResponse,
+        WatchPoolsRequest, WatchPoolsResponse, attach_request, run_request,
         runtime_service_server::{RuntimeService, RuntimeServiceServer},
     },
 };
@@ -30,7 +34,7 @@ use crate::{
     nomad::Nomad,
     pool::View,
     run::{
-        self, Connection, Error,
+        Connection, Error,
         attach::{self, Name},
         claim,
         on_demand::OnDemand,
@@ -223,6 +227,24 @@ impl RuntimeService for Service {
         Ok(Response::new(CancelRunResponse {}))
     }
 
+    async fn get_run(
+        &self,
+        request: Request<GetRunRequest>,
+    ) -> Result<Response<GetRunResponse>, Status> {
+        let GetRunRequest { run_id, user_id } = request.into_inner();
+        request::check_user(&user_id).map_err(Error::from)?;
+        let name = Name { run_id, user_id };
+        Ok(Response::new(runs::get(&self.view, &name).await?))
+    }
+
+    async fn list_runs(
+        &self,
+        request: Request<ListRunsRequest>,
+    ) -> Result<Response<ListRunsResponse>, Status> {
+        let page = runs::list(&self.view, request.into_inner()).await?;
+        Ok(Response::new(page))
+    }
+
     async fn list_pools(
         &self,
         _: Request<ListPoolsRequest>,
@@ -354,24 +376,4 @@ fn trace_context(metadata: &MetadataMap) -> Option<TraceContext> {
         traceparent,
         tracestate: text("tracestate").unwrap_or_default(),
     })
-}
-
-impl From<run::Error> for Status {
-    fn from(error: run::Error) -> Self {
-        let message = crate::chain(&error);
-        match error {
-            Error::Invalid(_) | Error::Refused { .. } => Self::invalid_argument(message),
-            Error::OtherCommand { .. } => Self::already_exists(message),
-            Error::NoIdleSlot { .. } | Error::Full(_) => Self::resource_exhausted(message),
-            Error::NoNode
-            | Error::NotRun { .. }
-            | Error::MayHaveRun { .. }
-            | Error::Unasked { .. } => Self::unavailable(message),
-            Error::Unclear { .. } | Error::Lost { .. } => Self::aborted(message),
-            Error::NotStarted { .. } => Self::failed_precondition(message),
-            Error::UnknownRun { .. } => Self::not_found(message),
-            Error::Forbidden { .. } => Self::permission_denied(message),
-            Error::BeyondEnd { .. } => Self::out_of_range(message),
-        }
-    }
 }

@@ -1,6 +1,14 @@
 //! What any gRPC client may ask of a shim besides runs.
 
-use polydev_tests::shim::Shim;
+use polydev_proto::runtime::{
+    ExitReason, ListRunsRequest, Run, RunStart, RunState, run_event::Event,
+};
+use polydev_tests::{
+    client::{Client, shell},
+    shim::Shim,
+};
+use serde_json::Value;
+use tonic::Code;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -8,6 +16,7 @@ use tonic_reflection::pb::v1::{
     ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
+use tonic_types::StatusExt;
 
 #[test]
 fn health_and_reflection_answer() {
@@ -49,4 +58,213 @@ fn health_and_reflection_answer() {
             other => panic!("{other:?}"),
         }
     });
+}
+
+#[test]
+fn runs_are_listed_page_by_page_and_shown() {
+    let shim = Shim::dev(&["anthropic=2"]);
+    let client = shim.client();
+    assert!(ids(&client, ListRunsRequest::default()).is_empty());
+
+    let mut expected = Vec::new();
+    for script in ["printf some", "exit 3", "printf more >&2"] {
+        let outcome = client.run(shell("anthropic", script)).unwrap();
+        expected.insert(0, outcome.accepted.run_id);
+    }
+    let other = RunStart {
+        user_id: "other".into(),
+        stdin: true,
+        ..shell("anthropic", "read line")
+    };
+    let mut going = client.start(other).unwrap();
+    while !matches!(client.next(&mut going).unwrap(), Some(Event::Started(_))) {}
+    expected.insert(0, going.accepted.run_id.clone());
+
+    // Whatever the size of the page, each run comes once, the last one first.
+    for page_size in [1, 2, 3, 4, 0] {
+        let request = ListRunsRequest {
+            page_size,
+            ..Default::default()
+        };
+        assert_eq!(ids(&client, request), expected);
+    }
+    let of = |user_id: &str, states: &[RunState]| ListRunsRequest {
+        user_id: user_id.into(),
+        states: states.iter().map(|state| (*state).into()).collect(),
+        page_size: 1,
+        ..Default::default()
+    };
+    assert_eq!(ids(&client, of("tester", &[])), expected[1..]);
+    assert_eq!(ids(&client, of("", &[RunState::Running])), expected[..1]);
+    assert_eq!(ids(&client, of("", &[RunState::Ended])), expected[1..]);
+    assert!(ids(&client, of("tester", &[RunState::Running])).is_empty());
+    let google = ListRunsRequest {
+        provider: "google".into(),
+        ..Default::default()
+    };
+    assert!(ids(&client, google).is_empty());
+
+    let failed = client.get_run(&expected[2]).unwrap();
+    assert_eq!(failed.state(), RunState::Ended);
+    let exited = failed.exited.as_ref().unwrap();
+    assert_eq!((exited.reason(), exited.exit_code), (ExitReason::Exited, 3));
+    let [claimed, started, ended] =
+        [failed.claimed_at, failed.started_at, failed.ended_at].map(|at| {
+            let at = at.expect("it has ended");
+            (at.seconds, at.nanos)
+        });
+    assert!(claimed <= started && started <= ended);
+    assert_eq!(failed.provider, "anthropic");
+    let written = client.get_run(&expected[1]).unwrap();
+    assert_eq!((written.stdout_bytes, written.stderr_bytes), (0, 4));
+    let running = client.get_run_as("other", &expected[0]).unwrap();
+    assert!(running.state() == RunState::Running && running.exited.is_none());
+    assert!(!running.cancelled && running.ended_at.is_none());
+
+    let printed = |arguments: &[&str]| {
+        let output = shim.command(arguments).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let lines = printed(&["runs", "list", "--output", "json", "--limit", "3"]);
+    let listed: Vec<String> = lines
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["run_id"].to_string())
+        .collect();
+    let quoted: Vec<String> = expected[..3].iter().map(|id| format!("\"{id}\"")).collect();
+    assert_eq!(listed, quoted);
+    let table = printed(&["runs", "list", "--state", "running"]);
+    assert_eq!(table.lines().count(), 2, "{table}");
+    let shown = printed(&["runs", "show", "--user", "tester", &expected[2]]);
+    assert!(shown.contains("exit code   3\n"), "{shown}");
+    assert!(printed(&["runs", "cancel", "--user", "other", &expected[0]]).is_empty());
+    while client.next(&mut going).unwrap().is_some() {}
+    let cancelled = client.get_run_as("other", &expected[0]).unwrap();
+    assert!(cancelled.cancelled && cancelled.state() == RunState::Ended);
+}
+
+#[test]
+fn what_cannot_be_listed_is_told_why() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let refused = |request: ListRunsRequest, field: &str| {
+        let status = client.list_runs(request).unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        let words = format!("`{field}`");
+        assert!(status.message().starts_with(&words), "{status}");
+        let details = status.get_error_details();
+        let violations = &details.bad_request().unwrap().field_violations;
+        assert_eq!(violations[0].field, field);
+    };
+    let request = ListRunsRequest::default;
+    let (user_id, provider) = ("a\nb".into(), "codecs".into());
+    refused(
+        ListRunsRequest {
+            user_id,
+            ..request()
+        },
+        "user_id",
+    );
+    refused(
+        ListRunsRequest {
+            provider,
+            ..request()
+        },
+        "provider",
+    );
+    let states = vec![9];
+    refused(
+        ListRunsRequest {
+            states,
+            ..request()
+        },
+        "states",
+    );
+    let page_size = 1001;
+    refused(
+        ListRunsRequest {
+            page_size,
+            ..request()
+        },
+        "page_size",
+    );
+    let page_token = "next".into();
+    refused(
+        ListRunsRequest {
+            page_token,
+            ..request()
+        },
+        "page_token",
+    );
+
+    let outcome = client.run(shell("anthropic", "true")).unwrap();
+    let code = |user: &str, run_id: &str| client.get_run_as(user, run_id).unwrap_err().code();
+    assert_eq!(
+        code("mallory", &outcome.accepted.run_id),
+        Code::PermissionDenied
+    );
+    assert_eq!(code("", &outcome.accepted.run_id), Code::InvalidArgument);
+    let unknown = uuid::Uuid::now_v7().to_string();
+    assert_eq!(code("tester", &unknown), Code::NotFound);
+}
+
+#[test]
+fn errors_have_details_for_programs() {
+    let shim = Shim::dev(&["anthropic=0"]);
+    let client = shim.client();
+    let zero = Some(prost_types::Duration::default());
+    let start = || RunStart {
+        queue_timeout: zero,
+        ..shell("anthropic", "true")
+    };
+    let details = |start: RunStart| {
+        let status = client.run(start).unwrap_err();
+        let details = status.get_error_details();
+        let info = details.error_info().expect("every error has it");
+        assert_eq!(info.domain, "polydev.runtime.v1");
+        (status.code(), info.reason.clone(), details)
+    };
+    let (code, reason, idle) = details(start());
+    assert_eq!((code, &*reason), (Code::ResourceExhausted, "NO_IDLE_SLOT"));
+    let retry = idle.retry_info().and_then(|retry| retry.retry_delay);
+    assert!(retry.is_some_and(|delay| !delay.is_zero()));
+
+    let mut wrong = start();
+    wrong.env.insert("LD_PRELOAD".into(), "x".into());
+    let (code, reason, invalid) = details(wrong);
+    assert_eq!((code, &*reason), (Code::InvalidArgument, "INVALID"));
+    let violations = &invalid.bad_request().unwrap().field_violations;
+    assert_eq!(violations[0].field, "env[\"LD_PRELOAD\"]");
+    assert!(invalid.retry_info().is_none());
+
+    // What an error quotes may be longer than the headers that it travels in.
+    let user_id = "a\u{20ac}".repeat(100_000);
+    let (code, ..) = details(RunStart { user_id, ..start() });
+    assert_eq!(code, Code::InvalidArgument);
+    let mut wrong = start();
+    wrong.env.insert("LD_".repeat(100_000), String::new());
+    let (code, ..) = details(wrong);
+    assert_eq!(code, Code::InvalidArgument);
+
+    // A name of the systems before is one of ours.
+    let provider = "claude_code".into();
+    let (code, ..) = details(RunStart {
+        provider,
+        ..start()
+    });
+    assert_eq!(code, Code::ResourceExhausted);
+}
+
+/// The ids of all runs that fit, by as many pages as it takes.
+fn ids(client: &Client, mut request: ListRunsRequest) -> Vec<String> {
+    let mut ids = Vec::new();
+    loop {
+        let page = client.list_runs(request.clone()).expect("runs are listed");
+        assert!(page.nodes_unreachable.is_empty());
+        ids.extend(page.runs.into_iter().map(|Run { run_id, .. }| run_id));
+        request.page_token = page.next_page_token;
+        if request.page_token.is_empty() {
+            return ids;
+        }
+    }
 }

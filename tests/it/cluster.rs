@@ -3,7 +3,7 @@
 use std::{collections::HashSet, time::Duration};
 
 use nix::sys::signal::Signal;
-use polydev_proto::runtime::{RunStart, run_input::Input};
+use polydev_proto::runtime::{ListRunsRequest, RunStart, RunState, run_input::Input};
 use polydev_tests::{
     client::{Client, Run, shell},
     cluster::{Cluster, NODES},
@@ -48,6 +48,7 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
             .collect()
     };
     assert_eq!(nodes(&runs).len(), 2);
+    all_are_listed_by_any_shim(&clients, &runs);
 
     // No server answers: a run is cancelled through another shim, and its slot is refilled and
     // claimed.
@@ -96,6 +97,30 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
                 Err(format!("{ids:?}"))
             }
         });
+    }
+}
+
+/// One to a page, from both nodes.
+fn all_are_listed_by_any_shim(clients: &[Client; 3], runs: &[Run]) {
+    let mut expected: Vec<_> = runs.iter().map(|run| &run.accepted.run_id).collect();
+    expected.sort_unstable_by(|a, b| b.cmp(a));
+    for client in clients {
+        let mut request = ListRunsRequest {
+            // That it is accepted does not say that its command runs already.
+            states: vec![RunState::Claimed.into(), RunState::Running.into()],
+            page_size: 1,
+            ..Default::default()
+        };
+        for (number, run_id) in expected.iter().enumerate() {
+            let page = client.list_runs(request.clone()).expect("runs are listed");
+            assert!(page.nodes_unreachable.is_empty());
+            let [listed] = &page.runs[..] else {
+                panic!("{page:?}")
+            };
+            assert_eq!(listed.run_id, **run_id, "{number}");
+            request.page_token = page.next_page_token;
+        }
+        assert_eq!(request.page_token, "", "all have been listed");
     }
 }
 

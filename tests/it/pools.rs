@@ -99,7 +99,7 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
     for (provider, size, words) in [
         ("anthropic", 1, "Nomad has no job `polydev-pool-anthropic`"),
         ("anthropic", 101, "`size` is `101`, allowed are 0 to 100"),
-        ("codex", 1, "`provider`"),
+        ("codecs", 1, "`provider`"),
     ] {
         let refused = scale(provider, size);
         assert_eq!(refused.status.code(), Some(125));

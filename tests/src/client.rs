@@ -6,9 +6,9 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use polydev_proto::runtime::{
     Accepted, Argv, AttachRequest, AttachStart, CancelRunRequest, CloseStdin, Credential, Exited,
-    ListPoolsRequest, Pool, Prompt, RunEvent, RunInput, RunRequest, RunStart, attach_request,
-    run_event::Event, run_input::Input, run_request, run_start::Command,
-    runtime_service_client::RuntimeServiceClient,
+    GetRunRequest, ListPoolsRequest, ListRunsRequest, ListRunsResponse, Pool, Prompt, RunEvent,
+    RunInput, RunRequest, RunStart, attach_request, run_event::Event, run_input::Input,
+    run_request, run_start::Command, runtime_service_client::RuntimeServiceClient,
 };
 use tokio::{runtime::Runtime, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -235,6 +235,48 @@ impl Client {
         };
         let mut service = self.service.clone();
         self.wait(async move { service.cancel_run(request).await.map(drop) })
+    }
+
+    /// What is told of a run of the user `tester`.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    ///
+    /// # Panics
+    /// If the answer has no run.
+    pub fn get_run(&self, run_id: &str) -> Result<polydev_proto::runtime::Run, Status> {
+        self.get_run_as("tester", run_id)
+    }
+
+    /// As [`Client::get_run`], for another user.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    ///
+    /// # Panics
+    /// If the answer has no run.
+    pub fn get_run_as(
+        &self,
+        user_id: &str,
+        run_id: &str,
+    ) -> Result<polydev_proto::runtime::Run, Status> {
+        let request = GetRunRequest {
+            run_id: run_id.into(),
+            user_id: user_id.into(),
+        };
+        let mut service = self.service.clone();
+        let answer = self.wait(async move { service.get_run(request).await })?;
+        Ok(answer.into_inner().run.expect("an answer has a run"))
+    }
+
+    /// One page of runs.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub fn list_runs(&self, request: ListRunsRequest) -> Result<ListRunsResponse, Status> {
+        let mut service = self.service.clone();
+        let answer = self.wait(async move { service.list_runs(request).await });
+        answer.map(tonic::Response::into_inner)
     }
 
     /// Reads a run to its end, from its first byte.

@@ -123,8 +123,16 @@ impl Shim {
     /// `polydev-shim run ...` against this shim.
     #[must_use]
     pub fn run_command(&self) -> Command {
+        self.command(&["run"])
+    }
+
+    /// `polydev-shim ...` against this shim.
+    #[must_use]
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(program("polydev-shim"));
-        command.arg("run").env("POLYDEV_ADDRESS", &self.address);
+        command
+            .args(arguments)
+            .env("POLYDEV_ADDRESS", &self.address);
         command
     }
 }

@@ -1,4 +1,7 @@
-//! `polydev.node.v1`: decodes, asks the book and the slots, encodes.
+//! `polydev.node.v1`: decodes, asks the book and the slots, encodes. How runs are listed is in
+//! [`runs`].
+
+mod runs;
 
 use std::{
     collections::HashMap, fs, io, os::unix::fs::PermissionsExt, path::Path, pin::Pin, sync::Arc,
@@ -8,9 +11,10 @@ use std::{
 use futures_util::{Stream, StreamExt, stream};
 use polydev_proto::node::{
     AttachRequest, AttachResponse, Attached, CancelRunRequest, CancelRunResponse, Claim,
-    ClaimRequest, ClaimResponse, Ended, FenceRequest, FenceResponse, Granted, HaveRun, Lost,
-    Output, RunEvent, RunInput, Slot as SlotMessage, Started, StdinTaken, Unknown,
-    WatchSlotsRequest, WatchSlotsResponse, attach_request, claim_request, fence_response,
+    ClaimRequest, ClaimResponse, Ended, FenceRequest, FenceResponse, GetRunRequest, GetRunResponse,
+    Granted, HaveRun, ListRunsRequest, ListRunsResponse, Lost, Output, RunEvent, RunInput,
+    Slot as SlotMessage, Started, StdinTaken, Unknown, WatchSlotsRequest, WatchSlotsResponse,
+    attach_request, claim_request, fence_response,
     node_service_server::{NodeService, NodeServiceServer},
     run_event, run_input, slot,
 };
@@ -22,7 +26,7 @@ use tonic::{Request, Response, Status, Streaming, transport::Server};
 use super::Node;
 use crate::{
     run::{
-        Input, Run,
+        self, Input, Run,
         book::{Fenced, NotFound},
         claim::{self, Refusal},
         follow::{BeyondEnd, Event, Follower},
@@ -215,6 +219,33 @@ impl NodeService for Service {
         Ok(Response::new(CancelRunResponse {}))
     }
 
+    async fn get_run(
+        &self,
+        request: Request<GetRunRequest>,
+    ) -> Result<Response<GetRunResponse>, Status> {
+        let GetRunRequest { run_id, user_id } = request.into_inner();
+        let user_id = (!user_id.is_empty()).then_some(user_id);
+        let run = self.find(&run_id, user_id.as_deref())?;
+        let summary = run.summary().ok_or_else(|| {
+            let aborted = NotFound::Aborted { run_id };
+            Status::failed_precondition(aborted.to_string())
+        })?;
+        Ok(Response::new(GetRunResponse {
+            run: Some(runs::encode(summary)),
+        }))
+    }
+
+    async fn list_runs(
+        &self,
+        request: Request<ListRunsRequest>,
+    ) -> Result<Response<ListRunsResponse>, Status> {
+        let (filter, limit) = runs::decode(request.into_inner())?;
+        let runs = self.node.runs.list(&filter, limit);
+        Ok(Response::new(ListRunsResponse {
+            runs: runs.into_iter().map(runs::encode).collect(),
+        }))
+    }
+
     async fn fence(
         &self,
         request: Request<FenceRequest>,
@@ -399,19 +430,23 @@ fn encode_event(event: Event) -> Result<RunEvent, Status> {
             to,
         }),
         Event::StdinTaken { offset } => run_event::Event::StdinTaken(StdinTaken { offset }),
-        Event::Ended(ended) => run_event::Event::Ended(Ended {
-            reason: ended.reason.into(),
-            exit_code: ended.exit_code,
-            signal: ended.signal,
-            message: ended.message,
-            after: duration(ended.after),
-            first_output_after: ended.first_output_after.and_then(duration),
-            stdout_bytes: ended.stdout_bytes,
-            stderr_bytes: ended.stderr_bytes,
-        }),
+        Event::Ended(ended) => run_event::Event::Ended(encode_ended(ended)),
         Event::Aborted(refusal) => return Err(refuse(&refusal)),
     };
     Ok(RunEvent { event: Some(event) })
+}
+
+fn encode_ended(ended: run::Ended) -> Ended {
+    Ended {
+        reason: ended.reason.into(),
+        exit_code: ended.exit_code,
+        signal: ended.signal,
+        message: ended.message,
+        after: duration(ended.after),
+        first_output_after: ended.first_output_after.and_then(duration),
+        stdout_bytes: ended.stdout_bytes,
+        stderr_bytes: ended.stderr_bytes,
+    }
 }
 
 /// A run's times are far within what a protobuf duration holds.

@@ -324,6 +324,12 @@ impl Runs {
             .any(|run| run.claimed.container == container && !run.gone.is_cancelled())
     }
 
+    /// The runs whose results are kept, in no order.
+    pub(super) fn all(&self, fits: impl Fn(&Run) -> bool) -> Vec<Arc<Run>> {
+        let inner = self.lock();
+        inner.runs().filter(|run| fits(run)).cloned().collect()
+    }
+
     /// Whether a run goes on.
     pub(crate) fn is_busy(&self) -> bool {
         self.lock().runs().any(|run| !run.is_over())

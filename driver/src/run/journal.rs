@@ -79,6 +79,9 @@ pub struct Claimed {
     pub run_id: String,
     pub user_id: String,
     pub ballot: Ballot,
+    /// Empty in the journal of a driver that did not note it.
+    #[serde(default)]
+    pub provider: String,
     pub slot_id: String,
     pub generation: u64,
     /// Of all that is executed, in hexadecimal; see [`super::claim::spec_hash`].

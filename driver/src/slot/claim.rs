@@ -85,6 +85,7 @@ impl Slot {
             run_id: parsed.start.run_id.clone(),
             user_id: parsed.user_id.clone(),
             ballot: parsed.ballot,
+            provider: self.config.provider.clone(),
             slot_id: self.identity.slot_id(),
             generation,
             spec_hash: parsed.spec_hash.clone(),

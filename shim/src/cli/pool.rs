@@ -4,12 +4,9 @@ mod apply;
 mod look;
 mod size;
 
-use std::{io::Write, process::ExitCode};
+use std::process::ExitCode;
 
-use polydev_proto::runtime::runtime_service_client::RuntimeServiceClient;
-use tonic::{Status, transport::Channel};
-
-use super::{Client, Output};
+use super::Options;
 
 #[derive(clap::Subcommand)]
 pub(super) enum Command {
@@ -54,22 +51,6 @@ pub(super) enum Command {
     Apply(apply::Arguments),
 }
 
-#[derive(clap::Args)]
-pub(super) struct Options {
-    #[command(flatten)]
-    client: Client,
-    /// How to print results.
-    #[arg(long, value_enum, default_value = "text")]
-    output: Output,
-}
-
-impl Options {
-    async fn connect(&self) -> anyhow::Result<RuntimeServiceClient<Channel>> {
-        let channel = super::run::connect(&self.client.address).await?;
-        Ok(RuntimeServiceClient::new(channel))
-    }
-}
-
 pub(super) async fn execute(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::List(options) => look::list(&options).await?,
@@ -89,15 +70,4 @@ pub(super) async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Apply(arguments) => apply::apply(&arguments).await?,
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// The shim's words.
-fn told(status: Status) -> anyhow::Error {
-    anyhow::anyhow!("{}", status.message())
-}
-
-fn print(text: &str) -> std::io::Result<()> {
-    let mut stdout = std::io::stdout();
-    stdout.write_all(text.as_bytes())?;
-    stdout.flush()
 }

@@ -22,6 +22,7 @@ use tonic::{metadata::MetadataValue, transport::Channel};
 use super::{
     Client, Output,
     stream::{self, QUEUE, Signals, forward_stdin},
+    told,
 };
 use crate::{address::Address, chain, provider::Provider};
 
@@ -101,7 +102,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
     let signals = Signals::new()?;
     let events = shim.run(call).await;
-    let events = events.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+    let events = events.map_err(told)?;
     if reads_stdin {
         tokio::spawn(forward_stdin(inputs.clone()));
     }

@@ -23,7 +23,7 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{FAILED, Output};
+use super::{FAILED, Output, told};
 
 /// Messages to the command that may wait.
 pub(super) const QUEUE: usize = 8;
@@ -55,7 +55,7 @@ pub(super) async fn print(
         let Some(event) = event else {
             bail!("the shim ended the stream before the run's end")
         };
-        let event = event.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+        let event = event.map_err(told)?;
         let Some(event) = event.and_then(|event| event.event) else {
             continue;
         };
@@ -187,7 +187,7 @@ fn to_json(event: &Event) -> serde_json::Value {
                 .collect();
             json!({
                 "event": "exited",
-                "reason": exited.reason().as_str_name().trim_start_matches("EXIT_REASON_").to_lowercase(),
+                "reason": reason(exited),
                 "exit_code": exited.exit_code,
                 "signal": exited.signal,
                 "message": exited.message,
@@ -198,6 +198,12 @@ fn to_json(event: &Event) -> serde_json::Value {
             })
         }
     }
+}
+
+/// Why it ended, in one word.
+pub(super) fn reason(exited: &Exited) -> String {
+    let name = exited.reason().as_str_name();
+    name.trim_start_matches("EXIT_REASON_").to_lowercase()
 }
 
 fn stream(lost: &runtime::Lost) -> &'static str {

@@ -5,6 +5,7 @@ use crate::credential::{Credential, Prepared};
 
 pub(super) const TABLE: Table = Table {
     name: "anthropic",
+    alias: "claude_code",
     key_variable: "ANTHROPIC_API_KEY",
     project_variable: None,
     prepare,

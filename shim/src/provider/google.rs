@@ -5,6 +5,7 @@ use crate::credential::{Credential, File, Prepared};
 
 pub(super) const TABLE: Table = Table {
     name: "google",
+    alias: "gemini_cli",
     key_variable: "GOOGLE_API_KEY",
     project_variable: Some("GOOGLE_PROJECT_ID"),
     prepare,

@@ -5,6 +5,7 @@ use crate::credential::{Credential, Prepared};
 
 pub(super) const TABLE: Table = Table {
     name: "openai",
+    alias: "codex",
     key_variable: "OPENAI_API_KEY",
     project_variable: None,
     prepare,

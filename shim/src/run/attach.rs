@@ -112,7 +112,7 @@ pub async fn cancel(view: &View, name: &Name) -> Result<(), Error> {
 }
 
 /// Asks every node at once; at most one has the run.
-async fn first_of<T, F>(
+pub(super) async fn first_of<T, F>(
     view: &View,
     name: &Name,
     ask: impl Fn(String, Channel) -> F,

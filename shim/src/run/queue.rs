@@ -10,7 +10,7 @@ use std::{
 use tokio::sync::watch;
 
 /// Runs that may wait in one shim.
-const WAITING_MOST: usize = 1000;
+pub const WAITING_MOST: usize = 1000;
 
 /// What one user may have in a shim.
 #[derive(Debug, Clone, Copy, Default, clap::Args)]

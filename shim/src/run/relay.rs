@@ -413,7 +413,7 @@ fn encode_output(output: node::Output) -> Output {
     }
 }
 
-fn encode_end(end: node::Ended, timeline: Vec<Stage>, warm: bool) -> Exited {
+pub(crate) fn encode_end(end: node::Ended, timeline: Vec<Stage>, warm: bool) -> Exited {
     let reason = match end.reason() {
         ended::Reason::Unspecified => ExitReason::Unspecified,
         ended::Reason::Exited => ExitReason::Exited,

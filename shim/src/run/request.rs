@@ -71,6 +71,22 @@ pub enum Invalid {
     },
 }
 
+impl Invalid {
+    /// Which field it is, as its message has it.
+    #[must_use]
+    pub fn field(&self) -> String {
+        match self {
+            Self::NotStarted => "start".into(),
+            Self::Provider(_) => "provider".into(),
+            Self::Credential(invalid) => format!("credential.{}", invalid.field),
+            Self::Environment(refused) => format!("env[{:?}]", refused.name),
+            Self::Prompt(invalid) => invalid.field.into(),
+            Self::Command(invalid) => invalid.field.clone(),
+            Self::Value { field, .. } => (*field).into(),
+        }
+    }
+}
+
 /// Checks whose run it is.
 ///
 /// # Errors
@@ -258,8 +274,10 @@ mod tests {
     fn refused(change: impl FnOnce(&mut RunStart), field: &str) {
         let mut start = start();
         change(&mut start);
-        let error = Request::parse(start, None).unwrap_err().to_string();
-        assert!(error.starts_with(&format!("`{field}")), "{error}");
+        let error = Request::parse(start, None).unwrap_err();
+        let (words, name) = (error.to_string(), error.field());
+        assert!(words.starts_with(&format!("`{field}")), "{words}");
+        assert!(words.starts_with(&format!("`{name}`")), "{words}: {name}");
     }
 
     #[test]
@@ -269,7 +287,10 @@ mod tests {
             Some(Command::Argv(Argv { args }))
         };
         let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
-        refused(|run| run.provider = "codex".into(), "provider` is `codex`");
+        refused(
+            |run| run.provider = "codecs".into(),
+            "provider` is `codecs`",
+        );
         refused(|run| run.user_id = String::new(), "user_id");
         refused(|run| run.user_id = "a\nb".into(), "user_id");
         refused(|run| run.run_id = "42".into(), "run_id");

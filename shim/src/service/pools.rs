@@ -21,6 +21,7 @@ use crate::{
     nomad::Nomad,
     pool::{Counts, View, scale},
     provider::Provider,
+    run::{Error, request::Invalid},
 };
 
 /// Between two looks at pools that change all the time.
@@ -29,10 +30,9 @@ const PACE: Duration = Duration::from_millis(250);
 /// A provider by its name.
 ///
 /// # Errors
-/// INVALID_ARGUMENT
-pub(super) fn provider(name: &str) -> Result<Provider, Status> {
-    name.parse()
-        .map_err(|error| Status::invalid_argument(format!("`provider`: {error}")))
+/// [`Error::Invalid`]
+pub(super) fn provider(name: &str) -> Result<Provider, Error> {
+    Ok(name.parse().map_err(Invalid::from)?)
 }
 
 pub(super) fn list(view: &View) -> ListPoolsResponse {
@@ -234,19 +234,5 @@ fn state(state: node::slot::State) -> SlotState {
         node::slot::State::Recycling => SlotState::Recycling,
         node::slot::State::Draining => SlotState::Draining,
         node::slot::State::Failed => SlotState::Failed,
-    }
-}
-
-impl From<scale::Error> for Status {
-    fn from(error: scale::Error) -> Self {
-        let message = crate::chain(&error);
-        match error {
-            scale::Error::Size { .. } => Self::invalid_argument(message),
-            scale::Error::NoJob { .. } => Self::not_found(message),
-            scale::Error::Deployment { .. } | scale::Error::NotDrained { .. } => {
-                Self::failed_precondition(message)
-            }
-            scale::Error::Nomad(_) => Self::unavailable(message),
-        }
     }
 }

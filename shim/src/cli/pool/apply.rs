@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, bail};
 
-use super::print;
+use crate::cli::print;
 use crate::pool::apply::{Applied, Variable, plan};
 
 #[derive(clap::Args)]

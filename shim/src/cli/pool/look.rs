@@ -1,9 +1,6 @@
 //! `polydev-shim pool list|show|watch`
 
-use std::{
-    io::IsTerminal,
-    time::{Duration, SystemTime},
-};
+use std::io::IsTerminal;
 
 use polydev_proto::runtime::{
     GetPoolRequest, ListPoolsRequest, Pool, Slot, SlotState, WatchPoolsRequest,
@@ -11,9 +8,8 @@ use polydev_proto::runtime::{
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use super::{Options, Output, print, told};
+use crate::cli::{ANSWER, Options, Output, age, print, told};
 
-const ANSWER: Duration = Duration::from_secs(10);
 /// Of an allocation's or a run's id, as Nomad shows it.
 const SHORT: usize = 8;
 
@@ -106,7 +102,7 @@ fn slot_line(slot: &Slot) -> String {
         short(allocation),
         short(&slot.node_id),
         state(slot),
-        age(slot),
+        age(slot.since),
         slot.generation,
         if slot.run_id.is_empty() {
             "-"
@@ -137,18 +133,4 @@ fn slot_json(slot: &Slot) -> Value {
 fn state(slot: &Slot) -> String {
     let name = SlotState::try_from(slot.state).map_or("", |state| state.as_str_name());
     name.trim_start_matches("SLOT_STATE_").to_lowercase()
-}
-
-/// For how long it has been in its state, to the second; two clocks may differ.
-fn age(slot: &Slot) -> String {
-    let since = slot
-        .since
-        .and_then(|since| SystemTime::try_from(since).ok());
-    let age = since.and_then(|since| SystemTime::now().duration_since(since).ok());
-    match age.map(|age| age.as_secs()) {
-        None => "-".into(),
-        Some(seconds) if seconds < 120 => format!("{seconds}s"),
-        Some(seconds) if seconds < 7200 => format!("{}m", seconds / 60),
-        Some(seconds) => format!("{}h", seconds / 3600),
-    }
 }

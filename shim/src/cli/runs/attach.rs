@@ -1,4 +1,4 @@
-//! `polydev-shim attach` and `cancel`: for a run that another call has started.
+//! `polydev-shim runs attach|cancel`: for a run that another call has started.
 
 use std::process::ExitCode;
 
@@ -7,27 +7,19 @@ use polydev_proto::runtime::{
     AttachRequest, AttachStart, CancelRunRequest, attach_request::Message,
     runtime_service_client::RuntimeServiceClient,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::{
-    Client, Output,
+use super::Name;
+use crate::cli::{
+    ANSWER, Client, Output,
     run::connect,
     stream::{self, QUEUE, Signals},
+    told,
 };
 
-/// Which run.
 #[derive(clap::Args)]
-struct Name {
-    /// The run's UUID, as `run --output json` prints it.
-    run_id: String,
-    /// Whose run it is.
-    #[arg(long, default_value = "local")]
-    user: String,
-}
-
-#[derive(clap::Args)]
-pub(super) struct Attach {
+pub(in crate::cli) struct Attach {
     #[command(flatten)]
     name: Name,
     #[command(flatten)]
@@ -44,7 +36,7 @@ pub(super) struct Attach {
 }
 
 #[derive(clap::Args)]
-pub(super) struct Cancel {
+pub(in crate::cli) struct Cancel {
     #[command(flatten)]
     name: Name,
     #[command(flatten)]
@@ -70,8 +62,10 @@ pub(super) async fn attach(arguments: Attach) -> anyhow::Result<ExitCode> {
         });
     let signals = Signals::new()?;
     let events = shim.attach(requests).await;
-    let events = events.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-    let events = events.into_inner().map(|response| Ok(response?.event));
+    let events = events
+        .map_err(told)?
+        .into_inner()
+        .map(|response| Ok(response?.event));
     stream::print(events, inputs, signals, arguments.output, false).await
 }
 
@@ -81,7 +75,9 @@ pub(super) async fn cancel(arguments: Cancel) -> anyhow::Result<ExitCode> {
         run_id: arguments.name.run_id,
         user_id: arguments.name.user,
     };
-    let cancelled = RuntimeServiceClient::new(channel).cancel_run(request).await;
-    cancelled.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+    let mut shim = RuntimeServiceClient::new(channel);
+    timeout(ANSWER, shim.cancel_run(request))
+        .await?
+        .map_err(told)?;
     Ok(ExitCode::SUCCESS)
 }

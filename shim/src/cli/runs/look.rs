@@ -1,0 +1,199 @@
+//! `polydev-shim runs list|show`
+
+use std::process::ExitCode;
+
+use polydev_proto::runtime::{GetRunRequest, ListRunsRequest, Run, RunState};
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use super::Name;
+use crate::{
+    cli::{ANSWER, Options, Output, age, print, stream::reason, told},
+    provider::Provider,
+};
+
+/// What a shim gives at once.
+const PAGE: u32 = 1000;
+
+#[derive(clap::Args)]
+pub(in crate::cli) struct List {
+    /// Only this user's.
+    #[arg(long)]
+    user: Option<String>,
+    /// Only this provider's: openai, anthropic or google.
+    #[arg(long)]
+    provider: Option<Provider>,
+    /// Only runs that have come so far; may be repeated.
+    #[arg(long, value_enum)]
+    state: Vec<State>,
+    /// Print no more than so many.
+    #[arg(long, value_name = "RUNS", default_value_t = 100)]
+    limit: usize,
+    #[command(flatten)]
+    options: Options,
+}
+
+#[derive(clap::Args)]
+pub(in crate::cli) struct Show {
+    #[command(flatten)]
+    name: Name,
+    #[command(flatten)]
+    options: Options,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum State {
+    /// In a slot; the command does not run yet.
+    Claimed,
+    /// The command runs.
+    Running,
+    /// It has ended, and its results are kept.
+    Ended,
+}
+
+impl From<State> for i32 {
+    fn from(state: State) -> Self {
+        let state = match state {
+            State::Claimed => RunState::Claimed,
+            State::Running => RunState::Running,
+            State::Ended => RunState::Ended,
+        };
+        state.into()
+    }
+}
+
+pub(super) async fn list(arguments: List) -> anyhow::Result<ExitCode> {
+    let List { options, limit, .. } = &arguments;
+    let mut shim = options.connect().await?;
+    if options.output == Output::Text {
+        print(&format!("{}\n", heading()))?;
+    }
+    let (mut left, mut page_token) = (*limit, String::new());
+    while left > 0 {
+        let request = ListRunsRequest {
+            user_id: arguments.user.clone().unwrap_or_default(),
+            provider: arguments
+                .provider
+                .map_or_else(String::new, |provider| provider.to_string()),
+            states: arguments
+                .state
+                .iter()
+                .map(|state| (*state).into())
+                .collect(),
+            page_size: u32::try_from(left).unwrap_or(PAGE).min(PAGE),
+            page_token,
+        };
+        let page = timeout(ANSWER, shim.list_runs(request)).await?;
+        let page = page.map_err(told)?.into_inner();
+        let lines = page.runs.iter().map(|run| match options.output {
+            Output::Text => line(run),
+            Output::Json => format!("{}\n", to_json(run)),
+        });
+        print(&lines.collect::<String>())?;
+        page_token = page.next_page_token;
+        left = left.saturating_sub(page.runs.len());
+        if page_token.is_empty() || left == 0 {
+            let unreachable = page.nodes_unreachable;
+            if !unreachable.is_empty() {
+                let nodes = unreachable.join(", ");
+                eprintln!("runs are missing of nodes that cannot be reached: {nodes}");
+            }
+            break;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) async fn show(Show { name, options }: Show) -> anyhow::Result<ExitCode> {
+    let mut shim = options.connect().await?;
+    let request = GetRunRequest {
+        run_id: name.run_id,
+        user_id: name.user,
+    };
+    let answer = timeout(ANSWER, shim.get_run(request)).await?;
+    let run = answer.map_err(told)?.into_inner().run.unwrap_or_default();
+    print(&match options.output {
+        Output::Json => format!("{}\n", to_json(&run)),
+        Output::Text => details(&run),
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn heading() -> String {
+    format!(
+        "{:<36}  {:<9}  {:<16}  {:<7}  {:<5}  {:<13}  {:>4}  NODE",
+        "RUN", "PROVIDER", "USER", "STATE", "FOR", "END", "EXIT"
+    )
+}
+
+fn line(run: &Run) -> String {
+    let (end, exit) = match &run.exited {
+        Some(exited) => (reason(exited), exited.exit_code.to_string()),
+        None => ("-".into(), "-".into()),
+    };
+    let node: String = run.node_id.chars().take(8).collect();
+    format!(
+        "{:<36}  {:<9}  {:<16}  {:<7}  {:<5}  {end:<13}  {exit:>4}  {node}\n",
+        run.run_id,
+        run.provider,
+        run.user_id,
+        state(run),
+        age(run.claimed_at),
+    )
+}
+
+fn details(run: &Run) -> String {
+    let time = |at: &Option<prost_types::Timestamp>| {
+        at.as_ref()
+            .map_or_else(|| "-".to_owned(), ToString::to_string)
+    };
+    let mut rows = vec![
+        ("run", run.run_id.clone()),
+        ("user", run.user_id.clone()),
+        ("provider", run.provider.clone()),
+        ("state", state(run)),
+        ("node", run.node_id.clone()),
+        ("slot", run.slot_id.clone()),
+        ("generation", run.generation.to_string()),
+        ("warm", run.warm.to_string()),
+        ("claimed", time(&run.claimed_at)),
+        ("started", time(&run.started_at)),
+        ("ended", time(&run.ended_at)),
+        ("cancelled", run.cancelled.to_string()),
+        ("stdout", format!("{} bytes", run.stdout_bytes)),
+        ("stderr", format!("{} bytes", run.stderr_bytes)),
+    ];
+    if let Some(exited) = &run.exited {
+        rows.push(("end", reason(exited)));
+        rows.push(("exit code", exited.exit_code.to_string()));
+        if !exited.message.is_empty() {
+            rows.push(("message", exited.message.clone()));
+        }
+    }
+    rows.iter()
+        .map(|(name, value)| format!("{name:<10}  {value}\n"))
+        .collect()
+}
+
+fn to_json(run: &Run) -> Value {
+    let time = |at: &Option<prost_types::Timestamp>| at.as_ref().map(ToString::to_string);
+    let end = run.exited.as_ref().map(|exited| {
+        json!({
+            "reason": reason(exited), "exit_code": exited.exit_code, "signal": exited.signal,
+            "message": exited.message,
+        })
+    });
+    json!({
+        "run_id": run.run_id, "user_id": run.user_id, "provider": run.provider,
+        "state": state(run), "node_id": run.node_id, "slot_id": run.slot_id,
+        "generation": run.generation, "warm": run.warm, "claimed_at": time(&run.claimed_at),
+        "started_at": time(&run.started_at), "ended_at": time(&run.ended_at),
+        "cancelled": run.cancelled, "stdout_bytes": run.stdout_bytes,
+        "stderr_bytes": run.stderr_bytes, "exited": end,
+    })
+}
+
+fn state(run: &Run) -> String {
+    let name = run.state().as_str_name();
+    name.trim_start_matches("RUN_STATE_").to_lowercase()
+}

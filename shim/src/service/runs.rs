@@ -1,0 +1,128 @@
+//! The calls that tell of runs: `GetRun` and `ListRuns`.
+
+use std::time::{Duration, SystemTime};
+
+use polydev_proto::{
+    node,
+    runtime::{GetRunResponse, ListRunsRequest, ListRunsResponse, Run, RunState},
+};
+use prost_types::Timestamp;
+use uuid::Uuid;
+
+use crate::{
+    pool::View,
+    run::{
+        Error,
+        attach::Name,
+        listing::{self, Filter, Found},
+        relay::encode_end,
+        request::{Invalid, check_user},
+    },
+};
+
+/// Runs in an answer, unless the caller says otherwise.
+const PAGE: u32 = 100;
+/// What a node gives at once.
+const PAGE_MOST: u32 = 1000;
+
+pub(super) async fn get(view: &View, name: &Name) -> Result<GetRunResponse, Error> {
+    let found = listing::get(view, name).await?;
+    Ok(GetRunResponse {
+        run: Some(encode(found)),
+    })
+}
+
+pub(super) async fn list(view: &View, request: ListRunsRequest) -> Result<ListRunsResponse, Error> {
+    let (filter, most) = parse(request)?;
+    let page = listing::list(view, &filter, most).await?;
+    let last = page.runs.last().filter(|_| page.has_more);
+    Ok(ListRunsResponse {
+        next_page_token: last.map_or_else(String::new, |found| found.run.run_id.clone()),
+        runs: page.runs.into_iter().map(encode).collect(),
+        nodes_unreachable: page.unreachable,
+    })
+}
+
+fn parse(request: ListRunsRequest) -> Result<(Filter, u32), Invalid> {
+    let ListRunsRequest {
+        user_id,
+        provider,
+        states,
+        page_size,
+        page_token,
+    } = request;
+    let given = |text: String| Some(text).filter(|text| !text.is_empty());
+    let user_id = given(user_id);
+    user_id.as_deref().map_or(Ok(()), check_user)?;
+    let state = |state: i32| match RunState::try_from(state) {
+        Ok(RunState::Claimed) => Ok(node::run::State::Claimed),
+        Ok(RunState::Running) => Ok(node::run::State::Running),
+        Ok(RunState::Ended) => Ok(node::run::State::Ended),
+        Ok(RunState::Unspecified) | Err(_) => Err(Invalid::Value {
+            field: "states",
+            given: state.to_string(),
+            allowed: "RUN_STATE_CLAIMED, RUN_STATE_RUNNING and RUN_STATE_ENDED",
+        }),
+    };
+    let most = match page_size {
+        0 => PAGE,
+        1..=PAGE_MOST => page_size,
+        _ => {
+            return Err(Invalid::Value {
+                field: "page_size",
+                given: page_size.to_string(),
+                allowed: "0 to 1000",
+            });
+        }
+    };
+    let before = given(page_token);
+    if let Some(token) = before
+        .as_ref()
+        .filter(|token| Uuid::parse_str(token).is_err())
+    {
+        return Err(Invalid::Value {
+            field: "page_token",
+            given: token.clone(),
+            allowed: "the `next_page_token` of the page before",
+        });
+    }
+    let filter = Filter {
+        user_id,
+        provider: given(provider).map(|name| name.parse()).transpose()?,
+        states: states.into_iter().map(state).collect::<Result<_, _>>()?,
+        before,
+    };
+    Ok((filter, most))
+}
+
+fn encode(Found { node_id, run }: Found) -> Run {
+    let state = match run.state() {
+        node::run::State::Unspecified => RunState::Unspecified,
+        node::run::State::Claimed => RunState::Claimed,
+        node::run::State::Running => RunState::Running,
+        node::run::State::Ended => RunState::Ended,
+    };
+    let claimed_at = run.claimed_at.and_then(|at| SystemTime::try_from(at).ok());
+    let after = |after: Option<prost_types::Duration>| {
+        let after = Duration::try_from(after?).ok()?;
+        claimed_at?.checked_add(after).map(Timestamp::from)
+    };
+    let warm = !run.on_demand;
+    Run {
+        state: state.into(),
+        node_id,
+        warm,
+        started_at: after(run.started_after),
+        ended_at: after(run.ended.as_ref().and_then(|ended| ended.after)),
+        exited: run.ended.map(|ended| encode_end(ended, Vec::new(), warm)),
+        run_id: run.run_id,
+        user_id: run.user_id,
+        provider: run.provider,
+        slot_id: run.slot_id,
+        generation: run.generation,
+        claimed_at: run.claimed_at,
+        cancelled: run.cancelled,
+        stdout_bytes: run.stdout_bytes,
+        stderr_bytes: run.stderr_bytes,
+    }
+}

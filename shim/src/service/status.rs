@@ -1,0 +1,143 @@
+//! How errors are told to callers: the one mapping to gRPC codes, with details of
+//! `google.rpc` for programs. Every error has an `ErrorInfo` of the domain [`DOMAIN`].
+
+use std::{collections::HashMap, time::Duration};
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::{
+    pool::scale,
+    run::{
+        self, Error,
+        queue::{Full, WAITING_MOST},
+    },
+};
+
+/// Of a message, in bytes.
+const LONGEST: usize = 1000;
+/// Of every `ErrorInfo`.
+const DOMAIN: &str = "polydev.runtime.v1";
+/// After an error that may be gone by then.
+const AGAIN: Duration = Duration::from_secs(1);
+
+impl From<run::Error> for Status {
+    fn from(error: run::Error) -> Self {
+        let message = short(crate::chain(&error));
+        let (code, reason) = kind(&error);
+        let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+        match &error {
+            Error::Invalid(invalid) => {
+                details.add_bad_request_violation(short(invalid.field()), &message);
+            }
+            Error::Full(Full::User { user_id, .. }) => {
+                details.add_quota_failure_violation(format!("user:{user_id}"), &message);
+            }
+            Error::Full(Full::Shim) => {
+                let most = format!("{WAITING_MOST} runs wait");
+                details.add_quota_failure_violation("shim", most);
+            }
+            _ => {}
+        }
+        if is_worth_another_try(&error) {
+            details.set_retry_info(Some(AGAIN));
+        }
+        Self::with_error_details(code, message, details)
+    }
+}
+
+fn kind(error: &Error) -> (Code, &'static str) {
+    match error {
+        Error::Invalid(_) => (Code::InvalidArgument, "INVALID"),
+        Error::Refused { .. } => (Code::InvalidArgument, "REFUSED"),
+        Error::OtherCommand { .. } => (Code::AlreadyExists, "OTHER_COMMAND"),
+        Error::NoIdleSlot { .. } => (Code::ResourceExhausted, "NO_IDLE_SLOT"),
+        Error::Full(_) => (Code::ResourceExhausted, "QUEUE_FULL"),
+        Error::NoNode => (Code::Unavailable, "NO_NODE"),
+        Error::NotRun { .. } => (Code::Unavailable, "NOT_RUN"),
+        Error::MayHaveRun { .. } => (Code::Unavailable, "MAY_HAVE_RUN"),
+        Error::Unasked { .. } => (Code::Unavailable, "NODE_UNREACHABLE"),
+        Error::Unclear { .. } => (Code::Aborted, "UNCLEAR"),
+        Error::Lost { .. } => (Code::Aborted, "CONNECTION_LOST"),
+        Error::NotStarted { .. } => (Code::FailedPrecondition, "NOT_STARTED"),
+        Error::UnknownRun { .. } => (Code::NotFound, "UNKNOWN_RUN"),
+        Error::Forbidden { .. } => (Code::PermissionDenied, "OTHER_USER"),
+        Error::BeyondEnd { .. } => (Code::OutOfRange, "BEYOND_END"),
+    }
+}
+
+/// The same call may succeed later, and does no harm.
+fn is_worth_another_try(error: &Error) -> bool {
+    match error {
+        Error::NoIdleSlot { .. }
+        | Error::Full(_)
+        | Error::NoNode
+        | Error::NotRun { .. }
+        | Error::MayHaveRun { .. }
+        | Error::Unasked { .. } => true,
+        Error::Invalid(_)
+        | Error::Refused { .. }
+        | Error::OtherCommand { .. }
+        | Error::Unclear { .. }
+        | Error::Lost { .. }
+        | Error::NotStarted { .. }
+        | Error::UnknownRun { .. }
+        | Error::Forbidden { .. }
+        | Error::BeyondEnd { .. } => false,
+    }
+}
+
+/// Errors travel in headers, of which clients take some KiB; what they quote may be longer.
+fn short(mut text: String) -> String {
+    if text.len() > LONGEST {
+        text.truncate(text.floor_char_boundary(LONGEST));
+        text.push_str(" ...");
+    }
+    text
+}
+
+impl From<scale::Error> for Status {
+    fn from(error: scale::Error) -> Self {
+        let message = short(crate::chain(&error));
+        let (code, reason) = match error {
+            scale::Error::Size { .. } => (Code::InvalidArgument, "INVALID"),
+            scale::Error::NoJob { .. } => (Code::NotFound, "NO_JOB"),
+            scale::Error::Deployment { .. } => (Code::FailedPrecondition, "DEPLOYMENT"),
+            scale::Error::NotDrained { .. } => (Code::FailedPrecondition, "NOT_DRAINED"),
+            scale::Error::Nomad(_) => (Code::Unavailable, "NOMAD"),
+        };
+        let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+        if let scale::Error::Size { .. } = error {
+            details.add_bad_request_violation("size", &message);
+        }
+        if let scale::Error::Nomad(_) = error {
+            details.set_retry_info(Some(AGAIN));
+        }
+        Self::with_error_details(code, message, details)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_names_whose_it_is() {
+        let full = Full::User {
+            user_id: "alice".into(),
+            most: 3,
+        };
+        let details = Status::from(Error::from(full)).get_error_details();
+        let violations = &details.quota_failure().unwrap().violations;
+        assert_eq!(violations[0].subject, "user:alice");
+        assert_eq!(details.error_info().unwrap().reason, "QUEUE_FULL");
+        assert!(details.retry_info().is_some());
+    }
+
+    #[test]
+    fn long_words_are_cut_between_characters() {
+        assert_eq!(short("short".into()), "short");
+        let cut = short("\u{20ac}".repeat(1000));
+        assert_eq!(cut.len(), 999 + 4);
+    }
+}
