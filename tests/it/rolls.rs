@@ -39,6 +39,25 @@ fn ends_by_itself(client: &Client, mut run: Run) {
     );
 }
 
+/// Ten runs in a pool of ten, asked for within a millisecond.
+fn filled_within_a_millisecond(client: &Client) -> Vec<Run> {
+    wait_until("ten requests at once", Duration::from_secs(60), || {
+        client.wait_idle("anthropic", 10);
+        let (runs, took) = client
+            .start_all(vec![open(); 10])
+            .expect("there are ten slots");
+        let slots: HashSet<&String> = runs.iter().map(|run| &run.accepted.slot_id).collect();
+        assert_eq!(slots.len(), 10, "each has a slot of its own");
+        if took <= Duration::from_millis(1) {
+            return Ok(runs);
+        }
+        for run in runs {
+            ends_by_itself(client, run);
+        }
+        Err(format!("they took {took:?}"))
+    })
+}
+
 #[test]
 fn a_pool_that_is_scaled_in_and_updated_ends_no_run_and_is_never_empty() {
     let nomad = Nomad::start();
@@ -47,9 +66,7 @@ fn a_pool_that_is_scaled_in_and_updated_ends_no_run_and_is_never_empty() {
     nomad.submit_pool("anthropic", 10);
     client.wait_idle("anthropic", 10);
 
-    let mut runs = client.start_all(vec![open(); 10]).unwrap();
-    let slots: HashSet<&String> = runs.iter().map(|run| &run.accepted.slot_id).collect();
-    assert_eq!(slots.len(), 10, "each has a slot of its own");
+    let mut runs = filled_within_a_millisecond(&client);
     for run in runs.drain(5..) {
         ends_by_itself(&client, run);
     }

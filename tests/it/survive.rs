@@ -456,6 +456,22 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     let still = docker::wait_containers(&label, 3);
     let kept = still.iter().filter(|id| idle.contains(id)).count();
     assert_eq!(kept, 2, "of {idle:?} in {still:?}");
+
+    // Not by one that would make it otherwise by now: another init.
+    nomad.upgrade();
+    kill_driver(&nomad);
+    let others = || {
+        let now = docker::containers(&label);
+        if now.len() == 3 && now.iter().all(|id| !still.contains(id)) {
+            Ok(())
+        } else {
+            Err(format!("of {still:?} in {now:?}"))
+        }
+    };
+    wait_until("other containers", Duration::from_secs(60), others);
+    client.wait_idle("anthropic", 3);
+    let outcome = client.run(shell("anthropic", "echo anew")).unwrap();
+    assert_eq!(outcome.stdout(), "anew\n");
 }
 
 /// The agent's clean stop ends the plugin: runs go on without it.

@@ -1,6 +1,10 @@
 //! A caller of the shim, as a master-controller is one.
 
-use std::{collections::BTreeMap, pin::Pin, time::Duration};
+use std::{
+    collections::BTreeMap,
+    pin::Pin,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
@@ -159,21 +163,27 @@ impl Client {
         })
     }
 
-    /// Starts runs at the same moment and waits until all are accepted.
+    /// Starts runs at the same moment and waits until all are accepted. The time is that from
+    /// the first request to the last.
     ///
     /// # Errors
     /// As the shim answers to the first that it refuses.
-    pub fn start_all(&self, starts: Vec<RunStart>) -> Result<Vec<Run>, Status> {
+    pub fn start_all(&self, starts: Vec<RunStart>) -> Result<(Vec<Run>, Duration), Status> {
         let calls = starts.into_iter().map(|start| {
             let (inputs, requests) = requests(start);
             let mut service = self.service.clone();
             async move {
+                let sent = Instant::now();
                 let events = service.run(requests).await?.into_inner();
                 let events = events.map(|response| Ok(response?.event.expect("an event")));
-                accepted(inputs, events.boxed()).await
+                Ok((accepted(inputs, events.boxed()).await?, sent))
             }
         });
-        self.wait(futures_util::future::try_join_all(calls))
+        let started = self.wait(futures_util::future::try_join_all(calls))?;
+        let (runs, sent): (Vec<_>, Vec<Instant>) = started.into_iter().unzip();
+        let (first, last) = (sent.iter().min(), sent.iter().max());
+        let took = first.zip(last).map(|(first, last)| *last - *first);
+        Ok((runs, took.unwrap_or_default()))
     }
 
     /// Goes back to a run of the user `tester`.

@@ -97,7 +97,7 @@ fn memory(state: &Path, shim: &Shim) -> anyhow::Result<f64> {
 /// Kills the driver under a run in every slot: milliseconds from the moment the next one
 /// listens until each stream has gone on, at the byte it had come to.
 fn resumed(client: &Client, state: &Path) -> anyhow::Result<Vec<f64>> {
-    let runs = client.start_all(vec![shell_of_bash(TICKS); SLOTS as usize])?;
+    let (runs, _) = client.start_all(vec![shell_of_bash(TICKS); SLOTS as usize])?;
     let listening = Arc::new(Listening::new());
     let going = AtomicU32::new(0);
     let socket = state.join("node.sock");
