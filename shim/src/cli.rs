@@ -1,6 +1,7 @@
 //! The command line: one binary, a file a command.
 
 mod dev;
+mod manual;
 mod pool;
 mod run;
 mod runs;
@@ -22,6 +23,7 @@ use nix::sys::{
 };
 use polydev_proto::runtime::runtime_service_client::RuntimeServiceClient;
 use prost_types::Timestamp;
+use sd_notify::NotifyState;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, transport::Channel};
 use tracing_subscriber::EnvFilter;
@@ -51,6 +53,13 @@ enum Command {
     /// Look at the warm pools, and size them.
     #[command(subcommand)]
     Pool(pool::Command),
+    /// Print the completions of a shell, to be sourced by it.
+    Completions { shell: clap_complete::Shell },
+    /// Write the manual pages, one for each command.
+    Man {
+        /// Folder for the pages; made if it is not there.
+        folder: PathBuf,
+    },
 }
 
 /// How results are printed.
@@ -195,6 +204,15 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Run(arguments) => run::execute(arguments).await,
         Command::Runs(command) => runs::execute(command).await,
         Command::Pool(command) => pool::execute(command).await,
+        Command::Completions { shell } => manual::completions(shell),
+        Command::Man { folder } => manual::pages(&folder),
+    }
+}
+
+/// Tells systemd, if it started this.
+fn tell_systemd(state: NotifyState) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "cannot tell systemd");
     }
 }
 
@@ -213,6 +231,7 @@ fn stop_signal() -> anyhow::Result<CancellationToken> {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
+        tell_systemd(NotifyState::Stopping);
         cancel.cancel();
     });
     Ok(stop)

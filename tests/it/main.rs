@@ -14,6 +14,7 @@ mod network;
 mod nomad;
 mod on_demand;
 mod output;
+mod package;
 mod plain;
 mod pools;
 mod queue;

@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use anyhow::Context;
+use sd_notify::NotifyState;
 
+use super::tell_systemd;
 use crate::{
     address::{Address, DEFAULT},
     engine,
@@ -37,6 +39,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let cluster = engine::nomad::Cluster::default();
     let (drivers, drained) = (cluster.drivers.subscribe(), cluster.drained.subscribe());
     tracing::info!(listen = %arguments.listen, nomad = arguments.nomad.address, "serving");
+    tell_systemd(NotifyState::Ready);
     let limits = service::Limits {
         per_user: arguments.per_user,
         on_demand: arguments.on_demand,
