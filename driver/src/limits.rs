@@ -128,6 +128,8 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Handle {
     cgroup: cgroup::Cgroup,
+    /// What it was opened with.
+    rates: Option<Rates>,
     /// Absent where nothing is shaped.
     traffic: Option<Arc<traffic::Shaper>>,
 }
@@ -156,6 +158,7 @@ impl Handle {
         });
         Ok(Self {
             cgroup,
+            rates: rates.copied(),
             traffic: traffic.transpose()?,
         })
     }
@@ -168,6 +171,14 @@ impl Handle {
     /// v1 memory cannot be limited below what is in use; with v2 the kernel kills for it.
     pub fn set(&self, limits: &Limits) -> Result<(), Error> {
         self.cgroup.set(limits)
+    }
+
+    /// Whether the bandwidth of `limits` is less than what it was opened with.
+    #[must_use]
+    pub fn is_lowered_by(&self, limits: &Limits) -> bool {
+        self.rates
+            .and_then(|rates| rates.ingress_mbits)
+            .is_none_or(|mbits| limits.mbits < mbits)
     }
 
     /// Raises or lowers the bandwidth to that of `limits`, once it is called. It blocks while

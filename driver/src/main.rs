@@ -18,7 +18,7 @@ struct Arguments {}
 
 /// How long idle threads for blocking calls are kept. A new one waits for as long as the
 /// kernel moves others into their control groups, so for whole containers to be started.
-const KEEP_THREADS: Duration = Duration::from_secs(3600);
+const KEEP_THREADS: Duration = Duration::from_secs(300);
 
 fn main() -> ExitCode {
     let Arguments {} = Arguments::parse();

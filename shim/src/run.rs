@@ -127,8 +127,8 @@ pub enum Error {
     NotStarted { reason: String },
     #[error("{reason}")]
     UnknownRun { reason: String },
-    #[error("run `{run_id}` is another user's")]
-    Forbidden { run_id: String },
+    #[error("run `{run_id}` is not of user `{user_id}`, but another's")]
+    Forbidden { run_id: String, user_id: String },
     #[error("{reason}")]
     BeyondEnd { reason: String },
 }

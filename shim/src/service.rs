@@ -190,11 +190,7 @@ impl RuntimeService for Service {
         else {
             return Err(Error::from(request::Invalid::NotStarted).into());
         };
-        request::check_user(&start.user_id).map_err(Error::from)?;
-        let name = Name {
-            run_id: start.run_id,
-            user_id: start.user_id,
-        };
+        let name = Name::parse(&start.run_id, start.user_id)?;
         let offsets = [start.stdout_offset, start.stderr_offset];
         let connection = attach::attach(&self.view, &name, offsets).await?;
         let requests = requests.map(|request| {
@@ -221,9 +217,7 @@ impl RuntimeService for Service {
         request: Request<CancelRunRequest>,
     ) -> Result<Response<CancelRunResponse>, Status> {
         let CancelRunRequest { run_id, user_id } = request.into_inner();
-        // To a driver nobody is the operator.
-        request::check_user(&user_id).map_err(Error::from)?;
-        attach::cancel(&self.view, &Name { run_id, user_id }).await?;
+        attach::cancel(&self.view, &Name::parse(&run_id, user_id)?).await?;
         Ok(Response::new(CancelRunResponse {}))
     }
 
@@ -232,8 +226,7 @@ impl RuntimeService for Service {
         request: Request<GetRunRequest>,
     ) -> Result<Response<GetRunResponse>, Status> {
         let GetRunRequest { run_id, user_id } = request.into_inner();
-        request::check_user(&user_id).map_err(Error::from)?;
-        let name = Name { run_id, user_id };
+        let name = Name::parse(&run_id, user_id)?;
         Ok(Response::new(runs::get(&self.view, &name).await?))
     }
 

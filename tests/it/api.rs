@@ -4,7 +4,7 @@ use polydev_proto::runtime::{
     ExitReason, ListRunsRequest, Run, RunStart, RunState, run_event::Event,
 };
 use polydev_tests::{
-    client::{Client, shell},
+    client::{Client, argv, shell},
     shim::Shim,
 };
 use serde_json::Value;
@@ -206,6 +206,23 @@ fn what_cannot_be_listed_is_told_why() {
     assert_eq!(code("", &outcome.accepted.run_id), Code::InvalidArgument);
     let unknown = uuid::Uuid::now_v7().to_string();
     assert_eq!(code("tester", &unknown), Code::NotFound);
+    assert_eq!(code("tester", "42"), Code::InvalidArgument);
+    assert_eq!(code("tester", &"x".repeat(100_000)), Code::InvalidArgument);
+    let upper = outcome.accepted.run_id.to_uppercase();
+    assert_eq!(
+        client.get_run(&upper).unwrap().run_id,
+        outcome.accepted.run_id
+    );
+
+    // However long the names of programs that are not there: all are listed.
+    let long = format!("/{}", "long/".repeat(25_000));
+    for _ in 0..3 {
+        client.wait_idle("anthropic", 1);
+        let refused = client.run(argv("anthropic", &[&long])).unwrap();
+        assert_eq!(refused.exited.reason(), ExitReason::NotStarted);
+        assert!(refused.exited.message.len() <= 1000);
+    }
+    assert_eq!(ids(&client, request()).len(), 4);
 }
 
 #[test]

@@ -286,6 +286,12 @@ fn limits_are_raised_and_lowered_on_a_live_container() {
     let id = id.trim();
     let pid = docker::inspect(id)["State"]["Pid"].as_u64().unwrap();
     let handle = Handle::open(u32::try_from(pid).unwrap(), &Limits::IDLE).unwrap();
+    // What is lowered is lowered before a command starts, what is raised beside it.
+    let slower = Limits {
+        mbits: Limits::IDLE.mbits - 1,
+        ..Limits::RUN
+    };
+    assert!(handle.is_lowered_by(&slower) && !handle.is_lowered_by(&Limits::RUN));
     let inside =
         |file: &str| docker::docker(&["exec", id, "cat", &format!("/sys/fs/cgroup/{file}")]);
     for class in [Limits::RUN, Limits::IDLE, Limits::RUN, Limits::IDLE] {

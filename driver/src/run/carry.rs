@@ -99,7 +99,7 @@ pub(crate) struct Order {
 /// Raises the limits, starts the command and carries it to its end. The container is of
 /// no further use afterwards.
 ///
-/// Bandwidth is raised beside the start, because the kernel changes a token bucket under the
+/// Bandwidth is raised beside the start, and lowered before it, because the kernel changes a token bucket under the
 /// lock that the making and removing of other containers' interfaces takes for long.
 pub(crate) async fn start(
     runs: &Runs,
@@ -110,13 +110,19 @@ pub(crate) async fn start(
     order: Order,
 ) {
     let granted_after = run.arrived.elapsed();
+    let mut shaping = Some(spawn_blocking(limits.shaping(class)));
+    let lowered = match limits.is_lowered_by(class) {
+        true => shaped(&mut shaping).await,
+        false => Ok(()),
+    };
     let raise = || {
         if Instant::now() >= order.start_by {
             return Err(Refusal::TooLate);
         }
-        limits.set(class).map_err(|error| Refusal::Broken {
-            reason: crate::chain(&error),
-        })
+        let broken = |reason| Refusal::Broken { reason };
+        lowered.map_err(broken)?;
+        let set = limits.set(class);
+        set.map_err(|error| broken(crate::chain(&error)))
     };
     if let Err(refusal) = raise() {
         tracing::warn!(
@@ -135,7 +141,7 @@ pub(crate) async fn start(
         progress.granted = Some(granted);
     });
     let mut carrier = Carrier::new(runs, run, connection, Some(limits), order.inputs);
-    carrier.shaping = Some(spawn_blocking(limits.shaping(class)));
+    carrier.shaping = shaping;
     // Whether it arrived is asked of init, should the connection break.
     let _told_below = carrier.send(to_init::Message::Start(order.start)).await;
     carrier.carry().await;

@@ -12,7 +12,10 @@ use tokio::{sync::mpsc, time::sleep};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, transport::Channel};
 
-use super::{Connection, Error, Events, INPUTS, answered};
+use super::{
+    Connection, Error, Events, INPUTS, answered,
+    request::{check_user, parse_id},
+};
 use crate::pool::View;
 
 /// Between attempts to reach a driver that has just been there.
@@ -23,6 +26,17 @@ const AGAIN: Duration = Duration::from_millis(100);
 pub struct Name {
     pub run_id: String,
     pub user_id: String,
+}
+
+impl Name {
+    /// # Errors
+    /// [`Error::Invalid`] names the field.
+    pub fn parse(run_id: &str, user_id: String) -> Result<Self, Error> {
+        // To a driver nobody is the operator.
+        check_user(&user_id)?;
+        let run_id = parse_id(run_id)?.to_string();
+        Ok(Self { run_id, user_id })
+    }
 }
 
 /// Attaches to a run of `node_id`, from `offsets` of stdout and stderr on.
@@ -167,6 +181,7 @@ impl Error {
             Code::NotFound => Self::UnknownRun { reason },
             Code::PermissionDenied => Self::Forbidden {
                 run_id: name.run_id.clone(),
+                user_id: name.user_id.clone(),
             },
             Code::FailedPrecondition => Self::NotStarted { reason },
             Code::OutOfRange => Self::BeyondEnd { reason },

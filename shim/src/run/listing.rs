@@ -63,7 +63,7 @@ pub async fn get(view: &View, name: &Name) -> Result<Found, Error> {
 /// The `most` last runs of all nodes that fit.
 ///
 /// # Errors
-/// [`Error::NoNode`]
+/// [`Error::NoNode`], [`Error::Unasked`] if none has answered.
 pub async fn list(view: &View, filter: &Filter, most: u32) -> Result<Page, Error> {
     let (nodes, mut unreachable) = view.channels();
     if nodes.is_empty() {
@@ -89,10 +89,13 @@ pub async fn list(view: &View, filter: &Filter, most: u32) -> Result<Page, Error
             }
         })
         .buffer_unordered(ASKED);
-    let (mut runs, mut has_more) = (Vec::new(), false);
+    let (mut runs, mut has_more, mut answered_any) = (Vec::new(), false, false);
     while let Some((node_id, answer)) = answers.next().await {
         let found = match answer {
-            Ok(answer) => answer.into_inner().runs,
+            Ok(answer) => {
+                answered_any = true;
+                answer.into_inner().runs
+            }
             Err(status) => {
                 tracing::info!(node_id, %status, "a node does not list its runs");
                 unreachable.push(node_id);
@@ -109,6 +112,9 @@ pub async fn list(view: &View, filter: &Filter, most: u32) -> Result<Page, Error
         runs.truncate(most);
     }
     unreachable.sort_unstable();
+    if !answered_any {
+        return Err(Error::Unasked { nodes: unreachable });
+    }
     Ok(Page {
         runs,
         has_more,

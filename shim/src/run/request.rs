@@ -24,6 +24,8 @@ const QUEUE_TIMEOUT_MOST: Duration = Duration::from_secs(30 * 60);
 const TIMEOUT_MOST: Duration = Duration::from_secs(24 * 3600);
 /// The run class's kill timeout; also the most.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
+/// The kernel's `PATH_MAX`.
+const PATH_MOST: usize = 4096;
 const USER_ID_MOST: usize = 128;
 
 /// Nothing is left of any run so long after it was claimed.
@@ -103,6 +105,20 @@ pub fn check_user(user_id: &str) -> Result<(), Invalid> {
     })
 }
 
+/// Checks a run's id, in whatever spelling a UUID may have.
+///
+/// # Errors
+/// [`Invalid::Value`]
+pub fn parse_id(run_id: &str) -> Result<Uuid, Invalid> {
+    let id = Uuid::parse_str(run_id).ok();
+    id.filter(|id| id.get_version_num() == 7)
+        .ok_or_else(|| Invalid::Value {
+            field: "run_id",
+            given: run_id.to_owned(),
+            allowed: "a UUIDv7",
+        })
+}
+
 impl Request {
     /// # Errors
     /// [`Invalid`] for the first field that is wrong.
@@ -112,14 +128,7 @@ impl Request {
         check_user(&user_id)?;
         let run_id = match start.run_id.as_str() {
             "" => Uuid::now_v7(),
-            given => Uuid::parse_str(given)
-                .ok()
-                .filter(|id| id.get_version_num() == 7)
-                .ok_or_else(|| Invalid::Value {
-                    field: "run_id",
-                    given: given.to_owned(),
-                    allowed: "a UUIDv7",
-                })?,
+            given => parse_id(given)?,
         };
         let is_retry = !start.run_id.is_empty() && start.attempt != 1;
         let on_slow_reader =
@@ -128,8 +137,9 @@ impl Request {
                 given: unknown.to_string(),
                 allowed: "SLOW_READER_BLOCK or SLOW_READER_DROP_OLDEST",
             })?;
-        if !start.work_dir.is_empty() && !start.work_dir.starts_with('/') {
-            let allowed = "an absolute path";
+        let is_absolute = start.work_dir.is_empty() || start.work_dir.starts_with('/');
+        if !is_absolute || start.work_dir.len() > PATH_MOST {
+            let allowed = "an absolute path of at most 4096 bytes";
             return Err(Invalid::Value {
                 field: "work_dir",
                 given: start.work_dir,
@@ -305,6 +315,7 @@ mod tests {
         );
         refused(|run| drop(run.env.insert("A=B".into(), "x".into())), "env");
         refused(|run| run.work_dir = "relative".into(), "work_dir");
+        refused(|run| run.work_dir = "/long".repeat(1000), "work_dir");
         refused(|run| run.timeout = seconds(0), "timeout");
         refused(|run| run.timeout = seconds(-1), "timeout");
         refused(|run| run.timeout = seconds(90_000), "timeout");

@@ -75,17 +75,15 @@ fn parse(request: ListRunsRequest) -> Result<(Filter, u32), Invalid> {
             });
         }
     };
-    let before = given(page_token);
-    if let Some(token) = before
-        .as_ref()
-        .filter(|token| Uuid::parse_str(token).is_err())
-    {
-        return Err(Invalid::Value {
+    let token = |token: String| match Uuid::parse_str(&token) {
+        Ok(run_id) => Ok(run_id.to_string()),
+        Err(_) => Err(Invalid::Value {
             field: "page_token",
-            given: token.clone(),
+            given: token,
             allowed: "the `next_page_token` of the page before",
-        });
-    }
+        }),
+    };
+    let before = given(page_token).map(token).transpose()?;
     let filter = Filter {
         user_id,
         provider: given(provider).map(|name| name.parse()).transpose()?,

@@ -51,7 +51,7 @@ impl Carrier<'_> {
         };
         Stop::End(End::Ended(Ended {
             exit_code,
-            ..self.run.end(Reason::NotStarted, &refused.message)
+            ..self.run.end(Reason::NotStarted, short(&refused.message))
         }))
     }
 
@@ -74,6 +74,12 @@ impl Carrier<'_> {
     pub(super) fn end(&self, reason: Reason, message: &str) -> Stop {
         Stop::End(End::Ended(self.run.end(reason, message)))
     }
+}
+
+/// What init quotes, a program or a folder, may be longer than a sentence.
+fn short(message: &str) -> &str {
+    const LONGEST: usize = 1000;
+    &message[..message.floor_char_boundary(LONGEST)]
 }
 
 impl Run {

@@ -1,6 +1,6 @@
 //! `polydev-shim runs list|show`
 
-use std::process::ExitCode;
+use std::{collections::BTreeSet, process::ExitCode};
 
 use polydev_proto::runtime::{GetRunRequest, ListRunsRequest, Run, RunState};
 use serde_json::{Value, json};
@@ -69,6 +69,7 @@ pub(super) async fn list(arguments: List) -> anyhow::Result<ExitCode> {
         print(&format!("{}\n", heading()))?;
     }
     let (mut left, mut page_token) = (*limit, String::new());
+    let mut unreachable = BTreeSet::new();
     while left > 0 {
         let request = ListRunsRequest {
             user_id: arguments.user.clone().unwrap_or_default(),
@@ -92,14 +93,14 @@ pub(super) async fn list(arguments: List) -> anyhow::Result<ExitCode> {
         print(&lines.collect::<String>())?;
         page_token = page.next_page_token;
         left = left.saturating_sub(page.runs.len());
-        if page_token.is_empty() || left == 0 {
-            let unreachable = page.nodes_unreachable;
-            if !unreachable.is_empty() {
-                let nodes = unreachable.join(", ");
-                eprintln!("runs are missing of nodes that cannot be reached: {nodes}");
-            }
+        unreachable.extend(page.nodes_unreachable);
+        if page_token.is_empty() {
             break;
         }
+    }
+    if !unreachable.is_empty() {
+        let nodes = Vec::from_iter(unreachable).join(", ");
+        eprintln!("runs are missing of nodes that cannot be reached: {nodes}");
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -122,7 +123,7 @@ pub(super) async fn show(Show { name, options }: Show) -> anyhow::Result<ExitCod
 fn heading() -> String {
     format!(
         "{:<36}  {:<9}  {:<16}  {:<7}  {:<5}  {:<13}  {:>4}  NODE",
-        "RUN", "PROVIDER", "USER", "STATE", "FOR", "END", "EXIT"
+        "RUN", "PROVIDER", "USER", "STATE", "AGE", "END", "EXIT"
     )
 }
 
