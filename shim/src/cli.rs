@@ -100,6 +100,18 @@ impl Options {
 /// For an answer that is not a stream.
 const ANSWER: Duration = Duration::from_secs(10);
 
+/// An answer that is no stream, or why there is none.
+async fn answer<T>(
+    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> anyhow::Result<T> {
+    let answered = tokio::time::timeout(ANSWER, call).await;
+    let answered = answered.with_context(|| {
+        let seconds = ANSWER.as_secs();
+        format!("the shim did not answer within {seconds} s")
+    })?;
+    Ok(answered.map_err(told)?.into_inner())
+}
+
 /// The shim's words.
 fn told(status: Status) -> anyhow::Error {
     anyhow::anyhow!("{}", status.message())

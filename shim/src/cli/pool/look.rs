@@ -6,17 +6,15 @@ use polydev_proto::runtime::{
     GetPoolRequest, ListPoolsRequest, Pool, Slot, SlotState, WatchPoolsRequest,
 };
 use serde_json::{Value, json};
-use tokio::time::timeout;
 
-use crate::cli::{ANSWER, Options, Output, age, print, told};
+use crate::cli::{Options, Output, age, answer, print, told};
 
 /// Of an allocation's or a run's id, as Nomad shows it.
 const SHORT: usize = 8;
 
 pub(super) async fn list(options: &Options) -> anyhow::Result<()> {
     let mut shim = options.connect().await?;
-    let answer = timeout(ANSWER, shim.list_pools(ListPoolsRequest {})).await?;
-    let answer = answer.map_err(told)?.into_inner();
+    let answer = answer(shim.list_pools(ListPoolsRequest {})).await?;
     print(&pools(&answer.pools, options.output))?;
     unreachable_nodes(answer.nodes_unreachable);
     Ok(())
@@ -24,8 +22,9 @@ pub(super) async fn list(options: &Options) -> anyhow::Result<()> {
 
 pub(super) async fn show(options: &Options, provider: String) -> anyhow::Result<()> {
     let mut shim = options.connect().await?;
-    let answer = timeout(ANSWER, shim.get_pool(GetPoolRequest { provider })).await?;
-    let slots = answer.map_err(told)?.into_inner().slots;
+    let slots = answer(shim.get_pool(GetPoolRequest { provider }))
+        .await?
+        .slots;
     let mut text = String::new();
     if options.output == Output::Text {
         text.push_str("ALLOCATION  NODE      STATE      FOR    GENERATION  RUN                                   IMAGE\n");
@@ -41,8 +40,7 @@ pub(super) async fn show(options: &Options, provider: String) -> anyhow::Result<
 
 pub(super) async fn watch(options: &Options) -> anyhow::Result<()> {
     let mut shim = options.connect().await?;
-    let watching = timeout(ANSWER, shim.watch_pools(WatchPoolsRequest {})).await?;
-    let mut changes = watching.map_err(told)?.into_inner();
+    let mut changes = answer(shim.watch_pools(WatchPoolsRequest {})).await?;
     let redraws = options.output == Output::Text && std::io::stdout().is_terminal();
     while let Some(now) = changes.message().await.map_err(told)? {
         // Over the last one, as `watch` does.

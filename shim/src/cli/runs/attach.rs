@@ -7,12 +7,12 @@ use polydev_proto::runtime::{
     AttachRequest, AttachStart, CancelRunRequest, attach_request::Message,
     runtime_service_client::RuntimeServiceClient,
 };
-use tokio::{sync::mpsc, time::timeout};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::Name;
 use crate::cli::{
-    ANSWER, Client, Output,
+    Client, Output, answer,
     run::connect,
     stream::{self, QUEUE, Signals},
     told,
@@ -76,8 +76,6 @@ pub(super) async fn cancel(arguments: Cancel) -> anyhow::Result<ExitCode> {
         user_id: arguments.name.user,
     };
     let mut shim = RuntimeServiceClient::new(channel);
-    timeout(ANSWER, shim.cancel_run(request))
-        .await?
-        .map_err(told)?;
+    answer(shim.cancel_run(request)).await?;
     Ok(ExitCode::SUCCESS)
 }

@@ -4,11 +4,10 @@ use std::{collections::BTreeSet, process::ExitCode};
 
 use polydev_proto::runtime::{GetRunRequest, ListRunsRequest, Run, RunState};
 use serde_json::{Value, json};
-use tokio::time::timeout;
 
 use super::Name;
 use crate::{
-    cli::{ANSWER, Options, Output, age, print, stream::reason, told},
+    cli::{Options, Output, age, answer, print, stream::reason},
     provider::Provider,
 };
 
@@ -84,8 +83,7 @@ pub(super) async fn list(arguments: List) -> anyhow::Result<ExitCode> {
             page_size: u32::try_from(left).unwrap_or(PAGE).min(PAGE),
             page_token,
         };
-        let page = timeout(ANSWER, shim.list_runs(request)).await?;
-        let page = page.map_err(told)?.into_inner();
+        let page = answer(shim.list_runs(request)).await?;
         let lines = page.runs.iter().map(|run| match options.output {
             Output::Text => line(run),
             Output::Json => format!("{}\n", to_json(run)),
@@ -111,8 +109,7 @@ pub(super) async fn show(Show { name, options }: Show) -> anyhow::Result<ExitCod
         run_id: name.run_id,
         user_id: name.user,
     };
-    let answer = timeout(ANSWER, shim.get_run(request)).await?;
-    let run = answer.map_err(told)?.into_inner().run.unwrap_or_default();
+    let run = answer(shim.get_run(request)).await?.run.unwrap_or_default();
     print(&match options.output {
         Output::Json => format!("{}\n", to_json(&run)),
         Output::Text => details(&run),
