@@ -105,6 +105,8 @@ pub enum Error {
         waited: Duration,
         pool: String,
     },
+    #[error("user `{user_id}` has as many runs going as this shim lets, still after {} s", waited.as_secs_f64())]
+    AtLimit { user_id: String, waited: Duration },
     #[error(transparent)]
     Full(#[from] queue::Full),
     #[error("no node can be reached")]

@@ -8,6 +8,7 @@ use polydev_tests::{
     shim::Shim,
 };
 use tonic::Code;
+use tonic_types::StatusExt;
 
 fn run_of(user_id: &str, script: &str) -> RunStart {
     RunStart {
@@ -100,7 +101,10 @@ fn who_waits_too_long_or_with_too_many_is_refused_with_the_figures() {
         }
     };
     assert_eq!(refused.code(), Code::ResourceExhausted);
-    let words = "; its user has as many runs as may go on at once";
-    assert!(refused.message().ends_with(words), "{refused}");
+    let words = "user `alice` has as many runs going as this shim lets, still after 1 s";
+    assert_eq!(refused.message(), words);
+    let details = refused.get_error_details();
+    let violations = &details.quota_failure().unwrap().violations;
+    assert_eq!(violations[0].subject, "user:alice");
     drop(holder);
 }

@@ -78,7 +78,8 @@ pub async fn claim(
     }
     let waited = request.queue_timeout;
     let give_up = tokio::time::Instant::now() + waited;
-    let mut ticket = queue.enter(provider, &request.user_id)?;
+    let user_id = request.user_id;
+    let mut ticket = queue.enter(provider, &user_id)?;
     let run_id = request.run_id.to_string();
     let mut order = Some(on_demand.order(
         view.clone(),
@@ -92,7 +93,7 @@ pub async fn claim(
         let Ok(slot) = tokio::time::timeout_at(give_up, slot).await else {
             let behind = match *ticket.place.borrow() {
                 Place::Behind(before) => Some(format!("{before} runs of this shim were before it")),
-                Place::Held(_) => Some("its user has as many runs as may go on at once".into()),
+                Place::Held(_) => return Err(Error::AtLimit { user_id, waited }),
                 Place::Next => None,
             };
             let reasons = [last_refusal.or(behind), order.as_ref().map(Order::told)];

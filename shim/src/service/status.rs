@@ -30,7 +30,7 @@ impl From<run::Error> for Status {
             Error::Invalid(invalid) => {
                 details.add_bad_request_violation(short(invalid.field()), &message);
             }
-            Error::Full(Full::User { user_id, .. }) => {
+            Error::AtLimit { user_id, .. } | Error::Full(Full::User { user_id, .. }) => {
                 details.add_quota_failure_violation(format!("user:{user_id}"), &message);
             }
             Error::Full(Full::Shim) => {
@@ -52,6 +52,7 @@ fn kind(error: &Error) -> (Code, &'static str) {
         Error::Refused { .. } => (Code::InvalidArgument, "REFUSED"),
         Error::OtherCommand { .. } => (Code::AlreadyExists, "OTHER_COMMAND"),
         Error::NoIdleSlot { .. } => (Code::ResourceExhausted, "NO_IDLE_SLOT"),
+        Error::AtLimit { .. } => (Code::ResourceExhausted, "USER_LIMIT"),
         Error::Full(_) => (Code::ResourceExhausted, "QUEUE_FULL"),
         Error::NoNode => (Code::Unavailable, "NO_NODE"),
         Error::NotRun { .. } => (Code::Unavailable, "NOT_RUN"),
@@ -70,6 +71,7 @@ fn kind(error: &Error) -> (Code, &'static str) {
 fn is_worth_another_try(error: &Error) -> bool {
     match error {
         Error::NoIdleSlot { .. }
+        | Error::AtLimit { .. }
         | Error::Full(_)
         | Error::NoNode
         | Error::NotRun { .. }
