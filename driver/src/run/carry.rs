@@ -5,16 +5,13 @@
 //! not, on every new connection: neither a break nor a restart of this process loses any.
 
 mod end;
+mod stdin;
 
-use std::{
-    collections::VecDeque,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use polydev_proto::{
     frame::MAX_DATA,
-    init::{Data, DataAck, Release, Signal, Start, Stdin, Stream, from_init, hello, to_init},
+    init::{Data, DataAck, Release, Signal, Start, Stream, from_init, hello, to_init},
     node::ended::Reason,
 };
 use tokio::{
@@ -22,6 +19,8 @@ use tokio::{
     task::{JoinHandle, spawn_blocking},
     time::{sleep, sleep_until, timeout},
 };
+
+use stdin::StdinWindow;
 
 use super::{
     Ended, Granted, Input, Run,
@@ -36,8 +35,6 @@ use crate::{
     process::Held,
 };
 
-/// Bytes of stdin on their way to the command; init holds at most twice as much.
-const STDIN_WINDOW: u64 = 128 << 10;
 /// What init gets on top of the deadline before the driver ends the container itself.
 const GRACE: Duration = Duration::from_secs(1);
 /// For an init whose connection broke.
@@ -186,15 +183,6 @@ enum Ending {
         kill_at: Instant,
     },
     Killed,
-}
-
-/// What of stdin init has not told to be taken.
-#[derive(Default)]
-struct StdinWindow {
-    sent: u64,
-    taken: u64,
-    closed: bool,
-    kept: VecDeque<Stdin>,
 }
 
 enum Wake {
@@ -365,7 +353,7 @@ impl<'a> Carrier<'a> {
         let is_starved = self.starved.is_some();
         let has_room = !is_starved
             && (self.overdraft || self.run.claimed.drop_oldest || self.run.output.iter().all(fits));
-        let window_open = self.stdin.sent - self.stdin.taken < STDIN_WINDOW;
+        let window_open = self.stdin.is_open();
         let is_asked = self.ending != Ending::No;
         let Connection { init, link, .. } = &mut *self.connection;
         let message = async {
@@ -450,55 +438,6 @@ impl<'a> Carrier<'a> {
             offset: data.offset + data.data.len() as u64,
         };
         self.send(to_init::Message::DataAck(ack)).await
-    }
-
-    async fn on_input(&mut self, input: Input) -> Result<(), Stop> {
-        let (data, close) = match input {
-            Input::Signal(number) => return self.signal(number).await,
-            Input::Stdin { offset, data } if self.stdin.closed => {
-                // Nobody reads it: it is taken, for the caller to go on.
-                let end = offset + data.len() as u64;
-                self.stdin.sent = self.stdin.sent.max(end);
-                self.taken(end, true);
-                return Ok(());
-            }
-            Input::Stdin { offset, data } => {
-                // What the shim sends again is known here already.
-                let known = usize::try_from(self.stdin.sent.saturating_sub(offset));
-                let new = known.ok().filter(|known| *known < data.len());
-                match new {
-                    Some(known) if offset <= self.stdin.sent => (data.slice(known..), false),
-                    _ => return Ok(()),
-                }
-            }
-            Input::CloseStdin => (Bytes::new(), true),
-        };
-        if self.stdin.closed {
-            return Ok(());
-        }
-        self.stdin.closed = close;
-        let offset = self.stdin.sent;
-        self.stdin.sent += data.len() as u64;
-        let stdin = Stdin {
-            offset,
-            data,
-            close,
-        };
-        self.stdin.kept.push_back(stdin.clone());
-        self.send(to_init::Message::Stdin(stdin)).await
-    }
-
-    fn taken(&mut self, offset: u64, closed: bool) {
-        let stdin = &mut self.stdin;
-        stdin.taken = stdin.taken.max(offset);
-        stdin.closed |= closed;
-        let taken = stdin.taken;
-        stdin
-            .kept
-            .retain(|kept| kept.close || kept.offset + kept.data.len() as u64 > taken);
-        if taken > self.run.progress.borrow().stdin_taken {
-            self.run.update(|progress| progress.stdin_taken = taken);
-        }
     }
 
     async fn signal(&mut self, number: i32) -> Result<(), Stop> {

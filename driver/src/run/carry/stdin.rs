@@ -1,0 +1,81 @@
+//! What a caller writes to the command: kept until init has told that the command took it,
+//! for an init whose connection breaks.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use polydev_proto::init::{Stdin, to_init};
+
+use super::{Carrier, Stop};
+use crate::run::Input;
+
+/// Bytes of stdin on their way to the command; init holds at most twice as much.
+const STDIN_WINDOW: u64 = 128 << 10;
+
+/// What of stdin init has not told to be taken.
+#[derive(Default)]
+pub(super) struct StdinWindow {
+    pub(super) sent: u64,
+    taken: u64,
+    closed: bool,
+    pub(super) kept: VecDeque<Stdin>,
+}
+
+impl StdinWindow {
+    pub(super) fn is_open(&self) -> bool {
+        self.sent - self.taken < STDIN_WINDOW
+    }
+}
+
+impl Carrier<'_> {
+    /// Passes on what the command does not have yet.
+    pub(super) async fn on_input(&mut self, input: Input) -> Result<(), Stop> {
+        let (data, close) = match input {
+            Input::Signal(number) => return self.signal(number).await,
+            Input::Stdin { offset, data } if self.stdin.closed => {
+                // Nobody reads it: it is taken, for the caller to go on.
+                let end = offset + data.len() as u64;
+                self.stdin.sent = self.stdin.sent.max(end);
+                self.taken(end, true);
+                return Ok(());
+            }
+            Input::Stdin { offset, data } => {
+                // What the shim sends again is known here already.
+                let known = usize::try_from(self.stdin.sent.saturating_sub(offset));
+                let new = known.ok().filter(|known| *known < data.len());
+                match new {
+                    Some(known) if offset <= self.stdin.sent => (data.slice(known..), false),
+                    _ => return Ok(()),
+                }
+            }
+            Input::CloseStdin => (Bytes::new(), true),
+        };
+        if self.stdin.closed {
+            return Ok(());
+        }
+        self.stdin.closed = close;
+        let offset = self.stdin.sent;
+        self.stdin.sent += data.len() as u64;
+        let stdin = Stdin {
+            offset,
+            data,
+            close,
+        };
+        self.stdin.kept.push_back(stdin.clone());
+        self.send(to_init::Message::Stdin(stdin)).await
+    }
+
+    /// Init has told how far the command is.
+    pub(super) fn taken(&mut self, offset: u64, closed: bool) {
+        let stdin = &mut self.stdin;
+        stdin.taken = stdin.taken.max(offset);
+        stdin.closed |= closed;
+        let taken = stdin.taken;
+        stdin
+            .kept
+            .retain(|kept| kept.close || kept.offset + kept.data.len() as u64 > taken);
+        if taken > self.run.progress.borrow().stdin_taken {
+            self.run.update(|progress| progress.stdin_taken = taken);
+        }
+    }
+}
