@@ -1,6 +1,5 @@
 //! `polydev.runtime.v1`: decodes, asks `run` and `pool`, encodes. The calls about pools are in
-//! [`pools`], those that tell of runs in
-//! [`runs`]. How errors are told is in [`status`].
+//! [`pools`], those that tell of runs in [`runs`]. How errors are told is in [`status`].
 
 mod pools;
 mod runs;

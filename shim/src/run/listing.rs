@@ -106,7 +106,7 @@ pub async fn list(view: &View, filter: &Filter, most: u32) -> Result<Page, Error
             node_id: node_id.clone(),
             run,
         }));
-        // No more than two pages are held, however many nodes there are.
+        // No more than a page is kept, however many nodes have answered.
         runs.sort_unstable_by(|a, b| b.run.run_id.cmp(&a.run.run_id));
         has_more |= runs.len() > most;
         runs.truncate(most);

@@ -22,7 +22,7 @@ use crate::{
 
 /// Runs in an answer, unless the caller says otherwise.
 const PAGE: u32 = 100;
-/// What a node gives at once.
+/// A node gives so many at once, and the one that says that there are more.
 const PAGE_MOST: u32 = 1000;
 
 pub(super) async fn get(view: &View, name: &Name) -> Result<GetRunResponse, Error> {
