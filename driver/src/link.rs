@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use polydev_proto::{
     frame,
     init::{FromInit, Hello, PROTOCOL_VERSION, ToInit, from_init, hello, to_init},
@@ -133,7 +133,13 @@ impl Listener {
                 from_init::Message::Hello(Hello {
                     protocol_version: PROTOCOL_VERSION,
                     state: Some(state),
-                }) => Ok(Greeted { pid, link, state }),
+                    public_key,
+                }) => Ok(Greeted {
+                    pid,
+                    link,
+                    state,
+                    public_key,
+                }),
                 from_init::Message::Hello(hello) if hello.protocol_version != PROTOCOL_VERSION => {
                     Err(Error::Version {
                         version: hello.protocol_version,
@@ -151,6 +157,8 @@ pub(crate) struct Greeted {
     pub(crate) pid: u32,
     pub(crate) link: Link,
     pub(crate) state: hello::State,
+    /// What secrets are sealed to.
+    pub(crate) public_key: Bytes,
 }
 
 /// Removed when dropped, unless it is kept.

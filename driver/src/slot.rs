@@ -27,6 +27,7 @@ use std::{
     time::SystemTime,
 };
 
+use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -74,6 +75,7 @@ struct Claim {
 struct Container {
     limits: Option<Arc<limits::Handle>>,
     occupant: Option<Occupant>,
+    public_key: Bytes,
     past: Usage,
 }
 
@@ -156,10 +158,17 @@ impl Slot {
     }
 
     /// The slot has a container, which is not told to be idle yet.
-    fn hold(&self, limits: Arc<limits::Handle>, occupant: Occupant) {
+    fn hold(&self, filled: &fill::Container) {
         let mut container = self.container();
-        container.limits = Some(limits);
-        container.occupant = Some(occupant);
+        container.limits = Some(filled.limits.clone());
+        container.occupant = Some(filled.occupant());
+        container.public_key = filled.public_key.clone();
+    }
+
+    /// What secrets for its container are sealed to; empty if it has none.
+    #[must_use]
+    pub fn public_key(&self) -> Bytes {
+        self.container().public_key.clone()
     }
 
     /// Whether that is its container.
@@ -175,6 +184,7 @@ impl Slot {
         let used = self.usage();
         let mut container = self.container();
         container.occupant = None;
+        container.public_key.clear();
         if container.limits.take().is_some() {
             container.past = Usage {
                 rss: 0,

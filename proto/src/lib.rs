@@ -1,8 +1,8 @@
 //! The wire contracts: ours (`runtime`, `node`, `init`) and, restated from their
 //! published names and numbers, those of Nomad's driver plugins and of go-plugin.
 //!
-//! Nothing here decides anything. Without the feature `grpc` only [`init`] and
-//! [`frame`] remain, which is all that polydev-init may carry.
+//! Nothing here decides anything. Without the feature `grpc` only [`init`],
+//! [`frame`] and `sealed` remain, which is all that polydev-init may carry.
 
 #![cfg_attr(
     feature = "grpc",
@@ -30,11 +30,21 @@ pub mod init {
 
     /// The protocol version that both sides of this build speak.
     pub const PROTOCOL_VERSION: u32 = 1;
+
+    /// Most bytes of [`Secrets`] before they are sealed: more than any credential has, and
+    /// little beside a message's limit.
+    pub const MAX_SECRETS: usize = 256 << 10;
+
+    /// Most bytes of [`MAX_SECRETS`] when sealed: with an encapsulated key of 32 and a tag of
+    /// 16 bytes.
+    pub const MAX_SEALED: usize = MAX_SECRETS + 48;
 }
 
 pub mod error;
 pub mod exec;
 pub mod frame;
+#[cfg(feature = "sealed")]
+pub mod sealed;
 
 /// Nomad's plugin protocols. Module paths mirror the packages, because generated
 /// code refers to other packages by relative path.

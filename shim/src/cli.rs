@@ -1,5 +1,6 @@
 //! The command line: one binary, a file a command.
 
+mod credentials;
 mod dev;
 mod manual;
 mod pool;
@@ -29,7 +30,10 @@ use tonic::{Status, transport::Channel};
 use tracing_subscriber::EnvFilter;
 use zeroize::Zeroizing;
 
-use crate::address::{Address, DEFAULT};
+use crate::{
+    address::{Address, DEFAULT},
+    credentials::store,
+};
 
 /// Runs users' commands in warm, isolated containers.
 #[derive(Parser)]
@@ -53,6 +57,9 @@ enum Command {
     /// Look at the warm pools, and size them.
     #[command(subcommand)]
     Pool(pool::Command),
+    /// Keep users' credentials, sealed, in the shim's store.
+    #[command(subcommand)]
+    Credentials(credentials::Command),
     /// Print the completions of a shell, to be sourced by it.
     Completions { shell: clap_complete::Shell },
     /// Write the manual pages, one for each command.
@@ -172,6 +179,30 @@ impl Nomad {
     }
 }
 
+/// How a shim comes by credentials that are not given in the clear.
+#[derive(clap::Args)]
+struct Vault {
+    /// File with master keys, 64 hexadecimal digits a line: the first seals records, all open
+    /// them. [default: systemd's credential polydev-master-keys, or ENCRYPTION_MASTER_KEY]
+    #[arg(long, env = "POLYDEV_MASTER_KEY_FILE", value_name = "FILE")]
+    master_key_file: Option<PathBuf>,
+    /// Where sealed credentials are kept: postgres://USER@HOST/DATABASE (its password in
+    /// PGPASSWORD or PGPASSFILE) or sqlite:///PATH. [default: nowhere]
+    #[arg(long, env = "POLYDEV_CREDENTIAL_STORE", value_name = "URL")]
+    credential_store: Option<store::Address>,
+}
+
+impl Vault {
+    fn open(&self) -> anyhow::Result<crate::credentials::Vault> {
+        let (keys, store) = (&self.master_key_file, &self.credential_store);
+        let vault = crate::credentials::Vault::open(keys.as_deref(), store.as_ref())?;
+        if let Some(store) = store {
+            tracing::info!(%store, "credentials are kept");
+        }
+        Ok(vault)
+    }
+}
+
 /// Our own failures, as `docker run` has them; 126 and 127 are the command's.
 const FAILED: u8 = 125;
 
@@ -217,6 +248,7 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Run(arguments) => run::execute(arguments).await,
         Command::Runs(command) => runs::execute(command).await,
         Command::Pool(command) => pool::execute(command).await,
+        Command::Credentials(command) => credentials::execute(command).await,
         Command::Completions { shell } => manual::completions(shell),
         Command::Man { folder } => manual::pages(&folder),
     }

@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 
-/// Set by the runtime: what the command may rely on about its run and its credential.
-const RESERVED: [&str; 14] = [
+/// Set by the runtime: what the command may rely on about its run.
+const RUNTIME: [&str; 4] = ["HOME", "PROVIDER", "USER_ID", "WARM_POOL"];
+
+/// A credential's: what the command may rely on about whose it is.
+const CREDENTIALS: [&str; 10] = [
     "ANTHROPIC_API_KEY",
     "ANTHROPIC_AUTH_TOKEN",
     "CLAUDE_CODE_OAUTH_TOKEN",
@@ -13,11 +16,7 @@ const RESERVED: [&str; 14] = [
     "GOOGLE_APPLICATION_CREDENTIALS",
     "GOOGLE_CLOUD_PROJECT",
     "GOOGLE_GENAI_USE_VERTEXAI",
-    "HOME",
     "OPENAI_API_KEY",
-    "PROVIDER",
-    "USER_ID",
-    "WARM_POOL",
 ];
 
 /// Read by loaders, shells and interpreters before the first line of the command:
@@ -50,23 +49,31 @@ pub struct Refused {
 /// [`Refused`] for the first name that is not a caller's to set.
 pub fn check(env: &BTreeMap<String, String>) -> Result<(), Refused> {
     for name in env.keys() {
-        let refuse = |reason| {
-            Err(Refused {
-                name: name.clone(),
-                reason,
-            })
-        };
-        if RESERVED.contains(&name.as_str()) {
-            return refuse("the runtime sets it");
+        if CREDENTIALS.contains(&name.as_str()) {
+            return refuse(name, "it is a credential's");
         }
-        if LOADERS.contains(&name.as_str())
-            || name.starts_with("LD_")
-            || name.starts_with("BASH_FUNC_")
-        {
-            return refuse("a loader or interpreter reads it");
-        }
+        check_secret(name)?;
     }
     Ok(())
+}
+
+/// # Errors
+/// [`Refused`] if the name is not even a credential's to set.
+pub fn check_secret(name: &str) -> Result<(), Refused> {
+    if RUNTIME.contains(&name) {
+        return refuse(name, "the runtime sets it");
+    }
+    if LOADERS.contains(&name) || name.starts_with("LD_") || name.starts_with("BASH_FUNC_") {
+        return refuse(name, "a loader or interpreter reads it");
+    }
+    Ok(())
+}
+
+fn refuse(name: &str, reason: &'static str) -> Result<(), Refused> {
+    Err(Refused {
+        name: name.to_owned(),
+        reason,
+    })
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ pub mod service;
 
 pub mod run;
 
-pub mod credential;
+pub mod credentials;
 pub mod environment;
 pub mod pool;
 pub mod provider;

@@ -7,7 +7,9 @@ mod openai;
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
-use crate::credential::{Credential, Prepared};
+use secrecy::SecretString;
+
+use crate::credentials::{Credential, Invalid, Prepared, PreparedFile};
 
 /// One provider. Its name is the word for it everywhere.
 #[derive(Clone, Copy)]
@@ -24,10 +26,29 @@ struct Table {
     key_variable: &'static str,
     /// Variable in which callers keep the project, where there is one.
     project_variable: Option<&'static str>,
-    /// A credential in the form the CLI reads.
-    prepare: fn(&Credential) -> Prepared,
+    /// A key, with its project, in the form the CLI reads.
+    prepare_key: fn(&SecretString, Option<&str>) -> Prepared,
+    /// Where the CLI keeps an account that has signed in, relative to the home.
+    oauth_file: &'static str,
+    /// What it needs beside that file.
+    oauth_settings: Option<PlainFile>,
     /// The CLI's one-shot argv.
     prompt: fn(&Prompt) -> Result<Vec<String>, InvalidPrompt>,
+}
+
+/// A file with nothing secret in it.
+struct PlainFile {
+    path: &'static str,
+    content: &'static str,
+}
+
+impl PlainFile {
+    fn prepare(&self) -> PreparedFile {
+        PreparedFile {
+            path: self.path,
+            content: self.content.as_bytes().to_vec().into(),
+        }
+    }
 }
 
 /// One prompt, to be answered by the provider's CLI.
@@ -77,9 +98,34 @@ impl Provider {
         self.table.project_variable
     }
 
-    #[must_use]
-    pub fn prepare(self, credential: &Credential) -> Prepared {
-        (self.table.prepare)(credential)
+    /// A credential in the form the CLI reads.
+    ///
+    /// # Errors
+    /// [`Invalid`] if the provider has no such credential.
+    pub fn prepare(self, credential: &Credential) -> Result<Prepared, Invalid> {
+        Ok(match credential {
+            Credential::ApiKey { key, project_id } => {
+                if project_id.is_some() && self.project_variable().is_none() {
+                    return Err(Invalid {
+                        field: "secret.api_key.project_id".into(),
+                        problem: "is `google`'s alone",
+                    });
+                }
+                (self.table.prepare_key)(key, project_id.as_deref())
+            }
+            Credential::OauthFile(content) => {
+                let mut files = vec![PreparedFile {
+                    path: self.table.oauth_file,
+                    content: content.clone(),
+                }];
+                files.extend(self.table.oauth_settings.as_ref().map(PlainFile::prepare));
+                Prepared { env: vec![], files }
+            }
+            Credential::Environment(variables) => Prepared {
+                env: variables.clone().into_iter().collect(),
+                files: vec![],
+            },
+        })
     }
 
     /// The argv that answers a prompt; no shell is involved.
@@ -131,13 +177,14 @@ fn strings<const N: usize>(words: [&str; N]) -> Vec<String> {
     words.map(str::to_owned).into()
 }
 
-fn variable(name: &str, value: &str) -> (String, String) {
-    (name.to_owned(), value.to_owned())
+fn variable(name: &str, value: &SecretString) -> (String, SecretString) {
+    (name.to_owned(), value.clone())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use secrecy::ExposeSecret;
 
     #[track_caller]
     fn argv(provider: &str, text: &str, model: Option<&str>) -> Vec<String> {
@@ -235,24 +282,66 @@ mod tests {
     #[test]
     fn a_google_key_with_a_project_is_a_vertex_key() {
         let google: Provider = "google".parse().unwrap();
-        let prepare =
-            |project: &str| google.prepare(&Credential::new("key".into(), project.into()).unwrap());
-        let (alone, vertex) = (prepare(""), prepare("project"));
+        let prepare = |project: Option<&str>| {
+            let prepared = google.prepare(&key(project)).unwrap();
+            let settings = prepared.files[0].content.expose_secret().to_vec();
+            let variables = prepared.env.iter();
+            let variables =
+                variables.map(|(name, value)| format!("{name}={}", value.expose_secret()));
+            (
+                variables.collect::<Vec<_>>(),
+                String::from_utf8(settings).unwrap(),
+            )
+        };
+        let (variables, settings) = prepare(None);
+        assert_eq!(variables, ["GEMINI_API_KEY=key"]);
+        assert!(settings.contains("gemini-api-key"));
+        let (variables, settings) = prepare(Some("project"));
+        assert_eq!(variables.len(), 4);
+        assert!(variables.contains(&"GOOGLE_CLOUD_PROJECT=project".to_owned()));
+        assert!(settings.contains("vertex-ai"));
+    }
+
+    fn key(project: Option<&str>) -> Credential {
+        Credential::ApiKey {
+            key: "key".into(),
+            project_id: project.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn a_project_is_for_google_alone() {
+        for provider in Provider::all() {
+            let prepared = provider.prepare(&key(Some("project")));
+            assert_eq!(prepared.is_ok(), provider.name() == "google", "{provider}");
+        }
+    }
+
+    #[test]
+    fn an_account_is_a_file_where_its_cli_looks_for_it() {
+        let paths = |provider: &str| {
+            let file = Credential::OauthFile(b"{}".to_vec().into());
+            let prepared = provider
+                .parse::<Provider>()
+                .unwrap()
+                .prepare(&file)
+                .unwrap();
+            assert!(prepared.env.is_empty());
+            prepared.names().map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(paths("openai"), [".codex/auth.json"]);
+        assert_eq!(paths("anthropic"), [".claude/.credentials.json"]);
         assert_eq!(
-            alone.env,
-            BTreeMap::from([variable("GEMINI_API_KEY", "key")])
+            paths("google"),
+            [".gemini/oauth_creds.json", ".gemini/settings.json"]
         );
-        assert!(alone.files[0].content.contains("gemini-api-key"));
-        assert_eq!(vertex.env.len(), 4);
-        assert_eq!(vertex.env["GOOGLE_CLOUD_PROJECT"], "project");
-        assert!(vertex.files[0].content.contains("vertex-ai"));
     }
 
     #[test]
     fn another_openai_server_is_named_in_the_argv() {
         let openai: Provider = "openai".parse().unwrap();
         let with = |url: &str| {
-            let env = BTreeMap::from([variable("OPENAI_BASE_URL", url)]);
+            let env = BTreeMap::from([("OPENAI_BASE_URL".to_owned(), url.to_owned())]);
             openai.prompt(&Prompt {
                 text: "hi",
                 model: None,

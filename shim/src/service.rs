@@ -1,22 +1,27 @@
 //! `polydev.runtime.v1`: decodes, asks `run` and `pool`, encodes. The calls about pools are in
-//! [`pools`], those that tell of runs in [`runs`]. How errors are told is in [`status`].
+//! [`pools`], those about credentials in [`credentials`], those that tell of runs in [`runs`]. How errors are told is in [`status`].
 
+mod credentials;
+mod page;
 mod pools;
 mod runs;
 mod status;
 
-use std::{pin::Pin, time::Instant};
+use std::{pin::Pin, sync::Arc, time::Instant};
 
 use futures_util::{Stream, StreamExt};
 use polydev_proto::{
     DESCRIPTORS,
     node::TraceContext,
     runtime::{
-        AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse, DrainPoolRequest,
-        DrainPoolResponse, GetPoolRequest, GetPoolResponse, GetRunRequest, GetRunResponse,
-        ListPoolsRequest, ListPoolsResponse, ListRunsRequest, ListRunsResponse, ResumePoolRequest,
-        ResumePoolResponse, RunEvent, RunRequest, RunResponse, ScalePoolRequest, ScalePoolResponse,
-        WatchPoolsRequest, WatchPoolsResponse, attach_request, run_request,
+        AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse,
+        DeleteCredentialRequest, DeleteCredentialResponse, DrainPoolRequest, DrainPoolResponse,
+        GetPoolRequest, GetPoolResponse, GetRunRequest, GetRunResponse, ListCredentialsRequest,
+        ListCredentialsResponse, ListPoolsRequest, ListPoolsResponse, ListRunsRequest,
+        ListRunsResponse, PutCredentialRequest, PutCredentialResponse, ResumePoolRequest,
+        ResumePoolResponse, RotateCredentialsRequest, RotateCredentialsResponse, RunEvent,
+        RunRequest, RunResponse, ScalePoolRequest, ScalePoolResponse, WatchPoolsRequest,
+        WatchPoolsResponse, attach_request, run_request,
         runtime_service_server::{RuntimeService, RuntimeServiceServer},
     },
 };
@@ -30,6 +35,7 @@ use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap, transpo
 
 use crate::{
     address::Listener,
+    credentials::{Vault, record::Binding},
     nomad::Nomad,
     pool::View,
     run::{
@@ -64,6 +70,7 @@ pub struct Limits {
 pub async fn serve(
     view: View,
     nomad: Option<Nomad>,
+    vault: Vault,
     limits: Limits,
     listener: Listener,
     stop: CancellationToken,
@@ -73,6 +80,7 @@ pub async fn serve(
         view,
         on_demand: OnDemand::new(nomad.clone(), limits.on_demand),
         nomad,
+        vault: Arc::new(vault),
         queue: Queue::new(limits.per_user),
         runs: runs.clone(),
     };
@@ -122,6 +130,7 @@ struct Service {
     view: View,
     /// `None` with the embedded engine, whose pools are as they were started.
     nomad: Option<Nomad>,
+    vault: Arc<Vault>,
     queue: Queue,
     on_demand: OnDemand,
     runs: TaskTracker,
@@ -148,7 +157,15 @@ impl RuntimeService for Service {
         let Some(run_request::Message::Start(start)) = first(&mut requests).await?.message else {
             return Err(Error::from(request::Invalid::NotStarted).into());
         };
-        let request = request::Request::parse(*start, trace).map_err(Error::from)?;
+        let mut request = request::Request::parse(*start, trace).map_err(Error::from)?;
+        if let Some(source) = request.credential.take() {
+            let binding = Binding {
+                user_id: &request.user_id,
+                provider: request.provider,
+            };
+            let credential = self.vault.get(source, binding).await.map_err(Error::from)?;
+            request.equip(&credential).map_err(Error::from)?;
+        }
         let (run_id, longest) = (request.run_id, request.longest());
         tracing::info!(%run_id, provider = %request.provider, user_id = request.user_id, "run");
         let name = Name {
@@ -286,6 +303,37 @@ impl RuntimeService for Service {
         let provider = pools::provider(&request.into_inner().provider)?;
         let events = pools::resume(&self.runs, self.nomad()?, provider);
         Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn put_credential(
+        &self,
+        request: Request<PutCredentialRequest>,
+    ) -> Result<Response<PutCredentialResponse>, Status> {
+        let kept = credentials::put(&self.vault, request.into_inner()).await?;
+        Ok(Response::new(kept))
+    }
+
+    async fn list_credentials(
+        &self,
+        request: Request<ListCredentialsRequest>,
+    ) -> Result<Response<ListCredentialsResponse>, Status> {
+        let page = credentials::list(&self.vault, request.into_inner()).await?;
+        Ok(Response::new(page))
+    }
+
+    async fn delete_credential(
+        &self,
+        request: Request<DeleteCredentialRequest>,
+    ) -> Result<Response<DeleteCredentialResponse>, Status> {
+        let deleted = credentials::delete(&self.vault, request.into_inner()).await?;
+        Ok(Response::new(deleted))
+    }
+
+    async fn rotate_credentials(
+        &self,
+        _: Request<RotateCredentialsRequest>,
+    ) -> Result<Response<RotateCredentialsResponse>, Status> {
+        Ok(Response::new(credentials::rotate(&self.vault).await?))
     }
 }
 

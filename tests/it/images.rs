@@ -2,13 +2,14 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use polydev_shim::{credential::Credential, provider::Provider};
+use polydev_shim::{credentials::Credential, provider::Provider};
 use polydev_tests::{
     docker::{self, docker},
     fresh_key,
     process::output,
     wait_until,
 };
+use secrecy::ExposeSecret;
 
 struct Image {
     provider: &'static str,
@@ -198,8 +199,14 @@ fn entry_point_and_shim_prepare_credentials_alike() {
             );
             let stdout = text(&result.stdout);
             let provider: Provider = image.provider.parse().unwrap();
-            let prepared =
-                provider.prepare(&Credential::new(key.clone(), (*project).to_owned()).unwrap());
+            let credential = Credential::ApiKey {
+                key: key.clone().into(),
+                project_id: Some((*project).to_owned()).filter(|project| !project.is_empty()),
+            };
+            let prepared = provider.prepare(&credential).unwrap();
+            let variables = prepared.env.iter();
+            let variables =
+                variables.map(|(name, value)| (name.clone(), value.expose_secret().to_owned()));
 
             let with_key = |line: &&str| {
                 let name = line.split('=').next().unwrap_or_default();
@@ -211,10 +218,10 @@ fn entry_point_and_shim_prepare_credentials_alike() {
                 .filter_map(|line| line.split_once('='))
                 .map(|(name, value)| (name.to_owned(), value.to_owned()))
                 .collect();
-            assert_eq!(container, prepared.env, "{}", image.provider);
+            assert_eq!(container, variables.collect(), "{}", image.provider);
             for file in &prepared.files {
                 assert!(
-                    stdout.contains(file.content.trim()),
+                    stdout.contains(text(file.content.expose_secret()).trim()),
                     "{}: {stdout}",
                     file.path
                 );

@@ -4,6 +4,7 @@
 mod api;
 mod cluster;
 mod corners;
+mod credentials;
 mod ends;
 mod exec;
 mod faults;

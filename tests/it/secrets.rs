@@ -3,11 +3,14 @@
 
 use std::{
     fs,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
 use base64::{Engine, prelude::BASE64_STANDARD};
+use nix::unistd::Pid;
 use polydev_tests::{docker, nomad::Nomad, process::output, shim::Shim};
+use procfs::process::MMPermissions;
 
 /// What could be seen of running containers and processes, moment by moment.
 #[derive(Default)]
@@ -98,6 +101,33 @@ pub(crate) fn find(key: &str, nomad: &Nomad, shim: &Shim, seen: &Seen) -> Vec<St
     places
 }
 
+/// Whether `key` is in the bytes, in any of its disguises.
+pub(crate) fn holds(key: &str, bytes: &[u8]) -> bool {
+    needles(key).iter().any(|needle| contains(bytes, needle))
+}
+
+/// Whether `key` is in what a process has written in its memory, in any of its disguises.
+pub(crate) fn is_in_memory(key: &str, pid: Pid) -> bool {
+    let process = procfs::process::Process::new(pid.as_raw()).expect("it lives");
+    let memory = process.mem().expect("root may read it");
+    let maps = process.maps().expect("root may read them");
+    let written = maps
+        .into_iter()
+        .filter(|map| map.perms.contains(MMPermissions::WRITE));
+    let needles = needles(key);
+    // What is left while it is read is nobody's.
+    written.into_iter().any(|map| {
+        let length = usize::try_from(map.address.1 - map.address.0).expect("it is 64-bit");
+        let mut bytes = vec![0; length];
+        let read = memory
+            .read_at(&mut bytes, map.address.0)
+            .unwrap_or_default();
+        needles
+            .iter()
+            .any(|needle| contains(&bytes[..read], needle))
+    })
+}
+
 /// What the API shows of jobs, allocations, evaluations, variables, nodes, events.
 fn api_paths(nomad: &Nomad) -> Vec<String> {
     let mut paths: Vec<String> = [
@@ -127,7 +157,7 @@ fn api_paths(nomad: &Nomad) -> Vec<String> {
     paths
 }
 
-fn files(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder)
         .into_iter()
         .flatten()

@@ -9,10 +9,11 @@ use std::{
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use polydev_proto::runtime::{
-    Accepted, Argv, AttachRequest, AttachStart, CancelRunRequest, CloseStdin, Credential, Exited,
-    GetRunRequest, ListPoolsRequest, ListRunsRequest, ListRunsResponse, Pool, Prompt, RunEvent,
-    RunInput, RunRequest, RunStart, attach_request, run_event::Event, run_input::Input,
-    run_request, run_start::Command, runtime_service_client::RuntimeServiceClient,
+    Accepted, ApiKey, Argv, AttachRequest, AttachStart, CancelRunRequest, CloseStdin, Credential,
+    Exited, GetRunRequest, ListPoolsRequest, ListRunsRequest, ListRunsResponse, Pool, Prompt,
+    RunEvent, RunInput, RunRequest, RunStart, Secret, attach_request, credential, run_event::Event,
+    run_input::Input, run_request, run_start::Command,
+    runtime_service_client::RuntimeServiceClient, secret,
 };
 use tokio::{runtime::Runtime, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -103,11 +104,27 @@ pub fn prompt(provider: &str, text: &str, key: &str, url: &str) -> RunStart {
             model: String::new(),
         })),
         env: BTreeMap::from([(variable.into(), url)]),
-        credential: Some(Credential {
-            api_key: key.into(),
-            project_id: String::new(),
-        }),
+        credential: Some(api_key(key)),
         ..start(provider)
+    }
+}
+
+/// A key of the provider's, in the clear.
+#[must_use]
+pub fn api_key(key: &str) -> Credential {
+    let api_key = secret::Kind::ApiKey(ApiKey {
+        key: key.into(),
+        project_id: String::new(),
+    });
+    in_the_clear(api_key)
+}
+
+/// A credential in the clear.
+#[must_use]
+pub fn in_the_clear(kind: secret::Kind) -> Credential {
+    let secret = Secret { kind: Some(kind) };
+    Credential {
+        source: Some(credential::Source::Secret(secret)),
     }
 }
 
@@ -277,6 +294,18 @@ impl Client {
         let mut service = self.service.clone();
         let answer = self.wait(async move { service.get_run(request).await })?;
         Ok(answer.into_inner().run.expect("an answer has a run"))
+    }
+
+    /// Any call that is no stream.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub fn call<T>(
+        &self,
+        call: impl AsyncFnOnce(RuntimeServiceClient<Channel>) -> Result<tonic::Response<T>, Status>,
+    ) -> Result<T, Status> {
+        let answer = self.wait(call(self.service.clone()));
+        answer.map(tonic::Response::into_inner)
     }
 
     /// One page of runs.

@@ -11,6 +11,7 @@ pub mod host;
 pub mod job;
 pub mod namespace;
 pub mod nomad;
+pub mod postgres;
 pub mod process;
 pub mod shim;
 pub mod stand_in;

@@ -35,9 +35,16 @@ impl Shim {
     /// As [`Shim::dev`], with options of the shim's.
     #[must_use]
     pub fn dev_with(pools: &[&str], options: &[&str]) -> Self {
+        Self::dev_in(pools, options, &[])
+    }
+
+    /// As [`Shim::dev_with`], with variables too.
+    #[must_use]
+    pub fn dev_in(pools: &[&str], options: &[&str], environment: &[(&str, &str)]) -> Self {
         let folder = Folder::new("pdtest-");
         let mut command = Command::new(program("polydev-shim"));
         command
+            .envs(environment.iter().copied())
             .arg("dev")
             .arg("--state-dir")
             .arg(folder.path().join("s"))

@@ -1,6 +1,6 @@
 //! Certificates for a dockerd that lets in by certificate only, made for one test.
 
-use std::{fs, net::SocketAddr};
+use std::{fs, net::SocketAddr, path::PathBuf};
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tempfile::TempDir;
@@ -45,6 +45,22 @@ impl Certificates {
 
     fn path(&self, name: &str) -> String {
         self.folder.path().join(name).display().to_string()
+    }
+
+    /// The first authority's certificate.
+    #[must_use]
+    pub fn authority(&self) -> PathBuf {
+        self.path("ours-ca.pem").into()
+    }
+
+    /// Certificate and key of its server at 127.0.0.1.
+    ///
+    /// # Panics
+    /// If somebody has removed them.
+    #[must_use]
+    pub fn server(&self) -> [String; 2] {
+        ["ours-server.pem", "ours-server-key.pem"]
+            .map(|name| fs::read_to_string(self.path(name)).expect("it was written"))
     }
 
     /// Options of a dockerd that lets in whom the first authority knows, at this port.

@@ -22,8 +22,12 @@ use nix::{
     },
     unistd::{Pid, getpid},
 };
-use polydev_proto::init::{
-    NotStarted, PlainTask, Start, not_started::Reason, plain_task::Output as OutputKind,
+use polydev_proto::{
+    init::{
+        NotStarted, PlainTask, Secrets, Start, not_started::Reason,
+        plain_task::Output as OutputKind,
+    },
+    sealed::ContainerKey,
 };
 
 use crate::{deadline::Deadline, drain::Drain, home, stdin::Input, terminal};
@@ -51,12 +55,13 @@ impl Command {
     /// Starts what `start` asks for, as the user init itself runs as. Descriptors
     /// but the three standard ones are closed by the kernel: all of init's own are
     /// close-on-exec. The output of a plain task becomes `drains`, which outlive it,
-    /// into the `descriptors` that came with the request.
+    /// into the `descriptors` that came with the request. `key` opens its secrets.
     ///
     /// # Errors
     /// Why the command did not run, for the caller.
     pub(crate) fn start(
         start: &Start,
+        key: &ContainerKey,
         descriptors: Vec<OwnedFd>,
         drains: &mut Vec<Drain>,
         oom_score: Option<&mut File>,
@@ -74,7 +79,8 @@ impl Command {
             let message = format!("working directory `{}` is not a folder", start.work_dir);
             return Err(refuse(Reason::Invalid, message));
         }
-        home::write_files(home::path().as_deref(), &start.files)
+        let secrets = open(start, key).map_err(|message| refuse(Reason::Invalid, message))?;
+        home::write_files(home::path().as_deref(), &secrets.files)
             .map_err(|message| refuse(Reason::Invalid, message))?;
 
         let mut command = process::Command::new(OsStr::from_bytes(program));
@@ -83,7 +89,7 @@ impl Command {
         let master = attach_streams(&mut command, start, task).map_err(|error| {
             refuse(Reason::Invalid, format!("no terminal can be made: {error}"))
         })?;
-        for variable in &start.env {
+        for variable in start.env.iter().chain(&secrets.env) {
             command.env(
                 OsStr::from_bytes(&variable.name),
                 OsStr::from_bytes(&variable.value),
@@ -177,6 +183,15 @@ impl Command {
     pub(crate) fn is_drained(&self) -> bool {
         self.pipes.iter().all(Option::is_none)
     }
+}
+
+/// The run's secrets; none if none came.
+fn open(start: &Start, key: &ContainerKey) -> Result<Secrets, String> {
+    if start.sealed_secrets.is_empty() {
+        return Ok(Secrets::default());
+    }
+    let opened = key.open(&start.sealed_secrets, &start.run_id);
+    opened.map_err(|error| error.to_string())
 }
 
 /// Connects the command's three standard descriptors; our side of a terminal, if it

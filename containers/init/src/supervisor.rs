@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -26,6 +27,7 @@ use polydev_proto::{
         Data, Exited, Hello, NotStarted, PROTOCOL_VERSION, Running, Started, Stream, ToInit,
         Waiting, exited, from_init, hello, to_init,
     },
+    sealed::ContainerKey,
 };
 
 use crate::{
@@ -51,7 +53,8 @@ const FORWARDED: [Signal; 6] = [
 ];
 
 enum State {
-    Waiting,
+    /// With the key that opens the secrets of the one run.
+    Waiting(ContainerKey),
     Running(Box<Command>),
     Exited(Exited),
     NotStarted(NotStarted),
@@ -60,6 +63,7 @@ enum State {
 /// Owns everything in the container that has a life.
 pub(crate) struct Supervisor {
     state: State,
+    public_key: Bytes,
     /// Outlive the command: what is not acknowledged can be asked for again.
     outputs: [Output; 2],
     /// Of a plain task, in place of `outputs`; they may outlive the command too.
@@ -80,8 +84,10 @@ impl Supervisor {
         let mut caught: SigSet = FORWARDED.into_iter().collect();
         caught.add(Signal::SIGCHLD);
         caught.thread_block()?;
+        let key = ContainerKey::generate();
         Ok(Self {
-            state: State::Waiting,
+            public_key: key.public(),
+            state: State::Waiting(key),
             outputs: [Output::default(), Output::default()],
             drains: Vec::new(),
             is_plain: false,
@@ -112,7 +118,7 @@ impl Supervisor {
                 self.greet();
             }
             // A dockerd that is killed while it starts a container may forget it.
-            if matches!(self.state, State::Waiting) && self.link.is_forsaken(now) {
+            if matches!(self.state, State::Waiting(_)) && self.link.is_forsaken(now) {
                 return Ok(self.status());
             }
             self.send_output();
@@ -199,7 +205,7 @@ impl Supervisor {
             output.rewind();
         }
         let state = match &self.state {
-            State::Waiting => hello::State::Waiting(Waiting {}),
+            State::Waiting(_) => hello::State::Waiting(Waiting {}),
             State::Running(command) => hello::State::Running(Running {
                 run_id: command.run_id.clone(),
                 stdin_offset: command.input.offset(),
@@ -212,6 +218,7 @@ impl Supervisor {
         self.link.send(from_init::Message::Hello(Hello {
             protocol_version: PROTOCOL_VERSION,
             state: Some(state),
+            public_key: self.public_key.clone(),
         }));
     }
 
@@ -233,7 +240,7 @@ impl Supervisor {
             return;
         }
         let message = match &self.state {
-            State::Waiting | State::Running(_) => return,
+            State::Waiting(_) | State::Running(_) => return,
             State::Exited(exited) => from_init::Message::Exited(exited.clone()),
             State::NotStarted(refused) => from_init::Message::NotStarted(refused.clone()),
         };
@@ -276,13 +283,14 @@ impl Supervisor {
 
     fn on_message(&mut self, message: to_init::Message, now: Instant) {
         match (message, &mut self.state) {
-            (to_init::Message::Start(start), State::Waiting) => {
+            (to_init::Message::Start(start), State::Waiting(key)) => {
                 let capacity = OUTPUT_BUFFER_MOST.min(start.output_buffer_bytes as usize);
                 self.outputs = [Output::new(capacity), Output::new(capacity)];
                 self.is_plain = start.task.is_some();
                 let descriptors = self.link.take_descriptors();
                 let oom_score = self.oom_score.as_mut();
-                match Command::start(&start, descriptors, &mut self.drains, oom_score, now) {
+                let drains = &mut self.drains;
+                match Command::start(&start, key, descriptors, drains, oom_score, now) {
                     Ok(command) => {
                         let pid = command.pid.as_raw().cast_unsigned();
                         self.link.send(from_init::Message::Started(Started { pid }));

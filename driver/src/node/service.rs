@@ -8,6 +8,7 @@ use std::{
     time::Instant,
 };
 
+use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
 use polydev_proto::node::{
     AttachRequest, AttachResponse, Attached, CancelRunRequest, CancelRunResponse, Claim,
@@ -400,6 +401,10 @@ fn encode_slot(slot: &Slot) -> SlotMessage {
         alloc_id: slot.identity.alloc_id.clone(),
         run_id: run_id.cloned().unwrap_or_default(),
         for_run_id: slot.config.run_id.clone().unwrap_or_default(),
+        public_key: match life.state() {
+            State::Idle => slot.public_key(),
+            _ => Bytes::new(),
+        },
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use polydev_proto::{
     exec,
-    init::{File, Start, TraceContext, Variable},
+    init::{MAX_SEALED, Start, TraceContext, Variable},
     node,
 };
 use prost::Message;
@@ -89,10 +89,10 @@ pub struct Parsed {
     pub drop_oldest: bool,
 }
 
-/// SHA-256 over all that is executed and for whom, in hexadecimal. Of secrets it takes the
-/// names only, so that it gives nothing to guess at.
+/// SHA-256 over all that is executed and for whom, in hexadecimal. Of secrets it has the
+/// names only.
 #[must_use]
-pub fn spec_hash(user_id: &str, spec: &node::RunSpec, secrets: &node::Secrets) -> String {
+pub fn spec_hash(user_id: &str, spec: &node::RunSpec) -> String {
     let mut hash = Sha256::new();
     let mut add = |bytes: &[u8]| {
         hash.update((bytes.len() as u64).to_be_bytes());
@@ -101,12 +101,6 @@ pub fn spec_hash(user_id: &str, spec: &node::RunSpec, secrets: &node::Secrets) -
     add(user_id.as_bytes());
     // Its maps are sorted: the same spec has the same bytes.
     add(&spec.encode_to_vec());
-    secrets.env.keys().for_each(|name| add(name.as_bytes()));
-    add(b"files");
-    secrets
-        .files
-        .iter()
-        .for_each(|file| add(file.path.as_bytes()));
     hex::encode(hash.finalize())
 }
 
@@ -116,18 +110,23 @@ pub fn spec_hash(user_id: &str, spec: &node::RunSpec, secrets: &node::Secrets) -
 /// [`Invalid`] with the field's name.
 pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
     let spec = claim.spec.ok_or_else(|| invalid("spec", "is missing"))?;
-    let secrets = claim.secrets.unwrap_or_default();
-    let env = || spec.env.iter().chain(&secrets.env);
+    let secrets = claim.sealed_secrets;
+    if secrets.len() > MAX_SEALED {
+        let problem = format!("has {} bytes, at most {MAX_SEALED} fit", secrets.len());
+        return Err(invalid("sealed_secrets", problem));
+    }
     exec::check(
         spec.argv.iter().map(|arg| &arg[..]),
-        env().map(|(name, value)| (name.as_str(), value.as_str())),
+        spec.env
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str())),
     )
     .map_err(|error| invalid(&format!("spec.{}", error.field), error.problem))?;
     made_at(&claim.run_id)?;
     let ballot = claim
         .ballot
         .ok_or_else(|| invalid("ballot", "is missing"))?;
-    let spec_hash = spec_hash(&claim.user_id, &spec, &secrets);
+    let spec_hash = spec_hash(&claim.user_id, &spec);
     if !spec.work_dir.is_empty() && !spec.work_dir.starts_with('/') {
         return Err(invalid("spec.work_dir", "is not an absolute path"));
     }
@@ -150,17 +149,8 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
     };
     let start = Start {
         run_id: claim.run_id,
-        env: env().map(variable).collect(),
+        env: spec.env.iter().map(variable).collect(),
         argv: spec.argv,
-        files: secrets
-            .files
-            .into_iter()
-            .map(|file| File {
-                path: file.path,
-                mode: 0o600,
-                content: file.content,
-            })
-            .collect(),
         work_dir: spec.work_dir,
         stdin: spec.stdin,
         timeout_ms: millis(timeout),
@@ -171,6 +161,7 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
             tracestate: trace.tracestate,
         }),
         task: None,
+        sealed_secrets: secrets,
     };
     Ok(Parsed {
         user_id: claim.user_id,
@@ -270,27 +261,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_executed_is_in_the_hash_and_what_is_secret_is_not() {
-        let spec = |argv: &[&'static str]| node::RunSpec {
+    fn what_is_executed_is_in_the_hash_with_the_names_of_secrets() {
+        let spec = |argv: &[&'static str], secret: &str| node::RunSpec {
             argv: argv
                 .iter()
                 .map(|arg| Bytes::from_static(arg.as_bytes()))
                 .collect(),
+            secret_names: vec![secret.to_owned()],
             ..Default::default()
         };
-        let secrets = |name: &str, value: &str| node::Secrets {
-            env: [(name.to_owned(), value.to_owned())].into(),
-            ..Default::default()
-        };
-        let hash = spec_hash("alice", &spec(&["a", "b"]), &secrets("KEY", "1"));
-        assert_eq!(
-            hash,
-            spec_hash("alice", &spec(&["a", "b"]), &secrets("KEY", "2"))
-        );
+        let hash = spec_hash("alice", &spec(&["a", "b"], "KEY"));
+        assert_eq!(hash, spec_hash("alice", &spec(&["a", "b"], "KEY")));
         for other in [
-            spec_hash("bob", &spec(&["a", "b"]), &secrets("KEY", "1")),
-            spec_hash("alice", &spec(&["ab"]), &secrets("KEY", "1")),
-            spec_hash("alice", &spec(&["a", "b"]), &secrets("OTHER", "1")),
+            spec_hash("bob", &spec(&["a", "b"], "KEY")),
+            spec_hash("alice", &spec(&["ab"], "KEY")),
+            spec_hash("alice", &spec(&["a", "b"], "OTHER")),
         ] {
             assert_ne!(hash, other);
         }

@@ -255,11 +255,11 @@ async fn take_up(node: &Node, slot: &Slot, idle: &Idle) -> Result<Container, Err
     let init = Held::find(pid, occupant.pid_start).ok_or(Error::Ended)?;
     let mut listener = Listener::bind_again(&occupant.link)?;
     let accept = timeout(BACK, listener.accept(|peer| peer == pid));
-    let link = tokio::select! {
+    let (link, public_key) = tokio::select! {
         biased;
         () = init.ended() => return Err(Error::Ended),
         accepted = accept => match accepted.map_err(|_| Error::Away)?? {
-            Greeted { state: hello::State::Waiting(_), link, .. } => link,
+            Greeted { state: hello::State::Waiting(_), link, public_key, .. } => (link, public_key),
             Greeted { .. } => return Err(link::Error::NotWaiting.into()),
         },
     };
@@ -277,6 +277,7 @@ async fn take_up(node: &Node, slot: &Slot, idle: &Idle) -> Result<Container, Err
             link: Some(link),
         },
         limits: Arc::new(limits),
+        public_key,
         image_id: image_id.clone(),
         _image: node.images.hold(image),
     })

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use tokio::time::{sleep, timeout};
 
 use super::{Slot, breaker};
@@ -16,7 +17,7 @@ use crate::{
     identity::{LABEL_GENERATION, LABEL_INSTANCE, LABEL_SLOT, LABEL_START},
     images::{self, Policy, Step, Use, Want},
     limits,
-    link::{self, Greeted, Link, Listener},
+    link::{self, Greeted, Listener},
     node::Node,
     process::Held,
     run::{book::Occupant, carry::Connection},
@@ -100,6 +101,8 @@ pub(super) struct Container {
     pub(super) id: String,
     pub(super) connection: Connection,
     pub(super) limits: Arc<limits::Handle>,
+    /// Of its init, for sealing secrets to.
+    pub(super) public_key: Bytes,
     pub(super) image_id: String,
     pub(super) _image: Use,
 }
@@ -203,7 +206,8 @@ async fn make(
         })
         .await?;
     node.docker.start(&id).await?;
-    let (pid, link) = greet(&node.docker, &listener, &id).await?;
+    let greeted = greet(&node.docker, &listener, &id).await?;
+    let (pid, public_key) = (greeted.pid, greeted.public_key);
     let init = Held::open(pid).map_err(Error::Gone)?;
     let idle = slot.idle;
     let limits = tokio::task::spawn_blocking(move || limits::Handle::open(pid, &idle));
@@ -214,15 +218,16 @@ async fn make(
             listener,
             init,
             pid,
-            link: Some(link),
+            link: Some(greeted.link),
         },
         limits: Arc::new(limits),
+        public_key,
         image_id: image.id,
         _image: held,
     })
 }
 
-async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<(u32, Link), Error> {
+async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted, Error> {
     let state = docker.state(id).await?;
     if state.pid == 0 {
         let words = docker.last_words(id).await;
@@ -234,7 +239,7 @@ async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<(u32, L
     let accept = timeout(INIT, listener.accept(|pid| pid == state.pid));
     tokio::select! {
         accepted = accept => match accepted {
-            Ok(Ok(Greeted { state: hello::State::Waiting(_), pid, link })) => Ok((pid, link)),
+            Ok(Ok(greeted)) if matches!(greeted.state, hello::State::Waiting(_)) => Ok(greeted),
             Ok(Ok(_)) => Err(link::Error::NotWaiting.into()),
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(Error::InitTimedOut),

@@ -174,8 +174,7 @@ impl Keeper {
             let failure = match filled {
                 Ok(mut container) => {
                     let image_id = container.image_id.clone();
-                    self.slot
-                        .hold(container.limits.clone(), container.occupant());
+                    self.slot.hold(&container);
                     adopt::keep(&self.node, &self.slot, &mut container);
                     self.slot.apply(Event::Warmed);
                     if let Some(ready) = ready.take() {

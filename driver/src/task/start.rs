@@ -223,7 +223,9 @@ async fn run(node: &Node, container: &str, listener: Option<Listener>) -> Result
     };
     let accepted = accept.await?;
     let greeted = accepted.map_err(|_| Error::InitTimedOut)?;
-    let Greeted { pid, link, state } = greeted?;
+    let Greeted {
+        pid, link, state, ..
+    } = greeted?;
     if !matches!(state, hello::State::Waiting(_)) {
         return Err(link::Error::NotWaiting.into());
     }

@@ -29,6 +29,8 @@ pub(super) struct Arguments {
     state_dir: PathBuf,
     #[command(flatten)]
     per_user: PerUser,
+    #[command(flatten)]
+    vault: super::Vault,
 }
 
 /// Docker's bridge has addresses for a few hundred.
@@ -58,6 +60,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     if pools.is_empty() {
         pools = Provider::all().map(|provider| (provider, 1)).collect();
     }
+    let vault = arguments.vault.open()?;
     let stop = super::stop_signal()?;
     let listener = arguments.listen.listen().await;
     let listener = listener.with_context(|| format!("cannot listen at {}", arguments.listen))?;
@@ -79,7 +82,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         on_demand: 0,
     };
     let served = tokio::select! {
-        served = service::serve(view.clone(), None, limits, listener, stop) => served,
+        served = service::serve(view.clone(), None, vault, limits, listener, stop) => served,
         reason = engine.driver_died() => Err(anyhow::anyhow!(reason)),
         () = follow(view, drivers) => unreachable!("the engine, which names the driver, lives on"),
     };

@@ -1,19 +1,12 @@
 //! `polydev-shim run`: a caller of the shim, for people and scripts.
 
-use std::{
-    ffi::OsString,
-    os::unix::ffi::OsStringExt,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{ffi::OsString, os::unix::ffi::OsStringExt, process::ExitCode, time::Duration};
 
-use anyhow::Context;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use polydev_proto::runtime::{
-    Argv, Credential, Prompt, RunRequest, RunStart, run_request::Message, run_start::Command,
-    runtime_service_client::RuntimeServiceClient,
+    Argv, Credential, Prompt, RunRequest, RunStart, StoredCredential, credential,
+    run_request::Message, run_start::Command, runtime_service_client::RuntimeServiceClient,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -21,6 +14,7 @@ use tonic::{metadata::MetadataValue, transport::Channel};
 
 use super::{
     Client, Output,
+    credentials::Given,
     stream::{self, QUEUE, Signals, forward_stdin},
     told,
 };
@@ -43,10 +37,11 @@ pub(super) struct Arguments {
     /// The model that answers the prompt, by the provider's name. [default: the CLI's]
     #[arg(long, requires = "prompt")]
     model: Option<String>,
-    /// File with the API key; without it the provider's variable is read:
-    /// OPENAI_API_KEY, ANTHROPIC_API_KEY or GOOGLE_API_KEY (and GOOGLE_PROJECT_ID).
-    #[arg(long, value_name = "FILE")]
-    key_file: Option<PathBuf>,
+    #[command(flatten)]
+    credential: Given,
+    /// Use the credential that the shim's store has for the user.
+    #[arg(long, conflicts_with = "Given")]
+    stored: bool,
     /// Set an environment variable of the command; may be repeated.
     #[arg(long, short, value_name = "NAME=VALUE", value_parser = variable)]
     env: Vec<(String, String)>,
@@ -154,7 +149,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {
         user_id: arguments.user.clone(),
         command: Some(command),
         env: arguments.env.iter().cloned().collect(),
-        credential: credential(arguments.provider, arguments.key_file.as_deref())?,
+        credential: credential(arguments)?,
         work_dir: arguments.work_dir.clone(),
         stdin,
         timeout: seconds(arguments.timeout),
@@ -172,22 +167,10 @@ fn seconds(seconds: u32) -> Option<prost_types::Duration> {
     Some(prost_types::Duration { seconds, nanos: 0 })
 }
 
-/// Never from the arguments: every process of the machine can read those.
-fn credential(provider: Provider, file: Option<&Path>) -> anyhow::Result<Option<Credential>> {
-    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let api_key = match file {
-        Some(path) => {
-            let key = std::fs::read_to_string(path)
-                .with_context(|| format!("cannot read --key-file `{}`", path.display()))?;
-            Some(key.trim().to_owned())
-        }
-        None => variable(provider.key_variable()),
-    };
-    Ok(api_key.map(|api_key| Credential {
-        api_key,
-        project_id: provider
-            .project_variable()
-            .and_then(variable)
-            .unwrap_or_default(),
-    }))
+fn credential(arguments: &Arguments) -> anyhow::Result<Option<Credential>> {
+    if arguments.stored {
+        let source = Some(credential::Source::Stored(StoredCredential {}));
+        return Ok(Some(Credential { source }));
+    }
+    arguments.credential.read(arguments.provider)
 }

@@ -23,6 +23,8 @@ pub(super) struct Arguments {
     nomad: super::Nomad,
     #[command(flatten)]
     per_user: PerUser,
+    #[command(flatten)]
+    vault: super::Vault,
     /// Slots of a provider that may be on order from Nomad at a time, for runs that find none
     /// idle; 0 orders none.
     #[arg(long, value_name = "SLOTS", default_value_t = 20)]
@@ -31,6 +33,7 @@ pub(super) struct Arguments {
 
 pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let nomad = arguments.nomad.connect()?;
+    let vault = arguments.vault.open()?;
 
     let stop = super::stop_signal()?;
     let listener = arguments.listen.listen().await;
@@ -45,7 +48,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         on_demand: arguments.on_demand,
     };
     let serving = tokio::select! {
-        serving = service::serve(view.clone(), Some(nomad.clone()), limits, listener, stop) => serving,
+        serving = service::serve(view.clone(), Some(nomad.clone()), vault, limits, listener, stop) => serving,
         () = engine::nomad::discover(nomad, cluster) => unreachable!("it never ends"),
         () = follow(view.clone(), drivers) => unreachable!("it ends after its sender, which never does"),
         () = drained::end_runs(view, drained) => unreachable!("it ends after its sender, which never does"),

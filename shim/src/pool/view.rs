@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use bytes::Bytes;
 use polydev_proto::node::{Slot, WatchSlotsResponse, slot::State};
 use rand::seq::IteratorRandom;
 use tokio::sync::watch;
@@ -56,6 +57,8 @@ pub struct Candidate {
     pub start_id: String,
     pub slot_id: String,
     pub generation: u64,
+    /// Of its container: what secrets are sealed to.
+    pub public_key: Bytes,
     /// It was made for one run.
     pub on_demand: bool,
     clock: Clock,
@@ -148,6 +151,7 @@ impl View {
             start_id: node.start_id.clone(),
             slot_id: slot.slot_id.clone(),
             generation: slot.generation,
+            public_key: slot.public_key.clone(),
             on_demand: !slot.for_run_id.is_empty(),
             clock: node.clock,
             view: self.clone(),

@@ -1,19 +1,23 @@
 //! Claude Code.
 
+use secrecy::SecretString;
+
 use super::{InvalidPrompt, Prompt, Table, strings, variable};
-use crate::credential::{Credential, Prepared};
+use crate::credentials::Prepared;
 
 pub(super) const TABLE: Table = Table {
     name: "anthropic",
     alias: "claude_code",
     key_variable: "ANTHROPIC_API_KEY",
     project_variable: None,
-    prepare,
+    prepare_key,
+    oauth_file: ".claude/.credentials.json",
+    oauth_settings: None,
     prompt,
 };
 
-fn prepare(credential: &Credential) -> Prepared {
-    let env = [variable("ANTHROPIC_API_KEY", &credential.api_key)].into();
+fn prepare_key(key: &SecretString, _project: Option<&str>) -> Prepared {
+    let env = vec![variable("ANTHROPIC_API_KEY", key)];
     Prepared { env, files: vec![] }
 }
 

@@ -1,41 +1,52 @@
 //! Gemini CLI.
 
-use super::{InvalidPrompt, Prompt, Table, strings, variable};
-use crate::credential::{Credential, File, Prepared};
+use secrecy::SecretString;
+
+use super::{InvalidPrompt, PlainFile, Prompt, Table, strings, variable};
+use crate::credentials::Prepared;
 
 pub(super) const TABLE: Table = Table {
     name: "google",
     alias: "gemini_cli",
     key_variable: "GOOGLE_API_KEY",
     project_variable: Some("GOOGLE_PROJECT_ID"),
-    prepare,
+    prepare_key,
+    oauth_file: ".gemini/oauth_creds.json",
+    oauth_settings: Some(ACCOUNT),
     prompt,
 };
 
+/// Settings that choose one way to sign in.
+const fn settings(content: &'static str) -> PlainFile {
+    let path = ".gemini/settings.json";
+    PlainFile { path, content }
+}
+
+const KEY: PlainFile =
+    settings("{\"security\":{\"auth\":{\"selectedType\":\"gemini-api-key\"}}}\n");
+const VERTEX: PlainFile = settings("{\"security\":{\"auth\":{\"selectedType\":\"vertex-ai\"}}}\n");
+const ACCOUNT: PlainFile =
+    settings("{\"security\":{\"auth\":{\"selectedType\":\"oauth-personal\"}}}\n");
+
 /// A key alone is a Gemini API key, a key with a project one of Vertex AI. The CLI
 /// does not guess: its settings must name the way to sign in.
-fn prepare(credential: &Credential) -> Prepared {
-    let key = &credential.api_key;
-    let (env, auth) = match &credential.project_id {
-        None => ([variable("GEMINI_API_KEY", key)].into(), "gemini-api-key"),
-        Some(project) => (
-            [
+fn prepare_key(key: &SecretString, project: Option<&str>) -> Prepared {
+    let (env, settings) = match project {
+        None => (vec![variable("GEMINI_API_KEY", key)], KEY),
+        Some(project) => {
+            let project = SecretString::from(project);
+            let env = vec![
                 variable("GOOGLE_API_KEY", key),
-                variable("GOOGLE_GENAI_USE_VERTEXAI", "true"),
-                variable("GOOGLE_CLOUD_PROJECT", project),
-                variable("GOOGLE_PROJECT_ID", project),
-            ]
-            .into(),
-            "vertex-ai",
-        ),
+                variable("GOOGLE_GENAI_USE_VERTEXAI", &"true".into()),
+                variable("GOOGLE_CLOUD_PROJECT", &project),
+                variable("GOOGLE_PROJECT_ID", &project),
+            ];
+            (env, VERTEX)
+        }
     };
-    let content = format!("{{\"security\":{{\"auth\":{{\"selectedType\":\"{auth}\"}}}}}}\n");
     Prepared {
         env,
-        files: vec![File {
-            path: ".gemini/settings.json",
-            content,
-        }],
+        files: vec![settings.prepare()],
     }
 }
 

@@ -1,25 +1,27 @@
 //! Codex CLI.
 
+use secrecy::SecretString;
+
 use super::{InvalidPrompt, Prompt, Table, strings, variable};
-use crate::credential::{Credential, Prepared};
+use crate::credentials::Prepared;
 
 pub(super) const TABLE: Table = Table {
     name: "openai",
     alias: "codex",
     key_variable: "OPENAI_API_KEY",
     project_variable: None,
-    prepare,
+    prepare_key,
+    oauth_file: ".codex/auth.json",
+    oauth_settings: None,
     prompt,
 };
 
 /// Codex takes its key from `CODEX_API_KEY` alone; scripts use the documented name.
-fn prepare(credential: &Credential) -> Prepared {
-    let key = &credential.api_key;
-    let env = [
+fn prepare_key(key: &SecretString, _project: Option<&str>) -> Prepared {
+    let env = vec![
         variable("OPENAI_API_KEY", key),
         variable("CODEX_API_KEY", key),
-    ]
-    .into();
+    ];
     Prepared { env, files: vec![] }
 }
 

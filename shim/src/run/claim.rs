@@ -10,6 +10,7 @@ use polydev_proto::{
         node_service_client::NodeServiceClient,
     },
     runtime::{Queued, RunEvent, run_event},
+    sealed,
 };
 use prost_types::Timestamp;
 use tokio::{
@@ -26,7 +27,10 @@ use super::{
     queue::{Place, Queue, Running, Ticket},
     request::Request,
 };
-use crate::pool::{Candidate, View};
+use crate::{
+    credentials::Prepared,
+    pool::{Candidate, View},
+};
 
 /// A claim must start within this time. A driver grants one in about a millisecond.
 const START_BY: Duration = Duration::from_secs(5);
@@ -58,6 +62,7 @@ pub async fn claim(
     let mut attempts = Attempts {
         view,
         accept_duplicate: request.accept_duplicate,
+        secrets: request.secrets,
         ballot: Ballot {
             attempt: request.attempt,
             nonce: rand::random(),
@@ -66,7 +71,6 @@ pub async fn claim(
             run_id: request.run_id.to_string(),
             user_id: request.user_id.clone(),
             spec: Some(request.spec),
-            secrets: Some(request.secrets),
             trace: request.trace,
             ..Default::default()
         },
@@ -155,6 +159,8 @@ struct Attempts<'a> {
     accept_duplicate: bool,
     ballot: Ballot,
     claim: node::Claim,
+    /// Sealed to each container that is tried.
+    secrets: Prepared,
 }
 
 impl Attempts<'_> {
@@ -182,6 +188,13 @@ impl Attempts<'_> {
         self.claim.start_id.clone_from(&slot.start_id);
         self.claim.generation = slot.generation;
         self.claim.start_by = Some(Timestamp::from(slot.driver_time(START_BY)));
+        if !self.secrets.is_empty() {
+            let run_id = &self.claim.run_id;
+            match sealed::seal(&slot.public_key, run_id, &self.secrets.secrets()) {
+                Ok(sealed) => self.claim.sealed_secrets = sealed,
+                Err(error) => return Ok(Tried::Refused(error.to_string())),
+            }
+        }
         self.send(slot.node_id.clone(), slot.channel.clone()).await
     }
 

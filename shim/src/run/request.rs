@@ -5,13 +5,14 @@ use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
 use bytes::Bytes;
 use polydev_proto::{
     exec,
-    node::{RunSpec, Secrets, TraceContext},
+    node::{RunSpec, TraceContext},
     runtime::{RunStart, SlowReader, run_start::Command},
 };
+use secrecy::ExposeSecret;
 use uuid::Uuid;
 
 use crate::{
-    credential::{self, Credential},
+    credentials::{self, Credential, Prepared, Source},
     environment,
     provider::{InvalidPrompt, Prompt, Provider, Unknown},
 };
@@ -46,7 +47,9 @@ pub struct Request {
     /// How long it may wait for a slot.
     pub queue_timeout: Duration,
     pub spec: RunSpec,
-    pub secrets: Secrets,
+    /// Until it is [equipped](Self::equip) with what it names.
+    pub credential: Option<Source>,
+    pub secrets: Prepared,
     pub trace: Option<TraceContext>,
 }
 
@@ -58,7 +61,7 @@ pub enum Invalid {
     #[error(transparent)]
     Provider(#[from] Unknown),
     #[error(transparent)]
-    Credential(#[from] credential::Invalid),
+    Credential(#[from] credentials::Invalid),
     #[error(transparent)]
     Environment(#[from] environment::Refused),
     #[error(transparent)]
@@ -155,18 +158,10 @@ impl Request {
         )?;
         environment::check(&start.env)?;
         let argv = argv(provider, start.command, &start.env)?;
-        let secrets = match start.credential {
-            Some(given) => provider.prepare(&Credential::parse(given)?).into(),
-            None => Secrets::default(),
-        };
+        let credential = start.credential.map(Source::parse).transpose()?;
         let mut env = start.env;
         env.insert("PROVIDER".into(), provider.name().into());
         env.insert("USER_ID".into(), user_id.clone());
-        let strings = env.iter().chain(&secrets.env);
-        exec::check(
-            argv.iter().map(|arg| &arg[..]),
-            strings.map(|(name, value)| (name.as_str(), value.as_str())),
-        )?;
         let spec = RunSpec {
             argv,
             env,
@@ -191,7 +186,9 @@ impl Request {
             .try_into()
             .ok(),
             drop_oldest: on_slow_reader == SlowReader::DropOldest,
+            secret_names: Vec::new(),
         };
+        check(&spec, &Prepared::default())?;
         Ok(Self {
             provider,
             user_id,
@@ -201,13 +198,33 @@ impl Request {
             accept_duplicate: start.accept_duplicate,
             queue_timeout,
             spec,
-            secrets,
+            credential,
+            secrets: Prepared::default(),
             trace,
         })
     }
-}
 
-impl Request {
+    /// Gives it the credential that it names.
+    ///
+    /// # Errors
+    /// [`Invalid`] if the provider has no such credential, or the command does not fit beside
+    /// it.
+    pub fn equip(&mut self, credential: &Credential) -> Result<(), Invalid> {
+        let secrets = self.provider.prepare(credential)?;
+        if let Some((name, _)) =
+            (secrets.env.iter()).find(|(name, _)| self.spec.env.contains_key(name))
+        {
+            return Err(Invalid::Environment(environment::Refused {
+                name: name.clone(),
+                reason: "the credential sets it",
+            }));
+        }
+        check(&self.spec, &secrets)?;
+        self.spec.secret_names = secrets.names().map(str::to_owned).collect();
+        self.secrets = secrets;
+        Ok(())
+    }
+
     /// How long it may be until its end is told.
     #[must_use]
     pub fn longest(&self) -> Duration {
@@ -218,6 +235,18 @@ impl Request {
         };
         of(self.spec.timeout) + of(self.spec.kill_timeout) + TELL
     }
+}
+
+/// Whether the kernel takes it.
+fn check(spec: &RunSpec, secrets: &Prepared) -> Result<(), Invalid> {
+    let plain = spec
+        .env
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.as_str()));
+    let secret = secrets.env.iter();
+    let secret = secret.map(|(name, value)| (name.as_str(), value.expose_secret()));
+    exec::check(spec.argv.iter().map(|arg| &arg[..]), plain.chain(secret))?;
+    Ok(())
 }
 
 fn argv(
@@ -323,22 +352,39 @@ mod tests {
         refused(|run| run.queue_timeout = seconds(1801), "queue_timeout");
         refused(
             |run| run.credential = Some(runtime::Credential::default()),
-            "credential.api_key",
+            "credential.source",
         );
     }
 
     #[test]
     fn credentials_are_kept_apart_from_what_may_be_seen() {
-        let mut start = start();
-        start.credential = Some(runtime::Credential {
-            api_key: "k".into(),
-            project_id: "".into(),
-        });
-        let request = Request::parse(start, None).unwrap();
-        assert_eq!(request.secrets.env["ANTHROPIC_API_KEY"], "k");
+        let mut request = Request::parse(start(), None).unwrap();
+        let credential = Credential::ApiKey {
+            key: "k".into(),
+            project_id: None,
+        };
+        request.equip(&credential).unwrap();
+        let (name, key) = &request.secrets.env[0];
+        assert_eq!(
+            (name.as_str(), key.expose_secret()),
+            ("ANTHROPIC_API_KEY", "k")
+        );
+        assert_eq!(request.spec.secret_names, ["ANTHROPIC_API_KEY"]);
         assert!(!request.spec.env.contains_key("ANTHROPIC_API_KEY"));
         assert_eq!(request.spec.env["USER_ID"], "alice");
         assert_eq!(request.spec.timeout.unwrap().seconds, 600);
         assert_eq!(request.spec.kill_timeout.unwrap().seconds, 30);
+    }
+
+    #[test]
+    fn what_a_credential_sets_is_not_the_callers_as_well() {
+        let mut start = start();
+        start.env.insert("TOKEN".into(), "x".into());
+        let mut request = Request::parse(start, None).unwrap();
+        let variables = [("TOKEN".to_owned(), "secret".into())].into();
+        let refused = request
+            .equip(&Credential::Environment(variables))
+            .unwrap_err();
+        assert_eq!(refused.field(), "env[\"TOKEN\"]");
     }
 }

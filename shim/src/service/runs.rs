@@ -9,6 +9,7 @@ use polydev_proto::{
 use prost_types::Timestamp;
 use uuid::Uuid;
 
+use super::page;
 use crate::{
     pool::View,
     run::{
@@ -19,11 +20,6 @@ use crate::{
         request::{Invalid, check_user},
     },
 };
-
-/// Runs in an answer, unless the caller says otherwise.
-const PAGE: u32 = 100;
-/// A node gives so many at once, and the one that says that there are more.
-const PAGE_MOST: u32 = 1000;
 
 pub(super) async fn get(view: &View, name: &Name) -> Result<GetRunResponse, Error> {
     let found = listing::get(view, name).await?;
@@ -64,24 +60,10 @@ fn parse(request: ListRunsRequest) -> Result<(Filter, u32), Invalid> {
             allowed: "RUN_STATE_CLAIMED, RUN_STATE_RUNNING and RUN_STATE_ENDED",
         }),
     };
-    let most = match page_size {
-        0 => PAGE,
-        1..=PAGE_MOST => page_size,
-        _ => {
-            return Err(Invalid::Value {
-                field: "page_size",
-                given: page_size.to_string(),
-                allowed: "0 to 1000",
-            });
-        }
-    };
+    let most = page::size(page_size)?;
     let token = |token: String| match Uuid::parse_str(&token) {
         Ok(run_id) => Ok(run_id.to_string()),
-        Err(_) => Err(Invalid::Value {
-            field: "page_token",
-            given: token,
-            allowed: "the `next_page_token` of the page before",
-        }),
+        Err(_) => Err(page::invalid_token(token)),
     };
     let before = given(page_token).map(token).transpose()?;
     let filter = Filter {

@@ -7,6 +7,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{
+    credentials,
     pool::scale,
     run::{
         self, Error,
@@ -50,6 +51,7 @@ fn kind(error: &Error) -> (Code, &'static str) {
     match error {
         Error::Invalid(_) => (Code::InvalidArgument, "INVALID"),
         Error::Refused { .. } => (Code::InvalidArgument, "REFUSED"),
+        Error::Credential(error) => credential(error),
         Error::OtherCommand { .. } => (Code::AlreadyExists, "OTHER_COMMAND"),
         Error::NoIdleSlot { .. } => (Code::ResourceExhausted, "NO_IDLE_SLOT"),
         Error::AtLimit { .. } => (Code::ResourceExhausted, "USER_LIMIT"),
@@ -67,6 +69,20 @@ fn kind(error: &Error) -> (Code, &'static str) {
     }
 }
 
+fn credential(error: &credentials::Error) -> (Code, &'static str) {
+    use credentials::Error;
+    match error {
+        Error::NoKeys => (Code::FailedPrecondition, "NO_MASTER_KEY"),
+        Error::NoStore => (Code::FailedPrecondition, "NO_STORE"),
+        Error::UnknownKey { .. } => (Code::FailedPrecondition, "UNKNOWN_MASTER_KEY"),
+        Error::NotOpened => (Code::FailedPrecondition, "NOT_OPENED"),
+        Error::NotFound { .. } => (Code::NotFound, "NO_CREDENTIAL"),
+        Error::Contended { .. } => (Code::Aborted, "CONTENDED"),
+        Error::Rotation { source, .. } => credential(source),
+        Error::Store(_) => (Code::Unavailable, "STORE"),
+    }
+}
+
 /// The same call may succeed later, and does no harm.
 fn is_worth_another_try(error: &Error) -> bool {
     match error {
@@ -76,9 +92,13 @@ fn is_worth_another_try(error: &Error) -> bool {
         | Error::NoNode
         | Error::NotRun { .. }
         | Error::MayHaveRun { .. }
-        | Error::Unasked { .. } => true,
+        | Error::Unasked { .. }
+        | Error::Credential(credentials::Error::Store(_) | credentials::Error::Contended { .. }) => {
+            true
+        }
         Error::Invalid(_)
         | Error::Refused { .. }
+        | Error::Credential(_)
         | Error::OtherCommand { .. }
         | Error::Unclear { .. }
         | Error::Lost { .. }

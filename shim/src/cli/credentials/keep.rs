@@ -1,0 +1,171 @@
+//! `polydev-shim credentials put|list|delete|rotate`
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use polydev_proto::runtime::{
+    CredentialInfo, DeleteCredentialRequest, ListCredentialsRequest, PutCredentialRequest,
+    RotateCredentialsRequest,
+};
+use serde_json::{Value, json};
+
+use super::{Given, Name};
+use crate::{
+    cli::{Options, Output, age, answer, print},
+    provider::Provider,
+};
+
+#[derive(clap::Args)]
+pub(in crate::cli) struct Put {
+    #[command(flatten)]
+    name: Name,
+    #[command(flatten)]
+    given: Given,
+    #[command(flatten)]
+    options: Options,
+}
+
+#[derive(clap::Args)]
+pub(in crate::cli) struct List {
+    /// Only this user's.
+    #[arg(long)]
+    user: Option<String>,
+    /// Only this provider's: openai, anthropic or google.
+    #[arg(long)]
+    provider: Option<Provider>,
+    #[command(flatten)]
+    options: Options,
+}
+
+#[derive(clap::Args)]
+pub(in crate::cli) struct Delete {
+    #[command(flatten)]
+    name: Name,
+    #[command(flatten)]
+    options: Options,
+}
+
+#[derive(clap::Args)]
+pub(in crate::cli) struct Rotate {
+    #[command(flatten)]
+    options: Options,
+}
+
+pub(super) async fn put(arguments: Put) -> anyhow::Result<ExitCode> {
+    let Put {
+        name,
+        given,
+        options,
+    } = arguments;
+    let credential = given.read(name.provider)?;
+    let credential = credential.with_context(|| {
+        let variable = name.provider.key_variable();
+        format!("no credential is given: {variable} is not set, and no file is named")
+    })?;
+    let mut shim = options.connect().await?;
+    let request = PutCredentialRequest {
+        user_id: name.user,
+        provider: name.provider.name().into(),
+        credential: Some(credential),
+    };
+    let kept = answer(shim.put_credential(request)).await?.credential;
+    let kept = kept.unwrap_or_default();
+    print(&match options.output {
+        Output::Json => format!("{}\n", to_json(&kept)),
+        Output::Text => format!(
+            "kept {} of {} for {}, version {}\n",
+            kind(&kept),
+            kept.user_id,
+            kept.provider,
+            kept.version
+        ),
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) async fn list(arguments: List) -> anyhow::Result<ExitCode> {
+    let List { options, .. } = &arguments;
+    let mut shim = options.connect().await?;
+    if options.output == Output::Text {
+        print(&format!(
+            "{:<16}  {:<9}  {:<11}  {:>7}  {:<5}  MASTER KEY\n",
+            "USER", "PROVIDER", "KIND", "VERSION", "AGE"
+        ))?;
+    }
+    let provider = arguments.provider.map(|provider| provider.to_string());
+    let mut request = ListCredentialsRequest {
+        user_id: arguments.user.clone().unwrap_or_default(),
+        provider: provider.unwrap_or_default(),
+        ..Default::default()
+    };
+    loop {
+        let page = answer(shim.list_credentials(request.clone())).await?;
+        let lines = page.credentials.iter().map(|info| match options.output {
+            Output::Text => line(info),
+            Output::Json => format!("{}\n", to_json(info)),
+        });
+        print(&lines.collect::<String>())?;
+        request.page_token = page.next_page_token;
+        if request.page_token.is_empty() {
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+}
+
+pub(super) async fn delete(arguments: Delete) -> anyhow::Result<ExitCode> {
+    let Delete { name, options } = arguments;
+    let mut shim = options.connect().await?;
+    let request = DeleteCredentialRequest {
+        user_id: name.user.clone(),
+        provider: name.provider.name().into(),
+    };
+    answer(shim.delete_credential(request)).await?;
+    print(&match options.output {
+        Output::Json => "{}\n".to_owned(),
+        Output::Text => format!("deleted that of {} for {}\n", name.user, name.provider),
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) async fn rotate(Rotate { options }: Rotate) -> anyhow::Result<ExitCode> {
+    let mut shim = options.connect().await?;
+    let mut sealed = 0;
+    loop {
+        let rotated = answer(shim.rotate_credentials(RotateCredentialsRequest {})).await?;
+        sealed += u64::from(rotated.sealed);
+        let left = rotated.left;
+        print(&match options.output {
+            Output::Json => format!("{}\n", json!({ "sealed": sealed, "left": left })),
+            Output::Text => format!("sealed anew: {sealed}, left: {left}\n"),
+        })?;
+        if left == 0 {
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+}
+
+fn line(info: &CredentialInfo) -> String {
+    format!(
+        "{:<16}  {:<9}  {:<11}  {:>7}  {:<5}  {}\n",
+        info.user_id,
+        info.provider,
+        kind(info),
+        info.version,
+        age(info.updated_at),
+        info.key_id
+    )
+}
+
+fn to_json(info: &CredentialInfo) -> Value {
+    let time = |at: &Option<prost_types::Timestamp>| at.as_ref().map(ToString::to_string);
+    json!({
+        "user_id": info.user_id, "provider": info.provider, "kind": kind(info),
+        "version": info.version, "key_id": info.key_id, "created_at": time(&info.created_at),
+        "updated_at": time(&info.updated_at),
+    })
+}
+
+fn kind(info: &CredentialInfo) -> String {
+    let name = info.kind().as_str_name();
+    name.trim_start_matches("CREDENTIAL_KIND_").to_lowercase()
+}

@@ -1,0 +1,189 @@
+//! Master keys: what records are sealed with. The first of a ring seals; all of them open.
+
+use std::{fs, path::Path};
+
+use secrecy::{ExposeSecret, SecretBox};
+use sha2::{Digest, Sha256};
+use zeroize::{Zeroize, Zeroizing};
+
+/// Bytes of a key of AES-256.
+pub const LENGTH: usize = 32;
+/// Keys in a ring: old ones are there until nothing is sealed with them any more.
+const MOST: usize = 16;
+/// Variable with one key, as earlier systems have it.
+const VARIABLE: &str = "ENCRYPTION_MASTER_KEY";
+/// Name of the systemd credential.
+const CREDENTIAL: &str = "polydev-master-keys";
+
+/// One key, with a name that is made of it.
+#[derive(Debug)]
+pub struct MasterKey {
+    /// 16 hexadecimal digits.
+    pub id: String,
+    pub(super) bytes: SecretBox<[u8; LENGTH]>,
+}
+
+/// The keys of a shim, at least one.
+#[derive(Debug)]
+pub struct KeyRing {
+    keys: Vec<MasterKey>,
+}
+
+/// Why there are no keys; never quotes one.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read the master keys in {place}")]
+    Unreadable {
+        place: String,
+        source: std::io::Error,
+    },
+    #[error("line {line} of the master keys in {place} is not 64 hexadecimal digits")]
+    Malformed { place: String, line: usize },
+    #[error("line {line} of the master keys in {place} repeats a key")]
+    Repeated { place: String, line: usize },
+    #[error("there are {count} master keys in {place}, allowed are 1 to {MOST}")]
+    Count { place: String, count: usize },
+}
+
+impl KeyRing {
+    /// From `file` if it is given, else from systemd's credential `polydev-master-keys`, else
+    /// from `ENCRYPTION_MASTER_KEY`: a key of 64 hexadecimal digits a line, the first of which
+    /// seals. Empty lines and those that begin with `#` say nothing. `None` if there is none of
+    /// them.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn load(file: Option<&Path>) -> Result<Option<Self>, Error> {
+        if let Some(file) = file {
+            return Self::read(file).map(Some);
+        }
+        let folder = std::env::var_os("CREDENTIALS_DIRECTORY");
+        let credential = folder.map(|folder| Path::new(&folder).join(CREDENTIAL));
+        if let Some(credential) = credential.filter(|path| path.exists()) {
+            return Self::read(&credential).map(Some);
+        }
+        match std::env::var(VARIABLE) {
+            Ok(text) => Self::parse(&Zeroizing::new(text), VARIABLE.to_owned()).map(Some),
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn read(file: &Path) -> Result<Self, Error> {
+        let place = format!("`{}`", file.display());
+        match fs::read_to_string(file) {
+            Ok(text) => Self::parse(&Zeroizing::new(text), place),
+            Err(source) => Err(Error::Unreadable { place, source }),
+        }
+    }
+
+    fn parse(text: &str, place: String) -> Result<Self, Error> {
+        let mut keys: Vec<MasterKey> = Vec::new();
+        for (text, line) in text.lines().map(str::trim).zip(1..) {
+            if text.is_empty() || text.starts_with('#') {
+                continue;
+            }
+            let mut malformed = false;
+            let bytes = SecretBox::init_with_mut(|bytes: &mut [u8; LENGTH]| {
+                malformed = hex::decode_to_slice(text, bytes).is_err();
+            });
+            if malformed {
+                return Err(Error::Malformed { place, line });
+            }
+            let key = MasterKey::new(bytes);
+            if keys.iter().any(|before| before.id == key.id) {
+                return Err(Error::Repeated { place, line });
+            }
+            keys.push(key);
+        }
+        let count = keys.len();
+        match count {
+            1..=MOST => Ok(Self { keys }),
+            _ => Err(Error::Count { place, count }),
+        }
+    }
+
+    /// The key that seals.
+    #[must_use]
+    pub fn first(&self) -> &MasterKey {
+        &self.keys[0] // There is at least one.
+    }
+
+    /// The key with this id.
+    #[must_use]
+    pub fn find(&self, id: &str) -> Option<&MasterKey> {
+        self.keys.iter().find(|key| key.id == id)
+    }
+
+    /// All of them, that which seals first.
+    pub fn iter(&self) -> impl Iterator<Item = &MasterKey> {
+        self.keys.iter()
+    }
+}
+
+impl MasterKey {
+    fn new(bytes: SecretBox<[u8; LENGTH]>) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(b"polydev master key id");
+        hash.update(bytes.expose_secret());
+        let mut digest: [u8; 32] = hash.finalize().into();
+        let id = hex::encode(&digest[..8]);
+        digest.zeroize();
+        Self { id, bytes }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A ring of keys that are the given byte 32 times.
+    pub(crate) fn ring(keys: &[u8]) -> KeyRing {
+        let lines: Vec<_> = keys
+            .iter()
+            .map(|byte| hex::encode([*byte; LENGTH]))
+            .collect();
+        KeyRing::parse(&lines.join("\n"), "a test".into()).unwrap()
+    }
+
+    #[test]
+    fn the_first_key_seals_and_its_name_is_made_of_it() {
+        let text = format!(
+            "# new\n{}\r\n\n  {}\n",
+            hex::encode([1; LENGTH]).to_uppercase(),
+            hex::encode([2; LENGTH])
+        );
+        let both = KeyRing::parse(&text, "a test".into()).unwrap();
+        assert_eq!(both.first().id, ring(&[1]).first().id);
+        assert_eq!(both.iter().count(), 2);
+        assert!(both.find(&ring(&[2]).first().id).is_some());
+        assert!(both.find(&ring(&[3]).first().id).is_none());
+    }
+
+    #[test]
+    fn what_is_no_key_is_refused_by_line_and_not_quoted() {
+        let key = hex::encode([1; LENGTH]);
+        let refused = |text: &str| {
+            let error = KeyRing::parse(text, "`file`".into())
+                .unwrap_err()
+                .to_string();
+            assert!(!error.contains(&key[..60]), "{error}");
+            error
+        };
+        assert!(refused(&format!("\n{}", &key[1..])).starts_with("line 2 of"));
+        assert!(refused(&format!("{key}0")).starts_with("line 1 of"));
+        assert!(
+            refused(&format!("{key}\n{key}"))
+                .contains("line 2 of the master keys in `file` repeats")
+        );
+        assert!(refused("# none\n").starts_with("there are 0"));
+    }
+
+    #[test]
+    fn keys_are_never_printed() {
+        let printed = format!("{:?}", ring(&[1]));
+        assert!(
+            !printed.contains(&hex::encode([1; 4])) && !printed.contains("1, 1"),
+            "{printed}"
+        );
+    }
+}

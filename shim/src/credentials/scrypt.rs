@@ -1,0 +1,265 @@
+//! Records of earlier systems: AES-256-GCM with an IV of 16 bytes, under a key that scrypt
+//! makes of a master key and a salt of the record's own. They are read, never written.
+
+use std::time::Duration;
+
+use aes_gcm::{
+    AesGcm,
+    aead::{Aead, KeyInit, array::typenum::U16},
+    aes::Aes256,
+};
+use moka::future::Cache;
+use polydev_proto::runtime;
+use secrecy::{ExposeSecret, SecretBox, SecretString};
+use std::sync::Arc;
+use tokio::{sync::Semaphore, task::spawn_blocking};
+use zeroize::Zeroizing;
+
+use super::{
+    Credential, Error, Invalid, invalid,
+    keys::{KeyRing, LENGTH, MasterKey},
+};
+
+/// Most hexadecimal digits of a ciphertext.
+const DIGITS_MOST: usize = 16 << 10;
+/// Of N: 16,384.
+const LOG_N: u8 = 14;
+/// Derived keys that are kept, and for how long.
+const KEPT_MOST: u64 = 1000;
+const KEPT: Duration = Duration::from_secs(10 * 60);
+/// A derivation takes 16 MiB and some 50 ms of a core.
+const AT_A_TIME: usize = 2;
+
+/// A record, out of its hexadecimal form.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Record {
+    /// With the tag behind it.
+    ciphertext: Vec<u8>,
+    iv: [u8; 16],
+    salt: [u8; 16],
+}
+
+/// What is sealed in it.
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Content {
+    api_key: SecretString,
+    #[serde(default)]
+    project_id: Option<String>,
+}
+
+impl Record {
+    /// # Errors
+    /// [`Invalid`] for the first field that is wrong.
+    pub fn parse(record: &runtime::ScryptRecord) -> Result<Self, Invalid> {
+        let field = |name: &str| format!("scrypt_record.{name}");
+        let sixteen = |name, digits: &str| {
+            let mut bytes = [0; 16];
+            match hex::decode_to_slice(digits, &mut bytes) {
+                Ok(()) => Ok(bytes),
+                Err(_) => Err(invalid(field(name), "is not 32 hexadecimal digits")),
+            }
+        };
+        if record.encrypted.len() > DIGITS_MOST {
+            return Err(invalid(
+                field("encrypted"),
+                "is longer than 16384 characters",
+            ));
+        }
+        let mut ciphertext = hex::decode(&record.encrypted)
+            .map_err(|_| invalid(field("encrypted"), "is not hexadecimal"))?;
+        ciphertext.extend(sixteen("auth_tag", &record.auth_tag)?);
+        Ok(Self {
+            ciphertext,
+            iv: sixteen("iv", &record.iv)?,
+            salt: sixteen("salt", &record.salt)?,
+        })
+    }
+}
+
+type Key = SecretBox<[u8; LENGTH]>;
+
+/// Opens records, and keeps the keys that it derived for a while.
+#[derive(Debug)]
+pub struct Opener {
+    /// By master key and salt.
+    derived: Cache<(String, [u8; 16]), Arc<Key>>,
+    turns: Arc<Semaphore>,
+}
+
+impl Opener {
+    #[must_use]
+    pub fn new() -> Self {
+        let derived = Cache::builder().max_capacity(KEPT_MOST).time_to_live(KEPT);
+        Self {
+            derived: derived.build(),
+            turns: Arc::new(Semaphore::new(AT_A_TIME)),
+        }
+    }
+
+    /// Opens a record with whichever of the keys does.
+    ///
+    /// # Errors
+    /// [`Error::NotOpened`]
+    pub async fn open(&self, record: &Record, keys: &KeyRing) -> Result<Credential, Error> {
+        for master in keys.iter() {
+            let key = self.derive(master, record.salt).await;
+            let cipher = AesGcm::<Aes256, U16>::new(key.expose_secret().into());
+            if let Ok(opened) = cipher.decrypt(&record.iv.into(), &record.ciphertext[..]) {
+                return content(&Zeroizing::new(opened)).ok_or(Error::NotOpened);
+            }
+        }
+        Err(Error::NotOpened)
+    }
+
+    /// Derives a key, once for all who ask for it while it is kept.
+    async fn derive(&self, master: &MasterKey, salt: [u8; 16]) -> Arc<Key> {
+        let derive = async {
+            let _turn = self.turns.acquire().await.expect("it is never closed");
+            let master = SecretBox::new(Box::new(*master.bytes.expose_secret()));
+            let derived = spawn_blocking(move || {
+                SecretBox::init_with_mut(|key: &mut [u8; LENGTH]| {
+                    let params = scrypt::Params::new(LOG_N, 8, 1).expect("they are allowed ones");
+                    scrypt::scrypt(master.expose_secret(), &salt, &params, key)
+                        .expect("32 bytes are an allowed length");
+                })
+            });
+            Arc::new(derived.await.expect("scrypt does not panic"))
+        };
+        self.derived
+            .get_with((master.id.clone(), salt), derive)
+            .await
+    }
+}
+
+impl Default for Opener {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn content(opened: &[u8]) -> Option<Credential> {
+    let Content {
+        api_key,
+        project_id,
+    } = serde_json::from_slice(opened).ok()?;
+    let credential = Credential::ApiKey {
+        key: api_key,
+        project_id: project_id.filter(|project| !project.is_empty()),
+    };
+    credential.check().ok()?;
+    Some(credential)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::credentials::keys::tests::ring;
+
+    /// Master key 00..1f, salt a0..af, IV b0..bf; made with two other implementations.
+    fn golden() -> runtime::ScryptRecord {
+        let run = |from: u8| hex::encode((from..from + 16).collect::<Vec<_>>());
+        runtime::ScryptRecord {
+            encrypted: "030f94b89be85ed565a22426ded7fbd91d420878ee4bd2f7f32112de2d7e1dc8\
+                        150cc1501d973a360f8d9620172ad0d0d5"
+                .into(),
+            iv: run(0xb0),
+            auth_tag: "196ff94e14e80528928b6a0dc53d0279".into(),
+            salt: run(0xa0),
+        }
+    }
+
+    fn golden_ring() -> KeyRing {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), hex::encode((0..32).collect::<Vec<u8>>())).unwrap();
+        KeyRing::load(Some(file.path())).unwrap().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_record_of_an_earlier_system_opens() {
+        let (opener, record) = (Opener::new(), Record::parse(&golden()).unwrap());
+        let opened = opener.open(&record, &golden_ring()).await.unwrap();
+        match opened {
+            Credential::ApiKey { key, project_id } => {
+                // In two parts: in one it would look like somebody's.
+                assert_eq!(key.expose_secret().strip_prefix("sk-"), Some("test123"));
+                assert_eq!(project_id.as_deref(), Some("project-123"));
+            }
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(
+            opener.open(&record, &ring(&[1])).await,
+            Err(Error::NotOpened)
+        ));
+    }
+
+    #[tokio::test]
+    async fn a_record_with_any_byte_changed_does_not_open() {
+        let opener = Opener::new();
+        let record = || Record::parse(&golden()).unwrap();
+        // Of the salt one is enough: each costs a derivation.
+        let mut changed = record();
+        changed.salt[0] ^= 1;
+        assert!(opener.open(&changed, &golden_ring()).await.is_err());
+        for at in 0..record().ciphertext.len() {
+            let mut changed = record();
+            changed.ciphertext[at] ^= 1;
+            assert!(
+                opener.open(&changed, &golden_ring()).await.is_err(),
+                "byte {at}"
+            );
+        }
+        for at in 0..16 {
+            let mut changed = record();
+            changed.iv[at] ^= 1;
+            assert!(opener.open(&changed, &golden_ring()).await.is_err());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_key_is_derived_once_for_all_who_open_a_record() {
+        let (opener, keys) = (Opener::new(), golden_ring());
+        let derive = || opener.derive(keys.first(), [1; 16]);
+        let first = derive().await;
+        for again in futures_util::future::join_all((0..20).map(|_| derive())).await {
+            assert!(Arc::ptr_eq(&first, &again));
+        }
+        let other = opener.derive(keys.first(), [2; 16]).await;
+        assert_ne!(first.expose_secret(), other.expose_secret());
+    }
+
+    #[test]
+    fn wrong_fields_are_named() {
+        let refused = |change: fn(&mut runtime::ScryptRecord)| {
+            let mut record = golden();
+            change(&mut record);
+            Record::parse(&record).unwrap_err().field
+        };
+        assert_eq!(
+            refused(|r| r.encrypted.push('g')),
+            "scrypt_record.encrypted"
+        );
+        assert_eq!(
+            refused(|r| r.encrypted = "00".repeat(9000)),
+            "scrypt_record.encrypted"
+        );
+        assert_eq!(refused(|r| r.iv.clear()), "scrypt_record.iv");
+        assert_eq!(refused(|r| r.auth_tag.push('0')), "scrypt_record.auth_tag");
+        assert_eq!(refused(|r| r.salt = "zz".repeat(16)), "scrypt_record.salt");
+    }
+
+    #[test]
+    fn content_that_is_not_understood_is_refused() {
+        assert!(content(br#"{"apiKey":"k"}"#).is_some());
+        assert!(content(br#"{"apiKey":"k","projectId":null}"#).is_some());
+        for wrong in [
+            &b""[..],
+            b"{}",
+            br#"{"apiKey":""}"#,
+            br#"{"apiKey":"k","token":"t"}"#,
+            b"\xff",
+        ] {
+            assert!(content(wrong).is_none());
+        }
+    }
+}

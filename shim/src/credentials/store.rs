@@ -1,0 +1,361 @@
+//! The credential store: sealed records in PostgreSQL, for a cluster, or SQLite, for one
+//! machine, through the same statements.
+
+use std::{
+    path::Path,
+    str::FromStr,
+    time::{Duration, SystemTime},
+};
+
+use sqlx::{
+    AnyPool, AssertSqlSafe, Row as _, SqlSafeStr, SqlStr,
+    any::{AnyPoolOptions, AnyRow, install_default_drivers},
+    migrate::{Migration, MigrationType, Migrator},
+};
+use tokio::{sync::OnceCell, time::timeout};
+
+use super::record::TENANT;
+use crate::provider::Provider;
+
+/// For the store to answer.
+const ANSWER: Duration = Duration::from_secs(5);
+const CONNECTIONS: u32 = 8;
+const COLUMNS: &str = "user_id, provider, version, kind, key_id, record, created_at, updated_at";
+
+/// Where the store is: `postgres://USER@HOST/DATABASE` or `sqlite:///PATH`. A password
+/// is not part of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address {
+    url: url::Url,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Postgres,
+    Sqlite,
+}
+
+/// Why an address is refused; never quotes it.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidAddress {
+    #[error("it is neither `postgres://USER@HOST/DATABASE` nor `sqlite:///PATH`")]
+    Form,
+    #[error(
+        "it has a password, which every process of the machine could read: put it into \
+         PGPASSWORD or a file named by PGPASSFILE"
+    )]
+    Password,
+}
+
+impl FromStr for Address {
+    type Err = InvalidAddress;
+
+    fn from_str(given: &str) -> Result<Self, InvalidAddress> {
+        let url = url::Url::parse(given).map_err(|_| InvalidAddress::Form)?;
+        let kind = match url.scheme() {
+            "postgres" | "postgresql" => Kind::Postgres,
+            "sqlite" if Path::new(url.path()).is_absolute() && !url.has_host() => Kind::Sqlite,
+            _ => return Err(InvalidAddress::Form),
+        };
+        let has_password =
+            url.password().is_some() || url.query_pairs().any(|(name, _)| name == "password");
+        match has_password {
+            true => Err(InvalidAddress::Password),
+            false => Ok(Self { url, kind }),
+        }
+    }
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.url.fmt(f)
+    }
+}
+
+/// The store did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the credential store does not answer within {} s", ANSWER.as_secs())]
+    TimedOut,
+    #[error("the credential store's tables are not this version's")]
+    Schema(#[source] sqlx::migrate::MigrateError),
+    #[error("the credential store failed")]
+    Failed(#[from] sqlx::Error),
+}
+
+/// One credential as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    pub user_id: String,
+    pub provider: String,
+    /// Counts the credentials that had this place, from 1.
+    pub version: u64,
+    /// Number of the `CredentialKind`.
+    pub kind: i32,
+    /// Of the master key.
+    pub key_id: String,
+    /// A [`Record`](super::record::Record), encoded.
+    pub record: Vec<u8>,
+    pub created_at: SystemTime,
+    pub updated_at: SystemTime,
+}
+
+/// Which rows, in the order of user and provider.
+#[derive(Debug, Default)]
+pub struct Filter {
+    pub user_id: Option<String>,
+    pub provider: Option<Provider>,
+    /// Those behind this user and provider.
+    pub after: Option<(String, String)>,
+}
+
+/// The table of credentials. It is made when it is first asked for: a store that is away does
+/// not keep a shim from serving those who need none.
+#[derive(Debug)]
+pub struct Store {
+    pool: AnyPool,
+    kind: Kind,
+    has_schema: OnceCell<()>,
+}
+
+impl Store {
+    /// Connects to nobody yet.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] if the address has options that the database does not know.
+    pub fn open(address: &Address) -> Result<Self, Error> {
+        install_default_drivers();
+        let mut url = address.url.clone();
+        if address.kind == Kind::Sqlite && url.query().is_none() {
+            url.set_query(Some("mode=rwc")); // Made if it is not there.
+        }
+        let pool = AnyPoolOptions::new()
+            .max_connections(CONNECTIONS)
+            .acquire_timeout(ANSWER)
+            .connect_lazy(url.as_str())?;
+        Ok(Self {
+            pool,
+            kind: address.kind,
+            has_schema: OnceCell::new(),
+        })
+    }
+
+    /// The credential of a user for a provider.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn get(&self, user_id: &str, provider: Provider) -> Result<Option<Row>, Error> {
+        let statement = format!(
+            "SELECT {COLUMNS} FROM polydev_credentials \
+             WHERE tenant = $1 AND user_id = $2 AND provider = $3"
+        );
+        self.answer(async |pool| {
+            let query = sqlx::query(safe(statement)).bind(TENANT).bind(user_id);
+            let row = query.bind(provider.name()).fetch_optional(pool).await?;
+            row.map(|row| decode(&row)).transpose()
+        })
+        .await
+    }
+
+    /// Keeps a credential, if the one that it takes the place of is the version before it: of
+    /// the first version, if there is none. False if not.
+    ///
+    /// # Errors
+    /// [`Error`]; it may be kept, if the answer came too late.
+    pub async fn put(&self, row: &Row) -> Result<bool, Error> {
+        let statement = match row.version {
+            1 => {
+                "INSERT INTO polydev_credentials (tenant, user_id, provider, version, kind, \
+                 key_id, record, created_at, updated_at) \
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT DO NOTHING"
+            }
+            _ => {
+                "UPDATE polydev_credentials SET version = $4, kind = $5, key_id = $6, \
+                 record = $7, created_at = $8, updated_at = $9 \
+                 WHERE tenant = $1 AND user_id = $2 AND provider = $3 AND version = $4 - 1"
+            }
+        };
+        self.answer(async |pool| {
+            let query = sqlx::query(statement).bind(TENANT).bind(&row.user_id);
+            let query = query.bind(&row.provider).bind(row.version.cast_signed());
+            let query = query.bind(row.kind).bind(&row.key_id).bind(&row.record);
+            let query = query
+                .bind(seconds(row.created_at))
+                .bind(seconds(row.updated_at));
+            Ok(query.execute(pool).await?.rows_affected() == 1)
+        })
+        .await
+    }
+
+    /// Puts another record of the same version in place of one that `was`. False if that is not
+    /// there any more.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn reseal(&self, was: &Row, key_id: &str, record: &[u8]) -> Result<bool, Error> {
+        let statement = "UPDATE polydev_credentials SET key_id = $1, record = $2 \
+             WHERE tenant = $3 AND user_id = $4 AND provider = $5 AND version = $6 AND key_id = $7";
+        self.answer(async |pool| {
+            let query = sqlx::query(statement)
+                .bind(key_id)
+                .bind(record)
+                .bind(TENANT);
+            let query = query.bind(&was.user_id).bind(&was.provider);
+            let query = query.bind(was.version.cast_signed()).bind(&was.key_id);
+            Ok(query.execute(pool).await?.rows_affected() == 1)
+        })
+        .await
+    }
+
+    /// The first `most` that `filter` lets through.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn list(&self, filter: &Filter, most: u32) -> Result<Vec<Row>, Error> {
+        // An empty text is no user's and no provider's, so it stands for any.
+        let statement = format!(
+            "SELECT {COLUMNS} FROM polydev_credentials WHERE tenant = $1 \
+             AND ($2 = '' OR user_id = $2) AND ($3 = '' OR provider = $3) \
+             AND (user_id > $4 OR (user_id = $4 AND provider > $5)) \
+             ORDER BY user_id, provider LIMIT $6"
+        );
+        let (user, provider) = filter.after.as_ref().map_or(("", ""), |(user, provider)| {
+            (user.as_str(), provider.as_str())
+        });
+        self.answer(async |pool| {
+            let query = sqlx::query(safe(statement)).bind(TENANT);
+            let query = query.bind(filter.user_id.as_deref().unwrap_or_default());
+            let query = query.bind(filter.provider.map_or("", Provider::name));
+            let query = query.bind(user).bind(provider).bind(i64::from(most));
+            let rows = query.fetch_all(pool).await?;
+            rows.iter().map(decode).collect()
+        })
+        .await
+    }
+
+    /// The first `most` that are sealed with another key than `key_id`, and how many there are.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn sealed_otherwise(
+        &self,
+        key_id: &str,
+        most: u32,
+    ) -> Result<(Vec<Row>, u64), Error> {
+        let statement = format!(
+            "SELECT {COLUMNS} FROM polydev_credentials WHERE tenant = $1 AND key_id <> $2 \
+             ORDER BY user_id, provider LIMIT $3"
+        );
+        let count = "SELECT count(*) FROM polydev_credentials WHERE tenant = $1 AND key_id <> $2";
+        self.answer(async |pool| {
+            let query = sqlx::query(safe(statement)).bind(TENANT).bind(key_id);
+            let rows = query.bind(i64::from(most)).fetch_all(pool).await?;
+            let count = sqlx::query(count).bind(TENANT).bind(key_id);
+            let count: i64 = count.fetch_one(pool).await?.try_get(0)?;
+            let rows: Result<_, _> = rows.iter().map(decode).collect();
+            Ok((rows?, count.cast_unsigned()))
+        })
+        .await
+    }
+
+    /// Removes a credential. False if there is none.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn delete(&self, user_id: &str, provider: Provider) -> Result<bool, Error> {
+        let statement = "DELETE FROM polydev_credentials \
+             WHERE tenant = $1 AND user_id = $2 AND provider = $3";
+        self.answer(async |pool| {
+            let query = sqlx::query(statement).bind(TENANT).bind(user_id);
+            let deleted = query.bind(provider.name()).execute(pool).await?;
+            Ok(deleted.rows_affected() == 1)
+        })
+        .await
+    }
+
+    /// Asks the database, whose tables are there then.
+    async fn answer<T>(
+        &self,
+        ask: impl AsyncFnOnce(&AnyPool) -> Result<T, sqlx::Error>,
+    ) -> Result<T, Error> {
+        let answer = async {
+            self.has_schema.get_or_try_init(|| self.migrate()).await?;
+            Ok(ask(&self.pool).await?)
+        };
+        timeout(ANSWER, answer).await.map_err(|_| Error::TimedOut)?
+    }
+
+    async fn migrate(&self) -> Result<(), Error> {
+        let schema = match self.kind {
+            Kind::Postgres => include_str!("schema/postgres.sql"),
+            Kind::Sqlite => include_str!("schema/sqlite.sql"),
+        };
+        let kind = MigrationType::Simple;
+        let first = Migration::new(1, "credentials".into(), kind, schema.into_sql_str(), false);
+        let migrator = Migrator::with_migrations(vec![first]);
+        migrator.run(&self.pool).await.map_err(|error| match error {
+            sqlx::migrate::MigrateError::Execute(error) => Error::Failed(error),
+            error => Error::Schema(error),
+        })
+    }
+}
+
+/// Of constants alone.
+fn safe(statement: String) -> SqlStr {
+    AssertSqlSafe(statement).into_sql_str()
+}
+
+fn decode(row: &AnyRow) -> Result<Row, sqlx::Error> {
+    let time = |seconds: i64| {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.try_into().unwrap_or_default())
+    };
+    Ok(Row {
+        user_id: row.try_get(0)?,
+        provider: row.try_get(1)?,
+        version: row.try_get::<i64, _>(2)?.cast_unsigned(),
+        kind: row.try_get(3)?,
+        key_id: row.try_get(4)?,
+        record: row.try_get(5)?,
+        created_at: time(row.try_get(6)?),
+        updated_at: time(row.try_get(7)?),
+    })
+}
+
+fn seconds(time: SystemTime) -> i64 {
+    let since = time
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    since.as_secs().cast_signed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_of_a_database_and_without_a_password() {
+        let parse = |text: &str| text.parse::<Address>();
+        for good in [
+            "postgres://shim@db/polydev?sslmode=verify-full",
+            "sqlite:///var/lib/s.db",
+        ] {
+            assert_eq!(parse(good).unwrap().to_string(), good);
+        }
+        for wrong in [
+            "",
+            "mysql://db/x",
+            "sqlite::memory:",
+            "sqlite://relative.db",
+            "/a/path",
+        ] {
+            assert_eq!(parse(wrong), Err(InvalidAddress::Form), "{wrong}");
+        }
+        for password in [
+            "postgres://shim:x@db/polydev",
+            "postgres://db/polydev?password=x",
+        ] {
+            assert_eq!(parse(password), Err(InvalidAddress::Password));
+        }
+    }
+}
