@@ -3,6 +3,10 @@
 
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
+use base64::{
+    Engine,
+    prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD},
+};
 use nix::{
     mount::{MsFlags, mount},
     sys::signal::{Signal, kill},
@@ -14,14 +18,16 @@ use polydev_proto::runtime::{
     secret::Kind,
 };
 use polydev_tests::{
-    client::{Client, api_key, in_the_clear, shell},
+    client::{Client, api_key, in_the_clear, prompt, shell},
     folder::Folder,
     fresh_key,
+    host::Host,
     postgres::Postgres,
     process::succeed,
     shim::Shim,
+    stand_in::Received,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -234,7 +240,7 @@ fn a_command_finds_its_credential_whatever_its_kind_and_source() {
         seal.env("OPENAI_API_KEY", &token)
             .env("ANTHROPIC_API_KEY", &token);
         let record = succeed(&mut seal);
-        let record = base64::Engine::decode(&base64::prelude::BASE64_STANDARD, record.trim());
+        let record = BASE64_STANDARD.decode(record.trim());
         Credential {
             source: Some(Source::SealedRecord(record.unwrap().into())),
         }
@@ -607,4 +613,96 @@ fn list(client: &Client, user_id: &str, page_size: u32) -> Vec<(String, String)>
             return names;
         }
     }
+}
+
+#[test]
+fn the_real_clis_sign_in_with_their_users_accounts() {
+    let host = Host::start();
+    let shim = Shim::dev(&["openai=1", "anthropic=1", "google=1"]);
+    let client = shim.client();
+    for (provider, path) in [
+        ("openai", "/v1/responses"),
+        ("anthropic", "/v1/messages"),
+        ("google", "/v1internal:streamGenerateContent"),
+    ] {
+        let (token, text) = (fresh_key(), format!("What is {}?", fresh_key()));
+        let mut start = prompt(provider, &text, "", &host.url);
+        start.credential = Some(account(provider, &token));
+        if provider == "google" {
+            // Google's own names, which lead to the stand-in.
+            let variables = [
+                ("HTTPS_PROXY", &*host.url),
+                ("NODE_TLS_REJECT_UNAUTHORIZED", "0"),
+            ];
+            let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+            start.env = variables.into();
+        }
+        let before = host.requests().len();
+        let outcome = client.run(start).unwrap();
+        assert_eq!(outcome.exited.exit_code, 0, "{}", outcome.stderr());
+        assert!(
+            outcome.stdout().contains("The stand-in read"),
+            "{}",
+            outcome.stdout()
+        );
+        let asked = host.requests().split_off(before);
+        let token = BTreeMap::from([("authorization".to_owned(), format!("Bearer {token}"))]);
+        for request in asked
+            .iter()
+            .filter(|request| !request.credentials.is_empty())
+        {
+            assert_eq!(
+                request.credentials, token,
+                "{} {}",
+                request.method, request.path
+            );
+        }
+        let is_prompt = |request: &&Received| (&*request.method, &*request.path) == ("POST", path);
+        let prompt = asked.iter().find(is_prompt).expect("the model was asked");
+        assert_eq!(prompt.credentials, token);
+    }
+}
+
+/// What a provider's CLI keeps of an account.
+fn account(provider: &str, token: &str) -> Credential {
+    let part = |json: Value| BASE64_URL_SAFE_NO_PAD.encode(json.to_string());
+    let content = match provider {
+        "openai" => {
+            let claims = json!({
+                "email": "tester@example.com",
+                "exp": 4_000_000_000_u64,
+                "https://api.openai.com/auth": {
+                    "chatgpt_plan_type": "plus", "chatgpt_account_id": "account",
+                    "chatgpt_user_id": "user",
+                },
+            });
+            let id_token = [
+                part(json!({ "alg": "none" })),
+                part(claims),
+                part(json!({})),
+            ];
+            json!({
+                "OPENAI_API_KEY": null,
+                "tokens": {
+                    "id_token": id_token.join("."), "access_token": token,
+                    "refresh_token": fresh_key(), "account_id": "account",
+                },
+                "last_refresh": "2099-01-01T00:00:00Z",
+            })
+        }
+        "anthropic" => json!({
+            "claudeAiOauth": {
+                "accessToken": token, "refreshToken": fresh_key(),
+                "expiresAt": 4_000_000_000_000_u64, "scopes": ["user:inference", "user:profile"],
+                "subscriptionType": "max",
+            },
+        }),
+        "google" => json!({
+            "access_token": token, "refresh_token": fresh_key(), "token_type": "Bearer",
+            "scope": "https://www.googleapis.com/auth/cloud-platform",
+            "expiry_date": 4_000_000_000_000_u64,
+        }),
+        other => panic!("no provider `{other}`"),
+    };
+    in_the_clear(Kind::OauthFile(content.to_string().into()))
 }

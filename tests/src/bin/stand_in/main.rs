@@ -1,7 +1,10 @@
 //! `stand-in ADDRESS`: a model API for tests and demos. It speaks enough of the
 //! OpenAI Responses, Anthropic Messages and Gemini protocols for the real CLIs to
 //! finish a prompt, answers with a text that depends on the prompt, and keeps what
-//! arrived: `GET /requests` lists it. `GET /zeros` is 2.5 MB to be measured by.
+//! arrived: `GET /requests` lists it. `GET /zeros` is 2.5 MB to be measured by. It is a proxy
+//! too, that answers for every server by itself: Gemini CLI asks Google about an account.
+
+mod tunnel;
 
 use std::{
     net::SocketAddr,
@@ -12,8 +15,9 @@ use anyhow::Context;
 use axum::{
     Json, Router,
     body::{Body, Bytes},
-    extract::{DefaultBodyLimit, State},
+    extract::{DefaultBodyLimit, Request, State},
     http::{HeaderMap, Method, StatusCode, Uri, header},
+    middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -39,6 +43,17 @@ async fn main() -> anyhow::Result<()> {
         .fallback(answer)
         .layer(DefaultBodyLimit::max(BODY_MOST))
         .with_state(Log::default());
+    let inner = app.clone();
+    let app = app.layer(middleware::from_fn(move |request: Request, next: Next| {
+        let inner = inner.clone();
+        async move {
+            if request.method() != Method::CONNECT {
+                return next.run(request).await;
+            }
+            tunnel::open(request, inner);
+            StatusCode::OK.into_response()
+        }
+    }));
     axum::serve(listener, app).await?;
     Ok(())
 }
@@ -55,6 +70,16 @@ async fn answer(
     body: Bytes,
 ) -> Response {
     let request: Value = serde_json::from_slice(&body).unwrap_or_default();
+    // For an account, Gemini CLI wraps what it asks, and what it is answered.
+    let is_wrapped = uri.path().starts_with("/v1internal:");
+    let request = match is_wrapped {
+        true => request["request"].clone(),
+        false => request,
+    };
+    let wrap = |value: Value| match is_wrapped {
+        true => json!({ "response": value }),
+        false => value,
+    };
     let mut texts = Vec::new();
     user_texts(&request, &mut texts);
     let received = Received {
@@ -80,6 +105,9 @@ async fn answer(
         Text::of(prompt).sha256
     );
     let path = uri.path();
+    if let Some(told) = account(path) {
+        return Json(told).into_response();
+    }
     if method != Method::POST {
         // Codex asks for a WebSocket first, and does without at this answer.
         return StatusCode::UPGRADE_REQUIRED.into_response();
@@ -91,14 +119,32 @@ async fn answer(
     } else if path.ends_with("/count_tokens") {
         Json(json!({ "input_tokens": 1 })).into_response()
     } else if path.ends_with(":streamGenerateContent") {
-        events(&[("", gemini(&text))], false)
+        events(&[("", wrap(gemini(&text)))], false)
     } else if path.ends_with(":generateContent") {
         // The CLI asks a small model which large one shall answer.
         let choice = json!({ "complexity_reasoning": "a stand-in", "complexity_score": 1 });
-        Json(gemini(&choice.to_string())).into_response()
+        Json(wrap(gemini(&choice.to_string()))).into_response()
     } else {
         StatusCode::NOT_FOUND.into_response()
     }
+}
+
+/// What Google tells of an account and of the project it belongs to.
+fn account(path: &str) -> Option<Value> {
+    let (_, call) = path.rsplit_once(['/', ':'])?;
+    Some(match call {
+        "tokeninfo" => json!({ "aud": "stand-in", "expires_in": 3600, "scope": "" }),
+        "userinfo" => json!({ "email": "tester@example.com" }),
+        "loadCodeAssist" => json!({
+            "currentTier": { "id": "standard-tier" }, "cloudaicompanionProject": "project",
+        }),
+        "onboardUser" => json!({
+            "done": true, "response": { "cloudaicompanionProject": { "id": "project" } },
+        }),
+        "countTokens" => json!({ "totalTokens": 1 }),
+        "listExperiments" | "recordCodeAssistMetrics" | "retrieveUserQuota" => json!({}),
+        _ => return None,
+    })
 }
 
 /// Every text a user said in a request of any of the three forms, in order.
