@@ -45,6 +45,8 @@ pub mod exec;
 pub mod frame;
 #[cfg(feature = "sealed")]
 pub mod sealed;
+#[cfg(feature = "tls")]
+pub mod tls;
 
 /// Nomad's plugin protocols. Module paths mirror the packages, because generated
 /// code refers to other packages by relative path.

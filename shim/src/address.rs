@@ -1,5 +1,4 @@
-//! Where the shim listens and is reached: a unix socket or loopback, nothing else
-//! until there is TLS.
+//! Where the shim listens and is reached: a unix socket, loopback, or anywhere with mutual TLS.
 
 use std::{
     fmt, fs, io,
@@ -7,29 +6,43 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     str::FromStr,
+    sync::Arc,
 };
 
-use tokio::net::{TcpListener, UnixListener};
-use tonic::transport::Endpoint;
+use hyper_util::rt::TokioIo;
+use polydev_proto::tls::{Files, Reloading};
+use rustls::pki_types::ServerName;
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio_rustls::TlsConnector;
+use tonic::transport::{Channel, Endpoint, Uri};
+use url::{Host, Url};
 
 /// Where a shim listens unless it is told otherwise.
 pub const DEFAULT: &str = "unix:///run/polydev/shim.sock";
 
-/// `unix:///absolute/path` or `http://127.0.0.1:port`.
+/// `unix:///absolute/path`, `http://127.0.0.1:port` or `https://host:port`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     Unix(PathBuf),
     Loopback(SocketAddr),
+    /// With mutual TLS.
+    Tls {
+        /// A name or an IP address, the latter without brackets.
+        host: String,
+        port: u16,
+    },
 }
 
 /// Why an address is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    #[error("`{given}` is neither `unix:///PATH` nor `http://127.0.0.1:PORT`")]
+    #[error(
+        "`{given}` is neither `unix:///PATH` nor `http://127.0.0.1:PORT` nor `https://HOST:PORT`"
+    )]
     Form { given: String },
     #[error(
-        "`{given}` is not a loopback address: credentials would cross the network \
-         in the clear, and there is no TLS yet"
+        "`{given}` is not a loopback address: credentials would cross the network in the \
+         clear; with `https://` they do not"
     )]
     Public { given: String },
 }
@@ -49,6 +62,9 @@ impl FromStr for Address {
                 Err(form())
             };
         }
+        if given.starts_with("https://") {
+            return tls(given).ok_or_else(form);
+        }
         let authority = given.strip_prefix("http://").ok_or_else(form)?;
         let authority = authority.strip_suffix('/').unwrap_or(authority);
         let authority = authority.replacen("localhost:", "127.0.0.1:", 1);
@@ -63,11 +79,26 @@ impl FromStr for Address {
     }
 }
 
+/// Host and port, and nothing else.
+fn tls(given: &str) -> Option<Address> {
+    let url = Url::parse(given).ok()?;
+    let host = match url.host()? {
+        Host::Domain(name) => name.to_owned(),
+        Host::Ipv4(address) => address.to_string(),
+        Host::Ipv6(address) => address.to_string(),
+    };
+    let is_bare = url.path() == "/" && url.query().is_none() && url.username().is_empty();
+    let port = url.port_or_known_default()?;
+    is_bare.then_some(Address::Tls { host, port })
+}
+
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unix(path) => write!(f, "unix://{}", path.display()),
             Self::Loopback(address) => write!(f, "http://{address}"),
+            Self::Tls { host, port } if host.contains(':') => write!(f, "https://[{host}]:{port}"),
+            Self::Tls { host, port } => write!(f, "https://{host}:{port}"),
         }
     }
 }
@@ -76,18 +107,32 @@ impl fmt::Display for Address {
 #[derive(Debug)]
 pub enum Listener {
     Unix(UnixListener),
-    Tcp(TcpListener),
+    Loopback(TcpListener),
+    Tls(TcpListener, Arc<Reloading>),
 }
 
 impl Address {
+    /// Whether callers come from elsewhere.
+    #[must_use]
+    pub fn is_public(&self) -> bool {
+        matches!(self, Self::Tls { .. })
+    }
+
     /// Binds; a unix socket is for this user alone, and one that nobody serves any
     /// more is taken over.
     ///
     /// # Errors
-    /// As the kernel says; `AddrInUse` if somebody serves there.
-    pub async fn listen(&self) -> io::Result<Listener> {
+    /// As the kernel says; `AddrInUse` if somebody serves there; whatever is wrong with the
+    /// files, which TLS needs.
+    pub async fn listen(&self, files: Option<&Files>) -> io::Result<Listener> {
         match self {
-            Self::Loopback(address) => TcpListener::bind(address).await.map(Listener::Tcp),
+            Self::Loopback(address) => TcpListener::bind(address).await.map(Listener::Loopback),
+            Self::Tls { host, port } => {
+                let files = files.ok_or_else(no_files)?.clone();
+                let files = Arc::new(Reloading::new(files)?);
+                let socket = TcpListener::bind((host.as_str(), *port)).await?;
+                Ok(Listener::Tls(socket, files))
+            }
             Self::Unix(path) => {
                 if let Some(folder) = path.parent() {
                     fs::create_dir_all(folder)?;
@@ -103,11 +148,44 @@ impl Address {
         }
     }
 
-    /// For a client.
-    #[must_use]
-    pub fn endpoint(&self) -> Endpoint {
-        Endpoint::from_shared(self.to_string()).expect("what an address prints is a URI")
+    /// Connects as a client, by `endpoint`'s settings.
+    ///
+    /// # Errors
+    /// What keeps it from there; whatever is wrong with the files, which TLS needs.
+    pub async fn connect(
+        &self,
+        files: Option<&Files>,
+        settings: impl FnOnce(Endpoint) -> Endpoint,
+    ) -> Result<Channel, Box<dyn std::error::Error + Send + Sync>> {
+        let Self::Tls { host, port } = self else {
+            let endpoint = Endpoint::from_shared(self.to_string())?;
+            return Ok(settings(endpoint).connect().await?);
+        };
+        let name = ServerName::try_from(host.clone())?;
+        let files = files.ok_or_else(no_files)?.clone();
+        let to = (host.clone(), *port);
+        let connector = tower::service_fn(move |_: Uri| {
+            let (name, files, to) = (name.clone(), files.clone(), to.clone());
+            async move {
+                // Read again for every connection: they may have been replaced.
+                let connector = TlsConnector::from(Arc::new(files.client()?));
+                let stream = TcpStream::connect(to).await?;
+                stream.set_nodelay(true)?;
+                let stream = connector.connect(name, stream).await?;
+                io::Result::Ok(TokioIo::new(stream))
+            }
+        });
+        // The connector above adds the TLS that the scheme does not tell of.
+        let endpoint = Endpoint::from_shared(self.to_string().replacen("https", "http", 1))?;
+        Ok(settings(endpoint).connect_with_connector(connector).await?)
     }
+}
+
+fn no_files() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidInput,
+        "https needs --tls-cert, --tls-key and --tls-ca",
+    )
 }
 
 fn remove_stale(path: &Path) -> io::Result<()> {
@@ -123,15 +201,24 @@ mod tests {
 
     #[test]
     fn addresses_are_read_as_they_are_written() {
-        for given in [DEFAULT, "http://127.0.0.1:7070", "http://[::1]:7070"] {
+        for given in [
+            DEFAULT,
+            "http://127.0.0.1:7070",
+            "http://[::1]:7070",
+            "https://0.0.0.0:7443",
+            "https://[2001:db8::1]:7443",
+            "https://shim.example.org:7443",
+        ] {
             assert_eq!(given.parse::<Address>().unwrap().to_string(), given);
         }
         let named: Address = "http://localhost:7070/".parse().unwrap();
         assert_eq!(named.to_string(), "http://127.0.0.1:7070");
+        let named: Address = "https://shim.example.org/".parse().unwrap();
+        assert_eq!(named.to_string(), "https://shim.example.org:443");
     }
 
     #[test]
-    fn nothing_but_loopback_and_unix_sockets_is_allowed() {
+    fn nothing_but_loopback_and_unix_sockets_is_allowed_without_tls() {
         for public in [
             "http://0.0.0.0:7070",
             "http://192.0.2.1:80",
@@ -149,8 +236,11 @@ mod tests {
             "",
             "7070",
             "unix://relative",
-            "https://127.0.0.1:1",
             "http://example.org:80",
+            "https://",
+            "https://host:1/path",
+            "https://user@host:1",
+            "https://host:1/?a=b",
         ] {
             assert!(
                 matches!(wrong.parse::<Address>(), Err(Error::Form { .. })),

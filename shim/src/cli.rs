@@ -1,5 +1,6 @@
 //! The command line: one binary, a file a command.
 
+mod certs;
 mod credentials;
 mod dev;
 mod manual;
@@ -22,7 +23,7 @@ use nix::sys::{
     prctl,
     resource::{Resource, setrlimit},
 };
-use polydev_proto::runtime::runtime_service_client::RuntimeServiceClient;
+use polydev_proto::{runtime::runtime_service_client::RuntimeServiceClient, tls::Files};
 use prost_types::Timestamp;
 use sd_notify::NotifyState;
 use tokio_util::sync::CancellationToken;
@@ -31,7 +32,9 @@ use tracing_subscriber::EnvFilter;
 use zeroize::Zeroizing;
 
 use crate::{
-    address::{Address, DEFAULT},
+    access::Access,
+    address::{Address, DEFAULT, Listener},
+    chain,
     credentials::store,
 };
 
@@ -60,6 +63,9 @@ enum Command {
     /// Keep users' credentials, sealed, in the shim's store.
     #[command(subcommand)]
     Credentials(credentials::Command),
+    /// Make certificates for trying out.
+    #[command(subcommand)]
+    Certs(certs::Command),
     /// Print the completions of a shell, to be sourced by it.
     Completions { shell: clap_complete::Shell },
     /// Write the manual pages, one for each command.
@@ -82,9 +88,113 @@ enum Output {
 /// The shim that a client command talks to.
 #[derive(clap::Args)]
 struct Client {
-    /// Where the shim listens: unix:///PATH or http://127.0.0.1:PORT.
+    /// Where the shim listens: unix:///PATH, http://127.0.0.1:PORT or https://HOST:PORT.
     #[arg(long, env = "POLYDEV_ADDRESS", default_value = DEFAULT)]
     address: Address,
+    #[command(flatten)]
+    tls: Tls,
+}
+
+/// How a side of a connection that begins with https shows who it is.
+#[derive(clap::Args)]
+struct Tls {
+    /// This side's certificate, in PEM; for https.
+    #[arg(long, env = "POLYDEV_TLS_CERT", value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
+    tls_cert: Option<PathBuf>,
+    /// The key of it.
+    #[arg(
+        long,
+        env = "POLYDEV_TLS_KEY",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    tls_key: Option<PathBuf>,
+    /// Certificates of the authorities that speak for the other side.
+    #[arg(
+        long,
+        env = "POLYDEV_TLS_CA",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    tls_ca: Option<PathBuf>,
+}
+
+impl Tls {
+    fn files(&self) -> Option<Files> {
+        Some(Files {
+            certificate: self.tls_cert.clone()?,
+            key: self.tls_key.clone()?,
+            authority: self.tls_ca.clone()?,
+        })
+    }
+}
+
+/// For a connection to be made.
+const CONNECT: Duration = Duration::from_secs(10);
+
+impl Client {
+    async fn connect(&self) -> anyhow::Result<Channel> {
+        let files = self.tls.files();
+        let connect = self
+            .address
+            .connect(files.as_ref(), |endpoint| endpoint.connect_timeout(CONNECT));
+        let connected = match tokio::time::timeout(CONNECT, connect).await {
+            Ok(connected) => connected,
+            Err(_) => Err("no connection in 10 s".into()),
+        };
+        connected.map_err(|error| {
+            anyhow::anyhow!(
+                "no shim answers at {}: {}\nstart one with `polydev-shim serve` or `polydev-shim dev`",
+                self.address,
+                chain(&*error)
+            )
+        })
+    }
+}
+
+/// Where a shim listens, and for whom.
+#[derive(clap::Args)]
+struct Listen {
+    /// Where to listen: unix:///PATH, http://127.0.0.1:PORT, or https://ADDRESS:PORT for
+    /// callers with a certificate; may be repeated.
+    #[arg(long, env = "POLYDEV_ADDRESS", default_value = DEFAULT, value_delimiter = ',')]
+    listen: Vec<Address>,
+    #[command(flatten)]
+    tls: Tls,
+    /// File of roles: who may do what. Without it whoever can connect may do everything, and
+    /// nobody can from elsewhere.
+    #[arg(long, env = "POLYDEV_ROLES", value_name = "FILE")]
+    roles: Option<PathBuf>,
+}
+
+impl Listen {
+    fn access(&self) -> anyhow::Result<Access> {
+        match &self.roles {
+            Some(path) => Ok(Access::load(path)?),
+            None => match self.listen.iter().find(|address| address.is_public()) {
+                Some(address) => anyhow::bail!(
+                    "{address} lets in callers from elsewhere: --roles must say what they may do"
+                ),
+                None => Ok(Access::everything()),
+            },
+        }
+    }
+
+    async fn bind(&self) -> anyhow::Result<Vec<Listener>> {
+        let files = self.tls.files();
+        let mut listeners = Vec::new();
+        for address in &self.listen {
+            let listener = address.listen(files.as_ref()).await;
+            listeners.push(listener.with_context(|| format!("cannot listen at {address}"))?);
+        }
+        Ok(listeners)
+    }
+
+    /// All addresses, for people.
+    fn shown(&self) -> String {
+        let addresses: Vec<_> = self.listen.iter().map(ToString::to_string).collect();
+        addresses.join(", ")
+    }
 }
 
 /// What every command has that asks a shim and prints the answer.
@@ -99,8 +209,7 @@ struct Options {
 
 impl Options {
     async fn connect(&self) -> anyhow::Result<RuntimeServiceClient<Channel>> {
-        let channel = run::connect(&self.client.address).await?;
-        Ok(RuntimeServiceClient::new(channel))
+        Ok(RuntimeServiceClient::new(self.client.connect().await?))
     }
 }
 
@@ -249,6 +358,7 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Runs(command) => runs::execute(command).await,
         Command::Pool(command) => pool::execute(command).await,
         Command::Credentials(command) => credentials::execute(command).await,
+        Command::Certs(command) => certs::execute(command),
         Command::Completions { shell } => manual::completions(shell),
         Command::Man { folder } => manual::pages(&folder),
     }

@@ -14,7 +14,7 @@ pub mod request;
 
 use std::time::{Duration, Instant};
 
-use crate::credentials;
+use crate::{access, credentials};
 use polydev_proto::node::{AttachResponse, ClaimResponse, RunEvent, RunInput, run_event};
 use tokio::{sync::mpsc, time::timeout};
 use tonic::{Status, Streaming};
@@ -100,6 +100,8 @@ impl Events {
 pub enum Error {
     #[error(transparent)]
     Invalid(#[from] request::Invalid),
+    #[error(transparent)]
+    Denied(#[from] access::Denied),
     #[error(transparent)]
     Credential(#[from] credentials::Error),
     #[error("no `{provider}` slot became idle within {} s; {pool}", waited.as_secs_f64())]

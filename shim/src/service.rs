@@ -1,7 +1,8 @@
 //! `polydev.runtime.v1`: decodes, asks `run` and `pool`, encodes. The calls about pools are in
-//! [`pools`], those about credentials in [`credentials`], those that tell of runs in [`runs`]. How errors are told is in [`status`].
+//! [`pools`], those about credentials in [`credentials`], those that tell of runs in [`runs`]. Who calls is found out in [`incoming`]. How errors are told is in [`status`].
 
 mod credentials;
+mod incoming;
 mod page;
 mod pools;
 mod runs;
@@ -29,11 +30,12 @@ use tokio::{
     sync::mpsc,
     time::{Duration, timeout},
 };
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, UnixListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap, transport::Server};
 
 use crate::{
+    access::{Access, Action, Caller},
     address::Listener,
     credentials::{Vault, record::Binding},
     nomad::Nomad,
@@ -63,24 +65,39 @@ pub struct Limits {
     pub on_demand: usize,
 }
 
+/// What a shim serves with.
+pub struct Parts {
+    pub view: View,
+    /// `None` with the embedded engine, whose pools are as they were started.
+    pub nomad: Option<Nomad>,
+    pub vault: Vault,
+    pub access: Access,
+    pub limits: Limits,
+}
+
 /// Serves callers until `stop`, then lets runs end within ten seconds.
 ///
 /// # Errors
 /// Whatever keeps it from serving.
 pub async fn serve(
-    view: View,
-    nomad: Option<Nomad>,
-    vault: Vault,
-    limits: Limits,
-    listener: Listener,
+    parts: Parts,
+    listeners: Vec<Listener>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
+    let Parts {
+        view,
+        nomad,
+        vault,
+        access,
+        limits,
+    } = parts;
     let runs = TaskTracker::new();
     let service = Service {
         view,
         on_demand: OnDemand::new(nomad.clone(), limits.on_demand),
         nomad,
         vault: Arc::new(vault),
+        access,
         queue: Queue::new(limits.per_user),
         runs: runs.clone(),
     };
@@ -99,19 +116,7 @@ pub async fn serve(
         .add_service(service);
 
     let stopped = stop.clone().cancelled_owned();
-    let serving = async {
-        match listener {
-            Listener::Unix(listener) => {
-                let incoming = UnixListenerStream::new(listener);
-                server.serve_with_incoming_shutdown(incoming, stopped).await
-            }
-            Listener::Tcp(listener) => {
-                let incoming = TcpListenerStream::new(listener)
-                    .inspect(|stream| drop(stream.as_ref().map(|stream| stream.set_nodelay(true))));
-                server.serve_with_incoming_shutdown(incoming, stopped).await
-            }
-        }
-    };
+    let serving = server.serve_with_incoming_shutdown(incoming::incoming(listeners), stopped);
     let overrun = async {
         stop.cancelled().await;
         runs.close();
@@ -131,6 +136,7 @@ struct Service {
     /// `None` with the embedded engine, whose pools are as they were started.
     nomad: Option<Nomad>,
     vault: Arc<Vault>,
+    access: Access,
     queue: Queue,
     on_demand: OnDemand,
     runs: TaskTracker,
@@ -153,11 +159,17 @@ impl RuntimeService for Service {
     ) -> Result<Response<Self::RunStream>, Status> {
         let received = Instant::now();
         let trace = trace_context(request.metadata());
+        let caller = caller(&request);
         let mut requests = request.into_inner();
         let Some(run_request::Message::Start(start)) = first(&mut requests).await?.message else {
             return Err(Error::from(request::Invalid::NotStarted).into());
         };
         let mut request = request::Request::parse(*start, trace).map_err(Error::from)?;
+        let run = Action::Run {
+            user_id: Some(&request.user_id),
+            provider: Some(request.provider),
+        };
+        self.access.check(&caller, run).map_err(Error::from)?;
         if let Some(source) = request.credential.take() {
             let binding = Binding {
                 user_id: &request.user_id,
@@ -167,7 +179,7 @@ impl RuntimeService for Service {
             request.equip(&credential).map_err(Error::from)?;
         }
         let (run_id, longest) = (request.run_id, request.longest());
-        tracing::info!(%run_id, provider = %request.provider, user_id = request.user_id, "run");
+        tracing::info!(%run_id, %caller, provider = %request.provider, user_id = request.user_id, "run");
         let name = Name {
             run_id: run_id.to_string(),
             user_id: request.user_id.clone(),
@@ -201,12 +213,14 @@ impl RuntimeService for Service {
         request: Request<Streaming<AttachRequest>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
         let received = Instant::now();
+        let caller = caller(&request);
         let mut requests = request.into_inner();
         let Some(attach_request::Message::Start(start)) = first(&mut requests).await?.message
         else {
             return Err(Error::from(request::Invalid::NotStarted).into());
         };
         let name = Name::parse(&start.run_id, start.user_id)?;
+        self.check_run(&caller, &name)?;
         let offsets = [start.stdout_offset, start.stderr_offset];
         let connection = attach::attach(&self.view, &name, offsets).await?;
         let requests = requests.map(|request| {
@@ -232,8 +246,11 @@ impl RuntimeService for Service {
         &self,
         request: Request<CancelRunRequest>,
     ) -> Result<Response<CancelRunResponse>, Status> {
+        let caller = caller(&request);
         let CancelRunRequest { run_id, user_id } = request.into_inner();
-        attach::cancel(&self.view, &Name::parse(&run_id, user_id)?).await?;
+        let name = Name::parse(&run_id, user_id)?;
+        self.check_run(&caller, &name)?;
+        attach::cancel(&self.view, &name).await?;
         Ok(Response::new(CancelRunResponse {}))
     }
 
@@ -241,8 +258,10 @@ impl RuntimeService for Service {
         &self,
         request: Request<GetRunRequest>,
     ) -> Result<Response<GetRunResponse>, Status> {
+        let caller = caller(&request);
         let GetRunRequest { run_id, user_id } = request.into_inner();
         let name = Name::parse(&run_id, user_id)?;
+        self.check_run(&caller, &name)?;
         Ok(Response::new(runs::get(&self.view, &name).await?))
     }
 
@@ -250,14 +269,22 @@ impl RuntimeService for Service {
         &self,
         request: Request<ListRunsRequest>,
     ) -> Result<Response<ListRunsResponse>, Status> {
-        let page = runs::list(&self.view, request.into_inner()).await?;
+        let caller = caller(&request);
+        let request = request.into_inner();
+        let run = Action::Run {
+            user_id: Some(request.user_id.as_str()).filter(|user_id| !user_id.is_empty()),
+            provider: None,
+        };
+        self.access.check(&caller, run).map_err(Error::from)?;
+        let page = runs::list(&self.view, request).await?;
         Ok(Response::new(page))
     }
 
     async fn list_pools(
         &self,
-        _: Request<ListPoolsRequest>,
+        request: Request<ListPoolsRequest>,
     ) -> Result<Response<ListPoolsResponse>, Status> {
+        self.check(&request, Action::Look)?;
         Ok(Response::new(pools::list(&self.view)))
     }
 
@@ -265,14 +292,16 @@ impl RuntimeService for Service {
         &self,
         request: Request<GetPoolRequest>,
     ) -> Result<Response<GetPoolResponse>, Status> {
+        self.check(&request, Action::Look)?;
         let provider = pools::provider(&request.into_inner().provider)?;
         Ok(Response::new(pools::get(&self.view, provider)))
     }
 
     async fn watch_pools(
         &self,
-        _: Request<WatchPoolsRequest>,
+        request: Request<WatchPoolsRequest>,
     ) -> Result<Response<Self::WatchPoolsStream>, Status> {
+        self.check(&request, Action::Look)?;
         let changes = pools::watch(self.view.clone()).map(Ok);
         Ok(Response::new(Box::pin(changes)))
     }
@@ -281,9 +310,10 @@ impl RuntimeService for Service {
         &self,
         request: Request<ScalePoolRequest>,
     ) -> Result<Response<Self::ScalePoolStream>, Status> {
-        let ScalePoolRequest { provider, size } = request.into_inner();
-        let (provider, nomad) = (pools::provider(&provider)?, self.nomad()?);
-        let events = pools::scale(&self.runs, nomad, provider, size);
+        let provider = pools::provider(&request.get_ref().provider)?;
+        self.check(&request, Action::Scale { provider })?;
+        let size = request.into_inner().size;
+        let events = pools::scale(&self.runs, self.nomad()?, provider, size);
         Ok(Response::new(Box::pin(events)))
     }
 
@@ -291,7 +321,8 @@ impl RuntimeService for Service {
         &self,
         request: Request<DrainPoolRequest>,
     ) -> Result<Response<Self::DrainPoolStream>, Status> {
-        let provider = pools::provider(&request.into_inner().provider)?;
+        let provider = pools::provider(&request.get_ref().provider)?;
+        self.check(&request, Action::Scale { provider })?;
         let events = pools::drain(&self.runs, self.nomad()?, self.view.clone(), provider);
         Ok(Response::new(Box::pin(events)))
     }
@@ -300,7 +331,8 @@ impl RuntimeService for Service {
         &self,
         request: Request<ResumePoolRequest>,
     ) -> Result<Response<Self::ResumePoolStream>, Status> {
-        let provider = pools::provider(&request.into_inner().provider)?;
+        let provider = pools::provider(&request.get_ref().provider)?;
+        self.check(&request, Action::Scale { provider })?;
         let events = pools::resume(&self.runs, self.nomad()?, provider);
         Ok(Response::new(Box::pin(events)))
     }
@@ -309,6 +341,10 @@ impl RuntimeService for Service {
         &self,
         request: Request<PutCredentialRequest>,
     ) -> Result<Response<PutCredentialResponse>, Status> {
+        let PutCredentialRequest {
+            user_id, provider, ..
+        } = request.get_ref();
+        self.check_credentials(&request, user_id, provider)?;
         let kept = credentials::put(&self.vault, request.into_inner()).await?;
         Ok(Response::new(kept))
     }
@@ -317,6 +353,10 @@ impl RuntimeService for Service {
         &self,
         request: Request<ListCredentialsRequest>,
     ) -> Result<Response<ListCredentialsResponse>, Status> {
+        let ListCredentialsRequest {
+            user_id, provider, ..
+        } = request.get_ref();
+        self.check_credentials(&request, user_id, provider)?;
         let page = credentials::list(&self.vault, request.into_inner()).await?;
         Ok(Response::new(page))
     }
@@ -325,19 +365,50 @@ impl RuntimeService for Service {
         &self,
         request: Request<DeleteCredentialRequest>,
     ) -> Result<Response<DeleteCredentialResponse>, Status> {
+        let DeleteCredentialRequest { user_id, provider } = request.get_ref();
+        self.check_credentials(&request, user_id, provider)?;
         let deleted = credentials::delete(&self.vault, request.into_inner()).await?;
         Ok(Response::new(deleted))
     }
 
     async fn rotate_credentials(
         &self,
-        _: Request<RotateCredentialsRequest>,
+        request: Request<RotateCredentialsRequest>,
     ) -> Result<Response<RotateCredentialsResponse>, Status> {
+        self.check_credentials(&request, "", "")?;
         Ok(Response::new(credentials::rotate(&self.vault).await?))
     }
 }
 
 impl Service {
+    fn check<T>(&self, request: &Request<T>, action: Action) -> Result<(), Error> {
+        Ok(self.access.check(&caller(request), action)?)
+    }
+
+    /// A run that exists, whosever provider's it is.
+    fn check_run(&self, caller: &Caller, name: &Name) -> Result<(), Error> {
+        let run = Action::Run {
+            user_id: Some(&name.user_id),
+            provider: None,
+        };
+        Ok(self.access.check(caller, run)?)
+    }
+
+    /// Credentials of a user for a provider; an empty name stands for all.
+    fn check_credentials<T>(
+        &self,
+        request: &Request<T>,
+        user_id: &str,
+        provider: &str,
+    ) -> Result<(), Error> {
+        let credentials = Action::Credentials {
+            user_id: Some(user_id).filter(|user_id| !user_id.is_empty()),
+            // One that there is not is refused for that.
+            provider: provider.parse().ok(),
+        };
+        self.check(request, credentials)
+    }
+
     fn nomad(&self) -> Result<Nomad, Status> {
         self.nomad.clone().ok_or_else(|| {
             let reason = "without Nomad the pools are as `--pool` says";
@@ -394,6 +465,13 @@ impl Service {
             }
         });
     }
+}
+
+/// Who is at the other end.
+fn caller<T>(request: &Request<T>) -> Caller {
+    let caller = request.extensions().get::<Caller>();
+    // Whatever comes in has one; without it, it is nobody who has a role.
+    caller.cloned().unwrap_or_else(|| Caller(String::new()))
 }
 
 /// A caller says what it wants at once.

@@ -1,6 +1,7 @@
 //! The whole system from outside, with real Docker, real Nomad and the real CLIs.
 //! They need root, and what `make test` installs; one runs after the other.
 
+mod access;
 mod api;
 mod cluster;
 mod corners;

@@ -15,6 +15,8 @@ use polydev_proto::runtime::{
     run_input::Input, run_request, run_start::Command,
     runtime_service_client::RuntimeServiceClient, secret,
 };
+use polydev_proto::tls::Files;
+use polydev_shim::address::Address;
 use tokio::{runtime::Runtime, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, transport::Channel};
@@ -145,16 +147,38 @@ impl Client {
     /// If no shim answers there.
     #[must_use]
     pub fn connect(address: &str) -> Self {
+        Self::try_connect(address).expect("the shim answers")
+    }
+
+    /// # Errors
+    /// If no shim answers there.
+    ///
+    /// # Panics
+    /// If that is no address.
+    pub fn try_connect(address: &str) -> Result<Self, String> {
+        Self::open(address, None)
+    }
+
+    /// With a certificate.
+    ///
+    /// # Errors
+    /// If no shim answers there, or lets nobody in who has that.
+    ///
+    /// # Panics
+    /// If that is no address.
+    pub fn connect_as(address: &str, files: Files) -> Result<Self, String> {
+        Self::open(address, Some(files))
+    }
+
+    fn open(address: &str, files: Option<Files>) -> Result<Self, String> {
         let runtime = Runtime::new().expect("a runtime can be made");
-        let endpoint = tonic::transport::Endpoint::from_shared(address.to_owned());
-        let endpoint = endpoint.expect("an address of the harness is a URI");
-        let channel = runtime
-            .block_on(endpoint.connect())
-            .expect("the shim answers");
-        Self {
+        let address: Address = address.parse().expect("it is an address");
+        let connect = address.connect(files.as_ref(), |endpoint| endpoint);
+        let channel = runtime.block_on(connect);
+        Ok(Self {
             runtime,
-            service: RuntimeServiceClient::new(channel),
-        }
+            service: RuntimeServiceClient::new(channel.map_err(|error| error.to_string())?),
+        })
     }
 
     /// Starts a run and waits until it is accepted.

@@ -5,7 +5,6 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::Context;
 
 use crate::{
-    address::{Address, DEFAULT},
     engine::embedded::{Engine, Settings},
     pool::{View, follow},
     provider::Provider,
@@ -15,9 +14,8 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Where to listen: unix:///PATH or http://127.0.0.1:PORT.
-    #[arg(long, env = "POLYDEV_ADDRESS", default_value = DEFAULT)]
-    listen: Address,
+    #[command(flatten)]
+    listen: super::Listen,
     /// Warm slots to keep, PROVIDER=COUNT; may be repeated. [default: one of each]
     #[arg(long = "pool", value_name = "PROVIDER=COUNT", value_parser = pool)]
     pools: Vec<(Provider, u32)>,
@@ -61,9 +59,9 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         pools = Provider::all().map(|provider| (provider, 1)).collect();
     }
     let vault = arguments.vault.open()?;
+    let access = arguments.listen.access()?;
     let stop = super::stop_signal()?;
-    let listener = arguments.listen.listen().await;
-    let listener = listener.with_context(|| format!("cannot listen at {}", arguments.listen))?;
+    let listeners = arguments.listen.bind().await?;
 
     let settings = Settings {
         driver,
@@ -75,14 +73,21 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         () = stop.cancelled() => return Ok(ExitCode::SUCCESS),
     };
     let view = View::new();
-    tracing::info!(listen = %arguments.listen, "serving, without Nomad");
+    tracing::info!(listen = arguments.listen.shown(), "serving, without Nomad");
     let drivers = engine.drivers();
     let limits = service::Limits {
         per_user: arguments.per_user,
         on_demand: 0,
     };
+    let parts = service::Parts {
+        view: view.clone(),
+        nomad: None,
+        vault,
+        access,
+        limits,
+    };
     let served = tokio::select! {
-        served = service::serve(view.clone(), None, vault, limits, listener, stop) => served,
+        served = service::serve(parts, listeners, stop) => served,
         reason = engine.driver_died() => Err(anyhow::anyhow!(reason)),
         () = follow(view, drivers) => unreachable!("the engine, which names the driver, lives on"),
     };

@@ -1,6 +1,6 @@
 //! `polydev-shim run`: a caller of the shim, for people and scripts.
 
-use std::{ffi::OsString, os::unix::ffi::OsStringExt, process::ExitCode, time::Duration};
+use std::{ffi::OsString, os::unix::ffi::OsStringExt, process::ExitCode};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -10,7 +10,7 @@ use polydev_proto::runtime::{
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{metadata::MetadataValue, transport::Channel};
+use tonic::metadata::MetadataValue;
 
 use super::{
     Client, Output,
@@ -18,9 +18,7 @@ use super::{
     stream::{self, QUEUE, Signals, forward_stdin},
     told,
 };
-use crate::{address::Address, chain, provider::Provider};
-
-pub(super) const CONNECT: Duration = Duration::from_secs(10);
+use crate::provider::Provider;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -74,7 +72,7 @@ fn variable(text: &str) -> Result<(String, String), String> {
 
 pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let start = start(&arguments)?;
-    let channel = connect(&arguments.client.address).await?;
+    let channel = arguments.client.connect().await?;
     let mut shim = RuntimeServiceClient::new(channel);
 
     let (inputs, queue) = mpsc::channel(QUEUE);
@@ -110,16 +108,6 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         arguments.timeline,
     )
     .await
-}
-
-pub(super) async fn connect(address: &Address) -> anyhow::Result<Channel> {
-    let endpoint = address.endpoint().connect_timeout(CONNECT);
-    endpoint.connect().await.map_err(|error| {
-        anyhow::anyhow!(
-            "no shim answers at {address}: {}\nstart one with `polydev-shim serve` or `polydev-shim dev`",
-            chain(&error)
-        )
-    })
 }
 
 fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {

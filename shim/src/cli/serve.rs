@@ -2,12 +2,10 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context;
 use sd_notify::NotifyState;
 
 use super::tell_systemd;
 use crate::{
-    address::{Address, DEFAULT},
     engine,
     pool::{View, drained, follow},
     run::queue::PerUser,
@@ -16,9 +14,8 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Where to listen: unix:///PATH or http://127.0.0.1:PORT.
-    #[arg(long, env = "POLYDEV_ADDRESS", default_value = DEFAULT)]
-    listen: Address,
+    #[command(flatten)]
+    listen: super::Listen,
     #[command(flatten)]
     nomad: super::Nomad,
     #[command(flatten)]
@@ -34,21 +31,32 @@ pub(super) struct Arguments {
 pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let nomad = arguments.nomad.connect()?;
     let vault = arguments.vault.open()?;
+    let access = arguments.listen.access()?;
 
     let stop = super::stop_signal()?;
-    let listener = arguments.listen.listen().await;
-    let listener = listener.with_context(|| format!("cannot listen at {}", arguments.listen))?;
+    let listeners = arguments.listen.bind().await?;
     let view = View::new();
     let cluster = engine::nomad::Cluster::default();
     let (drivers, drained) = (cluster.drivers.subscribe(), cluster.drained.subscribe());
-    tracing::info!(listen = %arguments.listen, nomad = arguments.nomad.address, "serving");
+    tracing::info!(
+        listen = arguments.listen.shown(),
+        nomad = arguments.nomad.address,
+        "serving"
+    );
     tell_systemd(NotifyState::Ready);
     let limits = service::Limits {
         per_user: arguments.per_user,
         on_demand: arguments.on_demand,
     };
+    let parts = service::Parts {
+        view: view.clone(),
+        nomad: Some(nomad.clone()),
+        vault,
+        access,
+        limits,
+    };
     let serving = tokio::select! {
-        serving = service::serve(view.clone(), Some(nomad.clone()), vault, limits, listener, stop) => serving,
+        serving = service::serve(parts, listeners, stop) => serving,
         () = engine::nomad::discover(nomad, cluster) => unreachable!("it never ends"),
         () = follow(view.clone(), drivers) => unreachable!("it ends after its sender, which never does"),
         () = drained::end_runs(view, drained) => unreachable!("it ends after its sender, which never does"),

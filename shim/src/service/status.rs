@@ -51,6 +51,7 @@ fn kind(error: &Error) -> (Code, &'static str) {
     match error {
         Error::Invalid(_) => (Code::InvalidArgument, "INVALID"),
         Error::Refused { .. } => (Code::InvalidArgument, "REFUSED"),
+        Error::Denied(_) => (Code::PermissionDenied, "NOT_ALLOWED"),
         Error::Credential(error) => credential(error),
         Error::OtherCommand { .. } => (Code::AlreadyExists, "OTHER_COMMAND"),
         Error::NoIdleSlot { .. } => (Code::ResourceExhausted, "NO_IDLE_SLOT"),
@@ -98,6 +99,7 @@ fn is_worth_another_try(error: &Error) -> bool {
         }
         Error::Invalid(_)
         | Error::Refused { .. }
+        | Error::Denied(_)
         | Error::Credential(_)
         | Error::OtherCommand { .. }
         | Error::Unclear { .. }

@@ -13,7 +13,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::Name;
 use crate::cli::{
     Client, Output, answer,
-    run::connect,
     stream::{self, QUEUE, Signals},
     told,
 };
@@ -44,7 +43,7 @@ pub(in crate::cli) struct Cancel {
 }
 
 pub(super) async fn attach(arguments: Attach) -> anyhow::Result<ExitCode> {
-    let channel = connect(&arguments.client.address).await?;
+    let channel = arguments.client.connect().await?;
     let mut shim = RuntimeServiceClient::new(channel);
     let (inputs, queue) = mpsc::channel(QUEUE);
     let first = Message::Start(AttachStart {
@@ -70,7 +69,7 @@ pub(super) async fn attach(arguments: Attach) -> anyhow::Result<ExitCode> {
 }
 
 pub(super) async fn cancel(arguments: Cancel) -> anyhow::Result<ExitCode> {
-    let channel = connect(&arguments.client.address).await?;
+    let channel = arguments.client.connect().await?;
     let request = CancelRunRequest {
         run_id: arguments.name.run_id,
         user_id: arguments.name.user,

@@ -1,0 +1,282 @@
+//! Mutual TLS, as callers, shims and drivers speak it beyond one machine: both sides have a
+//! certificate, and each lets in whom its authority has signed.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant, SystemTime},
+};
+
+use futures_util::{Stream, stream};
+use rustls::{
+    ClientConfig, RootCertStore, ServerConfig,
+    crypto::{CryptoProvider, ring},
+    pki_types::{
+        CertificateDer, PrivateKeyDer,
+        pem::{self, PemObject},
+    },
+    server::WebPkiClientVerifier,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use x509_parser::{extensions::GeneralName, parse_x509_certificate};
+
+/// gRPC's.
+const PROTOCOL: &[u8] = b"h2";
+/// How often files are looked at, while they are in use.
+const LOOK: Duration = Duration::from_secs(1);
+/// From a connection to the end of its handshake.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Handshakes at a time; who comes then waits in the kernel's queue.
+const HANDSHAKES_MOST: usize = 256;
+const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
+
+/// The files of one side, in PEM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Files {
+    /// Its certificate, and whatever leads from it to the authority.
+    pub certificate: PathBuf,
+    /// The key of it.
+    pub key: PathBuf,
+    /// Certificates of those whose word is taken for the other side.
+    pub authority: PathBuf,
+}
+
+/// Why the files are of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read `{}`", path.display())]
+    Unreadable { path: PathBuf, source: pem::Error },
+    #[error("`{}` has no certificate", path.display())]
+    Empty { path: PathBuf },
+    #[error("the certificate in `{}` and its key cannot be used", path.display())]
+    Unusable {
+        path: PathBuf,
+        source: rustls::Error,
+    },
+    #[error("the authority in `{}` cannot be used", path.display())]
+    Authority {
+        path: PathBuf,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl Files {
+    /// For whoever is called. A caller without a certificate is turned away.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn server(&self) -> Result<ServerConfig, Error> {
+        let authority = |source| Error::Authority {
+            path: self.authority.clone(),
+            source,
+        };
+        let roots = Arc::new(self.roots()?);
+        let callers = WebPkiClientVerifier::builder_with_provider(roots, provider());
+        let callers = callers.build().map_err(|error| authority(error.into()))?;
+        let (chain, key) = self.own()?;
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(|source| self.unusable(source))?
+            .with_client_cert_verifier(callers)
+            .with_single_cert(chain, key)
+            .map_err(|source| self.unusable(source))?;
+        config.alpn_protocols = vec![PROTOCOL.into()];
+        Ok(config)
+    }
+
+    /// For whoever calls.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn client(&self) -> Result<ClientConfig, Error> {
+        let (chain, key) = self.own()?;
+        let mut config = ClientConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(|source| self.unusable(source))?
+            .with_root_certificates(self.roots()?)
+            .with_client_auth_cert(chain, key)
+            .map_err(|source| self.unusable(source))?;
+        config.alpn_protocols = vec![PROTOCOL.into()];
+        Ok(config)
+    }
+
+    fn own(&self) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), Error> {
+        let key = PrivateKeyDer::from_pem_file(&self.key);
+        let key = key.map_err(|source| unreadable(&self.key, source))?;
+        Ok((certificates(&self.certificate)?, key))
+    }
+
+    fn roots(&self) -> Result<RootCertStore, Error> {
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(&self.authority)? {
+            roots.add(certificate).map_err(|error| Error::Authority {
+                path: self.authority.clone(),
+                source: error.into(),
+            })?;
+        }
+        Ok(roots)
+    }
+
+    fn unusable(&self, source: rustls::Error) -> Error {
+        Error::Unusable {
+            path: self.certificate.clone(),
+            source,
+        }
+    }
+
+    /// When each was written; `None` for one that is not there.
+    fn written(&self) -> [Option<SystemTime>; 3] {
+        let written = |path: &PathBuf| fs::metadata(path).and_then(|file| file.modified());
+        [&self.certificate, &self.key, &self.authority].map(|path| written(path).ok())
+    }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(ring::default_provider())
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let found = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
+    let found: Vec<_> = found.map_err(|source| unreadable(path, source))?;
+    match found.is_empty() {
+        true => Err(Error::Empty { path: path.into() }),
+        false => Ok(found),
+    }
+}
+
+fn unreadable(path: &Path, source: pem::Error) -> Error {
+    Error::Unreadable {
+        path: path.into(),
+        source,
+    }
+}
+
+/// A server's configuration that follows its files: what a handshake gets is at most a second
+/// old. Files that are of no use, as while they are being replaced, change nothing.
+#[derive(Debug)]
+pub struct Reloading {
+    files: Files,
+    current: Mutex<Current>,
+}
+
+#[derive(Debug)]
+struct Current {
+    config: Arc<ServerConfig>,
+    written: [Option<SystemTime>; 3],
+    looked: Instant,
+}
+
+impl Reloading {
+    /// # Errors
+    /// [`Error`] if the files are of no use now.
+    pub fn new(files: Files) -> Result<Self, Error> {
+        let current = Current {
+            written: files.written(),
+            config: Arc::new(files.server()?),
+            looked: Instant::now(),
+        };
+        let current = Mutex::new(current);
+        Ok(Self { files, current })
+    }
+
+    /// What the next handshake is to use, and an error if there are newer files of no use.
+    pub fn config(&self) -> (Arc<ServerConfig>, Option<Error>) {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut refused = None;
+        if current.looked.elapsed() >= LOOK {
+            current.looked = Instant::now();
+            let written = self.files.written();
+            if written != current.written {
+                match self.files.server() {
+                    Ok(config) => {
+                        current.config = Arc::new(config);
+                        current.written = written;
+                    }
+                    Err(error) => refused = Some(error),
+                }
+            }
+        }
+        (current.config.clone(), refused)
+    }
+}
+
+/// Connections to `listener` whose handshake has succeeded, with the name of the other side.
+/// One that is slow delays no other.
+pub fn incoming(
+    listener: TcpListener,
+    files: Arc<Reloading>,
+) -> impl Stream<Item = (TlsStream<TcpStream>, String)> + Send {
+    let handshakes = JoinSet::new();
+    stream::unfold((listener, files, handshakes), |state| async {
+        let (listener, files, mut handshakes) = state;
+        loop {
+            tokio::select! {
+                accepted = listener.accept(), if handshakes.len() < HANDSHAKES_MOST => {
+                    let Ok((stream, _)) = accepted else {
+                        // A descriptor that is missing now may be there in a moment.
+                        sleep(NO_DESCRIPTOR).await;
+                        continue;
+                    };
+                    let (config, refused) = files.config();
+                    if let Some(error) = refused {
+                        let error = crate::error::chain(&error);
+                        tracing::warn!(error, "new certificates are of no use, the old ones stay");
+                    }
+                    handshakes.spawn(timeout(HANDSHAKE, handshake(config, stream)));
+                }
+                Some(done) = handshakes.join_next() => match done {
+                    Ok(Ok(Ok(done))) => return Some((done, (listener, files, handshakes))),
+                    Ok(Ok(Err(error))) => tracing::info!(%error, "a caller was turned away"),
+                    Ok(Err(_)) => tracing::info!("a caller did not finish its handshake"),
+                    Err(error) => tracing::error!(%error, "a handshake panicked"),
+                },
+            }
+        }
+    })
+}
+
+async fn handshake(
+    config: Arc<ServerConfig>,
+    stream: TcpStream,
+) -> io::Result<(TlsStream<TcpStream>, String)> {
+    stream.set_nodelay(true)?;
+    let stream = TlsAcceptor::from(config).accept(stream).await?;
+    let (_, session) = stream.get_ref();
+    let certificate = session.peer_certificates().and_then(|chain| chain.first());
+    let name = certificate.and_then(name);
+    let name = name.ok_or_else(|| io::Error::other("its certificate names nobody"))?;
+    Ok((stream, name))
+}
+
+/// The name of whom a certificate is for: its first SPIFFE id (`spiffe://...`), or `cn:` and
+/// the subject's common name. `None` if it has neither.
+#[must_use]
+pub fn name(certificate: &CertificateDer) -> Option<String> {
+    let (_, certificate) = parse_x509_certificate(certificate).ok()?;
+    let names = certificate.subject_alternative_name().ok().flatten();
+    let names = names.map(|names| names.value.general_names.as_slice());
+    let spiffe = names
+        .unwrap_or_default()
+        .iter()
+        .find_map(|name| match name {
+            GeneralName::URI(uri) if uri.starts_with("spiffe://") => Some((*uri).to_owned()),
+            _ => None,
+        });
+    spiffe.or_else(|| {
+        let name = certificate.subject().iter_common_name().next()?;
+        Some(format!("cn:{}", name.as_str().ok()?))
+    })
+}
+
+/// That files cannot be read, as an error of input and output.
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        Self::other(error)
+    }
+}

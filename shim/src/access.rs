@@ -1,0 +1,312 @@
+//! Who may do what: callers by their names, and the roles that a file gives them.
+
+use std::{fmt, fs, path::Path};
+
+use serde::Deserialize;
+use wildmatch::WildMatch;
+
+use crate::provider::Provider;
+
+/// Who calls: `uid:1000` through the unix socket, `loopback`, or what the certificate says:
+/// `spiffe://...` or `cn:NAME`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caller(pub String);
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What a caller wants to do.
+#[derive(Debug, Clone, Copy)]
+pub enum Action<'a> {
+    /// See pools.
+    Look,
+    /// Start, see or end runs of a user; of all users if none is named. Which provider's a run
+    /// is may not be known yet.
+    Run {
+        user_id: Option<&'a str>,
+        provider: Option<Provider>,
+    },
+    /// Size a pool.
+    Scale { provider: Provider },
+    /// Keep, see or remove credentials.
+    Credentials {
+        user_id: Option<&'a str>,
+        provider: Option<Provider>,
+    },
+}
+
+/// What a role lets its members do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Right {
+    Run,
+    Scale,
+    Credentials,
+}
+
+/// One `[[role]]` of the file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Role {
+    /// Names of callers; `*` and `?` stand for any characters and for one.
+    members: Vec<String>,
+    may: Vec<Right>,
+    /// Users, in whose name; likewise.
+    #[serde(default = "all")]
+    users: Vec<String>,
+    /// Providers; none means all.
+    #[serde(default)]
+    providers: Vec<String>,
+}
+
+fn all() -> Vec<String> {
+    vec!["*".into()]
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    role: Vec<Role>,
+}
+
+/// What callers may do.
+#[derive(Debug)]
+pub struct Access {
+    /// `None` lets everybody do everything who can connect.
+    roles: Option<Vec<Role>>,
+}
+
+/// Why there are no roles.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read the roles in `{path}`")]
+    Unreadable {
+        path: String,
+        source: std::io::Error,
+    },
+    #[error("the roles in `{path}` are wrong")]
+    Malformed {
+        path: String,
+        source: toml::de::Error,
+    },
+    #[error("the roles in `{path}` name a provider that there is not")]
+    Provider {
+        path: String,
+        source: crate::provider::Unknown,
+    },
+}
+
+/// The caller has no role for it.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("caller `{caller}` has no role that lets it {what}")]
+pub struct Denied {
+    pub caller: String,
+    pub what: String,
+}
+
+impl Access {
+    /// Of callers that nothing is known of but that they are on this machine.
+    #[must_use]
+    pub fn everything() -> Self {
+        Self { roles: None }
+    }
+
+    /// Reads roles from a file of TOML.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn load(path: &Path) -> Result<Self, Error> {
+        let shown = || path.display().to_string();
+        let text = fs::read_to_string(path).map_err(|source| Error::Unreadable {
+            path: shown(),
+            source,
+        })?;
+        let file: File = toml::from_str(&text).map_err(|source| Error::Malformed {
+            path: shown(),
+            source,
+        })?;
+        for provider in file.role.iter().flat_map(|role| &role.providers) {
+            provider
+                .parse::<Provider>()
+                .map_err(|source| Error::Provider {
+                    path: shown(),
+                    source,
+                })?;
+        }
+        Ok(Self {
+            roles: Some(file.role),
+        })
+    }
+
+    /// # Errors
+    /// [`Denied`]
+    pub fn check(&self, caller: &Caller, action: Action) -> Result<(), Denied> {
+        let Some(roles) = &self.roles else {
+            return Ok(());
+        };
+        let mut own = roles.iter().filter(|role| role.has(caller));
+        if own.any(|role| role.allows(action)) {
+            return Ok(());
+        }
+        Err(Denied {
+            caller: caller.to_string(),
+            what: action.to_string(),
+        })
+    }
+}
+
+impl Role {
+    fn has(&self, caller: &Caller) -> bool {
+        matches(&self.members, &caller.0)
+    }
+
+    fn allows(&self, action: Action) -> bool {
+        let may = |right| self.may.contains(&right);
+        match action {
+            Action::Look => true,
+            Action::Run { user_id, provider } => {
+                may(Right::Run) && self.is_for(user_id) && self.is_of(provider)
+            }
+            Action::Scale { provider } => may(Right::Scale) && self.is_of(Some(provider)),
+            Action::Credentials { user_id, provider } => {
+                may(Right::Credentials) && self.is_for(user_id) && self.is_of(provider)
+            }
+        }
+    }
+
+    /// Only who may act for every user may act for none in particular.
+    fn is_for(&self, user_id: Option<&str>) -> bool {
+        match user_id {
+            Some(user_id) => matches(&self.users, user_id),
+            None => self.users.iter().any(|user| user == "*"),
+        }
+    }
+
+    fn is_of(&self, provider: Option<Provider>) -> bool {
+        let is_it = |name: &String| provider.is_none_or(|provider| provider.name() == name);
+        self.providers.is_empty() || self.providers.iter().any(is_it)
+    }
+}
+
+fn matches(patterns: &[String], name: &str) -> bool {
+    let mut patterns = patterns.iter();
+    patterns.any(|pattern| WildMatch::new(pattern).matches(name))
+}
+
+impl fmt::Display for Action<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (what, user_id, provider) = match self {
+            Self::Look => return f.write_str("see anything"),
+            Self::Run { user_id, provider } => ("have runs", user_id, provider),
+            Self::Scale { provider } => return write!(f, "size the pool of `{provider}`"),
+            Self::Credentials { user_id, provider } => ("keep credentials", user_id, provider),
+        };
+        match user_id {
+            Some(user_id) => write!(f, "{what} of user `{user_id}`")?,
+            None => write!(f, "{what} of all users")?,
+        }
+        match provider {
+            Some(provider) => write!(f, " for `{provider}`"),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &str = r#"
+        [[role]]
+        members = ["spiffe://acme/controller", "uid:0"]
+        may = ["run", "credentials"]
+
+        [[role]]
+        members = ["cn:team-?"]
+        may = ["run"]
+        users = ["team-*"]
+        providers = ["openai"]
+
+        [[role]]
+        members = ["cn:admin"]
+        may = ["scale"]
+        providers = ["openai"]
+    "#;
+
+    fn load(text: &str) -> Result<Access, Error> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), text).unwrap();
+        Access::load(file.path())
+    }
+
+    #[test]
+    fn callers_may_do_what_a_role_of_theirs_says_and_nothing_else() {
+        let access = load(FILE).unwrap();
+        let provider = |name: &str| name.parse::<Provider>().unwrap();
+        let may = |caller: &str, action| access.check(&Caller(caller.into()), action).is_ok();
+        let run = |user_id, name| Action::Run {
+            user_id: Some(user_id),
+            provider: Some(provider(name)),
+        };
+        let everybodys = Action::Run {
+            user_id: None,
+            provider: None,
+        };
+        let credentials = |user_id| Action::Credentials {
+            user_id: Some(user_id),
+            provider: None,
+        };
+        let scale = |name| Action::Scale {
+            provider: provider(name),
+        };
+        for name in ["spiffe://acme/controller", "uid:0"] {
+            assert!(may(name, run("alice", "google")) && may(name, everybodys));
+            assert!(may(name, credentials("alice")) && may(name, Action::Look));
+            assert!(!may(name, scale("openai")));
+        }
+        assert!(may("cn:team-a", run("team-alice", "openai")));
+        assert!(!may("cn:team-a", run("team-alice", "google")));
+        assert!(!may("cn:team-a", run("alice", "openai")));
+        assert!(!may("cn:team-a", everybodys) && !may("cn:team-a", credentials("team-alice")));
+        assert!(may("cn:admin", scale("openai")) && !may("cn:admin", scale("google")));
+        assert!(may("cn:admin", Action::Look) && !may("cn:admin", run("alice", "openai")));
+        for name in ["cn:team-", "cn:team-ab", "uid:00", "loopback", ""] {
+            assert!(!may(name, Action::Look), "{name}");
+        }
+        assert!(
+            Access::everything()
+                .check(&Caller("loopback".into()), everybodys)
+                .is_ok()
+        );
+    }
+
+    #[test]
+    fn what_was_denied_is_said() {
+        let access = load(FILE).unwrap();
+        let run = Action::Run {
+            user_id: Some("bob"),
+            provider: Some("google".parse().unwrap()),
+        };
+        let denied = access.check(&Caller("cn:team-a".into()), run).unwrap_err();
+        let words =
+            "caller `cn:team-a` has no role that lets it have runs of user `bob` for `google`";
+        assert_eq!(denied.to_string(), words);
+    }
+
+    #[test]
+    fn roles_that_are_not_understood_are_refused() {
+        for wrong in [
+            "",
+            "[[role]]\nmembers = [\"cn:a\"]",
+            "[[role]]\nmembers = [\"cn:a\"]\nmay = [\"fly\"]",
+            "[[role]]\nmembers = [\"cn:a\"]\nmay = [\"run\"]\nuser = [\"a\"]",
+            "[[role]]\nmembers = [\"cn:a\"]\nmay = [\"run\"]\nproviders = [\"openia\"]",
+        ] {
+            assert!(load(wrong).is_err(), "{wrong}");
+        }
+        assert!(Access::load(Path::new("/nowhere")).is_err());
+    }
+}

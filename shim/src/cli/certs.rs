@@ -1,0 +1,129 @@
+//! `polydev-shim certs ...`
+
+use std::{
+    fs::{self, OpenOptions},
+    io::Write,
+    net::IpAddr,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::Context;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyPair, KeyUsagePurpose, SanType,
+};
+use time::{Duration, OffsetDateTime};
+
+use super::print;
+
+/// They are for trying out.
+const VALID: Duration = Duration::days(30);
+
+#[derive(clap::Subcommand)]
+pub(super) enum Command {
+    /// Make an authority, a shim's certificate, a caller's and a file of roles, for trying
+    /// out: they are valid for 30 days, and the authority's key lies beside them.
+    Dev(Dev),
+}
+
+#[derive(clap::Args)]
+pub(super) struct Dev {
+    /// Folder for the files; made if it is not there. What is there is not replaced.
+    folder: PathBuf,
+    /// Another name or address of the shim's, beside localhost and 127.0.0.1; may be repeated.
+    #[arg(long, value_name = "HOST")]
+    name: Vec<String>,
+    /// The caller's SPIFFE id.
+    #[arg(
+        long,
+        value_name = "ID",
+        default_value = "spiffe://polydev.test/controller"
+    )]
+    caller: String,
+}
+
+pub(super) fn execute(Command::Dev(arguments): Command) -> anyhow::Result<ExitCode> {
+    let Dev {
+        folder,
+        name,
+        caller,
+    } = arguments;
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+    let mut authority = params("polydev trial authority");
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    authority.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    let issuer = CertifiedIssuer::self_signed(authority, KeyPair::generate()?)?;
+    write(&folder, "ca.pem", 0o644, &issuer.pem())?;
+    write(&folder, "ca-key.pem", 0o600, &issuer.key().serialize_pem())?;
+
+    let mut shim = params("polydev-shim");
+    let names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
+    for name in names.into_iter().chain(name) {
+        shim.subject_alt_names.push(match name.parse::<IpAddr>() {
+            Ok(address) => SanType::IpAddress(address),
+            Err(_) => SanType::DnsName(name.as_str().try_into().context("--name")?),
+        });
+    }
+    sign(&folder, "shim", shim, &issuer)?;
+
+    let mut member = params("controller");
+    let uri = caller.as_str().try_into().context("--caller")?;
+    member.subject_alt_names.push(SanType::URI(uri));
+    sign(&folder, "controller", member, &issuer)?;
+    let roles =
+        format!("[[role]]\nmembers = [{caller:?}]\nmay = [\"run\", \"scale\", \"credentials\"]\n");
+    write(&folder, "roles.toml", 0o644, &roles)?;
+
+    let folder = folder.display();
+    print(&format!(
+        "polydev-shim serve --listen https://0.0.0.0:7443 --tls-cert {folder}/shim.pem \
+         --tls-key {folder}/shim-key.pem --tls-ca {folder}/ca.pem --roles {folder}/roles.toml\n\
+         polydev-shim pool list --address https://localhost:7443 \
+         --tls-cert {folder}/controller.pem --tls-key {folder}/controller-key.pem \
+         --tls-ca {folder}/ca.pem\n"
+    ))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn params(name: &str) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, name);
+    // Clocks differ.
+    params.not_before = OffsetDateTime::now_utc() - Duration::hours(1);
+    params.not_after = OffsetDateTime::now_utc() + VALID;
+    params
+}
+
+fn sign(
+    folder: &Path,
+    name: &str,
+    mut params: CertificateParams,
+    issuer: &CertifiedIssuer<KeyPair>,
+) -> anyhow::Result<()> {
+    let key = KeyPair::generate()?;
+    params.extended_key_usages = vec![
+        ExtendedKeyUsagePurpose::ServerAuth,
+        ExtendedKeyUsagePurpose::ClientAuth,
+    ];
+    let signed = params.signed_by(&key, issuer)?;
+    write(folder, &format!("{name}.pem"), 0o644, &signed.pem())?;
+    write(
+        folder,
+        &format!("{name}-key.pem"),
+        0o600,
+        &key.serialize_pem(),
+    )
+}
+
+fn write(folder: &Path, name: &str, mode: u32, text: &str) -> anyhow::Result<()> {
+    let path = folder.join(name);
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(&path);
+    file.and_then(|mut file| file.write_all(text.as_bytes()))
+        .with_context(|| format!("cannot write `{}`", path.display()))
+}

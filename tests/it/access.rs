@@ -1,0 +1,341 @@
+//! Callers from elsewhere: known by their certificates, held to their roles.
+
+use std::{
+    fs,
+    net::{TcpListener, TcpStream},
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use polydev_proto::{
+    runtime::{
+        DeleteCredentialRequest, ListCredentialsRequest, ListPoolsRequest, ListRunsRequest,
+        PutCredentialRequest, RotateCredentialsRequest, RunStart, ScalePoolRequest,
+    },
+    tls::Files,
+};
+use polydev_tests::{
+    client::{Client, api_key, shell},
+    folder::Folder,
+    process::{output, succeed},
+    program,
+    shim::Shim,
+    wait_until,
+};
+use rcgen::{CertificateParams, Issuer, KeyPair, SanType};
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+/// A set of certificates in a folder.
+fn certificates(folder: &Path) {
+    let mut command = Command::new(program("polydev-shim"));
+    let printed = succeed(command.args(["certs", "dev"]).arg(folder));
+    assert!(printed.contains("--roles"), "{printed}");
+}
+
+fn free_port() -> u16 {
+    let socket = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
+    socket.expect("there is a free port").port()
+}
+
+/// `name`'s certificate of one folder, which trusts the authority of another.
+fn files(own: &Path, name: &str, trusted: &Path) -> Files {
+    Files {
+        certificate: own.join(format!("{name}.pem")),
+        key: own.join(format!("{name}-key.pem")),
+        authority: trusted.join("ca.pem"),
+    }
+}
+
+fn options<'a>(url: &'a str, files: &'a [String; 4]) -> Vec<&'a str> {
+    let [certificate, key, authority, roles] = files;
+    vec![
+        "--listen",
+        url,
+        "--tls-cert",
+        certificate,
+        "--tls-key",
+        key,
+        "--tls-ca",
+        authority,
+        "--roles",
+        roles,
+    ]
+}
+
+fn paths(folder: &Path) -> [String; 4] {
+    ["shim.pem", "shim-key.pem", "ca.pem", "roles.toml"]
+        .map(|name| folder.join(name).display().to_string())
+}
+
+#[test]
+fn callers_from_elsewhere_are_known_and_held_to_their_roles() {
+    let folder = Folder::new("pdtls-");
+    let (ours, others) = (folder.path().join("ours"), folder.path().join("others"));
+    certificates(&ours);
+    certificates(&others);
+    let roles = r#"
+        [[role]]
+        members = ["spiffe://polydev.test/controller"]
+        may = ["run"]
+        users = ["team-*"]
+        providers = ["anthropic"]
+
+        [[role]]
+        members = ["uid:0"]
+        may = ["run", "scale", "credentials"]
+    "#;
+    fs::write(ours.join("roles.toml"), roles).unwrap();
+    let url = format!("https://127.0.0.1:{}", free_port());
+    let shim = Shim::dev_with(&["anthropic=1", "openai=1"], &options(&url, &paths(&ours)));
+
+    // From the command line, as its options say.
+    let ours_as = |name: &str| files(&ours, name, &ours);
+    let controller = ours_as("controller");
+    let run = |user: &str, provider: &str| {
+        let mut command = Command::new(program("polydev-shim"));
+        command.args(["run", provider, "--user", user, "--address"]);
+        command.arg(url.replace("127.0.0.1", "localhost"));
+        command.arg("--tls-cert").arg(&controller.certificate);
+        command.arg("--tls-key").arg(&controller.key);
+        command.arg("--tls-ca").arg(&controller.authority);
+        output(command.args(["--", "sh", "-c", "echo $USER_ID"]))
+    };
+    let allowed = run("team-a", "anthropic");
+    assert_eq!(allowed.stdout, b"team-a\n", "{allowed:?}");
+    let denied = run("alice", "anthropic");
+    let words = String::from_utf8_lossy(&denied.stderr).into_owned();
+    assert_eq!(denied.status.code(), Some(125));
+    assert!(
+        words.contains("`spiffe://polydev.test/controller` has no role"),
+        "{words}"
+    );
+    assert_eq!(run("team-a", "openai").status.code(), Some(125));
+
+    // Every call, and nothing happens.
+    let client = Client::connect_as(&url, controller.clone()).unwrap();
+    let is_denied = |status: Status| {
+        let details = status.get_error_details();
+        let reason = details.error_info().map(|info| info.reason.clone());
+        assert_eq!(status.code(), Code::PermissionDenied, "{status}");
+        assert_eq!(reason.as_deref(), Some("NOT_ALLOWED"));
+    };
+    let alices = RunStart {
+        user_id: "alice".into(),
+        ..shell("anthropic", "true")
+    };
+    let run_id = shim.client().run(alices.clone()).unwrap().accepted.run_id;
+    is_denied(client.run(alices).unwrap_err());
+    is_denied(
+        client
+            .attach_as("alice", &run_id, [0; 2])
+            .map(drop)
+            .unwrap_err(),
+    );
+    is_denied(client.cancel_as("alice", &run_id).unwrap_err());
+    is_denied(client.get_run_as("alice", &run_id).unwrap_err());
+    is_denied(client.list_runs(ListRunsRequest::default()).unwrap_err());
+    let request = ScalePoolRequest {
+        provider: "anthropic".into(),
+        size: 0,
+    };
+    is_denied(
+        client
+            .call(async |mut shim| shim.scale_pool(request).await)
+            .map(drop)
+            .unwrap_err(),
+    );
+    let request = PutCredentialRequest {
+        user_id: "team-a".into(),
+        provider: "anthropic".into(),
+        credential: Some(api_key("k")),
+    };
+    is_denied(
+        client
+            .call(async |mut shim| shim.put_credential(request).await)
+            .unwrap_err(),
+    );
+    let request = ListCredentialsRequest::default();
+    is_denied(
+        client
+            .call(async |mut shim| shim.list_credentials(request).await)
+            .unwrap_err(),
+    );
+    let request = DeleteCredentialRequest {
+        user_id: "team-a".into(),
+        provider: "anthropic".into(),
+    };
+    is_denied(
+        client
+            .call(async |mut shim| shim.delete_credential(request).await)
+            .unwrap_err(),
+    );
+    let request = RotateCredentialsRequest {};
+    is_denied(
+        client
+            .call(async |mut shim| shim.rotate_credentials(request).await)
+            .unwrap_err(),
+    );
+    let teams = ListRunsRequest {
+        user_id: "team-a".into(),
+        ..Default::default()
+    };
+    assert_eq!(client.list_runs(teams).unwrap().runs.len(), 1);
+    client
+        .call(async |mut shim| shim.list_pools(ListPoolsRequest::default()).await)
+        .unwrap();
+
+    // Whom no authority of ours has signed, who is out of date, who shows nothing.
+    let is_refused = |connected: Result<Client, String>| {
+        let asked = connected.and_then(|client| {
+            let pools =
+                client.call(async |mut shim| shim.list_pools(ListPoolsRequest::default()).await);
+            pools.map(drop).map_err(|status| status.to_string())
+        });
+        assert!(asked.is_err(), "it is let in");
+    };
+    let refused = |files: Files| is_refused(Client::connect_as(&url, files));
+    refused(files(&others, "controller", &ours));
+    refused(files(&ours, "controller", &others));
+    expired(&ours);
+    refused(ours_as("expired"));
+    nameless(&ours);
+    refused(ours_as("nameless"));
+    is_refused(Client::try_connect(&url.replace("https", "http")));
+
+    // Who says nothing keeps nobody out, and is shown the door.
+    let address = url.trim_start_matches("https://").to_owned();
+    let silent: Vec<_> = (0..100)
+        .map(|_| TcpStream::connect(&address).unwrap())
+        .collect();
+    let before = Instant::now();
+    Client::connect_as(&url, controller.clone()).unwrap();
+    assert!(before.elapsed() < Duration::from_secs(5));
+    for stream in &silent {
+        stream
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        let ended = std::io::Read::read(&mut &*stream, &mut [0; 1]);
+        assert_eq!(ended.unwrap(), 0);
+    }
+
+    // New certificates, without a restart: new connections need them, old ones go on.
+    for name in ["shim.pem", "shim-key.pem", "ca.pem"] {
+        fs::copy(others.join(name), ours.join(name)).unwrap();
+    }
+    wait_until("the new certificates", Duration::from_secs(20), || {
+        Client::connect_as(&url, files(&others, "controller", &others)).map(drop)
+    });
+    refused(files(&ours, "controller", &others));
+    client
+        .call(async |mut shim| shim.list_pools(ListPoolsRequest::default()).await)
+        .unwrap();
+    fs::write(ours.join("shim.pem"), "nonsense").unwrap();
+    wait_until("the warning", Duration::from_secs(20), || {
+        Client::connect_as(&url, files(&others, "controller", &others)).unwrap();
+        match shim
+            .process
+            .log()
+            .contains("new certificates are of no use")
+        {
+            true => Ok(()),
+            false => Err(shim.process.log()),
+        }
+    });
+}
+
+/// A controller's certificate of yesterday.
+fn expired(folder: &Path) {
+    let yesterday = time::OffsetDateTime::now_utc() - time::Duration::days(1);
+    sign(folder, "expired", |params| {
+        params.not_before = yesterday - time::Duration::days(1);
+        params.not_after = yesterday;
+        let uri = "spiffe://polydev.test/controller"
+            .try_into()
+            .expect("it is a URI");
+        params.subject_alt_names.push(SanType::URI(uri));
+    });
+}
+
+/// A certificate that says nothing of whose it is.
+fn nameless(folder: &Path) {
+    sign(folder, "nameless", |params| {
+        params.distinguished_name = rcgen::DistinguishedName::new();
+    });
+}
+
+fn sign(folder: &Path, name: &str, change: impl FnOnce(&mut CertificateParams)) {
+    let read = |name: &str| fs::read_to_string(folder.join(name)).expect("it was written");
+    let key = KeyPair::from_pem(&read("ca-key.pem")).expect("it is a key");
+    let issuer = Issuer::from_ca_cert_pem(&read("ca.pem"), key).expect("it is an authority's");
+    let own = KeyPair::generate().expect("there is randomness");
+    let mut params = CertificateParams::default();
+    change(&mut params);
+    let signed = params
+        .signed_by(&own, &issuer)
+        .expect("it is a certificate");
+    let write = |name: String, text: String| fs::write(folder.join(name), text);
+    write(format!("{name}.pem"), signed.pem()).expect("a file can be written");
+    write(format!("{name}-key.pem"), own.serialize_pem()).expect("a file can be written");
+}
+
+#[test]
+fn a_shim_that_would_let_in_anybody_does_not_start() {
+    let folder = Folder::new("pdtls-");
+    let ours = folder.path().join("ours");
+    certificates(&ours);
+    let again = output(
+        Command::new(program("polydev-shim"))
+            .args(["certs", "dev"])
+            .arg(&ours),
+    );
+    assert!(!again.status.success(), "files were replaced");
+    let [certificate, key, authority, roles] = paths(&ours);
+    let url = format!("https://127.0.0.1:{}", free_port());
+    let fails = |options: &[&str], words: &str| {
+        let mut command = Command::new(program("polydev-shim"));
+        let output = output(command.arg("dev").args(options));
+        let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success() && printed.contains(words),
+            "{printed}"
+        );
+    };
+    fails(
+        &["--listen", "http://0.0.0.0:7070"],
+        "not a loopback address",
+    );
+    fails(&["--listen", &url, "--roles", &roles], "--tls-cert");
+    fails(&["--listen", &url, "--tls-cert", &certificate], "--tls-key");
+    let tls = [
+        "--listen",
+        &url,
+        "--tls-cert",
+        &certificate,
+        "--tls-key",
+        &key,
+        "--tls-ca",
+    ];
+    let with = |more: &[&'static str]| -> Vec<String> {
+        tls.iter()
+            .chain(more)
+            .map(|word| (*word).to_owned())
+            .collect()
+    };
+    let mut without = with(&[]);
+    without.push(authority.clone());
+    let words: Vec<_> = without.iter().map(String::as_str).collect();
+    fails(&words, "--roles must say");
+    let missing = with(&["/nowhere.pem", "--roles"]);
+    let words: Vec<_> = missing
+        .iter()
+        .map(String::as_str)
+        .chain([&*roles])
+        .collect();
+    fails(&words, "cannot read `/nowhere.pem`");
+    let wrong = folder.path().join("wrong.toml");
+    fs::write(&wrong, "[[role]]\nmembers = [\"a\"]\nmay = [\"fly\"]\n").unwrap();
+    let wrong = wrong.display().to_string();
+    fails(&["--roles", &wrong], "fly");
+}
