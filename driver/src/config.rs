@@ -11,7 +11,7 @@ mod value;
 
 pub use allow::Capabilities;
 pub use mount::{Device, Mount, MountKind, Volume};
-pub use plugin::{Auth, EXTRA_LABELS, Endpoint, Gc, Plugin, Tls};
+pub use plugin::{Auth, EXTRA_LABELS, Endpoint, Gc, Plugin, Shims, Tls};
 pub use slot::Slot;
 pub use task::{Auth as TaskAuth, Bandwidth, Logging, Task, Ulimit};
 

@@ -6,9 +6,14 @@ pub mod lock;
 pub mod records;
 pub mod service;
 
-use std::{collections::HashMap, io, path::PathBuf, sync::Arc};
+use std::{collections::HashMap, io, net::SocketAddr, path::PathBuf, sync::Arc};
 
-use tokio::sync::{Semaphore, watch};
+use polydev_proto::tls::{self, Reloading};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+};
+use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::task::TaskTracker;
 
 use crate::{
@@ -38,6 +43,11 @@ pub enum Error {
     Runs(#[from] run::book::Error),
     #[error("cannot listen at `{path}`")]
     Listen { path: PathBuf, source: io::Error },
+    #[error("cannot listen at `shims.listen`, {address}")]
+    Shims {
+        address: SocketAddr,
+        source: io::Error,
+    },
 }
 
 /// The node, in the hands of this process.
@@ -121,6 +131,7 @@ impl Node {
             runs,
             open,
             listener,
+            secured,
         } = prepared;
         let text = std::fs::read_to_string(&resolv_conf).unwrap_or_default();
         let node = Arc::new(Self {
@@ -152,7 +163,12 @@ impl Node {
         task::recover(&node);
         run::recover::recover(&node, open);
         node.images.collect();
-        node.tasks.spawn(service::serve(node.clone(), listener));
+        let local = UnixListenerStream::new(listener);
+        node.tasks.spawn(service::serve(node.clone(), local));
+        if let (Some((listener, files)), Some(shims)) = (secured, &node.config.shims) {
+            let known = service::known(tls::incoming(listener, files), shims.allow.clone());
+            node.tasks.spawn(service::serve(node.clone(), known));
+        }
         node.tasks.spawn(run::book::keep(node.runs.clone()));
         node.tasks.spawn(crate::reap::run(node.clone()));
         Ok(node)
@@ -174,6 +190,9 @@ impl Node {
     /// Where shims reach the node service.
     #[must_use]
     pub fn address(&self) -> String {
+        if let Some(shims) = &self.config.shims {
+            return shims.advertise.clone();
+        }
         format!("unix://{}", socket_path(&self.config).display())
     }
 
@@ -198,6 +217,13 @@ fn interface(instance: &str) -> String {
     format!("pd-{instance}")
 }
 
+fn secured(shims: &config::Shims) -> io::Result<(TcpListener, Arc<Reloading>)> {
+    let files = Reloading::new(shims.files.clone())?;
+    let listener = std::net::TcpListener::bind(shims.listen)?;
+    listener.set_nonblocking(true)?;
+    Ok((TcpListener::from_std(listener)?, Arc::new(files)))
+}
+
 fn socket_path(config: &config::Plugin) -> PathBuf {
     config.state_dir.join("node.sock")
 }
@@ -214,6 +240,8 @@ struct Prepared {
     /// Runs that go on.
     open: Vec<Open>,
     listener: tokio::net::UnixListener,
+    /// For shims on other machines.
+    secured: Option<(TcpListener, Arc<Reloading>)>,
 }
 
 impl Prepared {
@@ -232,7 +260,14 @@ impl Prepared {
 
         let path = socket_path(config);
         let listener = service::listen(&path).map_err(|source| Error::Listen { path, source })?;
+        let secured = config.shims.as_ref().map(|shims| {
+            secured(shims).map_err(|source| Error::Shims {
+                address: shims.listen,
+                source,
+            })
+        });
         Ok(Self {
+            secured: secured.transpose()?,
             docker,
             instance,
             init,

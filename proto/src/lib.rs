@@ -40,6 +40,8 @@ pub mod init {
     pub const MAX_SEALED: usize = MAX_SECRETS + 48;
 }
 
+#[cfg(feature = "tls")]
+pub mod connection;
 pub mod error;
 pub mod exec;
 pub mod frame;

@@ -23,8 +23,10 @@ use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::TlsAcceptor;
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
+
+use crate::connection::Connection;
 
 /// gRPC's.
 const PROTOCOL: &[u8] = b"h2";
@@ -206,12 +208,12 @@ impl Reloading {
     }
 }
 
-/// Connections to `listener` whose handshake has succeeded, with the name of the other side.
+/// Connections to `listener` whose handshake has succeeded.
 /// One that is slow delays no other.
 pub fn incoming(
     listener: TcpListener,
     files: Arc<Reloading>,
-) -> impl Stream<Item = (TlsStream<TcpStream>, String)> + Send {
+) -> impl Stream<Item = Connection> + Send {
     let handshakes = JoinSet::new();
     stream::unfold((listener, files, handshakes), |state| async {
         let (listener, files, mut handshakes) = state;
@@ -241,17 +243,14 @@ pub fn incoming(
     })
 }
 
-async fn handshake(
-    config: Arc<ServerConfig>,
-    stream: TcpStream,
-) -> io::Result<(TlsStream<TcpStream>, String)> {
+async fn handshake(config: Arc<ServerConfig>, stream: TcpStream) -> io::Result<Connection> {
     stream.set_nodelay(true)?;
     let stream = TlsAcceptor::from(config).accept(stream).await?;
     let (_, session) = stream.get_ref();
     let certificate = session.peer_certificates().and_then(|chain| chain.first());
     let name = certificate.and_then(name);
     let name = name.ok_or_else(|| io::Error::other("its certificate names nobody"))?;
-    Ok((stream, name))
+    Ok(Connection::new(stream, name))
 }
 
 /// The name of whom a certificate is for: its first SPIFFE id (`spiffe://...`), or `cn:` and

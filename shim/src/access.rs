@@ -2,21 +2,11 @@
 
 use std::{fmt, fs, path::Path};
 
+pub use polydev_proto::connection::Caller;
 use serde::Deserialize;
 use wildmatch::WildMatch;
 
 use crate::provider::Provider;
-
-/// Who calls: `uid:1000` through the unix socket, `loopback`, or what the certificate says:
-/// `spiffe://...` or `cn:NAME`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Caller(pub String);
-
-impl fmt::Display for Caller {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
 
 /// What a caller wants to do.
 #[derive(Debug, Clone, Copy)]

@@ -3,7 +3,9 @@
 use std::{collections::HashSet, time::Duration};
 
 use nix::sys::signal::Signal;
-use polydev_proto::runtime::{ListRunsRequest, RunStart, RunState, run_input::Input};
+use polydev_proto::runtime::{
+    ListPoolsRequest, ListRunsRequest, RunStart, RunState, run_input::Input,
+};
 use polydev_tests::{
     client::{Client, Run, shell},
     cluster::{Cluster, NODES},
@@ -28,6 +30,7 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
         }
     };
     wait_warm();
+    drivers_let_in_shims_and_nobody_else(&cluster);
 
     each_run_has_a_container_of_its_own(&shims);
     one_run_asked_for_three_times_at_once_runs_once(&cluster, &shims);
@@ -101,6 +104,39 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
 }
 
 /// One to a page, from both nodes.
+fn drivers_let_in_shims_and_nobody_else(cluster: &Cluster) {
+    let nodes = cluster.get("/v1/nodes");
+    let nodes = nodes.as_array().into_iter().flatten();
+    for node in nodes {
+        let address = &node["Drivers"]["polydev"]["Attributes"]["driver.polydev.node_address"];
+        let address = address.as_str().unwrap_or_default();
+        assert!(address.starts_with("https://10."), "{address}");
+    }
+    // A caller's certificate is of the same authority.
+    let caller = cluster.shim_as("controller");
+    let client = caller.client();
+    wait_until(
+        "two nodes that cannot be reached",
+        Duration::from_secs(20),
+        || {
+            let request = ListPoolsRequest::default();
+            let pools = client.call(async |mut shim| shim.list_pools(request).await);
+            let pools = pools.map_err(|status| status.to_string())?;
+            assert_eq!(pools.nodes_connected, 0, "it is let in");
+            match pools.nodes_unreachable {
+                2 => Ok(()),
+                nodes => Err(format!("{nodes}")),
+            }
+        },
+    );
+    wait_until("the reason", Duration::from_secs(20), || {
+        match caller.process.log().contains("a driver is out of reach") {
+            true => Ok(()),
+            false => Err(caller.process.log()),
+        }
+    });
+}
+
 fn all_are_listed_by_any_shim(clients: &[Client; 3], runs: &[Run]) {
     let mut expected: Vec<_> = runs.iter().map(|run| &run.accepted.run_id).collect();
     expected.sort_unstable_by(|a, b| b.cmp(a));

@@ -1,5 +1,6 @@
 //! A Nomad server and two nodes, each in a network namespace of its own; a node has a client
-//! agent, a dockerd and a driver. A bridge in the server's joins them.
+//! agent, a dockerd and a driver. A bridge in the server's joins them; shims and drivers speak
+//! mutual TLS over it.
 
 use std::{
     fs,
@@ -58,6 +59,11 @@ impl Cluster {
         let engines = [Engine::start_whole(), Engine::start_whole()];
         let namespace = Namespace::new("pdc");
         join(&namespace, &engines);
+        let mut certificates = Command::new(program("polydev-shim"));
+        certificates
+            .args(["certs", "dev"])
+            .arg(folder.path().join("tls"));
+        succeed(certificates.args(ADDRESSES.iter().flat_map(|address| ["--name", *address])));
         write_config(&folder, "server", &server(&folder));
         for (number, engine) in engines.iter().enumerate() {
             let config = client(&folder, number, engine);
@@ -118,7 +124,19 @@ impl Cluster {
     /// A shim in front of the server.
     #[must_use]
     pub fn shim(&self) -> Shim {
-        Shim::serve_from(self.namespace.inside(), &self.address)
+        self.shim_as("shim")
+    }
+
+    /// One that shows drivers the certificate of `name`.
+    #[must_use]
+    pub fn shim_as(&self, name: &str) -> Shim {
+        let tls = self.folder.path().join("tls");
+        let mut command = self.namespace.inside();
+        let file = |name: &str| tls.join(name);
+        command.env("POLYDEV_NODE_TLS_CERT", file(&format!("{name}.pem")));
+        command.env("POLYDEV_NODE_TLS_KEY", file(&format!("{name}-key.pem")));
+        command.env("POLYDEV_NODE_TLS_CA", file("ca.pem"));
+        Shim::serve_from(command, &self.address)
     }
 
     /// The server's network, which containers of both nodes reach.
@@ -254,6 +272,13 @@ fn client(folder: &Folder, number: usize, engine: &Engine) -> String {
             endpoint  = "unix://{}"
             state_dir = "{}"
             init_path = "{}"
+            shims {{
+              listen = "{}:7646"
+              cert   = "{tls}/node.pem"
+              key    = "{tls}/node-key.pem"
+              ca     = "{tls}/ca.pem"
+              allow  = ["spiffe://polydev.test/shim"]
+            }}
             run_headroom {{
               cpu    = 8000
               memory = 8192
@@ -267,6 +292,8 @@ fn client(folder: &Folder, number: usize, engine: &Engine) -> String {
         engine.socket().display(),
         folder.path().join(format!("state{number}")).display(),
         program("polydev-init").display(),
+        ADDRESSES[number],
+        tls = folder.path().join("tls").display(),
     )
 }
 

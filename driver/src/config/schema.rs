@@ -23,6 +23,17 @@ pub fn plugin() -> Spec {
                 required("ca", "string"),
             ],
         ),
+        block(
+            "shims",
+            vec![
+                required("listen", "string"),
+                attr("advertise", "string"),
+                required("cert", "string"),
+                required("key", "string"),
+                required("ca", "string"),
+                required("allow", STRINGS),
+            ],
+        ),
         attr("state_dir", "string"),
         attr("init_path", "string"),
         block(

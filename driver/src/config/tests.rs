@@ -75,6 +75,22 @@ fn plugin_values_out_of_range_are_refused_by_name() {
         assert!(error.contains(&format!("`{field}`")), "{error}");
     };
     check(json!({"endpoint": "ssh://1.2.3.4"}), "endpoint");
+    let shims = |name: &str, value: Value| {
+        let mut shims = json!({
+            "listen": "192.0.2.1:7646", "cert": "/a", "key": "/b", "ca": "/c", "allow": ["cn:shim"],
+        });
+        shims[name] = value;
+        json!({ "shims": shims })
+    };
+    for listen in ["", "192.0.2.1", "node:7646"] {
+        check(shims("listen", listen.into()), "shims.listen");
+    }
+    check(shims("listen", "0.0.0.0:7646".into()), "shims.advertise");
+    for advertise in ["http://node:7646", "https://node", "https://node:7646/x"] {
+        check(shims("advertise", advertise.into()), "shims.advertise");
+    }
+    check(shims("key", "relative.pem".into()), "shims.key");
+    check(shims("allow", json!([])), "shims.allow");
     check(
         json!({"endpoint": "unix:///x", "tls": {"cert": "/a", "key": "/b", "ca": "/c"}}),
         "endpoint",

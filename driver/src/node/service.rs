@@ -10,6 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
+use polydev_proto::connection::Connection;
 use polydev_proto::node::{
     AttachRequest, AttachResponse, Attached, CancelRunRequest, CancelRunResponse, Claim,
     ClaimRequest, ClaimResponse, Ended, FenceRequest, FenceResponse, GetRunRequest, GetRunResponse,
@@ -20,9 +21,16 @@ use polydev_proto::node::{
     run_event, run_input, slot,
 };
 use prost_types::Timestamp;
-use tokio::{net::UnixListener, time::Duration};
-use tokio_stream::wrappers::UnixListenerStream;
-use tonic::{Request, Response, Status, Streaming, transport::Server};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::UnixListener,
+    time::Duration,
+};
+use tonic::{
+    Request, Response, Status, Streaming,
+    transport::{Server, server::Connected},
+};
+use wildmatch::WildMatch;
 
 use super::Node;
 use crate::{
@@ -58,12 +66,31 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// Of connections from other machines those of shims: whose names `allow` has.
+pub fn known(
+    incoming: impl Stream<Item = Connection> + Send,
+    allow: Vec<String>,
+) -> impl Stream<Item = io::Result<Connection>> + Send {
+    let allow: Vec<_> = allow.iter().map(|name| WildMatch::new(name)).collect();
+    incoming.filter_map(move |connection| {
+        let caller = &connection.caller.0;
+        let is_known = allow.iter().any(|name| name.matches(caller));
+        if !is_known {
+            tracing::warn!(caller, "turned away: `shims.allow` does not name it");
+        }
+        std::future::ready(is_known.then_some(Ok(connection)))
+    })
+}
+
 /// Serves shims as long as the driver lives.
-pub async fn serve(node: Arc<Node>, listener: UnixListener) {
+pub async fn serve<C>(node: Arc<Node>, incoming: impl Stream<Item = io::Result<C>>)
+where
+    C: Connected + AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let service = NodeServiceServer::new(Service { node }).max_decoding_message_size(MESSAGE_MOST);
     let served = Server::builder()
         .add_service(service)
-        .serve_with_incoming(UnixListenerStream::new(listener))
+        .serve_with_incoming(incoming)
         .await;
     if let Err(error) = served {
         tracing::error!(

@@ -20,11 +20,13 @@ use super::print;
 
 /// They are for trying out.
 const VALID: Duration = Duration::days(30);
+const SHIM: &str = "spiffe://polydev.test/shim";
+const NODE: &str = "spiffe://polydev.test/node";
 
 #[derive(clap::Subcommand)]
 pub(super) enum Command {
-    /// Make an authority, a shim's certificate, a caller's and a file of roles, for trying
-    /// out: they are valid for 30 days, and the authority's key lies beside them.
+    /// Make an authority, certificates of a shim, a node and a caller, and a file of roles, for
+    /// trying out: they are valid for 30 days, and the authority's key lies beside them.
     Dev(Dev),
 }
 
@@ -32,7 +34,7 @@ pub(super) enum Command {
 pub(super) struct Dev {
     /// Folder for the files; made if it is not there. What is there is not replaced.
     folder: PathBuf,
-    /// Another name or address of the shim's, beside localhost and 127.0.0.1; may be repeated.
+    /// Another name or address of shims and nodes, beside localhost and 127.0.0.1; may be repeated.
     #[arg(long, value_name = "HOST")]
     name: Vec<String>,
     /// The caller's SPIFFE id.
@@ -58,20 +60,28 @@ pub(super) fn execute(Command::Dev(arguments): Command) -> anyhow::Result<ExitCo
     write(&folder, "ca.pem", 0o644, &issuer.pem())?;
     write(&folder, "ca-key.pem", 0o600, &issuer.key().serialize_pem())?;
 
-    let mut shim = params("polydev-shim");
-    let names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
-    for name in names.into_iter().chain(name) {
-        shim.subject_alt_names.push(match name.parse::<IpAddr>() {
+    let mut hosts = Vec::new();
+    for name in ["localhost", "127.0.0.1", "::1"]
+        .map(str::to_owned)
+        .into_iter()
+        .chain(name)
+    {
+        hosts.push(match name.parse::<IpAddr>() {
             Ok(address) => SanType::IpAddress(address),
             Err(_) => SanType::DnsName(name.as_str().try_into().context("--name")?),
         });
     }
-    sign(&folder, "shim", shim, &issuer)?;
-
-    let mut member = params("controller");
-    let uri = caller.as_str().try_into().context("--caller")?;
-    member.subject_alt_names.push(SanType::URI(uri));
-    sign(&folder, "controller", member, &issuer)?;
+    let servers = [("shim", SHIM), ("node", NODE)].map(|(name, id)| (name, id, hosts.as_slice()));
+    for (name, id, hosts) in servers
+        .into_iter()
+        .chain([("controller", &*caller, &[][..])])
+    {
+        let mut params = params(name);
+        let uri = id.try_into().context("--caller")?;
+        params.subject_alt_names = hosts.to_vec();
+        params.subject_alt_names.push(SanType::URI(uri));
+        sign(&folder, name, params, &issuer)?;
+    }
     let roles =
         format!("[[role]]\nmembers = [{caller:?}]\nmay = [\"run\", \"scale\", \"credentials\"]\n");
     write(&folder, "roles.toml", 0o644, &roles)?;

@@ -89,7 +89,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let served = tokio::select! {
         served = service::serve(parts, listeners, stop) => served,
         reason = engine.driver_died() => Err(anyhow::anyhow!(reason)),
-        () = follow(view, drivers) => unreachable!("the engine, which names the driver, lives on"),
+        () = follow(view, drivers, None) => unreachable!("the engine, which names the driver, lives on"),
     };
     tracing::info!("stopping the slots");
     engine.stop().await;

@@ -1,6 +1,6 @@
 //! `polydev-shim serve`
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use sd_notify::NotifyState;
 
@@ -18,6 +18,25 @@ pub(super) struct Arguments {
     listen: super::Listen,
     #[command(flatten)]
     nomad: super::Nomad,
+    /// This shim's certificate for drivers on other nodes, in PEM. [default: that of --tls-cert]
+    #[arg(long, env = "POLYDEV_NODE_TLS_CERT", value_name = "FILE", requires_all = ["node_tls_key", "node_tls_ca"])]
+    node_tls_cert: Option<PathBuf>,
+    /// The key of it.
+    #[arg(
+        long,
+        env = "POLYDEV_NODE_TLS_KEY",
+        value_name = "FILE",
+        requires = "node_tls_cert"
+    )]
+    node_tls_key: Option<PathBuf>,
+    /// Certificates of the authorities that speak for drivers.
+    #[arg(
+        long,
+        env = "POLYDEV_NODE_TLS_CA",
+        value_name = "FILE",
+        requires = "node_tls_cert"
+    )]
+    node_tls_ca: Option<PathBuf>,
     #[command(flatten)]
     per_user: PerUser,
     #[command(flatten)]
@@ -48,6 +67,12 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         per_user: arguments.per_user,
         on_demand: arguments.on_demand,
     };
+    let node = super::Tls {
+        tls_cert: arguments.node_tls_cert,
+        tls_key: arguments.node_tls_key,
+        tls_ca: arguments.node_tls_ca,
+    };
+    let node_files = node.files().or_else(|| arguments.listen.tls.files());
     let parts = service::Parts {
         view: view.clone(),
         nomad: Some(nomad.clone()),
@@ -58,7 +83,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let serving = tokio::select! {
         serving = service::serve(parts, listeners, stop) => serving,
         () = engine::nomad::discover(nomad, cluster) => unreachable!("it never ends"),
-        () = follow(view.clone(), drivers) => unreachable!("it ends after its sender, which never does"),
+        () = follow(view.clone(), drivers, node_files) => unreachable!("it ends after its sender, which never does"),
         () = drained::end_runs(view, drained) => unreachable!("it ends after its sender, which never does"),
     };
     serving.map(|()| ExitCode::SUCCESS)

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, convert::Infallible, time::Duration};
 
-use polydev_proto::node::{WatchSlotsRequest, node_service_client::NodeServiceClient};
+use polydev_proto::{
+    node::{WatchSlotsRequest, node_service_client::NodeServiceClient},
+    tls::Files,
+};
 use tokio::{
     sync::watch,
     task::AbortHandle,
@@ -11,6 +14,7 @@ use tokio::{
 use tonic::{Status, transport::Endpoint};
 
 use super::View;
+use crate::address::Address;
 
 /// Bytes of one run on their way from the driver.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -19,13 +23,19 @@ const CONNECTION_WINDOW: u32 = 256 << 20;
 /// A piece of output fits.
 const FRAME: u32 = 128 << 10;
 const CONNECT: Duration = Duration::from_secs(5);
+/// Between pings, and for the answer to one.
+const ALIVE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(50);
 /// Runs wait for their driver to come back.
 const RETRY_MOST: Duration = Duration::from_millis(250);
 
 /// Follows every driver that `drivers` names, node id to address, as they come and
 /// go. Ends when `drivers` does.
-pub async fn follow(view: View, mut drivers: watch::Receiver<BTreeMap<String, String>>) {
+pub async fn follow(
+    view: View,
+    mut drivers: watch::Receiver<BTreeMap<String, String>>,
+    files: Option<Files>,
+) {
     let mut followed: BTreeMap<String, (String, AbortHandle)> = BTreeMap::new();
     let mut tasks = tokio::task::JoinSet::new();
     loop {
@@ -41,7 +51,12 @@ pub async fn follow(view: View, mut drivers: watch::Receiver<BTreeMap<String, St
         for (node_id, address) in wanted {
             followed.entry(node_id.clone()).or_insert_with(|| {
                 view.expect(&node_id);
-                let task = tasks.spawn(follow_driver(view.clone(), node_id, address.clone()));
+                let driver = Driver {
+                    node_id,
+                    address: address.clone(),
+                    files: files.clone(),
+                };
+                let task = tasks.spawn(follow_driver(view.clone(), driver));
                 (address, task)
             });
         }
@@ -52,12 +67,28 @@ pub async fn follow(view: View, mut drivers: watch::Receiver<BTreeMap<String, St
     }
 }
 
-async fn follow_driver(view: View, node_id: String, address: String) {
+/// Whom to follow, and how to show him who asks.
+struct Driver {
+    node_id: String,
+    address: String,
+    files: Option<Files>,
+}
+
+async fn follow_driver(view: View, driver: Driver) {
+    let Driver {
+        node_id, address, ..
+    } = &driver;
     let mut retry = RETRY;
+    let mut last = String::new();
     loop {
-        let Err(status) = follow_once(&view, &node_id, &address, &mut retry).await;
-        view.disconnect(&node_id);
-        tracing::debug!(node_id, address, %status, "a driver is out of reach");
+        let Err(status) = follow_once(&view, &driver, &mut retry).await;
+        view.disconnect(node_id);
+        // Once for each reason: a node may be away for long.
+        let reason = status.message();
+        if *reason != *last {
+            tracing::info!(node_id, address, reason, "a driver is out of reach");
+            reason.clone_into(&mut last);
+        }
         sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
         retry = RETRY_MOST.min(retry * 2);
     }
@@ -65,27 +96,38 @@ async fn follow_driver(view: View, node_id: String, address: String) {
 
 async fn follow_once(
     view: &View,
-    node_id: &str,
-    address: &str,
+    driver: &Driver,
     retry: &mut Duration,
 ) -> Result<Infallible, Status> {
+    let Driver {
+        node_id,
+        address,
+        files,
+    } = driver;
+    let address: Address = address
+        .parse()
+        .map_err(|error| Status::invalid_argument(crate::chain(&error)))?;
     // Each connection on the way of a run holds so much of its output: see `docs/reliability.md`.
-    let endpoint = Endpoint::from_shared(address.to_owned())
-        .map_err(|error| Status::invalid_argument(crate::chain(&error)))?
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_frame_size(FRAME);
-    let connect = timeout(CONNECT, endpoint.connect()).await;
+    let settings = |endpoint: Endpoint| {
+        endpoint
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(FRAME)
+            .http2_keep_alive_interval(ALIVE)
+            .keep_alive_timeout(ALIVE)
+            .keep_alive_while_idle(true)
+    };
+    let connect = timeout(CONNECT, address.connect(files.as_ref(), settings)).await;
     let channel = connect
         .map_err(|_| Status::deadline_exceeded("no connection in 5 s"))?
-        .map_err(|error| Status::unavailable(crate::chain(&error)))?;
+        .map_err(|error| Status::unavailable(crate::chain(&*error)))?;
     let mut client = NodeServiceClient::new(channel.clone());
     let watching = timeout(CONNECT, client.watch_slots(WatchSlotsRequest {})).await;
     let mut slots = watching
         .map_err(|_| Status::deadline_exceeded("no answer in 5 s"))??
         .into_inner();
     // Silence is no sign of death here: the driver speaks when something changes, and
-    // the connection breaks when it dies.
+    // the connection breaks when it dies, or its machine answers no pings.
     while let Some(told) = slots.message().await? {
         *retry = RETRY;
         view.apply(node_id, &channel, told);
