@@ -17,8 +17,9 @@ if [ -z "${POLYDEV_TEST_ENGINE:-}" ]; then
     POLYDEV_TEST_ENGINE=1 exec tests/with-docker.sh "$0" "$@"
 fi
 
-# For networks of groups, and a registry with a password.
+# For networks of groups, a registry with a password, and a credential store.
 packages /usr/lib/cni/bridge=containernetworking-plugins docker-registry=docker-registry htpasswd=apache2-utils
+compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null || packages initdb=postgresql
 
 passed=0 failed=0 skipped=0
 log=$(mktemp)

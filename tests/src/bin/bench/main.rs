@@ -1,9 +1,10 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
-//! one run; `bench PART...` measures `warm`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
+//! one run; `bench PART...` measures `warm`, `credentials`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
 //! Prints a table; a whole run writes it to `target/bench/results.json`. Every sample of the
 //! warm slots goes to `target/bench/samples.json`.
 
 mod bandwidth;
+mod credentials;
 mod plain;
 mod refill;
 mod runs;
@@ -27,8 +28,9 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-const PARTS: [&str; 8] = [
+const PARTS: [&str; 9] = [
     "warm",
+    "credentials",
     "refill",
     "runs",
     "stream",
@@ -55,6 +57,9 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("warm") {
         figures.extend(warm_figures(&folder)?);
     }
+    if is_wanted("credentials") {
+        figures.extend(credentials::figures()?);
+    }
     if is_wanted("refill") {
         figures.extend(refill::figures()?);
     }
@@ -64,7 +69,7 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("stream") {
         figures.extend(stream::figures(IMAGE)?);
     }
-    if PARTS[4..].iter().any(|part| is_wanted(part)) {
+    if PARTS[5..].iter().any(|part| is_wanted(part)) {
         figures.extend(plain::figures(is_wanted)?);
     }
     if parts.is_empty() {
