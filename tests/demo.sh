@@ -12,7 +12,7 @@ fi
 tests/images.sh
 
 work=$(mktemp -d /tmp/pdtest-XXXXXX)
-export POLYDEV_ADDRESS=unix://$work/shim.sock
+export POLYDEV_ADDRESS=unix://$work/shim.sock POLYDEV_LISTEN=unix://$work/shim.sock
 bin=target/release
 shim='' namespace=''
 clean() {

@@ -16,7 +16,7 @@ use rustls::{
         CertificateDer, PrivateKeyDer,
         pem::{self, PemObject},
     },
-    server::WebPkiClientVerifier,
+    server::{NoServerSessionStorage, WebPkiClientVerifier},
 };
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -89,6 +89,9 @@ impl Files {
             .with_single_cert(chain, key)
             .map_err(|source| self.unusable(source))?;
         config.alpn_protocols = vec![PROTOCOL.into()];
+        // A session that is taken up again would not be asked for its certificate.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
         Ok(config)
     }
 
@@ -220,7 +223,7 @@ pub fn incoming(
         loop {
             tokio::select! {
                 accepted = listener.accept(), if handshakes.len() < HANDSHAKES_MOST => {
-                    let Ok((stream, _)) = accepted else {
+                    let Ok((stream, address)) = accepted else {
                         // A descriptor that is missing now may be there in a moment.
                         sleep(NO_DESCRIPTOR).await;
                         continue;
@@ -230,12 +233,18 @@ pub fn incoming(
                         let error = crate::error::chain(&error);
                         tracing::warn!(error, "new certificates are of no use, the old ones stay");
                     }
-                    handshakes.spawn(timeout(HANDSHAKE, handshake(config, stream)));
+                    handshakes.spawn(async move {
+                        (address, timeout(HANDSHAKE, handshake(config, stream)).await)
+                    });
                 }
                 Some(done) = handshakes.join_next() => match done {
-                    Ok(Ok(Ok(done))) => return Some((done, (listener, files, handshakes))),
-                    Ok(Ok(Err(error))) => tracing::info!(%error, "a caller was turned away"),
-                    Ok(Err(_)) => tracing::info!("a caller did not finish its handshake"),
+                    Ok((_, Ok(Ok(done)))) => return Some((done, (listener, files, handshakes))),
+                    Ok((address, Ok(Err(error)))) => {
+                        tracing::info!(%address, %error, "a caller was turned away");
+                    }
+                    Ok((address, Err(_))) => {
+                        tracing::info!(%address, "a caller did not finish its handshake");
+                    }
                     Err(error) => tracing::error!(%error, "a handshake panicked"),
                 },
             }

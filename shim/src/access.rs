@@ -13,15 +13,15 @@ use crate::provider::Provider;
 pub enum Action<'a> {
     /// See pools.
     Look,
-    /// Start, see or end runs of a user; of all users if none is named. Which provider's a run
-    /// is may not be known yet.
+    /// Start, see or end runs of a user for a provider; of all users, or for all providers, if
+    /// none is named.
     Run {
         user_id: Option<&'a str>,
         provider: Option<Provider>,
     },
     /// Size a pool.
     Scale { provider: Provider },
-    /// Keep, see or remove credentials.
+    /// Keep, see or remove credentials; likewise.
     Credentials {
         user_id: Option<&'a str>,
         provider: Option<Provider>,
@@ -47,9 +47,9 @@ struct Role {
     /// Users, in whose name; likewise.
     #[serde(default = "all")]
     users: Vec<String>,
-    /// Providers; none means all.
+    /// By any of their names; none means all.
     #[serde(default)]
-    providers: Vec<String>,
+    providers: Vec<Provider>,
 }
 
 fn all() -> Vec<String> {
@@ -82,11 +82,6 @@ pub enum Error {
         path: String,
         source: toml::de::Error,
     },
-    #[error("the roles in `{path}` name a provider that there is not")]
-    Provider {
-        path: String,
-        source: crate::provider::Unknown,
-    },
 }
 
 /// The caller has no role for it.
@@ -118,17 +113,22 @@ impl Access {
             path: shown(),
             source,
         })?;
-        for provider in file.role.iter().flat_map(|role| &role.providers) {
-            provider
-                .parse::<Provider>()
-                .map_err(|source| Error::Provider {
-                    path: shown(),
-                    source,
-                })?;
-        }
         Ok(Self {
             roles: Some(file.role),
         })
+    }
+
+    /// For which providers the caller may have runs of a user.
+    #[must_use]
+    pub fn providers_of(&self, caller: &Caller, user_id: &str) -> Vec<Provider> {
+        let may = |provider: &Provider| {
+            let run = Action::Run {
+                user_id: Some(user_id),
+                provider: Some(*provider),
+            };
+            self.check(caller, run).is_ok()
+        };
+        Provider::all().filter(may).collect()
     }
 
     /// # Errors
@@ -175,9 +175,12 @@ impl Role {
         }
     }
 
+    /// Likewise.
     fn is_of(&self, provider: Option<Provider>) -> bool {
-        let is_it = |name: &String| provider.is_none_or(|provider| provider.name() == name);
-        self.providers.is_empty() || self.providers.iter().any(is_it)
+        match provider {
+            Some(provider) => self.providers.is_empty() || self.providers.contains(&provider),
+            None => self.providers.is_empty(),
+        }
     }
 }
 
@@ -223,7 +226,7 @@ mod tests {
         [[role]]
         members = ["cn:admin"]
         may = ["scale"]
-        providers = ["openai"]
+        providers = ["codex"]
     "#;
 
     fn load(text: &str) -> Result<Access, Error> {
@@ -249,6 +252,10 @@ mod tests {
             user_id: Some(user_id),
             provider: None,
         };
+        let of = |user_id| Action::Run {
+            user_id: Some(user_id),
+            provider: None,
+        };
         let scale = |name| Action::Scale {
             provider: provider(name),
         };
@@ -259,6 +266,9 @@ mod tests {
         }
         assert!(may("cn:team-a", run("team-alice", "openai")));
         assert!(!may("cn:team-a", run("team-alice", "google")));
+        assert!(!may("cn:team-a", of("team-alice")), "of all providers");
+        let providers = access.providers_of(&Caller("cn:team-a".into()), "team-alice");
+        assert_eq!(providers, [provider("openai")]);
         assert!(!may("cn:team-a", run("alice", "openai")));
         assert!(!may("cn:team-a", everybodys) && !may("cn:team-a", credentials("team-alice")));
         assert!(may("cn:admin", scale("openai")) && !may("cn:admin", scale("google")));

@@ -118,13 +118,12 @@ impl Address {
         matches!(self, Self::Tls { .. })
     }
 
-    /// Binds; a unix socket is for this user alone, and one that nobody serves any
-    /// more is taken over.
+    /// Binds; a unix socket gets `mode`, and one that nobody serves any more is taken over.
     ///
     /// # Errors
     /// As the kernel says; `AddrInUse` if somebody serves there; whatever is wrong with the
     /// files, which TLS needs.
-    pub async fn listen(&self, files: Option<&Files>) -> io::Result<Listener> {
+    pub async fn listen(&self, files: Option<&Files>, mode: u32) -> io::Result<Listener> {
         match self {
             Self::Loopback(address) => TcpListener::bind(address).await.map(Listener::Loopback),
             Self::Tls { host, port } => {
@@ -142,7 +141,7 @@ impl Address {
                 }
                 remove_stale(path)?;
                 let listener = UnixListener::bind(path)?;
-                fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+                fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
                 Ok(Listener::Unix(listener))
             }
         }

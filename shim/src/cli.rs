@@ -95,10 +95,10 @@ struct Client {
     tls: Tls,
 }
 
-/// How a side of a connection that begins with https shows who it is.
+/// How a caller shows who he is, where the address begins with https.
 #[derive(clap::Args)]
 struct Tls {
-    /// This side's certificate, in PEM; for https.
+    /// The caller's certificate, in PEM.
     #[arg(long, env = "POLYDEV_TLS_CERT", value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
     tls_cert: Option<PathBuf>,
     /// The key of it.
@@ -109,7 +109,7 @@ struct Tls {
         requires = "tls_cert"
     )]
     tls_key: Option<PathBuf>,
-    /// Certificates of the authorities that speak for the other side.
+    /// Certificates of the authorities that speak for the shim.
     #[arg(
         long,
         env = "POLYDEV_TLS_CA",
@@ -121,12 +121,20 @@ struct Tls {
 
 impl Tls {
     fn files(&self) -> Option<Files> {
-        Some(Files {
-            certificate: self.tls_cert.clone()?,
-            key: self.tls_key.clone()?,
-            authority: self.tls_ca.clone()?,
-        })
+        files(&self.tls_cert, &self.tls_key, &self.tls_ca)
     }
+}
+
+fn files(
+    certificate: &Option<PathBuf>,
+    key: &Option<PathBuf>,
+    authority: &Option<PathBuf>,
+) -> Option<Files> {
+    Some(Files {
+        certificate: certificate.clone()?,
+        key: key.clone()?,
+        authority: authority.clone()?,
+    })
 }
 
 /// For a connection to be made.
@@ -157,12 +165,30 @@ impl Client {
 struct Listen {
     /// Where to listen: unix:///PATH, http://127.0.0.1:PORT, or https://ADDRESS:PORT for
     /// callers with a certificate; may be repeated.
-    #[arg(long, env = "POLYDEV_ADDRESS", default_value = DEFAULT, value_delimiter = ',')]
+    #[arg(long, env = "POLYDEV_LISTEN", default_value = DEFAULT, value_delimiter = ',')]
     listen: Vec<Address>,
-    #[command(flatten)]
-    tls: Tls,
-    /// File of roles: who may do what. Without it whoever can connect may do everything, and
-    /// nobody can from elsewhere.
+    /// The shim's certificate, in PEM; for https.
+    #[arg(long, env = "POLYDEV_LISTEN_TLS_CERT", value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
+    tls_cert: Option<PathBuf>,
+    /// The key of it.
+    #[arg(
+        long,
+        env = "POLYDEV_LISTEN_TLS_KEY",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    tls_key: Option<PathBuf>,
+    /// Certificates of the authorities that speak for callers.
+    #[arg(
+        long,
+        env = "POLYDEV_LISTEN_TLS_CA",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    tls_ca: Option<PathBuf>,
+    /// File of roles: who may do what; with it every user of the machine may connect to the
+    /// unix socket, and is known by his uid. Without it whoever can connect may do everything,
+    /// and nobody can from elsewhere.
     #[arg(long, env = "POLYDEV_ROLES", value_name = "FILE")]
     roles: Option<PathBuf>,
 }
@@ -180,11 +206,17 @@ impl Listen {
         }
     }
 
+    fn files(&self) -> Option<Files> {
+        files(&self.tls_cert, &self.tls_key, &self.tls_ca)
+    }
+
     async fn bind(&self) -> anyhow::Result<Vec<Listener>> {
-        let files = self.tls.files();
+        let files = self.files();
+        // Roles say what each may do.
+        let mode = if self.roles.is_some() { 0o666 } else { 0o600 };
         let mut listeners = Vec::new();
         for address in &self.listen {
-            let listener = address.listen(files.as_ref()).await;
+            let listener = address.listen(files.as_ref(), mode).await;
             listeners.push(listener.with_context(|| format!("cannot listen at {address}"))?);
         }
         Ok(listeners)
@@ -297,14 +329,22 @@ struct Vault {
     master_key_file: Option<PathBuf>,
     /// Where sealed credentials are kept: postgres://USER@HOST/DATABASE (its password in
     /// PGPASSWORD or PGPASSFILE) or sqlite:///PATH. [default: nowhere]
-    #[arg(long, env = "POLYDEV_CREDENTIAL_STORE", value_name = "URL")]
-    credential_store: Option<store::Address>,
+    #[arg(
+        long,
+        env = "POLYDEV_CREDENTIAL_STORE",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    credential_store: Option<String>,
 }
 
 impl Vault {
     fn open(&self) -> anyhow::Result<crate::credentials::Vault> {
-        let (keys, store) = (&self.master_key_file, &self.credential_store);
-        let vault = crate::credentials::Vault::open(keys.as_deref(), store.as_ref())?;
+        // Not for clap to parse: it quotes what it refuses.
+        let store = self.credential_store.as_deref().map(str::parse);
+        let store: Option<store::Address> = store.transpose().context("--credential-store")?;
+        let keys = self.master_key_file.as_deref();
+        let vault = crate::credentials::Vault::open(keys, store.as_ref())?;
         if let Some(store) = store {
             tracing::info!(%store, "credentials are kept");
         }

@@ -8,6 +8,7 @@ mod openai;
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use secrecy::SecretString;
+use serde::{Deserialize, Deserializer};
 
 use crate::credentials::{Credential, Invalid, Prepared, PreparedFile};
 
@@ -160,6 +161,21 @@ impl FromStr for Provider {
         })
     }
 }
+
+impl<'de> Deserialize<'de> for Provider {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        name.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl PartialEq for Provider {
+    fn eq(&self, other: &Self) -> bool {
+        self.name() == other.name()
+    }
+}
+
+impl Eq for Provider {}
 
 impl fmt::Display for Provider {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

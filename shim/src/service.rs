@@ -40,10 +40,11 @@ use crate::{
     credentials::{Vault, record::Binding},
     nomad::Nomad,
     pool::View,
+    provider::Provider,
     run::{
         Connection, Error,
         attach::{self, Name},
-        claim,
+        claim, listing,
         on_demand::OnDemand,
         queue::{PerUser, Queue, Running},
         relay::{self, Relay},
@@ -54,6 +55,12 @@ use crate::{
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 /// A run with argv and environment at the kernel's limits.
 const MESSAGE_MOST: usize = 4 << 20;
+/// Between two pings to a caller, and until one that answers none is gone: one whose process
+/// is stopped for a while is not.
+const PING: Duration = Duration::from_secs(60);
+const GONE: Duration = Duration::from_secs(300);
+/// Then a caller connects anew, and shows anew who he is; what he has going goes on.
+const CONNECTION: Duration = Duration::from_secs(3600);
 /// How long runs may go on once the shim is told to stop.
 const STOP: Duration = Duration::from_secs(10);
 
@@ -92,11 +99,12 @@ pub async fn serve(
         limits,
     } = parts;
     let runs = TaskTracker::new();
+    let vault = Arc::new(vault);
     let service = Service {
         view,
         on_demand: OnDemand::new(nomad.clone(), limits.on_demand),
         nomad,
-        vault: Arc::new(vault),
+        vault: vault.clone(),
         access,
         queue: Queue::new(limits.per_user),
         runs: runs.clone(),
@@ -111,6 +119,9 @@ pub async fn serve(
         .with_service_name("polydev.runtime.v1.RuntimeService")
         .build_v1()?;
     let server = Server::builder()
+        .http2_keepalive_interval(Some(PING))
+        .http2_keepalive_timeout(Some(GONE))
+        .max_connection_age(CONNECTION)
         .add_service(health)
         .add_service(reflection)
         .add_service(service);
@@ -127,6 +138,7 @@ pub async fn serve(
     tokio::select! {
         served = serving => served?,
         () = overrun => {}
+        () = vault.keep() => unreachable!("it never ends"),
     }
     Ok(())
 }
@@ -169,7 +181,7 @@ impl RuntimeService for Service {
             user_id: Some(&request.user_id),
             provider: Some(request.provider),
         };
-        self.access.check(&caller, run).map_err(Error::from)?;
+        self.check(&caller, run)?;
         if let Some(source) = request.credential.take() {
             let binding = Binding {
                 user_id: &request.user_id,
@@ -220,7 +232,7 @@ impl RuntimeService for Service {
             return Err(Error::from(request::Invalid::NotStarted).into());
         };
         let name = Name::parse(&start.run_id, start.user_id)?;
-        self.check_run(&caller, &name)?;
+        self.check_run(&caller, &name).await?;
         let offsets = [start.stdout_offset, start.stderr_offset];
         let connection = attach::attach(&self.view, &name, offsets).await?;
         let requests = requests.map(|request| {
@@ -249,7 +261,7 @@ impl RuntimeService for Service {
         let caller = caller(&request);
         let CancelRunRequest { run_id, user_id } = request.into_inner();
         let name = Name::parse(&run_id, user_id)?;
-        self.check_run(&caller, &name)?;
+        self.check_run(&caller, &name).await?;
         attach::cancel(&self.view, &name).await?;
         Ok(Response::new(CancelRunResponse {}))
     }
@@ -261,7 +273,7 @@ impl RuntimeService for Service {
         let caller = caller(&request);
         let GetRunRequest { run_id, user_id } = request.into_inner();
         let name = Name::parse(&run_id, user_id)?;
-        self.check_run(&caller, &name)?;
+        self.check_run(&caller, &name).await?;
         Ok(Response::new(runs::get(&self.view, &name).await?))
     }
 
@@ -273,9 +285,10 @@ impl RuntimeService for Service {
         let request = request.into_inner();
         let run = Action::Run {
             user_id: Some(request.user_id.as_str()).filter(|user_id| !user_id.is_empty()),
-            provider: None,
+            // One that there is not is refused for that.
+            provider: request.provider.parse().ok(),
         };
-        self.access.check(&caller, run).map_err(Error::from)?;
+        self.check(&caller, run)?;
         let page = runs::list(&self.view, request).await?;
         Ok(Response::new(page))
     }
@@ -284,7 +297,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<ListPoolsRequest>,
     ) -> Result<Response<ListPoolsResponse>, Status> {
-        self.check(&request, Action::Look)?;
+        self.check(&caller(&request), Action::Look)?;
         Ok(Response::new(pools::list(&self.view)))
     }
 
@@ -292,7 +305,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<GetPoolRequest>,
     ) -> Result<Response<GetPoolResponse>, Status> {
-        self.check(&request, Action::Look)?;
+        self.check(&caller(&request), Action::Look)?;
         let provider = pools::provider(&request.into_inner().provider)?;
         Ok(Response::new(pools::get(&self.view, provider)))
     }
@@ -301,7 +314,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<WatchPoolsRequest>,
     ) -> Result<Response<Self::WatchPoolsStream>, Status> {
-        self.check(&request, Action::Look)?;
+        self.check(&caller(&request), Action::Look)?;
         let changes = pools::watch(self.view.clone()).map(Ok);
         Ok(Response::new(Box::pin(changes)))
     }
@@ -311,7 +324,7 @@ impl RuntimeService for Service {
         request: Request<ScalePoolRequest>,
     ) -> Result<Response<Self::ScalePoolStream>, Status> {
         let provider = pools::provider(&request.get_ref().provider)?;
-        self.check(&request, Action::Scale { provider })?;
+        self.check(&caller(&request), Action::Scale { provider })?;
         let size = request.into_inner().size;
         let events = pools::scale(&self.runs, self.nomad()?, provider, size);
         Ok(Response::new(Box::pin(events)))
@@ -322,7 +335,7 @@ impl RuntimeService for Service {
         request: Request<DrainPoolRequest>,
     ) -> Result<Response<Self::DrainPoolStream>, Status> {
         let provider = pools::provider(&request.get_ref().provider)?;
-        self.check(&request, Action::Scale { provider })?;
+        self.check(&caller(&request), Action::Scale { provider })?;
         let events = pools::drain(&self.runs, self.nomad()?, self.view.clone(), provider);
         Ok(Response::new(Box::pin(events)))
     }
@@ -332,7 +345,7 @@ impl RuntimeService for Service {
         request: Request<ResumePoolRequest>,
     ) -> Result<Response<Self::ResumePoolStream>, Status> {
         let provider = pools::provider(&request.get_ref().provider)?;
-        self.check(&request, Action::Scale { provider })?;
+        self.check(&caller(&request), Action::Scale { provider })?;
         let events = pools::resume(&self.runs, self.nomad()?, provider);
         Ok(Response::new(Box::pin(events)))
     }
@@ -376,22 +389,43 @@ impl RuntimeService for Service {
         request: Request<RotateCredentialsRequest>,
     ) -> Result<Response<RotateCredentialsResponse>, Status> {
         self.check_credentials(&request, "", "")?;
-        Ok(Response::new(credentials::rotate(&self.vault).await?))
+        let rotated = credentials::rotate(&self.vault, request.into_inner()).await?;
+        Ok(Response::new(rotated))
     }
 }
 
 impl Service {
-    fn check<T>(&self, request: &Request<T>, action: Action) -> Result<(), Error> {
-        Ok(self.access.check(&caller(request), action)?)
+    /// Whether the caller may; what changes something is in the log with his name.
+    fn check(&self, caller: &Caller, action: Action) -> Result<(), Error> {
+        if let Err(denied) = self.access.check(caller, action) {
+            tracing::warn!(%denied, "denied");
+            return Err(denied.into());
+        }
+        match action {
+            Action::Scale { .. } | Action::Credentials { .. } => {
+                tracing::info!(%caller, %action, "allowed");
+            }
+            Action::Look | Action::Run { .. } => {}
+        }
+        Ok(())
     }
 
-    /// A run that exists, whosever provider's it is.
-    fn check_run(&self, caller: &Caller, name: &Name) -> Result<(), Error> {
-        let run = Action::Run {
+    /// Whether the caller may have a run that exists.
+    async fn check_run(&self, caller: &Caller, name: &Name) -> Result<(), Error> {
+        let providers = self.access.providers_of(caller, &name.user_id);
+        let run = |provider| Action::Run {
             user_id: Some(&name.user_id),
-            provider: None,
+            provider,
         };
-        Ok(self.access.check(caller, run)?)
+        if providers.len() == Provider::all().count() {
+            return Ok(());
+        }
+        if providers.is_empty() {
+            return self.check(caller, run(None));
+        }
+        // One whose driver did not note the provider is nobody's in particular.
+        let found = listing::get(&self.view, name).await?;
+        self.check(caller, run(found.run.provider.parse().ok()))
     }
 
     /// Credentials of a user for a provider; an empty name stands for all.
@@ -406,7 +440,7 @@ impl Service {
             // One that there is not is refused for that.
             provider: provider.parse().ok(),
         };
-        self.check(request, credentials)
+        self.check(&caller(request), credentials)
     }
 
     fn nomad(&self) -> Result<Nomad, Status> {

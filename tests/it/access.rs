@@ -85,6 +85,11 @@ fn callers_from_elsewhere_are_known_and_held_to_their_roles() {
         [[role]]
         members = ["uid:0"]
         may = ["run", "scale", "credentials"]
+
+        [[role]]
+        members = ["uid:1000"]
+        may = ["run", "credentials"]
+        providers = ["codex"]
     "#;
     fs::write(ours.join("roles.toml"), roles).unwrap();
     let url = format!("https://127.0.0.1:{}", free_port());
@@ -171,7 +176,7 @@ fn callers_from_elsewhere_are_known_and_held_to_their_roles() {
             .call(async |mut shim| shim.delete_credential(request).await)
             .unwrap_err(),
     );
-    let request = RotateCredentialsRequest {};
+    let request = RotateCredentialsRequest::default();
     is_denied(
         client
             .call(async |mut shim| shim.rotate_credentials(request).await)
@@ -179,12 +184,58 @@ fn callers_from_elsewhere_are_known_and_held_to_their_roles() {
     );
     let teams = ListRunsRequest {
         user_id: "team-a".into(),
+        provider: "anthropic".into(),
         ..Default::default()
     };
     assert_eq!(client.list_runs(teams).unwrap().runs.len(), 1);
     client
         .call(async |mut shim| shim.list_pools(ListPoolsRequest::default()).await)
         .unwrap();
+
+    // A role for one provider is none for the others, of runs that exist too.
+    let team = |provider: &str| RunStart {
+        user_id: "team-a".into(),
+        ..shell(provider, "true")
+    };
+    let local = shim.client();
+    local.wait_idle("openai", 1);
+    let of_openai = local.run(team("openai")).unwrap().accepted.run_id;
+    local.wait_idle("anthropic", 1);
+    let of_anthropic = local.run(team("anthropic")).unwrap().accepted.run_id;
+    let attached = client.attach_as("team-a", &of_openai, [0; 2]).map(drop);
+    is_denied(attached.unwrap_err());
+    is_denied(client.get_run_as("team-a", &of_openai).unwrap_err());
+    is_denied(client.cancel_as("team-a", &of_openai).unwrap_err());
+    client.get_run_as("team-a", &of_anthropic).unwrap();
+    client.cancel_as("team-a", &of_anthropic).unwrap();
+
+    // Another user of the machine, through the socket that roles open to all.
+    let socket = Path::new(shim.address.trim_start_matches("unix://"));
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(socket.parent().unwrap(), open).unwrap();
+    let as_runtime = |arguments: &[&str]| {
+        let mut command = shim.command(arguments);
+        std::os::unix::process::CommandExt::uid(&mut command, 1000);
+        let output = output(&mut command);
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    };
+    let (code, words) = as_runtime(&["runs", "list", "--provider", "openai"]);
+    assert_eq!(code, Some(0), "{words}");
+    for denied in [
+        &["runs", "list"][..],
+        &["runs", "list", "--provider", "google"],
+        &["credentials", "list"],
+        &["credentials", "rotate"],
+        &["pool", "scale", "openai", "0"],
+        &["run", "anthropic", "--", "true"],
+    ] {
+        let (code, words) = as_runtime(denied);
+        assert_eq!(code, Some(125), "{denied:?}");
+        assert!(words.contains("caller `uid:1000` has no role"), "{words}");
+    }
 
     // Whom no authority of ours has signed, who is out of date, who shows nothing.
     let is_refused = |connected: Result<Client, String>| {
@@ -291,6 +342,12 @@ fn a_shim_that_would_let_in_anybody_does_not_start() {
             .arg(&ours),
     );
     assert!(!again.status.success(), "files were replaced");
+    let elsewhere = folder.path().join("elsewhere");
+    let mut wrong = Command::new(program("polydev-shim"));
+    wrong
+        .args(["certs", "dev", "--name", "a b"])
+        .arg(&elsewhere);
+    assert!(!output(&mut wrong).status.success() && !elsewhere.exists());
     let [certificate, key, authority, roles] = paths(&ours);
     let url = format!("https://127.0.0.1:{}", free_port());
     let fails = |options: &[&str], words: &str| {

@@ -23,7 +23,7 @@ use polydev_tests::{
     fresh_key,
     host::Host,
     postgres::Postgres,
-    process::succeed,
+    process::{output, succeed},
     shim::Shim,
     stand_in::Received,
 };
@@ -234,6 +234,15 @@ fn a_command_finds_its_credential_whatever_its_kind_and_source() {
         "{words}"
     );
 
+    let sealed = folder.path().join("sealed");
+    fs::write(&sealed, "").unwrap();
+    let mut again = shim.command(&["credentials", "seal", "openai", "--sealed-file"]);
+    again.arg(&sealed).env("OPENAI_API_KEY", &token);
+    assert!(
+        !output(again.args(["--master-key-file", &keys]))
+            .status
+            .success()
+    );
     let seal = |user: &str, provider: &str, master: &str| {
         let mut seal = shim.command(&["credentials", "seal", provider, "--user", user]);
         seal.args(["--master-key-file", master]);
@@ -365,7 +374,7 @@ fn credentials_are_kept_in_postgresql() {
     put().unwrap();
 
     // Tables of a later version are left alone.
-    let later = "INSERT INTO _sqlx_migrations VALUES (99, 'later', now(), true, '\\x00', 1)";
+    let later = "INSERT INTO polydev_migrations VALUES (99, 'later', now(), true, '\\x00', 1)";
     postgres.sql("polydev", later);
     drop(shim);
     let shim = Shim::dev_in(&["openai=0"], &options, &environment);
@@ -516,13 +525,37 @@ fn is_a_store(folder: &Folder, url: &str, password: &str) {
         why(&refused),
         (Code::FailedPrecondition, "UNKNOWN_MASTER_KEY".into())
     );
+    let request = put("zoe", "google", api_key(&key));
+    let kept = shim.client();
+    let kept = kept.call(async |mut shim| shim.put_credential(request).await);
+    kept.expect("it is done");
+    drop(shim);
+    // What does not open keeps nothing else from being sealed anew.
+    let third = key_file(folder.path(), &[rand::random(), old]);
+    let options = ["--master-key-file", &third, "--credential-store", url];
+    let shim = Shim::dev_in(&["anthropic=0"], &options, &environment);
     let mut rotate = shim.command(&["credentials", "rotate"]);
     let output = rotate.output().expect("it is done");
+    assert_eq!(output.status.code(), Some(125));
+    let left = expected.len();
+    let told = format!("sealed anew: 1, left: {left}\n");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), told);
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(words.lines().count(), left, "{words}");
     assert!(
-        words.contains("`alice` for `anthropic` cannot be sealed anew"),
+        words.starts_with("that of alice for anthropic is as it was: "),
         "{words}"
     );
+    for page_token in ["x", "openai/\0", "a b/alice"] {
+        let request = ListCredentialsRequest {
+            page_token: page_token.into(),
+            ..Default::default()
+        };
+        let client = shim.client();
+        let refused = client.call(async |mut shim| shim.list_credentials(request).await);
+        let refused = refused.expect_err("it is refused");
+        assert_eq!(why(&refused), (Code::InvalidArgument, "INVALID".into()));
+    }
 }
 
 #[test]
@@ -587,11 +620,19 @@ fn what_cannot_be_kept_or_read_is_refused_by_name() {
         &["--master-key-file", &malformed],
         "line 1 of the master keys",
     );
+    let mut from_variable = Command::new(polydev_tests::program("polydev-shim"));
+    let password = "postgres://a:hunter2@db/x";
+    from_variable.env("POLYDEV_CREDENTIAL_STORE", password);
+    let help = from_variable.args(["serve", "--help"]).output().unwrap();
+    assert!(!String::from_utf8_lossy(&help.stdout).contains("hunter2"));
     fails(
         &["--credential-store", "mysql://db/x"],
         "neither `postgres://",
     );
-    fails(&["--credential-store", "postgres://a:x@db/x"], "PGPASSWORD");
+    fails(
+        &["--credential-store", "postgres://a:hunter2@db/x"],
+        "PGPASSWORD",
+    );
 }
 
 /// The names of all that fit, by as many pages as it takes.

@@ -38,11 +38,7 @@ pub(super) struct Dev {
     #[arg(long, value_name = "HOST")]
     name: Vec<String>,
     /// The caller's SPIFFE id.
-    #[arg(
-        long,
-        value_name = "ID",
-        default_value = "spiffe://polydev.test/controller"
-    )]
+    #[arg(long, value_name = "ID", default_value = "spiffe://polydev.test/controller", value_parser = spiffe)]
     caller: String,
 }
 
@@ -52,13 +48,13 @@ pub(super) fn execute(Command::Dev(arguments): Command) -> anyhow::Result<ExitCo
         name,
         caller,
     } = arguments;
-    fs::create_dir_all(&folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
     let mut authority = params("polydev trial authority");
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     authority.key_usages = vec![KeyUsagePurpose::KeyCertSign];
     let issuer = CertifiedIssuer::self_signed(authority, KeyPair::generate()?)?;
-    write(&folder, "ca.pem", 0o644, &issuer.pem())?;
-    write(&folder, "ca-key.pem", 0o600, &issuer.key().serialize_pem())?;
+    let mut files = Files::default();
+    files.add("ca.pem", 0o644, issuer.pem());
+    files.add("ca-key.pem", 0o600, issuer.key().serialize_pem());
 
     let mut hosts = Vec::new();
     for name in ["localhost", "127.0.0.1", "::1"]
@@ -68,7 +64,10 @@ pub(super) fn execute(Command::Dev(arguments): Command) -> anyhow::Result<ExitCo
     {
         hosts.push(match name.parse::<IpAddr>() {
             Ok(address) => SanType::IpAddress(address),
-            Err(_) => SanType::DnsName(name.as_str().try_into().context("--name")?),
+            Err(_) => {
+                let host = url::Host::parse(&name).with_context(|| format!("--name `{name}`"))?;
+                SanType::DnsName(host.to_string().as_str().try_into().context("--name")?)
+            }
         });
     }
     let servers = [("shim", SHIM), ("node", NODE)].map(|(name, id)| (name, id, hosts.as_slice()));
@@ -80,11 +79,12 @@ pub(super) fn execute(Command::Dev(arguments): Command) -> anyhow::Result<ExitCo
         let uri = id.try_into().context("--caller")?;
         params.subject_alt_names = hosts.to_vec();
         params.subject_alt_names.push(SanType::URI(uri));
-        sign(&folder, name, params, &issuer)?;
+        sign(&mut files, name, params, &issuer)?;
     }
     let roles =
         format!("[[role]]\nmembers = [{caller:?}]\nmay = [\"run\", \"scale\", \"credentials\"]\n");
-    write(&folder, "roles.toml", 0o644, &roles)?;
+    files.add("roles.toml", 0o644, roles);
+    files.write(&folder)?;
 
     let folder = folder.display();
     print(&format!(
@@ -106,8 +106,15 @@ fn params(name: &str) -> CertificateParams {
     params
 }
 
+fn spiffe(text: &str) -> Result<String, String> {
+    match text.starts_with("spiffe://") {
+        true => Ok(text.to_owned()),
+        false => Err("it does not begin with spiffe://".into()),
+    }
+}
+
 fn sign(
-    folder: &Path,
+    files: &mut Files,
     name: &str,
     mut params: CertificateParams,
     issuer: &CertifiedIssuer<KeyPair>,
@@ -118,22 +125,35 @@ fn sign(
         ExtendedKeyUsagePurpose::ClientAuth,
     ];
     let signed = params.signed_by(&key, issuer)?;
-    write(folder, &format!("{name}.pem"), 0o644, &signed.pem())?;
-    write(
-        folder,
-        &format!("{name}-key.pem"),
-        0o600,
-        &key.serialize_pem(),
-    )
+    files.add(&format!("{name}.pem"), 0o644, signed.pem());
+    files.add(&format!("{name}-key.pem"), 0o600, key.serialize_pem());
+    Ok(())
 }
 
-fn write(folder: &Path, name: &str, mode: u32, text: &str) -> anyhow::Result<()> {
-    let path = folder.join(name);
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(&path);
-    file.and_then(|mut file| file.write_all(text.as_bytes()))
-        .with_context(|| format!("cannot write `{}`", path.display()))
+/// What is to be written, once all of it is made.
+#[derive(Default)]
+struct Files(Vec<(String, u32, String)>);
+
+impl Files {
+    fn add(&mut self, name: &str, mode: u32, text: String) {
+        self.0.push((name.to_owned(), mode, text));
+    }
+
+    /// All of them, or none if one is there.
+    fn write(self, folder: &Path) -> anyhow::Result<()> {
+        let shown = |path: &Path| path.display().to_string();
+        fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", shown(folder)))?;
+        for (name, ..) in &self.0 {
+            let path = folder.join(name);
+            anyhow::ensure!(!path.exists(), "`{}` is there already", shown(&path));
+        }
+        for (name, mode, text) in self.0 {
+            let path = folder.join(name);
+            let mut options = OpenOptions::new();
+            let file = options.write(true).create_new(true).mode(mode).open(&path);
+            file.and_then(|mut file| file.write_all(text.as_bytes()))
+                .with_context(|| format!("cannot write `{}`", shown(&path)))?;
+        }
+        Ok(())
+    }
 }

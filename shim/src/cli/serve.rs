@@ -67,12 +67,12 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         per_user: arguments.per_user,
         on_demand: arguments.on_demand,
     };
-    let node = super::Tls {
-        tls_cert: arguments.node_tls_cert,
-        tls_key: arguments.node_tls_key,
-        tls_ca: arguments.node_tls_ca,
-    };
-    let node_files = node.files().or_else(|| arguments.listen.tls.files());
+    let node_files = super::files(
+        &arguments.node_tls_cert,
+        &arguments.node_tls_key,
+        &arguments.node_tls_ca,
+    );
+    let node_files = node_files.or_else(|| arguments.listen.files());
     let parts = service::Parts {
         view: view.clone(),
         nomad: Some(nomad.clone()),

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use secrecy::{ExposeSecret, SecretBox};
 use sha2::{Digest, Sha256};
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroizing;
 
 /// Bytes of a key of AES-256.
 pub const LENGTH: usize = 32;
@@ -115,7 +115,7 @@ impl KeyRing {
     }
 
     /// All of them, that which seals first.
-    pub fn iter(&self) -> impl Iterator<Item = &MasterKey> {
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &MasterKey> {
         self.keys.iter()
     }
 }
@@ -125,9 +125,7 @@ impl MasterKey {
         let mut hash = Sha256::new();
         hash.update(b"polydev master key id");
         hash.update(bytes.expose_secret());
-        let mut digest: [u8; 32] = hash.finalize().into();
-        let id = hex::encode(&digest[..8]);
-        digest.zeroize();
+        let id = hex::encode(&hash.finalize()[..8]);
         Self { id, bytes }
     }
 }

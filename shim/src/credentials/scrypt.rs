@@ -39,7 +39,7 @@ pub struct Record {
     salt: [u8; 16],
 }
 
-/// What is sealed in it.
+/// What is sealed in it, unless it is the key by itself.
 #[derive(serde::Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Content {
@@ -97,27 +97,40 @@ impl Opener {
         }
     }
 
-    /// Opens a record with whichever of the keys does.
+    /// Opens a record with whichever of the keys does; each that is tried costs a derivation.
     ///
     /// # Errors
-    /// [`Error::NotOpened`]
+    /// [`Error::NotOpened`], [`Error::NotUnderstood`]
     pub async fn open(&self, record: &Record, keys: &KeyRing) -> Result<Credential, Error> {
-        for master in keys.iter() {
+        // Old ones are last, and so are the keys of old records.
+        for master in keys.iter().rev() {
             let key = self.derive(master, record.salt).await;
             let cipher = AesGcm::<Aes256, U16>::new(key.expose_secret().into());
             if let Ok(opened) = cipher.decrypt(&record.iv.into(), &record.ciphertext[..]) {
-                return content(&Zeroizing::new(opened)).ok_or(Error::NotOpened);
+                return content(&Zeroizing::new(opened)).ok_or(Error::NotUnderstood);
             }
         }
         Err(Error::NotOpened)
     }
 
+    /// Wipes keys that have been kept for long enough, for ever: the cache by itself does so
+    /// only when it is used.
+    pub async fn keep(&self) {
+        loop {
+            tokio::time::sleep(KEPT / 10).await;
+            self.derived.run_pending_tasks().await;
+        }
+    }
+
     /// Derives a key, once for all who ask for it while it is kept.
     async fn derive(&self, master: &MasterKey, salt: [u8; 16]) -> Arc<Key> {
         let derive = async {
-            let _turn = self.turns.acquire().await.expect("it is never closed");
+            let turns = self.turns.clone();
+            let turn = turns.acquire_owned().await.expect("it is never closed");
             let master = SecretBox::new(Box::new(*master.bytes.expose_secret()));
             let derived = spawn_blocking(move || {
+                // Its turn, even when nobody waits for it any more.
+                let _turn = turn;
                 SecretBox::init_with_mut(|key: &mut [u8; LENGTH]| {
                     let params = scrypt::Params::new(LOG_N, 8, 1).expect("they are allowed ones");
                     scrypt::scrypt(master.expose_secret(), &salt, &params, key)
@@ -142,7 +155,13 @@ fn content(opened: &[u8]) -> Option<Credential> {
     let Content {
         api_key,
         project_id,
-    } = serde_json::from_slice(opened).ok()?;
+    } = match opened.first() {
+        Some(b'{') => serde_json::from_slice(opened).ok()?,
+        _ => Content {
+            api_key: std::str::from_utf8(opened).ok()?.into(),
+            project_id: None,
+        },
+    };
     let credential = Credential::ApiKey {
         key: api_key,
         project_id: project_id.filter(|project| !project.is_empty()),
@@ -250,10 +269,12 @@ mod tests {
 
     #[test]
     fn content_that_is_not_understood_is_refused() {
+        assert!(content(b"key").is_some());
         assert!(content(br#"{"apiKey":"k"}"#).is_some());
         assert!(content(br#"{"apiKey":"k","projectId":null}"#).is_some());
         for wrong in [
             &b""[..],
+            b"a\nb",
             b"{}",
             br#"{"apiKey":""}"#,
             br#"{"apiKey":"k","token":"t"}"#,

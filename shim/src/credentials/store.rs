@@ -2,6 +2,7 @@
 //! machine, through the same statements.
 
 use std::{
+    net::IpAddr,
     path::Path,
     str::FromStr,
     time::{Duration, SystemTime},
@@ -20,7 +21,9 @@ use crate::provider::Provider;
 /// For the store to answer.
 const ANSWER: Duration = Duration::from_secs(5);
 const CONNECTIONS: u32 = 8;
-const COLUMNS: &str = "user_id, provider, version, kind, key_id, record, created_at, updated_at";
+const COLUMNS: &str = "user_id, provider, version, kind, key_id, created_at, updated_at";
+/// A table of our own: others may use the database too.
+const MIGRATIONS: &str = "polydev_migrations";
 
 /// Where the store is: `postgres://USER@HOST/DATABASE` or `sqlite:///PATH`. A password
 /// is not part of it.
@@ -84,9 +87,21 @@ pub enum Error {
     Failed(#[from] sqlx::Error),
 }
 
-/// One credential as it is kept.
+impl Error {
+    /// Whether it may be gone in a moment: not what the database itself refuses.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::TimedOut => true,
+            Self::Schema(_) | Self::Failed(sqlx::Error::Database(_)) => false,
+            Self::Failed(_) => true,
+        }
+    }
+}
+
+/// What is told of a credential.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Row {
+pub struct Info {
     pub user_id: String,
     pub provider: String,
     /// Counts the credentials that had this place, from 1.
@@ -95,10 +110,16 @@ pub struct Row {
     pub kind: i32,
     /// Of the master key.
     pub key_id: String,
-    /// A [`Record`](super::record::Record), encoded.
-    pub record: Vec<u8>,
     pub created_at: SystemTime,
     pub updated_at: SystemTime,
+}
+
+/// One credential as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    pub info: Info,
+    /// A [`Record`](super::record::Record), encoded.
+    pub record: Vec<u8>,
 }
 
 /// Which rows, in the order of user and provider.
@@ -116,6 +137,7 @@ pub struct Filter {
 pub struct Store {
     pool: AnyPool,
     kind: Kind,
+    url: String,
     has_schema: OnceCell<()>,
 }
 
@@ -127,8 +149,13 @@ impl Store {
     pub fn open(address: &Address) -> Result<Self, Error> {
         install_default_drivers();
         let mut url = address.url.clone();
-        if address.kind == Kind::Sqlite && url.query().is_none() {
-            url.set_query(Some("mode=rwc")); // Made if it is not there.
+        match address.kind {
+            // Made if it is not there.
+            Kind::Sqlite if url.query().is_none() => url.set_query(Some("mode=rwc")),
+            Kind::Postgres if is_elsewhere(&url) && !says_sslmode(&url) => {
+                url.query_pairs_mut().append_pair("sslmode", "verify-full");
+            }
+            Kind::Sqlite | Kind::Postgres => {}
         }
         let pool = AnyPoolOptions::new()
             .max_connections(CONNECTIONS)
@@ -137,6 +164,7 @@ impl Store {
         Ok(Self {
             pool,
             kind: address.kind,
+            url: url.into(),
             has_schema: OnceCell::new(),
         })
     }
@@ -147,13 +175,13 @@ impl Store {
     /// [`Error`]
     pub async fn get(&self, user_id: &str, provider: Provider) -> Result<Option<Row>, Error> {
         let statement = format!(
-            "SELECT {COLUMNS} FROM polydev_credentials \
+            "SELECT {COLUMNS}, record FROM polydev_credentials \
              WHERE tenant = $1 AND user_id = $2 AND provider = $3"
         );
         self.answer(async |pool| {
             let query = sqlx::query(safe(statement)).bind(TENANT).bind(user_id);
             let row = query.bind(provider.name()).fetch_optional(pool).await?;
-            row.map(|row| decode(&row)).transpose()
+            row.map(|row| decode_row(&row)).transpose()
         })
         .await
     }
@@ -164,7 +192,8 @@ impl Store {
     /// # Errors
     /// [`Error`]; it may be kept, if the answer came too late.
     pub async fn put(&self, row: &Row) -> Result<bool, Error> {
-        let statement = match row.version {
+        let info = &row.info;
+        let statement = match info.version {
             1 => {
                 "INSERT INTO polydev_credentials (tenant, user_id, provider, version, kind, \
                  key_id, record, created_at, updated_at) \
@@ -177,12 +206,12 @@ impl Store {
             }
         };
         self.answer(async |pool| {
-            let query = sqlx::query(statement).bind(TENANT).bind(&row.user_id);
-            let query = query.bind(&row.provider).bind(row.version.cast_signed());
-            let query = query.bind(row.kind).bind(&row.key_id).bind(&row.record);
+            let query = sqlx::query(statement).bind(TENANT).bind(&info.user_id);
+            let query = query.bind(&info.provider).bind(info.version.cast_signed());
+            let query = query.bind(info.kind).bind(&info.key_id).bind(&row.record);
             let query = query
-                .bind(seconds(row.created_at))
-                .bind(seconds(row.updated_at));
+                .bind(seconds(info.created_at))
+                .bind(seconds(info.updated_at));
             Ok(query.execute(pool).await?.rows_affected() == 1)
         })
         .await
@@ -193,7 +222,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn reseal(&self, was: &Row, key_id: &str, record: &[u8]) -> Result<bool, Error> {
+    pub async fn reseal(&self, was: &Info, key_id: &str, record: &[u8]) -> Result<bool, Error> {
         let statement = "UPDATE polydev_credentials SET key_id = $1, record = $2 \
              WHERE tenant = $3 AND user_id = $4 AND provider = $5 AND version = $6 AND key_id = $7";
         self.answer(async |pool| {
@@ -212,7 +241,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn list(&self, filter: &Filter, most: u32) -> Result<Vec<Row>, Error> {
+    pub async fn list(&self, filter: &Filter, most: u32) -> Result<Vec<Info>, Error> {
         // An empty text is no user's and no provider's, so it stands for any.
         let statement = format!(
             "SELECT {COLUMNS} FROM polydev_credentials WHERE tenant = $1 \
@@ -220,9 +249,7 @@ impl Store {
              AND (user_id > $4 OR (user_id = $4 AND provider > $5)) \
              ORDER BY user_id, provider LIMIT $6"
         );
-        let (user, provider) = filter.after.as_ref().map_or(("", ""), |(user, provider)| {
-            (user.as_str(), provider.as_str())
-        });
+        let (user, provider) = names(filter.after.as_ref());
         self.answer(async |pool| {
             let query = sqlx::query(safe(statement)).bind(TENANT);
             let query = query.bind(filter.user_id.as_deref().unwrap_or_default());
@@ -234,26 +261,32 @@ impl Store {
         .await
     }
 
-    /// The first `most` that are sealed with another key than `key_id`, and how many there are.
+    /// The first `most` behind `after` that are sealed with another key than `key_id`, and how
+    /// many there are of them in all.
     ///
     /// # Errors
     /// [`Error`]
     pub async fn sealed_otherwise(
         &self,
         key_id: &str,
+        after: Option<&(String, String)>,
         most: u32,
     ) -> Result<(Vec<Row>, u64), Error> {
         let statement = format!(
-            "SELECT {COLUMNS} FROM polydev_credentials WHERE tenant = $1 AND key_id <> $2 \
-             ORDER BY user_id, provider LIMIT $3"
+            "SELECT {COLUMNS}, record FROM polydev_credentials \
+             WHERE tenant = $1 AND key_id <> $2 \
+             AND (user_id > $3 OR (user_id = $3 AND provider > $4)) \
+             ORDER BY user_id, provider LIMIT $5"
         );
+        let (user, provider) = names(after);
         let count = "SELECT count(*) FROM polydev_credentials WHERE tenant = $1 AND key_id <> $2";
         self.answer(async |pool| {
             let query = sqlx::query(safe(statement)).bind(TENANT).bind(key_id);
-            let rows = query.bind(i64::from(most)).fetch_all(pool).await?;
+            let query = query.bind(user).bind(provider).bind(i64::from(most));
+            let rows = query.fetch_all(pool).await?;
             let count = sqlx::query(count).bind(TENANT).bind(key_id);
             let count: i64 = count.fetch_one(pool).await?.try_get(0)?;
-            let rows: Result<_, _> = rows.iter().map(decode).collect();
+            let rows: Result<_, _> = rows.iter().map(decode_row).collect();
             Ok((rows?, count.cast_unsigned()))
         })
         .await
@@ -293,12 +326,35 @@ impl Store {
         };
         let kind = MigrationType::Simple;
         let first = Migration::new(1, "credentials".into(), kind, schema.into_sql_str(), false);
-        let migrator = Migrator::with_migrations(vec![first]);
-        migrator.run(&self.pool).await.map_err(|error| match error {
+        let mut migrator = Migrator::with_migrations(vec![first]);
+        migrator.dangerous_set_table_name(MIGRATIONS);
+        // Its lock is the connection's, and is left there when it fails: the connection is for
+        // this alone.
+        let pool = AnyPoolOptions::new().max_connections(1);
+        let pool = pool.acquire_timeout(ANSWER).connect_lazy(&self.url)?;
+        let migrated = migrator.run(&pool).await;
+        pool.close().await;
+        migrated.map_err(|error| match error {
             sqlx::migrate::MigrateError::Execute(error) => Error::Failed(error),
             error => Error::Schema(error),
         })
     }
+}
+
+/// Whether what goes there crosses a network.
+fn is_elsewhere(url: &url::Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let address = host.trim_matches(['[', ']']).parse::<IpAddr>();
+    // Without a host it is a socket.
+    match address {
+        Ok(address) => !address.is_loopback(),
+        Err(_) => !matches!(host, "" | "localhost"),
+    }
+}
+
+fn says_sslmode(url: &url::Url) -> bool {
+    let is_it = |name: &str| matches!(name, "sslmode" | "ssl-mode");
+    url.query_pairs().any(|(name, _)| is_it(&name)) || std::env::var_os("PGSSLMODE").is_some()
 }
 
 /// Of constants alone.
@@ -306,19 +362,30 @@ fn safe(statement: String) -> SqlStr {
     AssertSqlSafe(statement).into_sql_str()
 }
 
-fn decode(row: &AnyRow) -> Result<Row, sqlx::Error> {
+/// The empty name is before all others.
+fn names(after: Option<&(String, String)>) -> (&str, &str) {
+    after.map_or(("", ""), |(user, provider)| (user, provider))
+}
+
+fn decode_row(row: &AnyRow) -> Result<Row, sqlx::Error> {
+    Ok(Row {
+        info: decode(row)?,
+        record: row.try_get(7)?,
+    })
+}
+
+fn decode(row: &AnyRow) -> Result<Info, sqlx::Error> {
     let time = |seconds: i64| {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.try_into().unwrap_or_default())
     };
-    Ok(Row {
+    Ok(Info {
         user_id: row.try_get(0)?,
         provider: row.try_get(1)?,
         version: row.try_get::<i64, _>(2)?.cast_unsigned(),
         kind: row.try_get(3)?,
         key_id: row.try_get(4)?,
-        record: row.try_get(5)?,
-        created_at: time(row.try_get(6)?),
-        updated_at: time(row.try_get(7)?),
+        created_at: time(row.try_get(5)?),
+        updated_at: time(row.try_get(6)?),
     })
 }
 
@@ -332,6 +399,24 @@ fn seconds(time: SystemTime) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_crosses_a_network_is_checked_unless_said_otherwise() {
+        let is_elsewhere = |text: &str| is_elsewhere(&url::Url::parse(text).unwrap());
+        for here in ["127.0.0.1", "[::1]", "localhost", "localhost:5433"] {
+            assert!(
+                !is_elsewhere(&format!("postgres://shim@{here}/polydev")),
+                "{here}"
+            );
+        }
+        assert!(!is_elsewhere("postgres:///polydev?host=/run/postgresql"));
+        for there in ["db", "192.0.2.1:5432", "[2001:db8::1]"] {
+            assert!(
+                is_elsewhere(&format!("postgres://shim@{there}/polydev")),
+                "{there}"
+            );
+        }
+    }
 
     #[test]
     fn addresses_are_of_a_database_and_without_a_password() {

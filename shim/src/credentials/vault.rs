@@ -5,15 +5,15 @@ use std::{path::Path, time::SystemTime};
 use prost::Message;
 
 use super::{
-    Credential, Source,
+    Credential, Invalid, Source,
     keys::{self, KeyRing},
     record::{Binding, Record},
     scrypt,
-    store::{self, Address, Filter, Row, Store},
+    store::{self, Address, Filter, Info, Row, Store},
 };
 
 /// Records that are sealed anew in one call.
-const AT_ONCE: u32 = 100;
+const AT_ONCE: u32 = 50;
 /// How often a credential is put, while others put the same one.
 const TRIES: u32 = 5;
 
@@ -49,12 +49,10 @@ pub enum Error {
         user_id: String,
         provider: &'static str,
     },
-    #[error("the credential of user `{user_id}` for `{provider}` cannot be sealed anew")]
-    Rotation {
-        user_id: String,
-        provider: String,
-        source: Box<Error>,
-    },
+    #[error("the record opens, and what is in it is no credential")]
+    NotUnderstood,
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
     #[error(transparent)]
     Store(#[from] store::Error),
 }
@@ -73,12 +71,16 @@ pub enum OpenError {
 }
 
 /// How far a rotation has come.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Rotated {
     /// Sealed anew by this call.
     pub sealed: u32,
-    /// Still to do.
+    /// Still to do, those that failed among them.
     pub left: u64,
+    /// Those that could not be, and why.
+    pub failed: Vec<(Info, Error)>,
+    /// User and provider of the last that was looked at, if there may be others behind it.
+    pub next: Option<(String, String)>,
 }
 
 impl Vault {
@@ -128,26 +130,30 @@ impl Vault {
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn put(&self, source: Source, binding: Binding<'_>) -> Result<Row, Error> {
+    pub async fn put(&self, source: Source, binding: Binding<'_>) -> Result<Info, Error> {
         let store = self.store()?;
         let credential = self.get(source, binding).await?;
+        // One that no run could use is not kept.
+        binding.provider.prepare(&credential)?;
         for _ in 0..TRIES {
             let before = store.get(binding.user_id, binding.provider).await?;
+            let before = before.map(|before| before.info);
             let version = before.as_ref().map_or(1, |before| before.version + 1);
             let key = self.keys()?.first();
             let now = SystemTime::now();
-            let row = Row {
+            let info = Info {
                 user_id: binding.user_id.into(),
                 provider: binding.provider.name().into(),
                 version,
                 kind: credential.kind().into(),
                 key_id: key.id.clone(),
-                record: Record::seal(&credential, binding, version, key).encode_to_vec(),
                 created_at: before.map_or(now, |before| before.created_at),
                 updated_at: now,
             };
+            let record = Record::seal(&credential, binding, version, key).encode_to_vec();
+            let row = Row { info, record };
             if store.put(&row).await? {
-                return Ok(row);
+                return Ok(row.info);
             }
         }
         Err(Error::Contended {
@@ -158,7 +164,7 @@ impl Vault {
 
     /// # Errors
     /// [`Error`]
-    pub async fn list(&self, filter: &Filter, most: u32) -> Result<Vec<Row>, Error> {
+    pub async fn list(&self, filter: &Filter, most: u32) -> Result<Vec<Info>, Error> {
         Ok(self.store()?.list(filter, most).await?)
     }
 
@@ -175,26 +181,40 @@ impl Vault {
         }
     }
 
-    /// Seals some records of other keys with the first one.
+    /// Seals some records of other keys with the first one, those behind `after`.
     ///
     /// # Errors
-    /// [`Error`] for the first record that does not open; those before it are sealed anew.
-    pub async fn rotate(&self) -> Result<Rotated, Error> {
+    /// [`Error`] if the store fails; those before are sealed anew.
+    pub async fn rotate(&self, after: Option<(String, String)>) -> Result<Rotated, Error> {
         let (store, keys) = (self.store()?, self.keys()?);
         let key = keys.first();
-        let (rows, before) = store.sealed_otherwise(&key.id, AT_ONCE).await?;
-        let mut sealed = 0;
+        let (rows, before) = store
+            .sealed_otherwise(&key.id, after.as_ref(), AT_ONCE)
+            .await?;
+        let last = rows.last().filter(|_| rows.len() == AT_ONCE as usize);
+        let next = last.map(|row| (row.info.user_id.clone(), row.info.provider.clone()));
+        let (mut sealed, mut failed) = (0, Vec::new());
         for row in rows {
-            let record = reseal(&row, keys).map_err(|error| Error::Rotation {
-                user_id: row.user_id.clone(),
-                provider: row.provider.clone(),
-                source: error.into(),
-            })?;
-            let resealed = store.reseal(&row, &key.id, &record.encode_to_vec()).await?;
-            sealed += u32::from(resealed);
+            match reseal(&row, keys) {
+                Ok(record) => {
+                    let record = record.encode_to_vec();
+                    let resealed = store.reseal(&row.info, &key.id, &record).await?;
+                    sealed += u32::from(resealed);
+                }
+                Err(error) => failed.push((row.info, error)),
+            }
         }
-        let left = before.saturating_sub(sealed.into());
-        Ok(Rotated { sealed, left })
+        Ok(Rotated {
+            sealed,
+            left: before.saturating_sub(sealed.into()),
+            failed,
+            next,
+        })
+    }
+
+    /// Wipes what has been kept for long enough, for ever.
+    pub async fn keep(&self) {
+        self.scrypt.keep().await;
     }
 }
 
@@ -208,25 +228,24 @@ fn not_found(binding: Binding) -> Error {
 /// The same with the first key.
 fn reseal(row: &Row, keys: &KeyRing) -> Result<Record, Error> {
     // A provider that this version does not have is nobody's here.
-    let provider = row.provider.parse().map_err(|_| Error::NotOpened)?;
+    let provider = row.info.provider.parse().map_err(|_| Error::NotOpened)?;
     let binding = Binding {
-        user_id: &row.user_id,
+        user_id: &row.info.user_id,
         provider,
     };
     let credential = open(row, binding, keys)?;
     Ok(Record::seal(
         &credential,
         binding,
-        row.version,
+        row.info.version,
         keys.first(),
     ))
 }
 
-/// Opens what stands in the store. Its version stands beside it too: a record that was put
-/// back into the place of a later one does not open.
+/// Opens what stands in the store, if it is of the version that stands beside it.
 fn open(row: &Row, binding: Binding, keys: &KeyRing) -> Result<Credential, Error> {
     let record = Record {
-        version: row.version,
+        version: row.info.version,
         ..Record::read(&row.record)?
     };
     record.open(binding, keys)

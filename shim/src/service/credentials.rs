@@ -2,17 +2,17 @@
 
 use polydev_proto::runtime::{
     CredentialInfo, DeleteCredentialRequest, DeleteCredentialResponse, ListCredentialsRequest,
-    ListCredentialsResponse, PutCredentialRequest, PutCredentialResponse,
-    RotateCredentialsResponse,
+    ListCredentialsResponse, PutCredentialRequest, PutCredentialResponse, RotateCredentialsRequest,
+    RotateCredentialsResponse, RotationFailure,
 };
 use prost_types::Timestamp;
 
 use super::page;
 use crate::{
     credentials::{
-        Invalid as InvalidCredential, Source, Vault,
+        Error as VaultError, Invalid as InvalidCredential, Source, Vault,
         record::Binding,
-        store::{Filter, Row},
+        store::{Filter, Info},
     },
     provider::Provider,
     run::{
@@ -32,33 +32,25 @@ pub(super) async fn put(
         allowed: "a credential",
     })?;
     let source = Source::parse(credential).map_err(Invalid::from)?;
-    let source = match source {
-        Source::Given(credential) => {
-            // One that no run could use is not kept.
-            provider.prepare(&credential).map_err(Invalid::from)?;
-            Source::Given(credential)
-        }
-        Source::Stored => {
-            return Err(Error::Invalid(Invalid::Credential(InvalidCredential {
-                field: "stored".into(),
-                problem: "names what is in the store already: another source is needed",
-            })));
-        }
-        sealed => sealed,
-    };
+    if matches!(source, Source::Stored) {
+        return Err(Error::Invalid(Invalid::Credential(InvalidCredential {
+            field: "stored".into(),
+            problem: "names what is in the store already: another source is needed",
+        })));
+    }
     let binding = Binding {
         user_id: &request.user_id,
         provider,
     };
-    let row = vault.put(source, binding).await?;
+    let info = vault.put(source, binding).await?;
     tracing::info!(
-        user_id = row.user_id,
-        provider = row.provider,
-        version = row.version,
+        user_id = info.user_id,
+        provider = info.provider,
+        version = info.version,
         "credential put"
     );
     Ok(PutCredentialResponse {
-        credential: Some(encode(row)),
+        credential: Some(encode(info)),
     })
 }
 
@@ -78,27 +70,20 @@ pub(super) async fn list(
         "" => None,
         name => Some(name.parse().map_err(Invalid::from)?),
     };
-    let after = match page_token.split_once('/') {
-        _ if page_token.is_empty() => None,
-        Some((provider, user_id)) => Some((user_id.to_owned(), provider.to_owned())),
-        None => return Err(page::invalid_token(page_token).into()),
-    };
+    let after = parse_token(page_token)?;
     let most = page::size(page_size)?;
     let filter = Filter {
         user_id,
         provider,
         after,
     };
-    let mut rows = vault.list(&filter, most + 1).await?;
-    let has_more = rows.len() > most as usize;
-    rows.truncate(most as usize);
-    let last = rows.last().filter(|_| has_more);
+    let mut infos = vault.list(&filter, most + 1).await?;
+    let has_more = infos.len() > most as usize;
+    infos.truncate(most as usize);
+    let last = infos.last().filter(|_| has_more);
     Ok(ListCredentialsResponse {
-        next_page_token: last.map_or_else(String::new, |row| {
-            // No provider's name has a slash.
-            format!("{}/{}", row.provider, row.user_id)
-        }),
-        credentials: rows.into_iter().map(encode).collect(),
+        next_page_token: last.map_or_else(String::new, |info| token(&info.user_id, &info.provider)),
+        credentials: infos.into_iter().map(encode).collect(),
     })
 }
 
@@ -118,8 +103,11 @@ pub(super) async fn delete(
     Ok(DeleteCredentialResponse {})
 }
 
-pub(super) async fn rotate(vault: &Vault) -> Result<RotateCredentialsResponse, Error> {
-    let rotated = vault.rotate().await?;
+pub(super) async fn rotate(
+    vault: &Vault,
+    request: RotateCredentialsRequest,
+) -> Result<RotateCredentialsResponse, Error> {
+    let rotated = vault.rotate(parse_token(request.page_token)?).await?;
     tracing::info!(
         sealed = rotated.sealed,
         left = rotated.left,
@@ -128,7 +116,40 @@ pub(super) async fn rotate(vault: &Vault) -> Result<RotateCredentialsResponse, E
     Ok(RotateCredentialsResponse {
         sealed: rotated.sealed,
         left: rotated.left,
+        next_page_token: rotated
+            .next
+            .map_or_else(String::new, |(user_id, provider)| {
+                token(&user_id, &provider)
+            }),
+        failed: rotated.failed.into_iter().map(encode_failure).collect(),
     })
+}
+
+fn encode_failure((info, error): (Info, VaultError)) -> RotationFailure {
+    RotationFailure {
+        user_id: info.user_id,
+        provider: info.provider,
+        reason: crate::chain(&error),
+    }
+}
+
+/// Behind which credential a page begins: no provider's name has a slash.
+fn token(user_id: &str, provider: &str) -> String {
+    format!("{provider}/{user_id}")
+}
+
+fn parse_token(token: String) -> Result<Option<(String, String)>, Invalid> {
+    if token.is_empty() {
+        return Ok(None);
+    }
+    let parts = token.split_once('/').filter(|(provider, user_id)| {
+        let is_name = |byte: u8| byte.is_ascii_graphic();
+        provider.bytes().all(is_name) && check_user(user_id).is_ok()
+    });
+    match parts {
+        Some((provider, user_id)) => Ok(Some((user_id.to_owned(), provider.to_owned()))),
+        None => Err(page::invalid_token(token)),
+    }
 }
 
 fn parse(user_id: &str, provider: &str) -> Result<Provider, Invalid> {
@@ -137,14 +158,14 @@ fn parse(user_id: &str, provider: &str) -> Result<Provider, Invalid> {
     Ok(provider)
 }
 
-fn encode(row: Row) -> CredentialInfo {
+fn encode(info: Info) -> CredentialInfo {
     CredentialInfo {
-        user_id: row.user_id,
-        provider: row.provider,
-        kind: row.kind,
-        version: row.version,
-        key_id: row.key_id,
-        created_at: Some(Timestamp::from(row.created_at)),
-        updated_at: Some(Timestamp::from(row.updated_at)),
+        user_id: info.user_id,
+        provider: info.provider,
+        kind: info.kind,
+        version: info.version,
+        key_id: info.key_id,
+        created_at: Some(Timestamp::from(info.created_at)),
+        updated_at: Some(Timestamp::from(info.updated_at)),
     }
 }

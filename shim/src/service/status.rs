@@ -31,6 +31,10 @@ impl From<run::Error> for Status {
             Error::Invalid(invalid) => {
                 details.add_bad_request_violation(short(invalid.field()), &message);
             }
+            Error::Credential(credentials::Error::Invalid(invalid)) => {
+                let field = format!("credential.{}", invalid.field);
+                details.add_bad_request_violation(short(field), &message);
+            }
             Error::AtLimit { user_id, .. } | Error::Full(Full::User { user_id, .. }) => {
                 details.add_quota_failure_violation(format!("user:{user_id}"), &message);
             }
@@ -79,7 +83,8 @@ fn credential(error: &credentials::Error) -> (Code, &'static str) {
         Error::NotOpened => (Code::FailedPrecondition, "NOT_OPENED"),
         Error::NotFound { .. } => (Code::NotFound, "NO_CREDENTIAL"),
         Error::Contended { .. } => (Code::Aborted, "CONTENDED"),
-        Error::Rotation { source, .. } => credential(source),
+        Error::NotUnderstood => (Code::FailedPrecondition, "NOT_UNDERSTOOD"),
+        Error::Invalid(_) => (Code::InvalidArgument, "INVALID"),
         Error::Store(_) => (Code::Unavailable, "STORE"),
     }
 }
@@ -94,9 +99,8 @@ fn is_worth_another_try(error: &Error) -> bool {
         | Error::NotRun { .. }
         | Error::MayHaveRun { .. }
         | Error::Unasked { .. }
-        | Error::Credential(credentials::Error::Store(_) | credentials::Error::Contended { .. }) => {
-            true
-        }
+        | Error::Credential(credentials::Error::Contended { .. }) => true,
+        Error::Credential(credentials::Error::Store(error)) => error.may_pass(),
         Error::Invalid(_)
         | Error::Refused { .. }
         | Error::Denied(_)

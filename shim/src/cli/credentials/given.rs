@@ -90,6 +90,11 @@ impl Given {
         }))
     }
 
+    /// Whether it is a record.
+    pub(super) fn is_sealed(&self) -> bool {
+        self.sealed_file.is_some() || self.scrypt_file.is_some()
+    }
+
     /// What is given in the clear.
     pub(super) fn secret(&self, provider: Provider) -> anyhow::Result<Option<Secret>> {
         let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());

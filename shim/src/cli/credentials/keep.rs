@@ -5,13 +5,13 @@ use std::process::ExitCode;
 use anyhow::Context;
 use polydev_proto::runtime::{
     CredentialInfo, DeleteCredentialRequest, ListCredentialsRequest, PutCredentialRequest,
-    RotateCredentialsRequest,
+    RotateCredentialsRequest, RotationFailure,
 };
 use serde_json::{Value, json};
 
 use super::{Given, Name};
 use crate::{
-    cli::{Options, Output, age, answer, print},
+    cli::{FAILED, Options, Output, age, answer, print},
     provider::Provider,
 };
 
@@ -129,17 +129,31 @@ pub(super) async fn delete(arguments: Delete) -> anyhow::Result<ExitCode> {
 
 pub(super) async fn rotate(Rotate { options }: Rotate) -> anyhow::Result<ExitCode> {
     let mut shim = options.connect().await?;
-    let mut sealed = 0;
+    let (mut sealed, mut failed) = (0, 0);
+    let mut request = RotateCredentialsRequest::default();
     loop {
-        let rotated = answer(shim.rotate_credentials(RotateCredentialsRequest {})).await?;
+        let rotated = answer(shim.rotate_credentials(request.clone())).await?;
         sealed += u64::from(rotated.sealed);
+        failed += rotated.failed.len();
+        for failure in &rotated.failed {
+            let RotationFailure {
+                user_id,
+                provider,
+                reason,
+            } = failure;
+            eprintln!("that of {user_id} for {provider} is as it was: {reason}");
+        }
         let left = rotated.left;
         print(&match options.output {
             Output::Json => format!("{}\n", json!({ "sealed": sealed, "left": left })),
             Output::Text => format!("sealed anew: {sealed}, left: {left}\n"),
         })?;
-        if left == 0 {
-            return Ok(ExitCode::SUCCESS);
+        request.page_token = rotated.next_page_token;
+        if request.page_token.is_empty() {
+            return Ok(match failed {
+                0 => ExitCode::SUCCESS,
+                _ => ExitCode::from(FAILED),
+            });
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use prost::Message;
 
@@ -33,6 +33,9 @@ pub(super) fn seal(arguments: &Seal) -> anyhow::Result<ExitCode> {
     check_user(user)?;
     let keys = KeyRing::load(arguments.master_key_file.as_deref())?;
     let keys = keys.context("there is no master key: --master-key-file names a file with one")?;
+    if arguments.given.is_sealed() {
+        bail!("what is to be sealed is sealed already: `credentials put` takes records");
+    }
     let secret = arguments.given.secret(*provider)?;
     let secret = secret.context("no credential is given in the clear: see --help")?;
     let credential = Credential::parse(secret)?;

@@ -73,6 +73,9 @@ impl Plugin {
         let mut process = Command::new(driver)
             .env(COOKIE.0, COOKIE.1)
             .env("PLUGIN_PROTOCOL_VERSIONS", "2")
+            // What is the shim's alone.
+            .env_remove("ENCRYPTION_MASTER_KEY")
+            .env_remove("PGPASSWORD")
             .env("PLUGIN_MIN_PORT", "10000")
             .env("PLUGIN_MAX_PORT", "25000")
             .stdin(Stdio::null())
