@@ -21,8 +21,8 @@ use polydev_proto::{
         ListCredentialsResponse, ListPoolsRequest, ListPoolsResponse, ListRunsRequest,
         ListRunsResponse, PutCredentialRequest, PutCredentialResponse, ResumePoolRequest,
         ResumePoolResponse, RotateCredentialsRequest, RotateCredentialsResponse, RunEvent,
-        RunRequest, RunResponse, ScalePoolRequest, ScalePoolResponse, WatchPoolsRequest,
-        WatchPoolsResponse, attach_request, run_request,
+        RunRequest, RunResponse, RunStart, ScalePoolRequest, ScalePoolResponse, SubmitJobRequest,
+        SubmitJobResponse, WatchPoolsRequest, WatchPoolsResponse, attach_request, run_request,
         runtime_service_server::{RuntimeService, RuntimeServiceServer},
     },
 };
@@ -176,22 +176,8 @@ impl RuntimeService for Service {
         let Some(run_request::Message::Start(start)) = first(&mut requests).await?.message else {
             return Err(Error::from(request::Invalid::NotStarted).into());
         };
-        let mut request = request::Request::parse(*start, trace).map_err(Error::from)?;
-        let run = Action::Run {
-            user_id: Some(&request.user_id),
-            provider: Some(request.provider),
-        };
-        self.check(&caller, run)?;
-        if let Some(source) = request.credential.take() {
-            let binding = Binding {
-                user_id: &request.user_id,
-                provider: request.provider,
-            };
-            let credential = self.vault.get(source, binding).await.map_err(Error::from)?;
-            request.equip(&credential).map_err(Error::from)?;
-        }
+        let request = self.admit(*start, trace, &caller).await?;
         let (run_id, longest) = (request.run_id, request.longest());
-        tracing::info!(%run_id, %caller, provider = %request.provider, user_id = request.user_id, "run");
         let name = Name {
             run_id: run_id.to_string(),
             user_id: request.user_id.clone(),
@@ -218,6 +204,31 @@ impl RuntimeService for Service {
             })
         });
         Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn submit_job(
+        &self,
+        request: Request<SubmitJobRequest>,
+    ) -> Result<Response<SubmitJobResponse>, Status> {
+        let trace = trace_context(request.metadata());
+        let caller = caller(&request);
+        let start = request.into_inner().start.unwrap_or_default();
+        if start.stdin {
+            return Err(Error::Invalid(request::Invalid::Value {
+                field: "stdin",
+                given: "true".into(),
+                allowed: "false: nobody would send any",
+            })
+            .into());
+        }
+        let request = self.admit(start, trace, &caller).await?;
+        let run_id = request.run_id.to_string();
+        // Nobody is told its place.
+        let (told, _) = mpsc::channel(1);
+        let (connection, _running) =
+            claim::claim(&self.view, &self.queue, &self.on_demand, request, &told).await?;
+        let accepted = Some(relay::accepted(run_id, &connection));
+        Ok(Response::new(SubmitJobResponse { accepted }))
     }
 
     async fn attach(
@@ -395,6 +406,30 @@ impl RuntimeService for Service {
 }
 
 impl Service {
+    /// A run that may be tried, with its credential.
+    async fn admit(
+        &self,
+        start: RunStart,
+        trace: Option<TraceContext>,
+        caller: &Caller,
+    ) -> Result<request::Request, Error> {
+        let mut request = request::Request::parse(start, trace)?;
+        let (user_id, provider) = (request.user_id.as_str(), request.provider);
+        let run = Action::Run {
+            user_id: Some(user_id),
+            provider: Some(provider),
+        };
+        self.check(caller, run)?;
+        if let Some(source) = request.credential.take() {
+            let binding = Binding { user_id, provider };
+            let credential = self.vault.get(source, binding).await?;
+            request.equip(&credential)?;
+        }
+        let run_id = request.run_id;
+        tracing::info!(%run_id, %caller, %provider, user_id = request.user_id, "run");
+        Ok(request)
+    }
+
     /// Whether the caller may; what changes something is in the log with his name.
     fn check(&self, caller: &Caller, action: Action) -> Result<(), Error> {
         if let Err(denied) = self.access.check(caller, action) {

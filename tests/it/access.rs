@@ -12,6 +12,7 @@ use polydev_proto::{
     runtime::{
         DeleteCredentialRequest, ListCredentialsRequest, ListPoolsRequest, ListRunsRequest,
         PutCredentialRequest, RotateCredentialsRequest, RunStart, ScalePoolRequest,
+        SubmitJobRequest,
     },
     tls::Files,
 };
@@ -131,6 +132,14 @@ fn callers_from_elsewhere_are_known_and_held_to_their_roles() {
         ..shell("anthropic", "true")
     };
     let run_id = shim.client().run(alices.clone()).unwrap().accepted.run_id;
+    let request = SubmitJobRequest {
+        start: Some(alices.clone()),
+    };
+    is_denied(
+        client
+            .call(async |mut shim| shim.submit_job(request).await)
+            .unwrap_err(),
+    );
     is_denied(client.run(alices).unwrap_err());
     is_denied(
         client

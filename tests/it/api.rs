@@ -1,11 +1,15 @@
 //! What any gRPC client may ask of a shim besides runs.
 
+use std::time::Duration;
+
 use polydev_proto::runtime::{
-    ExitReason, ListRunsRequest, Run, RunStart, RunState, run_event::Event,
+    ExitReason, ListRunsRequest, Run, RunStart, RunState, SubmitJobRequest, run_event::Event,
 };
 use polydev_tests::{
     client::{Client, argv, shell},
+    process::succeed,
     shim::Shim,
+    wait_until,
 };
 use serde_json::Value;
 use tonic::Code;
@@ -141,6 +145,62 @@ fn runs_are_listed_page_by_page_and_shown() {
     while client.next(&mut going).unwrap().is_some() {}
     let cancelled = client.get_run_as("other", &expected[0]).unwrap();
     assert!(cancelled.cancelled && cancelled.state() == RunState::Ended);
+}
+
+#[test]
+fn a_job_that_is_submitted_runs_without_a_caller() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let submit = |start: RunStart| {
+        let request = SubmitJobRequest { start: Some(start) };
+        client.call(async |mut shim| shim.submit_job(request).await)
+    };
+    let run_id = uuid::Uuid::now_v7().to_string();
+    let job = RunStart {
+        run_id: run_id.clone(),
+        attempt: 1,
+        ..shell("anthropic", "seq 1 100000; exit 3")
+    };
+    let accepted = submit(job.clone()).unwrap().accepted.unwrap();
+    assert_eq!(accepted.run_id, run_id);
+    // As often as it is asked for, it is one.
+    let again = RunStart { attempt: 2, ..job };
+    assert_eq!(submit(again).unwrap().accepted.unwrap(), accepted);
+    wait_until("its end", Duration::from_secs(20), || {
+        let run = client
+            .get_run(&run_id)
+            .map_err(|status| status.to_string())?;
+        match run.exited {
+            Some(exited) => Ok(assert_eq!(exited.exit_code, 3)),
+            None => Err(format!("{run:?}")),
+        }
+    });
+    let run = client.attach(&run_id, [0; 2]).unwrap();
+    let outcome = client.finish(run).unwrap();
+    let lines: String = (1..=100_000).map(|line| format!("{line}\n")).collect();
+    assert!(outcome.stdout() == lines);
+
+    client.wait_idle("anthropic", 1);
+    let detached = [
+        "run",
+        "anthropic",
+        "--detach",
+        "--",
+        "sh",
+        "-c",
+        "cat; echo over",
+    ];
+    let printed = succeed(&mut shim.command(&detached));
+    let attached = ["runs", "attach", printed.trim()];
+    assert_eq!(succeed(&mut shim.command(&attached)), "over\n");
+
+    let stdin = RunStart {
+        stdin: true,
+        ..shell("anthropic", "cat")
+    };
+    assert_eq!(submit(stdin).unwrap_err().code(), Code::InvalidArgument);
+    let none = client.call(async |mut shim| shim.submit_job(SubmitJobRequest::default()).await);
+    assert_eq!(none.unwrap_err().code(), Code::InvalidArgument);
 }
 
 #[test]

@@ -5,16 +5,18 @@ use std::{ffi::OsString, os::unix::ffi::OsStringExt, process::ExitCode};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use polydev_proto::runtime::{
-    Argv, Credential, Prompt, RunRequest, RunStart, StoredCredential, credential,
-    run_request::Message, run_start::Command, runtime_service_client::RuntimeServiceClient,
+    Argv, Credential, Prompt, RunRequest, RunStart, StoredCredential, SubmitJobRequest, credential,
+    run_event::Event, run_request::Message, run_start::Command,
+    runtime_service_client::RuntimeServiceClient,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::metadata::MetadataValue;
+use tonic::{metadata::MetadataValue, transport::Channel};
 
 use super::{
     Client, Output,
     credentials::Given,
+    print,
     stream::{self, QUEUE, Signals, forward_stdin},
     told,
 };
@@ -52,6 +54,10 @@ pub(super) struct Arguments {
     /// Seconds until the command is told to end.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u32,
+    /// Do not stream it: print its id once a slot is claimed for it. `runs attach` has its
+    /// output.
+    #[arg(long, short, conflicts_with = "timeline")]
+    detach: bool,
     /// How to print the run: its output as it is, or every event as a JSON object.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
@@ -75,6 +81,9 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let channel = arguments.client.connect().await?;
     let mut shim = RuntimeServiceClient::new(channel);
 
+    if arguments.detach {
+        return detach(shim, start, arguments.output).await;
+    }
     let (inputs, queue) = mpsc::channel(QUEUE);
     let reads_stdin = start.stdin;
     let first = Message::Start(Box::new(start));
@@ -84,17 +93,8 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         .map(|message| RunRequest {
             message: Some(message),
         });
-    let mut call = tonic::Request::new(requests);
-    for name in ["traceparent", "tracestate"] {
-        let value = std::env::var(name.to_uppercase()).unwrap_or_default();
-        if let Ok(value) = MetadataValue::try_from(value)
-            && !value.is_empty()
-        {
-            call.metadata_mut().insert(name, value);
-        }
-    }
     let signals = Signals::new()?;
-    let events = shim.run(call).await;
+    let events = shim.run(traced(requests)).await;
     let events = events.map_err(told)?;
     if reads_stdin {
         tokio::spawn(forward_stdin(inputs.clone()));
@@ -108,6 +108,40 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         arguments.timeline,
     )
     .await
+}
+
+/// In the trace that the environment names.
+fn traced<T>(requests: T) -> tonic::Request<T> {
+    let mut call = tonic::Request::new(requests);
+    for name in ["traceparent", "tracestate"] {
+        let value = std::env::var(name.to_uppercase()).unwrap_or_default();
+        if let Ok(value) = MetadataValue::try_from(value)
+            && !value.is_empty()
+        {
+            call.metadata_mut().insert(name, value);
+        }
+    }
+    call
+}
+
+async fn detach(
+    mut shim: RuntimeServiceClient<Channel>,
+    start: RunStart,
+    output: Output,
+) -> anyhow::Result<ExitCode> {
+    let request = SubmitJobRequest {
+        start: Some(RunStart {
+            stdin: false,
+            ..start
+        }),
+    };
+    let submitted = shim.submit_job(traced(request)).await.map_err(told)?;
+    let accepted = submitted.into_inner().accepted.unwrap_or_default();
+    match output {
+        Output::Text => print(&format!("{}\n", accepted.run_id))?,
+        Output::Json => stream::print_event(&Event::Accepted(accepted), output)?,
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {

@@ -121,7 +121,7 @@ pub(super) async fn forward_stdin(inputs: mpsc::Sender<RunInput>) {
 }
 
 /// Output goes out as it comes: whoever reads this waits for the run, not for us.
-fn print_event(event: &Event, output: Output) -> anyhow::Result<()> {
+pub(super) fn print_event(event: &Event, output: Output) -> anyhow::Result<()> {
     let (mut stdout, mut stderr) = (std::io::stdout().lock(), std::io::stderr().lock());
     match (output, event) {
         (Output::Text, Event::Stdout(bytes)) => {

@@ -57,6 +57,18 @@ pub struct Relay {
     pub caller: mpsc::Sender<Result<RunEvent, Error>>,
 }
 
+/// What a caller is told first.
+pub fn accepted(run_id: String, connection: &Connection) -> Accepted {
+    Accepted {
+        run_id,
+        slot_id: connection.slot_id.clone(),
+        generation: connection.generation,
+        node_id: connection.node_id.clone(),
+        warm: !connection.on_demand,
+        stdin_offset: connection.stdin_offset,
+    }
+}
+
 impl Relay {
     /// Sends a run's events until its end, and the caller's input to it. Returns as well
     /// when the caller is gone.
@@ -65,14 +77,8 @@ impl Relay {
     /// [`Error::Invalid`] for what the caller may not send, [`Error::NotRun`] if the claim
     /// came to nothing after all, [`Error::Lost`] if the driver does not come back.
     pub async fn run(self, connection: Connection, requests: Inputs) -> Result<(), Error> {
-        let accepted = run_event::Event::Accepted(Accepted {
-            run_id: self.name.run_id.clone(),
-            slot_id: connection.slot_id.clone(),
-            generation: connection.generation,
-            node_id: connection.node_id.clone(),
-            warm: !connection.on_demand,
-            stdin_offset: connection.stdin_offset,
-        });
+        let accepted = accepted(self.name.run_id.clone(), &connection);
+        let accepted = run_event::Event::Accepted(accepted);
         let mut carried = Carried {
             claimed: connection.sent,
             timeline: match connection.events {
