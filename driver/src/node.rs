@@ -199,7 +199,7 @@ impl Node {
     /// Takes away what only a driver with slots needs. Bounded by the engine's deadlines.
     pub async fn leave(&self) {
         let _gone = std::fs::remove_file(socket_path(&self.config));
-        if self.runs.is_busy() || self.slots.all().iter().any(|slot| slot.end().is_none()) {
+        if self.runs.going() > 0 || self.slots.all().iter().any(|slot| slot.end().is_none()) {
             return;
         }
         self.runs.leave();

@@ -8,6 +8,7 @@ mod pool;
 mod run;
 mod runs;
 mod serve;
+mod status;
 mod stream;
 
 use std::{
@@ -63,6 +64,8 @@ enum Command {
     /// Keep users' credentials, sealed, in the shim's store.
     #[command(subcommand)]
     Credentials(credentials::Command),
+    /// Look at the nodes: their drivers, what they have and how much of it is used.
+    Status(Options),
     /// Make certificates for trying out.
     #[command(subcommand)]
     Certs(certs::Command),
@@ -398,6 +401,7 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Runs(command) => runs::execute(command).await,
         Command::Pool(command) => pool::execute(command).await,
         Command::Credentials(command) => credentials::execute(command).await,
+        Command::Status(options) => status::execute(options).await,
         Command::Certs(command) => certs::execute(command),
         Command::Completions { shell } => manual::completions(shell),
         Command::Man { folder } => manual::pages(&folder),

@@ -26,7 +26,10 @@ const INPUTS: usize = 16;
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// A driver's answer, or UNAVAILABLE if none comes.
-async fn answered<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+///
+/// # Errors
+/// As the driver answers.
+pub async fn answered<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
     let answer = timeout(ANSWER, call).await;
     answer.map_err(|_| Status::unavailable("no answer in 5 s"))?
 }

@@ -1,6 +1,7 @@
 //! `polydev.runtime.v1`: decodes, asks `run` and `pool`, encodes. The calls about pools are in
 //! [`pools`], those about credentials in [`credentials`], those that tell of runs in [`runs`]. Who calls is found out in [`incoming`]. How errors are told is in [`status`].
 
+mod cluster;
 mod credentials;
 mod incoming;
 mod page;
@@ -17,12 +18,13 @@ use polydev_proto::{
     runtime::{
         AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse,
         DeleteCredentialRequest, DeleteCredentialResponse, DrainPoolRequest, DrainPoolResponse,
-        GetPoolRequest, GetPoolResponse, GetRunRequest, GetRunResponse, ListCredentialsRequest,
-        ListCredentialsResponse, ListPoolsRequest, ListPoolsResponse, ListRunsRequest,
-        ListRunsResponse, PutCredentialRequest, PutCredentialResponse, ResumePoolRequest,
-        ResumePoolResponse, RotateCredentialsRequest, RotateCredentialsResponse, RunEvent,
-        RunRequest, RunResponse, RunStart, ScalePoolRequest, ScalePoolResponse, SubmitJobRequest,
-        SubmitJobResponse, WatchPoolsRequest, WatchPoolsResponse, attach_request, run_request,
+        GetClusterStatusRequest, GetClusterStatusResponse, GetPoolRequest, GetPoolResponse,
+        GetRunRequest, GetRunResponse, ListCredentialsRequest, ListCredentialsResponse,
+        ListPoolsRequest, ListPoolsResponse, ListRunsRequest, ListRunsResponse,
+        PutCredentialRequest, PutCredentialResponse, ResumePoolRequest, ResumePoolResponse,
+        RotateCredentialsRequest, RotateCredentialsResponse, RunEvent, RunRequest, RunResponse,
+        RunStart, ScalePoolRequest, ScalePoolResponse, SubmitJobRequest, SubmitJobResponse,
+        WatchPoolsRequest, WatchPoolsResponse, attach_request, run_request,
         runtime_service_server::{RuntimeService, RuntimeServiceServer},
     },
 };
@@ -359,6 +361,14 @@ impl RuntimeService for Service {
         self.check(&caller(&request), Action::Scale { provider })?;
         let events = pools::resume(&self.runs, self.nomad()?, provider);
         Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn get_cluster_status(
+        &self,
+        request: Request<GetClusterStatusRequest>,
+    ) -> Result<Response<GetClusterStatusResponse>, Status> {
+        self.check(&caller(&request), Action::Look)?;
+        Ok(Response::new(cluster::status(&self.view).await))
     }
 
     async fn put_credential(

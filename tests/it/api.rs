@@ -166,15 +166,12 @@ fn a_job_that_is_submitted_runs_without_a_caller() {
     // As often as it is asked for, it is one.
     let again = RunStart { attempt: 2, ..job };
     assert_eq!(submit(again).unwrap().accepted.unwrap(), accepted);
-    wait_until("its end", Duration::from_secs(20), || {
-        let run = client
-            .get_run(&run_id)
-            .map_err(|status| status.to_string())?;
-        match run.exited {
-            Some(exited) => Ok(assert_eq!(exited.exit_code, 3)),
-            None => Err(format!("{run:?}")),
-        }
+    let exited = wait_until("its end", Duration::from_secs(20), || {
+        let run = client.get_run(&run_id);
+        let run = run.map_err(|status| status.to_string())?;
+        run.exited.ok_or_else(|| "it goes on".to_owned())
     });
+    assert_eq!(exited.exit_code, 3);
     let run = client.attach(&run_id, [0; 2]).unwrap();
     let outcome = client.finish(run).unwrap();
     let lines: String = (1..=100_000).map(|line| format!("{line}\n")).collect();

@@ -4,7 +4,8 @@ use std::{collections::HashSet, time::Duration};
 
 use nix::sys::signal::Signal;
 use polydev_proto::runtime::{
-    ListPoolsRequest, ListRunsRequest, RunStart, RunState, run_input::Input,
+    GetClusterStatusRequest, ListPoolsRequest, ListRunsRequest, Node, RunStart, RunState,
+    run_input::Input,
 };
 use polydev_tests::{
     client::{Client, Run, shell},
@@ -52,6 +53,7 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
     };
     assert_eq!(nodes(&runs).len(), 2);
     all_are_listed_by_any_shim(&clients, &runs);
+    the_nodes_are_told_of(&clients[0], SLOTS);
 
     // No server answers: a run is cancelled through another shim, and its slot is refilled and
     // claimed.
@@ -135,6 +137,33 @@ fn drivers_let_in_shims_and_nobody_else(cluster: &Cluster) {
             false => Err(caller.process.log()),
         }
     });
+}
+
+/// Two nodes, three slots each, and what their runs have left of the headroom.
+fn the_nodes_are_told_of(client: &Client, runs: u32) {
+    let request = GetClusterStatusRequest {};
+    let status = client.call(async |mut shim| shim.get_cluster_status(request).await);
+    let status = status.expect("it is told");
+    assert_eq!(status.nodes.len(), NODES);
+    assert!(status.nodes.iter().all(|node| node.reachable));
+    let sum = |of: fn(&Node) -> u32| status.nodes.iter().map(of).sum::<u32>();
+    assert_eq!(
+        (sum(|node| node.slots), sum(|node| node.runs)),
+        (SLOTS, runs)
+    );
+    for node in &status.nodes {
+        let (Some(run), Some(given), Some(left)) = (node.run, node.headroom, node.headroom_left)
+        else {
+            panic!("{node:?}");
+        };
+        assert_eq!((given.cpu_mhz, given.memory_mb), (8000, 8192));
+        // An idle slot has 100 MHz of its own.
+        assert_eq!(
+            left.cpu_mhz,
+            given.cpu_mhz - node.runs * (run.cpu_mhz - 100)
+        );
+        assert_eq!(node.driver_version, status.shim_version);
+    }
 }
 
 fn all_are_listed_by_any_shim(clients: &[Client; 3], runs: &[Run]) {

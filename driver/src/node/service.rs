@@ -1,6 +1,7 @@
 //! `polydev.node.v1`: decodes, asks the book and the slots, encodes. How runs are listed is in
-//! [`runs`].
+//! [`runs`], how the node is told of in [`figures`].
 
+mod figures;
 mod runs;
 
 use std::{
@@ -10,15 +11,18 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
-use polydev_proto::connection::Connection;
-use polydev_proto::node::{
-    AttachRequest, AttachResponse, Attached, CancelRunRequest, CancelRunResponse, Claim,
-    ClaimRequest, ClaimResponse, Ended, FenceRequest, FenceResponse, GetRunRequest, GetRunResponse,
-    Granted, HaveRun, ListRunsRequest, ListRunsResponse, Lost, Output, RunEvent, RunInput,
-    Slot as SlotMessage, Started, StdinTaken, Unknown, WatchSlotsRequest, WatchSlotsResponse,
-    attach_request, claim_request, fence_response,
-    node_service_server::{NodeService, NodeServiceServer},
-    run_event, run_input, slot,
+use polydev_proto::{
+    connection::Connection,
+    node::{
+        AttachRequest, AttachResponse, Attached, CancelRunRequest, CancelRunResponse, Claim,
+        ClaimRequest, ClaimResponse, Ended, FenceRequest, FenceResponse, GetNodeRequest,
+        GetNodeResponse, GetRunRequest, GetRunResponse, Granted, HaveRun, ListRunsRequest,
+        ListRunsResponse, Lost, Output, RunEvent, RunInput, Slot as SlotMessage, Started,
+        StdinTaken, Unknown, WatchSlotsRequest, WatchSlotsResponse, attach_request, claim_request,
+        fence_response,
+        node_service_server::{NodeService, NodeServiceServer},
+        run_event, run_input, slot,
+    },
 };
 use prost_types::Timestamp;
 use tokio::{
@@ -245,6 +249,13 @@ impl NodeService for Service {
         self.node.runs.cancel(&run, &reason);
         tracing::info!(run_id, user_id, reason, "cancelled");
         Ok(Response::new(CancelRunResponse {}))
+    }
+
+    async fn get_node(
+        &self,
+        _: Request<GetNodeRequest>,
+    ) -> Result<Response<GetNodeResponse>, Status> {
+        Ok(Response::new(figures::of(&self.node)))
     }
 
     async fn get_run(

@@ -330,9 +330,9 @@ impl Runs {
         inner.runs().filter(|run| fits(run)).cloned().collect()
     }
 
-    /// Whether a run goes on.
-    pub(crate) fn is_busy(&self) -> bool {
-        self.lock().runs().any(|run| !run.is_over())
+    /// How many runs go on.
+    pub(crate) fn going(&self) -> usize {
+        self.lock().runs().filter(|run| !run.is_over()).count()
     }
 
     pub(super) fn started(&self, run: &Run) {

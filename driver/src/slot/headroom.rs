@@ -64,7 +64,9 @@ pub enum Full {
 /// The account of one node.
 #[derive(Debug)]
 pub struct Headroom {
-    /// What is left of what the operator gave; `None` if he gave no figure.
+    /// What the operator gave; `None` if he gave no figure.
+    pub given: Option<Amount>,
+    /// What is left of it.
     left: Option<Mutex<Amount>>,
     warned: Once,
 }
@@ -73,9 +75,16 @@ impl Headroom {
     #[must_use]
     pub fn new(given: Option<Amount>) -> Arc<Self> {
         Arc::new(Self {
+            given,
             left: given.map(Mutex::new),
             warned: Once::new(),
         })
+    }
+
+    /// What is left of what the operator gave.
+    #[must_use]
+    pub fn left(&self) -> Option<Amount> {
+        self.left.as_ref().map(|left| *lock(left))
     }
 
     /// Sets aside what a run needs until the share is dropped. Without a figure of the

@@ -12,7 +12,7 @@ use super::{
 use crate::{pool::View, provider::Provider};
 
 /// Nodes that are asked at a time.
-const ASKED: usize = 64;
+pub const ASKED: usize = 64;
 
 /// Which runs: those that fit all of it.
 #[derive(Debug, Default)]

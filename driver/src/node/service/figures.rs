@@ -1,0 +1,30 @@
+//! What the node has, and how much of it is used.
+
+use polydev_proto::node::{Amount, GetNodeResponse};
+
+use crate::{
+    node::Node,
+    slot::{headroom, state::State},
+};
+
+pub(super) fn of(node: &Node) -> GetNodeResponse {
+    let lives: Vec<_> = node.slots.all().iter().map(|slot| slot.life()).collect();
+    let count = |is_it: fn(&State) -> bool| {
+        let counted = lives.iter().filter(|life| is_it(life.state())).count();
+        u32::try_from(counted).unwrap_or(u32::MAX)
+    };
+    let amount = |amount: headroom::Amount| Amount {
+        cpu_mhz: amount.cpu_mhz,
+        memory_mb: amount.memory_mb,
+    };
+    GetNodeResponse {
+        version: env!("CARGO_PKG_VERSION").into(),
+        slots: count(|_| true),
+        idle: count(|state| matches!(state, State::Idle)),
+        claimed: count(|state| matches!(state, State::Claimed { .. })),
+        runs: u32::try_from(node.runs.going()).unwrap_or(u32::MAX),
+        run: Some(amount(headroom::Amount::from(&node.config.run))),
+        headroom: node.headroom.given.map(amount),
+        headroom_left: node.headroom.left().map(amount),
+    }
+}

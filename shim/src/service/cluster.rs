@@ -1,0 +1,60 @@
+//! The nodes: what each has, and how much of it is used.
+
+use futures_util::{StreamExt, stream};
+use polydev_proto::{
+    node::{self, GetNodeRequest, GetNodeResponse, node_service_client::NodeServiceClient},
+    runtime::{Amount, GetClusterStatusResponse, Node},
+};
+
+use crate::{
+    pool::View,
+    run::{answered, listing::ASKED},
+};
+
+/// Asks all nodes.
+pub(super) async fn status(view: &View) -> GetClusterStatusResponse {
+    let (reachable, unreachable) = view.channels();
+    let asked = stream::iter(reachable).map(|(node_id, channel)| async move {
+        let mut client = NodeServiceClient::new(channel);
+        match answered(client.get_node(GetNodeRequest {})).await {
+            Ok(figures) => encode(node_id, figures.into_inner()),
+            Err(status) => {
+                tracing::info!(node_id, %status, "a node does not tell of itself");
+                silent(node_id)
+            }
+        }
+    });
+    let mut nodes: Vec<Node> = asked.buffer_unordered(ASKED).collect().await;
+    nodes.extend(unreachable.into_iter().map(silent));
+    nodes.sort_by(|a, b| a.node_id.cmp(&b.node_id));
+    GetClusterStatusResponse {
+        shim_version: env!("CARGO_PKG_VERSION").into(),
+        nodes,
+    }
+}
+
+fn silent(node_id: String) -> Node {
+    Node {
+        node_id,
+        ..Default::default()
+    }
+}
+
+fn encode(node_id: String, figures: GetNodeResponse) -> Node {
+    let amount = |amount: node::Amount| Amount {
+        cpu_mhz: amount.cpu_mhz,
+        memory_mb: amount.memory_mb,
+    };
+    Node {
+        node_id,
+        reachable: true,
+        driver_version: figures.version,
+        slots: figures.slots,
+        idle: figures.idle,
+        claimed: figures.claimed,
+        runs: figures.runs,
+        run: figures.run.map(amount),
+        headroom: figures.headroom.map(amount),
+        headroom_left: figures.headroom_left.map(amount),
+    }
+}
