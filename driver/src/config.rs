@@ -5,13 +5,15 @@ mod allow;
 mod mount;
 mod plugin;
 pub mod schema;
+mod shims;
 mod slot;
 mod task;
 mod value;
 
 pub use allow::Capabilities;
 pub use mount::{Device, Mount, MountKind, Volume};
-pub use plugin::{Auth, EXTRA_LABELS, Endpoint, Gc, Plugin, Shims, Tls};
+pub use plugin::{Auth, EXTRA_LABELS, Endpoint, Gc, Plugin, Tls};
+pub use shims::Shims;
 pub use slot::Slot;
 pub use task::{Auth as TaskAuth, Bandwidth, Logging, Task, Ulimit};
 

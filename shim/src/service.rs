@@ -1,6 +1,9 @@
 //! `polydev.runtime.v1`: decodes, asks `run` and `pool`, encodes. The calls about pools are in
-//! [`pools`], those about credentials in [`credentials`], those that tell of runs in [`runs`]. Who calls is found out in [`incoming`]. How errors are told is in [`status`].
+//! [`pools`], those about credentials in [`credentials`], those that tell of runs in [`runs`]. Who calls is found out in [`incoming`],
+//! and whether he may in [`allow`]; runs are carried in [`carry`]. How errors are told is in [`status`].
 
+mod allow;
+mod carry;
 mod cluster;
 mod credentials;
 mod incoming;
@@ -22,8 +25,8 @@ use polydev_proto::{
         GetRunRequest, GetRunResponse, ListCredentialsRequest, ListCredentialsResponse,
         ListPoolsRequest, ListPoolsResponse, ListRunsRequest, ListRunsResponse,
         PutCredentialRequest, PutCredentialResponse, ResumePoolRequest, ResumePoolResponse,
-        RotateCredentialsRequest, RotateCredentialsResponse, RunEvent, RunRequest, RunResponse,
-        RunStart, ScalePoolRequest, ScalePoolResponse, SubmitJobRequest, SubmitJobResponse,
+        RotateCredentialsRequest, RotateCredentialsResponse, RunRequest, RunResponse,
+        ScalePoolRequest, ScalePoolResponse, SubmitJobRequest, SubmitJobResponse,
         WatchPoolsRequest, WatchPoolsResponse, attach_request, run_request,
         runtime_service_server::{RuntimeService, RuntimeServiceServer},
     },
@@ -32,24 +35,24 @@ use tokio::{
     sync::mpsc,
     time::{Duration, timeout},
 };
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap, transport::Server};
 
+use allow::caller;
+
 use crate::{
-    access::{Access, Action, Caller},
+    access::{Access, Action},
     address::Listener,
-    credentials::{Vault, record::Binding},
+    credentials::Vault,
     nomad::Nomad,
     pool::View,
-    provider::Provider,
     run::{
-        Connection, Error,
+        Error,
         attach::{self, Name},
-        claim, listing,
+        claim,
         on_demand::OnDemand,
-        queue::{PerUser, Queue, Running},
-        relay::{self, Relay},
+        queue::{PerUser, Queue},
+        relay::{self},
         request,
     },
 };
@@ -416,141 +419,12 @@ impl RuntimeService for Service {
 }
 
 impl Service {
-    /// A run that may be tried, with its credential.
-    async fn admit(
-        &self,
-        start: RunStart,
-        trace: Option<TraceContext>,
-        caller: &Caller,
-    ) -> Result<request::Request, Error> {
-        let mut request = request::Request::parse(start, trace)?;
-        let (user_id, provider) = (request.user_id.as_str(), request.provider);
-        let run = Action::Run {
-            user_id: Some(user_id),
-            provider: Some(provider),
-        };
-        self.check(caller, run)?;
-        if let Some(source) = request.credential.take() {
-            let binding = Binding { user_id, provider };
-            let credential = self.vault.get(source, binding).await?;
-            request.equip(&credential)?;
-        }
-        let run_id = request.run_id;
-        tracing::info!(%run_id, %caller, %provider, user_id = request.user_id, "run");
-        Ok(request)
-    }
-
-    /// Whether the caller may; what changes something is in the log with his name.
-    fn check(&self, caller: &Caller, action: Action) -> Result<(), Error> {
-        if let Err(denied) = self.access.check(caller, action) {
-            tracing::warn!(%denied, "denied");
-            return Err(denied.into());
-        }
-        match action {
-            Action::Scale { .. } | Action::Credentials { .. } => {
-                tracing::info!(%caller, %action, "allowed");
-            }
-            Action::Look | Action::Run { .. } => {}
-        }
-        Ok(())
-    }
-
-    /// Whether the caller may have a run that exists.
-    async fn check_run(&self, caller: &Caller, name: &Name) -> Result<(), Error> {
-        let providers = self.access.providers_of(caller, &name.user_id);
-        let run = |provider| Action::Run {
-            user_id: Some(&name.user_id),
-            provider,
-        };
-        if providers.len() == Provider::all().count() {
-            return Ok(());
-        }
-        if providers.is_empty() {
-            return self.check(caller, run(None));
-        }
-        // One whose driver did not note the provider is nobody's in particular.
-        let found = listing::get(&self.view, name).await?;
-        self.check(caller, run(found.run.provider.parse().ok()))
-    }
-
-    /// Credentials of a user for a provider; an empty name stands for all.
-    fn check_credentials<T>(
-        &self,
-        request: &Request<T>,
-        user_id: &str,
-        provider: &str,
-    ) -> Result<(), Error> {
-        let credentials = Action::Credentials {
-            user_id: Some(user_id).filter(|user_id| !user_id.is_empty()),
-            // One that there is not is refused for that.
-            provider: provider.parse().ok(),
-        };
-        self.check(&caller(request), credentials)
-    }
-
     fn nomad(&self) -> Result<Nomad, Status> {
         self.nomad.clone().ok_or_else(|| {
             let reason = "without Nomad the pools are as `--pool` says";
             Status::unimplemented(reason)
         })
     }
-
-    fn relay(
-        &self,
-        name: Name,
-        received: Instant,
-        offsets: [u64; 2],
-        longest: Duration,
-    ) -> (
-        Relay,
-        impl Stream<Item = Result<RunEvent, Status>> + Send + use<>,
-    ) {
-        let (caller, events) = mpsc::channel(relay::EVENTS);
-        let relay = Relay {
-            view: self.view.clone(),
-            name,
-            received,
-            offsets,
-            longest,
-            caller,
-        };
-        let events = ReceiverStream::new(events);
-        (relay, events.map(|event| event.map_err(Status::from)))
-    }
-
-    /// Gets a run its connection, and carries it.
-    fn carry<F>(
-        &self,
-        relay: Relay,
-        requests: relay::Inputs,
-        connect: impl FnOnce(mpsc::Sender<Result<RunEvent, Error>>) -> F,
-    ) where
-        F: Future<Output = Result<(Connection, Option<Running>), Error>> + Send + 'static,
-    {
-        let (caller, run_id) = (relay.caller.clone(), relay.name.run_id.clone());
-        let connect = connect(caller.clone());
-        self.runs.spawn(async move {
-            let carried = async {
-                let (connection, _running) = tokio::select! {
-                    connected = connect => connected?,
-                    // Nothing of it runs, but for a claim that was granted just now.
-                    () = caller.closed() => return Ok(()),
-                };
-                relay.run(connection, requests).await
-            };
-            if let Err(error) = carried.await {
-                tracing::warn!(run_id, error = %crate::chain(&error), "run broken off");
-                let _gone = caller.send(Err(error)).await;
-            }
-        });
-    }
-}
-
-/// Who is at the other end.
-fn caller<T>(request: &Request<T>) -> Caller {
-    let caller = request.extensions().get::<Caller>();
-    // Whatever comes in has one; without it, it is nobody who has a role.
-    caller.cloned().unwrap_or_else(|| Caller(String::new()))
 }
 
 /// A caller says what it wants at once.

@@ -26,4 +26,5 @@ mod registry;
 mod rolls;
 mod runs;
 mod secrets;
+mod store;
 mod survive;

@@ -1,6 +1,7 @@
-//! `polydev.node.v1`: decodes, asks the book and the slots, encodes. How runs are listed is in
-//! [`runs`], how the node is told of in [`figures`].
+//! `polydev.node.v1`: decodes, asks the book and the slots, encodes. How slots and events are told is
+//! in [`encode`], how runs are listed in [`runs`], how the node is told of in [`figures`].
 
+mod encode;
 mod figures;
 mod runs;
 
@@ -9,19 +10,17 @@ use std::{
     time::Instant,
 };
 
-use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
 use polydev_proto::{
     connection::Connection,
     node::{
         AttachRequest, AttachResponse, Attached, CancelRunRequest, CancelRunResponse, Claim,
-        ClaimRequest, ClaimResponse, Ended, FenceRequest, FenceResponse, GetNodeRequest,
-        GetNodeResponse, GetRunRequest, GetRunResponse, Granted, HaveRun, ListRunsRequest,
-        ListRunsResponse, Lost, Output, RunEvent, RunInput, Slot as SlotMessage, Started,
-        StdinTaken, Unknown, WatchSlotsRequest, WatchSlotsResponse, attach_request, claim_request,
-        fence_response,
+        ClaimRequest, ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse,
+        GetRunRequest, GetRunResponse, HaveRun, ListRunsRequest, ListRunsResponse, RunEvent,
+        RunInput, Slot as SlotMessage, Unknown, WatchSlotsRequest, WatchSlotsResponse,
+        attach_request, claim_request, fence_response,
         node_service_server::{NodeService, NodeServiceServer},
-        run_event, run_input, slot,
+        run_event, run_input,
     },
 };
 use prost_types::Timestamp;
@@ -37,15 +36,13 @@ use tonic::{
 use wildmatch::WildMatch;
 
 use super::Node;
-use crate::{
-    run::{
-        self, Input, Run,
-        book::{Fenced, NotFound},
-        claim::{self, Refusal},
-        follow::{BeyondEnd, Event, Follower},
-    },
-    slot::{Slot, state::State},
+use crate::run::{
+    Input, Run,
+    book::{Fenced, NotFound},
+    claim::{self, Refusal},
+    follow::{BeyondEnd, Follower},
 };
+use encode::{duration, encode_ended, encode_event, encode_slot};
 
 /// How often a shim is told the time when nothing else happens: claims are dated by
 /// this driver's clock, and the shim's own may stand still while the machine sleeps.
@@ -414,87 +411,6 @@ async fn forward(mut inputs: stream::BoxStream<'static, RunInput>, run: Arc<Run>
 fn time_left(until: Option<Timestamp>) -> Option<Duration> {
     let until = std::time::SystemTime::try_from(until?).ok()?;
     until.duration_since(std::time::SystemTime::now()).ok()
-}
-
-fn encode_slot(slot: &Slot) -> SlotMessage {
-    let life = slot.life();
-    let (state, run_id) = match life.state() {
-        State::Warming => (slot::State::Warming, None),
-        State::Idle => (slot::State::Idle, None),
-        State::Claimed { run_id } => (slot::State::Claimed, Some(run_id)),
-        State::Recycling => (slot::State::Recycling, None),
-        State::Draining { run_id } => (slot::State::Draining, run_id.as_ref()),
-        State::Failed => (slot::State::Failed, None),
-    };
-    SlotMessage {
-        slot_id: slot.identity.slot_id(),
-        provider: slot.config.provider.clone(),
-        image: slot.config.image.clone(),
-        state: state.into(),
-        generation: life.generation(),
-        reason: life.reason().to_owned(),
-        since: Some(Timestamp::from(life.since())),
-        namespace: slot.identity.namespace.clone(),
-        job_id: slot.identity.job_id.clone(),
-        alloc_id: slot.identity.alloc_id.clone(),
-        run_id: run_id.cloned().unwrap_or_default(),
-        for_run_id: slot.config.run_id.clone().unwrap_or_default(),
-        public_key: match life.state() {
-            State::Idle => slot.public_key(),
-            _ => Bytes::new(),
-        },
-    }
-}
-
-/// A run of which nothing ran is told by a status.
-fn encode_event(event: Event) -> Result<RunEvent, Status> {
-    let event = match event {
-        Event::Granted(granted) => run_event::Event::Granted(Granted {
-            granted_after: duration(granted.granted_after),
-            limits_raised_after: duration(granted.limits_raised_after),
-        }),
-        Event::Started { after } => run_event::Event::Started(Started {
-            after: duration(after),
-        }),
-        Event::Output {
-            stream,
-            offset,
-            data,
-        } => {
-            let output = Output { offset, data };
-            match stream {
-                0 => run_event::Event::Stdout(output),
-                _ => run_event::Event::Stderr(output),
-            }
-        }
-        Event::Lost { stream, from, to } => run_event::Event::Lost(Lost {
-            stream: if stream == 0 { 1 } else { 2 },
-            from,
-            to,
-        }),
-        Event::StdinTaken { offset } => run_event::Event::StdinTaken(StdinTaken { offset }),
-        Event::Ended(ended) => run_event::Event::Ended(encode_ended(ended)),
-        Event::Aborted(refusal) => return Err(refuse(&refusal)),
-    };
-    Ok(RunEvent { event: Some(event) })
-}
-
-fn encode_ended(ended: run::Ended) -> Ended {
-    Ended {
-        reason: ended.reason.into(),
-        exit_code: ended.exit_code,
-        signal: ended.signal,
-        message: ended.message,
-        after: duration(ended.after),
-        first_output_after: ended.first_output_after.and_then(duration),
-        stdout_bytes: ended.stdout_bytes,
-        stderr_bytes: ended.stderr_bytes,
-    }
-}
-
-/// A run's times are far within what a protobuf duration holds.
-fn duration(duration: Duration) -> Option<prost_types::Duration> {
-    duration.try_into().ok()
 }
 
 enum Told {

@@ -1,0 +1,80 @@
+//! Where the plugin lets shims on other machines in.
+
+use std::net::SocketAddr;
+
+use polydev_proto::tls::Files;
+use serde::Deserialize;
+
+use super::{
+    Error,
+    value::{absolute, refused, text},
+};
+
+/// Where shims on other machines reach the node service, and which ones.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shims {
+    pub listen: SocketAddr,
+    /// `https://HOST:PORT`, as they see it.
+    pub advertise: String,
+    pub files: Files,
+    /// Globs over the names in their certificates.
+    pub allow: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawShims {
+    listen: Option<String>,
+    advertise: Option<String>,
+    cert: Option<String>,
+    key: Option<String>,
+    ca: Option<String>,
+    allow: Option<Vec<String>>,
+}
+
+impl RawShims {
+    pub(super) fn check(self) -> Result<Shims, Error> {
+        let file = |field: &str, given: Option<String>| {
+            absolute(field, given.as_deref().unwrap_or_default())
+        };
+        let given = text(self.listen).unwrap_or_default();
+        let allowed = "an IP address and a port, such as 192.0.2.1:7646";
+        let listen = given.parse::<SocketAddr>();
+        let listen = listen.map_err(|_| refused("shims.listen", given, allowed))?;
+        let advertise = match text(self.advertise) {
+            Some(given) if is_https(&given) => given,
+            Some(given) => {
+                return Err(refused("shims.advertise", given, "https://HOST:PORT"));
+            }
+            None if listen.ip().is_unspecified() => {
+                let allowed = "https://HOST:PORT, since `shims.listen` is every address";
+                return Err(refused("shims.advertise", "missing", allowed));
+            }
+            None => format!("https://{listen}"),
+        };
+        let allow = self.allow.unwrap_or_default();
+        if allow.is_empty() {
+            let allowed = "the names in the certificates of shims, at least one";
+            return Err(refused("shims.allow", "empty", allowed));
+        }
+        Ok(Shims {
+            listen,
+            advertise,
+            files: Files {
+                certificate: file("shims.cert", self.cert)?,
+                key: file("shims.key", self.key)?,
+                authority: file("shims.ca", self.ca)?,
+            },
+            allow,
+        })
+    }
+}
+
+/// `https://HOST:PORT` and nothing more.
+fn is_https(address: &str) -> bool {
+    let authority = address.strip_prefix("https://");
+    let parts = authority.and_then(|authority| authority.rsplit_once(':'));
+    parts.is_some_and(|(host, port)| {
+        !host.is_empty() && !host.contains(['/', '?', '@']) && port.parse::<u16>().is_ok()
+    })
+}

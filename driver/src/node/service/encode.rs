@@ -1,0 +1,98 @@
+//! How slots and the events of runs are told to shims.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use polydev_proto::node::{
+    Ended, Granted, Lost, Output, RunEvent, Slot as SlotMessage, Started, StdinTaken, run_event,
+    slot,
+};
+use prost_types::Timestamp;
+use tonic::Status;
+
+use super::refuse;
+use crate::{
+    run::{self, follow::Event},
+    slot::{Slot, state::State},
+};
+
+pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
+    let life = slot.life();
+    let (state, run_id) = match life.state() {
+        State::Warming => (slot::State::Warming, None),
+        State::Idle => (slot::State::Idle, None),
+        State::Claimed { run_id } => (slot::State::Claimed, Some(run_id)),
+        State::Recycling => (slot::State::Recycling, None),
+        State::Draining { run_id } => (slot::State::Draining, run_id.as_ref()),
+        State::Failed => (slot::State::Failed, None),
+    };
+    SlotMessage {
+        slot_id: slot.identity.slot_id(),
+        provider: slot.config.provider.clone(),
+        image: slot.config.image.clone(),
+        state: state.into(),
+        generation: life.generation(),
+        reason: life.reason().to_owned(),
+        since: Some(Timestamp::from(life.since())),
+        namespace: slot.identity.namespace.clone(),
+        job_id: slot.identity.job_id.clone(),
+        alloc_id: slot.identity.alloc_id.clone(),
+        run_id: run_id.cloned().unwrap_or_default(),
+        for_run_id: slot.config.run_id.clone().unwrap_or_default(),
+        public_key: match life.state() {
+            State::Idle => slot.public_key(),
+            _ => Bytes::new(),
+        },
+    }
+}
+
+/// A run of which nothing ran is told by a status.
+pub(super) fn encode_event(event: Event) -> Result<RunEvent, Status> {
+    let event = match event {
+        Event::Granted(granted) => run_event::Event::Granted(Granted {
+            granted_after: duration(granted.granted_after),
+            limits_raised_after: duration(granted.limits_raised_after),
+        }),
+        Event::Started { after } => run_event::Event::Started(Started {
+            after: duration(after),
+        }),
+        Event::Output {
+            stream,
+            offset,
+            data,
+        } => {
+            let output = Output { offset, data };
+            match stream {
+                0 => run_event::Event::Stdout(output),
+                _ => run_event::Event::Stderr(output),
+            }
+        }
+        Event::Lost { stream, from, to } => run_event::Event::Lost(Lost {
+            stream: if stream == 0 { 1 } else { 2 },
+            from,
+            to,
+        }),
+        Event::StdinTaken { offset } => run_event::Event::StdinTaken(StdinTaken { offset }),
+        Event::Ended(ended) => run_event::Event::Ended(encode_ended(ended)),
+        Event::Aborted(refusal) => return Err(refuse(&refusal)),
+    };
+    Ok(RunEvent { event: Some(event) })
+}
+
+pub(super) fn encode_ended(ended: run::Ended) -> Ended {
+    Ended {
+        reason: ended.reason.into(),
+        exit_code: ended.exit_code,
+        signal: ended.signal,
+        message: ended.message,
+        after: duration(ended.after),
+        first_output_after: ended.first_output_after.and_then(duration),
+        stdout_bytes: ended.stdout_bytes,
+        stderr_bytes: ended.stderr_bytes,
+    }
+}
+
+/// A run's times are far within what a protobuf duration holds.
+pub(super) fn duration(duration: Duration) -> Option<prost_types::Duration> {
+    duration.try_into().ok()
+}
