@@ -179,7 +179,10 @@ impl Role {
     fn is_of(&self, provider: Option<Provider>) -> bool {
         match provider {
             Some(provider) => self.providers.is_empty() || self.providers.contains(&provider),
-            None => self.providers.is_empty(),
+            None => {
+                let has = |provider: &Provider| self.providers.contains(provider);
+                self.providers.is_empty() || Provider::all().all(|provider| has(&provider))
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The command line: one binary, a file a command.
 
 mod certs;
+mod config;
 mod credentials;
 mod dev;
 mod manual;
@@ -66,6 +67,9 @@ enum Command {
     Credentials(credentials::Command),
     /// Look at the nodes: their drivers, what they have and how much of it is used.
     Status(Options),
+    /// Check the configuration of `serve`.
+    #[command(subcommand)]
+    Config(config::Command),
     /// Make certificates for trying out.
     #[command(subcommand)]
     Certs(certs::Command),
@@ -211,6 +215,15 @@ impl Listen {
 
     fn files(&self) -> Option<Files> {
         files(&self.tls_cert, &self.tls_key, &self.tls_ca)
+    }
+
+    /// Whether there is what its addresses need.
+    fn check(&self) -> anyhow::Result<()> {
+        let public = self.listen.iter().find(|address| address.is_public());
+        match public.filter(|_| self.files().is_none()) {
+            Some(address) => anyhow::bail!("{address} needs --tls-cert, --tls-key and --tls-ca"),
+            None => Ok(()),
+        }
     }
 
     async fn bind(&self) -> anyhow::Result<Vec<Listener>> {
@@ -361,7 +374,7 @@ const FAILED: u8 = 125;
 /// Reads the arguments and does what they say.
 #[must_use]
 pub fn main() -> ExitCode {
-    let Arguments { command } = Arguments::parse();
+    let Arguments { command } = config::parse();
     let serves = matches!(command, Command::Serve(_) | Command::Dev(_));
     let filter = EnvFilter::try_from_env("POLYDEV_LOG")
         .unwrap_or_else(|_| EnvFilter::new(if serves { "info" } else { "warn" }));
@@ -402,6 +415,7 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Pool(command) => pool::execute(command).await,
         Command::Credentials(command) => credentials::execute(command).await,
         Command::Status(options) => status::execute(options).await,
+        Command::Config(command) => config::execute(command),
         Command::Certs(command) => certs::execute(command),
         Command::Completions { shell } => manual::completions(shell),
         Command::Man { folder } => manual::pages(&folder),

@@ -226,13 +226,17 @@ impl RuntimeService for Service {
             })
             .into());
         }
-        let request = self.admit(start, trace, &caller).await?;
-        let run_id = request.run_id.to_string();
-        // Nobody is told its place.
-        let (told, _) = mpsc::channel(1);
-        let (connection, _running) =
-            claim::claim(&self.view, &self.queue, &self.on_demand, request, &told).await?;
-        let accepted = Some(relay::accepted(run_id, &connection));
+        let claim = async {
+            let request = self.admit(start, trace, &caller).await?;
+            let run_id = request.run_id.to_string();
+            // Nobody is told its place.
+            let (told, _) = mpsc::channel(1);
+            let (connection, _running) =
+                claim::claim(&self.view, &self.queue, &self.on_demand, request, &told).await?;
+            Ok::<_, Error>(relay::accepted(run_id, &connection))
+        };
+        // A shim that stops lets it come to its end.
+        let accepted = Some(self.runs.track_future(claim).await?);
         Ok(Response::new(SubmitJobResponse { accepted }))
     }
 

@@ -21,6 +21,16 @@ fn a_dockerd_killed_in_the_middle_of_a_call_is_got_over() {
 }
 
 #[test]
+fn a_wrong_job_fails_with_the_name_of_the_field_and_leaves_nothing() {
+    crate::refusals::a_wrong_job_is_refused();
+}
+
+#[test]
+fn a_helper_is_asked_and_an_image_that_is_used_again_stays() {
+    crate::registry::a_helper_is_asked_and_a_used_image_stays();
+}
+
+#[test]
 fn forty_allocations_at_once_lose_no_line_ten_times_over() {
     let nomad = Nomad::start();
     for round in 0..10 {

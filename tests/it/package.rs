@@ -10,9 +10,10 @@ use std::{
 use nix::sys::signal::Signal;
 use polydev_tests::{
     folder::Folder,
-    process::{Process, succeed},
+    process::{Process, output, succeed},
     program, wait_until,
 };
+use serde_json::Value;
 
 #[test]
 fn systemd_is_told_when_a_shim_serves_and_when_it_stops() {
@@ -27,12 +28,13 @@ fn systemd_is_told_when_a_shim_serves_and_when_it_stops() {
         String::from_utf8_lossy(&words[..length]).trim().to_owned()
     };
 
-    // It serves whether Nomad answers or not.
+    // It serves whether Nomad answers or not; a file says where.
+    let config = folder.path().join("shim.toml");
+    let listen = format!("listen = [\"unix://{}\"]\n", socket.display());
+    fs::write(&config, listen + "nomad_addr = \"http://127.0.0.1:1\"\n").unwrap();
     let mut command = Command::new(program("polydev-shim"));
-    command
-        .args(["serve", "--nomad-addr", "http://127.0.0.1:1", "--listen"])
-        .arg(format!("unix://{}", socket.display()))
-        .env("NOTIFY_SOCKET", &notify);
+    command.args(["serve", "--config"]).arg(&config);
+    command.env("NOTIFY_SOCKET", &notify);
     let mut shim = Process::start(&mut command, &log);
     assert_eq!(next(), "READY=1");
     UnixStream::connect(&socket).expect("what is ready listens");
@@ -42,6 +44,73 @@ fn systemd_is_told_when_a_shim_serves_and_when_it_stops() {
         shim.exit().ok_or_else(|| shim.log())
     });
     assert!(status.success(), "{status}");
+}
+
+#[test]
+fn a_configuration_is_checked_before_it_is_used() {
+    let folder = Folder::new("pdtest-");
+    let certificates = folder.path().join("certs");
+    let shim = || Command::new(program("polydev-shim"));
+    succeed(shim().args(["certs", "dev"]).arg(&certificates));
+    let file = |name: &str| certificates.join(name).display().to_string();
+    let config = folder.path().join("shim.toml");
+    let text = format!(
+        "listen = [\"https://127.0.0.1:7443\"]\ntls_cert = {:?}\ntls_key = {:?}\ntls_ca = {:?}\n\
+         roles = {:?}\non_demand = 5\n",
+        file("shim.pem"),
+        file("shim-key.pem"),
+        file("ca.pem"),
+        file("roles.toml"),
+    );
+    fs::write(&config, &text).unwrap();
+    let check = || {
+        let mut command = shim();
+        command.args(["config", "check", "--output", "json", "--config"]);
+        command.arg(&config);
+        command
+    };
+    // Options go before the environment, and that before the file.
+    let mut command = check();
+    command
+        .args(["--on-demand", "7"])
+        .env("NOMAD_ADDR", "http://127.0.0.1:1");
+    let printed = succeed(&mut command);
+    let rows = printed
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let rows: Vec<Value> = rows.collect();
+    let row = |key: &str| rows.iter().find(|row| row["key"] == key).unwrap();
+    assert_eq!(row("on_demand")["values"][0], "7");
+    assert_eq!(row("nomad_addr")["from"], "environment");
+    assert_eq!(row("listen")["values"][0], "https://127.0.0.1:7443");
+    assert!(rows.iter().all(|row| row["key"] != "credential_store"));
+
+    for (wrong, words) in [
+        ("rolez = \"x\"", "`rolez` is no key; there are listen,"),
+        ("user_queued = \"many\"", "--user-queued"),
+        (
+            "credential_store = \"postgres://a:hunter2@db/x\"",
+            "PGPASSWORD",
+        ),
+        (
+            "master_key_file = \"/nowhere\"",
+            "cannot read the master keys",
+        ),
+    ] {
+        fs::write(&config, format!("{text}{wrong}\n")).unwrap();
+        let refused = output(&mut check());
+        let printed = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(
+            !refused.status.success() && printed.contains(words),
+            "{printed}"
+        );
+        assert!(!printed.contains("hunter2"), "{printed}");
+    }
+    fs::write(certificates.join("shim.pem"), "nonsense").unwrap();
+    fs::write(&config, &text).unwrap();
+    let refused = output(&mut check());
+    let printed = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(printed.contains("shim.pem"), "{printed}");
 }
 
 #[test]

@@ -199,8 +199,7 @@ fn agent_with_helper(registry: &Registry, gc: &str) -> Nomad {
 }
 
 /// C032, C035, C036, C048
-#[test]
-fn a_helper_is_asked_and_an_image_that_is_used_again_stays() {
+pub(crate) fn a_helper_is_asked_and_a_used_image_stays() {
     let registry = Registry::start();
     let other = format!("{}/tests/busybox:2", registry.address);
     registry.push(&other);

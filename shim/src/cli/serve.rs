@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
+use polydev_proto::tls::Files;
 use sd_notify::NotifyState;
 
 use super::tell_systemd;
@@ -14,6 +15,10 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
+    /// File of TOML with these options, `_` for `-`; an option goes before the environment, and
+    /// the environment before the file.
+    #[arg(long, env = "POLYDEV_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
     #[command(flatten)]
     listen: super::Listen,
     #[command(flatten)]
@@ -47,6 +52,34 @@ pub(super) struct Arguments {
     on_demand: usize,
 }
 
+impl Arguments {
+    /// Reads what they name, and does nothing with it.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        self.nomad.connect()?;
+        self.vault.open()?;
+        self.listen.access()?;
+        let node = self.node_files();
+        self.listen.check()?;
+        if let Some(files) = self.listen.files() {
+            files.server()?;
+        }
+        if let Some(files) = node {
+            files.client()?;
+        }
+        Ok(())
+    }
+
+    fn node_files(&self) -> Option<Files> {
+        let Self {
+            node_tls_cert: certificate,
+            node_tls_key: key,
+            node_tls_ca: authority,
+            ..
+        } = self;
+        super::files(certificate, key, authority).or_else(|| self.listen.files())
+    }
+}
+
 pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let nomad = arguments.nomad.connect()?;
     let vault = arguments.vault.open()?;
@@ -58,6 +91,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let cluster = engine::nomad::Cluster::default();
     let (drivers, drained) = (cluster.drivers.subscribe(), cluster.drained.subscribe());
     tracing::info!(
+        config = arguments.config.as_deref().map(tracing::field::debug),
         listen = arguments.listen.shown(),
         nomad = arguments.nomad.address,
         "serving"
@@ -67,12 +101,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         per_user: arguments.per_user,
         on_demand: arguments.on_demand,
     };
-    let node_files = super::files(
-        &arguments.node_tls_cert,
-        &arguments.node_tls_key,
-        &arguments.node_tls_ca,
-    );
-    let node_files = node_files.or_else(|| arguments.listen.files());
+    let node_files = arguments.node_files();
     let parts = service::Parts {
         view: view.clone(),
         nomad: Some(nomad.clone()),

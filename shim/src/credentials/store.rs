@@ -341,20 +341,48 @@ impl Store {
     }
 }
 
-/// Whether what goes there crosses a network.
+/// Whether what goes there crosses a network. A host may be in the address, among its options
+/// or, if it is in neither, in the environment.
 fn is_elsewhere(url: &url::Url) -> bool {
-    let host = url.host_str().unwrap_or_default();
-    let address = host.trim_matches(['[', ']']).parse::<IpAddr>();
-    // Without a host it is a socket.
-    match address {
+    let options = url.query_pairs();
+    let options = options.filter(|(name, _)| matches!(&**name, "host" | "hostaddr"));
+    let mut hosts: Vec<String> = options.map(|(_, host)| host.into_owned()).collect();
+    match url.host_str() {
+        Some(host) if !host.is_empty() => hosts.push(host.to_owned()),
+        _ => hosts.extend(
+            ["PGHOSTADDR", "PGHOST"]
+                .iter()
+                .filter_map(|name| std::env::var(name).ok()),
+        ),
+    }
+    hosts.iter().any(|host| is_another_machine(host))
+}
+
+fn is_another_machine(host: &str) -> bool {
+    // A folder has a socket in it.
+    if host.starts_with('/') || host.starts_with("%2F") {
+        return false;
+    }
+    match host.trim_matches(['[', ']']).parse::<IpAddr>() {
         Ok(address) => !address.is_loopback(),
-        Err(_) => !matches!(host, "" | "localhost"),
+        Err(_) => host != "localhost",
     }
 }
 
 fn says_sslmode(url: &url::Url) -> bool {
-    let is_it = |name: &str| matches!(name, "sslmode" | "ssl-mode");
-    url.query_pairs().any(|(name, _)| is_it(&name)) || std::env::var_os("PGSSLMODE").is_some()
+    let given = url
+        .query_pairs()
+        .any(|(name, _)| matches!(&*name, "sslmode" | "ssl-mode"));
+    let variable = std::env::var("PGSSLMODE").unwrap_or_default();
+    let modes = [
+        "disable",
+        "allow",
+        "prefer",
+        "require",
+        "verify-ca",
+        "verify-full",
+    ];
+    given || modes.contains(&&*variable)
 }
 
 /// Of constants alone.
@@ -410,6 +438,9 @@ mod tests {
             );
         }
         assert!(!is_elsewhere("postgres:///polydev?host=/run/postgresql"));
+        for there in ["/polydev?host=db", "localhost/polydev?hostaddr=192.0.2.1"] {
+            assert!(is_elsewhere(&format!("postgres://{there}")), "{there}");
+        }
         for there in ["db", "192.0.2.1:5432", "[2001:db8::1]"] {
             assert!(
                 is_elsewhere(&format!("postgres://shim@{there}/polydev")),

@@ -8,7 +8,9 @@ use crate::{
 };
 
 pub(super) fn of(node: &Node) -> GetNodeResponse {
-    let lives: Vec<_> = node.slots.all().iter().map(|slot| slot.life()).collect();
+    let slots = node.slots.all();
+    let slots = slots.iter().filter(|slot| slot.end().is_none());
+    let lives: Vec<_> = slots.map(|slot| slot.life()).collect();
     let count = |is_it: fn(&State) -> bool| {
         let counted = lives.iter().filter(|life| is_it(life.state())).count();
         u32::try_from(counted).unwrap_or(u32::MAX)
