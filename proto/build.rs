@@ -24,11 +24,20 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
 
-    tonic_prost_build::configure()
-        .bytes(".polydev")
-        .btree_map(".")
-        .boxed(".polydev.runtime.v1.RunRequest.message.start")
-        .boxed(".polydev.node.v1.ClaimRequest.message.claim")
-        .compile_fds(descriptors)?;
+    let configure = || {
+        tonic_prost_build::configure()
+            .bytes(".polydev")
+            .btree_map(".")
+            .boxed(".polydev.runtime.v1.RunRequest.message.start")
+            .boxed(".polydev.node.v1.ClaimRequest.message.claim")
+            .boxed(".polydev.init.v1.ToInit.message.start")
+    };
+    configure().compile_fds(protox::compile(INIT, ["."])?)?;
+    if grpc {
+        // The node's protocol uses messages of init's, whose module is not where its package is.
+        configure()
+            .extern_path(".polydev.init.v1", "crate::init")
+            .compile_fds(descriptors)?;
+    }
     Ok(())
 }

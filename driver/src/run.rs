@@ -3,7 +3,8 @@
 //!
 //! Read in the order of a run's life: [`claim`] is what a shim asks, [`standing`] decides
 //! about it, [`book`] knows every run of the node, [`journal`] remembers that over this process's death,
-//! [`carry`] starts the command and carries its streams, [`window`] holds its output,
+//! [`carry`] starts the command and carries its streams, [`window`] holds its output, [`manifest`]
+//! says what of it is artifacts,
 //! [`follow`] tells a caller, [`listing`] whoever looks on, and [`recover`] takes runs up after a restart.
 
 pub mod book;
@@ -13,6 +14,7 @@ pub mod claim;
 pub mod follow;
 pub mod journal;
 pub mod listing;
+mod manifest;
 pub(crate) mod recover;
 pub mod standing;
 mod window;
@@ -24,7 +26,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use polydev_proto::node::{self, ended::Reason};
+use polydev_proto::{
+    init::{Artifacts, TerminalSize},
+    node::{self, ended::Reason},
+};
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -32,11 +37,14 @@ use tokio_util::sync::CancellationToken;
 use cancel::Cancel;
 use claim::Refusal;
 use journal::Claimed;
+use manifest::Manifest;
 use window::Window;
 
 /// Messages from the caller that may wait for the command, each at most 64 KiB.
 const INPUTS: usize = 16;
-const STREAMS: [&str; 2] = ["stdout", "stderr"];
+const STREAMS: [&str; 3] = ["stdout", "stderr", "artifacts"];
+/// Which of them the artifacts are.
+const ARTIFACTS: usize = 2;
 
 /// One try at a run: by attempt, then by nonce.
 #[derive(
@@ -76,7 +84,8 @@ pub struct Run {
     /// When the claim came: the timeline's zero.
     arrived: Instant,
     progress: watch::Sender<Progress>,
-    output: [Window; 2],
+    output: [Window; 3],
+    manifest: Manifest,
     inputs: mpsc::Sender<Input>,
     /// The caller took output: there may be room for more.
     room: Notify,
@@ -96,6 +105,7 @@ pub(crate) struct Progress {
     started: Option<Duration>,
     first_output: Option<Duration>,
     stdin_taken: u64,
+    artifacts: Option<Arc<Artifacts>>,
     outcome: Option<Outcome>,
 }
 
@@ -126,6 +136,15 @@ pub struct Ended {
     pub first_output_after: Option<Duration>,
     pub stdout_bytes: u64,
     pub stderr_bytes: u64,
+    #[serde(default)]
+    pub artifact_bytes: u64,
+}
+
+impl Ended {
+    /// Of each stream.
+    fn lengths(&self) -> [u64; 3] {
+        [self.stdout_bytes, self.stderr_bytes, self.artifact_bytes]
+    }
 }
 
 /// From the caller to the command.
@@ -134,6 +153,7 @@ pub enum Input {
     Stdin { offset: u64, data: Bytes },
     CloseStdin,
     Signal(i32),
+    Resize(TerminalSize),
 }
 
 impl Run {
@@ -145,13 +165,22 @@ impl Run {
         kill: CancellationToken,
     ) -> (Arc<Self>, mpsc::Receiver<Input>) {
         let output = STREAMS.map(|name| Window::new(windows.join(file_name(&claimed, name))));
-        Self::with(claimed, arrived, output, kill, Progress::default())
+        let manifest = Manifest::new(windows, &claimed);
+        Self::with(
+            claimed,
+            arrived,
+            output,
+            manifest,
+            kill,
+            Progress::default(),
+        )
     }
 
     fn with(
         claimed: Claimed,
         arrived: Instant,
-        output: [Window; 2],
+        output: [Window; 3],
+        manifest: Manifest,
         kill: CancellationToken,
         progress: Progress,
     ) -> (Arc<Self>, mpsc::Receiver<Input>) {
@@ -161,6 +190,7 @@ impl Run {
             arrived,
             progress: watch::Sender::new(progress),
             output,
+            manifest,
             inputs,
             room: Notify::new(),
             cancel: Cancel::default(),
@@ -217,6 +247,12 @@ impl Run {
 
     pub(crate) fn is_over(&self) -> bool {
         self.progress.borrow().outcome.is_some()
+    }
+
+    /// Nothing that it wrote can be asked for any more.
+    fn release_output(&self) {
+        self.output.iter().for_each(Window::release);
+        self.manifest.release();
     }
 
     fn update(&self, change: impl FnOnce(&mut Progress)) {

@@ -2,7 +2,7 @@
 //! published names and numbers, those of Nomad's driver plugins and of go-plugin.
 //!
 //! Nothing here decides anything. Without the feature `grpc` only [`init`],
-//! [`frame`] and `sealed` remain, which is all that polydev-init may carry.
+//! [`frame`], [`workspace`] and `sealed` remain, which is all that polydev-init may carry.
 
 #![cfg_attr(
     feature = "grpc",
@@ -49,6 +49,7 @@ pub mod frame;
 pub mod sealed;
 #[cfg(feature = "tls")]
 pub mod tls;
+pub mod workspace;
 
 /// Nomad's plugin protocols. Module paths mirror the packages, because generated
 /// code refers to other packages by relative path.

@@ -4,6 +4,7 @@ mod certs;
 mod config;
 mod credentials;
 mod dev;
+mod files;
 mod manual;
 mod pool;
 mod run;
@@ -11,6 +12,7 @@ mod runs;
 mod serve;
 mod status;
 mod stream;
+mod terminal;
 
 use std::{
     io::{IsTerminal, Write},

@@ -7,6 +7,7 @@ mod openai;
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
+use polydev_proto::exec;
 use secrecy::SecretString;
 use serde::{Deserialize, Deserializer};
 
@@ -33,8 +34,8 @@ struct Table {
     oauth_file: &'static str,
     /// What it needs beside that file.
     oauth_settings: Option<PlainFile>,
-    /// The CLI's one-shot argv.
-    prompt: fn(&Prompt) -> Result<Vec<String>, InvalidPrompt>,
+    /// The CLI's one-shot argv, for this text or, with none, for one that it reads from stdin.
+    prompt: fn(&Prompt, Option<&str>) -> Result<Vec<String>, InvalidPrompt>,
 }
 
 /// A file with nothing secret in it.
@@ -51,6 +52,12 @@ impl PlainFile {
         }
     }
 }
+
+/// Most bytes of a prompt that is an argument: with what is before it in the same argument, it
+/// is within the kernel's limit for one.
+pub const PROMPT_IN_ARGV: usize = exec::MAX_STRING - 64;
+/// Most bytes of any prompt; with the rest of a run it fits one message.
+const PROMPT_MOST: usize = 3 << 20;
 
 /// One prompt, to be answered by the provider's CLI.
 pub struct Prompt<'a> {
@@ -129,7 +136,8 @@ impl Provider {
         })
     }
 
-    /// The argv that answers a prompt; no shell is involved.
+    /// The argv that answers a prompt, which is in it unless it is longer than
+    /// [`PROMPT_IN_ARGV`]: then it is to be the command's stdin. No shell is involved.
     ///
     /// # Errors
     /// [`InvalidPrompt`]
@@ -140,13 +148,20 @@ impl Provider {
                 problem: "is empty",
             });
         }
+        if prompt.text.len() > PROMPT_MOST {
+            return Err(InvalidPrompt {
+                field: "prompt.text",
+                problem: "has more than 3 MiB",
+            });
+        }
         if prompt.model.is_some_and(|model| model.starts_with('-')) {
             return Err(InvalidPrompt {
                 field: "prompt.model",
                 problem: "begins with `-`",
             });
         }
-        (self.table.prompt)(prompt)
+        let text = Some(prompt.text).filter(|text| text.len() <= PROMPT_IN_ARGV);
+        (self.table.prompt)(prompt, text)
     }
 }
 

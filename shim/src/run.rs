@@ -1,11 +1,13 @@
 //! One run, in the order it happens: [`request`] checks what the caller wants, [`fence`]
 //! makes sure that a retry has not run elsewhere, [`queue`] has those that wait,
-//! [`on_demand`] orders a slot when none is idle, [`claim`] gets it a container, [`relay`] carries it to its end, and [`attach`] finds it again when a
+//! [`on_demand`] orders a slot when none is idle, [`claim`] gets it a container, [`relay`] carries it to its end,
+//! [`input`] is what it reads, and [`attach`] finds it again when a
 //! connection broke on the way. [`listing`] tells of runs without their output.
 
 pub mod attach;
 pub mod claim;
 pub mod fence;
+pub mod input;
 pub mod listing;
 pub mod on_demand;
 pub mod queue;
@@ -40,8 +42,10 @@ pub struct Connection {
     pub slot_id: String,
     pub node_id: String,
     pub generation: u64,
-    /// How much stdin the command has taken.
+    /// How much of its input the run has taken: of its files, and then of its stdin.
     pub stdin_offset: u64,
+    /// How much of the input is files.
+    pub files_bytes: u64,
     /// The slot was made for this run.
     pub on_demand: bool,
     /// When Nomad was told to make it.
@@ -74,6 +78,7 @@ impl Connection {
                 node_id,
                 generation: attached.generation,
                 stdin_offset: attached.stdin_offset,
+                files_bytes: attached.files_bytes,
                 on_demand: attached.on_demand,
                 dispatched: None,
                 sent,

@@ -50,6 +50,7 @@ use crate::{
         Error,
         attach::{self, Name},
         claim,
+        input::{self, Own},
         on_demand::OnDemand,
         queue::{PerUser, Queue},
         relay::{self},
@@ -181,7 +182,7 @@ impl RuntimeService for Service {
         let Some(run_request::Message::Start(start)) = first(&mut requests).await?.message else {
             return Err(Error::from(request::Invalid::NotStarted).into());
         };
-        let request = self.admit(*start, trace, &caller).await?;
+        let mut request = self.admit(*start, trace, &caller).await?;
         let (run_id, longest) = (request.run_id, request.longest());
         let name = Name {
             run_id: run_id.to_string(),
@@ -194,7 +195,11 @@ impl RuntimeService for Service {
                 Some(run_request::Message::Start(_)) | None => None,
             })
         });
-        let (relay, responses) = self.relay(name, received, [0; 2], longest);
+        let own = request.stdin.take().map(|bytes| Own {
+            from: request.files_bytes,
+            bytes,
+        });
+        let (relay, responses) = self.relay(name, received, [0; 3], own, longest);
         let (view, queue, on_demand) = (
             self.view.clone(),
             self.queue.clone(),
@@ -217,7 +222,8 @@ impl RuntimeService for Service {
     ) -> Result<Response<SubmitJobResponse>, Status> {
         let trace = trace_context(request.metadata());
         let caller = caller(&request);
-        let start = request.into_inner().start.unwrap_or_default();
+        let SubmitJobRequest { start, files } = request.into_inner();
+        let start = start.unwrap_or_default();
         if start.stdin {
             return Err(Error::Invalid(request::Invalid::Value {
                 field: "stdin",
@@ -227,12 +233,16 @@ impl RuntimeService for Service {
             .into());
         }
         let claim = async {
-            let request = self.admit(start, trace, &caller).await?;
+            let mut request = self.admit(start, trace, &caller).await?;
             let run_id = request.run_id.to_string();
+            let input = request.job_input(files)?;
             // Nobody is told its place.
             let (told, _) = mpsc::channel(1);
-            let (connection, _running) =
+            let (mut connection, _running) =
                 claim::claim(&self.view, &self.queue, &self.on_demand, request, &told).await?;
+            if !input.is_empty() {
+                input::feed(&mut connection, input).await?;
+            }
             Ok::<_, Error>(relay::accepted(run_id, &connection))
         };
         // A shim that stops lets it come to its end.
@@ -253,7 +263,11 @@ impl RuntimeService for Service {
         };
         let name = Name::parse(&start.run_id, start.user_id)?;
         self.check_run(&caller, &name).await?;
-        let offsets = [start.stdout_offset, start.stderr_offset];
+        let offsets = [
+            start.stdout_offset,
+            start.stderr_offset,
+            start.artifact_offset,
+        ];
         let connection = attach::attach(&self.view, &name, offsets).await?;
         let requests = requests.map(|request| {
             Ok(match request?.message {
@@ -262,7 +276,7 @@ impl RuntimeService for Service {
             })
         });
         // Its deadline is the driver's to know.
-        let (relay, responses) = self.relay(name, received, offsets, request::LONGEST);
+        let (relay, responses) = self.relay(name, received, offsets, None, request::LONGEST);
         self.carry(relay, requests.boxed(), |_| async {
             Ok((connection, None))
         });

@@ -278,6 +278,7 @@ async fn attach(
             user_id: USER.into(),
             stdout_offset,
             stderr_offset,
+            artifact_offset: 0,
         })),
     };
     let mut service = match connect(address).await {
@@ -329,7 +330,11 @@ async fn follow<T>(
             Some(Event::Stderr(output)) => received.take(1, &output),
             Some(Event::Lost(_)) => received.gaps += 1,
             Some(Event::Exited(exited)) => return Stop::Exited(exited),
-            Some(Event::Started(_) | Event::Queued(_)) | None => {}
+            // It asks for no artifacts.
+            Some(
+                Event::Started(_) | Event::Queued(_) | Event::Artifacts(_) | Event::ArtifactData(_),
+            )
+            | None => {}
         }
         if received.accepted && leaves_at.is_some_and(|bytes| received.offsets[0] >= bytes) {
             *leaves_at = None;

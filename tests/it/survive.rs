@@ -25,6 +25,8 @@ use sha2::{Digest, Sha256};
 use tonic::Code;
 use uuid::Uuid;
 
+use crate::files;
+
 /// What the shim gives a claim to start in.
 const START_BY: Duration = Duration::from_secs(5);
 
@@ -370,18 +372,18 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     let nomad = Nomad::start();
     let shim = Shim::serve(&nomad.address);
     let client = shim.client();
-    nomad.submit_pool("anthropic", 3);
-    let before = nomad.wait_running("polydev-pool-anthropic", 3);
-    client.wait_idle("anthropic", 3);
+    nomad.submit_pool("anthropic", 5);
+    let before = nomad.wait_running("polydev-pool-anthropic", 5);
+    client.wait_idle("anthropic", 5);
 
     let result = RunStart {
         run_id: Uuid::now_v7().to_string(),
         ..shell("anthropic", "echo out; echo err >&2; exit 3")
     };
     let first = client.run(result.clone()).unwrap();
-    client.wait_idle("anthropic", 3);
+    client.wait_idle("anthropic", 5);
 
-    // One prints all the time, one waits for input, one ends while nobody carries it.
+    // One prints all the time, one waits for input, one ends while nobody carries it;
     let script = "for part in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do \
         seq 1 20000; sleep 0.5; done";
     let mut printing = client.start(shell("anthropic", script)).unwrap();
@@ -393,6 +395,9 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     client.send(&echo, Input::Stdin("before ".into()));
     let ends = shell("anthropic", "echo begin; sleep 2; echo end; exit 7");
     let ends = client.start(ends).unwrap();
+    // one waits for the rest of its files, and of one the artifacts are being fetched.
+    let gets = files::gets(&client);
+    let leaves = files::leaves(&client);
     let mut text = read(&client, &mut printing, 100_000);
 
     // The next one is another version, with another init.
@@ -403,6 +408,9 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     text.extend_from_slice(&outcome.stdout);
     assert!(text == lines(20_000).repeat(20).into_bytes());
     assert_eq!(outcome.exited.reason(), ExitReason::Exited);
+
+    gets.finish(&client);
+    leaves.finish(&client);
 
     // It is told of as before, by the driver that took it up.
     let waits = client.get_run(&echo.accepted.run_id).unwrap();
@@ -424,7 +432,7 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     // What ended before has its result, also through another shim, and a retry of it is it.
     let other = Shim::serve(&nomad.address);
     let other_client = other.client();
-    other_client.wait_idle("anthropic", 3);
+    other_client.wait_idle("anthropic", 5);
     let attached = other_client.attach(&result.run_id, [0; 2]).unwrap();
     let attached = other_client.finish(attached).unwrap();
     let again = other_client.run(result).unwrap();
@@ -436,40 +444,40 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     }
 
     // Nomad saw nothing of it, and the slots are warm again.
-    client.wait_idle("anthropic", 3);
+    client.wait_idle("anthropic", 5);
     let state = fs::read_dir(nomad.state_dir()).unwrap().flatten();
     let inits = state.filter(|file| file.file_name().to_string_lossy().starts_with("init-"));
     assert_eq!(inits.count(), 2, "the new init beside that of the runs");
     let ids = |list: &[serde_json::Value]| -> Vec<String> {
         list.iter().map(|alloc| alloc["ID"].to_string()).collect()
     };
-    let after = nomad.wait_running("polydev-pool-anthropic", 3);
+    let after = nomad.wait_running("polydev-pool-anthropic", 5);
     assert_eq!(ids(&after), ids(&before));
 
     // An idle container is the next driver's too, and is claimed once; then the slot has another.
     let label = instance_label(&nomad.state_dir());
-    let idle = docker::wait_containers(&label, 3);
+    let idle = docker::wait_containers(&label, 5);
     kill_driver(&nomad);
     let outcome = client.run(shell("anthropic", "echo again")).unwrap();
     assert_eq!(outcome.stdout(), "again\n");
-    client.wait_idle("anthropic", 3);
-    let still = docker::wait_containers(&label, 3);
+    client.wait_idle("anthropic", 5);
+    let still = docker::wait_containers(&label, 5);
     let kept = still.iter().filter(|id| idle.contains(id)).count();
-    assert_eq!(kept, 2, "of {idle:?} in {still:?}");
+    assert_eq!(kept, 4, "of {idle:?} in {still:?}");
 
     // Not by one that would make it otherwise by now: another init.
     nomad.upgrade();
     kill_driver(&nomad);
     let others = || {
         let now = docker::containers(&label);
-        if now.len() == 3 && now.iter().all(|id| !still.contains(id)) {
+        if now.len() == 5 && now.iter().all(|id| !still.contains(id)) {
             Ok(())
         } else {
             Err(format!("of {still:?} in {now:?}"))
         }
     };
     wait_until("other containers", Duration::from_secs(60), others);
-    client.wait_idle("anthropic", 3);
+    client.wait_idle("anthropic", 5);
     let outcome = client.run(shell("anthropic", "echo anew")).unwrap();
     assert_eq!(outcome.stdout(), "anew\n");
 }

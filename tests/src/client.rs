@@ -12,9 +12,9 @@ use std::{
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use polydev_proto::runtime::{
-    Accepted, AttachRequest, AttachStart, CancelRunRequest, CloseStdin, Exited, GetRunRequest,
-    ListPoolsRequest, ListRunsRequest, ListRunsResponse, Pool, RunEvent, RunInput, RunRequest,
-    RunStart, attach_request, run_event::Event, run_input::Input, run_request,
+    Accepted, Artifacts, AttachRequest, AttachStart, CancelRunRequest, CloseStdin, Exited,
+    GetRunRequest, ListPoolsRequest, ListRunsRequest, ListRunsResponse, Pool, RunEvent, RunInput,
+    RunRequest, RunStart, attach_request, run_event::Event, run_input::Input, run_request,
     runtime_service_client::RuntimeServiceClient,
 };
 use polydev_proto::tls::Files;
@@ -52,6 +52,9 @@ pub struct Outcome {
     pub accepted: Accepted,
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
+    pub artifacts: Artifacts,
+    /// What they hold, one file's bytes after the other's.
+    pub artifact_data: Vec<u8>,
     pub exited: Exited,
 }
 
@@ -183,6 +186,7 @@ impl Client {
             user_id: user_id.into(),
             stdout_offset: stdout as u64,
             stderr_offset: stderr as u64,
+            artifact_offset: 0,
         });
         let rest = ReceiverStream::new(queue)
             .map(|input| attach_request::Message::Input(RunInput { input: Some(input) }));
@@ -300,6 +304,7 @@ impl Client {
         } = run;
         self.wait(async move {
             let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+            let (mut artifacts, mut artifact_data) = (Artifacts::default(), Vec::new());
             let [before_stdout, before_stderr] = offsets.map(|offset| offset as u64);
             loop {
                 let event = events.next().await.expect("the last event is `exited`")?;
@@ -314,7 +319,13 @@ impl Client {
                         assert_eq!(output.offset, expected, "a gap in stderr");
                         stderr.extend_from_slice(&output.data);
                     }
+                    Event::Artifacts(found) => artifacts = found,
+                    Event::ArtifactData(output) => {
+                        assert_eq!(output.offset, artifact_data.len() as u64, "a gap");
+                        artifact_data.extend_from_slice(&output.data);
+                    }
                     Event::Exited(exited) => {
+                        assert_eq!(exited.artifact_bytes, artifact_data.len() as u64);
                         let stdout_bytes = before_stdout + stdout.len() as u64;
                         let stderr_bytes = before_stderr + stderr.len() as u64;
                         assert_eq!(exited.stdout_bytes, stdout_bytes);
@@ -323,6 +334,8 @@ impl Client {
                             accepted,
                             stdout,
                             stderr,
+                            artifacts,
+                            artifact_data,
                             exited,
                         });
                     }
@@ -370,6 +383,18 @@ impl Client {
     pub fn send(&self, run: &Run, input: Input) {
         let inputs = run.inputs.as_ref().expect("the side is open");
         inputs.try_send(input).expect("the queue has room");
+    }
+
+    /// Sends messages to a run, as it takes them.
+    pub fn send_all(&self, run: &Run, inputs: Vec<Input>) {
+        let sender = run.inputs.as_ref().expect("the side is open");
+        let send = async {
+            for input in inputs {
+                sender.send(input).await.expect("the run takes it");
+            }
+            Ok(())
+        };
+        self.wait(send).expect("nothing failed");
     }
 
     /// The next event of a run.

@@ -24,7 +24,7 @@ use nix::{
 };
 use polydev_proto::{
     init::{
-        NotStarted, PlainTask, Secrets, Start, not_started::Reason,
+        ArtifactRules, NotStarted, PlainTask, Secrets, Start, TerminalSize, not_started::Reason,
         plain_task::Output as OutputKind,
     },
     sealed::ContainerKey,
@@ -40,11 +40,15 @@ const OOM_SCORE: &[u8] = b"500";
 pub(crate) struct Command {
     pub(crate) run_id: String,
     pub(crate) pid: Pid,
-    /// Read ends of a run's output; `None` after end of file.
+    /// Read ends of a run's output, or its terminal; `None` after end of file.
     pub(crate) pipes: [Option<File>; 2],
     pub(crate) input: Input,
+    /// What of its files is wanted when it has ended.
+    pub(crate) artifacts: Option<ArtifactRules>,
     /// A plain task has none.
     pub(crate) deadline: Option<Deadline>,
+    /// The first of the pipes is a terminal.
+    has_terminal: bool,
     /// Signals are for the command alone, not for its process group.
     alone: bool,
     /// Set when the command's own process has ended.
@@ -60,7 +64,7 @@ impl Command {
     /// # Errors
     /// Why the command did not run, for the caller.
     pub(crate) fn start(
-        start: &Start,
+        start: Start,
         key: &ContainerKey,
         descriptors: Vec<OwnedFd>,
         drains: &mut Vec<Drain>,
@@ -79,14 +83,17 @@ impl Command {
             let message = format!("working directory `{}` is not a folder", start.work_dir);
             return Err(refuse(Reason::Invalid, message));
         }
-        let secrets = open(start, key).map_err(|message| refuse(Reason::Invalid, message))?;
+        let secrets = open(&start, key).map_err(|message| refuse(Reason::Invalid, message))?;
         home::write_files(home::path().as_deref(), &secrets.files)
             .map_err(|message| refuse(Reason::Invalid, message))?;
 
         let mut command = process::Command::new(OsStr::from_bytes(program));
         command.args(args.iter().map(|arg| OsStr::from_bytes(arg)));
         let task = start.task.as_ref();
-        let master = attach_streams(&mut command, start, task).map_err(|error| {
+        if start.terminal.is_some() {
+            command.env("TERM", "xterm"); // As Docker does.
+        }
+        let master = attach_streams(&mut command, &start, task).map_err(|error| {
             refuse(Reason::Invalid, format!("no terminal can be made: {error}"))
         })?;
         for variable in start.env.iter().chain(&secrets.env) {
@@ -130,15 +137,16 @@ impl Command {
                 .take()
                 .map(|pipe| File::from(OwnedFd::from(pipe))),
         ];
-        let stdin = child
+        let mut stdin = child
             .stdin
             .take()
             .map(|pipe| File::from(OwnedFd::from(pipe)));
         for pipe in pipes.iter().chain([&stdin, &master]).flatten() {
             set_nonblocking(pipe);
         }
-        let pipes = match task {
-            Some(task) => {
+        let has_terminal = task.is_none() && master.is_some();
+        let pipes = match (task, master) {
+            (Some(task), master) => {
                 let tty = master.is_some();
                 let sources = [master].into_iter().chain(pipes).flatten();
                 let targets = targets(task, descriptors);
@@ -149,19 +157,26 @@ impl Command {
                 );
                 [None, None]
             }
-            None => pipes,
+            (None, Some(master)) => {
+                stdin = master.try_clone().ok();
+                [Some(master), None]
+            }
+            (None, None) => pipes,
         };
+        let taken = start.files.iter().map(|file| file.size).sum();
         let deadline = || {
             let [timeout, kill_timeout] =
                 [start.timeout_ms, start.kill_timeout_ms].map(Duration::from_millis);
             Deadline::new(now, timeout, kill_timeout)
         };
         Ok(Self {
-            run_id: start.run_id.clone(),
+            artifacts: start.artifacts,
+            run_id: start.run_id,
             pid: Pid::from_raw(child.id().cast_signed()),
             pipes,
-            input: Input::new(stdin),
+            input: Input::new(stdin, has_terminal, taken),
             deadline: (start.timeout_ms > 0).then(deadline),
+            has_terminal,
             alone: task.is_some(),
             status: None,
         })
@@ -176,6 +191,15 @@ impl Command {
             kill_everything(self.pid);
         } else if self.alone || killpg(self.pid, signal).is_err() {
             let _gone = kill(self.pid, signal);
+        }
+    }
+
+    /// Tells its terminal the size; too late, or without one, is no error.
+    pub(crate) fn resize(&self, size: TerminalSize) {
+        if let [Some(terminal), _] = &self.pipes
+            && self.has_terminal
+        {
+            let _gone = terminal::resize(terminal, size);
         }
     }
 
@@ -201,8 +225,8 @@ fn attach_streams(
     start: &Start,
     task: Option<&PlainTask>,
 ) -> io::Result<Option<File>> {
-    if task.is_some_and(|task| task.tty) {
-        return terminal::attach(command).map(Some);
+    if task.is_some_and(|task| task.tty) || start.terminal.is_some() {
+        return terminal::attach(command, start.terminal).map(Some);
     }
     command.process_group(0);
     command.stdin(if start.stdin {

@@ -1,7 +1,7 @@
 //! Process 1 of every container the driver starts: one thread, one `poll` loop.
 //!
-//! It fills the home, connects to the driver's socket and waits. Then it runs one
-//! command, carries its streams, reaps what the command leaves, keeps the
+//! It fills the home, connects to the driver's socket and waits. Then it takes the files of
+//! one command, runs it, carries its streams, reads what files it leaves, reaps what the command leaves, keeps the
 //! deadline, and tells how it ended.
 //!
 //! ```text
@@ -25,6 +25,7 @@ mod output;
 mod stdin;
 mod supervisor;
 mod terminal;
+mod workspace;
 
 use std::{fs::OpenOptions, path::Path};
 

@@ -1,4 +1,4 @@
-//! The command's stdin: what the driver sent and the pipe has not taken yet.
+//! The command's stdin: what the driver sent and the pipe or terminal has not taken yet.
 
 use std::{
     collections::VecDeque,
@@ -7,6 +7,8 @@ use std::{
 };
 
 use polydev_proto::init::{Stdin, StdinAck};
+
+use crate::terminal::END_OF_FILE;
 
 /// Most bytes held. The driver keeps at most [`CAPACITY`] unacknowledged bytes on
 /// the way; one that sends more breaks the protocol.
@@ -20,6 +22,9 @@ pub(crate) struct Input {
     /// Offset of the first waiting byte.
     taken: u64,
     close: bool,
+    /// A terminal is not closed: it is told the end.
+    is_terminal: bool,
+    end_is_told: bool,
 }
 
 /// The driver sent more than it may.
@@ -27,13 +32,16 @@ pub(crate) struct Input {
 pub(crate) struct Overrun;
 
 impl Input {
-    /// `None` for a command that reads end of file at once.
-    pub(crate) fn new(pipe: Option<File>) -> Self {
+    /// `None` for a command that reads end of file at once. `taken` is where its input begins,
+    /// after the files'.
+    pub(crate) fn new(pipe: Option<File>, is_terminal: bool, taken: u64) -> Self {
         Self {
             pipe,
             waiting: VecDeque::new(),
-            taken: 0,
+            taken,
             close: false,
+            is_terminal,
+            end_is_told: false,
         }
     }
 
@@ -71,8 +79,15 @@ impl Input {
         while let Some(pipe) = &mut self.pipe {
             let (chunk, _) = self.waiting.as_slices();
             if chunk.is_empty() {
-                if self.close {
+                if !self.close {
+                    break;
+                }
+                if !self.is_terminal {
                     self.pipe = None;
+                } else if !self.end_is_told {
+                    // What cannot be told is a terminal that nobody reads.
+                    self.end_is_told = true;
+                    let _full = pipe.write(&[END_OF_FILE]);
                 }
                 break;
             }
@@ -89,7 +104,7 @@ impl Input {
         }
         StdinAck {
             offset: self.taken,
-            closed: self.pipe.is_none(),
+            closed: self.pipe.is_none() || self.end_is_told,
         }
     }
 
@@ -108,7 +123,10 @@ mod tests {
 
     fn pair() -> (File, Input) {
         let (read, write) = nix::unistd::pipe().unwrap();
-        (File::from(read), Input::new(Some(File::from(write))))
+        (
+            File::from(read),
+            Input::new(Some(File::from(write)), false, 0),
+        )
     }
 
     fn frame(offset: u64, data: &'static str, close: bool) -> Stdin {

@@ -1,6 +1,7 @@
 //! The loop: waits for whatever comes first and keeps the container's one state.
 //!
-//! `Waiting -> Running -> Exited`, or `Waiting -> NotStarted`; never back.
+//! `Waiting -> (Receiving ->) Running -> Exited`, or `NotStarted` from before it runs; never
+//! back.
 
 use std::{
     fs::File,
@@ -24,8 +25,9 @@ use nix::{
 use polydev_proto::{
     frame::MAX_DATA,
     init::{
-        Data, Exited, Hello, NotStarted, PROTOCOL_VERSION, Running, Started, Stream, ToInit,
-        Waiting, exited, from_init, hello, to_init,
+        Artifacts, Collected, Data, Exited, Hello, NotStarted, PROTOCOL_VERSION, Running, Start,
+        Started, Stdin, StdinAck, Stream, ToInit, Waiting, exited, from_init, hello,
+        not_started::Reason, to_init,
     },
     sealed::ContainerKey,
 };
@@ -35,11 +37,14 @@ use crate::{
     drain::Drain,
     link::Link,
     output::Output,
+    workspace::{self, Incoming, Outgoing},
 };
 
 /// How often to look whether what a plain task wrote has been read.
 const IS_READ: Duration = Duration::from_millis(5);
-const STREAMS: [Stream; 2] = [Stream::Stdout, Stream::Stderr];
+const STREAMS: [Stream; 3] = [Stream::Stdout, Stream::Stderr, Stream::Artifacts];
+/// Which of them the artifacts are.
+const ARTIFACTS: usize = 2;
 /// Most that a driver may ask to be buffered for one stream.
 const OUTPUT_BUFFER_MOST: usize = 8 << 20;
 /// Signals that are passed on to the command.
@@ -53,21 +58,41 @@ const FORWARDED: [Signal; 6] = [
 ];
 
 enum State {
-    /// With the key that opens the secrets of the one run.
-    Waiting(ContainerKey),
+    Waiting,
+    /// The command waits for its files.
+    Receiving(Box<Receiving>),
     Running(Box<Command>),
     Exited(Exited),
     NotStarted(NotStarted),
 }
 
+struct Receiving {
+    start: Start,
+    files: Incoming,
+    /// Bytes of input that have come.
+    taken: u64,
+}
+
+/// What the command left, once it has ended.
+struct Left {
+    artifacts: Artifacts,
+    /// Whether this connection has been told of them.
+    is_told: bool,
+    /// `None` when all of it is in the outputs.
+    outgoing: Option<Outgoing>,
+}
+
 /// Owns everything in the container that has a life.
 pub(crate) struct Supervisor {
     state: State,
+    /// Opens the secrets of the one run; gone when it has.
+    key: Option<ContainerKey>,
     public_key: Bytes,
     /// Outlive the command: what is not acknowledged can be asked for again.
-    outputs: [Output; 2],
+    outputs: [Output; 3],
     /// Of a plain task, in place of `outputs`; they may outlive the command too.
     drains: Vec<Drain>,
+    left: Option<Left>,
     /// The command is a plain task, whose status is the container's.
     is_plain: bool,
     /// The driver needs nothing more.
@@ -87,9 +112,11 @@ impl Supervisor {
         let key = ContainerKey::generate();
         Ok(Self {
             public_key: key.public(),
-            state: State::Waiting(key),
-            outputs: [Output::default(), Output::default()],
+            state: State::Waiting,
+            key: Some(key),
+            outputs: Default::default(),
             drains: Vec::new(),
+            left: None,
             is_plain: false,
             released: false,
             end_is_told: false,
@@ -118,7 +145,7 @@ impl Supervisor {
                 self.greet();
             }
             // A dockerd that is killed while it starts a container may forget it.
-            if matches!(self.state, State::Waiting(_)) && self.link.is_forsaken(now) {
+            if matches!(self.state, State::Waiting) && self.link.is_forsaken(now) {
                 return Ok(self.status());
             }
             self.send_output();
@@ -166,7 +193,7 @@ impl Supervisor {
             let mut events = PollFlags::POLLIN;
             events.set(
                 PollFlags::POLLOUT,
-                self.link.has_output() || self.has_unsent(),
+                self.link.has_output() || self.can_send(),
             );
             polled.push(PollFd::new(stream.as_fd(), events));
         }
@@ -205,7 +232,13 @@ impl Supervisor {
             output.rewind();
         }
         let state = match &self.state {
-            State::Waiting(_) => hello::State::Waiting(Waiting {}),
+            State::Waiting => hello::State::Waiting(Waiting {}),
+            State::Receiving(receiving) => {
+                hello::State::Receiving(polydev_proto::init::Receiving {
+                    run_id: receiving.start.run_id.clone(),
+                    stdin_offset: receiving.taken,
+                })
+            }
             State::Running(command) => hello::State::Running(Running {
                 run_id: command.run_id.clone(),
                 stdin_offset: command.input.offset(),
@@ -215,6 +248,9 @@ impl Supervisor {
         };
         // An end is told again after the output, which may be sent again too.
         self.end_is_told = false;
+        if let Some(left) = &mut self.left {
+            left.is_told = false;
+        }
         self.link.send(from_init::Message::Hello(Hello {
             protocol_version: PROTOCOL_VERSION,
             state: Some(state),
@@ -225,6 +261,19 @@ impl Supervisor {
     /// Frames what the link has room for; the end follows the last byte.
     fn send_output(&mut self) {
         for (output, stream) in self.outputs.iter_mut().zip(STREAMS) {
+            if stream == Stream::Artifacts
+                && self.link.has_room()
+                && let Some(left) = self.left.as_mut().filter(|left| !left.is_told)
+            {
+                left.is_told = true;
+                self.link.send(from_init::Message::Collected(Collected {
+                    artifacts: Some(left.artifacts.clone()),
+                    exited: match &self.state {
+                        State::Exited(exited) => Some(exited.clone()),
+                        _ => None,
+                    },
+                }));
+            }
             while self.link.has_room()
                 && let Some((offset, data)) = output.take_unsent(MAX_DATA)
             {
@@ -240,7 +289,7 @@ impl Supervisor {
             return;
         }
         let message = match &self.state {
-            State::Waiting(_) | State::Running(_) => return,
+            State::Waiting | State::Receiving(_) | State::Running(_) => return,
             State::Exited(exited) => from_init::Message::Exited(exited.clone()),
             State::NotStarted(refused) => from_init::Message::NotStarted(refused.clone()),
         };
@@ -249,6 +298,7 @@ impl Supervisor {
     }
 
     fn read_output(&mut self, chunk: &mut [u8]) -> io::Result<()> {
+        self.read_artifacts(chunk);
         let State::Running(command) = &mut self.state else {
             return Ok(());
         };
@@ -260,6 +310,8 @@ impl Supervisor {
             }
             match pipe.read(&mut chunk[..room]) {
                 Ok(0) => *slot = None,
+                // A terminal whose last user is gone.
+                Err(error) if error.raw_os_error() == Some(Errno::EIO as i32) => *slot = None,
                 Ok(count) => output.push(&chunk[..count]),
                 Err(error)
                     if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
@@ -267,6 +319,26 @@ impl Supervisor {
             }
         }
         Ok(())
+    }
+
+    /// What cannot be read is missing, and told as such by its length.
+    fn read_artifacts(&mut self, chunk: &mut [u8]) {
+        let output = &mut self.outputs[ARTIFACTS];
+        let Some(left) = &mut self.left else { return };
+        while let Some(outgoing) = &mut left.outgoing {
+            let room = output.room().min(chunk.len());
+            if room == 0 {
+                break;
+            }
+            match outgoing.read(&mut chunk[..room]) {
+                Ok(0) => left.outgoing = None,
+                Ok(count) => output.push(&chunk[..count]),
+                Err(error) => {
+                    eprintln!("polydev-init: artifacts are lost: {error}");
+                    left.outgoing = None;
+                }
+            }
+        }
     }
 
     fn flush_input(&mut self) {
@@ -283,21 +355,20 @@ impl Supervisor {
 
     fn on_message(&mut self, message: to_init::Message, now: Instant) {
         match (message, &mut self.state) {
-            (to_init::Message::Start(start), State::Waiting(key)) => {
+            (to_init::Message::Start(start), State::Waiting) => {
                 let capacity = OUTPUT_BUFFER_MOST.min(start.output_buffer_bytes as usize);
-                self.outputs = [Output::new(capacity), Output::new(capacity)];
+                self.outputs = [(); 3].map(|()| Output::new(capacity));
                 self.is_plain = start.task.is_some();
-                let descriptors = self.link.take_descriptors();
-                let oom_score = self.oom_score.as_mut();
-                let drains = &mut self.drains;
-                match Command::start(&start, key, descriptors, drains, oom_score, now) {
-                    Ok(command) => {
-                        let pid = command.pid.as_raw().cast_unsigned();
-                        self.link.send(from_init::Message::Started(Started { pid }));
-                        self.state = State::Running(Box::new(command));
-                        self.reap();
+                match Incoming::new(workspace::path(), &start.files) {
+                    Ok(files) if files.is_complete() => self.start(*start, now),
+                    Ok(files) => {
+                        self.state = State::Receiving(Box::new(Receiving {
+                            start: *start,
+                            files,
+                            taken: 0,
+                        }));
                     }
-                    Err(refused) => self.state = State::NotStarted(refused),
+                    Err(message) => self.refuse(start.run_id, message),
                 }
             }
             // One Start in a life: a second one is a driver's mistake, and it is not run.
@@ -307,6 +378,17 @@ impl Supervisor {
                     if ack.stream == i32::from(stream) {
                         output.acknowledge(ack.offset);
                     }
+                }
+            }
+            (to_init::Message::Stdin(frame), State::Receiving(_)) => self.receive(&frame, now),
+            (to_init::Message::Signal(_), State::Receiving(receiving)) => {
+                let run_id = receiving.start.run_id.clone();
+                self.refuse(run_id, "it was ended before its files had come".into());
+            }
+            (to_init::Message::Resize(size), State::Running(command)) => command.resize(size),
+            (to_init::Message::Resize(size), State::Receiving(receiving)) => {
+                if let Some(terminal) = &mut receiving.start.terminal {
+                    *terminal = size;
                 }
             }
             (to_init::Message::Stdin(frame), State::Running(command)) => {
@@ -325,10 +407,72 @@ impl Supervisor {
             (
                 to_init::Message::Stdin(_)
                 | to_init::Message::Signal(_)
+                | to_init::Message::Resize(_)
                 | to_init::Message::Release(_),
                 _,
             ) => {}
         }
+    }
+
+    /// Bytes of the files, and maybe the first ones of stdin.
+    fn receive(&mut self, frame: &Stdin, now: Instant) {
+        let State::Receiving(receiving) = &mut self.state else {
+            return;
+        };
+        let known = receiving.taken.checked_sub(frame.offset);
+        let Some(known) = known.and_then(|known| usize::try_from(known).ok()) else {
+            return self.link.disconnect(now); // A gap is a driver's mistake.
+        };
+        let new = frame.data.get(known..).unwrap_or_default();
+        let (taken, problem) = match receiving.files.write(new) {
+            Ok(taken) => (taken as u64, None),
+            Err(message) => (0, Some(message)),
+        };
+        receiving.taken += taken;
+        let (taken, total) = (receiving.taken, receiving.files.total());
+        let is_complete = receiving.files.is_complete();
+        let ended = (frame.close && !is_complete)
+            .then(|| format!("its files ended after {taken} of {total} bytes"));
+        if let Some(message) = problem.or(ended) {
+            let run_id = receiving.start.run_id.clone();
+            return self.refuse(run_id, message);
+        }
+        if is_complete {
+            let start = std::mem::take(&mut receiving.start);
+            self.start(start, now);
+        }
+        match &mut self.state {
+            // The rest of it is the command's.
+            State::Running(_) => self.on_message(to_init::Message::Stdin(frame.clone()), now),
+            _ => self.link.send(from_init::Message::StdinAck(StdinAck {
+                offset: taken,
+                closed: false,
+            })),
+        }
+    }
+
+    fn start(&mut self, start: Start, now: Instant) {
+        let key = self.key.take().expect("one Start is accepted in a life");
+        let descriptors = self.link.take_descriptors();
+        let (oom_score, drains) = (self.oom_score.as_mut(), &mut self.drains);
+        match Command::start(start, &key, descriptors, drains, oom_score, now) {
+            Ok(command) => {
+                let pid = command.pid.as_raw().cast_unsigned();
+                self.link.send(from_init::Message::Started(Started { pid }));
+                self.state = State::Running(Box::new(command));
+                self.reap();
+            }
+            Err(refused) => self.state = State::NotStarted(refused),
+        }
+    }
+
+    /// The command does not run.
+    fn refuse(&mut self, run_id: String, message: String) {
+        self.state = State::NotStarted(NotStarted {
+            run_id,
+            reason: Reason::Invalid.into(),
+            message,
+        });
     }
 
     /// False if init should end.
@@ -368,9 +512,10 @@ impl Supervisor {
         }
     }
 
-    /// `Running -> Exited` when the command has ended and its pipes are drained.
+    /// `Running -> Exited` when the command has ended and its pipes are drained. What it left is
+    /// looked for then.
     fn finish(&mut self) {
-        let State::Running(command) = &self.state else {
+        let State::Running(command) = &mut self.state else {
             return;
         };
         let (true, Some(status)) = (command.is_drained(), command.status) else {
@@ -381,7 +526,17 @@ impl Supervisor {
             WaitStatus::Exited(_, code) => exited::Status::Code(code),
             _ => unreachable!("only an end of the process is recorded as its status"),
         };
+        self.left = command.artifacts.take().map(|rules| {
+            let (artifacts, outgoing) = Outgoing::collect(workspace::path(), &rules);
+            Left {
+                artifacts,
+                is_told: false,
+                outgoing: Some(outgoing),
+            }
+        });
+        let left = self.left.iter().flat_map(|left| &left.artifacts.files);
         self.state = State::Exited(Exited {
+            artifact_bytes: left.map(|file| file.size).sum(),
             run_id: command.run_id.clone(),
             status: Some(status),
             deadline_exceeded: command
@@ -409,7 +564,14 @@ impl Supervisor {
     }
 
     fn has_unsent(&self) -> bool {
-        !self.outputs.iter().all(Output::is_sent)
+        let is_left = |left: &Left| !left.is_told || left.outgoing.is_some();
+        !self.outputs.iter().all(Output::is_sent) || self.left.as_ref().is_some_and(is_left)
+    }
+
+    /// Whether it is the link alone that output waits for, and not an acknowledgement.
+    fn can_send(&self) -> bool {
+        self.has_unsent()
+            && (self.outputs[ARTIFACTS].room() > 0 || !self.outputs.iter().all(Output::is_sent))
     }
 
     fn is_running(&self) -> bool {

@@ -3,28 +3,54 @@
 use std::{
     fs::File,
     io,
-    os::{fd::OwnedFd, unix::process::CommandExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::process::CommandExt,
+    },
     process::{Command, Stdio},
 };
 
+use polydev_proto::init::TerminalSize;
 use rustix::{
     io::Errno,
     process::{ioctl_tiocsctty, setsid},
     stdio,
+    termios::{Winsize, tcsetwinsize},
 };
+
+/// What a terminal's user types for the end of its input.
+pub(crate) const END_OF_FILE: u8 = 4;
 
 /// Gives `command` a new terminal as its three standard descriptors, and returns our side.
 ///
 /// # Errors
 /// If the container has no `/dev/ptmx` or no room for another terminal.
-pub(crate) fn attach(command: &mut Command) -> io::Result<File> {
+pub(crate) fn attach(command: &mut Command, size: Option<TerminalSize>) -> io::Result<File> {
     let pty = nix::pty::openpty(None, None)?;
+    if let Some(size) = size {
+        resize(&pty.master, size)?;
+    }
     let slave = || pty.slave.try_clone().map(Stdio::from);
     command.stdin(slave()?).stdout(slave()?).stderr(slave()?);
     close_on_exec(&pty.master)?;
     close_on_exec(&pty.slave)?;
     lead_session(command);
     Ok(pty.master.into())
+}
+
+/// Tells the terminal, and whoever has it in the foreground, its size.
+///
+/// # Errors
+/// As the kernel says.
+pub(crate) fn resize(terminal: &impl AsFd, size: TerminalSize) -> io::Result<()> {
+    let side = |given: u32| u16::try_from(given).unwrap_or(u16::MAX);
+    let size = Winsize {
+        ws_row: side(size.rows),
+        ws_col: side(size.columns),
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    Ok(tcsetwinsize(terminal, size)?)
 }
 
 /// Makes the command the leader of a session whose terminal is its stdin.

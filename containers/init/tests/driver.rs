@@ -174,7 +174,7 @@ fn no_byte_is_lost_or_doubled_when_the_driver_comes_and_goes() {
     let init = Init::start();
     let (mut link, state) = init.connect();
     assert!(matches!(state, hello::State::Waiting(_)));
-    link.send(to_init::Message::Start(shell("seq 1 300000")));
+    link.send(to_init::Message::Start(shell("seq 1 300000").into()));
 
     let mut stdout = Vec::new();
     // Each life of the driver takes a little, acknowledges less, and is gone.
@@ -216,7 +216,7 @@ fn no_byte_is_lost_or_doubled_when_the_driver_comes_and_goes() {
 fn the_end_is_told_again_until_it_is_released() {
     let mut init = Init::start();
     let (mut link, _) = init.connect();
-    link.send(to_init::Message::Start(shell("printf done; exit 3")));
+    link.send(to_init::Message::Start(shell("printf done; exit 3").into()));
     let mut stdout = Vec::new();
     assert_eq!(
         link.finish(&mut stdout).status,
@@ -259,7 +259,7 @@ fn a_plain_task_writes_to_nomad_and_stays_until_it_is_read() {
         ..shell("seq 1 2000; exit 7")
     };
     link.send_with(
-        to_init::Message::Start(start),
+        to_init::Message::Start(start.into()),
         [stdout.as_fd(), stderr.as_fd()],
     );
     assert!(matches!(link.next(), from_init::Message::Started(_)));
@@ -284,9 +284,9 @@ fn a_plain_task_writes_to_nomad_and_stays_until_it_is_read() {
 fn one_command_in_a_life() {
     let init = Init::start();
     let (mut link, _) = init.connect();
-    link.send(to_init::Message::Start(shell("exec sleep 1000")));
+    link.send(to_init::Message::Start(shell("exec sleep 1000").into()));
     assert!(matches!(link.next(), from_init::Message::Started(_)));
-    link.send(to_init::Message::Start(shell("echo second")));
+    link.send(to_init::Message::Start(shell("echo second").into()));
     // A driver that tries is not listened to any more; the first command goes on.
     let (_link, state) = init.connect();
     assert!(matches!(state, hello::State::Running(_)), "{state:?}");
@@ -296,10 +296,11 @@ fn one_command_in_a_life() {
 fn stdin_reaches_the_command_and_ends() {
     let init = Init::start();
     let (mut link, _) = init.connect();
-    link.send(to_init::Message::Start(Start {
+    let start = Start {
         stdin: true,
         ..shell("cat; echo end")
-    }));
+    };
+    link.send(to_init::Message::Start(start.into()));
     link.send(to_init::Message::Stdin(Stdin {
         offset: 0,
         data: "hello ".into(),
@@ -323,7 +324,7 @@ fn a_program_that_is_not_there_is_told_and_nothing_runs() {
         argv: vec!["no-such-program".into()],
         ..shell("")
     };
-    link.send(to_init::Message::Start(start));
+    link.send(to_init::Message::Start(start.into()));
     match link.next() {
         from_init::Message::NotStarted(refused) => {
             assert_eq!(refused.reason(), not_started::Reason::NotFound);
@@ -343,7 +344,7 @@ fn a_signal_ends_a_waiting_init_and_is_passed_on_by_a_running_one() {
     let running = Init::start();
     let (mut link, _) = running.connect();
     let script = "trap 'echo got it; exit 4' TERM; echo ready; while :; do sleep 0.05; done";
-    link.send(to_init::Message::Start(shell(script)));
+    link.send(to_init::Message::Start(shell(script).into()));
     while !matches!(link.next(), from_init::Message::Data(_)) {}
     kill(pid(&running), UnixSignal::SIGTERM).unwrap();
     let mut stdout = b"ready\n".to_vec();

@@ -7,6 +7,8 @@ use bollard::models::{
     RestartPolicyNameEnum,
 };
 
+use polydev_proto::workspace;
+
 use super::signed;
 use crate::limits::{CPU_PERIOD, Limits};
 
@@ -64,11 +66,22 @@ impl ContainerSpec {
                     bind(&self.resolv_conf, "/etc/resolv.conf"),
                 ]),
                 tmpfs: Some(HashMap::from([
-                    tmpfs("/tmp", "mode=1777,size=128m"),
-                    tmpfs("/run", &format!("mode=0755,size=16m,uid={uid},gid={gid}")),
+                    tmpfs("/tmp", "noexec,mode=1777,size=128m"),
+                    tmpfs(
+                        "/run",
+                        &format!("noexec,mode=0755,size=16m,uid={uid},gid={gid}"),
+                    ),
                     tmpfs(
                         &self.home,
-                        &format!("mode=0700,size=128m,uid={uid},gid={gid}"),
+                        &format!("noexec,mode=0700,size=128m,uid={uid},gid={gid}"),
+                    ),
+                    // A caller's files may be programs.
+                    tmpfs(
+                        workspace::PATH,
+                        &format!(
+                            "exec,mode=0700,size={},uid={uid},gid={gid}",
+                            workspace::MAX_BYTES
+                        ),
                     ),
                 ])),
                 // Only init's own words go here: the command's output does not pass dockerd.
@@ -103,7 +116,7 @@ pub(super) fn bind(source: &std::path::Path, target: &str) -> Mount {
 }
 
 fn tmpfs(path: &str, options: &str) -> (String, String) {
-    (path.into(), format!("rw,nosuid,nodev,noexec,{options}"))
+    (path.into(), format!("rw,nosuid,nodev,{options}"))
 }
 
 #[cfg(test)]

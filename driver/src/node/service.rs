@@ -171,7 +171,7 @@ impl NodeService for Service {
             ));
         };
         let run = self.grant(*claim, arrived)?;
-        let mut follower = Follower::new(run.clone(), [0; 2]).map_err(beyond_end)?;
+        let mut follower = Follower::new(run.clone(), [0; 3]).map_err(beyond_end)?;
         let stdin_offset = follower.stdin_taken();
         // The first event tells whether it was granted or refused after all.
         let granted = follower.next().await.map(encode_event).transpose()?;
@@ -207,7 +207,11 @@ impl NodeService for Service {
         let run = self.find(&attach.run_id, Some(&attach.user_id))?;
         // Of a run that has just been taken up it is init that knows how far it is.
         run.known().await;
-        let offsets = [attach.stdout_offset, attach.stderr_offset];
+        let offsets = [
+            attach.stdout_offset,
+            attach.stderr_offset,
+            attach.artifact_offset,
+        ];
         let follower = Follower::new(run.clone(), offsets).map_err(beyond_end)?;
         let attached = attached(&run, follower.stdin_taken());
         let inputs = requests.filter_map(|request| async {
@@ -368,6 +372,7 @@ fn attached(run: &Run, stdin_offset: u64) -> RunEvent {
         generation: run.claimed.generation,
         stdin_offset,
         on_demand: run.claimed.on_demand,
+        files_bytes: run.claimed.files_bytes,
     };
     RunEvent {
         event: Some(run_event::Event::Attached(attached)),
@@ -397,6 +402,7 @@ async fn forward(mut inputs: stream::BoxStream<'static, RunInput>, run: Arc<Run>
             },
             Some(Some(run_input::Input::CloseStdin(_))) => Input::CloseStdin,
             Some(Some(run_input::Input::Signal(signal))) => Input::Signal(signal.number),
+            Some(Some(run_input::Input::Resize(size))) => Input::Resize(size),
             // A message of a newer shim.
             Some(None) => continue,
             None => return,

@@ -25,7 +25,6 @@ use super::{
     claim::{self, ID_AGE_MOST, Parsed, Refusal},
     journal::{self, Claimed, Journal, Record},
     standing::{OnClaim, OnFence, Standing},
-    window::Window,
 };
 use memory::Memory;
 
@@ -374,7 +373,7 @@ impl Runs {
             known.insert(run_id.clone(), fence);
             run.update(|progress| progress.outcome = outcome);
         });
-        run.output.iter().for_each(Window::release);
+        run.release_output();
     }
 
     /// Gives up the results of the run that ended first.
@@ -456,7 +455,7 @@ impl Inner {
     }
 
     fn release(&mut self, run: &Run) {
-        run.output.iter().for_each(Window::release);
+        run.release_output();
         let past = Past {
             spec_hash: run.claimed.spec_hash.clone(),
             slot_id: run.claimed.slot_id.clone(),

@@ -11,7 +11,10 @@ use std::time::{Duration, Instant};
 
 use polydev_proto::{
     frame::MAX_DATA,
-    init::{Data, DataAck, Release, Signal, Start, Stream, from_init, hello, to_init},
+    init::{
+        Collected, Data, DataAck, Exited, NotStarted, Release, Signal, Start, Stream, TerminalSize,
+        from_init, hello, to_init,
+    },
     node::ended::Reason,
 };
 use tokio::{
@@ -23,7 +26,7 @@ use tokio::{
 use stdin::StdinWindow;
 
 use super::{
-    Ended, Granted, Input, Run,
+    ARTIFACTS, Ended, Granted, Input, Run,
     book::Runs,
     claim::Refusal,
     window::{WAITING, Window},
@@ -38,6 +41,10 @@ use crate::{
 /// What init gets on top of the deadline before the driver ends the container itself.
 const GRACE: Duration = Duration::from_secs(1);
 /// For an init whose connection broke.
+/// From the claim on, for the files that the command needs.
+const FILES: Duration = Duration::from_secs(2 * 60);
+/// From the command's end on, for a caller to fetch the artifacts.
+const ARTIFACTS_FETCHED: Duration = Duration::from_secs(5 * 60);
 const BACK: Duration = Duration::from_secs(10);
 /// For an init that is killed.
 const DIES: Duration = Duration::from_secs(10);
@@ -140,7 +147,8 @@ pub(crate) async fn start(
     let mut carrier = Carrier::new(runs, run, connection, Some(limits), order.inputs);
     carrier.shaping = shaping;
     // Whether it arrived is asked of init, should the connection break.
-    let _told_below = carrier.send(to_init::Message::Start(order.start)).await;
+    let start = to_init::Message::Start(order.start.into());
+    let _told_below = carrier.send(start).await;
     carrier.carry().await;
 }
 
@@ -166,6 +174,10 @@ struct Carrier<'a> {
     shaping: Option<JoinHandle<Result<(), limits::Error>>>,
     inputs: mpsc::Receiver<Input>,
     stdin: StdinWindow,
+    /// Its size as the caller last said.
+    terminal: Option<TerminalSize>,
+    /// How the command ended whose artifacts are being read.
+    collected: Option<Exited>,
     /// When the driver stops waiting for init.
     end_at: Instant,
     ending: Ending,
@@ -225,7 +237,6 @@ impl<'a> Carrier<'a> {
         limits: Option<&'a limits::Handle>,
         inputs: mpsc::Receiver<Input>,
     ) -> Self {
-        let allowed = run.claimed.timeout + run.claimed.kill_timeout + GRACE;
         Self {
             runs,
             run,
@@ -234,7 +245,9 @@ impl<'a> Carrier<'a> {
             shaping: None,
             inputs,
             stdin: StdinWindow::default(),
-            end_at: run.arrived + allowed,
+            terminal: None,
+            collected: None,
+            end_at: end_at(run),
             ending: Ending::No,
             overdraft: false,
             starved: None,
@@ -314,18 +327,12 @@ impl<'a> Carrier<'a> {
         let run_id = &self.run.claimed.run_id;
         match state {
             hello::State::Waiting(_) => Err(Stop::End(End::NotStarted(Refusal::NotReached))),
+            hello::State::Receiving(receiving) if receiving.run_id == *run_id => {
+                self.go_on(receiving.stdin_offset).await
+            }
             hello::State::Running(running) if running.run_id == *run_id => {
                 self.started();
-                self.taken(running.stdin_offset, false);
-                if self.ending != Ending::No {
-                    // It may have been on its way when the connection broke.
-                    self.signal(SIGTERM).await?;
-                }
-                self.stdin.sent = self.stdin.sent.max(running.stdin_offset);
-                for stdin in self.stdin.kept.clone() {
-                    self.send(to_init::Message::Stdin(stdin)).await?;
-                }
-                Ok(())
+                self.go_on(running.stdin_offset).await
             }
             // Their ends are told again, after the output.
             hello::State::Exited(exited) if exited.run_id == *run_id => {
@@ -335,6 +342,23 @@ impl<'a> Carrier<'a> {
             hello::State::NotStarted(refused) if refused.run_id == *run_id => Ok(()),
             _ => Err(self.end(Reason::Lost, "its container has another run")),
         }
+    }
+
+    /// Sends again what may not have arrived at an init that has so much of the input.
+    async fn go_on(&mut self, stdin_offset: u64) -> Result<(), Stop> {
+        self.taken(stdin_offset, false);
+        if self.ending != Ending::No {
+            // It may have been on its way when the connection broke.
+            self.signal(SIGTERM).await?;
+        }
+        if let Some(size) = self.terminal {
+            self.send(to_init::Message::Resize(size)).await?;
+        }
+        self.stdin.sent = self.stdin.sent.max(stdin_offset);
+        for stdin in self.stdin.kept.clone() {
+            self.send(to_init::Message::Stdin(stdin)).await?;
+        }
+        Ok(())
     }
 
     /// Waits for whatever comes first. Init is read only when there is room for what
@@ -351,8 +375,10 @@ impl<'a> Carrier<'a> {
         };
         let fits = |window: &Window| window.waiting() + MAX_DATA as u64 <= most;
         let is_starved = self.starved.is_some();
-        let has_room = !is_starved
-            && (self.overdraft || self.run.claimed.drop_oldest || self.run.output.iter().all(fits));
+        let [stdout, stderr, artifacts] = &self.run.output;
+        let takes_all = self.overdraft || self.run.claimed.drop_oldest;
+        let has_room =
+            !is_starved && fits(artifacts) && (takes_all || (fits(stdout) && fits(stderr)));
         let window_open = self.stdin.is_open();
         let is_asked = self.ending != Ending::No;
         let Connection { init, link, .. } = &mut *self.connection;
@@ -381,6 +407,7 @@ impl<'a> Carrier<'a> {
             from_init::Message::Started(_) => self.started(),
             from_init::Message::StdinAck(ack) => self.taken(ack.offset, ack.closed),
             from_init::Message::Exited(exited) => return Err(self.exited(&exited)),
+            from_init::Message::Collected(collected) => self.collected(collected),
             from_init::Message::NotStarted(refused) => return Err(self.not_started(&refused)),
             // Only the first message of a connection is one.
             from_init::Message::Hello(_) => {}
@@ -403,6 +430,11 @@ impl<'a> Carrier<'a> {
                 self.end_at = now + GRACE;
                 Ok(())
             }
+            _ if self.collected.is_some() => Err(self.lost()),
+            Ending::No if self.waits_for_files() => Err(self.not_started(&NotStarted {
+                message: format!("its files did not come within {} s", FILES.as_secs()),
+                ..NotStarted::default()
+            })),
             Ending::No => Err(self.end(Reason::Deadline, "its deadline passed")),
             Ending::Asked { .. } | Ending::Killed => {
                 Err(self.end(Reason::Cancelled, &self.run.cancel.message()))
@@ -413,13 +445,35 @@ impl<'a> Carrier<'a> {
     fn started(&mut self) {
         if self.run.progress.borrow().started.is_none() {
             self.runs.started(self.run);
+            self.end_at = end_at(self.run);
         }
+    }
+
+    fn waits_for_files(&self) -> bool {
+        self.run.claimed.files_bytes > 0 && self.run.progress.borrow().started.is_none()
+    }
+
+    /// The command is dead, and what it left is read: that has a time of its own.
+    fn collected(&mut self, Collected { artifacts, exited }: Collected) {
+        let artifacts = artifacts.unwrap_or_default();
+        self.run.manifest.keep(&artifacts);
+        self.run
+            .update(|progress| progress.artifacts = Some(artifacts.into()));
+        self.collected = exited;
+        if let Ending::Asked { .. } = self.ending {
+            self.ending = Ending::Killed;
+        }
+        self.end_at = Instant::now() + ARTIFACTS_FETCHED;
     }
 
     async fn output(&mut self, data: Data) -> Result<(), Stop> {
         let kind = Stream::try_from(data.stream).unwrap_or_default();
-        let window = &self.run.output[usize::from(kind == Stream::Stderr)];
-        if self.run.claimed.drop_oldest {
+        let window = match kind {
+            Stream::Stdout | Stream::Unspecified => &self.run.output[0],
+            Stream::Stderr => &self.run.output[1],
+            Stream::Artifacts => &self.run.output[ARTIFACTS],
+        };
+        if self.run.claimed.drop_oldest && kind != Stream::Artifacts {
             window.drop_oldest(data.data.len() as u64);
         }
         if let Err(error) = window.append(data.offset, &data.data) {
@@ -431,7 +485,9 @@ impl<'a> Carrier<'a> {
         }
         let after = self.run.arrived.elapsed();
         self.run.update(|progress| {
-            progress.first_output.get_or_insert(after);
+            if kind != Stream::Artifacts {
+                progress.first_output.get_or_insert(after);
+            }
         });
         let ack = DataAck {
             stream: data.stream,
@@ -447,6 +503,16 @@ impl<'a> Carrier<'a> {
     async fn send(&mut self, message: to_init::Message) -> Result<(), Stop> {
         let link = self.connection.link.as_mut().ok_or(link::Error::Closed)?;
         Ok(link.writer.send(message).await?)
+    }
+}
+
+/// When the driver stops waiting for init.
+fn end_at(run: &Run) -> Instant {
+    let allowed = run.claimed.timeout + run.claimed.kill_timeout + GRACE;
+    match run.progress.borrow().started {
+        Some(after) => run.arrived + after + allowed,
+        None if run.claimed.files_bytes > 0 => run.arrived + FILES,
+        None => run.arrived + allowed,
     }
 }
 

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use polydev_proto::{
     exec,
     init::{MAX_SEALED, Start, TraceContext, Variable},
-    node,
+    node, workspace,
 };
 use prost::Message;
 use sha2::{Digest, Sha256};
@@ -76,6 +76,10 @@ fn invalid(field: &str, problem: impl Into<String>) -> Invalid {
     }
 }
 
+fn in_spec(error: exec::Invalid) -> Invalid {
+    invalid(&format!("spec.{}", error.field), error.problem)
+}
+
 /// The checked part of a claim's message.
 #[derive(Debug)]
 pub struct Parsed {
@@ -87,6 +91,8 @@ pub struct Parsed {
     pub timeout: Duration,
     pub kill_timeout: Duration,
     pub drop_oldest: bool,
+    /// Of its input.
+    pub files_bytes: u64,
 }
 
 /// SHA-256 over all that is executed and for whom, in hexadecimal. Of secrets it has the
@@ -121,7 +127,16 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
             .iter()
             .map(|(name, value)| (name.as_str(), value.as_str())),
     )
-    .map_err(|error| invalid(&format!("spec.{}", error.field), error.problem))?;
+    .map_err(in_spec)?;
+    let files_bytes = workspace::check_files(&spec.files).map_err(in_spec)?;
+    let artifacts = spec.artifacts.as_ref();
+    artifacts
+        .map_or(Ok(()), workspace::check_rules)
+        .map_err(in_spec)?;
+    let terminal = spec
+        .terminal
+        .map(|size| workspace::check_size("terminal", size));
+    terminal.unwrap_or(Ok(())).map_err(in_spec)?;
     made_at(&claim.run_id)?;
     let ballot = claim
         .ballot
@@ -162,6 +177,9 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         }),
         task: None,
         sealed_secrets: secrets,
+        files: spec.files,
+        terminal: spec.terminal,
+        artifacts: spec.artifacts,
     };
     Ok(Parsed {
         user_id: claim.user_id,
@@ -171,6 +189,7 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         timeout,
         kill_timeout,
         drop_oldest: spec.drop_oldest,
+        files_bytes,
     })
 }
 

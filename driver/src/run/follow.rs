@@ -5,10 +5,10 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use polydev_proto::{frame::MAX_DATA, node::ended::Reason};
+use polydev_proto::{frame::MAX_DATA, init::Artifacts, node::ended::Reason};
 use tokio::sync::watch;
 
-use super::{Ended, Granted, Outcome, Progress, Run, claim::Refusal, window::Piece};
+use super::{ARTIFACTS, Ended, Granted, Outcome, Progress, Run, claim::Refusal, window::Piece};
 
 /// Of one run, in this order but for `StdinTaken`.
 #[derive(Debug)]
@@ -17,6 +17,8 @@ pub enum Event {
     Started {
         after: Duration,
     },
+    /// Before the first output of the third stream.
+    Artifacts(Arc<Artifacts>),
     Output {
         stream: usize,
         offset: u64,
@@ -52,11 +54,13 @@ pub struct BeyondEnd {
 pub struct Follower {
     run: Arc<Run>,
     progress: watch::Receiver<Progress>,
-    /// Of the next byte of stdout and stderr.
-    offsets: [u64; 2],
+    /// Of the next byte of each stream.
+    offsets: [u64; 3],
     granted: bool,
     started: bool,
     stdin_taken: u64,
+    /// Whether it is known what the artifacts are.
+    artifacts: bool,
     /// Which stream comes first: they take turns.
     turn: usize,
     over: bool,
@@ -65,14 +69,15 @@ pub struct Follower {
 impl Follower {
     /// # Errors
     /// [`BeyondEnd`]
-    pub fn new(run: Arc<Run>, offsets: [u64; 2]) -> Result<Self, BeyondEnd> {
+    pub fn new(run: Arc<Run>, offsets: [u64; 3]) -> Result<Self, BeyondEnd> {
         let lengths = match &run.progress.borrow().outcome {
             // How much it has written is not known.
-            Some(Outcome::Ended(ended)) if ended.reason == Reason::Lost => [u64::MAX; 2],
-            Some(Outcome::Ended(ended)) => [ended.stdout_bytes, ended.stderr_bytes],
-            _ => [0; 2],
+            Some(Outcome::Ended(ended)) if ended.reason == Reason::Lost => [u64::MAX; 3],
+            Some(Outcome::Ended(ended)) => ended.lengths(),
+            _ => [0; 3],
         };
-        for (stream, field) in ["stdout_offset", "stderr_offset"].into_iter().enumerate() {
+        let fields = ["stdout_offset", "stderr_offset", "artifact_offset"];
+        for (stream, field) in fields.into_iter().enumerate() {
             let (given, end) = (
                 offsets[stream],
                 run.output[stream].end().max(lengths[stream]),
@@ -88,6 +93,7 @@ impl Follower {
             granted: false,
             started: false,
             stdin_taken: 0,
+            artifacts: false,
             turn: 0,
             over: false,
         })
@@ -145,14 +151,21 @@ impl Follower {
         {
             return Some(event);
         }
+        if let Some(artifacts) = &progress.artifacts {
+            if !std::mem::replace(&mut self.artifacts, true) {
+                return Some(Event::Artifacts(artifacts.clone()));
+            }
+            if let Some(event) = self.output(ARTIFACTS) {
+                return Some(event);
+            }
+        }
         match progress.outcome.clone()? {
             Outcome::Aborted(refusal) => {
                 self.over = true;
                 Some(Event::Aborted(refusal))
             }
             Outcome::Ended(ended) => {
-                let lengths = [ended.stdout_bytes, ended.stderr_bytes];
-                for (stream, to) in lengths.into_iter().enumerate() {
+                for (stream, to) in ended.lengths().into_iter().enumerate() {
                     let from = self.offsets[stream];
                     if from < to {
                         self.offsets[stream] = to;

@@ -92,6 +92,9 @@ pub struct Claimed {
     pub timeout: Duration,
     pub kill_timeout: Duration,
     pub drop_oldest: bool,
+    /// How much of its input is files, without which the command does not start.
+    #[serde(default)]
+    pub files_bytes: u64,
     /// Whether its slot is for no other run.
     #[serde(default)]
     pub on_demand: bool,

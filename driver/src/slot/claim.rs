@@ -94,6 +94,7 @@ impl Slot {
             timeout: parsed.timeout,
             kill_timeout: parsed.kill_timeout,
             drop_oldest: parsed.drop_oldest,
+            files_bytes: parsed.files_bytes,
             on_demand: self.is_on_demand(),
             share,
             boot_id: node.runs.boot_id.clone(),

@@ -419,7 +419,9 @@ async fn listen(listener: &Option<Listener>, link: &mut Option<Link>, pid: u32) 
             match state {
                 hello::State::Exited(exited) => Word::Exited(exited),
                 hello::State::Running(_) => Word::Nothing,
-                hello::State::Waiting(_) | hello::State::NotStarted(_) => Word::NotStarted,
+                hello::State::Waiting(_)
+                | hello::State::Receiving(_)
+                | hello::State::NotStarted(_) => Word::NotStarted,
             }
         }
         Err(error) => {

@@ -349,7 +349,7 @@ async fn begin(
         OutputPath::Init => plain_task::Output::Descriptors,
         OutputPath::Docker => plain_task::Output::Inherited,
     };
-    let start = to_init::Message::Start(Start {
+    let start = Start {
         run_id: plan.identity.task_id.clone(),
         argv: argv.into_iter().map(Into::into).collect(),
         stdin: plan.options.interactive,
@@ -358,7 +358,8 @@ async fn begin(
             tty: plan.options.tty,
         }),
         ..Default::default()
-    });
+    };
+    let start = to_init::Message::Start(start.into());
     match plan.output {
         OutputPath::Init => {
             let open = |path: &std::path::Path| {

@@ -1,12 +1,12 @@
 //! `polydev-shim run`: a caller of the shim, for people and scripts.
 
-use std::{ffi::OsString, os::unix::ffi::OsStringExt, process::ExitCode};
+use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf, process::ExitCode};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
 use polydev_proto::runtime::{
-    Argv, Credential, Prompt, RunRequest, RunStart, StoredCredential, SubmitJobRequest, credential,
-    run_event::Event, run_request::Message, run_start::Command,
+    Argv, ArtifactRules, Credential, Prompt, RunRequest, RunStart, StoredCredential,
+    SubmitJobRequest, credential, run_event::Event, run_request::Message, run_start::Command,
     runtime_service_client::RuntimeServiceClient,
 };
 use tokio::sync::mpsc;
@@ -14,10 +14,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{metadata::MetadataValue, transport::Channel};
 
 use super::{
-    Client, Output,
-    credentials::Given,
+    Client, Output, credentials,
+    files::{Given, Opened, Receiver},
     print,
     stream::{self, QUEUE, Signals, forward_stdin},
+    terminal::{self, Raw},
     told,
 };
 use crate::provider::Provider;
@@ -38,7 +39,7 @@ pub(super) struct Arguments {
     #[arg(long, requires = "prompt")]
     model: Option<String>,
     #[command(flatten)]
-    credential: Given,
+    credential: credentials::Given,
     /// Use the credential that the shim's store has for the user.
     #[arg(long, conflicts_with = "Given")]
     stored: bool,
@@ -54,6 +55,19 @@ pub(super) struct Arguments {
     /// Seconds until the command is told to end.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u32,
+    /// Give the command a terminal, this one's size and keys, as `docker run -it` does.
+    #[arg(long, short, conflicts_with_all = ["detach", "output"])]
+    tty: bool,
+    /// Copy a file into `/workspace`, by its name or as PATH; may be repeated.
+    #[arg(long, value_name = "SOURCE[:PATH]")]
+    file: Vec<Given>,
+    /// Bring back the files of `/workspace` that fit a pattern, such as `out/*.csv` or `**/*.log`,
+    /// when the command has ended; may be repeated.
+    #[arg(long, value_name = "PATTERN")]
+    artifact: Vec<String>,
+    /// Folder for the artifacts. With `--output json` they are events, and not written.
+    #[arg(long, value_name = "FOLDER", default_value = ".")]
+    artifacts_to: PathBuf,
     /// Do not stream it: print its id once a slot is claimed for it. `runs attach` has its
     /// output.
     #[arg(long, short, conflicts_with = "timeline")]
@@ -77,12 +91,16 @@ fn variable(text: &str) -> Result<(String, String), String> {
 }
 
 pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let start = start(&arguments)?;
+    let files = Opened::new(&arguments.file).await?;
+    let mut start = start(&arguments)?;
+    start.files = files.list();
+    let tty = arguments.tty.then(terminal::size).transpose()?;
+    start.terminal = tty;
     let channel = arguments.client.connect().await?;
     let mut shim = RuntimeServiceClient::new(channel);
 
     if arguments.detach {
-        return detach(shim, start, arguments.output).await;
+        return detach(shim, start, files, arguments.output).await;
     }
     let (inputs, queue) = mpsc::channel(QUEUE);
     let reads_stdin = start.stdin;
@@ -93,17 +111,23 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         .map(|message| RunRequest {
             message: Some(message),
         });
-    let signals = Signals::new()?;
+    let signals = Signals::new(tty.is_some())?;
     let events = shim.run(traced(requests)).await;
     let events = events.map_err(told)?;
-    if reads_stdin {
-        tokio::spawn(forward_stdin(inputs.clone()));
-    }
+    let to_command = inputs.clone();
+    tokio::spawn(async move {
+        files.send(&to_command).await;
+        if reads_stdin {
+            forward_stdin(to_command).await;
+        }
+    });
     let events = events.into_inner().map(|response| Ok(response?.event));
+    let _raw = tty.is_some().then(Raw::new).transpose()?;
     stream::print(
         events,
         inputs,
         signals,
+        Receiver::new(&arguments.artifacts_to),
         arguments.output,
         arguments.timeline,
     )
@@ -127,6 +151,7 @@ fn traced<T>(requests: T) -> tonic::Request<T> {
 async fn detach(
     mut shim: RuntimeServiceClient<Channel>,
     start: RunStart,
+    files: Opened,
     output: Output,
 ) -> anyhow::Result<ExitCode> {
     let request = SubmitJobRequest {
@@ -134,6 +159,7 @@ async fn detach(
             stdin: false,
             ..start
         }),
+        files: files.read().await?,
     };
     let submitted = shim.submit_job(traced(request)).await.map_err(told)?;
     let accepted = submitted.into_inner().accepted.unwrap_or_default();
@@ -174,6 +200,10 @@ fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {
         credential: credential(arguments)?,
         work_dir: arguments.work_dir.clone(),
         stdin,
+        artifacts: (!arguments.artifact.is_empty()).then(|| ArtifactRules {
+            patterns: arguments.artifact.clone(),
+            ..ArtifactRules::default()
+        }),
         timeout: seconds(arguments.timeout),
         queue_timeout: seconds(arguments.queue_timeout),
         ..Default::default()

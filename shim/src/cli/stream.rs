@@ -23,12 +23,12 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{FAILED, Output, told};
+use super::{FAILED, Output, files::Receiver, terminal, told};
 
 /// Messages to the command that may wait.
 pub(super) const QUEUE: usize = 8;
 /// The most the API takes in one message.
-const CHUNK: usize = 64 << 10;
+pub(super) const CHUNK: usize = 64 << 10;
 
 /// Prints a run to its end, and passes signals on to it; the status to exit with. While
 /// the run waits for a slot, a signal ends the waiting.
@@ -36,6 +36,7 @@ pub(super) async fn print(
     events: impl Stream<Item = Result<Option<RunEvent>, Status>>,
     inputs: mpsc::Sender<RunInput>,
     mut signals: Signals,
+    mut artifacts: Receiver,
     output: Output,
     timeline: bool,
 ) -> anyhow::Result<ExitCode> {
@@ -44,11 +45,22 @@ pub(super) async fn print(
     loop {
         let event = tokio::select! {
             event = events.next() => event,
-            number = signals.next() => {
+            asked = signals.next() => {
+                let number = match asked {
+                    Asked::Signal(number) => number,
+                    Asked::Resize => {
+                        let resize = Input::Resize(terminal::size()?);
+                        tokio::spawn(send(inputs.clone(), resize));
+                        continue;
+                    }
+                };
                 if !is_accepted {
                     return Ok(ExitCode::from(128 + number));
                 }
-                tokio::spawn(send_signal(inputs.clone(), number));
+                // The command decides what becomes of it.
+                let number = number.into();
+                let signal = Input::Signal(Signal { number });
+                tokio::spawn(send(inputs.clone(), signal));
                 continue;
             }
         };
@@ -61,21 +73,22 @@ pub(super) async fn print(
         };
         is_accepted |= matches!(event, Event::Accepted(_));
         print_event(&event, output)?;
+        if output == Output::Text {
+            artifacts.on(&event)?;
+        }
         if let Event::Exited(exited) = event {
-            return Ok(finish(&exited, output, timeline));
+            let code = finish(&exited, output, timeline);
+            if !artifacts.is_complete() {
+                bail!("some artifacts did not come");
+            }
+            return Ok(code);
         }
     }
 }
 
-/// The command decides what becomes of it.
-async fn send_signal(inputs: mpsc::Sender<RunInput>, number: u8) {
-    let signal = Signal {
-        number: number.into(),
-    };
-    let signal = RunInput {
-        input: Some(Input::Signal(signal)),
-    };
-    let _ended = inputs.send(signal).await;
+async fn send(inputs: mpsc::Sender<RunInput>, input: Input) {
+    let input = Some(input);
+    let _ended = inputs.send(RunInput { input }).await;
 }
 
 /// What a terminal, or whoever started this, asks the command to do.
@@ -83,23 +96,42 @@ pub(super) struct Signals {
     interrupt: unix::Signal,
     terminate: unix::Signal,
     hangup: unix::Signal,
+    /// For a run with a terminal.
+    resize: Option<unix::Signal>,
+}
+
+/// What a terminal, or whoever started this, asks for.
+pub(super) enum Asked {
+    /// A signal of this number for the command.
+    Signal(u8),
+    /// The terminal has another size.
+    Resize,
 }
 
 impl Signals {
-    pub(super) fn new() -> std::io::Result<Self> {
+    pub(super) fn new(tty: bool) -> std::io::Result<Self> {
+        let resize = tty.then(|| unix::signal(SignalKind::window_change()));
         Ok(Self {
             interrupt: unix::signal(SignalKind::interrupt())?,
             terminate: unix::signal(SignalKind::terminate())?,
             hangup: unix::signal(SignalKind::hangup())?,
+            resize: resize.transpose()?,
         })
     }
 
-    /// The number of the next one.
-    pub(super) async fn next(&mut self) -> u8 {
+    /// The next one.
+    pub(super) async fn next(&mut self) -> Asked {
+        let resized = async {
+            match &mut self.resize {
+                Some(resize) => resize.recv().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
-            _ = self.hangup.recv() => 1,
-            _ = self.interrupt.recv() => 2,
-            _ = self.terminate.recv() => 15,
+            _ = self.hangup.recv() => Asked::Signal(1),
+            _ = self.interrupt.recv() => Asked::Signal(2),
+            _ = self.terminate.recv() => Asked::Signal(15),
+            _ = resized => Asked::Resize,
         }
     }
 }
@@ -145,7 +177,14 @@ pub(super) fn print_event(event: &Event, output: Output) -> anyhow::Result<()> {
             let (stream, bytes) = (stream(lost), lost.to - lost.from);
             writeln!(stderr, "polydev-shim: {bytes} bytes of {stream} are lost")?;
         }
-        (Output::Text, Event::Accepted(_) | Event::Started(_) | Event::Exited(_)) => {}
+        (
+            Output::Text,
+            Event::Accepted(_)
+            | Event::Started(_)
+            | Event::Exited(_)
+            | Event::Artifacts(_)
+            | Event::ArtifactData(_),
+        ) => {}
         (Output::Json, event) => {
             writeln!(stdout, "{}", to_json(event))?;
             stdout.flush()?;
@@ -181,6 +220,20 @@ fn to_json(event: &Event) -> serde_json::Value {
         }),
         Event::Stdout(output) => bytes("stdout", output),
         Event::Stderr(output) => bytes("stderr", output),
+        Event::Artifacts(artifacts) => json!({
+            "event": "artifacts",
+            "files": artifacts.files.iter().map(|file| json!({
+                "path": file.path,
+                "mode": format!("{:04o}", file.mode),
+                "size": file.size,
+            })).collect::<Vec<_>>(),
+            "left_out": artifacts.left_out.iter().map(|file| json!({
+                "path": file.path,
+                "reason": file.reason,
+            })).collect::<Vec<_>>(),
+            "left_out_count": artifacts.left_out_count,
+        }),
+        Event::ArtifactData(output) => bytes("artifact_data", output),
         Event::Exited(exited) => {
             let timeline: serde_json::Map<_, _> = stages(exited)
                 .map(|(name, at)| (name.to_owned(), json!(at.as_secs_f64() * 1e3)))
@@ -194,6 +247,7 @@ fn to_json(event: &Event) -> serde_json::Value {
                 "warm": exited.warm,
                 "stdout_bytes": exited.stdout_bytes,
                 "stderr_bytes": exited.stderr_bytes,
+                "artifact_bytes": exited.artifact_bytes,
                 "timeline_ms": timeline,
             })
         }
@@ -209,6 +263,7 @@ pub(super) fn reason(exited: &Exited) -> String {
 fn stream(lost: &runtime::Lost) -> &'static str {
     match lost.stream() {
         runtime::Stream::Stderr => "stderr",
+        runtime::Stream::Artifacts => "artifacts",
         runtime::Stream::Stdout | runtime::Stream::Unspecified => "stdout",
     }
 }

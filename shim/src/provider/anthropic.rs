@@ -21,11 +21,13 @@ fn prepare_key(key: &SecretString, _project: Option<&str>) -> Prepared {
     Prepared { env, files: vec![] }
 }
 
-fn prompt(prompt: &Prompt) -> Result<Vec<String>, InvalidPrompt> {
+fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPrompt> {
     let mut argv = strings(["claude", "-p"]);
     if let Some(model) = prompt.model {
         argv.extend(strings(["--model", model]));
     }
-    argv.extend(strings(["--", prompt.text]));
+    if let Some(text) = text {
+        argv.extend(strings(["--", text]));
+    }
     Ok(argv)
 }

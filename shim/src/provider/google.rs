@@ -50,12 +50,12 @@ fn prepare_key(key: &SecretString, project: Option<&str>) -> Prepared {
     }
 }
 
-fn prompt(prompt: &Prompt) -> Result<Vec<String>, InvalidPrompt> {
+fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPrompt> {
     let mut argv = strings(["gemini", "--skip-trust"]);
     if let Some(model) = prompt.model {
         argv.extend(strings(["-m", model]));
     }
     // In one word, because a prompt may begin with a dash.
-    argv.push(format!("--prompt={}", prompt.text));
+    argv.extend(text.map(|text| format!("--prompt={text}")));
     Ok(argv)
 }

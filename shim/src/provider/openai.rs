@@ -25,8 +25,8 @@ fn prepare_key(key: &SecretString, _project: Option<&str>) -> Prepared {
     Prepared { env, files: vec![] }
 }
 
-fn prompt(prompt: &Prompt) -> Result<Vec<String>, InvalidPrompt> {
-    if prompt.text == "-" {
+fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPrompt> {
+    if text == Some("-") {
         return Err(InvalidPrompt {
             field: "prompt.text",
             problem: "is `-`, which Codex takes for its stdin",
@@ -55,6 +55,6 @@ fn prompt(prompt: &Prompt) -> Result<Vec<String>, InvalidPrompt> {
     if let Some(model) = prompt.model {
         argv.extend(strings(["-m", model]));
     }
-    argv.extend(strings(["--", prompt.text]));
+    argv.extend(strings(["--", text.unwrap_or("-")]));
     Ok(argv)
 }

@@ -39,7 +39,7 @@ impl Name {
     }
 }
 
-/// Attaches to a run of `node_id`, from `offsets` of stdout and stderr on.
+/// Attaches to a run of `node_id`, from `offsets` of stdout, stderr and artifacts on.
 ///
 /// # Errors
 /// The driver's status, or UNAVAILABLE.
@@ -47,16 +47,17 @@ async fn attach_at(
     node_id: String,
     channel: Channel,
     name: &Name,
-    offsets: [u64; 2],
+    offsets: [u64; 3],
 ) -> Result<Connection, Status> {
     let sent = Instant::now();
     let (inputs, queue) = mpsc::channel::<RunInput>(INPUTS);
-    let [stdout_offset, stderr_offset] = offsets;
+    let [stdout_offset, stderr_offset, artifact_offset] = offsets;
     let first = attach_request::Message::Attach(Attach {
         run_id: name.run_id.clone(),
         user_id: name.user_id.clone(),
         stdout_offset,
         stderr_offset,
+        artifact_offset,
     });
     let rest = ReceiverStream::new(queue).map(attach_request::Message::Input);
     let requests = futures_util::stream::iter([first])
@@ -79,7 +80,7 @@ async fn attach_at(
 ///
 /// # Cancel safety
 /// Loses nothing.
-pub async fn attach(view: &View, name: &Name, offsets: [u64; 2]) -> Result<Connection, Error> {
+pub async fn attach(view: &View, name: &Name, offsets: [u64; 3]) -> Result<Connection, Error> {
     let ask = |node_id, channel| attach_at(node_id, channel, name, offsets);
     first_of(view, name, ask).await
 }
@@ -95,7 +96,7 @@ pub async fn attach_again(
     view: &View,
     node_id: &str,
     name: &Name,
-    offsets: [u64; 2],
+    offsets: [u64; 3],
 ) -> Result<Connection, Error> {
     loop {
         let channel = view.channel(node_id).await;

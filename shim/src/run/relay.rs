@@ -8,14 +8,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use polydev_proto::{
+    init::{self, TerminalSize},
     node::{self, RunInput, ended, run_event as driver, run_input},
     runtime::{
-        self, Accepted, ExitReason, Exited, Lost, Output, RunEvent, Stage, Started, Stream as Kind,
-        run_event,
+        self, Accepted, Artifact, Artifacts, ExitReason, Exited, LeftOut, Lost, Output, RunEvent,
+        Stage, Started, Stream as Kind, run_event,
     },
+    workspace,
 };
 use tokio::{
     sync::mpsc,
@@ -25,7 +26,8 @@ use tonic::{Code, Status};
 
 use super::{
     Connection, Error, Events,
-    attach::{Name, attach_again},
+    attach::{self, Name, attach_again},
+    input::{Input, Own},
     request::Invalid,
 };
 use crate::pool::View;
@@ -33,13 +35,8 @@ use crate::pool::View;
 /// Events that may wait for a caller; each at most 64 KiB. When they are used up the
 /// driver is not read any more, and in the end the command waits.
 pub const EVENTS: usize = 4;
-/// Most stdin in one message, as the API says.
-const STDIN_MOST: usize = 64 << 10;
 /// A call that is cancelled looks at first as if its caller had closed its side.
 const CLOSES: Duration = Duration::from_millis(50);
-/// Stdin that the command has not taken, kept to be sent again to a driver that restarts.
-const STDIN_KEPT: u64 = 256 << 10;
-
 /// What the caller sends, message by message; an error is a caller that is gone.
 pub type Inputs = Pin<Box<dyn Stream<Item = Result<Option<runtime::RunInput>, Status>> + Send>>;
 
@@ -49,8 +46,10 @@ pub struct Relay {
     pub name: Name,
     /// When the shim received the call.
     pub received: Instant,
-    /// Of the next bytes of stdout and stderr.
-    pub offsets: [u64; 2],
+    /// Of the next bytes of stdout, stderr and artifacts.
+    pub offsets: [u64; 3],
+    /// What the shim itself gives the command.
+    pub own_input: Option<Own>,
     /// For so long after its claim a driver that is gone is waited for: nothing of the run
     /// is left then.
     pub longest: Duration,
@@ -65,7 +64,10 @@ pub fn accepted(run_id: String, connection: &Connection) -> Accepted {
         generation: connection.generation,
         node_id: connection.node_id.clone(),
         warm: !connection.on_demand,
-        stdin_offset: connection.stdin_offset,
+        stdin_offset: connection
+            .stdin_offset
+            .saturating_sub(connection.files_bytes),
+        files_offset: connection.stdin_offset.min(connection.files_bytes),
     }
 }
 
@@ -76,7 +78,7 @@ impl Relay {
     /// # Errors
     /// [`Error::Invalid`] for what the caller may not send, [`Error::NotRun`] if the claim
     /// came to nothing after all, [`Error::Lost`] if the driver does not come back.
-    pub async fn run(self, connection: Connection, requests: Inputs) -> Result<(), Error> {
+    pub async fn run(mut self, connection: Connection, requests: Inputs) -> Result<(), Error> {
         let accepted = accepted(self.name.run_id.clone(), &connection);
         let accepted = run_event::Event::Accepted(accepted);
         let mut carried = Carried {
@@ -85,10 +87,11 @@ impl Relay {
                 Events::Claimed(_) => Timeline::new(self.received, &connection),
                 Events::Attached(_) => Timeline::default(),
             },
-            stdin: Stdin::from(connection.stdin_offset),
+            input: Input::new(&connection, self.own_input.take()),
             to_caller: Some(accepted),
             to_driver: VecDeque::new(),
             started: false,
+            artifacts: false,
             relay: self,
             connection,
             requests: Some(requests),
@@ -108,19 +111,12 @@ struct Carried {
     requests: Option<Inputs>,
     /// When the caller's end of input is passed on.
     closes: Option<Instant>,
-    stdin: Stdin,
+    input: Input,
     /// On its way to either side; nothing more is taken from the other one meanwhile.
     to_caller: Option<run_event::Event>,
     to_driver: VecDeque<run_input::Input>,
     started: bool,
-}
-
-/// The caller's stdin that the command has not taken.
-struct Stdin {
-    sent: u64,
-    taken: u64,
-    closed: bool,
-    kept: VecDeque<node::Stdin>,
+    artifacts: bool,
 }
 
 enum Wake {
@@ -128,6 +124,8 @@ enum Wake {
     Driver(Result<Option<node::RunEvent>, Status>),
     Request(Option<Result<Option<runtime::RunInput>, Status>>),
     Closes,
+    /// It is the shim's turn to give input.
+    Own,
     Sent,
 }
 
@@ -143,13 +141,20 @@ impl Carried {
                     self.requests = None;
                     self.closes = Some(Instant::now() + CLOSES);
                 }
-                Wake::Request(Some(Ok(input))) => self.on_request(input)?,
+                Wake::Request(Some(Ok(input))) => {
+                    if let Err(invalid) = self.on_request(input) {
+                        self.give_up().await;
+                        return Err(invalid.into());
+                    }
+                }
                 // The command reads end of file.
                 Wake::Closes => {
                     self.closes = None;
-                    self.stdin.closed = true;
-                    let close = run_input::Input::CloseStdin(node::CloseStdin {});
-                    self.to_driver.push_back(close);
+                    self.to_driver.extend(self.input.close());
+                }
+                Wake::Own => {
+                    let own = self.input.take_own();
+                    self.to_driver.push_back(own);
                 }
                 Wake::Driver(Ok(Some(event))) => self.on_event(event),
                 Wake::Driver(Ok(None)) => self.attach("the driver ended the stream").await?,
@@ -168,8 +173,7 @@ impl Carried {
 
     async fn wait(&mut self) -> Wake {
         let caller = &self.relay.caller;
-        let takes_stdin = self.to_driver.is_empty()
-            && self.stdin.sent.saturating_sub(self.stdin.taken) < STDIN_KEPT;
+        let takes_input = self.to_driver.is_empty() && self.input.is_open();
         let request = async {
             match &mut self.requests {
                 Some(requests) => requests.next().await,
@@ -202,8 +206,18 @@ impl Carried {
                 }
                 Wake::Sent
             }
-            request = request, if takes_stdin => Wake::Request(request),
+            () = std::future::ready(()), if takes_input && self.input.own_is_due() => Wake::Own,
+            request = request, if takes_input => Wake::Request(request),
             () = closes => Wake::Closes,
+        }
+    }
+
+    /// A command whose files will not come need not be waited for.
+    async fn give_up(&mut self) {
+        if self.input.lacks_files()
+            && let Err(error) = attach::cancel(&self.relay.view, &self.relay.name).await
+        {
+            tracing::info!(run_id = self.relay.name.run_id, %error, "not cancelled");
         }
     }
 
@@ -211,19 +225,17 @@ impl Carried {
         let input = input.and_then(|input| input.input);
         let input = input.ok_or(Invalid::NotStarted)?;
         let input = match input {
-            runtime::run_input::Input::Stdin(data) => {
-                if data.len() > STDIN_MOST {
-                    return Err(Invalid::Value {
-                        field: "stdin",
-                        given: format!("{} bytes", data.len()),
-                        allowed: "at most 65536 bytes a message",
-                    });
-                }
-                run_input::Input::Stdin(self.stdin.keep(data))
-            }
+            runtime::run_input::Input::Files(data) => self.input.file_bytes(data)?,
+            runtime::run_input::Input::Stdin(data) => self.input.stdin(data)?,
             runtime::run_input::Input::CloseStdin(_) => {
-                self.stdin.closed = true;
-                run_input::Input::CloseStdin(node::CloseStdin {})
+                self.to_driver.extend(self.input.close());
+                return Ok(());
+            }
+            runtime::run_input::Input::Resize(size) => {
+                let runtime::TerminalSize { rows, columns } = size;
+                let size = TerminalSize { rows, columns };
+                workspace::check_size("resize", size)?;
+                run_input::Input::Resize(size)
             }
             runtime::run_input::Input::Signal(signal) => {
                 if !(1..=31).contains(&signal.number) {
@@ -244,7 +256,7 @@ impl Carried {
 
     fn on_event(&mut self, event: node::RunEvent) {
         let Some(event) = event.event else { return };
-        let [stdout, stderr] = &mut self.relay.offsets;
+        let [stdout, stderr, artifacts] = &mut self.relay.offsets;
         self.to_caller = match event {
             driver::Event::Attached(_) => None,
             driver::Event::Granted(granted) => {
@@ -262,7 +274,7 @@ impl Carried {
                 })
             }
             driver::Event::StdinTaken(taken) => {
-                self.stdin.taken(taken.offset);
+                self.input.taken(taken.offset);
                 None
             }
             driver::Event::Stdout(output) => {
@@ -276,7 +288,8 @@ impl Carried {
             driver::Event::Lost(lost) => {
                 let (offset, stream) = match lost.stream {
                     1 => (stdout, Kind::Stdout),
-                    _ => (stderr, Kind::Stderr),
+                    2 => (stderr, Kind::Stderr),
+                    _ => (artifacts, Kind::Artifacts),
                 };
                 *offset = lost.to;
                 Some(run_event::Event::Lost(Lost {
@@ -284,6 +297,15 @@ impl Carried {
                     from: lost.from,
                     to: lost.to,
                 }))
+            }
+            driver::Event::Artifacts(found) => {
+                // Told again after each attach.
+                let first = !std::mem::replace(&mut self.artifacts, true);
+                first.then(|| run_event::Event::Artifacts(encode_artifacts(found)))
+            }
+            driver::Event::ArtifactData(output) => {
+                *artifacts = output.offset + output.data.len() as u64;
+                Some(run_event::Event::ArtifactData(encode_output(output)))
             }
             driver::Event::Ended(ended) => {
                 self.timeline
@@ -321,7 +343,7 @@ impl Carried {
         };
         match attached {
             Ok(Ok(connection)) => {
-                self.to_driver = self.stdin.resend(connection.stdin_offset);
+                self.to_driver = self.input.resend(connection.stdin_offset);
                 self.connection = connection;
                 Ok(())
             }
@@ -329,42 +351,6 @@ impl Carried {
             Ok(Err(error)) => Err(lost(crate::chain(&error))),
             Err(_) => Err(lost(reason.to_owned())),
         }
-    }
-}
-
-impl Stdin {
-    fn from(offset: u64) -> Self {
-        Self {
-            sent: offset,
-            taken: offset,
-            closed: false,
-            kept: VecDeque::new(),
-        }
-    }
-
-    fn keep(&mut self, data: Bytes) -> node::Stdin {
-        let stdin = node::Stdin {
-            offset: self.sent,
-            data,
-        };
-        self.sent += stdin.data.len() as u64;
-        self.kept.push_back(stdin.clone());
-        stdin
-    }
-
-    fn taken(&mut self, offset: u64) {
-        self.taken = self.taken.max(offset);
-        self.kept
-            .retain(|kept| kept.offset + kept.data.len() as u64 > offset);
-    }
-
-    fn resend(&mut self, offset: u64) -> VecDeque<run_input::Input> {
-        self.taken(offset);
-        let kept = self.kept.iter().cloned().map(run_input::Input::Stdin);
-        let close = self
-            .closed
-            .then(|| run_input::Input::CloseStdin(node::CloseStdin {}));
-        kept.chain(close).collect()
     }
 }
 
@@ -412,6 +398,23 @@ fn stage(name: &str, at: Duration) -> Stage {
     }
 }
 
+fn encode_artifacts(found: init::Artifacts) -> Artifacts {
+    let file = |file: init::Artifact| Artifact {
+        path: file.path,
+        mode: file.mode,
+        size: file.size,
+    };
+    let left_out = |left_out: init::LeftOut| LeftOut {
+        path: left_out.path,
+        reason: left_out.reason,
+    };
+    Artifacts {
+        files: found.files.into_iter().map(file).collect(),
+        left_out: found.left_out.into_iter().map(left_out).collect(),
+        left_out_count: found.left_out_count,
+    }
+}
+
 fn encode_output(output: node::Output) -> Output {
     Output {
         offset: output.offset,
@@ -439,30 +442,6 @@ pub(crate) fn encode_end(end: node::Ended, timeline: Vec<Stage>, warm: bool) -> 
         warm,
         stdout_bytes: end.stdout_bytes,
         stderr_bytes: end.stderr_bytes,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_driver_that_restarts_gets_the_stdin_that_the_command_has_not_taken() {
-        let mut stdin = Stdin::from(0);
-        for text in ["abc", "def", "ghi"] {
-            stdin.keep(Bytes::from_static(text.as_bytes()));
-        }
-        stdin.taken(3);
-        stdin.closed = true;
-        let offsets = |inputs: VecDeque<run_input::Input>| {
-            let offset = |input| match input {
-                run_input::Input::Stdin(stdin) => stdin.offset,
-                run_input::Input::CloseStdin(_) => u64::MAX,
-                run_input::Input::Signal(_) => panic!("a signal is not sent again"),
-            };
-            inputs.into_iter().map(offset).collect::<Vec<_>>()
-        };
-        assert_eq!(offsets(stdin.resend(4)), [3, 6, u64::MAX]);
-        assert_eq!(offsets(stdin.resend(9)), [u64::MAX]);
+        artifact_bytes: end.artifact_bytes,
     }
 }

@@ -5,8 +5,10 @@ use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
 use bytes::Bytes;
 use polydev_proto::{
     exec,
+    init::{ArtifactRules, InputFile, TerminalSize},
     node::{RunSpec, TraceContext},
-    runtime::{RunStart, SlowReader, run_start::Command},
+    runtime::{self, RunStart, SlowReader, run_start::Command},
+    workspace,
 };
 use secrecy::ExposeSecret;
 use uuid::Uuid;
@@ -14,7 +16,7 @@ use uuid::Uuid;
 use crate::{
     credentials::{self, Credential, Prepared, Source},
     environment,
-    provider::{InvalidPrompt, Prompt, Provider, Unknown},
+    provider::{InvalidPrompt, PROMPT_IN_ARGV, Prompt, Provider, Unknown},
 };
 
 const LEAST: Duration = Duration::from_millis(1);
@@ -28,11 +30,16 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// The kernel's `PATH_MAX`.
 const PATH_MOST: usize = 4096;
 const USER_ID_MOST: usize = 128;
+/// Of files whose mode the caller does not say.
+const MODE: u32 = 0o644;
+/// Of artifacts, unless the caller says otherwise.
+const ARTIFACT_BYTES: u64 = 64 << 20;
+const ARTIFACTS: u64 = 100;
 
 /// Nothing is left of any run so long after it was claimed.
-pub const LONGEST: Duration = Duration::from_secs(24 * 3600 + 60);
-/// For a driver that comes back to tell the end of a run.
-const TELL: Duration = Duration::from_secs(30);
+pub const LONGEST: Duration = Duration::from_secs(24 * 3600 + 8 * 60);
+/// For files to come, artifacts to be fetched, and a driver that comes back to tell the end.
+const TELL: Duration = Duration::from_secs(8 * 60);
 
 /// A run that may be tried.
 #[derive(Debug)]
@@ -47,6 +54,10 @@ pub struct Request {
     /// How long it may wait for a slot.
     pub queue_timeout: Duration,
     pub spec: RunSpec,
+    /// How much of its input is files.
+    pub files_bytes: u64,
+    /// The command's stdin, if it is not the caller's: a prompt too long for an argument.
+    pub stdin: Option<Bytes>,
     /// Until it is [equipped](Self::equip) with what it names.
     pub credential: Option<Source>,
     pub secrets: Prepared,
@@ -157,7 +168,19 @@ impl Request {
             "0 s to 30 min",
         )?;
         environment::check(&start.env)?;
-        let argv = argv(provider, start.command, &start.env)?;
+        let (argv, stdin) = argv(provider, start.command, &start.env)?;
+        if stdin.is_some() && start.stdin {
+            return Err(Invalid::Value {
+                field: "stdin",
+                given: "true".into(),
+                allowed: "false, as the prompt is so long that it is the command's stdin",
+            });
+        }
+        let files: Vec<_> = start.files.into_iter().map(file).collect();
+        let files_bytes = workspace::check_files(&files)?;
+        let artifacts = start.artifacts.map(rules).transpose()?;
+        let terminal = start.terminal.map(terminal).transpose()?;
+        let in_workspace = start.work_dir.is_empty() && (!files.is_empty() || artifacts.is_some());
         let credential = start.credential.map(Source::parse).transpose()?;
         let mut env = start.env;
         env.insert("PROVIDER".into(), provider.name().into());
@@ -165,8 +188,11 @@ impl Request {
         let spec = RunSpec {
             argv,
             env,
-            work_dir: start.work_dir,
-            stdin: start.stdin,
+            work_dir: match in_workspace {
+                true => workspace::PATH.into(),
+                false => start.work_dir,
+            },
+            stdin: start.stdin || stdin.is_some(),
             timeout: bounded(
                 "timeout",
                 start.timeout,
@@ -187,6 +213,9 @@ impl Request {
             .ok(),
             drop_oldest: on_slow_reader == SlowReader::DropOldest,
             secret_names: Vec::new(),
+            terminal,
+            files,
+            artifacts,
         };
         check(&spec, &Prepared::default())?;
         Ok(Self {
@@ -198,6 +227,8 @@ impl Request {
             accept_duplicate: start.accept_duplicate,
             queue_timeout,
             spec,
+            files_bytes,
+            stdin,
             credential,
             secrets: Prepared::default(),
             trace,
@@ -223,6 +254,24 @@ impl Request {
         self.spec.secret_names = secrets.names().map(str::to_owned).collect();
         self.secrets = secrets;
         Ok(())
+    }
+
+    /// All that a run without a caller reads, with the bytes of its files first.
+    ///
+    /// # Errors
+    /// [`Invalid`] if they are not as many as the files have.
+    pub fn job_input(&mut self, files: Bytes) -> Result<Bytes, Invalid> {
+        if files.len() as u64 != self.files_bytes {
+            return Err(Invalid::Value {
+                field: "files",
+                given: format!("{} bytes", files.len()),
+                allowed: "as many as `start.files` says",
+            });
+        }
+        Ok(match self.stdin.take() {
+            Some(stdin) => [files, stdin].concat().into(),
+            None => files,
+        })
     }
 
     /// How long it may be until its end is told.
@@ -253,9 +302,9 @@ fn argv(
     provider: Provider,
     command: Option<Command>,
     env: &BTreeMap<String, String>,
-) -> Result<Vec<Bytes>, Invalid> {
+) -> Result<(Vec<Bytes>, Option<Bytes>), Invalid> {
     match command {
-        Some(Command::Argv(argv)) => Ok(argv.args),
+        Some(Command::Argv(argv)) => Ok((argv.args, None)),
         Some(Command::Prompt(prompt)) => {
             let model = Some(prompt.model.as_str()).filter(|model| !model.is_empty());
             let argv = provider.prompt(&Prompt {
@@ -263,7 +312,9 @@ fn argv(
                 model,
                 env,
             })?;
-            Ok(argv.into_iter().map(Bytes::from).collect())
+            let argv = argv.into_iter().map(Bytes::from).collect();
+            let is_long = prompt.text.len() > PROMPT_IN_ARGV;
+            Ok((argv, is_long.then(|| prompt.text.into())))
         }
         None => Err(Invalid::Value {
             field: "command",
@@ -271,6 +322,32 @@ fn argv(
             allowed: "an argv or a prompt",
         }),
     }
+}
+
+fn file(file: runtime::InputFile) -> InputFile {
+    InputFile {
+        path: file.path,
+        mode: if file.mode == 0 { MODE } else { file.mode },
+        size: file.size,
+    }
+}
+
+fn rules(rules: runtime::ArtifactRules) -> Result<ArtifactRules, exec::Invalid> {
+    let or = |given, default| if given == 0 { default } else { given };
+    let rules = ArtifactRules {
+        patterns: rules.patterns,
+        max_bytes: or(rules.max_bytes, ARTIFACT_BYTES),
+        max_files: u32::try_from(or(rules.max_files.into(), ARTIFACTS)).unwrap_or(u32::MAX),
+    };
+    workspace::check_rules(&rules)?;
+    Ok(rules)
+}
+
+fn terminal(size: runtime::TerminalSize) -> Result<TerminalSize, exec::Invalid> {
+    let runtime::TerminalSize { rows, columns } = size;
+    let size = TerminalSize { rows, columns };
+    workspace::check_size("terminal", size)?;
+    Ok(size)
 }
 
 fn bounded(
@@ -296,7 +373,7 @@ fn bounded(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use polydev_proto::runtime::{self, Argv};
+    use polydev_proto::runtime::Argv;
 
     fn start() -> RunStart {
         RunStart {

@@ -18,6 +18,7 @@ use crate::{
     run::{
         Connection, Error,
         attach::Name,
+        input::Own,
         queue::Running,
         relay::{self, Relay},
         request,
@@ -53,7 +54,8 @@ impl Service {
         &self,
         name: Name,
         received: Instant,
-        offsets: [u64; 2],
+        offsets: [u64; 3],
+        own_input: Option<Own>,
         longest: Duration,
     ) -> (
         Relay,
@@ -65,6 +67,7 @@ impl Service {
             name,
             received,
             offsets,
+            own_input,
             longest,
             caller,
         };

@@ -64,14 +64,20 @@ pub(super) fn encode_event(event: Event) -> Result<RunEvent, Status> {
             let output = Output { offset, data };
             match stream {
                 0 => run_event::Event::Stdout(output),
-                _ => run_event::Event::Stderr(output),
+                1 => run_event::Event::Stderr(output),
+                _ => run_event::Event::ArtifactData(output),
             }
         }
         Event::Lost { stream, from, to } => run_event::Event::Lost(Lost {
-            stream: if stream == 0 { 1 } else { 2 },
+            stream: match stream {
+                0 => 1,
+                1 => 2,
+                _ => 3,
+            },
             from,
             to,
         }),
+        Event::Artifacts(artifacts) => run_event::Event::Artifacts((*artifacts).clone()),
         Event::StdinTaken { offset } => run_event::Event::StdinTaken(StdinTaken { offset }),
         Event::Ended(ended) => run_event::Event::Ended(encode_ended(ended)),
         Event::Aborted(refusal) => return Err(refuse(&refusal)),
@@ -89,6 +95,7 @@ pub(super) fn encode_ended(ended: run::Ended) -> Ended {
         first_output_after: ended.first_output_after.and_then(duration),
         stdout_bytes: ended.stdout_bytes,
         stderr_bytes: ended.stderr_bytes,
+        artifact_bytes: ended.artifact_bytes,
     }
 }
 

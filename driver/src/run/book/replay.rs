@@ -10,6 +10,7 @@ use super::{Known, Past};
 use crate::run::{
     Ended, Input, Outcome, Progress, Run, STREAMS, file_name,
     journal::{Claimed, Record},
+    manifest::Manifest,
     recover::Open,
     window::Window,
 };
@@ -129,15 +130,17 @@ fn take_up(traces: Traces, windows: &Path) -> (Arc<Run>, mpsc::Receiver<Input>) 
             Window::new(path)
         })
     });
+    let manifest = Manifest::new(windows, &claimed);
     let arrived = Run::arrival(&claimed);
     let is_over = ended.is_some();
     let progress = Progress {
         started,
+        artifacts: manifest.recover().map(Arc::new),
         outcome: ended.map(Outcome::Ended),
         ..Progress::default()
     };
     let kill = CancellationToken::new();
-    let (run, inputs) = Run::with(claimed, arrived, output, kill, progress);
+    let (run, inputs) = Run::with(claimed, arrived, output, manifest, kill, progress);
     if let Some(reason) = cancelled {
         run.cancel.ask(&reason);
     }

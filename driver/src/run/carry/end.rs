@@ -38,11 +38,15 @@ impl Carrier<'_> {
             signal,
             stdout_bytes: exited.stdout_bytes,
             stderr_bytes: exited.stderr_bytes,
+            artifact_bytes: exited.artifact_bytes,
             ..self.run.end(reason, &message)
         }))
     }
 
     pub(super) fn not_started(&self, refused: &NotStarted) -> Stop {
+        if self.ending != Ending::No {
+            return self.end(Reason::Cancelled, &self.run.cancel.message());
+        }
         let exit_code = match refused.reason() {
             not_started::Reason::NotFound => 127,
             not_started::Reason::NotExecutable
@@ -55,8 +59,12 @@ impl Carrier<'_> {
         }))
     }
 
+    /// For a container that has ended; its command may have before.
     pub(super) fn lost(&self) -> Stop {
-        self.broken("its container ended")
+        match &self.collected {
+            Some(exited) => self.exited(exited),
+            None => self.broken("its container ended"),
+        }
     }
 
     /// For a container that is of no use any more.
@@ -85,7 +93,10 @@ fn short(message: &str) -> &str {
 impl Run {
     /// An end that init has not told.
     pub(in crate::run) fn end(&self, reason: Reason, message: &str) -> Ended {
-        let [stdout_bytes, stderr_bytes] = [0, 1].map(|stream: usize| self.output[stream].end());
+        let [stdout_bytes, stderr_bytes, _] =
+            [0, 1, 2].map(|stream: usize| self.output[stream].end());
+        let artifacts = self.progress.borrow().artifacts.clone();
+        let artifacts = artifacts.iter().flat_map(|artifacts| &artifacts.files);
         Ended {
             reason,
             // Docker's status for what it killed.
@@ -96,6 +107,7 @@ impl Run {
             first_output_after: self.progress.borrow().first_output,
             stdout_bytes,
             stderr_bytes,
+            artifact_bytes: artifacts.map(|file| file.size).sum(),
         }
     }
 }

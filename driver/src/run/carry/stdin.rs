@@ -1,5 +1,5 @@
-//! What a caller writes to the command: kept until init has told that the command took it,
-//! for an init whose connection breaks.
+//! What a caller writes to the files and the command: kept until init has told that they took
+//! it, for an init whose connection breaks.
 
 use std::collections::VecDeque;
 
@@ -32,6 +32,10 @@ impl Carrier<'_> {
     pub(super) async fn on_input(&mut self, input: Input) -> Result<(), Stop> {
         let (data, close) = match input {
             Input::Signal(number) => return self.signal(number).await,
+            Input::Resize(size) => {
+                self.terminal = Some(size);
+                return self.send(to_init::Message::Resize(size)).await;
+            }
             Input::Stdin { offset, data } if self.stdin.closed => {
                 // Nobody reads it: it is taken, for the caller to go on.
                 let end = offset + data.len() as u64;

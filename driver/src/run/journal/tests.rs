@@ -17,6 +17,7 @@ fn claimed(run_id: &str) -> Claimed {
         timeout: Duration::from_secs(60),
         kill_timeout: Duration::from_secs(30),
         drop_oldest: false,
+        files_bytes: 0,
         provider: "anthropic".into(),
         on_demand: false,
         share: Amount::default(),

@@ -1,6 +1,6 @@
 //! `polydev-shim runs attach|cancel`: for a run that another call has started.
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use futures_util::StreamExt;
 use polydev_proto::runtime::{
@@ -13,6 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::Name;
 use crate::cli::{
     Client, Output, answer,
+    files::Receiver,
     stream::{self, QUEUE, Signals},
     told,
 };
@@ -29,6 +30,9 @@ pub(in crate::cli) struct Attach {
     /// First byte of stderr to print.
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     stderr_offset: u64,
+    /// Folder for the artifacts. With `--output json` they are events, and not written.
+    #[arg(long, value_name = "FOLDER", default_value = ".")]
+    artifacts_to: PathBuf,
     /// How to print the run: its output as it is, or every event as a JSON object.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
@@ -51,6 +55,7 @@ pub(super) async fn attach(arguments: Attach) -> anyhow::Result<ExitCode> {
         user_id: arguments.name.user,
         stdout_offset: arguments.stdout_offset,
         stderr_offset: arguments.stderr_offset,
+        artifact_offset: 0,
     });
     // The end of the requests would close the command's stdin: signals keep them open.
     let rest = ReceiverStream::new(queue).map(Message::Input);
@@ -59,13 +64,14 @@ pub(super) async fn attach(arguments: Attach) -> anyhow::Result<ExitCode> {
         .map(|message| AttachRequest {
             message: Some(message),
         });
-    let signals = Signals::new()?;
+    let signals = Signals::new(false)?;
     let events = shim.attach(requests).await;
     let events = events
         .map_err(told)?
         .into_inner()
         .map(|response| Ok(response?.event));
-    stream::print(events, inputs, signals, arguments.output, false).await
+    let artifacts = Receiver::new(&arguments.artifacts_to);
+    stream::print(events, inputs, signals, artifacts, arguments.output, false).await
 }
 
 pub(super) async fn cancel(arguments: Cancel) -> anyhow::Result<ExitCode> {

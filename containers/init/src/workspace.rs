@@ -1,0 +1,407 @@
+//! The files of a run: written below the workspace as their bytes come, and read from it when
+//! the command has ended. Nothing but init lives in the container at either time, so that what
+//! has been looked at is not exchanged.
+
+use std::{
+    collections::VecDeque,
+    fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions},
+    io::{self, ErrorKind, Read, Write},
+    os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use nix::fcntl::OFlag;
+use polydev_proto::{
+    init::{Artifact, ArtifactRules, Artifacts, InputFile, LeftOut},
+    workspace::{MAX_PATH, PATH, Patterns, check_files},
+};
+
+/// Looking for artifacts ends with so many files and folders: who makes more has to wait for it.
+const ENTRIES: usize = 100_000;
+/// Of the files that are left out, so many are named.
+const NAMED: usize = 100;
+
+/// Where the files of runs are.
+pub(crate) fn path() -> &'static Path {
+    Path::new(PATH)
+}
+
+/// The files that a run brings, while their bytes come.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    root: PathBuf,
+    /// Those that are not complete; the first is being written.
+    files: VecDeque<InputFile>,
+    open: Option<File>,
+    /// Bytes that the first one still lacks.
+    missing: u64,
+    /// Bytes of all together.
+    total: u64,
+}
+
+impl Incoming {
+    /// # Errors
+    /// A sentence that names what cannot be written.
+    pub(crate) fn new(root: &Path, files: &[InputFile]) -> Result<Self, String> {
+        let total = check_files(files).map_err(|error| error.to_string())?;
+        let mut incoming = Self {
+            root: root.to_owned(),
+            files: files.to_vec().into(),
+            open: None,
+            missing: 0,
+            total,
+        };
+        incoming.open_next()?;
+        Ok(incoming)
+    }
+
+    pub(crate) fn total(&self) -> u64 {
+        self.total
+    }
+
+    pub(crate) fn is_complete(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// Writes what belongs to the files; how many of the bytes that are.
+    ///
+    /// # Errors
+    /// A sentence that names the file.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<usize, String> {
+        let mut rest = bytes;
+        while let (Some(file), Some(open)) = (self.files.front(), &mut self.open) {
+            let most = usize::try_from(self.missing).unwrap_or(usize::MAX);
+            let (now, later) = rest.split_at(most.min(rest.len()));
+            let written = open.write_all(now);
+            written.map_err(|error| format!("file `{}`: {error}", file.path))?;
+            self.missing -= now.len() as u64;
+            rest = later;
+            if self.missing > 0 {
+                break;
+            }
+            self.files.pop_front();
+            self.open_next()?;
+        }
+        Ok(bytes.len() - rest.len())
+    }
+
+    /// Files without a byte are complete with that.
+    fn open_next(&mut self) -> Result<(), String> {
+        self.open = None;
+        while let Some(file) = self.files.front() {
+            let open = create(&self.root, file);
+            let open = open.map_err(|error| format!("file `{}`: {error}", file.path))?;
+            self.missing = file.size;
+            if file.size > 0 {
+                self.open = Some(open);
+                break;
+            }
+            self.files.pop_front();
+        }
+        Ok(())
+    }
+}
+
+fn create(root: &Path, file: &InputFile) -> io::Result<File> {
+    let path = root.join(&file.path);
+    if let Some(folder) = path.parent() {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(folder)?;
+    }
+    let open = OpenOptions::new().write(true).create_new(true).open(path)?;
+    // Not cut by a umask.
+    open.set_permissions(Permissions::from_mode(file.mode))?;
+    Ok(open)
+}
+
+/// The contents of the artifacts, which are read as they can be sent.
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    root: PathBuf,
+    files: VecDeque<Artifact>,
+    open: Option<File>,
+    missing: u64,
+}
+
+impl Outgoing {
+    /// Looks for what is wanted.
+    pub(crate) fn collect(root: &Path, rules: &ArtifactRules) -> (Artifacts, Self) {
+        let artifacts = match Patterns::new(rules) {
+            Ok(patterns) => choose(find(root, &patterns), rules),
+            // The driver has checked them.
+            Err(invalid) => {
+                let mut none = Artifacts::default();
+                leave_out(&mut none, String::new(), &invalid.to_string());
+                none
+            }
+        };
+        let outgoing = Self {
+            root: root.to_owned(),
+            files: artifacts.files.iter().cloned().collect(),
+            open: None,
+            missing: 0,
+        };
+        (artifacts, outgoing)
+    }
+
+    /// The next bytes; 0 after the last.
+    ///
+    /// # Errors
+    /// If they cannot be read: none come after them.
+    pub(crate) fn read(&mut self, chunk: &mut [u8]) -> io::Result<usize> {
+        while self.missing == 0 {
+            let Some(next) = self.files.pop_front() else {
+                return Ok(0);
+            };
+            let mut options = OpenOptions::new();
+            options.read(true).custom_flags(OFlag::O_NOFOLLOW.bits());
+            self.open = Some(options.open(self.root.join(&next.path))?);
+            self.missing = next.size;
+        }
+        let Some(open) = &mut self.open else {
+            return Err(ErrorKind::NotFound.into());
+        };
+        let most = usize::try_from(self.missing).unwrap_or(usize::MAX);
+        let most = most.min(chunk.len());
+        match open.read(&mut chunk[..most])? {
+            0 => Err(ErrorKind::UnexpectedEof.into()),
+            count => {
+                self.missing -= count as u64;
+                Ok(count)
+            }
+        }
+    }
+}
+
+/// What fits a pattern, in the order of paths.
+fn find(root: &Path, patterns: &Patterns) -> Vec<(String, Result<Metadata, String>)> {
+    let mut found = Vec::new();
+    let mut folders = vec![root.to_owned()];
+    let mut looked_at = 0;
+    while let Some(folder) = folders.pop() {
+        let entries = match fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(error) => {
+                found.push((relative(root, &folder), Err(error.to_string())));
+                continue;
+            }
+        };
+        for entry in entries.flatten() {
+            looked_at += 1;
+            if looked_at > ENTRIES {
+                let reason =
+                    format!("there are more than {ENTRIES} files, the others were not looked at");
+                found.push((relative(root, &folder), Err(reason)));
+                return sorted(found);
+            }
+            let path = entry.path();
+            // Of a link itself, not of what it leads to.
+            let metadata = entry.metadata();
+            if metadata.as_ref().is_ok_and(Metadata::is_dir) {
+                folders.push(path.clone());
+            }
+            let relative = relative(root, &path);
+            if patterns.want(&relative) {
+                let is_text = path.to_str().is_some() && !relative.chars().any(char::is_control);
+                let metadata = match metadata {
+                    _ if !is_text || relative.len() > MAX_PATH => {
+                        Err("its path is too long or no plain text".to_owned())
+                    }
+                    metadata => metadata.map_err(|error| error.to_string()),
+                };
+                found.push((relative, metadata));
+            }
+        }
+    }
+    sorted(found)
+}
+
+fn sorted(
+    mut found: Vec<(String, Result<Metadata, String>)>,
+) -> Vec<(String, Result<Metadata, String>)> {
+    found.sort_by(|(a, _), (b, _)| a.cmp(b));
+    found
+}
+
+fn relative(root: &Path, path: &Path) -> String {
+    let relative = path.strip_prefix(root).unwrap_or(path);
+    relative.to_string_lossy().into_owned()
+}
+
+fn choose(found: Vec<(String, Result<Metadata, String>)>, rules: &ArtifactRules) -> Artifacts {
+    let mut artifacts = Artifacts::default();
+    let (mut left, most) = (rules.max_bytes, rules.max_files as usize);
+    for (path, metadata) in found {
+        let taken = metadata.and_then(|metadata| {
+            let size = metadata.len();
+            match kind(&metadata) {
+                Some(kind) => Err(format!("it is a {kind}")),
+                None if artifacts.files.len() >= most => {
+                    Err(format!("there are more than {most} artifacts"))
+                }
+                None if size > left => Err(format!(
+                    "its {size} bytes go beyond the limit, {left} are left"
+                )),
+                None => Ok(metadata),
+            }
+        });
+        match taken {
+            Ok(metadata) => {
+                left -= metadata.len();
+                artifacts.files.push(Artifact {
+                    path,
+                    mode: metadata.permissions().mode() & 0o777,
+                    size: metadata.len(),
+                });
+            }
+            Err(reason) => leave_out(&mut artifacts, path, &reason),
+        }
+    }
+    artifacts
+}
+
+/// What it is, if it is no regular file.
+fn kind(metadata: &Metadata) -> Option<&'static str> {
+    let kind = metadata.file_type();
+    match kind {
+        _ if kind.is_file() => None,
+        _ if kind.is_dir() => Some("folder"),
+        _ if kind.is_symlink() => Some("link"),
+        _ if kind.is_fifo() => Some("FIFO"),
+        _ if kind.is_socket() => Some("socket"),
+        _ => Some("device"),
+    }
+}
+
+fn leave_out(artifacts: &mut Artifacts, path: String, reason: &str) {
+    artifacts.left_out_count += 1;
+    if artifacts.left_out.len() < NAMED {
+        let path = path[..path.floor_char_boundary(MAX_PATH)].to_owned();
+        let reason = reason.to_owned();
+        artifacts.left_out.push(LeftOut { path, reason });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::{sys::stat::Mode, unistd::mkfifo};
+    use std::os::unix::fs::symlink;
+
+    fn input(path: &str, size: u64, mode: u32) -> InputFile {
+        InputFile {
+            path: path.into(),
+            mode,
+            size,
+        }
+    }
+
+    #[test]
+    fn files_come_as_one_stream_however_it_is_cut() {
+        for piece in [1, 2, 3, 100] {
+            let root = tempfile::tempdir().unwrap();
+            let files = [
+                input("empty", 0, 0o600),
+                input("a/b/run.sh", 5, 0o755),
+                input("c", 2, 0o644),
+                input("last", 0, 0o644),
+            ];
+            let mut incoming = Incoming::new(root.path(), &files).unwrap();
+            let stream = b"helloyou and stdin";
+            let mut at = 0;
+            while !incoming.is_complete() {
+                let end = stream.len().min(at + piece);
+                at += incoming.write(&stream[at..end]).unwrap();
+            }
+            assert_eq!(at, 7);
+            assert_eq!(incoming.total(), 7);
+            let read = |path: &str| fs::read(root.path().join(path)).unwrap();
+            assert_eq!(
+                (&*read("a/b/run.sh"), &*read("c")),
+                (&b"hello"[..], &b"yo"[..])
+            );
+            assert!(read("empty").is_empty() && read("last").is_empty());
+            let script = fs::metadata(root.path().join("a/b/run.sh")).unwrap();
+            assert_eq!(script.permissions().mode() & 0o777, 0o755);
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let refused = |path| Incoming::new(root.path(), &[input(path, 1, 0o644)]).unwrap_err();
+        assert!(refused("../a").contains("files[0].path"));
+        symlink("/tmp", root.path().join("there")).unwrap();
+        assert!(refused("there").contains("file `there`: "));
+    }
+
+    fn rules(patterns: &[&str], max_bytes: u64, max_files: u32) -> ArtifactRules {
+        ArtifactRules {
+            patterns: patterns.iter().map(|text| (*text).to_owned()).collect(),
+            max_bytes,
+            max_files,
+        }
+    }
+
+    fn paths(artifacts: &Artifacts) -> Vec<&str> {
+        artifacts.files.iter().map(|file| &*file.path).collect()
+    }
+
+    #[test]
+    fn artifacts_are_read_in_the_order_of_their_paths() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("out/deep")).unwrap();
+        for (path, content) in [
+            ("out/b", "second"),
+            ("out/a", "first"),
+            ("out/deep/c", "third"),
+            ("other", "x"),
+        ] {
+            fs::write(root.path().join(path), content).unwrap();
+        }
+        let (artifacts, mut outgoing) =
+            Outgoing::collect(root.path(), &rules(&["out/**/*"], 100, 10));
+        assert_eq!(paths(&artifacts), ["out/a", "out/b", "out/deep/c"]);
+        assert_eq!(artifacts.left_out[0].reason, "it is a folder");
+        let (mut read, mut chunk) = (Vec::new(), [0; 4]);
+        loop {
+            match outgoing.read(&mut chunk).unwrap() {
+                0 => break,
+                count => read.extend_from_slice(&chunk[..count]),
+            }
+        }
+        assert_eq!(read, b"firstsecondthird");
+    }
+
+    #[test]
+    fn links_fifos_and_what_goes_beyond_a_limit_are_left_out() {
+        let root = tempfile::tempdir().unwrap();
+        symlink("/etc/passwd", root.path().join("link")).unwrap();
+        mkfifo(&root.path().join("fifo"), Mode::S_IRWXU).unwrap();
+        symlink("/etc", root.path().join("etc")).unwrap();
+        for (path, size) in [("large", 9), ("m", 5), ("n", 5), ("z", 0)] {
+            fs::write(root.path().join(path), vec![0; size]).unwrap();
+        }
+        let (artifacts, _) = Outgoing::collect(root.path(), &rules(&["*", "etc/*"], 8, 2));
+        assert_eq!(paths(&artifacts), ["m", "z"]);
+        let left_out = artifacts.left_out.iter();
+        let left_out: Vec<_> = left_out.map(|file| (&*file.path, &*file.reason)).collect();
+        assert_eq!(
+            left_out,
+            [
+                ("etc", "it is a link"),
+                ("fifo", "it is a FIFO"),
+                ("large", "its 9 bytes go beyond the limit, 8 are left"),
+                ("link", "it is a link"),
+                ("n", "its 5 bytes go beyond the limit, 3 are left"),
+            ]
+        );
+        let (artifacts, _) = Outgoing::collect(root.path(), &rules(&["?"], 100, 2));
+        assert_eq!(
+            (paths(&artifacts), artifacts.left_out_count),
+            (vec!["m", "n"], 1)
+        );
+    }
+}

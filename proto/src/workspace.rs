@@ -1,0 +1,271 @@
+//! The files of a run, checked by whoever accepts them: the shim to tell its caller, the driver
+//! because a shim may be wrong, init because it is the one that writes.
+
+use std::{collections::BTreeSet, path::Path};
+
+use glob::{MatchOptions, Pattern};
+
+use crate::{
+    exec::{Invalid, invalid},
+    init::{ArtifactRules, InputFile, TerminalSize},
+};
+
+/// Where the files of a run are in its container.
+pub const PATH: &str = "/workspace";
+/// Bytes that fit there: of files, and of artifacts.
+pub const MAX_BYTES: u64 = 256 << 20;
+/// Files that a run may bring, and artifacts that it may leave.
+pub const MAX_FILES: usize = 1000;
+/// Bytes of a file's path, or of a pattern.
+pub const MAX_PATH: usize = 1024;
+/// Patterns that artifacts are chosen by.
+pub const MAX_PATTERNS: usize = 100;
+
+/// Shells' rules, but that a leading dot is a letter like any other.
+const MATCHING: MatchOptions = MatchOptions {
+    case_sensitive: true,
+    require_literal_separator: true,
+    require_literal_leading_dot: false,
+};
+
+/// Checks the files that a run brings; how many bytes they have together.
+///
+/// # Errors
+/// [`Invalid`] names the first that cannot be written as it is said.
+pub fn check_files(files: &[InputFile]) -> Result<u64, Invalid> {
+    if files.len() > MAX_FILES {
+        let problem = format!("has {} entries, at most {MAX_FILES} are taken", files.len());
+        return Err(invalid("files", problem));
+    }
+    let mut total: u64 = 0;
+    let mut folders = BTreeSet::new();
+    let mut paths = BTreeSet::new();
+    for (index, InputFile { path, mode, size }) in files.iter().enumerate() {
+        let field = |name: &str| format!("files[{index}].{name}");
+        check_path(path).map_err(|problem| invalid(field("path"), problem))?;
+        if *mode > 0o777 {
+            let problem = format!("is {mode:#o}, allowed are permission bits up to 0o777");
+            return Err(invalid(field("mode"), problem));
+        }
+        total = total.saturating_add(*size);
+        if total > MAX_BYTES {
+            let problem = format!("makes {total} bytes of all files, at most {MAX_BYTES} fit");
+            return Err(invalid(field("size"), problem));
+        }
+        if !paths.insert(path.as_str()) {
+            return Err(invalid(field("path"), format!("`{path}` came before")));
+        }
+        let above = Path::new(path).ancestors().skip(1);
+        folders.extend(above.filter_map(Path::to_str));
+    }
+    match files.iter().position(|file| folders.contains(&*file.path)) {
+        Some(index) => {
+            let problem = format!("`{}` is a folder of another file's", files[index].path);
+            Err(invalid(format!("files[{index}].path"), problem))
+        }
+        None => Ok(total),
+    }
+}
+
+/// Checks a path relative to the workspace.
+///
+/// # Errors
+/// A sentence about what is wrong with it.
+pub fn check_path(path: &str) -> Result<(), String> {
+    if path.is_empty() || path.len() > MAX_PATH {
+        return Err(format!(
+            "has {} bytes, allowed are 1 to {MAX_PATH}",
+            path.len()
+        ));
+    }
+    // `components` would leave out `.` and doubled slashes.
+    let is_plain = |part: &str| !matches!(part, "" | "." | "..") && part.len() <= 255;
+    if path.chars().any(char::is_control) || !path.split('/').all(is_plain) {
+        return Err(format!(
+            "is {path:?}, which is not a path below the workspace"
+        ));
+    }
+    Ok(())
+}
+
+/// Checks which artifacts a run leaves.
+///
+/// # Errors
+/// [`Invalid`] names the first field that is wrong.
+pub fn check_rules(rules: &ArtifactRules) -> Result<(), Invalid> {
+    let ArtifactRules {
+        patterns,
+        max_bytes,
+        max_files,
+    } = rules;
+    if !(1..=MAX_PATTERNS).contains(&patterns.len()) {
+        let given = patterns.len();
+        let problem = format!("has {given} entries, allowed are 1 to {MAX_PATTERNS}");
+        return Err(invalid("artifacts.patterns", problem));
+    }
+    Patterns::new(rules)?;
+    let range = |field: &str, given: u64, most: u64| {
+        let is_in = (1..=most).contains(&given);
+        let refused = || invalid(field, format!("is {given}, allowed are 1 to {most}"));
+        is_in.then_some(()).ok_or_else(refused)
+    };
+    range("artifacts.max_bytes", *max_bytes, MAX_BYTES)?;
+    range("artifacts.max_files", (*max_files).into(), MAX_FILES as u64)
+}
+
+/// Checks the size of a terminal, which is two numbers of 16 bits to the kernel.
+///
+/// # Errors
+/// [`Invalid`] names the side.
+pub fn check_size(field: &str, size: TerminalSize) -> Result<(), Invalid> {
+    for (name, given) in [("rows", size.rows), ("columns", size.columns)] {
+        if !(1..=u32::from(u16::MAX)).contains(&given) {
+            let problem = format!("is {given}, allowed are 1 to {}", u16::MAX);
+            return Err(invalid(format!("{field}.{name}"), problem));
+        }
+    }
+    Ok(())
+}
+
+/// What artifacts are chosen by.
+#[derive(Debug)]
+pub struct Patterns(Vec<Pattern>);
+
+impl Patterns {
+    /// # Errors
+    /// [`Invalid`] names the first that is no pattern.
+    pub fn new(rules: &ArtifactRules) -> Result<Self, Invalid> {
+        let parse = |(index, text): (usize, &String)| {
+            let refused = |problem| invalid(format!("artifacts.patterns[{index}]"), problem);
+            check_path(text).map_err(refused)?;
+            Pattern::new(text).map_err(|error| refused(format!("is `{text}`: {}", error.msg)))
+        };
+        let patterns = rules.patterns.iter().enumerate().map(parse);
+        patterns.collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Whether the file at this path, relative to the workspace, is wanted.
+    #[must_use]
+    pub fn want(&self, path: &str) -> bool {
+        let wants = |pattern: &Pattern| pattern.matches_with(path, MATCHING);
+        self.0.iter().any(wants)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn file(path: &str) -> InputFile {
+        InputFile {
+            path: path.into(),
+            mode: 0o644,
+            size: 1,
+        }
+    }
+
+    fn refused(files: &[InputFile]) -> String {
+        check_files(files).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn files_stay_below_the_workspace() {
+        assert_eq!(
+            check_files(&[file("a"), file("b/c.txt"), file("b/d")]),
+            Ok(3)
+        );
+        for path in ["", "/a", "..", "a/../b", "./a", "a//b", "a/", "a\nb", "a\0"] {
+            assert!(
+                refused(&[file(path)]).starts_with("`files[0].path`"),
+                "{path}"
+            );
+        }
+        assert!(refused(&[file(&"a".repeat(256))]).contains("not a path"));
+        assert!(refused(&[file(&"a/".repeat(600))]).contains("1200 bytes"));
+    }
+
+    #[test]
+    fn no_file_is_in_the_way_of_another() {
+        assert!(refused(&[file("a"), file("a")]).contains("came before"));
+        assert!(refused(&[file("a/b/c"), file("a/b")]).contains("is a folder"));
+    }
+
+    #[test]
+    fn files_fit_the_workspace() {
+        let many: Vec<_> = (0..=MAX_FILES).map(|n| file(&n.to_string())).collect();
+        assert!(refused(&many).starts_with("`files` has 1001 entries"));
+        let large = |size| InputFile { size, ..file("a") };
+        assert!(check_files(&[large(MAX_BYTES)]).is_ok());
+        assert!(refused(&[large(u64::MAX)]).starts_with("`files[0].size`"));
+        let mode = InputFile {
+            mode: 0o4755,
+            ..file("a")
+        };
+        assert!(refused(&[mode]).starts_with("`files[0].mode` is 0o4755"));
+    }
+
+    fn rules(patterns: &[&str]) -> ArtifactRules {
+        ArtifactRules {
+            patterns: patterns.iter().map(|text| (*text).to_owned()).collect(),
+            max_bytes: 1,
+            max_files: 1,
+        }
+    }
+
+    #[test]
+    fn patterns_are_those_of_shells() {
+        let patterns = Patterns::new(&rules(&["out/*.txt", "**/log", "exact"])).unwrap();
+        for wanted in ["out/a.txt", "out/.txt", "log", "a/b/log", "exact"] {
+            assert!(patterns.want(wanted), "{wanted}");
+        }
+        for other in ["out/a/b.txt", "a/out/b.txt", "exact/a", "catalog"] {
+            assert!(!patterns.want(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn rules_that_cannot_be_kept_are_refused_by_name() {
+        let refused = |rules: &ArtifactRules| check_rules(rules).unwrap_err().field;
+        assert_eq!(refused(&rules(&[])), "artifacts.patterns");
+        for pattern in ["", "/etc/*", "../*", "[", "a**"] {
+            assert_eq!(refused(&rules(&["a", pattern])), "artifacts.patterns[1]");
+        }
+        let none = ArtifactRules {
+            max_bytes: 0,
+            ..rules(&["a"])
+        };
+        assert_eq!(refused(&none), "artifacts.max_bytes");
+        let many = ArtifactRules {
+            max_files: 1001,
+            ..rules(&["a"])
+        };
+        assert_eq!(refused(&many), "artifacts.max_files");
+        assert!(check_rules(&rules(&["a"])).is_ok());
+    }
+
+    #[test]
+    fn a_terminal_has_a_size() {
+        let size = |rows, columns| check_size("terminal", TerminalSize { rows, columns });
+        assert!(size(24, 80).is_ok());
+        assert_eq!(size(0, 80).unwrap_err().field, "terminal.rows");
+        assert_eq!(size(24, 70_000).unwrap_err().field, "terminal.columns");
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_taken_as_a_path_stays_below(path in "[./a ]{0,12}") {
+            if check_files(&[file(&path)]).is_ok() {
+                let normal = |part| matches!(part, std::path::Component::Normal(_));
+                prop_assert!(Path::new(&path).components().all(normal));
+            }
+        }
+
+        #[test]
+        fn any_pattern_is_taken_or_refused(pattern in "\\PC{0,20}", path in "\\PC{0,20}") {
+            if let Ok(patterns) = Patterns::new(&rules(&[&pattern])) {
+                let _either = patterns.want(&path);
+            }
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! Files at the caller's side: those that a run gets, and the artifacts that come back.
+
+use std::{
+    io::Write,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail, ensure};
+use bytes::Bytes;
+use polydev_proto::{
+    runtime::{
+        Artifact, Artifacts, CloseStdin, InputFile, Output, RunInput, run_event::Event,
+        run_input::Input,
+    },
+    workspace,
+};
+use tempfile::NamedTempFile;
+use tokio::{io::AsyncReadExt, sync::mpsc};
+
+use super::stream::CHUNK;
+
+/// `SOURCE[:PATH]`: a file here, and where the run finds it.
+#[derive(Debug, Clone)]
+pub(super) struct Given {
+    source: PathBuf,
+    path: String,
+}
+
+impl std::str::FromStr for Given {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (source, path) = match text.rsplit_once(':') {
+            Some((source, path)) => (source, Some(path.to_owned())),
+            None => (text, None),
+        };
+        let source = PathBuf::from(source);
+        let name = || Some(source.file_name()?.to_str()?.to_owned());
+        let path = path.or_else(name);
+        let path = path.ok_or_else(|| format!("`{text}` names no file: SOURCE[:PATH]"))?;
+        Ok(Self { source, path })
+    }
+}
+
+/// Files that are open to be read.
+pub(super) struct Opened(Vec<(tokio::fs::File, InputFile)>);
+
+impl Opened {
+    pub(super) async fn new(given: &[Given]) -> anyhow::Result<Self> {
+        let mut opened = Vec::new();
+        for Given { source, path } in given {
+            let open = async {
+                let file = tokio::fs::File::open(source).await?;
+                let metadata = file.metadata().await?;
+                ensure!(metadata.is_file(), "it is no regular file");
+                Ok((file, metadata))
+            };
+            let named = || format!("cannot read `{}`", source.display());
+            let (file, metadata) = open.await.with_context(named)?;
+            let file_of_run = InputFile {
+                path: path.clone(),
+                mode: metadata.permissions().mode() & 0o777,
+                size: metadata.len(),
+            };
+            opened.push((file, file_of_run));
+        }
+        Ok(Self(opened))
+    }
+
+    pub(super) fn list(&self) -> Vec<InputFile> {
+        self.0.iter().map(|(_, file)| file.clone()).collect()
+    }
+
+    /// All that they hold, for a call that is no stream.
+    pub(super) async fn read(self) -> anyhow::Result<Bytes> {
+        let mut bytes = Vec::new();
+        for (file, InputFile { path, size, .. }) in self.0 {
+            let read = file.take(size).read_to_end(&mut bytes).await;
+            let read = read.with_context(|| format!("cannot read `{path}`"))?;
+            ensure!(
+                read as u64 == size,
+                "`{path}` ends after {read} of {size} bytes"
+            );
+        }
+        Ok(bytes.into())
+    }
+
+    /// Sends what they hold. Files that have become shorter end the run before its command.
+    pub(super) async fn send(self, inputs: &mpsc::Sender<RunInput>) {
+        for (file, InputFile { path, size, .. }) in self.0 {
+            let mut content = file.take(size);
+            let mut sent = 0;
+            while sent < size {
+                let mut chunk = Vec::with_capacity(CHUNK);
+                let input = match (&mut content)
+                    .take(CHUNK as u64)
+                    .read_to_end(&mut chunk)
+                    .await
+                {
+                    Ok(count) if count > 0 => Input::Files(Bytes::from(chunk)),
+                    _ => {
+                        eprintln!("polydev-shim: `{path}` ends after {sent} of {size} bytes");
+                        Input::CloseStdin(CloseStdin {})
+                    }
+                };
+                let last = matches!(input, Input::CloseStdin(_));
+                if let Input::Files(chunk) = &input {
+                    sent += chunk.len() as u64;
+                }
+                let input = RunInput { input: Some(input) };
+                if inputs.send(input).await.is_err() || last {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Writes artifacts below a folder: each appears when it is whole.
+pub(super) struct Receiver {
+    folder: PathBuf,
+    expected: std::vec::IntoIter<Artifact>,
+    /// What is being written, and how much of it is missing.
+    current: Option<(Artifact, NamedTempFile, u64)>,
+    /// Of all of them together.
+    offset: u64,
+    lost: bool,
+}
+
+impl Receiver {
+    pub(super) fn new(folder: &Path) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            expected: Vec::new().into_iter(),
+            current: None,
+            offset: 0,
+            lost: false,
+        }
+    }
+
+    /// # Errors
+    /// If they cannot be written here.
+    pub(super) fn on(&mut self, event: &Event) -> anyhow::Result<()> {
+        match event {
+            Event::Artifacts(artifacts) => self.begin(artifacts),
+            Event::ArtifactData(output) => self.write(output),
+            _ => Ok(()),
+        }
+    }
+
+    fn begin(&mut self, artifacts: &Artifacts) -> anyhow::Result<()> {
+        for left_out in &artifacts.left_out {
+            let (path, reason) = (&left_out.path, &left_out.reason);
+            eprintln!("polydev-shim: artifact `{path}` is left out: {reason}");
+        }
+        let more = artifacts.left_out_count as usize - artifacts.left_out.len();
+        if more > 0 {
+            eprintln!("polydev-shim: {more} more artifacts are left out");
+        }
+        self.expected = artifacts.files.clone().into_iter();
+        self.next()
+    }
+
+    /// Opens the next; those without a byte are whole at once.
+    fn next(&mut self) -> anyhow::Result<()> {
+        while let Some(artifact) = self.expected.next() {
+            // Whoever made the list has been in the container's hands.
+            if let Err(problem) = workspace::check_path(&artifact.path) {
+                bail!("the shim's list of artifacts has a path that {problem}");
+            }
+            let path = self.folder.join(&artifact.path);
+            let folder = path.parent().unwrap_or(&self.folder);
+            let open = || {
+                std::fs::create_dir_all(folder)?;
+                NamedTempFile::new_in(folder)
+            };
+            let open = open().with_context(|| format!("cannot write `{}`", path.display()))?;
+            let missing = artifact.size;
+            self.current = Some((artifact, open, missing));
+            if missing > 0 {
+                return Ok(());
+            }
+            self.finish_current()?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, output: &Output) -> anyhow::Result<()> {
+        let mut rest = &output.data[..];
+        // What came before it is lost, and said so: the files cannot be told apart any more.
+        self.lost |= output.offset != self.offset;
+        self.offset = output.offset + output.data.len() as u64;
+        if self.lost {
+            return Ok(());
+        }
+        while let (false, Some((artifact, open, missing))) = (rest.is_empty(), &mut self.current) {
+            let most = usize::try_from(*missing).unwrap_or(usize::MAX);
+            let (now, later) = rest.split_at(most.min(rest.len()));
+            let written = open.write_all(now);
+            written.with_context(|| format!("cannot write `{}`", artifact.path))?;
+            *missing -= now.len() as u64;
+            rest = later;
+            if *missing == 0 {
+                self.finish_current()?;
+                self.next()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn finish_current(&mut self) -> anyhow::Result<()> {
+        let Some((artifact, open, _)) = self.current.take() else {
+            return Ok(());
+        };
+        let path = self.folder.join(&artifact.path);
+        let keep = || {
+            let mode = std::fs::Permissions::from_mode(artifact.mode);
+            open.as_file().set_permissions(mode)?;
+            open.persist(&path)?;
+            anyhow::Ok(())
+        };
+        keep().with_context(|| format!("cannot write `{}`", path.display()))
+    }
+
+    /// Whether every artifact that was announced has come.
+    pub(super) fn is_complete(&self) -> bool {
+        !self.lost && self.current.is_none() && self.expected.len() == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn artifact(path: &str, size: u64) -> Artifact {
+        Artifact {
+            path: path.into(),
+            mode: 0o640,
+            size,
+        }
+    }
+
+    fn data(offset: u64, data: &'static str) -> Event {
+        let data = Bytes::from_static(data.as_bytes());
+        Event::ArtifactData(Output { offset, data })
+    }
+
+    fn list(files: Vec<Artifact>) -> Event {
+        Event::Artifacts(Artifacts {
+            files,
+            ..Artifacts::default()
+        })
+    }
+
+    #[test]
+    fn artifacts_are_told_apart_by_their_lengths() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut receiver = Receiver::new(folder.path());
+        let files = vec![artifact("a/b", 3), artifact("empty", 0), artifact("c", 2)];
+        receiver.on(&list(files)).unwrap();
+        receiver.on(&data(0, "he")).unwrap();
+        assert!(!folder.path().join("a/b").exists(), "half an artifact");
+        receiver.on(&data(2, "llo")).unwrap();
+        assert!(receiver.is_complete());
+        let read = |path: &str| std::fs::read_to_string(folder.path().join(path)).unwrap();
+        assert_eq!(
+            (&*read("a/b"), &*read("empty"), &*read("c")),
+            ("hel", "", "lo")
+        );
+        let mode = std::fs::metadata(folder.path().join("c")).unwrap();
+        assert_eq!(mode.permissions().mode() & 0o777, 0o640);
+    }
+
+    #[test]
+    fn a_gap_leaves_what_follows_incomplete() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut receiver = Receiver::new(folder.path());
+        receiver
+            .on(&list(vec![artifact("a", 2), artifact("b", 2)]))
+            .unwrap();
+        receiver.on(&data(0, "aa")).unwrap();
+        receiver.on(&data(3, "b")).unwrap();
+        assert!(!receiver.is_complete());
+        assert!(folder.path().join("a").exists() && !folder.path().join("b").exists());
+    }
+
+    #[test]
+    fn a_path_that_leaves_the_folder_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        for path in ["../x", "/x", "a/../../x"] {
+            let mut receiver = Receiver::new(folder.path());
+            assert!(
+                receiver.on(&list(vec![artifact(path, 0)])).is_err(),
+                "{path}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_file_is_named_like_its_source_unless_it_is_said() {
+        let given = |text: &str| text.parse::<Given>().map(|given| given.path);
+        assert_eq!(given("/a/b.py").unwrap(), "b.py");
+        assert_eq!(given("/a/b.py:src/c.py").unwrap(), "src/c.py");
+        assert!(given("/").is_err());
+    }
+}

@@ -1,0 +1,277 @@
+//! What a run reads: the bytes of its files, and then its stdin, as one stream to the driver.
+//! What the command has not taken is kept, for a driver that restarts.
+
+use std::{collections::VecDeque, time::Duration};
+
+use bytes::Bytes;
+use polydev_proto::node::{self, RunInput, run_event as driver, run_input};
+use tokio::time::timeout;
+
+use super::{Connection, Error, request::Invalid};
+
+/// Most input in one message, as the API says.
+const MOST: usize = 64 << 10;
+/// Bytes on their way to the command.
+const KEPT: u64 = 256 << 10;
+/// For a command, to take what its shim has to give it.
+const TAKEN: Duration = Duration::from_secs(2 * 60);
+
+/// The input that the command has not taken.
+#[derive(Debug)]
+pub struct Input {
+    /// How much of it is files.
+    files: u64,
+    sent: u64,
+    taken: u64,
+    closed: bool,
+    kept: VecDeque<node::Stdin>,
+    own: Option<Own>,
+}
+
+/// Input that the shim has of itself: a long prompt, or all that a run without a caller gets.
+#[derive(Debug, Clone)]
+pub struct Own {
+    /// Where in the stream it begins.
+    pub from: u64,
+    pub bytes: Bytes,
+}
+
+impl Input {
+    /// The input of a run, from where it is on.
+    #[must_use]
+    pub fn new(connection: &Connection, own: Option<Own>) -> Self {
+        Self {
+            files: connection.files_bytes,
+            sent: connection.stdin_offset,
+            taken: connection.stdin_offset,
+            closed: false,
+            kept: VecDeque::new(),
+            own,
+        }
+    }
+
+    /// Whether the command cannot start yet.
+    pub(super) fn lacks_files(&self) -> bool {
+        self.sent < self.files
+    }
+
+    /// Whether more may be sent.
+    pub(super) fn is_open(&self) -> bool {
+        self.sent.saturating_sub(self.taken) < KEPT
+    }
+
+    /// Bytes of the caller's files.
+    pub(super) fn file_bytes(&mut self, data: Bytes) -> Result<run_input::Input, Invalid> {
+        check_length("files", &data)?;
+        let left = self.files.saturating_sub(self.sent);
+        if data.len() as u64 > left {
+            return Err(Invalid::Value {
+                field: "files",
+                given: format!("{} bytes, of which {left} are left", data.len()),
+                allowed: "as many as `start.files` says",
+            });
+        }
+        Ok(self.keep(data))
+    }
+
+    /// Bytes of the caller's stdin.
+    pub(super) fn stdin(&mut self, data: Bytes) -> Result<run_input::Input, Invalid> {
+        check_length("stdin", &data)?;
+        if self.lacks_files() {
+            return Err(Invalid::Value {
+                field: "stdin",
+                given: format!(
+                    "some with {} bytes of the files to come",
+                    self.files - self.sent
+                ),
+                allowed: "stdin after all files",
+            });
+        }
+        if self.own.is_some() {
+            return Err(Invalid::Value {
+                field: "stdin",
+                given: "some".into(),
+                allowed: "none beside a prompt of that length",
+            });
+        }
+        Ok(self.keep(data))
+    }
+
+    /// The caller gives no more. What the shim still has is told its end after it.
+    pub(super) fn close(&mut self) -> Option<run_input::Input> {
+        if self.own_is_due() {
+            return None;
+        }
+        self.closed = true;
+        Some(CLOSE)
+    }
+
+    /// Whether it is the shim's turn to give some.
+    pub(super) fn own_is_due(&self) -> bool {
+        let due = |own: &Own| self.sent >= own.from;
+        !self.closed && self.own.as_ref().is_some_and(due)
+    }
+
+    /// The next of what the shim has, or the end.
+    pub(super) fn take_own(&mut self) -> run_input::Input {
+        let rest = self.own.as_ref().and_then(|own| {
+            let at = usize::try_from(self.sent.checked_sub(own.from)?).ok()?;
+            let end = own.bytes.len().min(at.checked_add(MOST)?);
+            (at < end).then(|| own.bytes.slice(at..end))
+        });
+        match rest {
+            Some(chunk) => self.keep(chunk),
+            None => {
+                self.closed = true;
+                CLOSE
+            }
+        }
+    }
+
+    fn keep(&mut self, data: Bytes) -> run_input::Input {
+        let stdin = node::Stdin {
+            offset: self.sent,
+            data,
+        };
+        self.sent += stdin.data.len() as u64;
+        self.kept.push_back(stdin.clone());
+        run_input::Input::Stdin(stdin)
+    }
+
+    /// The driver has told how far the command is.
+    pub(super) fn taken(&mut self, offset: u64) {
+        self.taken = self.taken.max(offset);
+        self.kept
+            .retain(|kept| kept.offset + kept.data.len() as u64 > offset);
+    }
+
+    /// What a driver needs that has come back.
+    pub(super) fn resend(&mut self, offset: u64) -> VecDeque<run_input::Input> {
+        self.taken(offset);
+        let kept = self.kept.iter().cloned().map(run_input::Input::Stdin);
+        kept.chain(self.closed.then_some(CLOSE)).collect()
+    }
+}
+
+const CLOSE: run_input::Input = run_input::Input::CloseStdin(node::CloseStdin {});
+
+fn check_length(field: &'static str, data: &Bytes) -> Result<(), Invalid> {
+    if data.len() <= MOST {
+        return Ok(());
+    }
+    Err(Invalid::Value {
+        field,
+        given: format!("{} bytes", data.len()),
+        allowed: "at most 65536 bytes a message",
+    })
+}
+
+/// Gives a run without a caller all that it gets, and waits until it has taken it.
+///
+/// # Errors
+/// [`Error::NotRun`] if the claim came to nothing after all, [`Error::Lost`] if the command
+/// does not take it, or the driver is gone.
+pub async fn feed(connection: &mut Connection, own: Bytes) -> Result<(), Error> {
+    let total = own.len() as u64;
+    let slot_id = connection.slot_id.clone();
+    let lost = |reason: String| Error::Lost { slot_id, reason };
+    let mut input = Input::new(
+        connection,
+        Some(Own {
+            from: 0,
+            bytes: own,
+        }),
+    );
+    let fed = async {
+        while input.taken < total || !input.closed {
+            let gives = input.own_is_due() && input.is_open();
+            tokio::select! {
+                permit = connection.inputs.reserve(), if gives => match permit {
+                    Ok(permit) => permit.send(RunInput { input: Some(input.take_own()) }),
+                    Err(_) => return Err("the driver ended the stream".to_owned()),
+                },
+                event = connection.events.next() => {
+                    let event = event.map_err(|status| status.message().to_owned())?;
+                    match event.and_then(|event| event.event) {
+                        Some(driver::Event::StdinTaken(taken)) => input.taken(taken.offset),
+                        // It needed no more.
+                        Some(driver::Event::Ended(_)) => return Ok(()),
+                        Some(_) => {}
+                        None => return Err("the driver ended the stream".to_owned()),
+                    }
+                }
+            }
+        }
+        Ok(())
+    };
+    match timeout(TAKEN, fed).await {
+        Ok(fed) => fed.map_err(lost),
+        Err(_) => Err(lost("it did not take its input in 2 minutes".into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn input(files: u64, own: Option<Own>) -> Input {
+        Input {
+            files,
+            sent: 0,
+            taken: 0,
+            closed: false,
+            kept: VecDeque::new(),
+            own,
+        }
+    }
+
+    /// Where each begins; the end is at infinity.
+    fn offsets(inputs: impl IntoIterator<Item = run_input::Input>) -> Vec<u64> {
+        let offset = |input| match input {
+            run_input::Input::Stdin(stdin) => stdin.offset,
+            run_input::Input::CloseStdin(_) => u64::MAX,
+            other => panic!("{other:?} is not sent again"),
+        };
+        inputs.into_iter().map(offset).collect()
+    }
+
+    #[test]
+    fn a_driver_that_restarts_gets_the_input_that_the_command_has_not_taken() {
+        let mut input = input(3, None);
+        input.file_bytes("abc".into()).unwrap();
+        for text in ["def", "ghi"] {
+            input.stdin(text.into()).unwrap();
+        }
+        input.taken(3);
+        assert!(input.close().is_some());
+        assert_eq!(offsets(input.resend(4)), [3, 6, u64::MAX]);
+        assert_eq!(offsets(input.resend(9)), [u64::MAX]);
+    }
+
+    #[test]
+    fn files_come_whole_before_stdin() {
+        let mut input = input(3, None);
+        assert!(input.stdin("x".into()).is_err());
+        assert!(input.file_bytes("abcd".into()).is_err());
+        input.file_bytes("ab".into()).unwrap();
+        input.file_bytes("c".into()).unwrap();
+        assert!(input.file_bytes("d".into()).is_err());
+        assert!(input.stdin(vec![0; MOST + 1].into()).is_err());
+        input.stdin("x".into()).unwrap();
+    }
+
+    #[test]
+    fn a_long_prompt_follows_the_files_and_ends_the_input() {
+        let bytes = Bytes::from(vec![b'a'; MOST + 1]);
+        let mut input = input(2, Some(Own { from: 2, bytes }));
+        assert!(!input.own_is_due());
+        input.file_bytes("ab".into()).unwrap();
+        assert!(input.stdin("x".into()).is_err());
+        assert!(input.close().is_none(), "the prompt is not cut short");
+        let mut given = Vec::new();
+        while input.own_is_due() {
+            given.push(input.take_own());
+        }
+        assert_eq!(offsets(given), [2, 2 + MOST as u64, u64::MAX]);
+    }
+}
