@@ -275,19 +275,21 @@ fn prompts_reach_the_command_byte_for_byte() {
     let host = Host::start();
     let shim = Shim::dev(&["openai=1", "anthropic=1", "google=1"]);
     let client = shim.client();
-    let long: String = (0..100_000u32)
-        .map(|n| char::from(b'a' + u8::try_from(n % 26).unwrap()))
-        .collect();
+    let letters = |count: u32| -> String {
+        let letter = |n: u32| char::from(b'a' + u8::try_from(n % 26).unwrap());
+        (0..count).map(letter).collect()
+    };
+    // Within the kernel's limit for an argument, and beyond.
+    let (long, longer) = (letters(100_000), letters(400_000));
     let awkward = [
         "$(id) `id` ${HOME}",
         "it's \"quoted\" \\ and\nnew\nlines\n",
         "--help",
         "-p -- -",
-        &long,
     ];
 
     // As an argument of any command ...
-    for text in awkward {
+    for text in awkward.into_iter().chain([&*long]) {
         let outcome = client
             .run(argv("anthropic", &["printf", "%s", text]))
             .unwrap();
@@ -295,7 +297,7 @@ fn prompts_reach_the_command_byte_for_byte() {
     }
     // ... and through each real CLI to the model.
     for provider in ["openai", "anthropic", "google"] {
-        for text in awkward {
+        for text in awkward.into_iter().chain([&*longer]) {
             let outcome = client
                 .run(prompt(provider, text, &fresh_key(), &host.url))
                 .unwrap();

@@ -4,17 +4,16 @@
 //! acknowledged to init when they are in the run's windows, and init sends again what is
 //! not, on every new connection: neither a break nor a restart of this process loses any.
 
+mod again;
 mod end;
+mod output;
 mod stdin;
 
 use std::time::{Duration, Instant};
 
 use polydev_proto::{
     frame::MAX_DATA,
-    init::{
-        Collected, Data, DataAck, Exited, NotStarted, Release, Signal, Start, Stream, TerminalSize,
-        from_init, hello, to_init,
-    },
+    init::{Data, Exited, NotStarted, Release, Signal, Start, TerminalSize, from_init, to_init},
     node::ended::Reason,
 };
 use tokio::{
@@ -26,7 +25,7 @@ use tokio::{
 use stdin::StdinWindow;
 
 use super::{
-    ARTIFACTS, Ended, Granted, Input, Run,
+    Ended, Granted, Input, Run,
     book::Runs,
     claim::Refusal,
     window::{WAITING, Window},
@@ -34,17 +33,15 @@ use super::{
 use crate::{
     docker::Docker,
     limits::{self, Limits},
-    link::{self, Greeted, Link, Listener},
+    link::{self, Link, Listener},
     process::Held,
 };
 
 /// What init gets on top of the deadline before the driver ends the container itself.
 const GRACE: Duration = Duration::from_secs(1);
-/// For an init whose connection broke.
 /// From the claim on, for the files that the command needs.
 const FILES: Duration = Duration::from_secs(2 * 60);
-/// From the command's end on, for a caller to fetch the artifacts.
-const ARTIFACTS_FETCHED: Duration = Duration::from_secs(5 * 60);
+/// For an init whose connection broke.
 const BACK: Duration = Duration::from_secs(10);
 /// For an init that is killed.
 const DIES: Duration = Duration::from_secs(10);
@@ -299,68 +296,6 @@ impl<'a> Carrier<'a> {
         }
     }
 
-    /// Waits for init to come back, and goes on where it says that it is.
-    async fn reconnect(&mut self) -> Result<(), Stop> {
-        let Connection {
-            listener,
-            init,
-            pid,
-            link,
-        } = &mut *self.connection;
-        let greeted = tokio::select! {
-            biased;
-            () = self.run.kill.cancelled() => return Err(self.end(Reason::Cancelled, DESTROYED)),
-            () = init.ended() => None,
-            greeted = timeout(BACK, listener.accept(|peer| peer == *pid)) => {
-                greeted.ok().and_then(Result::ok)
-            }
-        };
-        let Some(Greeted {
-            link: new, state, ..
-        }) = greeted
-        else {
-            return Err(self.lost());
-        };
-        *link = Some(new);
-        self.starved = None; // It is sent again.
-        self.run.update(|progress| progress.connected = true);
-        let run_id = &self.run.claimed.run_id;
-        match state {
-            hello::State::Waiting(_) => Err(Stop::End(End::NotStarted(Refusal::NotReached))),
-            hello::State::Receiving(receiving) if receiving.run_id == *run_id => {
-                self.go_on(receiving.stdin_offset).await
-            }
-            hello::State::Running(running) if running.run_id == *run_id => {
-                self.started();
-                self.go_on(running.stdin_offset).await
-            }
-            // Their ends are told again, after the output.
-            hello::State::Exited(exited) if exited.run_id == *run_id => {
-                self.started();
-                Ok(())
-            }
-            hello::State::NotStarted(refused) if refused.run_id == *run_id => Ok(()),
-            _ => Err(self.end(Reason::Lost, "its container has another run")),
-        }
-    }
-
-    /// Sends again what may not have arrived at an init that has so much of the input.
-    async fn go_on(&mut self, stdin_offset: u64) -> Result<(), Stop> {
-        self.taken(stdin_offset, false);
-        if self.ending != Ending::No {
-            // It may have been on its way when the connection broke.
-            self.signal(SIGTERM).await?;
-        }
-        if let Some(size) = self.terminal {
-            self.send(to_init::Message::Resize(size)).await?;
-        }
-        self.stdin.sent = self.stdin.sent.max(stdin_offset);
-        for stdin in self.stdin.kept.clone() {
-            self.send(to_init::Message::Stdin(stdin)).await?;
-        }
-        Ok(())
-    }
-
     /// Waits for whatever comes first. Init is read only when there is room for what
     /// it says: a caller that reads slowly slows the command.
     async fn wait(&mut self) -> Wake {
@@ -451,49 +386,6 @@ impl<'a> Carrier<'a> {
 
     fn waits_for_files(&self) -> bool {
         self.run.claimed.files_bytes > 0 && self.run.progress.borrow().started.is_none()
-    }
-
-    /// The command is dead, and what it left is read: that has a time of its own.
-    fn collected(&mut self, Collected { artifacts, exited }: Collected) {
-        let artifacts = artifacts.unwrap_or_default();
-        self.run.manifest.keep(&artifacts);
-        self.run
-            .update(|progress| progress.artifacts = Some(artifacts.into()));
-        self.collected = exited;
-        if let Ending::Asked { .. } = self.ending {
-            self.ending = Ending::Killed;
-        }
-        self.end_at = Instant::now() + ARTIFACTS_FETCHED;
-    }
-
-    async fn output(&mut self, data: Data) -> Result<(), Stop> {
-        let kind = Stream::try_from(data.stream).unwrap_or_default();
-        let window = match kind {
-            Stream::Stdout | Stream::Unspecified => &self.run.output[0],
-            Stream::Stderr => &self.run.output[1],
-            Stream::Artifacts => &self.run.output[ARTIFACTS],
-        };
-        if self.run.claimed.drop_oldest && kind != Stream::Artifacts {
-            window.drop_oldest(data.data.len() as u64);
-        }
-        if let Err(error) = window.append(data.offset, &data.data) {
-            let run_id = &self.run.claimed.run_id;
-            tracing::debug!(run_id, %error, "output waits for memory");
-            self.runs.make_room();
-            self.starved = Some(data);
-            return Ok(());
-        }
-        let after = self.run.arrived.elapsed();
-        self.run.update(|progress| {
-            if kind != Stream::Artifacts {
-                progress.first_output.get_or_insert(after);
-            }
-        });
-        let ack = DataAck {
-            stream: data.stream,
-            offset: data.offset + data.data.len() as u64,
-        };
-        self.send(to_init::Message::DataAck(ack)).await
     }
 
     async fn signal(&mut self, number: i32) -> Result<(), Stop> {

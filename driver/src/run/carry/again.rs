@@ -1,0 +1,75 @@
+//! An init whose connection broke: it comes back, says how far it is, and gets again what may
+//! not have arrived.
+
+use polydev_proto::{
+    init::{hello, to_init},
+    node::ended::Reason,
+};
+use tokio::time::timeout;
+
+use super::{BACK, Carrier, Connection, DESTROYED, End, Ending, SIGTERM, Stop};
+use crate::{link::Greeted, run::claim::Refusal};
+
+impl Carrier<'_> {
+    /// Waits for init to come back, and goes on where it says that it is.
+    pub(super) async fn reconnect(&mut self) -> Result<(), Stop> {
+        let Connection {
+            listener,
+            init,
+            pid,
+            link,
+        } = &mut *self.connection;
+        let greeted = tokio::select! {
+            biased;
+            () = self.run.kill.cancelled() => return Err(self.end(Reason::Cancelled, DESTROYED)),
+            () = init.ended() => None,
+            greeted = timeout(BACK, listener.accept(|peer| peer == *pid)) => {
+                greeted.ok().and_then(Result::ok)
+            }
+        };
+        let Some(Greeted {
+            link: new, state, ..
+        }) = greeted
+        else {
+            return Err(self.lost());
+        };
+        *link = Some(new);
+        self.starved = None; // It is sent again.
+        self.run.update(|progress| progress.connected = true);
+        let run_id = &self.run.claimed.run_id;
+        match state {
+            hello::State::Waiting(_) => Err(Stop::End(End::NotStarted(Refusal::NotReached))),
+            hello::State::Receiving(receiving) if receiving.run_id == *run_id => {
+                self.go_on(receiving.stdin_offset).await
+            }
+            hello::State::Running(running) if running.run_id == *run_id => {
+                self.started();
+                self.go_on(running.stdin_offset).await
+            }
+            // Their ends are told again, after the output.
+            hello::State::Exited(exited) if exited.run_id == *run_id => {
+                self.started();
+                Ok(())
+            }
+            hello::State::NotStarted(refused) if refused.run_id == *run_id => Ok(()),
+            _ => Err(self.end(Reason::Lost, "its container has another run")),
+        }
+    }
+
+    /// Sends again what may not have arrived at an init that has so much of the input.
+    async fn go_on(&mut self, stdin_offset: u64) -> Result<(), Stop> {
+        self.taken(stdin_offset, false);
+        if self.ending != Ending::No {
+            // It may have been on its way when the connection broke.
+            self.signal(SIGTERM).await?;
+        }
+        if let Some(size) = self.terminal {
+            self.send(to_init::Message::Resize(size)).await?;
+        }
+        self.stdin.sent = self.stdin.sent.max(stdin_offset);
+        for stdin in self.stdin.kept.clone() {
+            self.send(to_init::Message::Stdin(stdin)).await?;
+        }
+        Ok(())
+    }
+}

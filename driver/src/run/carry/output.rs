@@ -1,0 +1,57 @@
+//! What the command writes, and the files that it leaves: into the run's windows, and then
+//! acknowledged.
+
+use std::time::{Duration, Instant};
+
+use polydev_proto::init::{Collected, Data, DataAck, Stream, to_init};
+
+use super::{Carrier, Ending, Stop};
+use crate::run::ARTIFACTS;
+
+/// From the command's end on, for a caller to fetch the artifacts.
+const FETCHED: Duration = Duration::from_secs(5 * 60);
+
+impl Carrier<'_> {
+    pub(super) async fn output(&mut self, data: Data) -> Result<(), Stop> {
+        let kind = Stream::try_from(data.stream).unwrap_or_default();
+        let window = match kind {
+            Stream::Stdout | Stream::Unspecified => &self.run.output[0],
+            Stream::Stderr => &self.run.output[1],
+            Stream::Artifacts => &self.run.output[ARTIFACTS],
+        };
+        if self.run.claimed.drop_oldest && kind != Stream::Artifacts {
+            window.drop_oldest(data.data.len() as u64);
+        }
+        if let Err(error) = window.append(data.offset, &data.data) {
+            let run_id = &self.run.claimed.run_id;
+            tracing::debug!(run_id, %error, "output waits for memory");
+            self.runs.make_room();
+            self.starved = Some(data);
+            return Ok(());
+        }
+        let after = self.run.arrived.elapsed();
+        self.run.update(|progress| {
+            if kind != Stream::Artifacts {
+                progress.first_output.get_or_insert(after);
+            }
+        });
+        let ack = DataAck {
+            stream: data.stream,
+            offset: data.offset + data.data.len() as u64,
+        };
+        self.send(to_init::Message::DataAck(ack)).await
+    }
+
+    /// The command is dead, and what it left is read: that has a time of its own.
+    pub(super) fn collected(&mut self, Collected { artifacts, exited }: Collected) {
+        let artifacts = artifacts.unwrap_or_default();
+        self.run.manifest.keep(&artifacts);
+        self.run
+            .update(|progress| progress.artifacts = Some(artifacts.into()));
+        self.collected = exited;
+        if let Ending::Asked { .. } = self.ending {
+            self.ending = Ending::Killed;
+        }
+        self.end_at = Instant::now() + FETCHED;
+    }
+}
