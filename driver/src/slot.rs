@@ -3,7 +3,7 @@
 //! Read in the order of a slot's life: [`state`] is the pure machine, [`fill`] makes
 //! a container unless [`breaker`] says that its image is not worth it, [`adopt`] takes up one
 //! that an earlier life of the driver left, [`crate::link`] talks
-//! to its init, [`headroom`] says whether the node has room for a run, [`crate::run`] has what
+//! to its init, [`lease`] keeps it for one caller, [`headroom`] says whether the node has room for a run, [`crate::run`] has what
 //! is run in it, [`ahead`] makes the next container meanwhile if it is to, [`clear`] removes
 //! the old one, and [`keeper`] drives one slot through all of that. [`book`] holds the
 //! slots of the node for everyone else.
@@ -17,6 +17,7 @@ mod clear;
 mod fill;
 pub mod headroom;
 mod keeper;
+mod lease;
 pub mod state;
 
 pub use fill::Error as FillError;
@@ -38,6 +39,7 @@ use crate::{
     run::{Run, book::Occupant, carry::Order},
 };
 use headroom::Share;
+use lease::Lease;
 use state::{Event, Life, State};
 
 /// One slot, as everybody but its keeper sees it.
@@ -58,6 +60,7 @@ pub struct Slot {
     /// Nothing of the slot may be left, run or not.
     kill: CancellationToken,
     end: watch::Sender<Option<Ended>>,
+    lease: Mutex<Lease>,
     container: Mutex<Container>,
     changed: watch::Sender<u64>,
 }
@@ -181,6 +184,7 @@ impl Slot {
 
     /// Its container is of no more use: what it used has been used.
     fn let_go(&self) {
+        drop(self.leased_share());
         let used = self.usage();
         let mut container = self.container();
         container.occupant = None;
@@ -201,6 +205,10 @@ impl Slot {
         self.container
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lease_lock(&self) -> MutexGuard<'_, Lease> {
+        self.lease.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, Life> {

@@ -1,13 +1,14 @@
 //! One run, in the order it happens: [`request`] checks what the caller wants, [`fence`]
 //! makes sure that a retry has not run elsewhere, [`queue`] has those that wait,
 //! [`on_demand`] orders a slot when none is idle, [`claim`] gets it a container, [`relay`] carries it to its end,
-//! [`input`] is what it reads, and [`attach`] finds it again when a
+//! [`input`] is what it reads, [`lease`] keeps a slot for a run before it is known, and [`attach`] finds it again when a
 //! connection broke on the way. [`listing`] tells of runs without their output.
 
 pub mod attach;
 pub mod claim;
 pub mod fence;
 pub mod input;
+pub mod lease;
 pub mod listing;
 pub mod on_demand;
 pub mod queue;
@@ -144,6 +145,10 @@ pub enum Error {
     UnknownRun { reason: String },
     #[error("run `{run_id}` is not of user `{user_id}`, but another's")]
     Forbidden { run_id: String, user_id: String },
+    #[error("there is no lease `{lease_id}`: it was used, has ended or never was")]
+    NoLease { lease_id: String },
+    #[error("the lease `{lease_id}` is of no more use: {reason}")]
+    LeaseEnded { lease_id: String, reason: String },
     #[error("{reason}")]
     BeyondEnd { reason: String },
 }

@@ -1,6 +1,6 @@
 //! `polydev.runtime.v1`: decodes, asks `run` and `pool`, encodes. The calls about pools are in
 //! [`pools`], those about credentials in [`credentials`], those that tell of runs in [`runs`]. Who calls is found out in [`incoming`],
-//! and whether he may in [`allow`]; runs are carried in [`carry`]. How errors are told is in [`status`].
+//! and whether he may in [`allow`]; what serves it is [`server`]; runs are carried in [`carry`]. How errors are told is in [`status`].
 
 mod allow;
 mod carry;
@@ -10,39 +10,40 @@ mod incoming;
 mod page;
 mod pools;
 mod runs;
+mod server;
 mod status;
+
+pub use server::{Limits, Parts, serve};
 
 use std::{pin::Pin, sync::Arc, time::Instant};
 
 use futures_util::{Stream, StreamExt};
 use polydev_proto::{
-    DESCRIPTORS,
     node::TraceContext,
     runtime::{
-        AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse,
-        DeleteCredentialRequest, DeleteCredentialResponse, DrainPoolRequest, DrainPoolResponse,
-        GetClusterStatusRequest, GetClusterStatusResponse, GetPoolRequest, GetPoolResponse,
-        GetRunRequest, GetRunResponse, ListCredentialsRequest, ListCredentialsResponse,
-        ListPoolsRequest, ListPoolsResponse, ListRunsRequest, ListRunsResponse,
-        PutCredentialRequest, PutCredentialResponse, ResumePoolRequest, ResumePoolResponse,
-        RotateCredentialsRequest, RotateCredentialsResponse, RunRequest, RunResponse,
-        ScalePoolRequest, ScalePoolResponse, SubmitJobRequest, SubmitJobResponse,
-        WatchPoolsRequest, WatchPoolsResponse, attach_request, run_request,
-        runtime_service_server::{RuntimeService, RuntimeServiceServer},
+        AllocateRequest, AllocateResponse, AttachRequest, AttachResponse, CancelRunRequest,
+        CancelRunResponse, DeleteCredentialRequest, DeleteCredentialResponse, DrainPoolRequest,
+        DrainPoolResponse, GetClusterStatusRequest, GetClusterStatusResponse, GetPoolRequest,
+        GetPoolResponse, GetRunRequest, GetRunResponse, ListCredentialsRequest,
+        ListCredentialsResponse, ListPoolsRequest, ListPoolsResponse, ListRunsRequest,
+        ListRunsResponse, PutCredentialRequest, PutCredentialResponse, ReleaseRequest,
+        ReleaseResponse, ResumePoolRequest, ResumePoolResponse, RotateCredentialsRequest,
+        RotateCredentialsResponse, RunRequest, RunResponse, ScalePoolRequest, ScalePoolResponse,
+        SubmitJobRequest, SubmitJobResponse, WatchPoolsRequest, WatchPoolsResponse, attach_request,
+        run_request, runtime_service_server::RuntimeService,
     },
 };
 use tokio::{
     sync::mpsc,
     time::{Duration, timeout},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap, transport::Server};
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
 
 use allow::caller;
 
 use crate::{
     access::{Access, Action},
-    address::Listener,
     credentials::Vault,
     nomad::Nomad,
     pool::View,
@@ -51,103 +52,15 @@ use crate::{
         attach::{self, Name},
         claim,
         input::{self, Own},
+        lease::{self, Wanted},
         on_demand::OnDemand,
-        queue::{PerUser, Queue},
+        queue::Queue,
         relay::{self},
         request,
     },
 };
 
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
-/// A run with argv and environment at the kernel's limits.
-const MESSAGE_MOST: usize = 4 << 20;
-/// Between two pings to a caller, and until one that answers none is gone: one whose process
-/// is stopped for a while is not.
-const PING: Duration = Duration::from_secs(60);
-const GONE: Duration = Duration::from_secs(300);
-/// Then a caller connects anew, and shows anew who he is; what he has going goes on.
-const CONNECTION: Duration = Duration::from_secs(3600);
-/// How long runs may go on once the shim is told to stop.
-const STOP: Duration = Duration::from_secs(10);
-
-/// What a shim lets its callers have.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    pub per_user: PerUser,
-    /// Slots that may be on order at a time.
-    pub on_demand: usize,
-}
-
-/// What a shim serves with.
-pub struct Parts {
-    pub view: View,
-    /// `None` with the embedded engine, whose pools are as they were started.
-    pub nomad: Option<Nomad>,
-    pub vault: Vault,
-    pub access: Access,
-    pub limits: Limits,
-}
-
-/// Serves callers until `stop`, then lets runs end within ten seconds.
-///
-/// # Errors
-/// Whatever keeps it from serving.
-pub async fn serve(
-    parts: Parts,
-    listeners: Vec<Listener>,
-    stop: CancellationToken,
-) -> anyhow::Result<()> {
-    let Parts {
-        view,
-        nomad,
-        vault,
-        access,
-        limits,
-    } = parts;
-    let runs = TaskTracker::new();
-    let vault = Arc::new(vault);
-    let service = Service {
-        view,
-        on_demand: OnDemand::new(nomad.clone(), limits.on_demand),
-        nomad,
-        vault: vault.clone(),
-        access,
-        queue: Queue::new(limits.per_user),
-        runs: runs.clone(),
-    };
-    let service = RuntimeServiceServer::new(service).max_decoding_message_size(MESSAGE_MOST);
-    let (reporter, health) = tonic_health::server::health_reporter();
-    reporter
-        .set_serving::<RuntimeServiceServer<Service>>()
-        .await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(DESCRIPTORS)
-        .with_service_name("polydev.runtime.v1.RuntimeService")
-        .build_v1()?;
-    let server = Server::builder()
-        .http2_keepalive_interval(Some(PING))
-        .http2_keepalive_timeout(Some(GONE))
-        .max_connection_age(CONNECTION)
-        .add_service(health)
-        .add_service(reflection)
-        .add_service(service);
-
-    let stopped = stop.clone().cancelled_owned();
-    let serving = server.serve_with_incoming_shutdown(incoming::incoming(listeners), stopped);
-    let overrun = async {
-        stop.cancelled().await;
-        runs.close();
-        if timeout(STOP, runs.wait()).await.is_err() {
-            tracing::warn!(runs = runs.len(), "stopping with runs that have not ended");
-        }
-    };
-    tokio::select! {
-        served = serving => served?,
-        () = overrun => {}
-        () = vault.keep() => unreachable!("it never ends"),
-    }
-    Ok(())
-}
 
 struct Service {
     view: View,
@@ -248,6 +161,41 @@ impl RuntimeService for Service {
         // A shim that stops lets it come to its end.
         let accepted = Some(self.runs.track_future(claim).await?);
         Ok(Response::new(SubmitJobResponse { accepted }))
+    }
+
+    async fn allocate(
+        &self,
+        request: Request<AllocateRequest>,
+    ) -> Result<Response<AllocateResponse>, Status> {
+        let caller = caller(&request);
+        let wanted = Wanted::parse(request.into_inner()).map_err(Error::from)?;
+        let (user_id, provider) = (wanted.user_id.clone(), wanted.provider);
+        let run = Action::Run {
+            user_id: Some(&user_id),
+            provider: Some(provider),
+        };
+        self.check(&caller, run)?;
+        let lease = lease::allocate(&self.view, &self.queue, wanted).await?;
+        tracing::info!(lease_id = lease.lease_id, %caller, %provider, user_id, "lease");
+        let lease = Some(lease);
+        Ok(Response::new(AllocateResponse { lease }))
+    }
+
+    async fn release(
+        &self,
+        request: Request<ReleaseRequest>,
+    ) -> Result<Response<ReleaseResponse>, Status> {
+        let caller = caller(&request);
+        let ReleaseRequest { lease_id, user_id } = request.into_inner();
+        let name = Name::parse_lease(&lease_id, user_id)?;
+        let kept = self.view.leased(&name.run_id);
+        let run = Action::Run {
+            user_id: Some(&name.user_id),
+            provider: kept.as_ref().and_then(|kept| kept.provider.parse().ok()),
+        };
+        self.check(&caller, run)?;
+        lease::release(kept, &name).await?;
+        Ok(Response::new(ReleaseResponse {}))
     }
 
     async fn attach(

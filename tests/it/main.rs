@@ -12,6 +12,7 @@ mod faults;
 mod files;
 mod images;
 mod jobspecs;
+mod leases;
 mod long;
 mod network;
 mod nomad;

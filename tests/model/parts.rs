@@ -149,6 +149,7 @@ impl Driver {
         let claimed = Event::Claimed {
             generation,
             run_id: RUN.into(),
+            user_id: String::new(),
         };
         if self.slot.apply(claimed, NOW).is_err() {
             return refused(false);

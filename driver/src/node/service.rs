@@ -1,8 +1,10 @@
 //! `polydev.node.v1`: decodes, asks the book and the slots, encodes. How slots and events are told is
-//! in [`encode`], how runs are listed in [`runs`], how the node is told of in [`figures`].
+//! in [`encode`], how they are leased in [`lease`], how runs are listed in [`runs`], how the node is
+//! told of in [`figures`].
 
 mod encode;
 mod figures;
+mod lease;
 mod runs;
 
 use std::{
@@ -16,9 +18,10 @@ use polydev_proto::{
     node::{
         AttachRequest, AttachResponse, Attached, CancelRunRequest, CancelRunResponse, Claim,
         ClaimRequest, ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse,
-        GetRunRequest, GetRunResponse, HaveRun, ListRunsRequest, ListRunsResponse, RunEvent,
-        RunInput, Slot as SlotMessage, Unknown, WatchSlotsRequest, WatchSlotsResponse,
-        attach_request, claim_request, fence_response,
+        GetRunRequest, GetRunResponse, HaveRun, LeaseRequest, LeaseResponse, ListRunsRequest,
+        ListRunsResponse, ReleaseRequest, ReleaseResponse, RunEvent, RunInput, Slot as SlotMessage,
+        Unknown, WatchSlotsRequest, WatchSlotsResponse, attach_request, claim_request,
+        fence_response,
         node_service_server::{NodeService, NodeServiceServer},
         run_event, run_input,
     },
@@ -252,6 +255,23 @@ impl NodeService for Service {
         Ok(Response::new(CancelRunResponse {}))
     }
 
+    async fn lease(
+        &self,
+        request: Request<LeaseRequest>,
+    ) -> Result<Response<LeaseResponse>, Status> {
+        let leased = lease::lease(&self.node, request.into_inner());
+        let leased = leased.map_err(|refusal| refuse(&refusal))?;
+        Ok(Response::new(leased))
+    }
+
+    async fn release(
+        &self,
+        request: Request<ReleaseRequest>,
+    ) -> Result<Response<ReleaseResponse>, Status> {
+        let released = lease::release(&self.node, request.into_inner());
+        Ok(Response::new(released.map_err(not_found)?))
+    }
+
     async fn get_node(
         &self,
         _: Request<GetNodeRequest>,
@@ -348,14 +368,16 @@ impl Service {
 
     /// `None` is the operator.
     fn find(&self, run_id: &str, user_id: Option<&str>) -> Result<Arc<Run>, Status> {
-        self.node.runs.find(run_id, user_id).map_err(|error| {
-            let message = error.to_string();
-            match error {
-                NotFound::Forbidden { .. } => Status::permission_denied(message),
-                NotFound::Aborted { .. } => Status::failed_precondition(message),
-                NotFound::Unknown { .. } | NotFound::Released { .. } => Status::not_found(message),
-            }
-        })
+        self.node.runs.find(run_id, user_id).map_err(not_found)
+    }
+}
+
+fn not_found(error: NotFound) -> Status {
+    let message = error.to_string();
+    match error {
+        NotFound::Forbidden { .. } => Status::permission_denied(message),
+        NotFound::Aborted { .. } => Status::failed_precondition(message),
+        NotFound::Unknown { .. } | NotFound::Released { .. } => Status::not_found(message),
     }
 }
 

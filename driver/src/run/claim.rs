@@ -23,6 +23,8 @@ const OUTPUT_BUFFER: u32 = 1 << 20;
 /// The longest run there is.
 const TIMEOUT_MOST: Duration = Duration::from_secs(24 * 3600);
 const KILL_TIMEOUT_MOST: Duration = Duration::from_secs(30);
+/// Well below the age of a run id that is taken.
+const LEASE_MOST: Duration = Duration::from_secs(30 * 60);
 
 /// A run id is no older than that when it is claimed: for so long, and longer, a driver
 /// remembers which it has run.
@@ -223,6 +225,14 @@ pub fn check_age(run_id: &str, now: SystemTime) -> Result<(), Invalid> {
         return Ok(());
     };
     Err(invalid("run_id", format!("{run_id} {problem}")))
+}
+
+/// How long a lease is to last.
+///
+/// # Errors
+/// [`Invalid`] if it is missing, or none that a run id would live to see.
+pub fn lease_time(given: Option<prost_types::Duration>) -> Result<Duration, Invalid> {
+    bounded("time", given, Duration::from_millis(1), LEASE_MOST)
 }
 
 fn bounded(

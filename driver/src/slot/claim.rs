@@ -45,11 +45,16 @@ impl Slot {
             || self.kill.child_token(),
             |write| {
                 let room = |occupant: Occupant| {
-                    let share = node.headroom.take(share_needed)?;
+                    // What a lease has taken is its run's.
+                    let share = match self.has_leased_share() {
+                        true => None,
+                        false => Some(node.headroom.take(share_needed)?),
+                    };
                     write(self.claimed(&parsed, generation, occupant, share_needed, node))?;
-                    Ok(share)
+                    let share = share.or_else(|| self.leased_share());
+                    Ok(share.expect("it was there, and the slot is locked"))
                 };
-                share = Some(self.grant(generation, run_id, room)?);
+                share = Some(self.grant(generation, run_id, &parsed.user_id, room)?);
                 Ok(())
             },
         );
@@ -114,11 +119,13 @@ impl Slot {
         &self,
         generation: u64,
         run_id: &str,
+        user_id: &str,
         room: impl FnOnce(Occupant) -> Result<Share, Refusal>,
     ) -> Result<Share, Refusal> {
         let claimed = Event::Claimed {
             generation,
             run_id: run_id.to_owned(),
+            user_id: user_id.to_owned(),
         };
         let mut life = self.lock();
         let mut next = life.clone();

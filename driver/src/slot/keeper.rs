@@ -99,6 +99,7 @@ impl Slot {
             drain: CancellationToken::new(),
             kill: CancellationToken::new(),
             end: watch::Sender::new(None),
+            lease: Default::default(),
             container: Default::default(),
             changed: node.slots.changes(),
         });
@@ -359,6 +360,7 @@ impl Keeper {
             tokio::select! {
                 biased;
                 Some(claim) = self.granted.recv() => return (Some(claim), None),
+                () = self.slot.lease_ends() => return (None, None),
                 reason = container.dies() => break format!("its idle container died: {reason}"),
                 () = self.slot.drain.cancelled() => {
                     // A claim that was granted just before the drain is still served.

@@ -4,14 +4,16 @@
 //!            +---------------- Recycled ----------------+
 //!            v                                          |
 //!         Warming --Warmed--> Idle --Claimed--> Claimed --RunEnded--> Recycling
-//!                              +--------------Died------------------^
+//!                              | |                ^                   ^ ^
+//!                              | +--Leased--> Leased ---LeaseEnded----+ |
+//!                              +------------------+-------Died---------+
 //!   any but Failed --Drained--> Draining          any --GivenUp--> Failed
 //! ```
 //!
 //! A slot that is made on demand is for one run, and has one container: what would lead it to
 //! `Recycling` leads it to `Draining` instead.
 //!
-//! `Leased` joins them when callers can hold a slot before they use it.
+//! A lease is of a pool's slot, and for one run of one user.
 
 use std::time::SystemTime;
 
@@ -22,6 +24,8 @@ pub enum State {
     Warming,
     /// A container waits for a claim.
     Idle,
+    /// A container waits for the claim of one run.
+    Leased { holder: Holder, until: SystemTime },
     /// A run is in it.
     Claimed { run_id: String },
     /// What is left in its container is being ended.
@@ -32,6 +36,13 @@ pub enum State {
     Failed,
 }
 
+/// Whose lease it is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Holder {
+    pub run_id: String,
+    pub user_id: String,
+}
+
 impl State {
     /// The word for it in the API, logs and metrics.
     #[must_use]
@@ -39,6 +50,7 @@ impl State {
         match self {
             Self::Warming => "warming",
             Self::Idle => "idle",
+            Self::Leased { .. } => "leased",
             Self::Claimed { .. } => "claimed",
             Self::Recycling => "recycling",
             Self::Draining { .. } => "draining",
@@ -55,7 +67,20 @@ pub enum Event {
     /// Its container is ready.
     Warmed,
     /// A shim claims the container it saw.
-    Claimed { generation: u64, run_id: String },
+    Claimed {
+        generation: u64,
+        run_id: String,
+        user_id: String,
+    },
+    /// A shim wants to keep the container it saw for one run.
+    Leased {
+        generation: u64,
+        run_id: String,
+        user_id: String,
+        until: SystemTime,
+    },
+    /// The run that it is leased for will not come.
+    LeaseEnded,
     /// The run in it has ended.
     RunEnded,
     /// Its idle container is gone.
@@ -141,13 +166,43 @@ impl Life {
         let (state, reason) = match (&self.state, event) {
             (State::Warming, Event::Held { reason }) => (State::Warming, reason),
             (State::Warming, Event::Warmed) => (State::Idle, String::new()),
-            (State::Idle, Event::Claimed { generation, run_id })
-                if generation == self.generation && self.is_for(&run_id) =>
+            (
+                State::Idle,
+                Event::Claimed {
+                    generation, run_id, ..
+                },
+            ) if generation == self.generation && self.is_for(&run_id) => {
+                (State::Claimed { run_id }, String::new())
+            }
+            (
+                State::Idle,
+                Event::Leased {
+                    generation,
+                    run_id,
+                    user_id,
+                    until,
+                },
+            ) if generation == self.generation && self.for_run.is_none() => {
+                let holder = Holder { run_id, user_id };
+                (State::Leased { holder, until }, String::new())
+            }
+            (
+                State::Leased { holder, .. },
+                Event::Claimed {
+                    generation,
+                    run_id,
+                    user_id,
+                },
+            ) if generation == self.generation
+                && (&holder.run_id, &holder.user_id) == (&run_id, &user_id) =>
             {
                 (State::Claimed { run_id }, String::new())
             }
+            (State::Leased { .. }, Event::LeaseEnded) => (State::Recycling, String::new()),
             (State::Claimed { .. }, Event::RunEnded) => (self.after_container(), String::new()),
-            (State::Idle, Event::Died { reason }) => (self.after_container(), reason),
+            (State::Idle | State::Leased { .. }, Event::Died { reason }) => {
+                (self.after_container(), reason)
+            }
             (State::Recycling, Event::Recycled) => {
                 self.generation += 1;
                 (State::Warming, std::mem::take(&mut self.reason))
@@ -161,9 +216,10 @@ impl Life {
                 },
                 String::new(),
             ),
-            (State::Warming | State::Idle | State::Recycling, Event::Drained) => {
-                (State::Draining { run_id: None }, String::new())
-            }
+            (
+                State::Warming | State::Idle | State::Leased { .. } | State::Recycling,
+                Event::Drained,
+            ) => (State::Draining { run_id: None }, String::new()),
             (State::Warming | State::Recycling, Event::GivenUp { reason }) => {
                 (State::Failed, reason)
             }
@@ -209,8 +265,18 @@ mod tests {
                 reason: "broken".into()
             }),
             Just(Event::Warmed),
-            (1u64..6, "[a-z]")
-                .prop_map(|(generation, run_id)| Event::Claimed { generation, run_id }),
+            (1u64..6, "[a-d]", "[xy]").prop_map(|(generation, run_id, user_id)| Event::Claimed {
+                generation,
+                run_id,
+                user_id
+            }),
+            (1u64..6, "[a-d]", "[xy]").prop_map(|(generation, run_id, user_id)| Event::Leased {
+                generation,
+                run_id,
+                user_id,
+                until: SystemTime::UNIX_EPOCH
+            }),
+            Just(Event::LeaseEnded),
             Just(Event::RunEnded),
             Just(Event::Died {
                 reason: "gone".into()
@@ -237,7 +303,10 @@ mod tests {
                     Ok(()) => {
                         prop_assert!(life.generation() - before.generation() <= 1);
                         prop_assert!(*before.state() != State::Failed, "Failed is final");
-                        if let Event::Claimed { generation, run_id } = event {
+                        if let Event::Claimed { generation, run_id, user_id } = event {
+                            if let State::Leased { holder, .. } = before.state() {
+                                prop_assert_eq!(holder, &Holder { run_id: run_id.clone(), user_id });
+                            }
                             prop_assert_eq!(generation, life.generation());
                             prop_assert!(on_demand.as_ref().is_none_or(|only| *only == run_id));
                             prop_assert!(claimed.insert(generation), "a second claim");
@@ -263,6 +332,7 @@ mod tests {
         let claim = |generation| Event::Claimed {
             generation,
             run_id: "run".into(),
+            user_id: "alice".into(),
         };
         for event in [
             Event::Warmed,

@@ -65,11 +65,20 @@ pub struct Candidate {
     view: View,
 }
 
+/// A slot that is kept for a run to come.
+#[derive(Debug)]
+pub struct Kept {
+    pub node_id: String,
+    pub channel: Channel,
+    pub provider: String,
+}
+
 /// The slots of one provider by state.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
     pub warming: u32,
     pub idle: u32,
+    pub leased: u32,
     pub claimed: u32,
     pub recycling: u32,
     pub draining: u32,
@@ -82,7 +91,13 @@ impl Counts {
     /// All slots of the pool.
     #[must_use]
     pub fn slots(&self) -> u32 {
-        self.warming + self.idle + self.claimed + self.recycling + self.draining + self.failed
+        self.warming
+            + self.idle
+            + self.leased
+            + self.claimed
+            + self.recycling
+            + self.draining
+            + self.failed
     }
 }
 
@@ -102,18 +117,28 @@ impl View {
     /// Loses nothing.
     pub async fn idle_slot(&self, provider: &str) -> Candidate {
         self.wait_for(|view| {
-            view.take(|slot| slot.for_run_id.is_empty() && slot.provider == provider)
+            view.take(|slot| {
+                slot.state() == State::Idle
+                    && slot.for_run_id.is_empty()
+                    && slot.provider == provider
+            })
         })
         .await
     }
 
-    /// The slot that was made on demand for a run, as soon as it is idle.
+    /// The slot that was made on demand for a run, or is leased for it, as soon as it is ready.
     ///
     /// # Cancel safety
     /// Loses nothing.
     pub async fn slot_for(&self, run_id: &str) -> Candidate {
-        self.wait_for(|view| view.take(|slot| slot.for_run_id == run_id))
-            .await
+        self.wait_for(|view| {
+            view.take(|slot| match slot.state() {
+                State::Idle => slot.for_run_id == run_id,
+                State::Leased => slot.run_id == run_id,
+                _ => false,
+            })
+        })
+        .await
     }
 
     async fn wait_for<T>(&self, look: impl Fn(&Self) -> Option<T>) -> T {
@@ -129,7 +154,7 @@ impl View {
         }
     }
 
-    /// A random one of the idle slots that `fit`.
+    /// A random one of the slots that `fit`, and are not being claimed.
     fn take(&self, fits: impl Fn(&Slot) -> bool) -> Option<Candidate> {
         let mut nodes = self.lock();
         let idle = nodes.iter_mut().flat_map(|(node_id, node)| {
@@ -139,7 +164,6 @@ impl View {
         });
         let idle = idle.filter(|(_, node, slot)| {
             fits(slot)
-                && slot.state() == State::Idle
                 && !node
                     .claiming
                     .contains(&(slot.slot_id.clone(), slot.generation))
@@ -185,7 +209,8 @@ impl View {
             match slot.state() {
                 State::Warming => pool.warming += 1,
                 State::Idle => pool.idle += 1,
-                State::Claimed | State::Leased => pool.claimed += 1,
+                State::Leased => pool.leased += 1,
+                State::Claimed => pool.claimed += 1,
                 State::Recycling => pool.recycling += 1,
                 State::Draining => pool.draining += 1,
                 State::Failed => pool.failed += 1,
@@ -244,6 +269,22 @@ impl View {
             Some(connected.channel.clone())
         })
         .await
+    }
+
+    /// Where a lease is, if this shim has heard of it.
+    #[must_use]
+    pub fn leased(&self, run_id: &str) -> Option<Kept> {
+        let nodes = self.lock();
+        let is_it = |slot: &&Slot| slot.state() == State::Leased && slot.run_id == run_id;
+        nodes.iter().find_map(|(node_id, node)| {
+            let node = node.connected.as_ref()?;
+            let slot = node.slots.values().find(is_it)?;
+            Some(Kept {
+                node_id: node_id.clone(),
+                channel: node.channel.clone(),
+                provider: slot.provider.clone(),
+            })
+        })
     }
 
     /// The runs that go on in slots of a node which Nomad has stopped, with the way there.
@@ -349,13 +390,25 @@ impl Candidate {
 
     /// The driver has granted it: the view need not wait to be told.
     pub fn granted(&self) {
+        self.told(|slot| slot.set_state(State::Claimed));
+    }
+
+    /// The driver has leased it.
+    pub fn leased(&self, run_id: &str) {
+        self.told(|slot| {
+            slot.set_state(State::Leased);
+            run_id.clone_into(&mut slot.run_id);
+        });
+    }
+
+    fn told(&self, change: impl FnOnce(&mut Slot)) {
         self.view.update(|nodes| {
             let node = nodes
                 .get_mut(&self.node_id)
                 .and_then(|node| node.connected.as_mut());
             let slot = node.and_then(|node| node.slots.get_mut(&self.slot_id));
             if let Some(slot) = slot.filter(|slot| slot.generation == self.generation) {
-                slot.set_state(State::Claimed);
+                change(slot);
             }
         });
     }

@@ -34,7 +34,17 @@ impl Name {
     pub fn parse(run_id: &str, user_id: String) -> Result<Self, Error> {
         // To a driver nobody is the operator.
         check_user(&user_id)?;
-        let run_id = parse_id(run_id)?.to_string();
+        let run_id = parse_id("run_id", run_id)?.to_string();
+        Ok(Self { run_id, user_id })
+    }
+
+    /// Of a lease, which is called like its run.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] names the field.
+    pub fn parse_lease(lease_id: &str, user_id: String) -> Result<Self, Error> {
+        check_user(&user_id)?;
+        let run_id = parse_id("lease_id", lease_id)?.to_string();
         Ok(Self { run_id, user_id })
     }
 }

@@ -37,8 +37,10 @@ const START_BY: Duration = Duration::from_secs(5);
 /// Longer than [`START_BY`]: after it, the driver has refused or something is broken.
 const ANSWER: Duration = Duration::from_secs(10);
 /// Between a refusal and the next slot; doubled with each refusal.
-const AGAIN: Duration = Duration::from_millis(20);
-const AGAIN_MOST: Duration = Duration::from_millis(500);
+pub(super) const AGAIN: Duration = Duration::from_millis(20);
+pub(super) const AGAIN_MOST: Duration = Duration::from_millis(500);
+/// For this shim to have heard of a lease that another has got.
+const HEARD: Duration = Duration::from_secs(1);
 /// For a driver that gave no clear answer to come back and tell: after it, the claim can
 /// start no more.
 const SETTLE: Duration = Duration::from_secs(20);
@@ -78,6 +80,11 @@ pub async fn claim(
     if request.is_retry
         && let Some(connection) = attempts.fence().await?
     {
+        return Ok((connection, None));
+    }
+    if request.is_leased {
+        let connection = leased(view, &mut attempts).await?;
+        // Its turn was the lease's.
         return Ok((connection, None));
     }
     let waited = request.queue_timeout;
@@ -150,6 +157,37 @@ pub async fn claim(
         sleep(again.mul_f64(rand::random_range(0.5..1.0))).await;
         again = AGAIN_MOST.min(again * 2);
         ticket = running.back();
+    }
+}
+
+/// Claims the slot that is kept for the run.
+async fn leased(view: &View, attempts: &mut Attempts<'_>) -> Result<Connection, Error> {
+    let run_id = attempts.claim.run_id.clone();
+    let ended = |reason: String| Error::LeaseEnded {
+        lease_id: run_id.clone(),
+        reason,
+    };
+    let slot = timeout(HEARD, view.slot_for(&run_id)).await;
+    let slot = slot.map_err(|_| ended("no node has it".into()))?;
+    match attempts.at(&slot).await? {
+        Tried::Granted(connection) => {
+            slot.granted();
+            Ok(*connection)
+        }
+        Tried::Refused(reason) => Err(ended(reason)),
+        Tried::Overtaken(reason) => match attempts.fence().await? {
+            Some(connection) => Ok(connection),
+            None => Err(ended(reason)),
+        },
+        Tried::Unclear(reason) => match timeout(SETTLE, attempts.settle(&slot)).await {
+            Ok(Ok(Some(connection))) => Ok(connection),
+            Ok(Ok(None)) => Err(ended(reason)),
+            Ok(Err(error)) => Err(error),
+            Err(_) => {
+                let slot_id = slot.slot_id.clone();
+                Err(Error::Unclear { slot_id, reason })
+            }
+        },
     }
 }
 
@@ -318,7 +356,7 @@ async fn wait(
     }
 }
 
-fn none_idle(
+pub(super) fn none_idle(
     view: &View,
     provider: &'static str,
     waited: Duration,

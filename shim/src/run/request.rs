@@ -19,11 +19,11 @@ use crate::{
     provider::{InvalidPrompt, PROMPT_IN_ARGV, Prompt, Provider, Unknown},
 };
 
-const LEAST: Duration = Duration::from_millis(1);
+pub(super) const LEAST: Duration = Duration::from_millis(1);
 const TIMEOUT: Duration = Duration::from_secs(10 * 60);
-const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Well below the age of a run id that drivers take.
-const QUEUE_TIMEOUT_MOST: Duration = Duration::from_secs(30 * 60);
+pub(super) const QUEUE_TIMEOUT_MOST: Duration = Duration::from_secs(30 * 60);
 const TIMEOUT_MOST: Duration = Duration::from_secs(24 * 3600);
 /// The run class's kill timeout; also the most.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -47,6 +47,8 @@ pub struct Request {
     pub provider: Provider,
     pub user_id: String,
     pub run_id: Uuid,
+    /// It gets the slot that is kept for it, and no other.
+    pub is_leased: bool,
     /// Whether another try of it may have run.
     pub is_retry: bool,
     pub attempt: u64,
@@ -123,11 +125,11 @@ pub fn check_user(user_id: &str) -> Result<(), Invalid> {
 ///
 /// # Errors
 /// [`Invalid::Value`]
-pub fn parse_id(run_id: &str) -> Result<Uuid, Invalid> {
+pub fn parse_id(field: &'static str, run_id: &str) -> Result<Uuid, Invalid> {
     let id = Uuid::parse_str(run_id).ok();
     id.filter(|id| id.get_version_num() == 7)
         .ok_or_else(|| Invalid::Value {
-            field: "run_id",
+            field,
             given: run_id.to_owned(),
             allowed: "a UUIDv7",
         })
@@ -140,9 +142,18 @@ impl Request {
         let provider: Provider = start.provider.parse()?;
         let user_id = start.user_id;
         check_user(&user_id)?;
-        let run_id = match start.run_id.as_str() {
-            "" => Uuid::now_v7(),
-            given => parse_id(given)?,
+        let (run_id, is_leased) = match (start.run_id.as_str(), start.lease_id.as_str()) {
+            ("", "") => (Uuid::now_v7(), false),
+            (given, "") => (parse_id("run_id", given)?, false),
+            ("", lease) => (parse_id("lease_id", lease)?, true),
+            (given, lease) if given == lease => (parse_id("lease_id", lease)?, true),
+            (given, _) => {
+                return Err(Invalid::Value {
+                    field: "run_id",
+                    given: given.to_owned(),
+                    allowed: "that of the lease, or none",
+                });
+            }
         };
         let is_retry = !start.run_id.is_empty() && start.attempt != 1;
         let on_slow_reader =
@@ -222,6 +233,7 @@ impl Request {
             provider,
             user_id,
             run_id,
+            is_leased,
             is_retry,
             attempt: start.attempt.into(),
             accept_duplicate: start.accept_duplicate,
@@ -350,7 +362,7 @@ fn terminal(size: runtime::TerminalSize) -> Result<TerminalSize, exec::Invalid> 
     Ok(size)
 }
 
-fn bounded(
+pub(super) fn bounded(
     field: &'static str,
     given: Option<prost_types::Duration>,
     default: Duration,

@@ -216,6 +216,7 @@ fn encode(provider: Provider, counts: Option<&Counts>) -> Pool {
         slots: counts.slots(),
         warming: counts.warming,
         idle: counts.idle,
+        leased: counts.leased,
         claimed: counts.claimed,
         recycling: counts.recycling,
         draining: counts.draining,

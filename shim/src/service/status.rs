@@ -70,6 +70,8 @@ fn kind(error: &Error) -> (Code, &'static str) {
         Error::NotStarted { .. } => (Code::FailedPrecondition, "NOT_STARTED"),
         Error::UnknownRun { .. } => (Code::NotFound, "UNKNOWN_RUN"),
         Error::Forbidden { .. } => (Code::PermissionDenied, "OTHER_USER"),
+        Error::NoLease { .. } => (Code::NotFound, "NO_LEASE"),
+        Error::LeaseEnded { .. } => (Code::FailedPrecondition, "LEASE_ENDED"),
         Error::BeyondEnd { .. } => (Code::OutOfRange, "BEYOND_END"),
     }
 }
@@ -111,6 +113,8 @@ fn is_worth_another_try(error: &Error) -> bool {
         | Error::NotStarted { .. }
         | Error::UnknownRun { .. }
         | Error::Forbidden { .. }
+        | Error::NoLease { .. }
+        | Error::LeaseEnded { .. }
         | Error::BeyondEnd { .. } => false,
     }
 }

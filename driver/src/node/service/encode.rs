@@ -21,6 +21,7 @@ pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
     let (state, run_id) = match life.state() {
         State::Warming => (slot::State::Warming, None),
         State::Idle => (slot::State::Idle, None),
+        State::Leased { holder, .. } => (slot::State::Leased, Some(&holder.run_id)),
         State::Claimed { run_id } => (slot::State::Claimed, Some(run_id)),
         State::Recycling => (slot::State::Recycling, None),
         State::Draining { run_id } => (slot::State::Draining, run_id.as_ref()),
@@ -40,7 +41,7 @@ pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
         run_id: run_id.cloned().unwrap_or_default(),
         for_run_id: slot.config.run_id.clone().unwrap_or_default(),
         public_key: match life.state() {
-            State::Idle => slot.public_key(),
+            State::Idle | State::Leased { .. } => slot.public_key(),
             _ => Bytes::new(),
         },
     }

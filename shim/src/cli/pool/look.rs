@@ -61,17 +61,18 @@ fn pools(pools: &[Pool], output: Output) -> String {
     let mut text = String::new();
     if output == Output::Text {
         text.push_str(
-            "PROVIDER    SLOTS  WARMING  IDLE  CLAIMED  RECYCLING  DRAINING  FAILED  ON-DEMAND\n",
+            "PROVIDER    SLOTS  WARMING  IDLE  LEASED  CLAIMED  RECYCLING  DRAINING  FAILED  ON-DEMAND\n",
         );
     }
     for pool in pools {
         match output {
             Output::Text => text.push_str(&format!(
-                "{:<10}  {:>5}  {:>7}  {:>4}  {:>7}  {:>9}  {:>8}  {:>6}  {:>9}\n",
+                "{:<10}  {:>5}  {:>7}  {:>4}  {:>6}  {:>7}  {:>9}  {:>8}  {:>6}  {:>9}\n",
                 pool.provider,
                 pool.slots,
                 pool.warming,
                 pool.idle,
+                pool.leased,
                 pool.claimed,
                 pool.recycling,
                 pool.draining,
@@ -81,8 +82,8 @@ fn pools(pools: &[Pool], output: Output) -> String {
             Output::Json => {
                 let line = json!({
                     "provider": pool.provider, "slots": pool.slots, "warming": pool.warming,
-                    "idle": pool.idle, "claimed": pool.claimed, "recycling": pool.recycling,
-                    "draining": pool.draining, "failed": pool.failed,
+                    "idle": pool.idle, "leased": pool.leased, "claimed": pool.claimed,
+                    "recycling": pool.recycling, "draining": pool.draining, "failed": pool.failed,
                     "on_demand": pool.on_demand,
                 });
                 text.push_str(&format!("{line}\n"));

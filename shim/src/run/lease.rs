@@ -1,0 +1,157 @@
+//! Leases: a slot that is kept for a run before its command is known, for callers that take
+//! two steps. A lease has the id that its run will have, so that whoever knows it finds the
+//! slot in the view, through any shim.
+
+use std::{ops::RangeInclusive, time::Duration};
+
+use polydev_proto::{
+    node::{LeaseRequest, ReleaseRequest, node_service_client::NodeServiceClient},
+    runtime::{AllocateRequest, Lease},
+};
+use tokio::time::{Instant, sleep, timeout_at};
+use tonic::Code;
+use uuid::Uuid;
+
+use super::{
+    Error, answered,
+    attach::Name,
+    claim::{AGAIN, AGAIN_MOST, none_idle},
+    queue::{Place, Queue},
+    request::{Invalid, LEAST, QUEUE_TIMEOUT, QUEUE_TIMEOUT_MOST, bounded, check_user},
+};
+use crate::{
+    pool::{Candidate, Kept, View},
+    provider::Provider,
+};
+
+const TIME: Duration = Duration::from_secs(60);
+/// Well below the age of a run id that drivers take.
+const TIMES: RangeInclusive<Duration> = LEAST..=Duration::from_secs(30 * 60);
+
+/// What a caller wants to have.
+#[derive(Debug)]
+pub struct Wanted {
+    pub provider: Provider,
+    pub user_id: String,
+    time: Duration,
+    queue_timeout: Duration,
+}
+
+impl Wanted {
+    /// # Errors
+    /// [`Invalid`] for the first field that is wrong.
+    pub fn parse(request: AllocateRequest) -> Result<Self, Invalid> {
+        check_user(&request.user_id)?;
+        Ok(Self {
+            provider: request.provider.parse()?,
+            user_id: request.user_id,
+            time: bounded("time", request.time, TIME, TIMES, "1 ms to 30 min")?,
+            queue_timeout: bounded(
+                "queue_timeout",
+                request.queue_timeout,
+                QUEUE_TIMEOUT,
+                Duration::ZERO..=QUEUE_TIMEOUT_MOST,
+                "0 s to 30 min",
+            )?,
+        })
+    }
+}
+
+/// Gets a lease, in the user's turn.
+///
+/// # Errors
+/// [`Error`]; a lease that a driver granted without an answer ends with its time.
+pub async fn allocate(view: &View, queue: &Queue, wanted: Wanted) -> Result<Lease, Error> {
+    let Wanted {
+        provider,
+        user_id,
+        time,
+        queue_timeout,
+    } = wanted;
+    let give_up = Instant::now() + queue_timeout;
+    let mut ticket = queue.enter(provider.name(), &user_id)?;
+    let (mut refused, mut again) = (None, AGAIN);
+    loop {
+        let slot = async {
+            ticket.turn().await;
+            view.idle_slot(provider.name()).await
+        };
+        let Ok(slot) = timeout_at(give_up, slot).await else {
+            let waited = queue_timeout;
+            return Err(match *ticket.place.borrow() {
+                Place::Held(_) => Error::AtLimit { user_id, waited },
+                Place::Behind(_) | Place::Next => {
+                    none_idle(view, provider.name(), waited, [refused, None])
+                }
+            });
+        };
+        let running = ticket.served();
+        match lease(&slot, &user_id, time).await {
+            Ok(lease) => {
+                slot.leased(&lease.lease_id);
+                return Ok(lease);
+            }
+            Err(reason) => {
+                tracing::info!(slot = slot.slot_id, reason, "a lease was refused");
+                refused = Some(reason);
+            }
+        }
+        sleep(again.mul_f64(rand::random_range(0.5..1.0))).await;
+        again = AGAIN_MOST.min(again * 2);
+        ticket = running.back();
+    }
+}
+
+/// Why not, if a driver refuses or does not answer.
+async fn lease(slot: &Candidate, user_id: &str, time: Duration) -> Result<Lease, String> {
+    let run_id = Uuid::now_v7().to_string();
+    let request = LeaseRequest {
+        run_id: run_id.clone(),
+        slot_id: slot.slot_id.clone(),
+        generation: slot.generation,
+        start_id: slot.start_id.clone(),
+        user_id: user_id.to_owned(),
+        time: time.try_into().ok(),
+    };
+    let mut client = NodeServiceClient::new(slot.channel.clone());
+    let leased = answered(client.lease(request)).await;
+    let leased = leased.map_err(|status| status.message().to_owned())?;
+    Ok(Lease {
+        lease_id: run_id,
+        slot_id: slot.slot_id.clone(),
+        node_id: slot.node_id.clone(),
+        generation: slot.generation,
+        expires_at: leased.into_inner().expires_at,
+    })
+}
+
+/// Gives a lease back before its time, from where the [view](View::leased) has it.
+///
+/// # Errors
+/// [`Error::NoLease`] if there is none, [`Error::Forbidden`] if it is another user's,
+/// [`Error::Unasked`] if its node does not answer.
+pub async fn release(kept: Option<Kept>, name: &Name) -> Result<(), Error> {
+    let lease_id = name.run_id.clone();
+    let Some(Kept {
+        node_id, channel, ..
+    }) = kept
+    else {
+        return Err(Error::NoLease { lease_id });
+    };
+    let request = ReleaseRequest {
+        run_id: name.run_id.clone(),
+        user_id: name.user_id.clone(),
+    };
+    let released = answered(NodeServiceClient::new(channel).release(request)).await;
+    match released {
+        Ok(_) => Ok(()),
+        Err(status) if status.code() == Code::NotFound => Err(Error::NoLease { lease_id }),
+        Err(status) if status.code() == Code::PermissionDenied => Err(Error::Forbidden {
+            run_id: lease_id,
+            user_id: name.user_id.clone(),
+        }),
+        Err(_) => Err(Error::Unasked {
+            nodes: vec![node_id],
+        }),
+    }
+}

@@ -1,0 +1,112 @@
+//! The server around the service: its listeners, limits of connections, health and reflection,
+//! and how it stops.
+
+use std::{sync::Arc, time::Duration};
+
+use polydev_proto::{DESCRIPTORS, runtime::runtime_service_server::RuntimeServiceServer};
+use tokio::time::timeout;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::transport::Server;
+
+use super::{Service, incoming};
+use crate::{
+    access::Access,
+    address::Listener,
+    credentials::Vault,
+    nomad::Nomad,
+    pool::View,
+    run::{
+        on_demand::OnDemand,
+        queue::{PerUser, Queue},
+    },
+};
+
+/// A run with argv and environment at the kernel's limits.
+const MESSAGE_MOST: usize = 4 << 20;
+/// Between two pings to a caller, and until one that answers none is gone: one whose process
+/// is stopped for a while is not.
+const PING: Duration = Duration::from_secs(60);
+const GONE: Duration = Duration::from_secs(300);
+/// Then a caller connects anew, and shows anew who he is; what he has going goes on.
+const CONNECTION: Duration = Duration::from_secs(3600);
+/// How long runs may go on once the shim is told to stop.
+const STOP: Duration = Duration::from_secs(10);
+
+/// What a shim lets its callers have.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    pub per_user: PerUser,
+    /// Slots that may be on order at a time.
+    pub on_demand: usize,
+}
+
+/// What a shim serves with.
+pub struct Parts {
+    pub view: View,
+    /// `None` with the embedded engine, whose pools are as they were started.
+    pub nomad: Option<Nomad>,
+    pub vault: Vault,
+    pub access: Access,
+    pub limits: Limits,
+}
+
+/// Serves callers until `stop`, then lets runs end within ten seconds.
+///
+/// # Errors
+/// Whatever keeps it from serving.
+pub async fn serve(
+    parts: Parts,
+    listeners: Vec<Listener>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let Parts {
+        view,
+        nomad,
+        vault,
+        access,
+        limits,
+    } = parts;
+    let runs = TaskTracker::new();
+    let vault = Arc::new(vault);
+    let service = Service {
+        view,
+        on_demand: OnDemand::new(nomad.clone(), limits.on_demand),
+        nomad,
+        vault: vault.clone(),
+        access,
+        queue: Queue::new(limits.per_user),
+        runs: runs.clone(),
+    };
+    let service = RuntimeServiceServer::new(service).max_decoding_message_size(MESSAGE_MOST);
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter
+        .set_serving::<RuntimeServiceServer<Service>>()
+        .await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .with_service_name("polydev.runtime.v1.RuntimeService")
+        .build_v1()?;
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(PING))
+        .http2_keepalive_timeout(Some(GONE))
+        .max_connection_age(CONNECTION)
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(service);
+
+    let stopped = stop.clone().cancelled_owned();
+    let serving = server.serve_with_incoming_shutdown(incoming::incoming(listeners), stopped);
+    let overrun = async {
+        stop.cancelled().await;
+        runs.close();
+        if timeout(STOP, runs.wait()).await.is_err() {
+            tracing::warn!(runs = runs.len(), "stopping with runs that have not ended");
+        }
+    };
+    tokio::select! {
+        served = serving => served?,
+        () = overrun => {}
+        () = vault.keep() => unreachable!("it never ends"),
+    }
+    Ok(())
+}
