@@ -50,8 +50,7 @@ use crate::{
     run::{
         Error,
         attach::{self, Name},
-        claim,
-        input::{self, Own},
+        claim, input,
         lease::{self, Wanted},
         on_demand::OnDemand,
         queue::Queue,
@@ -108,10 +107,7 @@ impl RuntimeService for Service {
                 Some(run_request::Message::Start(_)) | None => None,
             })
         });
-        let own = request.stdin.take().map(|bytes| Own {
-            from: request.files_bytes,
-            bytes,
-        });
+        let own = request.own_input.take();
         let (relay, responses) = self.relay(name, received, [0; 3], own, longest);
         let (view, queue, on_demand) = (
             self.view.clone(),
@@ -135,8 +131,7 @@ impl RuntimeService for Service {
     ) -> Result<Response<SubmitJobResponse>, Status> {
         let trace = trace_context(request.metadata());
         let caller = caller(&request);
-        let SubmitJobRequest { start, files } = request.into_inner();
-        let start = start.unwrap_or_default();
+        let start = request.into_inner().start.unwrap_or_default();
         if start.stdin {
             return Err(Error::Invalid(request::Invalid::Value {
                 field: "stdin",
@@ -148,7 +143,7 @@ impl RuntimeService for Service {
         let claim = async {
             let mut request = self.admit(start, trace, &caller).await?;
             let run_id = request.run_id.to_string();
-            let input = request.job_input(files)?;
+            let input = request.job_input()?;
             // Nobody is told its place.
             let (told, _) = mpsc::channel(1);
             let (mut connection, _running) =

@@ -134,7 +134,6 @@ fn callers_from_elsewhere_are_known_and_held_to_their_roles() {
     let run_id = shim.client().run(alices.clone()).unwrap().accepted.run_id;
     let request = SubmitJobRequest {
         start: Some(alices.clone()),
-        ..SubmitJobRequest::default()
     };
     is_denied(
         client

@@ -152,10 +152,7 @@ fn a_job_that_is_submitted_runs_without_a_caller() {
     let shim = Shim::dev(&["anthropic=1"]);
     let client = shim.client();
     let submit = |start: RunStart| {
-        let request = SubmitJobRequest {
-            start: Some(start),
-            ..SubmitJobRequest::default()
-        };
+        let request = SubmitJobRequest { start: Some(start) };
         client.call(async |mut shim| shim.submit_job(request).await)
     };
     let run_id = uuid::Uuid::now_v7().to_string();

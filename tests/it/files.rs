@@ -4,7 +4,7 @@ use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
 
 use bytes::Bytes;
 use polydev_proto::runtime::{
-    Argv, ArtifactRules, CloseStdin, ExitReason, InputFile, RunStart, SubmitJobRequest,
+    Argv, ArtifactRules, CloseStdin, ExitReason, InputFile, RunStart, SubmitJobRequest, input_file,
     run_event::Event, run_input::Input, run_start::Command,
 };
 use polydev_tests::{
@@ -19,7 +19,14 @@ fn file(path: &str, size: usize) -> InputFile {
     InputFile {
         path: path.into(),
         mode: 0,
-        size: size as u64,
+        source: Some(input_file::Source::Size(size as u64)),
+    }
+}
+
+fn whole(path: &str, content: &'static str) -> InputFile {
+    InputFile {
+        source: Some(input_file::Source::Content(content.into())),
+        ..file(path, 0)
     }
 }
 
@@ -190,20 +197,24 @@ fn a_script_is_brought_and_what_it_makes_is_taken_home() {
 fn a_job_has_its_files_and_keeps_its_artifacts() {
     let shim = Shim::dev(&["anthropic=1"]);
     let client = shim.client();
-    let submit = |start: RunStart, files: Bytes| {
-        let start = Some(start);
-        let request = SubmitJobRequest { start, files };
+    let submit = |start: RunStart| {
+        let request = SubmitJobRequest { start: Some(start) };
         client.call(async |mut shim| shim.submit_job(request).await)
     };
-    let start = RunStart {
-        files: vec![file("a", 3), file("b", 0), file("c", 2)],
+    let start = |files| RunStart {
+        files,
         artifacts: wanted(&["made"]),
         ..shell("anthropic", "ls; cat a b c | rev | tee made")
     };
-    let few = submit(start.clone(), "four".into()).unwrap_err();
-    assert_eq!(few.code(), Code::InvalidArgument);
-    assert!(few.message().starts_with("`files` is `4 bytes`"), "{few}");
-    let accepted = submit(start, "abcde".into()).unwrap().accepted.unwrap();
+    let follow = submit(start(vec![file("a", 3)])).unwrap_err();
+    assert_eq!(follow.code(), Code::InvalidArgument);
+    let words = "`files` is `3 bytes that are to follow`";
+    assert!(follow.message().starts_with(words), "{follow}");
+    let some = submit(start(vec![file("a", 3), whole("b", "b")])).unwrap_err();
+    let words = "`files` is `1 of 2 with their content`";
+    assert!(some.message().starts_with(words), "{some}");
+    let files = vec![whole("a", "abc"), whole("b", ""), whole("c", "de")];
+    let accepted = submit(start(files.clone())).unwrap().accepted.unwrap();
     let run = client.attach(&accepted.run_id, [0; 2]).unwrap();
     let outcome = client.finish(run).unwrap();
     assert_eq!(outcome.stdout(), "a\nb\nc\nedcba");
@@ -214,6 +225,11 @@ fn a_job_has_its_files_and_keeps_its_artifacts() {
     let again = client.attach(&accepted.run_id, [0; 2]).unwrap();
     let again = client.finish(again).unwrap();
     assert_eq!(again.artifact_data, b"edcba");
+
+    // With a caller as well.
+    client.wait_idle("anthropic", 1);
+    let outcome = client.run(start(files)).unwrap();
+    assert_eq!(outcome.artifact_data, b"edcba");
 
     client.wait_idle("anthropic", 1);
     let folder = tempfile::tempdir().unwrap();
@@ -268,9 +284,15 @@ fn a_prompt_too_long_for_an_argument_is_the_commands_stdin() {
     );
 
     client.wait_idle("anthropic", 1);
-    let start = Some(long(false));
-    let files = claude.into();
-    let request = SubmitJobRequest { start, files };
+    let script = InputFile {
+        mode: 0o755,
+        ..whole("bin/claude", claude)
+    };
+    let start = Some(RunStart {
+        files: vec![script],
+        ..long(false)
+    });
+    let request = SubmitJobRequest { start };
     let submitted = client.call(async |mut shim| shim.submit_job(request).await);
     let run_id = submitted.unwrap().accepted.unwrap().run_id;
     let outcome = client

@@ -146,10 +146,7 @@ fn a_lease_that_ends_or_is_given_back_leaves_another_container() {
     client.wait_idle("anthropic", 1);
     let lease = allocate(&client, 300).unwrap();
     let start = Some(on(&lease, "echo job"));
-    let request = SubmitJobRequest {
-        start,
-        ..SubmitJobRequest::default()
-    };
+    let request = SubmitJobRequest { start };
     client
         .call(async |mut shim| shim.submit_job(request).await)
         .unwrap();

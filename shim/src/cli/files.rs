@@ -10,8 +10,8 @@ use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use polydev_proto::{
     runtime::{
-        Artifact, Artifacts, CloseStdin, InputFile, Output, RunInput, run_event::Event,
-        run_input::Input,
+        Artifact, Artifacts, CloseStdin, InputFile, Output, RunInput, input_file::Source,
+        run_event::Event, run_input::Input,
     },
     workspace,
 };
@@ -46,6 +46,13 @@ impl std::str::FromStr for Given {
 /// Files that are open to be read.
 pub(super) struct Opened(Vec<(tokio::fs::File, InputFile)>);
 
+fn size(file: &InputFile) -> u64 {
+    match file.source {
+        Some(Source::Size(size)) => size,
+        Some(Source::Content(_)) | None => 0,
+    }
+}
+
 impl Opened {
     pub(super) async fn new(given: &[Given]) -> anyhow::Result<Self> {
         let mut opened = Vec::new();
@@ -58,12 +65,12 @@ impl Opened {
             };
             let named = || format!("cannot read `{}`", source.display());
             let (file, metadata) = open.await.with_context(named)?;
-            let file_of_run = InputFile {
+            let of_run = InputFile {
                 path: path.clone(),
                 mode: metadata.permissions().mode() & 0o777,
-                size: metadata.len(),
+                source: Some(Source::Size(metadata.len())),
             };
-            opened.push((file, file_of_run));
+            opened.push((file, of_run));
         }
         Ok(Self(opened))
     }
@@ -72,23 +79,28 @@ impl Opened {
         self.0.iter().map(|(_, file)| file.clone()).collect()
     }
 
-    /// All that they hold, for a call that is no stream.
-    pub(super) async fn read(self) -> anyhow::Result<Bytes> {
-        let mut bytes = Vec::new();
-        for (file, InputFile { path, size, .. }) in self.0 {
-            let read = file.take(size).read_to_end(&mut bytes).await;
+    /// With their content, for a call that is no stream.
+    pub(super) async fn read(self) -> anyhow::Result<Vec<InputFile>> {
+        let mut files = Vec::new();
+        for (file, mut of_run) in self.0 {
+            let (path, size) = (&of_run.path, size(&of_run));
+            let mut content = Vec::new();
+            let read = file.take(size).read_to_end(&mut content).await;
             let read = read.with_context(|| format!("cannot read `{path}`"))?;
             ensure!(
                 read as u64 == size,
                 "`{path}` ends after {read} of {size} bytes"
             );
+            of_run.source = Some(Source::Content(content.into()));
+            files.push(of_run);
         }
-        Ok(bytes.into())
+        Ok(files)
     }
 
     /// Sends what they hold. Files that have become shorter end the run before its command.
     pub(super) async fn send(self, inputs: &mpsc::Sender<RunInput>) {
-        for (file, InputFile { path, size, .. }) in self.0 {
+        for (file, of_run) in self.0 {
+            let (path, size) = (&of_run.path, size(&of_run));
             let mut content = file.take(size);
             let mut sent = 0;
             while sent < size {

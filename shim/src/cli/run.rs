@@ -157,9 +157,9 @@ async fn detach(
     let request = SubmitJobRequest {
         start: Some(RunStart {
             stdin: false,
+            files: files.read().await?,
             ..start
         }),
-        files: files.read().await?,
     };
     let submitted = shim.submit_job(traced(request)).await.map_err(told)?;
     let accepted = submitted.into_inner().accepted.unwrap_or_default();

@@ -34,6 +34,14 @@ pub struct Own {
     /// Where in the stream it begins.
     pub from: u64,
     pub bytes: Bytes,
+    /// Nothing follows it.
+    pub closes: bool,
+}
+
+impl Own {
+    fn end(&self) -> u64 {
+        self.from + self.bytes.len() as u64
+    }
 }
 
 impl Input {
@@ -63,12 +71,16 @@ impl Input {
     /// Bytes of the caller's files.
     pub(super) fn file_bytes(&mut self, data: Bytes) -> Result<run_input::Input, Invalid> {
         check_length("files", &data)?;
-        let left = self.files.saturating_sub(self.sent);
+        let is_own = |own: &Own| own.from < self.files;
+        let left = match self.own.as_ref().is_some_and(is_own) {
+            true => 0,
+            false => self.files.saturating_sub(self.sent),
+        };
         if data.len() as u64 > left {
             return Err(Invalid::Value {
                 field: "files",
                 given: format!("{} bytes, of which {left} are left", data.len()),
-                allowed: "as many as `start.files` says",
+                allowed: "as many as the sizes in `start.files` say",
             });
         }
         Ok(self.keep(data))
@@ -87,7 +99,7 @@ impl Input {
                 allowed: "stdin after all files",
             });
         }
-        if self.own.is_some() {
+        if self.own.as_ref().is_some_and(|own| own.closes) {
             return Err(Invalid::Value {
                 field: "stdin",
                 given: "some".into(),
@@ -108,7 +120,7 @@ impl Input {
 
     /// Whether it is the shim's turn to give some.
     pub(super) fn own_is_due(&self) -> bool {
-        let due = |own: &Own| self.sent >= own.from;
+        let due = |own: &Own| self.sent >= own.from && (self.sent < own.end() || own.closes);
         !self.closed && self.own.as_ref().is_some_and(due)
     }
 
@@ -175,13 +187,12 @@ pub async fn feed(connection: &mut Connection, own: Bytes) -> Result<(), Error> 
     let total = own.len() as u64;
     let slot_id = connection.slot_id.clone();
     let lost = |reason: String| Error::Lost { slot_id, reason };
-    let mut input = Input::new(
-        connection,
-        Some(Own {
-            from: 0,
-            bytes: own,
-        }),
-    );
+    let own = Own {
+        from: 0,
+        bytes: own,
+        closes: true,
+    };
+    let mut input = Input::new(connection, Some(own));
     let fed = async {
         while input.taken < total || !input.closed {
             let gives = input.own_is_due() && input.is_open();
@@ -261,9 +272,32 @@ mod tests {
     }
 
     #[test]
+    fn files_that_came_with_the_run_are_followed_by_its_callers_stdin() {
+        let own = Own {
+            from: 0,
+            bytes: "abc".into(),
+            closes: false,
+        };
+        let mut input = input(3, Some(own));
+        assert!(input.file_bytes("abc".into()).is_err());
+        assert!(input.own_is_due());
+        assert_eq!(offsets([input.take_own()]), [0]);
+        assert!(!input.own_is_due());
+        assert_eq!(offsets([input.stdin("x".into()).unwrap()]), [3]);
+        assert!(input.close().is_some());
+    }
+
+    #[test]
     fn a_long_prompt_follows_the_files_and_ends_the_input() {
         let bytes = Bytes::from(vec![b'a'; MOST + 1]);
-        let mut input = input(2, Some(Own { from: 2, bytes }));
+        let mut input = input(
+            2,
+            Some(Own {
+                from: 2,
+                bytes,
+                closes: true,
+            }),
+        );
         assert!(!input.own_is_due());
         input.file_bytes("ab".into()).unwrap();
         assert!(input.stdin("x".into()).is_err());

@@ -207,7 +207,7 @@ impl Carried {
                 Wake::Sent
             }
             () = std::future::ready(()), if takes_input && self.input.own_is_due() => Wake::Own,
-            request = request, if takes_input => Wake::Request(request),
+            request = request, if takes_input && !self.input.own_is_due() => Wake::Request(request),
             () = closes => Wake::Closes,
         }
     }

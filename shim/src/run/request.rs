@@ -7,12 +7,13 @@ use polydev_proto::{
     exec,
     init::{ArtifactRules, InputFile, TerminalSize},
     node::{RunSpec, TraceContext},
-    runtime::{self, RunStart, SlowReader, run_start::Command},
+    runtime::{self, RunStart, SlowReader, input_file, run_start::Command},
     workspace,
 };
 use secrecy::ExposeSecret;
 use uuid::Uuid;
 
+use super::input::Own;
 use crate::{
     credentials::{self, Credential, Prepared, Source},
     environment,
@@ -58,8 +59,9 @@ pub struct Request {
     pub spec: RunSpec,
     /// How much of its input is files.
     pub files_bytes: u64,
-    /// The command's stdin, if it is not the caller's: a prompt too long for an argument.
-    pub stdin: Option<Bytes>,
+    /// Input that does not come from the caller any more: files, and a prompt too long for an
+    /// argument.
+    pub own_input: Option<Own>,
     /// Until it is [equipped](Self::equip) with what it names.
     pub credential: Option<Source>,
     pub secrets: Prepared,
@@ -187,7 +189,7 @@ impl Request {
                 allowed: "false, as the prompt is so long that it is the command's stdin",
             });
         }
-        let files: Vec<_> = start.files.into_iter().map(file).collect();
+        let (files, contents) = files(start.files)?;
         let files_bytes = workspace::check_files(&files)?;
         let artifacts = start.artifacts.map(rules).transpose()?;
         let terminal = start.terminal.map(terminal).transpose()?;
@@ -240,7 +242,7 @@ impl Request {
             queue_timeout,
             spec,
             files_bytes,
-            stdin,
+            own_input: own_input(contents, files_bytes, stdin, start.stdin),
             credential,
             secrets: Prepared::default(),
             trace,
@@ -268,22 +270,21 @@ impl Request {
         Ok(())
     }
 
-    /// All that a run without a caller reads, with the bytes of its files first.
+    /// All that a run without a caller reads.
     ///
     /// # Errors
-    /// [`Invalid`] if they are not as many as the files have.
-    pub fn job_input(&mut self, files: Bytes) -> Result<Bytes, Invalid> {
-        if files.len() as u64 != self.files_bytes {
-            return Err(Invalid::Value {
+    /// [`Invalid`] if there are files whose content did not come with it.
+    pub fn job_input(&mut self) -> Result<Bytes, Invalid> {
+        let own = self.own_input.take();
+        match own {
+            Some(own) if own.from == 0 => Ok(own.bytes),
+            None if self.files_bytes == 0 => Ok(Bytes::new()),
+            _ => Err(Invalid::Value {
                 field: "files",
-                given: format!("{} bytes", files.len()),
-                allowed: "as many as `start.files` says",
-            });
+                given: format!("{} bytes that are to follow", self.files_bytes),
+                allowed: "files with their `content`",
+            }),
         }
-        Ok(match self.stdin.take() {
-            Some(stdin) => [files, stdin].concat().into(),
-            None => files,
-        })
     }
 
     /// How long it may be until its end is told.
@@ -336,12 +337,48 @@ fn argv(
     }
 }
 
-fn file(file: runtime::InputFile) -> InputFile {
-    InputFile {
+/// The files of a run, and their bytes if they came with it.
+fn files(given: Vec<runtime::InputFile>) -> Result<(Vec<InputFile>, Vec<Bytes>), Invalid> {
+    let (count, mut contents) = (given.len(), Vec::new());
+    let file = |file: runtime::InputFile| InputFile {
         path: file.path,
         mode: if file.mode == 0 { MODE } else { file.mode },
-        size: file.size,
+        size: match file.source {
+            None => 0,
+            Some(input_file::Source::Size(size)) => size,
+            Some(input_file::Source::Content(content)) => {
+                let size = content.len() as u64;
+                contents.push(content);
+                size
+            }
+        },
+    };
+    let files = given.into_iter().map(file).collect();
+    if !contents.is_empty() && contents.len() < count {
+        return Err(Invalid::Value {
+            field: "files",
+            given: format!("{} of {count} with their content", contents.len()),
+            allowed: "all or none with their `content`",
+        });
     }
+    Ok((files, contents))
+}
+
+fn own_input(
+    contents: Vec<Bytes>,
+    files_bytes: u64,
+    stdin: Option<Bytes>,
+    callers_stdin: bool,
+) -> Option<Own> {
+    let from = if contents.is_empty() { files_bytes } else { 0 };
+    let closes = !callers_stdin;
+    let parts: Vec<_> = contents.into_iter().chain(stdin).collect();
+    let bytes = parts.concat().into();
+    (!parts.is_empty()).then_some(Own {
+        from,
+        bytes,
+        closes,
+    })
 }
 
 fn rules(rules: runtime::ArtifactRules) -> Result<ArtifactRules, exec::Invalid> {
