@@ -88,7 +88,7 @@ impl Files {
             .with_client_cert_verifier(callers)
             .with_single_cert(chain, key)
             .map_err(|source| self.unusable(source))?;
-        config.alpn_protocols = vec![PROTOCOL.into()];
+        config.alpn_protocols = vec![PROTOCOL.into(), b"http/1.1".into()];
         // A session that is taken up again would not be asked for its certificate.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;

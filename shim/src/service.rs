@@ -1,11 +1,14 @@
 //! `polydev.runtime.v1`: decodes, asks `run` and `pool`, encodes. The calls about pools are in
 //! [`pools`], those about credentials in [`credentials`], those that tell of runs in [`runs`]. Who calls is found out in [`incoming`],
-//! and whether he may in [`allow`]; what serves it is [`server`]; runs are carried in [`carry`]. How errors are told is in [`status`].
+//! and whether he may in [`allow`]; what serves it is [`server`], and [`http`] for callers without gRPC, which
+//! share [`calls`]; runs are carried in [`carry`]. How errors are told is in [`status`].
 
 mod allow;
+mod calls;
 mod carry;
 mod cluster;
 mod credentials;
+mod http;
 mod incoming;
 mod page;
 mod pools;
@@ -28,15 +31,12 @@ use polydev_proto::{
         ListCredentialsResponse, ListPoolsRequest, ListPoolsResponse, ListRunsRequest,
         ListRunsResponse, PutCredentialRequest, PutCredentialResponse, ReleaseRequest,
         ReleaseResponse, ResumePoolRequest, ResumePoolResponse, RotateCredentialsRequest,
-        RotateCredentialsResponse, RunRequest, RunResponse, ScalePoolRequest, ScalePoolResponse,
-        SubmitJobRequest, SubmitJobResponse, WatchPoolsRequest, WatchPoolsResponse, attach_request,
-        run_request, runtime_service_server::RuntimeService,
+        RotateCredentialsResponse, RunRequest, RunResponse, RunStart, ScalePoolRequest,
+        ScalePoolResponse, SubmitJobRequest, SubmitJobResponse, WatchPoolsRequest,
+        WatchPoolsResponse, attach_request, run_request, runtime_service_server::RuntimeService,
     },
 };
-use tokio::{
-    sync::mpsc,
-    time::{Duration, timeout},
-};
+use tokio::time::{Duration, timeout};
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
 
@@ -47,16 +47,7 @@ use crate::{
     credentials::Vault,
     nomad::Nomad,
     pool::View,
-    run::{
-        Error,
-        attach::{self, Name},
-        claim, input,
-        lease::{self, Wanted},
-        on_demand::OnDemand,
-        queue::Queue,
-        relay::{self},
-        request,
-    },
+    run::{Error, attach::Name, on_demand::OnDemand, queue::Queue, request},
 };
 
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
@@ -94,30 +85,14 @@ impl RuntimeService for Service {
         let Some(run_request::Message::Start(start)) = first(&mut requests).await?.message else {
             return Err(Error::from(request::Invalid::NotStarted).into());
         };
-        let mut request = self.admit(*start, trace, &caller).await?;
-        let (run_id, longest) = (request.run_id, request.longest());
-        let name = Name {
-            run_id: run_id.to_string(),
-            user_id: request.user_id.clone(),
-        };
-
         let requests = requests.map(|request| {
             Ok(match request?.message {
                 Some(run_request::Message::Input(input)) => Some(input),
                 Some(run_request::Message::Start(_)) | None => None,
             })
         });
-        let own = request.own_input.take();
-        let (relay, responses) = self.relay(name, received, [0; 3], own, longest);
-        let (view, queue, on_demand) = (
-            self.view.clone(),
-            self.queue.clone(),
-            self.on_demand.clone(),
-        );
-        self.carry(relay, requests.boxed(), |caller| async move {
-            claim::claim(&view, &queue, &on_demand, request, &caller).await
-        });
-        let responses = responses.map(|event| {
+        let run = self.run_of(*start, trace, &caller, received, requests.boxed());
+        let responses = run.await?.map(|event| {
             Ok(RunResponse {
                 event: Some(event?),
             })
@@ -132,29 +107,7 @@ impl RuntimeService for Service {
         let trace = trace_context(request.metadata());
         let caller = caller(&request);
         let start = request.into_inner().start.unwrap_or_default();
-        if start.stdin {
-            return Err(Error::Invalid(request::Invalid::Value {
-                field: "stdin",
-                given: "true".into(),
-                allowed: "false: nobody would send any",
-            })
-            .into());
-        }
-        let claim = async {
-            let mut request = self.admit(start, trace, &caller).await?;
-            let run_id = request.run_id.to_string();
-            let input = request.job_input()?;
-            // Nobody is told its place.
-            let (told, _) = mpsc::channel(1);
-            let (mut connection, _running) =
-                claim::claim(&self.view, &self.queue, &self.on_demand, request, &told).await?;
-            if !input.is_empty() {
-                input::feed(&mut connection, input).await?;
-            }
-            Ok::<_, Error>(relay::accepted(run_id, &connection))
-        };
-        // A shim that stops lets it come to its end.
-        let accepted = Some(self.runs.track_future(claim).await?);
+        let accepted = Some(self.submit(start, trace, &caller).await?);
         Ok(Response::new(SubmitJobResponse { accepted }))
     }
 
@@ -163,17 +116,8 @@ impl RuntimeService for Service {
         request: Request<AllocateRequest>,
     ) -> Result<Response<AllocateResponse>, Status> {
         let caller = caller(&request);
-        let wanted = Wanted::parse(request.into_inner()).map_err(Error::from)?;
-        let (user_id, provider) = (wanted.user_id.clone(), wanted.provider);
-        let run = Action::Run {
-            user_id: Some(&user_id),
-            provider: Some(provider),
-        };
-        self.check(&caller, run)?;
-        let lease = lease::allocate(&self.view, &self.queue, wanted).await?;
-        tracing::info!(lease_id = lease.lease_id, %caller, %provider, user_id, "lease");
-        let lease = Some(lease);
-        Ok(Response::new(AllocateResponse { lease }))
+        let allocated = self.allocate_for(request.into_inner(), &caller).await?;
+        Ok(Response::new(allocated))
     }
 
     async fn release(
@@ -181,16 +125,8 @@ impl RuntimeService for Service {
         request: Request<ReleaseRequest>,
     ) -> Result<Response<ReleaseResponse>, Status> {
         let caller = caller(&request);
-        let ReleaseRequest { lease_id, user_id } = request.into_inner();
-        let name = Name::parse_lease(&lease_id, user_id)?;
-        let kept = self.view.leased(&name.run_id);
-        let run = Action::Run {
-            user_id: Some(&name.user_id),
-            provider: kept.as_ref().and_then(|kept| kept.provider.parse().ok()),
-        };
-        self.check(&caller, run)?;
-        lease::release(kept, &name).await?;
-        Ok(Response::new(ReleaseResponse {}))
+        let released = self.release_of(request.into_inner(), &caller).await?;
+        Ok(Response::new(released))
     }
 
     async fn attach(
@@ -205,25 +141,19 @@ impl RuntimeService for Service {
             return Err(Error::from(request::Invalid::NotStarted).into());
         };
         let name = Name::parse(&start.run_id, start.user_id)?;
-        self.check_run(&caller, &name).await?;
         let offsets = [
             start.stdout_offset,
             start.stderr_offset,
             start.artifact_offset,
         ];
-        let connection = attach::attach(&self.view, &name, offsets).await?;
         let requests = requests.map(|request| {
             Ok(match request?.message {
                 Some(attach_request::Message::Input(input)) => Some(input),
                 Some(attach_request::Message::Start(_)) | None => None,
             })
         });
-        // Its deadline is the driver's to know.
-        let (relay, responses) = self.relay(name, received, offsets, None, request::LONGEST);
-        self.carry(relay, requests.boxed(), |_| async {
-            Ok((connection, None))
-        });
-        let responses = responses.map(|event| {
+        let run = self.attach_to(name, offsets, &caller, received, requests.boxed());
+        let responses = run.await?.map(|event| {
             Ok(AttachResponse {
                 event: Some(event?),
             })
@@ -236,11 +166,8 @@ impl RuntimeService for Service {
         request: Request<CancelRunRequest>,
     ) -> Result<Response<CancelRunResponse>, Status> {
         let caller = caller(&request);
-        let CancelRunRequest { run_id, user_id } = request.into_inner();
-        let name = Name::parse(&run_id, user_id)?;
-        self.check_run(&caller, &name).await?;
-        attach::cancel(&self.view, &name).await?;
-        Ok(Response::new(CancelRunResponse {}))
+        let cancelled = self.cancel(request.into_inner(), &caller).await?;
+        Ok(Response::new(cancelled))
     }
 
     async fn get_run(
@@ -259,14 +186,7 @@ impl RuntimeService for Service {
         request: Request<ListRunsRequest>,
     ) -> Result<Response<ListRunsResponse>, Status> {
         let caller = caller(&request);
-        let request = request.into_inner();
-        let run = Action::Run {
-            user_id: Some(request.user_id.as_str()).filter(|user_id| !user_id.is_empty()),
-            // One that there is not is refused for that.
-            provider: request.provider.parse().ok(),
-        };
-        self.check(&caller, run)?;
-        let page = runs::list(&self.view, request).await?;
+        let page = self.list_of(request.into_inner(), &caller).await?;
         Ok(Response::new(page))
     }
 
@@ -386,6 +306,18 @@ impl Service {
             Status::unimplemented(reason)
         })
     }
+}
+
+/// A run of a call that sends nothing but its start.
+fn without_stdin(start: RunStart) -> Result<RunStart, Error> {
+    if start.stdin {
+        return Err(Error::Invalid(request::Invalid::Value {
+            field: "stdin",
+            given: "true".into(),
+            allowed: "false: nobody would send any",
+        }));
+    }
+    Ok(start)
 }
 
 /// A caller says what it wants at once.

@@ -103,7 +103,10 @@ impl Spec {
             user_id: USER.into(),
             run_id: self.run_id.clone(),
             attempt,
-            command: Some(Command::Argv(Argv { args: args.into() })),
+            command: Some(Command::Argv(Argv {
+                args: args.into(),
+                text: vec![],
+            })),
             timeout: seconds(120),
             queue_timeout: seconds(60),
             ..Default::default()

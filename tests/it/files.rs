@@ -387,7 +387,8 @@ fn files_that_cannot_be_taken_start_nothing() {
     client.wait_idle("anthropic", 1);
     let start = RunStart {
         command: Some(Command::Argv(Argv {
-            args: vec!["cat".into(), "a".into()],
+            text: vec!["cat".into(), "a".into()],
+            args: vec![],
         })),
         ..with(vec![file("a", 6)])
     };

@@ -10,6 +10,7 @@ mod ends;
 mod exec;
 mod faults;
 mod files;
+mod http;
 mod images;
 mod jobspecs;
 mod leases;

@@ -21,7 +21,7 @@ fn wrong_runs_are_refused_by_field_and_take_no_slot() {
     let client = shim.client();
     let long = "x".repeat(131_072);
     let with_args = |args: Vec<Bytes>| RunStart {
-        command: Some(run_start::Command::Argv(Argv { args })),
+        command: Some(run_start::Command::Argv(Argv { args, text: vec![] })),
         ..shell("anthropic", "true")
     };
     let with_env = |name: &str| RunStart {

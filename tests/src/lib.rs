@@ -74,3 +74,14 @@ pub fn program(name: &str) -> PathBuf {
 pub fn fresh_key() -> String {
     format!("test-{:032x}", rand::random::<u128>())
 }
+
+/// Ports of the loopback address that are free now, and are to be taken at once.
+///
+/// # Panics
+/// If there are none.
+#[must_use]
+pub fn free_ports<const N: usize>() -> [u16; N] {
+    let bind = || std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let listeners = [(); N].map(|()| bind());
+    listeners.map(|listener| listener.local_addr().expect("it is bound").port())
+}

@@ -9,7 +9,6 @@ pub use exec::Exec;
 use std::{
     fs,
     io::Write,
-    net::TcpListener,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -120,7 +119,7 @@ impl Nomad {
         .expect("the driver is built");
         let init = folder.path().join("polydev-init");
         fs::copy(program("polydev-init"), &init).expect("init is built");
-        let [http, rpc, serf] = free_ports();
+        let [http, rpc, serf] = crate::free_ports();
         let config = format!(
             r#"
             data_dir   = "{data}"
@@ -463,10 +462,4 @@ impl Nomad {
             },
         )
     }
-}
-
-/// Free now; taken again at once.
-fn free_ports() -> [u16; 3] {
-    let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").expect("a port is free"));
-    listeners.map(|listener| listener.local_addr().expect("it is bound").port())
 }

@@ -187,6 +187,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {
             (
                 Command::Argv(Argv {
                     args: arguments.argv.iter().map(bytes).collect(),
+                    ..Argv::default()
                 }),
                 true,
             )

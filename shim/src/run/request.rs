@@ -317,7 +317,15 @@ fn argv(
     env: &BTreeMap<String, String>,
 ) -> Result<(Vec<Bytes>, Option<Bytes>), Invalid> {
     match command {
-        Some(Command::Argv(argv)) => Ok((argv.args, None)),
+        Some(Command::Argv(argv)) if argv.text.is_empty() => Ok((argv.args, None)),
+        Some(Command::Argv(argv)) if argv.args.is_empty() => {
+            Ok((argv.text.into_iter().map(Bytes::from).collect(), None))
+        }
+        Some(Command::Argv(_)) => Err(Invalid::Value {
+            field: "argv",
+            given: "both `args` and `text`".into(),
+            allowed: "one of them",
+        }),
         Some(Command::Prompt(prompt)) => {
             let model = Some(prompt.model.as_str()).filter(|model| !model.is_empty());
             let argv = provider.prompt(&Prompt {
@@ -430,6 +438,7 @@ mod tests {
             user_id: "alice".into(),
             command: Some(Command::Argv(Argv {
                 args: vec!["true".into()],
+                text: vec![],
             })),
             ..Default::default()
         }
@@ -449,7 +458,7 @@ mod tests {
     fn every_wrong_field_is_refused_by_name() {
         let argv = |args: &[&'static [u8]]| {
             let args = args.iter().map(|arg| Bytes::from_static(arg)).collect();
-            Some(Command::Argv(Argv { args }))
+            Some(Command::Argv(Argv { args, text: vec![] }))
         };
         let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
         refused(

@@ -6,9 +6,9 @@ use std::{sync::Arc, time::Duration};
 use polydev_proto::{DESCRIPTORS, runtime::runtime_service_server::RuntimeServiceServer};
 use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::transport::Server;
+use tonic::{service::Routes, transport::Server};
 
-use super::{Service, incoming};
+use super::{Service, http, incoming};
 use crate::{
     access::Access,
     address::Listener,
@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// A run with argv and environment at the kernel's limits.
-const MESSAGE_MOST: usize = 4 << 20;
+pub(super) const MESSAGE_MOST: usize = 4 << 20;
 /// Between two pings to a caller, and until one that answers none is gone: one whose process
 /// is stopped for a while is not.
 const PING: Duration = Duration::from_secs(60);
@@ -77,7 +77,9 @@ pub async fn serve(
         queue: Queue::new(limits.per_user),
         runs: runs.clone(),
     };
-    let service = RuntimeServiceServer::new(service).max_decoding_message_size(MESSAGE_MOST);
+    let service = Arc::new(service);
+    let http = http::router(service.clone());
+    let service = RuntimeServiceServer::from_arc(service).max_decoding_message_size(MESSAGE_MOST);
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter
         .set_serving::<RuntimeServiceServer<Service>>()
@@ -86,13 +88,17 @@ pub async fn serve(
         .register_encoded_file_descriptor_set(DESCRIPTORS)
         .with_service_name("polydev.runtime.v1.RuntimeService")
         .build_v1()?;
-    let server = Server::builder()
-        .http2_keepalive_interval(Some(PING))
-        .http2_keepalive_timeout(Some(GONE))
-        .max_connection_age(CONNECTION)
+    // gRPC's paths are none of the others'.
+    let routes = Routes::from(http)
         .add_service(health)
         .add_service(reflection)
         .add_service(service);
+    let server = Server::builder()
+        .accept_http1(true)
+        .http2_keepalive_interval(Some(PING))
+        .http2_keepalive_timeout(Some(GONE))
+        .max_connection_age(CONNECTION)
+        .add_routes(routes);
 
     let stopped = stop.clone().cancelled_owned();
     let serving = server.serve_with_incoming_shutdown(incoming::incoming(listeners), stopped);

@@ -15,7 +15,7 @@ pub fn argv(provider: &str, argv: &[&str]) -> RunStart {
         .map(|arg| Bytes::copy_from_slice(arg.as_bytes()))
         .collect();
     RunStart {
-        command: Some(Command::Argv(Argv { args })),
+        command: Some(Command::Argv(Argv { args, text: vec![] })),
         ..start(provider)
     }
 }

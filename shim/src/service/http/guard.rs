@@ -1,0 +1,94 @@
+//! Keeps web pages away. A browser on the same machine reaches a listener that asks nobody for
+//! a name, and sends there what any page wants: a page of another site says where it is from,
+//! and one whose name is made to lead here says that name.
+
+use std::net::IpAddr;
+
+use axum::{
+    Extension,
+    extract::Request,
+    http::header::{HOST, ORIGIN},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+
+use super::error::Problem;
+use crate::access::Caller;
+
+/// As the listeners name whoever comes over the loopback address.
+const LOOPBACK: &str = "loopback";
+
+pub(super) async fn no_browser(
+    Extension(caller): Extension<Caller>,
+    request: Request,
+    next: Next,
+) -> Response {
+    match refusal(&caller, &request) {
+        Some(words) => Problem::browser(words).into_response(),
+        None => next.run(request).await,
+    }
+}
+
+fn refusal(caller: &Caller, request: &Request) -> Option<String> {
+    let text = |name| {
+        let value = request.headers().get(name)?;
+        Some(value.to_str().unwrap_or("?").to_owned())
+    };
+    if let Some(origin) = text(ORIGIN) {
+        return Some(format!(
+            "pages of `{origin}` are not served: this is for programs"
+        ));
+    }
+    let host = request
+        .uri()
+        .host()
+        .map(str::to_owned)
+        .or_else(|| text(HOST));
+    let host = host.unwrap_or_default();
+    if caller.0 == LOOPBACK && !is_loopback(&host) {
+        return Some(format!(
+            "`{host}` is not a name of this shim on the loopback address"
+        ));
+    }
+    None
+}
+
+/// Whether a host, maybe with a port, is what this machine calls itself.
+fn is_loopback(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(v6) => v6.split(']').next().unwrap_or_default(),
+        None => host.split(':').next().unwrap_or_default(),
+    };
+    name.eq_ignore_ascii_case("localhost")
+        || name
+            .parse::<IpAddr>()
+            .is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_loopback_address_has_few_names() {
+        for name in [
+            "localhost",
+            "LocalHost:50051",
+            "127.0.0.1:1",
+            "127.1.2.3",
+            "[::1]:7",
+            "[::1]",
+        ] {
+            assert!(is_loopback(name), "{name}");
+        }
+        for name in [
+            "",
+            "example.org",
+            "localhost.example.org:80",
+            "10.0.0.1",
+            "[fe80::1]",
+        ] {
+            assert!(!is_loopback(name), "{name}");
+        }
+    }
+}

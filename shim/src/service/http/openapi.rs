@@ -1,0 +1,394 @@
+//! The OpenAPI document: made of the protocol's own descriptors and comments, so that it says
+//! what is served.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::LazyLock,
+};
+
+use axum::{
+    Json,
+    response::{IntoResponse, Response},
+};
+use prost_reflect::{EnumDescriptor, FieldDescriptor, FileDescriptor, Kind, MessageDescriptor};
+use serde_json::{Map, Value, json};
+
+use super::json::descriptor;
+
+static DOCUMENT: LazyLock<Value> = LazyLock::new(make);
+
+pub(super) async fn document() -> Response {
+    Json(&*DOCUMENT).into_response()
+}
+
+/// One operation, with the messages of `polydev.runtime.v1` that it takes and gives.
+struct Operation {
+    method: &'static str,
+    path: &'static str,
+    name: &'static str,
+    summary: &'static str,
+    body: Option<&'static str>,
+    /// Names of a query, of which the first must be there.
+    query: &'static [(&'static str, Parameter)],
+    answer: Answer,
+}
+
+#[derive(Clone, Copy)]
+enum Parameter {
+    Needed,
+    Text,
+    Flag,
+    /// As the message of this name has it.
+    Of(&'static str),
+}
+
+enum Answer {
+    Message(&'static str),
+    /// Server-sent events; or, with `detach`, the message.
+    Events(Option<&'static str>),
+    Document,
+}
+
+const OF_USER: &[(&str, Parameter)] = &[("user_id", Parameter::Needed)];
+
+const OPERATIONS: &[Operation] = &[
+    Operation {
+        method: "post",
+        path: "/v1/runs",
+        name: "startRun",
+        summary: "Run one command or prompt, and stream it as server-sent events, each a field of RunEvent by its name. A caller whose stream broke goes on with /v1/runs/{run_id}/events.",
+        body: Some("SubmitJobRequest"),
+        query: &[("detach", Parameter::Flag)],
+        answer: Answer::Events(Some("SubmitJobResponse")),
+    },
+    Operation {
+        method: "get",
+        path: "/v1/runs",
+        name: "listRuns",
+        summary: "The runs of all nodes, the last first, a page at a time; lists are separated by commas.",
+        body: None,
+        query: &[
+            ("user_id", Parameter::Text),
+            ("provider", Parameter::Text),
+            ("states", Parameter::Text),
+            ("page_size", Parameter::Of("ListRunsRequest")),
+            ("page_token", Parameter::Text),
+        ],
+        answer: Answer::Message("ListRunsResponse"),
+    },
+    Operation {
+        method: "get",
+        path: "/v1/runs/{run_id}",
+        name: "getRun",
+        summary: "One run, with its end if it has ended.",
+        body: None,
+        query: OF_USER,
+        answer: Answer::Message("GetRunResponse"),
+    },
+    Operation {
+        method: "get",
+        path: "/v1/runs/{run_id}/events",
+        name: "attachRun",
+        summary: "The events of a run that exists, from its beginning or after the event that the header Last-Event-ID names.",
+        body: None,
+        query: OF_USER,
+        answer: Answer::Events(None),
+    },
+    Operation {
+        method: "post",
+        path: "/v1/runs/{run_id}/cancel",
+        name: "cancelRun",
+        summary: "End a run: SIGTERM at once, SIGKILL after its kill timeout.",
+        body: Some("CancelRunRequest"),
+        query: &[],
+        answer: Answer::Message("CancelRunResponse"),
+    },
+    Operation {
+        method: "post",
+        path: "/v1/leases",
+        name: "allocate",
+        summary: "Keep an idle slot for one run, whose command comes later.",
+        body: Some("AllocateRequest"),
+        query: &[],
+        answer: Answer::Message("AllocateResponse"),
+    },
+    Operation {
+        method: "post",
+        path: "/v1/leases/{lease_id}/release",
+        name: "release",
+        summary: "Give a lease back before its time.",
+        body: Some("ReleaseRequest"),
+        query: &[],
+        answer: Answer::Message("ReleaseResponse"),
+    },
+    Operation {
+        method: "get",
+        path: "/v1/pools",
+        name: "listPools",
+        summary: "The warm slots of every provider.",
+        body: None,
+        query: &[],
+        answer: Answer::Message("ListPoolsResponse"),
+    },
+    Operation {
+        method: "get",
+        path: "/v1/pools/{provider}",
+        name: "getPool",
+        summary: "One provider's pool, slot by slot.",
+        body: None,
+        query: &[],
+        answer: Answer::Message("GetPoolResponse"),
+    },
+    Operation {
+        method: "get",
+        path: "/v1/status",
+        name: "getStatus",
+        summary: "The nodes: what each has, and how much of it runs use.",
+        body: None,
+        query: &[],
+        answer: Answer::Message("GetClusterStatusResponse"),
+    },
+    Operation {
+        method: "get",
+        path: "/v1/openapi.json",
+        name: "getOpenApi",
+        summary: "This document.",
+        body: None,
+        query: &[],
+        answer: Answer::Document,
+    },
+];
+
+fn make() -> Value {
+    let mut schemas = Schemas::default();
+    let mut paths: BTreeMap<&str, Map<String, Value>> = BTreeMap::new();
+    for operation in OPERATIONS {
+        let described = operation.describe(&mut schemas);
+        let path = paths.entry(operation.path).or_default();
+        path.insert(operation.method.into(), described);
+    }
+    // What events are made of.
+    schemas.reference(&descriptor("RunEvent"));
+    schemas.made.insert("Problem".into(), problem());
+    json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": "polydev",
+            "version": env!("CARGO_PKG_VERSION"),
+            "description": "Runs users' commands in warm, isolated containers. Messages are those of the gRPC API polydev.runtime.v1 in protobuf's JSON form: 64-bit numbers are strings, bytes are base64, durations are seconds with an `s`.",
+        },
+        "paths": paths,
+        "components": { "schemas": schemas.made },
+    })
+}
+
+/// One server-sent event.
+fn event() -> Value {
+    let names = descriptor("RunEvent");
+    let names = names.fields().map(|field| field.name().to_owned());
+    let names: Vec<_> = names.chain(["error".to_owned()]).collect();
+    json!({
+        "type": "object",
+        "description": "One event: its data is JSON, of the field of RunEvent that has its name, or a Problem that ends the stream.",
+        "required": ["event", "data"],
+        "properties": {
+            "event": { "type": "string", "enum": names },
+            "data": { "type": "string", "contentMediaType": "application/json" },
+            "id": { "type": "string", "description": "For Last-Event-ID." },
+        },
+    })
+}
+
+fn problem() -> Value {
+    json!({
+        "type": "object",
+        "required": ["error"],
+        "properties": { "error": {
+            "type": "object",
+            "required": ["code", "message"],
+            "properties": {
+                "code": { "type": "string", "description": "gRPC's name of the code." },
+                "message": { "type": "string", "description": "For people." },
+                "reason": { "type": "string", "description": "More than the code says." },
+                "fields": {
+                    "type": "array", "items": { "type": "string" },
+                    "description": "Those that are wrong.",
+                },
+                "retry_after_seconds": {
+                    "type": "integer",
+                    "description": "The same call may succeed later, and does no harm.",
+                },
+            },
+        } },
+    })
+}
+
+impl Operation {
+    fn describe(&self, schemas: &mut Schemas) -> Value {
+        let in_path = self.path.split(['{', '}']).skip(1).step_by(2).map(|name| {
+            json!({ "name": name, "in": "path", "required": true, "schema": { "type": "string" } })
+        });
+        let in_query = self.query.iter().map(|(name, kind)| {
+            let schema = match kind {
+                Parameter::Needed | Parameter::Text => json!({ "type": "string" }),
+                Parameter::Flag => json!({ "type": "boolean" }),
+                Parameter::Of(message) => {
+                    let field = descriptor(message).get_field_by_name(name);
+                    schemas.field(&field.expect("a query has names of the protocol"))
+                }
+            };
+            let required = matches!(kind, Parameter::Needed);
+            json!({ "name": name, "in": "query", "required": required, "schema": schema })
+        });
+        let parameters: Vec<_> = in_path.chain(in_query).collect();
+        let json_of = |schema: Value| json!({ "application/json": { "schema": schema } });
+        let content = match &self.answer {
+            Answer::Message(name) => json_of(schemas.reference(&descriptor(name))),
+            Answer::Document => json_of(json!({ "type": "object" })),
+            Answer::Events(detached) => {
+                let mut content = match detached {
+                    Some(name) => json_of(schemas.reference(&descriptor(name))),
+                    None => json!({}),
+                };
+                content["text/event-stream"] = json!({ "schema": event() });
+                content
+            }
+        };
+        let mut described = json!({
+            "operationId": self.name,
+            "summary": self.summary,
+            "parameters": parameters,
+            "responses": {
+                "200": { "description": "Done, or begun.", "content": content },
+                "default": {
+                    "description": "Why not.",
+                    "content": json_of(json!({ "$ref": "#/components/schemas/Problem" })),
+                },
+            },
+        });
+        if let Some(name) = self.body {
+            let body = json_of(schemas.reference(&descriptor(name)));
+            described["requestBody"] = json!({ "required": true, "content": body });
+        }
+        described
+    }
+}
+
+/// The schemas of all messages that are referred to.
+#[derive(Default)]
+struct Schemas {
+    made: Map<String, Value>,
+    begun: BTreeSet<String>,
+}
+
+impl Schemas {
+    fn reference(&mut self, message: &MessageDescriptor) -> Value {
+        let name = message.name().to_owned();
+        if self.begun.insert(name.clone()) {
+            let schema = self.message(message);
+            self.made.insert(name.clone(), schema);
+        }
+        json!({ "$ref": format!("#/components/schemas/{name}") })
+    }
+
+    fn message(&mut self, message: &MessageDescriptor) -> Value {
+        let properties = message.fields().map(|field| {
+            let mut schema = self.field(&field);
+            let words = comment(&field.parent_message().parent_file(), field.path());
+            if let (Some(words), Some(schema)) = (words, schema.as_object_mut()) {
+                schema.insert("description".into(), words.into());
+            }
+            (field.name().to_owned(), schema)
+        });
+        let properties: Map<String, Value> = properties.collect();
+        let words = comment(&message.parent_file(), message.path());
+        json!({
+            "type": "object",
+            "description": words.unwrap_or_default(),
+            "properties": properties,
+            "additionalProperties": false,
+        })
+    }
+
+    fn field(&mut self, field: &FieldDescriptor) -> Value {
+        if let (true, Kind::Message(entry)) = (field.is_map(), field.kind()) {
+            let value = self.kind(&entry.map_entry_value_field().kind());
+            return json!({ "type": "object", "additionalProperties": value });
+        }
+        let one = self.kind(&field.kind());
+        match field.is_list() {
+            true => json!({ "type": "array", "items": one }),
+            false => one,
+        }
+    }
+
+    fn kind(&mut self, kind: &Kind) -> Value {
+        match kind {
+            Kind::Bool => json!({ "type": "boolean" }),
+            Kind::String => json!({ "type": "string" }),
+            Kind::Bytes => json!({ "type": "string", "format": "byte" }),
+            Kind::Enum(names) => json!({ "type": "string", "enum": values(names) }),
+            Kind::Uint32 | Kind::Fixed32 => {
+                json!({ "type": "integer", "minimum": 0, "maximum": u32::MAX })
+            }
+            Kind::Int32 | Kind::Sint32 | Kind::Sfixed32 => {
+                json!({ "type": "integer", "minimum": i32::MIN, "maximum": i32::MAX })
+            }
+            Kind::Uint64 | Kind::Fixed64 => {
+                json!({ "type": "string", "format": "uint64", "pattern": "^[0-9]{1,19}$" })
+            }
+            Kind::Int64 | Kind::Sint64 | Kind::Sfixed64 => {
+                json!({ "type": "string", "format": "int64", "pattern": "^-?[0-9]{1,18}$" })
+            }
+            Kind::Double | Kind::Float => json!({ "type": "number" }),
+            Kind::Message(message) => match message.full_name() {
+                "google.protobuf.Timestamp" => json!({ "type": "string", "format": "date-time" }),
+                "google.protobuf.Duration" => {
+                    json!({ "type": "string", "pattern": "^[0-9]{1,9}([.][0-9]{1,9})?s$" })
+                }
+                _ => self.reference(message),
+            },
+        }
+    }
+}
+
+fn values(names: &EnumDescriptor) -> Vec<String> {
+    names
+        .values()
+        .map(|value| value.name().to_owned())
+        .collect()
+}
+
+/// What the protocol says of it.
+fn comment(file: &FileDescriptor, path: &[i32]) -> Option<String> {
+    let source = file.file_descriptor_proto().source_code_info.as_ref()?;
+    let location = source
+        .location
+        .iter()
+        .find(|location| location.path == path)?;
+    let words = location.leading_comments().split_whitespace();
+    Some(words.collect::<Vec<_>>().join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reference_leads_somewhere_and_every_field_is_described() {
+        let document = make();
+        let schemas = document["components"]["schemas"].as_object().unwrap();
+        let text = document.to_string();
+        for reference in text.split("#/components/schemas/").skip(1) {
+            let name = reference.split('"').next().unwrap();
+            assert!(schemas.contains_key(name), "{name}");
+        }
+        for (name, schema) in schemas.iter().filter(|(name, _)| *name != "Problem") {
+            let properties = schema["properties"].as_object().unwrap();
+            for (field, schema) in properties {
+                let described = schema.get("description").is_some();
+                assert!(described, "{name}.{field} has no words");
+            }
+        }
+    }
+}
