@@ -1,23 +1,34 @@
 //! The live view: slots by node, and a way to wait for an idle one. Nothing in it
 //! is certain, since a driver may have changed its mind meanwhile: it decides.
 
+mod candidate;
+mod ready;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
-use bytes::Bytes;
 use polydev_proto::node::{Slot, WatchSlotsResponse, slot::State};
-use rand::seq::IteratorRandom;
 use tokio::sync::watch;
 use tonic::transport::Channel;
+
+pub use candidate::Candidate;
+use ready::{Key, Ready};
 
 /// What drivers have told; clones share it.
 #[derive(Debug, Clone)]
 pub struct View {
-    nodes: Arc<Mutex<HashMap<String, Node>>>,
+    inner: Arc<Mutex<Inner>>,
     changed: Arc<watch::Sender<u64>>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    nodes: HashMap<String, Node>,
+    /// Of the slots of connected nodes, those that may be taken.
+    ready: Ready,
 }
 
 /// A node that is or was connected.
@@ -47,22 +58,6 @@ struct Connected {
 struct Clock {
     told: SystemTime,
     heard: Instant,
-}
-
-/// An idle slot, taken out of the view while it is tried.
-#[derive(Debug)]
-pub struct Candidate {
-    pub node_id: String,
-    pub channel: Channel,
-    pub start_id: String,
-    pub slot_id: String,
-    pub generation: u64,
-    /// Of its container: what secrets are sealed to.
-    pub public_key: Bytes,
-    /// It was made for one run.
-    pub on_demand: bool,
-    clock: Clock,
-    view: View,
 }
 
 /// A slot that is kept for a run to come.
@@ -105,7 +100,7 @@ impl View {
     #[must_use]
     pub fn new() -> Self {
         Self {
-            nodes: Arc::default(),
+            inner: Arc::default(),
             changed: Arc::new(watch::Sender::new(0)),
         }
     }
@@ -116,14 +111,8 @@ impl View {
     /// # Cancel safety
     /// Loses nothing.
     pub async fn idle_slot(&self, provider: &str) -> Candidate {
-        self.wait_for(|view| {
-            view.take(|slot| {
-                slot.state() == State::Idle
-                    && slot.for_run_id.is_empty()
-                    && slot.provider == provider
-            })
-        })
-        .await
+        self.wait_for(|view| view.take(|ready| ready.of_pool(provider)))
+            .await
     }
 
     /// The slot that was made on demand for a run, or is leased for it, as soon as it is ready.
@@ -131,14 +120,8 @@ impl View {
     /// # Cancel safety
     /// Loses nothing.
     pub async fn slot_for(&self, run_id: &str) -> Candidate {
-        self.wait_for(|view| {
-            view.take(|slot| match slot.state() {
-                State::Idle => slot.for_run_id == run_id,
-                State::Leased => slot.run_id == run_id,
-                _ => false,
-            })
-        })
-        .await
+        self.wait_for(|view| view.take(|ready| ready.of_run(run_id)))
+            .await
     }
 
     async fn wait_for<T>(&self, look: impl Fn(&Self) -> Option<T>) -> T {
@@ -154,41 +137,27 @@ impl View {
         }
     }
 
-    /// A random one of the slots that `fit`, and are not being claimed.
-    fn take(&self, fits: impl Fn(&Slot) -> bool) -> Option<Candidate> {
-        let mut nodes = self.lock();
-        let idle = nodes.iter_mut().flat_map(|(node_id, node)| {
-            let connected = node.connected.iter();
-            connected
-                .flat_map(move |node| node.slots.values().map(move |slot| (node_id, node, slot)))
-        });
-        let idle = idle.filter(|(_, node, slot)| {
-            fits(slot)
-                && !node
-                    .claiming
-                    .contains(&(slot.slot_id.clone(), slot.generation))
-        });
-        let (node_id, node, slot) = idle.choose(&mut rand::rng())?;
-        let candidate = Candidate {
-            node_id: node_id.clone(),
+    /// The slot that is `chosen`, if there is one; it is not ready any more then.
+    fn take(&self, chosen: impl FnOnce(&Ready) -> Option<&Key>) -> Option<Candidate> {
+        let mut inner = self.lock();
+        let Inner { nodes, ready } = &mut *inner;
+        let key = chosen(ready)?.clone();
+        let node = nodes.get_mut(&key.node_id)?.connected.as_mut()?;
+        let slot = node.slots.get(&key.slot_id)?;
+        ready.remove(&key.node_id, slot);
+        node.claiming
+            .insert((slot.slot_id.clone(), slot.generation));
+        Some(Candidate {
             channel: node.channel.clone(),
             start_id: node.start_id.clone(),
-            slot_id: slot.slot_id.clone(),
             generation: slot.generation,
             public_key: slot.public_key.clone(),
             on_demand: !slot.for_run_id.is_empty(),
             clock: node.clock,
             view: self.clone(),
-        };
-        if let Some(Node {
-            connected: Some(node),
-            ..
-        }) = nodes.get_mut(&candidate.node_id)
-        {
-            node.claiming
-                .insert((candidate.slot_id.clone(), candidate.generation));
-        }
-        Some(candidate)
+            node_id: key.node_id,
+            slot_id: key.slot_id,
+        })
     }
 
     /// Slots by provider and state.
@@ -197,6 +166,7 @@ impl View {
         let mut pools: BTreeMap<String, Counts> = BTreeMap::new();
         for slot in self
             .lock()
+            .nodes
             .values()
             .flat_map(|node| &node.connected)
             .flat_map(|n| n.slots.values())
@@ -224,7 +194,7 @@ impl View {
     /// A provider's slots with their nodes' ids, in their order.
     #[must_use]
     pub fn slots(&self, provider: &str) -> Vec<(String, Slot)> {
-        let nodes = self.lock();
+        let nodes = &self.lock().nodes;
         let slots = nodes.iter().flat_map(|(node_id, node)| {
             let slots = node.connected.iter().flat_map(|node| node.slots.values());
             slots.map(move |slot| (node_id.clone(), slot.clone()))
@@ -246,7 +216,7 @@ impl View {
     /// those that have left a short while ago.
     #[must_use]
     pub fn channels(&self) -> (Vec<(String, Channel)>, Vec<String>) {
-        let nodes = self.lock();
+        let nodes = &self.lock().nodes;
         let channels = nodes.iter().filter_map(|(node_id, node)| {
             let connected = node.connected.as_ref()?;
             Some((node_id.clone(), connected.channel.clone()))
@@ -264,8 +234,8 @@ impl View {
     /// Loses nothing.
     pub async fn channel(&self, node_id: &str) -> Channel {
         self.wait_for(|view| {
-            let nodes = view.lock();
-            let connected = nodes.get(node_id)?.connected.as_ref()?;
+            let inner = view.lock();
+            let connected = inner.nodes.get(node_id)?.connected.as_ref()?;
             Some(connected.channel.clone())
         })
         .await
@@ -274,23 +244,21 @@ impl View {
     /// Where a lease is, if this shim has heard of it.
     #[must_use]
     pub fn leased(&self, run_id: &str) -> Option<Kept> {
-        let nodes = self.lock();
-        let is_it = |slot: &&Slot| slot.state() == State::Leased && slot.run_id == run_id;
-        nodes.iter().find_map(|(node_id, node)| {
-            let node = node.connected.as_ref()?;
-            let slot = node.slots.values().find(is_it)?;
-            Some(Kept {
-                node_id: node_id.clone(),
-                channel: node.channel.clone(),
-                provider: slot.provider.clone(),
-            })
+        let inner = self.lock();
+        let key = inner.ready.of_run(run_id)?;
+        let node = inner.nodes.get(&key.node_id)?.connected.as_ref()?;
+        let slot = node.slots.get(&key.slot_id)?;
+        (slot.state() == State::Leased).then(|| Kept {
+            node_id: key.node_id.clone(),
+            channel: node.channel.clone(),
+            provider: slot.provider.clone(),
         })
     }
 
     /// The runs that go on in slots of a node which Nomad has stopped, with the way there.
     #[must_use]
     pub fn stopped_runs(&self, node_id: &str) -> Vec<(Channel, String)> {
-        let nodes = self.lock();
+        let nodes = &self.lock().nodes;
         let node = nodes.get(node_id).and_then(|node| node.connected.as_ref());
         let slots = node.into_iter().flat_map(|node| {
             let stopped = |slot: &&Slot| slot.state() == State::Draining && !slot.run_id.is_empty();
@@ -303,7 +271,7 @@ impl View {
     /// Nodes that are followed, and nodes that cannot be reached.
     #[must_use]
     pub fn nodes(&self) -> (usize, usize) {
-        let nodes = self.lock();
+        let nodes = &self.lock().nodes;
         let ours = || nodes.values().filter(|node| node.left.is_none());
         let connected = ours().filter(|node| node.connected.is_some()).count();
         (connected, ours().count() - connected)
@@ -311,8 +279,8 @@ impl View {
 
     /// A node is to be followed, and is not yet.
     pub(super) fn expect(&self, node_id: &str) {
-        self.update(|nodes| {
-            nodes.entry(node_id.to_owned()).or_default().left = None;
+        self.update(|inner| {
+            inner.nodes.entry(node_id.to_owned()).or_default().left = None;
         });
     }
 
@@ -323,11 +291,11 @@ impl View {
             told: now.unwrap_or_else(SystemTime::now),
             heard: Instant::now(),
         };
-        self.update(|nodes| {
-            let node = nodes.entry(node_id.to_owned()).or_default();
+        self.update(|inner| {
             if told.snapshot {
-                node.connected = None;
+                inner.disconnect(node_id);
             }
+            let node = inner.nodes.entry(node_id.to_owned()).or_default();
             let node = node.connected.get_or_insert_with(|| Connected {
                 channel: channel.clone(),
                 start_id: told.start_id,
@@ -337,9 +305,17 @@ impl View {
             });
             node.clock = clock;
             for slot_id in told.removed {
-                node.slots.remove(&slot_id);
+                if let Some(slot) = node.slots.remove(&slot_id) {
+                    inner.ready.remove(node_id, &slot);
+                }
             }
             for slot in told.slots {
+                if let Some(before) = node.slots.get(&slot.slot_id) {
+                    inner.ready.remove(node_id, before);
+                }
+                if !node.is_claiming(&slot) {
+                    inner.ready.insert(node_id, &slot);
+                }
                 node.slots.insert(slot.slot_id.clone(), slot);
             }
         });
@@ -347,31 +323,52 @@ impl View {
 
     /// The connection to a node broke; it will be tried again.
     pub(super) fn disconnect(&self, node_id: &str) {
-        self.update(|nodes| {
-            if let Some(node) = nodes.get_mut(node_id) {
-                node.connected = None;
-            }
-        });
+        self.update(|inner| inner.disconnect(node_id));
     }
 
     /// A node is no longer one of ours. That Nomad has lost it does not end its runs.
     pub(super) fn leave(&self, node_id: &str) {
-        self.update(|nodes| {
-            if let Some(node) = nodes.get_mut(node_id) {
-                node.connected = None;
+        self.update(|inner| {
+            inner.disconnect(node_id);
+            if let Some(node) = inner.nodes.get_mut(node_id) {
                 node.left = Some(Instant::now());
             }
-            nodes.retain(|_, node| node.left.is_none_or(|left| left.elapsed() < REMEMBERED));
+            let is_known = |node: &Node| node.left.is_none_or(|left| left.elapsed() < REMEMBERED);
+            inner.nodes.retain(|_, node| is_known(node));
         });
     }
 
-    fn update(&self, change: impl FnOnce(&mut HashMap<String, Node>)) {
+    fn update(&self, change: impl FnOnce(&mut Inner)) {
         change(&mut self.lock());
         self.changed.send_modify(|version| *version += 1);
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Node>> {
-        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn disconnect(&mut self, node_id: &str) {
+        let node = self.nodes.get_mut(node_id);
+        let slots = node.and_then(|node| node.connected.take());
+        for slot in slots.iter().flat_map(|node| node.slots.values()) {
+            self.ready.remove(node_id, slot);
+        }
+    }
+
+    fn connected(&mut self, node_id: &str) -> Option<(&mut Connected, &mut Ready)> {
+        let node = self.nodes.get_mut(node_id)?.connected.as_mut()?;
+        Some((node, &mut self.ready))
+    }
+}
+
+impl Connected {
+    fn is_claiming(&self, slot: &Slot) -> bool {
+        // Nearly always empty.
+        let mut claiming = self.claiming.iter();
+        claiming
+            .any(|(slot_id, generation)| (slot_id, *generation) == (&slot.slot_id, slot.generation))
     }
 }
 
@@ -381,165 +378,5 @@ impl Default for View {
     }
 }
 
-impl Candidate {
-    /// The moment `after` from now, in the driver's clock.
-    #[must_use]
-    pub fn driver_time(&self, after: Duration) -> SystemTime {
-        self.clock.told + self.clock.heard.elapsed() + after
-    }
-
-    /// The driver has granted it: the view need not wait to be told.
-    pub fn granted(&self) {
-        self.told(|slot| slot.set_state(State::Claimed));
-    }
-
-    /// The driver has leased it.
-    pub fn leased(&self, run_id: &str) {
-        self.told(|slot| {
-            slot.set_state(State::Leased);
-            run_id.clone_into(&mut slot.run_id);
-        });
-    }
-
-    fn told(&self, change: impl FnOnce(&mut Slot)) {
-        self.view.update(|nodes| {
-            let node = nodes
-                .get_mut(&self.node_id)
-                .and_then(|node| node.connected.as_mut());
-            let slot = node.and_then(|node| node.slots.get_mut(&self.slot_id));
-            if let Some(slot) = slot.filter(|slot| slot.generation == self.generation) {
-                change(slot);
-            }
-        });
-    }
-}
-
-impl Drop for Candidate {
-    fn drop(&mut self) {
-        let claimed = (std::mem::take(&mut self.slot_id), self.generation);
-        self.view.update(|nodes| {
-            if let Some(Node {
-                connected: Some(node),
-                ..
-            }) = nodes.get_mut(&self.node_id)
-            {
-                node.claiming.remove(&claimed);
-            }
-        });
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use tonic::transport::Endpoint;
-
-    fn slot(id: &str, state: State, generation: u64) -> Slot {
-        Slot {
-            slot_id: id.into(),
-            provider: "openai".into(),
-            state: state.into(),
-            generation,
-            ..Default::default()
-        }
-    }
-
-    fn tell(view: &View, snapshot: bool, slots: Vec<Slot>, removed: &[&str]) {
-        let channel = Endpoint::from_static("unix:///nowhere").connect_lazy();
-        let removed = removed.iter().map(|id| (*id).to_owned()).collect();
-        let told = WatchSlotsResponse {
-            snapshot,
-            slots,
-            removed,
-            start_id: "s".into(),
-            now: None,
-        };
-        view.apply("node", &channel, told);
-    }
-
-    #[tokio::test]
-    async fn two_runs_of_one_shim_never_try_the_same_container() {
-        let view = View::new();
-        tell(
-            &view,
-            true,
-            vec![slot("a", State::Idle, 1), slot("b", State::Idle, 1)],
-            &[],
-        );
-        let (first, second) = (
-            view.idle_slot("openai").await,
-            view.idle_slot("openai").await,
-        );
-        assert_ne!(first.slot_id, second.slot_id);
-        assert!(view.take(|_| true).is_none());
-
-        let freed = first.slot_id.clone();
-        drop(first);
-        assert_eq!(view.take(|_| true).unwrap().slot_id, freed);
-    }
-
-    #[tokio::test]
-    async fn a_slot_on_demand_is_for_its_run_alone() {
-        let view = View::new();
-        let made = Slot {
-            for_run_id: "run".into(),
-            ..slot("a", State::Idle, 1)
-        };
-        tell(&view, true, vec![made], &[]);
-        tokio::select! {
-            biased;
-            _ = view.idle_slot("openai") => panic!("it is no slot of the pool"),
-            _ = view.slot_for("other") => panic!("it is another run's"),
-            slot = view.slot_for("run") => assert_eq!(slot.slot_id, "a"),
-        }
-        let counts = view.counts()["openai"];
-        assert_eq!((counts.idle, counts.on_demand), (0, 1));
-    }
-
-    #[tokio::test]
-    async fn a_run_waits_until_a_slot_is_idle() {
-        let view = View::new();
-        tell(&view, true, vec![slot("a", State::Warming, 1)], &[]);
-        let waiting = view.idle_slot("openai");
-        tokio::pin!(waiting);
-        tokio::select! {
-            biased;
-            _ = &mut waiting => panic!("nothing is idle"),
-            () = tokio::task::yield_now() => {}
-        }
-        tell(&view, false, vec![slot("a", State::Idle, 1)], &[]);
-        assert_eq!(waiting.await.slot_id, "a");
-    }
-
-    #[tokio::test]
-    async fn slots_that_are_gone_or_out_of_reach_are_not_counted() {
-        let view = View::new();
-        view.expect("node");
-        assert_eq!(view.nodes(), (0, 1));
-        tell(
-            &view,
-            true,
-            vec![slot("a", State::Idle, 1), slot("b", State::Claimed, 3)],
-            &[],
-        );
-        assert_eq!(view.nodes(), (1, 0));
-        assert_eq!(
-            view.counts()["openai"],
-            Counts {
-                idle: 1,
-                claimed: 1,
-                ..Counts::default()
-            }
-        );
-        tell(&view, false, vec![], &["a"]);
-        assert_eq!(
-            view.counts()["openai"],
-            Counts {
-                claimed: 1,
-                ..Counts::default()
-            }
-        );
-        view.disconnect("node");
-        assert!(view.counts().is_empty());
-    }
-}
+mod tests;
