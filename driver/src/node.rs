@@ -218,7 +218,7 @@ fn interface(instance: &str) -> String {
 }
 
 fn secured(shims: &config::Shims) -> io::Result<(TcpListener, Arc<Reloading>)> {
-    let files = Reloading::new(shims.files.clone())?;
+    let files = Reloading::new(shims.files.clone(), &[tls::GRPC])?;
     let listener = std::net::TcpListener::bind(shims.listen)?;
     listener.set_nonblocking(true)?;
     Ok((TcpListener::from_std(listener)?, Arc::new(files)))

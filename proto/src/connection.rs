@@ -4,9 +4,13 @@ use std::{
     fmt, io,
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Sleep, sleep},
+};
 use tonic::transport::server::Connected;
 
 /// Who calls: `uid:1000` through a unix socket, `loopback`, or what the certificate says:
@@ -20,9 +24,15 @@ impl fmt::Display for Caller {
     }
 }
 
+/// So long the other end may take nothing of what is written, before the connection is given
+/// up: as long as HTTP/2 waits for an answer to its pings, which HTTP/1 does not have.
+const STALLED: Duration = Duration::from_secs(300);
+
 /// A connection of a caller. Requests that come over it have [`Caller`] in their extensions.
 pub struct Connection {
     stream: Box<dyn Stream>,
+    /// Runs while something waits to be written.
+    stalled: Option<Pin<Box<Sleep>>>,
     /// Who is at the other end.
     pub caller: Caller,
 }
@@ -38,7 +48,26 @@ impl Connection {
     ) -> Self {
         Self {
             stream: Box::new(stream),
+            stalled: None,
             caller: Caller(caller),
+        }
+    }
+}
+
+impl Connection {
+    fn unless_stalled<T>(
+        &mut self,
+        cx: &mut Context,
+        written: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(STALLED)));
+        match stalled.as_mut().poll(cx) {
+            Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+            Poll::Pending => Poll::Pending,
         }
     }
 }
@@ -67,11 +96,13 @@ impl AsyncWrite for Connection {
         cx: &mut Context,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.unless_stalled(cx, written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+        self.unless_stalled(cx, flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context) -> Poll<io::Result<()>> {
@@ -83,10 +114,37 @@ impl AsyncWrite for Connection {
         cx: &mut Context,
         bufs: &[io::IoSlice],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.unless_stalled(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    #[tokio::test(start_paused = true)]
+    async fn who_takes_nothing_for_long_is_given_up() {
+        let (stream, mut other) = duplex(4);
+        let mut connection = Connection::new(stream, "tester".into());
+        // Slow is not stalled.
+        let slow = async {
+            for _ in 0..4 {
+                tokio::time::sleep(STALLED / 2).await;
+                other.read_exact(&mut [0; 4]).await.expect("it is there");
+            }
+        };
+        let (written, ()) = tokio::join!(connection.write_all(&[0; 20]), slow);
+        written.expect("it is taken in time");
+        let stalled = connection.write_all(&[0; 20]).await;
+        assert_eq!(
+            stalled.expect_err("nobody reads").kind(),
+            io::ErrorKind::TimedOut
+        );
     }
 }

@@ -29,7 +29,9 @@ use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 use crate::connection::Connection;
 
 /// gRPC's.
-const PROTOCOL: &[u8] = b"h2";
+pub const GRPC: &str = "h2";
+/// What else a server may speak, that also serves callers without gRPC.
+pub const HTTP: &str = "http/1.1";
 /// How often files are looked at, while they are in use.
 const LOOK: Duration = Duration::from_secs(1);
 /// From a connection to the end of its handshake.
@@ -69,11 +71,12 @@ pub enum Error {
 }
 
 impl Files {
-    /// For whoever is called. A caller without a certificate is turned away.
+    /// For whoever is called, in one of `protocols` (ALPN). A caller without a certificate is
+    /// turned away.
     ///
     /// # Errors
     /// [`Error`]
-    pub fn server(&self) -> Result<ServerConfig, Error> {
+    pub fn server(&self, protocols: &[&str]) -> Result<ServerConfig, Error> {
         let authority = |source| Error::Authority {
             path: self.authority.clone(),
             source,
@@ -88,7 +91,7 @@ impl Files {
             .with_client_cert_verifier(callers)
             .with_single_cert(chain, key)
             .map_err(|source| self.unusable(source))?;
-        config.alpn_protocols = vec![PROTOCOL.into(), b"http/1.1".into()];
+        config.alpn_protocols = protocols.iter().map(|name| (*name).into()).collect();
         // A session that is taken up again would not be asked for its certificate.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
@@ -107,7 +110,7 @@ impl Files {
             .with_root_certificates(self.roots()?)
             .with_client_auth_cert(chain, key)
             .map_err(|source| self.unusable(source))?;
-        config.alpn_protocols = vec![PROTOCOL.into()];
+        config.alpn_protocols = vec![GRPC.into()];
         Ok(config)
     }
 
@@ -167,6 +170,7 @@ fn unreadable(path: &Path, source: pem::Error) -> Error {
 #[derive(Debug)]
 pub struct Reloading {
     files: Files,
+    protocols: &'static [&'static str],
     current: Mutex<Current>,
 }
 
@@ -178,16 +182,22 @@ struct Current {
 }
 
 impl Reloading {
+    /// For a server of `protocols` (ALPN).
+    ///
     /// # Errors
     /// [`Error`] if the files are of no use now.
-    pub fn new(files: Files) -> Result<Self, Error> {
+    pub fn new(files: Files, protocols: &'static [&'static str]) -> Result<Self, Error> {
         let current = Current {
             written: files.written(),
-            config: Arc::new(files.server()?),
+            config: Arc::new(files.server(protocols)?),
             looked: Instant::now(),
         };
         let current = Mutex::new(current);
-        Ok(Self { files, current })
+        Ok(Self {
+            files,
+            protocols,
+            current,
+        })
     }
 
     /// What the next handshake is to use, and an error if there are newer files of no use.
@@ -198,7 +208,7 @@ impl Reloading {
             current.looked = Instant::now();
             let written = self.files.written();
             if written != current.written {
-                match self.files.server() {
+                match self.files.server(self.protocols) {
                     Ok(config) => {
                         current.config = Arc::new(config);
                         current.written = written;

@@ -21,11 +21,11 @@ pub const MAX_PATH: usize = 1024;
 /// Patterns that artifacts are chosen by.
 pub const MAX_PATTERNS: usize = 100;
 
-/// Shells' rules, but that a leading dot is a letter like any other.
+/// Shells' rules: what begins with a dot is named by a dot alone.
 const MATCHING: MatchOptions = MatchOptions {
     case_sensitive: true,
     require_literal_separator: true,
-    require_literal_leading_dot: false,
+    require_literal_leading_dot: true,
 };
 
 /// Checks the files that a run brings; how many bytes they have together.
@@ -127,6 +127,18 @@ pub fn check_size(field: &str, size: TerminalSize) -> Result<(), Invalid> {
     Ok(())
 }
 
+/// Matching goes back for each star: with many it would take for ever.
+fn check_stars(pattern: &str) -> Result<(), String> {
+    let parts = || pattern.split('/');
+    let stars = |part: &str| part.matches('*').count();
+    let is_any = |part: &&str| *part == "**";
+    if parts().filter(is_any).count() > 2 || parts().any(|part| stars(part) > 3) {
+        let problem = "allowed are two `**`, and three `*` between two slashes";
+        return Err(format!("is `{pattern}`, {problem}"));
+    }
+    Ok(())
+}
+
 /// What artifacts are chosen by.
 #[derive(Debug)]
 pub struct Patterns(Vec<Pattern>);
@@ -138,6 +150,7 @@ impl Patterns {
         let parse = |(index, text): (usize, &String)| {
             let refused = |problem| invalid(format!("artifacts.patterns[{index}]"), problem);
             check_path(text).map_err(refused)?;
+            check_stars(text).map_err(refused)?;
             Pattern::new(text).map_err(|error| refused(format!("is `{text}`: {}", error.msg)))
         };
         let patterns = rules.patterns.iter().enumerate().map(parse);
@@ -216,10 +229,17 @@ mod tests {
     #[test]
     fn patterns_are_those_of_shells() {
         let patterns = Patterns::new(&rules(&["out/*.txt", "**/log", "exact"])).unwrap();
-        for wanted in ["out/a.txt", "out/.txt", "log", "a/b/log", "exact"] {
+        for wanted in ["out/a.txt", "log", "a/b/log", "exact"] {
             assert!(patterns.want(wanted), "{wanted}");
         }
-        for other in ["out/a/b.txt", "a/out/b.txt", "exact/a", "catalog"] {
+        for other in [
+            "out/a/b.txt",
+            "out/.a.txt",
+            ".a/log",
+            "a/out/b.txt",
+            "exact/a",
+            "catalog",
+        ] {
             assert!(!patterns.want(other), "{other}");
         }
     }
@@ -228,7 +248,7 @@ mod tests {
     fn rules_that_cannot_be_kept_are_refused_by_name() {
         let refused = |rules: &ArtifactRules| check_rules(rules).unwrap_err().field;
         assert_eq!(refused(&rules(&[])), "artifacts.patterns");
-        for pattern in ["", "/etc/*", "../*", "[", "a**"] {
+        for pattern in ["", "/etc/*", "../*", "[", "a**", "*a*b*c*", "**/**/**/a"] {
             assert_eq!(refused(&rules(&["a", pattern])), "artifacts.patterns[1]");
         }
         let none = ArtifactRules {

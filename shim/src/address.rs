@@ -10,7 +10,7 @@ use std::{
 };
 
 use hyper_util::rt::TokioIo;
-use polydev_proto::tls::{Files, Reloading};
+use polydev_proto::tls::{Files, GRPC, HTTP, Reloading};
 use rustls::pki_types::ServerName;
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio_rustls::TlsConnector;
@@ -128,7 +128,7 @@ impl Address {
             Self::Loopback(address) => TcpListener::bind(address).await.map(Listener::Loopback),
             Self::Tls { host, port } => {
                 let files = files.ok_or_else(no_files)?.clone();
-                let files = Arc::new(Reloading::new(files)?);
+                let files = Arc::new(Reloading::new(files, &[GRPC, HTTP])?);
                 let socket = TcpListener::bind((host.as_str(), *port)).await?;
                 Ok(Listener::Tls(socket, files))
             }

@@ -25,7 +25,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
 use nix::sys::{
     prctl,
-    resource::{Resource, setrlimit},
+    resource::{Resource, getrlimit, setrlimit},
 };
 use polydev_proto::{runtime::runtime_service_client::RuntimeServiceClient, tls::Files};
 use prost_types::Timestamp;
@@ -409,6 +409,9 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
     // Credentials pass through: no core dump, and no other process may look inside.
     prctl::set_dumpable(false)?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    // A connection for each node and each caller: the default of 1,024 is for old programs.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     match command {
         Command::Serve(arguments) => serve::execute(arguments).await,
         Command::Dev(arguments) => dev::execute(arguments).await,

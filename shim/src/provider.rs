@@ -154,6 +154,12 @@ impl Provider {
                 problem: "has more than 3 MiB",
             });
         }
+        if prompt.text.contains('\0') {
+            return Err(InvalidPrompt {
+                field: "prompt.text",
+                problem: "has a NUL byte",
+            });
+        }
         if prompt.model.is_some_and(|model| model.starts_with('-')) {
             return Err(InvalidPrompt {
                 field: "prompt.model",

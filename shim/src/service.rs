@@ -20,6 +20,7 @@ pub use server::{Limits, Parts, serve};
 
 use std::{pin::Pin, sync::Arc, time::Instant};
 
+use axum::http::HeaderMap;
 use futures_util::{Stream, StreamExt};
 use polydev_proto::{
     node::TraceContext,
@@ -27,18 +28,19 @@ use polydev_proto::{
         AllocateRequest, AllocateResponse, AttachRequest, AttachResponse, CancelRunRequest,
         CancelRunResponse, DeleteCredentialRequest, DeleteCredentialResponse, DrainPoolRequest,
         DrainPoolResponse, GetClusterStatusRequest, GetClusterStatusResponse, GetPoolRequest,
-        GetPoolResponse, GetRunRequest, GetRunResponse, ListCredentialsRequest,
+        GetPoolResponse, GetRunRequest, GetRunResponse, InputFile, ListCredentialsRequest,
         ListCredentialsResponse, ListPoolsRequest, ListPoolsResponse, ListRunsRequest,
         ListRunsResponse, PutCredentialRequest, PutCredentialResponse, ReleaseRequest,
         ReleaseResponse, ResumePoolRequest, ResumePoolResponse, RotateCredentialsRequest,
         RotateCredentialsResponse, RunRequest, RunResponse, RunStart, ScalePoolRequest,
         ScalePoolResponse, SubmitJobRequest, SubmitJobResponse, WatchPoolsRequest,
-        WatchPoolsResponse, attach_request, run_request, runtime_service_server::RuntimeService,
+        WatchPoolsResponse, attach_request, input_file, run_request,
+        runtime_service_server::RuntimeService,
     },
 };
 use tokio::time::{Duration, timeout};
 use tokio_util::task::TaskTracker;
-use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
+use tonic::{Request, Response, Status, Streaming};
 
 use allow::caller;
 
@@ -79,7 +81,7 @@ impl RuntimeService for Service {
         request: Request<Streaming<RunRequest>>,
     ) -> Result<Response<Self::RunStream>, Status> {
         let received = Instant::now();
-        let trace = trace_context(request.metadata());
+        let trace = trace_context(request.metadata().as_ref());
         let caller = caller(&request);
         let mut requests = request.into_inner();
         let Some(run_request::Message::Start(start)) = first(&mut requests).await?.message else {
@@ -92,7 +94,8 @@ impl RuntimeService for Service {
             })
         });
         let run = self.run_of(*start, trace, &caller, received, requests.boxed());
-        let responses = run.await?.map(|event| {
+        let (_, events) = run.await?;
+        let responses = events.map(|event| {
             Ok(RunResponse {
                 event: Some(event?),
             })
@@ -104,7 +107,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<SubmitJobRequest>,
     ) -> Result<Response<SubmitJobResponse>, Status> {
-        let trace = trace_context(request.metadata());
+        let trace = trace_context(request.metadata().as_ref());
         let caller = caller(&request);
         let start = request.into_inner().start.unwrap_or_default();
         let accepted = Some(self.submit(start, trace, &caller).await?);
@@ -317,6 +320,14 @@ fn without_stdin(start: RunStart) -> Result<RunStart, Error> {
             allowed: "false: nobody would send any",
         }));
     }
+    let follows = |file: &InputFile| matches!(file.source, Some(input_file::Source::Size(1..)));
+    if start.files.iter().any(follows) {
+        return Err(Error::Invalid(request::Invalid::Value {
+            field: "files",
+            given: "some by their size".into(),
+            allowed: "files with their `content`: nobody would send any",
+        }));
+    }
     Ok(start)
 }
 
@@ -328,12 +339,10 @@ async fn first<T>(requests: &mut Streaming<T>) -> Result<T, Status> {
 }
 
 /// The caller's place in a trace, as W3C has it in headers.
-fn trace_context(metadata: &MetadataMap) -> Option<TraceContext> {
+fn trace_context(headers: &HeaderMap) -> Option<TraceContext> {
     let text = |name| {
-        metadata
-            .get(name)
-            .and_then(|value| value.to_str().ok())
-            .map(str::to_owned)
+        let value = headers.get(name)?.to_str().ok()?;
+        Some(value.to_owned())
     };
     let traceparent = text("traceparent")?;
     Some(TraceContext {

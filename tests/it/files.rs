@@ -132,7 +132,8 @@ fn a_script_is_brought_and_what_it_makes_is_taken_home() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
     let script = "#!/bin/sh\npwd; mkdir -p out/deep; cp data/large out/copy; chmod 750 out/copy; \
-                  echo x >out/deep/x; ln -s /etc/passwd out/link; mkfifo out/pipe; exit 5\n";
+                  echo x >out/deep/x; ln -s /etc/passwd out/link; mkfifo out/pipe; echo >out/.hidden; \
+                  echo secret >out/aa; chmod 0 out/aa; exit 5\n";
     fs::write(path("script.sh"), script).unwrap();
     fs::set_permissions(path("script.sh"), fs::Permissions::from_mode(0o755)).unwrap();
     let large = content(9_000_000);
@@ -162,6 +163,7 @@ fn a_script_is_brought_and_what_it_makes_is_taken_home() {
         "`out/deep` is left out: it is a folder",
         "`out/link` is left out: it is a link",
         "`out/pipe` is left out: it is a FIFO",
+        "`out/aa` is left out: Permission denied",
     ] {
         assert!(words.contains(left_out), "{words}");
     }
@@ -208,9 +210,10 @@ fn a_job_has_its_files_and_keeps_its_artifacts() {
     };
     let follow = submit(start(vec![file("a", 3)])).unwrap_err();
     assert_eq!(follow.code(), Code::InvalidArgument);
-    let words = "`files` is `3 bytes that are to follow`";
+    let words = "`files` is `some by their size`";
     assert!(follow.message().starts_with(words), "{follow}");
-    let some = submit(start(vec![file("a", 3), whole("b", "b")])).unwrap_err();
+    let some = client.start(start(vec![file("a", 3), whole("b", "b")]));
+    let some = some.map(drop).unwrap_err();
     let words = "`files` is `1 of 2 with their content`";
     assert!(some.message().starts_with(words), "{some}");
     let files = vec![whole("a", "abc"), whole("b", ""), whole("c", "de")];

@@ -4,7 +4,7 @@ use std::{process::Command, time::Duration};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use futures_util::StreamExt;
-use polydev_tests::{free_ports, process::output, root, shim::Shim, wait_until};
+use polydev_tests::{free_ports, fresh_key, process::output, root, shim::Shim, wait_until};
 use reqwest::{Client, RequestBuilder, Response};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -156,6 +156,11 @@ fn a_run_is_streamed_and_gone_back_to_without_grpc() {
     let rest = http.events(rest, is_last);
     assert_eq!(text(&rest, "stdout"), text(after, "stdout"));
 
+    // After the last there is nothing: an `EventSource` stops coming back.
+    let last = &events.last().unwrap().id;
+    let none = http.send(http.get(&path).header("last-event-id", last));
+    assert_eq!(none.status(), 204);
+
     let (status, shown) = http.ask(http.get(&format!("/v1/runs/{run_id}?user_id=tester")));
     assert_eq!(
         (status, &shown["run"]["state"]),
@@ -226,6 +231,7 @@ fn what_is_not_understood_is_refused_over_http_too() {
             told == status && message.contains(words),
             "{told} {problem}"
         );
+        problem.to_string()
     };
     let start = |change: &dyn Fn(&mut Value)| {
         let mut start = shell("true");
@@ -235,7 +241,7 @@ fn what_is_not_understood_is_refused_over_http_too() {
     refused(
         start(&|start| start["proveder"] = json!("x")),
         400,
-        "'proveder'",
+        "`start` is not understood",
     );
     refused(
         start(&|start| start["provider"] = json!("x")),
@@ -245,9 +251,15 @@ fn what_is_not_understood_is_refused_over_http_too() {
     refused(
         start(&|start| start["timeout"] = json!("soon")),
         400,
-        "not understood",
+        "`start.timeout`",
     );
     refused(start(&|start| start["stdin"] = json!(true)), 400, "`stdin`");
+    let follows = json!([{ "path": "a", "size": "5" }]);
+    refused(
+        start(&|start| start["files"] = follows.clone()),
+        400,
+        "`files`",
+    );
     refused(http.post("/v1/runs", &json!([])), 400, "not understood");
     refused(
         http.post("/v1/runs?detach=maybe", &json!({})),
@@ -259,19 +271,32 @@ fn what_is_not_understood_is_refused_over_http_too() {
         400,
         "`run_id` is `42`",
     );
+    refused(http.get("/v1/runs/%FF?user_id=tester"), 400, "UTF-8");
     refused(http.get("/v1/runs/42"), 400, "user_id");
     refused(
         http.get("/v1/runs?states=RUN_STATE_DONE"),
         400,
-        "RUN_STATE_DONE",
+        "`states[0]`",
+    );
+    refused(
+        http.get("/v1/runs?user_id=a&user_id=b"),
+        400,
+        "`user_id` comes more than once",
     );
     refused(http.get("/v1/pools/nobody"), 400, "`nobody`");
     refused(http.get("/v1/pool"), 404, "/v1/openapi.json");
     refused(http.post("/v1/pools", &json!({})), 405, "no such method");
     let text = http.client.post(format!("{}/v1/runs", http.url)).body("{}");
     refused(text, 415, "`Content-Type`");
-    let large = json!({ "start": { "prompt": { "text": "x".repeat(6 << 20) } } });
+    let broken = http.client.post(format!("{}/v1/runs", http.url)).body("{");
+    let broken = broken.header("content-type", "application/json");
+    refused(broken, 400, "no JSON from line 1, column 1 on");
+    let large = json!({ "start": { "prompt": { "text": "x".repeat(13 << 20) } } });
     refused(http.post("/v1/runs", &large), 413, "bytes");
+    let large = json!({ "start": { "prompt": { "text": "x".repeat(5 << 20) } } });
+    refused(http.post("/v1/runs", &large), 413, "bytes");
+    let many = json!({ "start": { "files": vec![json!({}); 100_000] } });
+    refused(http.post("/v1/runs", &many), 400, "not understood");
     let run_id = uuid::Uuid::now_v7();
     let path = format!("/v1/runs/{run_id}/events?user_id=tester");
     refused(http.get(&path), 404, &run_id.to_string());
@@ -280,18 +305,51 @@ fn what_is_not_understood_is_refused_over_http_too() {
         400,
         "`Last-Event-ID`",
     );
-    // Pages in a browser, of another site or by a name that was made to lead here.
-    refused(
+
+    // Where something is that looks like a secret, it is not said.
+    let key = fresh_key();
+    for credential in [
+        json!({ "secret": key }),
+        json!({ "secret": { "api_key": key } }),
+        json!({ "secret": { "environment": { &key: 1 } } }),
+    ] {
+        let request = start(&|start| start["credential"] = credential.clone());
+        let told = refused(request, 400, "`start.credential");
+        assert!(!told.contains(&key), "{told}");
+    }
+}
+
+#[test]
+fn pages_in_browsers_are_kept_away() {
+    let http = Http::start();
+    let denied = |request: RequestBuilder, words: &str| {
+        let (status, problem) = http.ask(request);
+        let message = problem["error"]["message"].as_str().unwrap();
+        assert!(
+            status == 403 && message.contains(words),
+            "{status} {problem}"
+        );
+    };
+    // Of another site, or by a name that was made to lead here.
+    denied(
         http.get("/v1/pools")
             .header("origin", "https://example.org"),
-        403,
         "example.org",
     );
-    refused(
+    denied(
+        http.get("/v1/pools").header("sec-fetch-site", "cross-site"),
+        "pages",
+    );
+    denied(
         http.get("/v1/pools").header("host", "example.org"),
-        403,
         "example.org",
     );
+    // What any page may send without being asked, to what is gRPC's.
+    for call in ["SubmitJob", "ListPools"] {
+        let path = format!("{}/polydev.runtime.v1.RuntimeService/{call}", http.url);
+        let request = http.client.post(path).body(vec![0; 5]);
+        denied(request.header("content-type", "text/plain"), "over HTTP/1");
+    }
 }
 
 /// Schemathesis makes requests of what the document says, right and wrong ones, and holds the

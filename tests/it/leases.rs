@@ -85,6 +85,16 @@ fn a_leased_slot_is_for_its_run_alone() {
     let refused = client.start(named).map(drop).unwrap_err();
     assert!(refused.message().starts_with("`run_id` "), "{refused}");
 
+    let other_provider = RunStart {
+        provider: "openai".into(),
+        ..on(&lease, "true")
+    };
+    let refused = client.start(other_provider).map(drop).unwrap_err();
+    assert!(
+        refused.message().contains("its slot is of `anthropic`"),
+        "{refused}"
+    );
+
     let run = client.start(on(&lease, "echo here; exit 6")).unwrap();
     assert_eq!(
         (

@@ -169,12 +169,16 @@ impl Command {
                 [start.timeout_ms, start.kill_timeout_ms].map(Duration::from_millis);
             Deadline::new(now, timeout, kill_timeout)
         };
+        let mut input = Input::new(stdin, has_terminal, taken);
+        if has_terminal && !start.stdin {
+            input.close();
+        }
         Ok(Self {
             artifacts: start.artifacts,
             run_id: start.run_id,
             pid: Pid::from_raw(child.id().cast_signed()),
             pipes,
-            input: Input::new(stdin, has_terminal, taken),
+            input,
             deadline: (start.timeout_ms > 0).then(deadline),
             has_terminal,
             alone: task.is_some(),

@@ -25,6 +25,8 @@ pub(crate) struct Input {
     /// A terminal is not closed: it is told the end.
     is_terminal: bool,
     end_is_told: bool,
+    /// What was written last does not end a line: a terminal has not passed it on.
+    in_line: bool,
 }
 
 /// The driver sent more than it may.
@@ -42,12 +44,21 @@ impl Input {
             close: false,
             is_terminal,
             end_is_told: false,
+            in_line: false,
         }
+    }
+
+    /// No more follows.
+    pub(crate) fn close(&mut self) -> StdinAck {
+        self.close = true;
+        self.flush()
     }
 
     /// The pipe, while there is something to write to it.
     pub(crate) fn pending(&self) -> Option<&File> {
-        self.pipe.as_ref().filter(|_| !self.waiting.is_empty())
+        let tells_end = self.close && self.is_terminal && !self.end_is_told;
+        let has_some = tells_end || !self.waiting.is_empty();
+        self.pipe.as_ref().filter(|_| has_some)
     }
 
     pub(crate) fn offset(&self) -> u64 {
@@ -85,14 +96,20 @@ impl Input {
                 if !self.is_terminal {
                     self.pipe = None;
                 } else if !self.end_is_told {
-                    // What cannot be told is a terminal that nobody reads.
-                    self.end_is_told = true;
-                    let _full = pipe.write(&[END_OF_FILE]);
+                    // The first passes on what is left of a line, if there is one.
+                    let keys = [END_OF_FILE; 2];
+                    let keys = &keys[usize::from(!self.in_line)..];
+                    self.end_is_told = !matches!(
+                        pipe.write(keys),
+                        Err(error) if error.kind() == ErrorKind::WouldBlock
+                    );
                 }
                 break;
             }
             match pipe.write(chunk) {
                 Ok(count) => {
+                    let last = count.checked_sub(1).and_then(|last| chunk.get(last));
+                    self.in_line = last.is_some_and(|last| *last != b'\n');
                     self.waiting.drain(..count);
                     self.taken += count as u64;
                 }

@@ -57,6 +57,15 @@ const FORWARDED: [Signal; 6] = [
     Signal::SIGUSR2,
 ];
 
+/// Signals that end a run whose command has not begun.
+const ENDING: [Signal; 5] = [
+    Signal::SIGHUP,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGKILL,
+    Signal::SIGTERM,
+];
+
 enum State {
     Waiting,
     /// The command waits for its files.
@@ -174,7 +183,7 @@ impl Supervisor {
                     None => {} // A message of a newer driver: its answer is awaited there.
                 }
             }
-            self.finish();
+            self.finish(now);
             if self.released && self.drains.iter().all(Drain::is_read) {
                 return Ok(self.status());
             }
@@ -381,7 +390,11 @@ impl Supervisor {
                 }
             }
             (to_init::Message::Stdin(frame), State::Receiving(_)) => self.receive(&frame, now),
-            (to_init::Message::Signal(_), State::Receiving(receiving)) => {
+            (to_init::Message::Signal(signal), State::Receiving(receiving)) => {
+                let signal = Signal::try_from(signal.number);
+                if !signal.is_ok_and(|signal| ENDING.contains(&signal)) {
+                    return;
+                }
                 let run_id = receiving.start.run_id.clone();
                 self.refuse(run_id, "it was ended before its files had come".into());
             }
@@ -514,7 +527,7 @@ impl Supervisor {
 
     /// `Running -> Exited` when the command has ended and its pipes are drained. What it left is
     /// looked for then.
-    fn finish(&mut self) {
+    fn finish(&mut self, now: Instant) {
         let State::Running(command) = &mut self.state else {
             return;
         };
@@ -526,17 +539,8 @@ impl Supervisor {
             WaitStatus::Exited(_, code) => exited::Status::Code(code),
             _ => unreachable!("only an end of the process is recorded as its status"),
         };
-        self.left = command.artifacts.take().map(|rules| {
-            let (artifacts, outgoing) = Outgoing::collect(workspace::path(), &rules);
-            Left {
-                artifacts,
-                is_told: false,
-                outgoing: Some(outgoing),
-            }
-        });
-        let left = self.left.iter().flat_map(|left| &left.artifacts.files);
-        self.state = State::Exited(Exited {
-            artifact_bytes: left.map(|file| file.size).sum(),
+        let mut exited = Exited {
+            artifact_bytes: 0,
             run_id: command.run_id.clone(),
             status: Some(status),
             deadline_exceeded: command
@@ -544,7 +548,23 @@ impl Supervisor {
                 .is_some_and(|deadline| deadline.has_passed()),
             stdout_bytes: self.outputs[0].end(),
             stderr_bytes: self.outputs[1].end(),
-        });
+        };
+        if let Some(rules) = command.artifacts.take() {
+            // The driver should not take the time of the search for the command's.
+            self.link.send(from_init::Message::Collected(Collected {
+                artifacts: None,
+                exited: Some(exited.clone()),
+            }));
+            self.link.flush(now);
+            let (artifacts, outgoing) = Outgoing::collect(workspace::path(), &rules);
+            exited.artifact_bytes = artifacts.files.iter().map(|file| file.size).sum();
+            self.left = Some(Left {
+                artifacts,
+                is_told: false,
+                outgoing: Some(outgoing),
+            });
+        }
+        self.state = State::Exited(exited);
     }
 
     /// As a shell tells it; what never ran has been told to the driver.

@@ -8,6 +8,7 @@ use std::{
     io::{self, ErrorKind, Read, Write},
     os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use nix::fcntl::OFlag;
@@ -18,6 +19,8 @@ use polydev_proto::{
 
 /// Looking for artifacts ends with so many files and folders: who makes more has to wait for it.
 const ENTRIES: usize = 100_000;
+/// And after so long.
+const SEARCH: Duration = Duration::from_secs(10);
 /// Of the files that are left out, so many are named.
 const NAMED: usize = 100;
 
@@ -129,7 +132,7 @@ impl Outgoing {
     /// Looks for what is wanted.
     pub(crate) fn collect(root: &Path, rules: &ArtifactRules) -> (Artifacts, Self) {
         let artifacts = match Patterns::new(rules) {
-            Ok(patterns) => choose(find(root, &patterns), rules),
+            Ok(patterns) => choose(root, find(root, &patterns), rules),
             // The driver has checked them.
             Err(invalid) => {
                 let mut none = Artifacts::default();
@@ -155,10 +158,10 @@ impl Outgoing {
             let Some(next) = self.files.pop_front() else {
                 return Ok(0);
             };
-            let mut options = OpenOptions::new();
-            options.read(true).custom_flags(OFlag::O_NOFOLLOW.bits());
-            self.open = Some(options.open(self.root.join(&next.path))?);
-            self.missing = next.size;
+            if next.size > 0 {
+                self.open = Some(open(&self.root.join(&next.path))?);
+                self.missing = next.size;
+            }
         }
         let Some(open) = &mut self.open else {
             return Err(ErrorKind::NotFound.into());
@@ -179,7 +182,7 @@ impl Outgoing {
 fn find(root: &Path, patterns: &Patterns) -> Vec<(String, Result<Metadata, String>)> {
     let mut found = Vec::new();
     let mut folders = vec![root.to_owned()];
-    let mut looked_at = 0;
+    let (mut looked_at, begun) = (0, Instant::now());
     while let Some(folder) = folders.pop() {
         let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
@@ -190,9 +193,11 @@ fn find(root: &Path, patterns: &Patterns) -> Vec<(String, Result<Metadata, Strin
         };
         for entry in entries.flatten() {
             looked_at += 1;
-            if looked_at > ENTRIES {
-                let reason =
-                    format!("there are more than {ENTRIES} files, the others were not looked at");
+            if looked_at > ENTRIES || begun.elapsed() > SEARCH {
+                let seconds = SEARCH.as_secs();
+                let reason = format!(
+                    "there are more than {ENTRIES} files, or looking at them takes more than {seconds} s: the others were not looked at"
+                );
                 found.push((relative(root, &folder), Err(reason)));
                 return sorted(found);
             }
@@ -230,7 +235,11 @@ fn relative(root: &Path, path: &Path) -> String {
     relative.to_string_lossy().into_owned()
 }
 
-fn choose(found: Vec<(String, Result<Metadata, String>)>, rules: &ArtifactRules) -> Artifacts {
+fn choose(
+    root: &Path,
+    found: Vec<(String, Result<Metadata, String>)>,
+    rules: &ArtifactRules,
+) -> Artifacts {
     let mut artifacts = Artifacts::default();
     let (mut left, most) = (rules.max_bytes, rules.max_files as usize);
     for (path, metadata) in found {
@@ -244,7 +253,7 @@ fn choose(found: Vec<(String, Result<Metadata, String>)>, rules: &ArtifactRules)
                 None if size > left => Err(format!(
                     "its {size} bytes go beyond the limit, {left} are left"
                 )),
-                None => Ok(metadata),
+                None => readable(&root.join(&path), size).map(|()| metadata),
             }
         });
         match taken {
@@ -260,6 +269,20 @@ fn choose(found: Vec<(String, Result<Metadata, String>)>, rules: &ArtifactRules)
         }
     }
     artifacts
+}
+
+/// Whether its bytes can be had.
+fn readable(path: &Path, size: u64) -> Result<(), String> {
+    match size {
+        0 => Ok(()),
+        _ => open(path).map(drop).map_err(|error| error.to_string()),
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(OFlag::O_NOFOLLOW.bits());
+    options.open(path)
 }
 
 /// What it is, if it is no regular file.

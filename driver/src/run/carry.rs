@@ -286,6 +286,8 @@ impl<'a> Carrier<'a> {
                 self.overdraft = true;
                 Ok(())
             }
+            // Its command has ended already, and only files are left to be fetched.
+            Wake::Cancel | Wake::Kill if self.collected.is_some() => Err(self.lost()),
             Wake::Cancel => {
                 let kill_at = Instant::now() + self.run.claimed.kill_timeout;
                 self.ending = Ending::Asked { kill_at };
@@ -359,6 +361,10 @@ impl<'a> Carrier<'a> {
                 self.end_at = self.end_at.min(now + GRACE);
                 self.signal(SIGKILL).await
             }
+            Ending::No if self.waits_for_files() => Err(self.not_started(&NotStarted {
+                message: format!("its files did not come within {} s", FILES.as_secs()),
+                ..NotStarted::default()
+            })),
             // Init has ended the command, and its last output waits for room.
             _ if !self.overdraft => {
                 self.overdraft = true;
@@ -366,10 +372,6 @@ impl<'a> Carrier<'a> {
                 Ok(())
             }
             _ if self.collected.is_some() => Err(self.lost()),
-            Ending::No if self.waits_for_files() => Err(self.not_started(&NotStarted {
-                message: format!("its files did not come within {} s", FILES.as_secs()),
-                ..NotStarted::default()
-            })),
             Ending::No => Err(self.end(Reason::Deadline, "its deadline passed")),
             Ending::Asked { .. } | Ending::Killed => {
                 Err(self.end(Reason::Cancelled, &self.run.cancel.message()))

@@ -184,6 +184,7 @@ impl Receiver {
             let path = self.folder.join(&artifact.path);
             let folder = path.parent().unwrap_or(&self.folder);
             let open = || {
+                refuse_links(&self.folder, &artifact.path)?;
                 std::fs::create_dir_all(folder)?;
                 NamedTempFile::new_in(folder)
             };
@@ -227,7 +228,8 @@ impl Receiver {
         };
         let path = self.folder.join(&artifact.path);
         let keep = || {
-            let mode = std::fs::Permissions::from_mode(artifact.mode);
+            // No more than that, whatever the list says.
+            let mode = std::fs::Permissions::from_mode(artifact.mode & 0o777);
             open.as_file().set_permissions(mode)?;
             open.persist(&path)?;
             anyhow::Ok(())
@@ -239,6 +241,22 @@ impl Receiver {
     pub(super) fn is_complete(&self) -> bool {
         !self.lost && self.current.is_none() && self.expected.len() == 0
     }
+}
+
+/// A link on the way would lead out of the folder.
+fn refuse_links(folder: &Path, path: &str) -> std::io::Result<()> {
+    let above = Path::new(path).ancestors().skip(1);
+    for part in above.filter(|part| *part != Path::new("")) {
+        let part = folder.join(part);
+        if part
+            .symlink_metadata()
+            .is_ok_and(|found| found.is_symlink())
+        {
+            let words = format!("`{}` is a link", part.display());
+            return Err(std::io::Error::other(words));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -300,7 +318,8 @@ mod tests {
     #[test]
     fn a_path_that_leaves_the_folder_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        for path in ["../x", "/x", "a/../../x"] {
+        std::os::unix::fs::symlink("/tmp", folder.path().join("link")).unwrap();
+        for path in ["../x", "/x", "a/../../x", "link/x"] {
             let mut receiver = Receiver::new(folder.path());
             assert!(
                 receiver.on(&list(vec![artifact(path, 0)])).is_err(),

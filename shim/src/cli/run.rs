@@ -18,8 +18,7 @@ use super::{
     files::{Given, Opened, Receiver},
     print,
     stream::{self, QUEUE, Signals, forward_stdin},
-    terminal::{self, Raw},
-    told,
+    terminal, told,
 };
 use crate::provider::Provider;
 
@@ -56,7 +55,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u32,
     /// Give the command a terminal, this one's size and keys, as `docker run -it` does.
-    #[arg(long, short, conflicts_with_all = ["detach", "output"])]
+    #[arg(long, short, conflicts_with_all = ["detach", "output", "prompt"])]
     tty: bool,
     /// Copy a file into `/workspace`, by its name or as PATH; may be repeated.
     #[arg(long, value_name = "SOURCE[:PATH]")]
@@ -122,7 +121,6 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         }
     });
     let events = events.into_inner().map(|response| Ok(response?.event));
-    let _raw = tty.is_some().then(Raw::new).transpose()?;
     stream::print(
         events,
         inputs,

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use polydev_proto::tls::Files;
+use polydev_proto::tls::{Files, GRPC};
 use sd_notify::NotifyState;
 
 use super::tell_systemd;
@@ -61,7 +61,7 @@ impl Arguments {
         let node = self.node_files();
         self.listen.check()?;
         if let Some(files) = self.listen.files() {
-            files.server()?;
+            files.server(&[GRPC])?;
         }
         if let Some(files) = node {
             files.client()?;

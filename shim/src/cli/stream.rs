@@ -23,7 +23,12 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{FAILED, Output, files::Receiver, terminal, told};
+use super::{
+    FAILED, Output,
+    files::Receiver,
+    terminal::{self, Raw},
+    told,
+};
 
 /// Messages to the command that may wait.
 pub(super) const QUEUE: usize = 8;
@@ -42,6 +47,8 @@ pub(super) async fn print(
 ) -> anyhow::Result<ExitCode> {
     let mut events = std::pin::pin!(events);
     let mut is_accepted = false;
+    // While it waits, keys are for this program.
+    let mut raw = None;
     loop {
         let event = tokio::select! {
             event = events.next() => event,
@@ -71,12 +78,16 @@ pub(super) async fn print(
         let Some(event) = event.and_then(|event| event.event) else {
             continue;
         };
-        is_accepted |= matches!(event, Event::Accepted(_));
+        if matches!(event, Event::Accepted(_)) {
+            is_accepted = true;
+            raw = signals.resize.is_some().then(Raw::new).transpose()?;
+        }
         print_event(&event, output)?;
         if output == Output::Text {
             artifacts.on(&event)?;
         }
         if let Event::Exited(exited) = event {
+            drop(raw.take());
             let code = finish(&exited, output, timeline);
             if !artifacts.is_complete() {
                 bail!("some artifacts did not come");

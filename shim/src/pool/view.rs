@@ -150,6 +150,7 @@ impl View {
         Some(Candidate {
             channel: node.channel.clone(),
             start_id: node.start_id.clone(),
+            provider: slot.provider.clone(),
             generation: slot.generation,
             public_key: slot.public_key.clone(),
             on_demand: !slot.for_run_id.is_empty(),

@@ -83,9 +83,10 @@ pub async fn claim(
         return Ok((connection, None));
     }
     if request.is_leased {
-        let connection = leased(view, &mut attempts).await?;
-        // Its turn was the lease's.
-        return Ok((connection, None));
+        // Its turn was the lease's; it counts as its user's.
+        let running = queue.enter(provider, &request.user_id)?.served();
+        let connection = leased(view, provider, &mut attempts).await?;
+        return Ok((connection, Some(running)));
     }
     let waited = request.queue_timeout;
     let give_up = tokio::time::Instant::now() + waited;
@@ -128,7 +129,7 @@ pub async fn claim(
                 }
                 return Ok((*connection, Some(running)));
             }
-            Tried::Refused(reason) => reason,
+            Tried::Refused(reason) | Tried::NoRoom(reason) => reason,
             Tried::Overtaken(reason) => match attempts.fence().await? {
                 Some(connection) => return Ok((connection, Some(running))),
                 None => reason,
@@ -161,19 +162,34 @@ pub async fn claim(
 }
 
 /// Claims the slot that is kept for the run.
-async fn leased(view: &View, attempts: &mut Attempts<'_>) -> Result<Connection, Error> {
+async fn leased(
+    view: &View,
+    provider: &str,
+    attempts: &mut Attempts<'_>,
+) -> Result<Connection, Error> {
     let run_id = attempts.claim.run_id.clone();
     let ended = |reason: String| Error::LeaseEnded {
         lease_id: run_id.clone(),
         reason,
     };
     let slot = timeout(HEARD, view.slot_for(&run_id)).await;
-    let slot = slot.map_err(|_| ended("no node has it".into()))?;
+    let Ok(slot) = slot else {
+        return Err(match view.channels().1 {
+            nodes if nodes.is_empty() => ended("no node has it".into()),
+            nodes => Error::Unasked { nodes },
+        });
+    };
+    // What the caller may do was asked for the provider that it named.
+    if slot.provider != provider {
+        return Err(ended(format!("its slot is of `{}`", slot.provider)));
+    }
     match attempts.at(&slot).await? {
         Tried::Granted(connection) => {
             slot.granted();
             Ok(*connection)
         }
+        // The lease stands.
+        Tried::NoRoom(reason) => Err(Error::NotRun { reason }),
         Tried::Refused(reason) => Err(ended(reason)),
         Tried::Overtaken(reason) => match attempts.fence().await? {
             Some(connection) => Ok(connection),
@@ -240,7 +256,9 @@ impl Attempts<'_> {
     async fn repeat(&mut self, node_id: String, channel: Channel) -> Result<Connection, Error> {
         match self.send(node_id.clone(), channel).await? {
             Tried::Granted(connection) => Ok(*connection),
-            Tried::Refused(reason) | Tried::Overtaken(reason) => Err(Error::NotRun { reason }),
+            Tried::Refused(reason) | Tried::NoRoom(reason) | Tried::Overtaken(reason) => {
+                Err(Error::NotRun { reason })
+            }
             Tried::Unclear(_) => Err(Error::Unasked {
                 nodes: vec![node_id],
             }),
@@ -295,9 +313,8 @@ impl Attempts<'_> {
         };
         let reason = status.message().to_owned();
         match status.code() {
-            Code::FailedPrecondition | Code::PermissionDenied | Code::ResourceExhausted => {
-                Ok(Tried::Refused(reason))
-            }
+            Code::FailedPrecondition | Code::PermissionDenied => Ok(Tried::Refused(reason)),
+            Code::ResourceExhausted => Ok(Tried::NoRoom(reason)),
             Code::Aborted => Ok(Tried::Overtaken(reason)),
             Code::InvalidArgument => Err(Error::Refused { reason }),
             Code::AlreadyExists => Err(Error::OtherCommand { reason }),
@@ -309,6 +326,8 @@ impl Attempts<'_> {
 enum Tried {
     Granted(Box<Connection>),
     Refused(String),
+    /// Nothing is wrong with the slot; its node has no room for the run.
+    NoRoom(String),
     /// Another try of the run has fenced this one off.
     Overtaken(String),
     /// It may have been granted.
@@ -368,8 +387,14 @@ pub(super) fn none_idle(
     let pool = match view.counts().get(provider) {
         None => "there is no slot of this provider".to_owned(),
         Some(pool) => format!(
-            "of its slots {} are idle, {} warming, {} claimed, {} recycling, {} draining, {} failed",
-            pool.idle, pool.warming, pool.claimed, pool.recycling, pool.draining, pool.failed
+            "of its slots {} are idle, {} warming, {} leased, {} claimed, {} recycling, {} draining, {} failed",
+            pool.idle,
+            pool.warming,
+            pool.leased,
+            pool.claimed,
+            pool.recycling,
+            pool.draining,
+            pool.failed
         ),
     };
     let reasons = reasons

@@ -9,7 +9,7 @@ use polydev_proto::{
     runtime::{AllocateRequest, Lease},
 };
 use tokio::time::{Instant, sleep, timeout_at};
-use tonic::Code;
+use tonic::{Code, transport::Channel};
 use uuid::Uuid;
 
 use super::{
@@ -60,7 +60,7 @@ impl Wanted {
 /// Gets a lease, in the user's turn.
 ///
 /// # Errors
-/// [`Error`]; a lease that a driver granted without an answer ends with its time.
+/// [`Error`]; a lease that a driver may have granted without an answer is given back.
 pub async fn allocate(view: &View, queue: &Queue, wanted: Wanted) -> Result<Lease, Error> {
     let Wanted {
         provider,
@@ -113,16 +113,55 @@ async fn lease(slot: &Candidate, user_id: &str, time: Duration) -> Result<Lease,
         user_id: user_id.to_owned(),
         time: time.try_into().ok(),
     };
+    let unclear = Unclear(Some((
+        slot.channel.clone(),
+        ReleaseRequest {
+            run_id: run_id.clone(),
+            user_id: user_id.to_owned(),
+        },
+    )));
     let mut client = NodeServiceClient::new(slot.channel.clone());
-    let leased = answered(client.lease(request)).await;
-    let leased = leased.map_err(|status| status.message().to_owned())?;
-    Ok(Lease {
-        lease_id: run_id,
-        slot_id: slot.slot_id.clone(),
-        node_id: slot.node_id.clone(),
-        generation: slot.generation,
-        expires_at: leased.into_inner().expires_at,
-    })
+    match answered(client.lease(request)).await {
+        Ok(leased) => {
+            unclear.settled();
+            Ok(Lease {
+                lease_id: run_id,
+                slot_id: slot.slot_id.clone(),
+                node_id: slot.node_id.clone(),
+                generation: slot.generation,
+                expires_at: leased.into_inner().expires_at,
+            })
+        }
+        Err(status) => {
+            if matches!(
+                status.code(),
+                Code::FailedPrecondition | Code::ResourceExhausted | Code::InvalidArgument
+            ) {
+                unclear.settled();
+            }
+            Err(status.message().to_owned())
+        }
+    }
+}
+
+/// A lease that may have been granted, and that nobody knows of: given back when dropped.
+struct Unclear(Option<(Channel, ReleaseRequest)>);
+
+impl Unclear {
+    fn settled(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unclear {
+    fn drop(&mut self) {
+        if let Some((channel, release)) = self.0.take() {
+            // Should that fail too, its time ends it.
+            tokio::spawn(async move {
+                let _gone = answered(NodeServiceClient::new(channel).release(release)).await;
+            });
+        }
+    }
 }
 
 /// Gives a lease back before its time, from where the [view](View::leased) has it.
@@ -130,13 +169,16 @@ async fn lease(slot: &Candidate, user_id: &str, time: Duration) -> Result<Lease,
 /// # Errors
 /// [`Error::NoLease`] if there is none, [`Error::Forbidden`] if it is another user's,
 /// [`Error::Unasked`] if its node does not answer.
-pub async fn release(kept: Option<Kept>, name: &Name) -> Result<(), Error> {
+pub async fn release(view: &View, kept: Option<Kept>, name: &Name) -> Result<(), Error> {
     let lease_id = name.run_id.clone();
     let Some(Kept {
         node_id, channel, ..
     }) = kept
     else {
-        return Err(Error::NoLease { lease_id });
+        return Err(match view.channels().1 {
+            nodes if nodes.is_empty() => Error::NoLease { lease_id },
+            nodes => Error::Unasked { nodes },
+        });
     };
     let request = ReleaseRequest {
         run_id: name.run_id.clone(),

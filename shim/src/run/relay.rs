@@ -27,7 +27,7 @@ use tonic::{Code, Status};
 use super::{
     Connection, Error, Events,
     attach::{self, Name, attach_again},
-    input::{Input, Own},
+    input::{self, Input, Own},
     request::Invalid,
 };
 use crate::pool::View;
@@ -97,7 +97,18 @@ impl Relay {
             requests: Some(requests),
             closes: None,
         };
-        carried.carry().await
+        let end = carried.carry().await;
+        if !carried.timeline.ended && carried.input.has_own() {
+            // The caller is gone, and has given it already.
+            let Carried {
+                mut connection,
+                input,
+                to_driver,
+                ..
+            } = carried;
+            input::feed(&mut connection, input, to_driver).await;
+        }
+        end
     }
 }
 

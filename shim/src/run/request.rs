@@ -11,6 +11,7 @@ use polydev_proto::{
     workspace,
 };
 use secrecy::ExposeSecret;
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::input::Own;
@@ -191,8 +192,16 @@ impl Request {
         }
         let (files, contents) = files(start.files)?;
         let files_bytes = workspace::check_files(&files)?;
+        let own_input = own_input(contents, files_bytes, stdin.clone(), start.stdin);
         let artifacts = start.artifacts.map(rules).transpose()?;
         let terminal = start.terminal.map(terminal).transpose()?;
+        if terminal.is_some() && stdin.is_some() {
+            return Err(Invalid::Value {
+                field: "terminal",
+                given: "one".into(),
+                allowed: "none, as the prompt is so long that it is the command's stdin",
+            });
+        }
         let in_workspace = start.work_dir.is_empty() && (!files.is_empty() || artifacts.is_some());
         let credential = start.credential.map(Source::parse).transpose()?;
         let mut env = start.env;
@@ -229,6 +238,10 @@ impl Request {
             terminal,
             files,
             artifacts,
+            input_sha256: own_input
+                .as_ref()
+                .map(|own| Sha256::digest(&own.bytes).to_vec().into())
+                .unwrap_or_default(),
         };
         check(&spec, &Prepared::default())?;
         Ok(Self {
@@ -242,7 +255,7 @@ impl Request {
             queue_timeout,
             spec,
             files_bytes,
-            own_input: own_input(contents, files_bytes, stdin, start.stdin),
+            own_input,
             credential,
             secrets: Prepared::default(),
             trace,
@@ -268,23 +281,6 @@ impl Request {
         self.spec.secret_names = secrets.names().map(str::to_owned).collect();
         self.secrets = secrets;
         Ok(())
-    }
-
-    /// All that a run without a caller reads.
-    ///
-    /// # Errors
-    /// [`Invalid`] if there are files whose content did not come with it.
-    pub fn job_input(&mut self) -> Result<Bytes, Invalid> {
-        let own = self.own_input.take();
-        match own {
-            Some(own) if own.from == 0 => Ok(own.bytes),
-            None if self.files_bytes == 0 => Ok(Bytes::new()),
-            _ => Err(Invalid::Value {
-                field: "files",
-                given: format!("{} bytes that are to follow", self.files_bytes),
-                allowed: "files with their `content`",
-            }),
-        }
     }
 
     /// How long it may be until its end is told.

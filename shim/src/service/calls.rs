@@ -1,7 +1,7 @@
 //! The calls about runs and leases as gRPC and HTTP both have them: who may, and then what is
 //! done.
 
-use std::time::Instant;
+use std::{collections::VecDeque, time::Instant};
 
 use futures_util::Stream;
 use polydev_proto::{
@@ -20,7 +20,8 @@ use crate::{
     run::{
         Error,
         attach::{self, Name},
-        claim, input,
+        claim,
+        input::{self, Input},
         lease::{self, Wanted},
         relay::{self, Inputs},
         request,
@@ -28,7 +29,7 @@ use crate::{
 };
 
 impl Service {
-    /// Runs a command, and tells its events.
+    /// Runs a command, and tells its id and events.
     pub(super) async fn run_of(
         &self,
         start: RunStart,
@@ -36,7 +37,13 @@ impl Service {
         caller: &Caller,
         received: Instant,
         requests: Inputs,
-    ) -> Result<impl Stream<Item = Result<RunEvent, Status>> + Send + use<>, Error> {
+    ) -> Result<
+        (
+            String,
+            impl Stream<Item = Result<RunEvent, Status>> + Send + use<>,
+        ),
+        Error,
+    > {
         let mut request = self.admit(start, trace, caller).await?;
         let longest = request.longest();
         let name = Name {
@@ -44,6 +51,7 @@ impl Service {
             user_id: request.user_id.clone(),
         };
         let own = request.own_input.take();
+        let run_id = name.run_id.clone();
         let (relay, events) = self.relay(name, received, [0; 3], own, longest);
         let (view, queue, on_demand) = (
             self.view.clone(),
@@ -53,7 +61,7 @@ impl Service {
         self.carry(relay, requests, |caller| async move {
             claim::claim(&view, &queue, &on_demand, request, &caller).await
         });
-        Ok(events)
+        Ok((run_id, events))
     }
 
     /// Starts a command, with all that it reads.
@@ -67,14 +75,19 @@ impl Service {
         let claim = async {
             let mut request = self.admit(start, trace, caller).await?;
             let run_id = request.run_id.to_string();
-            let input = request.job_input()?;
+            let own = request.own_input.take();
             // Nobody is told its place.
             let (told, _) = mpsc::channel(1);
-            let (mut connection, _running) =
+            let (mut connection, running) =
                 claim::claim(&self.view, &self.queue, &self.on_demand, request, &told).await?;
             let accepted = relay::accepted(run_id, &connection);
-            if !input.is_empty() {
-                input::feed(&mut connection, input).await?;
+            if let Some(own) = own {
+                let input = Input::new(&connection, Some(own));
+                // Also if the caller does not wait for the answer.
+                self.runs.spawn(async move {
+                    let _running = running;
+                    input::feed(&mut connection, input, VecDeque::new()).await;
+                });
             }
             Ok(accepted)
         };
@@ -154,7 +167,7 @@ impl Service {
             provider: kept.as_ref().and_then(|kept| kept.provider.parse().ok()),
         };
         self.check(caller, run)?;
-        lease::release(kept, &name).await?;
+        lease::release(&self.view, kept, &name).await?;
         Ok(ReleaseResponse {})
     }
 }

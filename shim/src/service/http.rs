@@ -7,14 +7,21 @@ mod guard;
 mod json;
 mod openapi;
 
+pub(super) use guard::no_browser;
+
 use std::{convert::Infallible, sync::Arc, time::Instant};
 
 use axum::{
     Extension, Router,
     body::{Body, to_bytes},
-    extract::{Path, Query, Request, State},
-    http::{HeaderMap, header::CONTENT_TYPE},
-    middleware,
+    extract::{
+        Path, Query, Request, State,
+        rejection::{PathRejection, QueryRejection},
+    },
+    http::{
+        HeaderMap, StatusCode,
+        header::{CONTENT_TYPE, LOCATION},
+    },
     response::{
         IntoResponse, Response,
         sse::{KeepAlive, Sse},
@@ -28,7 +35,7 @@ use polydev_proto::runtime::{
 };
 use serde::Deserialize;
 use tokio::time::timeout;
-use tonic::{Status, metadata::MetadataMap};
+use tonic::Status;
 
 use super::{FIRST_MESSAGE, Service, cluster, pools, runs, server::MESSAGE_MOST, trace_context};
 use crate::{
@@ -37,8 +44,11 @@ use crate::{
 };
 use error::Problem;
 
-/// Bytes in JSON are a third longer.
-const BODY_MOST: usize = MESSAGE_MOST / 3 * 4;
+/// What JSON makes of a message: letters that are not ASCII may take three times as much.
+const BODY_MOST: usize = 3 * MESSAGE_MOST;
+
+/// After the id of a run's last event.
+const END: &[u8] = b".end";
 
 type Answer = Result<Response, Problem>;
 
@@ -57,7 +67,6 @@ pub(super) fn router(service: Arc<Service>) -> Router {
         .route("/v1/openapi.json", get(openapi::document))
         .fallback(nowhere)
         .method_not_allowed_fallback(|| future::ready(Problem::method()))
-        .layer(middleware::from_fn(guard::no_browser))
         .with_state(service)
 }
 
@@ -79,12 +88,12 @@ struct Starting {
 async fn start(
     State(service): State<Arc<Service>>,
     Extension(caller): Extension<Caller>,
-    query: Result<Query<Starting>, axum::extract::rejection::QueryRejection>,
+    query: Result<Query<Starting>, QueryRejection>,
     request: Request,
 ) -> Answer {
     let received = Instant::now();
     let Query(Starting { detach }) = query?;
-    let trace = trace(request.headers());
+    let trace = trace_context(request.headers());
     let SubmitJobRequest { start } = body(request).await?;
     let start = start.unwrap_or_default();
     if detach {
@@ -94,23 +103,30 @@ async fn start(
     let start = super::without_stdin(start)?;
     // The caller says no more, and does not close anything either.
     let silent = stream::pending().boxed();
-    let events = service
-        .run_of(start, trace, &caller, received, silent)
-        .await?;
-    Ok(sent(events, [0; 3]).await?)
+    let run = service.run_of(start, trace, &caller, received, silent);
+    let (run_id, events) = run.await?;
+    let answer = sent(events, [0; 3]).await?;
+    // Also for a caller whose stream breaks before it has heard of it.
+    let location = [(LOCATION, format!("/v1/runs/{run_id}"))];
+    Ok((location, answer).into_response())
 }
 
 async fn attach(
     State(service): State<Arc<Service>>,
     Extension(caller): Extension<Caller>,
-    Path(run_id): Path<String>,
-    query: Result<Query<OfUser>, axum::extract::rejection::QueryRejection>,
+    path: Result<Path<String>, PathRejection>,
+    query: Result<Query<OfUser>, QueryRejection>,
     headers: HeaderMap,
 ) -> Answer {
+    let Path(run_id) = path?;
     let received = Instant::now();
     let Query(OfUser { user_id }) = query?;
     let name = Name::parse(&run_id, user_id)?;
     let offsets = match headers.get("last-event-id") {
+        // It has all of it: an `EventSource` comes back until it is told so.
+        Some(id) if id.as_bytes().ends_with(END) => {
+            return Ok(StatusCode::NO_CONTENT.into_response());
+        }
         Some(id) => offsets(id.to_str().unwrap_or_default())?,
         None => [0; 3],
     };
@@ -124,9 +140,10 @@ async fn attach(
 async fn show(
     State(service): State<Arc<Service>>,
     Extension(caller): Extension<Caller>,
-    Path(run_id): Path<String>,
-    query: Result<Query<OfUser>, axum::extract::rejection::QueryRejection>,
+    path: Result<Path<String>, PathRejection>,
+    query: Result<Query<OfUser>, QueryRejection>,
 ) -> Answer {
+    let Path(run_id) = path?;
     let Query(OfUser { user_id }) = query?;
     let name = Name::parse(&run_id, user_id)?;
     service.check_run(&caller, &name).await?;
@@ -136,7 +153,7 @@ async fn show(
 async fn list(
     State(service): State<Arc<Service>>,
     Extension(caller): Extension<Caller>,
-    query: Result<Query<json::Fields>, axum::extract::rejection::QueryRejection>,
+    query: Result<Query<json::Fields>, QueryRejection>,
 ) -> Answer {
     let Query(fields) = query?;
     let request: ListRunsRequest = json::from_fields(fields)?;
@@ -146,9 +163,10 @@ async fn list(
 async fn cancel(
     State(service): State<Arc<Service>>,
     Extension(caller): Extension<Caller>,
-    Path(run_id): Path<String>,
+    path: Result<Path<String>, PathRejection>,
     request: Request,
 ) -> Answer {
+    let Path(run_id) = path?;
     let named: CancelRunRequest = body(request).await?;
     same("run_id", &run_id, &named.run_id)?;
     let request = CancelRunRequest { run_id, ..named };
@@ -167,9 +185,10 @@ async fn allocate(
 async fn release(
     State(service): State<Arc<Service>>,
     Extension(caller): Extension<Caller>,
-    Path(lease_id): Path<String>,
+    path: Result<Path<String>, PathRejection>,
     request: Request,
 ) -> Answer {
+    let Path(lease_id) = path?;
     let named: ReleaseRequest = body(request).await?;
     same("lease_id", &lease_id, &named.lease_id)?;
     let request = ReleaseRequest { lease_id, ..named };
@@ -187,8 +206,9 @@ async fn list_pools(
 async fn show_pool(
     State(service): State<Arc<Service>>,
     Extension(caller): Extension<Caller>,
-    Path(provider): Path<String>,
+    path: Result<Path<String>, PathRejection>,
 ) -> Answer {
+    let Path(provider) = path?;
     service.check(&caller, Action::Look)?;
     let provider = pools::provider(&provider)?;
     Ok(json::answer(&pools::get(&service.view, provider)))
@@ -232,10 +252,6 @@ fn same(field: &str, path: &str, body: &str) -> Result<(), Status> {
     )))
 }
 
-fn trace(headers: &HeaderMap) -> Option<polydev_proto::node::TraceContext> {
-    trace_context(&MetadataMap::from_headers(headers.clone()))
-}
-
 /// The events as they come. What goes wrong before the first has a status of its own.
 async fn sent(
     events: impl Stream<Item = Result<RunEvent, Status>> + Send + 'static,
@@ -248,7 +264,10 @@ async fn sent(
         let event = match event {
             Ok(event) => {
                 advance(offsets, &event);
-                let id = offsets.map(|offset| offset.to_string()).join(".");
+                let mut id = offsets.map(|offset| offset.to_string()).join(".");
+                if let Some(Event::Exited(_)) = event.event {
+                    id.push_str(&String::from_utf8_lossy(END));
+                }
                 json::event(&event).id(id)
             }
             Err(status) => Problem::from(status).event(),

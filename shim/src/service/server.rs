@@ -3,8 +3,9 @@
 
 use std::{sync::Arc, time::Duration};
 
+use axum::middleware;
 use polydev_proto::{DESCRIPTORS, runtime::runtime_service_server::RuntimeServiceServer};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{service::Routes, transport::Server};
 
@@ -31,6 +32,8 @@ const GONE: Duration = Duration::from_secs(300);
 const CONNECTION: Duration = Duration::from_secs(3600);
 /// How long runs may go on once the shim is told to stop.
 const STOP: Duration = Duration::from_secs(10);
+/// For what is written to callers after the last run has ended.
+const FLUSH: Duration = Duration::from_secs(1);
 
 /// What a shim lets its callers have.
 #[derive(Debug, Clone, Copy)]
@@ -88,11 +91,13 @@ pub async fn serve(
         .register_encoded_file_descriptor_set(DESCRIPTORS)
         .with_service_name("polydev.runtime.v1.RuntimeService")
         .build_v1()?;
-    // gRPC's paths are none of the others'.
     let routes = Routes::from(http)
         .add_service(health)
         .add_service(reflection)
         .add_service(service);
+    // After all of them: a browser can send what looks like gRPC as well.
+    let guarded = middleware::from_fn(http::no_browser);
+    let routes = Routes::from(routes.into_axum_router().layer(guarded));
     let server = Server::builder()
         .accept_http1(true)
         .http2_keepalive_interval(Some(PING))
@@ -105,8 +110,12 @@ pub async fn serve(
     let overrun = async {
         stop.cancelled().await;
         runs.close();
-        if timeout(STOP, runs.wait()).await.is_err() {
-            tracing::warn!(runs = runs.len(), "stopping with runs that have not ended");
+        match timeout(STOP, runs.wait()).await {
+            // Their last events are on their way.
+            Ok(()) => sleep(FLUSH).await,
+            Err(_) => {
+                tracing::warn!(runs = runs.len(), "stopping with runs that have not ended");
+            }
         }
     };
     tokio::select! {

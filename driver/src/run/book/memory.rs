@@ -12,7 +12,7 @@ use rustix::fs::statvfs;
 
 /// How much of the node's memory it may take.
 const OPTIONS: &str = "size=25%,mode=0700";
-/// Left for the output of one more run.
+/// Left for the output of one more run, which seldom has three full windows at a time.
 const ROOM: u64 = 16 << 20;
 
 /// The mounted folder.

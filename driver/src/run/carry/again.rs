@@ -21,7 +21,12 @@ impl Carrier<'_> {
         } = &mut *self.connection;
         let greeted = tokio::select! {
             biased;
-            () = self.run.kill.cancelled() => return Err(self.end(Reason::Cancelled, DESTROYED)),
+            () = self.run.kill.cancelled() => {
+                return Err(match self.collected {
+                    Some(_) => self.lost(),
+                    None => self.end(Reason::Cancelled, DESTROYED),
+                });
+            }
             () = init.ended() => None,
             greeted = timeout(BACK, listener.accept(|peer| peer == *pid)) => {
                 greeted.ok().and_then(Result::ok)

@@ -42,16 +42,23 @@ impl Carrier<'_> {
         self.send(to_init::Message::DataAck(ack)).await
     }
 
-    /// The command is dead, and what it left is read: that has a time of its own.
+    /// The command is dead, and what it left is looked for, and then read: that has a time of
+    /// its own.
     pub(super) fn collected(&mut self, Collected { artifacts, exited }: Collected) {
-        let artifacts = artifacts.unwrap_or_default();
-        self.run.manifest.keep(&artifacts);
-        self.run
-            .update(|progress| progress.artifacts = Some(artifacts.into()));
+        if let Some(artifacts) = artifacts {
+            self.run.manifest.keep(&artifacts);
+            self.run
+                .update(|progress| progress.artifacts = Some(artifacts.into()));
+        }
         self.collected = exited;
+        self.end_at = Instant::now()
+            + match self.ending {
+                Ending::No => FETCHED,
+                // Whoever ends a run does not wait for long.
+                Ending::Asked { .. } | Ending::Killed => self.run.claimed.kill_timeout,
+            };
         if let Ending::Asked { .. } = self.ending {
             self.ending = Ending::Killed;
         }
-        self.end_at = Instant::now() + FETCHED;
     }
 }

@@ -15,6 +15,7 @@ pub struct Candidate {
     pub channel: Channel,
     pub start_id: String,
     pub slot_id: String,
+    pub provider: String,
     pub generation: u64,
     /// Of its container: what secrets are sealed to.
     pub public_key: Bytes,

@@ -5,7 +5,7 @@ use std::error::Error as _;
 
 use axum::{
     Json,
-    extract::rejection::QueryRejection,
+    extract::rejection::{PathRejection, QueryRejection},
     http::{HeaderValue, StatusCode, header::RETRY_AFTER},
     response::{IntoResponse, Response, sse},
 };
@@ -27,6 +27,14 @@ impl Problem {
         let words = format!("`Content-Type` is `{given}`, allowed is application/json");
         Self {
             http: StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            status: Status::invalid_argument(words),
+        }
+    }
+
+    pub(super) fn too_large(given: usize, most: usize) -> Self {
+        let words = format!("the request has {given} bytes, at most {most} are taken");
+        Self {
+            http: StatusCode::PAYLOAD_TOO_LARGE,
             status: Status::invalid_argument(words),
         }
     }
@@ -63,7 +71,8 @@ impl Problem {
     /// For a stream that has begun.
     pub(super) fn event(&self) -> sse::Event {
         let body = self.body_json().to_string();
-        sse::Event::default().event("error").data(body)
+        // `error` is an `EventSource`'s own.
+        sse::Event::default().event("problem").data(body)
     }
 
     fn body_json(&self) -> Value {
@@ -156,6 +165,12 @@ impl From<Error> for Problem {
 impl From<Invalid> for Problem {
     fn from(invalid: Invalid) -> Self {
         Error::from(invalid).into()
+    }
+}
+
+impl From<PathRejection> for Problem {
+    fn from(rejection: PathRejection) -> Self {
+        Status::invalid_argument(rejection.body_text()).into()
     }
 }
 

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use axum::{
     Extension,
     extract::Request,
-    http::header::{HOST, ORIGIN},
+    http::Version,
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -18,7 +18,7 @@ use crate::access::Caller;
 /// As the listeners name whoever comes over the loopback address.
 const LOOPBACK: &str = "loopback";
 
-pub(super) async fn no_browser(
+pub(in crate::service) async fn no_browser(
     Extension(caller): Extension<Caller>,
     request: Request,
     next: Next,
@@ -30,11 +30,19 @@ pub(super) async fn no_browser(
 }
 
 fn refusal(caller: &Caller, request: &Request) -> Option<String> {
-    let text = |name| {
+    let text = |name: &str| {
         let value = request.headers().get(name)?;
         Some(value.to_str().unwrap_or("?").to_owned())
     };
-    if let Some(origin) = text(ORIGIN) {
+    if text("sec-fetch-site").is_some_and(|site| site != "none") {
+        return Some("pages are not served: this is for programs".into());
+    }
+    // Browsers speak HTTP/2 over TLS alone, and gRPC never speaks anything else.
+    let is_old = request.version() < Version::HTTP_2;
+    if is_old && !request.uri().path().starts_with("/v1/") {
+        return Some("over HTTP/1 there is nothing but /v1/".into());
+    }
+    if let Some(origin) = text("origin") {
         return Some(format!(
             "pages of `{origin}` are not served: this is for programs"
         ));
@@ -43,9 +51,9 @@ fn refusal(caller: &Caller, request: &Request) -> Option<String> {
         .uri()
         .host()
         .map(str::to_owned)
-        .or_else(|| text(HOST));
+        .or_else(|| text("host"));
     let host = host.unwrap_or_default();
-    if caller.0 == LOOPBACK && !is_loopback(&host) {
+    if is_old && caller.0 == LOOPBACK && !is_loopback(&host) {
         return Some(format!(
             "`{host}` is not a name of this shim on the loopback address"
         ));

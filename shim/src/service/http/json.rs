@@ -1,7 +1,7 @@
 //! Messages in protobuf's JSON form, with the names of the fields as they are in the protocol;
 //! those in lowerCamelCase are taken too. What is not understood is refused.
 
-use std::{collections::BTreeMap, sync::LazyLock};
+use std::{fmt, sync::LazyLock};
 
 use axum::{
     Json,
@@ -17,12 +17,17 @@ use polydev_proto::{
     },
 };
 use prost_reflect::{
-    DescriptorPool, DeserializeOptions, DynamicMessage, Kind, MessageDescriptor, SerializeOptions,
+    DescriptorPool, DeserializeOptions, DynamicMessage, FieldDescriptor, MessageDescriptor,
+    SerializeOptions,
 };
-use serde_json::Value;
+use serde::de::{
+    DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
+};
+use serde_json::{Value, error::Category};
+use serde_path_to_error::Segment;
 use tonic::Status;
 
-use super::error::Problem;
+use super::{MESSAGE_MOST, error::Problem};
 
 /// Every message of the protocols.
 pub(super) static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
@@ -49,7 +54,7 @@ messages! {
 }
 
 /// The words of a query.
-pub(super) type Fields = BTreeMap<String, String>;
+pub(super) type Fields = Vec<(String, String)>;
 
 pub(super) fn descriptor(name: &str) -> MessageDescriptor {
     let name = format!("polydev.runtime.v1.{name}");
@@ -57,42 +62,153 @@ pub(super) fn descriptor(name: &str) -> MessageDescriptor {
     found.expect("every message that is named here is in the protocol")
 }
 
+/// # Errors
+/// [`Problem`], with where it is but nothing of what was given: it may be a secret.
 pub(super) fn from_slice<M: Message>(bytes: &[u8]) -> Result<M, Problem> {
+    let mut count = Count(0);
     let mut json = serde_json::Deserializer::from_slice(bytes);
+    // Values are large beside the bytes that they take in JSON.
+    let counted = count.deserialize(&mut json).and_then(|()| json.end());
+    counted.map_err(|error| refused("", &error))?;
+
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    let mut track = serde_path_to_error::Track::new();
     let options = DeserializeOptions::new().deny_unknown_fields(true);
-    let message =
-        DynamicMessage::deserialize_with_options(descriptor(M::NAME), &mut json, &options);
-    let message = message.and_then(|message| json.end().map(|()| message));
-    let message = message.map_err(|error| refused(&error.to_string()))?;
-    message
-        .transcode_to()
-        .map_err(|error| refused(&error.to_string()))
+    let tracked = serde_path_to_error::Deserializer::new(&mut json, &mut track);
+    let message = DynamicMessage::deserialize_with_options(descriptor(M::NAME), tracked, &options);
+    let message = message.map_err(|error| refused(&known(&track.path()), &error))?;
+    let message: M = message.transcode_to().map_err(|_| {
+        let words = "the request is not understood";
+        Problem::from(Status::invalid_argument(words))
+    })?;
+    match message.encoded_len() {
+        length if length > MESSAGE_MOST => Err(Problem::too_large(length, MESSAGE_MOST)),
+        _ => Ok(message),
+    }
+}
+
+/// Values of all kinds that a request may have.
+const VALUES: usize = 50_000;
+
+/// Counts the values in JSON, and keeps none of them.
+struct Count(usize);
+
+impl<'de> DeserializeSeed<'de> for &mut Count {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
+        self.0 += 1;
+        if self.0 > VALUES {
+            return Err(D::Error::custom("too many values"));
+        }
+        json.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for &mut Count {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut values: A) -> Result<(), A::Error> {
+        while values.next_element_seed(&mut *self)?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<(), A::Error> {
+        while entries.next_key::<IgnoredAny>()?.is_some() {
+            entries.next_value_seed(&mut *self)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where in a message, in names of the protocol alone.
+fn known(path: &serde_path_to_error::Path) -> String {
+    let is_known = |name: &str| {
+        let mut fields = POOL.all_messages().flat_map(|message| {
+            let fields: Vec<_> = message.fields().collect();
+            fields
+        });
+        fields.any(|field| field.name() == name || field.json_name() == name)
+    };
+    let mut words = String::new();
+    for segment in path.iter() {
+        match segment {
+            Segment::Seq { index } => words.push_str(&format!("[{index}]")),
+            Segment::Map { key } if is_known(key) => {
+                let dot = if words.is_empty() { "" } else { "." };
+                words.push_str(&format!("{dot}{key}"));
+            }
+            Segment::Map { .. } | Segment::Enum { .. } | Segment::Unknown => {
+                words.push_str(".?");
+            }
+        }
+    }
+    words
+}
+
+fn refused(path: &str, error: &serde_json::Error) -> Problem {
+    let (line, column) = (error.line(), error.column());
+    let words = match (path, error.classify()) {
+        ("", Category::Syntax | Category::Eof | Category::Io) => {
+            format!("the body is no JSON from line {line}, column {column} on")
+        }
+        ("", Category::Data) => {
+            format!("the request is not understood at line {line}, column {column}")
+        }
+        _ => format!("`{path}` is not understood, at line {line}, column {column}"),
+    };
+    Status::invalid_argument(words).into()
 }
 
 /// From a query, in which lists are separated by commas.
 pub(super) fn from_fields<M: Message>(fields: Fields) -> Result<M, Problem> {
     let descriptor = descriptor(M::NAME);
-    let value = |(name, text): (String, String)| {
-        let field = descriptor.get_field_by_name(&name);
-        let value = match field {
-            Some(field) if field.is_list() => text.split(',').map(Value::from).collect(),
-            Some(field) if matches!(field.kind(), Kind::Uint32) => match text.parse::<u32>() {
-                Ok(number) => number.into(),
-                Err(_) => text.into(),
-            },
+    let mut json = serde_json::Map::new();
+    for (name, text) in fields {
+        let is_list = |field: FieldDescriptor| field.is_list();
+        let is_list = descriptor.get_field_by_name(&name).is_some_and(is_list);
+        match (json.get_mut(&name), is_list) {
+            (Some(Value::Array(list)), true) => list.extend(text.split(',').map(Value::from)),
+            (None, true) => drop(json.insert(name, text.split(',').map(Value::from).collect())),
             // That there is no such field is found out below.
-            Some(_) | None => text.into(),
-        };
-        (name, value)
-    };
-    let json: serde_json::Map<String, Value> = fields.into_iter().map(value).collect();
+            (None, false) => drop(json.insert(name, text.into())),
+            (Some(_), _) => {
+                let known = descriptor.get_field_by_name(&name);
+                let name = known.map_or_else(|| "?".into(), |field| field.name().to_owned());
+                let words = format!("`{name}` comes more than once");
+                return Err(Status::invalid_argument(words).into());
+            }
+        }
+    }
     from_slice(Value::Object(json).to_string().as_bytes())
-}
-
-/// What of the body is quoted may be long.
-fn refused(words: &str) -> Problem {
-    let words = &words[..words.floor_char_boundary(500)];
-    Status::invalid_argument(format!("the request is not understood: {words}")).into()
 }
 
 fn to_value<M: Message>(message: &M) -> Value {

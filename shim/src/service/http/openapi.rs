@@ -28,7 +28,7 @@ struct Operation {
     name: &'static str,
     summary: &'static str,
     body: Option<&'static str>,
-    /// Names of a query, of which the first must be there.
+    /// Names of a query.
     query: &'static [(&'static str, Parameter)],
     answer: Answer,
 }
@@ -186,7 +186,7 @@ fn make() -> Value {
 fn event() -> Value {
     let names = descriptor("RunEvent");
     let names = names.fields().map(|field| field.name().to_owned());
-    let names: Vec<_> = names.chain(["error".to_owned()]).collect();
+    let names: Vec<_> = names.chain(["problem".to_owned()]).collect();
     json!({
         "type": "object",
         "description": "One event: its data is JSON, of the field of RunEvent that has its name, or a Problem that ends the stream.",
@@ -240,7 +240,14 @@ impl Operation {
             let required = matches!(kind, Parameter::Needed);
             json!({ "name": name, "in": "query", "required": required, "schema": schema })
         });
-        let parameters: Vec<_> = in_path.chain(in_query).collect();
+        let in_header = matches!(self.answer, Answer::Events(None)).then(|| {
+            json!({
+                "name": "Last-Event-ID", "in": "header", "required": false,
+                "description": "The id of an event, after which to go on.",
+                "schema": { "type": "string", "pattern": "^[0-9]{1,18}([.][0-9]{1,18}){2}([.]end)?$" },
+            })
+        });
+        let parameters: Vec<_> = in_path.chain(in_query).chain(in_header).collect();
         let json_of = |schema: Value| json!({ "application/json": { "schema": schema } });
         let content = match &self.answer {
             Answer::Message(name) => json_of(schemas.reference(&descriptor(name))),
@@ -266,6 +273,9 @@ impl Operation {
                 },
             },
         });
+        if let Answer::Events(None) = self.answer {
+            described["responses"]["204"] = json!({ "description": "There is no more." });
+        }
         if let Some(name) = self.body {
             let body = json_of(schemas.reference(&descriptor(name)));
             described["requestBody"] = json!({ "required": true, "content": body });
@@ -292,7 +302,8 @@ impl Schemas {
     }
 
     fn message(&mut self, message: &MessageDescriptor) -> Value {
-        let properties = message.fields().map(|field| {
+        let fields = message.fields().filter(|field| !is_grpcs(field));
+        let properties = fields.map(|field| {
             let mut schema = self.field(&field);
             let words = comment(&field.parent_message().parent_file(), field.path());
             if let (Some(words), Some(schema)) = (words, schema.as_object_mut()) {
@@ -326,7 +337,7 @@ impl Schemas {
         match kind {
             Kind::Bool => json!({ "type": "boolean" }),
             Kind::String => json!({ "type": "string" }),
-            Kind::Bytes => json!({ "type": "string", "format": "byte" }),
+            Kind::Bytes => json!({ "type": "string", "contentEncoding": "base64" }),
             Kind::Enum(names) => json!({ "type": "string", "enum": values(names) }),
             Kind::Uint32 | Kind::Fixed32 => {
                 json!({ "type": "integer", "minimum": 0, "maximum": u32::MAX })
@@ -350,6 +361,14 @@ impl Schemas {
             },
         }
     }
+}
+
+/// What follows a run's start over gRPC cannot over HTTP.
+fn is_grpcs(field: &FieldDescriptor) -> bool {
+    matches!(
+        field.full_name().trim_start_matches("polydev.runtime.v1."),
+        "RunStart.stdin" | "InputFile.size"
+    )
 }
 
 fn values(names: &EnumDescriptor) -> Vec<String> {

@@ -1,5 +1,5 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
-//! one run; `bench PART...` measures `warm`, `credentials`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
+//! one run; `bench PART...` measures `warm`, `credentials`, `swarm`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
 //! Prints a table; a whole run writes it to `target/bench/results.json`. Every sample of the
 //! warm slots goes to `target/bench/samples.json`.
 
@@ -9,6 +9,7 @@ mod plain;
 mod refill;
 mod runs;
 mod stream;
+mod swarm;
 
 use std::{
     collections::BTreeMap,
@@ -28,9 +29,10 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-const PARTS: [&str; 9] = [
+const PARTS: [&str; 10] = [
     "warm",
     "credentials",
+    "swarm",
     "refill",
     "runs",
     "stream",
@@ -60,6 +62,9 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("credentials") {
         figures.extend(credentials::figures()?);
     }
+    if is_wanted("swarm") {
+        figures.extend(swarm::figures()?);
+    }
     if is_wanted("refill") {
         figures.extend(refill::figures()?);
     }
@@ -69,7 +74,7 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("stream") {
         figures.extend(stream::figures(IMAGE)?);
     }
-    if PARTS[5..].iter().any(|part| is_wanted(part)) {
+    if PARTS[6..].iter().any(|part| is_wanted(part)) {
         figures.extend(plain::figures(is_wanted)?);
     }
     if parts.is_empty() {
