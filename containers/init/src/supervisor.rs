@@ -3,6 +3,8 @@
 //! `Waiting -> (Receiving ->) Running -> Exited`, or `NotStarted` from before it runs; never
 //! back.
 
+mod messages;
+
 use std::{
     fs::File,
     io::{self, ErrorKind, Read},
@@ -26,8 +28,7 @@ use polydev_proto::{
     frame::MAX_DATA,
     init::{
         Artifacts, Collected, Data, Exited, Hello, NotStarted, PROTOCOL_VERSION, Running, Start,
-        Started, Stdin, StdinAck, Stream, ToInit, Waiting, exited, from_init, hello,
-        not_started::Reason, to_init,
+        Stream, ToInit, Waiting, exited, from_init, hello, to_init,
     },
     sealed::ContainerKey,
 };
@@ -360,132 +361,6 @@ impl Supervisor {
                 self.link.send(from_init::Message::StdinAck(ack));
             }
         }
-    }
-
-    fn on_message(&mut self, message: to_init::Message, now: Instant) {
-        match (message, &mut self.state) {
-            (to_init::Message::Start(start), State::Waiting) => {
-                let capacity = OUTPUT_BUFFER_MOST.min(start.output_buffer_bytes as usize);
-                self.outputs = [(); 3].map(|()| Output::new(capacity));
-                self.is_plain = start.task.is_some();
-                match Incoming::new(workspace::path(), &start.files) {
-                    Ok(files) if files.is_complete() => self.start(*start, now),
-                    Ok(files) => {
-                        self.state = State::Receiving(Box::new(Receiving {
-                            start: *start,
-                            files,
-                            taken: 0,
-                        }));
-                    }
-                    Err(message) => self.refuse(start.run_id, message),
-                }
-            }
-            // One Start in a life: a second one is a driver's mistake, and it is not run.
-            (to_init::Message::Start(_), _) => self.link.disconnect(now),
-            (to_init::Message::DataAck(ack), _) => {
-                for (output, stream) in self.outputs.iter_mut().zip(STREAMS) {
-                    if ack.stream == i32::from(stream) {
-                        output.acknowledge(ack.offset);
-                    }
-                }
-            }
-            (to_init::Message::Stdin(frame), State::Receiving(_)) => self.receive(&frame, now),
-            (to_init::Message::Signal(signal), State::Receiving(receiving)) => {
-                let signal = Signal::try_from(signal.number);
-                if !signal.is_ok_and(|signal| ENDING.contains(&signal)) {
-                    return;
-                }
-                let run_id = receiving.start.run_id.clone();
-                self.refuse(run_id, "it was ended before its files had come".into());
-            }
-            (to_init::Message::Resize(size), State::Running(command)) => command.resize(size),
-            (to_init::Message::Resize(size), State::Receiving(receiving)) => {
-                if let Some(terminal) = &mut receiving.start.terminal {
-                    *terminal = size;
-                }
-            }
-            (to_init::Message::Stdin(frame), State::Running(command)) => {
-                if command.input.accept(&frame).is_err() {
-                    return self.link.disconnect(now);
-                }
-                let ack = command.input.flush();
-                self.link.send(from_init::Message::StdinAck(ack));
-            }
-            (to_init::Message::Signal(signal), State::Running(command)) => {
-                if let Ok(signal) = Signal::try_from(signal.number) {
-                    command.signal(signal);
-                }
-            }
-            // Too late for what has ended, or, for Release, too early.
-            (
-                to_init::Message::Stdin(_)
-                | to_init::Message::Signal(_)
-                | to_init::Message::Resize(_)
-                | to_init::Message::Release(_),
-                _,
-            ) => {}
-        }
-    }
-
-    /// Bytes of the files, and maybe the first ones of stdin.
-    fn receive(&mut self, frame: &Stdin, now: Instant) {
-        let State::Receiving(receiving) = &mut self.state else {
-            return;
-        };
-        let known = receiving.taken.checked_sub(frame.offset);
-        let Some(known) = known.and_then(|known| usize::try_from(known).ok()) else {
-            return self.link.disconnect(now); // A gap is a driver's mistake.
-        };
-        let new = frame.data.get(known..).unwrap_or_default();
-        let (taken, problem) = match receiving.files.write(new) {
-            Ok(taken) => (taken as u64, None),
-            Err(message) => (0, Some(message)),
-        };
-        receiving.taken += taken;
-        let (taken, total) = (receiving.taken, receiving.files.total());
-        let is_complete = receiving.files.is_complete();
-        let ended = (frame.close && !is_complete)
-            .then(|| format!("its files ended after {taken} of {total} bytes"));
-        if let Some(message) = problem.or(ended) {
-            let run_id = receiving.start.run_id.clone();
-            return self.refuse(run_id, message);
-        }
-        if is_complete {
-            let start = std::mem::take(&mut receiving.start);
-            self.start(start, now);
-        }
-        match &mut self.state {
-            // The rest of it is the command's.
-            State::Running(_) => self.on_message(to_init::Message::Stdin(frame.clone()), now),
-            _ => self.link.send(from_init::Message::StdinAck(StdinAck {
-                offset: taken,
-                closed: false,
-            })),
-        }
-    }
-
-    fn start(&mut self, start: Start, now: Instant) {
-        let key = self.key.take().expect("one Start is accepted in a life");
-        let descriptors = self.link.take_descriptors();
-        let (oom_score, drains) = (self.oom_score.as_mut(), &mut self.drains);
-        match Command::start(start, &key, descriptors, drains, oom_score, now) {
-            Ok(command) => {
-                let pid = command.pid.as_raw().cast_unsigned();
-                self.link.send(from_init::Message::Started(Started { pid }));
-                self.state = State::Running(Box::new(command));
-                self.reap();
-            }
-            Err(refused) => self.state = State::NotStarted(refused),
-        }
-    }
-
-    /// The command does not run.
-    fn refuse(&mut self, run_id: String, message: String) {
-        self.state = State::NotStarted(NotStarted {
-            run_id,
-            reason: Reason::Invalid.into(),
-            message,
-        });
     }
 
     /// False if init should end.

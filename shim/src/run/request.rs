@@ -1,18 +1,21 @@
 //! What a caller wants run, checked once: nothing behind this checks it again.
 
+mod files;
+
 use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
 
 use bytes::Bytes;
 use polydev_proto::{
     exec,
-    init::{ArtifactRules, InputFile, TerminalSize},
     node::{RunSpec, TraceContext},
-    runtime::{self, RunStart, SlowReader, input_file, run_start::Command},
+    runtime::{RunStart, SlowReader, run_start::Command},
     workspace,
 };
 use secrecy::ExposeSecret;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
+
+use files::{files, own_input, rules, terminal};
 
 use super::input::Own;
 use crate::{
@@ -32,11 +35,6 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// The kernel's `PATH_MAX`.
 const PATH_MOST: usize = 4096;
 const USER_ID_MOST: usize = 128;
-/// Of files whose mode the caller does not say.
-const MODE: u32 = 0o644;
-/// Of artifacts, unless the caller says otherwise.
-const ARTIFACT_BYTES: u64 = 64 << 20;
-const ARTIFACTS: u64 = 100;
 
 /// Nothing is left of any run so long after it was claimed.
 pub const LONGEST: Duration = Duration::from_secs(24 * 3600 + 8 * 60);
@@ -341,68 +339,6 @@ fn argv(
     }
 }
 
-/// The files of a run, and their bytes if they came with it.
-fn files(given: Vec<runtime::InputFile>) -> Result<(Vec<InputFile>, Vec<Bytes>), Invalid> {
-    let (count, mut contents) = (given.len(), Vec::new());
-    let file = |file: runtime::InputFile| InputFile {
-        path: file.path,
-        mode: if file.mode == 0 { MODE } else { file.mode },
-        size: match file.source {
-            None => 0,
-            Some(input_file::Source::Size(size)) => size,
-            Some(input_file::Source::Content(content)) => {
-                let size = content.len() as u64;
-                contents.push(content);
-                size
-            }
-        },
-    };
-    let files = given.into_iter().map(file).collect();
-    if !contents.is_empty() && contents.len() < count {
-        return Err(Invalid::Value {
-            field: "files",
-            given: format!("{} of {count} with their content", contents.len()),
-            allowed: "all or none with their `content`",
-        });
-    }
-    Ok((files, contents))
-}
-
-fn own_input(
-    contents: Vec<Bytes>,
-    files_bytes: u64,
-    stdin: Option<Bytes>,
-    callers_stdin: bool,
-) -> Option<Own> {
-    let from = if contents.is_empty() { files_bytes } else { 0 };
-    let closes = !callers_stdin;
-    let parts: Vec<_> = contents.into_iter().chain(stdin).collect();
-    let bytes = parts.concat().into();
-    (!parts.is_empty()).then_some(Own {
-        from,
-        bytes,
-        closes,
-    })
-}
-
-fn rules(rules: runtime::ArtifactRules) -> Result<ArtifactRules, exec::Invalid> {
-    let or = |given, default| if given == 0 { default } else { given };
-    let rules = ArtifactRules {
-        patterns: rules.patterns,
-        max_bytes: or(rules.max_bytes, ARTIFACT_BYTES),
-        max_files: u32::try_from(or(rules.max_files.into(), ARTIFACTS)).unwrap_or(u32::MAX),
-    };
-    workspace::check_rules(&rules)?;
-    Ok(rules)
-}
-
-fn terminal(size: runtime::TerminalSize) -> Result<TerminalSize, exec::Invalid> {
-    let runtime::TerminalSize { rows, columns } = size;
-    let size = TerminalSize { rows, columns };
-    workspace::check_size("terminal", size)?;
-    Ok(size)
-}
-
 pub(super) fn bounded(
     field: &'static str,
     given: Option<prost_types::Duration>,
@@ -426,7 +362,7 @@ pub(super) fn bounded(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use polydev_proto::runtime::Argv;
+    use polydev_proto::runtime::{self, Argv};
 
     fn start() -> RunStart {
         RunStart {

@@ -28,7 +28,8 @@ use polydev_proto::{
         run_event, slot,
     },
     runtime::{
-        RunRequest, run_event::Event, run_request, runtime_service_client::RuntimeServiceClient,
+        RunRequest, RunResponse, run_event::Event, run_request,
+        runtime_service_client::RuntimeServiceClient,
     },
 };
 use polydev_shim::address::Address;
@@ -46,6 +47,10 @@ const SLOTS: usize = 50;
 /// Callers at a time, each with one run after the other.
 const CALLERS: usize = 16;
 const MEASURED: Duration = Duration::from_secs(10);
+/// Runs that go on at the same time, and say nothing.
+const STREAMS: usize = 1000;
+/// What a simulated run is asked to do for that.
+const WAIT: &str = "wait";
 /// From a run's end until its slot is idle again.
 const REFILL: Duration = Duration::from_millis(400);
 
@@ -66,7 +71,11 @@ pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
     samples.sort_by(f64::total_cmp);
     let summary = Summary::of(&samples);
     let rate = samples.len() as f64 / took;
-    let memory = resident(&shim)? / 1e6;
+    let memory = resident(&shim)?;
+    let open = runtime.block_on(streams(&address))?;
+    let each = (resident(&shim)? - memory) / STREAMS as f64 / 1e3;
+    drop(open);
+    let memory = memory / 1e6;
     Ok(vec![
         json!({
             "name": "claims a second, one shim, 1,000 nodes with 50 slots each", "unit": "1/s",
@@ -84,6 +93,10 @@ pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
         json!({
             "name": "shim's start to a view of all 50,000 slots", "unit": "s", "n": 1,
             "value": view, "bound": "<= 5 s", "holds": view <= 5.0,
+        }),
+        json!({
+            "name": "what each of 1,000 open streams adds to it", "unit": "kB", "n": STREAMS,
+            "value": each, "bound": "<= 65.5 kB", "holds": each <= 65.5,
         }),
     ])
 }
@@ -117,15 +130,38 @@ async fn load(address: &Address) -> anyhow::Result<Vec<f64>> {
     Ok(samples)
 }
 
-async fn run(shim: &mut RuntimeServiceClient<tonic::transport::Channel>) -> anyhow::Result<f64> {
-    let start = argv("anthropic", &["true"]);
+/// Opens runs that do not end, and waits until their commands have started.
+async fn streams(address: &Address) -> anyhow::Result<Vec<Streaming<RunResponse>>> {
+    let mut open = Vec::new();
+    for _ in 0..CALLERS {
+        let channel = address.connect(None, |endpoint| endpoint).await;
+        let channel = channel.map_err(|error| anyhow::anyhow!("{error}"))?;
+        let mut shim = RuntimeServiceClient::new(channel);
+        for _ in 0..STREAMS.div_ceil(CALLERS).min(STREAMS - open.len()) {
+            let mut events = shim.run(request(WAIT)).await?.into_inner();
+            loop {
+                let event = events.message().await?.context("the stream ended")?;
+                if let Some(Event::Started(_)) = event.event.and_then(|event| event.event) {
+                    break;
+                }
+            }
+            open.push(events);
+        }
+    }
+    Ok(open)
+}
+
+/// A run of `program`, whose caller says no more.
+fn request(program: &str) -> impl Stream<Item = RunRequest> + Send + 'static {
+    let start = argv("anthropic", &[program]);
     let start = run_request::Message::Start(Box::new(start));
-    let request = RunRequest {
-        message: Some(start),
-    };
+    let message = Some(start);
+    stream::iter([RunRequest { message }]).chain(stream::pending())
+}
+
+async fn run(shim: &mut RuntimeServiceClient<tonic::transport::Channel>) -> anyhow::Result<f64> {
     let sent = Instant::now();
-    let requests = stream::iter([request]).chain(stream::pending());
-    let mut events = shim.run(requests).await?.into_inner();
+    let mut events = shim.run(request("true")).await?.into_inner();
     let mut started = None;
     while let Some(response) = events.message().await? {
         match response.event.and_then(|event| event.event) {
@@ -298,8 +334,13 @@ impl NodeService for Node {
         if !granted {
             return Err(Status::failed_precondition("the slot is not idle"));
         }
+        let program = claim.spec.as_ref().and_then(|spec| spec.argv.first());
+        let waits = program.is_some_and(|program| *program == WAIT);
         let (slots, slot_id) = (self.slots.clone(), claim.slot_id.clone());
         tokio::spawn(async move {
+            if waits {
+                return;
+            }
             tokio::time::sleep(REFILL).await;
             slots.change(&slot_id, |slot| {
                 slot.set_state(slot::State::Idle);
@@ -324,6 +365,11 @@ impl NodeService for Node {
             event(run_event::Event::Started(Started::default()), wrap),
             event(run_event::Event::Ended(ended), wrap),
         ];
+        if waits {
+            let events = events.into_iter().take(3);
+            let events = stream::iter(events).chain(stream::pending());
+            return Ok(Response::new(Box::pin(events)));
+        }
         Ok(Response::new(Box::pin(stream::iter(events))))
     }
 
