@@ -141,44 +141,6 @@ fn a_container_removed_by_somebody_else_ends_its_task() {
     assert_eq!(journal.count(), 0);
 }
 
-/// C055, C115 and C132: output that Nomad does not collect, or that nobody can read back.
-#[test]
-fn output_that_is_not_collected_is_dockers_alone() {
-    let nomad = Nomad::start_with("disable_log_collection = true");
-    nomad.submit(&service(
-        "docker",
-        with("echo for docker; exec sleep 1000", json!({})),
-    ));
-    let alloc = nomad.wait_started("docker");
-    wait_until("the line", Duration::from_secs(10), || {
-        let logged = docker::docker(&["logs", &container(&alloc)]);
-        if logged == "for docker\n" {
-            Ok(())
-        } else {
-            Err(logged)
-        }
-    });
-    assert_eq!(nomad.logs(&alloc, "stdout"), b"");
-    assert!(
-        nomad.log_readers().is_empty(),
-        "Nomad was told not to collect"
-    );
-
-    let nomad = Nomad::start();
-    let unreadable = with(
-        "echo gone; exit 4",
-        json!({ "logging": { "type": "none" } }),
-    );
-    nomad.submit(&batch("none", unreadable));
-    let ended = nomad.wait_dead("none");
-    assert!(
-        events(&ended).contains("Exit Code: 4"),
-        "{}",
-        events(&ended)
-    );
-    assert_eq!(nomad.logs(job::id(&ended), "stdout"), b"");
-}
-
 /// C088, C089: names in a network of the user's own, and the host's network.
 #[test]
 fn networks_by_name_and_the_hosts_own() {
@@ -239,39 +201,6 @@ fn networks_by_name_and_the_hosts_own() {
     docker::docker(&["network", "rm", &network]);
 }
 
-/// C180: what a script check calls, with a command that takes too long.
-#[test]
-fn a_script_that_hangs_is_ended_at_its_timeout() {
-    let nomad = Nomad::start();
-    let mut job = service("checked", shell(FOREVER));
-    task(&mut job)["Templates"] = json!([{
-        "EmbeddedTmpl": "{{ with nomadVar \"nomad/jobs/checked\" }}{{ .value }}{{ end }}",
-        "DestPath": "local/value", "ChangeMode": "script",
-        "ChangeScript": {
-            "Command": "/bin/sh", "Args": ["-c", "echo $$ >/alloc/script; exec sleep 1000"],
-            "Timeout": 1_000_000_000_u64, "FailOnError": false,
-        },
-    }]);
-    let variable = |value: &str| {
-        let variable = json!({ "Path": "nomad/jobs/checked", "Items": { "value": value } });
-        nomad.put("/v1/var/nomad/jobs/checked", &variable)
-    };
-    variable("one");
-    nomad.submit(&job);
-    let id = nomad.wait_started("checked");
-    variable("two");
-    let script = "[ -e /alloc/script ] && ! kill -0 $(cat /alloc/script)";
-    wait_until(
-        "the script's end",
-        Duration::from_secs(30),
-        || match nomad.exec(&id, &["sh", "-c", script], false, b"") {
-            ended if ended.exit_code == 0 => Ok(()),
-            running => Err(format!("{running:?}")),
-        },
-    );
-    assert_eq!(nomad.wait_started("checked"), id, "the task goes on");
-}
-
 /// Every limit of a live container goes up and down, and traffic with it.
 #[test]
 fn limits_are_raised_and_lowered_on_a_live_container() {
@@ -324,4 +253,80 @@ fn limits_are_raised_and_lowered_on_a_live_container() {
         );
     }
     docker::docker(&["rm", "--force", id]);
+}
+
+/// Half a minute and more each: `make test-long`.
+mod long {
+    use super::*;
+
+    /// C055, C115 and C132: output that Nomad does not collect, or that nobody can read back.
+    #[test]
+    fn output_that_is_not_collected_is_dockers_alone() {
+        let nomad = Nomad::start_with("disable_log_collection = true");
+        nomad.submit(&service(
+            "docker",
+            with("echo for docker; exec sleep 1000", json!({})),
+        ));
+        let alloc = nomad.wait_started("docker");
+        wait_until("the line", Duration::from_secs(10), || {
+            let logged = docker::docker(&["logs", &container(&alloc)]);
+            if logged == "for docker\n" {
+                Ok(())
+            } else {
+                Err(logged)
+            }
+        });
+        assert_eq!(nomad.logs(&alloc, "stdout"), b"");
+        assert!(
+            nomad.log_readers().is_empty(),
+            "Nomad was told not to collect"
+        );
+
+        let nomad = Nomad::start();
+        let unreadable = with(
+            "echo gone; exit 4",
+            json!({ "logging": { "type": "none" } }),
+        );
+        nomad.submit(&batch("none", unreadable));
+        let ended = nomad.wait_dead("none");
+        assert!(
+            events(&ended).contains("Exit Code: 4"),
+            "{}",
+            events(&ended)
+        );
+        assert_eq!(nomad.logs(job::id(&ended), "stdout"), b"");
+    }
+
+    /// C180: what a script check calls, with a command that takes too long.
+    #[test]
+    fn a_script_that_hangs_is_ended_at_its_timeout() {
+        let nomad = Nomad::start();
+        let mut job = service("checked", shell(FOREVER));
+        task(&mut job)["Templates"] = json!([{
+            "EmbeddedTmpl": "{{ with nomadVar \"nomad/jobs/checked\" }}{{ .value }}{{ end }}",
+            "DestPath": "local/value", "ChangeMode": "script",
+            "ChangeScript": {
+                "Command": "/bin/sh", "Args": ["-c", "echo $$ >/alloc/script; exec sleep 1000"],
+                "Timeout": 1_000_000_000_u64, "FailOnError": false,
+            },
+        }]);
+        let variable = |value: &str| {
+            let variable = json!({ "Path": "nomad/jobs/checked", "Items": { "value": value } });
+            nomad.put("/v1/var/nomad/jobs/checked", &variable)
+        };
+        variable("one");
+        nomad.submit(&job);
+        let id = nomad.wait_started("checked");
+        variable("two");
+        let script = "[ -e /alloc/script ] && ! kill -0 $(cat /alloc/script)";
+        wait_until(
+            "the script's end",
+            Duration::from_secs(30),
+            || match nomad.exec(&id, &["sh", "-c", script], false, b"") {
+                ended if ended.exit_code == 0 => Ok(()),
+                running => Err(format!("{running:?}")),
+            },
+        );
+        assert_eq!(nomad.wait_started("checked"), id, "the task goes on");
+    }
 }
