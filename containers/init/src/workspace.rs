@@ -178,12 +178,15 @@ impl Outgoing {
     }
 }
 
+/// What fits a pattern: its path, and what it is or why that is not known.
+type Found = (String, Result<Metadata, String>);
+
 /// What fits a pattern, in the order of paths.
-fn find(root: &Path, patterns: &Patterns) -> Vec<(String, Result<Metadata, String>)> {
+fn find(root: &Path, patterns: &Patterns) -> Vec<Found> {
     let mut found = Vec::new();
     let mut folders = vec![root.to_owned()];
     let (mut looked_at, begun) = (0, Instant::now());
-    while let Some(folder) = folders.pop() {
+    'search: while let Some(folder) = folders.pop() {
         let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
             Err(error) => {
@@ -199,7 +202,7 @@ fn find(root: &Path, patterns: &Patterns) -> Vec<(String, Result<Metadata, Strin
                     "there are more than {ENTRIES} files, or looking at them takes more than {seconds} s: the others were not looked at"
                 );
                 found.push((relative(root, &folder), Err(reason)));
-                return sorted(found);
+                break 'search;
             }
             let path = entry.path();
             // Of a link itself, not of what it leads to.
@@ -220,12 +223,6 @@ fn find(root: &Path, patterns: &Patterns) -> Vec<(String, Result<Metadata, Strin
             }
         }
     }
-    sorted(found)
-}
-
-fn sorted(
-    mut found: Vec<(String, Result<Metadata, String>)>,
-) -> Vec<(String, Result<Metadata, String>)> {
     found.sort_by(|(a, _), (b, _)| a.cmp(b));
     found
 }
@@ -235,11 +232,7 @@ fn relative(root: &Path, path: &Path) -> String {
     relative.to_string_lossy().into_owned()
 }
 
-fn choose(
-    root: &Path,
-    found: Vec<(String, Result<Metadata, String>)>,
-    rules: &ArtifactRules,
-) -> Artifacts {
+fn choose(root: &Path, found: Vec<Found>, rules: &ArtifactRules) -> Artifacts {
     let mut artifacts = Artifacts::default();
     let (mut left, most) = (rules.max_bytes, rules.max_files as usize);
     for (path, metadata) in found {

@@ -125,11 +125,11 @@ impl Slot {
             tokio::select! {
                 () = passed => {
                     // A claim of this moment has made it something else.
-                    if self.try_apply(Event::LeaseEnded).is_ok() {
-                        drop(self.leased_share());
+                    let has_ended = self.try_apply(Event::LeaseEnded).is_ok();
+                    drop(self.leased_share());
+                    if has_ended {
                         return;
                     }
-                    drop(self.leased_share());
                 }
                 changed = changes.changed() => {
                     if changed.is_err() {

@@ -28,7 +28,8 @@ pub struct Input {
     own: Option<Own>,
 }
 
-/// Input that the shim has of itself: a long prompt, or all that a run without a caller gets.
+/// Input that came with the run, for the shim to give: the content of its files, and a prompt
+/// too long for an argument.
 #[derive(Debug, Clone)]
 pub struct Own {
     /// Where in the stream it begins.
@@ -118,10 +119,20 @@ impl Input {
         Some(CLOSE)
     }
 
+    /// Whether the shim has some that is not sent.
+    pub(super) fn has_own(&self) -> bool {
+        let is_left = |own: &Own| self.sent < own.end() || own.closes;
+        !self.closed && self.own.as_ref().is_some_and(is_left)
+    }
+
     /// Whether it is the shim's turn to give some.
     pub(super) fn own_is_due(&self) -> bool {
-        let due = |own: &Own| self.sent >= own.from && (self.sent < own.end() || own.closes);
-        !self.closed && self.own.as_ref().is_some_and(due)
+        let is_turn = |own: &Own| self.sent >= own.from;
+        self.has_own() && self.own.as_ref().is_some_and(is_turn)
+    }
+
+    fn is_taken(&self) -> bool {
+        !self.has_own() && self.taken >= self.sent
     }
 
     /// The next of what the shim has, or the end.
@@ -176,21 +187,6 @@ fn check_length(field: &'static str, data: &Bytes) -> Result<(), Invalid> {
         given: format!("{} bytes", data.len()),
         allowed: "at most 65536 bytes a message",
     })
-}
-
-impl Input {
-    /// Whether the shim has some that is not sent.
-    pub(super) fn has_own(&self) -> bool {
-        !self.closed
-            && self
-                .own
-                .as_ref()
-                .is_some_and(|own| self.sent < own.end() || own.closes)
-    }
-
-    fn is_taken(&self) -> bool {
-        !self.has_own() && self.taken >= self.sent
-    }
 }
 
 /// Gives a run whose caller is gone, or that has none, what the shim has for it, after what is

@@ -48,7 +48,7 @@ use error::Problem;
 const BODY_MOST: usize = 3 * MESSAGE_MOST;
 
 /// After the id of a run's last event.
-const END: &[u8] = b".end";
+const END: &str = ".end";
 
 type Answer = Result<Response, Problem>;
 
@@ -124,7 +124,7 @@ async fn attach(
     let name = Name::parse(&run_id, user_id)?;
     let offsets = match headers.get("last-event-id") {
         // It has all of it: an `EventSource` comes back until it is told so.
-        Some(id) if id.as_bytes().ends_with(END) => {
+        Some(id) if id.as_bytes().ends_with(END.as_bytes()) => {
             return Ok(StatusCode::NO_CONTENT.into_response());
         }
         Some(id) => offsets(id.to_str().unwrap_or_default())?,
@@ -266,7 +266,7 @@ async fn sent(
                 advance(offsets, &event);
                 let mut id = offsets.map(|offset| offset.to_string()).join(".");
                 if let Some(Event::Exited(_)) = event.event {
-                    id.push_str(&String::from_utf8_lossy(END));
+                    id.push_str(END);
                 }
                 json::event(&event).id(id)
             }

@@ -93,8 +93,7 @@ fn short(message: &str) -> &str {
 impl Run {
     /// An end that init has not told.
     pub(in crate::run) fn end(&self, reason: Reason, message: &str) -> Ended {
-        let [stdout_bytes, stderr_bytes, _] =
-            [0, 1, 2].map(|stream: usize| self.output[stream].end());
+        let [stdout_bytes, stderr_bytes] = [0, 1].map(|stream: usize| self.output[stream].end());
         let artifacts = self.progress.borrow().artifacts.clone();
         let artifacts = artifacts.iter().flat_map(|artifacts| &artifacts.files);
         Ended {
