@@ -14,6 +14,7 @@ pub mod on_demand;
 pub mod queue;
 pub mod relay;
 pub mod request;
+pub mod watching;
 
 use std::time::{Duration, Instant};
 

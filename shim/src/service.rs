@@ -34,8 +34,8 @@ use polydev_proto::{
         ReleaseResponse, ResumePoolRequest, ResumePoolResponse, RotateCredentialsRequest,
         RotateCredentialsResponse, RunRequest, RunResponse, RunStart, ScalePoolRequest,
         ScalePoolResponse, SubmitJobRequest, SubmitJobResponse, WatchPoolsRequest,
-        WatchPoolsResponse, attach_request, input_file, run_request,
-        runtime_service_server::RuntimeService,
+        WatchPoolsResponse, WatchRunsRequest, WatchRunsResponse, attach_request, input_file,
+        run_request, runtime_service_server::RuntimeService,
     },
 };
 use tokio::time::{Duration, timeout};
@@ -71,6 +71,7 @@ type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl RuntimeService for Service {
     type RunStream = Responses<RunResponse>;
     type AttachStream = Responses<AttachResponse>;
+    type WatchRunsStream = Responses<WatchRunsResponse>;
     type WatchPoolsStream = Responses<WatchPoolsResponse>;
     type ScalePoolStream = Responses<ScalePoolResponse>;
     type DrainPoolStream = Responses<DrainPoolResponse>;
@@ -191,6 +192,16 @@ impl RuntimeService for Service {
         let caller = caller(&request);
         let page = self.list_of(request.into_inner(), &caller).await?;
         Ok(Response::new(page))
+    }
+
+    async fn watch_runs(
+        &self,
+        request: Request<WatchRunsRequest>,
+    ) -> Result<Response<Self::WatchRunsStream>, Status> {
+        let WatchRunsRequest { user_id, provider } = request.get_ref();
+        self.check_runs(&caller(&request), user_id, provider)?;
+        let changes = runs::watch(&self.runs, self.view.clone(), request.into_inner())?;
+        Ok(Response::new(Box::pin(changes.map(Ok))))
     }
 
     async fn list_pools(

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use polydev_proto::runtime::{
-    ExitReason, ListRunsRequest, Run, RunStart, RunState, SubmitJobRequest, run_event::Event,
+    CloseStdin, ExitReason, ListRunsRequest, Run, RunStart, RunState, SubmitJobRequest,
+    run_event::Event, run_input::Input,
 };
 use polydev_tests::{
     client::{Client, argv, shell},
-    process::succeed,
+    process::{Process, succeed},
     shim::Shim,
     wait_until,
 };
@@ -145,6 +146,51 @@ fn runs_are_listed_page_by_page_and_shown() {
     while client.next(&mut going).unwrap().is_some() {}
     let cancelled = client.get_run_as("other", &expected[0]).unwrap();
     assert!(cancelled.cancelled && cancelled.state() == RunState::Ended);
+}
+
+#[test]
+fn runs_are_watched_as_they_come_further() {
+    let shim = Shim::dev(&["anthropic=2"]);
+    let client = shim.client();
+    client.run(shell("anthropic", "exit 2")).unwrap();
+    let waits = RunStart {
+        stdin: true,
+        ..shell("anthropic", "read line")
+    };
+    let going = client.start(waits.clone()).unwrap();
+
+    let mut command = shim.command(&["runs", "watch", "--user", "tester", "--output", "json"]);
+    let watch = Process::start(&mut command, &shim.state_dir().join("watch.log"));
+    let told = |run_id: &str, state: &str| {
+        wait_until(
+            &format!("{run_id} {state}"),
+            Duration::from_secs(20),
+            || {
+                let log = watch.log();
+                let told = log.lines().map(|line| serde_json::from_str(line).unwrap());
+                let is_it = |run: &Value| run["run_id"] == run_id && run["state"] == state;
+                told.into_iter().find(is_it).ok_or(log)
+            },
+        )
+    };
+    // What goes on comes first, and what had ended is not told.
+    told(&going.accepted.run_id, "running");
+    assert_eq!(watch.log().lines().count(), 1);
+    client.send(&going, Input::CloseStdin(CloseStdin {}));
+    let run_id = going.accepted.run_id.clone();
+    client.finish(going).unwrap();
+    assert_eq!(told(&run_id, "ended")["exited"]["exit_code"], 1);
+
+    let others = RunStart {
+        user_id: "other".into(),
+        ..shell("anthropic", "true")
+    };
+    let others = client.run(others).unwrap().accepted.run_id;
+    let next = client.start(waits).unwrap();
+    told(&next.accepted.run_id, "running");
+    client.cancel(&next.accepted.run_id).unwrap();
+    assert_eq!(told(&next.accepted.run_id, "ended")["cancelled"], true);
+    assert!(!watch.log().contains(&others), "{}", watch.log());
 }
 
 #[test]

@@ -20,8 +20,8 @@ use polydev_proto::{
         ClaimRequest, ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse,
         GetRunRequest, GetRunResponse, HaveRun, LeaseRequest, LeaseResponse, ListRunsRequest,
         ListRunsResponse, ReleaseRequest, ReleaseResponse, RunEvent, RunInput, Slot as SlotMessage,
-        Unknown, WatchSlotsRequest, WatchSlotsResponse, attach_request, claim_request,
-        fence_response,
+        Unknown, WatchRunsRequest, WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse,
+        attach_request, claim_request, fence_response,
         node_service_server::{NodeService, NodeServiceServer},
         run_event, run_input,
     },
@@ -115,6 +115,7 @@ impl NodeService for Service {
     type WatchSlotsStream = Responses<WatchSlotsResponse>;
     type ClaimStream = Responses<ClaimResponse>;
     type AttachStream = Responses<AttachResponse>;
+    type WatchRunsStream = Responses<WatchRunsResponse>;
 
     async fn watch_slots(
         &self,
@@ -304,6 +305,14 @@ impl NodeService for Service {
         Ok(Response::new(ListRunsResponse {
             runs: runs.into_iter().map(runs::encode).collect(),
         }))
+    }
+
+    async fn watch_runs(
+        &self,
+        request: Request<WatchRunsRequest>,
+    ) -> Result<Response<Self::WatchRunsStream>, Status> {
+        let told = runs::watch(self.node.clone(), request.into_inner());
+        Ok(Response::new(told.map(Ok).boxed()))
     }
 
     async fn fence(

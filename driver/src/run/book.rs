@@ -17,7 +17,7 @@ use std::{
 };
 
 use procfs::sys::kernel::random::boot_id;
-use tokio::sync::mpsc;
+use tokio::sync::{broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -32,6 +32,8 @@ use memory::Memory;
 pub const KEEP_RESULTS: Duration = Duration::from_secs(10 * 60);
 /// A run id is remembered until no claim of it can come any more, by any clock.
 const REMEMBER: Duration = ID_AGE_MOST.saturating_add(KEEP_RESULTS);
+/// Steps that a watcher may be behind before it has to look at all runs again.
+const STEPS: usize = 1024;
 /// By how much the clock that made a run id may differ from this machine's.
 const CLOCKS: Duration = Duration::from_secs(60);
 
@@ -59,6 +61,8 @@ pub struct Runs {
     /// Of runs that were made before, some may be forgotten: the machine was restarted
     /// then, or the journal begun.
     since: SystemTime,
+    /// The id of each run that is new or has come further.
+    steps: broadcast::Sender<String>,
 }
 
 #[derive(Debug)]
@@ -154,6 +158,7 @@ impl Runs {
             windows,
             boot_id,
             since: (booted() + CLOCKS).max(begun),
+            steps: broadcast::Sender::new(STEPS),
         };
         Ok((runs, open))
     }
@@ -192,6 +197,7 @@ impl Runs {
         let claimed = written.expect("whoever takes a slot writes its claim down");
         let (run, inputs) = Run::new(claimed, arrived, self.windows.path(), kill());
         known.insert(run_id.clone(), Known::Run(run.clone()));
+        self.tell(run_id);
         Ok(Admitted::New(run, inputs))
     }
 
@@ -395,6 +401,17 @@ impl Runs {
             tracing::error!(run_id, error = crate::chain(&error), "not in the journal");
         }
         step(&mut inner.known);
+        self.tell(record.run_id());
+    }
+
+    fn tell(&self, run_id: &str) {
+        // Often nobody listens.
+        let _listeners = self.steps.send(run_id.to_owned());
+    }
+
+    /// The id of each run that is new or comes further, from now on.
+    pub fn steps(&self) -> broadcast::Receiver<String> {
+        self.steps.subscribe()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -37,7 +37,8 @@ pub struct Filter {
 }
 
 impl Filter {
-    fn fits(&self, claimed: &Claimed) -> bool {
+    /// Whether a run does, however far it has come.
+    pub fn fits(&self, claimed: &Claimed) -> bool {
         let is = |wanted: &Option<String>, given: &str| {
             wanted.as_ref().is_none_or(|wanted| wanted == given)
         };

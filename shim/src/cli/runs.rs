@@ -19,6 +19,8 @@ struct Name {
 pub(super) enum Command {
     /// Show runs that go on and those whose results are kept, the last one first.
     List(look::List),
+    /// Show the runs that go on, and then each that is new or comes further.
+    Watch(look::Watch),
     /// Show one run.
     Show(look::Show),
     /// Go on with a run whose connection broke; exits with its command's status.
@@ -30,6 +32,7 @@ pub(super) enum Command {
 pub(super) async fn execute(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::List(arguments) => look::list(arguments).await,
+        Command::Watch(arguments) => look::watch(arguments).await,
         Command::Show(arguments) => look::show(arguments).await,
         Command::Attach(arguments) => attach::attach(arguments).await,
         Command::Cancel(arguments) => attach::cancel(arguments).await,

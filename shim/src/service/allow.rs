@@ -50,6 +50,21 @@ impl Service {
         self.check(caller, run(found.run.provider.parse().ok()))
     }
 
+    /// Runs of a user for a provider; an empty name stands for all.
+    pub(super) fn check_runs(
+        &self,
+        caller: &Caller,
+        user_id: &str,
+        provider: &str,
+    ) -> Result<(), Error> {
+        let run = Action::Run {
+            user_id: Some(user_id).filter(|user_id| !user_id.is_empty()),
+            // One that there is not is refused for that.
+            provider: provider.parse().ok(),
+        };
+        self.check(caller, run)
+    }
+
     /// Credentials of a user for a provider; an empty name stands for all.
     pub(super) fn check_credentials<T>(
         &self,

@@ -128,12 +128,7 @@ impl Service {
         request: ListRunsRequest,
         caller: &Caller,
     ) -> Result<ListRunsResponse, Error> {
-        let run = Action::Run {
-            user_id: Some(request.user_id.as_str()).filter(|user_id| !user_id.is_empty()),
-            // One that there is not is refused for that.
-            provider: request.provider.parse().ok(),
-        };
-        self.check(caller, run)?;
+        self.check_runs(caller, &request.user_id, &request.provider)?;
         runs::list(&self.view, request).await
     }
 

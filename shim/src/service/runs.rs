@@ -1,12 +1,19 @@
-//! The calls that tell of runs: `GetRun` and `ListRuns`.
+//! The calls that tell of runs: `GetRun`, `ListRuns` and `WatchRuns`.
 
 use std::time::{Duration, SystemTime};
 
+use futures_util::{Stream, StreamExt};
 use polydev_proto::{
     node,
-    runtime::{GetRunResponse, ListRunsRequest, ListRunsResponse, Run, RunState},
+    runtime::{
+        GetRunResponse, ListRunsRequest, ListRunsResponse, Run, RunState, WatchRunsRequest,
+        WatchRunsResponse,
+    },
 };
 use prost_types::Timestamp;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use super::page;
@@ -18,6 +25,7 @@ use crate::{
         listing::{self, Filter, Found},
         relay::encode_end,
         request::{Invalid, check_user},
+        watching::{self, Change},
     },
 };
 
@@ -39,6 +47,45 @@ pub(super) async fn list(view: &View, request: ListRunsRequest) -> Result<ListRu
     })
 }
 
+/// Changes that may wait for their caller, each with some runs.
+const CHANGES: usize = 16;
+
+pub(super) fn watch(
+    tasks: &TaskTracker,
+    view: View,
+    request: WatchRunsRequest,
+) -> Result<impl Stream<Item = WatchRunsResponse> + Send + use<>, Error> {
+    let WatchRunsRequest { user_id, provider } = request;
+    let user_id = given(user_id);
+    user_id.as_deref().map_or(Ok(()), check_user)?;
+    let filter = watching::Filter {
+        user_id,
+        provider: given(provider)
+            .map(|name| name.parse())
+            .transpose()
+            .map_err(Invalid::from)?,
+    };
+    let (changes, told) = mpsc::channel(CHANGES);
+    tasks.spawn(watching::watch(view, filter, changes));
+    let mut nodes_unreachable = Vec::new();
+    Ok(ReceiverStream::new(told).map(move |change| {
+        let mut told = WatchRunsResponse::default();
+        match change {
+            Change::Runs { runs, forgotten } => {
+                told.runs = runs.into_iter().map(encode).collect();
+                told.forgotten_run_ids = forgotten;
+            }
+            Change::Unreachable(nodes) => nodes_unreachable = nodes,
+        }
+        told.nodes_unreachable.clone_from(&nodes_unreachable);
+        told
+    }))
+}
+
+fn given(text: String) -> Option<String> {
+    Some(text).filter(|text| !text.is_empty())
+}
+
 fn parse(request: ListRunsRequest) -> Result<(Filter, u32), Invalid> {
     let ListRunsRequest {
         user_id,
@@ -47,7 +94,6 @@ fn parse(request: ListRunsRequest) -> Result<(Filter, u32), Invalid> {
         page_size,
         page_token,
     } = request;
-    let given = |text: String| Some(text).filter(|text| !text.is_empty());
     let user_id = given(user_id);
     user_id.as_deref().map_or(Ok(()), check_user)?;
     let state = |state: i32| match RunState::try_from(state) {

@@ -1,11 +1,22 @@
 //! How runs are asked for and told, without their output.
 
-use polydev_proto::node::{self, ListRunsRequest};
+use std::sync::Arc;
+
+use futures_util::{Stream, stream};
+use polydev_proto::node::{self, ListRunsRequest, WatchRunsRequest, WatchRunsResponse};
 use prost_types::Timestamp;
+use tokio::sync::broadcast::error::RecvError;
 use tonic::Status;
 
 use super::{duration, encode_ended};
-use crate::run::listing::{Filter, State, Summary};
+use crate::{
+    node::Node,
+    run::{
+        Run,
+        book::NotFound,
+        listing::{Filter, State, Summary},
+    },
+};
 
 /// Runs in one answer; some 300 bytes each.
 const LIMIT_MOST: u32 = 2000;
@@ -33,7 +44,6 @@ pub(super) fn decode(request: ListRunsRequest) -> Result<(Filter, usize), Status
             "`states` has {state}, which is none"
         ))),
     };
-    let given = |text: String| (!text.is_empty()).then_some(text);
     let filter = Filter {
         user_id: given(user_id),
         provider: given(provider),
@@ -41,6 +51,59 @@ pub(super) fn decode(request: ListRunsRequest) -> Result<(Filter, usize), Status
         before: given(before_run_id),
     };
     Ok((filter, usize::try_from(limit).unwrap_or(usize::MAX)))
+}
+
+fn given(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
+}
+
+/// All runs that fit, and then each that comes further.
+pub(super) fn watch(
+    node: Arc<Node>,
+    request: WatchRunsRequest,
+) -> impl Stream<Item = WatchRunsResponse> + Send {
+    let filter = Filter {
+        user_id: given(request.user_id),
+        provider: given(request.provider),
+        ..Filter::default()
+    };
+    let steps = node.runs.steps();
+    stream::unfold(
+        (node, filter, steps, true),
+        |(node, filter, mut steps, mut all)| async move {
+            let told = loop {
+                if all {
+                    let runs = node.runs.list(&filter, usize::MAX);
+                    break WatchRunsResponse {
+                        runs: runs.into_iter().map(encode).collect(),
+                        snapshot: true,
+                        ..WatchRunsResponse::default()
+                    };
+                }
+                match steps.recv().await {
+                    Ok(run_id) => match step(&node, &filter, run_id) {
+                        Some(told) => break told,
+                        None => continue,
+                    },
+                    Err(RecvError::Lagged(_)) => all = true,
+                    Err(RecvError::Closed) => return None,
+                }
+            };
+            Some((told, (node, filter, steps, false)))
+        },
+    )
+}
+
+/// What there is to tell of a run that has come further.
+fn step(node: &Node, filter: &Filter, run_id: String) -> Option<WatchRunsResponse> {
+    let mut told = WatchRunsResponse::default();
+    match node.runs.find(&run_id, None) {
+        Ok(run) if filter.fits(&run.claimed) => told.runs.push(encode(Run::summary(run)?)),
+        // Whoever was not told of the claim does not know the id.
+        Err(NotFound::Aborted { .. }) => told.aborted_run_ids.push(run_id),
+        Ok(_) | Err(_) => return None,
+    }
+    Some(told)
 }
 
 pub(super) fn encode(summary: Summary) -> node::Run {

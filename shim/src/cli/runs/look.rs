@@ -1,13 +1,15 @@
-//! `polydev-shim runs list|show`
+//! `polydev-shim runs list|watch|show`
 
 use std::{collections::BTreeSet, process::ExitCode};
 
-use polydev_proto::runtime::{GetRunRequest, ListRunsRequest, Run, RunState};
+use polydev_proto::runtime::{
+    GetRunRequest, ListRunsRequest, Run, RunState, WatchRunsRequest, WatchRunsResponse,
+};
 use serde_json::{Value, json};
 
 use super::Name;
 use crate::{
-    cli::{Options, Output, age, answer, print, stream::reason},
+    cli::{Options, Output, age, answer, print, stream::reason, told},
     provider::Provider,
 };
 
@@ -16,12 +18,8 @@ const PAGE: u32 = 1000;
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct List {
-    /// Only this user's.
-    #[arg(long)]
-    user: Option<String>,
-    /// Only this provider's: openai, anthropic or google.
-    #[arg(long)]
-    provider: Option<Provider>,
+    #[command(flatten)]
+    of: Of,
     /// Only runs that have come so far; may be repeated.
     #[arg(long, value_enum)]
     state: Vec<State>,
@@ -30,6 +28,36 @@ pub(in crate::cli) struct List {
     limit: usize,
     #[command(flatten)]
     options: Options,
+}
+
+#[derive(clap::Args)]
+pub(in crate::cli) struct Watch {
+    #[command(flatten)]
+    of: Of,
+    #[command(flatten)]
+    options: Options,
+}
+
+/// Whose runs.
+#[derive(clap::Args)]
+struct Of {
+    /// Only this user's.
+    #[arg(long)]
+    user: Option<String>,
+    /// Only this provider's: openai, anthropic or google.
+    #[arg(long)]
+    provider: Option<Provider>,
+}
+
+impl Of {
+    fn user_id(&self) -> String {
+        self.user.clone().unwrap_or_default()
+    }
+
+    fn provider(&self) -> String {
+        let name = |provider: Provider| provider.to_string();
+        self.provider.map_or_else(String::new, name)
+    }
 }
 
 #[derive(clap::Args)]
@@ -71,10 +99,8 @@ pub(super) async fn list(arguments: List) -> anyhow::Result<ExitCode> {
     let mut unreachable = BTreeSet::new();
     while left > 0 {
         let request = ListRunsRequest {
-            user_id: arguments.user.clone().unwrap_or_default(),
-            provider: arguments
-                .provider
-                .map_or_else(String::new, |provider| provider.to_string()),
+            user_id: arguments.of.user_id(),
+            provider: arguments.of.provider(),
             states: arguments
                 .state
                 .iter()
@@ -84,11 +110,7 @@ pub(super) async fn list(arguments: List) -> anyhow::Result<ExitCode> {
             page_token,
         };
         let page = answer(shim.list_runs(request)).await?;
-        let lines = page.runs.iter().map(|run| match options.output {
-            Output::Text => line(run),
-            Output::Json => format!("{}\n", to_json(run)),
-        });
-        print(&lines.collect::<String>())?;
+        print(&lines(&page.runs, options.output))?;
         page_token = page.next_page_token;
         left = left.saturating_sub(page.runs.len());
         unreachable.extend(page.nodes_unreachable);
@@ -96,11 +118,55 @@ pub(super) async fn list(arguments: List) -> anyhow::Result<ExitCode> {
             break;
         }
     }
-    if !unreachable.is_empty() {
-        let nodes = Vec::from_iter(unreachable).join(", ");
+    missing(Vec::from_iter(unreachable).as_slice());
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) async fn watch(Watch { of, options }: Watch) -> anyhow::Result<ExitCode> {
+    let mut shim = options.connect().await?;
+    let request = WatchRunsRequest {
+        user_id: of.user_id(),
+        provider: of.provider(),
+    };
+    let mut changes = answer(shim.watch_runs(request)).await?;
+    if options.output == Output::Text {
+        print(&format!("{}\n", heading()))?;
+    }
+    let mut unreachable = Vec::new();
+    while let Some(change) = changes.message().await.map_err(told)? {
+        let WatchRunsResponse {
+            runs,
+            forgotten_run_ids,
+            nodes_unreachable,
+        } = change;
+        print(&lines(&runs, options.output))?;
+        for run_id in forgotten_run_ids {
+            print(&match options.output {
+                Output::Text => format!("{run_id:<36}  came to nothing, or ended unseen\n"),
+                Output::Json => format!("{}\n", json!({"run_id": run_id, "state": "forgotten"})),
+            })?;
+        }
+        if unreachable != nodes_unreachable {
+            missing(&nodes_unreachable);
+            unreachable = nodes_unreachable;
+        }
+    }
+    anyhow::bail!("the shim has ended")
+}
+
+fn missing(nodes: &[String]) {
+    if !nodes.is_empty() {
+        let nodes = nodes.join(", ");
         eprintln!("runs are missing of nodes that cannot be reached: {nodes}");
     }
-    Ok(ExitCode::SUCCESS)
+}
+
+fn lines(runs: &[Run], output: Output) -> String {
+    let line = |run| match output {
+        Output::Text => line(run),
+        Output::Json => format!("{}\n", to_json(run)),
+    };
+    runs.iter().map(line).collect()
 }
 
 pub(super) async fn show(Show { name, options }: Show) -> anyhow::Result<ExitCode> {

@@ -23,7 +23,8 @@ use polydev_proto::{
         ClaimRequest, ClaimResponse, Ended, FenceRequest, FenceResponse, GetNodeRequest,
         GetNodeResponse, GetRunRequest, GetRunResponse, Granted, LeaseRequest, LeaseResponse,
         ListRunsRequest, ListRunsResponse, ReleaseRequest, ReleaseResponse, RunEvent, Slot,
-        Started, WatchSlotsRequest, WatchSlotsResponse, claim_request, ended,
+        Started, WatchRunsRequest, WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse,
+        claim_request, ended,
         node_service_server::{NodeService, NodeServiceServer},
         run_event, slot,
     },
@@ -288,6 +289,7 @@ impl NodeService for Node {
     type WatchSlotsStream = Responses<WatchSlotsResponse>;
     type ClaimStream = Responses<ClaimResponse>;
     type AttachStream = Responses<AttachResponse>;
+    type WatchRunsStream = Responses<WatchRunsResponse>;
 
     async fn watch_slots(
         &self,
@@ -396,6 +398,13 @@ impl NodeService for Node {
         _: Request<ListRunsRequest>,
     ) -> Result<Response<ListRunsResponse>, Status> {
         Ok(Response::new(ListRunsResponse::default()))
+    }
+
+    async fn watch_runs(
+        &self,
+        _: Request<WatchRunsRequest>,
+    ) -> Result<Response<Self::WatchRunsStream>, Status> {
+        Ok(Response::new(Box::pin(futures_util::stream::pending())))
     }
 
     async fn fence(&self, _: Request<FenceRequest>) -> Result<Response<FenceResponse>, Status> {

@@ -1,0 +1,240 @@
+//! Runs as they come further, on all nodes.
+
+use std::{
+    collections::{HashMap, HashSet},
+    time::{Duration, Instant},
+};
+
+use futures_util::FutureExt;
+use polydev_proto::node::{
+    self, WatchRunsRequest, WatchRunsResponse, node_service_client::NodeServiceClient,
+};
+use tokio::{sync::mpsc, task::JoinSet, time::sleep};
+use tonic::{Status, transport::Channel};
+
+use super::{answered, listing::Found};
+use crate::{pool::View, provider::Provider};
+
+/// Which runs: those that fit all of it.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    pub user_id: Option<String>,
+    pub provider: Option<Provider>,
+}
+
+/// What is new.
+#[derive(Debug)]
+pub enum Change {
+    Runs {
+        runs: Vec<Found>,
+        /// Told before, and known no more.
+        forgotten: Vec<String>,
+    },
+    /// These nodes cannot be reached at the moment, or no more.
+    Unreachable(Vec<String>),
+}
+
+/// Between two tries to follow a node that ends the stream.
+const RETRY: Duration = Duration::from_millis(250);
+/// All runs of a node at once, some 300 bytes each.
+const ALL_MOST: usize = 64 << 20;
+/// A driver lists a run that has ended no longer than that.
+const LISTED: Duration = Duration::from_secs(15 * 60);
+
+/// Tells the runs that go on and then each that comes further, until nobody listens. First of
+/// all it tells which nodes cannot be reached.
+pub async fn watch(view: View, filter: Filter, changes: mpsc::Sender<Change>) {
+    let mut following = JoinSet::new();
+    // What has been told of each node's runs; `None` while it is followed.
+    let mut nodes: HashMap<String, Option<Told>> = HashMap::new();
+    let mut unreachable = None;
+    let mut news = view.changes();
+    loop {
+        news.mark_unchanged();
+        let (connected, away) = view.channels();
+        let known: HashSet<&String> = connected.iter().map(|(id, _)| id).chain(&away).collect();
+        nodes.retain(|node_id, told| told.is_none() || known.contains(node_id));
+        for (node_id, channel) in connected {
+            let told = nodes
+                .entry(node_id.clone())
+                .or_insert(Some(Told::default()));
+            if let Some(told) = told.take() {
+                let (filter, changes) = (filter.clone(), changes.clone());
+                let followed = follow(node_id.clone(), channel, told, filter, changes);
+                following.spawn(followed.map(|told| (node_id, told)));
+            }
+        }
+        if unreachable.as_ref() != Some(&away) {
+            unreachable = Some(away.clone());
+            if changes.send(Change::Unreachable(away)).await.is_err() {
+                return;
+            }
+        }
+        tokio::select! {
+            () = changes.closed() => return,
+            changed = news.changed() => if changed.is_err() { return },
+            Some(Ok((node_id, told))) = following.join_next() => {
+                nodes.insert(node_id, Some(told));
+            }
+        }
+    }
+}
+
+/// Follows one node for as long as its driver goes on.
+async fn follow(
+    node_id: String,
+    channel: Channel,
+    mut told: Told,
+    filter: Filter,
+    changes: mpsc::Sender<Change>,
+) -> Told {
+    let followed = async {
+        let request = WatchRunsRequest {
+            user_id: filter.user_id.unwrap_or_default(),
+            provider: filter
+                .provider
+                .map_or_else(String::new, |provider| provider.name().to_owned()),
+        };
+        let mut client = NodeServiceClient::new(channel).max_decoding_message_size(ALL_MOST);
+        let mut answers = answered(client.watch_runs(request)).await?.into_inner();
+        while let Some(answer) = answers.message().await? {
+            let (runs, forgotten) = told.news(answer);
+            if runs.is_empty() && forgotten.is_empty() {
+                continue;
+            }
+            let found = |run| Found {
+                node_id: node_id.clone(),
+                run,
+            };
+            let runs = runs.into_iter().map(found).collect();
+            if changes
+                .send(Change::Runs { runs, forgotten })
+                .await
+                .is_err()
+            {
+                break;
+            }
+        }
+        Ok::<_, Status>(())
+    };
+    if let Err(status) = followed.await {
+        tracing::debug!(node_id, %status, "a node does not tell its runs");
+    }
+    sleep(RETRY).await;
+    told
+}
+
+/// What the listener has been told of one node's runs.
+#[derive(Debug, Default)]
+struct Told {
+    runs: HashMap<String, Last>,
+    /// The node has been heard.
+    begun: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Last {
+    state: i32,
+    cancelled: bool,
+    /// When its end was told.
+    ended: Option<Instant>,
+}
+
+impl Told {
+    /// What of an answer is new, and which runs are forgotten.
+    fn news(&mut self, answer: WatchRunsResponse) -> (Vec<node::Run>, Vec<String>) {
+        let mut forgotten = answer.aborted_run_ids;
+        if answer.snapshot {
+            let now: HashSet<&str> = answer.runs.iter().map(|run| &*run.run_id).collect();
+            let goes_on = |(run_id, last): (&String, &Last)| {
+                (last.ended.is_none() && !now.contains(&**run_id)).then(|| run_id.clone())
+            };
+            forgotten.extend(self.runs.iter().filter_map(goes_on));
+        }
+        forgotten.retain(|run_id| self.runs.remove(run_id).is_some());
+        // Those that ended before anybody listened are no news.
+        let only_going = answer.snapshot && !self.begun;
+        self.begun = true;
+        let mut news = Vec::new();
+        for run in answer.runs {
+            let ended = (run.state() == node::run::State::Ended).then(Instant::now);
+            let now = Last {
+                state: run.state,
+                cancelled: run.cancelled,
+                ended,
+            };
+            let last = self.runs.insert(run.run_id.clone(), now);
+            let is_told =
+                last.is_some_and(|last| (last.state, last.cancelled) == (now.state, now.cancelled));
+            if !is_told && !(only_going && ended.is_some()) {
+                news.push(run);
+            }
+        }
+        let is_listed = |last: &Last| last.ended.is_none_or(|at| at.elapsed() < LISTED);
+        self.runs.retain(|_, last| is_listed(last));
+        (news, forgotten)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use node::run::State::{self, Claimed, Ended, Running};
+
+    fn answer(snapshot: bool, runs: &[(&str, State)]) -> WatchRunsResponse {
+        let run = |(run_id, state): &(&str, State)| node::Run {
+            run_id: (*run_id).into(),
+            state: (*state).into(),
+            ..node::Run::default()
+        };
+        WatchRunsResponse {
+            runs: runs.iter().map(run).collect(),
+            aborted_run_ids: Vec::new(),
+            snapshot,
+        }
+    }
+
+    fn told(told: &mut Told, answer: WatchRunsResponse) -> (Vec<String>, Vec<String>) {
+        let (runs, forgotten) = told.news(answer);
+        let name = |run: node::Run| format!("{} {}", run.run_id, run.state);
+        (runs.into_iter().map(name).collect(), forgotten)
+    }
+
+    #[test]
+    fn what_went_on_before_is_told_and_what_had_ended_is_not() {
+        let mut all = Told::default();
+        let first = answer(true, &[("a", Running), ("b", Ended)]);
+        assert_eq!(told(&mut all, first), (vec!["a 2".into()], vec![]));
+        let step = answer(false, &[("a", Ended), ("c", Claimed)]);
+        assert_eq!(
+            told(&mut all, step),
+            (vec!["a 3".into(), "c 1".into()], vec![])
+        );
+    }
+
+    #[test]
+    fn a_driver_that_comes_back_repeats_nothing_and_misses_nothing() {
+        let mut all = Told::default();
+        told(&mut all, answer(true, &[("a", Running), ("b", Ended)]));
+        told(&mut all, answer(false, &[("c", Claimed), ("d", Running)]));
+        let again = answer(
+            true,
+            &[("a", Ended), ("b", Ended), ("d", Running), ("e", Ended)],
+        );
+        assert_eq!(
+            told(&mut all, again),
+            (vec!["a 3".into(), "e 3".into()], vec!["c".into()])
+        );
+    }
+
+    #[test]
+    fn a_claim_that_came_to_nothing_is_forgotten_by_those_who_heard_of_it() {
+        let mut all = Told::default();
+        told(&mut all, answer(true, &[("a", Claimed)]));
+        let aborted = WatchRunsResponse {
+            aborted_run_ids: vec!["a".into(), "unheard".into()],
+            ..WatchRunsResponse::default()
+        };
+        assert_eq!(told(&mut all, aborted), (vec![], vec!["a".into()]));
+    }
+}
