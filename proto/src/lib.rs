@@ -41,6 +41,8 @@ pub mod init {
 }
 
 #[cfg(feature = "tls")]
+pub mod address;
+#[cfg(feature = "tls")]
 pub mod connection;
 pub mod error;
 pub mod exec;

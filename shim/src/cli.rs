@@ -27,20 +27,19 @@ use nix::sys::{
     prctl,
     resource::{Resource, getrlimit, setrlimit},
 };
-use polydev_proto::{runtime::runtime_service_client::RuntimeServiceClient, tls::Files};
+use polydev_client::{Calls, Identity};
+use polydev_proto::{
+    address::{Address, DEFAULT, Listener},
+    tls::Files,
+};
 use prost_types::Timestamp;
 use sd_notify::NotifyState;
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, transport::Channel};
+use tonic::Status;
 use tracing_subscriber::EnvFilter;
 use zeroize::Zeroizing;
 
-use crate::{
-    access::Access,
-    address::{Address, DEFAULT, Listener},
-    chain,
-    credentials::store,
-};
+use crate::{access::Access, credentials::store};
 
 /// Runs users' commands in warm, isolated containers.
 #[derive(Parser)]
@@ -146,25 +145,16 @@ fn files(
     })
 }
 
-/// For a connection to be made.
-const CONNECT: Duration = Duration::from_secs(10);
-
 impl Client {
-    async fn connect(&self) -> anyhow::Result<Channel> {
-        let files = self.tls.files();
-        let connect = self
-            .address
-            .connect(files.as_ref(), |endpoint| endpoint.connect_timeout(CONNECT));
-        let connected = match tokio::time::timeout(CONNECT, connect).await {
-            Ok(connected) => connected,
-            Err(_) => Err("no connection in 10 s".into()),
+    async fn connect(&self) -> anyhow::Result<polydev_client::Client> {
+        let identity = Identity {
+            files: self.tls.files(),
+            token: None,
         };
+        let connected = polydev_client::Client::connect(&self.address, identity).await;
         connected.map_err(|error| {
-            anyhow::anyhow!(
-                "no shim answers at {}: {}\nstart one with `polydev-shim serve` or `polydev-shim dev`",
-                self.address,
-                chain(&*error)
-            )
+            let advice = "start one with `polydev-shim serve` or `polydev-shim dev`";
+            anyhow::anyhow!("{error}\n{advice}")
         })
     }
 }
@@ -258,8 +248,8 @@ struct Options {
 }
 
 impl Options {
-    async fn connect(&self) -> anyhow::Result<RuntimeServiceClient<Channel>> {
-        Ok(RuntimeServiceClient::new(self.client.connect().await?))
+    async fn connect(&self) -> anyhow::Result<Calls> {
+        Ok(self.client.connect().await?.calls())
     }
 }
 

@@ -23,6 +23,4 @@ pub mod provider;
 pub mod engine;
 pub mod nomad;
 
-pub mod address;
-
 use polydev_proto::error::chain;

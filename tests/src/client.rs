@@ -17,8 +17,7 @@ use polydev_proto::runtime::{
     RunRequest, RunStart, attach_request, run_event::Event, run_input::Input, run_request,
     runtime_service_client::RuntimeServiceClient,
 };
-use polydev_proto::tls::Files;
-use polydev_shim::address::Address;
+use polydev_proto::{address::Address, tls::Files};
 use tokio::{runtime::Runtime, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, transport::Channel};

@@ -7,16 +7,13 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use bytes::Bytes;
+use polydev_client::Input;
 use polydev_proto::{
-    runtime::{
-        Artifact, Artifacts, CloseStdin, InputFile, Output, RunInput, input_file::Source,
-        run_event::Event, run_input::Input,
-    },
+    runtime::{Artifact, Artifacts, InputFile, Output, input_file::Source, run_event::Event},
     workspace,
 };
 use tempfile::NamedTempFile;
-use tokio::{io::AsyncReadExt, sync::mpsc};
+use tokio::io::AsyncReadExt;
 
 use super::stream::CHUNK;
 
@@ -98,30 +95,20 @@ impl Opened {
     }
 
     /// Sends what they hold. Files that have become shorter end the run before its command.
-    pub(super) async fn send(self, inputs: &mpsc::Sender<RunInput>) {
+    pub(super) async fn send(self, input: &Input) {
         for (file, of_run) in self.0 {
             let (path, size) = (&of_run.path, size(&of_run));
             let mut content = file.take(size);
             let mut sent = 0;
             while sent < size {
                 let mut chunk = Vec::with_capacity(CHUNK);
-                let input = match (&mut content)
-                    .take(CHUNK as u64)
-                    .read_to_end(&mut chunk)
-                    .await
-                {
-                    Ok(count) if count > 0 => Input::Files(Bytes::from(chunk)),
-                    _ => {
-                        eprintln!("polydev-shim: `{path}` ends after {sent} of {size} bytes");
-                        Input::CloseStdin(CloseStdin {})
-                    }
-                };
-                let last = matches!(input, Input::CloseStdin(_));
-                if let Input::Files(chunk) = &input {
-                    sent += chunk.len() as u64;
+                let mut next = (&mut content).take(CHUNK as u64);
+                if !matches!(next.read_to_end(&mut chunk).await, Ok(1..)) {
+                    eprintln!("polydev-shim: `{path}` ends after {sent} of {size} bytes");
+                    return input.close();
                 }
-                let input = RunInput { input: Some(input) };
-                if inputs.send(input).await.is_err() || last {
+                sent += chunk.len() as u64;
+                if input.write(chunk).await.is_err() {
                     return;
                 }
             }

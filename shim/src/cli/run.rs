@@ -3,21 +3,18 @@
 use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf, process::ExitCode};
 
 use bytes::Bytes;
-use futures_util::StreamExt;
+use polydev_client::Calls;
 use polydev_proto::runtime::{
-    Argv, ArtifactRules, Credential, Prompt, RunRequest, RunStart, StoredCredential,
-    SubmitJobRequest, credential, run_event::Event, run_request::Message, run_start::Command,
-    runtime_service_client::RuntimeServiceClient,
+    Argv, ArtifactRules, Credential, Prompt, RunStart, StoredCredential, SubmitJobRequest,
+    credential, run_event::Event, run_start::Command,
 };
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{metadata::MetadataValue, transport::Channel};
+use tonic::metadata::{MetadataMap, MetadataValue};
 
 use super::{
     Client, Output, credentials,
     files::{Given, Opened, Receiver},
     print,
-    stream::{self, QUEUE, Signals, forward_stdin},
+    stream::{self, Signals, forward_stdin},
     terminal, told,
 };
 use crate::provider::Provider;
@@ -95,35 +92,23 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     start.files = files.list();
     let tty = arguments.tty.then(terminal::size).transpose()?;
     start.terminal = tty;
-    let channel = arguments.client.connect().await?;
-    let mut shim = RuntimeServiceClient::new(channel);
+    let shim = arguments.client.connect().await?.with_metadata(trace());
 
     if arguments.detach {
-        return detach(shim, start, files, arguments.output).await;
+        return detach(shim.calls(), start, files, arguments.output).await;
     }
-    let (inputs, queue) = mpsc::channel(QUEUE);
     let reads_stdin = start.stdin;
-    let first = Message::Start(Box::new(start));
-    let rest = ReceiverStream::new(queue).map(Message::Input);
-    let requests = futures_util::stream::iter([first])
-        .chain(rest)
-        .map(|message| RunRequest {
-            message: Some(message),
-        });
     let signals = Signals::new(tty.is_some())?;
-    let events = shim.run(traced(requests)).await;
-    let events = events.map_err(told)?;
-    let to_command = inputs.clone();
+    let run = shim.run(start);
+    let input = run.input();
     tokio::spawn(async move {
-        files.send(&to_command).await;
+        files.send(&input).await;
         if reads_stdin {
-            forward_stdin(to_command).await;
+            forward_stdin(input).await;
         }
     });
-    let events = events.into_inner().map(|response| Ok(response?.event));
     stream::print(
-        events,
-        inputs,
+        run,
         signals,
         Receiver::new(&arguments.artifacts_to),
         arguments.output,
@@ -132,22 +117,22 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     .await
 }
 
-/// In the trace that the environment names.
-fn traced<T>(requests: T) -> tonic::Request<T> {
-    let mut call = tonic::Request::new(requests);
+/// The place in a trace that the environment names.
+fn trace() -> MetadataMap {
+    let mut metadata = MetadataMap::new();
     for name in ["traceparent", "tracestate"] {
         let value = std::env::var(name.to_uppercase()).unwrap_or_default();
         if let Ok(value) = MetadataValue::try_from(value)
             && !value.is_empty()
         {
-            call.metadata_mut().insert(name, value);
+            metadata.insert(name, value);
         }
     }
-    call
+    metadata
 }
 
 async fn detach(
-    mut shim: RuntimeServiceClient<Channel>,
+    mut shim: Calls,
     start: RunStart,
     files: Opened,
     output: Output,
@@ -159,7 +144,7 @@ async fn detach(
             ..start
         }),
     };
-    let submitted = shim.submit_job(traced(request)).await.map_err(told)?;
+    let submitted = shim.submit_job(request).await.map_err(told)?;
     let accepted = submitted.into_inner().accepted.unwrap_or_default();
     match output {
         Output::Text => print(&format!("{}\n", accepted.run_id))?,

@@ -10,18 +10,14 @@ use std::{
 use anyhow::bail;
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt};
-use polydev_proto::runtime::{
-    self, CloseStdin, ExitReason, Exited, RunEvent, RunInput, Signal, run_event::Event,
-    run_input::Input,
-};
+use futures_util::StreamExt;
+use polydev_client::{Input, Run};
+use polydev_proto::runtime::{self, ExitReason, Exited, run_event::Event};
 use serde_json::json;
 use tokio::{
     io::AsyncReadExt,
     signal::unix::{self, SignalKind},
-    sync::mpsc,
 };
-use tonic::Status;
 
 use super::{
     FAILED, Output,
@@ -30,34 +26,30 @@ use super::{
     told,
 };
 
-/// Messages to the command that may wait.
-pub(super) const QUEUE: usize = 8;
-/// The most the API takes in one message.
+/// Bytes that are read at once.
 pub(super) const CHUNK: usize = 64 << 10;
 
 /// Prints a run to its end, and passes signals on to it; the status to exit with. While
 /// the run waits for a slot, a signal ends the waiting.
 pub(super) async fn print(
-    events: impl Stream<Item = Result<Option<RunEvent>, Status>>,
-    inputs: mpsc::Sender<RunInput>,
+    mut run: Run,
     mut signals: Signals,
     mut artifacts: Receiver,
     output: Output,
     timeline: bool,
 ) -> anyhow::Result<ExitCode> {
-    let mut events = std::pin::pin!(events);
+    let input = run.input();
     let mut is_accepted = false;
     // While it waits, keys are for this program.
     let mut raw = None;
     loop {
         let event = tokio::select! {
-            event = events.next() => event,
+            event = run.next() => event,
             asked = signals.next() => {
                 let number = match asked {
                     Asked::Signal(number) => number,
                     Asked::Resize => {
-                        let resize = Input::Resize(terminal::size()?);
-                        tokio::spawn(send(inputs.clone(), resize));
+                        input.resize(terminal::size()?);
                         continue;
                     }
                 };
@@ -65,9 +57,7 @@ pub(super) async fn print(
                     return Ok(ExitCode::from(128 + number));
                 }
                 // The command decides what becomes of it.
-                let number = number.into();
-                let signal = Input::Signal(Signal { number });
-                tokio::spawn(send(inputs.clone(), signal));
+                input.signal(number.into());
                 continue;
             }
         };
@@ -75,9 +65,6 @@ pub(super) async fn print(
             bail!("the shim ended the stream before the run's end")
         };
         let event = event.map_err(told)?;
-        let Some(event) = event.and_then(|event| event.event) else {
-            continue;
-        };
         if matches!(event, Event::Accepted(_)) {
             is_accepted = true;
             raw = signals.resize.is_some().then(Raw::new).transpose()?;
@@ -95,11 +82,6 @@ pub(super) async fn print(
             return Ok(code);
         }
     }
-}
-
-async fn send(inputs: mpsc::Sender<RunInput>, input: Input) {
-    let input = Some(input);
-    let _ended = inputs.send(RunInput { input }).await;
 }
 
 /// What a terminal, or whoever started this, asks the command to do.
@@ -147,17 +129,15 @@ impl Signals {
     }
 }
 
-pub(super) async fn forward_stdin(inputs: mpsc::Sender<RunInput>) {
+pub(super) async fn forward_stdin(input: Input) {
     let mut stdin = tokio::io::stdin();
     let mut chunk = vec![0; CHUNK];
     loop {
-        let input = match stdin.read(&mut chunk).await {
-            Ok(0) | Err(_) => Input::CloseStdin(CloseStdin {}),
-            Ok(count) => Input::Stdin(Bytes::copy_from_slice(&chunk[..count])),
+        let chunk = match stdin.read(&mut chunk).await {
+            Ok(0) | Err(_) => return input.close(),
+            Ok(count) => Bytes::copy_from_slice(&chunk[..count]),
         };
-        let last = matches!(input, Input::CloseStdin(_));
-        let input = RunInput { input: Some(input) };
-        if inputs.send(input).await.is_err() || last {
+        if input.write(chunk).await.is_err() {
             return;
         }
     }

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, convert::Infallible, time::Duration};
 
 use polydev_proto::{
+    address::Address,
     node::{WatchSlotsRequest, node_service_client::NodeServiceClient},
     tls::Files,
 };
@@ -14,7 +15,6 @@ use tokio::{
 use tonic::{Status, transport::Endpoint};
 
 use super::View;
-use crate::address::Address;
 
 /// Bytes of one run on their way from the driver.
 const STREAM_WINDOW: u32 = 1 << 20;

@@ -3,11 +3,9 @@
 use std::io;
 
 use futures_util::{Stream, StreamExt, stream};
-use polydev_proto::{connection::Connection, tls};
+use polydev_proto::{address::Listener, connection::Connection, tls};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
-
-use crate::address::Listener;
 
 /// Those that come to any of `listeners`.
 pub(super) fn incoming(

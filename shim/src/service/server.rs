@@ -4,7 +4,9 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::middleware;
-use polydev_proto::{DESCRIPTORS, runtime::runtime_service_server::RuntimeServiceServer};
+use polydev_proto::{
+    DESCRIPTORS, address::Listener, runtime::runtime_service_server::RuntimeServiceServer,
+};
 use tokio::time::{sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{service::Routes, transport::Server};
@@ -12,7 +14,6 @@ use tonic::{service::Routes, transport::Server};
 use super::{Service, http, incoming};
 use crate::{
     access::Access,
-    address::Listener,
     credentials::Vault,
     nomad::Nomad,
     pool::View,

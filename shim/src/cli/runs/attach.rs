@@ -2,20 +2,13 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use futures_util::StreamExt;
-use polydev_proto::runtime::{
-    AttachRequest, AttachStart, CancelRunRequest, attach_request::Message,
-    runtime_service_client::RuntimeServiceClient,
-};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use polydev_proto::runtime::{AttachStart, CancelRunRequest};
 
 use super::Name;
 use crate::cli::{
     Client, Output, answer,
     files::Receiver,
-    stream::{self, QUEUE, Signals},
-    told,
+    stream::{self, Signals},
 };
 
 #[derive(clap::Args)]
@@ -47,40 +40,25 @@ pub(in crate::cli) struct Cancel {
 }
 
 pub(super) async fn attach(arguments: Attach) -> anyhow::Result<ExitCode> {
-    let channel = arguments.client.connect().await?;
-    let mut shim = RuntimeServiceClient::new(channel);
-    let (inputs, queue) = mpsc::channel(QUEUE);
-    let first = Message::Start(AttachStart {
+    let shim = arguments.client.connect().await?;
+    let run = shim.attach(AttachStart {
         run_id: arguments.name.run_id,
         user_id: arguments.name.user,
         stdout_offset: arguments.stdout_offset,
         stderr_offset: arguments.stderr_offset,
         artifact_offset: 0,
     });
-    // The end of the requests would close the command's stdin: signals keep them open.
-    let rest = ReceiverStream::new(queue).map(Message::Input);
-    let requests = futures_util::stream::iter([first])
-        .chain(rest)
-        .map(|message| AttachRequest {
-            message: Some(message),
-        });
     let signals = Signals::new(false)?;
-    let events = shim.attach(requests).await;
-    let events = events
-        .map_err(told)?
-        .into_inner()
-        .map(|response| Ok(response?.event));
     let artifacts = Receiver::new(&arguments.artifacts_to);
-    stream::print(events, inputs, signals, artifacts, arguments.output, false).await
+    stream::print(run, signals, artifacts, arguments.output, false).await
 }
 
 pub(super) async fn cancel(arguments: Cancel) -> anyhow::Result<ExitCode> {
-    let channel = arguments.client.connect().await?;
+    let shim = arguments.client.connect().await?;
     let request = CancelRunRequest {
         run_id: arguments.name.run_id,
         user_id: arguments.name.user,
     };
-    let mut shim = RuntimeServiceClient::new(channel);
-    answer(shim.cancel_run(request)).await?;
+    answer(shim.calls().cancel_run(request)).await?;
     Ok(ExitCode::SUCCESS)
 }

@@ -17,6 +17,7 @@ use axum::{
     routing::get,
 };
 use futures_util::{Stream, StreamExt, stream};
+use polydev_proto::address::Address;
 use polydev_proto::{
     node::{
         self, AttachRequest, AttachResponse, Attached, CancelRunRequest, CancelRunResponse,
@@ -33,7 +34,6 @@ use polydev_proto::{
         runtime_service_client::RuntimeServiceClient,
     },
 };
-use polydev_shim::address::Address;
 use polydev_tests::{client::argv, shim::Shim};
 use prost_types::Timestamp;
 use serde_json::{Value, json};

@@ -10,12 +10,13 @@ use std::{
 };
 
 use hyper_util::rt::TokioIo;
-use polydev_proto::tls::{Files, GRPC, HTTP, Reloading};
 use rustls::pki_types::ServerName;
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
 use url::{Host, Url};
+
+use crate::tls::{Files, GRPC, HTTP, Reloading};
 
 /// Where a shim listens unless it is told otherwise.
 pub const DEFAULT: &str = "unix:///run/polydev/shim.sock";
