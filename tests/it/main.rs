@@ -3,6 +3,7 @@
 
 mod access;
 mod api;
+mod clients;
 mod cluster;
 mod corners;
 mod credentials;

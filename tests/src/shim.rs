@@ -64,9 +64,25 @@ impl Shim {
     /// `polydev-shim serve` in front of the agent at `nomad`.
     #[must_use]
     pub fn serve(nomad: &str) -> Self {
+        Self::serve_with(nomad, &[])
+    }
+
+    /// As [`Shim::serve`], with options of the shim's.
+    #[must_use]
+    pub fn serve_with(nomad: &str, options: &[&str]) -> Self {
         let mut command = Command::new(program("polydev-shim"));
-        command.args(["serve", "--nomad-addr", nomad]);
+        command.args(["serve", "--nomad-addr", nomad]).args(options);
         Self::start(command, Folder::new("pdtest-"))
+    }
+
+    /// Starts it again, after it has ended.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn restart(&mut self) {
+        let (program, arguments) = self.words.split_first().expect("it has a program");
+        let mut command = Command::new(program);
+        self.process = launch(command.args(arguments), self.folder.path());
     }
 
     /// As [`Shim::serve`], run by `command`: in a network namespace.

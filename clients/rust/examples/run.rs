@@ -1,3 +1,5 @@
+use std::io::Write;
+
 use futures_util::StreamExt;
 use polydev_client::{Address, Client, Identity, api};
 
@@ -20,12 +22,13 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     input.write("hello").await?;
     input.close();
 
+    let mut stdout = std::io::stdout();
     while let Some(event) = run.next().await {
         match event? {
-            api::run_event::Event::Stdout(output) => {
-                println!("{}", String::from_utf8_lossy(&output.data));
+            api::run_event::Event::Stdout(output) => stdout.write_all(&output.data)?,
+            api::run_event::Event::Exited(exited) => {
+                writeln!(stdout, "\nexit {}", exited.exit_code)?;
             }
-            api::run_event::Event::Exited(exited) => println!("exit {}", exited.exit_code),
             _ => {}
         }
     }

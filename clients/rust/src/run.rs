@@ -24,6 +24,8 @@ use crate::{Calls, Input};
 
 /// How long a run is tried to be reached again.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// As long as it is not known whether there is one.
+const PATIENCE_FIRST: Duration = Duration::from_secs(10);
 /// Between two tries at first, and at most.
 const RETRY: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_secs(2);
@@ -32,7 +34,8 @@ const PROMPT_IN_ARGV: usize = 131_007;
 
 /// A run: the stream of its events. `accepted` comes once, every byte once and in order, and
 /// `exited` last. When the connection breaks, or the shim is restarted, it goes on where it was;
-/// after a minute without an answer it ends with the last error. Dropping it leaves the run to
+/// after a minute without an answer (ten seconds, if it was not accepted yet) it ends with the
+/// last error. Dropping it leaves the run to
 /// itself.
 pub struct Run {
     run_id: String,
@@ -327,7 +330,12 @@ impl Session {
             _ => self.broken.is_some() && details.retry_info().is_some(),
         };
         let since = self.broken.as_ref().map(|broken| broken.since);
-        may_pass && since.is_none_or(|since| since.elapsed() < PATIENCE)
+        let patience = if self.accepted {
+            PATIENCE
+        } else {
+            PATIENCE_FIRST
+        };
+        may_pass && since.is_none_or(|since| since.elapsed() < patience)
     }
 
     fn broke(&mut self) {

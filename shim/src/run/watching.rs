@@ -166,7 +166,8 @@ impl Told {
             let last = self.runs.insert(run.run_id.clone(), now);
             let is_told =
                 last.is_some_and(|last| (last.state, last.cancelled) == (now.state, now.cancelled));
-            if !is_told && !(only_going && ended.is_some()) {
+            let is_past = only_going && ended.is_some();
+            if !is_told && !is_past {
                 news.push(run);
             }
         }
