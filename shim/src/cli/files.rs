@@ -248,6 +248,8 @@ fn refuse_links(folder: &Path, path: &str) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
 
     fn artifact(path: &str, size: u64) -> Artifact {
