@@ -8,7 +8,7 @@ pub mod service;
 
 use std::{collections::HashMap, io, net::SocketAddr, path::PathBuf, sync::Arc};
 
-use polydev_proto::tls::{self, Reloading};
+use polydev_proto::tls::{self, Callers, Reloading};
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, watch},
@@ -218,7 +218,7 @@ fn interface(instance: &str) -> String {
 }
 
 fn secured(shims: &config::Shims) -> io::Result<(TcpListener, Arc<Reloading>)> {
-    let files = Reloading::new(shims.files.clone(), &[tls::GRPC])?;
+    let files = Reloading::new(shims.files.clone(), &[tls::GRPC], Callers::Certified)?;
     let listener = std::net::TcpListener::bind(shims.listen)?;
     listener.set_nonblocking(true)?;
     Ok((TcpListener::from_std(listener)?, Arc::new(files)))

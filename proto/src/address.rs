@@ -16,7 +16,7 @@ use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
 use url::{Host, Url};
 
-use crate::tls::{Files, GRPC, HTTP, Reloading};
+use crate::tls::{Callers, Files, GRPC, HTTP, Reloading, Trust};
 
 /// Where a shim listens unless it is told otherwise.
 pub const DEFAULT: &str = "unix:///run/polydev/shim.sock";
@@ -124,12 +124,18 @@ impl Address {
     /// # Errors
     /// As the kernel says; `AddrInUse` if somebody serves there; whatever is wrong with the
     /// files, which TLS needs.
-    pub async fn listen(&self, files: Option<&Files>, mode: u32) -> io::Result<Listener> {
+    pub async fn listen(
+        &self,
+        files: Option<&Files>,
+        callers: Callers,
+        mode: u32,
+    ) -> io::Result<Listener> {
         match self {
             Self::Loopback(address) => TcpListener::bind(address).await.map(Listener::Loopback),
             Self::Tls { host, port } => {
-                let files = files.ok_or_else(no_files)?.clone();
-                let files = Arc::new(Reloading::new(files, &[GRPC, HTTP])?);
+                let files = files.ok_or_else(|| missing("--tls-cert, --tls-key and --tls-ca"))?;
+                let files = files.clone();
+                let files = Arc::new(Reloading::new(files, &[GRPC, HTTP], callers)?);
                 let socket = TcpListener::bind((host.as_str(), *port)).await?;
                 Ok(Listener::Tls(socket, files))
             }
@@ -154,7 +160,7 @@ impl Address {
     /// What keeps it from there; whatever is wrong with the files, which TLS needs.
     pub async fn connect(
         &self,
-        files: Option<&Files>,
+        trust: Option<&Trust>,
         settings: impl FnOnce(Endpoint) -> Endpoint,
     ) -> Result<Channel, Box<dyn std::error::Error + Send + Sync>> {
         let Self::Tls { host, port } = self else {
@@ -162,13 +168,14 @@ impl Address {
             return Ok(settings(endpoint).connect().await?);
         };
         let name = ServerName::try_from(host.clone())?;
-        let files = files.ok_or_else(no_files)?.clone();
+        let needed = "--tls-ca, and --tls-cert with --tls-key or a token";
+        let trust = trust.ok_or_else(|| missing(needed))?.clone();
         let to = (host.clone(), *port);
         let connector = tower::service_fn(move |_: Uri| {
-            let (name, files, to) = (name.clone(), files.clone(), to.clone());
+            let (name, trust, to) = (name.clone(), trust.clone(), to.clone());
             async move {
                 // Read again for every connection: they may have been replaced.
-                let connector = TlsConnector::from(Arc::new(files.client()?));
+                let connector = TlsConnector::from(Arc::new(trust.client()?));
                 let stream = TcpStream::connect(to).await?;
                 stream.set_nodelay(true)?;
                 let stream = connector.connect(name, stream).await?;
@@ -181,11 +188,8 @@ impl Address {
     }
 }
 
-fn no_files() -> io::Error {
-    io::Error::new(
-        io::ErrorKind::InvalidInput,
-        "https needs --tls-cert, --tls-key and --tls-ca",
-    )
+fn missing(files: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, format!("https needs {files}"))
 }
 
 fn remove_stale(path: &Path) -> io::Result<()> {

@@ -14,7 +14,7 @@ use tokio::{
 use tonic::transport::server::Connected;
 
 /// Who calls: `uid:1000` through a unix socket, `loopback`, or what the certificate says:
-/// `spiffe://...` or `cn:NAME`.
+/// `spiffe://...` or `cn:NAME`. A shim calls who shows a token `sub:` and its subject.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller(pub String);
 
@@ -23,6 +23,9 @@ impl fmt::Display for Caller {
         f.write_str(&self.0)
     }
 }
+
+/// The name of a caller who has said nothing of himself.
+pub const NOBODY: &str = "";
 
 /// So long the other end may take nothing of what is written, before the connection is given
 /// up: as long as HTTP/2 waits for an answer to its pings, which HTTP/1 does not have.

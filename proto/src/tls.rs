@@ -26,7 +26,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
-use crate::connection::Connection;
+use crate::connection::{Connection, NOBODY};
 
 /// gRPC's.
 pub const GRPC: &str = "h2";
@@ -51,6 +51,27 @@ pub struct Files {
     pub authority: PathBuf,
 }
 
+/// Whom a caller believes, and what it shows of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trust {
+    /// Both sides have a certificate.
+    Mutual(Files),
+    /// The caller shows none: it says otherwise who it is.
+    Server {
+        /// Certificates of those whose word is taken for the other side.
+        authority: PathBuf,
+    },
+}
+
+/// Whom a server lets in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Callers {
+    /// Those with a certificate that the authority has signed.
+    Certified,
+    /// Those as well who show none, of whom nothing is known then. One that is wrong is refused.
+    Any,
+}
+
 /// Why the files are of no use.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -71,19 +92,22 @@ pub enum Error {
 }
 
 impl Files {
-    /// For whoever is called, in one of `protocols` (ALPN). A caller without a certificate is
-    /// turned away.
+    /// For whoever is called, in one of `protocols` (ALPN).
     ///
     /// # Errors
     /// [`Error`]
-    pub fn server(&self, protocols: &[&str]) -> Result<ServerConfig, Error> {
+    pub fn server(&self, protocols: &[&str], callers: Callers) -> Result<ServerConfig, Error> {
         let authority = |source| Error::Authority {
             path: self.authority.clone(),
             source,
         };
-        let roots = Arc::new(self.roots()?);
-        let callers = WebPkiClientVerifier::builder_with_provider(roots, provider());
-        let callers = callers.build().map_err(|error| authority(error.into()))?;
+        let roots = Arc::new(roots(&self.authority)?);
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider());
+        let verifier = match callers {
+            Callers::Certified => verifier,
+            Callers::Any => verifier.allow_unauthenticated(),
+        };
+        let callers = verifier.build().map_err(|error| authority(error.into()))?;
         let (chain, key) = self.own()?;
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
@@ -98,37 +122,10 @@ impl Files {
         Ok(config)
     }
 
-    /// For whoever calls.
-    ///
-    /// # Errors
-    /// [`Error`]
-    pub fn client(&self) -> Result<ClientConfig, Error> {
-        let (chain, key) = self.own()?;
-        let mut config = ClientConfig::builder_with_provider(provider())
-            .with_safe_default_protocol_versions()
-            .map_err(|source| self.unusable(source))?
-            .with_root_certificates(self.roots()?)
-            .with_client_auth_cert(chain, key)
-            .map_err(|source| self.unusable(source))?;
-        config.alpn_protocols = vec![GRPC.into()];
-        Ok(config)
-    }
-
     fn own(&self) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), Error> {
         let key = PrivateKeyDer::from_pem_file(&self.key);
         let key = key.map_err(|source| unreadable(&self.key, source))?;
         Ok((certificates(&self.certificate)?, key))
-    }
-
-    fn roots(&self) -> Result<RootCertStore, Error> {
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates(&self.authority)? {
-            roots.add(certificate).map_err(|error| Error::Authority {
-                path: self.authority.clone(),
-                source: error.into(),
-            })?;
-        }
-        Ok(roots)
     }
 
     fn unusable(&self, source: rustls::Error) -> Error {
@@ -143,6 +140,44 @@ impl Files {
         let written = |path: &PathBuf| fs::metadata(path).and_then(|file| file.modified());
         [&self.certificate, &self.key, &self.authority].map(|path| written(path).ok())
     }
+}
+
+impl Trust {
+    /// For whoever calls.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn client(&self) -> Result<ClientConfig, Error> {
+        let (Self::Mutual(Files { authority, .. }) | Self::Server { authority }) = self;
+        let config = ClientConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(|error| Error::Authority {
+                path: authority.clone(),
+                source: error.into(),
+            })?
+            .with_root_certificates(roots(authority)?);
+        let mut config = match self {
+            Self::Server { .. } => config.with_no_client_auth(),
+            Self::Mutual(files) => {
+                let (chain, key) = files.own()?;
+                let config = config.with_client_auth_cert(chain, key);
+                config.map_err(|source| files.unusable(source))?
+            }
+        };
+        config.alpn_protocols = vec![GRPC.into()];
+        Ok(config)
+    }
+}
+
+fn roots(authority: &Path) -> Result<RootCertStore, Error> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(authority)? {
+        roots.add(certificate).map_err(|error| Error::Authority {
+            path: authority.into(),
+            source: error.into(),
+        })?;
+    }
+    Ok(roots)
 }
 
 fn provider() -> Arc<CryptoProvider> {
@@ -171,6 +206,7 @@ fn unreadable(path: &Path, source: pem::Error) -> Error {
 pub struct Reloading {
     files: Files,
     protocols: &'static [&'static str],
+    callers: Callers,
     current: Mutex<Current>,
 }
 
@@ -186,16 +222,21 @@ impl Reloading {
     ///
     /// # Errors
     /// [`Error`] if the files are of no use now.
-    pub fn new(files: Files, protocols: &'static [&'static str]) -> Result<Self, Error> {
+    pub fn new(
+        files: Files,
+        protocols: &'static [&'static str],
+        callers: Callers,
+    ) -> Result<Self, Error> {
         let current = Current {
             written: files.written(),
-            config: Arc::new(files.server(protocols)?),
+            config: Arc::new(files.server(protocols, callers)?),
             looked: Instant::now(),
         };
         let current = Mutex::new(current);
         Ok(Self {
             files,
             protocols,
+            callers,
             current,
         })
     }
@@ -208,7 +249,7 @@ impl Reloading {
             current.looked = Instant::now();
             let written = self.files.written();
             if written != current.written {
-                match self.files.server(self.protocols) {
+                match self.files.server(self.protocols, self.callers) {
                     Ok(config) => {
                         current.config = Arc::new(config);
                         current.written = written;
@@ -267,9 +308,11 @@ async fn handshake(config: Arc<ServerConfig>, stream: TcpStream) -> io::Result<C
     let stream = TlsAcceptor::from(config).accept(stream).await?;
     let (_, session) = stream.get_ref();
     let certificate = session.peer_certificates().and_then(|chain| chain.first());
-    let name = certificate.and_then(name);
-    let name = name.ok_or_else(|| io::Error::other("its certificate names nobody"))?;
-    Ok(Connection::new(stream, name))
+    let name = match certificate {
+        Some(certificate) => name(certificate).ok_or("its certificate names nobody"),
+        None => Ok(NOBODY.into()),
+    };
+    Ok(Connection::new(stream, name.map_err(io::Error::other)?))
 }
 
 /// The name of whom a certificate is for: its first SPIFFE id (`spiffe://...`), or `cn:` and

@@ -27,10 +27,10 @@ use nix::sys::{
     prctl,
     resource::{Resource, getrlimit, setrlimit},
 };
-use polydev_client::{Calls, Identity};
+use polydev_client::{Calls, Identity, Token};
 use polydev_proto::{
     address::{Address, DEFAULT, Listener},
-    tls::Files,
+    tls::{Callers, Files, Trust},
 };
 use prost_types::Timestamp;
 use sd_notify::NotifyState;
@@ -39,7 +39,7 @@ use tonic::Status;
 use tracing_subscriber::EnvFilter;
 use zeroize::Zeroizing;
 
-use crate::{access::Access, credentials::store};
+use crate::{access::Access, credentials::store, token};
 
 /// Runs users' commands in warm, isolated containers.
 #[derive(Parser)]
@@ -103,10 +103,10 @@ struct Client {
     tls: Tls,
 }
 
-/// How a caller shows who he is, where the address begins with https.
+/// How a caller shows who he is.
 #[derive(clap::Args)]
 struct Tls {
-    /// The caller's certificate, in PEM.
+    /// The caller's certificate, in PEM, where the address begins with https.
     #[arg(long, env = "POLYDEV_TLS_CERT", value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
     tls_cert: Option<PathBuf>,
     /// The key of it.
@@ -118,18 +118,24 @@ struct Tls {
     )]
     tls_key: Option<PathBuf>,
     /// Certificates of the authorities that speak for the shim.
-    #[arg(
-        long,
-        env = "POLYDEV_TLS_CA",
-        value_name = "FILE",
-        requires = "tls_cert"
-    )]
+    #[arg(long, env = "POLYDEV_TLS_CA", value_name = "FILE")]
     tls_ca: Option<PathBuf>,
+    /// File with a token that says who the caller is, of the issuer that the shim trusts.
+    #[arg(long, env = "POLYDEV_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
 }
 
 impl Tls {
-    fn files(&self) -> Option<Files> {
-        files(&self.tls_cert, &self.tls_key, &self.tls_ca)
+    fn identity(&self) -> Identity {
+        let mutual = files(&self.tls_cert, &self.tls_key, &self.tls_ca).map(Trust::Mutual);
+        let server = || {
+            let authority = self.tls_ca.clone()?;
+            Some(Trust::Server { authority })
+        };
+        Identity {
+            tls: mutual.or_else(server),
+            token: self.token_file.clone().map(Token::File),
+        }
     }
 }
 
@@ -147,10 +153,7 @@ fn files(
 
 impl Client {
     async fn connect(&self) -> anyhow::Result<polydev_client::Client> {
-        let identity = Identity {
-            files: self.tls.files(),
-            token: None,
-        };
+        let identity = self.tls.identity();
         let connected = polydev_client::Client::connect(&self.address, identity).await;
         connected.map_err(|error| {
             let advice = "start one with `polydev-shim serve` or `polydev-shim dev`";
@@ -163,7 +166,7 @@ impl Client {
 #[derive(clap::Args)]
 struct Listen {
     /// Where to listen: unix:///PATH, http://127.0.0.1:PORT, or https://ADDRESS:PORT for
-    /// callers with a certificate; may be repeated.
+    /// callers with a certificate or a token; may be repeated.
     #[arg(long, env = "POLYDEV_LISTEN", default_value = DEFAULT, value_delimiter = ',')]
     listen: Vec<Address>,
     /// The shim's certificate, in PEM; for https.
@@ -190,9 +193,15 @@ struct Listen {
     /// and nobody can from elsewhere.
     #[arg(long, env = "POLYDEV_ROLES", value_name = "FILE")]
     roles: Option<PathBuf>,
+    #[command(flatten)]
+    tokens: token::Settings,
 }
 
 impl Listen {
+    fn tokens(&self) -> anyhow::Result<Option<token::Tokens>> {
+        Ok(token::Tokens::new(&self.tokens)?)
+    }
+
     fn access(&self) -> anyhow::Result<Access> {
         match &self.roles {
             Some(path) => Ok(Access::load(path)?),
@@ -222,9 +231,13 @@ impl Listen {
         let files = self.files();
         // Roles say what each may do.
         let mode = if self.roles.is_some() { 0o666 } else { 0o600 };
+        let callers = match self.tokens()? {
+            Some(_) => Callers::Any,
+            None => Callers::Certified,
+        };
         let mut listeners = Vec::new();
         for address in &self.listen {
-            let listener = address.listen(files.as_ref(), mode).await;
+            let listener = address.listen(files.as_ref(), callers, mode).await;
             listeners.push(listener.with_context(|| format!("cannot listen at {address}"))?);
         }
         Ok(listeners)

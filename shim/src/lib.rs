@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Nothing on the right knows anything on its left. A shim keeps no state but what
-//! drivers tell it. `nomad` alone names reqwest.
+//! drivers tell it. `nomad` and `token::keys` alone name reqwest.
 
 pub mod cli;
 pub mod service;
@@ -19,6 +19,7 @@ pub mod credentials;
 pub mod environment;
 pub mod pool;
 pub mod provider;
+pub mod token;
 
 pub mod engine;
 pub mod nomad;

@@ -1,4 +1,4 @@
-//! Nomad's HTTP API, as far as the shim needs it; alone in naming reqwest. [`job`] is what
+//! Nomad's HTTP API, as far as the shim needs it. [`job`] is what
 //! it asks of jobs, [`node`] of nodes.
 
 pub mod job;

@@ -9,6 +9,7 @@ mod carry;
 mod cluster;
 mod credentials;
 mod http;
+mod identify;
 mod incoming;
 mod page;
 mod pools;

@@ -33,3 +33,4 @@ mod secrets;
 mod store;
 mod survive;
 mod terminal;
+mod tokens;

@@ -17,7 +17,10 @@ use polydev_proto::runtime::{
     RunRequest, RunStart, attach_request, run_event::Event, run_input::Input, run_request,
     runtime_service_client::RuntimeServiceClient,
 };
-use polydev_proto::{address::Address, tls::Files};
+use polydev_proto::{
+    address::Address,
+    tls::{Files, Trust},
+};
 use tokio::{runtime::Runtime, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, transport::Channel};
@@ -101,13 +104,13 @@ impl Client {
     /// # Panics
     /// If that is no address.
     pub fn connect_as(address: &str, files: Files) -> Result<Self, String> {
-        Self::open(address, Some(files))
+        Self::open(address, Some(Trust::Mutual(files)))
     }
 
-    fn open(address: &str, files: Option<Files>) -> Result<Self, String> {
+    fn open(address: &str, trust: Option<Trust>) -> Result<Self, String> {
         let runtime = Runtime::new().expect("a runtime can be made");
         let address: Address = address.parse().expect("it is an address");
-        let connect = address.connect(files.as_ref(), |endpoint| endpoint);
+        let connect = address.connect(trust.as_ref(), |endpoint| endpoint);
         let channel = runtime.block_on(connect);
         Ok(Self {
             runtime,

@@ -6,7 +6,7 @@ use polydev_proto::{
     address::Address,
     error::chain,
     runtime::{AttachStart, RunStart, runtime_service_client::RuntimeServiceClient},
-    tls::Files,
+    tls::Trust,
 };
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::timeout;
@@ -30,8 +30,8 @@ pub type Calls = RuntimeServiceClient<InterceptedService<Channel, Added>>;
 /// Who the caller is, as far as the connection does not say it.
 #[derive(Debug, Clone, Default)]
 pub struct Identity {
-    /// A certificate; an address that begins with `https` needs one, or a token.
-    pub files: Option<Files>,
+    /// Whom it believes, and its certificate; for an address that begins with `https`.
+    pub tls: Option<Trust>,
     /// A token, sent with each call.
     pub token: Option<Token>,
 }
@@ -67,8 +67,8 @@ impl Client {
     /// # Cancel safety
     /// Leaves nothing.
     pub async fn connect(address: &Address, identity: Identity) -> Result<Self, Error> {
-        let Identity { files, token } = identity;
-        let connect = address.connect(files.as_ref(), |endpoint| {
+        let Identity { tls, token } = identity;
+        let connect = address.connect(tls.as_ref(), |endpoint| {
             endpoint
                 .connect_timeout(CONNECT)
                 .http2_keep_alive_interval(ALIVE)

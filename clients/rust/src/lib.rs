@@ -13,7 +13,7 @@ pub use bytes::Bytes;
 pub use polydev_proto::{
     address::{Address, DEFAULT},
     runtime as api,
-    tls::Files,
+    tls::{Files, Trust},
 };
 pub use tonic::{Code, Status};
 

@@ -60,6 +60,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
     let vault = arguments.vault.open()?;
     let access = arguments.listen.access()?;
+    let tokens = arguments.listen.tokens()?;
     let stop = super::stop_signal()?;
     let listeners = arguments.listen.bind().await?;
 
@@ -84,6 +85,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         nomad: None,
         vault,
         access,
+        tokens,
         limits,
     };
     let served = tokio::select! {

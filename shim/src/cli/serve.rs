@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use polydev_proto::tls::{Files, GRPC};
+use polydev_proto::tls::{Callers, Files, GRPC, Trust};
 use sd_notify::NotifyState;
 
 use super::tell_systemd;
@@ -58,13 +58,14 @@ impl Arguments {
         self.nomad.connect()?;
         self.vault.open()?;
         self.listen.access()?;
+        self.listen.tokens()?;
         let node = self.node_files();
         self.listen.check()?;
         if let Some(files) = self.listen.files() {
-            files.server(&[GRPC])?;
+            files.server(&[GRPC], Callers::Certified)?;
         }
         if let Some(files) = node {
-            files.client()?;
+            Trust::Mutual(files).client()?;
         }
         Ok(())
     }
@@ -84,6 +85,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let nomad = arguments.nomad.connect()?;
     let vault = arguments.vault.open()?;
     let access = arguments.listen.access()?;
+    let tokens = arguments.listen.tokens()?;
 
     let stop = super::stop_signal()?;
     let listeners = arguments.listen.bind().await?;
@@ -101,12 +103,13 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         per_user: arguments.per_user,
         on_demand: arguments.on_demand,
     };
-    let node_files = arguments.node_files();
+    let node_files = arguments.node_files().map(Trust::Mutual);
     let parts = service::Parts {
         view: view.clone(),
         nomad: Some(nomad.clone()),
         vault,
         access,
+        tokens,
         limits,
     };
     let serving = tokio::select! {

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, convert::Infallible, time::Duration};
 use polydev_proto::{
     address::Address,
     node::{WatchSlotsRequest, node_service_client::NodeServiceClient},
-    tls::Files,
+    tls::Trust,
 };
 use tokio::{
     sync::watch,
@@ -34,7 +34,7 @@ const RETRY_MOST: Duration = Duration::from_millis(250);
 pub async fn follow(
     view: View,
     mut drivers: watch::Receiver<BTreeMap<String, String>>,
-    files: Option<Files>,
+    trust: Option<Trust>,
 ) {
     let mut followed: BTreeMap<String, (String, AbortHandle)> = BTreeMap::new();
     let mut tasks = tokio::task::JoinSet::new();
@@ -54,7 +54,7 @@ pub async fn follow(
                 let driver = Driver {
                     node_id,
                     address: address.clone(),
-                    files: files.clone(),
+                    trust: trust.clone(),
                 };
                 let task = tasks.spawn(follow_driver(view.clone(), driver));
                 (address, task)
@@ -71,7 +71,7 @@ pub async fn follow(
 struct Driver {
     node_id: String,
     address: String,
-    files: Option<Files>,
+    trust: Option<Trust>,
 }
 
 async fn follow_driver(view: View, driver: Driver) {
@@ -102,7 +102,7 @@ async fn follow_once(
     let Driver {
         node_id,
         address,
-        files,
+        trust,
     } = driver;
     let address: Address = address
         .parse()
@@ -117,7 +117,7 @@ async fn follow_once(
             .keep_alive_timeout(ALIVE)
             .keep_alive_while_idle(true)
     };
-    let connect = timeout(CONNECT, address.connect(files.as_ref(), settings)).await;
+    let connect = timeout(CONNECT, address.connect(trust.as_ref(), settings)).await;
     let channel = connect
         .map_err(|_| Status::deadline_exceeded("no connection in 5 s"))?
         .map_err(|error| Status::unavailable(crate::chain(&*error)))?;

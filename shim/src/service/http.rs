@@ -7,6 +7,7 @@ mod guard;
 mod json;
 mod openapi;
 
+pub(super) use error::Problem;
 pub(super) use guard::no_browser;
 
 use std::{convert::Infallible, sync::Arc, time::Instant};
@@ -42,7 +43,6 @@ use crate::{
     access::{Action, Caller},
     run::attach::Name,
 };
-use error::Problem;
 
 /// What JSON makes of a message: letters that are not ASCII may take three times as much.
 const BODY_MOST: usize = 3 * MESSAGE_MOST;

@@ -1,7 +1,7 @@
 //! The server around the service: its listeners, limits of connections, health and reflection,
 //! and how it stops.
 
-use std::{sync::Arc, time::Duration};
+use std::{future::pending, sync::Arc, time::Duration};
 
 use axum::middleware;
 use polydev_proto::{
@@ -11,7 +11,11 @@ use tokio::time::{sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{service::Routes, transport::Server};
 
-use super::{Service, http, incoming};
+use super::{
+    Service, http,
+    identify::{Known, identify},
+    incoming,
+};
 use crate::{
     access::Access,
     credentials::Vault,
@@ -21,6 +25,7 @@ use crate::{
         on_demand::OnDemand,
         queue::{PerUser, Queue},
     },
+    token::Tokens,
 };
 
 /// A run with argv and environment at the kernel's limits.
@@ -51,6 +56,8 @@ pub struct Parts {
     pub nomad: Option<Nomad>,
     pub vault: Vault,
     pub access: Access,
+    /// `None` takes no tokens.
+    pub tokens: Option<Tokens>,
     pub limits: Limits,
 }
 
@@ -68,6 +75,7 @@ pub async fn serve(
         nomad,
         vault,
         access,
+        tokens,
         limits,
     } = parts;
     let runs = TaskTracker::new();
@@ -98,7 +106,10 @@ pub async fn serve(
         .add_service(service);
     // After all of them: a browser can send what looks like gRPC as well.
     let guarded = middleware::from_fn(http::no_browser);
-    let routes = Routes::from(routes.into_axum_router().layer(guarded));
+    let tokens = tokens.map(Arc::new);
+    let identified = middleware::from_fn_with_state(tokens.clone(), identify);
+    let routes = routes.into_axum_router().layer(identified).layer(guarded);
+    let routes = Routes::from(routes);
     let server = Server::builder()
         .accept_http1(true)
         .http2_keepalive_interval(Some(PING))
@@ -123,6 +134,14 @@ pub async fn serve(
         served = serving => served?,
         () = overrun => {}
         () = vault.keep() => unreachable!("it never ends"),
+        () = keep(tokens) => unreachable!("it never ends"),
     }
     Ok(())
+}
+
+async fn keep(tokens: Known) {
+    match tokens {
+        Some(tokens) => tokens.keep().await,
+        None => pending().await,
+    }
 }

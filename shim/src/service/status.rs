@@ -13,6 +13,7 @@ use crate::{
         self, Error,
         queue::{Full, WAITING_MOST},
     },
+    token::Refused,
 };
 
 /// Of a message, in bytes.
@@ -48,6 +49,20 @@ impl From<run::Error> for Status {
             details.set_retry_info(Some(AGAIN));
         }
         Self::with_error_details(code, message, details)
+    }
+}
+
+impl From<Refused> for Status {
+    fn from(refused: Refused) -> Self {
+        let (code, reason) = match refused {
+            Refused::NoKeys { .. } => (Code::Unavailable, "NO_TOKEN_KEYS"),
+            _ => (Code::Unauthenticated, "NOT_AUTHENTICATED"),
+        };
+        let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+        if code == Code::Unavailable {
+            details.set_retry_info(Some(AGAIN));
+        }
+        Self::with_error_details(code, short(refused.to_string()), details)
     }
 }
 

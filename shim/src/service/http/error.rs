@@ -17,7 +17,7 @@ use crate::run::{Error, request::Invalid};
 
 /// An answer that is none.
 #[derive(Debug)]
-pub(super) struct Problem {
+pub(in crate::service) struct Problem {
     http: StatusCode,
     status: Status,
 }

@@ -1,0 +1,86 @@
+//! Who calls, if he shows a token, which says more than the connection.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::{Request, State},
+    http::{
+        HeaderMap, HeaderValue,
+        header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE},
+        request::Parts,
+    },
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use polydev_proto::connection::NOBODY;
+use tonic::Status;
+
+use super::http::Problem;
+use crate::{
+    access::Caller,
+    token::{Refused, Tokens},
+};
+
+/// `None` takes no tokens.
+pub(super) type Known = Option<Arc<Tokens>>;
+
+/// Puts the [`Caller`] that a token names in place of the connection's. A request of nobody is
+/// answered here.
+pub(super) async fn identify(
+    State(tokens): State<Known>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let (mut head, body) = request.into_parts();
+    match caller(&tokens, &head).await {
+        Ok(caller) => {
+            // Nobody else needs it.
+            head.headers.remove(AUTHORIZATION);
+            head.extensions.insert(caller);
+            next.run(Request::from_parts(head, body)).await
+        }
+        Err(refused) => {
+            tracing::info!(%refused, "a caller is not known");
+            answer(&head.headers, refused)
+        }
+    }
+}
+
+async fn caller(tokens: &Known, head: &Parts) -> Result<Caller, Refused> {
+    let of_connection = head.extensions.get::<Caller>().cloned();
+    match (bearer(&head.headers)?, tokens) {
+        (Some(token), Some(tokens)) => tokens.caller(token).await,
+        (Some(_), None) => Err(Refused::NotTaken),
+        (None, _) => of_connection
+            .filter(|caller| caller.0 != NOBODY)
+            .ok_or(Refused::Nothing),
+    }
+}
+
+fn bearer(headers: &HeaderMap) -> Result<Option<&str>, Refused> {
+    let mut values = headers.get_all(AUTHORIZATION).iter();
+    let Some(value) = values.next() else {
+        return Ok(None);
+    };
+    let (scheme, token) = value
+        .to_str()
+        .ok()
+        .and_then(|value| value.split_once(' '))
+        .ok_or(Refused::Header)?;
+    match scheme.eq_ignore_ascii_case("bearer") && values.next().is_none() {
+        true => Ok(Some(token.trim())),
+        false => Err(Refused::Header),
+    }
+}
+
+fn answer(headers: &HeaderMap, refused: Refused) -> Response {
+    let status = Status::from(refused);
+    let kind = headers.get(CONTENT_TYPE);
+    if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {
+        return status.into_http();
+    }
+    let mut response = Problem::from(status).into_response();
+    let challenge = HeaderValue::from_static("Bearer error=\"invalid_token\"");
+    response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
+    response
+}
