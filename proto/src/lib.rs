@@ -47,6 +47,7 @@ pub mod connection;
 pub mod error;
 pub mod exec;
 pub mod frame;
+pub mod reload;
 #[cfg(feature = "sealed")]
 pub mod sealed;
 #[cfg(feature = "tls")]

@@ -2,10 +2,10 @@
 //! certificate, and each lets in whom its authority has signed.
 
 use std::{
-    fs, io,
+    io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    sync::Arc,
+    time::Duration,
 };
 
 use futures_util::{Stream, stream};
@@ -26,14 +26,15 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
-use crate::connection::{Connection, NOBODY};
+use crate::{
+    connection::{Connection, NOBODY},
+    reload::Reloaded,
+};
 
 /// gRPC's.
 pub const GRPC: &str = "h2";
 /// What else a server may speak, that also serves callers without gRPC.
 pub const HTTP: &str = "http/1.1";
-/// How often files are looked at, while they are in use.
-const LOOK: Duration = Duration::from_secs(1);
 /// From a connection to the end of its handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Handshakes at a time; who comes then waits in the kernel's queue.
@@ -134,12 +135,6 @@ impl Files {
             source,
         }
     }
-
-    /// When each was written; `None` for one that is not there.
-    fn written(&self) -> [Option<SystemTime>; 3] {
-        let written = |path: &PathBuf| fs::metadata(path).and_then(|file| file.modified());
-        [&self.certificate, &self.key, &self.authority].map(|path| written(path).ok())
-    }
 }
 
 impl Trust {
@@ -200,21 +195,13 @@ fn unreadable(path: &Path, source: pem::Error) -> Error {
     }
 }
 
-/// A server's configuration that follows its files: what a handshake gets is at most a second
-/// old. Files that are of no use, as while they are being replaced, change nothing.
+/// A server's configuration that follows its files.
 #[derive(Debug)]
 pub struct Reloading {
     files: Files,
     protocols: &'static [&'static str],
     callers: Callers,
-    current: Mutex<Current>,
-}
-
-#[derive(Debug)]
-struct Current {
-    config: Arc<ServerConfig>,
-    written: [Option<SystemTime>; 3],
-    looked: Instant,
+    config: Reloaded<ServerConfig>,
 }
 
 impl Reloading {
@@ -227,38 +214,21 @@ impl Reloading {
         protocols: &'static [&'static str],
         callers: Callers,
     ) -> Result<Self, Error> {
-        let current = Current {
-            written: files.written(),
-            config: Arc::new(files.server(protocols, callers)?),
-            looked: Instant::now(),
-        };
-        let current = Mutex::new(current);
+        let paths = [&files.certificate, &files.key, &files.authority];
+        let paths = paths.into_iter().cloned().collect();
+        let config = Reloaded::new(paths, || files.server(protocols, callers))?;
         Ok(Self {
             files,
             protocols,
             callers,
-            current,
+            config,
         })
     }
 
     /// What the next handshake is to use, and an error if there are newer files of no use.
     pub fn config(&self) -> (Arc<ServerConfig>, Option<Error>) {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut refused = None;
-        if current.looked.elapsed() >= LOOK {
-            current.looked = Instant::now();
-            let written = self.files.written();
-            if written != current.written {
-                match self.files.server(self.protocols, self.callers) {
-                    Ok(config) => {
-                        current.config = Arc::new(config);
-                        current.written = written;
-                    }
-                    Err(error) => refused = Some(error),
-                }
-            }
-        }
-        (current.config.clone(), refused)
+        let load = || self.files.server(self.protocols, self.callers);
+        self.config.get(load)
     }
 }
 

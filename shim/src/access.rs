@@ -1,8 +1,12 @@
 //! Who may do what: callers by their names, and the roles that a file gives them.
 
-use std::{fmt, fs, path::Path};
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+};
 
 pub use polydev_proto::connection::Caller;
+use polydev_proto::reload::Reloaded;
 use serde::Deserialize;
 use wildmatch::WildMatch;
 
@@ -66,7 +70,7 @@ struct File {
 #[derive(Debug)]
 pub struct Access {
     /// `None` lets everybody do everything who can connect.
-    roles: Option<Vec<Role>>,
+    roles: Option<(PathBuf, Reloaded<Vec<Role>>)>,
 }
 
 /// Why there are no roles.
@@ -99,11 +103,18 @@ impl Access {
         Self { roles: None }
     }
 
-    /// Reads roles from a file of TOML.
+    /// Reads roles from a file of TOML, and again when it changes.
     ///
     /// # Errors
     /// [`Error`]
     pub fn load(path: &Path) -> Result<Self, Error> {
+        let roles = Reloaded::new(vec![path.to_owned()], || Self::read(path))?;
+        Ok(Self {
+            roles: Some((path.to_owned(), roles)),
+        })
+    }
+
+    fn read(path: &Path) -> Result<Vec<Role>, Error> {
         let shown = || path.display().to_string();
         let text = fs::read_to_string(path).map_err(|source| Error::Unreadable {
             path: shown(),
@@ -113,9 +124,7 @@ impl Access {
             path: shown(),
             source,
         })?;
-        Ok(Self {
-            roles: Some(file.role),
-        })
+        Ok(file.role)
     }
 
     /// For which providers the caller may have runs of a user.
@@ -134,9 +143,14 @@ impl Access {
     /// # Errors
     /// [`Denied`]
     pub fn check(&self, caller: &Caller, action: Action) -> Result<(), Denied> {
-        let Some(roles) = &self.roles else {
+        let Some((path, roles)) = &self.roles else {
             return Ok(());
         };
+        let (roles, refused) = roles.get(|| Self::read(path));
+        if let Some(error) = refused {
+            let error = crate::chain(&error);
+            tracing::warn!(error, "new roles are of no use, the old ones stay");
+        }
         let mut own = roles.iter().filter(|role| role.has(caller));
         if own.any(|role| role.allows(action)) {
             return Ok(());

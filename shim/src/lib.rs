@@ -19,6 +19,7 @@ pub mod credentials;
 pub mod environment;
 pub mod pool;
 pub mod provider;
+pub mod rate;
 pub mod token;
 
 pub mod engine;

@@ -18,7 +18,7 @@ pub mod watching;
 
 use std::time::{Duration, Instant};
 
-use crate::{access, credentials};
+use crate::{access, credentials, rate};
 use polydev_proto::node::{AttachResponse, ClaimResponse, RunEvent, RunInput, run_event};
 use tokio::{sync::mpsc, time::timeout};
 use tonic::{Status, Streaming};
@@ -124,6 +124,12 @@ pub enum Error {
     AtLimit { user_id: String, waited: Duration },
     #[error(transparent)]
     Full(#[from] queue::Full),
+    #[error(transparent)]
+    Rate(#[from] rate::Exceeded),
+    #[error(
+        "this shim is stopping: the run goes on without it if it has begun, and may be attached to"
+    )]
+    Stopping,
     #[error("no node can be reached")]
     NoNode,
     #[error("the driver refused the run: {reason}")]

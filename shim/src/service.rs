@@ -40,7 +40,7 @@ use polydev_proto::{
     },
 };
 use tokio::time::{Duration, timeout};
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
 
 use allow::caller;
@@ -50,6 +50,7 @@ use crate::{
     credentials::Vault,
     nomad::Nomad,
     pool::View,
+    rate::Rate,
     run::{Error, attach::Name, on_demand::OnDemand, queue::Queue, request},
 };
 
@@ -63,7 +64,12 @@ struct Service {
     access: Access,
     queue: Queue,
     on_demand: OnDemand,
+    user_rate: Rate,
     runs: TaskTracker,
+    /// Nothing new begins.
+    stop: CancellationToken,
+    /// What goes on is for another shim to tell.
+    hand_over: CancellationToken,
 }
 
 type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -201,7 +207,7 @@ impl RuntimeService for Service {
     ) -> Result<Response<Self::WatchRunsStream>, Status> {
         let WatchRunsRequest { user_id, provider } = request.get_ref();
         self.check_runs(&caller(&request), user_id, provider)?;
-        let changes = runs::watch(&self.runs, self.view.clone(), request.into_inner())?;
+        let changes = runs::watch(self.view.clone(), request.into_inner(), self.stop.clone())?;
         Ok(Response::new(Box::pin(changes.map(Ok))))
     }
 

@@ -118,6 +118,24 @@ fn callers_from_elsewhere_are_known_and_held_to_their_roles() {
         "{words}"
     );
     assert_eq!(run("team-a", "openai").status.code(), Some(125));
+    // Roles hold as they are now, and those that are wrong change nothing.
+    let more = roles.replace(r#"providers = ["anthropic"]"#, "");
+    for (text, allowed, words) in [
+        (&*more, true, ""),
+        ("[[role]]", true, "new roles are of no use"),
+        (roles, false, ""),
+    ] {
+        fs::write(ours.join("roles.toml"), text).unwrap();
+        wait_until("the roles", Duration::from_secs(20), || {
+            let is_allowed = run("team-a", "openai").status.success();
+            let is_told = shim.process.log().contains(words);
+            if is_allowed == allowed && is_told {
+                Ok(())
+            } else {
+                Err(shim.process.log())
+            }
+        });
+    }
 
     // Every call, and nothing happens.
     let client = Client::connect_as(&url, controller.clone()).unwrap();

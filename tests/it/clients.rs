@@ -15,7 +15,9 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use nix::sys::signal::Signal;
 use polydev_client::{Client, Identity, api};
-use polydev_tests::{folder::Folder, nomad::Nomad, process::succeed, program, root, shim::Shim};
+use polydev_tests::{
+    client::shell, folder::Folder, nomad::Nomad, process::succeed, program, root, shim::Shim,
+};
 use tokio::runtime::Runtime;
 
 use crate::credentials::key_file;
@@ -96,7 +98,14 @@ fn serve(nomad: &Nomad, slots: u32, folder: &Folder) -> Shim {
     nomad.submit_pool("google", 0);
     let store = format!("sqlite://{}", folder.path().join("store.db").display());
     let keys = key_file(folder.path(), &[rand::random()]);
-    let options = ["--master-key-file", &keys, "--credential-store", &store];
+    let options = [
+        "--master-key-file",
+        &keys,
+        "--credential-store",
+        &store,
+        "--stop-timeout",
+        "1",
+    ];
     let shim = Shim::serve_with(&nomad.address, &options);
     shim.client().wait_idle("anthropic", slots);
     shim
@@ -150,7 +159,7 @@ impl Drop for Talking {
 }
 
 #[test]
-fn runs_go_on_when_their_shim_is_killed() {
+fn runs_go_on_when_their_shim_is_stopped_or_killed() {
     let (nomad, folder) = (Nomad::start(), Folder::new("pdstore-"));
     let mut shim = serve(&nomad, 4, &folder);
     let installed = Installed::get();
@@ -202,8 +211,10 @@ fn runs_go_on_when_their_shim_is_killed() {
     }
     by_hand.says("running");
 
-    shim.process.end(Signal::SIGKILL);
-    shim.restart();
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        shim.process.end(signal);
+        shim.restart();
+    }
     for script in &mut scripts {
         script
             .child
@@ -221,4 +232,33 @@ fn runs_go_on_when_their_shim_is_killed() {
     assert_eq!(by_hand.child.wait().unwrap().code(), Some(0));
     read(&mut of_rust, data.len(), &mut written);
     assert!(written == data);
+}
+
+#[test]
+fn a_run_that_is_dropped_while_it_waits_is_given_up() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let raw = shim.client();
+    let first = raw.start(shell("anthropic", "sleep 300")).unwrap();
+    let runtime = Runtime::new().unwrap();
+    let queued = runtime.block_on(async {
+        let address = shim.address.parse().unwrap();
+        let client = Client::connect(&address, Identity::default())
+            .await
+            .unwrap();
+        let mut run = client.run(shell("anthropic", "true"));
+        let event = run.next().await.unwrap().unwrap();
+        assert!(
+            matches!(event, api::run_event::Event::Queued(_)),
+            "{event:?}"
+        );
+        run
+    });
+    let given_up = queued.run_id().to_owned();
+    let input = queued.input();
+    drop(queued);
+    assert!(runtime.block_on(input.write("more")).is_err());
+    raw.cancel(&first.accepted.run_id).unwrap();
+    raw.finish(first).unwrap();
+    raw.wait_idle("anthropic", 1);
+    assert!(raw.get_run(&given_up).is_err(), "it has run");
 }

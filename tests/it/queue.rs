@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use polydev_proto::runtime::{Queued, RunStart, run_event::Event};
+use polydev_proto::runtime::{ListRunsRequest, Queued, RunStart, run_event::Event};
 use polydev_tests::{
     client::{Client, Events, shell},
     shim::Shim,
 };
-use tonic::Code;
+use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 fn run_of(user_id: &str, script: &str) -> RunStart {
@@ -107,4 +107,43 @@ fn who_waits_too_long_or_with_too_many_is_refused_with_the_figures() {
     let violations = &details.quota_failure().unwrap().violations;
     assert_eq!(violations[0].subject, "user:alice");
     drop(holder);
+}
+
+#[test]
+fn callers_and_users_have_rates() {
+    let options = ["--caller-rate", "20", "--user-rate", "2"];
+    let shim = Shim::dev_with(&["anthropic=1"], &options);
+    let client = shim.client();
+    // Runs that are refused for another reason count as well.
+    let start = |user: &str| {
+        let start = RunStart {
+            user_id: user.into(),
+            queue_timeout: Some(prost_types::Duration::default()),
+            ..shell("openai", "true")
+        };
+        client.run(start).unwrap_err()
+    };
+    let is_limit = |status: &Status, subject: &str| {
+        let details = status.get_error_details();
+        let reason = &details.error_info().unwrap().reason;
+        if reason != "RATE_LIMIT" {
+            return false;
+        }
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        let violations = &details.quota_failure().unwrap().violations;
+        assert_eq!(violations[0].subject, subject);
+        assert!(details.retry_info().unwrap().retry_delay.is_some());
+        true
+    };
+    let refused: Vec<_> = (0..4).map(|_| start("greedy")).collect();
+    let limited = refused
+        .iter()
+        .filter(|status| is_limit(status, "user:greedy"))
+        .count();
+    assert!((1..=2).contains(&limited), "{refused:?}");
+    assert!(!is_limit(&start("modest"), "user:modest"));
+
+    let mut listed = (0..200).map(|_| client.list_runs(ListRunsRequest::default()));
+    let refused = listed.find_map(Result::err).expect("so many are refused");
+    assert!(is_limit(&refused, "caller:uid:0"));
 }

@@ -37,6 +37,7 @@ export class Client {
   /** Every call of the API, as it is. */
   readonly calls: Calls<typeof RuntimeService>;
   readonly #sessions: Http2SessionManager;
+  readonly #closed = new AbortController();
 
   constructor(address: string, identity: Identity = {}) {
     const { baseUrl, options } = target(address, identity);
@@ -51,20 +52,23 @@ export class Client {
   }
 
   /**
-   * Runs a command. Without a `runId` it gets one here, so that it is started once however
-   * often the connection breaks. Nothing is sent before its events are asked for.
+   * Runs a command. Without a `runId` it gets one here, of this machine's clock, so that it is
+   * started once however often the connection breaks. One that is given may have been tried
+   * before, by another process: every node is asked first, unless `attempt` is 1, which says
+   * that it was not. Nothing is sent before its events are asked for.
    */
   run(start: MessageInitShape<typeof RunStartSchema>): Run {
-    return Run.start(this.calls, create(RunStartSchema, start));
+    return Run.start(this.calls, this.#closed.signal, create(RunStartSchema, start));
   }
 
   /** Goes on with a run, from those offsets. */
   attach(start: MessageInitShape<typeof AttachStartSchema>): Run {
-    return Run.attach(this.calls, create(AttachStartSchema, start));
+    return Run.attach(this.calls, this.#closed.signal, create(AttachStartSchema, start));
   }
 
   /** Breaks off the calls that go on. Their runs are left to themselves. */
   close(): void {
+    this.#closed.abort();
     this.#sessions.abort();
   }
 }

@@ -8,4 +8,5 @@
 export { Client, type Identity } from "./client.js";
 export { Closed } from "./input.js";
 export { DataLoss, reason, Run, type Event } from "./run.js";
+export { Code, ConnectError } from "@connectrpc/connect";
 export * as api from "./gen/polydev/runtime/v1/runtime_pb.js";

@@ -28,46 +28,58 @@ export class Gone extends Error {}
 
 /** One stream of bytes: those of the run's files, then its stdin. */
 export class Input {
+  readonly #isAttached: boolean;
   /** Where the first byte is in the stdin of a run that others have written to. */
   #origin?: number;
-  /** The last of it, in pieces, none with bytes of files and of stdin. */
-  #log: Uint8Array[] = [];
+  /**
+   * The last of what was sent, in pieces, none with bytes of files and of stdin; from `#begin` to
+   * `#sent`, where what waits begins.
+   */
+  #kept: Uint8Array[] = [];
+  #waiting: Uint8Array[] = [];
   #begin = 0;
+  #sent = 0;
   #end = 0;
-  /** Up to here the call that is open has sent it; undefined until it is known where it begins. */
-  #sent?: number;
+  /** The run has so much more than was written here, from an earlier caller. */
+  #skip = 0;
+  /** It is known how much the run has, so that what waits may be sent. */
+  #known: boolean;
   #call = 0;
   #closed = false;
   #closeSent = false;
   #over = false;
   #urgent: RunInput[] = [];
-  #waiting: (() => void)[] = [];
+  /** The last size of the terminal, for the next call to tell again. */
+  #size?: MessageInitShape<typeof RunInputSchema>["input"];
+  #waiters: (() => void)[] = [];
 
   constructor(
     readonly files: number,
     from: "new" | "known" | "attached",
   ) {
     this.#isAttached = from === "attached";
-    this.#sent = from === "new" ? 0 : undefined;
+    this.#known = from === "new";
   }
-  readonly #isAttached: boolean;
 
   async write(data: Uint8Array): Promise<void> {
     for (let at = 0; at < data.length; ) {
       if (this.#over || this.#closed) {
         throw new Closed();
       }
-      if (this.#end - (this.#sent ?? this.#begin) >= WAITING_MOST) {
+      if (this.#end - this.#sent >= WAITING_MOST) {
         await this.#changed();
         continue;
       }
       const filesLeft = this.files - this.#end;
       const size = filesLeft > 0 ? Math.min(filesLeft, CHUNK) : CHUNK;
       // A copy: the caller may use its buffer again.
-      const piece = data.slice(at, at + size);
+      const piece = new Uint8Array(data.subarray(at, at + size));
       at += piece.length;
       this.#end += piece.length;
-      this.#log.push(piece);
+      this.#waiting.push(piece);
+      if (this.#skip > 0) {
+        this.#pass(this.#sent + this.#skip);
+      }
       this.#tell();
     }
   }
@@ -80,6 +92,7 @@ export class Input {
   /** A message that goes before any bytes. */
   send(input: MessageInitShape<typeof RunInputSchema>["input"]): void {
     if (input?.case === "resize") {
+      this.#size = input;
       this.#urgent = this.#urgent.filter((waiting) => waiting.input.case !== "resize");
     }
     if (this.#urgent.length < SIGNALS_MOST) {
@@ -100,7 +113,10 @@ export class Input {
   nextCall(): number {
     this.#call += 1;
     if (this.#call > 1) {
-      this.#sent = undefined;
+      this.#known = false;
+      if (this.#size) {
+        this.send(this.#size);
+      }
     }
     this.#closeSent = false;
     this.#tell();
@@ -116,48 +132,35 @@ export class Input {
       // It has more if others send as well.
       has = Math.min(Math.max(stdin - this.#origin, 0), this.#end);
     }
-    if (this.#sent === undefined) {
-      if (has < this.#begin) {
-        const kept = `those from ${this.#begin} on are kept`;
-        throw new Gone(`the run has ${has} bytes of its input, and ${kept}`);
-      }
-      this.#sent = has;
+    if (!this.#known) {
+      this.#seek(has);
     }
     this.#tell();
   }
 
   /**
-   * What that call is to send next. Undefined only once `aborted`: the end of the messages
-   * would close the command's stdin.
+   * What that call is to send next; undefined once there is another call or the run is over.
+   * Otherwise it waits: the end of the messages would close the command's stdin.
    */
-  async next(call: number, aborted: AbortSignal): Promise<RunInput | undefined> {
-    const wake = () => this.#tell();
-    aborted.addEventListener("abort", wake);
-    try {
-      while (!aborted.aborted) {
-        const message = this.#next(call);
-        if (message) {
-          this.#tell();
-          return message;
-        }
-        await this.#changed();
+  async next(call: number): Promise<RunInput | undefined> {
+    while (call === this.#call && !this.#over) {
+      const message = this.#next();
+      if (message) {
+        this.#tell();
+        return message;
       }
-      return undefined;
-    } finally {
-      aborted.removeEventListener("abort", wake);
+      await this.#changed();
     }
+    return undefined;
   }
 
-  #next(call: number): RunInput | undefined {
-    if (call !== this.#call || this.#over) {
-      return undefined;
-    }
+  #next(): RunInput | undefined {
     const urgent = this.#urgent.shift();
-    if (urgent || this.#sent === undefined) {
+    if (urgent || !this.#known) {
       return urgent;
     }
-    // More, if the run has had it from an earlier caller.
-    if (this.#sent >= this.#end) {
+    const value = this.#waiting.shift();
+    if (!value) {
       if (!this.#closed || this.#closeSent) {
         return undefined;
       }
@@ -165,37 +168,61 @@ export class Input {
       return create(RunInputSchema, { input: { case: "closeStdin", value: {} } });
     }
     const isFile = this.#sent < this.files;
-    const value = this.#pieceAt(this.#sent);
-    this.#sent += value.length;
-    for (
-      let first = this.#log[0];
-      first && this.#begin + first.length + KEPT <= this.#sent;
-      first = this.#log[0]
-    ) {
-      this.#begin += first.length;
-      this.#log.shift();
-    }
+    this.#keep(value);
     return create(RunInputSchema, { input: { case: isFile ? "files" : "stdin", value } });
   }
 
-  #pieceAt(offset: number): Uint8Array {
-    let begin = this.#begin;
-    for (const piece of this.#log) {
-      if (offset < begin + piece.length) {
-        return piece.subarray(offset - begin);
-      }
-      begin += piece.length;
+  /** The run has so much: what follows waits to be sent. */
+  #seek(has: number): void {
+    if (has < this.#begin) {
+      const kept = `those from ${this.#begin} on are kept`;
+      throw new Gone(`the run has ${has} bytes of its input, and ${kept}`);
     }
-    throw new Error("what is not sent is in the log");
+    for (let piece; has < this.#sent && (piece = this.#kept.pop()); ) {
+      const begin = this.#sent - piece.length;
+      const had = Math.max(has - begin, 0);
+      if (had > 0) {
+        this.#kept.push(piece.subarray(0, had));
+      }
+      this.#sent = begin + had;
+      this.#waiting.unshift(piece.subarray(had));
+    }
+    this.#pass(has);
+    this.#known = true;
+  }
+
+  /** What the run has of what waits need not be sent. */
+  #pass(has: number): void {
+    for (let piece; this.#sent < has && (piece = this.#waiting.shift()); ) {
+      const had = Math.min(has - this.#sent, piece.length);
+      if (had < piece.length) {
+        this.#waiting.unshift(piece.subarray(had));
+      }
+      this.#keep(piece.subarray(0, had));
+    }
+    this.#skip = Math.max(has - this.#sent, 0);
+  }
+
+  #keep(piece: Uint8Array): void {
+    this.#sent += piece.length;
+    this.#kept.push(piece);
+    for (
+      let first = this.#kept[0];
+      first && this.#begin + first.length + KEPT <= this.#sent;
+      first = this.#kept[0]
+    ) {
+      this.#begin += first.length;
+      this.#kept.shift();
+    }
   }
 
   #changed(): Promise<void> {
-    return new Promise((resolve) => this.#waiting.push(resolve));
+    return new Promise((resolve) => this.#waiters.push(resolve));
   }
 
   #tell(): void {
-    const waiting = this.#waiting;
-    this.#waiting = [];
-    waiting.forEach((resolve) => resolve());
+    const waiters = this.#waiters;
+    this.#waiters = [];
+    waiters.forEach((resolve) => resolve());
   }
 }

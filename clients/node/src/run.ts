@@ -29,6 +29,8 @@ const RETRY = 50;
 const RETRY_MOST = 2000;
 /** A longer prompt is the CLI's stdin, which the shim has from the first call alone. */
 const PROMPT_IN_ARGV = 131_007;
+/** A shim hands its runs over. */
+const STOPPING = "STOPPING";
 /** The connection's words, unless they have details, which are the shim's. */
 const BROKEN = [Code.Unavailable, Code.Unknown, Code.Internal, Code.Canceled];
 
@@ -74,7 +76,7 @@ function detail(error: unknown, type: string): Uint8Array | undefined {
  * A run: an async iterable of its events. `accepted` comes once, every byte once and in order,
  * and `exited` last. When the connection breaks, or the shim is restarted, it goes on where it
  * was; after a minute without an answer (ten seconds, if it was not accepted yet) it throws the
- * last error. Leaving it leaves the run to itself.
+ * last error. Leaving it (`leave`, or a `break` between two events) leaves the run to itself.
  */
 export class Run implements AsyncIterable<Event> {
   /** `undefined` for a run that somebody else has started. */
@@ -82,16 +84,22 @@ export class Run implements AsyncIterable<Event> {
   readonly #calls: Calls<typeof RuntimeService>;
   readonly #userId: string;
   readonly #input: Input;
+  /** The client is. */
+  readonly #closed: AbortSignal;
+  readonly #left = new AbortController();
   readonly #events: AsyncGenerator<Event>;
   #accepted = false;
   #started = false;
   #toldArtifacts = false;
   /** How much of stdout, stderr and artifacts the caller has. */
   #read: [bigint, bigint, bigint] = [0n, 0n, 0n];
-  #broken?: { since: number; retry: number };
+  /** Since when the shim does not answer. */
+  #broken?: number;
+  #retry = RETRY;
 
   private constructor(
     calls: Calls<typeof RuntimeService>,
+    closed: AbortSignal,
     /** The run's UUID. */
     readonly runId: string,
     userId: string,
@@ -100,32 +108,41 @@ export class Run implements AsyncIterable<Event> {
     this.#calls = calls;
     this.#userId = userId;
     this.#input = input;
+    this.#closed = closed;
     this.#events = this.#follow();
   }
 
   /** @internal */
-  static start(calls: Calls<typeof RuntimeService>, start: RunStart): Run {
+  static start(calls: Calls<typeof RuntimeService>, closed: AbortSignal, start: RunStart): Run {
     const runId = start.runId || start.leaseId || uuid();
-    const attempt = Math.max(start.attempt, 1);
+    // An id that was given may have been tried before, unless it is said that it was not.
+    const attempt = start.attempt || (start.runId ? 2 : 1);
     const sizes = start.files.map(({ source }) => (source.case === "size" ? source.value : 0n));
     const files = Number(sizes.reduce((sum, size) => sum + size, 0n));
     const input = new Input(files, attempt === 1 ? "new" : "known");
-    const run = new Run(calls, runId, start.userId, input);
+    const run = new Run(calls, closed, runId, start.userId, input);
     run.#request = create(RunStartSchema, { ...start, runId, attempt });
     return run;
   }
 
   /** @internal */
-  static attach(calls: Calls<typeof RuntimeService>, start: AttachStart): Run {
-    const run = new Run(calls, start.runId, start.userId, new Input(0, "attached"));
+  static attach(
+    calls: Calls<typeof RuntimeService>,
+    closed: AbortSignal,
+    start: AttachStart,
+  ): Run {
+    const run = new Run(calls, closed, start.runId, start.userId, new Input(0, "attached"));
     run.#read = [start.stdoutOffset, start.stderrOffset, start.artifactOffset];
     return run;
   }
 
   /**
    * The bytes of the files whose `size` the run was told, one file's after the other's, and then
-   * the command's stdin. Waits while much has not been sent; throws `Closed` once the run is over
-   * or its stdin closed.
+   * the command's stdin. Waits while 1 MiB has not been sent, which happens only while somebody
+   * asks for the run's events: write more than that beside it. Throws `Closed` once the run is
+   * over or its stdin closed. For a run that was attached to it is stdin, from `stdinOffset` of
+   * its `accepted` on: who goes on with what an earlier caller sent begins there, and not after
+   * what that one had sent.
    */
   write(data: Uint8Array | string): Promise<void> {
     return this.#input.write(typeof data === "string" ? new TextEncoder().encode(data) : data);
@@ -151,6 +168,11 @@ export class Run implements AsyncIterable<Event> {
     await this.#calls.cancelRun({ runId: this.runId, userId: this.#userId });
   }
 
+  /** Leaves the run to itself: its events end. */
+  leave(): void {
+    this.#left.abort();
+  }
+
   [Symbol.asyncIterator](): AsyncGenerator<Event> {
     return this.#events;
   }
@@ -159,12 +181,22 @@ export class Run implements AsyncIterable<Event> {
     try {
       for (;;) {
         const aborter = new AbortController();
+        const signals = [aborter.signal, this.#left.signal, this.#closed];
         try {
-          for await (const { event } of this.#open(aborter.signal)) {
+          for await (const { event } of this.#open(AbortSignal.any(signals))) {
+            if (event?.event.case === "accepted" || event?.event.case === "queued") {
+              this.#broken = undefined;
+            }
             const news = event && this.#news(event);
             if (news) {
+              // One that breaks again and again before there is anything is not asked at once.
+              this.#retry = RETRY;
+              const isLast = news.case === "exited";
+              if (isLast) {
+                this.#input.end();
+              }
               yield news;
-              if (news.case === "exited") {
+              if (isLast) {
                 return;
               }
             }
@@ -172,15 +204,21 @@ export class Run implements AsyncIterable<Event> {
           const words = "the shim ended the stream before the run's end";
           throw new ConnectError(words, Code.Unavailable);
         } catch (error) {
-          if (!this.#mayGoOn(error)) {
+          if (this.#left.signal.aborted) {
+            return;
+          }
+          if (this.#closed.aborted || !this.#mayGoOn(error)) {
             throw error;
           }
         } finally {
           aborter.abort();
         }
-        const retry = this.#broken ? Math.min(this.#broken.retry * 2, RETRY_MOST) : RETRY;
-        this.#broken = { since: this.#broken?.since ?? Date.now(), retry };
-        await sleep(retry * (0.5 + Math.random() / 2));
+        this.#broken ??= Date.now();
+        this.#retry = Math.min(this.#retry * 2, RETRY_MOST);
+        const wait = this.#retry * (0.5 + Math.random() / 2);
+        await sleep(wait, undefined, { signal: AbortSignal.any([this.#left.signal, this.#closed]) })
+          // The next call says which.
+          .catch(() => undefined);
       }
     } finally {
       this.#input.end();
@@ -199,7 +237,7 @@ export class Run implements AsyncIterable<Event> {
       request.attempt += 1;
       async function* requests() {
         yield create(RunRequestSchema, { message: { case: "start", value: start } });
-        for (let value; (value = await input.next(call, signal)); ) {
+        for (let value; (value = await input.next(call)); ) {
           yield create(RunRequestSchema, { message: { case: "input", value } });
         }
       }
@@ -210,7 +248,7 @@ export class Run implements AsyncIterable<Event> {
     const start = { runId: this.runId, userId: this.#userId, ...offsets };
     async function* requests() {
       yield create(AttachRequestSchema, { message: { case: "start", value: start } });
-      for (let value; (value = await input.next(call, signal)); ) {
+      for (let value; (value = await input.next(call)); ) {
         yield create(AttachRequestSchema, { message: { case: "input", value } });
       }
     }
@@ -226,7 +264,6 @@ export class Run implements AsyncIterable<Event> {
         } catch (error) {
           throw error instanceof Gone ? new DataLoss(error.message) : error;
         }
-        this.#broken = undefined;
         const isFirst = !this.#accepted;
         this.#accepted = true;
         return isFirst ? event : undefined;
@@ -300,9 +337,10 @@ export class Run implements AsyncIterable<Event> {
     // word for a connection that was reset.
     const isUnclear = error.code === Code.Aborted;
     // Worth another try for a run that exists; a first call is its caller's to repeat.
-    const again = this.#broken && detail(error, "google.rpc.RetryInfo") !== undefined;
+    const exists = this.#accepted || this.#broken || reason(error) === STOPPING;
+    const again = exists && detail(error, "google.rpc.RetryInfo") !== undefined;
     const patience = this.#accepted ? PATIENCE : PATIENCE_FIRST;
-    const isEarly = !this.#broken || Date.now() - this.#broken.since < patience;
+    const isEarly = !this.#broken || Date.now() - this.#broken < patience;
     return isEarly && (isBroken || isUnclear || again === true);
   }
 }

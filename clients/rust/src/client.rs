@@ -102,8 +102,10 @@ impl Client {
         RuntimeServiceClient::with_interceptor(self.channel.clone(), self.added.clone())
     }
 
-    /// Runs a command. Without a `run_id` it gets one here, so that it is started once however
-    /// often the connection breaks. Nothing is sent before its events are asked for.
+    /// Runs a command. Without a `run_id` it gets one here, of this machine's clock, so that it is
+    /// started once however often the connection breaks. One that is given may have been tried
+    /// before, by another process: every node is asked first, unless `attempt` is 1, which says
+    /// that it was not. Nothing is sent before its events are asked for.
     #[must_use]
     pub fn run(&self, start: RunStart) -> Run {
         Run::start(self.calls(), start)

@@ -43,20 +43,29 @@ struct Shared {
 struct State {
     /// How many of them are the files'.
     files: u64,
-    /// Where the first byte is in the stdin of a run that others have written to.
     origin: Origin,
-    /// The last of it, in pieces of at most `CHUNK`, none with bytes of files and of stdin.
-    log: VecDeque<Bytes>,
+    /// The last of what was sent, in pieces of at most `CHUNK`, none with bytes of files and of
+    /// stdin.
+    kept: VecDeque<Bytes>,
+    /// Where `kept` begins.
     begin: u64,
+    /// Where it ends, and `waiting` begins.
+    sent: u64,
+    /// What is to be sent.
+    waiting: VecDeque<Bytes>,
     end: u64,
-    /// Up to here the call that is open has sent it; `None` until it is known where it begins.
-    sent: Option<u64>,
+    /// The run has so much more than was written here, from an earlier caller.
+    skip: u64,
+    /// It is known how much the run has, so that what waits may be sent.
+    known: bool,
     call: u64,
     /// Nothing follows.
     closed: bool,
     close_sent: bool,
     /// What goes before any bytes.
     urgent: VecDeque<Message>,
+    /// The last that was told, for the next call to tell again.
+    size: Option<TerminalSize>,
     over: bool,
 }
 
@@ -82,26 +91,30 @@ impl Input {
     /// Of a run with so many bytes of files that follow; `is_new` says that none of its input
     /// has ever been sent.
     pub(crate) fn of_run(files: u64, is_new: bool) -> Self {
-        Self::new(files, Origin::Run, is_new.then_some(0))
+        Self::new(files, Origin::Run, is_new)
     }
 
     /// Of a run that goes on already.
     pub(crate) fn of_attach() -> Self {
-        Self::new(0, Origin::Attach(None), None)
+        Self::new(0, Origin::Attach(None), false)
     }
 
-    fn new(files: u64, origin: Origin, sent: Option<u64>) -> Self {
+    fn new(files: u64, origin: Origin, known: bool) -> Self {
         let state = State {
             files,
             origin,
-            log: VecDeque::new(),
+            kept: VecDeque::new(),
             begin: 0,
+            sent: 0,
+            waiting: VecDeque::new(),
             end: 0,
-            sent,
+            skip: 0,
+            known,
             call: 0,
             closed: false,
             close_sent: false,
             urgent: VecDeque::new(),
+            size: None,
             over: false,
         };
         Self(Arc::new(Shared {
@@ -112,7 +125,8 @@ impl Input {
     }
 
     /// The bytes of the files whose `size` the run was told, one file's after the other's, and
-    /// then the command's stdin. Waits while much has not been sent.
+    /// then the command's stdin. Waits while more than 1 MiB has not been sent, which happens as
+    /// long as somebody asks for the run's events: more is to be written beside that.
     ///
     /// # Errors
     /// [`Closed`] once the run is over or its stdin closed.
@@ -174,7 +188,10 @@ impl Input {
             state.call += 1;
             call = state.call;
             if call > 1 {
-                state.sent = None;
+                state.known = false;
+                if let Some(size) = state.size {
+                    state.resize(size);
+                }
             }
             state.close_sent = false;
         });
@@ -196,28 +213,31 @@ impl Input {
                 accepted.stdin_offset.saturating_sub(origin).min(end)
             }
         };
-        if state.sent.is_none() {
-            let kept = state.begin;
-            if has < kept {
-                return Err(Gone { has, kept });
-            }
-            state.sent = Some(has);
+        if !state.known {
+            state.seek(has)?;
         }
         drop(state);
-        self.0.news.notify_waiters();
+        self.0.tell();
         Ok(())
     }
 
-    /// What that call is to send next. Never returns once there is another call, or nothing
-    /// left: the end of the messages would close the command's stdin.
-    pub(crate) async fn next(&self, call: u64) -> RunInput {
+    /// What that call is to send next; `None` once there is another call or the run is over.
+    /// Otherwise it waits: the end of the messages would close the command's stdin.
+    pub(crate) async fn next(&self, call: u64) -> Option<RunInput> {
         loop {
             let news = self.0.news.notified();
             let mut news = std::pin::pin!(news);
             news.as_mut().enable();
-            if let Some(input) = self.lock().next(call) {
-                self.0.room.notify_waiters();
-                return RunInput { input: Some(input) };
+            {
+                let mut state = self.lock();
+                if call != state.call || state.over {
+                    return None;
+                }
+                if let Some(input) = state.next() {
+                    drop(state);
+                    self.0.room.notify_waiters();
+                    return Some(RunInput { input: Some(input) });
+                }
             }
             news.await;
         }
@@ -225,12 +245,19 @@ impl Input {
 
     fn change(&self, change: impl FnOnce(&mut State)) {
         change(&mut self.lock());
-        self.0.news.notify_waiters();
+        self.0.tell();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         let state = &self.0.state;
         state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Shared {
+    fn tell(&self) {
+        self.news.notify_waiters();
+        self.room.notify_waiters();
     }
 }
 
@@ -240,7 +267,7 @@ impl State {
         if self.over || self.closed {
             return Err(Closed);
         }
-        if self.end.saturating_sub(self.sent.unwrap_or(self.begin)) >= WAITING_MOST {
+        if self.end - self.sent >= WAITING_MOST {
             return Ok(false);
         }
         let files_left = usize::try_from(self.files.saturating_sub(self.end)).unwrap_or(CHUNK);
@@ -251,54 +278,90 @@ impl State {
         };
         let piece = bytes.split_to(most.min(bytes.len()));
         self.end += piece.len() as u64;
-        self.log.push_back(piece);
+        self.waiting.push_back(piece);
+        if self.skip > 0 {
+            let has = self.sent + self.skip;
+            self.pass(has);
+        }
         Ok(true)
     }
 
-    fn next(&mut self, call: u64) -> Option<Message> {
-        if call != self.call || self.over {
-            return None;
+    fn resize(&mut self, size: TerminalSize) {
+        self.size = Some(size);
+        // Only the last one matters.
+        self.urgent
+            .retain(|message| !matches!(message, Message::Resize(_)));
+        self.urgent.push_back(Message::Resize(size));
+    }
+
+    /// The run has so much: what follows waits to be sent.
+    fn seek(&mut self, has: u64) -> Result<(), Gone> {
+        let kept = self.begin;
+        if has < kept {
+            return Err(Gone { has, kept });
         }
+        while has < self.sent
+            && let Some(mut piece) = self.kept.pop_back()
+        {
+            let begin = self.sent - piece.len() as u64;
+            // Both are within the piece.
+            let had = usize::try_from(has.saturating_sub(begin)).unwrap_or(0);
+            if had > 0 {
+                self.kept.push_back(piece.split_to(had));
+            }
+            self.sent = begin.max(has);
+            self.waiting.push_front(piece);
+        }
+        self.pass(has);
+        self.known = true;
+        Ok(())
+    }
+
+    /// What the run has of what waits need not be sent.
+    fn pass(&mut self, has: u64) {
+        while self.sent < has
+            && let Some(mut piece) = self.waiting.pop_front()
+        {
+            let passed = usize::try_from(has - self.sent).unwrap_or(usize::MAX);
+            let passed = piece.split_to(passed.min(piece.len()));
+            if !piece.is_empty() {
+                self.waiting.push_front(piece);
+            }
+            self.keep(passed);
+        }
+        self.skip = has.saturating_sub(self.sent);
+    }
+
+    fn keep(&mut self, piece: Bytes) {
+        self.sent += piece.len() as u64;
+        self.kept.push_back(piece);
+        while let Some(first) = self.kept.front()
+            && self.begin + first.len() as u64 + KEPT <= self.sent
+        {
+            self.begin += first.len() as u64;
+            self.kept.pop_front();
+        }
+    }
+
+    fn next(&mut self) -> Option<Message> {
         if let Some(urgent) = self.urgent.pop_front() {
             return Some(urgent);
         }
-        let sent = self.sent?;
-        // More, if the run has had it from an earlier caller.
-        if sent >= self.end {
+        if !self.known {
+            return None;
+        }
+        let Some(piece) = self.waiting.pop_front() else {
             let close = self.closed && !self.close_sent;
             self.close_sent |= close;
             return close.then_some(Message::CloseStdin(CloseStdin {}));
-        }
-        let piece = self.piece_at(sent);
-        let is_file = sent < self.files;
-        let sent = sent + piece.len() as u64;
-        self.sent = Some(sent);
-        while let Some(first) = self.log.front()
-            && self.begin + first.len() as u64 + KEPT <= sent
-        {
-            self.begin += first.len() as u64;
-            self.log.pop_front();
-        }
+        };
+        let is_file = self.sent < self.files;
+        self.keep(piece.clone());
         Some(if is_file {
             Message::Files(piece)
         } else {
             Message::Stdin(piece)
         })
-    }
-
-    /// From there to the end of its piece.
-    fn piece_at(&self, offset: u64) -> Bytes {
-        let mut begin = self.begin;
-        for piece in &self.log {
-            let end = begin + piece.len() as u64;
-            if offset < end {
-                // Both are within a piece.
-                let skip = usize::try_from(offset - begin).unwrap_or(0);
-                return piece.slice(skip..);
-            }
-            begin = end;
-        }
-        Bytes::new()
     }
 }
 
@@ -320,7 +383,7 @@ mod tests {
     /// All that a call would send now: bytes of files, bytes of stdin, other messages.
     fn drain(input: &Input, call: u64) -> (Vec<u8>, Vec<u8>, Vec<Message>) {
         let (mut files, mut stdin, mut others) = (Vec::new(), Vec::new(), Vec::new());
-        while let Some(message) = input.next(call).now_or_never() {
+        while let Some(Some(message)) = input.next(call).now_or_never() {
             match message.input.unwrap() {
                 Message::Files(bytes) => files.extend_from_slice(&bytes),
                 Message::Stdin(bytes) => stdin.extend_from_slice(&bytes),
@@ -427,7 +490,17 @@ mod tests {
         assert!(input.write(vec![0; 1]).now_or_never().is_none());
         drain(&input, call);
         assert!(input.write(vec![0; 1]).now_or_never().is_some());
+
+        // Also one who waits while the connection is broken, and the run has all of it.
+        let call = input.next_call();
+        write(&input, vec![0; (1 << 20) - 1]).unwrap();
+        let mut waiting = Box::pin(input.write(vec![0; 1]));
+        assert!((&mut waiting).now_or_never().is_none());
+        input.go_on(&accepted(0, 2 << 20)).unwrap();
+        assert!((&mut waiting).now_or_never().is_some());
+        assert_eq!(drain(&input, call).1.len(), 1);
         input.end();
+        assert!(input.next(call).now_or_never().unwrap().is_none());
         assert_eq!(write(&input, vec![0]), Err(Closed));
     }
 }

@@ -15,7 +15,7 @@ use polydev_proto::runtime::{
     Stream as Which, attach_request, input_file::Source, run_event::Event, run_request,
     run_start::Command,
 };
-use tokio::time::sleep;
+use tokio::{sync::watch, time::sleep};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 use uuid::Uuid;
@@ -29,6 +29,8 @@ const PATIENCE_FIRST: Duration = Duration::from_secs(10);
 /// Between two tries at first, and at most.
 const RETRY: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_secs(2);
+/// A shim hands its runs over.
+const STOPPING: &str = "STOPPING";
 /// A longer prompt is the CLI's stdin, which the shim has from the first call alone.
 const PROMPT_IN_ARGV: usize = 131_007;
 
@@ -41,10 +43,16 @@ pub struct Run {
     run_id: String,
     input: Input,
     events: BoxStream<'static, Result<Event, Status>>,
+    reached: watch::Receiver<bool>,
 }
 
 impl Run {
     pub(crate) fn start(calls: Calls, mut start: RunStart) -> Self {
+        // An id that was given may have been tried before, unless it is said that it was not.
+        let least = if start.run_id.is_empty() { 1 } else { 2 };
+        if start.attempt == 0 {
+            start.attempt = least;
+        }
         if start.run_id.is_empty() {
             start.run_id = if start.lease_id.is_empty() {
                 Uuid::now_v7().to_string()
@@ -52,7 +60,6 @@ impl Run {
                 start.lease_id.clone()
             };
         }
-        start.attempt = start.attempt.max(1);
         let run_id = start.run_id.clone();
         let size = |source: &Option<Source>| match source {
             Some(Source::Size(size)) => *size,
@@ -97,8 +104,11 @@ impl Run {
             told_artifacts: false,
             read,
             broken: None,
+            retry: RETRY,
             over: false,
+            reached: watch::Sender::new(true),
         };
+        let reached = session.reached.subscribe();
         let events = stream::unfold(session, |mut session| async {
             let event = session.next().await?;
             Some((event, session))
@@ -107,6 +117,7 @@ impl Run {
             run_id,
             input,
             events: events.boxed(),
+            reached,
         }
     }
 
@@ -114,6 +125,13 @@ impl Run {
     #[must_use]
     pub fn run_id(&self) -> &str {
         &self.run_id
+    }
+
+    /// False while it is tried to be reached again, as the last event that was asked for has
+    /// found out.
+    #[must_use]
+    pub fn reached(&self) -> watch::Receiver<bool> {
+        self.reached.clone()
     }
 
     /// The way to its command.
@@ -149,14 +167,12 @@ struct Session {
     told_artifacts: bool,
     /// How much of stdout, stderr and artifacts the caller has.
     read: [u64; 3],
-    broken: Option<Broken>,
-    over: bool,
-}
-
-/// Why there is no call at the moment.
-struct Broken {
-    since: Instant,
+    /// Since when the shim does not answer.
+    broken: Option<Instant>,
+    /// Before the next call, unless it is the first.
     retry: Duration,
+    over: bool,
+    reached: watch::Sender<bool>,
 }
 
 /// The shim has input of its own for it, also after it has started.
@@ -167,6 +183,8 @@ fn is_read_by_the_shim(start: &RunStart) -> bool {
 impl Drop for Session {
     /// Whoever still writes is told when nobody reads the run any more.
     fn drop(&mut self) {
+        // First the answers, so that the end of the requests does not close the command's stdin.
+        self.call = None;
         self.input.end();
     }
 }
@@ -178,6 +196,9 @@ impl Session {
             match self.step().await {
                 Ok(Some(event)) => {
                     self.over = matches!(event, Event::Exited(_));
+                    if self.over {
+                        self.input.end();
+                    }
                     return Some(Ok(event));
                 }
                 Ok(None) => {}
@@ -196,8 +217,8 @@ impl Session {
         let call = match &mut self.call {
             Some(call) => call,
             None => {
-                if let Some(broken) = &self.broken {
-                    sleep(broken.retry.mul_f64(rand::random_range(0.5..1.0))).await;
+                if self.broken.is_some() {
+                    sleep(self.retry.mul_f64(rand::random_range(0.5..1.0))).await;
                 }
                 let call = self.open().await?;
                 self.call.insert(call)
@@ -218,7 +239,7 @@ impl Session {
         let number = self.input.next_call();
         let input = self.input.clone();
         let inputs = stream::unfold(input, move |input| async move {
-            Some((input.next(number).await, input))
+            Some((input.next(number).await?, input))
         });
         let mut calls = self.calls.clone();
         // A run that exists is attached to by that as well, from its first byte. The shim that
@@ -255,13 +276,26 @@ impl Session {
         Ok(events.map(|response| Ok(response?.event)).boxed())
     }
 
-    /// What of an event the caller does not have yet.
+    /// What of an event is new, which shows that somebody answers.
     fn news(&mut self, event: Event) -> Result<Option<Event>, Status> {
+        if matches!(event, Event::Accepted(_) | Event::Queued(_)) {
+            self.broken = None;
+            self.tell_reached(true);
+        }
+        let news = self.only_news(event)?;
+        // One that breaks again and again before there is anything is not asked at once.
+        if news.is_some() {
+            self.retry = RETRY;
+        }
+        Ok(news)
+    }
+
+    /// What of an event the caller does not have yet.
+    fn only_news(&mut self, event: Event) -> Result<Option<Event>, Status> {
         Ok(match event {
             Event::Accepted(accepted) => {
                 let went_on = self.input.go_on(&accepted);
                 went_on.map_err(|gone| Status::data_loss(gone.to_string()))?;
-                self.broken = None;
                 let is_first = !std::mem::replace(&mut self.accepted, true);
                 is_first.then_some(Event::Accepted(accepted))
             }
@@ -327,23 +361,31 @@ impl Session {
             // The shim has lost the node: what became of the run is to be asked for.
             Code::Aborted if is_ours => true,
             // Worth another try for a run that exists; a first call is its caller's to repeat.
-            _ => self.broken.is_some() && details.retry_info().is_some(),
+            _ => {
+                let is_stopping = details
+                    .error_info()
+                    .is_some_and(|info| info.reason == STOPPING);
+                let exists = self.accepted || self.broken.is_some() || is_stopping;
+                exists && details.retry_info().is_some()
+            }
         };
-        let since = self.broken.as_ref().map(|broken| broken.since);
         let patience = if self.accepted {
             PATIENCE
         } else {
             PATIENCE_FIRST
         };
-        may_pass && since.is_none_or(|since| since.elapsed() < patience)
+        may_pass && self.broken.is_none_or(|since| since.elapsed() < patience)
+    }
+
+    fn tell_reached(&self, reached: bool) {
+        self.reached
+            .send_if_modified(|last| std::mem::replace(last, reached) != reached);
     }
 
     fn broke(&mut self) {
         self.call = None;
-        let (since, retry) = match self.broken.take() {
-            Some(broken) => (broken.since, RETRY_MOST.min(broken.retry * 2)),
-            None => (Instant::now(), RETRY),
-        };
-        self.broken = Some(Broken { since, retry });
+        self.broken.get_or_insert_with(Instant::now);
+        self.tell_reached(false);
+        self.retry = RETRY_MOST.min(self.retry * 2);
     }
 }

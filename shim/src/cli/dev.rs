@@ -1,6 +1,6 @@
 //! `polydev-shim dev`
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context;
 
@@ -8,6 +8,7 @@ use crate::{
     engine::embedded::{Engine, Settings},
     pool::{View, follow},
     provider::Provider,
+    rate::Rates,
     run::queue::PerUser,
     service,
 };
@@ -28,9 +29,13 @@ pub(super) struct Arguments {
     #[command(flatten)]
     per_user: PerUser,
     #[command(flatten)]
+    rates: Rates,
+    #[command(flatten)]
     vault: super::Vault,
 }
 
+/// For runs to end, before their driver ends them.
+const STOP: Duration = Duration::from_secs(10);
 /// Docker's bridge has addresses for a few hundred.
 const SLOTS_MOST: u32 = 100;
 
@@ -78,6 +83,8 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let drivers = engine.drivers();
     let limits = service::Limits {
         per_user: arguments.per_user,
+        rates: arguments.rates,
+        stop: STOP,
         on_demand: 0,
     };
     let parts = service::Parts {

@@ -1,6 +1,6 @@
 //! `polydev-shim serve`
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use polydev_proto::tls::{Callers, Files, GRPC, Trust};
 use sd_notify::NotifyState;
@@ -9,6 +9,7 @@ use super::tell_systemd;
 use crate::{
     engine,
     pool::{View, drained, follow},
+    rate::Rates,
     run::queue::PerUser,
     service,
 };
@@ -44,6 +45,12 @@ pub(super) struct Arguments {
     node_tls_ca: Option<PathBuf>,
     #[command(flatten)]
     per_user: PerUser,
+    #[command(flatten)]
+    rates: Rates,
+    /// Seconds that runs may go on with their callers once this is told to stop; then callers
+    /// are told to attach through another shim.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    stop_timeout: u32,
     #[command(flatten)]
     vault: super::Vault,
     /// Slots of a provider that may be on order from Nomad at a time, for runs that find none
@@ -101,6 +108,8 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     tell_systemd(NotifyState::Ready);
     let limits = service::Limits {
         per_user: arguments.per_user,
+        rates: arguments.rates,
+        stop: Duration::from_secs(arguments.stop_timeout.into()),
         on_demand: arguments.on_demand,
     };
     let node_files = arguments.node_files().map(Trust::Mutual);

@@ -38,13 +38,23 @@ pub(super) async fn print(
     output: Output,
     timeline: bool,
 ) -> anyhow::Result<ExitCode> {
-    let input = run.input();
+    let (input, mut reached) = (run.input(), run.reached());
     let mut is_accepted = false;
     // While it waits, keys are for this program.
     let mut raw = None;
     loop {
         let event = tokio::select! {
             event = run.next() => event,
+            Ok(()) = reached.changed() => {
+                let is_reached = *reached.borrow_and_update();
+                if raw.is_none() {
+                    eprintln!("polydev-shim: {}", match is_reached {
+                        true => "the run goes on",
+                        false => "the connection is lost, trying again",
+                    });
+                }
+                continue;
+            }
             asked = signals.next() => {
                 let number = match asked {
                     Asked::Signal(number) => number,
@@ -53,7 +63,8 @@ pub(super) async fn print(
                         continue;
                     }
                 };
-                if !is_accepted {
+                // Nobody else hears it, while the shim is away.
+                if !is_accepted || !*reached.borrow() {
                     return Ok(ExitCode::from(128 + number));
                 }
                 // The command decides what becomes of it.

@@ -53,7 +53,22 @@ pub async fn watch(view: View, filter: Filter, changes: mpsc::Sender<Change>) {
         news.mark_unchanged();
         let (connected, away) = view.channels();
         let known: HashSet<&String> = connected.iter().map(|(id, _)| id).chain(&away).collect();
-        nodes.retain(|node_id, told| told.is_none() || known.contains(node_id));
+        // What went on at a node that has left for good is not heard of again.
+        let mut forgotten = Vec::new();
+        nodes.retain(|node_id, told| match told {
+            Some(told) if !known.contains(node_id) => {
+                forgotten.extend(told.going());
+                false
+            }
+            _ => true,
+        });
+        if !forgotten.is_empty() {
+            let runs = Vec::new();
+            let gone = changes.send(Change::Runs { runs, forgotten }).await;
+            if gone.is_err() {
+                return;
+            }
+        }
         for (node_id, channel) in connected {
             let told = nodes
                 .entry(node_id.clone())
@@ -141,17 +156,25 @@ struct Last {
 }
 
 impl Told {
+    /// The runs that have not ended, as far as was told.
+    fn going(&self) -> impl Iterator<Item = String> {
+        let going = self.runs.iter().filter(|(_, last)| last.ended.is_none());
+        going.map(|(run_id, _)| run_id.clone())
+    }
+
     /// What of an answer is new, and which runs are forgotten.
     fn news(&mut self, answer: WatchRunsResponse) -> (Vec<node::Run>, Vec<String>) {
-        let mut forgotten = answer.aborted_run_ids;
+        let mut forgotten = answer.forgotten_run_ids;
         if answer.snapshot {
             let now: HashSet<&str> = answer.runs.iter().map(|run| &*run.run_id).collect();
-            let goes_on = |(run_id, last): (&String, &Last)| {
-                (last.ended.is_none() && !now.contains(&**run_id)).then(|| run_id.clone())
-            };
-            forgotten.extend(self.runs.iter().filter_map(goes_on));
+            forgotten.extend(self.going().filter(|run_id| !now.contains(&**run_id)));
         }
-        forgotten.retain(|run_id| self.runs.remove(run_id).is_some());
+        let is_news = |run_id: &String| {
+            self.runs
+                .remove(run_id)
+                .is_some_and(|last| last.ended.is_none())
+        };
+        forgotten.retain(is_news);
         // Those that ended before anybody listened are no news.
         let only_going = answer.snapshot && !self.begun;
         self.begun = true;
@@ -190,7 +213,7 @@ mod tests {
         };
         WatchRunsResponse {
             runs: runs.iter().map(run).collect(),
-            aborted_run_ids: Vec::new(),
+            forgotten_run_ids: Vec::new(),
             snapshot,
         }
     }
@@ -233,7 +256,7 @@ mod tests {
         let mut all = Told::default();
         told(&mut all, answer(true, &[("a", Claimed)]));
         let aborted = WatchRunsResponse {
-            aborted_run_ids: vec!["a".into(), "unheard".into()],
+            forgotten_run_ids: vec!["a".into(), "unheard".into()],
             ..WatchRunsResponse::default()
         };
         assert_eq!(told(&mut all, aborted), (vec![], vec!["a".into()]));

@@ -144,6 +144,7 @@ impl Service {
             provider: Some(provider),
         };
         self.check(caller, run)?;
+        self.user_rate.check(&user_id)?;
         let lease = lease::allocate(&self.view, &self.queue, wanted).await?;
         tracing::info!(lease_id = lease.lease_id, %caller, %provider, user_id, "lease");
         let lease = Some(lease);

@@ -40,6 +40,7 @@ impl Service {
             provider: Some(provider),
         };
         self.check(caller, run)?;
+        self.user_rate.check(user_id)?;
         if let Some(source) = request.credential.take() {
             let binding = Binding { user_id, provider };
             let credential = self.vault.get(source, binding).await?;
@@ -86,6 +87,7 @@ impl Service {
     {
         let (caller, run_id) = (relay.caller.clone(), relay.name.run_id.clone());
         let connect = connect(caller.clone());
+        let hand_over = self.hand_over.clone();
         self.runs.spawn(async move {
             let carried = async {
                 let (connection, _running) = tokio::select! {
@@ -95,7 +97,12 @@ impl Service {
                 };
                 relay.run(connection, requests).await
             };
-            if let Err(error) = carried.await {
+            let carried = tokio::select! {
+                carried = carried => carried,
+                // Its run goes on, if it has begun.
+                () = hand_over.cancelled() => Err(Error::Stopping),
+            };
+            if let Err(error) = carried {
                 tracing::warn!(run_id, error = %crate::chain(&error), "run broken off");
                 let _gone = caller.send(Err(error)).await;
             }

@@ -13,27 +13,34 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use polydev_proto::connection::NOBODY;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::http::Problem;
 use crate::{
     access::Caller,
+    rate::Rate,
+    run::Error,
     token::{Refused, Tokens},
 };
 
-/// `None` takes no tokens.
-pub(super) type Known = Option<Arc<Tokens>>;
+/// What is asked of whoever comes.
+#[derive(Clone)]
+pub(super) struct Door {
+    /// `None` takes no tokens.
+    pub(super) tokens: Option<Arc<Tokens>>,
+    /// Of each caller.
+    pub(super) rate: Arc<Rate>,
+}
 
 /// Puts the [`Caller`] that a token names in place of the connection's. A request of nobody is
 /// answered here.
-pub(super) async fn identify(
-    State(tokens): State<Known>,
-    request: Request,
-    next: Next,
-) -> Response {
+pub(super) async fn identify(State(door): State<Door>, request: Request, next: Next) -> Response {
     let (mut head, body) = request.into_parts();
-    match caller(&tokens, &head).await {
+    match caller(door.tokens.as_deref(), &head).await {
         Ok(caller) => {
+            if let Err(exceeded) = door.rate.check(&caller.0) {
+                return answer(&head.headers, Error::from(exceeded).into());
+            }
             // Nobody else needs it.
             head.headers.remove(AUTHORIZATION);
             head.extensions.insert(caller);
@@ -41,12 +48,12 @@ pub(super) async fn identify(
         }
         Err(refused) => {
             tracing::info!(%refused, "a caller is not known");
-            answer(&head.headers, refused)
+            answer(&head.headers, refused.into())
         }
     }
 }
 
-async fn caller(tokens: &Known, head: &Parts) -> Result<Caller, Refused> {
+async fn caller(tokens: Option<&Tokens>, head: &Parts) -> Result<Caller, Refused> {
     let of_connection = head.extensions.get::<Caller>().cloned();
     match (bearer(&head.headers)?, tokens) {
         (Some(token), Some(tokens)) => tokens.caller(token).await,
@@ -73,14 +80,16 @@ fn bearer(headers: &HeaderMap) -> Result<Option<&str>, Refused> {
     }
 }
 
-fn answer(headers: &HeaderMap, refused: Refused) -> Response {
-    let status = Status::from(refused);
+fn answer(headers: &HeaderMap, status: Status) -> Response {
     let kind = headers.get(CONTENT_TYPE);
     if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {
         return status.into_http();
     }
+    let is_unknown = status.code() == Code::Unauthenticated;
     let mut response = Problem::from(status).into_response();
-    let challenge = HeaderValue::from_static("Bearer error=\"invalid_token\"");
-    response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
+    if is_unknown {
+        let challenge = HeaderValue::from_static("Bearer error=\"invalid_token\"");
+        response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
+    }
     response
 }

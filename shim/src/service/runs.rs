@@ -13,7 +13,7 @@ use polydev_proto::{
 use prost_types::Timestamp;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::task::TaskTracker;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::page;
@@ -51,9 +51,9 @@ pub(super) async fn list(view: &View, request: ListRunsRequest) -> Result<ListRu
 const CHANGES: usize = 16;
 
 pub(super) fn watch(
-    tasks: &TaskTracker,
     view: View,
     request: WatchRunsRequest,
+    stop: CancellationToken,
 ) -> Result<impl Stream<Item = WatchRunsResponse> + Send + use<>, Error> {
     let WatchRunsRequest { user_id, provider } = request;
     let user_id = given(user_id);
@@ -66,7 +66,8 @@ pub(super) fn watch(
             .map_err(Invalid::from)?,
     };
     let (changes, told) = mpsc::channel(CHANGES);
-    tasks.spawn(watching::watch(view, filter, changes));
+    // It ends with its listener, or with the shim.
+    tokio::spawn(stop.run_until_cancelled_owned(watching::watch(view, filter, changes)));
     let mut nodes_unreachable = Vec::new();
     Ok(ReceiverStream::new(told).map(move |change| {
         let mut told = WatchRunsResponse::default();

@@ -13,7 +13,7 @@ use tonic::{service::Routes, transport::Server};
 
 use super::{
     Service, http,
-    identify::{Known, identify},
+    identify::{Door, identify},
     incoming,
 };
 use crate::{
@@ -21,6 +21,7 @@ use crate::{
     credentials::Vault,
     nomad::Nomad,
     pool::View,
+    rate::{Rate, Rates},
     run::{
         on_demand::OnDemand,
         queue::{PerUser, Queue},
@@ -36,17 +37,18 @@ const PING: Duration = Duration::from_secs(60);
 const GONE: Duration = Duration::from_secs(300);
 /// Then a caller connects anew, and shows anew who he is; what he has going goes on.
 const CONNECTION: Duration = Duration::from_secs(3600);
-/// How long runs may go on once the shim is told to stop.
-const STOP: Duration = Duration::from_secs(10);
-/// For what is written to callers after the last run has ended.
+/// For calls to be told that they are over, and for what is written to callers then.
 const FLUSH: Duration = Duration::from_secs(1);
 
 /// What a shim lets its callers have.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     pub per_user: PerUser,
+    pub rates: Rates,
     /// Slots that may be on order at a time.
     pub on_demand: usize,
+    /// How long runs may go on once the shim is told to stop.
+    pub stop: Duration,
 }
 
 /// What a shim serves with.
@@ -61,7 +63,8 @@ pub struct Parts {
     pub limits: Limits,
 }
 
-/// Serves callers until `stop`, then lets runs end within ten seconds.
+/// Serves callers until `stop`, then lets runs end within a time; callers of those that do not
+/// are told to attach to them elsewhere.
 ///
 /// # Errors
 /// Whatever keeps it from serving.
@@ -78,7 +81,7 @@ pub async fn serve(
         tokens,
         limits,
     } = parts;
-    let runs = TaskTracker::new();
+    let (runs, hand_over) = (TaskTracker::new(), CancellationToken::new());
     let vault = Arc::new(vault);
     let service = Service {
         view,
@@ -87,7 +90,10 @@ pub async fn serve(
         vault: vault.clone(),
         access,
         queue: Queue::new(limits.per_user),
+        user_rate: Rate::new("user", limits.rates.user),
         runs: runs.clone(),
+        stop: stop.clone(),
+        hand_over: hand_over.clone(),
     };
     let service = Arc::new(service);
     let http = http::router(service.clone());
@@ -107,7 +113,11 @@ pub async fn serve(
     // After all of them: a browser can send what looks like gRPC as well.
     let guarded = middleware::from_fn(http::no_browser);
     let tokens = tokens.map(Arc::new);
-    let identified = middleware::from_fn_with_state(tokens.clone(), identify);
+    let door = Door {
+        tokens: tokens.clone(),
+        rate: Rate::new("caller", limits.rates.caller).into(),
+    };
+    let identified = middleware::from_fn_with_state(door, identify);
     let routes = routes.into_axum_router().layer(identified).layer(guarded);
     let routes = Routes::from(routes);
     let server = Server::builder()
@@ -122,13 +132,13 @@ pub async fn serve(
     let overrun = async {
         stop.cancelled().await;
         runs.close();
-        match timeout(STOP, runs.wait()).await {
-            // Their last events are on their way.
-            Ok(()) => sleep(FLUSH).await,
-            Err(_) => {
-                tracing::warn!(runs = runs.len(), "stopping with runs that have not ended");
-            }
+        if timeout(limits.stop, runs.wait()).await.is_err() {
+            tracing::info!(runs = runs.len(), "handing over what goes on");
+            hand_over.cancel();
+            let _left = timeout(FLUSH, runs.wait()).await;
         }
+        // The last events are on their way.
+        sleep(FLUSH).await;
     };
     tokio::select! {
         served = serving => served?,
@@ -139,7 +149,7 @@ pub async fn serve(
     Ok(())
 }
 
-async fn keep(tokens: Known) {
+async fn keep(tokens: Option<Arc<Tokens>>) {
     match tokens {
         Some(tokens) => tokens.keep().await,
         None => pending().await,

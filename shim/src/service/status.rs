@@ -39,14 +39,26 @@ impl From<run::Error> for Status {
             Error::AtLimit { user_id, .. } | Error::Full(Full::User { user_id, .. }) => {
                 details.add_quota_failure_violation(format!("user:{user_id}"), &message);
             }
+            Error::Rate(exceeded) => {
+                let subject = format!("{}:{}", exceeded.whose, exceeded.name);
+                details.add_quota_failure_violation(short(subject), &message);
+            }
             Error::Full(Full::Shim) => {
                 let most = format!("{WAITING_MOST} runs wait");
                 details.add_quota_failure_violation("shim", most);
             }
             _ => {}
         }
-        if is_worth_another_try(&error) {
-            details.set_retry_info(Some(AGAIN));
+        match &error {
+            // In whole seconds, as HTTP tells them.
+            Error::Rate(exceeded) => {
+                let seconds = exceeded.wait.as_secs() + 1;
+                details.set_retry_info(Some(Duration::from_secs(seconds)));
+            }
+            error if is_worth_another_try(error) => {
+                details.set_retry_info(Some(AGAIN));
+            }
+            _ => {}
         }
         Self::with_error_details(code, message, details)
     }
@@ -76,6 +88,8 @@ fn kind(error: &Error) -> (Code, &'static str) {
         Error::NoIdleSlot { .. } => (Code::ResourceExhausted, "NO_IDLE_SLOT"),
         Error::AtLimit { .. } => (Code::ResourceExhausted, "USER_LIMIT"),
         Error::Full(_) => (Code::ResourceExhausted, "QUEUE_FULL"),
+        Error::Rate(_) => (Code::ResourceExhausted, "RATE_LIMIT"),
+        Error::Stopping => (Code::Unavailable, "STOPPING"),
         Error::NoNode => (Code::Unavailable, "NO_NODE"),
         Error::NotRun { .. } => (Code::Unavailable, "NOT_RUN"),
         Error::MayHaveRun { .. } => (Code::Unavailable, "MAY_HAVE_RUN"),
@@ -112,6 +126,8 @@ fn is_worth_another_try(error: &Error) -> bool {
         Error::NoIdleSlot { .. }
         | Error::AtLimit { .. }
         | Error::Full(_)
+        | Error::Rate(_)
+        | Error::Stopping
         | Error::NoNode
         | Error::NotRun { .. }
         | Error::MayHaveRun { .. }

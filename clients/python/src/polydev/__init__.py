@@ -9,6 +9,6 @@ from polydev.runtime.v1 import runtime_pb2 as api
 
 from ._client import Client
 from ._input import Closed
-from ._run import DataLoss, Run, reason
+from ._run import Broken, DataLoss, Run, reason
 
-__all__ = ["Client", "Closed", "DataLoss", "Run", "api", "reason"]
+__all__ = ["Broken", "Client", "Closed", "DataLoss", "Run", "api", "reason"]

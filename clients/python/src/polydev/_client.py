@@ -42,6 +42,9 @@ class Client:
             ("grpc.http2.max_pings_without_data", 0),
             # A proxy of the web's is none for this.
             ("grpc.enable_http_proxy", 0),
+            # As often as a run is tried to be reached again.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2000),
         ]
         added = _Added(token, metadata or {})
         interceptors = [_Unary(added), _UnaryStream(added), _StreamStream(added)]
@@ -53,7 +56,10 @@ class Client:
             target = url.netloc if url.port else f"{url.netloc}:443"
             self._channel = grpc.aio.secure_channel(target, credentials, options, None, interceptors)
         elif (url.scheme == "unix" and not url.netloc and url.path) or (
-            url.scheme == "http" and url.hostname in ("127.0.0.1", "::1", "localhost")
+            url.scheme == "http"
+            and url.hostname in ("127.0.0.1", "::1", "localhost")
+            and url.port
+            and url.path in ("", "/")
         ):
             target = address if url.scheme == "unix" else url.netloc
             if url.scheme == "unix":
@@ -64,20 +70,24 @@ class Client:
             raise ValueError(
                 f"`{address}` is neither unix:///PATH nor http://127.0.0.1:PORT nor https://HOST:PORT"
             )
+        self._closed = False
         #: Every call of the API, as it is.
         self.calls = RuntimeServiceStub(self._channel)
 
     def run(self, start: api.RunStart) -> Run:
-        """Runs a command. Without a `run_id` it gets one here, so that it is started once
-        however often the connection breaks. Nothing is sent before its events are asked for."""
-        return Run._start(self.calls, start)
+        """Runs a command. Without a `run_id` it gets one here, of this machine's clock, so that
+        it is started once however often the connection breaks. One that is given may have been
+        tried before, by another process: every node is asked first, unless `attempt` is 1, which
+        says that it was not. Nothing is sent before its events are asked for."""
+        return Run._start(self.calls, lambda: self._closed, start)
 
     def attach(self, start: api.AttachStart) -> Run:
         """Goes on with a run, from those offsets."""
-        return Run._attach(self.calls, start)
+        return Run._attach(self.calls, lambda: self._closed, start)
 
     async def close(self) -> None:
         """Breaks off the calls that go on. Their runs are left to themselves."""
+        self._closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Client:

@@ -34,14 +34,20 @@ class Input:
         self._is_attached = is_attached
         # Where the first byte is in the stdin of a run that others have written to.
         self._origin: int | None = None
-        # The last of it, in pieces, none with bytes of files and of stdin.
-        self._log: deque[bytes] = deque()
-        self._begin = self._end = 0
-        # Up to here the call that is open has sent it; None until it is known where it begins.
-        self._sent: int | None = 0 if is_new else None
+        # The last of what was sent, in pieces, none with bytes of files and of stdin; from
+        # `_begin` to `_sent`, where what waits begins.
+        self._kept: deque[bytes] = deque()
+        self._waiting: deque[bytes] = deque()
+        self._begin = self._sent = self._end = 0
+        # The run has so much more than was written here, from an earlier caller.
+        self._skip = 0
+        # It is known how much the run has, so that what waits may be sent.
+        self._known = is_new
         self._call = 0
         self._closed = self._close_sent = self._over = False
         self._urgent: deque[api.RunInput] = deque()
+        # The last size of the terminal, for the next call to tell again.
+        self._size: api.RunInput | None = None
         self._changed = asyncio.Event()
 
     async def write(self, data: bytes) -> None:
@@ -49,7 +55,7 @@ class Input:
         while at < len(data):
             if self._over or self._closed:
                 raise Closed("the run takes no more input")
-            if self._end - (self._begin if self._sent is None else self._sent) >= _WAITING_MOST:
+            if self._end - self._sent >= _WAITING_MOST:
                 await self._changed.wait()
                 continue
             files_left = self._files - self._end
@@ -57,7 +63,9 @@ class Input:
             piece = bytes(data[at : at + size])
             at += len(piece)
             self._end += len(piece)
-            self._log.append(piece)
+            self._waiting.append(piece)
+            if self._skip:
+                self._pass(self._sent + self._skip)
             self._tell()
 
     def close(self) -> None:
@@ -67,6 +75,7 @@ class Input:
     def send(self, message: api.RunInput) -> None:
         """A message that goes before any bytes."""
         if message.WhichOneof("input") == "resize":
+            self._size = message
             kept = (m for m in self._urgent if m.WhichOneof("input") != "resize")
             self._urgent = deque(kept)
         if len(self._urgent) < _SIGNALS_MOST:
@@ -82,7 +91,9 @@ class Input:
         the run has, unless it is the first."""
         self._call += 1
         if self._call > 1:
-            self._sent = None
+            self._known = False
+            if self._size:
+                self.send(self._size)
         self._close_sent = False
         self._tell()
         return self._call
@@ -96,53 +107,69 @@ class Input:
             has = min(max(accepted.stdin_offset - self._origin, 0), self._end)
         else:
             has = min(accepted.files_offset, self._files) + accepted.stdin_offset
-        if self._sent is None:
-            if has < self._begin:
-                raise Gone(
-                    f"the run has {has} bytes of its input, "
-                    f"and those from {self._begin} on are kept"
-                )
-            self._sent = has
+        if not self._known:
+            self._seek(has)
         self._tell()
 
-    async def next(self, call: int) -> api.RunInput:
-        """What that call is to send next. Never returns once there is another call, or
-        nothing left: the end of the messages would close the command's stdin."""
-        while True:
+    async def next(self, call: int) -> api.RunInput | None:
+        """What that call is to send next; None once there is another call or the run is over.
+        Otherwise it waits: the end of the messages would close the command's stdin."""
+        while call == self._call and not self._over:
             changed = self._changed
-            message = self._next(call)
+            message = self._next()
             if message is not None:
                 self._tell()
                 return message
             await changed.wait()
+        return None
 
-    def _next(self, call: int) -> api.RunInput | None:
-        if call != self._call or self._over:
-            return None
+    def _next(self) -> api.RunInput | None:
         if self._urgent:
             return self._urgent.popleft()
-        if self._sent is None:
+        if not self._known:
             return None
-        # More, if the run has had it from an earlier caller.
-        if self._sent >= self._end:
+        if not self._waiting:
             if not self._closed or self._close_sent:
                 return None
             self._close_sent = True
             return api.RunInput(close_stdin=api.CloseStdin())
         is_file = self._sent < self._files
-        piece = self._piece_at(self._sent)
-        self._sent += len(piece)
-        while self._log and self._begin + len(self._log[0]) + _KEPT <= self._sent:
-            self._begin += len(self._log.popleft())
+        piece = self._waiting.popleft()
+        self._keep(piece)
         return api.RunInput(files=piece) if is_file else api.RunInput(stdin=piece)
 
-    def _piece_at(self, offset: int) -> bytes:
-        begin = self._begin
-        for piece in self._log:
-            if offset < begin + len(piece):
-                return piece[offset - begin :]
-            begin += len(piece)
-        raise AssertionError("what is not sent is in the log")
+    def _seek(self, has: int) -> None:
+        """The run has so much: what follows waits to be sent."""
+        if has < self._begin:
+            raise Gone(
+                f"the run has {has} bytes of its input, and those from {self._begin} on are kept"
+            )
+        while has < self._sent:
+            piece = self._kept.pop()
+            begin = self._sent - len(piece)
+            had = max(has - begin, 0)
+            if had:
+                self._kept.append(piece[:had])
+            self._sent = begin + had
+            self._waiting.appendleft(piece[had:])
+        self._pass(has)
+        self._known = True
+
+    def _pass(self, has: int) -> None:
+        """What the run has of what waits need not be sent."""
+        while self._sent < has and self._waiting:
+            piece = self._waiting.popleft()
+            had = min(has - self._sent, len(piece))
+            if had < len(piece):
+                self._waiting.appendleft(piece[had:])
+            self._keep(piece[:had])
+        self._skip = max(has - self._sent, 0)
+
+    def _keep(self, piece: bytes) -> None:
+        self._sent += len(piece)
+        self._kept.append(piece)
+        while self._kept and self._begin + len(self._kept[0]) + _KEPT <= self._sent:
+            self._begin += len(self._kept.popleft())
 
     def _tell(self) -> None:
         self._changed.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 import uuid6
@@ -26,6 +26,9 @@ _RETRY_MOST = 2.0
 # A longer prompt is the CLI's stdin, which the shim has from the first call alone.
 _PROMPT_IN_ARGV = 131_007
 
+# A shim hands its runs over.
+_STOPPING = "STOPPING"
+
 # The connection's words, unless they have details, which are the shim's.
 _BROKEN = {
     grpc.StatusCode.UNAVAILABLE,
@@ -41,12 +44,15 @@ class DataLoss(Exception):
     """Bytes of the run are missing that nobody has declared lost."""
 
 
-class _Ended(Exception):
-    """The stream ended before the run's end."""
+class Broken(Exception):
+    """The run cannot be followed any more: the stream ended before the run's end, or the client
+    was closed."""
 
 
-def reason(error: grpc.RpcError) -> str | None:
+def reason(error: BaseException) -> str | None:
     """The shim's word for an error, such as NO_IDLE_SLOT; None if it is not the shim's."""
+    if not isinstance(error, grpc.RpcError):
+        return None
     info = _detail(error, error_details_pb2.ErrorInfo)
     return info.reason if info else None
 
@@ -66,10 +72,18 @@ class Run:
     byte once and in order, and `exited` last. When the connection breaks, or the shim is
     restarted, it goes on where it was; after a minute without an answer (ten seconds, if it was
     not accepted yet) it raises the last error.
-    Leaving it leaves the run to itself."""
+    Leaving it leaves the run to itself, and so does whatever cancels the wait for an event."""
 
-    def __init__(self, calls: RuntimeServiceStub, run_id: str, user_id: str, input: Input):
+    def __init__(
+        self,
+        calls: RuntimeServiceStub,
+        is_closed: Callable[[], bool],
+        run_id: str,
+        user_id: str,
+        input: Input,
+    ):
         self._calls = calls
+        self._is_closed = is_closed
         #: The run's UUID.
         self.run_id = run_id
         self._user_id = user_id
@@ -84,28 +98,36 @@ class Run:
         self._events = self._follow()
 
     @classmethod
-    def _start(cls, calls: RuntimeServiceStub, start: api.RunStart) -> Run:
+    def _start(
+        cls, calls: RuntimeServiceStub, is_closed: Callable[[], bool], start: api.RunStart
+    ) -> Run:
         request = api.RunStart()
         request.CopyFrom(start)
+        # An id that was given may have been tried before, unless it is said that it was not.
+        request.attempt = request.attempt or (2 if request.run_id else 1)
         request.run_id = request.run_id or request.lease_id or str(uuid6.uuid7())
-        request.attempt = max(request.attempt, 1)
         files = sum(file.size for file in request.files)
         input = Input(files, is_new=request.attempt == 1)
-        run = cls(calls, request.run_id, request.user_id, input)
+        run = cls(calls, is_closed, request.run_id, request.user_id, input)
         run._request = request
         return run
 
     @classmethod
-    def _attach(cls, calls: RuntimeServiceStub, start: api.AttachStart) -> Run:
+    def _attach(
+        cls, calls: RuntimeServiceStub, is_closed: Callable[[], bool], start: api.AttachStart
+    ) -> Run:
         input = Input(0, is_new=False, is_attached=True)
-        run = cls(calls, start.run_id, start.user_id, input)
+        run = cls(calls, is_closed, start.run_id, start.user_id, input)
         run._read = [start.stdout_offset, start.stderr_offset, start.artifact_offset]
         return run
 
     async def write(self, data: bytes) -> None:
         """The bytes of the files whose `size` the run was told, one file's after the other's,
-        and then the command's stdin. Waits while much has not been sent; raises `Closed` once
-        the run is over or its stdin closed."""
+        and then the command's stdin. Waits while 1 MiB has not been sent, which happens only
+        while somebody asks for the run's events: write more than that beside it. Raises
+        `Closed` once the run is over or its stdin closed. For a run that was attached to it is
+        stdin, from `stdin_offset` of its `accepted` on: who goes on with what an earlier caller
+        sent begins there, and not after what that one had sent."""
         await self._input.write(data)
 
     def close_stdin(self) -> None:
@@ -142,21 +164,31 @@ class Run:
                 call = self._open()
                 try:
                     async for response in call:
+                        if response.event.WhichOneof("event") in ("accepted", "queued"):
+                            self._broken_since = None
                         event = self._news(response.event)
                         if event is not None:
+                            # One that breaks again and again before there is anything is not
+                            # asked at once.
+                            self._retry = _RETRY
+                            is_last = event.WhichOneof("event") == "exited"
+                            if is_last:
+                                self._input.end()
                             yield event
-                            if event.WhichOneof("event") == "exited":
+                            if is_last:
                                 return
-                    raise _Ended("the shim ended the stream before the run's end")
-                except (grpc.aio.AioRpcError, _Ended) as error:
+                    raise Broken("the shim ended the stream before the run's end")
+                except (grpc.aio.AioRpcError, Broken) as error:
                     if not self._may_go_on(error):
                         raise
+                except (asyncio.CancelledError, grpc.aio.UsageError):
+                    if self._is_closed():
+                        raise Broken("the client was closed") from None
+                    raise
                 finally:
                     call.cancel()
-                if self._broken_since is None:
-                    self._broken_since, self._retry = time.monotonic(), _RETRY
-                else:
-                    self._retry = min(self._retry * 2, _RETRY_MOST)
+                self._broken_since = self._broken_since or time.monotonic()
+                self._retry = min(self._retry * 2, _RETRY_MOST)
                 await asyncio.sleep(self._retry * random.uniform(0.5, 1.0))
         finally:
             self._input.end()
@@ -185,8 +217,8 @@ class Run:
 
     async def _requests(self, first, kind, number: int):
         yield first
-        while True:
-            yield kind(input=await self._input.next(number))
+        while (input := await self._input.next(number)) is not None:
+            yield kind(input=input)
 
     def _news(self, event: api.RunEvent) -> api.RunEvent | None:
         """What of an event the caller does not have yet."""
@@ -196,7 +228,6 @@ class Run:
                 self._input.go_on(event.accepted)
             except Gone as gone:
                 raise DataLoss(str(gone)) from None
-            self._broken_since = None
             is_first, self._accepted = not self._accepted, True
             return event if is_first else None
         if kind == "queued":
@@ -235,7 +266,8 @@ class Run:
             # The shim has lost the node: what became of the run is to be asked for.
             is_unclear = error.code() == grpc.StatusCode.ABORTED and is_ours
             # Worth another try for a run that exists; a first call is its caller's to repeat.
-            again = self._broken_since and _detail(error, error_details_pb2.RetryInfo)
+            exists = self._accepted or self._broken_since or reason(error) == _STOPPING
+            again = exists and _detail(error, error_details_pb2.RetryInfo)
             if not (is_broken or is_unclear or again):
                 return False
         since = self._broken_since

@@ -99,8 +99,10 @@ fn step(node: &Node, filter: &Filter, run_id: String) -> Option<WatchRunsRespons
     let mut told = WatchRunsResponse::default();
     match node.runs.find(&run_id, None) {
         Ok(run) if filter.fits(&run.claimed) => told.runs.push(encode(Run::summary(run)?)),
-        // Whoever was not told of the claim does not know the id.
-        Err(NotFound::Aborted { .. }) => told.aborted_run_ids.push(run_id),
+        // Whoever was not told of the run does not know the id; who was told of its end needs none.
+        Err(NotFound::Aborted { .. } | NotFound::Released { .. }) => {
+            told.forgotten_run_ids.push(run_id);
+        }
         Ok(_) | Err(_) => return None,
     }
     Some(told)
