@@ -86,46 +86,6 @@ fn starts_that_fail_say_why() {
     }
 }
 
-/// C005: the archive is in the task's folder before the task starts.
-#[test]
-fn an_image_is_loaded_from_the_tasks_own_archive() {
-    let nomad = Nomad::start();
-    let name = format!("polydev-test-load-{:08x}:1", rand::random::<u32>());
-    let mut job = batch(
-        "load",
-        with("echo loaded", json!({ "image": name, "load": "image.tar" })),
-    );
-    let mut before = job["TaskGroups"][0]["Tasks"][0].clone();
-    before["Name"] = "before".into();
-    before["Lifecycle"] = json!({ "Hook": "prestart" });
-    before["Config"] = with(
-        "until [ -e /alloc/go ]; do sleep 0.05; done",
-        json!({ "image": IMAGE }),
-    );
-    job["TaskGroups"][0]["Tasks"]
-        .as_array_mut()
-        .unwrap()
-        .push(before);
-    nomad.submit(&job);
-    let alloc = wait_until("the task before", Duration::from_secs(60), || {
-        let all = nomad.allocations("load");
-        let runs = |alloc: &&Value| alloc["TaskStates"]["before"]["State"] == "running";
-        let alloc = all.iter().find(runs).ok_or_else(|| format!("{all:?}"))?;
-        Ok(job::id(alloc).to_owned())
-    });
-    let folder = nomad.folder().join("data/alloc").join(&alloc);
-    docker::docker(&["tag", IMAGE, &name]);
-    let archive = folder.join("task/local/image.tar");
-    fs::create_dir_all(archive.parent().unwrap()).unwrap();
-    docker::docker(&["save", "--output", archive.to_str().unwrap(), &name]);
-    docker::docker(&["rmi", &name]);
-    fs::write(folder.join("alloc/go"), "").unwrap();
-    let told = events(&nomad.wait_dead("load"));
-    assert!(told.contains("Exit Code: 0"), "{told}");
-    assert_eq!(nomad.logs(&alloc, "stdout"), b"loaded\n");
-    docker::docker(&["rmi", &name]);
-}
-
 /// C013: somebody removes the container; the task has ended, and is told so.
 #[test]
 fn a_container_removed_by_somebody_else_ends_its_task() {
@@ -139,66 +99,6 @@ fn a_container_removed_by_somebody_else_ends_its_task() {
     }
     let journal = fs::read_dir(nomad.state_dir().join("tasks")).unwrap();
     assert_eq!(journal.count(), 0);
-}
-
-/// C088, C089: names in a network of the user's own, and the host's network.
-#[test]
-fn networks_by_name_and_the_hosts_own() {
-    let nomad = Nomad::start();
-    let network = format!("pdtest{:08x}", rand::random::<u32>());
-    docker::docker(&["network", "create", &network]);
-    let server =
-        "mkdir /tmp/www; echo hello >/tmp/www/index.html; exec httpd -f -p 8080 -h /tmp/www";
-    let mut serves = service(
-        "server",
-        with(
-            server,
-            json!({ "network_mode": network, "network_aliases": ["db"] }),
-        ),
-    );
-    task(&mut serves)["Services"] = json!([{ "Name": "db", "Provider": "nomad" }]);
-    nomad.submit(&serves);
-    let alloc = nomad.wait_started("server");
-    // Its address there is what others in the network use.
-    let own =
-        docker::inspect(&container(&alloc))["NetworkSettings"]["Networks"][&network]["IPAddress"]
-            .clone();
-    wait_until("the service", Duration::from_secs(20), || {
-        let told = nomad.get("/v1/service/db");
-        if told[0]["Address"] == own {
-            Ok(())
-        } else {
-            Err(format!("{told}, not {own}"))
-        }
-    });
-    let client = "until wget -qO- http://db:8080/; do sleep 0.1; done";
-    nomad.submit(&batch(
-        "client",
-        with(client, json!({ "network_mode": network })),
-    ));
-    let ended = nomad.wait_dead("client");
-    assert_eq!(
-        nomad.logs(job::id(&ended), "stdout"),
-        b"hello\n",
-        "{}",
-        events(&ended)
-    );
-
-    nomad.submit(&service(
-        "host",
-        with(FOREVER, json!({ "network_mode": "host" })),
-    ));
-    let alloc = nomad.wait_started("host");
-    let seen = nomad
-        .exec(&alloc, &["readlink", "/proc/self/ns/net"], false, b"")
-        .stdout;
-    let own = fs::read_link("/proc/self/ns/net").unwrap();
-    assert_eq!(seen.trim(), own.to_str().unwrap());
-    for job in ["server", "host"] {
-        nomad.run(&["job", "stop", "-detach", "-yes", job]);
-        nomad.wait_dead(job);
-    }
-    docker::docker(&["network", "rm", &network]);
 }
 
 /// Every limit of a live container goes up and down, and traffic with it.
@@ -328,5 +228,105 @@ mod long {
             },
         );
         assert_eq!(nomad.wait_started("checked"), id, "the task goes on");
+    }
+
+    /// C088, C089: names in a network of the user's own, and the host's network.
+    #[test]
+    fn networks_by_name_and_the_hosts_own() {
+        let nomad = Nomad::start();
+        let network = format!("pdtest{:08x}", rand::random::<u32>());
+        docker::docker(&["network", "create", &network]);
+        let server =
+            "mkdir /tmp/www; echo hello >/tmp/www/index.html; exec httpd -f -p 8080 -h /tmp/www";
+        let mut serves = service(
+            "server",
+            with(
+                server,
+                json!({ "network_mode": network, "network_aliases": ["db"] }),
+            ),
+        );
+        task(&mut serves)["Services"] = json!([{ "Name": "db", "Provider": "nomad" }]);
+        nomad.submit(&serves);
+        let alloc = nomad.wait_started("server");
+        // Its address there is what others in the network use.
+        let own =
+        docker::inspect(&container(&alloc))["NetworkSettings"]["Networks"][&network]["IPAddress"]
+            .clone();
+        wait_until("the service", Duration::from_secs(20), || {
+            let told = nomad.get("/v1/service/db");
+            if told[0]["Address"] == own {
+                Ok(())
+            } else {
+                Err(format!("{told}, not {own}"))
+            }
+        });
+        let client = "until wget -qO- http://db:8080/; do sleep 0.1; done";
+        nomad.submit(&batch(
+            "client",
+            with(client, json!({ "network_mode": network })),
+        ));
+        let ended = nomad.wait_dead("client");
+        assert_eq!(
+            nomad.logs(job::id(&ended), "stdout"),
+            b"hello\n",
+            "{}",
+            events(&ended)
+        );
+
+        nomad.submit(&service(
+            "host",
+            with(FOREVER, json!({ "network_mode": "host" })),
+        ));
+        let alloc = nomad.wait_started("host");
+        let seen = nomad
+            .exec(&alloc, &["readlink", "/proc/self/ns/net"], false, b"")
+            .stdout;
+        let own = fs::read_link("/proc/self/ns/net").unwrap();
+        assert_eq!(seen.trim(), own.to_str().unwrap());
+        for job in ["server", "host"] {
+            nomad.run(&["job", "stop", "-detach", "-yes", job]);
+            nomad.wait_dead(job);
+        }
+        docker::docker(&["network", "rm", &network]);
+    }
+
+    /// C005: the archive is in the task's folder before the task starts.
+    #[test]
+    fn an_image_is_loaded_from_the_tasks_own_archive() {
+        let nomad = Nomad::start();
+        let name = format!("polydev-test-load-{:08x}:1", rand::random::<u32>());
+        let mut job = batch(
+            "load",
+            with("echo loaded", json!({ "image": name, "load": "image.tar" })),
+        );
+        let mut before = job["TaskGroups"][0]["Tasks"][0].clone();
+        before["Name"] = "before".into();
+        before["Lifecycle"] = json!({ "Hook": "prestart" });
+        before["Config"] = with(
+            "until [ -e /alloc/go ]; do sleep 0.05; done",
+            json!({ "image": IMAGE }),
+        );
+        job["TaskGroups"][0]["Tasks"]
+            .as_array_mut()
+            .unwrap()
+            .push(before);
+        nomad.submit(&job);
+        let alloc = wait_until("the task before", Duration::from_secs(60), || {
+            let all = nomad.allocations("load");
+            let runs = |alloc: &&Value| alloc["TaskStates"]["before"]["State"] == "running";
+            let alloc = all.iter().find(runs).ok_or_else(|| format!("{all:?}"))?;
+            Ok(job::id(alloc).to_owned())
+        });
+        let folder = nomad.folder().join("data/alloc").join(&alloc);
+        docker::docker(&["tag", IMAGE, &name]);
+        let archive = folder.join("task/local/image.tar");
+        fs::create_dir_all(archive.parent().unwrap()).unwrap();
+        docker::docker(&["save", "--output", archive.to_str().unwrap(), &name]);
+        docker::docker(&["rmi", &name]);
+        fs::write(folder.join("alloc/go"), "").unwrap();
+        let told = events(&nomad.wait_dead("load"));
+        assert!(told.contains("Exit Code: 0"), "{told}");
+        assert_eq!(nomad.logs(&alloc, "stdout"), b"loaded\n");
+        docker::docker(&["rmi", &name]);
     }
 }

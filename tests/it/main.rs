@@ -34,3 +34,4 @@ mod store;
 mod survive;
 mod terminal;
 mod tokens;
+mod traces;

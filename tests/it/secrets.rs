@@ -185,16 +185,7 @@ fn needles(key: &str) -> Vec<Vec<u8>> {
 }
 
 fn contains(bytes: &[u8], needle: &[u8]) -> bool {
-    // Each needle begins with bytes that are rare enough for this to be quick.
-    let first = needle[0];
-    let mut rest = bytes;
-    while let Some(at) = rest.iter().position(|byte| *byte == first) {
-        if rest[at..].starts_with(needle) {
-            return true;
-        }
-        rest = &rest[at + 1..];
-    }
-    false
+    memchr::memmem::find(bytes, needle).is_some()
 }
 
 #[test]

@@ -210,7 +210,8 @@ fn callers_are_known_by_the_tokens_of_an_issuer_and_by_no_others() {
         "--token-audience",
         AUDIENCE,
     ];
-    let shim = Shim::dev_with(&["anthropic=1"], &options);
+    let trace = [("POLYDEV_LOG", "trace")];
+    let shim = Shim::dev_in(&["anthropic=1"], &options, &trace);
     let runtime = Runtime::new().unwrap();
 
     let token = key.sign(&issuer.claims("team-a"));

@@ -33,6 +33,8 @@ pub struct Nomad {
     folder: Folder,
     /// Where programs are looked for, this machine's own places apart.
     programs: Option<PathBuf>,
+    /// The driver logs all that it can.
+    traced: bool,
 }
 
 /// The `nomad` program: `tests/test.sh` says where it is.
@@ -71,6 +73,16 @@ impl Nomad {
     pub fn start_with_programs(options: &str, folder: &Path) -> Self {
         let mut nomad = Self::configure(options, "polydev");
         nomad.programs = Some(folder.to_owned());
+        let nomad = nomad.run_agent();
+        nomad.wait_healthy();
+        nomad
+    }
+
+    /// As [`Nomad::start`]; agent and driver log all that they can.
+    #[must_use]
+    pub fn start_traced() -> Self {
+        let mut nomad = Self::configure("", "polydev");
+        nomad.traced = true;
         let nomad = nomad.run_agent();
         nomad.wait_healthy();
         nomad
@@ -177,6 +189,7 @@ impl Nomad {
             address: format!("http://127.0.0.1:{http}"),
             folder,
             programs: None,
+            traced: false,
         }
     }
 
@@ -191,6 +204,11 @@ impl Nomad {
             let all = std::iter::once(programs.clone()).chain(std::env::split_paths(&ours));
             let path = std::env::join_paths(all).expect("a folder's name has no colon");
             command.env("PATH", path);
+        }
+        if self.traced {
+            // Before what the file says.
+            command.args(["-log-level", "TRACE"]);
+            command.env("POLYDEV_LOG", "trace");
         }
         Process::start(&mut command, &folder.join("nomad.log"))
     }

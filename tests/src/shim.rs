@@ -70,7 +70,14 @@ impl Shim {
     /// As [`Shim::serve`], with options of the shim's.
     #[must_use]
     pub fn serve_with(nomad: &str, options: &[&str]) -> Self {
+        Self::serve_in(nomad, options, &[])
+    }
+
+    /// As [`Shim::serve_with`], with variables too.
+    #[must_use]
+    pub fn serve_in(nomad: &str, options: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut command = Command::new(program("polydev-shim"));
+        command.envs(environment.iter().copied());
         command.args(["serve", "--nomad-addr", nomad]).args(options);
         Self::start(command, Folder::new("pdtest-"))
     }
