@@ -35,3 +35,4 @@ mod survive;
 mod terminal;
 mod tokens;
 mod traces;
+mod walk;

@@ -145,6 +145,27 @@ impl Cluster {
         (&self.namespace, SERVER.parse().expect("it is an address"))
     }
 
+    /// A folder with the certificates in `certs`, as an operator may have one.
+    ///
+    /// # Panics
+    /// If it is there.
+    #[must_use]
+    pub fn walk_folder(&self) -> PathBuf {
+        let folder = self.folder.path().join("walk");
+        std::fs::create_dir(&folder).expect("a folder can be made");
+        let tls = self.folder.path().join("tls");
+        std::os::unix::fs::symlink(tls, folder.join("certs")).expect("a link can be made");
+        folder
+    }
+
+    /// Runs the program that follows on the server.
+    #[must_use]
+    pub fn inside(&self) -> Command {
+        let mut command = self.namespace.inside();
+        command.env("NOMAD_ADDR", &self.address);
+        command
+    }
+
     /// `nomad ARGS`, which must succeed.
     #[track_caller]
     pub fn run(&self, args: &[&str]) -> String {
@@ -152,9 +173,9 @@ impl Cluster {
     }
 
     fn command(&self, args: &[&str]) -> Command {
-        let mut command = self.namespace.inside();
+        let mut command = self.inside();
         command.arg(nomad_program()).args(args);
-        command.env("NOMAD_ADDR", &self.address).current_dir(root());
+        command.current_dir(root());
         command
     }
 
