@@ -1,4 +1,4 @@
-//! Where the shim listens and is reached: a unix socket, loopback, or anywhere with mutual TLS.
+//! Where the shim listens and is reached: a unix socket, loopback, or anywhere with TLS.
 
 use std::{
     fmt, fs, io,
@@ -26,7 +26,7 @@ pub const DEFAULT: &str = "unix:///run/polydev/shim.sock";
 pub enum Address {
     Unix(PathBuf),
     Loopback(SocketAddr),
-    /// With mutual TLS.
+    /// With TLS.
     Tls {
         /// A name or an IP address, the latter without brackets.
         host: String,

@@ -9,6 +9,7 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::OwnedSemaphorePermit,
     time::{Sleep, sleep},
 };
 use tonic::transport::server::Connected;
@@ -27,6 +28,8 @@ impl fmt::Display for Caller {
 /// The name of a caller who has said nothing of himself.
 pub const NOBODY: &str = "";
 
+/// So long a caller of whom nothing is known may say nothing.
+const SILENT: Duration = Duration::from_secs(10);
 /// So long the other end may take nothing of what is written, before the connection is given
 /// up: as long as HTTP/2 waits for an answer to its pings, which HTTP/1 does not have.
 const STALLED: Duration = Duration::from_secs(300);
@@ -36,6 +39,10 @@ pub struct Connection {
     stream: Box<dyn Stream>,
     /// Runs while something waits to be written.
     stalled: Option<Pin<Box<Sleep>>>,
+    /// Runs until something has been read, with a caller of whom nothing is known.
+    silent: Option<Pin<Box<Sleep>>>,
+    /// Such callers are bounded.
+    _place: Option<OwnedSemaphorePermit>,
     /// Who is at the other end.
     pub caller: Caller,
 }
@@ -52,7 +59,21 @@ impl Connection {
         Self {
             stream: Box::new(stream),
             stalled: None,
+            silent: None,
+            _place: None,
             caller: Caller(caller),
+        }
+    }
+
+    /// Of a caller who has said nothing of himself, and is to say something soon.
+    pub fn of_nobody(
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        place: OwnedSemaphorePermit,
+    ) -> Self {
+        Self {
+            silent: Some(Box::pin(sleep(SILENT))),
+            _place: Some(place),
+            ..Self::new(stream, NOBODY.into())
         }
     }
 }
@@ -89,7 +110,17 @@ impl AsyncRead for Connection {
         cx: &mut Context,
         buf: &mut ReadBuf,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        match &mut self.silent {
+            Some(silent) if read.is_pending() => match silent.as_mut().poll(cx) {
+                Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+                Poll::Pending => Poll::Pending,
+            },
+            _ => {
+                self.silent = None;
+                read
+            }
+        }
     }
 }
 

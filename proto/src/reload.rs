@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
@@ -10,8 +11,9 @@ use std::{
 /// How often files are looked at, while they are in use.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// A value that follows its files: what is had is at most a second old. Files that are of no
-/// use, as while they are being replaced, change nothing.
+/// A value that follows its files, some two seconds behind: they are read when they have
+/// changed and then not for a second, since somebody may be writing them. Files that are of no
+/// use change nothing.
 #[derive(Debug)]
 pub struct Reloaded<T> {
     paths: Vec<PathBuf>,
@@ -21,9 +23,14 @@ pub struct Reloaded<T> {
 #[derive(Debug)]
 struct Current<T> {
     value: Arc<T>,
-    written: Vec<Option<SystemTime>>,
+    /// What was read last, whether it was of use or not.
+    read: Vec<Option<Stamp>>,
+    seen: Vec<Option<Stamp>>,
     looked: Instant,
 }
+
+/// By which it shows that a file has changed.
+type Stamp = (SystemTime, u64, u64);
 
 impl<T> Reloaded<T> {
     /// With what `load` makes of the files now.
@@ -31,9 +38,11 @@ impl<T> Reloaded<T> {
     /// # Errors
     /// As `load`'s.
     pub fn new<E>(paths: Vec<PathBuf>, load: impl FnOnce() -> Result<T, E>) -> Result<Self, E> {
+        // Before they are read: what is written meanwhile is read again.
+        let stamps = stamps(&paths);
         let current = Current {
-            // Before they are read: what is written meanwhile is read again.
-            written: written(&paths),
+            read: stamps.clone(),
+            seen: stamps,
             value: Arc::new(load()?),
             looked: Instant::now(),
         };
@@ -41,29 +50,63 @@ impl<T> Reloaded<T> {
         Ok(Self { paths, current })
     }
 
-    /// The value, and an error if there are newer files of no use.
+    /// The value, and an error, once, if there are newer files of no use.
     pub fn get<E>(&self, load: impl FnOnce() -> Result<T, E>) -> (Arc<T>, Option<E>) {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         let mut refused = None;
         if current.looked.elapsed() >= LOOK {
             current.looked = Instant::now();
-            let written = written(&self.paths);
-            if written != current.written {
+            let now = stamps(&self.paths);
+            if now != current.read && now == current.seen {
                 match load() {
-                    Ok(value) => {
-                        current.value = Arc::new(value);
-                        current.written = written;
-                    }
+                    Ok(value) => current.value = Arc::new(value),
                     Err(error) => refused = Some(error),
                 }
+                current.read.clone_from(&now);
             }
+            current.seen = now;
         }
         (current.value.clone(), refused)
     }
 }
 
-/// When each was written; `None` for one that is not there.
-fn written(paths: &[PathBuf]) -> Vec<Option<SystemTime>> {
-    let written = |path: &PathBuf| fs::metadata(path).and_then(|file| file.modified());
-    paths.iter().map(|path| written(path).ok()).collect()
+/// `None` for one that is not there.
+fn stamps(paths: &[PathBuf]) -> Vec<Option<Stamp>> {
+    let stamp = |path: &PathBuf| {
+        let file = fs::metadata(path).ok()?;
+        Some((file.modified().ok()?, file.len(), file.ino()))
+    };
+    paths.iter().map(stamp).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_read_when_nobody_writes_it_any_more() {
+        let path = std::env::temp_dir().join(format!("pdreload-{}", std::process::id()));
+        let write = |text: &str| fs::write(&path, text).unwrap();
+        let load = || match fs::read_to_string(&path).unwrap() {
+            text if text.is_empty() => Err("empty"),
+            text => Ok(text),
+        };
+        write("first");
+        let value = Reloaded::new(vec![path.clone()], load).unwrap();
+        let look = || {
+            value.current.lock().unwrap().looked -= LOOK;
+            let (value, refused) = value.get(load);
+            (String::clone(&value), refused)
+        };
+        write("half");
+        assert_eq!(look(), ("first".into(), None));
+        write("half of the second");
+        assert_eq!(look(), ("first".into(), None), "it is being written");
+        assert_eq!(look(), ("half of the second".into(), None));
+        write("");
+        look();
+        assert_eq!(look(), ("half of the second".into(), Some("empty")));
+        assert_eq!(look(), ("half of the second".into(), None), "told once");
+        fs::remove_file(&path).unwrap();
+    }
 }

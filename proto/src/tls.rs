@@ -1,5 +1,6 @@
-//! Mutual TLS, as callers, shims and drivers speak it beyond one machine: both sides have a
-//! certificate, and each lets in whom its authority has signed.
+//! TLS, as callers, shims and drivers speak it beyond one machine: both sides have a certificate,
+//! and each lets in whom its authority has signed; or the caller has none, and says otherwise who
+//! it is.
 
 use std::{
     io,
@@ -20,16 +21,14 @@ use rustls::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::Semaphore,
     task::JoinSet,
     time::{sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
-use crate::{
-    connection::{Connection, NOBODY},
-    reload::Reloaded,
-};
+use crate::{connection::Connection, reload::Reloaded};
 
 /// gRPC's.
 pub const GRPC: &str = "h2";
@@ -37,6 +36,9 @@ pub const GRPC: &str = "h2";
 pub const HTTP: &str = "http/1.1";
 /// From a connection to the end of its handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Connections of callers without a certificate, of whom nothing is known yet; more are turned
+/// away.
+const NOBODIES_MOST: usize = 4096;
 /// Handshakes at a time; who comes then waits in the kernel's queue.
 const HANDSHAKES_MOST: usize = 256;
 const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
@@ -239,8 +241,9 @@ pub fn incoming(
     files: Arc<Reloading>,
 ) -> impl Stream<Item = Connection> + Send {
     let handshakes = JoinSet::new();
-    stream::unfold((listener, files, handshakes), |state| async {
-        let (listener, files, mut handshakes) = state;
+    let places = Arc::new(Semaphore::new(NOBODIES_MOST));
+    stream::unfold((listener, files, places, handshakes), |state| async {
+        let (listener, files, places, mut handshakes) = state;
         loop {
             tokio::select! {
                 accepted = listener.accept(), if handshakes.len() < HANDSHAKES_MOST => {
@@ -254,12 +257,15 @@ pub fn incoming(
                         let error = crate::error::chain(&error);
                         tracing::warn!(error, "new certificates are of no use, the old ones stay");
                     }
+                    let handshake = handshake(config, stream, places.clone());
                     handshakes.spawn(async move {
-                        (address, timeout(HANDSHAKE, handshake(config, stream)).await)
+                        (address, timeout(HANDSHAKE, handshake).await)
                     });
                 }
                 Some(done) = handshakes.join_next() => match done {
-                    Ok((_, Ok(Ok(done)))) => return Some((done, (listener, files, handshakes))),
+                    Ok((_, Ok(Ok(done)))) => {
+                        return Some((done, (listener, files, places, handshakes)));
+                    },
                     Ok((address, Ok(Err(error)))) => {
                         tracing::info!(%address, %error, "a caller was turned away");
                     }
@@ -273,16 +279,23 @@ pub fn incoming(
     })
 }
 
-async fn handshake(config: Arc<ServerConfig>, stream: TcpStream) -> io::Result<Connection> {
+async fn handshake(
+    config: Arc<ServerConfig>,
+    stream: TcpStream,
+    places: Arc<Semaphore>,
+) -> io::Result<Connection> {
     stream.set_nodelay(true)?;
     let stream = TlsAcceptor::from(config).accept(stream).await?;
     let (_, session) = stream.get_ref();
     let certificate = session.peer_certificates().and_then(|chain| chain.first());
-    let name = match certificate {
-        Some(certificate) => name(certificate).ok_or("its certificate names nobody"),
-        None => Ok(NOBODY.into()),
+    let Some(certificate) = certificate else {
+        let place = places.try_acquire_owned();
+        let place = place.map_err(|_| io::Error::other("too many show no certificate"))?;
+        return Ok(Connection::of_nobody(stream, place));
     };
-    Ok(Connection::new(stream, name.map_err(io::Error::other)?))
+    let name = name(certificate);
+    let name = name.ok_or_else(|| io::Error::other("its certificate names nobody"))?;
+    Ok(Connection::new(stream, name))
 }
 
 /// The name of whom a certificate is for: its first SPIFFE id (`spiffe://...`), or `cn:` and

@@ -127,7 +127,8 @@ pub enum Error {
     #[error(transparent)]
     Rate(#[from] rate::Exceeded),
     #[error(
-        "this shim is stopping: the run goes on without it if it has begun, and may be attached to"
+        "this shim is stopping: a run that has begun goes on, and is attached to through another one; \
+             the same run id and the next `attempt` begin one that has not"
     )]
     Stopping,
     #[error("no node can be reached")]

@@ -244,7 +244,7 @@ impl RuntimeService for Service {
         let provider = pools::provider(&request.get_ref().provider)?;
         self.check(&caller(&request), Action::Scale { provider })?;
         let size = request.into_inner().size;
-        let events = pools::scale(&self.runs, self.nomad()?, provider, size);
+        let events = pools::scale(self.tasks(), self.nomad()?, provider, size);
         Ok(Response::new(Box::pin(events)))
     }
 
@@ -254,7 +254,7 @@ impl RuntimeService for Service {
     ) -> Result<Response<Self::DrainPoolStream>, Status> {
         let provider = pools::provider(&request.get_ref().provider)?;
         self.check(&caller(&request), Action::Scale { provider })?;
-        let events = pools::drain(&self.runs, self.nomad()?, self.view.clone(), provider);
+        let events = pools::drain(self.tasks(), self.nomad()?, self.view.clone(), provider);
         Ok(Response::new(Box::pin(events)))
     }
 
@@ -264,7 +264,7 @@ impl RuntimeService for Service {
     ) -> Result<Response<Self::ResumePoolStream>, Status> {
         let provider = pools::provider(&request.get_ref().provider)?;
         self.check(&caller(&request), Action::Scale { provider })?;
-        let events = pools::resume(&self.runs, self.nomad()?, provider);
+        let events = pools::resume(self.tasks(), self.nomad()?, provider);
         Ok(Response::new(Box::pin(events)))
     }
 
@@ -321,6 +321,13 @@ impl RuntimeService for Service {
 }
 
 impl Service {
+    fn tasks(&self) -> pools::Tasks<'_> {
+        pools::Tasks {
+            tracker: &self.runs,
+            stop: &self.stop,
+        }
+    }
+
     fn nomad(&self) -> Result<Nomad, Status> {
         self.nomad.clone().ok_or_else(|| {
             let reason = "without Nomad the pools are as `--pool` says";

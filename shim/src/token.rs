@@ -69,7 +69,8 @@ pub enum Refused {
     Malformed,
     #[error("the token is signed with {algorithm:?}, which is not taken")]
     Algorithm { algorithm: Algorithm },
-    #[error("the issuer has no key `{kid}`")]
+    // It is whatever the caller says, and may go into a log.
+    #[error("the issuer has no key {kid:?}")]
     UnknownKey { kid: String },
     #[error("the token names no key, and the issuer has several")]
     NoKeyNamed,
@@ -85,9 +86,9 @@ pub enum Refused {
     Audience,
     #[error("the token has no `{claim}`, or one that is not understood")]
     Claim { claim: String },
-    /// Worth another try.
-    #[error("the issuer's keys are not to be had: {reason}")]
-    NoKeys { reason: String },
+    /// Worth another try; why is in the log alone.
+    #[error("the issuer's keys are not to be had")]
+    NoKeys,
 }
 
 /// What is read of a token, besides what the library looks at.

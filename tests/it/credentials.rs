@@ -57,6 +57,18 @@ pub(crate) fn key_file(folder: &Path, keys: &[[u8; 32]]) -> String {
     path.display().to_string()
 }
 
+/// Has `tester`'s key for Anthropic sealed by another process, and puts the record into the store.
+pub(crate) fn put_sealed(shim: &Shim, folder: &Path, keys: &str, key: &str) {
+    let mut seal = shim.command(&["credentials", "seal", "anthropic", "--user", "tester"]);
+    seal.args(["--master-key-file", keys]);
+    let sealed = folder.join("sealed");
+    let record = succeed(seal.env("ANTHROPIC_API_KEY", key));
+    fs::write(&sealed, record).expect("a file can be written");
+    let mut put = shim.command(&["credentials", "put", "anthropic", "--user", "tester"]);
+    let told = succeed(put.arg("--sealed-file").arg(sealed));
+    assert_eq!(told, "kept api_key of tester for anthropic, version 1\n");
+}
+
 /// A sealed credential goes from the store into the container. Neither the driver nor the
 /// shim has it in its memory, while the command has it and after.
 #[test]
@@ -71,25 +83,7 @@ fn a_stored_key_is_in_the_container_and_in_nobody_elses_memory() {
 
     // Sealed by another process, so that the shim has seen it in no call.
     let key = fresh_key();
-    let sealed = folder.path().join("sealed");
-    let mut seal = shim.command(&["credentials", "seal", "anthropic", "--user", "tester"]);
-    seal.args(["--master-key-file", &keys])
-        .env("ANTHROPIC_API_KEY", &key);
-    fs::write(&sealed, succeed(&mut seal)).unwrap();
-    let sealed = sealed.display().to_string();
-    let put = [
-        "credentials",
-        "put",
-        "anthropic",
-        "--user",
-        "tester",
-        "--sealed-file",
-        &sealed,
-    ];
-    assert_eq!(
-        succeed(&mut shim.command(&put)),
-        "kept api_key of tester for anthropic, version 1\n"
-    );
+    put_sealed(&shim, folder.path(), &keys, &key);
 
     let driver = fs::read_to_string(shim.state_dir().join("driver.lock")).unwrap();
     let driver: i32 = driver.trim().parse().unwrap();

@@ -283,7 +283,7 @@ fn callers_are_known_by_the_tokens_of_an_issuer_and_by_no_others() {
     refused(&with("sub", json!("team-a\n")), "`sub`");
     let claims = issuer.claims("team-a");
     refused(&Key::new("first").sign(&claims), "signature");
-    refused(&Key::new("second").sign(&claims), "no key `second`");
+    refused(&Key::new("second").sign(&claims), "no key \"second\"");
     let header = |algorithm: &str| json!({ "alg": algorithm, "kid": "first" });
     refused(
         &format!("{}.", unsigned(&header("none"), &claims)),
@@ -316,7 +316,7 @@ fn callers_are_known_by_the_tokens_of_an_issuer_and_by_no_others() {
     wait_until("the new key", Duration::from_secs(20), || {
         shown(&of_next).map_err(|status| status.to_string())
     });
-    refused(&token, "no key `first`");
+    refused(&token, "no key \"first\"");
     drop(issuer);
     shown(&of_next).unwrap();
 

@@ -13,7 +13,6 @@ use polydev_tests::{
     free_ports, fresh_key,
     nomad::Nomad,
     postgres::Postgres,
-    process::succeed,
     shim::{Shim, instance_label},
 };
 use reqwest::StatusCode;
@@ -22,7 +21,7 @@ use sha2::{Digest, Sha256};
 use tonic::Code;
 
 use crate::{
-    credentials::{key_file, put, stored},
+    credentials::{key_file, put, put_sealed, stored},
     secrets::{self, Seen},
 };
 
@@ -73,22 +72,7 @@ fn a_secret_is_nowhere_but_sealed_whatever_path_it_takes_and_whatever_is_logged(
     // Out of the store, where a record came that was sealed elsewhere: a run that is looked at
     // while it goes on, a job, and a lease.
     let of_store = fresh_key();
-    let mut seal = shim.command(&["credentials", "seal", "anthropic", "--user", "tester"]);
-    seal.args(["--master-key-file", &keys])
-        .env("ANTHROPIC_API_KEY", &of_store);
-    let sealed = folder.path().join("sealed");
-    fs::write(&sealed, succeed(&mut seal)).unwrap();
-    let sealed = sealed.display().to_string();
-    let put_sealed = [
-        "credentials",
-        "put",
-        "anthropic",
-        "--user",
-        "tester",
-        "--sealed-file",
-        &sealed,
-    ];
-    succeed(&mut shim.command(&put_sealed));
+    put_sealed(&shim, folder.path(), &keys, &of_store);
     let waits = RunStart {
         stdin: true,
         ..with(stored())

@@ -26,6 +26,12 @@ export class Closed extends Error {
 /** Bytes that a broken connection has lost. */
 export class Gone extends Error {}
 
+/** Bytes that were sent, in a buffer that may have room for more. */
+interface Kept {
+  bytes: Uint8Array;
+  length: number;
+}
+
 /** One stream of bytes: those of the run's files, then its stdin. */
 export class Input {
   readonly #isAttached: boolean;
@@ -35,7 +41,7 @@ export class Input {
    * The last of what was sent, in pieces, none with bytes of files and of stdin; from `#begin` to
    * `#sent`, where what waits begins.
    */
-  #kept: Uint8Array[] = [];
+  #kept: Kept[] = [];
   #waiting: Uint8Array[] = [];
   #begin = 0;
   #sent = 0;
@@ -182,10 +188,10 @@ export class Input {
       const begin = this.#sent - piece.length;
       const had = Math.max(has - begin, 0);
       if (had > 0) {
-        this.#kept.push(piece.subarray(0, had));
+        this.#kept.push({ bytes: piece.bytes.slice(0, had), length: had });
       }
       this.#sent = begin + had;
-      this.#waiting.unshift(piece.subarray(had));
+      this.#waiting.unshift(piece.bytes.subarray(had, piece.length));
     }
     this.#pass(has);
     this.#known = true;
@@ -204,8 +210,18 @@ export class Input {
   }
 
   #keep(piece: Uint8Array): void {
+    const isFirstOfStdin = this.#sent === this.files;
     this.#sent += piece.length;
-    this.#kept.push(piece);
+    const last = this.#kept.at(-1);
+    if (last && last.length + piece.length <= last.bytes.length && !isFirstOfStdin) {
+      last.bytes.set(piece, last.length);
+      last.length += piece.length;
+    } else {
+      // Many small ones would take more than their bytes.
+      const bytes = new Uint8Array(Math.max(piece.length, CHUNK));
+      bytes.set(piece);
+      this.#kept.push({ bytes, length: piece.length });
+    }
     for (
       let first = this.#kept[0];
       first && this.#begin + first.length + KEPT <= this.#sent;

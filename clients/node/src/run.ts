@@ -171,6 +171,7 @@ export class Run implements AsyncIterable<Event> {
   /** Leaves the run to itself: its events end. */
   leave(): void {
     this.#left.abort();
+    this.#input.end();
   }
 
   [Symbol.asyncIterator](): AsyncGenerator<Event> {

@@ -67,7 +67,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let access = arguments.listen.access()?;
     let tokens = arguments.listen.tokens()?;
     let stop = super::stop_signal()?;
-    let listeners = arguments.listen.bind().await?;
+    let listeners = arguments.listen.bind(tokens.as_ref()).await?;
 
     let settings = Settings {
         driver,

@@ -95,7 +95,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let tokens = arguments.listen.tokens()?;
 
     let stop = super::stop_signal()?;
-    let listeners = arguments.listen.bind().await?;
+    let listeners = arguments.listen.bind(tokens.as_ref()).await?;
     let view = View::new();
     let cluster = engine::nomad::Cluster::default();
     let (drivers, drained) = (cluster.drivers.subscribe(), cluster.drained.subscribe());

@@ -91,8 +91,7 @@ impl Service {
             }
             Ok(accepted)
         };
-        // A shim that stops lets it come to its end.
-        self.runs.track_future(claim).await
+        self.unless_stopping(claim).await
     }
 
     /// Goes on with a run, and tells its events.
@@ -145,10 +144,25 @@ impl Service {
         };
         self.check(caller, run)?;
         self.user_rate.check(&user_id)?;
-        let lease = lease::allocate(&self.view, &self.queue, wanted).await?;
+        let allocate = lease::allocate(&self.view, &self.queue, wanted);
+        let lease = self.unless_stopping(allocate).await?;
         tracing::info!(lease_id = lease.lease_id, %caller, %provider, user_id, "lease");
         let lease = Some(lease);
         Ok(AllocateResponse { lease })
+    }
+
+    /// A shim that stops waits for it, for a time.
+    async fn unless_stopping<T>(
+        &self,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let work = async {
+            tokio::select! {
+                done = work => done,
+                () = self.hand_over.cancelled() => Err(Error::Stopping),
+            }
+        };
+        self.runs.track_future(work).await
     }
 
     pub(super) async fn release_of(

@@ -14,7 +14,7 @@ use polydev_proto::{
 };
 use tokio::{sync::mpsc, time::sleep};
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Status;
 
 use crate::{
@@ -95,7 +95,7 @@ pub(super) fn watch(view: View) -> impl Stream<Item = WatchPoolsResponse> + Send
 }
 
 pub(super) fn scale(
-    tasks: &TaskTracker,
+    tasks: Tasks,
     nomad: Nomad,
     provider: Provider,
     size: u32,
@@ -111,7 +111,7 @@ pub(super) fn scale(
 }
 
 pub(super) fn resume(
-    tasks: &TaskTracker,
+    tasks: Tasks,
     nomad: Nomad,
     provider: Provider,
 ) -> ReceiverStream<Result<ResumePoolResponse, Status>> {
@@ -128,7 +128,7 @@ pub(super) fn resume(
 }
 
 pub(super) fn drain(
-    tasks: &TaskTracker,
+    tasks: Tasks,
     nomad: Nomad,
     view: View,
     provider: Provider,
@@ -176,9 +176,17 @@ pub(super) fn drain(
     })
 }
 
-/// A call whose events come from a task, which ends when its caller is gone.
+/// Where calls go on, and until when.
+#[derive(Clone, Copy)]
+pub(super) struct Tasks<'a> {
+    pub(super) tracker: &'a TaskTracker,
+    /// The shim stops.
+    pub(super) stop: &'a CancellationToken,
+}
+
+/// A call whose events come from a task, which ends when its caller is gone, or the shim stops.
 fn tell<T, F>(
-    tasks: &TaskTracker,
+    tasks: Tasks,
     work: impl FnOnce(mpsc::Sender<Result<T, Status>>) -> F,
 ) -> ReceiverStream<Result<T, Status>>
 where
@@ -187,13 +195,16 @@ where
 {
     let (events, responses) = mpsc::channel(4);
     let work = work(events.clone());
-    tasks.spawn(async move {
+    let stop = tasks.stop.clone();
+    tasks.tracker.spawn(async move {
         let worked = tokio::select! {
-            worked = work => worked,
+            worked = work => worked.map_err(Status::from),
             () = events.closed() => return,
+            // What has been told to Nomad goes on; the same call again tells how far it has come.
+            () = stop.cancelled() => Err(Error::Stopping.into()),
         };
-        if let Err(error) = worked {
-            let _gone = events.send(Err(error.into())).await;
+        if let Err(status) = worked {
+            let _gone = events.send(Err(status)).await;
         }
     });
     ReceiverStream::new(responses)

@@ -67,7 +67,7 @@ impl From<run::Error> for Status {
 impl From<Refused> for Status {
     fn from(refused: Refused) -> Self {
         let (code, reason) = match refused {
-            Refused::NoKeys { .. } => (Code::Unavailable, "NO_TOKEN_KEYS"),
+            Refused::NoKeys => (Code::Unavailable, "NO_TOKEN_KEYS"),
             _ => (Code::Unauthenticated, "NOT_AUTHENTICATED"),
         };
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());

@@ -2,7 +2,7 @@
 //! one that is not there.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -10,25 +10,27 @@ use jsonwebtoken::{
     Algorithm, DecodingKey,
     jwk::{Jwk, JwkSet, PublicKeyUse},
 };
-use reqwest::Client;
+use reqwest::{Client, NoProxy, Proxy};
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::{
-    sync::Mutex as Turn,
-    time::{interval, sleep},
+    sync::{Notify, Semaphore, watch},
+    time::{sleep_until, timeout},
 };
 use url::{Host, Url};
 
 use super::{Error, Refused};
 
-/// Between two looks at keys that were had.
+/// Between two times that it is asked.
 const LOOK: Duration = Duration::from_secs(5 * 60);
-/// Between two tries otherwise.
+/// Between two at least.
 const AGAIN: Duration = Duration::from_secs(5);
 /// Keys are good for so long after they were had: those that the issuer has withdrawn are too.
 const GOOD: Duration = Duration::from_secs(60 * 60);
 /// For one answer.
 const ANSWER: Duration = Duration::from_secs(5);
 const BODY_MOST: usize = 1 << 20;
+/// Callers who may wait for a key that is not there.
+const WAITING_MOST: usize = 256;
 /// Below an issuer's URL (OpenID Connect Discovery 1.0, section 4).
 const DISCOVERY: &str = "/.well-known/openid-configuration";
 
@@ -44,17 +46,19 @@ enum Source {
 pub(super) struct Keys {
     source: Source,
     client: Client,
-    had: Mutex<Had>,
-    /// One at a time asks.
-    turn: Turn<()>,
+    had: watch::Sender<Had>,
+    /// Somebody waits for others than there are.
+    wanted: Notify,
+    /// For those who wait.
+    places: Semaphore,
 }
 
 /// What was had last.
 #[derive(Debug, Default)]
 struct Had {
     keys: Option<(Arc<JwkSet>, Instant)>,
-    tried: Option<Instant>,
-    problem: Option<String>,
+    /// When it was asked for last, to whatever end.
+    asked: Option<Instant>,
 }
 
 #[derive(Deserialize)]
@@ -102,7 +106,14 @@ impl Keys {
     fn new(source: Source) -> Result<Self, Error> {
         // A second call, as in tests, finds it done.
         let _installed = rustls::crypto::ring::default_provider().install_default();
-        let client = Client::builder()
+        // Whoever answers in the clear on the way would be the issuer.
+        let mut client = Client::builder().no_proxy();
+        let of_environment = ["HTTPS_PROXY", "https_proxy"].map(std::env::var);
+        if let Some(proxy) = of_environment.into_iter().find_map(Result::ok) {
+            let proxy = Proxy::https(proxy).map_err(Error::Client)?;
+            client = client.proxy(proxy.no_proxy(NoProxy::from_env()));
+        }
+        let client = client
             .redirect(reqwest::redirect::Policy::none())
             .timeout(ANSWER)
             .build()
@@ -110,23 +121,49 @@ impl Keys {
         Ok(Self {
             source,
             client,
-            had: Mutex::default(),
-            turn: Turn::default(),
+            had: watch::Sender::default(),
+            wanted: Notify::new(),
+            places: Semaphore::new(WAITING_MOST),
         })
     }
 
-    /// Asks for them again and again.
+    /// Asks for them again and again; nobody else does, so that no caller can have it asked
+    /// more often.
     pub(super) async fn keep(&self) {
-        let mut looks = interval(LOOK);
         loop {
-            looks.tick().await;
-            while !self.ask().await {
-                sleep(AGAIN.mul_f64(rand::random_range(0.8..1.2))).await;
+            let asked = Instant::now();
+            let keys = self.fetch().await;
+            let again = match &keys {
+                Ok(_) => LOOK,
+                Err(reason) => {
+                    tracing::warn!(reason, "the token issuer's keys are not to be had");
+                    AGAIN
+                }
+            };
+            self.had.send_modify(|had| {
+                had.asked = Some(asked);
+                if let Ok(keys) = keys {
+                    had.keys = Some((keys.into(), asked));
+                }
+            });
+            let pause = AGAIN.mul_f64(rand::random_range(0.8..1.0));
+            let wanted = async {
+                sleep_until((asked + pause).into()).await;
+                self.wanted.notified().await;
+            };
+            tokio::select! {
+                () = sleep_until((asked + again).into()) => {}
+                () = wanted => {}
             }
         }
     }
 
     /// The key of that name for that algorithm; without a name the only one there is for it.
+    /// Issuers make new ones: one that is not there is waited for, until the issuer has been asked
+    /// once more.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
     pub(super) async fn find(
         &self,
         kid: Option<&str>,
@@ -135,23 +172,23 @@ impl Keys {
         if let Some(key) = self.known(kid, algorithm)? {
             return Ok(key);
         }
-        // Issuers make new ones. However many callers come with unknown names, it is asked at
-        // most every few seconds.
-        let _turn = self.turn.lock().await;
-        if self.may_ask() {
-            self.ask().await;
-        }
+        let came = Instant::now();
+        let _place = self.places.try_acquire().map_err(|_| Refused::NoKeys)?;
+        let mut had = self.had.subscribe();
+        self.wanted.notify_one();
+        let asked = had.wait_for(|had| had.asked.is_some_and(|asked| asked >= came));
+        let asked = timeout(AGAIN + 2 * ANSWER, asked).await;
+        drop(asked.map_err(|_| Refused::NoKeys)?);
         if let Some(key) = self.known(kid, algorithm)? {
             return Ok(key);
         }
-        let had = self.had.lock().unwrap_or_else(PoisonError::into_inner);
-        Err(match (&had.problem, kid) {
-            (Some(reason), _) => Refused::NoKeys {
-                reason: reason.clone(),
-            },
-            (None, kid) => Refused::UnknownKey {
+        // Whether there is such a key was to be found out just now.
+        let is_had = |had: &Had| had.keys.as_ref().is_some_and(|(_, at)| *at >= came);
+        Err(match is_had(&self.had.borrow()) {
+            true => Refused::UnknownKey {
                 kid: kid.unwrap_or_default().chars().take(100).collect(),
             },
+            false => Refused::NoKeys,
         })
     }
 
@@ -161,7 +198,7 @@ impl Keys {
         algorithm: Algorithm,
     ) -> Result<Option<DecodingKey>, Refused> {
         let keys = {
-            let had = self.had.lock().unwrap_or_else(PoisonError::into_inner);
+            let had = self.had.borrow();
             let good = had.keys.as_ref().filter(|(_, at)| at.elapsed() < GOOD);
             good.map(|(keys, _)| keys.clone())
         };
@@ -178,31 +215,6 @@ impl Keys {
         }
         let key = DecodingKey::from_jwk(key).map_err(|_| Refused::Malformed)?;
         Ok(Some(key))
-    }
-
-    fn may_ask(&self) -> bool {
-        let had = self.had.lock().unwrap_or_else(PoisonError::into_inner);
-        had.tried.is_none_or(|tried| tried.elapsed() >= AGAIN)
-    }
-
-    /// Whether they were had.
-    async fn ask(&self) -> bool {
-        let asked = self.fetch().await;
-        let now = Instant::now();
-        let mut had = self.had.lock().unwrap_or_else(PoisonError::into_inner);
-        had.tried = Some(now);
-        match asked {
-            Ok(keys) => {
-                had.keys = Some((keys.into(), now));
-                had.problem = None;
-                true
-            }
-            Err(reason) => {
-                tracing::warn!(reason, "the token issuer's keys are not to be had");
-                had.problem = Some(reason);
-                false
-            }
-        }
     }
 
     async fn fetch(&self) -> Result<JwkSet, String> {

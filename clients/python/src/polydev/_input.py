@@ -36,7 +36,7 @@ class Input:
         self._origin: int | None = None
         # The last of what was sent, in pieces, none with bytes of files and of stdin; from
         # `_begin` to `_sent`, where what waits begins.
-        self._kept: deque[bytes] = deque()
+        self._kept: deque[bytearray] = deque()
         self._waiting: deque[bytes] = deque()
         self._begin = self._sent = self._end = 0
         # The run has so much more than was written here, from an earlier caller.
@@ -151,7 +151,7 @@ class Input:
             if had:
                 self._kept.append(piece[:had])
             self._sent = begin + had
-            self._waiting.appendleft(piece[had:])
+            self._waiting.appendleft(bytes(piece[had:]))
         self._pass(has)
         self._known = True
 
@@ -166,8 +166,13 @@ class Input:
         self._skip = max(has - self._sent, 0)
 
     def _keep(self, piece: bytes) -> None:
+        is_first_of_stdin = self._sent == self._files
         self._sent += len(piece)
-        self._kept.append(piece)
+        # Many small ones would take more than their bytes.
+        if self._kept and len(self._kept[-1]) + len(piece) <= _CHUNK and not is_first_of_stdin:
+            self._kept[-1] += piece
+        else:
+            self._kept.append(bytearray(piece))
         while self._kept and self._begin + len(self._kept[0]) + _KEPT <= self._sent:
             self._begin += len(self._kept.popleft())
 

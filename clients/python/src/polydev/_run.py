@@ -182,7 +182,9 @@ class Run:
                     if not self._may_go_on(error):
                         raise
                 except (asyncio.CancelledError, grpc.aio.UsageError):
-                    if self._is_closed():
+                    # The library's word for a channel that is closed, unless the task is cancelled.
+                    task = asyncio.current_task()
+                    if self._is_closed() and not (task and task.cancelling()):
                         raise Broken("the client was closed") from None
                     raise
                 finally:
