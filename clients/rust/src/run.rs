@@ -205,6 +205,7 @@ impl Session {
                 Err(status) if self.may_go_on(&status) => self.broke(),
                 Err(status) => {
                     self.over = true;
+                    self.input.end();
                     return Some(Err(status));
                 }
             }

@@ -172,24 +172,32 @@ impl Keys {
         if let Some(key) = self.known(kid, algorithm)? {
             return Ok(key);
         }
-        let came = Instant::now();
         let _place = self.places.try_acquire().map_err(|_| Refused::NoKeys)?;
-        let mut had = self.had.subscribe();
+        let come = timeout(AGAIN + 2 * ANSWER, self.come(kid, algorithm)).await;
+        come.unwrap_or(Err(Refused::NoKeys))
+    }
+
+    /// As soon as it is there; or refuses it once the issuer has been asked.
+    async fn come(&self, kid: Option<&str>, algorithm: Algorithm) -> Result<DecodingKey, Refused> {
+        let (came, mut had) = (Instant::now(), self.had.subscribe());
         self.wanted.notify_one();
-        let asked = had.wait_for(|had| had.asked.is_some_and(|asked| asked >= came));
-        let asked = timeout(AGAIN + 2 * ANSWER, asked).await;
-        drop(asked.map_err(|_| Refused::NoKeys)?);
-        if let Some(key) = self.known(kid, algorithm)? {
-            return Ok(key);
+        loop {
+            // Its sender is in `self`.
+            let _changed = had.changed().await;
+            if let Some(key) = self.known(kid, algorithm)? {
+                return Ok(key);
+            }
+            let had = had.borrow_and_update();
+            if had.asked.is_some_and(|asked| asked >= came) {
+                // Whether there is such a key was found out, or was to be.
+                let is_had = had.keys.as_ref().is_some_and(|(_, at)| *at >= came);
+                let kid = kid.unwrap_or_default().chars().take(100).collect();
+                return Err(match is_had {
+                    true => Refused::UnknownKey { kid },
+                    false => Refused::NoKeys,
+                });
+            }
         }
-        // Whether there is such a key was to be found out just now.
-        let is_had = |had: &Had| had.keys.as_ref().is_some_and(|(_, at)| *at >= came);
-        Err(match is_had(&self.had.borrow()) {
-            true => Refused::UnknownKey {
-                kid: kid.unwrap_or_default().chars().take(100).collect(),
-            },
-            false => Refused::NoKeys,
-        })
     }
 
     fn known(
