@@ -13,6 +13,9 @@ if [ -z "${POLYDEV_TEST_ENGINE:-}" ]; then
     need make "apt-get install make"
     need cc "apt-get install gcc"
     need c++ "apt-get install g++"
+    need node "apt-get install nodejs (20 or newer)"
+    need npm "apt-get install npm"
+    command -v grpcurl >/dev/null || need go "install Go 1.26 or newer, or put grpcurl into PATH"
     command -v nomad >/dev/null || need go "install Go 1.26 or newer to build Nomad, or put a Nomad 1.11 into PATH"
     POLYDEV_TEST_ENGINE=1 exec tests/with-docker.sh "$0" "$@"
 fi

@@ -3,6 +3,9 @@
 
 /// Longest argument or `NAME=value`, without its NUL: `MAX_ARG_STRLEN` in `linux/binfmts.h`.
 pub const MAX_STRING: usize = 131_071;
+/// Most bytes of a prompt that is an argument: with what is before it in the same argument, it
+/// is within [`MAX_STRING`]. A longer one is the CLI's stdin.
+pub const PROMPT_IN_ARGV: usize = MAX_STRING - 64;
 /// Most bytes of argv and environment together, each string with its NUL and its
 /// pointer. Linux allows a quarter of the stack's limit, 2 MiB by default; the rest
 /// is left to the image's own environment.

@@ -53,9 +53,6 @@ impl PlainFile {
     }
 }
 
-/// Most bytes of a prompt that is an argument: with what is before it in the same argument, it
-/// is within the kernel's limit for one.
-pub const PROMPT_IN_ARGV: usize = exec::MAX_STRING - 64;
 /// Most bytes of any prompt; with the rest of a run it fits one message.
 const PROMPT_MOST: usize = 3 << 20;
 
@@ -137,7 +134,7 @@ impl Provider {
     }
 
     /// The argv that answers a prompt, which is in it unless it is longer than
-    /// [`PROMPT_IN_ARGV`]: then it is to be the command's stdin. No shell is involved.
+    /// [`exec::PROMPT_IN_ARGV`]: then it is to be the command's stdin. No shell is involved.
     ///
     /// # Errors
     /// [`InvalidPrompt`]
@@ -166,7 +163,7 @@ impl Provider {
                 problem: "begins with `-`",
             });
         }
-        let text = Some(prompt.text).filter(|text| text.len() <= PROMPT_IN_ARGV);
+        let text = Some(prompt.text).filter(|text| text.len() <= exec::PROMPT_IN_ARGV);
         (self.table.prompt)(prompt, text)
     }
 }

@@ -10,10 +10,13 @@ use futures_util::{
     Stream, StreamExt,
     stream::{self, BoxStream},
 };
-use polydev_proto::runtime::{
-    AttachRequest, AttachStart, Lost, Output, Prompt, RunEvent, RunRequest, RunStart,
-    Stream as Which, attach_request, input_file::Source, run_event::Event, run_request,
-    run_start::Command,
+use polydev_proto::{
+    exec,
+    runtime::{
+        AttachRequest, AttachStart, Lost, Output, Prompt, RunEvent, RunRequest, RunStart,
+        Stream as Which, attach_request, input_file::Source, run_event::Event, run_request,
+        run_start::Command,
+    },
 };
 use tokio::{sync::watch, time::sleep};
 use tonic::{Code, Status};
@@ -31,8 +34,6 @@ const RETRY: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_secs(2);
 /// A shim hands its runs over.
 const STOPPING: &str = "STOPPING";
-/// A longer prompt is the CLI's stdin, which the shim has from the first call alone.
-const PROMPT_IN_ARGV: usize = 131_007;
 
 /// A run: the stream of its events. `accepted` comes once, every byte once and in order, and
 /// `exited` last. When the connection breaks, or the shim is restarted, it goes on where it was;
@@ -175,9 +176,10 @@ struct Session {
     reached: watch::Sender<bool>,
 }
 
-/// The shim has input of its own for it, also after it has started.
+/// The shim has input of its own for it, also after it has started: a prompt that is the CLI's
+/// stdin.
 fn is_read_by_the_shim(start: &RunStart) -> bool {
-    matches!(&start.command, Some(Command::Prompt(Prompt { text, .. })) if text.len() > PROMPT_IN_ARGV)
+    matches!(&start.command, Some(Command::Prompt(Prompt { text, .. })) if text.len() > exec::PROMPT_IN_ARGV)
 }
 
 impl Drop for Session {

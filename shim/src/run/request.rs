@@ -21,7 +21,7 @@ use super::input::Own;
 use crate::{
     credentials::{self, Credential, Prepared, Source},
     environment,
-    provider::{InvalidPrompt, PROMPT_IN_ARGV, Prompt, Provider, Unknown},
+    provider::{InvalidPrompt, Prompt, Provider, Unknown},
 };
 
 pub(super) const LEAST: Duration = Duration::from_millis(1);
@@ -328,7 +328,7 @@ fn argv(
                 env,
             })?;
             let argv = argv.into_iter().map(Bytes::from).collect();
-            let is_long = prompt.text.len() > PROMPT_IN_ARGV;
+            let is_long = prompt.text.len() > exec::PROMPT_IN_ARGV;
             Ok((argv, is_long.then(|| prompt.text.into())))
         }
         None => Err(Invalid::Value {

@@ -200,7 +200,7 @@ where
         let worked = tokio::select! {
             worked = work => worked.map_err(Status::from),
             () = events.closed() => return,
-            // What has been told to Nomad goes on; the same call again tells how far it has come.
+            // What Nomad has been told holds.
             () = stop.cancelled() => Err(Error::Stopping.into()),
         };
         if let Err(status) = worked {
