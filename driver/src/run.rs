@@ -3,10 +3,11 @@
 //!
 //! Read in the order of a run's life: [`claim`] is what a shim asks, [`standing`] decides
 //! about it, [`book`] knows every run of the node, [`journal`] remembers that over this process's death,
-//! [`carry`] starts the command and carries its streams, [`window`] holds its output, [`manifest`]
-//! says what of it is artifacts,
+//! [`carry`] starts the command and carries its streams, [`window`] holds its output, [`beside`]
+//! what else is kept with that, [`refreshed`] what is for the credential store,
 //! [`follow`] tells a caller, [`listing`] whoever looks on, and [`recover`] takes runs up after a restart.
 
+mod beside;
 pub mod book;
 mod cancel;
 pub(crate) mod carry;
@@ -14,8 +15,8 @@ pub mod claim;
 pub mod follow;
 pub mod journal;
 pub mod listing;
-mod manifest;
 pub(crate) mod recover;
+pub mod refreshed;
 pub mod standing;
 mod window;
 
@@ -27,17 +28,17 @@ use std::{
 
 use bytes::Bytes;
 use polydev_proto::{
-    init::{Artifacts, TerminalSize},
+    init::{Artifacts, Refreshed, TerminalSize},
     node::{self, ended::Reason},
 };
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use beside::Beside;
 use cancel::Cancel;
 use claim::Refusal;
 use journal::Claimed;
-use manifest::Manifest;
 use window::Window;
 
 /// Messages from the caller that may wait for the command, each at most 64 KiB.
@@ -85,7 +86,10 @@ pub struct Run {
     arrived: Instant,
     progress: watch::Sender<Progress>,
     output: [Window; 3],
-    manifest: Manifest,
+    /// The list of its artifacts.
+    manifest: Beside<Artifacts>,
+    /// What it told last of its account.
+    refreshed: Beside<Refreshed>,
     inputs: mpsc::Sender<Input>,
     /// The caller took output: there may be room for more.
     room: Notify,
@@ -165,32 +169,26 @@ impl Run {
         kill: CancellationToken,
     ) -> (Arc<Self>, mpsc::Receiver<Input>) {
         let output = STREAMS.map(|name| Window::new(windows.join(file_name(&claimed, name))));
-        let manifest = Manifest::new(windows, &claimed);
-        Self::with(
-            claimed,
-            arrived,
-            output,
-            manifest,
-            kill,
-            Progress::default(),
-        )
+        let progress = Progress::default();
+        Self::with(claimed, arrived, windows, output, kill, progress)
     }
 
     fn with(
         claimed: Claimed,
         arrived: Instant,
+        windows: &Path,
         output: [Window; 3],
-        manifest: Manifest,
         kill: CancellationToken,
         progress: Progress,
     ) -> (Arc<Self>, mpsc::Receiver<Input>) {
         let (inputs, queue) = mpsc::channel(INPUTS);
         let run = Self {
+            manifest: Beside::new(windows, &claimed, "manifest"),
+            refreshed: Beside::new(windows, &claimed, "refreshed"),
             claimed,
             arrived,
             progress: watch::Sender::new(progress),
             output,
-            manifest,
             inputs,
             room: Notify::new(),
             cancel: Cancel::default(),
@@ -253,6 +251,7 @@ impl Run {
     fn release_output(&self) {
         self.output.iter().for_each(Window::release);
         self.manifest.release();
+        self.refreshed.release();
     }
 
     fn update(&self, change: impl FnOnce(&mut Progress)) {

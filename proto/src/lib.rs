@@ -38,6 +38,9 @@ pub mod init {
     /// Most bytes of [`MAX_SECRETS`] when sealed: with an encapsulated key of 32 and a tag of
     /// 16 bytes.
     pub const MAX_SEALED: usize = MAX_SECRETS + 48;
+
+    /// Most bytes of a file that is told back when a run has refreshed it.
+    pub const MAX_REFRESHED: usize = 64 << 10;
 }
 
 #[cfg(feature = "tls")]

@@ -1,9 +1,11 @@
 //! A run's secrets on their way: sealed by whoever has them to the one container that may
-//! use them. Whoever relays them cannot read them.
+//! use them; and back, when the command has refreshed the file of an account. Whoever relays
+//! them cannot read them.
 //!
-//! HPKE (RFC 9180), base mode: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, ChaCha20Poly1305;
-//! `info` is [`INFO`], the associated data the run's id. On the wire it is the encapsulated
-//! key, 32 bytes, and then the ciphertext of one [`Secrets`] with its tag.
+//! HPKE (RFC 9180), base mode: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, ChaCha20Poly1305. On
+//! the wire it is the encapsulated key, 32 bytes, and then the ciphertext of one message with
+//! its tag. `info` is [`SECRETS`] and the associated data the run's id, for one [`Secrets`];
+//! for one [`RefreshedFile`] they are [`REFRESHED`] and the label that came with the key.
 
 use bytes::Bytes;
 use hpke::{
@@ -13,37 +15,46 @@ use hpke::{
 use prost::Message;
 use zeroize::Zeroizing;
 
-use crate::init::{MAX_SECRETS, Secrets};
+use crate::init::{MAX_REFRESHED, MAX_SECRETS, RefreshedFile, Secrets};
 
 type Kem = X25519HkdfSha256;
 
-const INFO: &[u8] = b"polydev.init.v1 secrets";
+const SECRETS: &[u8] = b"polydev.init.v1 secrets";
+const REFRESHED: &[u8] = b"polydev.init.v1 refreshed";
 const ENCAPSULATED_KEY: usize = 32;
 
 /// Why secrets cannot be sealed or opened; never quotes them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    #[error("the container's public key is not one of X25519")]
+    #[error("the public key is not one of X25519")]
     PublicKey,
-    #[error("the secrets take more than {MAX_SECRETS} bytes")]
+    #[error("the secrets take more than {MAX_SECRETS} bytes, or a file more than {MAX_REFRESHED}")]
     TooLong,
-    #[error("the secrets are not sealed to this container and this run")]
+    #[error("the secrets are not sealed to this container and this run, or this label")]
     NotForUs,
     #[error("what was sealed are no secrets")]
     Malformed,
 }
 
-/// The key of one container. It is in the memory of its init alone, and wiped when dropped.
-pub struct ContainerKey {
+/// What opens: the key of one container, in the memory of its init alone, or of whoever wants
+/// a file back. Wiped when dropped.
+pub struct PrivateKey {
     private: <Kem as hpke::Kem>::PrivateKey,
     public: <Kem as hpke::Kem>::PublicKey,
 }
 
-impl ContainerKey {
+impl PrivateKey {
     /// A new one, from the kernel's randomness.
     #[must_use]
     pub fn generate() -> Self {
         let (private, public) = Kem::gen_keypair();
+        Self { private, public }
+    }
+
+    /// The one that belongs to a secret seed of at least 32 bytes.
+    #[must_use]
+    pub fn derive(seed: &[u8]) -> Self {
+        let (private, public) = Kem::derive_keypair(seed);
         Self { private, public }
     }
 
@@ -59,6 +70,24 @@ impl ContainerKey {
     /// [`Error::NotForUs`] if it was sealed to another container or for another run, or
     /// changed on the way; [`Error::Malformed`].
     pub fn open(&self, sealed: &[u8], run_id: &str) -> Result<Secrets, Error> {
+        self.open_message(SECRETS, sealed, run_id.as_bytes())
+    }
+
+    /// Opens what [`seal_refreshed`] made. The content is wiped when it is dropped.
+    ///
+    /// # Errors
+    /// [`Error::NotForUs`] if it was sealed to another key or under another label, or changed
+    /// on the way; [`Error::Malformed`].
+    pub fn open_refreshed(&self, sealed: &[u8], label: &[u8]) -> Result<RefreshedFile, Error> {
+        self.open_message(REFRESHED, sealed, label)
+    }
+
+    fn open_message<M: Message + Default>(
+        &self,
+        info: &[u8],
+        sealed: &[u8],
+        associated: &[u8],
+    ) -> Result<M, Error> {
         let (key, ciphertext) = sealed
             .split_at_checked(ENCAPSULATED_KEY)
             .ok_or(Error::NotForUs)?;
@@ -67,19 +96,19 @@ impl ContainerKey {
             &OpModeR::Base,
             &self.private,
             &key,
-            INFO,
+            info,
             ciphertext,
-            run_id.as_bytes(),
+            associated,
         );
         let opened = Zeroizing::new(opened.map_err(|_| Error::NotForUs)?);
         // The fields are slices of this one buffer.
-        Secrets::decode(Bytes::from_owner(opened)).map_err(|_| Error::Malformed)
+        M::decode(Bytes::from_owner(opened)).map_err(|_| Error::Malformed)
     }
 }
 
-impl std::fmt::Debug for ContainerKey {
+impl std::fmt::Debug for PrivateKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ContainerKey").finish_non_exhaustive()
+        f.debug_struct("PrivateKey").finish_non_exhaustive()
     }
 }
 
@@ -88,17 +117,41 @@ impl std::fmt::Debug for ContainerKey {
 /// # Errors
 /// [`Error::PublicKey`], [`Error::TooLong`]
 pub fn seal(public_key: &[u8], run_id: &str, secrets: &Secrets) -> Result<Bytes, Error> {
-    let public_key = Deserializable::from_bytes(public_key).map_err(|_| Error::PublicKey)?;
     if secrets.encoded_len() > MAX_SECRETS {
         return Err(Error::TooLong);
     }
-    let plain = Zeroizing::new(secrets.encode_to_vec());
+    seal_message(public_key, SECRETS, secrets, run_id.as_bytes())
+}
+
+/// Seals a file to whoever sent this public key and label.
+///
+/// # Errors
+/// [`Error::PublicKey`], [`Error::TooLong`]
+pub fn seal_refreshed(
+    public_key: &[u8],
+    label: &[u8],
+    file: &RefreshedFile,
+) -> Result<Bytes, Error> {
+    if file.content.len() > MAX_REFRESHED {
+        return Err(Error::TooLong);
+    }
+    seal_message(public_key, REFRESHED, file, label)
+}
+
+fn seal_message(
+    public_key: &[u8],
+    info: &[u8],
+    message: &impl Message,
+    associated: &[u8],
+) -> Result<Bytes, Error> {
+    let public_key = Deserializable::from_bytes(public_key).map_err(|_| Error::PublicKey)?;
+    let plain = Zeroizing::new(message.encode_to_vec());
     let (key, ciphertext) = single_shot_seal::<ChaCha20Poly1305, HkdfSha256, Kem>(
         &OpModeS::Base,
         &public_key,
-        INFO,
+        info,
         &plain,
-        run_id.as_bytes(),
+        associated,
     )
     .map_err(|_| Error::PublicKey)?;
     Ok([&key.to_bytes()[..], &ciphertext].concat().into())
@@ -121,12 +174,13 @@ mod tests {
                 mode: 0o600,
                 content: "{}".into(),
             }],
+            refreshable: None,
         }
     }
 
     #[test]
     fn secrets_are_for_one_container_and_one_run() {
-        let (ours, other) = (ContainerKey::generate(), ContainerKey::generate());
+        let (ours, other) = (PrivateKey::generate(), PrivateKey::generate());
         let sealed = seal(&ours.public(), "run", &secrets()).unwrap();
         assert_eq!(ours.open(&sealed, "run").unwrap(), secrets());
         assert_eq!(other.open(&sealed, "run"), Err(Error::NotForUs));
@@ -135,8 +189,39 @@ mod tests {
     }
 
     #[test]
+    fn a_file_comes_back_to_the_seed_and_label_that_asked_for_it() {
+        let file = RefreshedFile {
+            count: 1,
+            content: "hunter2".into(),
+        };
+        let asked = PrivateKey::derive(&[7; 32]);
+        let sealed = seal_refreshed(&asked.public(), b"label", &file).unwrap();
+        let again = PrivateKey::derive(&[7; 32]);
+        assert_eq!(again.open_refreshed(&sealed, b"label").unwrap(), file);
+        assert_eq!(
+            again.open_refreshed(&sealed, b"other"),
+            Err(Error::NotForUs)
+        );
+        let other = PrivateKey::derive(&[8; 32]);
+        assert_eq!(
+            other.open_refreshed(&sealed, b"label"),
+            Err(Error::NotForUs)
+        );
+        // Nor are they secrets of a run.
+        assert_eq!(again.open(&sealed, "label"), Err(Error::NotForUs));
+        let long = RefreshedFile {
+            content: vec![0; MAX_REFRESHED + 1].into(),
+            ..file
+        };
+        assert_eq!(
+            seal_refreshed(&asked.public(), b"label", &long),
+            Err(Error::TooLong)
+        );
+    }
+
+    #[test]
     fn what_was_changed_or_cut_on_the_way_is_refused() {
-        let key = ContainerKey::generate();
+        let key = PrivateKey::generate();
         let sealed = seal(&key.public(), "run", &secrets()).unwrap();
         for at in 0..sealed.len() {
             let mut changed = sealed.to_vec();
@@ -153,7 +238,7 @@ mod tests {
         }
         let mut long = secrets();
         long.files[0].content = vec![0; MAX_SECRETS].into();
-        let key = ContainerKey::generate().public();
+        let key = PrivateKey::generate().public();
         assert_eq!(seal(&key, "run", &long), Err(Error::TooLong));
         long.files[0].content.truncate(MAX_SECRETS - 100);
         assert!(seal(&key, "run", &long).unwrap().len() <= MAX_SEALED);
@@ -162,7 +247,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_are_opened_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            prop_assert!(ContainerKey::generate().open(&bytes, "run").is_err());
+            prop_assert!(PrivateKey::generate().open(&bytes, "run").is_err());
         }
     }
 }

@@ -3,12 +3,14 @@
 //! [`Credential`] is one in the clear. [`Source`] is how a caller names one, and [`Vault`]
 //! gets it from there: out of a [`record`], or an earlier system's [`scrypt`] record, with a
 //! master key of [`keys`], or out of the [`store`]. [`Prepared`] is one in the form that the
-//! provider's CLI reads, ready to be sealed to a container.
+//! provider's CLI reads, ready to be sealed to a container; what the CLI [`refreshed`] there goes
+//! back into the store.
 //!
 //! What is secret is in types that cannot be printed and are wiped when dropped.
 
 pub mod keys;
 pub mod record;
+pub mod refreshed;
 pub mod scrypt;
 pub mod store;
 mod vault;
@@ -19,7 +21,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use polydev_proto::{
-    init::{File, Secrets, Variable},
+    init::{File, MAX_REFRESHED, Refreshable, Secrets, Variable},
     runtime::{self, CredentialKind, credential, secret},
 };
 use prost::Message;
@@ -31,7 +33,7 @@ use crate::environment;
 /// Longest key or project. Real ones are a tenth of it.
 const KEY_MOST: usize = 4096;
 /// Longest file of an account. Real ones are a tenth of it.
-const FILE_MOST: usize = 64 << 10;
+const FILE_MOST: usize = MAX_REFRESHED;
 /// Most variables, and most bytes of them together.
 const VARIABLES_MOST: usize = 100;
 const ENVIRONMENT_MOST: usize = 128 << 10;
@@ -68,6 +70,8 @@ pub enum Source {
 pub struct Prepared {
     pub env: Vec<(String, SecretString)>,
     pub files: Vec<PreparedFile>,
+    /// Which of the files is wanted back when the CLI has refreshed it.
+    pub refreshable: Option<Refreshable>,
 }
 
 /// A file below the home, for its user alone.
@@ -286,6 +290,7 @@ impl Prepared {
         Secrets {
             env: self.env.iter().map(variable).collect(),
             files: self.files.iter().map(file).collect(),
+            refreshable: self.refreshable.clone(),
         }
     }
 }

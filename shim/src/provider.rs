@@ -103,6 +103,12 @@ impl Provider {
         self.table.project_variable
     }
 
+    /// Where the CLI keeps an account that has signed in, relative to the home.
+    #[must_use]
+    pub fn account_file(self) -> &'static str {
+        self.table.oauth_file
+    }
+
     /// A credential in the form the CLI reads.
     ///
     /// # Errors
@@ -124,11 +130,14 @@ impl Provider {
                     content: content.clone(),
                 }];
                 files.extend(self.table.oauth_settings.as_ref().map(PlainFile::prepare));
-                Prepared { env: vec![], files }
+                Prepared {
+                    files,
+                    ..Prepared::default()
+                }
             }
             Credential::Environment(variables) => Prepared {
                 env: variables.clone().into_iter().collect(),
-                files: vec![],
+                ..Prepared::default()
             },
         })
     }

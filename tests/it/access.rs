@@ -182,6 +182,7 @@ fn callers_from_elsewhere_are_known_and_held_to_their_roles() {
         user_id: "team-a".into(),
         provider: "anthropic".into(),
         credential: Some(api_key("k")),
+        keep_refreshed: false,
     };
     is_denied(
         client

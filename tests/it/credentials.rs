@@ -39,6 +39,7 @@ pub(crate) fn put(user_id: &str, provider: &str, credential: Credential) -> PutC
         user_id: user_id.into(),
         provider: provider.into(),
         credential: Some(credential),
+        keep_refreshed: false,
     }
 }
 
@@ -400,8 +401,14 @@ fn the_real_clis_sign_in_with_their_users_accounts() {
 
 /// What a provider's CLI keeps of an account.
 fn account(provider: &str, token: &str) -> Credential {
+    let content = account_file(provider, token);
+    in_the_clear(Kind::OauthFile(content.to_string().into()))
+}
+
+/// The file of one that was refreshed lately.
+pub(crate) fn account_file(provider: &str, token: &str) -> Value {
     let part = |json: Value| BASE64_URL_SAFE_NO_PAD.encode(json.to_string());
-    let content = match provider {
+    match provider {
         "openai" => {
             let claims = json!({
                 "email": "tester@example.com",
@@ -438,6 +445,5 @@ fn account(provider: &str, token: &str) -> Credential {
             "expiry_date": 4_000_000_000_000_u64,
         }),
         other => panic!("no provider `{other}`"),
-    };
-    in_the_clear(Kind::OauthFile(content.to_string().into()))
+    }
 }

@@ -25,6 +25,7 @@ mod plain;
 mod pools;
 mod queue;
 mod recovery;
+mod refreshed;
 mod refusals;
 mod registry;
 mod rolls;

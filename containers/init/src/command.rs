@@ -27,10 +27,10 @@ use polydev_proto::{
         ArtifactRules, NotStarted, PlainTask, Secrets, Start, TerminalSize, not_started::Reason,
         plain_task::Output as OutputKind,
     },
-    sealed::ContainerKey,
+    sealed::PrivateKey,
 };
 
-use crate::{deadline::Deadline, drain::Drain, home, stdin::Input, terminal};
+use crate::{account::Account, deadline::Deadline, drain::Drain, home, stdin::Input, terminal};
 
 /// Added to the command's OOM score, so that the kernel does not pick init.
 const OOM_SCORE: &[u8] = b"500";
@@ -45,6 +45,8 @@ pub(crate) struct Command {
     pub(crate) input: Input,
     /// What of its files is wanted when it has ended.
     pub(crate) artifacts: Option<ArtifactRules>,
+    /// The file that it may refresh.
+    pub(crate) account: Option<Account>,
     /// A plain task has none.
     pub(crate) deadline: Option<Deadline>,
     /// The first of the pipes is a terminal.
@@ -65,7 +67,7 @@ impl Command {
     /// Why the command did not run, for the caller.
     pub(crate) fn start(
         start: Start,
-        key: &ContainerKey,
+        key: &PrivateKey,
         descriptors: Vec<OwnedFd>,
         drains: &mut Vec<Drain>,
         oom_score: Option<&mut File>,
@@ -84,8 +86,10 @@ impl Command {
             return Err(refuse(Reason::Invalid, message));
         }
         let secrets = open(&start, key).map_err(|message| refuse(Reason::Invalid, message))?;
-        home::write_files(home::path().as_deref(), &secrets.files)
+        let home = home::path();
+        home::write_files(home.as_deref(), &secrets.files)
             .map_err(|message| refuse(Reason::Invalid, message))?;
+        let account = Account::new(home.as_deref(), &secrets, now);
 
         let mut command = process::Command::new(OsStr::from_bytes(program));
         command.args(args.iter().map(|arg| OsStr::from_bytes(arg)));
@@ -175,6 +179,7 @@ impl Command {
         }
         Ok(Self {
             artifacts: start.artifacts,
+            account,
             run_id: start.run_id,
             pid: Pid::from_raw(child.id().cast_signed()),
             pipes,
@@ -214,7 +219,7 @@ impl Command {
 }
 
 /// The run's secrets; none if none came.
-fn open(start: &Start, key: &ContainerKey) -> Result<Secrets, String> {
+fn open(start: &Start, key: &PrivateKey) -> Result<Secrets, String> {
     if start.sealed_secrets.is_empty() {
         return Ok(Secrets::default());
     }

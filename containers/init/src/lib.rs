@@ -1,8 +1,8 @@
 //! Process 1 of every container the driver starts: one thread, one `poll` loop.
 //!
 //! It fills the home, connects to the driver's socket and waits. Then it takes the files of
-//! one command, runs it, carries its streams, reads what files it leaves, reaps what the command leaves, keeps the
-//! deadline, and tells how it ended.
+//! one command, runs it, carries its streams, keeps the deadline, reads what files it leaves and
+//! what it refreshed of its account, reaps its orphans, and tells how it ended.
 //!
 //! ```text
 //!  driver <-- link --> supervisor --> command (own process group)
@@ -16,6 +16,7 @@
 //! It needs no capability and no writable root, and it cannot be traced or read
 //! by the command, which has the same user: it is not dumpable.
 
+mod account;
 mod command;
 mod deadline;
 mod drain;

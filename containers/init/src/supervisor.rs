@@ -27,13 +27,14 @@ use nix::{
 use polydev_proto::{
     frame::MAX_DATA,
     init::{
-        Artifacts, Collected, Data, Exited, Hello, NotStarted, PROTOCOL_VERSION, Running, Start,
-        Stream, ToInit, Waiting, exited, from_init, hello, to_init,
+        Artifacts, Collected, Data, Exited, Hello, NotStarted, PROTOCOL_VERSION, Refreshed,
+        Running, Start, Stream, ToInit, Waiting, exited, from_init, hello, to_init,
     },
-    sealed::ContainerKey,
+    sealed::PrivateKey,
 };
 
 use crate::{
+    account::Account,
     command::{Command, kill_everything},
     drain::Drain,
     link::Link,
@@ -96,13 +97,15 @@ struct Left {
 pub(crate) struct Supervisor {
     state: State,
     /// Opens the secrets of the one run; gone when it has.
-    key: Option<ContainerKey>,
+    key: Option<PrivateKey>,
     public_key: Bytes,
     /// Outlive the command: what is not acknowledged can be asked for again.
     outputs: [Output; 3],
     /// Of a plain task, in place of `outputs`; they may outlive the command too.
     drains: Vec<Drain>,
     left: Option<Left>,
+    /// The file that the command may refresh; outlives it too.
+    account: Option<Account>,
     /// The command is a plain task, whose status is the container's.
     is_plain: bool,
     /// The driver needs nothing more.
@@ -119,7 +122,7 @@ impl Supervisor {
         let mut caught: SigSet = FORWARDED.into_iter().collect();
         caught.add(Signal::SIGCHLD);
         caught.thread_block()?;
-        let key = ContainerKey::generate();
+        let key = PrivateKey::generate();
         Ok(Self {
             public_key: key.public(),
             state: State::Waiting,
@@ -127,6 +130,7 @@ impl Supervisor {
             outputs: Default::default(),
             drains: Vec::new(),
             left: None,
+            account: None,
             is_plain: false,
             released: false,
             end_is_told: false,
@@ -150,6 +154,9 @@ impl Supervisor {
                     .and_then(|deadline| deadline.due(now))
             {
                 command.signal(signal);
+            }
+            if self.is_running() {
+                self.tell_account(|account| account.look_if_due(now));
             }
             if self.link.connect_if_due(now) {
                 self.greet();
@@ -211,6 +218,9 @@ impl Supervisor {
             if let Some(deadline) = command.deadline.filter(|_| command.status.is_none()) {
                 wake(deadline.remaining(now));
             }
+            if let Some(account) = &self.account {
+                wake(account.look_in(now));
+            }
             for (pipe, output) in command.pipes.iter().zip(&self.outputs) {
                 if let Some(pipe) = pipe.as_ref().filter(|_| output.room() > 0) {
                     polled.push(PollFd::new(pipe.as_fd(), PollFlags::POLLIN));
@@ -266,6 +276,14 @@ impl Supervisor {
             state: Some(state),
             public_key: self.public_key.clone(),
         }));
+        self.tell_account(|account| account.told());
+    }
+
+    /// Tells what there is to tell of it.
+    fn tell_account(&mut self, look: impl FnOnce(&mut Account) -> Option<Refreshed>) {
+        if let Some(refreshed) = self.account.as_mut().and_then(look) {
+            self.link.send(from_init::Message::Refreshed(refreshed));
+        }
     }
 
     /// Frames what the link has room for; the end follows the last byte.
@@ -424,7 +442,10 @@ impl Supervisor {
             stdout_bytes: self.outputs[0].end(),
             stderr_bytes: self.outputs[1].end(),
         };
-        if let Some(rules) = command.artifacts.take() {
+        let artifacts = command.artifacts.take();
+        // Nothing changes it any more.
+        self.tell_account(Account::look);
+        if let Some(rules) = artifacts {
             // The driver should not take the time of the search for the command's.
             self.link.send(from_init::Message::Collected(Collected {
                 artifacts: None,

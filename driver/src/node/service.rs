@@ -20,8 +20,9 @@ use polydev_proto::{
         ClaimRequest, ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse,
         GetRunRequest, GetRunResponse, HaveRun, LeaseRequest, LeaseResponse, ListRunsRequest,
         ListRunsResponse, ReleaseRequest, ReleaseResponse, RunEvent, RunInput, Slot as SlotMessage,
-        Unknown, WatchRunsRequest, WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse,
-        attach_request, claim_request, fence_response,
+        Unknown, WatchRefreshedRequest, WatchRefreshedResponse, WatchRunsRequest,
+        WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse, attach_request, claim_request,
+        fence_response,
         node_service_server::{NodeService, NodeServiceServer},
         run_event, run_input,
     },
@@ -116,6 +117,7 @@ impl NodeService for Service {
     type ClaimStream = Responses<ClaimResponse>;
     type AttachStream = Responses<AttachResponse>;
     type WatchRunsStream = Responses<WatchRunsResponse>;
+    type WatchRefreshedStream = Responses<WatchRefreshedResponse>;
 
     async fn watch_slots(
         &self,
@@ -312,6 +314,14 @@ impl NodeService for Service {
         request: Request<WatchRunsRequest>,
     ) -> Result<Response<Self::WatchRunsStream>, Status> {
         let told = runs::watch(self.node.clone(), request.into_inner());
+        Ok(Response::new(told.map(Ok).boxed()))
+    }
+
+    async fn watch_refreshed(
+        &self,
+        _: Request<WatchRefreshedRequest>,
+    ) -> Result<Response<Self::WatchRefreshedStream>, Status> {
+        let told = runs::watch_refreshed(self.node.clone());
         Ok(Response::new(told.map(Ok).boxed()))
     }
 

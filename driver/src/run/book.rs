@@ -63,6 +63,8 @@ pub struct Runs {
     since: SystemTime,
     /// The id of each run that is new or has come further.
     steps: broadcast::Sender<String>,
+    /// That of each run that tells what it has refreshed.
+    pub(super) refreshed: broadcast::Sender<String>,
 }
 
 #[derive(Debug)]
@@ -159,6 +161,7 @@ impl Runs {
             boot_id,
             since: (booted() + CLOCKS).max(begun),
             steps: broadcast::Sender::new(STEPS),
+            refreshed: broadcast::Sender::new(STEPS),
         };
         Ok((runs, open))
     }

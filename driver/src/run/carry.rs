@@ -345,6 +345,9 @@ impl<'a> Carrier<'a> {
             from_init::Message::StdinAck(ack) => self.taken(ack.offset, ack.closed),
             from_init::Message::Exited(exited) => return Err(self.exited(&exited)),
             from_init::Message::Collected(collected) => self.collected(collected),
+            from_init::Message::Refreshed(refreshed) => {
+                self.runs.refreshed(self.run, &refreshed);
+            }
             from_init::Message::NotStarted(refused) => return Err(self.not_started(&refused)),
             // Only the first message of a connection is one.
             from_init::Message::Hello(_) => {}

@@ -21,7 +21,8 @@ use crate::provider::Provider;
 /// For the store to answer.
 const ANSWER: Duration = Duration::from_secs(5);
 const CONNECTIONS: u32 = 8;
-const COLUMNS: &str = "user_id, provider, version, kind, key_id, created_at, updated_at";
+const COLUMNS: &str = "user_id, provider, version, kind, key_id, created_at, updated_at, \
+     keep_refreshed, refreshed_by";
 /// A table of our own: others may use the database too.
 const MIGRATIONS: &str = "polydev_migrations";
 
@@ -104,7 +105,7 @@ impl Error {
 pub struct Info {
     pub user_id: String,
     pub provider: String,
-    /// Counts the credentials that had this place, from 1.
+    /// Counts the credentials that had this place, from 1; see [`refreshed`](super::refreshed).
     pub version: u64,
     /// Number of the `CredentialKind`.
     pub kind: i32,
@@ -112,6 +113,10 @@ pub struct Info {
     pub key_id: String,
     pub created_at: SystemTime,
     pub updated_at: SystemTime,
+    /// What runs refresh of it is kept.
+    pub keep_refreshed: bool,
+    /// The run that refreshed it last; empty if it is as it was put.
+    pub refreshed_by: String,
 }
 
 /// One credential as it is kept.
@@ -186,23 +191,24 @@ impl Store {
         .await
     }
 
-    /// Keeps a credential, if the one that it takes the place of is the version before it: of
-    /// the first version, if there is none. False if not.
+    /// Keeps a credential in place of the one with the version `replaces`, or, with `None`, if
+    /// there is none. False if it is otherwise.
     ///
     /// # Errors
     /// [`Error`]; it may be kept, if the answer came too late.
-    pub async fn put(&self, row: &Row) -> Result<bool, Error> {
+    pub async fn put(&self, row: &Row, replaces: Option<u64>) -> Result<bool, Error> {
         let info = &row.info;
-        let statement = match info.version {
-            1 => {
+        let statement = match replaces {
+            None => {
                 "INSERT INTO polydev_credentials (tenant, user_id, provider, version, kind, \
-                 key_id, record, created_at, updated_at) \
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT DO NOTHING"
+                 key_id, record, created_at, updated_at, keep_refreshed, refreshed_by) \
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) ON CONFLICT DO NOTHING"
             }
-            _ => {
+            Some(_) => {
                 "UPDATE polydev_credentials SET version = $4, kind = $5, key_id = $6, \
-                 record = $7, created_at = $8, updated_at = $9 \
-                 WHERE tenant = $1 AND user_id = $2 AND provider = $3 AND version = $4 - 1"
+                 record = $7, created_at = $8, updated_at = $9, keep_refreshed = $10, \
+                 refreshed_by = $11 \
+                 WHERE tenant = $1 AND user_id = $2 AND provider = $3 AND version = $12"
             }
         };
         self.answer(async |pool| {
@@ -211,7 +217,13 @@ impl Store {
             let query = query.bind(info.kind).bind(&info.key_id).bind(&row.record);
             let query = query
                 .bind(seconds(info.created_at))
-                .bind(seconds(info.updated_at));
+                .bind(seconds(info.updated_at))
+                .bind(i32::from(info.keep_refreshed))
+                .bind(&info.refreshed_by);
+            let query = match replaces {
+                Some(version) => query.bind(version.cast_signed()),
+                None => query,
+            };
             Ok(query.execute(pool).await?.rows_affected() == 1)
         })
         .await
@@ -320,13 +332,19 @@ impl Store {
     }
 
     async fn migrate(&self) -> Result<(), Error> {
-        let schema = match self.kind {
+        let first = match self.kind {
             Kind::Postgres => include_str!("schema/postgres.sql"),
             Kind::Sqlite => include_str!("schema/sqlite.sql"),
         };
-        let kind = MigrationType::Simple;
-        let first = Migration::new(1, "credentials".into(), kind, schema.into_sql_str(), false);
-        let mut migrator = Migrator::with_migrations(vec![first]);
+        let refreshed = include_str!("schema/refreshed.sql");
+        let migration = |version, name: &'static str, statements: &'static str| {
+            let (kind, statements) = (MigrationType::Simple, statements.into_sql_str());
+            Migration::new(version, name.into(), kind, statements, false)
+        };
+        let mut migrator = Migrator::with_migrations(vec![
+            migration(1, "credentials", first),
+            migration(2, "refreshed", refreshed),
+        ]);
         migrator.dangerous_set_table_name(MIGRATIONS);
         // Its lock is the connection's, and is left there when it fails: the connection is for
         // this alone.
@@ -398,7 +416,7 @@ fn names(after: Option<&(String, String)>) -> (&str, &str) {
 fn decode_row(row: &AnyRow) -> Result<Row, sqlx::Error> {
     Ok(Row {
         info: decode(row)?,
-        record: row.try_get(7)?,
+        record: row.try_get(9)?,
     })
 }
 
@@ -414,6 +432,8 @@ fn decode(row: &AnyRow) -> Result<Info, sqlx::Error> {
         key_id: row.try_get(4)?,
         created_at: time(row.try_get(5)?),
         updated_at: time(row.try_get(6)?),
+        keep_refreshed: row.try_get::<i32, _>(7)? != 0,
+        refreshed_by: row.try_get(8)?,
     })
 }
 

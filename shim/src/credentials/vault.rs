@@ -5,17 +5,17 @@ use std::{path::Path, time::SystemTime};
 use prost::Message;
 
 use super::{
-    Credential, Invalid, Source,
+    Credential, Invalid, Prepared, Source,
     keys::{self, KeyRing},
     record::{Binding, Record},
-    scrypt,
+    refreshed, scrypt,
     store::{self, Address, Filter, Info, Row, Store},
 };
 
 /// Records that are sealed anew in one call.
 const AT_ONCE: u32 = 50;
 /// How often a credential is put, while others put the same one.
-const TRIES: u32 = 5;
+pub(super) const TRIES: u32 = 5;
 
 /// A shim's master keys and its store, if it has them.
 #[derive(Debug)]
@@ -51,6 +51,8 @@ pub enum Error {
     },
     #[error("the record opens, and what is in it is no credential")]
     NotUnderstood,
+    #[error("`keep_refreshed` is for an account that has signed in (`oauth_file`) alone")]
+    NoAccount,
     #[error(transparent)]
     Invalid(#[from] Invalid),
     #[error(transparent)]
@@ -101,44 +103,80 @@ impl Vault {
         })
     }
 
-    fn keys(&self) -> Result<&KeyRing, Error> {
+    pub(super) fn keys(&self) -> Result<&KeyRing, Error> {
         self.keys.as_ref().ok_or(Error::NoKeys)
     }
 
-    fn store(&self) -> Result<&Store, Error> {
+    pub(super) fn store(&self) -> Result<&Store, Error> {
         self.store.as_ref().ok_or(Error::NoStore)
     }
 
-    /// Gets a credential for a run.
+    pub(super) fn has_store(&self) -> bool {
+        self.store.is_some()
+    }
+
+    /// Gets a credential for a run, in the form that the provider's CLI reads.
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn get(&self, source: Source, binding: Binding<'_>) -> Result<Credential, Error> {
+    pub async fn prepare(
+        &self,
+        source: Source,
+        binding: Binding<'_>,
+        run_id: &str,
+    ) -> Result<Prepared, Error> {
+        let Source::Stored = source else {
+            let credential = self.get(source, binding).await?;
+            return Ok(binding.provider.prepare(&credential)?);
+        };
+        let row = self.stored(binding).await?;
+        let credential = open(&row, binding, self.keys()?)?;
+        let mut prepared = binding.provider.prepare(&credential)?;
+        if row.info.keep_refreshed {
+            let key = self.keys()?.first();
+            let asked = refreshed::refreshable(&row.info, binding, run_id, key);
+            prepared.refreshable = Some(asked);
+        }
+        Ok(prepared)
+    }
+
+    async fn get(&self, source: Source, binding: Binding<'_>) -> Result<Credential, Error> {
         match source {
             Source::Given(credential) => Ok(credential),
             Source::Sealed(record) => Record::read(&record)?.open(binding, self.keys()?),
             Source::Scrypt(record) => self.scrypt.open(&record, self.keys()?).await,
-            Source::Stored => {
-                let found = self.store()?.get(binding.user_id, binding.provider).await?;
-                let row = found.ok_or_else(|| not_found(binding))?;
-                open(&row, binding, self.keys()?)
-            }
+            Source::Stored => open(&self.stored(binding).await?, binding, self.keys()?),
         }
     }
 
-    /// Keeps a credential, in place of the one there was.
+    async fn stored(&self, binding: Binding<'_>) -> Result<Row, Error> {
+        let found = self.store()?.get(binding.user_id, binding.provider).await?;
+        found.ok_or_else(|| not_found(binding))
+    }
+
+    /// Keeps a credential, in place of the one there was; and, if it is an account's and
+    /// `keep_refreshed`, what runs refresh of it.
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn put(&self, source: Source, binding: Binding<'_>) -> Result<Info, Error> {
+    pub async fn put(
+        &self,
+        source: Source,
+        binding: Binding<'_>,
+        keep_refreshed: bool,
+    ) -> Result<Info, Error> {
         let store = self.store()?;
         let credential = self.get(source, binding).await?;
+        if keep_refreshed && !matches!(credential, Credential::OauthFile(_)) {
+            return Err(Error::NoAccount);
+        }
         // One that no run could use is not kept.
         binding.provider.prepare(&credential)?;
         for _ in 0..TRIES {
             let before = store.get(binding.user_id, binding.provider).await?;
             let before = before.map(|before| before.info);
-            let version = before.as_ref().map_or(1, |before| before.version + 1);
+            let replaces = before.as_ref().map(|before| before.version);
+            let version = replaces.map_or(1, |replaced| replaced + 1);
             let key = self.keys()?.first();
             let now = SystemTime::now();
             let info = Info {
@@ -149,10 +187,12 @@ impl Vault {
                 key_id: key.id.clone(),
                 created_at: before.map_or(now, |before| before.created_at),
                 updated_at: now,
+                keep_refreshed,
+                refreshed_by: String::new(),
             };
             let record = Record::seal(&credential, binding, version, key).encode_to_vec();
             let row = Row { info, record };
-            if store.put(&row).await? {
+            if store.put(&row, replaces).await? {
                 return Ok(row.info);
             }
         }
@@ -243,7 +283,7 @@ fn reseal(row: &Row, keys: &KeyRing) -> Result<Record, Error> {
 }
 
 /// Opens what stands in the store, if it is of the version that stands beside it.
-fn open(row: &Row, binding: Binding, keys: &KeyRing) -> Result<Credential, Error> {
+pub(super) fn open(row: &Row, binding: Binding, keys: &KeyRing) -> Result<Credential, Error> {
     let record = Record {
         version: row.info.version,
         ..Record::read(&row.record)?

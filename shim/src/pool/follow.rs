@@ -12,7 +12,10 @@ use tokio::{
     task::AbortHandle,
     time::{sleep, timeout},
 };
-use tonic::{Status, transport::Endpoint};
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
 
 use super::View;
 
@@ -30,12 +33,16 @@ const RETRY: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_millis(250);
 
 /// Follows every driver that `drivers` names, node id to address, as they come and
-/// go. Ends when `drivers` does.
-pub async fn follow(
+/// go. Ends when `drivers` does. `beside` is polled with the node and each connection to its
+/// driver, for as long as that lasts.
+pub async fn follow<F>(
     view: View,
     mut drivers: watch::Receiver<BTreeMap<String, String>>,
     trust: Option<Trust>,
-) {
+    beside: impl Fn(String, Channel) -> F + Clone + Send + Sync + 'static,
+) where
+    F: Future<Output = Infallible> + Send + 'static,
+{
     let mut followed: BTreeMap<String, (String, AbortHandle)> = BTreeMap::new();
     let mut tasks = tokio::task::JoinSet::new();
     loop {
@@ -56,7 +63,7 @@ pub async fn follow(
                     address: address.clone(),
                     trust: trust.clone(),
                 };
-                let task = tasks.spawn(follow_driver(view.clone(), driver));
+                let task = tasks.spawn(follow_driver(view.clone(), driver, beside.clone()));
                 (address, task)
             });
         }
@@ -74,14 +81,18 @@ struct Driver {
     trust: Option<Trust>,
 }
 
-async fn follow_driver(view: View, driver: Driver) {
+async fn follow_driver<F: Future<Output = Infallible>>(
+    view: View,
+    driver: Driver,
+    beside: impl Fn(String, Channel) -> F,
+) {
     let Driver {
         node_id, address, ..
     } = &driver;
     let mut retry = RETRY;
     let mut last = String::new();
     loop {
-        let Err(status) = follow_once(&view, &driver, &mut retry).await;
+        let Err(status) = follow_once(&view, &driver, &beside, &mut retry).await;
         view.disconnect(node_id);
         // Once for each reason: a node may be away for long.
         let reason = status.message();
@@ -94,9 +105,10 @@ async fn follow_driver(view: View, driver: Driver) {
     }
 }
 
-async fn follow_once(
+async fn follow_once<F: Future<Output = Infallible>>(
     view: &View,
     driver: &Driver,
+    beside: &impl Fn(String, Channel) -> F,
     retry: &mut Duration,
 ) -> Result<Infallible, Status> {
     let Driver {
@@ -128,9 +140,15 @@ async fn follow_once(
         .into_inner();
     // Silence is no sign of death here: the driver speaks when something changes, and
     // the connection breaks when it dies, or its machine answers no pings.
-    while let Some(told) = slots.message().await? {
-        *retry = RETRY;
-        view.apply(node_id, &channel, told);
+    let follow_slots = async {
+        while let Some(told) = slots.message().await? {
+            *retry = RETRY;
+            view.apply(node_id, &channel, told);
+        }
+        Err(Status::unavailable("the driver ended the stream"))
+    };
+    tokio::select! {
+        followed = follow_slots => followed,
+        never = beside(node_id.clone(), channel.clone()) => match never {},
     }
-    Err(Status::unavailable("the driver ended the stream"))
 }

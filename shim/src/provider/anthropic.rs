@@ -18,7 +18,10 @@ pub(super) const TABLE: Table = Table {
 
 fn prepare_key(key: &SecretString, _project: Option<&str>) -> Prepared {
     let env = vec![variable("ANTHROPIC_API_KEY", key)];
-    Prepared { env, files: vec![] }
+    Prepared {
+        env,
+        ..Prepared::default()
+    }
 }
 
 fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPrompt> {

@@ -47,6 +47,7 @@ fn prepare_key(key: &SecretString, project: Option<&str>) -> Prepared {
     Prepared {
         env,
         files: vec![settings.prepare()],
+        ..Prepared::default()
     }
 }
 

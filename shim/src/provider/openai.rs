@@ -22,7 +22,10 @@ fn prepare_key(key: &SecretString, _project: Option<&str>) -> Prepared {
         variable("OPENAI_API_KEY", key),
         variable("CODEX_API_KEY", key),
     ];
-    Prepared { env, files: vec![] }
+    Prepared {
+        env,
+        ..Prepared::default()
+    }
 }
 
 fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPrompt> {

@@ -19,7 +19,7 @@ use files::{files, own_input, rules, terminal};
 
 use super::input::Own;
 use crate::{
-    credentials::{self, Credential, Prepared, Source},
+    credentials::{self, Prepared, Source},
     environment,
     provider::{InvalidPrompt, Prompt, Provider, Unknown},
 };
@@ -263,10 +263,8 @@ impl Request {
     /// Gives it the credential that it names.
     ///
     /// # Errors
-    /// [`Invalid`] if the provider has no such credential, or the command does not fit beside
-    /// it.
-    pub fn equip(&mut self, credential: &Credential) -> Result<(), Invalid> {
-        let secrets = self.provider.prepare(credential)?;
+    /// [`Invalid`] if the command does not fit beside it.
+    pub fn equip(&mut self, secrets: Prepared) -> Result<(), Invalid> {
         if let Some((name, _)) =
             (secrets.env.iter()).find(|(name, _)| self.spec.env.contains_key(name))
         {
@@ -362,6 +360,7 @@ pub(super) fn bounded(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::credentials::Credential;
     use polydev_proto::runtime::{self, Argv};
 
     fn start() -> RunStart {
@@ -430,7 +429,8 @@ mod tests {
             key: "k".into(),
             project_id: None,
         };
-        request.equip(&credential).unwrap();
+        let secrets = request.provider.prepare(&credential).unwrap();
+        request.equip(secrets).unwrap();
         let (name, key) = &request.secrets.env[0];
         assert_eq!(
             (name.as_str(), key.expose_secret()),
@@ -449,9 +449,9 @@ mod tests {
         start.env.insert("TOKEN".into(), "x".into());
         let mut request = Request::parse(start, None).unwrap();
         let variables = [("TOKEN".to_owned(), "secret".into())].into();
-        let refused = request
-            .equip(&Credential::Environment(variables))
-            .unwrap_err();
+        let credential = Credential::Environment(variables);
+        let secrets = request.provider.prepare(&credential).unwrap();
+        let refused = request.equip(secrets).unwrap_err();
         assert_eq!(refused.field(), "env[\"TOKEN\"]");
     }
 }

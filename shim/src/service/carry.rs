@@ -43,8 +43,9 @@ impl Service {
         self.user_rate.check(user_id)?;
         if let Some(source) = request.credential.take() {
             let binding = Binding { user_id, provider };
-            let credential = self.vault.get(source, binding).await?;
-            request.equip(&credential)?;
+            let run_id = request.run_id.to_string();
+            let secrets = self.vault.prepare(source, binding, &run_id).await?;
+            request.equip(secrets)?;
         }
         let run_id = request.run_id;
         tracing::info!(%run_id, %caller, %provider, user_id = request.user_id, "run");

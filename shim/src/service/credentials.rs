@@ -42,7 +42,7 @@ pub(super) async fn put(
         user_id: &request.user_id,
         provider,
     };
-    let info = vault.put(source, binding).await?;
+    let info = vault.put(source, binding, request.keep_refreshed).await?;
     tracing::info!(
         user_id = info.user_id,
         provider = info.provider,
@@ -167,5 +167,7 @@ fn encode(info: Info) -> CredentialInfo {
         key_id: info.key_id,
         created_at: Some(Timestamp::from(info.created_at)),
         updated_at: Some(Timestamp::from(info.updated_at)),
+        keep_refreshed: info.keep_refreshed,
+        refreshed_by_run_id: info.refreshed_by,
     }
 }

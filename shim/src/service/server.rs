@@ -56,7 +56,7 @@ pub struct Parts {
     pub view: View,
     /// `None` with the embedded engine, whose pools are as they were started.
     pub nomad: Option<Nomad>,
-    pub vault: Vault,
+    pub vault: Arc<Vault>,
     pub access: Access,
     /// `None` takes no tokens.
     pub tokens: Option<Tokens>,
@@ -82,7 +82,6 @@ pub async fn serve(
         limits,
     } = parts;
     let (runs, hand_over) = (TaskTracker::new(), CancellationToken::new());
-    let vault = Arc::new(vault);
     let service = Service {
         view,
         on_demand: OnDemand::new(nomad.clone(), limits.on_demand),

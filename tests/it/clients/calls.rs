@@ -109,6 +109,7 @@ pub(super) fn of_rust(shim: &Shim) -> BTreeSet<String> {
             credential: Some(api::Credential {
                 source: Some(secret),
             }),
+            keep_refreshed: false,
         };
         let put = calls.put_credential(put).await.expect("the shim answers").into_inner();
         assert_eq!(put.credential.expect("it is there").version, 1);

@@ -122,7 +122,8 @@ impl Supervisor {
         let descriptors = self.link.take_descriptors();
         let (oom_score, drains) = (self.oom_score.as_mut(), &mut self.drains);
         match Command::start(start, &key, descriptors, drains, oom_score, now) {
-            Ok(command) => {
+            Ok(mut command) => {
+                self.account = command.account.take();
                 let pid = command.pid.as_raw().cast_unsigned();
                 self.link.send(from_init::Message::Started(Started { pid }));
                 self.state = State::Running(Box::new(command));

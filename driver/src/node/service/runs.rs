@@ -1,9 +1,11 @@
 //! How runs are asked for and told, without their output.
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
 
 use futures_util::{Stream, stream};
-use polydev_proto::node::{self, ListRunsRequest, WatchRunsRequest, WatchRunsResponse};
+use polydev_proto::node::{
+    self, ListRunsRequest, WatchRefreshedResponse, WatchRunsRequest, WatchRunsResponse,
+};
 use prost_types::Timestamp;
 use tokio::sync::broadcast::error::RecvError;
 use tonic::Status;
@@ -106,6 +108,38 @@ fn step(node: &Node, filter: &Filter, run_id: String) -> Option<WatchRunsRespons
         Ok(_) | Err(_) => return None,
     }
     Some(told)
+}
+
+/// What is kept of what runs have refreshed, and then each that comes.
+pub(super) fn watch_refreshed(
+    node: Arc<Node>,
+) -> impl Stream<Item = WatchRefreshedResponse> + Send {
+    let news = node.runs.watch_refreshed();
+    let kept = node.runs.all_refreshed();
+    stream::unfold(
+        (node, news, VecDeque::from(kept)),
+        |(node, mut news, mut runs)| async move {
+            let told = loop {
+                if let Some(run) = runs.pop_front() {
+                    match run.refreshed() {
+                        Some(refreshed) => break (run.claimed.run_id.clone(), refreshed),
+                        None => continue,
+                    }
+                }
+                match news.recv().await {
+                    Ok(run_id) => runs.extend(node.runs.find(&run_id, None)),
+                    Err(RecvError::Lagged(_)) => runs = node.runs.all_refreshed().into(),
+                    Err(RecvError::Closed) => return None,
+                }
+            };
+            let (run_id, refreshed) = told;
+            let told = WatchRefreshedResponse {
+                run_id,
+                refreshed: Some(refreshed),
+            };
+            Some((told, (node, news, runs)))
+        },
+    )
 }
 
 pub(super) fn encode(summary: Summary) -> node::Run {

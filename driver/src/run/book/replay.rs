@@ -10,7 +10,6 @@ use super::{Known, Past};
 use crate::run::{
     Ended, Input, Outcome, Progress, Run, STREAMS, file_name,
     journal::{Claimed, Record},
-    manifest::Manifest,
     recover::Open,
     window::Window,
 };
@@ -130,17 +129,17 @@ fn take_up(traces: Traces, windows: &Path) -> (Arc<Run>, mpsc::Receiver<Input>) 
             Window::new(path)
         })
     });
-    let manifest = Manifest::new(windows, &claimed);
     let arrived = Run::arrival(&claimed);
     let is_over = ended.is_some();
     let progress = Progress {
         started,
-        artifacts: manifest.recover().map(Arc::new),
         outcome: ended.map(Outcome::Ended),
         ..Progress::default()
     };
     let kill = CancellationToken::new();
-    let (run, inputs) = Run::with(claimed, arrived, output, manifest, kill, progress);
+    let (run, inputs) = Run::with(claimed, arrived, windows, output, kill, progress);
+    let artifacts = run.manifest.read().map(Arc::new);
+    run.update(|progress| progress.artifacts = artifacts);
     if let Some(reason) = cancelled {
         run.cancel.ask(&reason);
     }

@@ -21,6 +21,9 @@ pub(in crate::cli) struct Put {
     name: Name,
     #[command(flatten)]
     given: Given,
+    /// Of an account that has signed in: keep what its tool refreshes of the file in a run.
+    #[arg(long)]
+    keep_refreshed: bool,
     #[command(flatten)]
     options: Options,
 }
@@ -55,6 +58,7 @@ pub(super) async fn put(arguments: Put) -> anyhow::Result<ExitCode> {
     let Put {
         name,
         given,
+        keep_refreshed,
         options,
     } = arguments;
     let credential = given.read(name.provider)?;
@@ -67,6 +71,7 @@ pub(super) async fn put(arguments: Put) -> anyhow::Result<ExitCode> {
         user_id: name.user,
         provider: name.provider.name().into(),
         credential: Some(credential),
+        keep_refreshed,
     };
     let kept = answer(shim.put_credential(request)).await?.credential;
     let kept = kept.unwrap_or_default();
@@ -175,7 +180,8 @@ fn to_json(info: &CredentialInfo) -> Value {
     json!({
         "user_id": info.user_id, "provider": info.provider, "kind": kind(info),
         "version": info.version, "key_id": info.key_id, "created_at": time(&info.created_at),
-        "updated_at": time(&info.updated_at),
+        "updated_at": time(&info.updated_at), "keep_refreshed": info.keep_refreshed,
+        "refreshed_by_run_id": info.refreshed_by_run_id,
     })
 }
 

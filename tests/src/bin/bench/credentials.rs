@@ -38,7 +38,7 @@ pub(crate) fn figures() -> anyhow::Result<Vec<Value>> {
     let opened = sample(|| record.open(binding, &keys).map(drop))?;
 
     let prepared = provider.prepare(&credential)?;
-    let container = sealed::ContainerKey::generate();
+    let container = sealed::PrivateKey::generate();
     let public = container.public();
     let to_container = sample(|| sealed::seal(&public, "run", &prepared.secrets()).map(drop))?;
 

@@ -24,8 +24,8 @@ use polydev_proto::{
         ClaimRequest, ClaimResponse, Ended, FenceRequest, FenceResponse, GetNodeRequest,
         GetNodeResponse, GetRunRequest, GetRunResponse, Granted, LeaseRequest, LeaseResponse,
         ListRunsRequest, ListRunsResponse, ReleaseRequest, ReleaseResponse, RunEvent, Slot,
-        Started, WatchRunsRequest, WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse,
-        claim_request, ended,
+        Started, WatchRefreshedRequest, WatchRefreshedResponse, WatchRunsRequest,
+        WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse, claim_request, ended,
         node_service_server::{NodeService, NodeServiceServer},
         run_event, slot,
     },
@@ -290,6 +290,7 @@ impl NodeService for Node {
     type ClaimStream = Responses<ClaimResponse>;
     type AttachStream = Responses<AttachResponse>;
     type WatchRunsStream = Responses<WatchRunsResponse>;
+    type WatchRefreshedStream = Responses<WatchRefreshedResponse>;
 
     async fn watch_slots(
         &self,
@@ -404,6 +405,13 @@ impl NodeService for Node {
         &self,
         _: Request<WatchRunsRequest>,
     ) -> Result<Response<Self::WatchRunsStream>, Status> {
+        Ok(Response::new(Box::pin(futures_util::stream::pending())))
+    }
+
+    async fn watch_refreshed(
+        &self,
+        _: Request<WatchRefreshedRequest>,
+    ) -> Result<Response<Self::WatchRefreshedStream>, Status> {
         Ok(Response::new(Box::pin(futures_util::stream::pending())))
     }
 

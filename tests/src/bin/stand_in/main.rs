@@ -112,7 +112,12 @@ async fn answer(
         // Codex asks for a WebSocket first, and does without at this answer.
         return StatusCode::UPGRADE_REQUIRED.into_response();
     }
-    if path.ends_with("/responses") {
+    if path == "/oauth/token" {
+        // Codex refreshes an account.
+        let token = request["refresh_token"].as_str().unwrap_or_default();
+        Json(json!({ "access_token": format!("of {token}"), "refresh_token": token }))
+            .into_response()
+    } else if path.ends_with("/responses") {
         events(&openai(&text), true)
     } else if path.ends_with("/messages") {
         anthropic(&text, request["stream"] == true)

@@ -1,0 +1,56 @@
+//! One message of a run beside its output, in the driver's tmpfs, for the next life of the
+//! driver: the list of its artifacts, or what it refreshed of its account.
+
+use std::{
+    fs,
+    io::ErrorKind,
+    marker::PhantomData,
+    path::{Path, PathBuf},
+};
+
+use prost::Message;
+
+use super::{file_name, journal::Claimed};
+
+/// The file with the message, if there is one.
+#[derive(Debug)]
+pub(super) struct Beside<M> {
+    path: PathBuf,
+    message: PhantomData<M>,
+}
+
+impl<M: Message + Default> Beside<M> {
+    pub(super) fn new(windows: &Path, claimed: &Claimed, name: &str) -> Self {
+        Self {
+            path: windows.join(file_name(claimed, name)),
+            message: PhantomData,
+        }
+    }
+
+    /// Takes the place of the one before. Without memory for it, it is lost with this process.
+    pub(super) fn keep(&self, message: &M) {
+        if let Err(error) = fs::write(&self.path, message.encode_to_vec()) {
+            tracing::warn!(path = %self.path.display(), %error, "not kept for a restart");
+            self.release();
+        }
+    }
+
+    /// What was kept, by an earlier life of the driver too.
+    pub(super) fn read(&self) -> Option<M> {
+        let bytes = fs::read(&self.path).ok()?;
+        M::decode(&*bytes).ok()
+    }
+
+    pub(super) fn is_kept(&self) -> bool {
+        self.path.exists()
+    }
+
+    pub(super) fn release(&self) {
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                tracing::warn!(path = %self.path.display(), %error, "a message stays in memory");
+            }
+            _ => {}
+        }
+    }
+}
