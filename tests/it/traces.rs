@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use nix::sys::signal::Signal;
 use polydev_proto::runtime::{
     AllocateRequest, Argv, Credential, InputFile, PutCredentialRequest, RunStart,
     SecretEnvironment, SubmitJobRequest, credential, input_file::Source, run_event::Event,
@@ -22,6 +23,7 @@ use tonic::Code;
 
 use crate::{
     credentials::{key_file, put, put_sealed, stored},
+    refreshed,
     secrets::{self, Seen},
 };
 
@@ -58,7 +60,7 @@ fn a_secret_is_nowhere_but_sealed_whatever_path_it_takes_and_whatever_is_logged(
         ("PGPASSWORD", &*postgres.password),
     ];
     nomad.submit_pool("anthropic", 2);
-    let shim = Shim::serve_in(&nomad.address, &options, &environment);
+    let mut shim = Shim::serve_in(&nomad.address, &options, &environment);
     let client = shim.client();
     client.wait_idle("anthropic", 2);
     let label = instance_label(&nomad.state_dir());
@@ -180,6 +182,41 @@ fn a_secret_is_nowhere_but_sealed_whatever_path_it_takes_and_whatever_is_logged(
         ..shell("anthropic", "")
     };
     found(&client, named);
+
+    // An account that a job refreshes while there is no shim to be told: the next one is.
+    let (of_account, of_refresh) = (fresh_key(), fresh_key());
+    let account = |token: &str| json!({ "claudeAiOauth": { "accessToken": token } }).to_string();
+    refreshed::keep(&client, "anthropic", &account(&of_account));
+    let before = refreshed::info(&client).version;
+    // A job's words are looked for like a log's: the new token comes as a file.
+    let refreshes = r#"sleep 3; sed -i "s/$(cat old)/$(cat new)/" ~/.claude/.credentials.json"#;
+    let files = [("old", &of_account), ("new", &of_refresh)];
+    let files = files.map(|(path, token)| InputFile {
+        path: path.into(),
+        mode: 0,
+        source: Some(Source::Content(token.clone().into())),
+    });
+    let submit = SubmitJobRequest {
+        start: Some(RunStart {
+            command: shell("anthropic", refreshes).command,
+            files: files.into(),
+            ..with(stored())
+        }),
+    };
+    let job = client.call(async |mut shim| shim.submit_job(submit).await);
+    let run_id = job.unwrap().accepted.unwrap().run_id;
+    shim.process.end(Signal::SIGKILL);
+    let next = Shim::serve_in(&nomad.address, &options, &environment);
+    let client = next.client();
+    let kept = refreshed::wait_version(&client, before + 1);
+    assert_eq!(kept.refreshed_by_run_id, run_id);
+    let reads = RunStart {
+        command: shell("anthropic", "sha256sum < ~/.claude/.credentials.json").command,
+        ..with(stored())
+    };
+    assert_eq!(found(&client, reads), hash(&account(&of_refresh)));
+
+    // What is planted is in the store as well.
     postgres.sql(
         "postgres",
         &format!("CREATE TABLE planted AS SELECT '{planted}'"),
@@ -190,6 +227,9 @@ fn a_secret_is_nowhere_but_sealed_whatever_path_it_takes_and_whatever_is_logged(
         let files = secrets::files(postgres.folder()).into_iter();
         let held = files.filter(|file| secrets::holds(secret, &fs::read(file).unwrap_or_default()));
         places.extend(held.map(|file| format!("store's {}", file.display())));
+        if secrets::holds(secret, next.process.log().as_bytes()) {
+            places.push("the next shim's log".into());
+        }
         places
     };
     let places = look(&planted);
@@ -208,6 +248,8 @@ fn a_secret_is_nowhere_but_sealed_whatever_path_it_takes_and_whatever_is_logged(
         ("of_http", &of_http),
         ("of_file", &of_file),
         ("of_refused", &of_refused),
+        ("of_account", &of_account),
+        ("of_refresh", &of_refresh),
         ("master key", &master),
     ] {
         let places = look(secret);

@@ -26,9 +26,10 @@ use nix::{
 use polydev_proto::{
     frame,
     init::{
-        DataAck, Exited, FromInit, PlainTask, Release, Start, Stdin, Stream, ToInit, exited,
-        from_init, hello, not_started, plain_task, to_init,
+        DataAck, Exited, File, FromInit, Hello, PlainTask, Refreshable, Release, Secrets, Start,
+        Stdin, Stream, ToInit, exited, from_init, hello, not_started, plain_task, to_init,
     },
+    sealed::{self, PrivateKey},
 };
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tempfile::TempDir;
@@ -65,6 +66,17 @@ impl Init {
 
     /// The next connection and what init says of itself.
     fn connect(&self) -> (Link, hello::State) {
+        let (link, hello) = self.greeted();
+        (link, hello.state.unwrap())
+    }
+
+    /// The first connection, and the key to which secrets are sealed.
+    fn connect_for_key(&self) -> (Link, Bytes) {
+        let (link, hello) = self.greeted();
+        (link, hello.public_key)
+    }
+
+    fn greeted(&self) -> (Link, Hello) {
         let (stream, _) = self.listener.accept().unwrap();
         stream
             .set_read_timeout(Some(Duration::from_secs(20)))
@@ -79,7 +91,7 @@ impl Init {
                     hello.protocol_version,
                     polydev_proto::init::PROTOCOL_VERSION
                 );
-                (link, hello.state.unwrap())
+                (link, hello)
             }
             other => panic!("the first message is {other:?}"),
         }
@@ -210,6 +222,45 @@ fn no_byte_is_lost_or_doubled_when_the_driver_comes_and_goes() {
     assert!(stdout == expected.as_bytes(), "{} bytes", stdout.len());
     assert_eq!(exited.stdout_bytes, expected.len() as u64);
     assert_eq!(exited.status, Some(exited::Status::Code(0)));
+}
+
+#[test]
+fn a_refreshed_account_is_told_before_the_end_and_again_to_a_driver_that_comes_back() {
+    let init = Init::start();
+    let (mut link, public_key) = init.connect_for_key();
+    let key = PrivateKey::generate();
+    let secrets = Secrets {
+        files: vec![File {
+            path: "account/auth.json".into(),
+            mode: 0o600,
+            content: "given".into(),
+        }],
+        refreshable: Some(Refreshable {
+            path: "account/auth.json".into(),
+            public_key: key.public(),
+            label: "label".into(),
+        }),
+        ..Secrets::default()
+    };
+    let start = Start {
+        sealed_secrets: sealed::seal(&public_key, "run", &secrets).unwrap(),
+        ..shell("printf refreshed > ~/account/auth.json")
+    };
+    link.send(to_init::Message::Start(start.into()));
+    let told = |link: &mut Link| loop {
+        match link.next() {
+            from_init::Message::Refreshed(told) => break told,
+            from_init::Message::Exited(_) => panic!("it was not told before the end"),
+            _ => {}
+        }
+    };
+    let first = told(&mut link);
+    let file = key.open_refreshed(&first.sealed, &first.label).unwrap();
+    assert_eq!((file.count, &*file.content), (1, &b"refreshed"[..]));
+    link.finish(&mut Vec::new());
+    drop(link);
+    let (mut link, _) = init.connect();
+    assert_eq!(told(&mut link), first);
 }
 
 #[test]
