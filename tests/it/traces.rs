@@ -1,10 +1,10 @@
 //! The search for secrets over all paths that they take, while everything logs all that it can.
 
-use std::fs;
+use std::{fs, time::Duration};
 
 use nix::sys::signal::Signal;
 use polydev_proto::runtime::{
-    AllocateRequest, Argv, Credential, InputFile, PutCredentialRequest, RunStart,
+    AllocateRequest, Argv, Credential, InputFile, PutCredentialRequest, RunStart, RunState,
     SecretEnvironment, SubmitJobRequest, credential, input_file::Source, run_event::Event,
     run_start, secret::Kind,
 };
@@ -15,6 +15,7 @@ use polydev_tests::{
     nomad::Nomad,
     postgres::Postgres,
     shim::{Shim, instance_label},
+    wait_until,
 };
 use reqwest::StatusCode;
 use serde_json::json;
@@ -205,6 +206,14 @@ fn a_secret_is_nowhere_but_sealed_whatever_path_it_takes_and_whatever_is_logged(
     };
     let job = client.call(async |mut shim| shim.submit_job(submit).await);
     let run_id = job.unwrap().accepted.unwrap().run_id;
+    // Its files are there then.
+    wait_until("the job runs", Duration::from_secs(20), || {
+        let run = client.get_run(&run_id).expect("it is known");
+        match run.state() {
+            RunState::Running => Ok(()),
+            state => Err(format!("{state:?}")),
+        }
+    });
     shim.process.end(Signal::SIGKILL);
     let next = Shim::serve_in(&nomad.address, &options, &environment);
     let client = next.client();
