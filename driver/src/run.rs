@@ -86,9 +86,8 @@ pub struct Run {
     arrived: Instant,
     progress: watch::Sender<Progress>,
     output: [Window; 3],
-    /// The list of its artifacts.
+    /// For the next life of the driver.
     manifest: Beside<Artifacts>,
-    /// What it told last of its account.
     refreshed: Beside<Refreshed>,
     inputs: mpsc::Sender<Input>,
     /// The caller took output: there may be room for more.
@@ -110,6 +109,8 @@ pub(crate) struct Progress {
     first_output: Option<Duration>,
     stdin_taken: u64,
     artifacts: Option<Arc<Artifacts>>,
+    /// What it told last of its account.
+    refreshed: Option<Refreshed>,
     outcome: Option<Outcome>,
 }
 

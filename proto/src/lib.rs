@@ -41,6 +41,9 @@ pub mod init {
 
     /// Most bytes of a file that is told back when a run has refreshed it.
     pub const MAX_REFRESHED: usize = 64 << 10;
+
+    /// Most bytes of the label that comes with it.
+    pub const MAX_LABEL: usize = 1024;
 }
 
 #[cfg(feature = "tls")]

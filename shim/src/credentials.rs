@@ -1,4 +1,4 @@
-//! Users' credentials, while the shim has them: for one call.
+//! Users' credentials, while the shim has them: for one call, or to take one back.
 //!
 //! [`Credential`] is one in the clear. [`Source`] is how a caller names one, and [`Vault`]
 //! gets it from there: out of a [`record`], or an earlier system's [`scrypt`] record, with a

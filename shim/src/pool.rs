@@ -7,5 +7,6 @@ mod follow;
 pub mod scale;
 mod view;
 
+pub(crate) use follow::CONNECT;
 pub use follow::follow;
 pub use view::{Candidate, Counts, Kept, View};

@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, fmt, str::FromStr};
 use polydev_proto::exec;
 use secrecy::SecretString;
 use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
 
 use crate::credentials::{Credential, Invalid, Prepared, PreparedFile};
 
@@ -32,6 +33,8 @@ struct Table {
     prepare_key: fn(&SecretString, Option<&str>) -> Prepared,
     /// Where the CLI keeps an account that has signed in, relative to the home.
     oauth_file: &'static str,
+    /// Where in that file the token is that a new one is asked for with.
+    refresh_token: &'static [&'static str],
     /// What it needs beside that file.
     oauth_settings: Option<PlainFile>,
     /// The CLI's one-shot argv, for this text or, with none, for one that it reads from stdin.
@@ -107,6 +110,24 @@ impl Provider {
     #[must_use]
     pub fn account_file(self) -> &'static str {
         self.table.oauth_file
+    }
+
+    /// Whether a file is of an account that has signed in and can be refreshed.
+    #[must_use]
+    pub fn is_refreshable(self, file: &[u8]) -> bool {
+        let mut value: &RawValue = match serde_json::from_slice(file) {
+            Ok(value) => value,
+            Err(_) => return false,
+        };
+        for name in self.table.refresh_token {
+            let members = serde_json::from_str::<BTreeMap<String, &RawValue>>(value.get());
+            match members.ok().and_then(|members| members.get(*name).copied()) {
+                Some(member) => value = member,
+                None => return false,
+            }
+        }
+        // Nothing of it is copied.
+        value.get().starts_with('"') && value.get().len() > 2 // The quotes.
     }
 
     /// A credential in the form the CLI reads.
@@ -228,6 +249,38 @@ fn variable(name: &str, value: &SecretString) -> (String, SecretString) {
 mod tests {
     use super::*;
     use secrecy::ExposeSecret;
+
+    #[test]
+    fn an_account_that_can_be_refreshed_has_the_token_for_it() {
+        let is = |provider: &str, file: &str| {
+            let provider = provider.parse::<Provider>().unwrap();
+            provider.is_refreshable(file.as_bytes())
+        };
+        for (provider, with) in [
+            (
+                "openai",
+                r#"{"OPENAI_API_KEY":null,"tokens":{"refresh_token":"x"}}"#,
+            ),
+            (
+                "anthropic",
+                r#" {"claudeAiOauth":{"refreshToken":"x","scopes":[]}}"#,
+            ),
+            ("google", "{\"refresh_token\":\"x\"}\n"),
+        ] {
+            assert!(is(provider, with), "{with}");
+            for without in [
+                with.replace("\"x\"", "\"\""),
+                with.replace("\"x\"", "null"),
+                with.replace("efresh", "other"),
+                with.replace('}', ""),
+                format!("[{with}]"),
+                "{}".into(),
+                String::new(),
+            ] {
+                assert!(!is(provider, &without), "{without}");
+            }
+        }
+    }
 
     #[track_caller]
     fn argv(provider: &str, text: &str, model: Option<&str>) -> Vec<String> {

@@ -13,7 +13,6 @@ use polydev_tests::{
     shim::Shim,
     wait_until,
 };
-use serde_json::json;
 use tonic::Code;
 use tonic_types::StatusExt;
 
@@ -106,36 +105,32 @@ fn a_refreshed_account_takes_the_place_of_the_one_its_run_got_and_of_no_other() 
     let folder = Folder::new("pdfresh-");
     let shim = shim(&folder, &["anthropic=2"]);
     let client = shim.client();
-    let account = |token: &str| json!({ "claudeAiOauth": { "accessToken": token } }).to_string();
     let written = |content: &str| format!("printf %s '{content}' > ~/.claude/.credentials.json");
     let run = |script: String| RunStart {
         credential: Some(stored()),
         stdin: true,
         ..shell("anthropic", &script)
     };
-    let [first, second, other] = [fresh_key(), fresh_key(), fresh_key()];
-    keep(&client, "anthropic", &account("given"));
+    let account = || account_file("anthropic", &fresh_key()).to_string();
+    let [first, second, other] = [account(), account(), account()];
+    keep(&client, "anthropic", &account());
     client.wait_idle("anthropic", 2);
 
     // While its run goes on, for the runs that begin beside it; and when it has ended.
-    let script = [
-        written(&account(&first)),
-        "echo; read line".into(),
-        written(&account(&second)),
-    ];
+    let script = [written(&first), "echo; read line".into(), written(&second)];
     let mut long = client.start(run(script.join("; "))).unwrap();
     let run_id = long.accepted.run_id.clone();
     assert_eq!(wait_version(&client, 2).refreshed_by_run_id, run_id);
-    assert_eq!(found(&client), account(&first));
+    assert_eq!(found(&client), first);
     long.close();
     client.finish(long).unwrap();
     wait_version(&client, 3);
-    assert_eq!(found(&client), account(&second));
+    assert_eq!(found(&client), second);
 
     // Whoever puts another means that one.
-    let script = format!("echo; read line; {}", written(&account("late")));
+    let script = format!("echo; read line; {}", written(&account()));
     let mut late = client.start(run(script)).unwrap();
-    keep(&client, "anthropic", &account(&other));
+    keep(&client, "anthropic", &other);
     late.close();
     client.finish(late).unwrap();
     let refused = |count: usize| {
@@ -146,22 +141,23 @@ fn a_refreshed_account_takes_the_place_of_the_one_its_run_got_and_of_no_other() 
                 false => Err(log),
             }
         });
-        assert_eq!(found(&client), account(&other));
+        assert_eq!(found(&client), other);
     };
     refused(1);
 
     // Nor is what is no account kept, nor what nobody asked for.
-    for (content, count) in [("{}", 2), ("no JSON", 3)] {
+    for (content, count) in [("{}", 2), (r#"{"claudeAiOauth":{}}"#, 3)] {
         client.run(run(written(content))).unwrap();
         refused(count);
     }
-    let plain = in_the_clear(Kind::OauthFile(account("plain").into()));
-    let request = put("tester", "anthropic", plain);
+    let plain = account();
+    let file = in_the_clear(Kind::OauthFile(plain.clone().into()));
+    let request = put("tester", "anthropic", file);
     client
         .call(async |mut shim| shim.put_credential(request).await)
         .unwrap();
-    client.run(run(written(&account("unasked")))).unwrap();
-    assert_eq!(found(&client), account("plain"));
+    client.run(run(written(&account()))).unwrap();
+    assert_eq!(found(&client), plain);
     let request = PutCredentialRequest {
         keep_refreshed: true,
         ..put("tester", "anthropic", api_key("k"))

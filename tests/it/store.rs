@@ -1,6 +1,6 @@
 //! The credential store: in SQLite and in PostgreSQL, with all that databases do.
 
-use std::fs;
+use std::{fs, time::Duration};
 
 use nix::{
     mount::{MsFlags, mount},
@@ -15,15 +15,15 @@ use polydev_tests::{
     folder::Folder,
     fresh_key,
     postgres::Postgres,
-    process::succeed,
+    process::{succeed, wait_for_log},
     shim::Shim,
 };
 use serde_json::Value;
 use tonic::Code;
 
 use crate::{
-    credentials::{key_file, put, stored, why},
-    secrets,
+    credentials::{account_file, key_file, put, stored, why},
+    refreshed, secrets,
 };
 
 #[test]
@@ -106,13 +106,30 @@ fn credentials_are_kept_in_postgresql() {
         kill(Pid::from_raw(*pid), Signal::SIGCONT).unwrap();
     }
     assert_eq!(why(&refused), store, "{refused}");
+    let account = account_file("openai", &key);
+    refreshed::keep(&client, "openai", &account.to_string());
+    let refreshing = RunStart {
+        credential: Some(stored()),
+        stdin: true,
+        ..shell("openai", "read line; echo >> ~/.codex/auth.json")
+    };
+    let mut refreshing = client.start(refreshing).unwrap();
     postgres.stop();
     let refused = put().unwrap_err();
     assert_eq!(why(&refused), store, "{refused}");
     assert!(!refused.message().contains(&key));
+    // What a run refreshes waits for it.
+    refreshing.close();
+    client.finish(refreshing).unwrap();
     client.run(own()).unwrap();
+    wait_for_log(
+        &shim.process,
+        "waits for the store",
+        Duration::from_secs(20),
+    );
     postgres.begin();
     put().unwrap();
+    refreshed::wait_version(&client, 2);
 
     // Tables of a later version are left alone.
     let later = "INSERT INTO polydev_migrations VALUES (99, 'later', now(), true, '\\x00', 1)";

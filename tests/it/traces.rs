@@ -186,11 +186,13 @@ fn a_secret_is_nowhere_but_sealed_whatever_path_it_takes_and_whatever_is_logged(
 
     // An account that a job refreshes while there is no shim to be told: the next one is.
     let (of_account, of_refresh) = (fresh_key(), fresh_key());
-    let account = |token: &str| json!({ "claudeAiOauth": { "accessToken": token } }).to_string();
+    let account = |token: &str| {
+        json!({ "claudeAiOauth": { "accessToken": token, "refreshToken": token } }).to_string()
+    };
     refreshed::keep(&client, "anthropic", &account(&of_account));
     let before = refreshed::info(&client).version;
     // A job's words are looked for like a log's: the new token comes as a file.
-    let refreshes = r#"sleep 3; sed -i "s/$(cat old)/$(cat new)/" ~/.claude/.credentials.json"#;
+    let refreshes = r#"sleep 3; sed -i "s/$(cat old)/$(cat new)/g" ~/.claude/.credentials.json"#;
     let files = [("old", &of_account), ("new", &of_refresh)];
     let files = files.map(|(path, token)| InputFile {
         path: path.into(),

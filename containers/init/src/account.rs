@@ -31,6 +31,8 @@ pub(crate) struct Account {
     content: Zeroizing<Vec<u8>>,
     count: u64,
     last: Option<Refreshed>,
+    /// This connection has been told the last.
+    is_told: bool,
     look_at: Instant,
 }
 
@@ -51,6 +53,7 @@ impl Account {
             content: file.content.to_vec().into(),
             count: 0,
             last: None,
+            is_told: true,
             look_at: now + LOOK,
         })
     }
@@ -60,21 +63,20 @@ impl Account {
         self.look_at.saturating_duration_since(now)
     }
 
-    /// What is to be told, if the time has come and the file has changed.
-    pub(crate) fn look_if_due(&mut self, now: Instant) -> Option<Refreshed> {
-        if self.look_at > now {
-            return None;
+    /// Looks at the file, if the time has come.
+    pub(crate) fn look_if_due(&mut self, now: Instant) {
+        if self.look_at <= now {
+            self.look_at = now + LOOK;
+            self.look();
         }
-        self.look_at = now + LOOK;
-        self.look()
     }
 
-    /// What is to be told, if the file has changed. One that cannot be read, or is no file any
-    /// more, or too long, is as it was.
-    pub(crate) fn look(&mut self) -> Option<Refreshed> {
-        let content = self.read()?;
-        if content == self.content {
-            return None;
+    /// Looks whether the file has changed. One that cannot be read, is too long or no JSON
+    /// object, or is being written at the moment, is as it was.
+    pub(crate) fn look(&mut self) {
+        let Some(content) = self.read() else { return };
+        if content == self.content || !looks_whole(&content) {
+            return;
         }
         let file = RefreshedFile {
             count: self.count + 1,
@@ -88,18 +90,26 @@ impl Account {
                     label: self.label.clone(),
                     sealed,
                 });
-                self.last.clone()
+                self.is_told = false;
             }
-            Err(error) => {
-                eprintln!("polydev-init: an account's file is not told back: {error}");
-                None
-            }
+            Err(error) => eprintln!("polydev-init: an account's file is not told back: {error}"),
         }
     }
 
-    /// What was told last: a driver that comes back may not have it.
-    pub(crate) fn told(&self) -> Option<Refreshed> {
-        self.last.clone()
+    /// A new connection is told again.
+    pub(crate) fn rewind(&mut self) {
+        self.is_told = self.last.is_none();
+    }
+
+    pub(crate) fn is_told(&self) -> bool {
+        self.is_told
+    }
+
+    /// What this connection has not been told; from now on it has.
+    pub(crate) fn take_untold(&mut self) -> Option<Refreshed> {
+        let untold = self.last.clone().filter(|_| !self.is_told);
+        self.is_told = true;
+        untold
     }
 
     fn read(&self) -> Option<Zeroizing<Vec<u8>>> {
@@ -119,6 +129,12 @@ impl Account {
         read.ok().filter(|size| *size <= MAX_REFRESHED)?;
         Some(content)
     }
+}
+
+/// From the first brace to the last: what is read while it is written often is not.
+fn looks_whole(content: &[u8]) -> bool {
+    let content = content.trim_ascii();
+    content.starts_with(b"{") && content.ends_with(b"}")
 }
 
 #[cfg(test)]
@@ -175,48 +191,66 @@ mod tests {
         }
     }
 
+    fn look(account: &mut Account) -> Option<Refreshed> {
+        account.look();
+        account.take_untold()
+    }
+
     #[test]
-    fn a_file_is_told_once_for_each_change() {
+    fn a_file_is_told_once_for_each_change_and_again_to_each_connection() {
         let (home, mut account) = Home::account();
-        assert_eq!(account.look(), None);
-        home.write("refreshed");
-        let told = account.look();
-        assert_eq!(home.open(told.clone()), (1, "refreshed".into()));
-        assert_eq!(account.look(), None);
-        assert_eq!(account.told(), told);
-        // As most tools do it.
+        account.rewind();
+        assert_eq!(look(&mut account), None);
+        home.write(r#"{"refreshed":1}"#);
+        let told = look(&mut account);
+        assert_eq!(home.open(told.clone()), (1, r#"{"refreshed":1}"#.into()));
+        assert_eq!(look(&mut account), None);
+        account.rewind();
+        assert!(!account.is_told());
+        assert_eq!(account.take_untold(), told);
+        // As most tools do it. Of two changes that nobody had room for, the last is told.
         let beside = home.folder.path().join("beside");
-        fs::write(&beside, "again").unwrap();
-        fs::rename(beside, home.path()).unwrap();
-        assert_eq!(home.open(account.look()), (2, "again".into()));
+        for count in [2, 3] {
+            fs::write(&beside, format!("{{\"refreshed\":{count}}}\n")).unwrap();
+            fs::rename(&beside, home.path()).unwrap();
+            account.look();
+        }
+        let told = account.take_untold();
+        assert_eq!(home.open(told), (3, "{\"refreshed\":3}\n".into()));
+        assert_eq!(account.take_untold(), None);
     }
 
     #[test]
     fn while_the_command_runs_it_is_looked_at_every_ten_seconds() {
         let (home, mut account) = Home::account();
-        home.write("refreshed");
-        assert_eq!(account.look_if_due(home.now), None);
+        home.write("{}");
+        account.look_if_due(home.now);
+        assert_eq!(account.take_untold(), None);
         let due = home.now + account.look_in(home.now);
         assert_eq!(due, home.now + LOOK);
-        assert_eq!(home.open(account.look_if_due(due)), (1, "refreshed".into()));
+        account.look_if_due(due);
+        assert_eq!(home.open(account.take_untold()), (1, "{}".into()));
         assert_eq!(account.look_in(due), LOOK);
     }
 
     #[test]
-    fn what_is_no_file_or_too_long_is_not_told() {
+    fn what_is_no_file_or_too_long_or_half_written_is_not_told() {
         let (home, mut account) = Home::account();
         fs::remove_file(home.path()).unwrap();
-        assert_eq!(account.look(), None);
+        assert_eq!(look(&mut account), None);
         std::os::unix::fs::symlink("/etc/passwd", home.path()).unwrap();
-        assert_eq!(account.look(), None);
+        assert_eq!(look(&mut account), None);
         fs::remove_file(home.path()).unwrap();
         let mode = nix::sys::stat::Mode::S_IRWXU;
         nix::unistd::mkfifo(&home.path(), mode).unwrap();
-        assert_eq!(account.look(), None);
+        assert_eq!(look(&mut account), None);
         fs::remove_file(home.path()).unwrap();
-        home.write(&"x".repeat(MAX_REFRESHED + 1));
-        assert_eq!(account.look(), None);
-        home.write(&"x".repeat(MAX_REFRESHED));
-        assert_eq!(home.open(account.look()).0, 1);
+        let long = |length: usize| format!("{{{}}}", " ".repeat(length - 2));
+        for refused in ["", "{", "{\"a\":1", "[]", &long(MAX_REFRESHED + 1)] {
+            home.write(refused);
+            assert_eq!(look(&mut account), None, "{refused:.10}");
+        }
+        home.write(&long(MAX_REFRESHED));
+        assert_eq!(home.open(look(&mut account)).0, 1);
     }
 }

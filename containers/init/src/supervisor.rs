@@ -27,8 +27,8 @@ use nix::{
 use polydev_proto::{
     frame::MAX_DATA,
     init::{
-        Artifacts, Collected, Data, Exited, Hello, NotStarted, PROTOCOL_VERSION, Refreshed,
-        Running, Start, Stream, ToInit, Waiting, exited, from_init, hello, to_init,
+        Artifacts, Collected, Data, Exited, Hello, NotStarted, PROTOCOL_VERSION, Running, Start,
+        Stream, ToInit, Waiting, exited, from_init, hello, to_init,
     },
     sealed::PrivateKey,
 };
@@ -155,8 +155,8 @@ impl Supervisor {
             {
                 command.signal(signal);
             }
-            if self.is_running() {
-                self.tell_account(|account| account.look_if_due(now));
+            if let (State::Running(_), Some(account)) = (&self.state, &mut self.account) {
+                account.look_if_due(now);
             }
             if self.link.connect_if_due(now) {
                 self.greet();
@@ -276,18 +276,18 @@ impl Supervisor {
             state: Some(state),
             public_key: self.public_key.clone(),
         }));
-        self.tell_account(|account| account.told());
-    }
-
-    /// Tells what there is to tell of it.
-    fn tell_account(&mut self, look: impl FnOnce(&mut Account) -> Option<Refreshed>) {
-        if let Some(refreshed) = self.account.as_mut().and_then(look) {
-            self.link.send(from_init::Message::Refreshed(refreshed));
+        if let Some(account) = &mut self.account {
+            account.rewind();
         }
     }
 
     /// Frames what the link has room for; the end follows the last byte.
     fn send_output(&mut self) {
+        if self.link.has_room()
+            && let Some(refreshed) = self.account.as_mut().and_then(Account::take_untold)
+        {
+            self.link.send(from_init::Message::Refreshed(refreshed));
+        }
         for (output, stream) in self.outputs.iter_mut().zip(STREAMS) {
             if stream == Stream::Artifacts
                 && self.link.has_room()
@@ -444,7 +444,9 @@ impl Supervisor {
         };
         let artifacts = command.artifacts.take();
         // Nothing changes it any more.
-        self.tell_account(Account::look);
+        if let Some(account) = &mut self.account {
+            account.look();
+        }
         if let Some(rules) = artifacts {
             // The driver should not take the time of the search for the command's.
             self.link.send(from_init::Message::Collected(Collected {
@@ -481,7 +483,12 @@ impl Supervisor {
 
     fn has_unsent(&self) -> bool {
         let is_left = |left: &Left| !left.is_told || left.outgoing.is_some();
-        !self.outputs.iter().all(Output::is_sent) || self.left.as_ref().is_some_and(is_left)
+        !self.outputs.iter().all(Output::is_sent)
+            || self.left.as_ref().is_some_and(is_left)
+            || self
+                .account
+                .as_ref()
+                .is_some_and(|account| !account.is_told())
     }
 
     /// Whether it is the link alone that output waits for, and not an acknowledgement.

@@ -35,14 +35,10 @@ impl<M: Message + Default> Beside<M> {
         }
     }
 
-    /// What was kept, by an earlier life of the driver too.
+    /// What an earlier life of the driver left.
     pub(super) fn read(&self) -> Option<M> {
         let bytes = fs::read(&self.path).ok()?;
         M::decode(&*bytes).ok()
-    }
-
-    pub(super) fn is_kept(&self) -> bool {
-        self.path.exists()
     }
 
     pub(super) fn release(&self) {

@@ -4,23 +4,24 @@
 
 use std::sync::Arc;
 
-use polydev_proto::init::{MAX_REFRESHED, Refreshed};
+use polydev_proto::init::{MAX_LABEL, MAX_REFRESHED, Refreshed};
 use tokio::sync::broadcast;
 
 use super::{Run, book::Runs};
 
-/// A file's longest, with what sealing adds, and the label.
-const MOST: usize = MAX_REFRESHED + 2048;
+/// A file's longest, with what protobuf and sealing add.
+const SEALED_MOST: usize = MAX_REFRESHED + 100;
 
 impl Runs {
     /// Keeps what a run has told, in place of what it told before.
-    pub(super) fn refreshed(&self, run: &Run, refreshed: &Refreshed) {
+    pub(super) fn refreshed(&self, run: &Run, refreshed: Refreshed) {
         let run_id = &run.claimed.run_id;
-        if refreshed.sealed.len() + refreshed.label.len() > MOST {
+        if refreshed.sealed.len() > SEALED_MOST || refreshed.label.len() > MAX_LABEL {
             return tracing::warn!(run_id, "a refreshed account is longer than any");
         }
         tracing::debug!(run_id, "an account was refreshed");
-        run.refreshed.keep(refreshed);
+        run.refreshed.keep(&refreshed);
+        run.update(|progress| progress.refreshed = Some(refreshed));
         // Often nobody listens.
         let _listeners = self.refreshed.send(run_id.clone());
     }
@@ -32,15 +33,13 @@ impl Runs {
 
     /// The runs of which something is kept.
     pub fn all_refreshed(&self) -> Vec<Arc<Run>> {
-        let mut runs = self.all(|_| true);
-        runs.retain(|run| run.refreshed.is_kept());
-        runs
+        self.all(|run| run.progress.borrow().refreshed.is_some())
     }
 }
 
 impl Run {
     /// What it told last.
     pub fn refreshed(&self) -> Option<Refreshed> {
-        self.refreshed.read()
+        self.progress.borrow().refreshed.clone()
     }
 }

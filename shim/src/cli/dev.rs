@@ -5,7 +5,6 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 use anyhow::Context;
 
 use crate::{
-    credentials::refreshed,
     engine::embedded::{Engine, Settings},
     pool::{View, follow},
     provider::Provider,
@@ -65,8 +64,6 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         pools = Provider::all().map(|provider| (provider, 1)).collect();
     }
     let vault = Arc::new(arguments.vault.open()?);
-    let taking = vault.clone();
-    let take_back = move |node_id, channel| refreshed::follow(taking.clone(), node_id, channel);
     let access = arguments.listen.access()?;
     let tokens = arguments.listen.tokens()?;
     let stop = super::stop_signal()?;
@@ -93,7 +90,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let parts = service::Parts {
         view: view.clone(),
         nomad: None,
-        vault,
+        vault: vault.clone(),
         access,
         tokens,
         limits,
@@ -101,7 +98,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let served = tokio::select! {
         served = service::serve(parts, listeners, stop) => served,
         reason = engine.driver_died() => Err(anyhow::anyhow!(reason)),
-        () = follow(view, drivers, None, take_back) => unreachable!("the engine, which names the driver, lives on"),
+        () = follow(view, drivers, None, vault) => unreachable!("the engine, which names the driver, lives on"),
     };
     tracing::info!("stopping the slots");
     engine.stop().await;

@@ -7,7 +7,6 @@ use sd_notify::NotifyState;
 
 use super::tell_systemd;
 use crate::{
-    credentials::refreshed,
     engine,
     pool::{View, drained, follow},
     rate::Rates,
@@ -92,8 +91,6 @@ impl Arguments {
 pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let nomad = arguments.nomad.connect()?;
     let vault = Arc::new(arguments.vault.open()?);
-    let taking = vault.clone();
-    let take_back = move |node_id, channel| refreshed::follow(taking.clone(), node_id, channel);
     let access = arguments.listen.access()?;
     let tokens = arguments.listen.tokens()?;
 
@@ -119,7 +116,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let parts = service::Parts {
         view: view.clone(),
         nomad: Some(nomad.clone()),
-        vault,
+        vault: vault.clone(),
         access,
         tokens,
         limits,
@@ -127,7 +124,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let serving = tokio::select! {
         serving = service::serve(parts, listeners, stop) => serving,
         () = engine::nomad::discover(nomad, cluster) => unreachable!("it never ends"),
-        () = follow(view.clone(), drivers, node_files, take_back) => unreachable!("it ends after its sender, which never does"),
+        () = follow(view.clone(), drivers, node_files, vault) => unreachable!("it ends after its sender, which never does"),
         () = drained::end_runs(view, drained) => unreachable!("it ends after its sender, which never does"),
     };
     serving.map(|()| ExitCode::SUCCESS)

@@ -2,18 +2,16 @@
 //!
 //! The file comes sealed, through a driver, and maybe to another shim than the one that sent
 //! it. So the key it is sealed to is made of a master key, which all shims have, and of the
-//! [`Label`] that says what was sent: whoever changes one cannot have the other, and a node can
-//! give back nothing but what it was given, for the run that it was given for.
+//! [`Label`] that says what was sent: whoever changes the label has no key for it, and a node
+//! can change no credentials but those that were sent to it, for as long as a run may go on.
 //!
 //! A run's file takes the place of the one that the run got, or of what the run itself gave
 //! back before, and of no other. That which is told for the n-th time has the version n higher
 //! than what was given, so that the same may come twice, late, or to many shims.
 
 use std::{
-    collections::BTreeMap,
     convert::Infallible,
     future::pending,
-    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -23,11 +21,10 @@ use polydev_proto::{
     sealed::{self, PrivateKey},
 };
 use prost::Message;
-use ring::hkdf;
-use secrecy::{ExposeSecret, SecretSlice};
-use serde::de::IgnoredAny;
-use tokio::time::sleep;
+use secrecy::ExposeSecret;
+use tokio::time::{sleep, timeout};
 use tonic::{Code, Status, transport::Channel};
+use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use super::{
@@ -35,17 +32,18 @@ use super::{
     keys::MasterKey,
     record::{Binding, Record},
     store::{Info, Row},
-    vault::{self, TRIES, Vault, open},
+    vault::{self, TRIES, Vault},
 };
+use crate::pool::CONNECT;
 
-const SALT: &[u8] = b"polydev refreshed account";
+const PURPOSE: &[u8] = b"polydev refreshed account";
+/// From a run's id to its last word: a day in the longest queue and run, and its results' time.
+const OLDEST: Duration = Duration::from_secs(26 * 3600);
 /// A run tells no more often than every ten seconds.
 const COUNT_MOST: u64 = 1 << 32;
-/// Between two tries to listen to a driver, or to reach the store.
+/// Between two tries to listen to a driver; doubled each time.
 const RETRY: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_secs(30);
-/// Some ten minutes: a driver keeps it no longer.
-const RETRIES: u32 = 24;
 
 /// What was sent to which run.
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -69,12 +67,14 @@ struct Label {
 /// Why a file is not taken back; never quotes it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("its label is none")]
+    #[error("its label is none of this run")]
     Label,
+    #[error("its run began too long ago")]
+    TooOld,
     #[error(transparent)]
     NotOpened(#[from] sealed::Error),
-    #[error("it is another kind of file than the one that it takes the place of")]
-    OtherKind,
+    #[error("it is of no account that can be refreshed")]
+    NoAccount,
     #[error("the credential was changed or deleted meanwhile")]
     Superseded,
     #[error(transparent)]
@@ -104,24 +104,27 @@ pub(super) fn refreshable(
     }
 }
 
-/// What opens a file with this label.
+/// What opens a file with this label: HPKE's `DeriveKeyPair` of master key, purpose and label.
 fn private_key(key: &MasterKey, label: &[u8]) -> PrivateKey {
-    let salt = hkdf::Salt::new(hkdf::HKDF_SHA256, SALT);
-    let made = salt.extract(key.bytes.expose_secret());
-    let mut seed = Zeroizing::new([0; 32]);
-    made.expand(&[label], hkdf::HKDF_SHA256)
-        .and_then(|made| made.fill(&mut *seed))
-        .expect("so many bytes are one block of SHA-256");
-    PrivateKey::derive(&*seed)
+    let seed = [key.bytes.expose_secret(), PURPOSE, label].concat();
+    PrivateKey::derive(&Zeroizing::new(seed))
 }
 
 impl Vault {
-    /// Takes a file back. `None` if it has been taken back before.
+    /// Takes back what a run has told. `None` if it was taken back before.
     ///
     /// # Errors
-    /// [`Error`]; nothing is changed then.
-    pub async fn take_back(&self, refreshed: &Refreshed) -> Result<Option<Info>, Error> {
+    /// [`Error`]; nothing is changed then, or, if the store failed, maybe.
+    pub async fn take_back(
+        &self,
+        run_id: &str,
+        refreshed: &Refreshed,
+    ) -> Result<Option<Info>, Error> {
         let label = Label::decode(&*refreshed.label).map_err(|_| Error::Label)?;
+        if label.run_id != run_id {
+            return Err(Error::Label);
+        }
+        label.check_age(SystemTime::now())?;
         let (keys, store) = (self.keys()?, self.store()?);
         let key = keys.find(&label.key_id);
         let key = key.ok_or_else(|| vault::Error::UnknownKey {
@@ -129,7 +132,7 @@ impl Vault {
         })?;
         let file = private_key(key, &refreshed.label)
             .open_refreshed(&refreshed.sealed, &refreshed.label)?;
-        // From here on the label is one that a shim has made.
+        // It opens, so the label is one that a shim has made.
         if !(1..=COUNT_MOST).contains(&file.count) {
             return Err(Error::Label);
         }
@@ -138,8 +141,11 @@ impl Vault {
             user_id: &label.user_id,
             provider: label.provider.parse().map_err(|_| Error::Label)?,
         };
-        let content: SecretSlice<u8> = file.content.to_vec().into();
-        let credential = Credential::OauthFile(content.clone());
+        if !binding.provider.is_refreshable(&file.content) {
+            return Err(Error::NoAccount);
+        }
+        let credential = Credential::OauthFile(file.content.to_vec().into());
+        drop(file);
         credential.check().map_err(vault::Error::from)?;
         for _ in 0..TRIES {
             let row = store.get(binding.user_id, binding.provider);
@@ -149,10 +155,6 @@ impl Vault {
                 Standing::Next => {}
                 Standing::Known => return Ok(None),
                 Standing::Superseded => return Err(Error::Superseded),
-            }
-            match open(&row, binding, keys)? {
-                Credential::OauthFile(before) if has_members_of(&before, &content) => {}
-                _ => return Err(Error::OtherKind),
             }
             let (replaces, key) = (row.info.version, keys.first());
             let info = Info {
@@ -181,6 +183,18 @@ enum Standing {
 }
 
 impl Label {
+    /// Whoever has had a key once should not have it for ever.
+    fn check_age(&self, now: SystemTime) -> Result<(), Error> {
+        let made = Uuid::parse_str(&self.run_id).ok();
+        let made = made.and_then(|id| id.get_timestamp()).ok_or(Error::Label)?;
+        let (seconds, nanos) = made.to_unix();
+        let made = SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos);
+        match now.duration_since(made) {
+            Ok(age) if age > OLDEST => Err(Error::TooOld),
+            _ => Ok(()),
+        }
+    }
+
     /// Of that which would have `version`, beside what the store has.
     fn standing(&self, info: &Info, version: u64) -> Standing {
         let is_ours = info.refreshed_by == self.run_id;
@@ -194,82 +208,73 @@ impl Label {
     }
 }
 
-/// Whether nothing is missing at the top of the new object that was in the old one: what a tool
-/// leaves when somebody signs out, or a command of the user's own writes, is no account.
-fn has_members_of(old: &SecretSlice<u8>, new: &SecretSlice<u8>) -> bool {
-    type Members = BTreeMap<String, IgnoredAny>;
-    let members = |file: &SecretSlice<u8>| serde_json::from_slice(file.expose_secret());
-    match (members(old), members(new)) {
-        (Ok::<Members, _>(old), Ok::<Members, _>(new)) => {
-            old.keys().all(|name| new.contains_key(name))
-        }
-        _ => false,
-    }
-}
-
-/// Takes back what the runs of one node refresh, for as long as it is polled.
-pub async fn follow(vault: Arc<Vault>, node_id: String, channel: Channel) -> Infallible {
+/// Takes back what the runs of one node refresh, for as long as it is polled. A driver tells
+/// all that it keeps to whoever begins to listen: so what the store does not take is asked for
+/// again.
+pub async fn follow(vault: &Vault, node_id: &str, channel: Channel) -> Infallible {
     if !vault.has_store() {
         return pending().await;
     }
+    let mut retry = RETRY;
     loop {
-        if let Err(status) = follow_once(&vault, channel.clone()).await {
-            tracing::debug!(node_id, %status, "a node does not tell what its runs refresh");
-            // A driver of an earlier version.
-            if status.code() == Code::Unimplemented {
-                return pending().await;
-            }
+        let status = match follow_once(vault, channel.clone(), &mut retry).await {
+            Ok(()) => Status::unavailable("the driver ended the stream"),
+            Err(status) => status,
+        };
+        let reason = status.message();
+        tracing::info!(
+            node_id,
+            reason,
+            "a node is not heard about refreshed accounts"
+        );
+        // A driver of an earlier version; another one is another connection.
+        if status.code() == Code::Unimplemented {
+            return pending().await;
         }
-        sleep(RETRY.mul_f64(rand::random_range(0.5..1.0))).await;
+        sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
+        retry = RETRY_MOST.min(retry * 2);
     }
 }
 
-async fn follow_once(vault: &Vault, channel: Channel) -> Result<(), Status> {
+async fn follow_once(vault: &Vault, channel: Channel, retry: &mut Duration) -> Result<(), Status> {
     let mut client = NodeServiceClient::new(channel);
-    let told = client.watch_refreshed(WatchRefreshedRequest {}).await?;
-    let mut told = told.into_inner();
+    let told = timeout(CONNECT, client.watch_refreshed(WatchRefreshedRequest {})).await;
+    let told = told.map_err(|_| Status::deadline_exceeded("no answer in 5 s"))?;
+    let mut told = told?.into_inner();
     while let Some(told) = told.message().await? {
         if let Some(refreshed) = told.refreshed {
-            take_back(vault, &told.run_id, &refreshed).await;
+            take_back(vault, &told.run_id, &refreshed).await?;
         }
+        *retry = RETRY;
     }
     Ok(())
 }
 
-/// Takes one back, when the store can be reached.
-async fn take_back(vault: &Vault, run_id: &str, refreshed: &Refreshed) {
-    let mut wait = RETRY;
-    for retry in 0.. {
-        let error = match vault.take_back(refreshed).await {
-            Ok(Some(info)) => {
-                let Info {
-                    user_id,
-                    provider,
-                    version,
-                    ..
-                } = info;
-                return tracing::info!(run_id, user_id, provider, version, "account refreshed");
-            }
-            Ok(None) => return,
-            Err(error) => error,
-        };
-        let may_pass = match &error {
-            Error::Vault(vault::Error::Store(error)) => error.may_pass(),
-            _ => false,
-        };
-        let reason = crate::chain(&error);
-        match (may_pass && retry < RETRIES, error) {
-            (true, _) => tracing::warn!(run_id, reason, "an account waits for the store"),
-            (false, Error::Superseded) => {
-                return tracing::info!(run_id, reason, "a refreshed account is not kept");
-            }
-            (false, _) => {
-                return tracing::warn!(run_id, reason, "a refreshed account is not kept");
-            }
+/// # Errors
+/// The store's.
+async fn take_back(vault: &Vault, run_id: &str, refreshed: &Refreshed) -> Result<(), Status> {
+    match vault.take_back(run_id, refreshed).await {
+        Ok(Some(info)) => {
+            let Info {
+                user_id,
+                provider,
+                version,
+                ..
+            } = info;
+            tracing::info!(run_id, user_id, provider, version, "account refreshed");
         }
-        sleep(wait.mul_f64(rand::random_range(0.5..1.0))).await;
-        wait = RETRY_MOST.min(wait * 2);
+        Ok(None) => {}
+        Err(Error::Vault(vault::Error::Store(error))) => {
+            let reason = crate::chain(&error);
+            tracing::warn!(run_id, reason, "a refreshed account waits for the store");
+            return Err(Status::unavailable(reason));
+        }
+        Err(error) => {
+            let reason = crate::chain(&error);
+            tracing::info!(run_id, reason, "a refreshed account is not kept");
+        }
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -357,15 +362,23 @@ mod tests {
     }
 
     #[test]
-    fn what_lacks_something_is_no_account() {
-        let fits = |old: &str, new: &str| {
-            let file = |text: &str| text.as_bytes().to_vec().into();
-            has_members_of(&file(old), &file(new))
+    fn a_label_is_good_for_as_long_as_a_run_may_go_on() {
+        let label = Label {
+            run_id: Uuid::now_v7().to_string(),
+            ..label()
         };
-        let old = r#"{"tokens":{"a":1},"last_refresh":"x"}"#;
-        assert!(fits(old, r#"{"last_refresh":"y","tokens":{},"new":[]}"#));
-        assert!(!fits(old, r#"{"tokens":{}}"#));
-        assert!(!fits(old, "{}"));
-        assert!(!fits(old, r#"{"tokens":{"#));
+        let now = SystemTime::now();
+        assert!(
+            label
+                .check_age(now + OLDEST - Duration::from_secs(60))
+                .is_ok()
+        );
+        let later = now + OLDEST + Duration::from_secs(60);
+        assert!(matches!(label.check_age(later), Err(Error::TooOld)));
+        let other = Label {
+            run_id: "run".into(),
+            ..label
+        };
+        assert!(matches!(other.check_age(now), Err(Error::Label)));
     }
 }

@@ -22,7 +22,7 @@ use crate::provider::Provider;
 const ANSWER: Duration = Duration::from_secs(5);
 const CONNECTIONS: u32 = 8;
 const COLUMNS: &str = "user_id, provider, version, kind, key_id, created_at, updated_at, \
-     keep_refreshed, refreshed_by";
+     kept_version, refreshed_by";
 /// A table of our own: others may use the database too.
 const MIGRATIONS: &str = "polydev_migrations";
 
@@ -201,12 +201,12 @@ impl Store {
         let statement = match replaces {
             None => {
                 "INSERT INTO polydev_credentials (tenant, user_id, provider, version, kind, \
-                 key_id, record, created_at, updated_at, keep_refreshed, refreshed_by) \
+                 key_id, record, created_at, updated_at, kept_version, refreshed_by) \
                  VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) ON CONFLICT DO NOTHING"
             }
             Some(_) => {
                 "UPDATE polydev_credentials SET version = $4, kind = $5, key_id = $6, \
-                 record = $7, created_at = $8, updated_at = $9, keep_refreshed = $10, \
+                 record = $7, created_at = $8, updated_at = $9, kept_version = $10, \
                  refreshed_by = $11 \
                  WHERE tenant = $1 AND user_id = $2 AND provider = $3 AND version = $12"
             }
@@ -218,7 +218,7 @@ impl Store {
             let query = query
                 .bind(seconds(info.created_at))
                 .bind(seconds(info.updated_at))
-                .bind(i32::from(info.keep_refreshed))
+                .bind(if info.keep_refreshed { info.version } else { 0 }.cast_signed())
                 .bind(&info.refreshed_by);
             let query = match replaces {
                 Some(version) => query.bind(version.cast_signed()),
@@ -424,16 +424,21 @@ fn decode(row: &AnyRow) -> Result<Info, sqlx::Error> {
     let time = |seconds: i64| {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.try_into().unwrap_or_default())
     };
+    let version = row.try_get::<i64, _>(2)?;
+    let keep_refreshed = row.try_get::<i64, _>(7)? == version;
+    let refreshed_by: String = row.try_get(8)?;
     Ok(Info {
         user_id: row.try_get(0)?,
         provider: row.try_get(1)?,
-        version: row.try_get::<i64, _>(2)?.cast_unsigned(),
+        version: version.cast_unsigned(),
         kind: row.try_get(3)?,
         key_id: row.try_get(4)?,
         created_at: time(row.try_get(5)?),
         updated_at: time(row.try_get(6)?),
-        keep_refreshed: row.try_get::<i32, _>(7)? != 0,
-        refreshed_by: row.try_get(8)?,
+        keep_refreshed,
+        refreshed_by: Some(refreshed_by)
+            .filter(|_| keep_refreshed)
+            .unwrap_or_default(),
     })
 }
 

@@ -283,7 +283,7 @@ fn reseal(row: &Row, keys: &KeyRing) -> Result<Record, Error> {
 }
 
 /// Opens what stands in the store, if it is of the version that stands beside it.
-pub(super) fn open(row: &Row, binding: Binding, keys: &KeyRing) -> Result<Credential, Error> {
+fn open(row: &Row, binding: Binding, keys: &KeyRing) -> Result<Credential, Error> {
     let record = Record {
         version: row.info.version,
         ..Record::read(&row.record)?

@@ -1,6 +1,6 @@
 //! Keeps the view: one task for each driver, which follows its slots.
 
-use std::{collections::BTreeMap, convert::Infallible, time::Duration};
+use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
 
 use polydev_proto::{
     address::Address,
@@ -12,12 +12,10 @@ use tokio::{
     task::AbortHandle,
     time::{sleep, timeout},
 };
-use tonic::{
-    Status,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Status, transport::Endpoint};
 
 use super::View;
+use crate::credentials::{Vault, refreshed};
 
 /// Bytes of one run on their way from the driver.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -25,7 +23,7 @@ const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 256 << 20;
 /// A piece of output fits.
 const FRAME: u32 = 128 << 10;
-const CONNECT: Duration = Duration::from_secs(5);
+pub(crate) const CONNECT: Duration = Duration::from_secs(5);
 /// Between pings, and for the answer to one.
 const ALIVE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(50);
@@ -33,16 +31,13 @@ const RETRY: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_millis(250);
 
 /// Follows every driver that `drivers` names, node id to address, as they come and
-/// go. Ends when `drivers` does. `beside` is polled with the node and each connection to its
-/// driver, for as long as that lasts.
-pub async fn follow<F>(
+/// go, and takes into the vault's store what runs there refresh. Ends when `drivers` does.
+pub async fn follow(
     view: View,
     mut drivers: watch::Receiver<BTreeMap<String, String>>,
     trust: Option<Trust>,
-    beside: impl Fn(String, Channel) -> F + Clone + Send + Sync + 'static,
-) where
-    F: Future<Output = Infallible> + Send + 'static,
-{
+    vault: Arc<Vault>,
+) {
     let mut followed: BTreeMap<String, (String, AbortHandle)> = BTreeMap::new();
     let mut tasks = tokio::task::JoinSet::new();
     loop {
@@ -63,7 +58,7 @@ pub async fn follow<F>(
                     address: address.clone(),
                     trust: trust.clone(),
                 };
-                let task = tasks.spawn(follow_driver(view.clone(), driver, beside.clone()));
+                let task = tasks.spawn(follow_driver(view.clone(), driver, vault.clone()));
                 (address, task)
             });
         }
@@ -81,18 +76,14 @@ struct Driver {
     trust: Option<Trust>,
 }
 
-async fn follow_driver<F: Future<Output = Infallible>>(
-    view: View,
-    driver: Driver,
-    beside: impl Fn(String, Channel) -> F,
-) {
+async fn follow_driver(view: View, driver: Driver, vault: Arc<Vault>) {
     let Driver {
         node_id, address, ..
     } = &driver;
     let mut retry = RETRY;
     let mut last = String::new();
     loop {
-        let Err(status) = follow_once(&view, &driver, &beside, &mut retry).await;
+        let Err(status) = follow_once(&view, &driver, &vault, &mut retry).await;
         view.disconnect(node_id);
         // Once for each reason: a node may be away for long.
         let reason = status.message();
@@ -105,10 +96,10 @@ async fn follow_driver<F: Future<Output = Infallible>>(
     }
 }
 
-async fn follow_once<F: Future<Output = Infallible>>(
+async fn follow_once(
     view: &View,
     driver: &Driver,
-    beside: &impl Fn(String, Channel) -> F,
+    vault: &Vault,
     retry: &mut Duration,
 ) -> Result<Infallible, Status> {
     let Driver {
@@ -149,6 +140,6 @@ async fn follow_once<F: Future<Output = Infallible>>(
     };
     tokio::select! {
         followed = follow_slots => followed,
-        never = beside(node_id.clone(), channel.clone()) => match never {},
+        never = refreshed::follow(vault, node_id, channel.clone()) => match never {},
     }
 }

@@ -12,6 +12,7 @@ pub(super) const TABLE: Table = Table {
     project_variable: None,
     prepare_key,
     oauth_file: ".claude/.credentials.json",
+    refresh_token: &["claudeAiOauth", "refreshToken"],
     oauth_settings: None,
     prompt,
 };

@@ -12,6 +12,7 @@ pub(super) const TABLE: Table = Table {
     project_variable: Some("GOOGLE_PROJECT_ID"),
     prepare_key,
     oauth_file: ".gemini/oauth_creds.json",
+    refresh_token: &["refresh_token"],
     oauth_settings: Some(ACCOUNT),
     prompt,
 };

@@ -12,6 +12,7 @@ pub(super) const TABLE: Table = Table {
     project_variable: None,
     prepare_key,
     oauth_file: ".codex/auth.json",
+    refresh_token: &["tokens", "refresh_token"],
     oauth_settings: None,
     prompt,
 };

@@ -21,7 +21,8 @@ pub(in crate::cli) struct Put {
     name: Name,
     #[command(flatten)]
     given: Given,
-    /// Of an account that has signed in: keep what its tool refreshes of the file in a run.
+    /// Of an account that has signed in: keep what its tool refreshes of the file in a run, until
+    /// another is put. Whoever else has the file may have to sign in again then.
     #[arg(long)]
     keep_refreshed: bool,
     #[command(flatten)]
@@ -93,8 +94,8 @@ pub(super) async fn list(arguments: List) -> anyhow::Result<ExitCode> {
     let mut shim = options.connect().await?;
     if options.output == Output::Text {
         print(&format!(
-            "{:<16}  {:<9}  {:<11}  {:>7}  {:<5}  MASTER KEY\n",
-            "USER", "PROVIDER", "KIND", "VERSION", "AGE"
+            "{:<16}  {:<9}  {:<11}  {:>7}  {:<5}  {:<16}  REFRESHED\n",
+            "USER", "PROVIDER", "KIND", "VERSION", "AGE", "MASTER KEY"
         ))?;
     }
     let provider = arguments.provider.map(|provider| provider.to_string());
@@ -165,13 +166,18 @@ pub(super) async fn rotate(Rotate { options }: Rotate) -> anyhow::Result<ExitCod
 
 fn line(info: &CredentialInfo) -> String {
     format!(
-        "{:<16}  {:<9}  {:<11}  {:>7}  {:<5}  {}\n",
+        "{:<16}  {:<9}  {:<11}  {:>7}  {:<5}  {:<16}  {}\n",
         info.user_id,
         info.provider,
         kind(info),
         info.version,
         age(info.updated_at),
-        info.key_id
+        info.key_id,
+        match (info.keep_refreshed, &*info.refreshed_by_run_id) {
+            (false, _) => "-",
+            (true, "") => "not yet",
+            (true, run_id) => run_id,
+        }
     )
 }
 
