@@ -162,7 +162,7 @@ impl Credential {
                 if content.len() > FILE_MOST {
                     return Err(invalid(field, "is longer than 65536 bytes"));
                 }
-                let is_object = content.first() == Some(&b'{')
+                let is_object = content.trim_ascii_start().first() == Some(&b'{')
                     && serde_json::from_slice::<serde::de::IgnoredAny>(content).is_ok();
                 match is_object {
                     true => Ok(()),

@@ -130,6 +130,16 @@ fn credentials_are_kept_in_postgresql() {
     postgres.begin();
     put().unwrap();
     refreshed::wait_version(&client, 2);
+    // A shim of before that puts another counts on, and knows nothing of it.
+    postgres.sql(
+        "polydev",
+        "UPDATE polydev_credentials SET version = version + 1",
+    );
+    let info = refreshed::wait_version(&client, 3);
+    assert!(
+        !info.keep_refreshed && info.refreshed_by_run_id.is_empty(),
+        "{info:?}"
+    );
 
     // Tables of a later version are left alone.
     let later = "INSERT INTO polydev_migrations VALUES (99, 'later', now(), true, '\\x00', 1)";

@@ -107,9 +107,10 @@ impl Account {
 
     /// What this connection has not been told; from now on it has.
     pub(crate) fn take_untold(&mut self) -> Option<Refreshed> {
-        let untold = self.last.clone().filter(|_| !self.is_told);
-        self.is_told = true;
-        untold
+        if std::mem::replace(&mut self.is_told, true) {
+            return None;
+        }
+        self.last.clone()
     }
 
     fn read(&self) -> Option<Zeroizing<Vec<u8>>> {

@@ -4,6 +4,7 @@
 //! back.
 
 mod messages;
+mod telling;
 
 use std::{
     fs::File,
@@ -27,8 +28,7 @@ use nix::{
 use polydev_proto::{
     frame::MAX_DATA,
     init::{
-        Artifacts, Collected, Data, Exited, Hello, NotStarted, PROTOCOL_VERSION, Running, Start,
-        Stream, ToInit, Waiting, exited, from_init, hello, to_init,
+        Artifacts, Collected, Exited, NotStarted, Start, Stream, ToInit, exited, from_init, to_init,
     },
     sealed::PrivateKey,
 };
@@ -246,85 +246,6 @@ impl Supervisor {
         }
     }
 
-    /// The first message of a connection, and the output it may have missed.
-    fn greet(&mut self) {
-        for output in &mut self.outputs {
-            output.rewind();
-        }
-        let state = match &self.state {
-            State::Waiting => hello::State::Waiting(Waiting {}),
-            State::Receiving(receiving) => {
-                hello::State::Receiving(polydev_proto::init::Receiving {
-                    run_id: receiving.start.run_id.clone(),
-                    stdin_offset: receiving.taken,
-                })
-            }
-            State::Running(command) => hello::State::Running(Running {
-                run_id: command.run_id.clone(),
-                stdin_offset: command.input.offset(),
-            }),
-            State::Exited(exited) => hello::State::Exited(exited.clone()),
-            State::NotStarted(not_started) => hello::State::NotStarted(not_started.clone()),
-        };
-        // An end is told again after the output, which may be sent again too.
-        self.end_is_told = false;
-        if let Some(left) = &mut self.left {
-            left.is_told = false;
-        }
-        self.link.send(from_init::Message::Hello(Hello {
-            protocol_version: PROTOCOL_VERSION,
-            state: Some(state),
-            public_key: self.public_key.clone(),
-        }));
-        if let Some(account) = &mut self.account {
-            account.rewind();
-        }
-    }
-
-    /// Frames what the link has room for; the end follows the last byte.
-    fn send_output(&mut self) {
-        if self.link.has_room()
-            && let Some(refreshed) = self.account.as_mut().and_then(Account::take_untold)
-        {
-            self.link.send(from_init::Message::Refreshed(refreshed));
-        }
-        for (output, stream) in self.outputs.iter_mut().zip(STREAMS) {
-            if stream == Stream::Artifacts
-                && self.link.has_room()
-                && let Some(left) = self.left.as_mut().filter(|left| !left.is_told)
-            {
-                left.is_told = true;
-                self.link.send(from_init::Message::Collected(Collected {
-                    artifacts: Some(left.artifacts.clone()),
-                    exited: match &self.state {
-                        State::Exited(exited) => Some(exited.clone()),
-                        _ => None,
-                    },
-                }));
-            }
-            while self.link.has_room()
-                && let Some((offset, data)) = output.take_unsent(MAX_DATA)
-            {
-                let stream = stream.into();
-                self.link.send(from_init::Message::Data(Data {
-                    stream,
-                    offset,
-                    data,
-                }));
-            }
-        }
-        if self.end_is_told || !self.link.has_room() || self.has_unsent() {
-            return;
-        }
-        let message = match &self.state {
-            State::Waiting | State::Receiving(_) | State::Running(_) => return,
-            State::Exited(exited) => from_init::Message::Exited(exited.clone()),
-            State::NotStarted(refused) => from_init::Message::NotStarted(refused.clone()),
-        };
-        self.end_is_told = true;
-        self.link.send(message);
-    }
-
     fn read_output(&mut self, chunk: &mut [u8]) -> io::Result<()> {
         self.read_artifacts(chunk);
         let State::Running(command) = &mut self.state else {
@@ -448,6 +369,8 @@ impl Supervisor {
             account.look();
         }
         if let Some(rules) = artifacts {
+            // Who ends the run now does not wait for the search.
+            self.send_account();
             // The driver should not take the time of the search for the command's.
             self.link.send(from_init::Message::Collected(Collected {
                 artifacts: None,

@@ -26,8 +26,9 @@ use nix::{
 use polydev_proto::{
     frame,
     init::{
-        DataAck, Exited, File, FromInit, Hello, PlainTask, Refreshable, Release, Secrets, Start,
-        Stdin, Stream, ToInit, exited, from_init, hello, not_started, plain_task, to_init,
+        ArtifactRules, DataAck, Exited, File, FromInit, Hello, PlainTask, Refreshable, Release,
+        Secrets, Start, Stdin, Stream, ToInit, exited, from_init, hello, not_started, plain_task,
+        to_init,
     },
     sealed::{self, PrivateKey},
 };
@@ -244,13 +245,21 @@ fn a_refreshed_account_is_told_before_the_end_and_again_to_a_driver_that_comes_b
     };
     let start = Start {
         sealed_secrets: sealed::seal(&public_key, "run", &secrets).unwrap(),
+        // The search for them may take long.
+        artifacts: Some(ArtifactRules {
+            patterns: vec!["*.txt".into()],
+            max_bytes: 1,
+            max_files: 1,
+        }),
         ..shell("echo '{}' > ~/account/auth.json")
     };
     link.send(to_init::Message::Start(start.into()));
     let told = |link: &mut Link| loop {
         match link.next() {
             from_init::Message::Refreshed(told) => break told,
-            from_init::Message::Exited(_) => panic!("it was not told before the end"),
+            from_init::Message::Exited(_) | from_init::Message::Collected(_) => {
+                panic!("it was not told before the end")
+            }
             _ => {}
         }
     };

@@ -27,11 +27,14 @@ impl<M: Message + Default> Beside<M> {
         }
     }
 
-    /// Takes the place of the one before. Without memory for it, it is lost with this process.
+    /// Takes the place of the one before, if there is memory for it: if not, it is lost with this
+    /// process.
     pub(super) fn keep(&self, message: &M) {
-        if let Err(error) = fs::write(&self.path, message.encode_to_vec()) {
+        let new = self.path.with_added_extension("new");
+        let written = fs::write(&new, message.encode_to_vec());
+        if let Err(error) = written.and_then(|()| fs::rename(&new, &self.path)) {
             tracing::warn!(path = %self.path.display(), %error, "not kept for a restart");
-            self.release();
+            remove(&new);
         }
     }
 
@@ -42,11 +45,15 @@ impl<M: Message + Default> Beside<M> {
     }
 
     pub(super) fn release(&self) {
-        match fs::remove_file(&self.path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                tracing::warn!(path = %self.path.display(), %error, "a message stays in memory");
-            }
-            _ => {}
+        remove(&self.path);
+    }
+}
+
+fn remove(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            tracing::warn!(path = %path.display(), %error, "a message stays in memory");
         }
+        _ => {}
     }
 }

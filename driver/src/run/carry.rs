@@ -346,7 +346,7 @@ impl<'a> Carrier<'a> {
             from_init::Message::Exited(exited) => return Err(self.exited(&exited)),
             from_init::Message::Collected(collected) => self.collected(collected),
             from_init::Message::Refreshed(refreshed) => {
-                self.runs.refreshed(self.run, refreshed);
+                self.runs.refreshed(self.run, &refreshed);
             }
             from_init::Message::NotStarted(refused) => return Err(self.not_started(&refused)),
             // Only the first message of a connection is one.

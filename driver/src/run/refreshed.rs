@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use polydev_proto::init::{MAX_LABEL, MAX_REFRESHED, Refreshed};
 use tokio::sync::broadcast;
 
@@ -14,12 +15,17 @@ const SEALED_MOST: usize = MAX_REFRESHED + 100;
 
 impl Runs {
     /// Keeps what a run has told, in place of what it told before.
-    pub(super) fn refreshed(&self, run: &Run, refreshed: Refreshed) {
+    pub(super) fn refreshed(&self, run: &Run, refreshed: &Refreshed) {
         let run_id = &run.claimed.run_id;
         if refreshed.sealed.len() > SEALED_MOST || refreshed.label.len() > MAX_LABEL {
             return tracing::warn!(run_id, "a refreshed account is longer than any");
         }
         tracing::debug!(run_id, "an account was refreshed");
+        // Slices of what was read from init would keep all of it.
+        let refreshed = Refreshed {
+            label: Bytes::copy_from_slice(&refreshed.label),
+            sealed: Bytes::copy_from_slice(&refreshed.sealed),
+        };
         run.refreshed.keep(&refreshed);
         run.update(|progress| progress.refreshed = Some(refreshed));
         // Often nobody listens.

@@ -22,7 +22,7 @@ use polydev_proto::{
 };
 use prost::Message;
 use secrecy::ExposeSecret;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::{Code, Status, transport::Channel};
 use uuid::Uuid;
 use zeroize::Zeroizing;
@@ -37,11 +37,14 @@ use super::{
 use crate::pool::CONNECT;
 
 const PURPOSE: &[u8] = b"polydev refreshed account";
-/// From a run's id to its last word: a day in the longest queue and run, and its results' time.
+/// From a run's id until its results are given up: drivers take an id for an hour, and the
+/// longest run and the time of its results are some 24 more.
 const OLDEST: Duration = Duration::from_secs(26 * 3600);
+/// By how much the clock that made an id may be ahead.
+const AHEAD: Duration = Duration::from_secs(10 * 60);
 /// A run tells no more often than every ten seconds.
 const COUNT_MOST: u64 = 1 << 32;
-/// Between two tries to listen to a driver; doubled each time.
+/// Between two times that a driver is asked for all that it keeps; doubled each time.
 const RETRY: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_secs(30);
 
@@ -189,6 +192,9 @@ impl Label {
         let made = made.and_then(|id| id.get_timestamp()).ok_or(Error::Label)?;
         let (seconds, nanos) = made.to_unix();
         let made = SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos);
+        if made > now + AHEAD {
+            return Err(Error::Label);
+        }
         match now.duration_since(made) {
             Ok(age) if age > OLDEST => Err(Error::TooOld),
             _ => Ok(()),
@@ -217,37 +223,53 @@ pub async fn follow(vault: &Vault, node_id: &str, channel: Channel) -> Infallibl
     }
     let mut retry = RETRY;
     loop {
-        let status = match follow_once(vault, channel.clone(), &mut retry).await {
-            Ok(()) => Status::unavailable("the driver ended the stream"),
-            Err(status) => status,
-        };
+        let begun = Instant::now();
+        let Err(status) = follow_once(vault, channel.clone(), retry).await;
         let reason = status.message();
         tracing::info!(
             node_id,
             reason,
-            "a node is not heard about refreshed accounts"
+            "a node is asked anew about refreshed accounts"
         );
         // A driver of an earlier version; another one is another connection.
         if status.code() == Code::Unimplemented {
             return pending().await;
         }
         sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
-        retry = RETRY_MOST.min(retry * 2);
+        retry = match begun.elapsed() > 3 * RETRY_MOST {
+            true => RETRY,
+            false => RETRY_MOST.min(retry * 2),
+        };
     }
 }
 
-async fn follow_once(vault: &Vault, channel: Channel, retry: &mut Duration) -> Result<(), Status> {
+/// Ends `retry` after the first that the store did not take: others may have been taken.
+async fn follow_once(
+    vault: &Vault,
+    channel: Channel,
+    retry: Duration,
+) -> Result<Infallible, Status> {
     let mut client = NodeServiceClient::new(channel);
     let told = timeout(CONNECT, client.watch_refreshed(WatchRefreshedRequest {})).await;
     let told = told.map_err(|_| Status::deadline_exceeded("no answer in 5 s"))?;
     let mut told = told?.into_inner();
-    while let Some(told) = told.message().await? {
-        if let Some(refreshed) = told.refreshed {
-            take_back(vault, &told.run_id, &refreshed).await?;
+    let mut failed: Option<(Instant, Status)> = None;
+    loop {
+        let message = match &failed {
+            None => told.message().await,
+            Some((at, status)) => match timeout_at(*at + retry, told.message()).await {
+                Ok(message) => message,
+                Err(_) => return Err(status.clone()),
+            },
+        };
+        let ended = || Status::unavailable("the driver ended the stream");
+        let message = message?.ok_or_else(ended)?;
+        if let Some(refreshed) = message.refreshed
+            && let Err(status) = take_back(vault, &message.run_id, &refreshed).await
+        {
+            failed.get_or_insert((Instant::now(), status));
         }
-        *retry = RETRY;
     }
-    Ok(())
 }
 
 /// # Errors
@@ -375,6 +397,8 @@ mod tests {
         );
         let later = now + OLDEST + Duration::from_secs(60);
         assert!(matches!(label.check_age(later), Err(Error::TooOld)));
+        let before = now - AHEAD - Duration::from_secs(60);
+        assert!(matches!(label.check_age(before), Err(Error::Label)));
         let other = Label {
             run_id: "run".into(),
             ..label

@@ -139,9 +139,7 @@ fn take_up(traces: Traces, windows: &Path) -> (Arc<Run>, mpsc::Receiver<Input>) 
     let kill = CancellationToken::new();
     let (run, inputs) = Run::with(claimed, arrived, windows, output, kill, progress);
     let artifacts = run.manifest.read().map(Arc::new);
-    // A driver that ended while it was written left less.
     let refreshed = run.refreshed.read();
-    let refreshed = refreshed.filter(|refreshed| !refreshed.sealed.is_empty());
     run.update(|progress| {
         progress.artifacts = artifacts;
         progress.refreshed = refreshed;
