@@ -225,16 +225,17 @@ pub async fn follow(vault: &Vault, node_id: &str, channel: Channel) -> Infallibl
     loop {
         let begun = Instant::now();
         let Err(status) = follow_once(vault, channel.clone(), retry).await;
+        // A driver of an earlier version; another one is another connection.
+        if status.code() == Code::Unimplemented {
+            tracing::warn!(node_id, "a driver does not tell of refreshed accounts");
+            return pending().await;
+        }
         let reason = status.message();
         tracing::info!(
             node_id,
             reason,
-            "a node is asked anew about refreshed accounts"
+            "a driver is asked anew for refreshed accounts"
         );
-        // A driver of an earlier version; another one is another connection.
-        if status.code() == Code::Unimplemented {
-            return pending().await;
-        }
         sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
         retry = match begun.elapsed() > 3 * RETRY_MOST {
             true => RETRY,
