@@ -1,7 +1,8 @@
 //! Accounts that have signed in: what a run refreshes of one is there for the runs that follow.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
+use nix::unistd::Pid;
 use polydev_proto::runtime::{
     CredentialInfo, ListCredentialsRequest, PutCredentialRequest, RunStart, secret::Kind,
 };
@@ -13,10 +14,15 @@ use polydev_tests::{
     shim::Shim,
     wait_until,
 };
+use serde_json::json;
+use sha2::{Digest, Sha256};
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use crate::credentials::{account_file, key_file, put, stored};
+use crate::{
+    credentials::{account_file, key_file, put, stored},
+    secrets,
+};
 
 /// A shim with a store, and pools.
 fn shim(folder: &Folder, pools: &[&str]) -> Shim {
@@ -168,4 +174,48 @@ fn a_refreshed_account_takes_the_place_of_the_one_its_run_got_and_of_no_other() 
     let details = refused.get_error_details();
     let violations = &details.bad_request().unwrap().field_violations;
     assert_eq!(violations[0].field, "keep_refreshed");
+}
+
+/// The command makes the token of what it is told, so that no shim has seen it in any call.
+#[test]
+fn what_a_run_refreshes_is_in_nobody_elses_memory() {
+    let folder = Folder::new("pdfresh-");
+    let shim = shim(&folder, &["anthropic=1"]);
+    let client = shim.client();
+    keep(
+        &client,
+        "anthropic",
+        &account_file("anthropic", &fresh_key()).to_string(),
+    );
+    let seed = fresh_key();
+    let token = hex::encode(Sha256::digest(&seed));
+    let content = json!({ "claudeAiOauth": { "accessToken": token, "refreshToken": token } });
+    let script = format!(
+        r#"t=$(printf %s {seed} | sha256sum | cut -c1-64)
+           printf '{}' $t $t > ~/.claude/.credentials.json"#,
+        content.to_string().replace(&token, "%s")
+    );
+    let start = |script: &str| RunStart {
+        credential: Some(stored()),
+        ..shell("anthropic", script)
+    };
+    client.run(start(&script)).unwrap();
+    wait_version(&client, 2);
+    // It is the one, and a shim has had it once more.
+    let found = client.run(start("sha256sum < ~/.claude/.credentials.json"));
+    let hash = hex::encode(Sha256::digest(content.to_string()));
+    assert_eq!(found.unwrap().stdout(), format!("{hash}  -\n"));
+    client.wait_idle("anthropic", 1);
+    let driver = fs::read_to_string(shim.state_dir().join("driver.lock")).unwrap();
+    let driver = Pid::from_raw(driver.trim().parse().unwrap());
+    for (name, pid) in [("shim", shim.process.pid()), ("driver", driver)] {
+        assert!(
+            !secrets::is_in_memory(&token, pid),
+            "in the {name}'s memory"
+        );
+    }
+    assert!(
+        secrets::is_in_memory(&token, Pid::this()),
+        "the search finds nothing"
+    );
 }
