@@ -2,7 +2,10 @@
 
 use std::{fs, time::Duration};
 
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use polydev_proto::runtime::{
     AllocateRequest, Argv, Credential, InputFile, PutCredentialRequest, RunStart, RunState,
     SecretEnvironment, SubmitJobRequest, credential, input_file::Source, run_event::Event,
@@ -184,7 +187,8 @@ fn a_secret_is_nowhere_but_sealed_whatever_path_it_takes_and_whatever_is_logged(
     };
     found(&client, named);
 
-    // An account that a job refreshes while there is no shim to be told: the next one is.
+    // An account that a job refreshes while there is no shim to be told: the next one is, by the next
+    // driver.
     let (of_account, of_refresh) = (fresh_key(), fresh_key());
     let account = |token: &str| {
         json!({ "claudeAiOauth": { "accessToken": token, "refreshToken": token } }).to_string()
@@ -217,6 +221,18 @@ fn a_secret_is_nowhere_but_sealed_whatever_path_it_takes_and_whatever_is_logged(
         }
     });
     shim.process.end(Signal::SIGKILL);
+    // Nor is the driver that was told the one that tells.
+    let state = nomad.state_dir();
+    let kept = state.join("output").join(format!("{run_id}.refreshed"));
+    wait_until("the driver is told", Duration::from_secs(20), || {
+        fs::metadata(&kept).map_err(|error| error.to_string())
+    });
+    let driver = fs::read_to_string(state.join("driver.lock")).unwrap();
+    kill(
+        Pid::from_raw(driver.trim().parse().unwrap()),
+        Signal::SIGKILL,
+    )
+    .unwrap();
     let next = Shim::serve_in(&nomad.address, &options, &environment);
     let client = next.client();
     let kept = refreshed::wait_version(&client, before + 1);
