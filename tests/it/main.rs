@@ -19,6 +19,7 @@ mod long;
 mod network;
 mod nomad;
 mod on_demand;
+mod once;
 mod output;
 mod package;
 mod plain;

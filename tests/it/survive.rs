@@ -8,9 +8,8 @@ use std::{
 };
 
 use nix::{sys::signal::Signal, unistd::Pid};
-use polydev_proto::{
-    node::{Ballot, FenceRequest, fence_response::Answer, node_service_client::NodeServiceClient},
-    runtime::{ExitReason, RunStart, RunState, SlowReader, run_event::Event, run_input::Input},
+use polydev_proto::runtime::{
+    ExitReason, RunStart, RunState, SlowReader, run_event::Event, run_input::Input,
 };
 use polydev_tests::{
     client::{Client, Run, argv, shell},
@@ -26,9 +25,6 @@ use tonic::Code;
 use uuid::Uuid;
 
 use crate::files;
-
-/// What the shim gives a claim to start in.
-const START_BY: Duration = Duration::from_secs(5);
 
 /// Numbered lines: no two places of the stream are alike.
 fn lines(count: u32) -> String {
@@ -119,46 +115,6 @@ fn what_was_on_its_way_to_a_caller_that_went_away_is_kept() {
 }
 
 #[test]
-fn a_try_that_another_has_fenced_off_asks_every_node_again() {
-    let shim = Shim::dev(&["anthropic=1"]);
-    let client = shim.client();
-    let run_id = Uuid::now_v7().to_string();
-    let fence = |attempt| {
-        let request = FenceRequest {
-            run_id: run_id.clone(),
-            ballot: Some(Ballot { attempt, nonce: 7 }),
-        };
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        let address = format!("unix://{}", shim.state_dir().join("node.sock").display());
-        runtime.block_on(async {
-            let mut node = NodeServiceClient::connect(address).await.unwrap();
-            node.fence(request)
-                .await
-                .unwrap()
-                .into_inner()
-                .answer
-                .unwrap()
-        })
-    };
-    assert!(matches!(fence(30), Answer::Fenced(ballot) if ballot.attempt == 30));
-    // Not above the highest: it is told which that is.
-    assert!(matches!(fence(20), Answer::Fenced(ballot) if ballot.attempt == 30));
-    let start = RunStart {
-        run_id: run_id.clone(),
-        attempt: 1,
-        ..shell("anthropic", "echo once")
-    };
-    let outcome = client.run(start).unwrap();
-    assert_eq!(outcome.stdout(), "once\n");
-    assert!(
-        shim.process
-            .log()
-            .contains("another try of the run stands before this one")
-    );
-    assert!(matches!(fence(40), Answer::Have(have) if have.ended));
-}
-
-#[test]
 fn a_run_without_a_caller_goes_on_until_it_is_cancelled() {
     let shim = Shim::dev(&["anthropic=1"]);
     let client = shim.client();
@@ -212,69 +168,6 @@ fn what_cannot_be_attached_to_is_told_why() {
     assert_eq!(code, Code::NotFound);
     assert_eq!(words, format!("this node has no run `{unknown}`"));
     assert_eq!(client.cancel(&unknown).unwrap_err().code(), Code::NotFound);
-}
-
-#[test]
-fn a_run_is_started_once_however_often_it_is_asked_for() {
-    let shim = Shim::dev(&["anthropic=2"]);
-    let client = shim.client();
-    let run_id = Uuid::now_v7().to_string();
-    let start = |attempt, script: &str| RunStart {
-        run_id: run_id.clone(),
-        attempt,
-        ..shell("anthropic", script)
-    };
-    let script = "cat /proc/sys/kernel/random/uuid; read line; echo $line";
-    let first = client
-        .start(RunStart {
-            stdin: true,
-            ..start(1, script)
-        })
-        .unwrap();
-    let again = [0, 1, 2].map(|attempt| {
-        let again = RunStart {
-            stdin: true,
-            ..start(attempt, script)
-        };
-        client.start(again).unwrap()
-    });
-    for again in &again {
-        assert_eq!(again.accepted.slot_id, first.accepted.slot_id);
-        assert_eq!(again.accepted.generation, first.accepted.generation);
-    }
-    for attempt in [0, 1, 2] {
-        let other = client.start(start(attempt, "echo other")).err().unwrap();
-        assert_eq!(other.code(), Code::AlreadyExists);
-        assert!(other.message().contains(&run_id), "{other}");
-    }
-
-    client.send(&first, Input::Stdin("done\n".into()));
-    let first = client.finish(first).unwrap();
-    assert!(first.stdout().ends_with("\ndone\n"));
-    for again in again {
-        assert_eq!(client.finish(again).unwrap().stdout, first.stdout);
-    }
-    // Its result is the answer to whoever asks again.
-    let again = client
-        .run(RunStart {
-            stdin: true,
-            ..start(2, script)
-        })
-        .unwrap();
-    assert_eq!(again.stdout, first.stdout);
-
-    // A driver that comes to a claim too late does not start it: the run is claimed again.
-    let holder = driver(&shim.state_dir());
-    let late = std::thread::scope(|scope| {
-        nix::sys::signal::kill(holder, Signal::SIGSTOP).unwrap();
-        let late = scope.spawn(|| shim.client().run(shell("anthropic", "echo late")));
-        std::thread::park_timeout(START_BY + Duration::from_secs(1));
-        nix::sys::signal::kill(holder, Signal::SIGCONT).unwrap();
-        late.join().unwrap().unwrap()
-    });
-    assert_eq!(late.stdout(), "late\n");
-    let log = shim.process.log();
-    assert!(log.contains("the claim came too late to start"), "{log}");
 }
 
 #[test]
@@ -349,7 +242,7 @@ fn a_journal_of_a_newer_driver_is_left_as_it_is_and_said_to_be() {
 }
 
 /// The driver that has the node of a state folder.
-fn driver(state_dir: &Path) -> Pid {
+pub(crate) fn driver(state_dir: &Path) -> Pid {
     let holder = fs::read_to_string(state_dir.join("driver.lock"));
     let pid = holder.expect("a driver has the node").trim().parse();
     Pid::from_raw(pid.expect("a pid"))

@@ -35,7 +35,8 @@ pub struct Record {
     /// With the tag of 16 bytes behind it.
     #[prost(bytes = "vec", tag = "3")]
     pub ciphertext: Vec<u8>,
-    /// Counts the credentials of the user for the provider, from 1.
+    /// Of the user's credential for the provider: from 1, and higher with each that takes its
+    /// place.
     #[prost(uint64, tag = "4")]
     pub version: u64,
 }

@@ -44,7 +44,8 @@ const OLDEST: Duration = Duration::from_secs(26 * 3600);
 const AHEAD: Duration = Duration::from_secs(10 * 60);
 /// A run tells no more often than every ten seconds.
 const COUNT_MOST: u64 = 1 << 32;
-/// Between two times that a driver is asked for all that it keeps; doubled each time.
+/// Before a driver is asked anew for all that it keeps, once for the store and once for the
+/// driver; doubled each time.
 const RETRY: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_secs(30);
 

@@ -1,12 +1,11 @@
 //! The credential store: sealed records in PostgreSQL, for a cluster, or SQLite, for one
 //! machine, through the same statements.
 
-use std::{
-    net::IpAddr,
-    path::Path,
-    str::FromStr,
-    time::{Duration, SystemTime},
-};
+mod address;
+
+pub use address::{Address, InvalidAddress};
+
+use std::time::{Duration, SystemTime};
 
 use sqlx::{
     AnyPool, AssertSqlSafe, Row as _, SqlSafeStr, SqlStr,
@@ -17,6 +16,7 @@ use tokio::{sync::OnceCell, time::timeout};
 
 use super::record::TENANT;
 use crate::provider::Provider;
+use address::Kind;
 
 /// For the store to answer.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -25,57 +25,6 @@ const COLUMNS: &str = "user_id, provider, version, kind, key_id, created_at, upd
      kept_version, refreshed_by";
 /// A table of our own: others may use the database too.
 const MIGRATIONS: &str = "polydev_migrations";
-
-/// Where the store is: `postgres://USER@HOST/DATABASE` or `sqlite:///PATH`. A password
-/// is not part of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Address {
-    url: url::Url,
-    kind: Kind,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Postgres,
-    Sqlite,
-}
-
-/// Why an address is refused; never quotes it.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidAddress {
-    #[error("it is neither `postgres://USER@HOST/DATABASE` nor `sqlite:///PATH`")]
-    Form,
-    #[error(
-        "it has a password, which every process of the machine could read: put it into \
-         PGPASSWORD or a file named by PGPASSFILE"
-    )]
-    Password,
-}
-
-impl FromStr for Address {
-    type Err = InvalidAddress;
-
-    fn from_str(given: &str) -> Result<Self, InvalidAddress> {
-        let url = url::Url::parse(given).map_err(|_| InvalidAddress::Form)?;
-        let kind = match url.scheme() {
-            "postgres" | "postgresql" => Kind::Postgres,
-            "sqlite" if Path::new(url.path()).is_absolute() && !url.has_host() => Kind::Sqlite,
-            _ => return Err(InvalidAddress::Form),
-        };
-        let has_password =
-            url.password().is_some() || url.query_pairs().any(|(name, _)| name == "password");
-        match has_password {
-            true => Err(InvalidAddress::Password),
-            false => Ok(Self { url, kind }),
-        }
-    }
-}
-
-impl std::fmt::Display for Address {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.url.fmt(f)
-    }
-}
 
 /// The store did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -105,7 +54,7 @@ impl Error {
 pub struct Info {
     pub user_id: String,
     pub provider: String,
-    /// Counts the credentials that had this place, from 1; see [`refreshed`](super::refreshed).
+    /// From 1, and higher with each that takes this place; see [`refreshed`](super::refreshed).
     pub version: u64,
     /// Number of the `CredentialKind`.
     pub kind: i32,
@@ -153,22 +102,14 @@ impl Store {
     /// [`Error::Failed`] if the address has options that the database does not know.
     pub fn open(address: &Address) -> Result<Self, Error> {
         install_default_drivers();
-        let mut url = address.url.clone();
-        match address.kind {
-            // Made if it is not there.
-            Kind::Sqlite if url.query().is_none() => url.set_query(Some("mode=rwc")),
-            Kind::Postgres if is_elsewhere(&url) && !says_sslmode(&url) => {
-                url.query_pairs_mut().append_pair("sslmode", "verify-full");
-            }
-            Kind::Sqlite | Kind::Postgres => {}
-        }
+        let url = address.url();
         let pool = AnyPoolOptions::new()
             .max_connections(CONNECTIONS)
             .acquire_timeout(ANSWER)
             .connect_lazy(url.as_str())?;
         Ok(Self {
             pool,
-            kind: address.kind,
+            kind: address.kind(),
             url: url.into(),
             has_schema: OnceCell::new(),
         })
@@ -359,50 +300,6 @@ impl Store {
     }
 }
 
-/// Whether what goes there crosses a network. A host may be in the address, among its options
-/// or, if it is in neither, in the environment.
-fn is_elsewhere(url: &url::Url) -> bool {
-    let options = url.query_pairs();
-    let options = options.filter(|(name, _)| matches!(&**name, "host" | "hostaddr"));
-    let mut hosts: Vec<String> = options.map(|(_, host)| host.into_owned()).collect();
-    match url.host_str() {
-        Some(host) if !host.is_empty() => hosts.push(host.to_owned()),
-        _ => hosts.extend(
-            ["PGHOSTADDR", "PGHOST"]
-                .iter()
-                .filter_map(|name| std::env::var(name).ok()),
-        ),
-    }
-    hosts.iter().any(|host| is_another_machine(host))
-}
-
-fn is_another_machine(host: &str) -> bool {
-    // A folder has a socket in it.
-    if host.starts_with('/') || host.starts_with("%2F") {
-        return false;
-    }
-    match host.trim_matches(['[', ']']).parse::<IpAddr>() {
-        Ok(address) => !address.is_loopback(),
-        Err(_) => host != "localhost",
-    }
-}
-
-fn says_sslmode(url: &url::Url) -> bool {
-    let given = url
-        .query_pairs()
-        .any(|(name, _)| matches!(&*name, "sslmode" | "ssl-mode"));
-    let variable = std::env::var("PGSSLMODE").unwrap_or_default();
-    let modes = [
-        "disable",
-        "allow",
-        "prefer",
-        "require",
-        "verify-ca",
-        "verify-full",
-    ];
-    given || modes.contains(&&*variable)
-}
-
 /// Of constants alone.
 fn safe(statement: String) -> SqlStr {
     AssertSqlSafe(statement).into_sql_str()
@@ -447,56 +344,4 @@ fn seconds(time: SystemTime) -> i64 {
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
     since.as_secs().cast_signed()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_crosses_a_network_is_checked_unless_said_otherwise() {
-        let is_elsewhere = |text: &str| is_elsewhere(&url::Url::parse(text).unwrap());
-        for here in ["127.0.0.1", "[::1]", "localhost", "localhost:5433"] {
-            assert!(
-                !is_elsewhere(&format!("postgres://shim@{here}/polydev")),
-                "{here}"
-            );
-        }
-        assert!(!is_elsewhere("postgres:///polydev?host=/run/postgresql"));
-        for there in ["/polydev?host=db", "localhost/polydev?hostaddr=192.0.2.1"] {
-            assert!(is_elsewhere(&format!("postgres://{there}")), "{there}");
-        }
-        for there in ["db", "192.0.2.1:5432", "[2001:db8::1]"] {
-            assert!(
-                is_elsewhere(&format!("postgres://shim@{there}/polydev")),
-                "{there}"
-            );
-        }
-    }
-
-    #[test]
-    fn addresses_are_of_a_database_and_without_a_password() {
-        let parse = |text: &str| text.parse::<Address>();
-        for good in [
-            "postgres://shim@db/polydev?sslmode=verify-full",
-            "sqlite:///var/lib/s.db",
-        ] {
-            assert_eq!(parse(good).unwrap().to_string(), good);
-        }
-        for wrong in [
-            "",
-            "mysql://db/x",
-            "sqlite::memory:",
-            "sqlite://relative.db",
-            "/a/path",
-        ] {
-            assert_eq!(parse(wrong), Err(InvalidAddress::Form), "{wrong}");
-        }
-        for password in [
-            "postgres://shim:x@db/polydev",
-            "postgres://db/polydev?password=x",
-        ] {
-            assert_eq!(parse(password), Err(InvalidAddress::Password));
-        }
-    }
 }
