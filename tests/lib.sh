@@ -23,6 +23,23 @@ packages() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 }
 
+# Prints the path of a program that is built from a Go module and kept for next time:
+# go_program NAME MODULE PACKAGE HOW-ELSE-TO-GET-IT [OPTION...]
+go_program() {
+    local name=$1 module=$2 package=$3 else=$4 content program
+    shift 4
+    content=$(find "$module" -maxdepth 1 \( -name 'go.*' -o -name '*.go' \) | sort | xargs cat | sha256sum | cut -c1-16)
+    program=$POLYDEV_CACHE/$name-$content/$name
+    if [ ! -x "$program" ]; then
+        need go "$else"
+        step "building $module (minutes)"
+        mkdir -p "${program%/*}"
+        (cd "$module" && go build "$@" -o "$program.partial" "$package") >&2
+        mv "$program.partial" "$program"
+    fi
+    echo "$program"
+}
+
 # The engine's own client: another one may come first in PATH.
 docker_program() {
     if [ -x /usr/bin/docker ]; then echo /usr/bin/docker; else echo docker; fi

@@ -17,6 +17,7 @@ if [ -z "${POLYDEV_TEST_ENGINE:-}" ]; then
     need npm "apt-get install npm"
     command -v grpcurl >/dev/null || need go "install Go 1.26 or newer, or put grpcurl into PATH"
     command -v nomad >/dev/null || need go "install Go 1.26 or newer to build Nomad, or put a Nomad 1.11 into PATH"
+    command -v otelcol-contrib >/dev/null || need go "install Go 1.26 or newer to build a collector, or put otelcol-contrib into PATH"
     POLYDEV_TEST_ENGINE=1 exec tests/with-docker.sh "$0" "$@"
 fi
 
@@ -72,8 +73,9 @@ if [ "${1:-}" != long ]; then
 fi
 check "images" tests/images.sh
 POLYDEV_NOMAD=$(tests/nomad/build.sh)
+POLYDEV_COLLECTOR=$(tests/collector/build.sh)
 if [ "${1:-}" = long ]; then older=$(tests/nomad/build.sh 1.10); fi
-export POLYDEV_NOMAD
+export POLYDEV_NOMAD POLYDEV_COLLECTOR
 tests "tests of the whole system" make --no-print-directory "${1:-it}"
 if [ "${1:-}" = long ]; then
     POLYDEV_NOMAD=$older

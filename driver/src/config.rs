@@ -8,6 +8,7 @@ pub mod schema;
 mod shims;
 mod slot;
 mod task;
+mod telemetry;
 mod value;
 
 pub use allow::Capabilities;
@@ -16,6 +17,7 @@ pub use plugin::{Auth, EXTRA_LABELS, Endpoint, Gc, Plugin, Tls};
 pub use shims::Shims;
 pub use slot::Slot;
 pub use task::{Auth as TaskAuth, Bandwidth, Logging, Task, Ulimit};
+pub use telemetry::Telemetry;
 
 /// The providers there are: API, jobs, labels and metrics use these words.
 pub const PROVIDERS: [&str; 3] = ["openai", "anthropic", "google"];

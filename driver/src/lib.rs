@@ -29,6 +29,7 @@ pub mod events;
 pub mod limits;
 mod link;
 pub mod logging;
+pub mod metrics;
 mod netlink;
 mod process;
 mod reap;

@@ -23,6 +23,7 @@ use crate::{
     firewall::{self, Firewall},
     identity::LABEL_INSTANCE,
     images::Images,
+    metrics::{self, Metrics},
     run::{self, book::Runs, recover::Open},
     sandbox::Networks,
     slot::{adopt::Shelf, book::Book, breaker::Breakers, headroom::Headroom},
@@ -41,6 +42,8 @@ pub enum Error {
     Firewall(#[from] firewall::Error),
     #[error(transparent)]
     Runs(#[from] run::book::Error),
+    #[error(transparent)]
+    Metrics(#[from] metrics::Error),
     #[error("cannot listen at `{path}`")]
     Listen { path: PathBuf, source: io::Error },
     #[error("cannot listen at `shims.listen`, {address}")]
@@ -81,6 +84,7 @@ pub struct Node {
     pub journal: Journal,
     pub networks: Networks,
     pub events: Events,
+    pub metrics: Metrics,
     pub tasks: TaskTracker,
     /// Docker has answered once.
     pub ready: watch::Sender<bool>,
@@ -132,6 +136,7 @@ impl Node {
             open,
             listener,
             secured,
+            metrics,
         } = prepared;
         let text = std::fs::read_to_string(&resolv_conf).unwrap_or_default();
         let node = Arc::new(Self {
@@ -156,10 +161,12 @@ impl Node {
             plain: task::book::Book::default(),
             journal,
             events,
+            metrics,
             tasks: TaskTracker::new(),
             ready: watch::Sender::new(false),
             _lock: lock,
         });
+        node.metrics.watch(&node);
         task::recover(&node);
         run::recover::recover(&node, open);
         node.images.collect();
@@ -242,6 +249,7 @@ struct Prepared {
     listener: tokio::net::UnixListener,
     /// For shims on other machines.
     secured: Option<(TcpListener, Arc<Reloading>)>,
+    metrics: Metrics,
 }
 
 impl Prepared {
@@ -267,6 +275,7 @@ impl Prepared {
             })
         });
         Ok(Self {
+            metrics: Metrics::new(config.telemetry.as_ref(), &instance)?,
             secured: secured.transpose()?,
             docker,
             instance,

@@ -36,6 +36,7 @@ use crate::{
     config,
     identity::Identity,
     limits::{self, Limits, Usage},
+    metrics::Steps,
     run::{Run, book::Occupant, carry::Order},
 };
 use headroom::Share;
@@ -62,6 +63,7 @@ pub struct Slot {
     end: watch::Sender<Option<Ended>>,
     lease: Mutex<Lease>,
     container: Mutex<Container>,
+    steps: Steps,
     changed: watch::Sender<u64>,
 }
 
@@ -148,9 +150,19 @@ impl Slot {
     }
 
     fn try_apply(&self, event: Event) -> Result<(), state::Refused> {
-        self.lock().apply(event, SystemTime::now())?;
-        self.changed.send_modify(|version| *version += 1);
+        let life = self.lock();
+        let mut next = life.clone();
+        next.apply(event, SystemTime::now())?;
+        self.step(life, next);
         Ok(())
+    }
+
+    /// Takes a step that has been decided, and tells of it.
+    fn step(&self, mut life: MutexGuard<'_, Life>, next: Life) {
+        let last = std::mem::replace(&mut *life, next.clone());
+        drop(life);
+        self.steps.taken(self, &last, &next);
+        self.changed.send_modify(|version| *version += 1);
     }
 
     /// For events that the present state may make meaningless, such as a second drain.

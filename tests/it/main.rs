@@ -16,6 +16,7 @@ mod images;
 mod jobspecs;
 mod leases;
 mod long;
+mod metrics;
 mod network;
 mod nomad;
 mod on_demand;

@@ -12,13 +12,5 @@ if command -v nomad >/dev/null && nomad version | grep -q "^Nomad v${version/./\
 fi
 module=tests/nomad
 [ "$version" = 1.11 ] || module=tests/nomad/$version
-content=$(cat "$module"/go.{mod,sum} | sha256sum | cut -c1-16)
-program=$POLYDEV_CACHE/nomad-$content/nomad
-if [ ! -x "$program" ]; then
-    need go "install Go 1.26 or newer, or put a Nomad $version into PATH"
-    step "building Nomad $version (5 minutes)"
-    mkdir -p "${program%/*}"
-    (cd "$module" && go build -mod=mod -tags hashicorpmetrics -o "$program.partial" github.com/hashicorp/nomad) >&2
-    mv "$program.partial" "$program"
-fi
-echo "$program"
+go_program nomad "$module" github.com/hashicorp/nomad "install Go 1.26 or newer, or put a Nomad $version into PATH" \
+    -mod=mod -tags hashicorpmetrics

@@ -3,6 +3,7 @@
 
 pub mod client;
 pub mod cluster;
+pub mod collector;
 pub mod docker;
 pub mod docker_proxy;
 pub mod engine;

@@ -11,6 +11,7 @@ use super::{
     Error,
     shims::{RawShims, Shims},
     task::Logging,
+    telemetry::{RawTelemetry, Telemetry},
     value::{self, Maps, Number, absolute, duration, merged, ranged, refused, text},
 };
 use crate::{limits::Limits, slot::headroom::Amount};
@@ -74,6 +75,7 @@ pub struct Plugin {
     pub pull_activity_timeout: Duration,
     pub disable_log_collection: bool,
     pub shims: Option<Shims>,
+    pub telemetry: Option<Telemetry>,
 }
 
 /// Where Docker is.
@@ -168,6 +170,7 @@ pub(super) struct Raw {
     pull_activity_timeout: Option<String>,
     disable_log_collection: Option<bool>,
     shims: Option<RawShims>,
+    telemetry: Option<RawTelemetry>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -325,6 +328,7 @@ impl Raw {
             )?,
             disable_log_collection: self.disable_log_collection.unwrap_or_default(),
             shims: self.shims.map(RawShims::check).transpose()?,
+            telemetry: self.telemetry.map(RawTelemetry::check).transpose()?,
         })
     }
 }

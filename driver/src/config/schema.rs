@@ -34,6 +34,13 @@ pub fn plugin() -> Spec {
                 required("allow", STRINGS),
             ],
         ),
+        block(
+            "telemetry",
+            vec![
+                required("otlp_endpoint", "string"),
+                attr("interval", "string"),
+            ],
+        ),
         attr("state_dir", "string"),
         attr("init_path", "string"),
         block(

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::{
     Error,
-    value::{absolute, refused, text},
+    value::{absolute, is_url, refused, text},
 };
 
 /// Where shims on other machines reach the node service, and which ones.
@@ -42,7 +42,7 @@ impl RawShims {
         let listen = given.parse::<SocketAddr>();
         let listen = listen.map_err(|_| refused("shims.listen", given, allowed))?;
         let advertise = match text(self.advertise) {
-            Some(given) if is_https(&given) => given,
+            Some(given) if is_url("https", &given) => given,
             Some(given) => {
                 return Err(refused("shims.advertise", given, "https://HOST:PORT"));
             }
@@ -68,13 +68,4 @@ impl RawShims {
             allow,
         })
     }
-}
-
-/// `https://HOST:PORT` and nothing more.
-fn is_https(address: &str) -> bool {
-    let authority = address.strip_prefix("https://");
-    let parts = authority.and_then(|authority| authority.rsplit_once(':'));
-    parts.is_some_and(|(host, port)| {
-        !host.is_empty() && !host.contains(['/', '?', '@']) && port.parse::<u16>().is_ok()
-    })
 }

@@ -90,6 +90,18 @@ fn plugin_values_out_of_range_are_refused_by_name() {
         check(shims("advertise", advertise.into()), "shims.advertise");
     }
     check(shims("key", "relative.pem".into()), "shims.key");
+    for endpoint in [
+        "",
+        "127.0.0.1:4317",
+        "https://collector:4317",
+        "http://collector",
+        "http://c:4317/v1",
+    ] {
+        let telemetry = json!({ "telemetry": { "otlp_endpoint": endpoint } });
+        check(telemetry, "telemetry.otlp_endpoint");
+    }
+    let often = json!({ "otlp_endpoint": "http://127.0.0.1:4317", "interval": "10ms" });
+    check(json!({ "telemetry": often }), "telemetry.interval");
     check(shims("allow", json!([])), "shims.allow");
     check(
         json!({"endpoint": "unix:///x", "tls": {"cert": "/a", "key": "/b", "ca": "/c"}}),

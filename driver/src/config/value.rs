@@ -161,6 +161,16 @@ pub(super) fn absolute(field: &str, given: &str) -> Result<PathBuf, Error> {
     Err(refused(field, given, "an absolute path"))
 }
 
+/// `SCHEME://HOST:PORT` and nothing more.
+pub(super) fn is_url(scheme: &str, given: &str) -> bool {
+    let rest = given.strip_prefix(scheme);
+    let authority = rest.and_then(|rest| rest.strip_prefix("://"));
+    let parts = authority.and_then(|authority| authority.rsplit_once(':'));
+    parts.is_some_and(|(host, port)| {
+        !host.is_empty() && !host.contains(['/', '?', '@']) && port.parse::<u16>().is_ok()
+    })
+}
+
 /// One of a few words.
 pub(super) fn one_of<'a>(field: &str, given: &str, words: &[&'a str]) -> Result<&'a str, Error> {
     let known = words.iter().find(|word| **word == given);

@@ -127,15 +127,13 @@ impl Slot {
             run_id: run_id.to_owned(),
             user_id: user_id.to_owned(),
         };
-        let mut life = self.lock();
+        let life = self.lock();
         let mut next = life.clone();
         next.apply(claimed, SystemTime::now())
             .map_err(Refusal::Taken)?;
         let occupant = self.container().occupant.clone();
         let share = room(occupant.expect("an idle slot has a container"))?;
-        *life = next;
-        drop(life);
-        self.changed.send_modify(|version| *version += 1);
+        self.step(life, next);
         Ok(share)
     }
 }

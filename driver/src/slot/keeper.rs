@@ -101,6 +101,7 @@ impl Slot {
             end: watch::Sender::new(None),
             lease: Default::default(),
             container: Default::default(),
+            steps: node.metrics.steps(),
             changed: node.slots.changes(),
         });
         let keeper = Keeper {

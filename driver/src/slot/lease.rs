@@ -50,7 +50,7 @@ impl Slot {
         time: Duration,
     ) -> Result<SystemTime, Refusal> {
         let now = SystemTime::now();
-        let mut life = self.lock();
+        let life = self.lock();
         if let State::Leased { holder, until } = life.state()
             && (life.generation(), &*holder.run_id, &*holder.user_id)
                 == (generation, run_id, user_id)
@@ -68,12 +68,11 @@ impl Slot {
         next.apply(leased, now).map_err(Refusal::Taken)?;
         let share = Amount::on_top(&node.config.run, &self.idle);
         let share = node.headroom.take(share)?;
-        *life = next;
         let mut lease = self.lease_lock();
         lease.share = Some(share);
         lease.until.send_replace(Some(Instant::now() + time));
-        drop((lease, life));
-        self.changed.send_modify(|version| *version += 1);
+        drop(lease);
+        self.step(life, next);
         Ok(until)
     }
 

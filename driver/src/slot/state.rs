@@ -44,6 +44,17 @@ pub struct Holder {
 }
 
 impl State {
+    /// All there are, as [`State::name`] has them.
+    pub const NAMES: [&str; 7] = [
+        "warming",
+        "idle",
+        "leased",
+        "claimed",
+        "recycling",
+        "draining",
+        "failed",
+    ];
+
     /// The word for it in the API, logs and metrics.
     #[must_use]
     pub fn name(&self) -> &'static str {
@@ -93,6 +104,25 @@ pub enum Event {
     GivenUp { reason: String },
 }
 
+impl Event {
+    /// The word for it in the API, logs and metrics: the cause of a step.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Held { .. } => "held",
+            Self::Warmed => "warmed",
+            Self::Claimed { .. } => "claimed",
+            Self::Leased { .. } => "leased",
+            Self::LeaseEnded => "lease_ended",
+            Self::RunEnded => "run_ended",
+            Self::Died { .. } => "died",
+            Self::Recycled => "recycled",
+            Self::Drained => "drained",
+            Self::GivenUp { .. } => "given_up",
+        }
+    }
+}
+
 /// The event does not fit the state, which is left as it was.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the slot is {} at generation {generation}{}", state.name(), if *on_demand { ", for one run only" } else { "" })]
@@ -110,6 +140,7 @@ pub struct Life {
     generation: u64,
     /// The one run that may have it; `None` for a pool's.
     for_run: Option<String>,
+    cause: &'static str,
     reason: String,
     since: SystemTime,
 }
@@ -122,6 +153,7 @@ impl Life {
             state: State::Warming,
             generation,
             for_run,
+            cause: "started",
             reason: String::new(),
             since: now,
         }
@@ -133,6 +165,7 @@ impl Life {
         Self {
             state: State::Claimed { run_id },
             generation,
+            cause: "recovered",
             ..self
         }
     }
@@ -145,6 +178,12 @@ impl Life {
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// What led to this state: the name of an [`Event`], or `started` or `recovered`.
+    #[must_use]
+    pub fn cause(&self) -> &'static str {
+        self.cause
     }
 
     /// Why it is in this state, for people; often empty.
@@ -163,6 +202,7 @@ impl Life {
     /// # Errors
     /// [`Refused`] if there is no such step from here.
     pub fn apply(&mut self, event: Event, now: SystemTime) -> Result<(), Refused> {
+        let cause = event.name();
         let (state, reason) = match (&self.state, event) {
             (State::Warming, Event::Held { reason }) => (State::Warming, reason),
             (State::Warming, Event::Warmed) => (State::Idle, String::new()),
@@ -233,6 +273,7 @@ impl Life {
         };
         *self = Self {
             state,
+            cause,
             reason,
             since: now,
             generation: self.generation,
@@ -301,6 +342,8 @@ mod tests {
                 let before = life.clone();
                 match life.apply(event.clone(), SystemTime::UNIX_EPOCH) {
                     Ok(()) => {
+                        prop_assert!(State::NAMES.contains(&life.state().name()));
+                        prop_assert_eq!(life.cause(), event.name());
                         prop_assert!(life.generation() - before.generation() <= 1);
                         prop_assert!(*before.state() != State::Failed, "Failed is final");
                         if let Event::Claimed { generation, run_id, user_id } = event {

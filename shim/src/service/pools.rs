@@ -62,6 +62,7 @@ pub(super) fn get(view: &View, provider: Provider) -> GetPoolResponse {
         image: slot.image,
         run_id: slot.run_id,
         on_demand: !slot.for_run_id.is_empty(),
+        cause: slot.cause,
     });
     GetPoolResponse {
         pool: Some(encode(provider, view.counts().get(provider.name()))),

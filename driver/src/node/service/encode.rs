@@ -33,6 +33,7 @@ pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
         image: slot.config.image.clone(),
         state: state.into(),
         generation: life.generation(),
+        cause: life.cause().to_owned(),
         reason: life.reason().to_owned(),
         since: Some(Timestamp::from(life.since())),
         namespace: slot.identity.namespace.clone(),

@@ -27,7 +27,7 @@ pub(super) async fn show(options: &Options, provider: String) -> anyhow::Result<
         .slots;
     let mut text = String::new();
     if options.output == Output::Text {
-        text.push_str("ALLOCATION  NODE      STATE      FOR    GENERATION  RUN                                   IMAGE\n");
+        text.push_str("ALLOCATION  NODE      STATE      CAUSE        FOR    GENERATION  RUN                                   IMAGE\n");
     }
     for slot in &slots {
         text.push_str(&match options.output {
@@ -97,10 +97,11 @@ fn slot_line(slot: &Slot) -> String {
     let short = |id: &str| id.chars().take(SHORT).collect::<String>();
     let allocation = slot.slot_id.rsplit('/').next().unwrap_or_default();
     let mut line = format!(
-        "{:<10}  {:<8}  {:<9}  {:<5}  {:>10}  {:<36}  {}",
+        "{:<10}  {:<8}  {:<9}  {:<11}  {:<5}  {:>10}  {:<36}  {}",
         short(allocation),
         short(&slot.node_id),
         state(slot),
+        slot.cause,
         age(slot.since),
         slot.generation,
         if slot.run_id.is_empty() {
@@ -123,7 +124,7 @@ fn slot_json(slot: &Slot) -> Value {
     json!({
         "slot_id": slot.slot_id, "node_id": slot.node_id, "job_id": slot.job_id,
         "state": state(slot), "since": slot.since.as_ref().map(ToString::to_string),
-        "reason": slot.reason, "generation": slot.generation, "image": slot.image,
+        "cause": slot.cause, "reason": slot.reason, "generation": slot.generation, "image": slot.image,
         "run_id": slot.run_id, "on_demand": slot.on_demand,
     })
 }

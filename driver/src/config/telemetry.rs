@@ -1,0 +1,41 @@
+//! Where the plugin tells what it counts.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::{
+    Error,
+    value::{duration, is_url, refused, text},
+};
+
+/// The collector that is told, and how often.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Telemetry {
+    /// `http://HOST:PORT`, of OTLP over gRPC.
+    pub otlp_endpoint: String,
+    pub interval: Duration,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawTelemetry {
+    otlp_endpoint: Option<String>,
+    interval: Option<String>,
+}
+
+impl RawTelemetry {
+    pub(super) fn check(self) -> Result<Telemetry, Error> {
+        const SECOND: Duration = Duration::from_secs(1);
+        let given = text(self.otlp_endpoint).unwrap_or_default();
+        if !is_url("http", &given) {
+            let allowed = "http://HOST:PORT of a collector that takes OTLP over gRPC";
+            return Err(refused("telemetry.otlp_endpoint", given, allowed));
+        }
+        let interval = text(self.interval);
+        Ok(Telemetry {
+            otlp_endpoint: given,
+            interval: duration("telemetry.interval", interval, 10 * SECOND, SECOND)?,
+        })
+    }
+}

@@ -1,0 +1,76 @@
+//! A real OpenTelemetry Collector, with the configuration of `ops/`.
+
+use std::{path::PathBuf, process::Command};
+
+use crate::{folder::Folder, process::Process, root};
+
+/// Dropping it stops it.
+pub struct Collector {
+    _process: Process,
+    figures: String,
+    _folder: Folder,
+}
+
+/// The collector's program: `tests/test.sh` says where it is.
+fn program() -> PathBuf {
+    std::env::var_os("POLYDEV_COLLECTOR")
+        .unwrap_or_else(|| "otelcol-contrib".into())
+        .into()
+}
+
+impl Collector {
+    /// Starts one that takes OTLP at a port of this machine, and waits for nothing.
+    #[must_use]
+    pub fn start(otlp: u16) -> Self {
+        let folder = Folder::new("pdtest-");
+        let [prometheus] = crate::free_ports();
+        let set =
+            |path: &str, port: u16| format!("--config=yaml:{path}::endpoint: 127.0.0.1:{port}");
+        let mut command = Command::new(program());
+        command
+            .arg("--config")
+            .arg(root().join("ops/collector.yaml"))
+            .arg(set("receivers::otlp::protocols::grpc", otlp))
+            .arg(set("exporters::prometheus", prometheus));
+        Self {
+            _process: Process::start(&mut command, &folder.path().join("log")),
+            figures: format!("http://127.0.0.1:{prometheus}/metrics"),
+            _folder: folder,
+        }
+    }
+
+    /// What it shows to Prometheus; empty while it does not answer.
+    ///
+    /// # Panics
+    /// Without `curl`.
+    #[must_use]
+    pub fn figures(&self) -> String {
+        let mut curl = Command::new("curl");
+        let curl = curl.args([
+            "--silent",
+            "--max-time",
+            "5",
+            "--noproxy",
+            "*",
+            &self.figures,
+        ]);
+        let output = curl.output().expect("curl is installed");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// The sum of the series of that name that have these labels, such as `state="idle"`.
+    ///
+    /// # Panics
+    /// If a figure is no number.
+    #[must_use]
+    pub fn sum(&self, name: &str, labels: &[&str]) -> f64 {
+        let figures = self.figures();
+        let series = figures.lines().filter_map(|line| {
+            let (series, value) = line.rsplit_once(' ')?;
+            let (found, with) = series.split_once('{')?;
+            let is_asked = found == name && labels.iter().all(|label| with.contains(label));
+            is_asked.then(|| value.parse::<f64>().expect("a figure is a number"))
+        });
+        series.sum()
+    }
+}
