@@ -12,6 +12,7 @@ mod exec;
 mod faults;
 mod files;
 mod http;
+mod idle;
 mod images;
 mod jobspecs;
 mod leases;

@@ -17,14 +17,14 @@ use polydev_tests::{
     nomad::Nomad,
     process::output,
     program,
-    shim::{Shim, instance_label},
+    shim::Shim,
     wait_until,
 };
 use sha2::{Digest, Sha256};
 use tonic::Code;
 use uuid::Uuid;
 
-use crate::files;
+use crate::{files, idle};
 
 /// Numbered lines: no two places of the stream are alike.
 fn lines(count: u32) -> String {
@@ -248,7 +248,7 @@ pub(crate) fn driver(state_dir: &Path) -> Pid {
     Pid::from_raw(pid.expect("a pid"))
 }
 
-fn kill_driver(nomad: &Nomad) {
+pub(crate) fn kill_driver(nomad: &Nomad) {
     let killed = driver(&nomad.state_dir());
     nix::sys::signal::kill(killed, Signal::SIGKILL).expect("it lives");
     wait_until("another driver", Duration::from_secs(60), || {
@@ -347,32 +347,7 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     let after = nomad.wait_running("polydev-pool-anthropic", 5);
     assert_eq!(ids(&after), ids(&before));
 
-    // An idle container is the next driver's too, and is claimed once; then the slot has another.
-    let label = instance_label(&nomad.state_dir());
-    let idle = docker::wait_containers(&label, 5);
-    kill_driver(&nomad);
-    let outcome = client.run(shell("anthropic", "echo again")).unwrap();
-    assert_eq!(outcome.stdout(), "again\n");
-    client.wait_idle("anthropic", 5);
-    let still = docker::wait_containers(&label, 5);
-    let kept = still.iter().filter(|id| idle.contains(id)).count();
-    assert_eq!(kept, 4, "of {idle:?} in {still:?}");
-
-    // Not by one that would make it otherwise by now: another init.
-    nomad.upgrade();
-    kill_driver(&nomad);
-    let others = || {
-        let now = docker::containers(&label);
-        if now.len() == 5 && now.iter().all(|id| !still.contains(id)) {
-            Ok(())
-        } else {
-            Err(format!("of {still:?} in {now:?}"))
-        }
-    };
-    wait_until("other containers", Duration::from_secs(60), others);
-    client.wait_idle("anthropic", 5);
-    let outcome = client.run(shell("anthropic", "echo anew")).unwrap();
-    assert_eq!(outcome.stdout(), "anew\n");
+    idle::are_taken_up_if_they_would_be_made_so(&nomad, &client);
 }
 
 /// The agent's clean stop ends the plugin: runs go on without it.

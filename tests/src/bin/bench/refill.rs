@@ -2,6 +2,8 @@
 
 use std::{
     collections::HashMap,
+    io::Read,
+    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -21,7 +23,7 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-use super::{IMAGE, Summary, millis, warm_claim};
+use super::{COMMAND, IMAGE, Summary, millis, warm_claim};
 
 const SLOTS: u32 = 8;
 const SAMPLES: usize = 20;
@@ -45,12 +47,13 @@ pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
         ours.push(refill(&client)?);
         theirs.push(runtime.block_on(container(&docker))?);
     }
-    let idle = claims(&client, false)?;
-    let busy = claims(&client, true)?;
+    let [idle, idle_programs] = claims(&client, false)?;
+    let [busy, busy_programs] = claims(&client, true)?;
     let (runs, containers) = (rate_of_runs(&shim)?, rate_of_containers(&runtime, &docker)?);
 
     let (our, their) = (Summary::of(&ours), Summary::of(&theirs));
     let (idle, busy) = (Summary::of(&idle), Summary::of(&busy));
+    let (alone, beside) = (Summary::of(&idle_programs), Summary::of(&busy_programs));
     let ratio = our.p50 / their.p50;
     let slower = busy.p99 / idle.p99;
     Ok(vec![
@@ -81,6 +84,15 @@ pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
                 "p50": idle.p50, "p90": idle.p90, "p99": idle.p99,
             },
             "ratio": slower, "bound": "p99 <= 2 times", "holds": slower <= 2.0,
+        }),
+        json!({
+            "name": "a program of the machine's own, at the same moments", "unit": "ms",
+            "n": CLAIMS, "p50": beside.p50, "p90": beside.p90, "p99": beside.p99,
+            "against": {
+                "name": "the same, while nothing is refilled", "unit": "ms", "n": CLAIMS,
+                "p50": alone.p50, "p90": alone.p90, "p99": alone.p99,
+            },
+            "ratio": beside.p99 / alone.p99, "bound": "none", "holds": true,
         }),
     ])
 }
@@ -128,11 +140,13 @@ async fn container(docker: &Docker) -> anyhow::Result<f64> {
     Ok(millis(begun.elapsed()))
 }
 
-/// Claims while nothing is being refilled, or a moment after another run has ended.
-fn claims(client: &Client, is_refilling: bool) -> anyhow::Result<Vec<f64>> {
+/// Claims while nothing is being refilled, or a moment after another run has ended; and what
+/// the machine itself takes to start a program then.
+fn claims(client: &Client, is_refilling: bool) -> anyhow::Result<[Vec<f64>; 2]> {
     client.wait_idle("anthropic", SLOTS);
     warm_claim(client)?;
-    let claims = (0..CLAIMS).map(|_| {
+    let (mut claims, mut programs) = (Vec::new(), Vec::new());
+    for _ in 0..CLAIMS {
         if is_refilling {
             std::thread::park_timeout(PAUSE);
             // Refills take longer than the claims of one caller: they are let catch up.
@@ -145,9 +159,25 @@ fn claims(client: &Client, is_refilling: bool) -> anyhow::Result<Vec<f64>> {
         } else {
             client.wait_idle("anthropic", SLOTS);
         }
-        warm_claim(client)
-    });
-    claims.collect()
+        programs.push(program()?);
+        claims.push(warm_claim(client)?);
+    }
+    Ok([claims, programs])
+}
+
+/// Milliseconds to the first byte of the same command outside of any container.
+fn program() -> anyhow::Result<f64> {
+    let begun = Instant::now();
+    let [program, arguments @ ..] = COMMAND;
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut output = child.stdout.take().context("it has a pipe")?;
+    output.read_exact(&mut [0])?;
+    let first = millis(begun.elapsed());
+    child.wait()?;
+    Ok(first)
 }
 
 /// Runs a second, with a caller for each slot that starts the next run as one ends.
