@@ -73,9 +73,13 @@ if [ "${1:-}" != long ]; then
 fi
 check "images" tests/images.sh
 POLYDEV_NOMAD=$(tests/nomad/build.sh)
-POLYDEV_COLLECTOR=$(tests/collector/build.sh)
-if [ "${1:-}" = long ]; then older=$(tests/nomad/build.sh 1.10); fi
-export POLYDEV_NOMAD POLYDEV_COLLECTOR
+export POLYDEV_NOMAD
+if [ "${1:-}" = long ]; then
+    older=$(tests/nomad/build.sh 1.10)
+else
+    POLYDEV_COLLECTOR=$(tests/collector/build.sh)
+    export POLYDEV_COLLECTOR
+fi
 tests "tests of the whole system" make --no-print-directory "${1:-it}"
 if [ "${1:-}" = long ]; then
     POLYDEV_NOMAD=$older

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Nothing on the right knows anything on its left. `docker` alone names bollard;
-//! `plugin`, `service` and `node/service` alone name tonic.
+//! `plugin`, `service`, `node/service` and `metrics` alone name tonic.
 
 pub mod plugin;
 pub mod service;

@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    error::Error,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -12,9 +13,9 @@ use std::{
 
 use opentelemetry::{
     KeyValue,
-    metrics::{AsyncInstrument, Histogram, MeterProvider},
+    metrics::{AsyncInstrument, Counter, Histogram, Meter, MeterProvider},
 };
-use opentelemetry_otlp::{ExporterBuildError, MetricExporter, WithExportConfig};
+use opentelemetry_otlp::{MetricExporter, WithTonicConfig};
 use opentelemetry_sdk::{
     Resource,
     error::OTelSdkResult,
@@ -23,14 +24,15 @@ use opentelemetry_sdk::{
         exporter::PushMetricExporter,
     },
 };
+use tonic::transport::Endpoint;
 
 use crate::{
     chain,
-    config::Telemetry,
+    config::{PROVIDERS, Telemetry},
     node::Node,
     slot::{
         Slot,
-        state::{Life, State},
+        state::{Event, Life, State},
     },
 };
 
@@ -39,131 +41,212 @@ const SERVICE: &str = "nomad-driver-polydev";
 const TIMES: [f64; 14] = [
     0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1_800.0, 7_200.0,
 ];
+/// For a collector to accept a connection, and to answer on one that it had.
+const CONNECT: Duration = Duration::from_secs(5);
+/// For one export.
+const EXPORT: Duration = Duration::from_secs(10);
+/// For the last one, when the driver is told to end.
+const LAST: Duration = Duration::from_millis(500);
 
-/// The exporter refuses the options.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot tell a collector at `telemetry.otlp_endpoint`")]
-pub struct Error(#[from] ExporterBuildError);
+/// The instruments, if there is a collector.
+#[derive(Debug, Default)]
+pub struct Metrics(Option<Told>);
 
-/// The instruments. Without a collector they count nothing.
 #[derive(Debug)]
-pub struct Metrics {
+struct Told {
     provider: SdkMeterProvider,
-    steps: Steps,
+    steps: Instruments,
 }
 
 impl Metrics {
     /// Begins to tell the collector, within a runtime. `instance` is the driver's on this node.
-    ///
-    /// # Errors
-    /// [`Error`]; a collector that is away is none.
-    pub fn new(telemetry: Option<&Telemetry>, instance: &str) -> Result<Self, Error> {
-        let provider = match telemetry {
-            None => SdkMeterProvider::default(),
-            Some(telemetry) => {
-                let exporter = MetricExporter::builder()
-                    .with_tonic()
-                    .with_endpoint(&telemetry.otlp_endpoint)
-                    .build()?;
-                let exporter = Watched {
-                    exporter,
-                    endpoint: telemetry.otlp_endpoint.clone(),
-                    is_failing: AtomicBool::new(false),
-                };
-                let reader = PeriodicReader::builder(exporter)
-                    .with_interval(telemetry.interval)
-                    .build();
-                let resource = Resource::builder()
-                    .with_service_name(SERVICE)
-                    .with_attributes([
-                        KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
-                        KeyValue::new("service.instance.id", instance.to_owned()),
-                    ])
-                    .build();
-                SdkMeterProvider::builder()
-                    .with_reader(reader)
-                    .with_resource(resource)
-                    .build()
-            }
-        };
-        let times = provider
-            .meter(SERVICE)
-            .f64_histogram("polydev.slot.state.duration")
-            .with_unit("s")
-            .with_description("How long slots were in a state, by what ended it.")
-            .with_boundaries(TIMES.into())
-            .build();
-        Ok(Self {
-            provider,
-            steps: Steps(times),
-        })
+    /// If it cannot, that is logged: slots are worth more than figures.
+    #[must_use]
+    pub fn new(telemetry: Option<&Telemetry>, instance: &str) -> Self {
+        let told = telemetry.map(|telemetry| Told::new(telemetry, instance));
+        Self(told.transpose().unwrap_or_else(|error| {
+            let error = chain(&*error);
+            tracing::error!(
+                error,
+                "no collector is told: see `telemetry` and OTEL_* variables"
+            );
+            None
+        }))
     }
 
     /// Counts the slots of the node from now on.
     pub fn watch(&self, node: &Arc<Node>) {
+        let Some(Told { provider, .. }) = &self.0 else {
+            return;
+        };
         let node = Arc::downgrade(node);
-        let count = move |observer: &dyn AsyncInstrument<i64>| {
+        let observe = move |observer: &dyn AsyncInstrument<i64>| {
             let Some(node) = node.upgrade() else { return };
-            for ((provider, on_demand), states) in count(&node.slots.all()) {
-                for (state, number) in states {
-                    let attributes = [
-                        KeyValue::new("provider", provider.clone()),
-                        KeyValue::new("state", state),
-                        KeyValue::new("on_demand", on_demand),
-                    ];
-                    observer.observe(number, &attributes);
-                }
+            for ((provider, on_demand, state), number) in count(&node.slots.all()) {
+                let mut attributes = of(provider, on_demand).to_vec();
+                attributes.push(KeyValue::new("state", state));
+                observer.observe(number, &attributes);
             }
         };
         // What it gives is only its name: the callback stays with the provider.
-        let _slots = self
-            .provider
+        let _slots = provider
             .meter(SERVICE)
             .i64_observable_up_down_counter("polydev.slots")
             .with_unit("{slot}")
             .with_description("Slots of the node.")
-            .with_callback(count)
+            .with_callback(observe)
             .build();
     }
 
     /// What a slot tells its steps to.
     #[must_use]
     pub fn steps(&self) -> Steps {
-        self.steps.clone()
+        Steps(self.0.as_ref().map(|told| told.steps.clone()))
+    }
+
+    /// Tells the collector for the last time. Blocks for half a second at most.
+    pub fn finish(&self) {
+        if let Some(Told { provider, .. }) = &self.0 {
+            // That the collector is away has been logged.
+            let _away = provider.shutdown_with_timeout(LAST);
+        }
     }
 }
 
-/// Slots by provider, whether they are on demand, and state; zeros too, so that a state that
-/// no slot is in any more is told as such.
-fn count(slots: &[Arc<Slot>]) -> BTreeMap<(String, bool), BTreeMap<&'static str, i64>> {
-    let mut counts = BTreeMap::new();
+impl Told {
+    fn new(telemetry: &Telemetry, instance: &str) -> Result<Self, Box<dyn Error + Send + Sync>> {
+        let endpoint = &telemetry.otlp_endpoint;
+        let channel = Endpoint::from_shared(endpoint.clone())?
+            .connect_timeout(CONNECT)
+            .timeout(EXPORT)
+            .http2_keep_alive_interval(CONNECT)
+            .keep_alive_timeout(CONNECT)
+            .connect_lazy();
+        let exporter = MetricExporter::builder()
+            .with_temporality(Temporality::Cumulative)
+            .with_tonic()
+            .with_channel(channel)
+            .build()?;
+        let exporter = Watched {
+            exporter,
+            endpoint: endpoint.clone(),
+            is_failing: AtomicBool::new(false),
+        };
+        let reader = PeriodicReader::builder(exporter)
+            .with_interval(telemetry.interval)
+            .build();
+        let host = nix::unistd::gethostname().unwrap_or_default();
+        // Not what the agent's environment says: that is about the agent.
+        let resource = Resource::builder_empty()
+            .with_service_name(SERVICE)
+            .with_attributes([
+                KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
+                KeyValue::new("service.instance.id", instance.to_owned()),
+                KeyValue::new("host.name", host.to_string_lossy().into_owned()),
+            ])
+            .build();
+        let provider = SdkMeterProvider::builder()
+            .with_reader(reader)
+            .with_resource(resource)
+            .build();
+        let steps = Instruments::new(&provider.meter(SERVICE));
+        Ok(Self { provider, steps })
+    }
+}
+
+fn of(provider: &'static str, on_demand: bool) -> [KeyValue; 2] {
+    [
+        KeyValue::new("provider", provider),
+        KeyValue::new("on_demand", on_demand),
+    ]
+}
+
+/// Slots by provider, whether they are on demand, and state; zeros too, so that nobody goes on
+/// with a figure of before.
+fn count(slots: &[Arc<Slot>]) -> BTreeMap<(&'static str, bool, &'static str), i64> {
+    let none = pools().flat_map(|(provider, on_demand)| {
+        State::NAMES.map(|state| ((provider, on_demand, state), 0))
+    });
+    let mut counts: BTreeMap<_, _> = none.collect();
     for slot in slots.iter().filter(|slot| slot.end().is_none()) {
-        let pool = (slot.config.provider.clone(), slot.is_on_demand());
-        let none = || State::NAMES.map(|name| (name, 0)).into();
-        let states: &mut BTreeMap<_, _> = counts.entry(pool).or_insert_with(none);
-        *states.entry(slot.life().state().name()).or_default() += 1;
+        let of = (
+            provider(slot),
+            slot.is_on_demand(),
+            slot.life().state().name(),
+        );
+        *counts.entry(of).or_default() += 1;
     }
     counts
 }
 
-/// Counts the steps of slots, with the time that passed before each.
+/// The name of the slot's provider, of those that there are.
+fn provider(slot: &Slot) -> &'static str {
+    let mut known = PROVIDERS.into_iter();
+    let is_it = |name: &&str| *name == slot.config.provider;
+    known.find(is_it).expect("options are checked")
+}
+
+fn pools() -> impl Iterator<Item = (&'static str, bool)> {
+    let providers = PROVIDERS.into_iter();
+    providers.flat_map(|provider| [(provider, false), (provider, true)])
+}
+
 #[derive(Debug, Clone)]
-pub struct Steps(Histogram<f64>);
+struct Instruments {
+    steps: Counter<u64>,
+    times: Histogram<f64>,
+}
+
+impl Instruments {
+    fn new(meter: &Meter) -> Self {
+        let steps = meter
+            .u64_counter("polydev.slot.steps")
+            .with_unit("{step}")
+            .with_description("Steps of slots, by what led to them.")
+            .build();
+        // A series that begins with its first step hides that one from a rate.
+        for (provider, on_demand) in pools() {
+            for cause in Event::NAMES {
+                let [provider, on_demand] = of(provider, on_demand);
+                steps.add(0, &[provider, on_demand, KeyValue::new("cause", cause)]);
+            }
+        }
+        let times = meter
+            .f64_histogram("polydev.slot.state.duration")
+            .with_unit("s")
+            .with_description("How long slots were in a state, and which one followed.")
+            .with_boundaries(TIMES.into())
+            .build();
+        Self { steps, times }
+    }
+}
+
+/// Counts the steps of slots, with the time that each state took.
+#[derive(Debug, Clone)]
+pub struct Steps(Option<Instruments>);
 
 impl Steps {
-    /// `slot` has gone from `last` to `next`.
+    /// `slot` goes from `last` to `next`.
     pub fn taken(&self, slot: &Slot, last: &Life, next: &Life) {
+        let Some(Instruments { steps, times }) = &self.0 else {
+            return;
+        };
+        let [provider, on_demand] = of(provider(slot), slot.is_on_demand());
+        let cause = KeyValue::new("cause", next.cause());
+        steps.add(1, &[provider.clone(), on_demand.clone(), cause]);
+        let (state, next_state) = (last.state().name(), next.state().name());
+        if state == next_state {
+            return;
+        }
+        let attributes = [
+            provider,
+            on_demand,
+            KeyValue::new("state", state),
+            KeyValue::new("next", next_state),
+        ];
         // A clock that was set back has seen no time pass.
         let time = next.since().duration_since(last.since());
-        let attributes = [
-            KeyValue::new("provider", slot.config.provider.clone()),
-            KeyValue::new("state", last.state().name()),
-            KeyValue::new("next", next.state().name()),
-            KeyValue::new("cause", next.cause()),
-            KeyValue::new("on_demand", slot.is_on_demand()),
-        ];
-        self.0
-            .record(time.unwrap_or_default().as_secs_f64(), &attributes);
+        times.record(time.unwrap_or_default().as_secs_f64(), &attributes);
     }
 }
 

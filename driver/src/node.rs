@@ -23,7 +23,7 @@ use crate::{
     firewall::{self, Firewall},
     identity::LABEL_INSTANCE,
     images::Images,
-    metrics::{self, Metrics},
+    metrics::Metrics,
     run::{self, book::Runs, recover::Open},
     sandbox::Networks,
     slot::{adopt::Shelf, book::Book, breaker::Breakers, headroom::Headroom},
@@ -42,8 +42,6 @@ pub enum Error {
     Firewall(#[from] firewall::Error),
     #[error(transparent)]
     Runs(#[from] run::book::Error),
-    #[error(transparent)]
-    Metrics(#[from] metrics::Error),
     #[error("cannot listen at `{path}`")]
     Listen { path: PathBuf, source: io::Error },
     #[error("cannot listen at `shims.listen`, {address}")]
@@ -275,7 +273,7 @@ impl Prepared {
             })
         });
         Ok(Self {
-            metrics: Metrics::new(config.telemetry.as_ref(), &instance)?,
+            metrics: Metrics::new(config.telemetry.as_ref(), &instance),
             secured: secured.transpose()?,
             docker,
             instance,

@@ -100,7 +100,10 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
     }
     let node = node.borrow().clone();
     if let Some(node) = node {
-        let _overrun = tokio::time::timeout(LEAVE, node.leave()).await;
+        let told = node.clone();
+        let told = tokio::task::spawn_blocking(move || told.metrics.finish());
+        let left = async { tokio::join!(node.leave(), told) };
+        let _overrun = tokio::time::timeout(LEAVE, left).await;
     }
     Ok(())
 }

@@ -159,9 +159,9 @@ impl Slot {
 
     /// Takes a step that has been decided, and tells of it.
     fn step(&self, mut life: MutexGuard<'_, Life>, next: Life) {
-        let last = std::mem::replace(&mut *life, next.clone());
+        self.steps.taken(self, &life, &next);
+        *life = next;
         drop(life);
-        self.steps.taken(self, &last, &next);
         self.changed.send_modify(|version| *version += 1);
     }
 

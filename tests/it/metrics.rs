@@ -4,13 +4,20 @@ use std::time::Duration;
 
 use polydev_proto::runtime::RunStart;
 use polydev_tests::{
-    client::shell, collector::Collector, free_ports, nomad::Nomad, process::succeed, shim::Shim,
+    client::shell,
+    collector::Collector,
+    docker, free_ports,
+    nomad::Nomad,
+    process::succeed,
+    shim::{Shim, instance_label},
     wait_until,
 };
 use serde_json::Value;
 
+const PROVIDER: &str = "provider=\"anthropic\"";
 const SLOTS: &str = "polydev_slots";
-const STEPS: &str = "polydev_slot_state_duration_seconds_count";
+const STEPS: &str = "polydev_slot_steps_total";
+const COUNT: &str = "polydev_slot_state_duration_seconds_count";
 const TIMES: &str = "polydev_slot_state_duration_seconds_sum";
 
 /// Waits until the series with these labels come to that.
@@ -46,16 +53,15 @@ fn slots_their_states_and_every_step_with_its_cause_are_told_to_a_collector() {
     logged("the collector takes no metrics");
     let collector = Collector::start(port);
     logged("the collector takes metrics again");
-    let provider = "provider=\"anthropic\"";
-    wait_for(&collector, SLOTS, &[provider, "state=\"idle\""], 2.0);
-    let warmed = ["state=\"warming\"", "next=\"idle\"", "cause=\"warmed\""];
-    wait_for(&collector, STEPS, &warmed, 2.0);
+    wait_for(&collector, SLOTS, &[PROVIDER, "state=\"idle\""], 2.0);
+    wait_for(&collector, STEPS, &[PROVIDER, "cause=\"warmed\""], 2.0);
 
     let start = RunStart {
         stdin: true,
         ..shell("anthropic", "read line")
     };
     let mut run = client.start(start).unwrap();
+    let run_id = run.accepted.run_id.clone();
     wait_for(&collector, SLOTS, &["state=\"claimed\""], 1.0);
     wait_for(&collector, SLOTS, &["state=\"idle\""], 1.0);
     run.close();
@@ -63,38 +69,51 @@ fn slots_their_states_and_every_step_with_its_cause_are_told_to_a_collector() {
     client.wait_idle("anthropic", 2);
     wait_for(&collector, SLOTS, &["state=\"claimed\""], 0.0);
     wait_for(&collector, SLOTS, &["state=\"idle\""], 2.0);
-    wait_for(&collector, STEPS, &warmed, 3.0);
-    for step in [
-        ["state=\"idle\"", "next=\"claimed\"", "cause=\"claimed\""],
-        [
-            "state=\"claimed\"",
-            "next=\"recycling\"",
-            "cause=\"run_ended\"",
-        ],
-        [
-            "state=\"recycling\"",
-            "next=\"warming\"",
-            "cause=\"recycled\"",
-        ],
+    for (cause, count) in [
+        ("claimed", 1.0),
+        ("run_ended", 1.0),
+        ("recycled", 1.0),
+        ("warmed", 3.0),
     ] {
         wait_for(
             &collector,
             STEPS,
-            &[provider, step[0], step[1], step[2]],
-            1.0,
+            &[PROVIDER, &format!("cause=\"{cause}\"")],
+            count,
         );
     }
+    let idle = ["state=\"warming\"", "next=\"idle\""];
+    wait_for(&collector, COUNT, &idle, 3.0);
     // The run was there until a figure that comes once a second had told so.
     assert!(collector.sum(TIMES, &["state=\"claimed\""]) > 0.1);
-    assert!(
-        !collector.figures().contains("tester"),
-        "who ran is no figure"
-    );
 
-    let shown = succeed(&mut shim.command(&["pool", "show", "anthropic", "--output", "json"]));
-    let shown: Value = serde_json::from_str(shown.lines().nth(1).unwrap_or_default()).unwrap();
-    assert_eq!(
-        (&shown["state"], &shown["cause"]),
-        (&"idle".into(), &"warmed".into())
-    );
+    let show = ["pool", "show", "anthropic", "--output", "json"];
+    let shown = succeed(&mut shim.command(&show));
+    let slots = shown
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let mut generations: Vec<_> = slots
+        .map(|slot| {
+            assert_eq!(
+                (&slot["state"], &slot["cause"]),
+                (&"idle".into(), &"warmed".into())
+            );
+            slot["generation"].as_u64()
+        })
+        .collect();
+    generations.sort_unstable();
+    assert_eq!(generations, [Some(1), Some(2)]);
+
+    // One that dies is counted at its first death; those that are gone are in no state.
+    let containers = docker::wait_containers(&instance_label(&nomad.state_dir()), 2);
+    docker::docker(&["kill", &containers[0]]);
+    wait_for(&collector, STEPS, &[PROVIDER, "cause=\"died\""], 1.0);
+    nomad.run(&["job", "stop", "-purge", "-detach", "polydev-pool-anthropic"]);
+    wait_for(&collector, STEPS, &[PROVIDER, "cause=\"drained\""], 2.0);
+    wait_for(&collector, SLOTS, &[], 0.0);
+
+    let figures = collector.figures();
+    for secret in ["tester", &run_id, "read line"] {
+        assert!(!figures.contains(secret), "{secret} is in {figures}");
+    }
 }

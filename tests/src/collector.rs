@@ -31,7 +31,9 @@ impl Collector {
             .arg("--config")
             .arg(root().join("ops/collector.yaml"))
             .arg(set("receivers::otlp::protocols::grpc", otlp))
-            .arg(set("exporters::prometheus", prometheus));
+            .arg(set("exporters::prometheus", prometheus))
+            // Its figures about itself are at a port that may be taken.
+            .arg("--config=yaml:service::telemetry::metrics::level: none");
         Self {
             _process: Process::start(&mut command, &folder.path().join("log")),
             figures: format!("http://127.0.0.1:{prometheus}/metrics"),

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::{
     Error,
-    value::{duration, is_url, refused, text},
+    value::{duration_within, is_url, refused, text},
 };
 
 /// The collector that is told, and how often.
@@ -35,7 +35,12 @@ impl RawTelemetry {
         let interval = text(self.interval);
         Ok(Telemetry {
             otlp_endpoint: given,
-            interval: duration("telemetry.interval", interval, 10 * SECOND, SECOND)?,
+            interval: duration_within(
+                "telemetry.interval",
+                interval,
+                10 * SECOND,
+                [SECOND, 60 * SECOND],
+            )?,
         })
     }
 }

@@ -96,12 +96,17 @@ fn plugin_values_out_of_range_are_refused_by_name() {
         "https://collector:4317",
         "http://collector",
         "http://c:4317/v1",
+        "http://::1:4317",
+        "http://a b:4317",
+        "http://#:4317",
     ] {
         let telemetry = json!({ "telemetry": { "otlp_endpoint": endpoint } });
         check(telemetry, "telemetry.otlp_endpoint");
     }
-    let often = json!({ "otlp_endpoint": "http://127.0.0.1:4317", "interval": "10ms" });
-    check(json!({ "telemetry": often }), "telemetry.interval");
+    for interval in ["10ms", "2m"] {
+        let telemetry = json!({ "otlp_endpoint": "http://[::1]:4317", "interval": interval });
+        check(json!({ "telemetry": telemetry }), "telemetry.interval");
+    }
     check(shims("allow", json!([])), "shims.allow");
     check(
         json!({"endpoint": "unix:///x", "tls": {"cert": "/a", "key": "/b", "ca": "/c"}}),

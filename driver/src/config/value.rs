@@ -1,6 +1,6 @@
 //! Values as Nomad encodes them (go-cty's msgpack), and the checks that all options share.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::Ipv6Addr, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Deserializer, de, de::DeserializeOwned};
 
@@ -128,7 +128,7 @@ pub(super) fn ranged(
     }))
 }
 
-/// A duration in Go's notation, such as `90s` or `1h30m`.
+/// A duration in Go's notation, such as `90s` or `1h30m`, of at most 7 days.
 pub(super) fn duration(
     field: &str,
     given: Option<String>,
@@ -136,19 +136,26 @@ pub(super) fn duration(
     least: Duration,
 ) -> Result<Duration, Error> {
     const MOST: Duration = Duration::from_secs(7 * 24 * 3600);
+    duration_within(field, given, default, [least, MOST])
+}
+
+/// As [`duration`], with another upper bound too.
+pub(super) fn duration_within(
+    field: &str,
+    given: Option<String>,
+    default: Duration,
+    [least, most]: [Duration; 2],
+) -> Result<Duration, Error> {
     let Some(text) = given else {
         return Ok(default);
     };
     let parsed = humantime::parse_duration(&text).ok();
     parsed
-        .filter(|value| (least..=MOST).contains(value))
+        .filter(|value| (least..=most).contains(value))
         .ok_or_else(|| {
-            let least = humantime::format_duration(least);
-            refused(
-                field,
-                &text,
-                format!("a duration such as `90s` or `5m`, from {least} to 7 days"),
-            )
+            let [least, most] = [least, most].map(humantime::format_duration);
+            let allowed = format!("a duration such as `90s` or `5m`, from {least} to {most}");
+            refused(field, &text, allowed)
         })
 }
 
@@ -161,14 +168,25 @@ pub(super) fn absolute(field: &str, given: &str) -> Result<PathBuf, Error> {
     Err(refused(field, given, "an absolute path"))
 }
 
-/// `SCHEME://HOST:PORT` and nothing more.
+/// `SCHEME://HOST:PORT` and nothing more; an IPv6 address is in brackets.
 pub(super) fn is_url(scheme: &str, given: &str) -> bool {
     let rest = given.strip_prefix(scheme);
     let authority = rest.and_then(|rest| rest.strip_prefix("://"));
     let parts = authority.and_then(|authority| authority.rsplit_once(':'));
     parts.is_some_and(|(host, port)| {
-        !host.is_empty() && !host.contains(['/', '?', '@']) && port.parse::<u16>().is_ok()
+        let v6 = host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'));
+        let is_host = match v6 {
+            Some(v6) => v6.parse::<Ipv6Addr>().is_ok(),
+            None => !host.is_empty() && host.chars().all(is_of_a_name),
+        };
+        is_host && port.parse::<u16>().is_ok()
     })
+}
+
+fn is_of_a_name(letter: char) -> bool {
+    letter.is_ascii_alphanumeric() || matches!(letter, '-' | '.' | '_')
 }
 
 /// One of a few words.

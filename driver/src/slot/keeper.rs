@@ -85,7 +85,11 @@ impl Slot {
         let generation = left.as_ref().map_or(last + 1, |left| left.generation);
         let life = Life::new(generation, config.run_id.clone(), now);
         let life = match &open {
-            Some(run) => life.resumed(run.claimed.run_id.clone(), run.claimed.generation),
+            Some(run) => {
+                let claimed = &run.claimed;
+                let run_id = claimed.run_id.clone();
+                life.resumed(run_id, claimed.generation, claimed.claimed_at)
+            }
             None => life,
         };
         let slot = Arc::new(Self {

@@ -105,6 +105,20 @@ pub enum Event {
 }
 
 impl Event {
+    /// All there are, as [`Event::name`] has them.
+    pub const NAMES: [&str; 10] = [
+        "held",
+        "warmed",
+        "claimed",
+        "leased",
+        "lease_ended",
+        "run_ended",
+        "died",
+        "recycled",
+        "drained",
+        "given_up",
+    ];
+
     /// The word for it in the API, logs and metrics: the cause of a step.
     #[must_use]
     pub fn name(&self) -> &'static str {
@@ -159,13 +173,14 @@ impl Life {
         }
     }
 
-    /// The slot's driver has been restarted, and the run that was in it still is.
+    /// The slot's driver has been restarted, and the run that was claimed then still is in it.
     #[must_use]
-    pub fn resumed(self, run_id: String, generation: u64) -> Self {
+    pub fn resumed(self, run_id: String, generation: u64, since: SystemTime) -> Self {
         Self {
             state: State::Claimed { run_id },
             generation,
             cause: "recovered",
+            since,
             ..self
         }
     }
@@ -197,7 +212,7 @@ impl Life {
         self.since
     }
 
-    /// Takes one step.
+    /// Takes one step. What leaves it in its state leaves [`Life::since`] too.
     ///
     /// # Errors
     /// [`Refused`] if there is no such step from here.
@@ -271,11 +286,12 @@ impl Life {
                 });
             }
         };
+        let is_as_before = state.name() == self.state.name();
         *self = Self {
+            since: if is_as_before { self.since } else { now },
             state,
             cause,
             reason,
-            since: now,
             generation: self.generation,
             for_run: self.for_run.take(),
         };
@@ -344,6 +360,7 @@ mod tests {
                     Ok(()) => {
                         prop_assert!(State::NAMES.contains(&life.state().name()));
                         prop_assert_eq!(life.cause(), event.name());
+                        prop_assert!(Event::NAMES.contains(&event.name()));
                         prop_assert!(life.generation() - before.generation() <= 1);
                         prop_assert!(*before.state() != State::Failed, "Failed is final");
                         if let Event::Claimed { generation, run_id, user_id } = event {
