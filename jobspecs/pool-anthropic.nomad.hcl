@@ -52,6 +52,12 @@ job "polydev-pool-anthropic" {
   group "pool" {
     count = var.count
 
+    # `nomad job scale` keeps to what `pool scale` allows.
+    scaling {
+      min = 0
+      max = 100
+    }
+
     # Far below a node's slots at a time, and not one by one.
     migrate {
       max_parallel     = 5

@@ -11,3 +11,22 @@ pub(crate) fn backoff(failures: u32) -> Duration {
     let full = FIRST.saturating_mul(1 << failures.min(10)).min(MOST);
     full.mul_f64(rand::random_range(0.5..1.0))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn it_doubles_up_to_a_bound_and_is_spread(failures in any::<u32>()) {
+            let full = match failures {
+                0..5 => FIRST * 2u32.pow(failures),
+                _ => MOST,
+            };
+            let waits: Vec<_> = (0..20).map(|_| backoff(failures)).collect();
+            prop_assert!(waits.iter().all(|wait| (full / 2..=full).contains(wait)), "{waits:?}");
+            prop_assert!(waits.iter().any(|wait| *wait != waits[0]), "all at once");
+        }
+    }
+}

@@ -110,7 +110,7 @@ fn problem(call: &Call, times: u32) -> Option<String> {
             (!is_prefix(0) || !is_prefix(1)).then(|| "its output is not its own".into())
         }
         Outcome::Refused(_) => (times > 0).then(|| "it ran".into()),
-        Outcome::Told(_) => None,
+        Outcome::Told(status) => Some(format!("its caller was told {:?}", status.code())),
         Outcome::Stuck(_) => Some("its caller was told nothing".into()),
     }
 }

@@ -1,11 +1,14 @@
 //! Three shims over two nodes, each with a dockerd, a driver and a network of its own.
 
-use std::{collections::HashSet, time::Duration};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 use nix::sys::signal::Signal;
 use polydev_proto::runtime::{
-    GetClusterStatusRequest, ListPoolsRequest, ListRunsRequest, Node, RunStart, RunState,
-    run_input::Input,
+    ExitReason, GetClusterStatusRequest, ListPoolsRequest, ListRunsRequest, Node, RunStart,
+    RunState, run_input::Input,
 };
 use polydev_tests::{
     client::{Client, Run, shell},
@@ -38,9 +41,14 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
     wait_warm();
 
     // A run in every slot, on both nodes, told about by any shim.
-    let script = "seq 1 20000; read line; echo $line; seq 20001 40000";
+    let script = "trap '' TERM; echo error >&2; \
+        seq 1 20000; read line; echo $line; seq 20001 40000";
     let open = || RunStart {
         stdin: true,
+        kill_timeout: Some(prost_types::Duration {
+            seconds: 1,
+            nanos: 0,
+        }),
         ..shell("anthropic", script)
     };
     let mut runs: Vec<Run> = (0..SLOTS as usize)
@@ -55,11 +63,29 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
     all_are_listed_by_any_shim(&clients, &runs);
     the_nodes_are_told_of(&clients[0], SLOTS);
 
-    // No server answers: a run is cancelled through another shim, and its slot is refilled and
-    // claimed.
+    // Others attach through another shim, in the middle of both streams.
+    let offsets = [1000, 2];
+    let attached: Vec<Run> = (1..SLOTS as usize)
+        .map(|number| {
+            let run_id = &runs[number].accepted.run_id;
+            clients[(number + 1) % 3].attach(run_id, offsets).unwrap()
+        })
+        .collect();
+
+    // No server answers: a run that does not want to end is cancelled through another shim, and
+    // its slot is refilled and claimed.
     cluster.server.signal(Signal::SIGSTOP);
-    let ended = runs.swap_remove(0);
+    let ended = runs.remove(0);
+    let began = Instant::now();
     clients[1].cancel(&ended.accepted.run_id).unwrap();
+    let outcome = clients[0].finish(ended).unwrap();
+    assert_eq!(outcome.exited.reason(), ExitReason::Cancelled);
+    assert_eq!(outcome.exited.signal, 9);
+    let took = began.elapsed();
+    assert!(
+        took < Duration::from_secs(4),
+        "{took:?} with a second to end in"
+    );
     clients[2].wait_idle("anthropic", 1);
     let outcome = clients[2].run(shell("anthropic", "echo on")).unwrap();
     assert_eq!(outcome.stdout(), "on\n");
@@ -87,6 +113,11 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
         let again = other.attach(&run_id, [0; 2]).unwrap();
         let again = other.finish(again).unwrap();
         assert!(again.stdout() == expected, "{run_id} through another shim");
+    }
+    for (number, run) in attached.into_iter().enumerate() {
+        let tail = clients[(number + 2) % 3].finish_from(run, offsets).unwrap();
+        assert!(tail.stdout() == expected[offsets[0]..]);
+        assert_eq!(tail.stderr(), "error\n"[offsets[1]..]);
     }
 
     for engine in &mut cluster.engines {

@@ -1,8 +1,11 @@
 //! How a run ends: by itself, by its deadline, by its caller, by the kernel.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal as UnixSignal;
+use nix::{
+    sys::signal::{Signal as UnixSignal, kill},
+    unistd::Pid,
+};
 use polydev_proto::runtime::{ExitReason, RunStart, Signal, run_event::Event, run_input::Input};
 use polydev_tests::{
     client::{argv, shell},
@@ -93,6 +96,27 @@ fn a_command_is_ended_at_its_deadline_first_kindly_then_not() {
     let outcome = client.run(stubborn).unwrap();
     assert_eq!(outcome.exited.reason(), ExitReason::Deadline);
     assert_eq!(outcome.exited.signal, 9);
+}
+
+#[test]
+fn a_deadline_is_kept_without_init() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let start = RunStart {
+        timeout: seconds(1),
+        kill_timeout: seconds(1),
+        ..shell("anthropic", "while :; do sleep 0.1; done")
+    };
+    let run = client.start(start).unwrap();
+    let container = &docker::wait_containers(&shim.label(), 1)[0];
+    let init = docker::inspect(container)["State"]["Pid"].as_i64();
+    let init = Pid::from_raw(init.unwrap().try_into().unwrap());
+    kill(init, UnixSignal::SIGSTOP).unwrap();
+    let began = Instant::now();
+    let outcome = client.finish(run).unwrap();
+    assert_eq!(outcome.exited.reason(), ExitReason::Deadline);
+    assert!(began.elapsed() < Duration::from_secs(10));
+    client.wait_idle("anthropic", 1);
 }
 
 #[test]

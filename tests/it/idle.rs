@@ -11,7 +11,7 @@ use polydev_tests::{
 };
 use serde_json::Value;
 
-use crate::survive::kill_driver;
+use crate::{leases, survive::kill_driver};
 
 /// Changes what is on record of idle containers, one field of each; which ones.
 fn alter_idle(nomad: &Nomad, fields: &[(&str, Value)]) -> Vec<String> {
@@ -34,16 +34,22 @@ fn alter_idle(nomad: &Nomad, fields: &[(&str, Value)]) -> Vec<String> {
 pub(crate) fn are_taken_up_if_they_would_be_made_so(nomad: &Nomad, client: &Client) {
     // An idle container is the next driver's too, and is claimed once; then the slot has another.
     let label = instance_label(&nomad.state_dir());
+    // That of a lease is nobody's then: its key has been told to a caller.
     let idle = docker::wait_containers(&label, 5);
+    leases::allocate(client, 300).expect("a slot is idle");
     kill_driver(nomad);
+    client.wait_idle("anthropic", 5);
+    let now = docker::wait_containers(&label, 5);
+    let kept = now.iter().filter(|id| idle.contains(id)).count();
+    assert_eq!(kept, 4, "of {idle:?} in {now:?}");
     let outcome = client
         .run(shell("anthropic", "echo again"))
         .expect("it runs");
     assert_eq!(outcome.stdout(), "again\n");
     client.wait_idle("anthropic", 5);
     let still = docker::wait_containers(&label, 5);
-    let kept = still.iter().filter(|id| idle.contains(id)).count();
-    assert_eq!(kept, 4, "of {idle:?} in {still:?}");
+    let kept = still.iter().filter(|id| now.contains(id)).count();
+    assert_eq!(kept, 4, "of {now:?} in {still:?}");
 
     // Not by one that would make it otherwise by now: another init.
     nomad.upgrade();

@@ -11,7 +11,7 @@ use polydev_tests::{
 };
 use tonic::{Code, Status};
 
-fn allocate(client: &Client, seconds: i64) -> Result<Lease, Status> {
+pub(crate) fn allocate(client: &Client, seconds: i64) -> Result<Lease, Status> {
     let request = AllocateRequest {
         provider: "claude_code".into(),
         user_id: "tester".into(),

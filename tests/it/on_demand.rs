@@ -87,6 +87,23 @@ fn a_run_that_finds_no_idle_slot_gets_one_of_its_own() {
     let described = nomad.get(&format!("/v1/job/{child}"));
     assert_eq!(described["Meta"]["run_id"], *outcome.accepted.run_id);
     assert_eq!(described["Payload"], Value::Null);
+    let (group, task) = (
+        &described["TaskGroups"][0],
+        &described["TaskGroups"][0]["Tasks"][0],
+    );
+    assert_eq!(described["Priority"], 50);
+    assert_eq!(group["RestartPolicy"]["Attempts"], 0);
+    let reschedule = &group["ReschedulePolicy"];
+    assert_eq!(
+        (&reschedule["Attempts"], &reschedule["Unlimited"]),
+        (&0.into(), &false.into())
+    );
+    let limits = &task["Resources"];
+    assert_eq!(
+        (&limits["CPU"], &limits["MemoryMB"]),
+        (&500.into(), &512.into())
+    );
+    assert_eq!(task["KillTimeout"], 30_000_000_000_u64);
     assert!(!described.to_string().contains("a-word-of-its-own"));
     wait_until("its job's end", Duration::from_secs(20), || {
         let allocations = nomad.allocations(child);

@@ -1,6 +1,6 @@
 //! A run is started once: by its id, and against other tries of it.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::sys::signal::{Signal, kill};
 use polydev_proto::{
@@ -9,7 +9,8 @@ use polydev_proto::{
 };
 use polydev_tests::{client::shell, shim::Shim};
 use tonic::Code;
-use uuid::Uuid;
+use tonic_types::StatusExt;
+use uuid::{NoContext, Uuid};
 
 use crate::survive::driver;
 
@@ -77,6 +78,32 @@ fn a_run_is_started_once_however_often_it_is_asked_for() {
     assert_eq!(late.stdout(), "late\n");
     let log = shim.process.log();
     assert!(log.contains("the claim came too late to start"), "{log}");
+}
+
+#[test]
+fn what_a_driver_may_have_forgotten_runs_again_only_if_its_caller_says_so() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    // Older than the driver's journal, which says nothing of it.
+    let before = SystemTime::now() - Duration::from_secs(30 * 60);
+    let before = before.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    let time = uuid::Timestamp::from_unix(NoContext, before.as_secs(), 0);
+    let again = RunStart {
+        run_id: Uuid::new_v7(time).to_string(),
+        attempt: 2,
+        ..shell("anthropic", "echo twice")
+    };
+    let refused = client.run(again.clone()).unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable);
+    let details = refused.get_error_details();
+    assert_eq!(details.error_info().unwrap().reason, "MAY_HAVE_RUN");
+    let outcome = client
+        .run(RunStart {
+            accept_duplicate: true,
+            ..again
+        })
+        .unwrap();
+    assert_eq!(outcome.stdout(), "twice\n");
 }
 
 #[test]

@@ -106,6 +106,29 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
         let told = text(&refused.stderr);
         assert!(told.contains(words), "{told}");
     }
+    for (words, told) in [
+        (&["scale", "anthropic", "--", "-1"][..], "'-1'"),
+        (&["drain", "codecs"], "`provider`"),
+        (&["resume", "codecs"], "`provider`"),
+        (&["show", "codecs"], "`provider`"),
+        (
+            &["drain", "google"],
+            "Nomad has no job `polydev-pool-google`",
+        ),
+        (
+            &["resume", "google"],
+            "Nomad has no job `polydev-pool-google`",
+        ),
+    ] {
+        let mut command = shim.command(&["pool"]);
+        let refused = output(command.args(words));
+        assert!(!refused.status.success(), "{words:?}");
+        assert!(
+            text(&refused.stderr).contains(told),
+            "{}",
+            text(&refused.stderr)
+        );
+    }
 
     let file = "jobspecs/pool-anthropic.nomad.hcl";
     let apply = |sizes: &[(&str, &str)], options: &[&str]| {
@@ -129,6 +152,15 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
             text(&refused.stderr)
         );
     }
+    for (provider, size, planned) in [("openai", "0", ""), ("google", "2", "  pool: 2 Place\n")] {
+        let mut command = Command::new(program("polydev-shim"));
+        let file = format!("jobspecs/pool-{provider}.nomad.hcl");
+        command.args(["pool", "apply", "--plan", "--file", &file, "--nomad-addr"]);
+        command.env(format!("WARM_POOL_{}_SIZE", provider.to_uppercase()), size);
+        let told = output(command.arg(&nomad.address).current_dir(root()));
+        let plan = format!("polydev-pool-{provider}: new\n{planned}");
+        assert_eq!(text(&told.stdout), plan, "{}", text(&told.stderr));
+    }
     let unasked = apply(&[], &[]);
     assert!(text(&unasked.stderr).contains("--yes submits without asking"));
     assert!(text(&unasked.stdout).contains("polydev-pool-anthropic: new\n  pool: 10 Place\n"));
@@ -151,13 +183,19 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
     assert!(stderr.contains("waiting for Nomad"), "{stderr}");
     client.wait_idle("anthropic", 3);
 
-    let by_nomad = || {
+    let by_nomad = |size: &str| {
         let mut command = Command::new(nomad_program());
         command.args(["job", "scale", "-detach", "-address", &nomad.address]);
-        output(command.args([job, "pool", "1"]))
+        output(command.args([job, "pool", size]))
     };
+    let beyond = by_nomad("101");
+    let told = text(&beyond.stderr);
+    assert!(
+        !beyond.status.success() && told.contains("scaling policy maximum"),
+        "{told}"
+    );
     wait_until("Nomad's own command", Duration::from_secs(60), || {
-        let scaled = by_nomad();
+        let scaled = by_nomad("1");
         if scaled.status.success() {
             Ok(())
         } else {

@@ -352,7 +352,7 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
 
 /// The agent's clean stop ends the plugin: runs go on without it.
 #[test]
-fn an_agent_that_is_stopped_and_started_loses_no_run_and_no_byte() {
+fn an_agent_that_is_stopped_or_killed_and_started_loses_no_run_and_no_byte() {
     let mut nomad = Nomad::start();
     let shim = Shim::serve(&nomad.address);
     let client = shim.client();
@@ -374,6 +374,13 @@ fn an_agent_that_is_stopped_and_started_loses_no_run_and_no_byte() {
     let mut text = read(&client, &mut run, 100_000);
     let began = Instant::now();
     nomad.restart();
+    // Killed, an agent leaves its driver, and the next one finds it.
+    let kept = driver(&nomad.state_dir());
+    nomad.agent().end(Signal::SIGKILL);
+    let going = client.get_run(&run.accepted.run_id).unwrap();
+    assert_eq!(going.state(), RunState::Running);
+    nomad.restart();
+    assert_eq!(driver(&nomad.state_dir()), kept);
     let outcome = client.finish_from(run, [text.len(), 0]).unwrap();
     assert!(began.elapsed() < Duration::from_secs(60));
     text.extend_from_slice(&outcome.stdout);

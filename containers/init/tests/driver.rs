@@ -14,8 +14,9 @@ use std::{
             net::{UnixListener, UnixStream},
         },
     },
+    path::Path,
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -374,6 +375,34 @@ fn stdin_reaches_the_command_and_ends() {
     let mut stdout = Vec::new();
     link.finish(&mut stdout);
     assert_eq!(stdout, b"hello world\nend\n");
+}
+
+#[test]
+fn a_deadline_is_kept_while_there_is_no_driver() {
+    let init = Init::start();
+    let (mut link, _) = init.connect();
+    let start = Start {
+        timeout_ms: 300,
+        kill_timeout_ms: 200,
+        ..shell("trap '' TERM; echo $$; while :; do sleep 0.05; done")
+    };
+    link.send(to_init::Message::Start(start.into()));
+    let pid = loop {
+        if let from_init::Message::Data(data) = link.next() {
+            break String::from_utf8(data.data.to_vec()).unwrap();
+        }
+    };
+    drop(link);
+    let command = Path::new("/proc").join(pid.trim());
+    let limit = Instant::now() + Duration::from_secs(20);
+    while command.exists() {
+        assert!(Instant::now() < limit, "it runs on");
+        std::thread::park_timeout(Duration::from_millis(10));
+    }
+    let (mut link, _) = init.connect();
+    let exited = link.finish(&mut Vec::new());
+    assert!(exited.deadline_exceeded);
+    assert_eq!(exited.status, Some(exited::Status::Signal(9)));
 }
 
 #[test]

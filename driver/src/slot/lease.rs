@@ -68,6 +68,8 @@ impl Slot {
         next.apply(leased, now).map_err(Refusal::Taken)?;
         let share = Amount::on_top(&node.config.run, &self.idle);
         let share = node.headroom.take(share)?;
+        // The next life of the driver is not to take it for an idle one: its key has been told.
+        node.idle.forget(&self.identity.slot_id());
         let mut lease = self.lease_lock();
         lease.share = Some(share);
         lease.until.send_replace(Some(Instant::now() + time));

@@ -363,6 +363,20 @@ mod tests {
                         prop_assert!(Event::NAMES.contains(&event.name()));
                         prop_assert!(life.generation() - before.generation() <= 1);
                         prop_assert!(*before.state() != State::Failed, "Failed is final");
+                        let is_new = life.generation() > before.generation();
+                        prop_assert_eq!(is_new, event == Event::Recycled);
+                        if *life.state() == State::Idle {
+                            prop_assert_eq!(before.state(), &State::Warming, "of a new container");
+                        }
+                        if let State::Claimed { run_id } = before.state() {
+                            let after = match life.state() {
+                                State::Recycling => event == Event::RunEnded,
+                                State::Draining { run_id: None } => event == Event::RunEnded,
+                                State::Draining { run_id: Some(still) } => still == run_id,
+                                _ => false,
+                            };
+                            prop_assert!(after, "a run is left by its end alone");
+                        }
                         if let Event::Claimed { generation, run_id, user_id } = event {
                             if let State::Leased { holder, .. } = before.state() {
                                 prop_assert_eq!(holder, &Holder { run_id: run_id.clone(), user_id });

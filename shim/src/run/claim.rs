@@ -1,7 +1,10 @@
 //! Getting a run its container: an idle slot is claimed, and only after a definite
 //! refusal the next.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use futures_util::StreamExt;
 use polydev_proto::{
@@ -100,8 +103,10 @@ pub async fn claim(
         ticket.place.clone(),
     ));
     let (mut last_refusal, mut again, mut dispatched) = (None, AGAIN, None);
+    // Nodes that had no room for it, since all of them were tried.
+    let mut full = BTreeSet::new();
     loop {
-        let slot = wait(view, &mut ticket, provider, &run_id, caller);
+        let slot = wait(view, &mut ticket, provider, &full, &run_id, caller);
         let Ok(slot) = tokio::time::timeout_at(give_up, slot).await else {
             let behind = match *ticket.place.borrow() {
                 Place::Behind(before) => Some(format!("{before} runs of this shim were before it")),
@@ -129,7 +134,11 @@ pub async fn claim(
                 }
                 return Ok((*connection, Some(running)));
             }
-            Tried::Refused(reason) | Tried::NoRoom(reason) => reason,
+            Tried::Refused(reason) => reason,
+            Tried::NoRoom(reason) => {
+                full.insert(slot.node_id.clone());
+                reason
+            }
             Tried::Overtaken(reason) => match attempts.fence().await? {
                 Some(connection) => return Ok((connection, Some(running))),
                 None => reason,
@@ -150,6 +159,11 @@ pub async fn claim(
             "a claim was refused, trying another slot"
         );
         last_refusal = Some(reason);
+        if full.contains(&slot.node_id) && view.has_idle_beyond(provider, &full) {
+            ticket = running.back();
+            continue;
+        }
+        full.clear();
         if tokio::time::Instant::now() >= give_up {
             let reasons = [last_refusal, order.as_ref().map(Order::told)];
             return Err(none_idle(view, provider, waited, reasons));
@@ -340,6 +354,7 @@ async fn wait(
     view: &View,
     ticket: &mut Ticket,
     provider: &str,
+    full: &BTreeSet<String>,
     run_id: &str,
     caller: &mpsc::Sender<Result<RunEvent, Error>>,
 ) -> Candidate {
@@ -364,7 +379,7 @@ async fn wait(
     };
     let slot = async {
         ticket.turn().await;
-        view.idle_slot(provider).await
+        view.idle_slot(provider, full).await
     };
     tokio::select! {
         biased;

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Buf;
 use futures_util::{Stream, StreamExt};
 use polydev_proto::{
     init::{self, TerminalSize},
@@ -289,12 +290,12 @@ impl Carried {
                 None
             }
             driver::Event::Stdout(output) => {
-                *stdout = output.offset + output.data.len() as u64;
-                Some(run_event::Event::Stdout(encode_output(output)))
+                let new = new_part(stdout, output);
+                new.map(|output| run_event::Event::Stdout(encode_output(output)))
             }
             driver::Event::Stderr(output) => {
-                *stderr = output.offset + output.data.len() as u64;
-                Some(run_event::Event::Stderr(encode_output(output)))
+                let new = new_part(stderr, output);
+                new.map(|output| run_event::Event::Stderr(encode_output(output)))
             }
             driver::Event::Lost(lost) => {
                 let (offset, stream) = match lost.stream {
@@ -315,8 +316,8 @@ impl Carried {
                 first.then(|| run_event::Event::Artifacts(encode_artifacts(found)))
             }
             driver::Event::ArtifactData(output) => {
-                *artifacts = output.offset + output.data.len() as u64;
-                Some(run_event::Event::ArtifactData(encode_output(output)))
+                let new = new_part(artifacts, output);
+                new.map(|output| run_event::Event::ArtifactData(encode_output(output)))
             }
             driver::Event::Ended(ended) => {
                 self.timeline
@@ -426,6 +427,20 @@ fn encode_artifacts(found: init::Artifacts) -> Artifacts {
     }
 }
 
+/// What of it comes after `known`, which it moves on: a driver that tells something twice is
+/// heard once.
+fn new_part(known: &mut u64, mut output: node::Output) -> Option<node::Output> {
+    let end = output.offset + output.data.len() as u64;
+    let told = usize::try_from(known.saturating_sub(output.offset)).ok()?;
+    if told >= output.data.len() {
+        return None;
+    }
+    output.data.advance(told);
+    output.offset = end - output.data.len() as u64;
+    *known = end;
+    Some(output)
+}
+
 fn encode_output(output: node::Output) -> Output {
     Output {
         offset: output.offset,
@@ -454,5 +469,32 @@ pub(crate) fn encode_end(end: node::Ended, timeline: Vec<Stage>, warm: bool) -> 
         stdout_bytes: end.stdout_bytes,
         stderr_bytes: end.stderr_bytes,
         artifact_bytes: end.artifact_bytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_a_driver_tells_twice_is_heard_once(
+            parts in prop::collection::vec((0usize..100, 0usize..30), 0..40),
+        ) {
+            let all: Vec<u8> = (0..=255).collect();
+            let (mut known, mut heard) = (0, Vec::new());
+            for (back, length) in parts {
+                let from = usize::try_from(known).unwrap().saturating_sub(back);
+                let data = all[from..all.len().min(from + length)].to_vec().into();
+                let offset = from as u64;
+                if let Some(new) = new_part(&mut known, node::Output { offset, data }) {
+                    prop_assert_eq!(new.offset, heard.len() as u64);
+                    heard.extend_from_slice(&new.data);
+                }
+                prop_assert_eq!(known, heard.len() as u64);
+            }
+            prop_assert!(all.starts_with(&heard));
+        }
     }
 }

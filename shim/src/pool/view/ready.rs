@@ -1,7 +1,7 @@
 //! Which slots can be claimed right now: found without a look at the others, of which there
 //! may be tens of thousands.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use indexmap::IndexSet;
 use polydev_proto::node::{Slot, slot::State};
@@ -74,10 +74,13 @@ impl Ready {
         }
     }
 
-    /// A random one of a pool.
-    pub(super) fn of_pool(&self, provider: &str) -> Option<&Key> {
+    /// A random one of a pool, and of a node that is not `full` if there is one.
+    pub(super) fn of_pool(&self, provider: &str, full: &BTreeSet<String>) -> Option<&Key> {
         let pool = self.pools.get(provider).filter(|pool| !pool.is_empty())?;
-        pool.get_index(rand::rng().random_range(0..pool.len()))
+        let first = rand::rng().random_range(0..pool.len());
+        let at = |further: usize| pool.get_index((first + further) % pool.len());
+        let mut keys = (0..pool.len()).filter_map(at);
+        keys.find(|key| !full.contains(&key.node_id)).or(at(0))
     }
 
     pub(super) fn of_run(&self, run_id: &str) -> Option<&Key> {

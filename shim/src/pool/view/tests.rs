@@ -13,6 +13,10 @@ fn slot(id: &str, state: State, generation: u64) -> Slot {
 }
 
 fn tell(view: &View, snapshot: bool, slots: Vec<Slot>, removed: &[&str]) {
+    tell_of("node", view, snapshot, slots, removed);
+}
+
+fn tell_of(node: &str, view: &View, snapshot: bool, slots: Vec<Slot>, removed: &[&str]) {
     let channel = Endpoint::from_static("unix:///nowhere").connect_lazy();
     let removed = removed.iter().map(|id| (*id).to_owned()).collect();
     let told = WatchSlotsResponse {
@@ -22,12 +26,26 @@ fn tell(view: &View, snapshot: bool, slots: Vec<Slot>, removed: &[&str]) {
         start_id: "s".into(),
         now: None,
     };
-    view.apply("node", &channel, told);
+    view.apply(node, &channel, told);
+}
+
+#[tokio::test]
+async fn a_node_without_room_is_left_for_one_that_may_have_some() {
+    let view = View::new();
+    let many = (0..50).map(|id| slot(&format!("a{id}"), State::Idle, 1));
+    tell_of("full", &view, true, many.collect(), &[]);
+    let full = BTreeSet::from(["full".to_owned()]);
+    assert!(!view.has_idle_beyond("openai", &full));
+    let last = view.idle_slot("openai", &full).await;
+    assert_eq!(last.node_id, "full", "there is no other");
+    tell_of("other", &view, true, vec![slot("b", State::Idle, 1)], &[]);
+    assert!(view.has_idle_beyond("openai", &full));
+    assert_eq!(view.idle_slot("openai", &full).await.node_id, "other");
 }
 
 #[tokio::test]
 async fn two_runs_of_one_shim_never_try_the_same_container() {
-    let view = View::new();
+    let (view, none) = (View::new(), BTreeSet::new());
     tell(
         &view,
         true,
@@ -35,15 +53,15 @@ async fn two_runs_of_one_shim_never_try_the_same_container() {
         &[],
     );
     let (first, second) = (
-        view.idle_slot("openai").await,
-        view.idle_slot("openai").await,
+        view.idle_slot("openai", &none).await,
+        view.idle_slot("openai", &none).await,
     );
     assert_ne!(first.slot_id, second.slot_id);
-    assert!(view.take(|ready| ready.of_pool("openai")).is_none());
+    assert!(view.take(|ready| ready.of_pool("openai", &none)).is_none());
 
     let freed = first.slot_id.clone();
     drop(first);
-    let again = view.take(|ready| ready.of_pool("openai"));
+    let again = view.take(|ready| ready.of_pool("openai", &none));
     assert_eq!(again.unwrap().slot_id, freed);
 }
 
@@ -81,7 +99,7 @@ proptest! {
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let _in_it = runtime.enter();
-        let view = View::new();
+        let (view, none) = (View::new(), BTreeSet::new());
         let mut taken = Vec::new();
         for step in steps {
             match step {
@@ -93,7 +111,7 @@ proptest! {
                     let removed: Vec<_> = removed.iter().map(String::as_str).collect();
                     tell(&view, snapshot, slots.collect(), &removed);
                 }
-                Step::Take => taken.extend(view.take(|ready| ready.of_pool("openai"))),
+                Step::Take => taken.extend(view.take(|ready| ready.of_pool("openai", &none))),
                 Step::Drop(which, granted) if which < taken.len() => {
                     let candidate = taken.swap_remove(which);
                     if granted {
@@ -124,9 +142,10 @@ async fn a_slot_on_demand_is_for_its_run_alone() {
         ..slot("a", State::Idle, 1)
     };
     tell(&view, true, vec![made], &[]);
+    let none = BTreeSet::new();
     tokio::select! {
         biased;
-        _ = view.idle_slot("openai") => panic!("it is no slot of the pool"),
+        _ = view.idle_slot("openai", &none) => panic!("it is no slot of the pool"),
         _ = view.slot_for("other") => panic!("it is another run's"),
         slot = view.slot_for("run") => assert_eq!(slot.slot_id, "a"),
     }
@@ -138,7 +157,8 @@ async fn a_slot_on_demand_is_for_its_run_alone() {
 async fn a_run_waits_until_a_slot_is_idle() {
     let view = View::new();
     tell(&view, true, vec![slot("a", State::Warming, 1)], &[]);
-    let waiting = view.idle_slot("openai");
+    let none = BTreeSet::new();
+    let waiting = view.idle_slot("openai", &none);
     tokio::pin!(waiting);
     tokio::select! {
         biased;
