@@ -115,15 +115,40 @@ fn problem(call: &Call, times: u32) -> Option<String> {
     }
 }
 
-/// What is left of it all; takes it away. And how many containers Docker has lost: one that is
-/// killed while it starts a container does not know of it when it is back, and leaves its control
-/// groups and interfaces. What ran in them ends by itself.
+/// What dockerds have forgotten: one that is killed while it starts a container does not know
+/// of it when it is back, and leaves its control groups and interfaces. What ran in them ends by
+/// itself.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Forgotten {
+    pub(crate) containers: usize,
+    pub(crate) interfaces: usize,
+}
+
+impl Forgotten {
+    fn of(traces: &[String]) -> Self {
+        let groups = traces.iter().filter_map(|trace| container_of(trace));
+        let interfaces = traces.iter().filter(|trace| trace.starts_with(INTERFACE));
+        Self {
+            containers: groups.collect::<HashSet<_>>().len(),
+            interfaces: interfaces.count(),
+        }
+    }
+
+    /// More than dockerds that were killed so often can have been starting: as many each as a
+    /// driver has made at a time.
+    fn is_too_much(&self, dockerds_killed: usize) -> bool {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        self.containers.max(self.interfaces) > 2 * cores * dockerds_killed
+    }
+}
+
+/// What is left of it all; takes it away. And what dockerds have forgotten.
 pub(crate) fn leftovers(
     parts: Parts,
     traces: &HashSet<String>,
     last_recovery: Instant,
-    dockerd_was_killed: bool,
-) -> (Vec<String>, usize) {
+    dockerds_killed: usize,
+) -> (Vec<String>, Forgotten) {
     let client = Client::connect(&parts.addresses().any(0));
     let cluster = &parts.cluster;
     let mut findings = settle(last_recovery, GONE, || {
@@ -156,14 +181,13 @@ pub(crate) fn leftovers(
         let job = format!("polydev-{job}-{PROVIDER}");
         cluster.run(&["job", "stop", "-detach", "-yes", &job]);
     }
-    let is_lost = |trace: &String| dockerd_was_killed && !has_processes(trace);
     let new = || -> Vec<String> {
         let now = self::traces(cluster);
         now.difference(traces).cloned().collect()
     };
-    let limit = match dockerd_was_killed {
-        true => FORSAKEN,
-        false => GONE,
+    let limit = match dockerds_killed {
+        0 => GONE,
+        _ => FORSAKEN,
     };
     findings.extend(settle(Instant::now(), GONE, || {
         let format = r#"container {{.Names}} of slot {{.Label "dev.polydev.slot"}}, {{.Status}}"#;
@@ -178,7 +202,9 @@ pub(crate) fn leftovers(
     }));
     findings.extend(settle(Instant::now(), limit, || {
         let mut left = new();
-        left.retain(|trace| !is_lost(trace));
+        if !Forgotten::of(&left).is_too_much(dockerds_killed) {
+            left.retain(|trace| has_processes(trace));
+        }
         left
     }));
     findings.extend(settle(Instant::now(), GONE, || {
@@ -193,11 +219,7 @@ pub(crate) fn leftovers(
         left.extend(open.map(|job| format!("job {}", job["ID"])));
         left
     }));
-    let lost: HashSet<String> = new()
-        .iter()
-        .filter_map(|trace| container_of(trace))
-        .collect();
-    (findings, lost.len())
+    (findings, Forgotten::of(&new()))
 }
 
 /// What is still found when everything should be gone.
@@ -232,7 +254,7 @@ pub(crate) fn traces(cluster: &Cluster) -> HashSet<String> {
             .ip(&["-oneline", "link", "show"]);
         let names = links.lines().filter_map(|line| line.split(": ").nth(1));
         let names: Vec<String> = names
-            .map(|name| format!("interface {name} of node {node}"))
+            .map(|name| format!("{INTERFACE}{name} of node {node}"))
             .collect();
         names
     };
@@ -255,6 +277,7 @@ pub(crate) fn traces(cluster: &Cluster) -> HashSet<String> {
 }
 
 const CONTROL_GROUP: &str = "control group ";
+const INTERFACE: &str = "interface ";
 
 /// The container that a control group's name is of: its id, or `docker-ID.scope`.
 fn container_of(path: &str) -> Option<String> {
@@ -269,4 +292,30 @@ fn has_processes(trace: &str) -> bool {
         let processes = fs::read_to_string(Path::new(path).join("cgroup.procs"));
         processes.is_ok_and(|processes| !processes.is_empty())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_is_excused_than_dockerds_can_have_forgotten() {
+        let group = |number: usize, kind: &str| {
+            format!("{CONTROL_GROUP}/sys/fs/cgroup/{kind}/docker/{number:064x}")
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let most = 2 * cores;
+        let groups = |count: usize| {
+            let both =
+                (0..count).flat_map(|number| ["cpu", "memory"].map(|kind| group(number, kind)));
+            both.collect::<Vec<_>>()
+        };
+        let some = Forgotten::of(&groups(most));
+        assert_eq!((some.containers, some.interfaces), (most, 0));
+        assert!(!some.is_too_much(1) && some.is_too_much(0));
+        assert!(Forgotten::of(&groups(most + 1)).is_too_much(1));
+        let links = (0..=most).map(|number| format!("{INTERFACE}veth{number} of node 0"));
+        assert!(Forgotten::of(&links.collect::<Vec<_>>()).is_too_much(1));
+        assert!(!Forgotten::of(&[]).is_too_much(0));
+    }
 }

@@ -31,6 +31,7 @@ use polydev_tests::{client::Client, cluster::Cluster, wait_until};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use caller::{Call, Spec};
+use check::Forgotten;
 use faults::{Fault, Parts};
 use ledger::Ledger;
 
@@ -148,16 +149,18 @@ fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
         .filter(|fault| **fault == Fault::Container)
         .count();
     let mut findings = check::runs(&calls, &ledger.entries()?, containers);
-    let dockerd_was_killed = killed.contains(&Fault::Dockerd);
-    let (left, lost) = check::leftovers(parts, &traces, last, dockerd_was_killed);
+    let dockerds = killed.iter().filter(|fault| **fault == Fault::Dockerd);
+    let (left, forgotten) = check::leftovers(parts, &traces, last, dockerds.count());
     findings.extend(left);
     report(seed, took, &calls, &killed, &findings)?;
-    if lost > 0 {
-        writeln!(
-            stdout(),
-            "lost by dockerd    {lost} containers, whose control groups it left"
-        )?;
-    }
+    let Forgotten {
+        containers,
+        interfaces,
+    } = forgotten;
+    writeln!(
+        stdout(),
+        "dockerd forgot     {containers} containers and {interfaces} interfaces"
+    )?;
     Ok(match findings.is_empty() {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
