@@ -24,6 +24,7 @@ use opentelemetry_sdk::{
         exporter::PushMetricExporter,
     },
 };
+use tokio::{sync::oneshot, time::timeout};
 use tonic::transport::Endpoint;
 
 use crate::{
@@ -104,12 +105,19 @@ impl Metrics {
         Steps(self.0.as_ref().map(|told| told.steps.clone()))
     }
 
-    /// Tells the collector for the last time. Blocks for half a second at most.
-    pub fn finish(&self) {
-        if let Some(Told { provider, .. }) = &self.0 {
+    /// Tells the collector for the last time. Takes half a second at most.
+    pub async fn finish(&self) {
+        let Some(Told { provider, .. }) = &self.0 else {
+            return;
+        };
+        let (provider, (told, is_told)) = (provider.clone(), oneshot::channel());
+        // It blocks, for five seconds if the collector does not answer: nobody waits for the thread.
+        std::thread::spawn(move || {
             // That the collector is away has been logged.
-            let _away = provider.shutdown_with_timeout(LAST);
-        }
+            let _away = provider.shutdown();
+            let _nobody_waits = told.send(());
+        });
+        let _overrun = timeout(LAST, is_told).await;
     }
 }
 
@@ -140,7 +148,6 @@ impl Told {
         let resource = Resource::builder_empty()
             .with_service_name(SERVICE)
             .with_attributes([
-                KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
                 KeyValue::new("service.instance.id", instance.to_owned()),
                 KeyValue::new("host.name", host.to_string_lossy().into_owned()),
             ])

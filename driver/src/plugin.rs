@@ -100,9 +100,7 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
     }
     let node = node.borrow().clone();
     if let Some(node) = node {
-        let told = node.clone();
-        let told = tokio::task::spawn_blocking(move || told.metrics.finish());
-        let left = async { tokio::join!(node.leave(), told) };
+        let left = async { tokio::join!(node.leave(), node.metrics.finish()) };
         let _overrun = tokio::time::timeout(LEAVE, left).await;
     }
     Ok(())

@@ -83,8 +83,8 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
     assert_eq!(outcome.exited.signal, 9);
     let took = began.elapsed();
     assert!(
-        took < Duration::from_secs(4),
-        "{took:?} with a second to end in"
+        took < Duration::from_secs(15),
+        "{took:?} with a second to end in, not 30"
     );
     clients[2].wait_idle("anthropic", 1);
     let outcome = clients[2].run(shell("anthropic", "echo on")).unwrap();

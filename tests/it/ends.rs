@@ -102,20 +102,24 @@ fn a_command_is_ended_at_its_deadline_first_kindly_then_not() {
 fn a_deadline_is_kept_without_init() {
     let shim = Shim::dev(&["anthropic=1"]);
     let client = shim.client();
-    let start = RunStart {
-        timeout: seconds(1),
-        kill_timeout: seconds(1),
-        ..shell("anthropic", "while :; do sleep 0.1; done")
-    };
-    let run = client.start(start).unwrap();
     let container = &docker::wait_containers(&shim.label(), 1)[0];
     let init = docker::inspect(container)["State"]["Pid"].as_i64();
     let init = Pid::from_raw(init.unwrap().try_into().unwrap());
-    kill(init, UnixSignal::SIGSTOP).unwrap();
+    let start = RunStart {
+        timeout: seconds(3),
+        kill_timeout: seconds(1),
+        ..shell("anthropic", "while :; do sleep 0.1; done")
+    };
     let began = Instant::now();
+    let run = client.start(start).unwrap();
+    kill(init, UnixSignal::SIGSTOP).unwrap();
+    assert!(
+        began.elapsed() < Duration::from_secs(3),
+        "before its deadline"
+    );
     let outcome = client.finish(run).unwrap();
     assert_eq!(outcome.exited.reason(), ExitReason::Deadline);
-    assert!(began.elapsed() < Duration::from_secs(10));
+    assert!(began.elapsed() < Duration::from_secs(15));
     client.wait_idle("anthropic", 1);
 }
 

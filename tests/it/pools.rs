@@ -18,6 +18,8 @@ use polydev_tests::{
 };
 use tonic::Code;
 
+use crate::leases;
+
 #[test]
 fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     // What two runs take on top of their idle slots, and one idle container more.
@@ -44,6 +46,8 @@ fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     ] {
         assert!(full.message().contains(words), "{full}");
     }
+    let lease = leases::allocate(&client, 300).unwrap_err();
+    assert_eq!(lease.code(), Code::ResourceExhausted, "{lease}");
     let prepared = docker::containers(&label);
     let prepared: Vec<_> = prepared.iter().filter(|id| !before.contains(id)).collect();
     assert_eq!(prepared.len(), 1, "that of the second had no room");

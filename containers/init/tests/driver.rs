@@ -382,10 +382,11 @@ fn a_deadline_is_kept_while_there_is_no_driver() {
     let init = Init::start();
     let (mut link, _) = init.connect();
     let start = Start {
-        timeout_ms: 300,
+        timeout_ms: 2_000,
         kill_timeout_ms: 200,
         ..shell("trap '' TERM; echo $$; while :; do sleep 0.05; done")
     };
+    let began = Instant::now();
     link.send(to_init::Message::Start(start.into()));
     let pid = loop {
         if let from_init::Message::Data(data) = link.next() {
@@ -393,6 +394,10 @@ fn a_deadline_is_kept_while_there_is_no_driver() {
         }
     };
     drop(link);
+    assert!(
+        began.elapsed() < Duration::from_secs(2),
+        "before its deadline"
+    );
     let command = Path::new("/proc").join(pid.trim());
     let limit = Instant::now() + Duration::from_secs(20);
     while command.exists() {

@@ -105,23 +105,20 @@ impl View {
         }
     }
 
-    /// A random idle slot of `provider`, as soon as there is one; on a node that is not `full`,
-    /// if there is one. The slot is not offered to another run of this shim until the candidate
-    /// is dropped.
+    /// A random idle slot of `provider`, as soon as there is one. The slot is not
+    /// offered to another run of this shim until the candidate is dropped.
     ///
     /// # Cancel safety
     /// Loses nothing.
-    pub async fn idle_slot(&self, provider: &str, full: &BTreeSet<String>) -> Candidate {
-        self.wait_for(|view| view.take(|ready| ready.of_pool(provider, full)))
+    pub async fn idle_slot(&self, provider: &str) -> Candidate {
+        self.wait_for(|view| view.take(|ready| ready.of_pool(provider)))
             .await
     }
 
-    /// Whether a slot of `provider` is idle on a node that is not `full`.
+    /// As [`View::idle_slot`], on a node that is not `full`; `None` if a short look finds none.
     #[must_use]
-    pub fn has_idle_beyond(&self, provider: &str, full: &BTreeSet<String>) -> bool {
-        let inner = self.lock();
-        let found = inner.ready.of_pool(provider, full);
-        found.is_some_and(|key| !full.contains(&key.node_id))
+    pub fn idle_beyond(&self, provider: &str, full: &BTreeSet<String>) -> Option<Candidate> {
+        self.take(|ready| ready.beyond(provider, full))
     }
 
     /// The slot that was made on demand for a run, or is leased for it, as soon as it is ready.

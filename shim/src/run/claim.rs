@@ -48,6 +48,9 @@ const HEARD: Duration = Duration::from_secs(1);
 /// start no more.
 const SETTLE: Duration = Duration::from_secs(20);
 
+/// Nodes that are tried in one turn, if they have no room.
+const NODES: usize = 8;
+
 /// Claims a slot for `request`; a run that exists is gone back to.
 ///
 /// # Errors
@@ -103,10 +106,8 @@ pub async fn claim(
         ticket.place.clone(),
     ));
     let (mut last_refusal, mut again, mut dispatched) = (None, AGAIN, None);
-    // Nodes that had no room for it, since all of them were tried.
-    let mut full = BTreeSet::new();
     loop {
-        let slot = wait(view, &mut ticket, provider, &full, &run_id, caller);
+        let slot = wait(view, &mut ticket, provider, &run_id, caller);
         let Ok(slot) = tokio::time::timeout_at(give_up, slot).await else {
             let behind = match *ticket.place.borrow() {
                 Place::Behind(before) => Some(format!("{before} runs of this shim were before it")),
@@ -118,52 +119,56 @@ pub async fn claim(
         };
         // Whoever is next may try another slot meanwhile.
         let running = ticket.served();
-        // From now on the run may be in it, whatever the answer: to stop it would end the run.
-        if let Some(order) = order.take_if(|_| slot.on_demand) {
-            dispatched = order.used();
-        }
-        let reason = match attempts.at(&slot).await? {
-            Tried::Granted(mut connection) => {
-                // A run that was claimed before may be in another container.
-                if (&connection.slot_id, connection.generation) == (&slot.slot_id, slot.generation)
-                {
-                    slot.granted();
-                }
-                if connection.on_demand {
-                    connection.dispatched = dispatched;
-                }
-                return Ok((*connection, Some(running)));
+        let (mut slot, mut full) = (slot, BTreeSet::new());
+        let reason = loop {
+            // From now on the run may be in it, whatever the answer: to stop it would end the run.
+            if let Some(order) = order.take_if(|_| slot.on_demand) {
+                dispatched = order.used();
             }
-            Tried::Refused(reason) => reason,
-            Tried::NoRoom(reason) => {
-                full.insert(slot.node_id.clone());
-                reason
-            }
-            Tried::Overtaken(reason) => match attempts.fence().await? {
-                Some(connection) => return Ok((connection, Some(running))),
-                None => reason,
-            },
-            Tried::Unclear(reason) => match timeout(SETTLE, attempts.settle(&slot)).await {
-                Ok(Ok(Some(connection))) => return Ok((connection, Some(running))),
-                Ok(Ok(None)) => reason,
-                Ok(Err(error)) => return Err(error),
-                Err(_) => {
-                    let slot_id = slot.slot_id.clone();
-                    return Err(Error::Unclear { slot_id, reason });
+            let reason = match attempts.at(&slot).await? {
+                Tried::Granted(mut connection) => {
+                    // A run that was claimed before may be in another container.
+                    if (&connection.slot_id, connection.generation)
+                        == (&slot.slot_id, slot.generation)
+                    {
+                        slot.granted();
+                    }
+                    if connection.on_demand {
+                        connection.dispatched = dispatched;
+                    }
+                    return Ok((*connection, Some(running)));
                 }
-            },
+                Tried::NoRoom(reason) => {
+                    full.insert(slot.node_id.clone());
+                    refused(&slot, &reason);
+                    let next = view.idle_beyond(provider, &full);
+                    match next.filter(|_| full.len() < NODES) {
+                        Some(next) => {
+                            slot = next;
+                            continue;
+                        }
+                        None => break reason,
+                    }
+                }
+                Tried::Refused(reason) => reason,
+                Tried::Overtaken(reason) => match attempts.fence().await? {
+                    Some(connection) => return Ok((connection, Some(running))),
+                    None => reason,
+                },
+                Tried::Unclear(reason) => match timeout(SETTLE, attempts.settle(&slot)).await {
+                    Ok(Ok(Some(connection))) => return Ok((connection, Some(running))),
+                    Ok(Ok(None)) => reason,
+                    Ok(Err(error)) => return Err(error),
+                    Err(_) => {
+                        let slot_id = slot.slot_id.clone();
+                        return Err(Error::Unclear { slot_id, reason });
+                    }
+                },
+            };
+            refused(&slot, &reason);
+            break reason;
         };
-        tracing::info!(
-            slot = slot.slot_id,
-            reason,
-            "a claim was refused, trying another slot"
-        );
         last_refusal = Some(reason);
-        if full.contains(&slot.node_id) && view.has_idle_beyond(provider, &full) {
-            ticket = running.back();
-            continue;
-        }
-        full.clear();
         if tokio::time::Instant::now() >= give_up {
             let reasons = [last_refusal, order.as_ref().map(Order::told)];
             return Err(none_idle(view, provider, waited, reasons));
@@ -173,6 +178,11 @@ pub async fn claim(
         again = AGAIN_MOST.min(again * 2);
         ticket = running.back();
     }
+}
+
+fn refused(slot: &Candidate, reason: &str) {
+    let slot = &slot.slot_id;
+    tracing::info!(slot, reason, "a claim was refused, trying another slot");
 }
 
 /// Claims the slot that is kept for the run.
@@ -354,7 +364,6 @@ async fn wait(
     view: &View,
     ticket: &mut Ticket,
     provider: &str,
-    full: &BTreeSet<String>,
     run_id: &str,
     caller: &mpsc::Sender<Result<RunEvent, Error>>,
 ) -> Candidate {
@@ -379,7 +388,7 @@ async fn wait(
     };
     let slot = async {
         ticket.turn().await;
-        view.idle_slot(provider, full).await
+        view.idle_slot(provider).await
     };
     tokio::select! {
         biased;

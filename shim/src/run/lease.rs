@@ -2,7 +2,7 @@
 //! two steps. A lease has the id that its run will have, so that whoever knows it finds the
 //! slot in the view, through any shim.
 
-use std::{collections::BTreeSet, ops::RangeInclusive, time::Duration};
+use std::{ops::RangeInclusive, time::Duration};
 
 use polydev_proto::{
     node::{LeaseRequest, ReleaseRequest, node_service_client::NodeServiceClient},
@@ -71,12 +71,10 @@ pub async fn allocate(view: &View, queue: &Queue, wanted: Wanted) -> Result<Leas
     let give_up = Instant::now() + queue_timeout;
     let mut ticket = queue.enter(provider.name(), &user_id)?;
     let (mut refused, mut again) = (None, AGAIN);
-    // Nodes that refused, since all of them were tried.
-    let mut full = BTreeSet::new();
     loop {
         let slot = async {
             ticket.turn().await;
-            view.idle_slot(provider.name(), &full).await
+            view.idle_slot(provider.name()).await
         };
         let Ok(slot) = timeout_at(give_up, slot).await else {
             let waited = queue_timeout;
@@ -96,14 +94,16 @@ pub async fn allocate(view: &View, queue: &Queue, wanted: Wanted) -> Result<Leas
             Err(reason) => {
                 tracing::info!(slot = slot.slot_id, reason, "a lease was refused");
                 refused = Some(reason);
-                full.insert(slot.node_id.clone());
             }
         }
-        if view.has_idle_beyond(provider.name(), &full) {
-            ticket = running.back();
-            continue;
+        if Instant::now() >= give_up {
+            return Err(none_idle(
+                view,
+                provider.name(),
+                queue_timeout,
+                [refused, None],
+            ));
         }
-        full.clear();
         sleep(again.mul_f64(rand::random_range(0.5..1.0))).await;
         again = AGAIN_MOST.min(again * 2);
         ticket = running.back();

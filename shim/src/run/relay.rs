@@ -303,12 +303,15 @@ impl Carried {
                     2 => (stderr, Kind::Stderr),
                     _ => (artifacts, Kind::Artifacts),
                 };
-                *offset = lost.to;
-                Some(run_event::Event::Lost(Lost {
-                    stream: stream.into(),
-                    from: lost.from,
-                    to: lost.to,
-                }))
+                let is_new = lost.to > *offset;
+                *offset = lost.to.max(*offset);
+                is_new.then(|| {
+                    run_event::Event::Lost(Lost {
+                        stream: stream.into(),
+                        from: lost.from,
+                        to: lost.to,
+                    })
+                })
             }
             driver::Event::Artifacts(found) => {
                 // Told again after each attach.

@@ -7,6 +7,10 @@ use indexmap::IndexSet;
 use polydev_proto::node::{Slot, slot::State};
 use rand::Rng;
 
+/// Slots that are looked at for one on a node that may have room: nobody else sees the view
+/// meanwhile.
+const LOOK: usize = 64;
+
 /// One slot of one node.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Key {
@@ -74,13 +78,18 @@ impl Ready {
         }
     }
 
-    /// A random one of a pool, and of a node that is not `full` if there is one.
-    pub(super) fn of_pool(&self, provider: &str, full: &BTreeSet<String>) -> Option<&Key> {
+    /// A random one of a pool.
+    pub(super) fn of_pool(&self, provider: &str) -> Option<&Key> {
+        self.beyond(provider, &BTreeSet::new())
+    }
+
+    /// One of a pool, of a node that is not `full`, if it is among [`LOOK`] from a random one on.
+    pub(super) fn beyond(&self, provider: &str, full: &BTreeSet<String>) -> Option<&Key> {
         let pool = self.pools.get(provider).filter(|pool| !pool.is_empty())?;
         let first = rand::rng().random_range(0..pool.len());
         let at = |further: usize| pool.get_index((first + further) % pool.len());
-        let mut keys = (0..pool.len()).filter_map(at);
-        keys.find(|key| !full.contains(&key.node_id)).or(at(0))
+        let mut keys = (0..pool.len().min(LOOK)).filter_map(at);
+        keys.find(|key| !full.contains(&key.node_id))
     }
 
     pub(super) fn of_run(&self, run_id: &str) -> Option<&Key> {

@@ -35,17 +35,18 @@ async fn a_node_without_room_is_left_for_one_that_may_have_some() {
     let many = (0..50).map(|id| slot(&format!("a{id}"), State::Idle, 1));
     tell_of("full", &view, true, many.collect(), &[]);
     let full = BTreeSet::from(["full".to_owned()]);
-    assert!(!view.has_idle_beyond("openai", &full));
-    let last = view.idle_slot("openai", &full).await;
-    assert_eq!(last.node_id, "full", "there is no other");
+    assert!(view.idle_beyond("openai", &full).is_none());
     tell_of("other", &view, true, vec![slot("b", State::Idle, 1)], &[]);
-    assert!(view.has_idle_beyond("openai", &full));
-    assert_eq!(view.idle_slot("openai", &full).await.node_id, "other");
+    let other = view.idle_beyond("openai", &full).unwrap();
+    assert_eq!(other.node_id, "other");
+    assert!(view.idle_beyond("openai", &full).is_none(), "it is tried");
+    drop(other);
+    assert!(view.idle_beyond("openai", &full).is_some());
 }
 
 #[tokio::test]
 async fn two_runs_of_one_shim_never_try_the_same_container() {
-    let (view, none) = (View::new(), BTreeSet::new());
+    let view = View::new();
     tell(
         &view,
         true,
@@ -53,15 +54,15 @@ async fn two_runs_of_one_shim_never_try_the_same_container() {
         &[],
     );
     let (first, second) = (
-        view.idle_slot("openai", &none).await,
-        view.idle_slot("openai", &none).await,
+        view.idle_slot("openai").await,
+        view.idle_slot("openai").await,
     );
     assert_ne!(first.slot_id, second.slot_id);
-    assert!(view.take(|ready| ready.of_pool("openai", &none)).is_none());
+    assert!(view.take(|ready| ready.of_pool("openai")).is_none());
 
     let freed = first.slot_id.clone();
     drop(first);
-    let again = view.take(|ready| ready.of_pool("openai", &none));
+    let again = view.take(|ready| ready.of_pool("openai"));
     assert_eq!(again.unwrap().slot_id, freed);
 }
 
@@ -99,7 +100,7 @@ proptest! {
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let _in_it = runtime.enter();
-        let (view, none) = (View::new(), BTreeSet::new());
+        let view = View::new();
         let mut taken = Vec::new();
         for step in steps {
             match step {
@@ -111,7 +112,7 @@ proptest! {
                     let removed: Vec<_> = removed.iter().map(String::as_str).collect();
                     tell(&view, snapshot, slots.collect(), &removed);
                 }
-                Step::Take => taken.extend(view.take(|ready| ready.of_pool("openai", &none))),
+                Step::Take => taken.extend(view.take(|ready| ready.of_pool("openai"))),
                 Step::Drop(which, granted) if which < taken.len() => {
                     let candidate = taken.swap_remove(which);
                     if granted {
@@ -142,10 +143,9 @@ async fn a_slot_on_demand_is_for_its_run_alone() {
         ..slot("a", State::Idle, 1)
     };
     tell(&view, true, vec![made], &[]);
-    let none = BTreeSet::new();
     tokio::select! {
         biased;
-        _ = view.idle_slot("openai", &none) => panic!("it is no slot of the pool"),
+        _ = view.idle_slot("openai") => panic!("it is no slot of the pool"),
         _ = view.slot_for("other") => panic!("it is another run's"),
         slot = view.slot_for("run") => assert_eq!(slot.slot_id, "a"),
     }
@@ -157,8 +157,7 @@ async fn a_slot_on_demand_is_for_its_run_alone() {
 async fn a_run_waits_until_a_slot_is_idle() {
     let view = View::new();
     tell(&view, true, vec![slot("a", State::Warming, 1)], &[]);
-    let none = BTreeSet::new();
-    let waiting = view.idle_slot("openai", &none);
+    let waiting = view.idle_slot("openai");
     tokio::pin!(waiting);
     tokio::select! {
         biased;
