@@ -2,7 +2,7 @@
 //! late and repeated messages can come, for small numbers of each. What is decided is not
 //! modelled: `Standing`, `Life` and `settle` are those of the driver and the shim.
 //!
-//! One run is tried by several shims, the first as a first try, the others as retries. There
+//! Each run is tried by several shims, the first as a first try, the others as retries. There
 //! is no time: a request may be as late as it likes, which is more than `start_by` allows, and
 //! come again and again. An answer comes at once or never: a shim does nothing else while it
 //! waits, so that a late answer is the same as one to a request that came late.
@@ -19,12 +19,13 @@ use stateright::{Checker, Model, Property};
 
 use parts::{Answer, Does, Driver, Init, Message, Shim, State};
 
-const RUN: &str = "run";
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
 /// How much of everything there may be.
 #[derive(Clone, Copy)]
 struct Bounds {
+    /// Tried by the shims in turn.
+    runs: usize,
     shims: usize,
     drivers: usize,
     /// Of drivers, in all.
@@ -74,8 +75,10 @@ enum Action {
     Crash {
         driver: usize,
     },
+    /// An idle container is taken up, or not.
     Restart {
         driver: usize,
+        adopts: bool,
     },
 }
 
@@ -85,6 +88,7 @@ impl Model for Bounds {
 
     fn init_states(&self) -> Vec<State> {
         let shims = (0..self.shims).map(|number| Shim {
+            run: number % self.runs,
             // The later a try the smaller its nonce: the order that is harder.
             ballot: Ballot {
                 attempt: 0,
@@ -94,14 +98,14 @@ impl Model for Bounds {
             does: Does::Picks,
         });
         let mut state = State {
-            drivers: vec![Driver::new(); self.drivers],
+            drivers: vec![Driver::new(self.runs); self.drivers],
             shims: shims.collect(),
             messages: BTreeSet::new(),
             crashes: 0,
-            starts: 0,
+            starts: vec![0; self.runs],
         };
-        // All but the first are retries.
-        for shim in 1..self.shims {
+        // All but the first of each run are retries.
+        for shim in self.runs..self.shims {
             state.fence(shim);
         }
         vec![state]
@@ -137,7 +141,9 @@ impl Model for Bounds {
         }
         for (driver, it) in state.drivers.iter().enumerate() {
             if !it.up {
-                actions.push(Action::Restart { driver });
+                for adopts in [false, true] {
+                    actions.push(Action::Restart { driver, adopts });
+                }
                 if it.init == Init::Running {
                     actions.push(Action::Exit { driver });
                 }
@@ -174,6 +180,7 @@ impl Model for Bounds {
                 state.shims[shim].does = Does::Claims { driver };
                 state.messages.insert(Message::Claim {
                     from,
+                    run: state.shims[shim].run,
                     driver,
                     start_id: state.drivers[driver].start_id,
                     generation: state.drivers[driver].slot.generation(),
@@ -194,7 +201,8 @@ impl Model for Bounds {
             Action::Start { driver, answered } => {
                 let node = &mut state.drivers[driver];
                 node.init = Init::Running;
-                state.starts += 1;
+                let (run, _) = node.claimed.as_ref().expect("it was claimed");
+                state.starts[*run] += 1;
                 if let Some(to) = node.answers.take().filter(|_| answered) {
                     state.answered((to, Answer::Granted));
                 }
@@ -221,12 +229,13 @@ impl Model for Bounds {
                     node.slot.apply(event, NOW).expect("it is recycling");
                 }
                 node.init = Init::Waiting;
+                node.granted.clear();
             }
             Action::Crash { driver } => {
                 state.crashes += 1;
                 state.drivers[driver].up = false;
             }
-            Action::Restart { driver } => state.drivers[driver].restart(),
+            Action::Restart { driver, adopts } => state.drivers[driver].restart(adopts),
         }
         (state != *last).then_some(state)
     }
@@ -240,8 +249,14 @@ impl Model for Bounds {
 
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
-            Property::always("the run is started once at most", |_, state: &State| {
-                state.starts <= 1
+            Property::always("a run is started once at most", |_, state: &State| {
+                state.starts.iter().all(|starts| *starts <= 1)
+            }),
+            Property::always("a container serves one run at most", |_, state: &State| {
+                let drivers = state.drivers.iter();
+                drivers
+                    .map(|driver| driver.granted.len())
+                    .all(|runs| runs <= 1)
             }),
             Property::always(
                 "a try that is alone is told the truth",
@@ -249,15 +264,18 @@ impl Model for Bounds {
                     let alone = model.shims == 1;
                     let told = &state.shims[0].does;
                     let in_doubt = state.drivers.iter().any(|driver| driver.claimed.is_some());
-                    !alone || *told != Does::NotRun || (state.starts == 0 && !in_doubt)
+                    !alone || *told != Does::NotRun || (state.starts[0] == 0 && !in_doubt)
                 },
             ),
             Property::always(
                 "a claim that was granted is not forgotten",
                 |_, state: &State| {
-                    let knows =
-                        |driver: &Driver| matches!(driver.standing, Some(Standing::Ran { .. }));
-                    state.starts == 0 || state.drivers.iter().any(knows)
+                    state.starts.iter().enumerate().all(|(run, starts)| {
+                        let knows = |driver: &Driver| {
+                            matches!(driver.standing[run], Some(Standing::Ran { .. }))
+                        };
+                        *starts == 0 || state.drivers.iter().any(knows)
+                    })
                 },
             ),
             // Not `eventually`: it is not sound where ways meet, as they do here.
@@ -278,9 +296,11 @@ impl Model for Bounds {
                     next.any(|action| model.next_state(state, action).is_some())
                 },
             ),
-            Property::sometimes("it runs", |_, state: &State| state.starts == 1),
+            Property::sometimes("all run", |_, state: &State| {
+                state.starts.iter().all(|starts| *starts == 1)
+            }),
             Property::sometimes(
-                "a try finds the run of another",
+                "every try has its run, its own or another's",
                 |model: &Bounds, state: &State| {
                     let attached = state
                         .shims
@@ -295,7 +315,7 @@ impl Model for Bounds {
                     let aborted = |driver: &Driver| {
                         driver.start_id == 0
                             && *driver.slot.state() == SlotState::Recycling
-                            && matches!(driver.standing, Some(Standing::Fenced(_)))
+                            && matches!(driver.standing[0], Some(Standing::Fenced(_)))
                     };
                     state.drivers.iter().any(aborted)
                 },
@@ -312,8 +332,20 @@ fn check(bounds: Bounds) {
 }
 
 #[test]
+fn two_runs_at_a_node_that_crashes() {
+    check(Bounds {
+        runs: 2,
+        shims: 2,
+        drivers: 1,
+        crashes: 1,
+        attempts: 2,
+    });
+}
+
+#[test]
 fn one_try_over_two_nodes_with_crashes() {
     check(Bounds {
+        runs: 1,
         shims: 1,
         drivers: 2,
         crashes: 2,
@@ -324,6 +356,7 @@ fn one_try_over_two_nodes_with_crashes() {
 #[test]
 fn a_retry_while_the_first_try_is_on_its_way() {
     check(Bounds {
+        runs: 1,
         shims: 2,
         drivers: 2,
         crashes: 1,
@@ -334,6 +367,7 @@ fn a_retry_while_the_first_try_is_on_its_way() {
 #[test]
 fn a_retry_at_a_node_that_crashes() {
     check(Bounds {
+        runs: 1,
         shims: 2,
         drivers: 1,
         crashes: 1,

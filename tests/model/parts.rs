@@ -12,7 +12,7 @@ use polydev_driver::{
 };
 use polydev_shim::run::fence::{Settled, Told, settle};
 
-use super::{NOW, RUN};
+use super::NOW;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct State {
@@ -21,8 +21,8 @@ pub(super) struct State {
     /// All that were ever sent: each may arrive at any time, again and again, or never.
     pub(super) messages: BTreeSet<Message>,
     pub(super) crashes: u8,
-    /// How often init was told to start the run.
-    pub(super) starts: u8,
+    /// How often an init was told to start each run.
+    pub(super) starts: Vec<u8>,
 }
 
 /// A driver with one slot.
@@ -31,10 +31,12 @@ pub(super) struct Driver {
     pub(super) up: bool,
     /// Renewed by each start.
     pub(super) start_id: u8,
-    /// What its journal says of the run; with the ballot it was claimed with.
-    pub(super) standing: Option<Standing<()>>,
-    pub(super) claimed: Option<Ballot>,
+    /// What its journal says of each run; and which was claimed last, with its ballot.
+    pub(super) standing: Vec<Option<Standing<()>>>,
+    pub(super) claimed: Option<(usize, Ballot)>,
     pub(super) slot: Life,
+    /// The runs that got the slot's container.
+    pub(super) granted: Vec<usize>,
     /// Of the slot's container.
     pub(super) init: Init,
     /// The try that waits for the answer to its claim.
@@ -59,6 +61,7 @@ pub(super) struct Address {
 pub(super) enum Message {
     Claim {
         from: Address,
+        run: usize,
         driver: usize,
         start_id: u8,
         generation: u64,
@@ -66,6 +69,7 @@ pub(super) enum Message {
     },
     Fence {
         from: Address,
+        run: usize,
         driver: usize,
         ballot: (u64, u64),
     },
@@ -79,9 +83,10 @@ pub(super) enum Answer {
     Told { driver: usize, told: Told },
 }
 
-/// One try of the run.
+/// One try of a run.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Shim {
+    pub(super) run: usize,
     pub(super) ballot: Ballot,
     /// Numbers its calls: an answer to an earlier one is nobody's.
     pub(super) call: u64,
@@ -112,15 +117,16 @@ pub(super) enum Does {
 }
 
 impl Driver {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(runs: usize) -> Self {
         let mut slot = Life::new(1, None, NOW);
         slot.apply(Event::Warmed, NOW).expect("it is warming");
         Self {
             up: true,
             start_id: 0,
-            standing: None,
+            standing: vec![None; runs],
             claimed: None,
             slot,
+            granted: Vec::new(),
             init: Init::Waiting,
             answers: None,
         }
@@ -130,12 +136,13 @@ impl Driver {
     fn on_claim(
         &mut self,
         from: Address,
+        run: usize,
         start_id: u8,
         generation: u64,
         ballot: Ballot,
     ) -> Option<Answer> {
         let refused = |fenced| Some(Answer::Refused { fenced });
-        match Standing::on_claim(self.standing.as_ref(), &(), ballot) {
+        match Standing::on_claim(self.standing[run].as_ref(), &(), ballot) {
             OnClaim::Repeat => return Some(Answer::Granted),
             OnClaim::OtherCommand | OnClaim::Released => {
                 unreachable!("there is one command, and its results are kept")
@@ -148,26 +155,27 @@ impl Driver {
         }
         let claimed = Event::Claimed {
             generation,
-            run_id: RUN.into(),
+            run_id: run.to_string(),
             user_id: String::new(),
         };
         if self.slot.apply(claimed, NOW).is_err() {
             return refused(false);
         }
-        self.standing = Some(Standing::Ran {
+        self.standing[run] = Some(Standing::Ran {
             spec: (),
             kept: true,
         });
-        self.claimed = Some(ballot);
+        self.claimed = Some((run, ballot));
+        self.granted.push(run);
         self.answers = Some(from);
         None
     }
 
-    fn on_fence(&mut self, ballot: Ballot) -> Told {
-        match Standing::on_fence(self.standing.as_ref(), ballot) {
+    fn on_fence(&mut self, run: usize, ballot: Ballot) -> Told {
+        match Standing::on_fence(self.standing[run].as_ref(), ballot) {
             OnFence::Have => Told::Have,
             OnFence::Fenced(highest) => {
-                self.standing = Some(Standing::Fenced(highest));
+                self.standing[run] = Some(Standing::Fenced(highest));
                 Told::Fenced((highest.attempt, highest.nonce))
             }
         }
@@ -175,14 +183,14 @@ impl Driver {
 
     /// Its claim came to nothing.
     pub(super) fn abort(&mut self) {
-        let ballot = self.claimed.take().expect("it was claimed");
-        self.standing = Some(Standing::Fenced(ballot));
+        let (run, ballot) = self.claimed.take().expect("it was claimed");
+        self.standing[run] = Some(Standing::Fenced(ballot));
         let _drained = self.slot.apply(Event::RunEnded, NOW);
     }
 
-    /// As `recover` and the keeper: a run whose init waits was never started; idle
-    /// containers are made anew.
-    pub(super) fn restart(&mut self) {
+    /// As `recover` and the keeper: a run whose init waits was never started; an idle
+    /// container is taken up, or made anew.
+    pub(super) fn restart(&mut self, adopts: bool) {
         self.up = true;
         self.start_id += 1;
         self.answers = None;
@@ -192,6 +200,9 @@ impl Driver {
                 Init::Running => {}
                 Init::Exited => drop(self.slot.apply(Event::RunEnded, NOW)),
             }
+        } else if *self.slot.state() == SlotState::Idle && adopts {
+            self.slot = Life::new(self.slot.generation(), None, NOW);
+            self.slot.apply(Event::Warmed, NOW).expect("it is warming");
         } else if *self.slot.state() == SlotState::Idle {
             let died = Event::Died {
                 reason: String::new(),
@@ -227,12 +238,14 @@ impl State {
     pub(super) fn fence(&mut self, shim: usize) {
         let drivers = self.drivers.len();
         let (from, ballot) = self.shims[shim].next(shim);
+        let run = self.shims[shim].run;
         self.shims[shim].does = Does::Fences {
             told: vec![None; drivers],
         };
         self.messages
             .extend((0..drivers).map(|driver| Message::Fence {
                 from,
+                run,
                 driver,
                 ballot,
             }));
@@ -243,6 +256,7 @@ impl State {
         self.shims[shim].does = Does::Settles { driver };
         self.messages.insert(Message::Fence {
             from,
+            run: self.shims[shim].run,
             driver,
             ballot,
         });
@@ -258,16 +272,19 @@ impl State {
         match message {
             Message::Claim {
                 from,
+                run,
                 start_id,
                 generation,
                 ballot,
                 ..
             } => {
-                let answer = node.on_claim(from, start_id, generation, unpack(ballot));
+                let answer = node.on_claim(from, run, start_id, generation, unpack(ballot));
                 answer.map(|answer| (from, answer))
             }
-            Message::Fence { from, ballot, .. } => {
-                let told = node.on_fence(unpack(ballot));
+            Message::Fence {
+                from, run, ballot, ..
+            } => {
+                let told = node.on_fence(run, unpack(ballot));
                 Some((from, Answer::Told { driver, told }))
             }
         }
