@@ -1,7 +1,12 @@
 //! What takes minutes: `make test-long`.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs::{self, File},
+    time::{Duration, Instant},
+};
 
+use nix::sys::signal::{Signal, kill};
+use polydev_proto::runtime::RunStart;
 use polydev_tests::{
     client,
     cluster::Cluster,
@@ -12,8 +17,14 @@ use polydev_tests::{
     shim::{Shim, instance_label},
     wait_until,
 };
+use tonic::Code;
+use tonic_types::StatusExt;
 
-use crate::{exec::truncated, output::every_line_of};
+use crate::{
+    exec::truncated,
+    output::every_line_of,
+    survive::{driver, kill_driver},
+};
 
 #[test]
 fn a_dockerd_killed_in_the_middle_of_a_call_is_got_over() {
@@ -236,4 +247,76 @@ fn slots_wait_for_a_dockerd_that_is_away_however_long() {
     for alloc in allocations {
         assert_eq!(alloc["TaskStates"]["runtime"]["Restarts"], 0, "{alloc}");
     }
+}
+
+#[test]
+fn a_driver_that_does_not_answer_leaves_no_run_in_doubt_that_it_can_settle() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let holder = driver(&shim.state_dir());
+    let stopped = |script: &str, time: Option<Duration>| {
+        kill(holder, Signal::SIGSTOP).unwrap();
+        let outcome = std::thread::scope(|scope| {
+            let start = RunStart {
+                queue_timeout: Some(prost_types::Duration {
+                    seconds: 60,
+                    nanos: 0,
+                }),
+                ..client::shell("anthropic", script)
+            };
+            let run = scope.spawn(|| shim.client().run(start));
+            if let Some(time) = time {
+                std::thread::park_timeout(time);
+                kill(holder, Signal::SIGCONT).unwrap();
+            }
+            run.join().unwrap()
+        });
+        kill(holder, Signal::SIGCONT).unwrap();
+        client.wait_idle("anthropic", 1);
+        outcome
+    };
+    // Longer than a claim's answer is waited for: it did not run, and runs after all.
+    let late = stopped("echo late", Some(Duration::from_secs(13))).unwrap();
+    assert_eq!(late.stdout(), "late\n");
+    // For ever.
+    let told = stopped("echo never", None).unwrap_err();
+    assert_eq!(told.code(), Code::Aborted, "{told}");
+    let details = told.get_error_details();
+    assert_eq!(details.error_info().unwrap().reason, "UNCLEAR");
+    let outcome = client.run(client::shell("anthropic", "echo on")).unwrap();
+    assert_eq!(outcome.stdout(), "on\n");
+}
+
+#[test]
+fn a_claim_that_cannot_be_written_down_is_refused_and_its_slot_stays() {
+    let nomad = Nomad::start_with_small_state("");
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    nomad.submit_pool("anthropic", 1);
+    client.wait_idle("anthropic", 1);
+    let filler = nomad.state_dir().join("filler");
+    let mut file = File::create(&filler).unwrap();
+    std::io::copy(&mut std::io::repeat(0), &mut file).unwrap_err();
+    let at_once = || RunStart {
+        queue_timeout: Some(prost_types::Duration::default()),
+        ..client::shell("anthropic", "true")
+    };
+    // What is left of the journal's last page takes some.
+    let refused = (0..50).find_map(|_| {
+        client.wait_idle("anthropic", 1);
+        client.run(at_once()).err()
+    });
+    let refused = refused.expect("the disk is full");
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    assert!(refused.message().contains("runs.journal"), "{refused}");
+    client.wait_idle("anthropic", 1);
+
+    drop(file);
+    fs::remove_file(filler).unwrap();
+    let ran = client.run(client::shell("anthropic", "echo on")).unwrap();
+    assert_eq!(ran.stdout(), "on\n");
+    kill_driver(&nomad);
+    client.wait_idle("anthropic", 1);
+    let again = client.attach(&ran.accepted.run_id, [0; 2]).unwrap();
+    assert_eq!(client.finish(again).unwrap().stdout(), "on\n");
 }

@@ -37,11 +37,11 @@ const CLOCKS: Duration = Duration::from_secs(5 * 60);
 pub enum Refusal {
     #[error("{0}")]
     Taken(state::Refused),
-    #[error("this node has no room for another run: {0}")]
+    #[error("this node has no room for another run")]
     Full(#[from] headroom::Full),
     #[error("this node has no room for another run: {held} runs hold its memory for output")]
     NoOutput { held: usize },
-    #[error("this node cannot remember another run: {0}")]
+    #[error("this node cannot remember another run")]
     Journal(#[from] journal::Error),
     #[error("another try of the run stands before this one, with attempt {}", fence.attempt)]
     Fenced { fence: Ballot },

@@ -444,4 +444,4 @@ pub(super) mod reason {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

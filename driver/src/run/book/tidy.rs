@@ -64,3 +64,63 @@ impl Run {
         moment.is_some_and(|moment| self.claimed.claimed_at + ended.after < moment)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::{
+        Ended,
+        book::NotFound,
+        journal::{Claimed, Journal, tests::claimed},
+    };
+
+    #[tokio::test]
+    async fn results_are_kept_for_ten_minutes_and_ids_for_longer() {
+        let (folder, elsewhere) = (
+            tempfile::tempdir().unwrap(),
+            tempfile::tempdir_in("/dev/shm").unwrap(),
+        );
+        // It is not mounted, which needs root, if it is in memory already.
+        std::os::unix::fs::symlink(elsewhere.path(), folder.path().join("output")).unwrap();
+        let now = SystemTime::now();
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+        let (mut journal, _) = Journal::open(folder.path()).unwrap();
+        for (run_id, after) in [("short", minutes(0)), ("long", minutes(8))] {
+            let claimed = Claimed {
+                claimed_at: now,
+                ..claimed(run_id)
+            };
+            journal.write(&Record::Claimed(claimed.into())).unwrap();
+            let run_id = run_id.to_owned();
+            let ended = Ended {
+                after,
+                ..Ended::default()
+            };
+            journal.write(&Record::Exited { run_id, ended }).unwrap();
+        }
+        drop(journal);
+
+        let (runs, open) = Runs::open(folder.path()).unwrap();
+        assert!(open.is_empty());
+        let state = |run_id: &str| match runs.find(run_id, None) {
+            Ok(_) => "kept",
+            Err(NotFound::Released { .. }) => "released",
+            Err(NotFound::Unknown { .. }) => "unknown",
+            Err(other) => panic!("{other}"),
+        };
+        for (minute, short, long) in [
+            (9, "kept", "kept"),
+            (11, "released", "kept"),
+            (19, "released", "released"),
+            (69, "released", "released"),
+            (71, "unknown", "unknown"),
+        ] {
+            runs.tidy(now + minutes(minute));
+            assert_eq!(
+                [state("short"), state("long")],
+                [short, long],
+                "{minute} min"
+            );
+        }
+    }
+}

@@ -1,7 +1,7 @@
 use super::*;
 use proptest::prelude::*;
 
-fn claimed(run_id: &str) -> Claimed {
+pub(in crate::run) fn claimed(run_id: &str) -> Claimed {
     Claimed {
         run_id: run_id.into(),
         user_id: "alice".into(),
