@@ -141,8 +141,9 @@ pub async fn claim(
                 Tried::NoRoom(reason) => {
                     full.insert(slot.node_id.clone());
                     refused(&slot, &reason);
-                    let next = view.idle_beyond(provider, &full);
-                    match next.filter(|_| full.len() < NODES) {
+                    // A slot on demand comes out of turn: the pool's are for who is next.
+                    let may = !slot.on_demand && full.len() < NODES;
+                    match may.then(|| view.idle_beyond(provider, &full)).flatten() {
                         Some(next) => {
                             slot = next;
                             continue;
