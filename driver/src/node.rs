@@ -273,8 +273,9 @@ impl Prepared {
             })
         });
         Ok(Self {
-            metrics: Metrics::new(config.telemetry.as_ref(), &instance),
             secured: secured.transpose()?,
+            // Last of what may fail: it is not to be begun and ended with every try.
+            metrics: Metrics::new(config.telemetry.as_ref(), &instance),
             docker,
             instance,
             init,

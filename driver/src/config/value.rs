@@ -1,7 +1,8 @@
 //! Values as Nomad encodes them (go-cty's msgpack), and the checks that all options share.
 
-use std::{collections::BTreeMap, net::Ipv6Addr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
+use http::Uri;
 use serde::{Deserialize, Deserializer, de, de::DeserializeOwned};
 
 use super::Error;
@@ -170,23 +171,12 @@ pub(super) fn absolute(field: &str, given: &str) -> Result<PathBuf, Error> {
 
 /// `SCHEME://HOST:PORT` and nothing more; an IPv6 address is in brackets.
 pub(super) fn is_url(scheme: &str, given: &str) -> bool {
-    let rest = given.strip_prefix(scheme);
-    let authority = rest.and_then(|rest| rest.strip_prefix("://"));
-    let parts = authority.and_then(|authority| authority.rsplit_once(':'));
-    parts.is_some_and(|(host, port)| {
-        let v6 = host
-            .strip_prefix('[')
-            .and_then(|host| host.strip_suffix(']'));
-        let is_host = match v6 {
-            Some(v6) => v6.parse::<Ipv6Addr>().is_ok(),
-            None => !host.is_empty() && host.chars().all(is_of_a_name),
-        };
-        is_host && port.parse::<u16>().is_ok()
+    let uri = given.parse::<Uri>().unwrap_or_default();
+    uri.authority().is_some_and(|authority| {
+        let is_whole = format!("{scheme}://{authority}") == given;
+        let is_bare = !authority.as_str().contains('@') && !authority.host().is_empty();
+        is_whole && is_bare && authority.port_u16().is_some()
     })
-}
-
-fn is_of_a_name(letter: char) -> bool {
-    letter.is_ascii_alphanumeric() || matches!(letter, '-' | '.' | '_')
 }
 
 /// One of a few words.

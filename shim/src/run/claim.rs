@@ -119,57 +119,19 @@ pub async fn claim(
         };
         // Whoever is next may try another slot meanwhile.
         let running = ticket.served();
-        let (mut slot, mut full) = (slot, BTreeSet::new());
-        let reason = loop {
-            // From now on the run may be in it, whatever the answer: to stop it would end the run.
-            if let Some(order) = order.take_if(|_| slot.on_demand) {
-                dispatched = order.used();
+        // From now on the run may be in it, whatever the answer: to stop it would end the run.
+        if let Some(order) = order.take_if(|_| slot.on_demand) {
+            dispatched = order.used();
+        }
+        match attempts.in_turn(slot).await? {
+            Ok(mut connection) => {
+                if connection.on_demand {
+                    connection.dispatched = dispatched;
+                }
+                return Ok((connection, Some(running)));
             }
-            let reason = match attempts.at(&slot).await? {
-                Tried::Granted(mut connection) => {
-                    // A run that was claimed before may be in another container.
-                    if (&connection.slot_id, connection.generation)
-                        == (&slot.slot_id, slot.generation)
-                    {
-                        slot.granted();
-                    }
-                    if connection.on_demand {
-                        connection.dispatched = dispatched;
-                    }
-                    return Ok((*connection, Some(running)));
-                }
-                Tried::NoRoom(reason) => {
-                    full.insert(slot.node_id.clone());
-                    refused(&slot, &reason);
-                    // A slot on demand comes out of turn: the pool's are for who is next.
-                    let may = !slot.on_demand && full.len() < NODES;
-                    match may.then(|| view.idle_beyond(provider, &full)).flatten() {
-                        Some(next) => {
-                            slot = next;
-                            continue;
-                        }
-                        None => break reason,
-                    }
-                }
-                Tried::Refused(reason) => reason,
-                Tried::Overtaken(reason) => match attempts.fence().await? {
-                    Some(connection) => return Ok((connection, Some(running))),
-                    None => reason,
-                },
-                Tried::Unclear(reason) => match timeout(SETTLE, attempts.settle(&slot)).await {
-                    Ok(Ok(Some(connection))) => return Ok((connection, Some(running))),
-                    Ok(Ok(None)) => reason,
-                    Ok(Err(error)) => return Err(error),
-                    Err(_) => {
-                        let slot_id = slot.slot_id.clone();
-                        return Err(Error::Unclear { slot_id, reason });
-                    }
-                },
-            };
-            refused(&slot, &reason);
-            break reason;
-        };
-        last_refusal = Some(reason);
+            Err(reason) => last_refusal = Some(reason),
+        }
         if tokio::time::Instant::now() >= give_up {
             let reasons = [last_refusal, order.as_ref().map(Order::told)];
             return Err(none_idle(view, provider, waited, reasons));
@@ -179,11 +141,6 @@ pub async fn claim(
         again = AGAIN_MOST.min(again * 2);
         ticket = running.back();
     }
-}
-
-fn refused(slot: &Candidate, reason: &str) {
-    let slot = &slot.slot_id;
-    tracing::info!(slot, reason, "a claim was refused, trying another slot");
 }
 
 /// Claims the slot that is kept for the run.
@@ -208,28 +165,11 @@ async fn leased(
     if slot.provider != provider {
         return Err(ended(format!("its slot is of `{}`", slot.provider)));
     }
-    match attempts.at(&slot).await? {
-        Tried::Granted(connection) => {
-            slot.granted();
-            Ok(*connection)
-        }
+    attempts.at(&slot).await?.map_err(|denied| match denied {
         // The lease stands.
-        Tried::NoRoom(reason) => Err(Error::NotRun { reason }),
-        Tried::Refused(reason) => Err(ended(reason)),
-        Tried::Overtaken(reason) => match attempts.fence().await? {
-            Some(connection) => Ok(connection),
-            None => Err(ended(reason)),
-        },
-        Tried::Unclear(reason) => match timeout(SETTLE, attempts.settle(&slot)).await {
-            Ok(Ok(Some(connection))) => Ok(connection),
-            Ok(Ok(None)) => Err(ended(reason)),
-            Ok(Err(error)) => Err(error),
-            Err(_) => {
-                let slot_id = slot.slot_id.clone();
-                Err(Error::Unclear { slot_id, reason })
-            }
-        },
-    }
+        Denied::NoRoom(reason) => Error::NotRun { reason },
+        Denied::Refused(reason) => ended(reason),
+    })
 }
 
 /// The tries of one run by this shim, each with a ballot of its own.
@@ -260,8 +200,60 @@ impl Attempts<'_> {
         }
     }
 
-    /// Claims an idle slot.
-    async fn at(&mut self, slot: &Candidate) -> Result<Tried, Error> {
+    /// Claims an idle slot, and while nodes have no room for the run, slots of other nodes; or
+    /// why the last of them was refused.
+    async fn in_turn(&mut self, mut slot: Candidate) -> Result<Result<Connection, String>, Error> {
+        let mut full = BTreeSet::new();
+        loop {
+            let (reason, has_room) = match self.at(&slot).await? {
+                Ok(connection) => return Ok(Ok(connection)),
+                Err(Denied::NoRoom(reason)) => (reason, false),
+                Err(Denied::Refused(reason)) => (reason, true),
+            };
+            let slot_id = &slot.slot_id;
+            tracing::info!(
+                slot = slot_id,
+                reason,
+                "a claim was refused, trying another slot"
+            );
+            full.insert(slot.node_id.clone());
+            // A slot on demand comes out of turn: the pool's are for who is next.
+            if has_room || slot.on_demand || full.len() == NODES {
+                return Ok(Err(reason));
+            }
+            match self.view.idle_beyond(&slot.provider, &full) {
+                Some(next) => slot = next,
+                None => return Ok(Err(reason)),
+            }
+        }
+    }
+
+    /// Claims a slot, and finds out what became of the claim where that is not clear.
+    async fn at(&mut self, slot: &Candidate) -> Result<Result<Connection, Denied>, Error> {
+        let (found, reason) = match self.ask(slot).await? {
+            Tried::Granted(connection) => {
+                // A run that was claimed before may be in another container.
+                if (&connection.slot_id, connection.generation) == (&slot.slot_id, slot.generation)
+                {
+                    slot.granted();
+                }
+                return Ok(Ok(*connection));
+            }
+            Tried::NoRoom(reason) => return Ok(Err(Denied::NoRoom(reason))),
+            Tried::Refused(reason) => return Ok(Err(Denied::Refused(reason))),
+            Tried::Overtaken(reason) => (self.fence().await?, reason),
+            Tried::Unclear(reason) => match timeout(SETTLE, self.settle(slot)).await {
+                Ok(found) => (found?, reason),
+                Err(_) => {
+                    let slot_id = slot.slot_id.clone();
+                    return Err(Error::Unclear { slot_id, reason });
+                }
+            },
+        };
+        Ok(found.ok_or(Denied::Refused(reason)))
+    }
+
+    async fn ask(&mut self, slot: &Candidate) -> Result<Tried, Error> {
         self.ballot.attempt += 1;
         self.claim.slot_id.clone_from(&slot.slot_id);
         self.claim.start_id.clone_from(&slot.start_id);
@@ -348,10 +340,17 @@ impl Attempts<'_> {
     }
 }
 
+/// A definite refusal: the run is not in the slot.
+enum Denied {
+    Refused(String),
+    /// Nothing is wrong with the slot; its node has no room for the run.
+    NoRoom(String),
+}
+
+/// What a driver answers.
 enum Tried {
     Granted(Box<Connection>),
     Refused(String),
-    /// Nothing is wrong with the slot; its node has no room for the run.
     NoRoom(String),
     /// Another try of the run has fenced this one off.
     Overtaken(String),
