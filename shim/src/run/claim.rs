@@ -108,7 +108,8 @@ pub async fn claim(
     let (mut last_refusal, mut again, mut dispatched) = (None, AGAIN, None);
     loop {
         let slot = wait(view, &mut ticket, provider, &run_id, caller);
-        let Ok(slot) = tokio::time::timeout_at(give_up, slot).await else {
+        // A refused one is nobody's until the end of the pause below.
+        let Ok(mut slot) = tokio::time::timeout_at(give_up, slot).await else {
             let behind = match *ticket.place.borrow() {
                 Place::Behind(before) => Some(format!("{before} runs of this shim were before it")),
                 Place::Held(_) => return Err(Error::AtLimit { user_id, waited }),
@@ -123,7 +124,7 @@ pub async fn claim(
         if let Some(order) = order.take_if(|_| slot.on_demand) {
             dispatched = order.used();
         }
-        match attempts.in_turn(slot).await? {
+        match attempts.in_turn(&mut slot).await? {
             Ok(mut connection) => {
                 if connection.on_demand {
                     connection.dispatched = dispatched;
@@ -201,11 +202,11 @@ impl Attempts<'_> {
     }
 
     /// Claims an idle slot, and while nodes have no room for the run, slots of other nodes; or
-    /// why the last of them was refused.
-    async fn in_turn(&mut self, mut slot: Candidate) -> Result<Result<Connection, String>, Error> {
+    /// why the last of them, which `slot` is then, was refused.
+    async fn in_turn(&mut self, slot: &mut Candidate) -> Result<Result<Connection, String>, Error> {
         let mut full = BTreeSet::new();
         loop {
-            let (reason, has_room) = match self.at(&slot).await? {
+            let (reason, has_room) = match self.at(slot).await? {
                 Ok(connection) => return Ok(Ok(connection)),
                 Err(Denied::NoRoom(reason)) => (reason, false),
                 Err(Denied::Refused(reason)) => (reason, true),
@@ -222,7 +223,7 @@ impl Attempts<'_> {
                 return Ok(Err(reason));
             }
             match self.view.idle_beyond(&slot.provider, &full) {
-                Some(next) => slot = next,
+                Some(next) => *slot = next,
                 None => return Ok(Err(reason)),
             }
         }
