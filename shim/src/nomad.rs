@@ -31,6 +31,8 @@ pub enum Error {
     },
     #[error("Nomad answered {status}: {text}")]
     Status { status: StatusCode, text: String },
+    #[error("Nomad has no leader: what its server at {address} knows may be long past")]
+    NoLeader { address: String },
     #[error("Nomad's answer is longer than {BODY_MOST} bytes")]
     TooLong,
     #[error("cannot read Nomad's answer")]
@@ -133,6 +135,12 @@ impl Nomad {
         let status = response.status();
         let index = response.headers().get("X-Nomad-Index");
         let index = index.and_then(|index| index.to_str().ok()?.parse().ok());
+        // A server that has just begun answers stale queries from an empty state.
+        let leader = response.headers().get("X-Nomad-KnownLeader");
+        if status.is_success() && leader.is_some_and(|known| known == "false") {
+            let address = self.address.clone();
+            return Err(Error::NoLeader { address });
+        }
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(reach)? {
             if body.len() + chunk.len() > BODY_MOST {

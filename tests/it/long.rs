@@ -6,7 +6,7 @@ use std::{
 };
 
 use nix::sys::signal::{Signal, kill};
-use polydev_proto::runtime::RunStart;
+use polydev_proto::runtime::{ExitReason, RunStart, RunState, run_input::Input};
 use polydev_tests::{
     client,
     cluster::Cluster,
@@ -246,6 +246,60 @@ fn slots_wait_for_a_dockerd_that_is_away_however_long() {
     assert_eq!(allocations.len(), 2);
     for alloc in allocations {
         assert_eq!(alloc["TaskStates"]["runtime"]["Restarts"], 0, "{alloc}");
+    }
+}
+
+#[test]
+fn a_node_that_nomad_has_lost_keeps_its_runs_within_reach_of_every_shim() {
+    let mut cluster = Cluster::start();
+    let shims = [cluster.shim(), cluster.shim()];
+    let file = "jobspecs/pool-anthropic.nomad.hcl";
+    cluster.run(&["job", "run", "-detach", "-var", "count=2", file]);
+    let clients = shims.each_ref().map(Shim::client);
+    for client in &clients {
+        client.wait_idle("anthropic", 2);
+    }
+    let start = RunStart {
+        stdin: true,
+        ..client::shell("anthropic", "echo begun; read line; echo $line")
+    };
+    let mut run = clients[0].start(start).unwrap();
+    let nodes = cluster.get("/v1/nodes");
+    let mut nodes = nodes.as_array().into_iter().flatten();
+    let node = nodes.find(|node| node["ID"] == *run.accepted.node_id);
+    let number = usize::from(node.unwrap()["Name"] == "client1");
+
+    cluster.agent(number).end(Signal::SIGKILL);
+    let path = format!("/v1/node/{}", run.accepted.node_id);
+    wait_until("a lost node", Duration::from_secs(90), || {
+        let status = cluster.get(&path)["Status"].clone();
+        if status == "down" {
+            Ok(())
+        } else {
+            Err(status.to_string())
+        }
+    });
+    // More than what a shim sleeps between two looks at the nodes, and than their answer takes.
+    let looked = Instant::now();
+    while looked.elapsed() < Duration::from_secs(3) {
+        for client in &clients {
+            let going = client.get_run(&run.accepted.run_id).unwrap();
+            assert_eq!(going.state(), RunState::Running);
+        }
+    }
+    let attached = clients[1].attach(&run.accepted.run_id, [0; 2]).unwrap();
+    cluster.restart_agent(number, Signal::SIGKILL);
+    cluster.wait_healthy();
+    // Nomad has placed the pool's slot anew, and stops the one that it had lost.
+    clients[0].send(&run, Input::Stdin(b"further\n".to_vec().into()));
+    run.close();
+    for (client, run) in clients.iter().zip([run, attached]) {
+        let outcome = client.finish(run).unwrap();
+        assert_eq!(outcome.stdout(), "begun\nfurther\n");
+        assert_eq!(outcome.exited.reason(), ExitReason::Exited);
+    }
+    for client in &clients {
+        client.wait_idle("anthropic", 2);
     }
 }
 

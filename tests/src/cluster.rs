@@ -99,6 +99,11 @@ impl Cluster {
         });
     }
 
+    /// A node's agent.
+    pub fn agent(&mut self, number: usize) -> &mut Process {
+        &mut self.agents[number]
+    }
+
     /// Ends a node's agent with that signal, and starts another in its place; waits until that
     /// answers.
     #[track_caller]

@@ -56,9 +56,11 @@ impl Process {
         let _gone = kill(self.pid(), signal);
     }
 
-    /// Ends it with that signal, and waits until it has.
+    /// Ends it with that signal, unless it has ended, and waits until it has.
     pub fn end(&mut self, signal: Signal) {
-        self.signal(signal);
+        if self.exit().is_none() {
+            self.signal(signal);
+        }
         let what = format!("the end of {}", self.name);
         wait_until(&what, Duration::from_secs(60), || {
             self.exit().ok_or_else(|| "it lives".to_owned())

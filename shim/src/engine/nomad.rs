@@ -26,11 +26,13 @@ pub struct Cluster {
     pub drained: watch::Sender<BTreeSet<String>>,
 }
 
-/// Publishes what changes, for ever. While Nomad is out of reach the last stands.
+/// Publishes what changes, for ever. While Nomad is out of reach, or has no leader, the last
+/// stands.
 pub async fn discover(nomad: Nomad, cluster: Cluster) {
-    let mut retry = RETRY;
+    // It outlives errors: a server that still reads its log answers when it knows as much.
+    let (mut index, mut retry) = (0, RETRY);
     loop {
-        let Err(error) = discover_once(&nomad, &cluster, &mut retry).await;
+        let Err(error) = discover_once(&nomad, &cluster, &mut index, &mut retry).await;
         tracing::warn!(error = %crate::chain(&error), "cannot list nodes");
         sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
         retry = RETRY_MOST.min(retry * 2);
@@ -40,12 +42,12 @@ pub async fn discover(nomad: Nomad, cluster: Cluster) {
 async fn discover_once(
     nomad: &Nomad,
     cluster: &Cluster,
+    index: &mut u64,
     retry: &mut Duration,
 ) -> Result<Infallible, Error> {
-    let mut index = 0;
     loop {
-        let (next, nodes) = nomad.nodes(index).await?;
-        index = next;
+        let (next, nodes) = nomad.nodes(*index).await?;
+        *index = next;
         *retry = RETRY;
         let drained = nodes.iter().filter(|node| node.is_drained());
         publish(

@@ -31,7 +31,9 @@ const RETRY: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_millis(250);
 
 /// Follows every driver that `drivers` names, node id to address, as they come and
-/// go, and takes into the vault's store what runs there refresh. Ends when `drivers` does.
+/// go, and takes into the vault's store what runs there refresh. One that is no longer named
+/// is followed as long as its connection lasts: that Nomad hears nothing of an agent does not
+/// end its driver. Ends when `drivers` does.
 pub async fn follow(
     view: View,
     mut drivers: watch::Receiver<BTreeMap<String, String>>,
@@ -43,16 +45,20 @@ pub async fn follow(
     loop {
         let wanted = drivers.borrow_and_update().clone();
         followed.retain(|node_id, (address, task)| {
-            let keep = wanted.get(node_id) == Some(address);
-            if !keep {
-                task.abort();
-                view.leave(node_id);
+            if task.is_finished() {
+                view.disconnect(node_id);
+                return false;
             }
-            keep
+            match wanted.get(node_id) {
+                None => view.leave(node_id),
+                Some(wanted) if wanted == address => {}
+                Some(_elsewhere) => task.abort(),
+            }
+            true
         });
         for (node_id, address) in wanted {
+            view.expect(&node_id);
             followed.entry(node_id.clone()).or_insert_with(|| {
-                view.expect(&node_id);
                 let driver = Driver {
                     node_id,
                     address: address.clone(),
@@ -64,7 +70,7 @@ pub async fn follow(
         }
         tokio::select! {
             changed = drivers.changed() => if changed.is_err() { return },
-            Some(_aborted) = tasks.join_next() => {}
+            Some(_ended) = tasks.join_next() => {}
         }
     }
 }
@@ -90,6 +96,9 @@ async fn follow_driver(view: View, driver: Driver, vault: Arc<Vault>) {
         if *reason != *last {
             tracing::info!(node_id, address, reason, "a driver is out of reach");
             reason.clone_into(&mut last);
+        }
+        if view.has_left(node_id) {
+            return;
         }
         sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
         retry = RETRY_MOST.min(retry * 2);

@@ -36,7 +36,7 @@ struct Inner {
 struct Node {
     /// `None` while it cannot be reached: its slots are not to be had then.
     connected: Option<Connected>,
-    /// When it was no longer one of the cluster's: for a while it may still have runs.
+    /// Since when it is no longer one of the cluster's: for a while it may still have runs.
     left: Option<Instant>,
 }
 
@@ -279,12 +279,13 @@ impl View {
     #[must_use]
     pub fn nodes(&self) -> (usize, usize) {
         let nodes = &self.lock().nodes;
-        let ours = || nodes.values().filter(|node| node.left.is_none());
-        let connected = ours().filter(|node| node.connected.is_some()).count();
-        (connected, ours().count() - connected)
+        let (connected, others): (Vec<_>, Vec<_>) =
+            nodes.values().partition(|node| node.connected.is_some());
+        let ours = others.iter().filter(|node| node.left.is_none());
+        (connected.len(), ours.count())
     }
 
-    /// A node is to be followed, and is not yet.
+    /// A node is one of ours, and to be followed.
     pub(super) fn expect(&self, node_id: &str) {
         self.update(|inner| {
             inner.nodes.entry(node_id.to_owned()).or_default().left = None;
@@ -333,16 +334,23 @@ impl View {
         self.update(|inner| inner.disconnect(node_id));
     }
 
-    /// A node is no longer one of ours. That Nomad has lost it does not end its runs.
+    /// A node is no longer one of ours. That Nomad has lost it does not end its runs, nor what
+    /// it tells while it is connected.
     pub(super) fn leave(&self, node_id: &str) {
         self.update(|inner| {
-            inner.disconnect(node_id);
             if let Some(node) = inner.nodes.get_mut(node_id) {
-                node.left = Some(Instant::now());
+                node.left.get_or_insert_with(Instant::now);
             }
-            let is_known = |node: &Node| node.left.is_none_or(|left| left.elapsed() < REMEMBERED);
+            let lately = |left: Instant| left.elapsed() < REMEMBERED;
+            let is_known = |node: &Node| node.connected.is_some() || node.left.is_none_or(lately);
             inner.nodes.retain(|_, node| is_known(node));
         });
+    }
+
+    /// Whether a node is no longer one of ours.
+    pub(super) fn has_left(&self, node_id: &str) -> bool {
+        let nodes = &self.lock().nodes;
+        nodes.get(node_id).is_none_or(|node| node.left.is_some())
     }
 
     fn update(&self, change: impl FnOnce(&mut Inner)) {

@@ -45,6 +45,22 @@ async fn a_node_without_room_is_left_for_one_that_may_have_some() {
 }
 
 #[tokio::test]
+async fn what_a_lost_node_tells_counts_until_its_connection_breaks() {
+    let view = View::new();
+    view.expect("node");
+    tell(&view, true, vec![slot("a", State::Idle, 1)], &[]);
+    view.leave("node");
+    assert_eq!(view.nodes(), (1, 0));
+    assert_eq!(view.counts()["openai"].idle, 1);
+    view.disconnect("node");
+    assert_eq!(view.nodes(), (0, 0), "it is not one of the cluster's");
+    let unreachable = view.channels().1;
+    assert_eq!(unreachable, ["node"], "its runs may be asked for");
+    view.expect("node");
+    assert_eq!(view.nodes(), (0, 1));
+}
+
+#[tokio::test]
 async fn two_runs_of_one_shim_never_try_the_same_container() {
     let view = View::new();
     tell(
