@@ -54,6 +54,8 @@ pub mod error;
 pub mod exec;
 pub mod frame;
 pub mod reload;
+#[cfg(feature = "grpc")]
+pub mod run_id;
 #[cfg(feature = "sealed")]
 pub mod sealed;
 #[cfg(feature = "tls")]

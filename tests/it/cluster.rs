@@ -18,11 +18,14 @@ use polydev_tests::{
 };
 use uuid::Uuid;
 
+use crate::newer;
+
 const SLOTS: u32 = 6;
 
 #[test]
 fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
     let mut cluster = Cluster::start();
+    let before = newer::a_node_begins_anew(&cluster);
     let shims: [Shim; 3] = std::array::from_fn(|_| cluster.shim());
     let count = format!("count={SLOTS}");
     let file = "jobspecs/pool-anthropic.nomad.hcl";
@@ -35,6 +38,7 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
     };
     wait_warm();
     drivers_let_in_shims_and_nobody_else(&cluster);
+    newer::a_run_that_is_older_than_its_node_runs_once(&cluster, &clients, before, SLOTS);
 
     each_run_has_a_container_of_its_own(&shims);
     one_run_asked_for_three_times_at_once_runs_once(&cluster, &shims);

@@ -19,6 +19,7 @@ mod leases;
 mod long;
 mod metrics;
 mod network;
+mod newer;
 mod nomad;
 mod on_demand;
 mod once;

@@ -1,10 +1,16 @@
 //! A run is started once: by its id, and against other tries of it.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    path::Path,
+    time::{Duration, SystemTime},
+};
 
 use nix::sys::signal::{Signal, kill};
 use polydev_proto::{
-    node::{Ballot, FenceRequest, fence_response::Answer, node_service_client::NodeServiceClient},
+    node::{
+        Ballot, FenceRequest, FenceResponse, fence_response::Answer,
+        node_service_client::NodeServiceClient,
+    },
     runtime::{RunStart, run_input::Input},
 };
 use polydev_tests::{client::shell, shim::Shim};
@@ -106,28 +112,29 @@ fn what_a_driver_may_have_forgotten_runs_again_only_if_its_caller_says_so() {
     assert_eq!(outcome.stdout(), "twice\n");
 }
 
+/// Closes a run at the driver of a state folder, as another try would.
+pub(crate) fn fence(state_dir: &Path, run_id: &str, attempt: u64) -> FenceResponse {
+    let request = FenceRequest {
+        run_id: run_id.to_owned(),
+        ballot: Some(Ballot { attempt, nonce: 7 }),
+        claims_on: String::new(),
+    };
+    let runtime = tokio::runtime::Runtime::new().expect("there are threads");
+    let address = format!("unix://{}", state_dir.join("node.sock").display());
+    let response = runtime.block_on(async {
+        let mut node = NodeServiceClient::connect(address).await;
+        let node = node.as_mut().expect("a driver listens");
+        node.fence(request).await
+    });
+    response.expect("it answers").into_inner()
+}
+
 #[test]
 fn a_try_that_another_has_fenced_off_asks_every_node_again() {
     let shim = Shim::dev(&["anthropic=1"]);
     let client = shim.client();
     let run_id = Uuid::now_v7().to_string();
-    let fence = |attempt| {
-        let request = FenceRequest {
-            run_id: run_id.clone(),
-            ballot: Some(Ballot { attempt, nonce: 7 }),
-        };
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        let address = format!("unix://{}", shim.state_dir().join("node.sock").display());
-        runtime.block_on(async {
-            let mut node = NodeServiceClient::connect(address).await.unwrap();
-            node.fence(request)
-                .await
-                .unwrap()
-                .into_inner()
-                .answer
-                .unwrap()
-        })
-    };
+    let fence = |attempt| fence(&shim.state_dir(), &run_id, attempt).answer.unwrap();
     assert!(matches!(fence(30), Answer::Fenced(ballot) if ballot.attempt == 30));
     // Not above the highest: it is told which that is.
     assert!(matches!(fence(20), Answer::Fenced(ballot) if ballot.attempt == 30));

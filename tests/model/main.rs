@@ -28,10 +28,20 @@ struct Bounds {
     runs: usize,
     shims: usize,
     drivers: usize,
+    /// So many of them join when the runs have been made; each shim sees them some time, or
+    /// never.
+    newer: usize,
     /// Of drivers, in all.
     crashes: u8,
-    /// Claims and fences of one shim.
-    attempts: u64,
+    /// Claims and fences of a first try, and of a retry.
+    attempts: [u64; 2],
+}
+
+impl Bounds {
+    /// How many claims and fences the shim may make.
+    fn attempts(&self, shim: usize) -> u64 {
+        self.attempts[usize::from(shim >= self.runs)]
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -45,6 +55,10 @@ enum Action {
     Claim {
         shim: usize,
         driver: usize,
+    },
+    /// It sees one driver more.
+    See {
+        shim: usize,
     },
     /// It gives up: nothing is idle.
     GiveUp {
@@ -94,6 +108,7 @@ impl Model for Bounds {
                 attempt: 0,
                 nonce: 9 - number as u64,
             },
+            sees: self.drivers - self.newer,
             call: 0,
             does: Does::Picks,
         });
@@ -104,6 +119,9 @@ impl Model for Bounds {
             crashes: 0,
             starts: vec![0; self.runs],
         };
+        for driver in state.drivers.iter_mut().rev().take(self.newer) {
+            driver.newer = true;
+        }
         // All but the first of each run are retries.
         for shim in self.runs..self.shims {
             state.fence(shim);
@@ -123,20 +141,29 @@ impl Model for Bounds {
         for (shim, it) in state.shims.iter().enumerate() {
             match it.does {
                 Does::Picks => {
-                    let may = it.ballot.attempt < self.attempts;
+                    // An announcement is a call and no attempt.
+                    let may = it.ballot.attempt < self.attempts(shim)
+                        && (self.newer == 0 || it.call <= self.attempts(shim));
                     let idle =
                         |driver: &&Driver| driver.up && *driver.slot.state() == SlotState::Idle;
-                    for (driver, _) in state.drivers.iter().enumerate().filter(|(_, d)| idle(d)) {
+                    let seen = state.drivers.iter().take(it.sees);
+                    for (driver, _) in seen.enumerate().filter(|(_, d)| idle(d)) {
                         if may {
                             actions.push(Action::Claim { shim, driver });
                         }
                     }
                     actions.push(Action::GiveUp { shim });
                 }
-                Does::Claims { .. } | Does::Settles { .. } | Does::Fences { .. } => {
+                Does::Claims { .. }
+                | Does::Settles { .. }
+                | Does::Fences { .. }
+                | Does::Announces { .. } => {
                     actions.push(Action::TimeOut { shim });
                 }
                 Does::Attached | Does::NotRun | Does::Unsure => {}
+            }
+            if it.sees < self.drivers {
+                actions.push(Action::See { shim });
             }
         }
         for (driver, it) in state.drivers.iter().enumerate() {
@@ -176,25 +203,22 @@ impl Model for Bounds {
                 }
             }
             Action::Claim { shim, driver } => {
-                let (from, ballot) = state.shims[shim].next(shim);
-                state.shims[shim].does = Does::Claims { driver };
-                state.messages.insert(Message::Claim {
-                    from,
-                    run: state.shims[shim].run,
-                    driver,
-                    start_id: state.drivers[driver].start_id,
-                    generation: state.drivers[driver].slot.generation(),
-                    ballot,
-                });
+                if state.drivers[driver].newer {
+                    state.announce(shim, driver);
+                } else {
+                    state.claim(shim, driver);
+                }
             }
+            Action::See { shim } => state.shims[shim].sees += 1,
             Action::GiveUp { shim } => state.shims[shim].does = Does::NotRun,
             Action::TimeOut { shim } => {
-                let may = state.shims[shim].ballot.attempt < self.attempts;
+                let may = state.shims[shim].ballot.attempt < self.attempts(shim);
                 match state.shims[shim].does {
                     Does::Claims { driver } | Does::Settles { driver } if may => {
                         state.settle(shim, driver);
                     }
                     Does::Fences { .. } => state.fenced(shim),
+                    Does::Announces { .. } => state.announced(shim, true),
                     _ => state.shims[shim].does = Does::Unsure,
                 }
             }
@@ -241,10 +265,8 @@ impl Model for Bounds {
     }
 
     fn within_boundary(&self, state: &State) -> bool {
-        state
-            .shims
-            .iter()
-            .all(|shim| shim.ballot.attempt <= self.attempts + 2)
+        let mut shims = state.shims.iter().enumerate();
+        shims.all(|(number, shim)| shim.ballot.attempt <= self.attempts(number) + 2)
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
@@ -337,8 +359,9 @@ fn two_runs_at_a_node_that_crashes() {
         runs: 2,
         shims: 2,
         drivers: 1,
+        newer: 0,
         crashes: 1,
-        attempts: 2,
+        attempts: [2; 2],
     });
 }
 
@@ -348,8 +371,9 @@ fn one_try_over_two_nodes_with_crashes() {
         runs: 1,
         shims: 1,
         drivers: 2,
+        newer: 0,
         crashes: 2,
-        attempts: 3,
+        attempts: [3; 2],
     });
 }
 
@@ -359,8 +383,33 @@ fn a_retry_while_the_first_try_is_on_its_way() {
         runs: 1,
         shims: 2,
         drivers: 2,
+        newer: 0,
         crashes: 1,
-        attempts: 2,
+        attempts: [2; 2],
+    });
+}
+
+#[test]
+fn a_retry_while_a_node_joins() {
+    check(Bounds {
+        runs: 1,
+        shims: 2,
+        drivers: 2,
+        newer: 1,
+        crashes: 1,
+        attempts: [1, 2],
+    });
+}
+
+#[test]
+fn a_run_that_waits_for_the_first_nodes() {
+    check(Bounds {
+        runs: 1,
+        shims: 1,
+        drivers: 2,
+        newer: 2,
+        crashes: 1,
+        attempts: [2; 2],
     });
 }
 
@@ -370,7 +419,25 @@ fn a_retry_at_a_node_that_crashes() {
         runs: 1,
         shims: 2,
         drivers: 1,
+        newer: 0,
         crashes: 1,
-        attempts: 2,
+        attempts: [2; 2],
     });
+}
+
+/// Minutes.
+mod long {
+    use super::*;
+
+    #[test]
+    fn a_retry_while_two_nodes_join() {
+        check(Bounds {
+            runs: 1,
+            shims: 2,
+            drivers: 3,
+            newer: 2,
+            crashes: 0,
+            attempts: [1, 2],
+        });
+    }
 }

@@ -10,7 +10,7 @@ use polydev_driver::{
     },
     slot::state::{Event, Life, State as SlotState},
 };
-use polydev_shim::run::fence::{Settled, Told, settle};
+use polydev_shim::run::fence::{Alone, Settled, Told, alone, settle};
 
 use super::NOW;
 
@@ -29,6 +29,10 @@ pub(super) struct State {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Driver {
     pub(super) up: bool,
+    /// It has joined after the runs were made: it cannot tell whether it has forgotten one.
+    pub(super) newer: bool,
+    /// Of each run, the newer ones that it was told it goes to.
+    pub(super) told_of: Vec<BTreeSet<usize>>,
     /// Renewed by each start.
     pub(super) start_id: u8,
     /// What its journal says of each run; and which was claimed last, with its ballot.
@@ -72,6 +76,8 @@ pub(super) enum Message {
         run: usize,
         driver: usize,
         ballot: (u64, u64),
+        /// The try goes to this newer one.
+        claims_on: Option<usize>,
     },
 }
 
@@ -80,7 +86,7 @@ pub(super) enum Message {
 pub(super) enum Answer {
     Granted,
     Refused { fenced: bool },
-    Told { driver: usize, told: Told },
+    Told { driver: usize, told: Heard },
 }
 
 /// One try of a run.
@@ -88,9 +94,20 @@ pub(super) enum Answer {
 pub(super) struct Shim {
     pub(super) run: usize,
     pub(super) ballot: Ballot,
+    /// How many drivers it knows; the newer are the last.
+    pub(super) sees: usize,
     /// Numbers its calls: an answer to an earlier one is nobody's.
     pub(super) call: u64,
     pub(super) does: Does,
+}
+
+/// What a shim has from a driver that it asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Heard {
+    Nothing,
+    /// The driver is newer than the run.
+    Newer,
+    Told(Told),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -104,9 +121,16 @@ pub(super) enum Does {
     Settles {
         driver: usize,
     },
-    /// Asks all.
+    /// Asks all that it sees.
     Fences {
-        told: Vec<Option<Told>>,
+        told: Vec<Heard>,
+        /// The newer ones that they know of tries to have gone to.
+        went_to: BTreeSet<usize>,
+    },
+    /// Asks all but the newer one that it is to claim on.
+    Announces {
+        driver: usize,
+        told: Vec<Heard>,
     },
     /// It has the run, its own or another try's.
     Attached,
@@ -122,6 +146,8 @@ impl Driver {
         slot.apply(Event::Warmed, NOW).expect("it is warming");
         Self {
             up: true,
+            newer: false,
+            told_of: vec![BTreeSet::new(); runs],
             start_id: 0,
             standing: vec![None; runs],
             claimed: None,
@@ -165,17 +191,26 @@ impl Driver {
             spec: (),
             kept: true,
         });
+        self.told_of[run].clear();
         self.claimed = Some((run, ballot));
         self.granted.push(run);
         self.answers = Some(from);
         None
     }
 
-    fn on_fence(&mut self, run: usize, ballot: Ballot) -> Told {
+    fn on_fence(&mut self, run: usize, ballot: Ballot, claims_on: Option<usize>) -> Heard {
+        if self.newer && self.standing[run].is_none() {
+            return Heard::Newer;
+        }
+        Heard::Told(self.fenced(run, ballot, claims_on))
+    }
+
+    fn fenced(&mut self, run: usize, ballot: Ballot, claims_on: Option<usize>) -> Told {
         match Standing::on_fence(self.standing[run].as_ref(), ballot) {
             OnFence::Have => Told::Have,
             OnFence::Fenced(highest) => {
                 self.standing[run] = Some(Standing::Fenced(highest));
+                self.told_of[run].extend(claims_on);
                 Told::Fenced((highest.attempt, highest.nonce))
             }
         }
@@ -235,12 +270,47 @@ impl Shim {
 }
 
 impl State {
+    /// A shim claims the slot of a driver, as it saw it.
+    pub(super) fn claim(&mut self, shim: usize, driver: usize) {
+        let (from, ballot) = self.shims[shim].next(shim);
+        self.shims[shim].does = Does::Claims { driver };
+        self.messages.insert(Message::Claim {
+            from,
+            run: self.shims[shim].run,
+            driver,
+            start_id: self.drivers[driver].start_id,
+            generation: self.drivers[driver].slot.generation(),
+            ballot,
+        });
+    }
+
+    /// It is about to claim the slot of a newer one.
+    pub(super) fn announce(&mut self, shim: usize, driver: usize) {
+        let it = &mut self.shims[shim];
+        it.call += 1;
+        let mut told = vec![Heard::Nothing; it.sees];
+        // It is not asked.
+        told[driver] = Heard::Newer;
+        it.does = Does::Announces { driver, told };
+        let (from, run, nonce) = (it.address(shim), it.run, it.ballot.nonce);
+        let others = (0..it.sees).filter(|other| *other != driver);
+        self.messages.extend(others.map(|other| Message::Fence {
+            from,
+            run,
+            driver: other,
+            ballot: (0, nonce),
+            claims_on: Some(driver),
+        }));
+        self.announced(shim, false);
+    }
+
     pub(super) fn fence(&mut self, shim: usize) {
-        let drivers = self.drivers.len();
+        let drivers = self.shims[shim].sees;
         let (from, ballot) = self.shims[shim].next(shim);
         let run = self.shims[shim].run;
         self.shims[shim].does = Does::Fences {
-            told: vec![None; drivers],
+            told: vec![Heard::Nothing; drivers],
+            went_to: BTreeSet::new(),
         };
         self.messages
             .extend((0..drivers).map(|driver| Message::Fence {
@@ -248,6 +318,7 @@ impl State {
                 run,
                 driver,
                 ballot,
+                claims_on: None,
             }));
     }
 
@@ -259,6 +330,7 @@ impl State {
             run: self.shims[shim].run,
             driver,
             ballot,
+            claims_on: None,
         });
     }
 
@@ -282,9 +354,13 @@ impl State {
                 answer.map(|answer| (from, answer))
             }
             Message::Fence {
-                from, run, ballot, ..
+                from,
+                run,
+                ballot,
+                claims_on,
+                ..
             } => {
-                let told = node.on_fence(run, unpack(ballot));
+                let told = node.on_fence(run, unpack(ballot), claims_on);
                 Some((from, Answer::Told { driver, told }))
             }
         }
@@ -305,37 +381,80 @@ impl State {
                 shim.does = Does::Picks;
             }
             (Does::Settles { .. }, Answer::Told { told, .. }) => match told {
-                Told::Have => shim.does = Does::Attached,
-                Told::Fenced(fence) if fence == own => shim.does = Does::Picks,
-                Told::Fenced(_) => self.fence(number),
-                Told::Unsure => shim.does = Does::Unsure,
+                Heard::Told(Told::Have) => shim.does = Does::Attached,
+                Heard::Told(Told::Fenced(fence)) if fence == own => shim.does = Does::Picks,
+                Heard::Told(Told::Fenced(_)) => self.fence(number),
+                Heard::Told(Told::Unsure) | Heard::Newer | Heard::Nothing => {
+                    shim.does = Does::Unsure;
+                }
             },
             (
-                Does::Fences { told },
+                Does::Fences { told, went_to },
                 Answer::Told {
                     driver,
                     told: answer,
                 },
             ) => {
-                told[driver] = Some(answer);
-                if told.iter().all(Option::is_some) {
+                told[driver] = answer;
+                went_to.extend(&self.drivers[driver].told_of[shim.run]);
+                if !told.contains(&Heard::Nothing) {
                     self.fenced(number);
                 }
             }
+            (
+                Does::Announces { told, .. },
+                Answer::Told {
+                    driver,
+                    told: answer,
+                },
+            ) => {
+                told[driver] = answer;
+                self.announced(number, false);
+            }
             _ => {}
+        }
+    }
+
+    /// All others have answered, or are not waited for.
+    pub(super) fn announced(&mut self, number: usize, timed_out: bool) {
+        let shim = &mut self.shims[number];
+        let Does::Announces { driver, told } = &shim.does else {
+            return;
+        };
+        if told.contains(&Heard::Nothing) && !timed_out {
+            return;
+        }
+        let driver = *driver;
+        let told: Vec<Told> = told
+            .iter()
+            .filter_map(|heard| match heard {
+                Heard::Told(told) => Some(*told),
+                Heard::Nothing => Some(Told::Unsure),
+                Heard::Newer => None,
+            })
+            .collect();
+        match alone(shim.ballot.nonce, &told) {
+            Alone::Yes => self.claim(number, driver),
+            Alone::Have => shim.does = Does::Attached,
+            Alone::Overtaken => self.fence(number),
+            // It is as if the slot were refused.
+            Alone::Unsure => shim.does = Does::Picks,
         }
     }
 
     /// All have answered, or are not waited for.
     pub(super) fn fenced(&mut self, number: usize) {
         let shim = &mut self.shims[number];
-        let Does::Fences { told } = &shim.does else {
+        let Does::Fences { told, went_to } = &shim.does else {
             return;
         };
-        let told: Vec<Told> = told
-            .iter()
-            .map(|told| told.unwrap_or(Told::Unsure))
-            .collect();
+        let asked = told.len();
+        let told = told.iter().map(|heard| match heard {
+            Heard::Told(told) => *told,
+            Heard::Nothing | Heard::Newer => Told::Unsure,
+        });
+        let unasked = went_to.iter().filter(|driver| **driver >= asked);
+        let told: Vec<Told> = told.chain(unasked.map(|_| Told::Unsure)).collect();
         let own = (shim.ballot.attempt, shim.ballot.nonce);
         match settle(own, &told, false) {
             Settled::Have => shim.does = Does::Attached,

@@ -54,6 +54,8 @@ const CLOCK: Duration = Duration::from_secs(5);
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 /// It is a sentence, and goes into the journal.
 const REASON_MOST: usize = 500;
+/// Nomad's are UUIDs.
+const NODE_ID_MOST: usize = 64;
 /// A claim with argv and environment at the kernel's limits, and credential files.
 const MESSAGE_MOST: usize = 4 << 20;
 
@@ -147,6 +149,7 @@ impl NodeService for Service {
                 let response = WatchSlotsResponse {
                     start_id: node.start_id.clone(),
                     now: Some(Timestamp::from(std::time::SystemTime::now())),
+                    since: Some(Timestamp::from(node.runs.since())),
                     snapshot: matches!(first, Told::Nothing),
                     slots: now
                         .values()
@@ -329,11 +332,21 @@ impl NodeService for Service {
         &self,
         request: Request<FenceRequest>,
     ) -> Result<Response<FenceResponse>, Status> {
-        let FenceRequest { run_id, ballot } = request.into_inner();
+        let FenceRequest {
+            run_id,
+            ballot,
+            claims_on,
+        } = request.into_inner();
         let ballot = ballot.ok_or_else(|| Status::invalid_argument("`ballot` is missing"))?;
         claim::made_at(&run_id).map_err(|invalid| Status::invalid_argument(invalid.to_string()))?;
-        let fenced = self.node.runs.fence(&run_id, ballot.into());
+        if claims_on.len() > NODE_ID_MOST {
+            let problem = format!("`claims_on` is longer than {NODE_ID_MOST} bytes");
+            return Err(Status::invalid_argument(problem));
+        }
+        let newer = Some(claims_on).filter(|node_id| !node_id.is_empty());
+        let fenced = self.node.runs.fence(&run_id, ballot.into(), newer);
         let fenced = fenced.map_err(|error| Status::unavailable(crate::chain(&error)))?;
+        let mut claims_on = Vec::new();
         let answer = match fenced {
             Fenced::Have {
                 slot_id,
@@ -344,11 +357,18 @@ impl NodeService for Service {
                 generation,
                 ended,
             }),
-            Fenced::Fenced(ballot) => fence_response::Answer::Fenced(ballot.into()),
-            Fenced::Unknown => fence_response::Answer::Unknown(Unknown {}),
+            Fenced::Fenced {
+                ballot,
+                claims_on: told,
+            } => {
+                claims_on = told.into_iter().collect();
+                fence_response::Answer::Fenced(ballot.into())
+            }
+            Fenced::Unknown { is_newer } => fence_response::Answer::Unknown(Unknown { is_newer }),
         };
         Ok(Response::new(FenceResponse {
             answer: Some(answer),
+            claims_on,
         }))
     }
 }

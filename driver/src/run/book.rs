@@ -1,12 +1,14 @@
 //! Every run of the node that a question may come about, and the decision about a claim:
 //! the only place where a run id gets a run. [`replay`] is between the
 //! book and the journal, [`memory`] where the output is kept, [`tidy`] gives up what
-//! is kept no longer.
+//! is kept no longer, [`fence`] closes a run to all tries but one.
 
+mod fence;
 mod memory;
 mod replay;
 mod tidy;
 
+pub use fence::Fenced;
 pub(crate) use tidy::keep;
 
 use std::{
@@ -21,11 +23,12 @@ use tokio::sync::{broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Ballot, Ended, Input, Outcome, Run,
+    Ended, Input, Outcome, Run,
     claim::{self, ID_AGE_MOST, Parsed, Refusal},
     journal::{self, Claimed, Journal, Record},
-    standing::{OnClaim, OnFence, Standing},
+    standing::{OnClaim, Standing},
 };
+use fence::Fence;
 use memory::Memory;
 
 /// From a run's end, for a caller that comes back.
@@ -79,14 +82,8 @@ enum Known {
     Run(Arc<Run>),
     /// Its results are not kept any more.
     Past(Past),
-    /// It has not run here. Of its claims, only those above this ballot and with its nonce
-    /// are taken.
-    Fenced {
-        ballot: Ballot,
-        at: SystemTime,
-        /// A claim of it came to nothing.
-        aborted: bool,
-    },
+    /// It has not run here.
+    Fenced(Fence),
 }
 
 #[derive(Debug, Clone)]
@@ -103,17 +100,6 @@ pub(crate) enum Admitted {
     New(Arc<Run>, mpsc::Receiver<Input>),
     /// The run was claimed before.
     Known(Arc<Run>),
-}
-
-/// The answer to a fence.
-pub enum Fenced {
-    Have {
-        slot_id: String,
-        generation: u64,
-        ended: bool,
-    },
-    Fenced(Ballot),
-    Unknown,
 }
 
 /// Why a run cannot be had.
@@ -224,57 +210,9 @@ impl Runs {
             }
             Some(Known::Run(_)) => Err(NotFound::Forbidden { run_id }),
             Some(Known::Past(_)) => Err(NotFound::Released { run_id }),
-            Some(Known::Fenced { aborted: true, .. }) => Err(NotFound::Aborted { run_id }),
-            Some(Known::Fenced { .. }) | None => Err(NotFound::Unknown { run_id }),
+            Some(Known::Fenced(fence)) if fence.aborted => Err(NotFound::Aborted { run_id }),
+            Some(Known::Fenced(_)) | None => Err(NotFound::Unknown { run_id }),
         }
-    }
-
-    /// Closes a run to all tries but that of `ballot`, unless there is a run.
-    ///
-    /// # Errors
-    /// [`journal::Error`]: it is not closed.
-    pub fn fence(&self, run_id: &str, ballot: Ballot) -> Result<Fenced, journal::Error> {
-        let mut inner = self.lock();
-        let Inner { known, journal } = &mut *inner;
-        let highest = match (
-            known.get(run_id),
-            Known::on_fence(known.get(run_id), ballot),
-        ) {
-            (None, _) if self.may_have_forgotten(run_id) => return Ok(Fenced::Unknown),
-            (_, OnFence::Fenced(highest)) => highest,
-            (Some(Known::Run(run)), OnFence::Have) => {
-                return Ok(Fenced::Have {
-                    slot_id: run.claimed.slot_id.clone(),
-                    generation: run.claimed.generation,
-                    ended: run.is_over(),
-                });
-            }
-            (Some(Known::Past(past)), OnFence::Have) => {
-                return Ok(Fenced::Have {
-                    slot_id: past.slot_id.clone(),
-                    generation: past.generation,
-                    ended: true,
-                });
-            }
-            (Some(Known::Fenced { .. }) | None, OnFence::Have) => {
-                unreachable!("only what has run is had")
-            }
-        };
-        let aborted = matches!(known.get(run_id), Some(Known::Fenced { aborted: true, .. }));
-        let at = SystemTime::now();
-        journal.write(&Record::Fenced {
-            run_id: run_id.to_owned(),
-            ballot: highest,
-            at,
-            aborted,
-        })?;
-        let fence = Known::Fenced {
-            ballot: highest,
-            at,
-            aborted,
-        };
-        known.insert(run_id.to_owned(), fence);
-        Ok(Fenced::Fenced(highest))
     }
 
     /// What was made before this boot or this journal, and what is remembered no longer.
@@ -373,11 +311,7 @@ impl Runs {
             run_id: run_id.clone(),
         };
         let outcome = Some(Outcome::Aborted(refusal.into()));
-        let fence = Known::Fenced {
-            ballot: run.claimed.ballot,
-            at: SystemTime::now(),
-            aborted: true,
-        };
+        let fence = Known::Fenced(Fence::aborted(run.claimed.ballot, SystemTime::now()));
         self.remember(&record, |known| {
             known.insert(run_id.clone(), fence);
             run.update(|progress| progress.outcome = outcome);
@@ -412,6 +346,11 @@ impl Runs {
         let _listeners = self.steps.send(run_id.to_owned());
     }
 
+    /// Runs that were made before may be forgotten.
+    pub fn since(&self) -> SystemTime {
+        self.since
+    }
+
     /// The id of each run that is new or comes further, from now on.
     pub fn steps(&self) -> broadcast::Receiver<String> {
         self.steps.subscribe()
@@ -426,7 +365,7 @@ impl Known {
     fn run(&self) -> Option<&Arc<Run>> {
         match self {
             Self::Run(run) => Some(run),
-            Self::Past(_) | Self::Fenced { .. } => None,
+            Self::Past(_) | Self::Fenced(_) => None,
         }
     }
 
@@ -440,12 +379,8 @@ impl Known {
                 spec: &past.spec_hash,
                 kept: false,
             },
-            Self::Fenced { ballot, .. } => Standing::Fenced(*ballot),
+            Self::Fenced(fence) => Standing::Fenced(fence.ballot),
         }
-    }
-
-    fn on_fence(this: Option<&Self>, ballot: Ballot) -> OnFence {
-        Standing::on_fence(this.map(Self::standing).as_ref(), ballot)
     }
 }
 

@@ -10,7 +10,6 @@ use polydev_proto::{
 };
 use prost::Message;
 use sha2::{Digest, Sha256};
-use uuid::Uuid;
 
 use super::Ballot;
 use crate::{
@@ -200,14 +199,7 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
 /// # Errors
 /// [`Invalid`] if it does not say.
 pub fn made_at(run_id: &str) -> Result<SystemTime, Invalid> {
-    Uuid::parse_str(run_id)
-        .ok()
-        .filter(|id| id.get_version_num() == 7)
-        .and_then(|id| id.get_timestamp())
-        .map(|made| {
-            let (seconds, nanos) = made.to_unix();
-            SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos)
-        })
+    polydev_proto::run_id::made_at(run_id)
         .ok_or_else(|| invalid("run_id", format!("is `{run_id}`, which is not a UUIDv7")))
 }
 
@@ -270,7 +262,7 @@ mod tests {
         let at = |time: SystemTime| {
             let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
             let made = uuid::Timestamp::from_unix(uuid::NoContext, since.as_secs(), 0);
-            Uuid::new_v7(made).to_string()
+            uuid::Uuid::new_v7(made).to_string()
         };
         let hour = Duration::from_secs(3600);
         assert!(check_age(&at(now), now).is_ok());
@@ -285,7 +277,7 @@ mod tests {
         };
         refused(&at(now - 2 * hour), "more than an hour ago");
         refused(&at(now + hour), "in the future");
-        refused(&Uuid::new_v4().to_string(), "not a UUIDv7");
+        refused(&uuid::Uuid::new_v4().to_string(), "not a UUIDv7");
         refused("42", "is `42`");
     }
 

@@ -7,6 +7,7 @@
 //! Nothing in it is secret: of the command it has a hash, and no output.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, ErrorKind},
     os::unix::fs::{FileExt, OpenOptionsExt},
@@ -69,6 +70,10 @@ pub enum Record {
         /// A claim of it came to nothing.
         #[serde(default)]
         aborted: bool,
+        /// Newer nodes that tries go to; not written if there are none, so that a driver of
+        /// before reads it.
+        #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+        claims_on: BTreeSet<String>,
     },
 }
 

@@ -18,13 +18,13 @@ use std::{
 use polydev_proto::{
     init::{Refreshable, Refreshed},
     node::{WatchRefreshedRequest, node_service_client::NodeServiceClient},
+    run_id::made_at,
     sealed::{self, PrivateKey},
 };
 use prost::Message;
 use secrecy::ExposeSecret;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::{Code, Status, transport::Channel};
-use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use super::{
@@ -189,10 +189,7 @@ enum Standing {
 impl Label {
     /// Whoever has had a key once should not have it for ever.
     fn check_age(&self, now: SystemTime) -> Result<(), Error> {
-        let made = Uuid::parse_str(&self.run_id).ok();
-        let made = made.and_then(|id| id.get_timestamp()).ok_or(Error::Label)?;
-        let (seconds, nanos) = made.to_unix();
-        let made = SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos);
+        let made = made_at(&self.run_id).ok_or(Error::Label)?;
         if made > now + AHEAD {
             return Err(Error::Label);
         }
@@ -388,7 +385,7 @@ mod tests {
     #[test]
     fn a_label_is_good_for_as_long_as_a_run_may_go_on() {
         let label = Label {
-            run_id: Uuid::now_v7().to_string(),
+            run_id: uuid::Uuid::now_v7().to_string(),
             ..label()
         };
         let now = SystemTime::now();

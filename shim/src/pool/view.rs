@@ -47,6 +47,8 @@ const REMEMBERED: Duration = Duration::from_secs(70 * 60);
 struct Connected {
     channel: Channel,
     start_id: String,
+    /// Runs that were made before it may have forgotten.
+    since: SystemTime,
     clock: Clock,
     slots: HashMap<String, Slot>,
     /// Slots, with generation, that a run of this shim is claiming right now.
@@ -156,6 +158,7 @@ impl View {
         Some(Candidate {
             channel: node.channel.clone(),
             start_id: node.start_id.clone(),
+            since: node.since,
             provider: slot.provider.clone(),
             generation: slot.generation,
             public_key: slot.public_key.clone(),
@@ -299,6 +302,9 @@ impl View {
             told: now.unwrap_or_else(SystemTime::now),
             heard: Instant::now(),
         };
+        let since = told
+            .since
+            .and_then(|since| SystemTime::try_from(since).ok());
         self.update(|inner| {
             if told.snapshot {
                 inner.disconnect(node_id);
@@ -307,6 +313,8 @@ impl View {
             let node = node.connected.get_or_insert_with(|| Connected {
                 channel: channel.clone(),
                 start_id: told.start_id,
+                // A driver of before does not say.
+                since: since.unwrap_or(SystemTime::UNIX_EPOCH),
                 clock,
                 slots: HashMap::new(),
                 claiming: HashSet::new(),

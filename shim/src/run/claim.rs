@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures_util::StreamExt;
@@ -12,6 +12,7 @@ use polydev_proto::{
         self, Ballot, ClaimRequest, RunInput, claim_request, fence_response::Answer,
         node_service_client::NodeServiceClient,
     },
+    run_id::made_at,
     runtime::{Queued, RunEvent, run_event},
     sealed,
 };
@@ -25,7 +26,7 @@ use tonic::{Code, transport::Channel};
 
 use super::{
     Connection, Error, Events, INPUTS,
-    fence::{self, Fenced, fence},
+    fence::{self, Announced, Fenced, Have, announce, fence},
     on_demand::{OnDemand, Order},
     queue::{Place, Queue, Running, Ticket},
     request::Request,
@@ -70,6 +71,7 @@ pub async fn claim(
     let mut attempts = Attempts {
         view,
         accept_duplicate: request.accept_duplicate,
+        made: made_at(&request.run_id.to_string()),
         secrets: request.secrets,
         ballot: Ballot {
             attempt: request.attempt,
@@ -177,6 +179,8 @@ async fn leased(
 struct Attempts<'a> {
     view: &'a View,
     accept_duplicate: bool,
+    /// When the run id was.
+    made: Option<SystemTime>,
     ballot: Ballot,
     claim: node::Claim,
     /// Sealed to each container that is tried.
@@ -197,7 +201,7 @@ impl Attempts<'_> {
                 self.ballot = ballot;
                 Ok(None)
             }
-            Fenced::Have { node_id, channel } => self.repeat(node_id, channel).await.map(Some),
+            Fenced::Have(have) => self.repeat(have).await.map(Some),
         }
     }
 
@@ -255,6 +259,10 @@ impl Attempts<'_> {
     }
 
     async fn ask(&mut self, slot: &Candidate) -> Result<Tried, Error> {
+        let is_newer = self.made.is_none_or(|made| made < slot.since);
+        if is_newer && let Some(tried) = self.announce(slot).await? {
+            return Ok(tried);
+        }
         self.ballot.attempt += 1;
         self.claim.slot_id.clone_from(&slot.slot_id);
         self.claim.start_id.clone_from(&slot.start_id);
@@ -270,8 +278,26 @@ impl Attempts<'_> {
         self.send(slot.node_id.clone(), slot.channel.clone()).await
     }
 
+    /// Tells the other nodes that the run goes to one that is newer than it; what came of that,
+    /// if it may not.
+    async fn announce(&self, slot: &Candidate) -> Result<Option<Tried>, Error> {
+        let (run_id, node_id) = (&self.claim.run_id, &slot.node_id);
+        Ok(Some(
+            match announce(self.view, run_id, self.ballot.nonce, node_id).await {
+                Announced::Alone => return Ok(None),
+                Announced::Have(have) => Tried::Granted(self.repeat(have).await?.into()),
+                Announced::Overtaken => Tried::Overtaken("another try of the run was here".into()),
+                Announced::Nobody { nodes } => Tried::Refused(format!(
+                    "node {node_id} is newer than the run, and none of the others can tell whether it ran: {}",
+                    nodes.join(", ")
+                )),
+            },
+        ))
+    }
+
     /// Claims what a node has already: it answers with its run, if this is the command.
-    async fn repeat(&mut self, node_id: String, channel: Channel) -> Result<Connection, Error> {
+    async fn repeat(&self, have: Have) -> Result<Connection, Error> {
+        let Have { node_id, channel } = have;
         match self.send(node_id.clone(), channel).await? {
             Tried::Granted(connection) => Ok(*connection),
             Tried::Refused(reason) | Tried::NoRoom(reason) | Tried::Overtaken(reason) => {
@@ -289,14 +315,15 @@ impl Attempts<'_> {
         loop {
             let channel = self.view.channel(&slot.node_id).await;
             self.ballot.attempt += 1;
-            match fence::ask(channel.clone(), &self.claim.run_id, self.ballot).await {
-                Ok(Answer::Have(_)) => {
-                    return self.repeat(slot.node_id.clone(), channel).await.map(Some);
+            match fence::ask(channel.clone(), &self.claim.run_id, self.ballot, "").await {
+                Ok((Answer::Have(_), _)) => {
+                    let node_id = slot.node_id.clone();
+                    return self.repeat(Have { node_id, channel }).await.map(Some);
                 }
-                Ok(Answer::Fenced(fence)) if fence == self.ballot => return Ok(None),
-                Ok(Answer::Fenced(_)) => return self.fence().await,
+                Ok((Answer::Fenced(fence), _)) if fence == self.ballot => return Ok(None),
+                Ok((Answer::Fenced(_), _)) => return self.fence().await,
                 // It will not be able to tell later either.
-                Ok(Answer::Unknown(_)) => std::future::pending().await,
+                Ok((Answer::Unknown(_), _)) => std::future::pending().await,
                 Err(status) => tracing::debug!(%status, "not settled yet"),
             }
             sleep(AGAIN_MOST.mul_f64(rand::random_range(0.5..1.0))).await;

@@ -6,7 +6,7 @@ use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{Known, Past};
+use super::{Known, Past, fence::Fence};
 use crate::run::{
     Ended, Input, Outcome, Progress, Run, STREAMS, file_name,
     journal::{Claimed, Record},
@@ -81,11 +81,10 @@ fn fold(records: Vec<Record>) -> HashMap<String, Found> {
             }
             Record::Aborted { .. } => {
                 let Some(run) = run else { continue };
-                Found::Settled(Known::Fenced {
-                    ballot: run.claimed.ballot,
-                    at: run.claimed.claimed_at,
-                    aborted: true,
-                })
+                let Claimed {
+                    ballot, claimed_at, ..
+                } = run.claimed;
+                Found::Settled(Known::Fenced(Fence::aborted(ballot, claimed_at)))
             }
             Record::Released {
                 spec_hash,
@@ -103,12 +102,14 @@ fn fold(records: Vec<Record>) -> HashMap<String, Found> {
                 ballot,
                 at,
                 aborted,
+                claims_on,
                 ..
-            } => Found::Settled(Known::Fenced {
+            } => Found::Settled(Known::Fenced(Fence {
                 ballot,
                 at,
                 aborted,
-            }),
+                claims_on,
+            })),
         };
         found.insert(run_id, known);
     }
@@ -172,16 +173,7 @@ impl Known {
         let run_id = run_id.clone();
         match known {
             Self::Past(past) => vec![past.record(&run_id)],
-            Self::Fenced {
-                ballot,
-                at,
-                aborted,
-            } => vec![Record::Fenced {
-                run_id,
-                ballot: *ballot,
-                at: *at,
-                aborted: *aborted,
-            }],
+            Self::Fenced(fence) => vec![fence.record(&run_id)],
             Self::Run(run) => {
                 let progress = run.progress.borrow();
                 let started = progress.started.map(|after| Record::Started {

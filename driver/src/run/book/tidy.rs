@@ -7,7 +7,7 @@ use std::{
 
 use tokio::time::MissedTickBehavior;
 
-use super::{KEEP_RESULTS, Known, Past, REMEMBER, Runs};
+use super::{KEEP_RESULTS, Known, Past, REMEMBER, Runs, fence::Fence};
 use crate::run::{
     Outcome, Run,
     journal::{self, Record},
@@ -41,7 +41,7 @@ impl Runs {
         old.iter().for_each(|run| inner.release(run));
         inner.known.retain(|_, known| match known {
             Known::Run(_) => true,
-            Known::Past(Past { claimed_at: at, .. }) | Known::Fenced { at, .. } => {
+            Known::Past(Past { claimed_at: at, .. }) | Known::Fenced(Fence { at, .. }) => {
                 // A time to come is one of a clock that was set back.
                 now.duration_since(*at).map_or(true, |age| age < REMEMBER)
             }

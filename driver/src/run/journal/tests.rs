@@ -56,6 +56,7 @@ fn records() -> Vec<Record> {
             },
             at: SystemTime::UNIX_EPOCH,
             aborted: false,
+            claims_on: ["a node".to_owned()].into(),
         },
     ]
 }

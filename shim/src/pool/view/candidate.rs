@@ -14,6 +14,8 @@ pub struct Candidate {
     pub node_id: String,
     pub channel: Channel,
     pub start_id: String,
+    /// Runs that were made before, its driver may have forgotten.
+    pub since: SystemTime,
     pub slot_id: String,
     pub provider: String,
     pub generation: u64,

@@ -25,6 +25,7 @@ fn tell_of(node: &str, view: &View, snapshot: bool, slots: Vec<Slot>, removed: &
         removed,
         start_id: "s".into(),
         now: None,
+        since: None,
     };
     view.apply(node, &channel, told);
 }

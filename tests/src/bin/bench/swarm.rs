@@ -302,6 +302,7 @@ impl NodeService for Node {
             snapshot,
             slots,
             removed: Vec::new(),
+            since: None,
         };
         let (watcher, changes) = mpsc::channel(1024);
         let all = self.slots.all.lock();
@@ -416,9 +417,10 @@ impl NodeService for Node {
     }
 
     async fn fence(&self, _: Request<FenceRequest>) -> Result<Response<FenceResponse>, Status> {
-        let answer = node::fence_response::Answer::Unknown(node::Unknown {});
+        let answer = node::fence_response::Answer::Unknown(node::Unknown::default());
         Ok(Response::new(FenceResponse {
             answer: Some(answer),
+            claims_on: Vec::new(),
         }))
     }
 
