@@ -61,9 +61,10 @@ pub struct Runs {
     /// With the runs' output.
     windows: Memory,
     pub(crate) boot_id: String,
-    /// Of runs that were made before, some may be forgotten: the machine was restarted
-    /// then, or the journal begun.
-    since: SystemTime,
+    /// Of runs that were made before the machine was started, or the journal begun, some may
+    /// be forgotten.
+    booted: SystemTime,
+    begun: SystemTime,
     /// The id of each run that is new or has come further.
     steps: broadcast::Sender<String>,
     /// That of each run that tells what it has refreshed.
@@ -145,7 +146,8 @@ impl Runs {
             inner: Inner { known, journal }.into(),
             windows,
             boot_id,
-            since: (booted() + CLOCKS).max(begun),
+            booted: booted(),
+            begun,
             steps: broadcast::Sender::new(STEPS),
             refreshed: broadcast::Sender::new(STEPS),
         };
@@ -217,9 +219,10 @@ impl Runs {
 
     /// What was made before this boot or this journal, and what is remembered no longer.
     fn may_have_forgotten(&self, run_id: &str) -> bool {
+        let since = self.begun.max(self.booted + CLOCKS);
         let oldest = SystemTime::now().checked_sub(REMEMBER);
         claim::made_at(run_id)
-            .is_ok_and(|made| made < self.since || oldest.is_some_and(|oldest| made < oldest))
+            .is_ok_and(|made| made < since || oldest.is_some_and(|oldest| made < oldest))
     }
 
     /// Asks a run to end: SIGTERM now, SIGKILL after its kill timeout; a restarted driver
@@ -346,9 +349,9 @@ impl Runs {
         let _listeners = self.steps.send(run_id.to_owned());
     }
 
-    /// Runs that were made before may be forgotten.
+    /// When the journal was begun: the node may be newer than runs that were made before.
     pub fn since(&self) -> SystemTime {
-        self.since
+        self.begun
     }
 
     /// The id of each run that is new or comes further, from now on.

@@ -58,6 +58,8 @@ impl<Spec: PartialEq> Standing<Spec> {
         match this {
             None => OnFence::Fenced(ballot),
             Some(Self::Ran { .. }) => OnFence::Have,
+            // Attempt 0 only asks, where there is a fence.
+            Some(Self::Fenced(fence)) if ballot.attempt == 0 => OnFence::Fenced(*fence),
             Some(Self::Fenced(fence)) => OnFence::Fenced(ballot.max(*fence)),
         }
     }

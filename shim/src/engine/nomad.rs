@@ -29,7 +29,8 @@ pub struct Cluster {
 /// Publishes what changes, for ever. While Nomad is out of reach, or has no leader, the last
 /// stands.
 pub async fn discover(nomad: Nomad, cluster: Cluster) {
-    // It outlives errors: a server that still reads its log answers when it knows as much.
+    // It outlives errors: a server that still reads its log answers when it knows as much, or
+    // after a minute.
     let (mut index, mut retry) = (0, RETRY);
     loop {
         let Err(error) = discover_once(&nomad, &cluster, &mut index, &mut retry).await;

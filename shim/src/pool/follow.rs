@@ -45,16 +45,20 @@ pub async fn follow(
     loop {
         let wanted = drivers.borrow_and_update().clone();
         followed.retain(|node_id, (address, task)| {
+            let now = wanted.get(node_id);
+            if now.is_none() {
+                view.leave(node_id);
+            }
+            // At its address there may be another driver now.
+            if now.map_or(wanted.values().any(|other| other == address), |now| {
+                now != address
+            }) {
+                task.abort();
+            }
             if task.is_finished() {
                 view.disconnect(node_id);
-                return false;
             }
-            match wanted.get(node_id) {
-                None => view.leave(node_id),
-                Some(wanted) if wanted == address => {}
-                Some(_elsewhere) => task.abort(),
-            }
-            true
+            !task.is_finished()
         });
         for (node_id, address) in wanted {
             view.expect(&node_id);

@@ -47,7 +47,7 @@ const REMEMBERED: Duration = Duration::from_secs(70 * 60);
 struct Connected {
     channel: Channel,
     start_id: String,
-    /// Runs that were made before it may have forgotten.
+    /// When its journal was begun.
     since: SystemTime,
     clock: Clock,
     slots: HashMap<String, Slot>,
@@ -226,6 +226,20 @@ impl View {
     /// those that have left a short while ago.
     #[must_use]
     pub fn channels(&self) -> (Vec<(String, Channel)>, Vec<String>) {
+        self.channels_since(None)
+    }
+
+    /// The same without nodes that had left before that moment.
+    #[must_use]
+    pub fn channels_since(
+        &self,
+        moment: Option<SystemTime>,
+    ) -> (Vec<(String, Channel)>, Vec<String>) {
+        let age = moment.and_then(|moment| moment.elapsed().ok());
+        let had_left = |node: &Node| match (node.left, age) {
+            (Some(left), Some(age)) => left.elapsed() > age,
+            _ => false,
+        };
         let nodes = &self.lock().nodes;
         let channels = nodes.iter().filter_map(|(node_id, node)| {
             let connected = node.connected.as_ref()?;
@@ -233,7 +247,8 @@ impl View {
         });
         let unreachable = nodes
             .iter()
-            .filter(|(_, node)| node.connected.is_none())
+            .filter(|(_, node)| node.connected.is_none() && node.is_remembered())
+            .filter(|(_, node)| !had_left(node))
             .map(|(node_id, _)| node_id.clone());
         (channels.collect(), unreachable.collect())
     }
@@ -290,8 +305,13 @@ impl View {
 
     /// A node is one of ours, and to be followed.
     pub(super) fn expect(&self, node_id: &str) {
+        let is_ours = |node: &Node| node.left.is_none();
+        if self.lock().nodes.get(node_id).is_some_and(is_ours) {
+            return;
+        }
         self.update(|inner| {
             inner.nodes.entry(node_id.to_owned()).or_default().left = None;
+            inner.set_lost(node_id, false);
         });
     }
 
@@ -337,20 +357,33 @@ impl View {
         });
     }
 
-    /// The connection to a node broke; it will be tried again.
+    /// The connection to a node broke.
     pub(super) fn disconnect(&self, node_id: &str) {
-        self.update(|inner| inner.disconnect(node_id));
+        self.update(|inner| {
+            inner.disconnect(node_id);
+            // What it told until now is remembered from now on.
+            if let Some(left) = inner
+                .nodes
+                .get_mut(node_id)
+                .and_then(|node| node.left.as_mut())
+            {
+                *left = Instant::now();
+            }
+        });
     }
 
     /// A node is no longer one of ours. That Nomad has lost it does not end its runs, nor what
-    /// it tells while it is connected.
+    /// it tells of them while it is connected; its slots get no new ones.
     pub(super) fn leave(&self, node_id: &str) {
+        if self.has_left(node_id) {
+            return;
+        }
         self.update(|inner| {
             if let Some(node) = inner.nodes.get_mut(node_id) {
-                node.left.get_or_insert_with(Instant::now);
+                node.left = Some(Instant::now());
             }
-            let lately = |left: Instant| left.elapsed() < REMEMBERED;
-            let is_known = |node: &Node| node.connected.is_some() || node.left.is_none_or(lately);
+            inner.set_lost(node_id, true);
+            let is_known = |node: &Node| node.connected.is_some() || node.is_remembered();
             inner.nodes.retain(|_, node| is_known(node));
         });
     }
@@ -371,7 +404,28 @@ impl View {
     }
 }
 
+impl Node {
+    fn is_remembered(&self) -> bool {
+        self.left.is_none_or(|left| left.elapsed() < REMEMBERED)
+    }
+}
+
 impl Inner {
+    /// Whether the node's slots are for new runs.
+    fn set_lost(&mut self, node_id: &str, lost: bool) {
+        let Self { nodes, ready } = self;
+        ready.set_lost(node_id, false);
+        let connected = nodes.get(node_id).and_then(|node| node.connected.as_ref());
+        let free = |node: &Connected| -> Vec<Slot> {
+            let free = node.slots.values().filter(|slot| !node.is_claiming(slot));
+            free.cloned().collect()
+        };
+        let slots = connected.map(free).unwrap_or_default();
+        slots.iter().for_each(|slot| ready.remove(node_id, slot));
+        ready.set_lost(node_id, lost);
+        slots.iter().for_each(|slot| ready.insert(node_id, slot));
+    }
+
     fn disconnect(&mut self, node_id: &str) {
         let node = self.nodes.get_mut(node_id);
         let slots = node.and_then(|node| node.connected.take());

@@ -93,13 +93,17 @@ pub async fn fence(
     })
 }
 
-/// Asks every node but the newer one, which the try with this nonce is to claim on next, and
+/// Asks every one of these nodes but the newer one, which the try with this nonce is to claim on next, and
 /// tells them of it. One that is not newer itself is enough: another try has to ask it too,
 /// before or after.
-pub async fn announce(view: &View, run_id: &str, nonce: u64, newer: &str) -> Announced {
-    let (mut nodes, unreachable) = view.channels();
+pub async fn announce(
+    (mut nodes, unreachable): (Vec<(String, Channel)>, Vec<String>),
+    run_id: &str,
+    nonce: u64,
+    newer: &str,
+) -> Announced {
     nodes.retain(|(node_id, _)| node_id != newer);
-    // Below all others: whoever was here is seen.
+    // Above no other: whoever was here is seen.
     let ballot = Ballot { attempt: 0, nonce };
     let answers = ask_all(nodes, unreachable, run_id, ballot, newer).await;
     match (alone(nonce, &answers.told), answers.have) {

@@ -57,7 +57,7 @@ impl Runs {
         let known = inner.known.get(run_id);
         if known.is_none() && self.may_have_forgotten(run_id) {
             let made = claim::made_at(run_id);
-            let is_newer = made.is_ok_and(|made| made < inner.journal.begun());
+            let is_newer = made.is_ok_and(|made| made < self.begun);
             return Ok(Fenced::Unknown { is_newer });
         }
         let before = match known {

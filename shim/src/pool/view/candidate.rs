@@ -14,7 +14,7 @@ pub struct Candidate {
     pub node_id: String,
     pub channel: Channel,
     pub start_id: String,
-    /// Runs that were made before, its driver may have forgotten.
+    /// When its driver's journal was begun.
     pub since: SystemTime,
     pub slot_id: String,
     pub provider: String,

@@ -1,7 +1,7 @@
 //! Which slots can be claimed right now: found without a look at the others, of which there
 //! may be tens of thousands.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use indexmap::IndexSet;
 use polydev_proto::node::{Slot, slot::State};
@@ -25,6 +25,8 @@ pub(super) struct Ready {
     pools: HashMap<String, IndexSet<Key>>,
     /// Slots that are for one run, made on demand or leased, by the run's id.
     runs: HashMap<String, Key>,
+    /// Nodes that the cluster has lost: their pools' slots are not for new runs.
+    lost: HashSet<String>,
 }
 
 /// Whose a ready slot is.
@@ -49,12 +51,22 @@ impl Ready {
             slot_id: slot.slot_id.clone(),
         };
         match ready_for(slot) {
+            Some(For::Pool(_)) if self.lost.contains(node_id) => {}
             Some(For::Pool(provider)) => match self.pools.get_mut(provider) {
                 Some(pool) => drop(pool.insert(key())),
                 None => drop(self.pools.insert(provider.to_owned(), [key()].into())),
             },
             Some(For::Run(run_id)) => drop(self.runs.insert(run_id.to_owned(), key())),
             None => {}
+        }
+    }
+
+    /// Whether slots of a pool on that node may come in. Those that are in stay so.
+    pub(super) fn set_lost(&mut self, node_id: &str, lost: bool) {
+        if lost {
+            self.lost.insert(node_id.to_owned());
+        } else {
+            self.lost.remove(node_id);
         }
     }
 

@@ -53,10 +53,23 @@ async fn what_a_lost_node_tells_counts_until_its_connection_breaks() {
     view.leave("node");
     assert_eq!(view.nodes(), (1, 0));
     assert_eq!(view.counts()["openai"].idle, 1);
+    let slots = |state| vec![slot("a", state, 1)];
+    let taken = || view.take(|ready| ready.of_pool("openai"));
+    assert!(taken().is_none(), "it gets no new runs");
+    tell(&view, false, slots(State::Claimed), &[]);
+    tell(&view, false, slots(State::Idle), &[]);
+    assert!(taken().is_none());
+    view.expect("node");
+    assert!(taken().is_some());
+    view.leave("node");
     view.disconnect("node");
     assert_eq!(view.nodes(), (0, 0), "it is not one of the cluster's");
     let unreachable = view.channels().1;
     assert_eq!(unreachable, ["node"], "its runs may be asked for");
+    let now = SystemTime::now();
+    let earlier = now - Duration::from_secs(60);
+    assert_eq!(view.channels_since(Some(earlier)).1, ["node"]);
+    assert!(view.channels_since(Some(now)).1.is_empty());
     view.expect("node");
     assert_eq!(view.nodes(), (0, 1));
 }
