@@ -1,5 +1,5 @@
 //! One run, in the order it happens: [`request`] checks what the caller wants, [`fence`]
-//! makes sure that a retry has not run elsewhere, [`queue`] has those that wait,
+//! makes sure that a run is nowhere else, [`queue`] has those that wait,
 //! [`on_demand`] orders a slot when none is idle, [`claim`] gets it a container, [`relay`] carries it to its end,
 //! [`input`] is what it reads, [`lease`] keeps a slot for a run before it is known, and [`attach`] finds it again when a
 //! connection broke on the way. [`listing`] tells of runs without their output.

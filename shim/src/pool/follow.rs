@@ -49,10 +49,10 @@ pub async fn follow(
             if now.is_none() {
                 view.leave(node_id);
             }
-            // At its address there may be another driver now.
-            if now.map_or(wanted.values().any(|other| other == address), |now| {
-                now != address
-            }) {
+            let has_moved = now.is_some_and(|now| now != address);
+            // A machine that is set up anew has another id.
+            let is_anothers = || wanted.iter().any(|(id, at)| id != node_id && at == address);
+            if has_moved || (now.is_none() && is_anothers()) {
                 task.abort();
             }
             if task.is_finished() {

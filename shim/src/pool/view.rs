@@ -362,11 +362,8 @@ impl View {
         self.update(|inner| {
             inner.disconnect(node_id);
             // What it told until now is remembered from now on.
-            if let Some(left) = inner
-                .nodes
-                .get_mut(node_id)
-                .and_then(|node| node.left.as_mut())
-            {
+            let node = inner.nodes.get_mut(node_id);
+            if let Some(left) = node.and_then(|node| node.left.as_mut()) {
                 *left = Instant::now();
             }
         });
@@ -383,8 +380,14 @@ impl View {
                 node.left = Some(Instant::now());
             }
             inner.set_lost(node_id, true);
-            let is_known = |node: &Node| node.connected.is_some() || node.is_remembered();
-            inner.nodes.retain(|_, node| is_known(node));
+            let Inner { nodes, ready } = inner;
+            nodes.retain(|node_id, node| {
+                let is_known = node.connected.is_some() || node.is_remembered();
+                if !is_known {
+                    ready.set_lost(node_id, false);
+                }
+                is_known
+            });
         });
     }
 
