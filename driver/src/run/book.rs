@@ -219,7 +219,12 @@ impl Runs {
 
     /// What was made before this boot or this journal, and what is remembered no longer.
     fn may_have_forgotten(&self, run_id: &str) -> bool {
-        let since = self.begun.max(self.booted + CLOCKS);
+        // A journal that was begun in this boot has lost nothing to it.
+        let since = if self.begun > self.booted {
+            self.begun
+        } else {
+            self.booted + CLOCKS
+        };
         let oldest = SystemTime::now().checked_sub(REMEMBER);
         claim::made_at(run_id)
             .is_ok_and(|made| made < since || oldest.is_some_and(|oldest| made < oldest))

@@ -414,13 +414,14 @@ impl Node {
 }
 
 impl Inner {
-    /// Whether the node's slots are for new runs.
+    /// Whether the pools' slots of the node are for new runs.
     fn set_lost(&mut self, node_id: &str, lost: bool) {
         let Self { nodes, ready } = self;
         ready.set_lost(node_id, false);
         let connected = nodes.get(node_id).and_then(|node| node.connected.as_ref());
         let free = |node: &Connected| -> Vec<Slot> {
-            let free = node.slots.values().filter(|slot| !node.is_claiming(slot));
+            let pools = node.slots.values().filter(|slot| ready::is_pools(slot));
+            let free = pools.filter(|slot| !node.is_claiming(slot));
             free.cloned().collect()
         };
         let slots = connected.map(free).unwrap_or_default();

@@ -49,8 +49,8 @@ const HEARD: Duration = Duration::from_secs(1);
 /// start no more.
 const SETTLE: Duration = Duration::from_secs(20);
 
-/// By how much the clock that made a run id may be ahead of a node's.
-const CLOCKS: Duration = Duration::from_secs(60);
+/// A node that left so long before a run was made had left for the other shims too.
+const LEFT: Duration = Duration::from_secs(60);
 /// Nodes that are tried in one turn, if they have no room.
 const NODES: usize = 8;
 
@@ -74,7 +74,6 @@ pub async fn claim(
         view,
         accept_duplicate: request.accept_duplicate,
         made: made_at(&request.run_id.to_string()),
-        announced: BTreeSet::new(),
         secrets: request.secrets,
         ballot: Ballot {
             attempt: request.attempt,
@@ -184,8 +183,6 @@ struct Attempts<'a> {
     accept_duplicate: bool,
     /// When the run id was.
     made: Option<SystemTime>,
-    /// Newer nodes that the others have been told of.
-    announced: BTreeSet<String>,
     ballot: Ballot,
     claim: node::Claim,
     /// Sealed to each container that is tried.
@@ -264,11 +261,8 @@ impl Attempts<'_> {
     }
 
     async fn ask(&mut self, slot: &Candidate) -> Result<Tried, Error> {
-        let is_newer = self.made.is_none_or(|made| made < slot.since + CLOCKS);
-        if is_newer
-            && !self.announced.contains(&slot.node_id)
-            && let Some(tried) = self.announce(slot).await?
-        {
+        let is_newer = self.made.is_none_or(|made| made < slot.since);
+        if is_newer && let Some(tried) = self.announce(slot).await? {
             return Ok(tried);
         }
         self.ballot.attempt += 1;
@@ -288,9 +282,9 @@ impl Attempts<'_> {
 
     /// Tells the other nodes that the run goes to one that is newer than it; what came of that,
     /// if it may not.
-    async fn announce(&mut self, slot: &Candidate) -> Result<Option<Tried>, Error> {
+    async fn announce(&self, slot: &Candidate) -> Result<Option<Tried>, Error> {
         let (run_id, node_id) = (&self.claim.run_id, &slot.node_id);
-        let since = self.made.and_then(|made| made.checked_sub(CLOCKS));
+        let since = self.made.and_then(|made| made.checked_sub(LEFT));
         let others = self.view.channels_since(since);
         match announce(others, run_id, self.ballot.nonce, node_id).await {
             Announced::Have(have) => self
@@ -306,10 +300,7 @@ impl Attempts<'_> {
                     nodes.join(", ")
                 ))))
             }
-            Announced::Alone | Announced::Nobody { .. } => {
-                self.announced.insert(node_id.clone());
-                Ok(None)
-            }
+            Announced::Alone | Announced::Nobody { .. } => Ok(None),
         }
     }
 

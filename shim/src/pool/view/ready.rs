@@ -44,6 +44,11 @@ fn ready_for(slot: &Slot) -> Option<For<'_>> {
     }
 }
 
+/// Whether a slot is ready for any run of its pool.
+pub(super) fn is_pools(slot: &Slot) -> bool {
+    matches!(ready_for(slot), Some(For::Pool(_)))
+}
+
 impl Ready {
     pub(super) fn insert(&mut self, node_id: &str, slot: &Slot) {
         let key = || Key {
