@@ -1,8 +1,9 @@
 //! `polydev.node.v1`: decodes, asks the book and the slots, encodes. How slots and events are told is
-//! in [`encode`], how they are leased in [`lease`], how runs are listed in [`runs`], how the node is
-//! told of in [`figures`].
+//! in [`encode`], how they are leased in [`lease`], how runs are closed in [`fence`] and listed in
+//! [`runs`], how the node is told of in [`figures`].
 
 mod encode;
+mod fence;
 mod figures;
 mod lease;
 mod runs;
@@ -18,11 +19,10 @@ use polydev_proto::{
     node::{
         AttachRequest, AttachResponse, Attached, CancelRunRequest, CancelRunResponse, Claim,
         ClaimRequest, ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse,
-        GetRunRequest, GetRunResponse, HaveRun, LeaseRequest, LeaseResponse, ListRunsRequest,
+        GetRunRequest, GetRunResponse, LeaseRequest, LeaseResponse, ListRunsRequest,
         ListRunsResponse, ReleaseRequest, ReleaseResponse, RunEvent, RunInput, Slot as SlotMessage,
-        Unknown, WatchRefreshedRequest, WatchRefreshedResponse, WatchRunsRequest,
-        WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse, attach_request, claim_request,
-        fence_response,
+        WatchRefreshedRequest, WatchRefreshedResponse, WatchRunsRequest, WatchRunsResponse,
+        WatchSlotsRequest, WatchSlotsResponse, attach_request, claim_request,
         node_service_server::{NodeService, NodeServiceServer},
         run_event, run_input,
     },
@@ -42,7 +42,7 @@ use wildmatch::WildMatch;
 use super::Node;
 use crate::run::{
     Input, Run,
-    book::{Fenced, NotFound},
+    book::NotFound,
     claim::{self, Refusal},
     follow::{BeyondEnd, Follower},
 };
@@ -54,8 +54,6 @@ const CLOCK: Duration = Duration::from_secs(5);
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 /// It is a sentence, and goes into the journal.
 const REASON_MOST: usize = 500;
-/// Nomad's are UUIDs.
-const NODE_ID_MOST: usize = 64;
 /// A claim with argv and environment at the kernel's limits, and credential files.
 const MESSAGE_MOST: usize = 4 << 20;
 
@@ -332,44 +330,7 @@ impl NodeService for Service {
         &self,
         request: Request<FenceRequest>,
     ) -> Result<Response<FenceResponse>, Status> {
-        let FenceRequest {
-            run_id,
-            ballot,
-            claims_on,
-        } = request.into_inner();
-        let ballot = ballot.ok_or_else(|| Status::invalid_argument("`ballot` is missing"))?;
-        claim::made_at(&run_id).map_err(|invalid| Status::invalid_argument(invalid.to_string()))?;
-        if claims_on.len() > NODE_ID_MOST {
-            let problem = format!("`claims_on` is longer than {NODE_ID_MOST} bytes");
-            return Err(Status::invalid_argument(problem));
-        }
-        let newer = Some(claims_on).filter(|node_id| !node_id.is_empty());
-        let fenced = self.node.runs.fence(&run_id, ballot.into(), newer);
-        let fenced = fenced.map_err(|error| Status::unavailable(crate::chain(&error)))?;
-        let mut claims_on = Vec::new();
-        let answer = match fenced {
-            Fenced::Have {
-                slot_id,
-                generation,
-                ended,
-            } => fence_response::Answer::Have(HaveRun {
-                slot_id,
-                generation,
-                ended,
-            }),
-            Fenced::Fenced {
-                ballot,
-                claims_on: told,
-            } => {
-                claims_on = told.into_iter().collect();
-                fence_response::Answer::Fenced(ballot.into())
-            }
-            Fenced::Unknown { is_newer } => fence_response::Answer::Unknown(Unknown { is_newer }),
-        };
-        Ok(Response::new(FenceResponse {
-            answer: Some(answer),
-            claims_on,
-        }))
+        fence::fence(&self.node, request.into_inner()).map(Response::new)
     }
 }
 

@@ -1,0 +1,57 @@
+//! The questions of a try whether its run is here.
+
+use polydev_proto::node::{FenceRequest, FenceResponse, HaveRun, Unknown, fence_response};
+use tonic::Status;
+
+use crate::{
+    node::Node,
+    run::{book::Fenced, claim},
+};
+
+/// Nomad's are UUIDs.
+const NODE_ID_MOST: usize = 64;
+
+/// Closes a run to all tries but one, and tells what is known of it.
+///
+/// # Errors
+/// INVALID_ARGUMENT names the field; UNAVAILABLE: it is not closed.
+pub(super) fn fence(node: &Node, request: FenceRequest) -> Result<FenceResponse, Status> {
+    let FenceRequest {
+        run_id,
+        ballot,
+        claims_on,
+    } = request;
+    let ballot = ballot.ok_or_else(|| Status::invalid_argument("`ballot` is missing"))?;
+    claim::made_at(&run_id).map_err(|invalid| Status::invalid_argument(invalid.to_string()))?;
+    if claims_on.len() > NODE_ID_MOST {
+        let problem = format!("`claims_on` is longer than {NODE_ID_MOST} bytes");
+        return Err(Status::invalid_argument(problem));
+    }
+    let newer = Some(claims_on).filter(|node_id| !node_id.is_empty());
+    let fenced = node.runs.fence(&run_id, ballot.into(), newer);
+    let fenced = fenced.map_err(|error| Status::unavailable(crate::chain(&error)))?;
+    let mut claims_on = Vec::new();
+    let answer = match fenced {
+        Fenced::Have {
+            slot_id,
+            generation,
+            ended,
+        } => fence_response::Answer::Have(HaveRun {
+            slot_id,
+            generation,
+            ended,
+        }),
+        Fenced::Fenced {
+            ballot,
+            claims_on: told,
+        } => {
+            claims_on = told.into_iter().collect();
+            fence_response::Answer::Fenced(ballot.into())
+        }
+        Fenced::Unknown { is_newer } => fence_response::Answer::Unknown(Unknown { is_newer }),
+    };
+    Ok(FenceResponse {
+        answer: Some(answer),
+        claims_on,
+    })
+}
