@@ -51,8 +51,8 @@ pub async fn follow(
             }
             let has_moved = now.is_some_and(|now| now != address);
             // A machine that is set up anew has another id.
-            let is_anothers = || wanted.iter().any(|(id, at)| id != node_id && at == address);
-            if has_moved || (now.is_none() && is_anothers()) {
+            let is_anothers = now.is_none() && wanted.values().any(|at| at == address);
+            if has_moved || is_anothers {
                 task.abort();
             }
             if task.is_finished() {

@@ -286,22 +286,18 @@ impl Attempts<'_> {
         let (run_id, node_id) = (&self.claim.run_id, &slot.node_id);
         let since = self.made.and_then(|made| made.checked_sub(LEFT));
         let others = self.view.channels_since(since);
-        match announce(others, run_id, self.ballot.nonce, node_id).await {
-            Announced::Have(have) => self
-                .repeat(have)
-                .await
-                .map(|run| Some(Tried::Granted(run.into()))),
-            Announced::Overtaken => Ok(Some(Tried::Overtaken(
-                "another try of the run was here".into(),
-            ))),
-            Announced::Nobody { nodes } if !self.accept_duplicate => {
-                Ok(Some(Tried::Refused(format!(
-                    "node {node_id} is newer than the run, and none of the others can tell whether it ran: {}",
-                    nodes.join(", ")
-                ))))
-            }
-            Announced::Alone | Announced::Nobody { .. } => Ok(None),
-        }
+        let tried = match announce(others, run_id, self.ballot.nonce, node_id).await {
+            Announced::Have(have) => Tried::Granted(self.repeat(have).await?.into()),
+            Announced::Overtaken => Tried::Overtaken("another try of the run was here".into()),
+            // Nothing is wrong with the slot: a lease stands, and another node may be older.
+            Announced::Nobody { nodes } if !self.accept_duplicate => Tried::NoRoom(format!(
+                "node {node_id} is newer than the run, and none of the others can tell \
+                 whether it ran: {}",
+                nodes.join(", ")
+            )),
+            Announced::Alone | Announced::Nobody { .. } => return Ok(None),
+        };
+        Ok(Some(tried))
     }
 
     /// Claims what a node has already: it answers with its run, if this is the command.
@@ -380,7 +376,7 @@ impl Attempts<'_> {
 /// A definite refusal: the run is not in the slot.
 enum Denied {
     Refused(String),
-    /// Nothing is wrong with the slot; its node has no room for the run.
+    /// Nothing is wrong with the slot; its node cannot have the run now.
     NoRoom(String),
 }
 

@@ -93,9 +93,9 @@ pub async fn fence(
     })
 }
 
-/// Asks every one of these nodes but the newer one, which the try with this nonce is to claim on next, and
-/// tells them of it. One that is not newer itself is enough: another try has to ask it too,
-/// before or after.
+/// Asks every one of these nodes but the newer one, which the try with this nonce is to claim on
+/// next, and tells them of it. One that is not newer itself is enough: another try has to ask
+/// it too, before or after.
 pub async fn announce(
     (mut nodes, unreachable): (Vec<(String, Channel)>, Vec<String>),
     run_id: &str,
