@@ -7,6 +7,7 @@ mod image;
 mod logs;
 mod network;
 mod plain;
+pub(crate) mod removal;
 mod sandbox;
 
 pub use container::ContainerSpec;
@@ -41,9 +42,9 @@ use crate::{
 };
 
 /// For whatever dockerd does by itself; an overloaded one takes seconds.
-const CALL: Duration = Duration::from_secs(60);
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// For a sign of life.
-const PING: Duration = Duration::from_secs(2);
+const PING_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why Docker did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -167,7 +168,7 @@ impl Docker {
             return Ok(api);
         }
         let Endpoint { address, tls } = &self.inner.endpoint;
-        let (timeout, version) = (CALL.as_secs(), API_DEFAULT_VERSION);
+        let (timeout, version) = (CALL_TIMEOUT.as_secs(), API_DEFAULT_VERSION);
         let api = match (address.strip_prefix("unix://"), tls) {
             (Some(path), _) => bollard::Docker::connect_with_unix(path, timeout, version),
             (None, Some(Tls { cert, key, ca })) => {
@@ -190,7 +191,7 @@ impl Docker {
         // The version is shared by the clones of a connection.
         let negotiated = self.api()?.clone().negotiate_version();
         within(
-            PING,
+            PING_TIMEOUT,
             format!("reach Docker at {}", self.inner.endpoint.address),
             negotiated,
         )
@@ -203,7 +204,7 @@ impl Docker {
     /// # Errors
     /// [`Error`] if it does not answer within two seconds.
     pub async fn about(&self) -> Result<About, Error> {
-        let info = within(PING, "ask Docker what it is", self.api()?.info()).await?;
+        let info = within(PING_TIMEOUT, "ask Docker what it is", self.api()?.info()).await?;
         let mut runtimes: Vec<String> = info.runtimes.unwrap_or_default().into_keys().collect();
         runtimes.sort();
         Ok(About {
@@ -236,7 +237,7 @@ impl Docker {
     ) -> Result<String, Error> {
         let options = CreateContainerOptionsBuilder::new().name(name).build();
         let create = self.api()?.create_container(Some(options), body);
-        let created = within(CALL, format!("create container `{name}`"), create).await?;
+        let created = within(CALL_TIMEOUT, format!("create container `{name}`"), create).await?;
         Ok(created.id)
     }
 
@@ -244,7 +245,7 @@ impl Docker {
     /// [`Error`]
     pub async fn start(&self, id: &str) -> Result<(), Error> {
         let start = self.api()?.start_container(id, None);
-        within(CALL, format!("start container `{id}`"), start).await
+        within(CALL_TIMEOUT, format!("start container `{id}`"), start).await
     }
 
     /// # Errors
@@ -274,7 +275,7 @@ impl Docker {
     async fn inspect(&self, id: &str) -> Result<ContainerInspectResponse, Error> {
         let options = None::<InspectContainerOptions>;
         let inspect = self.api()?.inspect_container(id, options);
-        within(CALL, format!("inspect container `{id}`"), inspect).await
+        within(CALL_TIMEOUT, format!("inspect container `{id}`"), inspect).await
     }
 
     /// Tells Docker of limits that were set behind its back.
@@ -291,7 +292,7 @@ impl Docker {
             ..Default::default()
         };
         let update = self.api()?.update_container(id, body);
-        within(CALL, format!("update container `{id}`"), update).await
+        within(CALL_TIMEOUT, format!("update container `{id}`"), update).await
     }
 
     /// Kills and removes a container; one that is gone is no error.
@@ -304,7 +305,7 @@ impl Docker {
             .v(true)
             .build();
         let remove = self.api()?.remove_container(id, Some(options));
-        let removed = within(CALL, format!("remove container `{id}`"), remove).await;
+        let removed = within(CALL_TIMEOUT, format!("remove container `{id}`"), remove).await;
         match removed {
             // Somebody else is at it: the outcome is the same.
             Err(error) if error.is_conflict() => Ok(()),
@@ -323,7 +324,7 @@ impl Docker {
             .filters(&filters)
             .build();
         let list = self.api()?.list_containers(Some(options));
-        let listed = within(CALL, "list containers", list).await?;
+        let listed = within(CALL_TIMEOUT, "list containers", list).await?;
         Ok(listed
             .into_iter()
             .map(|container| Listed {

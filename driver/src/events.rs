@@ -10,7 +10,7 @@ use tokio::sync::broadcast;
 use crate::identity::Identity;
 
 /// Events that wait for the agent to read them; the oldest are dropped beyond.
-const WAITING: usize = 256;
+const MAX_WAITING: usize = 256;
 
 /// Fans events out to whoever listens.
 #[derive(Debug, Clone)]
@@ -22,7 +22,7 @@ impl Events {
     #[must_use]
     pub fn new() -> Self {
         Self {
-            sender: broadcast::Sender::new(WAITING),
+            sender: broadcast::Sender::new(MAX_WAITING),
         }
     }
 

@@ -17,15 +17,14 @@ use crate::{
     chain, config,
     events::Events,
     limits,
-    node::{
-        Compute, Node,
-        lock::{self, Lock},
-    },
+    node::Node,
+    site::Compute,
+    state::lock::{self, Lock},
 };
 
-const EVERY: Duration = Duration::from_secs(2);
+const HEALTH_INTERVAL: Duration = Duration::from_secs(2);
 /// How often to look after the bridge and its rules, which others may flush.
-const AGAIN: Duration = Duration::from_secs(30);
+const RULES_INTERVAL: Duration = Duration::from_secs(30);
 
 /// What Nomad is told about the driver on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,7 +47,7 @@ pub async fn run(
     node: watch::Sender<Option<Arc<Node>>>,
     health: watch::Sender<Health>,
 ) {
-    let mut ticks = interval(EVERY);
+    let mut ticks = interval(HEALTH_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut watcher = Watcher {
         config,
@@ -91,18 +90,18 @@ impl Watcher {
     async fn check(&mut self) -> Result<Health, Box<dyn Error + Send + Sync>> {
         let node = self.node()?;
         let asked = async {
-            let prepared = self.prepared.filter(|at| at.elapsed() < AGAIN);
+            let prepared = self.prepared.filter(|at| at.elapsed() < RULES_INTERVAL);
             if prepared.is_none() {
                 node.prepare().await?;
             }
             let at = prepared.unwrap_or_else(Instant::now);
-            Ok::<_, Box<dyn Error + Send + Sync>>((node.docker.about().await?, at))
+            Ok::<_, Box<dyn Error + Send + Sync>>((node.site.docker.about().await?, at))
         };
         let asked = asked.await;
         // A dockerd that was away may have lost the bridge, or be another one.
         self.prepared = asked.as_ref().ok().map(|(_, at)| *at);
         let (about, _) = asked?;
-        node.ready.send_replace(true);
+        node.site.ready.send_replace(true);
         let attribute = |name: &str, value: String| (format!("driver.polydev.{name}"), value);
         let config = &self.config;
         Ok(Health::Healthy {

@@ -10,7 +10,7 @@ use std::{fmt::Write as _, io, process::Stdio, time::Duration};
 use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
 
 /// Another program may hold the tables' lock for a while.
-const LIMIT: Duration = Duration::from_secs(10);
+const IPTABLES_TIMEOUT: Duration = Duration::from_secs(10);
 /// Link-local, where clouds answer with what an instance knows of itself.
 const METADATA: &str = "169.254.0.0/16";
 
@@ -22,7 +22,7 @@ pub enum Error {
         program: &'static str,
         source: io::Error,
     },
-    #[error("`{program}` did not end within {} s", LIMIT.as_secs())]
+    #[error("`{program}` did not end within {} s", IPTABLES_TIMEOUT.as_secs())]
     TimedOut { program: &'static str },
     #[error("`{program}` refused: {words}")]
     Refused {
@@ -160,7 +160,7 @@ async fn run(
         }
         child.wait_with_output().await
     };
-    let output = timeout(LIMIT, done).await;
+    let output = timeout(IPTABLES_TIMEOUT, done).await;
     let output = output
         .map_err(|_| Error::TimedOut { program })?
         .map_err(failed)?;

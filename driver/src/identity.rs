@@ -19,6 +19,9 @@ pub const LABEL_GENERATION: &str = "dev.polydev.generation";
 pub const LABEL_TASK: &str = "dev.polydev.task";
 /// Names the allocation whose network a container holds.
 pub const LABEL_NETWORK: &str = "dev.polydev.network";
+/// Names the container of a group's network. Nomad looks for it under this label, for what it
+/// writes into the group's hosts file.
+pub(crate) const LABEL_SANDBOX: &str = "docker_sandbox_container_id";
 /// Log shippers and metrics look for the allocation. Not under Nomad's own name: its
 /// Docker driver removes what carries that and is not its own.
 const LABEL_ALLOC: &str = "dev.polydev.alloc_id";

@@ -10,7 +10,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     fs, io,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -18,6 +18,7 @@ use futures_util::{
     FutureExt,
     future::{BoxFuture, Shared, WeakShared},
 };
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     sync::RwLock,
     time::{sleep, timeout},
@@ -26,14 +27,15 @@ use tokio::{
 use crate::{
     config,
     docker::{self, Docker, Image, is_latest},
+    state::files,
 };
 
 /// How often the log tells how far a pull has come.
-const PROGRESS: Duration = Duration::from_secs(10);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Until the next look at an image that a container uses without being in our books: one
 /// of somebody else's, or a task's whose image has got a newer one's name since.
-const IN_USE: Duration = Duration::from_secs(10 * 60);
+const IN_USE_INTERVAL: Duration = Duration::from_secs(10 * 60);
 
 /// Why a task's image cannot be had.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -325,7 +327,7 @@ impl Images {
         let pull = async move {
             let mut told = Instant::now();
             let progress = |progress: docker::Progress| {
-                if told.elapsed() >= PROGRESS {
+                if told.elapsed() >= PROGRESS_INTERVAL {
                     told = Instant::now();
                     let docker::Progress {
                         layers,
@@ -356,7 +358,7 @@ impl Images {
     fn save(&self) {
         let fetched = self.lock().fetched.clone();
         let text = serde_json::to_vec(&fetched).expect("strings can be written as JSON");
-        if let Err(error) = crate::node::files::write(&self.file, &text, 0o600) {
+        if let Err(error) = files::write(&self.file, &text, 0o600) {
             tracing::warn!(
                 error = crate::chain(&error),
                 "images that are left will not be removed"
@@ -407,7 +409,7 @@ impl Images {
                 tracing::debug!(image = reference, "a container uses the image; it stays");
                 let (images, reference) = (self.clone(), reference.to_owned());
                 tokio::spawn(async move {
-                    sleep(IN_USE).await;
+                    sleep(IN_USE_INTERVAL).await;
                     drop(images.hold(&reference));
                 });
             }
@@ -421,7 +423,7 @@ impl Images {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

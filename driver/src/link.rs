@@ -1,4 +1,10 @@
 //! The driver's end of a container's socket: what init is told and what it tells.
+//! [`connection`] is the way to one container, with what its end takes.
+
+mod connection;
+
+pub use connection::Occupant;
+pub(crate) use connection::Connection;
 
 use std::{
     fs,
@@ -25,7 +31,7 @@ use tokio::{
 };
 
 /// Init reads whatever comes; one that does not for so long is dead.
-const SEND: Duration = Duration::from_secs(10);
+const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why there is no talking to a container's init.
 #[derive(Debug, thiserror::Error)]
@@ -272,7 +278,7 @@ impl Writer {
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
             sendmsg(stream, &bytes, &mut ancillary, flags).map_err(io::Error::from)
         };
-        let sent = timeout(SEND, stream.async_io(Interest::WRITABLE, send)).await;
+        let sent = timeout(SEND_TIMEOUT, stream.async_io(Interest::WRITABLE, send)).await;
         match sent {
             Ok(sent) => self.write(sent.map_err(Error::Broken)?).await,
             Err(_) => Err(Error::Broken(io::ErrorKind::TimedOut.into())),
@@ -281,7 +287,7 @@ impl Writer {
 
     /// Writes what was encoded, from `sent` on.
     async fn write(&mut self, sent: usize) -> Result<(), Error> {
-        match timeout(SEND, self.socket.write_all(&self.output[sent..])).await {
+        match timeout(SEND_TIMEOUT, self.socket.write_all(&self.output[sent..])).await {
             Ok(sent) => sent.map_err(Error::Broken),
             Err(_) => Err(Error::Broken(io::ErrorKind::TimedOut.into())),
         }

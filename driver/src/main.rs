@@ -18,7 +18,7 @@ struct Arguments {}
 
 /// How long idle threads for blocking calls are kept. While containers are being started the
 /// kernel was seen to take 12 to 19 ms to make a new one, in the place that asks for it.
-const KEEP_THREADS: Duration = Duration::from_secs(300);
+const IDLE_THREAD_TIMEOUT: Duration = Duration::from_secs(300);
 
 fn main() -> ExitCode {
     let Arguments {} = Arguments::parse();
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
     logging::init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
-        .thread_keep_alive(KEEP_THREADS)
+        .thread_keep_alive(IDLE_THREAD_TIMEOUT)
         .build();
     match runtime
         .map_err(Into::into)

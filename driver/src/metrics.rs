@@ -4,10 +4,7 @@
 use std::{
     collections::BTreeMap,
     error::Error,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -30,11 +27,7 @@ use tonic::transport::Endpoint;
 use crate::{
     chain,
     config::{PROVIDERS, Telemetry},
-    node::Node,
-    slot::{
-        Slot,
-        state::{Event, Life, State},
-    },
+    life::{Event, Life, State},
 };
 
 const SERVICE: &str = "nomad-driver-polydev";
@@ -43,11 +36,11 @@ const TIMES: [f64; 14] = [
     0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1_800.0, 7_200.0,
 ];
 /// For a collector to accept a connection, and to answer on one that it had.
-const CONNECT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// For one export.
-const EXPORT: Duration = Duration::from_secs(10);
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 /// For the last one, when the driver is told to end.
-const LAST: Duration = Duration::from_millis(500);
+const FINISH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The instruments, if there is a collector.
 #[derive(Debug, Default)]
@@ -75,15 +68,14 @@ impl Metrics {
         }))
     }
 
-    /// Counts the slots of the node from now on.
-    pub fn watch(&self, node: &Arc<Node>) {
+    /// Reports what `counts` answers, from now on. `None` reports nothing.
+    pub fn watch(&self, counts: impl Fn() -> Option<Counts> + Send + Sync + 'static) {
         let Some(Told { provider, .. }) = &self.0 else {
             return;
         };
-        let node = Arc::downgrade(node);
         let observe = move |observer: &dyn AsyncInstrument<i64>| {
-            let Some(node) = node.upgrade() else { return };
-            for ((provider, on_demand, state), number) in count(&node.slots.all()) {
+            let counts = counts().map(|counts| counts.0).unwrap_or_default();
+            for ((provider, on_demand, state), number) in counts {
                 let mut attributes = of(provider, on_demand).to_vec();
                 attributes.push(KeyValue::new("state", state));
                 observer.observe(number, &attributes);
@@ -117,7 +109,7 @@ impl Metrics {
             let _away = provider.shutdown();
             let _nobody_waits = told.send(());
         });
-        let _overrun = timeout(LAST, is_told).await;
+        let _overrun = timeout(FINISH_TIMEOUT, is_told).await;
     }
 }
 
@@ -125,10 +117,10 @@ impl Told {
     fn new(telemetry: &Telemetry, instance: &str) -> Result<Self, Box<dyn Error + Send + Sync>> {
         let endpoint = &telemetry.otlp_endpoint;
         let channel = Endpoint::from_shared(endpoint.clone())?
-            .connect_timeout(CONNECT)
-            .timeout(EXPORT)
-            .http2_keep_alive_interval(CONNECT)
-            .keep_alive_timeout(CONNECT)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(EXPORT_TIMEOUT)
+            .http2_keep_alive_interval(CONNECT_TIMEOUT)
+            .keep_alive_timeout(CONNECT_TIMEOUT)
             .connect_lazy();
         let exporter = MetricExporter::builder()
             .with_temporality(Temporality::Cumulative)
@@ -168,29 +160,32 @@ fn of(provider: &'static str, on_demand: bool) -> [KeyValue; 2] {
     ]
 }
 
-/// Slots by provider, whether they are on demand, and state; zeros too, so that nobody goes on
-/// with a figure of before.
-fn count(slots: &[Arc<Slot>]) -> BTreeMap<(&'static str, bool, &'static str), i64> {
-    let none = pools().flat_map(|(provider, on_demand)| {
-        State::NAMES.map(|state| ((provider, on_demand, state), 0))
-    });
-    let mut counts: BTreeMap<_, _> = none.collect();
-    for slot in slots.iter().filter(|slot| slot.end().is_none()) {
-        let of = (
-            provider(slot),
-            slot.is_on_demand(),
-            slot.life().state().name(),
-        );
-        *counts.entry(of).or_default() += 1;
+/// Slots by provider, whether they are on demand, and state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counts(BTreeMap<(&'static str, bool, &'static str), i64>);
+
+impl Counts {
+    /// A zero for each, so that a state which no slot is in any more is reported too.
+    #[must_use]
+    pub fn zeros() -> Self {
+        let zeros = pools().flat_map(|(provider, on_demand)| {
+            State::NAMES.map(|state| ((provider, on_demand, state), 0))
+        });
+        Self(zeros.collect())
     }
-    counts
+
+    /// Counts one slot.
+    pub fn add(&mut self, provider: &str, on_demand: bool, state: &State) {
+        let of = (known(provider), on_demand, state.name());
+        *self.0.entry(of).or_default() += 1;
+    }
 }
 
-/// The name of the slot's provider, of those that there are.
-fn provider(slot: &Slot) -> &'static str {
+/// The name of a provider, of those that there are.
+fn known(provider: &str) -> &'static str {
     let mut known = PROVIDERS.into_iter();
-    let is_it = |name: &&str| *name == slot.config.provider;
-    known.find(is_it).expect("options are checked")
+    let found = known.find(|name| *name == provider);
+    found.expect("options are checked")
 }
 
 fn pools() -> impl Iterator<Item = (&'static str, bool)> {
@@ -229,16 +224,16 @@ impl Instruments {
 }
 
 /// Counts the steps of slots, with the time that each state took.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Steps(Option<Instruments>);
 
 impl Steps {
-    /// `slot` goes from `last` to `next`.
-    pub fn taken(&self, slot: &Slot, last: &Life, next: &Life) {
+    /// A slot goes from `last` to `next`.
+    pub fn taken(&self, provider: &str, on_demand: bool, last: &Life, next: &Life) {
         let Some(Instruments { steps, times }) = &self.0 else {
             return;
         };
-        let [provider, on_demand] = of(provider(slot), slot.is_on_demand());
+        let [provider, on_demand] = of(known(provider), on_demand);
         let cause = KeyValue::new("cause", next.cause());
         steps.add(1, &[provider.clone(), on_demand.clone(), cause]);
         let (state, next_state) = (last.state().name(), next.state().name());

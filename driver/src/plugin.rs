@@ -28,9 +28,9 @@ use tonic::transport::Server;
 use crate::{events::Events, fingerprint::Health, node::Node, service::Service};
 
 /// Task configurations and exec input may be large; the host sets no limit at all.
-const MESSAGE_MOST: usize = 64 << 20;
+const MAX_MESSAGE: usize = 64 << 20;
 /// go-plugin's host kills a plugin two seconds after asking it to leave.
-const LEAVE: Duration = Duration::from_millis(1500);
+const LEAVE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// Who holds [`Service::attached`] without an agent: the service and this module.
 const ALONE: usize = 2;
 /// Begins the name of the folder of each plugin process's socket.
@@ -78,8 +78,8 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
     let base = base::Base::new(events, node_sender, health_sender);
     let server = Server::builder()
         .add_service(health_service)
-        .add_service(BasePluginServer::new(base).max_decoding_message_size(MESSAGE_MOST))
-        .add_service(DriverServer::new(driver).max_decoding_message_size(MESSAGE_MOST))
+        .add_service(BasePluginServer::new(base).max_decoding_message_size(MAX_MESSAGE))
+        .add_service(DriverServer::new(driver).max_decoding_message_size(MAX_MESSAGE))
         .add_service(GrpcControllerServer::new(controller::Controller { leave }))
         .serve_with_incoming(UnixListenerStream::new(listener));
 
@@ -101,7 +101,7 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
     let node = node.borrow().clone();
     if let Some(node) = node {
         let left = async { tokio::join!(node.leave(), node.metrics.finish()) };
-        let _overrun = tokio::time::timeout(LEAVE, left).await;
+        let _overrun = tokio::time::timeout(LEAVE_TIMEOUT, left).await;
     }
     Ok(())
 }

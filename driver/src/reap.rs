@@ -10,59 +10,33 @@ use std::{
 use tokio::time::sleep;
 
 use crate::{
-    backoff::backoff,
     docker,
     identity::{
         LABEL_GENERATION, LABEL_INSTANCE, LABEL_NETWORK, LABEL_SLOT, LABEL_START, LABEL_TASK,
     },
-    node::Node,
+    sandbox::Networks,
+    site::Site,
+    slot::Slots,
+    task::Tasks,
 };
 
-/// Attempts to remove one container, over some minutes; the rounds below come after them.
-pub(crate) const ATTEMPTS: u32 = 20;
 /// Before the first rounds: dockerd may still be making what a dead driver asked it for. The last
 /// is for idle containers that Nomad has not asked for within a minute.
 const FIRST_SECONDS: [u64; 5] = [0, 2, 5, 20, 40];
 
-/// Removes a container that is of no more use, or, while Docker cannot, sees to it that it
-/// will be.
-pub(crate) async fn remove(node: &Arc<Node>, container: &str) {
-    let Err(error) = node.docker.remove(container).await else {
-        return;
-    };
-    tracing::warn!(
-        container,
-        error = crate::chain(&error),
-        "cannot remove a container yet"
-    );
-    let (node, container) = (node.clone(), container.to_owned());
-    tokio::spawn(async move {
-        for failures in 0..ATTEMPTS {
-            sleep(backoff(failures)).await;
-            if node.docker.remove(&container).await.is_ok() {
-                return;
-            }
-        }
-    });
-}
-
-/// Removes a container of this name should Docker still come to make it: it was asked to,
-/// and has not answered.
-pub(crate) fn remove_if_made(node: &Arc<Node>, name: &str) {
-    let (node, name) = (node.clone(), name.to_owned());
-    tokio::spawn(async move {
-        for attempts in 0..ATTEMPTS {
-            // That there is none yet says nothing.
-            let _done_or_not = node.docker.remove(&name).await;
-            sleep(backoff(attempts)).await;
-        }
-    });
+/// Who may know of a container.
+#[derive(Debug)]
+pub(crate) struct Reaper {
+    pub(crate) site: Arc<Site>,
+    pub(crate) slots: Arc<Slots>,
+    pub(crate) tasks: Arc<Tasks>,
+    pub(crate) networks: Arc<Networks>,
 }
 
 /// Compares Docker with the books, for ever; several times at first, when an earlier life of
 /// the driver may have left something, or may still come to.
-pub(crate) async fn run(node: Arc<Node>) {
-    let dangling = node.config.gc.dangling;
+pub(crate) async fn run(reaper: Reaper) {
+    let dangling = reaper.site.config.gc.dangling;
     if !dangling.enabled {
         return;
     }
@@ -70,7 +44,7 @@ pub(crate) async fn run(node: Arc<Node>) {
     let first = FIRST_SECONDS.map(Duration::from_secs);
     for pause in first.into_iter().chain(iter::repeat(dangling.period)) {
         sleep(pause).await;
-        if let Err(error) = reap(&node, &mut strays).await {
+        if let Err(error) = reap(&reaper, &mut strays).await {
             tracing::debug!(error = &error as &dyn std::error::Error, "cannot reap now");
         }
     }
@@ -78,16 +52,17 @@ pub(crate) async fn run(node: Arc<Node>) {
 
 /// `strays` remembers since when each has belonged to nothing: what is just being made is
 /// in no book yet.
-async fn reap(node: &Node, strays: &mut HashMap<String, Instant>) -> Result<(), docker::Error> {
-    let dangling = node.config.gc.dangling;
-    let listed = node.docker.list(LABEL_INSTANCE, &node.instance).await?;
+async fn reap(reaper: &Reaper, strays: &mut HashMap<String, Instant>) -> Result<(), docker::Error> {
+    let site = &reaper.site;
+    let dangling = site.config.gc.dangling;
+    let listed = site.docker.list(LABEL_INSTANCE, &site.instance).await?;
     let mut still = HashMap::new();
-    for container in listed.iter().filter(|container| !is_known(node, container)) {
+    for container in listed.iter().filter(|container| !is_known(reaper, container)) {
         let since = strays
             .get(&container.id)
             .copied()
             .unwrap_or_else(Instant::now);
-        if since.elapsed() < dangling.creation_grace && !is_left(node, container) {
+        if since.elapsed() < dangling.creation_grace && !is_left(site, container) {
             still.insert(container.id.clone(), since);
             continue;
         }
@@ -106,8 +81,8 @@ async fn reap(node: &Node, strays: &mut HashMap<String, Instant>) -> Result<(), 
             names,
             "removing a container that belongs to nothing"
         );
-        node.idle.give_up(&container.id);
-        if let Err(error) = node.docker.remove(&container.id).await {
+        reaper.slots.idle.give_up(&container.id);
+        if let Err(error) = site.docker.remove(&container.id).await {
             let error = crate::chain(&error);
             tracing::warn!(container = container.id, error, "it stays for now");
             still.insert(container.id.clone(), since);
@@ -118,30 +93,36 @@ async fn reap(node: &Node, strays: &mut HashMap<String, Instant>) -> Result<(), 
 }
 
 /// Whether an earlier life of the driver left it.
-fn is_left(node: &Node, container: &docker::Listed) -> bool {
+fn is_left(site: &Site, container: &docker::Listed) -> bool {
     let start = container.labels.get(LABEL_START);
-    start.is_some_and(|start| *start != node.start_id)
+    start.is_some_and(|start| *start != site.start_id)
 }
 
-fn is_known(node: &Node, container: &docker::Listed) -> bool {
+fn is_known(reaper: &Reaper, container: &docker::Listed) -> bool {
+    let Reaper {
+        site,
+        slots,
+        tasks,
+        networks,
+    } = reaper;
     let label = |name: &str| container.labels.get(name);
     if let Some(task_id) = label(LABEL_TASK) {
-        return node.plain.get(task_id).is_some() || (!node.config.gc.container && !container.runs);
+        return tasks.book.get(task_id).is_some() || (!site.config.gc.container && !container.runs);
     }
     if let Some(slot_id) = label(LABEL_SLOT) {
         // Of what an earlier life left, a slot that Nomad asks for takes up what was idle, and
         // nobody uses the rest.
-        if node.runs.holds(&container.id) || node.idle.holds(&container.id) {
+        if slots.runs.holds(&container.id) || slots.idle.holds(&container.id) {
             return true;
         }
-        let Some(slot) = node.slots.by_slot_id(slot_id) else {
+        let Some(slot) = slots.book.by_slot_id(slot_id) else {
             return false;
         };
         let generation = label(LABEL_GENERATION).and_then(|generation| generation.parse().ok());
         // Asked after the above: what is no longer held has been taken up.
         return slot.has(&container.id)
-            || (!is_left(node, container) && generation >= Some(slot.life().generation()));
+            || (!is_left(site, container) && generation >= Some(slot.life().generation()));
     }
     // Nomad asks for an allocation's network before its tasks, and keeps it after them.
-    label(LABEL_NETWORK).is_some_and(|alloc_id| node.networks.holds(alloc_id))
+    label(LABEL_NETWORK).is_some_and(|alloc_id| networks.holds(alloc_id))
 }

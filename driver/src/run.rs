@@ -5,7 +5,8 @@
 //! about it, [`book`] knows every run of the node, [`journal`] remembers that over this process's death,
 //! [`carry`] starts the command and carries its streams, [`window`] holds its output, [`beside`]
 //! what else is kept with that, [`refreshed`] what is for the credential store,
-//! [`follow`] tells a caller, [`listing`] whoever looks on, and [`recover`] takes runs up after a restart.
+//! [`follow`] tells a caller, and [`listing`] whoever looks on. [`crate::node::recover`] takes runs
+//! up after a restart.
 
 mod beside;
 pub mod book;
@@ -15,7 +16,6 @@ pub mod claim;
 pub mod follow;
 pub mod journal;
 pub mod listing;
-pub(crate) mod recover;
 pub mod refreshed;
 pub mod standing;
 mod window;
@@ -30,6 +30,7 @@ use bytes::Bytes;
 use polydev_proto::{
     init::{Artifacts, Refreshed, TerminalSize},
     node::{self, ended::Reason},
+    stream::PerStream,
 };
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::{Notify, mpsc, watch};
@@ -42,10 +43,7 @@ use journal::Claimed;
 use window::Window;
 
 /// Messages from the caller that may wait for the command, each at most 64 KiB.
-const INPUTS: usize = 16;
-const STREAMS: [&str; 3] = ["stdout", "stderr", "artifacts"];
-/// Which of them the artifacts are.
-const ARTIFACTS: usize = 2;
+const MAX_INPUTS: usize = 16;
 
 /// One try at a run: by attempt, then by nonce.
 #[derive(
@@ -85,7 +83,7 @@ pub struct Run {
     /// When the claim came: the timeline's zero.
     arrived: Instant,
     progress: watch::Sender<Progress>,
-    output: [Window; 3],
+    output: PerStream<Window>,
     /// For the next life of the driver.
     manifest: Beside<Artifacts>,
     refreshed: Beside<Refreshed>,
@@ -147,8 +145,8 @@ pub struct Ended {
 
 impl Ended {
     /// Of each stream.
-    fn lengths(&self) -> [u64; 3] {
-        [self.stdout_bytes, self.stderr_bytes, self.artifact_bytes]
+    fn lengths(&self) -> PerStream<u64> {
+        PerStream::new(self.stdout_bytes, self.stderr_bytes, self.artifact_bytes)
     }
 }
 
@@ -169,7 +167,9 @@ impl Run {
         windows: &Path,
         kill: CancellationToken,
     ) -> (Arc<Self>, mpsc::Receiver<Input>) {
-        let output = STREAMS.map(|name| Window::new(windows.join(file_name(&claimed, name))));
+        let output = PerStream::from_fn(|stream| {
+            Window::new(windows.join(file_name(&claimed, stream.name())))
+        });
         let progress = Progress::default();
         Self::with(claimed, arrived, windows, output, kill, progress)
     }
@@ -178,11 +178,11 @@ impl Run {
         claimed: Claimed,
         arrived: Instant,
         windows: &Path,
-        output: [Window; 3],
+        output: PerStream<Window>,
         kill: CancellationToken,
         progress: Progress,
     ) -> (Arc<Self>, mpsc::Receiver<Input>) {
-        let (inputs, queue) = mpsc::channel(INPUTS);
+        let (inputs, queue) = mpsc::channel(MAX_INPUTS);
         let run = Self {
             manifest: Beside::new(windows, &claimed, "manifest"),
             refreshed: Beside::new(windows, &claimed, "refreshed"),
@@ -250,7 +250,9 @@ impl Run {
 
     /// Nothing that it wrote can be asked for any more.
     fn release_output(&self) {
-        self.output.iter().for_each(Window::release);
+        for (_, window) in self.output.iter() {
+            window.release();
+        }
         self.manifest.release();
         self.refreshed.release();
     }

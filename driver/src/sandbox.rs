@@ -7,17 +7,18 @@ use std::{
     collections::{BTreeSet, HashMap},
     fs, io,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
 };
+
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::{
     docker::{self, SandboxSpec},
-    identity::{LABEL_INSTANCE, LABEL_NETWORK},
-    node::Node,
+    identity::{LABEL_INSTANCE, LABEL_NETWORK, LABEL_SANDBOX},
+    site::Site,
+    state::files,
 };
 
-/// Under these labels Nomad looks for what it writes into the group's hosts file.
-pub(crate) const LABEL_CONTAINER: &str = "docker_sandbox_container_id";
+/// Under this label Nomad looks for a name that it writes into the group's hosts file.
 const LABEL_HOSTNAME: &str = "docker_sandbox_hostname";
 
 /// Why a group has no network.
@@ -82,108 +83,114 @@ impl Networks {
 
     fn save(&self) {
         let text = serde_json::to_vec(&*self.lock()).expect("strings can be written as JSON");
-        if let Err(error) = crate::node::files::write(&self.file, &text, 0o600) {
+        if let Err(error) = files::write(&self.file, &text, 0o600) {
             tracing::warn!(error = crate::chain(&error), "networks may be forgotten");
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeSet<String>> {
-        self.alloc_ids
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.alloc_ids.lock()
     }
 }
 
-/// Makes the network of an allocation, or finds the one that is there.
-///
-/// # Errors
-/// [`Error`]
-pub async fn create(node: &Node, alloc_id: &str, hostname: &str) -> Result<Network, Error> {
-    node.networks.add(alloc_id);
-    let made = make(node, alloc_id, hostname).await;
-    if made.is_err() {
-        // What is left of it is the reaper's.
-        node.networks.remove(alloc_id);
+impl Networks {
+    /// Makes the network of an allocation, or finds the one that is there.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn create(
+        &self,
+        site: &Site,
+        alloc_id: &str,
+        hostname: &str,
+    ) -> Result<Network, Error> {
+        self.add(alloc_id);
+        let made = make(site, alloc_id, hostname).await;
+        if made.is_err() {
+            // What is left of it is the reaper's.
+            self.remove(alloc_id);
+        }
+        made
     }
-    made
+
+    /// Removes a network; one that is gone is no error.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn destroy(
+        &self,
+        site: &Site,
+        alloc_id: &str,
+        labels: &HashMap<String, String>,
+    ) -> Result<(), Error> {
+        self.remove(alloc_id);
+        match labels.get(LABEL_SANDBOX) {
+            Some(id) => Ok(site.docker.remove(id).await?),
+            None => Ok(()),
+        }
+    }
 }
 
-async fn make(node: &Node, alloc_id: &str, hostname: &str) -> Result<Network, Error> {
-    let image = ensure_image(node).await?;
+async fn make(site: &Site, alloc_id: &str, hostname: &str) -> Result<Network, Error> {
+    let image = ensure_image(site).await?;
     let spec = SandboxSpec {
         name: format!("polydev-network-{}", alloc_id.replace('-', "")),
         image,
         command: vec!["/polydev-init".into(), "pause".into()],
         labels: HashMap::from([
-            (LABEL_INSTANCE.to_owned(), node.instance.clone()),
+            (LABEL_INSTANCE.to_owned(), site.instance.clone()),
             (LABEL_NETWORK.to_owned(), alloc_id.to_owned()),
         ]),
         hostname: hostname.to_owned(),
     };
     let mut created = true;
-    match node.docker.create_sandbox(&spec).await {
+    match site.docker.create_sandbox(&spec).await {
         Ok(_) => {}
         Err(error) if error.is_conflict() => {
-            if node.docker.labels(&spec.name).await?.get(LABEL_INSTANCE) != Some(&node.instance) {
+            if site.docker.labels(&spec.name).await?.get(LABEL_INSTANCE) != Some(&site.instance) {
                 return Err(Error::Taken { name: spec.name });
             }
             created = false;
             // After a restart of dockerd or the host it is there and does not run.
-            if node.docker.sandbox(&spec.name).await?.is_none() {
-                node.docker.remove(&spec.name).await?;
-                node.docker.create_sandbox(&spec).await?;
+            if site.docker.sandbox(&spec.name).await?.is_none() {
+                site.docker.remove(&spec.name).await?;
+                site.docker.create_sandbox(&spec).await?;
                 created = true;
             }
         }
         Err(error) => return Err(error.into()),
     }
     if created {
-        node.docker.start(&spec.name).await?;
+        site.docker.start(&spec.name).await?;
     }
-    let sandbox = node.docker.sandbox(&spec.name).await?.ok_or(Error::Ended)?;
+    let sandbox = site.docker.sandbox(&spec.name).await?.ok_or(Error::Ended)?;
     Ok(Network {
         namespace: sandbox.namespace,
         labels: HashMap::from([
-            (LABEL_CONTAINER.to_owned(), sandbox.id),
+            (LABEL_SANDBOX.to_owned(), sandbox.id),
             (LABEL_HOSTNAME.to_owned(), sandbox.hostname),
         ]),
         created,
     })
 }
 
-/// Removes a network; one that is gone is no error.
-///
-/// # Errors
-/// [`Error`]
-pub async fn destroy(
-    node: &Node,
-    alloc_id: &str,
-    labels: &HashMap<String, String>,
-) -> Result<(), Error> {
-    node.networks.remove(alloc_id);
-    match labels.get(LABEL_CONTAINER) {
-        Some(id) => Ok(node.docker.remove(id).await?),
-        None => Ok(()),
-    }
-}
-
 /// An image of init alone, named by its content.
-async fn ensure_image(node: &Node) -> Result<String, Error> {
-    let digest = node.init.file_name().and_then(|name| name.to_str());
+async fn ensure_image(site: &Site) -> Result<String, Error> {
+    let digest = site.init.file_name().and_then(|name| name.to_str());
     let digest = digest
         .and_then(|name| name.strip_prefix("init-"))
         .unwrap_or("latest");
     let image = format!("polydev-pause:{digest}");
-    match node.docker.image(&image).await {
+    match site.docker.image(&image).await {
         Ok(_) => return Ok(image),
         Err(error) if error.is_not_found() => {}
         Err(error) => return Err(error.into()),
     }
-    let archive = archive(&node.init).map_err(|source| Error::Init {
-        path: node.init.clone(),
+    let archive = archive(&site.init).map_err(|source| Error::Init {
+        path: site.init.clone(),
         source,
     })?;
-    node.docker.import(&image, archive).await?;
+    site.docker.import(&image, archive).await?;
     Ok(image)
 }
 

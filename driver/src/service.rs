@@ -40,7 +40,6 @@ use crate::{
     events::Events,
     fingerprint::Health,
     node::Node,
-    sandbox,
     task::{self, Task},
 };
 
@@ -72,15 +71,15 @@ impl Service {
     /// The node: Nomad asks for tasks right after it has started the plugin.
     async fn taken(&self) -> Result<Arc<Node>, Error> {
         let mut taken = self.node.clone();
-        let _overrun = tokio::time::timeout(TAKE, taken.wait_for(Option::is_some)).await;
+        let _overrun = tokio::time::timeout(TAKE_TIMEOUT, taken.wait_for(Option::is_some)).await;
         self.node()
     }
 
     /// The node, once Docker has answered there.
     async fn ready(&self) -> Result<Arc<Node>, Error> {
         let node = self.taken().await?;
-        let mut ready = node.ready.subscribe();
-        match tokio::time::timeout(TAKE, ready.wait_for(|ready| *ready)).await {
+        let mut ready = node.site.ready.subscribe();
+        match tokio::time::timeout(TAKE_TIMEOUT, ready.wait_for(|ready| *ready)).await {
             Ok(Ok(_)) => {}
             _ => {
                 let reason = "Docker does not answer".into();
@@ -109,10 +108,10 @@ impl Service {
 
     async fn start(&self, task: &TaskConfig, config: Config) -> Result<(), Error> {
         let node = self.ready().await?;
-        config.check_allowed(&node.config).map_err(Error::Config)?;
+        config.check_allowed(&node.site.config).map_err(Error::Config)?;
         match config {
             Config::Slot(config) => {
-                let Some((slot, ready)) = start::slot(&node, task, config)? else {
+                let Some((slot, ready)) = start::slot(&node.slots, task, config)? else {
                     return Ok(());
                 };
                 slot.want();
@@ -122,10 +121,10 @@ impl Service {
                     // The keeper drops it when the task is stopped before it was ever warm.
                     Err(_) => Error::StoppedWhileStarting,
                 };
-                node.slots.remove(&task.id);
+                node.slots.book.remove(&task.id);
                 Err(failed)
             }
-            Config::Plain(options) => start::plain(&node, task, *options).await,
+            Config::Plain(options) => start::plain(&node.tasks, task, *options).await,
         }
     }
 }
@@ -174,7 +173,7 @@ impl Driver for Service {
             fs_isolation: FsIsolation::Image.into(),
             network_isolation_modes: modes.map(Into::into).into(),
             must_create_network: true,
-            disable_log_collection: node.is_some_and(|node| node.config.disable_log_collection),
+            disable_log_collection: node.is_some_and(|node| node.site.config.disable_log_collection),
             ..Default::default()
         };
         Ok(Response::new(CapabilitiesResponse {
@@ -210,8 +209,8 @@ impl Driver for Service {
         let state = DriverState::decode(&handle.driver_state).map_err(Error::Handle)?;
         let node = self.taken().await?;
         match state.slot {
-            Some(slot) => drop(start::slot(&node, &task, slot)?),
-            None if node.plain.get(&task.id).is_some() => {
+            Some(slot) => drop(start::slot(&node.slots, &task, slot)?),
+            None if node.tasks.book.get(&task.id).is_some() => {
                 tracing::info!(task = task.id, "Nomad has asked for a recovered task");
             }
             None => return Err(Error::UnknownTask { task_id: task.id }.into()),
@@ -306,7 +305,7 @@ impl Driver for Service {
             collection_interval,
         } = request.into_inner();
         let work = self.work(&task_id)?;
-        let mhz = self.node()?.compute.mhz_of_a_core();
+        let mhz = self.node()?.site.compute.mhz_of_a_core();
         let samples = stats::samples(work, mhz, collection_interval);
         Ok(Response::new(Box::pin(samples)))
     }
@@ -342,9 +341,9 @@ impl Driver for Service {
         } = request.into_inner();
         let task = self.open(&task_id, "exec is")?;
         let limit = timeout.and_then(|limit| Duration::try_from(limit).ok());
-        let limit = limit.filter(|limit| !limit.is_zero()).unwrap_or(CHECK);
-        let docker = &self.node()?.docker;
-        let outcome = task::exec::run(docker, &task.entry.container, command, limit)
+        let limit = limit.filter(|limit| !limit.is_zero()).unwrap_or(CHECK_TIMEOUT);
+        let site = self.node()?.site.clone();
+        let outcome = task::exec::run(&site.docker, &task.entry.container, command, limit)
             .await
             .map_err(Error::Exec)?;
         Ok(Response::new(ExecTaskResponse {
@@ -366,12 +365,12 @@ impl Driver for Service {
         let setup = requests.message().await?.and_then(|first| first.setup);
         let setup = setup.ok_or(Error::Missing { field: "setup" })?;
         let task = self.open(&setup.task_id, "exec is")?;
-        let node = self.node()?;
+        let site = self.node()?.site.clone();
         let container = &task.entry.container;
-        let exec = node.docker.exec(container, setup.command, setup.tty);
+        let exec = site.docker.exec(container, setup.command, setup.tty);
         let exec = exec.await.map_err(Error::Exec)?;
         Ok(Response::new(Box::pin(exec::serve(
-            &node,
+            &site.background,
             container.clone(),
             exec,
             requests,
@@ -384,7 +383,9 @@ impl Driver for Service {
     ) -> Result<Response<CreateNetworkResponse>, Status> {
         let CreateNetworkRequest { alloc_id, hostname } = request.into_inner();
         let node = self.ready().await?;
-        let network = sandbox::create(&node, &alloc_id, &hostname).await;
+        let network = node
+            .networks
+            .create(&node.site, &alloc_id, &hostname).await;
         let network = network.map_err(Error::Network)?;
         Ok(Response::new(CreateNetworkResponse {
             isolation_spec: Some(NetworkIsolationSpec {
@@ -407,17 +408,19 @@ impl Driver for Service {
         } = request.into_inner();
         let labels = isolation_spec.map(|spec| spec.labels.into_iter().collect());
         let (node, labels) = (self.node()?, labels.unwrap_or_default());
-        let destroyed = sandbox::destroy(&node, &alloc_id, &labels).await;
+        let destroyed = node
+            .networks
+            .destroy(&node.site, &alloc_id, &labels).await;
         destroyed.map_err(Error::Network)?;
         Ok(Response::new(DestroyNetworkResponse {}))
     }
 }
 
 /// For a script check that does not say how long it may take.
-const CHECK: Duration = Duration::from_secs(30);
+const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a recovery waits for the driver to take charge of the node.
-const TAKE: std::time::Duration = std::time::Duration::from_secs(10);
+const TAKE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
 fn encode_health(health: Health) -> FingerprintResponse {
     let text = |value| Attribute {

@@ -1,47 +1,118 @@
 //! Warm slots: allocations that keep an idle container ready and turn it, once, into a run.
 //!
-//! Read in the order of a slot's life: [`state`] is the pure machine, [`fill`] makes
-//! a container unless [`breaker`] says that its image is not worth it, [`adopt`] takes up one
-//! that an earlier life of the driver left, [`crate::link`] talks
-//! to its init, [`lease`] keeps it for one caller, [`headroom`] says whether the node has room for a run, [`crate::run`] has what
-//! is run in it, [`ahead`] makes the next container meanwhile if it is to, [`clear`] removes
-//! the old one, and [`keeper`] drives one slot through all of that. [`book`] holds the
-//! slots of the node for everyone else.
+//! Read in the order of a slot's life: [`crate::life`] is the pure machine, [`fill`] makes
+//! a container unless [`breaker`] says that its image fails too often, [`shelf`] records it and
+//! [`adopt`] takes it up again after a restart of the driver, [`lease`] keeps it for one caller,
+//! [`claim`] grants it, [`crate::run`] has what is run in it, [`ahead`] makes the next container
+//! during the run, [`clear`] removes the old one, and [`keeper`] drives one slot through all of
+//! that. [`book`] holds the slots of the node for everyone else.
 
 pub mod adopt;
 mod ahead;
 pub mod book;
 pub mod breaker;
-mod claim;
+pub(crate) mod claim;
 mod clear;
 mod fill;
-pub mod headroom;
 mod keeper;
-mod lease;
-pub mod state;
+pub(crate) mod lease;
+pub mod shelf;
 
 pub use fill::Error as FillError;
 pub use keeper::Ended;
 
-use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::SystemTime,
-};
+use std::{sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, watch};
+use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     config,
+    headroom::{Headroom, Share},
     identity::Identity,
+    life::{self, Event, Life, State},
     limits::{self, Limits, Usage},
-    metrics::Steps,
-    run::{Run, book::Occupant, carry::Order},
+    link::Occupant,
+    metrics::{Counts, Steps},
+    run::{
+        Run,
+        book::Runs,
+        carry::Order,
+        claim::Refusal,
+    },
+    site::Site,
 };
-use headroom::Share;
+use book::Book;
+use breaker::Breakers;
 use lease::Lease;
-use state::{Event, Life, State};
+use shelf::Shelf;
+
+/// The slots of a node, with what they share.
+#[derive(Debug)]
+pub struct Slots {
+    pub site: Arc<Site>,
+    pub runs: Arc<Runs>,
+    pub book: Book,
+    /// Idle containers, as the next life of the driver will find them.
+    pub idle: Shelf,
+    pub headroom: Arc<Headroom>,
+    pub breakers: Breakers,
+    /// Containers that may be made at the same time: more would slow the runs.
+    fills: Semaphore,
+    steps: Steps,
+}
+
+impl Slots {
+    #[must_use]
+    pub fn new(site: Arc<Site>, runs: Arc<Runs>, idle: Shelf, steps: Steps) -> Self {
+        let cores = usize::try_from(site.compute.cores).unwrap_or(0).max(1);
+        Self {
+            book: Book::new(),
+            headroom: Headroom::new(site.config.run_headroom),
+            breakers: Breakers::default(),
+            fills: Semaphore::new(2 * cores),
+            site,
+            runs,
+            idle,
+            steps,
+        }
+    }
+
+    /// How many slots are in each state.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let mut counts = Counts::zeros();
+        for slot in self.book.all().iter().filter(|slot| slot.end().is_none()) {
+            let (provider, life) = (&slot.config.provider, slot.life());
+            counts.add(provider, slot.is_on_demand(), life.state());
+        }
+        counts
+    }
+
+    /// # Errors
+    /// [`Refusal::OtherStart`] if a shim has seen another start of the driver.
+    fn check_start(&self, given: &str) -> Result<(), Refusal> {
+        let actual = &self.site.start_id;
+        if given == actual {
+            return Ok(());
+        }
+        Err(Refusal::OtherStart {
+            given: given.to_owned(),
+            actual: actual.clone(),
+        })
+    }
+
+    /// # Errors
+    /// [`Refusal::UnknownSlot`]
+    fn live(&self, slot_id: &str) -> Result<Arc<Slot>, Refusal> {
+        let slot = self.book.by_slot_id(slot_id);
+        slot.ok_or_else(|| Refusal::UnknownSlot {
+            slot_id: slot_id.to_owned(),
+        })
+    }
+}
 
 /// One slot, as everybody but its keeper sees it.
 #[derive(Debug)]
@@ -133,7 +204,7 @@ impl Slot {
     /// What all containers of the slot have used; never goes down in what adds up.
     #[must_use]
     pub fn usage(&self) -> Usage {
-        let container = self.container();
+        let container = self.container.lock();
         let now = container
             .limits
             .as_ref()
@@ -149,7 +220,7 @@ impl Slot {
         }
     }
 
-    fn try_apply(&self, event: Event) -> Result<(), state::Refused> {
+    fn try_apply(&self, event: Event) -> Result<(), life::Refused> {
         let life = self.lock();
         let mut next = life.clone();
         next.apply(event, SystemTime::now())?;
@@ -159,7 +230,8 @@ impl Slot {
 
     /// Takes a step that has been decided, and tells of it.
     fn step(&self, mut life: MutexGuard<'_, Life>, next: Life) {
-        self.steps.taken(self, &life, &next);
+        let (provider, on_demand) = (&self.config.provider, self.is_on_demand());
+        self.steps.taken(provider, on_demand, &life, &next);
         *life = next;
         drop(life);
         self.changed.send_modify(|version| *version += 1);
@@ -174,7 +246,7 @@ impl Slot {
 
     /// The slot has a container, which is not told to be idle yet.
     fn hold(&self, filled: &fill::Container) {
-        let mut container = self.container();
+        let mut container = self.container.lock();
         container.limits = Some(filled.limits.clone());
         container.occupant = Some(filled.occupant());
         container.public_key = filled.public_key.clone();
@@ -183,12 +255,12 @@ impl Slot {
     /// What secrets for its container are sealed to; empty if it has none.
     #[must_use]
     pub fn public_key(&self) -> Bytes {
-        self.container().public_key.clone()
+        self.container.lock().public_key.clone()
     }
 
     /// Whether that is its container.
     pub(crate) fn has(&self, container: &str) -> bool {
-        let occupant = &self.container().occupant;
+        let occupant = &self.container.lock().occupant;
         occupant
             .as_ref()
             .is_some_and(|occupant| occupant.container == container)
@@ -198,7 +270,7 @@ impl Slot {
     fn let_go(&self) {
         drop(self.leased_share());
         let used = self.usage();
-        let mut container = self.container();
+        let mut container = self.container.lock();
         container.occupant = None;
         container.public_key.clear();
         if container.limits.take().is_some() {
@@ -213,18 +285,8 @@ impl Slot {
         }
     }
 
-    fn container(&self) -> MutexGuard<'_, Container> {
-        self.container
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lease_lock(&self) -> MutexGuard<'_, Lease> {
-        self.lease.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn lock(&self) -> MutexGuard<'_, Life> {
-        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+        self.life.lock()
     }
 
     fn is_claimed(&self) -> bool {

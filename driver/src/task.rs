@@ -22,26 +22,47 @@ pub use start::{Error as StartError, start};
 
 use std::{
     str::FromStr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use nix::sys::signal::Signal;
+use parking_lot::Mutex;
 use tokio::{
     sync::{mpsc, watch},
     time::timeout,
 };
 
 use crate::{
+    docker::removal,
     images::Use,
     limits::{self, Usage},
-    node::Node,
-    reap,
+    site::Site,
 };
-use journal::Entry;
+use book::Book;
+use journal::{Entry, Journal};
 
 /// For init to tell the end of a command that was killed, before it is killed itself.
-const KILLED: Duration = Duration::from_secs(3);
+const KILL_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// The plain tasks of a node, with what they share.
+#[derive(Debug)]
+pub struct Tasks {
+    pub site: Arc<Site>,
+    pub book: Book,
+    journal: Journal,
+}
+
+impl Tasks {
+    #[must_use]
+    pub fn new(site: Arc<Site>, journal: Journal) -> Self {
+        Self {
+            site,
+            book: Book::default(),
+            journal,
+        }
+    }
+}
 
 /// How a task ended.
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -124,7 +145,7 @@ impl Task {
             }
         }
         self.send(Signal::SIGKILL as i32);
-        if timeout(KILLED, self.ended()).await.is_err() {
+        if timeout(KILL_TIMEOUT, self.ended()).await.is_err() {
             self.kill.cancel();
             self.ended().await;
         }
@@ -143,7 +164,7 @@ impl Task {
 
     /// Ends the task and removes what it had: container, journal, folder, image if it was
     /// the last. What Docker does not remove now goes later.
-    pub async fn destroy(&self, node: &Arc<Node>) {
+    pub async fn destroy(&self, tasks: &Tasks) {
         self.kill().await;
         let Entry {
             container,
@@ -151,20 +172,21 @@ impl Task {
             link,
             ..
         } = &self.entry;
-        if node.config.gc.container {
-            reap::remove(node, container).await;
+        let site = &tasks.site;
+        if site.config.gc.container {
+            removal::remove(&site.docker, container).await;
         }
         if let Some(folder) = link {
             let _gone_already = std::fs::remove_dir_all(folder);
         }
-        node.journal.remove(identity);
-        node.plain.remove(&identity.task_id);
+        tasks.journal.remove(identity);
+        tasks.book.remove(&identity.task_id);
     }
 
     /// What the task uses, or used when it ended.
     #[must_use]
     pub fn usage(&self) -> Usage {
-        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut used = self.used.lock();
         if let (Some(limits), true) = (&self.limits, self.end.borrow().is_none()) {
             *used = limits.usage();
         }

@@ -60,6 +60,7 @@ pub mod run_id;
 pub mod sealed;
 #[cfg(feature = "tls")]
 pub mod tls;
+pub mod stream;
 pub mod workspace;
 
 /// Nomad's plugin protocols. Module paths mirror the packages, because generated

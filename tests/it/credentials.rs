@@ -12,6 +12,7 @@ use polydev_proto::runtime::{
     Credential, PutCredentialRequest, RunStart, ScryptRecord, SecretEnvironment, StoredCredential,
     credential::Source, run_event::Event, secret::Kind,
 };
+use polydev_stand_in::Received;
 use polydev_tests::{
     client::{api_key, in_the_clear, prompt, shell},
     folder::Folder,
@@ -19,7 +20,6 @@ use polydev_tests::{
     host::Host,
     process::{output, succeed},
     shim::Shim,
-    stand_in::Received,
 };
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};

@@ -2,6 +2,7 @@
 
 use std::{fs, process::Command, time::Duration};
 
+use polydev_stand_in::Text;
 use polydev_tests::{
     client::{prompt, shell},
     docker, fresh_key,
@@ -9,7 +10,6 @@ use polydev_tests::{
     nomad::Nomad,
     process::{Process, output},
     shim::{Shim, instance_label},
-    stand_in::Text,
     wait_until,
 };
 

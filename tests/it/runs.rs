@@ -4,13 +4,13 @@ use std::{process::Command, time::Duration};
 
 use bytes::Bytes;
 use polydev_proto::runtime::{ExitReason, RunStart, run_event::Event, run_input::Input};
+use polydev_stand_in::Text;
 use polydev_tests::{
     client::{argv, prompt, shell},
     docker, fresh_key,
     host::Host,
     process::output,
     shim::Shim,
-    stand_in::Text,
     wait_until,
 };
 

@@ -12,8 +12,8 @@ mod parts;
 use std::{collections::BTreeSet, time::SystemTime};
 
 use polydev_driver::{
+    life::{Event, State as SlotState},
     run::{Ballot, standing::Standing},
-    slot::state::{Event, State as SlotState},
 };
 use stateright::{Checker, Model, Property};
 

@@ -4,11 +4,11 @@
 use std::collections::BTreeSet;
 
 use polydev_driver::{
+    life::{Event, Life, State as SlotState},
     run::{
         Ballot,
         standing::{OnClaim, OnFence, Standing},
     },
-    slot::state::{Event, Life, State as SlotState},
 };
 use polydev_shim::run::fence::{Alone, Settled, Told, alone, settle};
 

@@ -5,11 +5,11 @@ use std::{net::IpAddr, process::Command, time::Duration};
 
 use tempfile::TempDir;
 
+use polydev_stand_in::Received;
 use crate::{
     namespace::Namespace,
     process::{Process, succeed},
     program,
-    stand_in::Received,
     wait_until,
 };
 

@@ -15,7 +15,6 @@ pub mod nomad;
 pub mod postgres;
 pub mod process;
 pub mod shim;
-pub mod stand_in;
 pub mod tls;
 
 use std::{

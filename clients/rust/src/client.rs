@@ -20,9 +20,9 @@ use tonic::{
 use crate::run::Run;
 
 /// For a connection to be made.
-const CONNECT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between pings, and for the answer to one: the machine at the other end may have died.
-const ALIVE: Duration = Duration::from_secs(20);
+const ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 
 /// Every call of `polydev.runtime.v1`.
 pub type Calls = RuntimeServiceClient<InterceptedService<Channel, Added>>;
@@ -70,11 +70,11 @@ impl Client {
         let Identity { tls, token } = identity;
         let connect = address.connect(tls.as_ref(), |endpoint| {
             endpoint
-                .connect_timeout(CONNECT)
-                .http2_keep_alive_interval(ALIVE)
-                .keep_alive_timeout(ALIVE)
+                .connect_timeout(CONNECT_TIMEOUT)
+                .http2_keep_alive_interval(ALIVE_INTERVAL)
+                .keep_alive_timeout(ALIVE_INTERVAL)
         });
-        let connected = match timeout(CONNECT, connect).await {
+        let connected = match timeout(CONNECT_TIMEOUT, connect).await {
             Ok(connected) => connected.map_err(|error| chain(&*error)),
             Err(_) => Err("no connection in 10 s".into()),
         };

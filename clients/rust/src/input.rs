@@ -14,12 +14,12 @@ use tokio::sync::Notify;
 /// The most the API takes in one message.
 const CHUNK: usize = 64 << 10;
 /// Bytes that wait to be sent before whoever writes more has to wait.
-const WAITING_MOST: u64 = 1 << 20;
+const MAX_WAITING: u64 = 1 << 20;
 /// Bytes that are kept after they were sent: more than lie between caller and command, with
 /// all windows on the way full.
-const KEPT: u64 = 8 << 20;
+const MAX_KEPT: u64 = 8 << 20;
 /// Signals that wait to be sent; further ones are left out.
-const SIGNALS_MOST: usize = 64;
+const MAX_SIGNALS: usize = 64;
 
 /// To a run, from its caller; clones share it.
 #[derive(Debug, Clone)]
@@ -157,7 +157,7 @@ impl Input {
     /// Of more than 64 that cannot be sent yet the last are left out.
     pub fn signal(&self, number: i32) {
         self.change(|state| {
-            if state.urgent.len() < SIGNALS_MOST {
+            if state.urgent.len() < MAX_SIGNALS {
                 state.urgent.push_back(Message::Signal(Signal { number }));
             }
         });
@@ -261,7 +261,7 @@ impl State {
         if self.over || self.closed {
             return Err(Closed);
         }
-        if self.end - self.sent >= WAITING_MOST {
+        if self.end - self.sent >= MAX_WAITING {
             return Ok(false);
         }
         let files_left = usize::try_from(self.files.saturating_sub(self.end)).unwrap_or(CHUNK);
@@ -337,7 +337,7 @@ impl State {
             _ => self.kept.push_back(BytesMut::from(piece)),
         }
         while let Some(first) = self.kept.front()
-            && self.begin + first.len() as u64 + KEPT <= self.sent
+            && self.begin + first.len() as u64 + MAX_KEPT <= self.sent
         {
             self.begin += first.len() as u64;
             self.kept.pop_front();

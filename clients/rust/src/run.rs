@@ -26,12 +26,12 @@ use uuid::Uuid;
 use crate::{Calls, Input};
 
 /// How long a run is tried to be reached again.
-const PATIENCE: Duration = Duration::from_secs(60);
+const RETRY_TIMEOUT: Duration = Duration::from_secs(60);
 /// As long as it is not known whether there is one.
-const PATIENCE_FIRST: Duration = Duration::from_secs(10);
+const FIRST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two tries at first, and at most.
-const RETRY: Duration = Duration::from_millis(50);
-const RETRY_MOST: Duration = Duration::from_secs(2);
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// A shim hands its runs over.
 const STOPPING: &str = "STOPPING";
 
@@ -105,7 +105,7 @@ impl Run {
             told_artifacts: false,
             read,
             broken: None,
-            retry: RETRY,
+            retry: RETRY_INTERVAL,
             over: false,
             reached: watch::Sender::new(true),
         };
@@ -288,7 +288,7 @@ impl Session {
         let news = self.only_news(event)?;
         // One that breaks again and again before there is anything is not asked at once.
         if news.is_some() {
-            self.retry = RETRY;
+            self.retry = RETRY_INTERVAL;
         }
         Ok(news)
     }
@@ -373,9 +373,9 @@ impl Session {
             }
         };
         let patience = if self.accepted {
-            PATIENCE
+            RETRY_TIMEOUT
         } else {
-            PATIENCE_FIRST
+            FIRST_TIMEOUT
         };
         may_pass && self.broken.is_none_or(|since| since.elapsed() < patience)
     }
@@ -389,6 +389,6 @@ impl Session {
         self.call = None;
         self.broken.get_or_insert_with(Instant::now);
         self.tell_reached(false);
-        self.retry = RETRY_MOST.min(self.retry * 2);
+        self.retry = MAX_RETRY_INTERVAL.min(self.retry * 2);
     }
 }

@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 
 /// How often to look while the command runs: what is refreshed at a run's beginning is needed
 /// by the runs that begin beside it.
-const LOOK: Duration = Duration::from_secs(10);
+const REFRESH_INTERVAL: Duration = Duration::from_secs(10);
 
 /// An account's file, and what has been told of it.
 #[derive(Debug)]
@@ -54,7 +54,7 @@ impl Account {
             count: 0,
             last: None,
             is_told: true,
-            look_at: now + LOOK,
+            look_at: now + REFRESH_INTERVAL,
         })
     }
 
@@ -66,7 +66,7 @@ impl Account {
     /// Looks at the file, if the time has come.
     pub(crate) fn look_if_due(&mut self, now: Instant) {
         if self.look_at <= now {
-            self.look_at = now + LOOK;
+            self.look_at = now + REFRESH_INTERVAL;
             self.look();
         }
     }
@@ -228,10 +228,10 @@ mod tests {
         account.look_if_due(home.now);
         assert_eq!(account.take_untold(), None);
         let due = home.now + account.look_in(home.now);
-        assert_eq!(due, home.now + LOOK);
+        assert_eq!(due, home.now + REFRESH_INTERVAL);
         account.look_if_due(due);
         assert_eq!(home.open(account.take_untold()), (1, "{}".into()));
-        assert_eq!(account.look_in(due), LOOK);
+        assert_eq!(account.look_in(due), REFRESH_INTERVAL);
     }
 
     #[test]

@@ -94,29 +94,10 @@ impl Command {
         let mut command = process::Command::new(OsStr::from_bytes(program));
         command.args(args.iter().map(|arg| OsStr::from_bytes(arg)));
         let task = start.task.as_ref();
-        if start.terminal.is_some() {
-            command.env("TERM", "xterm"); // As Docker does.
-        }
         let master = attach_streams(&mut command, &start, task).map_err(|error| {
             refuse(Reason::Invalid, format!("no terminal can be made: {error}"))
         })?;
-        for variable in start.env.iter().chain(&secrets.env) {
-            command.env(
-                OsStr::from_bytes(&variable.name),
-                OsStr::from_bytes(&variable.value),
-            );
-        }
-        if let Some(trace) = start
-            .trace
-            .as_ref()
-            .filter(|trace| !trace.traceparent.is_empty())
-        {
-            command.env("TRACEPARENT", &trace.traceparent);
-            command.env("TRACESTATE", &trace.tracestate);
-        }
-        if !start.work_dir.is_empty() {
-            command.current_dir(&start.work_dir);
-        }
+        surround(&mut command, &start, &secrets);
 
         // A plain task's score is the job's to say.
         let oom_score = oom_score.filter(|_| start.task.is_none());
@@ -132,19 +113,11 @@ impl Command {
             })?;
 
         let pipes = [
-            child
-                .stdout
-                .take()
-                .map(|pipe| File::from(OwnedFd::from(pipe))),
-            child
-                .stderr
-                .take()
-                .map(|pipe| File::from(OwnedFd::from(pipe))),
+            child.stdout.take().map(|pipe| OwnedFd::from(pipe).into()),
+            child.stderr.take().map(|pipe| OwnedFd::from(pipe).into()),
         ];
-        let mut stdin = child
-            .stdin
-            .take()
-            .map(|pipe| File::from(OwnedFd::from(pipe)));
+        let stdin = child.stdin.take();
+        let mut stdin = stdin.map(|pipe| File::from(OwnedFd::from(pipe)));
         for pipe in pipes.iter().chain([&stdin, &master]).flatten() {
             set_nonblocking(pipe);
         }
@@ -225,6 +198,25 @@ fn open(start: &Start, key: &PrivateKey) -> Result<Secrets, String> {
     }
     let opened = key.open(&start.sealed_secrets, &start.run_id);
     opened.map_err(|error| error.to_string())
+}
+
+/// What the command finds around it: its variables, and the folder that it starts in.
+fn surround(command: &mut process::Command, start: &Start, secrets: &Secrets) {
+    if start.terminal.is_some() {
+        command.env("TERM", "xterm"); // As Docker does.
+    }
+    for variable in start.env.iter().chain(&secrets.env) {
+        let (name, value) = (&variable.name, &variable.value);
+        command.env(OsStr::from_bytes(name), OsStr::from_bytes(value));
+    }
+    let trace = start.trace.as_ref();
+    if let Some(trace) = trace.filter(|trace| !trace.traceparent.is_empty()) {
+        command.env("TRACEPARENT", &trace.traceparent);
+        command.env("TRACESTATE", &trace.tracestate);
+    }
+    if !start.work_dir.is_empty() {
+        command.current_dir(&start.work_dir);
+    }
 }
 
 /// Connects the command's three standard descriptors; our side of a terminal, if it

@@ -27,10 +27,10 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 /// Output that waits for the socket; beyond it nothing more is framed.
 const HIGH_WATER: usize = 128 << 10;
 /// A driver that restarts is back within a second or two.
-const RETRY: Duration = Duration::from_millis(50);
-const RETRY_MOST: Duration = Duration::from_millis(250);
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(250);
 /// A driver makes the socket again within moments of removing it.
-const FORSAKEN: Duration = Duration::from_secs(10);
+const FORSAKEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The driver's end, when there is one.
 #[derive(Debug)]
@@ -56,7 +56,7 @@ impl Link {
             descriptors: Vec::new(),
             output: BytesMut::new(),
             retry_at: now,
-            retry_after: RETRY,
+            retry_after: RETRY_INTERVAL,
             missing_since: None,
         }
     }
@@ -80,7 +80,7 @@ impl Link {
         match open(&self.path) {
             Ok(stream) => {
                 self.stream = Some(stream);
-                self.retry_after = RETRY;
+                self.retry_after = RETRY_INTERVAL;
                 self.missing_since = None;
                 true
             }
@@ -90,7 +90,7 @@ impl Link {
                     _ => None,
                 };
                 self.retry_at = now + self.retry_after;
-                self.retry_after = RETRY_MOST.min(self.retry_after * 2);
+                self.retry_after = MAX_RETRY_INTERVAL.min(self.retry_after * 2);
                 false
             }
         }
@@ -100,7 +100,7 @@ impl Link {
     /// for the container has removed it.
     pub(crate) fn is_forsaken(&self, now: Instant) -> bool {
         self.missing_since
-            .is_some_and(|since| now.duration_since(since) > FORSAKEN)
+            .is_some_and(|since| now.duration_since(since) > FORSAKEN_TIMEOUT)
     }
 
     /// Gives the connection up; another attempt follows.

@@ -43,12 +43,12 @@ use crate::{
 };
 
 /// How often to look whether what a plain task wrote has been read.
-const IS_READ: Duration = Duration::from_millis(5);
+const READ_TIMEOUT: Duration = Duration::from_millis(5);
 const STREAMS: [Stream; 3] = [Stream::Stdout, Stream::Stderr, Stream::Artifacts];
 /// Which of them the artifacts are.
 const ARTIFACTS: usize = 2;
 /// Most that a driver may ask to be buffered for one stream.
-const OUTPUT_BUFFER_MOST: usize = 8 << 20;
+const MAX_OUTPUT_BUFFER: usize = 8 << 20;
 /// Signals that are passed on to the command.
 const FORWARDED: [Signal; 6] = [
     Signal::SIGTERM,
@@ -234,7 +234,7 @@ impl Supervisor {
             polled.push(PollFd::new(descriptor, events));
         }
         if self.released {
-            wake(IS_READ); // The kernel does not tell when a FIFO has been read empty.
+            wake(READ_TIMEOUT); // The kernel does not tell when a FIFO has been read empty.
         }
         // Rounded up: waking a little early would only spin until the time has come.
         let timeout = timeout.map_or(PollTimeout::NONE, |left| {

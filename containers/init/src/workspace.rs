@@ -18,11 +18,11 @@ use polydev_proto::{
 };
 
 /// Looking for artifacts ends with so many files and folders: who makes more has to wait for it.
-const ENTRIES: usize = 100_000;
+const MAX_ENTRIES: usize = 100_000;
 /// And after so long.
-const SEARCH: Duration = Duration::from_secs(10);
+const SEARCH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Of the files that are left out, so many are named.
-const NAMED: usize = 100;
+const MAX_NAMED: usize = 100;
 
 /// Where the files of runs are.
 pub(crate) fn path() -> &'static Path {
@@ -196,10 +196,10 @@ fn find(root: &Path, patterns: &Patterns) -> Vec<Found> {
         };
         for entry in entries.flatten() {
             looked_at += 1;
-            if looked_at > ENTRIES || begun.elapsed() > SEARCH {
-                let seconds = SEARCH.as_secs();
+            if looked_at > MAX_ENTRIES || begun.elapsed() > SEARCH_TIMEOUT {
+                let seconds = SEARCH_TIMEOUT.as_secs();
                 let reason = format!(
-                    "there are more than {ENTRIES} files, or looking at them takes more than {seconds} s: the others were not looked at"
+                    "there are more than {MAX_ENTRIES} files, or looking at them takes more than {seconds} s: the others were not looked at"
                 );
                 found.push((relative(root, &folder), Err(reason)));
                 break 'search;
@@ -293,7 +293,7 @@ fn kind(metadata: &Metadata) -> Option<&'static str> {
 
 fn leave_out(artifacts: &mut Artifacts, path: String, reason: &str) {
     artifacts.left_out_count += 1;
-    if artifacts.left_out.len() < NAMED {
+    if artifacts.left_out.len() < MAX_NAMED {
         let path = path[..path.floor_char_boundary(MAX_PATH)].to_owned();
         let reason = reason.to_owned();
         artifacts.left_out.push(LeftOut { path, reason });

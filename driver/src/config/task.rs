@@ -212,51 +212,21 @@ struct RawHealthchecks {
 
 impl Raw {
     pub(super) fn check(self) -> Result<Task, Error> {
-        let image = self.image.as_deref().unwrap_or_default();
-        // The Docker driver takes a web address too.
-        let image = image.strip_prefix("https://").unwrap_or(image).to_owned();
-        if image.is_empty()
-            || image.ends_with([':', '@', '/'])
-            || image.contains(char::is_whitespace)
-        {
-            return Err(Error::NoImage { given: image });
-        }
-        if let Some(command) = &self.command
-            && (command.is_empty() || command.trim() != command)
-        {
-            let allowed = "a program's name without white space around it";
-            return Err(refused("command", command, allowed));
-        }
-        let init = self.init.unwrap_or(true);
-        let logging = self.logging.map(RawLogging::check);
-        let timeout = |given| {
-            let least = Duration::from_secs(1);
-            value::duration("image_pull_timeout", given, least, least)
-        };
         let task = Task {
-            image,
-            command: self.command,
+            image: image(self.image)?,
+            command: self.command.map(command).transpose()?,
             args: self.args.unwrap_or_default(),
             entrypoint: self.entrypoint.map(OneOrMany::into_vec),
             work_dir: text(self.work_dir),
             force_pull: self.force_pull.unwrap_or_default(),
             image_pull_timeout: text(self.image_pull_timeout)
-                .map(|given| timeout(Some(given)))
+                .map(pull_timeout)
                 .transpose()?,
             auth: self.auth.map(RawAuth::check).transpose()?,
             auth_soft_fail: self.auth_soft_fail.unwrap_or_default(),
             load: text(self.load),
             cpu_hard_limit: self.cpu_hard_limit.unwrap_or_default(),
-            cpu_cfs_period: Duration::from_micros(
-                value::ranged(
-                    "cpu_cfs_period",
-                    self.cpu_cfs_period,
-                    100_000,
-                    CFS_PERIOD.0,
-                    CFS_PERIOD.1,
-                )?
-                .into(),
-            ),
+            cpu_cfs_period: cfs_period(self.cpu_cfs_period)?,
             memory_hard_limit: value::ranged(
                 "memory_hard_limit",
                 self.memory_hard_limit,
@@ -292,32 +262,13 @@ impl Raw {
             ipc_mode: text(self.ipc_mode),
             uts_mode: text(self.uts_mode),
             userns_mode: text(self.userns_mode),
-            cgroupns: text(self.cgroupns)
-                .map(|given| {
-                    value::one_of("cgroupns", &given, &["host", "private"]).map(str::to_owned)
-                })
-                .transpose()?,
-            init,
+            cgroupns: text(self.cgroupns).map(cgroupns).transpose()?,
+            init: self.init.unwrap_or(true),
             interactive: self.interactive.unwrap_or_default(),
             tty: self.tty.unwrap_or_default(),
-            volumes: self
-                .volumes
-                .into_iter()
-                .flatten()
-                .map(|spec| Volume::parse(&spec))
-                .collect::<Result<_, _>>()?,
-            mounts: self
-                .mount
-                .into_iter()
-                .flatten()
-                .map(mount::RawMount::check)
-                .collect::<Result<_, _>>()?,
-            devices: self
-                .devices
-                .into_iter()
-                .flatten()
-                .map(mount::RawDevice::check)
-                .collect::<Result<_, _>>()?,
+            volumes: each(self.volumes, |spec| Volume::parse(&spec))?,
+            mounts: each(self.mount, mount::RawMount::check)?,
+            devices: each(self.devices, mount::RawDevice::check)?,
             network_mode: text(self.network_mode),
             network_aliases: self.network_aliases.unwrap_or_default(),
             ports: self.ports.unwrap_or_default(),
@@ -327,7 +278,7 @@ impl Raw {
             extra_hosts: extra_hosts(self.extra_hosts)?,
             hostname: text(self.hostname),
             labels: labels(merged(self.labels))?,
-            logging,
+            logging: self.logging.map(RawLogging::check),
             healthchecks_disabled: self
                 .healthchecks
                 .and_then(|checks| checks.disable)
@@ -336,6 +287,48 @@ impl Raw {
         mount::check_targets(&task)?;
         Ok(task)
     }
+}
+
+fn each<T, U>(
+    given: Option<Vec<T>>,
+    check: impl Fn(T) -> Result<U, Error>,
+) -> Result<Vec<U>, Error> {
+    given.into_iter().flatten().map(check).collect()
+}
+
+fn image(given: Option<String>) -> Result<String, Error> {
+    let given = given.unwrap_or_default();
+    // The Docker driver takes a web address too.
+    let image = given.strip_prefix("https://").unwrap_or(&given).to_owned();
+    let is_whole = !image.is_empty() && !image.ends_with([':', '@', '/']);
+    if !is_whole || image.contains(char::is_whitespace) {
+        return Err(Error::NoImage { given: image });
+    }
+    Ok(image)
+}
+
+fn command(given: String) -> Result<String, Error> {
+    if given.is_empty() || given.trim() != given {
+        let allowed = "a program's name without white space around it";
+        return Err(refused("command", &given, allowed));
+    }
+    Ok(given)
+}
+
+fn pull_timeout(given: String) -> Result<Duration, Error> {
+    let least = Duration::from_secs(1);
+    value::duration("image_pull_timeout", Some(given), least, least)
+}
+
+fn cfs_period(given: Option<Number>) -> Result<Duration, Error> {
+    let (least, most) = CFS_PERIOD;
+    let period = value::ranged("cpu_cfs_period", given, 100_000, least, most)?;
+    Ok(Duration::from_micros(period.into()))
+}
+
+fn cgroupns(given: String) -> Result<String, Error> {
+    let allowed = ["host", "private"];
+    value::one_of("cgroupns", &given, &allowed).map(str::to_owned)
 }
 
 impl RawAuth {

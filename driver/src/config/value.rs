@@ -136,8 +136,8 @@ pub(super) fn duration(
     default: Duration,
     least: Duration,
 ) -> Result<Duration, Error> {
-    const MOST: Duration = Duration::from_secs(7 * 24 * 3600);
-    duration_within(field, given, default, [least, MOST])
+    const MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+    duration_within(field, given, default, [least, MAX])
 }
 
 /// As [`duration`], with another upper bound too.

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// A helper asks a keychain or a cloud.
-const HELPER: Duration = Duration::from_secs(30);
+const HELPER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Docker Hub's name in credential files.
 const HUB: &str = "https://index.docker.io/v1/";
 
@@ -27,7 +27,7 @@ pub enum Error {
         server: String,
         source: CredentialRetrievalError,
     },
-    #[error("`{origin}` did not answer within {} s", HELPER.as_secs())]
+    #[error("`{origin}` did not answer within {} s", HELPER_TIMEOUT.as_secs())]
     TimedOut { origin: String },
 }
 
@@ -72,7 +72,7 @@ async fn ask(
 ) -> Result<Option<Credentials>, Error> {
     let wanted = server.clone();
     let found = spawn_blocking(move || get_credential_from_reader(file, &wanted));
-    let Ok(found) = timeout(HELPER, found).await else {
+    let Ok(found) = timeout(HELPER_TIMEOUT, found).await else {
         return Err(Error::TimedOut { origin });
     };
     match found.expect("looking credentials up does not panic") {

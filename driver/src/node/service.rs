@@ -1,37 +1,39 @@
-//! `polydev.node.v1`: decodes, asks the book and the slots, encodes. How slots and events are told is
-//! in [`encode`], how they are leased in [`lease`], how runs are closed in [`fence`] and listed in
-//! [`runs`], how the node is told of in [`figures`].
+//! `polydev.node.v1`: decodes, asks the book and the slots, encodes. [`slots`] is what a shim
+//! watches, [`claim`] and [`lease`] read what it asks for, [`call`] is a run's stream in both
+//! directions and [`encode`] its events, [`fence`] closes runs, [`runs`] lists them, and
+//! [`figures`] sums the node up.
 
+mod call;
+mod claim;
 mod encode;
 mod fence;
 mod figures;
 mod lease;
 mod runs;
+mod slots;
 
 use std::{
-    collections::HashMap, fs, io, os::unix::fs::PermissionsExt, path::Path, pin::Pin, sync::Arc,
-    time::Instant,
+    fs, io, os::unix::fs::PermissionsExt, path::Path, pin::Pin, sync::Arc, time::Instant,
 };
 
 use futures_util::{Stream, StreamExt, stream};
 use polydev_proto::{
     connection::Connection,
     node::{
-        AttachRequest, AttachResponse, Attached, CancelRunRequest, CancelRunResponse, Claim,
-        ClaimRequest, ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse,
-        GetRunRequest, GetRunResponse, LeaseRequest, LeaseResponse, ListRunsRequest,
-        ListRunsResponse, ReleaseRequest, ReleaseResponse, RunEvent, RunInput, Slot as SlotMessage,
-        WatchRefreshedRequest, WatchRefreshedResponse, WatchRunsRequest, WatchRunsResponse,
-        WatchSlotsRequest, WatchSlotsResponse, attach_request, claim_request,
+        AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse, ClaimRequest,
+        ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse, GetRunRequest,
+        GetRunResponse, LeaseRequest, LeaseResponse, ListRunsRequest, ListRunsResponse,
+        ReleaseRequest, ReleaseResponse, WatchRefreshedRequest, WatchRefreshedResponse,
+        WatchRunsRequest, WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse, attach_request,
+        claim_request,
         node_service_server::{NodeService, NodeServiceServer},
-        run_event, run_input,
     },
+    stream::PerStream,
 };
 use prost_types::Timestamp;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::UnixListener,
-    time::Duration,
 };
 use tonic::{
     Request, Response, Status, Streaming,
@@ -41,21 +43,17 @@ use wildmatch::WildMatch;
 
 use super::Node;
 use crate::run::{
-    Input, Run,
+    Run,
     book::NotFound,
-    claim::{self, Refusal},
+    claim::Refusal,
     follow::{BeyondEnd, Follower},
 };
 use encode::{duration, encode_ended, encode_event, encode_slot};
 
-/// How often a shim is told the time when nothing else happens: claims are dated by
-/// this driver's clock, and the shim's own may stand still while the machine sleeps.
-const CLOCK: Duration = Duration::from_secs(5);
-const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 /// It is a sentence, and goes into the journal.
-const REASON_MOST: usize = 500;
+const MAX_REASON: usize = 500;
 /// A claim with argv and environment at the kernel's limits, and credential files.
-const MESSAGE_MOST: usize = 4 << 20;
+const MAX_MESSAGE: usize = 4 << 20;
 
 /// Binds the node service's socket, for root alone.
 ///
@@ -92,7 +90,7 @@ pub async fn serve<C>(node: Arc<Node>, incoming: impl Stream<Item = io::Result<C
 where
     C: Connected + AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let service = NodeServiceServer::new(Service { node }).max_decoding_message_size(MESSAGE_MOST);
+    let service = NodeServiceServer::new(Service { node }).max_decoding_message_size(MAX_MESSAGE);
     let served = Server::builder()
         .add_service(service)
         .serve_with_incoming(incoming)
@@ -123,45 +121,8 @@ impl NodeService for Service {
         &self,
         _: Request<WatchSlotsRequest>,
     ) -> Result<Response<Self::WatchSlotsStream>, Status> {
-        let node = self.node.clone();
-        let changes = node.slots.changes().subscribe();
-        // What this shim was told, to tell it only what differs.
-        let told: HashMap<String, SlotMessage> = HashMap::new();
-        let state = (node, changes, told, Told::Nothing);
-        let updates =
-            futures_util::stream::unfold(state, |(node, mut changes, told, first)| async move {
-                if let Told::Something = first {
-                    let changed = tokio::time::timeout(CLOCK, changes.changed()).await;
-                    if let Ok(Err(_)) = changed {
-                        return None;
-                    }
-                }
-                changes.mark_unchanged();
-                let now: HashMap<String, SlotMessage> = node
-                    .slots
-                    .all()
-                    .iter()
-                    .filter(|slot| slot.end().is_none())
-                    .map(|slot| (slot.identity.slot_id(), encode_slot(slot)))
-                    .collect();
-                let response = WatchSlotsResponse {
-                    start_id: node.start_id.clone(),
-                    now: Some(Timestamp::from(std::time::SystemTime::now())),
-                    since: Some(Timestamp::from(node.runs.since())),
-                    snapshot: matches!(first, Told::Nothing),
-                    slots: now
-                        .values()
-                        .filter(|slot| told.get(&slot.slot_id) != Some(slot))
-                        .cloned()
-                        .collect(),
-                    removed: told
-                        .into_keys()
-                        .filter(|id| !now.contains_key(id))
-                        .collect(),
-                };
-                Some((Ok(response), (node, changes, now, Told::Something)))
-            });
-        Ok(Response::new(Box::pin(updates)))
+        let changes = slots::watch(self.node.slots.clone());
+        Ok(Response::new(changes.map(Ok).boxed()))
     }
 
     async fn claim(
@@ -170,15 +131,18 @@ impl NodeService for Service {
     ) -> Result<Response<Self::ClaimStream>, Status> {
         let arrived = Instant::now();
         let mut requests = request.into_inner();
-        let Some(claim_request::Message::Claim(claim)) =
-            first(&mut requests).await?.and_then(|first| first.message)
+        let first = call::first(&mut requests).await?;
+        let Some(claim_request::Message::Claim(claim)) = first.and_then(|first| first.message)
         else {
             return Err(Status::invalid_argument(
                 "`claim` must be the first message",
             ));
         };
-        let run = self.grant(*claim, arrived)?;
-        let mut follower = Follower::new(run.clone(), [0; 3]).map_err(beyond_end)?;
+        let (target, parsed) = claim::decode(*claim).map_err(|refusal| refuse(&refusal))?;
+        let run = self.node.slots.claim(target, parsed, arrived);
+        let run = run.map_err(|refusal| refuse(&refusal))?;
+
+        let mut follower = Follower::new(run.clone(), PerStream::default()).map_err(beyond_end)?;
         let stdin_offset = follower.stdin_taken();
         // The first event tells whether it was granted or refused after all.
         let granted = follower.next().await.map(encode_event).transpose()?;
@@ -188,15 +152,15 @@ impl NodeService for Service {
                 claim_request::Message::Claim(_) => None,
             }
         });
-        self.node.tasks.spawn(forward(inputs.boxed(), run.clone()));
-        let first = [Some(attached(&run, stdin_offset)), granted];
-        let events = stream::iter(first.into_iter().flatten().map(Ok)).chain(events(follower));
-        let responses = events.map(|event| {
-            Ok(ClaimResponse {
-                event: Some(event?),
-            })
+        let background = &self.node.site.background;
+        background.spawn(call::forward(inputs.boxed(), run.clone()));
+        let first = [Some(call::attached(&run, stdin_offset)), granted];
+        let events = stream::iter(first.into_iter().flatten().map(Ok));
+        let responses = events.chain(call::events(follower)).map(|event| {
+            let event = Some(event?);
+            Ok(ClaimResponse { event })
         });
-        Ok(Response::new(Box::pin(responses)))
+        Ok(Response::new(responses.boxed()))
     }
 
     async fn attach(
@@ -204,37 +168,37 @@ impl NodeService for Service {
         request: Request<Streaming<AttachRequest>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
         let mut requests = request.into_inner();
-        let Some(attach_request::Message::Attach(attach)) =
-            first(&mut requests).await?.and_then(|first| first.message)
+        let first = call::first(&mut requests).await?;
+        let Some(attach_request::Message::Attach(attach)) = first.and_then(|first| first.message)
         else {
             return Err(Status::invalid_argument(
                 "`attach` must be the first message",
             ));
         };
         let run = self.find(&attach.run_id, Some(&attach.user_id))?;
-        // Of a run that has just been taken up it is init that knows how far it is.
+        // Only init knows how far a run is that has just been taken up.
         run.known().await;
-        let offsets = [
+        let offsets = PerStream::new(
             attach.stdout_offset,
             attach.stderr_offset,
             attach.artifact_offset,
-        ];
+        );
         let follower = Follower::new(run.clone(), offsets).map_err(beyond_end)?;
-        let attached = attached(&run, follower.stdin_taken());
+        let attached = call::attached(&run, follower.stdin_taken());
         let inputs = requests.filter_map(|request| async {
             match request.ok()?.message? {
                 attach_request::Message::Input(input) => Some(input),
                 attach_request::Message::Attach(_) => None,
             }
         });
-        self.node.tasks.spawn(forward(inputs.boxed(), run));
-        let responses = stream::iter([Ok(attached)]).chain(events(follower));
-        let responses = responses.map(|event| {
-            Ok(AttachResponse {
-                event: Some(event?),
-            })
+        let background = &self.node.site.background;
+        background.spawn(call::forward(inputs.boxed(), run));
+        let events = stream::iter([Ok(attached)]).chain(call::events(follower));
+        let responses = events.map(|event| {
+            let event = Some(event?);
+            Ok(AttachResponse { event })
         });
-        Ok(Response::new(Box::pin(responses)))
+        Ok(Response::new(responses.boxed()))
     }
 
     async fn cancel_run(
@@ -246,9 +210,9 @@ impl NodeService for Service {
             user_id,
             reason,
         } = request.into_inner();
-        if reason.len() > REASON_MOST {
+        if reason.len() > MAX_REASON {
             return Err(Status::invalid_argument(format!(
-                "`reason` has {} bytes, allowed are {REASON_MOST}",
+                "`reason` has {} bytes, allowed are {MAX_REASON}",
                 reason.len()
             )));
         }
@@ -263,17 +227,21 @@ impl NodeService for Service {
         &self,
         request: Request<LeaseRequest>,
     ) -> Result<Response<LeaseResponse>, Status> {
-        let leased = lease::lease(&self.node, request.into_inner());
-        let leased = leased.map_err(|refusal| refuse(&refusal))?;
-        Ok(Response::new(leased))
+        let wanted = lease::decode(request.into_inner()).map_err(|invalid| refuse(&invalid))?;
+        let until = self.node.slots.lease(&wanted);
+        let until = until.map_err(|refusal| refuse(&refusal))?;
+        let expires_at = Some(Timestamp::from(until));
+        Ok(Response::new(LeaseResponse { expires_at }))
     }
 
     async fn release(
         &self,
         request: Request<ReleaseRequest>,
     ) -> Result<Response<ReleaseResponse>, Status> {
-        let released = lease::release(&self.node, request.into_inner());
-        Ok(Response::new(released.map_err(not_found)?))
+        let ReleaseRequest { run_id, user_id } = request.into_inner();
+        let released = self.node.slots.release(&run_id, &user_id);
+        released.map_err(not_found)?;
+        Ok(Response::new(ReleaseResponse {}))
     }
 
     async fn get_node(
@@ -335,37 +303,6 @@ impl NodeService for Service {
 }
 
 impl Service {
-    fn grant(&self, claim: Claim, arrived: Instant) -> Result<Arc<Run>, Status> {
-        let node = &self.node;
-        let (slot_id, generation) = (claim.slot_id.clone(), claim.generation);
-        let (start_id, start_by) = (claim.start_id.clone(), claim.start_by);
-        tracing::debug!(
-            run_id = claim.run_id,
-            user_id = claim.user_id,
-            slot_id,
-            "claim"
-        );
-        let decide = || {
-            let parsed = claim::parse(claim)?;
-            // A claim that is repeated has its answer, whatever has changed meanwhile.
-            if let Some(run) = node.runs.repeated(&parsed)? {
-                return Ok(run);
-            }
-            if start_id != node.start_id {
-                let actual = node.start_id.clone();
-                return Err(Refusal::OtherStart {
-                    given: start_id,
-                    actual,
-                });
-            }
-            let left = time_left(start_by).ok_or(Refusal::TooLate)?;
-            let slot = node.slots.by_slot_id(&slot_id);
-            let slot = slot.ok_or(Refusal::UnknownSlot { slot_id })?;
-            slot.claim(node, generation, parsed, arrived, arrived + left)
-        };
-        decide().map_err(|refusal| refuse(&refusal))
-    }
-
     /// `None` is the operator.
     fn find(&self, run_id: &str, user_id: Option<&str>) -> Result<Arc<Run>, Status> {
         self.node.runs.find(run_id, user_id).map_err(not_found)
@@ -379,71 +316,6 @@ fn not_found(error: NotFound) -> Status {
         NotFound::Aborted { .. } => Status::failed_precondition(message),
         NotFound::Unknown { .. } | NotFound::Released { .. } => Status::not_found(message),
     }
-}
-
-/// A shim says what it wants at once, or it is none.
-async fn first<T>(requests: &mut Streaming<T>) -> Result<Option<T>, Status> {
-    let first = tokio::time::timeout(FIRST_MESSAGE, requests.message()).await;
-    first.map_err(|_| Status::deadline_exceeded("no first message came in 10 s"))?
-}
-
-/// The first event of every call.
-fn attached(run: &Run, stdin_offset: u64) -> RunEvent {
-    let attached = Attached {
-        slot_id: run.claimed.slot_id.clone(),
-        generation: run.claimed.generation,
-        stdin_offset,
-        on_demand: run.claimed.on_demand,
-        files_bytes: run.claimed.files_bytes,
-    };
-    RunEvent {
-        event: Some(run_event::Event::Attached(attached)),
-    }
-}
-
-/// What a caller of a run is told, as it asks for it.
-fn events(follower: Follower) -> impl Stream<Item = Result<RunEvent, Status>> + Send {
-    stream::unfold(follower, |mut follower| async move {
-        let event = follower.next().await?;
-        Some((encode_event(event), follower))
-    })
-}
-
-/// Until the caller closes its side or goes away, or the run ends. That a caller is gone
-/// closes nothing: it may come back.
-async fn forward(mut inputs: stream::BoxStream<'static, RunInput>, run: Arc<Run>) {
-    loop {
-        let input = tokio::select! {
-            input = inputs.next() => input,
-            () = run.over() => return,
-        };
-        let input = match input.map(|input| input.input) {
-            Some(Some(run_input::Input::Stdin(stdin))) => Input::Stdin {
-                offset: stdin.offset,
-                data: stdin.data,
-            },
-            Some(Some(run_input::Input::CloseStdin(_))) => Input::CloseStdin,
-            Some(Some(run_input::Input::Signal(signal))) => Input::Signal(signal.number),
-            Some(Some(run_input::Input::Resize(size))) => Input::Resize(size),
-            // A message of a newer shim.
-            Some(None) => continue,
-            None => return,
-        };
-        if !run.input(input).await {
-            return;
-        }
-    }
-}
-
-/// From now, by this driver's clock; `None` once it has passed or if it is missing.
-fn time_left(until: Option<Timestamp>) -> Option<Duration> {
-    let until = std::time::SystemTime::try_from(until?).ok()?;
-    until.duration_since(std::time::SystemTime::now()).ok()
-}
-
-enum Told {
-    Nothing,
-    Something,
 }
 
 fn beyond_end(error: BeyondEnd) -> Status {

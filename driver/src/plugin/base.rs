@@ -3,8 +3,9 @@
 //! Every agent start launches the binary three times: twice to look at it, without
 //! `nomad_config`, and once for real. Only the real one takes the node.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use polydev_proto::base::{
     ClientTopology, ClientTopologyCore, ConfigSchemaRequest, ConfigSchemaResponse,
     PluginInfoRequest, PluginInfoResponse, PluginType, SetConfigRequest, SetConfigResponse,
@@ -17,7 +18,8 @@ use crate::{
     chain, config,
     events::Events,
     fingerprint::{self, Health},
-    node::{Compute, Node},
+    node::Node,
+    site::Compute,
 };
 
 /// The only driver API there is.
@@ -80,11 +82,7 @@ impl BasePlugin for Base {
             .map_err(|error| Status::invalid_argument(chain(&error)))?;
         if let Some(nomad) = request.nomad_config {
             let compute = compute(nomad.driver.and_then(|driver| driver.topology));
-            let publish = self
-                .publish
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take();
+            let publish = self.publish.lock().take();
             match publish {
                 Some((node, health)) => {
                     let run = fingerprint::run(config, compute, self.events.clone(), node, health);

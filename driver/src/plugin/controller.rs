@@ -8,7 +8,7 @@ use tokio::{
 use tonic::{Request, Response, Status};
 
 /// Long enough for the answer to reach the host, far below its two seconds.
-const ANSWER: Duration = Duration::from_millis(20);
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(20);
 
 pub(super) struct Controller {
     pub(super) leave: mpsc::Sender<()>,
@@ -20,7 +20,7 @@ impl GrpcController for Controller {
     async fn shutdown(&self, _: Request<Empty>) -> Result<Response<Empty>, Status> {
         let leave = self.leave.clone();
         tokio::spawn(async move {
-            sleep(ANSWER).await;
+            sleep(ANSWER_TIMEOUT).await;
             let _leaving_already = leave.try_send(());
         });
         Ok(Response::new(Empty {}))

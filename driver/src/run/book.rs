@@ -1,44 +1,48 @@
 //! Every run of the node that a question may come about, and the decision about a claim:
-//! the only place where a run id gets a run. [`replay`] is between the
+//! the only place where a run id gets a run. [`admission`] is that decision, in its phases,
+//! [`replay`] is between the
 //! book and the journal, [`memory`] where the output is kept, [`tidy`] gives up what
 //! is kept no longer, [`fence`] closes a run to all tries but one.
 
+mod admission;
 mod fence;
 mod memory;
 mod replay;
 mod tidy;
 
+pub(crate) use admission::{Admission, Admit};
 pub use fence::Fenced;
+pub(crate) use replay::Open;
 pub(crate) use tidy::keep;
 
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use procfs::sys::kernel::random::boot_id;
-use tokio::sync::{broadcast, mpsc};
-use tokio_util::sync::CancellationToken;
+use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::broadcast;
 
 use super::{
-    Ended, Input, Outcome, Run,
-    claim::{self, ID_AGE_MOST, Parsed, Refusal},
-    journal::{self, Claimed, Journal, Record},
+    Ended, Outcome, Run,
+    claim::{self, MAX_ID_AGE, Parsed, Refusal},
+    journal::{self, Journal, Record},
     standing::{OnClaim, Standing},
 };
 use fence::Fence;
 use memory::Memory;
 
 /// From a run's end, for a caller that comes back.
-pub const KEEP_RESULTS: Duration = Duration::from_secs(10 * 60);
+pub const RESULTS_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 /// A run id is remembered until no claim of it can come any more, by any clock.
-const REMEMBER: Duration = ID_AGE_MOST.saturating_add(KEEP_RESULTS);
+const MEMORY_TIMEOUT: Duration = MAX_ID_AGE.saturating_add(RESULTS_TIMEOUT);
 /// Steps that a watcher may be behind before it has to look at all runs again.
-const STEPS: usize = 1024;
+const MAX_STEPS: usize = 1024;
 /// By how much the clock that made a run id may differ from this machine's.
-const CLOCKS: Duration = Duration::from_secs(60);
+const MAX_CLOCK_SKEW: Duration = Duration::from_secs(60);
 
 /// Why runs cannot be taken up.
 #[derive(Debug, thiserror::Error)]
@@ -95,20 +99,12 @@ struct Past {
     claimed_at: SystemTime,
 }
 
-/// The answer to a claim that is not refused.
-pub(crate) enum Admitted {
-    /// A new run, which the slot is to carry.
-    New(Arc<Run>, mpsc::Receiver<Input>),
-    /// The run was claimed before.
-    Known(Arc<Run>),
-}
-
 /// Why a run cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum NotFound {
     #[error("this node has no run `{run_id}`")]
     Unknown { run_id: String },
-    #[error("run `{run_id}` has ended, and its results were kept for {} minutes", KEEP_RESULTS.as_secs() / 60)]
+    #[error("run `{run_id}` has ended, and its results were kept for {} minutes", RESULTS_TIMEOUT.as_secs() / 60)]
     Released { run_id: String },
     #[error("run `{run_id}` was claimed and not started")]
     Aborted { run_id: String },
@@ -116,24 +112,13 @@ pub enum NotFound {
     Forbidden { run_id: String },
 }
 
-/// A container that a claim gets, as the journal must have it.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Occupant {
-    pub container: String,
-    /// Its init, as the host counts, and when the kernel says that it began.
-    pub pid: u32,
-    pub pid_start: u64,
-    /// The folder of its socket.
-    pub link: PathBuf,
-}
-
 impl Runs {
     /// Reads what an earlier life of the driver left. The runs that were open then are
-    /// returned with it, for [`super::recover`].
+    /// returned with it, for [`crate::node::recover`].
     ///
     /// # Errors
     /// [`Error`]; nothing has been changed that a later try would miss.
-    pub(crate) fn open(state_dir: &Path) -> Result<(Self, Vec<super::recover::Open>), Error> {
+    pub(crate) fn open(state_dir: &Path) -> Result<(Self, Vec<Open>), Error> {
         let boot_id = boot_id().map_err(Error::Boot)?;
         let (journal, records) = Journal::open(state_dir)?;
         let windows = Memory::mount(state_dir).map_err(|source| Error::Windows {
@@ -148,28 +133,22 @@ impl Runs {
             boot_id,
             booted: booted(),
             begun,
-            steps: broadcast::Sender::new(STEPS),
-            refreshed: broadcast::Sender::new(STEPS),
+            steps: broadcast::Sender::new(MAX_STEPS),
+            refreshed: broadcast::Sender::new(MAX_STEPS),
         };
         Ok((runs, open))
     }
 
-    /// Decides about a claim. `take` takes the slot, if it can be had, and is given the
-    /// function that writes the run down.
+    /// Begins to admit a claim: no other claim is decided until the [`Admission`] is used or
+    /// dropped.
     ///
     /// # Errors
     /// [`Refusal`], definite: nothing has changed.
-    pub(crate) fn admit(
-        &self,
-        parsed: &Parsed,
-        arrived: Instant,
-        kill: impl FnOnce() -> CancellationToken,
-        take: impl FnOnce(&mut dyn FnMut(Claimed) -> Result<(), Refusal>) -> Result<(), Refusal>,
-    ) -> Result<Admitted, Refusal> {
+    pub(crate) fn admit(&self, parsed: &Parsed) -> Result<Admit<'_>, Refusal> {
         let run_id = &parsed.start.run_id;
         let mut inner = self.lock();
         if let Some(run) = inner.repeated(parsed)? {
-            return Ok(Admitted::Known(run));
+            return Ok(Admit::Known(run));
         }
         claim::check_age(run_id, SystemTime::now())?;
         while !self.windows.has_room() {
@@ -178,18 +157,7 @@ impl Runs {
                 return Err(Refusal::NoOutput { held });
             }
         }
-        let mut written = None;
-        let Inner { known, journal } = &mut *inner;
-        take(&mut |claimed: Claimed| {
-            journal.write(&Record::Claimed(claimed.clone().into()))?;
-            written = Some(claimed);
-            Ok(())
-        })?;
-        let claimed = written.expect("whoever takes a slot writes its claim down");
-        let (run, inputs) = Run::new(claimed, arrived, self.windows.path(), kill());
-        known.insert(run_id.clone(), Known::Run(run.clone()));
-        self.tell(run_id);
-        Ok(Admitted::New(run, inputs))
+        Ok(Admit::New(Admission { runs: self, inner }))
     }
 
     /// The run that a claim is for, if it has been claimed before.
@@ -223,9 +191,9 @@ impl Runs {
         let since = if self.begun > self.booted {
             self.begun
         } else {
-            self.booted + CLOCKS
+            self.booted + MAX_CLOCK_SKEW
         };
-        let oldest = SystemTime::now().checked_sub(REMEMBER);
+        let oldest = SystemTime::now().checked_sub(MEMORY_TIMEOUT);
         claim::made_at(run_id)
             .is_ok_and(|made| made < since || oldest.is_some_and(|oldest| made < oldest))
     }
@@ -301,7 +269,7 @@ impl Runs {
     }
 
     /// A run is over, with a result.
-    pub(super) fn ended(&self, run: &Run, ended: Ended) {
+    pub(crate) fn ended(&self, run: &Run, ended: Ended) {
         let record = Record::Exited {
             run_id: run.claimed.run_id.clone(),
             ended: ended.clone(),
@@ -365,7 +333,7 @@ impl Runs {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 }
 

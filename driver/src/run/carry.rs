@@ -13,13 +13,14 @@ use std::time::{Duration, Instant};
 
 use polydev_proto::{
     frame::MAX_DATA,
-    init::{Data, Exited, NotStarted, Release, Signal, Start, TerminalSize, from_init, to_init},
+    init::{Data, Exited, NotStarted, Signal, Start, TerminalSize, from_init, to_init},
     node::ended::Reason,
+    stream::Stream,
 };
 use tokio::{
     sync::mpsc,
     task::{JoinHandle, spawn_blocking},
-    time::{sleep, sleep_until, timeout},
+    time::{sleep, sleep_until},
 };
 
 use stdin::StdinWindow;
@@ -28,65 +29,27 @@ use super::{
     Ended, Granted, Input, Run,
     book::Runs,
     claim::Refusal,
-    window::{WAITING, Window},
+    window::MAX_WAITING,
 };
 use crate::{
-    docker::Docker,
     limits::{self, Limits},
-    link::{self, Link, Listener},
-    process::Held,
+    link::{self, Connection},
 };
 
 /// What init gets on top of the deadline before the driver ends the container itself.
-const GRACE: Duration = Duration::from_secs(1);
+const GRACE_TIMEOUT: Duration = Duration::from_secs(1);
 /// From the claim on, for the files that the command needs.
-const FILES: Duration = Duration::from_secs(2 * 60);
+const FILES_TIMEOUT: Duration = Duration::from_secs(2 * 60);
 /// For an init whose connection broke.
-const BACK: Duration = Duration::from_secs(10);
-/// For an init that is killed.
-const DIES: Duration = Duration::from_secs(10);
+const RETURN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often to look for memory that output needs.
-const MEMORY: Duration = Duration::from_millis(100);
+const MEMORY_INTERVAL: Duration = Duration::from_millis(100);
 /// Beyond the caller's window, for the last output of a run that is asked to end: what init
 /// and the command's pipes hold.
-const LAST_OUTPUT: u64 = 2 << 20;
+const MAX_LAST_OUTPUT: u64 = 2 << 20;
 
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
-
-/// The way to one container's init.
-#[derive(Debug)]
-pub(crate) struct Connection {
-    /// Keeps the folder that is mounted into the container.
-    pub(crate) listener: Listener,
-    pub(crate) init: Held,
-    pub(crate) pid: u32,
-    /// `None` until init is back.
-    pub(crate) link: Option<Link>,
-}
-
-impl Connection {
-    /// Ends init, and with it whatever is in its container: what that took of the node is
-    /// free then. One that cannot be killed, as in a paused container, is dockerd's to
-    /// remove, which is asked until it has.
-    ///
-    /// # Cancel safety
-    /// What was begun goes on.
-    pub(crate) async fn end(&mut self, docker: &Docker, container: &str) {
-        if let Some(link) = &mut self.link {
-            let released = to_init::Message::Release(Release {});
-            let _gone = link.writer.send(released).await;
-        }
-        self.init.kill();
-        while timeout(DIES, self.init.ended()).await.is_err() {
-            tracing::warn!(container, "init cannot be killed, asking dockerd");
-            if let Err(error) = docker.remove(container).await {
-                let error = crate::chain(&error);
-                tracing::warn!(container, error, "cannot remove a container yet");
-            }
-        }
-    }
-}
 
 /// What is to be started, and the right to it.
 #[derive(Debug)]
@@ -150,7 +113,7 @@ pub(crate) async fn start(
 }
 
 /// Goes on with a run of an earlier life of the driver.
-pub(super) async fn resume(
+pub(crate) async fn resume(
     runs: &Runs,
     run: &Run,
     connection: &mut Connection,
@@ -306,16 +269,17 @@ impl<'a> Carrier<'a> {
             Ending::No | Ending::Killed => self.end_at,
         };
         let most = match self.ending {
-            Ending::No => WAITING,
+            Ending::No => MAX_WAITING,
             // It should not take the kill timeout to hear that the command has ended.
-            Ending::Asked { .. } | Ending::Killed => WAITING + LAST_OUTPUT,
+            Ending::Asked { .. } | Ending::Killed => MAX_WAITING + MAX_LAST_OUTPUT,
         };
-        let fits = |window: &Window| window.waiting() + MAX_DATA as u64 <= most;
         let is_starved = self.starved.is_some();
-        let [stdout, stderr, artifacts] = &self.run.output;
+        let fits = |stream| self.run.output[stream].waiting() + MAX_DATA as u64 <= most;
         let takes_all = self.overdraft || self.run.claimed.drop_oldest;
         let has_room =
-            !is_starved && fits(artifacts) && (takes_all || (fits(stdout) && fits(stderr)));
+            !is_starved
+                && fits(Stream::Artifacts)
+                && (takes_all || (fits(Stream::Stdout) && fits(Stream::Stderr)));
         let window_open = self.stdin.is_open();
         let is_asked = self.ending != Ending::No;
         let Connection { init, link, .. } = &mut *self.connection;
@@ -330,7 +294,7 @@ impl<'a> Carrier<'a> {
             () = self.run.cancel.asked(), if !is_asked => Wake::Cancel,
             message = message, if has_room => Wake::FromInit(message),
             () = self.run.room.notified(), if !has_room => Wake::Room,
-            () = sleep(MEMORY), if is_starved => Wake::Memory,
+            () = sleep(MEMORY_INTERVAL), if is_starved => Wake::Memory,
             () = init.ended(), if !has_room && !self.overdraft => Wake::Died,
             shaped = shaped(&mut self.shaping) => Wake::Shaped(shaped),
             Some(input) = self.inputs.recv(), if window_open => Wake::Input(input),
@@ -361,17 +325,17 @@ impl<'a> Carrier<'a> {
             Ending::Asked { kill_at } if kill_at <= now => {
                 self.ending = Ending::Killed;
                 self.overdraft = true;
-                self.end_at = self.end_at.min(now + GRACE);
+                self.end_at = self.end_at.min(now + GRACE_TIMEOUT);
                 self.signal(SIGKILL).await
             }
             Ending::No if self.waits_for_files() => Err(self.not_started(&NotStarted {
-                message: format!("its files did not come within {} s", FILES.as_secs()),
+                message: format!("its files did not come within {} s", FILES_TIMEOUT.as_secs()),
                 ..NotStarted::default()
             })),
             // Init has ended the command, and its last output waits for room.
             _ if !self.overdraft => {
                 self.overdraft = true;
-                self.end_at = now + GRACE;
+                self.end_at = now + GRACE_TIMEOUT;
                 Ok(())
             }
             _ if self.collected.is_some() => Err(self.lost()),
@@ -405,10 +369,10 @@ impl<'a> Carrier<'a> {
 
 /// When the driver stops waiting for init.
 fn end_at(run: &Run) -> Instant {
-    let allowed = run.claimed.timeout + run.claimed.kill_timeout + GRACE;
+    let allowed = run.claimed.timeout + run.claimed.kill_timeout + GRACE_TIMEOUT;
     match run.progress.borrow().started {
         Some(after) => run.arrived + after + allowed,
-        None if run.claimed.files_bytes > 0 => run.arrived + FILES,
+        None if run.claimed.files_bytes > 0 => run.arrived + FILES_TIMEOUT,
         None => run.arrived + allowed,
     }
 }

@@ -12,30 +12,27 @@ use prost::Message;
 use sha2::{Digest, Sha256};
 
 use super::Ballot;
-use crate::{
-    run::journal,
-    slot::{headroom, state},
-};
+use crate::{headroom, life, run::journal};
 
 /// What init may hold of each stream while the driver does not read.
 const OUTPUT_BUFFER: u32 = 1 << 20;
 /// The longest run there is.
-const TIMEOUT_MOST: Duration = Duration::from_secs(24 * 3600);
-const KILL_TIMEOUT_MOST: Duration = Duration::from_secs(30);
+const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+const MAX_KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// Well below the age of a run id that is taken.
-const LEASE_MOST: Duration = Duration::from_secs(30 * 60);
+const MAX_LEASE: Duration = Duration::from_secs(30 * 60);
 
 /// A run id is no older than that when it is claimed: for so long, and longer, a driver
 /// remembers which it has run.
-pub const ID_AGE_MOST: Duration = Duration::from_secs(3600);
+pub const MAX_ID_AGE: Duration = Duration::from_secs(3600);
 /// By how much clocks may differ.
-const CLOCKS: Duration = Duration::from_secs(5 * 60);
+const MAX_CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
 
 /// A definite no: nothing of the command ran.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     #[error("{0}")]
-    Taken(state::Refused),
+    Taken(life::Refused),
     #[error("this node has no room for another run")]
     Full(#[from] headroom::Full),
     #[error("this node has no room for another run: {held} runs hold its memory for output")]
@@ -150,13 +147,13 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         "spec.timeout",
         spec.timeout,
         Duration::from_millis(1),
-        TIMEOUT_MOST,
+        MAX_TIMEOUT,
     )?;
     let kill_timeout = bounded(
         "spec.kill_timeout",
         spec.kill_timeout,
         Duration::ZERO,
-        KILL_TIMEOUT_MOST,
+        MAX_KILL_TIMEOUT,
     )?;
 
     let variable = |(name, value): (&String, &String)| Variable {
@@ -209,9 +206,9 @@ pub fn made_at(run_id: &str) -> Result<SystemTime, Invalid> {
 /// [`Invalid`] if it is too old, or not made yet.
 pub fn check_age(run_id: &str, now: SystemTime) -> Result<(), Invalid> {
     let made = made_at(run_id)?;
-    let problem = if made > now + CLOCKS {
+    let problem = if made > now + MAX_CLOCK_SKEW {
         "was made in the future"
-    } else if made + ID_AGE_MOST < now {
+    } else if made + MAX_ID_AGE < now {
         "was made more than an hour ago: a new run needs a new one"
     } else {
         return Ok(());
@@ -224,7 +221,7 @@ pub fn check_age(run_id: &str, now: SystemTime) -> Result<(), Invalid> {
 /// # Errors
 /// [`Invalid`] if it is missing, or none that a run id would live to see.
 pub fn lease_time(given: Option<prost_types::Duration>) -> Result<Duration, Invalid> {
-    bounded("time", given, Duration::from_millis(1), LEASE_MOST)
+    bounded("time", given, Duration::from_millis(1), MAX_LEASE)
 }
 
 fn bounded(
@@ -267,7 +264,7 @@ mod tests {
         let hour = Duration::from_secs(3600);
         assert!(check_age(&at(now), now).is_ok());
         assert!(check_age(&at(now - hour / 2), now).is_ok());
-        assert!(check_age(&at(now + CLOCKS / 2), now).is_ok());
+        assert!(check_age(&at(now + MAX_CLOCK_SKEW / 2), now).is_ok());
         let refused = |id: &str, words: &str| {
             let error = check_age(id, now).unwrap_err().to_string();
             assert!(

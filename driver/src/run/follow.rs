@@ -5,10 +5,15 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use polydev_proto::{frame::MAX_DATA, init::Artifacts, node::ended::Reason};
+use polydev_proto::{
+    frame::MAX_DATA,
+    init::Artifacts,
+    node::ended::Reason,
+    stream::{PerStream, Stream},
+};
 use tokio::sync::watch;
 
-use super::{ARTIFACTS, Ended, Granted, Outcome, Progress, Run, claim::Refusal, window::Piece};
+use super::{Ended, Granted, Outcome, Progress, Run, claim::Refusal, window::Piece};
 
 /// Of one run, in this order but for `StdinTaken`.
 #[derive(Debug)]
@@ -20,13 +25,13 @@ pub enum Event {
     /// Before the first output of the third stream.
     Artifacts(Arc<Artifacts>),
     Output {
-        stream: usize,
+        stream: Stream,
         offset: u64,
         data: Bytes,
     },
     /// Bytes that are not kept.
     Lost {
-        stream: usize,
+        stream: Stream,
         from: u64,
         to: u64,
     },
@@ -55,34 +60,35 @@ pub struct Follower {
     run: Arc<Run>,
     progress: watch::Receiver<Progress>,
     /// Of the next byte of each stream.
-    offsets: [u64; 3],
+    offsets: PerStream<u64>,
     granted: bool,
     started: bool,
     stdin_taken: u64,
     /// Whether it is known what the artifacts are.
     artifacts: bool,
     /// Which stream comes first: they take turns.
-    turn: usize,
+    turn: Stream,
     over: bool,
 }
 
 impl Follower {
     /// # Errors
     /// [`BeyondEnd`]
-    pub fn new(run: Arc<Run>, offsets: [u64; 3]) -> Result<Self, BeyondEnd> {
+    pub fn new(run: Arc<Run>, offsets: PerStream<u64>) -> Result<Self, BeyondEnd> {
         let lengths = match &run.progress.borrow().outcome {
             // How much it has written is not known.
-            Some(Outcome::Ended(ended)) if ended.reason == Reason::Lost => [u64::MAX; 3],
+            Some(Outcome::Ended(ended)) if ended.reason == Reason::Lost => PerStream::from([u64::MAX; 3]),
             Some(Outcome::Ended(ended)) => ended.lengths(),
-            _ => [0; 3],
+            _ => PerStream::default(),
         };
-        let fields = ["stdout_offset", "stderr_offset", "artifact_offset"];
-        for (stream, field) in fields.into_iter().enumerate() {
-            let (given, end) = (
-                offsets[stream],
-                run.output[stream].end().max(lengths[stream]),
-            );
+        for (stream, window) in run.output.iter() {
+            let (given, end) = (offsets[stream], window.end().max(lengths[stream]));
             if given > end {
+                let field = match stream {
+                    Stream::Stdout => "stdout_offset",
+                    Stream::Stderr => "stderr_offset",
+                    Stream::Artifacts => "artifact_offset",
+                };
                 return Err(BeyondEnd { field, given, end });
             }
         }
@@ -94,7 +100,7 @@ impl Follower {
             started: false,
             stdin_taken: 0,
             artifacts: false,
-            turn: 0,
+            turn: Stream::Stdout,
             over: false,
         })
     }
@@ -111,8 +117,8 @@ impl Follower {
     /// # Cancel safety
     /// Loses nothing.
     pub async fn next(&mut self) -> Option<Event> {
-        for (window, offset) in self.run.output.iter().zip(self.offsets) {
-            window.deliver(offset);
+        for (stream, window) in self.run.output.iter() {
+            window.deliver(self.offsets[stream]);
         }
         self.run.room.notify_one();
         while !self.over {
@@ -144,18 +150,19 @@ impl Follower {
             let offset = self.stdin_taken;
             return Some(Event::StdinTaken { offset });
         }
-        self.turn ^= 1;
-        if let Some(event) = self
-            .output(self.turn)
-            .or_else(|| self.output(self.turn ^ 1))
-        {
+        let last = self.turn;
+        self.turn = match last {
+            Stream::Stdout => Stream::Stderr,
+            Stream::Stderr | Stream::Artifacts => Stream::Stdout,
+        };
+        if let Some(event) = self.output(self.turn).or_else(|| self.output(last)) {
             return Some(event);
         }
         if let Some(artifacts) = &progress.artifacts {
             if !std::mem::replace(&mut self.artifacts, true) {
                 return Some(Event::Artifacts(artifacts.clone()));
             }
-            if let Some(event) = self.output(ARTIFACTS) {
+            if let Some(event) = self.output(Stream::Artifacts) {
                 return Some(event);
             }
         }
@@ -165,7 +172,8 @@ impl Follower {
                 Some(Event::Aborted(refusal))
             }
             Outcome::Ended(ended) => {
-                for (stream, to) in ended.lengths().into_iter().enumerate() {
+                for (stream, to) in ended.lengths().iter() {
+                    let to = *to;
                     let from = self.offsets[stream];
                     if from < to {
                         self.offsets[stream] = to;
@@ -178,7 +186,7 @@ impl Follower {
         }
     }
 
-    fn output(&mut self, stream: usize) -> Option<Event> {
+    fn output(&mut self, stream: Stream) -> Option<Event> {
         let offset = self.offsets[stream];
         match self.run.output[stream].read(offset, MAX_DATA) {
             Ok(Piece::Bytes(data)) => {

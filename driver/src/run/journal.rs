@@ -22,12 +22,12 @@ use sha2::{Digest, Sha256};
 use tokio::{sync::Notify, time::sleep};
 
 use super::{Ballot, Ended};
-use crate::slot::headroom::Amount;
+use crate::headroom::Amount;
 
 const VERSION: u32 = 1;
 /// The log is written anew when it is so long, and several times what is still wanted.
-const LONG: u64 = 1 << 20;
-const SYNC: Duration = Duration::from_millis(10);
+const MAX_LENGTH: u64 = 1 << 20;
+const SYNC_INTERVAL: Duration = Duration::from_millis(10);
 
 /// One step of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -366,7 +366,7 @@ impl Journal {
     pub fn is_long(&self, wanted: usize) -> bool {
         /// About what one record takes, with its kin.
         const RECORD: u64 = 1 << 10;
-        self.length > LONG && self.length > 4 * RECORD * wanted as u64
+        self.length > MAX_LENGTH && self.length > 4 * RECORD * wanted as u64
     }
 
     /// Writes the log anew with `records` alone. Syncs, which takes a while.
@@ -417,7 +417,7 @@ impl Journal {
 pub async fn sync(dirty: Arc<Notify>, file: impl Fn() -> Arc<File>) {
     loop {
         dirty.notified().await;
-        sleep(SYNC).await;
+        sleep(SYNC_INTERVAL).await;
         let file = file();
         let synced = tokio::task::spawn_blocking(move || file.sync_data()).await;
         if let Ok(Err(error)) = synced {

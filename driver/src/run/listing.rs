@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use polydev_proto::stream::Stream;
+
 use super::{Ended, Outcome, Run, book::Runs, journal::Claimed};
 
 /// One run at one moment.
@@ -12,8 +14,10 @@ pub struct Summary {
     /// From the claim to the command's process; `None` until then.
     pub started: Option<Duration>,
     pub ended: Option<Ended>,
-    /// Bytes of stdout and stderr so far.
-    pub written: [u64; 2],
+    /// So far.
+    pub stdout_bytes: u64,
+    /// So far.
+    pub stderr_bytes: u64,
     pub cancelled: bool,
 }
 
@@ -82,14 +86,16 @@ impl Run {
             (None, Some(_)) => State::Running,
             (None, None) => State::Claimed,
         };
-        let written = [0, 1].map(|stream: usize| self.output[stream].end());
+        let written = |stream| self.output[stream].end();
+        let (stdout_bytes, stderr_bytes) = (written(Stream::Stdout), written(Stream::Stderr));
         let cancelled = self.cancel.reason().is_some();
         Some(Summary {
             run: self,
             state,
             started,
             ended,
-            written,
+            stdout_bytes,
+            stderr_bytes,
             cancelled,
         })
     }

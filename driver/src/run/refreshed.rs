@@ -11,13 +11,13 @@ use tokio::sync::broadcast;
 use super::{Run, book::Runs};
 
 /// A file's longest, with what protobuf and sealing add.
-const SEALED_MOST: usize = MAX_REFRESHED + 100;
+const MAX_SEALED: usize = MAX_REFRESHED + 100;
 
 impl Runs {
     /// Keeps what a run has told, in place of what it told before.
     pub(super) fn refreshed(&self, run: &Run, refreshed: &Refreshed) {
         let run_id = &run.claimed.run_id;
-        if refreshed.sealed.len() > SEALED_MOST || refreshed.label.len() > MAX_LABEL {
+        if refreshed.sealed.len() > MAX_SEALED || refreshed.label.len() > MAX_LABEL {
             return tracing::warn!(run_id, "a refreshed account is longer than any");
         }
         tracing::debug!(run_id, "an account was refreshed");

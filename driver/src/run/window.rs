@@ -12,7 +12,6 @@ use std::{
     io::{self, ErrorKind},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use bytes::Bytes;
@@ -23,10 +22,10 @@ use rustix::{
 };
 
 /// Bytes that may wait for the caller before the command has to.
-pub(super) const WAITING: u64 = 3 << 20;
+pub(super) const MAX_WAITING: u64 = 3 << 20;
 /// Bytes that stay after they were given, so that a caller whose connection broke finds what
 /// was on its way: more than a shim and its connection hold, and 2 MiB on the caller's own.
-const BEHIND: u64 = 4 << 20;
+const MAX_BEHIND: u64 = 4 << 20;
 /// What is not needed any more is freed in pieces.
 const PIECE: u64 = 512 << 10;
 
@@ -138,7 +137,7 @@ impl Window {
     /// Makes room by giving up the oldest bytes that the caller has not been given.
     pub(super) fn drop_oldest(&self, needed: u64) {
         let mut span = self.lock();
-        let least = (span.end + needed).saturating_sub(WAITING);
+        let least = (span.end + needed).saturating_sub(MAX_WAITING);
         if least > span.delivered {
             span.delivered = least;
             span.free_below(least);
@@ -172,7 +171,7 @@ impl Window {
     pub(super) fn deliver(&self, offset: u64) {
         let mut span = self.lock();
         span.delivered = span.delivered.max(offset.min(span.end));
-        let least = span.delivered.saturating_sub(BEHIND);
+        let least = span.delivered.saturating_sub(MAX_BEHIND);
         span.free_below(least);
     }
 
@@ -197,7 +196,7 @@ impl Window {
     }
 
     fn lock(&self) -> MutexGuard<'_, Span> {
-        self.span.lock().unwrap_or_else(PoisonError::into_inner)
+        self.span.lock()
     }
 }
 
@@ -287,13 +286,13 @@ mod tests {
             for step in steps {
                 match step {
                     Step::Write(len) => {
-                        let len = len.min(usize::try_from(WAITING.saturating_sub(window.waiting())).unwrap());
+                        let len = len.min(usize::try_from(MAX_WAITING.saturating_sub(window.waiting())).unwrap());
                         window.append(end, &bytes(end, len)).unwrap();
                         end += len as u64;
                     }
                     Step::Repeat(back, len) => {
                         let offset = end.saturating_sub(back);
-                        let len = len.min(usize::try_from(end - offset + WAITING.saturating_sub(window.waiting())).unwrap());
+                        let len = len.min(usize::try_from(end - offset + MAX_WAITING.saturating_sub(window.waiting())).unwrap());
                         window.append(offset, &bytes(offset, len)).unwrap();
                         end = end.max(offset + len as u64);
                     }
@@ -306,7 +305,7 @@ mod tests {
                 }
                 prop_assert_eq!(window.end(), end);
                 let held = { let span = window.lock(); span.end - span.base };
-                prop_assert!(held <= WAITING + BEHIND + PIECE);
+                prop_assert!(held <= MAX_WAITING + MAX_BEHIND + PIECE);
             }
             while take(&window, &mut read, 100_000) != Piece::End {}
             prop_assert_eq!(read, end);
@@ -322,10 +321,10 @@ mod tests {
             end += 64 << 10;
             window.deliver(end);
         }
-        let Piece::Bytes(got) = window.read(end - BEHIND, 1000).unwrap() else {
-            panic!("{BEHIND} bytes are kept")
+        let Piece::Bytes(got) = window.read(end - MAX_BEHIND, 1000).unwrap() else {
+            panic!("{MAX_BEHIND} bytes are kept")
         };
-        assert_eq!(&got[..], &bytes(end - BEHIND, 1000)[..]);
+        assert_eq!(&got[..], &bytes(end - MAX_BEHIND, 1000)[..]);
         assert!(matches!(window.read(0, 1).unwrap(), Piece::Gap { .. }));
     }
 
@@ -358,7 +357,7 @@ mod tests {
             window.append(index << 20, &vec![7; 1 << 20]).unwrap();
             window.deliver((index + 1) << 20);
             let held = fs::metadata(&path).unwrap().blocks() * 512;
-            assert!(held <= BEHIND + (2 << 20), "{held} bytes after {index} MiB");
+            assert!(held <= MAX_BEHIND + (2 << 20), "{held} bytes after {index} MiB");
         }
         window.release();
         assert!(!path.exists());

@@ -1,7 +1,5 @@
 //! Nomad's stream of an exec, turned into a task's.
 
-use std::sync::Arc;
-
 use futures_util::{Stream, StreamExt};
 use polydev_proto::driver::{
     ExecTaskStreamingIoOperation as Operation, ExecTaskStreamingRequest as Request,
@@ -9,31 +7,30 @@ use polydev_proto::driver::{
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::TaskTracker;
 use tonic::{Status, Streaming};
 
 use super::Error;
 use crate::{
     docker::{self, Exec, ExecInput, ExecOutput, Piece},
-    node::Node,
     task::exec::{self, Event, Input},
 };
 
 /// Pieces of at most 64 KiB on their way in either direction.
-const WAITING: usize = 8;
+const MAX_WAITING: usize = 8;
 
 /// Serves a command that was started. What the caller sends is read until it ends or
 /// breaks, which ends the command; what the command writes is sent to its last byte.
 pub(super) fn serve(
-    node: &Arc<Node>,
+    background: &TaskTracker,
     container: String,
     exec: (Exec, ExecOutput, ExecInput),
     mut requests: Streaming<Request>,
 ) -> impl Stream<Item = Result<Response, Status>> + Send + 'static {
-    let (input, inputs) = mpsc::channel(WAITING);
-    let (events, results) = mpsc::channel(WAITING);
-    node.tasks
-        .spawn(async move { exec::serve(&container, exec, inputs, events).await });
-    node.tasks.spawn(async move {
+    let (input, inputs) = mpsc::channel(MAX_WAITING);
+    let (events, results) = mpsc::channel(MAX_WAITING);
+    background.spawn(async move { exec::serve(&container, exec, inputs, events).await });
+    background.spawn(async move {
         while let Ok(Some(request)) = requests.message().await {
             for step in decode(request) {
                 if input.send(step).await.is_err() {

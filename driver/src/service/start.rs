@@ -5,25 +5,31 @@ use std::{sync::Arc, time::Duration};
 use polydev_proto::driver::TaskConfig;
 
 use super::Error;
-use crate::{config, identity::Identity, limits::Limits, node::Node, slot::Slot, task};
+use crate::{
+    config,
+    identity::Identity,
+    limits::Limits,
+    slot::{Slot, Slots},
+    task::{self, Tasks},
+};
 
 /// For init to say whether the command of an interrupted start runs.
-const KNOWN: Duration = Duration::from_secs(3);
+const KNOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Makes a slot, which is not wanted yet; `Ready` tells when it is idle.
 pub(super) fn slot(
-    node: &Arc<Node>,
+    slots: &Arc<Slots>,
     task: &TaskConfig,
     config: config::Slot,
 ) -> Result<Option<(Arc<Slot>, Ready)>, Error> {
     let identity = Identity::of(task);
-    node.slots.check(&identity)?;
-    if node.slots.by_task(&identity.task_id).is_some() {
+    slots.book.check(&identity)?;
+    if slots.book.by_task(&identity.task_id).is_some() {
         return Ok(None); // A repeated call, after the agent lost sight of the first.
     }
     let idle = idle_limits(task)?;
-    let (slot, ready) = Slot::start(node, identity, config, idle);
-    node.slots.add(slot.clone());
+    let (slot, ready) = Slot::start(slots, identity, config, idle);
+    slots.book.add(slot.clone());
     Ok(Some((slot, ready)))
 }
 
@@ -32,27 +38,27 @@ pub(super) type Ready = tokio::sync::oneshot::Receiver<Result<(), crate::slot::F
 /// Starts a plain task, to its end whatever becomes of the call: one whose agent is
 /// gone meanwhile is taken away again, for nobody would ever ask for it.
 pub(super) async fn plain(
-    node: &Arc<Node>,
+    tasks: &Arc<Tasks>,
     task: &TaskConfig,
     options: config::Task,
 ) -> Result<(), Error> {
-    if let Some(known) = node.plain.get(&task.id) {
+    if let Some(known) = tasks.book.get(&task.id) {
         // The agent repeats a call when the driver died in the middle of it. A command
         // that has run is not run again, however it ended; one that has not is.
-        match tokio::time::timeout(KNOWN, known.ended()).await {
-            Ok(exit) if exit.error == task::NEVER_STARTED => known.destroy(node).await,
+        match tokio::time::timeout(KNOWN_TIMEOUT, known.ended()).await {
+            Ok(exit) if exit.error == task::NEVER_STARTED => known.destroy(tasks).await,
             _ => return Ok(()),
         }
     }
-    let (node, task) = (node.clone(), task.clone());
+    let (tasks, task) = (tasks.clone(), task.clone());
     let (done, is_done) = tokio::sync::oneshot::channel();
-    node.clone().tasks.spawn(async move {
-        let started = task::start(&node, &task, options).await;
+    tasks.site.clone().background.spawn(async move {
+        let started = task::start(&tasks, &task, options).await;
         let began = started.as_ref().ok().cloned();
         if done.send(started.map(drop)).is_err()
             && let Some(began) = began
         {
-            began.destroy(&node).await;
+            began.destroy(&tasks).await;
         }
     });
     let started = is_done.await.map_err(|_| Error::StoppedWhileStarting)?;

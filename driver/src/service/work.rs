@@ -26,9 +26,9 @@ pub(super) enum Work {
 }
 
 impl Work {
-    pub(super) fn find(node: &Arc<Node>, task_id: &str) -> Option<Self> {
-        let plain = || node.plain.get(task_id).map(Self::Plain);
-        node.slots.by_task(task_id).map(Self::Slot).or_else(plain)
+    pub(super) fn find(node: &Node, task_id: &str) -> Option<Self> {
+        let plain = || node.tasks.book.get(task_id).map(Self::Plain);
+        node.slots.book.by_task(task_id).map(Self::Slot).or_else(plain)
     }
 
     pub(super) fn task_id(&self) -> &str {
@@ -89,14 +89,14 @@ impl Work {
     }
 
     /// Ends what still runs and forgets the task with all that it had.
-    pub(super) async fn destroy(&self, node: &Arc<Node>) {
+    pub(super) async fn destroy(&self, node: &Node) {
         match self {
             Self::Slot(slot) => {
                 slot.kill();
                 slot.ended().await;
-                node.slots.remove(&slot.identity.task_id);
+                node.slots.book.remove(&slot.identity.task_id);
             }
-            Self::Plain(task) => task.destroy(node).await,
+            Self::Plain(task) => task.destroy(&node.tasks).await,
         }
     }
 

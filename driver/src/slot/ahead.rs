@@ -1,18 +1,20 @@
 //! `prepare_ahead`: the container of a slot's next generation, made while a run goes on in
 //! this one.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::{task::JoinHandle, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Slot, clear,
+    Slot, Slots, clear,
     fill::{self, Container},
-    headroom::{Amount, Share},
-    keeper::LONG_RUN,
 };
-use crate::node::Node;
+use crate::headroom::{Amount, Share};
+
+/// A run that is over by then is not worth dockerd's time: neither a container prepared
+/// beside it nor limits that `docker inspect` would show.
+pub(super) const LONG_RUN: Duration = Duration::from_millis(200);
 
 /// A container on its way.
 #[derive(Debug)]
@@ -23,11 +25,11 @@ pub(super) struct Ahead {
 
 impl Ahead {
     /// Begins to make one, if the slot is to have one and the node has room for both.
-    pub(super) fn begin(node: &Arc<Node>, slot: &Arc<Slot>) -> Option<Self> {
+    pub(super) fn begin(slots: &Arc<Slots>, slot: &Arc<Slot>) -> Option<Self> {
         if !slot.config.prepare_ahead {
             return None;
         }
-        let room = match node.headroom.take(Amount::from(&slot.idle)) {
+        let room = match slots.headroom.take(Amount::from(&slot.idle)) {
             Ok(room) => room,
             Err(full) => {
                 tracing::debug!(slot = slot.identity.slot_id(), %full, "nothing is prepared");
@@ -35,9 +37,9 @@ impl Ahead {
             }
         };
         let wanted = CancellationToken::new();
-        let making = make(node.clone(), slot.clone(), room, wanted.clone());
+        let making = make(slots.clone(), slot.clone(), room, wanted.clone());
         Some(Self {
-            made: node.tasks.spawn(making),
+            made: slots.site.background.spawn(making),
             wanted,
         })
     }
@@ -52,7 +54,7 @@ impl Ahead {
 }
 
 async fn make(
-    node: Arc<Node>,
+    slots: Arc<Slots>,
     slot: Arc<Slot>,
     _room: Share,
     wanted: CancellationToken,
@@ -62,7 +64,7 @@ async fn make(
         () = wanted.cancelled() => return None,
     }
     let (slot_id, generation) = (slot.identity.slot_id(), slot.life().generation() + 1);
-    match fill::fill(&node, &slot, generation).await {
+    match fill::fill(&slots, &slot, generation).await {
         Ok(mut container) => {
             tracing::debug!(slot = slot_id, generation, "the next container is prepared");
             tokio::select! {
@@ -85,6 +87,6 @@ async fn make(
             );
         }
     }
-    let _or_the_reaper = clear::clean(&node, &slot, Some(generation)).await;
+    let _or_the_reaper = clear::clean(&slots, &slot, Some(generation)).await;
     None
 }

@@ -3,15 +3,16 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
+use parking_lot::{Mutex, MutexGuard};
+
 /// Failures in a row, of all slots together, after which an image is left alone.
-const OPENS: u32 = 5;
+const MAX_FAILURES: u32 = 5;
 /// Until one slot may try it again; doubled with each further failure.
-const FIRST: Duration = Duration::from_secs(15);
-const MOST: Duration = Duration::from_secs(5 * 60);
+const FIRST_INTERVAL: Duration = Duration::from_secs(15);
+const MAX_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
 /// An image is left alone for the time being.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +56,7 @@ impl Breakers {
             images.remove(image);
             return Ok(());
         }
-        if breaker.failures < OPENS {
+        if breaker.failures < MAX_FAILURES {
             return Ok(());
         }
         if breaker.retry_at <= now {
@@ -84,7 +85,7 @@ impl Breakers {
             retry_at: now + wait(failures),
         };
         images.insert(image.to_owned(), breaker);
-        if failures == OPENS {
+        if failures == MAX_FAILURES {
             tracing::warn!(
                 image,
                 reason,
@@ -99,13 +100,13 @@ impl Breakers {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Breaker>> {
-        self.images.lock().unwrap_or_else(PoisonError::into_inner)
+        self.images.lock()
     }
 }
 
 fn wait(failures: u32) -> Duration {
-    let doublings = failures.saturating_sub(OPENS).min(10);
-    FIRST.saturating_mul(1 << doublings).min(MOST)
+    let doublings = failures.saturating_sub(MAX_FAILURES).min(10);
+    FIRST_INTERVAL.saturating_mul(1 << doublings).min(MAX_INTERVAL)
 }
 
 #[cfg(test)]
@@ -115,7 +116,7 @@ mod tests {
     #[test]
     fn an_image_that_fails_is_left_alone_and_tried_by_one_at_a_time() {
         let (breakers, start) = (Breakers::default(), Instant::now());
-        for _ in 0..OPENS {
+        for _ in 0..MAX_FAILURES {
             breakers.check("image", "one", start).unwrap();
             breakers.failed("image", "one", "it is broken", start);
         }
@@ -124,15 +125,15 @@ mod tests {
             open.to_string(),
             "`image` failed 5 times in a row, the last time because it is broken"
         );
-        assert_eq!(open.retry_in, FIRST);
+        assert_eq!(open.retry_in, FIRST_INTERVAL);
         breakers.check("other", "one", start).unwrap();
 
-        let later = start + FIRST;
+        let later = start + FIRST_INTERVAL;
         breakers.check("image", "one", later).unwrap();
         breakers.check("image", "one", later).unwrap_err();
         breakers.failed("image", "one", "again", later);
         let open = breakers.check("image", "one", later).unwrap_err();
-        assert_eq!(open.retry_in, 2 * FIRST);
+        assert_eq!(open.retry_in, 2 * FIRST_INTERVAL);
         breakers.worked("image");
         breakers.check("image", "one", later).unwrap();
     }
@@ -140,7 +141,7 @@ mod tests {
     #[test]
     fn another_image_of_the_same_name_is_tried_at_once() {
         let (breakers, now) = (Breakers::default(), Instant::now());
-        for _ in 0..OPENS {
+        for _ in 0..MAX_FAILURES {
             breakers.failed("image", "one", "it is broken", now);
         }
         breakers.check("image", "one", now).unwrap_err();
@@ -150,6 +151,6 @@ mod tests {
 
     #[test]
     fn the_wait_has_an_end() {
-        assert_eq!(wait(u32::MAX), MOST);
+        assert_eq!(wait(u32::MAX), MAX_INTERVAL);
     }
 }

@@ -1,20 +1,20 @@
-//! The decision about a claim of one slot.
+//! A claim of a slot, from the question to the run. Read [`Slots::claim`] downwards.
 
 use std::{
     sync::Arc,
     time::{Instant, SystemTime},
 };
 
-use super::{
-    Claim, Slot,
-    headroom::{Amount, Share},
-    state::Event,
-};
+use parking_lot::MutexGuard;
+
+use super::{Claim, Slot, Slots};
 use crate::{
-    node::Node,
+    headroom::{Amount, Share},
+    life::{Event, Life},
+    link::Occupant,
     run::{
         Run,
-        book::{Admitted, Occupant},
+        book::Admit,
         carry::Order,
         claim::{Parsed, Refusal},
         journal::Claimed,
@@ -22,77 +22,132 @@ use crate::{
     },
 };
 
-impl Slot {
-    /// Decides about a claim of this slot, and hands it over. What becomes of it is for
-    /// the run to tell.
+/// Which container a shim claims, and until when.
+#[derive(Debug)]
+pub(crate) struct Target {
+    pub(crate) slot_id: String,
+    pub(crate) generation: u64,
+    /// The start of the driver that the shim saw.
+    pub(crate) start_id: String,
+    /// The command must not start later.
+    pub(crate) start_by: Option<SystemTime>,
+}
+
+impl Slots {
+    /// Decides about a claim, once and for good, and hands the run to its slot. This is the
+    /// only place where a claim is granted. `arrived` is the zero of the run's timeline.
+    ///
+    /// The book of runs is locked first, then the life of the slot; both stay locked until
+    /// the claim is in the journal and the slot has taken its step.
     ///
     /// # Errors
-    /// [`Refusal`]: nothing of it runs.
+    /// [`Refusal`], definite: nothing of the command runs.
     pub(crate) fn claim(
         &self,
-        node: &Node,
-        generation: u64,
+        target: Target,
         parsed: Parsed,
         arrived: Instant,
-        start_by: Instant,
     ) -> Result<Arc<Run>, Refusal> {
-        let share_needed = Amount::on_top(&node.config.run, &self.idle);
-        let run_id = &parsed.start.run_id;
-        let mut share = None;
-        let admitted = node.runs.admit(
-            &parsed,
-            arrived,
-            || self.kill.child_token(),
-            |write| {
-                let room = |occupant: Occupant| {
-                    // What a lease has taken is its run's.
-                    let share = match self.has_leased_share() {
-                        true => None,
-                        false => Some(node.headroom.take(share_needed)?),
-                    };
-                    write(self.claimed(&parsed, generation, occupant, share_needed, node))?;
-                    let share = share.or_else(|| self.leased_share());
-                    Ok(share.expect("it was there, and the slot is locked"))
-                };
-                share = Some(self.grant(generation, run_id, &parsed.user_id, room)?);
-                Ok(())
-            },
-        );
-        let (run, inputs) = match admitted? {
-            Admitted::Known(run) => return Ok(run),
-            Admitted::New(run, inputs) => (run, inputs),
-        };
-        let claim = Claim {
-            run: run.clone(),
-            order: Order {
-                start: parsed.start,
-                start_by,
-                inputs,
-            },
-            share: share.expect("what is admitted was granted its share"),
-        };
-        if self.claims.try_send(claim).is_err() {
-            let reason = "the slot has ended".into();
-            node.runs.aborted(&run, Refusal::Broken { reason });
+        // A claim that is repeated has its answer, whatever has changed since.
+        if let Some(run) = self.runs.repeated(&parsed)? {
+            return Ok(run);
         }
+        let (slot, start_by) = self.find(&target, arrived)?;
+
+        let admission = match self.runs.admit(&parsed)? {
+            Admit::Known(run) => return Ok(run),
+            Admit::New(admission) => admission,
+        };
+        let grant = slot.grant(self, target.generation, &parsed)?;
+        let written = admission.write(grant.claimed(&parsed, &self.runs.boot_id))?;
+        let share = grant.commit();
+        let (run, inputs) = written.enter(arrived, slot.kill.child_token());
+
+        let order = Order {
+            start: parsed.start,
+            start_by,
+            inputs,
+        };
+        self.hand_over(&slot, run.clone(), order, share);
         Ok(run)
     }
 
-    fn claimed(
-        &self,
-        parsed: &Parsed,
-        generation: u64,
-        occupant: Occupant,
-        share: Amount,
-        node: &Node,
-    ) -> Claimed {
+    /// The slot that is claimed, and until when its command may start.
+    fn find(&self, target: &Target, arrived: Instant) -> Result<(Arc<Slot>, Instant), Refusal> {
+        self.check_start(&target.start_id)?;
+        // By this driver's clock, which the shim has been sent.
+        let left = target
+            .start_by
+            .and_then(|until| until.duration_since(SystemTime::now()).ok())
+            .ok_or(Refusal::TooLate)?;
+        Ok((self.live(&target.slot_id)?, arrived + left))
+    }
+
+    /// What becomes of the run from here on is for the run to report.
+    fn hand_over(&self, slot: &Slot, run: Arc<Run>, order: Order, share: Share) {
+        let claim = Claim { run, order, share };
+        if let Err(unsent) = slot.claims.try_send(claim) {
+            let reason = "the slot has ended".into();
+            let run = unsent.into_inner().run;
+            self.runs.aborted(&run, Refusal::Broken { reason });
+        }
+    }
+}
+
+/// The right to a slot's idle container, with the slot's life locked. Without
+/// [`Grant::commit`] nothing has happened.
+struct Grant<'a> {
+    slot: &'a Slot,
+    life: MutexGuard<'a, Life>,
+    next: Life,
+    occupant: Occupant,
+    needed: Amount,
+    /// `None` if the slot's lease has taken it already.
+    share: Option<Share>,
+}
+
+impl Slot {
+    /// # Errors
+    /// [`Refusal`] if the slot is not idle at this generation, or the node has no room for
+    /// the run: nothing has changed.
+    fn grant(&self, slots: &Slots, generation: u64, parsed: &Parsed) -> Result<Grant<'_>, Refusal> {
+        let claimed = Event::Claimed {
+            generation,
+            run_id: parsed.start.run_id.clone(),
+            user_id: parsed.user_id.clone(),
+        };
+        let life = self.lock();
+        let mut next = life.clone();
+        next.apply(claimed, SystemTime::now())
+            .map_err(Refusal::Taken)?;
+        let occupant = self.container.lock().occupant.clone();
+        let needed = Amount::on_top(&slots.site.config.run, &self.idle);
+        let share = match self.has_leased_share() {
+            true => None,
+            false => Some(slots.headroom.take(needed)?),
+        };
+        Ok(Grant {
+            slot: self,
+            life,
+            next,
+            occupant: occupant.expect("an idle slot has a container"),
+            needed,
+            share,
+        })
+    }
+}
+
+impl Grant<'_> {
+    /// What the journal has to know of the run.
+    fn claimed(&self, parsed: &Parsed, boot_id: &str) -> Claimed {
+        let (slot, occupant) = (self.slot, self.occupant.clone());
         Claimed {
             run_id: parsed.start.run_id.clone(),
             user_id: parsed.user_id.clone(),
             ballot: parsed.ballot,
-            provider: self.config.provider.clone(),
-            slot_id: self.identity.slot_id(),
-            generation,
+            provider: slot.config.provider.clone(),
+            slot_id: slot.identity.slot_id(),
+            generation: self.next.generation(),
             spec_hash: parsed.spec_hash.clone(),
             claimed_at: SystemTime::now(),
             uptime: uptime(),
@@ -100,9 +155,9 @@ impl Slot {
             kill_timeout: parsed.kill_timeout,
             drop_oldest: parsed.drop_oldest,
             files_bytes: parsed.files_bytes,
-            on_demand: self.is_on_demand(),
-            share,
-            boot_id: node.runs.boot_id.clone(),
+            on_demand: slot.is_on_demand(),
+            share: self.needed,
+            boot_id: boot_id.to_owned(),
             container: occupant.container,
             pid: occupant.pid,
             pid_start: occupant.pid_start,
@@ -110,30 +165,11 @@ impl Slot {
         }
     }
 
-    /// Decides about a claim, once and for good: the only place where one is granted.
-    ///
-    /// # Errors
-    /// [`Refusal`] if the slot is not idle at this generation, or `room` refuses; the slot is
-    /// as it was.
-    fn grant(
-        &self,
-        generation: u64,
-        run_id: &str,
-        user_id: &str,
-        room: impl FnOnce(Occupant) -> Result<Share, Refusal>,
-    ) -> Result<Share, Refusal> {
-        let claimed = Event::Claimed {
-            generation,
-            run_id: run_id.to_owned(),
-            user_id: user_id.to_owned(),
-        };
-        let life = self.lock();
-        let mut next = life.clone();
-        next.apply(claimed, SystemTime::now())
-            .map_err(Refusal::Taken)?;
-        let occupant = self.container().occupant.clone();
-        let share = room(occupant.expect("an idle slot has a container"))?;
-        self.step(life, next);
-        Ok(share)
+    /// Takes the slot's step to `Claimed`. The answer is the run's part of the headroom.
+    fn commit(self) -> Share {
+        // What a lease has taken is its run's.
+        let share = self.share.or_else(|| self.slot.leased_share());
+        self.slot.step(self.life, self.next);
+        share.expect("a slot that is claimed has taken a share, or its lease has")
     }
 }

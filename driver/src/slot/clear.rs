@@ -4,29 +4,28 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::time::{sleep, timeout};
 
-use super::{Slot, fill::Container};
+use super::{Slot, Slots, fill::Container};
 use crate::{
     backoff::backoff,
-    docker,
+    docker::{self, removal::MAX_ATTEMPTS},
     identity::{LABEL_GENERATION, LABEL_INSTANCE, LABEL_SLOT},
-    node::Node,
-    reap::ATTEMPTS,
     run::Run,
+    site::Site,
 };
 
 /// For all that may be left of a slot to be removed.
-const CLEAN: Duration = Duration::from_secs(60);
+const CLEAN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Removes a container in which nothing runs any more, and then says so of its run. Does not
 /// give up while the slot lives. What a drained slot leaves is cleaned at last.
 pub(super) async fn remove(
-    node: Arc<Node>,
+    slots: Arc<Slots>,
     slot: Arc<Slot>,
     mut container: Container,
     run: Option<Arc<Run>>,
 ) {
     let mut failures = 0;
-    while let Err(error) = node.docker.remove(&container.id).await {
+    while let Err(error) = slots.site.docker.remove(&container.id).await {
         failures += 1;
         let error = crate::chain(&error);
         tracing::warn!(
@@ -48,21 +47,24 @@ pub(super) async fn remove(
 /// Removes every container of the slot, or of one generation of it, whichever attempt or life
 /// of the driver made it. False if some may be left: then they are the reaper's, once the slot
 /// is at a later generation or has ended.
-pub(super) async fn clean(node: &Node, slot: &Slot, generation: Option<u64>) -> bool {
+pub(super) async fn clean(slots: &Slots, slot: &Slot, generation: Option<u64>) -> bool {
     let generation = generation.map(|generation| generation.to_string());
+    let Site {
+        docker, instance, ..
+    } = &*slots.site;
     let clean = async {
         let slot_id = slot.identity.slot_id();
-        for container in node.docker.list(LABEL_SLOT, &slot_id).await? {
+        for container in docker.list(LABEL_SLOT, &slot_id).await? {
             let label = |name: &str| container.labels.get(name);
-            if label(LABEL_INSTANCE) == Some(&node.instance)
+            if label(LABEL_INSTANCE) == Some(instance)
                 && (generation.is_none() || label(LABEL_GENERATION) == generation.as_ref())
             {
-                node.docker.remove(&container.id).await?;
+                docker.remove(&container.id).await?;
             }
         }
         Ok::<(), docker::Error>(())
     };
-    match timeout(CLEAN, clean).await {
+    match timeout(CLEAN_TIMEOUT, clean).await {
         Ok(Ok(())) => return true,
         Ok(Err(error)) => {
             tracing::warn!(error = crate::chain(&error), "cannot clean a slot yet");
@@ -74,16 +76,16 @@ pub(super) async fn clean(node: &Node, slot: &Slot, generation: Option<u64>) -> 
 
 /// Removes every container of a slot that ends, or begins. While Docker cannot, it is tried again
 /// for some minutes, as long as the allocation has no slot: a live one does it itself.
-pub(super) async fn clean_at_last(node: &Arc<Node>, slot: &Arc<Slot>) {
-    if clean(node, slot, None).await {
+pub(super) async fn clean_at_last(slots: &Arc<Slots>, slot: &Arc<Slot>) {
+    if clean(slots, slot, None).await {
         return;
     }
-    let (node, slot) = (node.clone(), slot.clone());
+    let (slots, slot) = (slots.clone(), slot.clone());
     tokio::spawn(async move {
         let slot_id = slot.identity.slot_id();
-        for failures in 1..=ATTEMPTS {
+        for failures in 1..=MAX_ATTEMPTS {
             sleep(backoff(failures)).await;
-            if node.slots.by_slot_id(&slot_id).is_some() || clean(&node, &slot, None).await {
+            if slots.book.by_slot_id(&slot_id).is_some() || clean(&slots, &slot, None).await {
                 return;
             }
         }

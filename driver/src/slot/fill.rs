@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use tokio::time::{sleep, timeout};
 
-use super::{Slot, breaker};
+use super::{Slot, Slots, breaker};
 use polydev_proto::init::hello;
 
 use crate::{
@@ -17,19 +17,18 @@ use crate::{
     identity::{LABEL_GENERATION, LABEL_INSTANCE, LABEL_SLOT, LABEL_START},
     images::{self, Policy, Step, Use, Want},
     limits,
-    link::{self, Greeted, Listener},
-    node::Node,
+    link::{self, Connection, Greeted, Listener, Occupant},
     process::Held,
-    run::{book::Occupant, carry::Connection},
+    site::Site,
 };
 
 const LABEL_PROVIDER: &str = "dev.polydev.provider";
 
 /// From the container's start until its init waits. Within the idle CPU limit that
 /// takes well under a second; a busy node may need many.
-const INIT: Duration = Duration::from_secs(60);
+const INIT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often to look whether it has ended meanwhile.
-const LOOK: Duration = Duration::from_millis(500);
+const STATE_INTERVAL: Duration = Duration::from_millis(500);
 /// The user of a runtime image, where the image names it in words.
 const RUNTIME_UID: u32 = 1000;
 
@@ -46,7 +45,7 @@ pub enum Error {
     Docker(#[from] docker::Error),
     #[error("init ended with status {exit_code} before it was ready: {words}")]
     InitEnded { exit_code: i64, words: String },
-    #[error("init was not ready within {} s", INIT.as_secs())]
+    #[error("init was not ready within {} s", INIT_TIMEOUT.as_secs())]
     InitTimedOut,
     #[error("init cannot be used")]
     Link(#[from] link::Error),
@@ -139,37 +138,37 @@ impl Container {
 ///
 /// # Cancel safety
 /// None: it is not to be cancelled.
-pub(super) async fn fill(node: &Node, slot: &Slot, generation: u64) -> Result<Container, Error> {
+pub(super) async fn fill(slots: &Slots, slot: &Slot, generation: u64) -> Result<Container, Error> {
     // Only the wait for a registry may be cut short: a container that Docker was told
     // to create would be made all the same, when nobody looks for it any more.
-    let mut ready = node.ready.subscribe();
+    let mut ready = slots.site.ready.subscribe();
     tokio::select! {
         // The bridge's rules are in force then.
         _ = ready.wait_for(|ready| *ready) => {}
         () = slot.drain.cancelled() => return Err(Error::Stopped),
     }
     let (image, held) = tokio::select! {
-        image = find_image(node, slot) => image?,
+        image = find_image(&slots.site, slot) => image?,
         () = slot.drain.cancelled() => return Err(Error::Stopped),
     };
     let (reference, image_id) = (&slot.config.image, image.id.clone());
-    node.breakers.check(reference, &image_id, Instant::now())?;
+    slots.breakers.check(reference, &image_id, Instant::now())?;
     let _turn = tokio::select! {
-        turn = node.fills.acquire() => turn.expect("it is never closed"),
+        turn = slots.fills.acquire() => turn.expect("it is never closed"),
         () = slot.drain.cancelled() => return Err(Error::Stopped),
     };
-    let made = make(node, slot, generation, image, held).await;
+    let made = make(&slots.site, slot, generation, image, held).await;
     if let Err(error) = &made
         && error.is_the_images()
     {
         let (reason, now) = (crate::chain(error), Instant::now());
-        node.breakers.failed(reference, &image_id, &reason, now);
+        slots.breakers.failed(reference, &image_id, &reason, now);
     }
     made
 }
 
 async fn make(
-    node: &Node,
+    site: &Site,
     slot: &Slot,
     generation: u64,
     image: docker::Image,
@@ -179,34 +178,34 @@ async fn make(
         image: slot.config.image.clone(),
         user: image.user.clone(),
     })?;
-    let listener = Listener::bind(&node.link_dir)?;
+    let listener = Listener::bind(&site.link_dir)?;
 
     let nonce = rand::random::<u32>();
-    let id = node
+    let id = site
         .docker
         .create(&ContainerSpec {
             // No dashed UUID: Nomad's own Docker driver takes such containers for its own.
-            name: format!("{}-{}-{nonce:08x}", node.name, slot.config.provider),
+            name: format!("{}-{}-{nonce:08x}", site.name, slot.config.provider),
             image: slot.config.image.clone(),
             labels: HashMap::from([
-                (LABEL_INSTANCE.into(), node.instance.clone()),
+                (LABEL_INSTANCE.into(), site.instance.clone()),
                 (LABEL_SLOT.into(), slot.identity.slot_id()),
                 (LABEL_PROVIDER.into(), slot.config.provider.clone()),
                 (LABEL_GENERATION.into(), generation.to_string()),
-                (LABEL_START.into(), node.start_id.clone()),
+                (LABEL_START.into(), site.start_id.clone()),
             ]),
-            init: node.init.clone(),
+            init: site.init.clone(),
             link: listener.folder().to_owned(),
-            resolv_conf: node.resolv_conf.clone(),
-            network: node.name.clone(),
+            resolv_conf: site.resolv_conf.clone(),
+            network: site.name.clone(),
             limits: slot.idle,
             uid,
             gid,
             home: image.home.unwrap_or_else(|| "/home/runtime".into()),
         })
         .await?;
-    node.docker.start(&id).await?;
-    let greeted = greet(&node.docker, &listener, &id).await?;
+    site.docker.start(&id).await?;
+    let greeted = greet(&site.docker, &listener, &id).await?;
     let (pid, public_key) = (greeted.pid, greeted.public_key);
     let init = Held::open(pid).map_err(Error::Gone)?;
     let idle = slot.idle;
@@ -236,7 +235,7 @@ async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted
             words,
         });
     }
-    let accept = timeout(INIT, listener.accept(|pid| pid == state.pid));
+    let accept = timeout(INIT_TIMEOUT, listener.accept(|pid| pid == state.pid));
     tokio::select! {
         accepted = accept => match accepted {
             Ok(Ok(greeted)) if matches!(greeted.state, hello::State::Waiting(_)) => Ok(greeted),
@@ -251,7 +250,7 @@ async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted
 /// Waits until the container has ended, and says why.
 async fn died(docker: &Docker, id: &str) -> Error {
     loop {
-        sleep(LOOK).await;
+        sleep(STATE_INTERVAL).await;
         match docker.state(id).await {
             Ok(state) if state.pid == 0 => {
                 let words = docker.last_words(id).await;
@@ -267,7 +266,7 @@ async fn died(docker: &Docker, id: &str) -> Error {
 }
 
 /// Looks for the image on the node and pulls it only if it is not there.
-async fn find_image(node: &Node, slot: &Slot) -> Result<(docker::Image, Use), Error> {
+async fn find_image(site: &Site, slot: &Slot) -> Result<(docker::Image, Use), Error> {
     let reference = &slot.config.image;
     let want = Want {
         reference,
@@ -277,8 +276,8 @@ async fn find_image(node: &Node, slot: &Slot) -> Result<(docker::Image, Use), Er
         auth_soft_fail: false,
         timeout: None,
     };
-    let tell = |step: Step| node.events.send(&slot.identity, step.message(reference));
-    Ok(node.images.get(&want, tell).await?)
+    let tell = |step: Step| site.events.send(&slot.identity, step.message(reference));
+    Ok(site.images.get(&want, tell).await?)
 }
 
 /// Owner of the home; `None` for root and for names nobody but the image knows.

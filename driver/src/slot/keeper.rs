@@ -1,6 +1,7 @@
 //! The task that owns one slot: it alone drives the slot from state to state.
 
 use std::{
+    ops::ControlFlow,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -13,19 +14,18 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Claim, Slot,
-    adopt::{self, Idle},
-    ahead::Ahead,
+    Claim, Slot, Slots, adopt,
+    ahead::{Ahead, LONG_RUN},
     clear,
     fill::{self, Container},
-    state::{Event, Life},
+    shelf::Idle,
 };
 use crate::{
     backoff::backoff,
     config,
     identity::Identity,
+    life::{Event, Life},
     limits::Limits,
-    node::Node,
     run::{
         Run,
         carry::{self, Order},
@@ -34,25 +34,21 @@ use crate::{
 };
 
 /// Containers in a row that may fail before the slot is given up and Nomad decides.
-const FAILURES: u32 = 6;
+const MAX_FAILURES: u32 = 6;
 /// A container that idled for so long was a good one, however it ended.
-const STABLE: Duration = Duration::from_secs(60);
+const MIN_IDLE_TIME: Duration = Duration::from_secs(60);
 
 /// For the run of a slot that was made on demand to come.
-const UNUSED: Duration = Duration::from_secs(60);
+const RUN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How often to look whether that run has found another slot.
-const LOOK_FOR_RUN: Duration = Duration::from_secs(1);
+const RUN_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often to look whether an image that is left alone is another by now.
-const LOOK_AGAIN: Duration = Duration::from_secs(5);
-
-/// A run that is over by then is not worth dockerd's time; `docker inspect` is
-/// right for every run that somebody could look at.
-pub(super) const LONG_RUN: Duration = Duration::from_millis(200);
+const IMAGE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How often to try whether Docker is back.
-const DOCKER_AWAY: Duration = Duration::from_secs(2);
+const DOCKER_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How a slot ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,7 +63,7 @@ impl Slot {
     /// Starts keeping a slot as soon as it is [wanted](Slot::want). `ready` answers when it is idle for the first time, or
     /// with the reason why it will never be; in that case nothing is left of it.
     pub(crate) fn start(
-        node: &Arc<Node>,
+        slots: &Arc<Slots>,
         identity: Identity,
         config: config::Slot,
         idle: Limits,
@@ -78,9 +74,9 @@ impl Slot {
         let now = SystemTime::now();
         // Of an earlier life of the driver.
         let slot_id = identity.slot_id();
-        let open = node.runs.open_in(&slot_id);
-        let last = node.runs.last_generation(&slot_id);
-        let left = node.idle.ask(&slot_id);
+        let open = slots.runs.open_in(&slot_id);
+        let last = slots.runs.last_generation(&slot_id);
+        let left = slots.idle.ask(&slot_id);
         let left = left.filter(|left| open.is_none() && left.generation > last);
         let generation = left.as_ref().map_or(last + 1, |left| left.generation);
         let life = Life::new(generation, config.run_id.clone(), now);
@@ -105,24 +101,24 @@ impl Slot {
             end: watch::Sender::new(None),
             lease: Default::default(),
             container: Default::default(),
-            steps: node.metrics.steps(),
-            changed: node.slots.changes(),
+            steps: slots.steps.clone(),
+            changed: slots.book.changes(),
         });
         let keeper = Keeper {
-            node: node.clone(),
+            slots: slots.clone(),
             slot: slot.clone(),
             granted,
             failures: 0,
             next: None,
             removal: None,
         };
-        node.tasks.spawn(keeper.keep(open, left, ready));
+        slots.site.background.spawn(keeper.keep(open, left, ready));
         (slot, is_ready)
     }
 }
 
 struct Keeper {
-    node: Arc<Node>,
+    slots: Arc<Slots>,
     slot: Arc<Slot>,
     granted: mpsc::Receiver<Claim>,
     /// Containers that failed since the last good one.
@@ -133,127 +129,165 @@ struct Keeper {
     removal: Option<JoinHandle<()>>,
 }
 
+/// How a container of the slot turned out.
+enum Outcome {
+    /// It was of use, or nobody is to blame.
+    Good,
+    /// None was tried: it says nothing of the slot.
+    Held,
+    Failed { reason: String },
+}
+
+type Ready = oneshot::Sender<Result<(), fill::Error>>;
+
 impl Keeper {
     /// `open` is a run of an earlier life of the driver in the slot, carried by another; or
     /// `left` is what idles in it since then.
-    async fn keep(
-        mut self,
-        open: Option<Arc<Run>>,
-        left: Option<Idle>,
-        ready: oneshot::Sender<Result<(), fill::Error>>,
-    ) {
+    async fn keep(mut self, open: Option<Arc<Run>>, left: Option<Idle>, ready: Ready) {
         if !self.is_wanted().await {
             // A run that is still in it goes on without it.
             if open.is_none() {
                 if let Some(left) = left {
                     left.discard();
                 }
-                clear::clean_at_last(&self.node, &self.slot).await;
+                clear::clean_at_last(&self.slots, &self.slot).await;
             }
             return self.end(Ended::Stopped);
         }
-        let mut ready = Some(ready);
         let had_run = open.is_some() || self.slot.life().generation() > 1;
-        if let Some(run) = open {
-            self.wait_for(&run).await;
-        }
-        let image = self.slot.config.image.clone();
-        if let Some(left) = left {
-            self.next = adopt::adopt(&self.node, &self.slot, left).await;
-        }
-        if self.next.is_none() {
-            // Leftovers of an earlier life of the driver, or of this task's last start.
-            clear::clean_at_last(&self.node, &self.slot).await;
-        }
+        self.take_up(open, left).await;
         if had_run && self.slot.is_on_demand() {
             return self.end(Ended::Stopped);
         }
+        let mut ready = Some(ready);
         let end = loop {
-            let generation = self.slot.life().generation();
-            let filled = match self.next.take() {
-                Some(container) => Ok(container),
-                None => fill::fill(&self.node, &self.slot, generation).await,
-            };
-            if self.slot.drain.is_cancelled() {
-                break Ended::Stopped;
-            }
-            let failure = match filled {
-                Ok(mut container) => {
-                    let image_id = container.image_id.clone();
-                    self.slot.hold(&container);
-                    adopt::keep(&self.node, &self.slot, &mut container);
-                    self.slot.apply(Event::Warmed);
-                    if let Some(ready) = ready.take() {
-                        self.announce();
-                        let _agent_gone = ready.send(Ok(()));
-                    }
-                    let served = self.serve(container).await;
-                    if self.slot.drain.is_cancelled() {
-                        break Ended::Stopped;
-                    }
-                    let breakers = &self.node.breakers;
-                    match &served {
-                        Ok(()) => breakers.worked(&image),
-                        Err(reason) => breakers.failed(&image, &image_id, reason, Instant::now()),
-                    }
-                    if self.slot.is_on_demand() {
-                        break match served {
-                            Ok(()) => Ended::Stopped,
-                            Err(reason) => Ended::Failed { reason },
-                        };
-                    }
-                    self.slot.apply(Event::Recycled);
-                    served
-                }
-                Err(error) => {
-                    let is_clean = clear::clean(&self.node, &self.slot, None).await;
-                    let reason = crate::chain(&error);
-                    // Nomad has a slot for a running one if nobody waits for its start.
-                    if let Some(ready) = ready.take_if(|ready| !ready.is_closed()) {
-                        let _agent_gone = ready.send(Err(error));
-                        break self.give_up(reason);
-                    }
-                    if !is_clean {
-                        let reason = reason.clone();
-                        self.slot.apply(Event::Held { reason });
-                        if !self.cleaned().await {
-                            break Ended::Stopped;
-                        }
-                    }
-                    let held = match &error {
-                        fill::Error::Open(open) => Some(open.retry_in.min(LOOK_AGAIN)),
-                        // That Docker is away says nothing of the slot.
-                        error if error.is_silence() => Some(DOCKER_AWAY),
-                        _ => None,
-                    };
-                    if let Some(wait) = held {
-                        self.slot.apply(Event::Held { reason });
-                        if self.rest(wait.mul_f64(rand::random_range(0.5..1.0))).await {
-                            continue;
-                        }
-                        break Ended::Stopped;
-                    }
-                    Err(reason)
-                }
-            };
-            match failure {
-                Ok(()) => self.failures = 0,
-                Err(reason) => {
-                    self.failures += 1;
-                    let (slot, failures) = (self.slot.identity.slot_id(), self.failures);
-                    tracing::warn!(slot, failures, reason, "a slot lost its container");
-                    if self.failures >= FAILURES {
-                        break self.give_up(reason);
-                    }
-                    if !self.rest(backoff(self.failures)).await {
-                        break Ended::Stopped;
-                    }
-                }
+            if let ControlFlow::Break(end) = self.turn(&mut ready).await {
+                break end;
             }
         };
         self.removed().await;
-        clear::clean_at_last(&self.node, &self.slot).await;
+        clear::clean_at_last(&self.slots, &self.slot).await;
         self.end(end);
+    }
+
+    /// What an earlier life of the driver left, or this task's last start.
+    async fn take_up(&mut self, open: Option<Arc<Run>>, left: Option<Idle>) {
+        if let Some(run) = open {
+            self.wait_for(&run).await;
+        }
+        if let Some(left) = left {
+            self.next = adopt::adopt(&self.slots, &self.slot, left).await;
+        }
+        if self.next.is_none() {
+            clear::clean_at_last(&self.slots, &self.slot).await;
+        }
+    }
+
+    /// One container, from its making to its end.
+    async fn turn(&mut self, ready: &mut Option<Ready>) -> ControlFlow<Ended> {
+        let generation = self.slot.life().generation();
+        let filled = match self.next.take() {
+            Some(container) => Ok(container),
+            None => fill::fill(&self.slots, &self.slot, generation).await,
+        };
+        if self.slot.drain.is_cancelled() {
+            return ControlFlow::Break(Ended::Stopped);
+        }
+        let outcome = match filled {
+            Ok(container) => self.offer(container, ready).await?,
+            Err(error) => self.not_filled(error, ready).await?,
+        };
+        match outcome {
+            Outcome::Good => self.failures = 0,
+            Outcome::Held => {}
+            Outcome::Failed { reason } => self.failed(reason).await?,
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Makes the slot idle with this container, and serves what comes.
+    async fn offer(
+        &mut self,
+        mut container: Container,
+        ready: &mut Option<Ready>,
+    ) -> ControlFlow<Ended, Outcome> {
+        let image_id = container.image_id.clone();
+        self.slot.hold(&container);
+        adopt::keep(&self.slots, &self.slot, &mut container);
+        self.slot.apply(Event::Warmed);
+        if let Some(ready) = ready.take() {
+            self.announce();
+            let _agent_gone = ready.send(Ok(()));
+        }
+        let served = self.serve(container).await;
+        if self.slot.drain.is_cancelled() {
+            return ControlFlow::Break(Ended::Stopped);
+        }
+        let (breakers, image) = (&self.slots.breakers, &self.slot.config.image);
+        match &served {
+            Ok(()) => breakers.worked(image),
+            Err(reason) => breakers.failed(image, &image_id, reason, Instant::now()),
+        }
+        if self.slot.is_on_demand() {
+            return ControlFlow::Break(match served {
+                Ok(()) => Ended::Stopped,
+                Err(reason) => Ended::Failed { reason },
+            });
+        }
+        self.slot.apply(Event::Recycled);
+        ControlFlow::Continue(match served {
+            Ok(()) => Outcome::Good,
+            Err(reason) => Outcome::Failed { reason },
+        })
+    }
+
+    async fn not_filled(
+        &mut self,
+        error: fill::Error,
+        ready: &mut Option<Ready>,
+    ) -> ControlFlow<Ended, Outcome> {
+        let is_clean = clear::clean(&self.slots, &self.slot, None).await;
+        let reason = crate::chain(&error);
+        let held = match &error {
+            fill::Error::Open(open) => Some(open.retry_in.min(IMAGE_INTERVAL)),
+            // That Docker is away says nothing of the slot.
+            error if error.is_silence() => Some(DOCKER_INTERVAL),
+            _ => None,
+        };
+        // Nomad has a slot for a running one if nobody waits for its start.
+        if let Some(ready) = ready.take_if(|ready| !ready.is_closed()) {
+            let _agent_gone = ready.send(Err(error));
+            return ControlFlow::Break(self.give_up(reason));
+        }
+        if !is_clean {
+            let reason = reason.clone();
+            self.slot.apply(Event::Held { reason });
+            if !self.cleaned().await {
+                return ControlFlow::Break(Ended::Stopped);
+            }
+        }
+        let Some(wait) = held else {
+            return ControlFlow::Continue(Outcome::Failed { reason });
+        };
+        self.slot.apply(Event::Held { reason });
+        match self.rest(wait.mul_f64(rand::random_range(0.5..1.0))).await {
+            true => ControlFlow::Continue(Outcome::Held),
+            false => ControlFlow::Break(Ended::Stopped),
+        }
+    }
+
+    /// Pauses before the next container, or gives the slot up.
+    async fn failed(&mut self, reason: String) -> ControlFlow<Ended> {
+        self.failures += 1;
+        let (slot, failures) = (self.slot.identity.slot_id(), self.failures);
+        tracing::warn!(slot, failures, reason, "a slot lost its container");
+        if self.failures >= MAX_FAILURES {
+            return ControlFlow::Break(self.give_up(reason));
+        }
+        match self.rest(backoff(self.failures)).await {
+            true => ControlFlow::Continue(()),
+            false => ControlFlow::Break(Ended::Stopped),
+        }
     }
 
     /// Whether Nomad means the task to be, rather than to be destroyed.
@@ -270,15 +304,15 @@ impl Keeper {
     }
 
     fn end(&self, end: Ended) {
-        self.node.idle.forget(&self.slot.identity.slot_id());
+        self.slots.idle.forget(&self.slot.identity.slot_id());
         self.slot.end.send_replace(Some(end));
     }
 
     /// Waits until nothing is left of what could not be made: the next container would stand
     /// beside it. False if the slot is not wanted any more.
     async fn cleaned(&self) -> bool {
-        while self.rest(DOCKER_AWAY).await {
-            if clear::clean(&self.node, &self.slot, None).await {
+        while self.rest(DOCKER_INTERVAL).await {
+            if clear::clean(&self.slots, &self.slot, None).await {
                 return true;
             }
         }
@@ -323,13 +357,13 @@ impl Keeper {
         let mut ahead = None;
         let served = match (claim, &died) {
             (Some(claim), None) => {
-                ahead = Ahead::begin(&self.node, &self.slot);
+                ahead = Ahead::begin(&self.slots, &self.slot);
                 self.run(&mut container, &claim.run, claim.order).await;
                 Some((claim.run, claim.share))
             }
             (Some(claim), Some(reason)) => {
                 let reason = reason.clone();
-                self.node
+                self.slots
                     .runs
                     .aborted(&claim.run, Refusal::Broken { reason });
                 self.slot.apply(Event::RunEnded);
@@ -341,17 +375,17 @@ impl Keeper {
         self.slot.let_go();
         // The next one never stands beside it.
         let Container { id, connection, .. } = &mut container;
-        connection.end(&self.node.docker, id).await;
+        connection.end(&self.slots.site.docker, id).await;
         // Its share is free as well: what it stands for is.
         let run = served.map(|(run, _share)| run);
         self.removed().await;
-        let removal = clear::remove(self.node.clone(), self.slot.clone(), container, run);
-        self.removal = Some(self.node.tasks.spawn(removal));
+        let removal = clear::remove(self.slots.clone(), self.slot.clone(), container, run);
+        self.removal = Some(self.slots.site.background.spawn(removal));
         if let Some(ahead) = ahead {
             self.next = ahead.take().await;
         }
         match died {
-            Some(reason) if idle_since.elapsed() < STABLE => Err(reason),
+            Some(reason) if idle_since.elapsed() < MIN_IDLE_TIME => Err(reason),
             _ => Ok(()),
         }
     }
@@ -359,7 +393,7 @@ impl Keeper {
     /// Until the container is claimed, or is of no more use: then with the reason, if it
     /// died.
     async fn idle(&mut self, container: &mut Container) -> (Option<Claim>, Option<String>) {
-        let not_needed = not_needed(&self.node, &self.slot);
+        let not_needed = not_needed(&self.slots, &self.slot);
         tokio::pin!(not_needed);
         let died = loop {
             tokio::select! {
@@ -374,7 +408,7 @@ impl Keeper {
                     }
                 }
                 reason = &mut not_needed, if !self.slot.drain.is_cancelled() => {
-                    self.node.events.send(&self.slot.identity, reason);
+                    self.slots.site.events.send(&self.slot.identity, reason);
                     self.slot.drain();
                 }
             }
@@ -401,11 +435,11 @@ impl Keeper {
 
     async fn run(&self, container: &mut Container, run: &Run, order: Order) {
         // From now on it comes back to another life of the driver with its run, or not at all.
-        self.node.idle.forget(&self.slot.identity.slot_id());
-        let class = self.node.config.run;
+        self.slots.idle.forget(&self.slot.identity.slot_id());
+        let class = self.slots.site.config.run;
         // Docker learns of the raised limits while the command already runs.
-        let (docker, id) = (self.node.docker.clone(), container.id.clone());
-        let update = self.node.tasks.spawn(async move {
+        let (docker, id) = (self.slots.site.docker.clone(), container.id.clone());
+        let update = self.slots.site.background.spawn(async move {
             sleep(LONG_RUN).await;
             if let Err(error) = docker.update(&id, &class).await {
                 // The container of a short run is gone by now.
@@ -415,7 +449,7 @@ impl Keeper {
         let Container {
             connection, limits, ..
         } = container;
-        carry::start(&self.node.runs, run, connection, limits, &class, order).await;
+        carry::start(&self.slots.runs, run, connection, limits, &class, order).await;
         update.abort();
         self.slot.apply(Event::RunEnded);
     }
@@ -427,26 +461,26 @@ impl Keeper {
             idle,
             ..
         } = &*self.slot;
-        let (run, image) = (self.node.config.run, &config.image);
+        let (run, image) = (self.slots.site.config.run, &config.image);
         let message = match &config.run_id {
             None => format!("Warm: image {image}, idle {idle}; a run gets {run}"),
             Some(run_id) => format!("Ready: image {image}, for run {run_id} alone; it gets {run}"),
         };
-        self.node.events.send(identity, message);
+        self.slots.site.events.send(identity, message);
     }
 }
 
 /// Waits until the one run of a slot on demand will not come; why.
-async fn not_needed(node: &Node, slot: &Slot) -> String {
+async fn not_needed(slots: &Slots, slot: &Slot) -> String {
     let Some(run_id) = &slot.config.run_id else {
         return std::future::pending().await;
     };
     let begun = Instant::now();
-    while begun.elapsed() < UNUSED {
-        if node.runs.has_run(run_id) && !slot.is_claimed() {
+    while begun.elapsed() < RUN_TIMEOUT {
+        if slots.runs.has_run(run_id) && !slot.is_claimed() {
             return "Its run found another slot".into();
         }
-        sleep(LOOK_FOR_RUN).await;
+        sleep(RUN_INTERVAL).await;
     }
-    format!("Its run did not come within {} s", UNUSED.as_secs())
+    format!("Its run did not come within {} s", RUN_TIMEOUT.as_secs())
 }

@@ -9,13 +9,10 @@ use std::{
 
 use tokio::{sync::watch, time::sleep_until};
 
-use super::{
-    Slot,
-    headroom::{Amount, Share},
-    state::{Event, State},
-};
+use super::{Slot, Slots};
 use crate::{
-    node::Node,
+    headroom::{Amount, Share},
+    life::{Event, State},
     run::{book::NotFound, claim::Refusal},
 };
 
@@ -36,43 +33,82 @@ impl Default for Lease {
     }
 }
 
+/// What a shim asks for.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    pub(crate) slot_id: String,
+    pub(crate) generation: u64,
+    /// The start of the driver that the shim saw.
+    pub(crate) start_id: String,
+    pub(crate) run_id: String,
+    pub(crate) user_id: String,
+    pub(crate) time: Duration,
+}
+
+impl Slots {
+    /// Keeps a slot's idle container for one run; until when.
+    ///
+    /// # Errors
+    /// [`Refusal`]: nothing has changed.
+    pub(crate) fn lease(&self, wanted: &Wanted) -> Result<SystemTime, Refusal> {
+        self.check_start(&wanted.start_id)?;
+        self.live(&wanted.slot_id)?.lease(self, wanted)
+    }
+
+    /// Ends the lease of a run, wherever it is.
+    ///
+    /// # Errors
+    /// [`NotFound`] if there is none, or it is another user's.
+    pub(crate) fn release(&self, run_id: &str, user_id: &str) -> Result<(), NotFound> {
+        for slot in self.book.all() {
+            match slot.release(run_id, user_id) {
+                Err(NotFound::Unknown { .. }) => {}
+                released => return released,
+            }
+        }
+        Err(NotFound::Unknown {
+            run_id: run_id.to_owned(),
+        })
+    }
+}
+
 impl Slot {
     /// Keeps the idle container for a run; until when. As often as it is asked for, it is one.
     ///
     /// # Errors
     /// [`Refusal`]: nothing has changed.
-    pub(crate) fn lease(
-        &self,
-        node: &Node,
-        generation: u64,
-        run_id: &str,
-        user_id: &str,
-        time: Duration,
-    ) -> Result<SystemTime, Refusal> {
+    fn lease(&self, slots: &Slots, wanted: &Wanted) -> Result<SystemTime, Refusal> {
+        let Wanted {
+            generation,
+            run_id,
+            user_id,
+            time,
+            ..
+        } = wanted;
         let now = SystemTime::now();
         let life = self.lock();
         if let State::Leased { holder, until } = life.state()
             && (life.generation(), &*holder.run_id, &*holder.user_id)
-                == (generation, run_id, user_id)
+                == (*generation, &**run_id, &**user_id)
         {
             return Ok(*until);
         }
-        let until = now + time;
+        let until = now + *time;
         let mut next = life.clone();
         let leased = Event::Leased {
-            generation,
+            generation: *generation,
             run_id: run_id.to_owned(),
             user_id: user_id.to_owned(),
             until,
         };
         next.apply(leased, now).map_err(Refusal::Taken)?;
-        let share = Amount::on_top(&node.config.run, &self.idle);
-        let share = node.headroom.take(share)?;
+        let share = Amount::on_top(&slots.site.config.run, &self.idle);
+        let share = slots.headroom.take(share)?;
         // The next life of the driver is not to take it for an idle one: its key has been told.
-        node.idle.forget(&self.identity.slot_id());
-        let mut lease = self.lease_lock();
+        slots.idle.forget(&self.identity.slot_id());
+        let mut lease = self.lease.lock();
         lease.share = Some(share);
-        lease.until.send_replace(Some(Instant::now() + time));
+        lease.until.send_replace(Some(Instant::now() + *time));
         drop(lease);
         self.step(life, next);
         Ok(until)
@@ -82,7 +118,7 @@ impl Slot {
     ///
     /// # Errors
     /// [`NotFound`] if it is not this slot's, or another user's.
-    pub(crate) fn release(&self, run_id: &str, user_id: &str) -> Result<(), NotFound> {
+    fn release(&self, run_id: &str, user_id: &str) -> Result<(), NotFound> {
         let life = self.lock();
         let run_id = run_id.to_owned();
         match life.state() {
@@ -90,7 +126,7 @@ impl Slot {
                 if holder.user_id != user_id {
                     return Err(NotFound::Forbidden { run_id });
                 }
-                self.lease_lock().until.send_replace(Some(Instant::now()));
+                self.lease.lock().until.send_replace(Some(Instant::now()));
                 Ok(())
             }
             _ => Err(NotFound::Unknown { run_id }),
@@ -99,12 +135,12 @@ impl Slot {
 
     /// Whether it has of the node already what its run needs.
     pub(super) fn has_leased_share(&self) -> bool {
-        self.lease_lock().share.is_some()
+        self.lease.lock().share.is_some()
     }
 
     /// That, which goes from the lease to its run; or nowhere, if none comes.
     pub(super) fn leased_share(&self) -> Option<Share> {
-        let mut lease = self.lease_lock();
+        let mut lease = self.lease.lock();
         lease.until.send_replace(None);
         lease.share.take()
     }
@@ -114,7 +150,7 @@ impl Slot {
     /// # Cancel safety
     /// Loses nothing.
     pub(super) async fn lease_ends(self: &Arc<Self>) {
-        let mut changes = self.lease_lock().until.subscribe();
+        let mut changes = self.lease.lock().until.subscribe();
         loop {
             let until = *changes.borrow_and_update();
             let passed = async {

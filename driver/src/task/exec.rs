@@ -14,14 +14,14 @@ use crate::{
 };
 
 /// How often to look whether a quiet command has ended.
-const LOOK: Duration = Duration::from_millis(100);
+const STATE_INTERVAL: Duration = Duration::from_millis(100);
 /// After its end, output on its way is still awaited for so long after the last piece. A
 /// background process may hold the streams open for ever.
-const DRAIN: Duration = Duration::from_secs(1);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// And for so long at most.
-const DRAIN_MOST: Duration = Duration::from_secs(5);
+const MAX_DRAIN_TIME: Duration = Duration::from_secs(5);
 /// Nomad keeps 4 KiB of a script check's output.
-const OUTPUT_MOST: usize = 4 << 10;
+const MAX_OUTPUT: usize = 4 << 10;
 
 /// What a caller sends.
 #[derive(Debug)]
@@ -66,7 +66,7 @@ pub async fn run(
         loop {
             match step(exec, &mut output, &mut ended).await? {
                 Event::Output(Piece::Stdout(data) | Piece::Stderr(data)) => {
-                    let room = OUTPUT_MOST.saturating_sub(outcome.output.len());
+                    let room = MAX_OUTPUT.saturating_sub(outcome.output.len());
                     outcome
                         .output
                         .extend_from_slice(&data[..room.min(data.len())]);
@@ -146,10 +146,10 @@ async fn step(
     ended: &mut Option<Instant>,
 ) -> Result<Event, docker::Error> {
     loop {
-        let wait = if ended.is_some() { DRAIN } else { LOOK };
+        let wait = if ended.is_some() { DRAIN_TIMEOUT } else { STATE_INTERVAL };
         let next = timeout(wait, output.next()).await;
         match (next, &ended) {
-            (Ok(Some(piece)), Some(since)) if since.elapsed() < DRAIN_MOST => {
+            (Ok(Some(piece)), Some(since)) if since.elapsed() < MAX_DRAIN_TIME => {
                 return piece.map(Event::Output);
             }
             (Ok(Some(piece)), None) => return piece.map(Event::Output),
@@ -166,8 +166,8 @@ async fn exit_code(exec: &Exec) -> Result<i32, docker::Error> {
         match exec.exit_code().await? {
             Some(code) => return Ok(clamp(code)),
             // A command that closed its streams and goes on.
-            None if begin.elapsed() < LOOK => sleep(Duration::from_millis(2)).await,
-            None => sleep(LOOK).await,
+            None if begin.elapsed() < STATE_INTERVAL => sleep(Duration::from_millis(2)).await,
+            None => sleep(STATE_INTERVAL).await,
         }
     }
 }

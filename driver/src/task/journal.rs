@@ -11,7 +11,7 @@ use std::{
 use super::{Exit, plan::OutputPath};
 use crate::{
     identity::Identity,
-    node::{
+    state::{
         files,
         records::{Found, Records},
     },

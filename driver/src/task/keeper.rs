@@ -15,25 +15,25 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-use super::{Exit, Task, journal::Entry, output, plan::OutputPath};
+use super::{Exit, Task, Tasks, journal::Entry, output, plan::OutputPath};
 use crate::{
     images::Use,
     limits,
     link::{Greeted, Link, Listener},
-    node::Node,
     process::Held,
+    site::Site,
     ticks::ticks,
 };
 
 /// How often to look for processes that the kernel killed for want of memory.
-const LOOK: Duration = Duration::from_secs(1);
+const OOM_INTERVAL: Duration = Duration::from_secs(1);
 /// Between questions to a dockerd that does not answer.
-const AGAIN: Duration = Duration::from_millis(200);
+const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 /// How long the end of a task waits for an agent to read its last output, once
 /// somebody waits for the end.
-const UNREAD: Duration = Duration::from_secs(10);
+const UNREAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// For a killed process to be gone.
-const DIES: Duration = Duration::from_secs(5);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How a task failed whose command has not run: it may be started anew.
 pub(crate) const NEVER_STARTED: &str = "the driver was restarted before the command was started";
 const SIGKILL: i32 = nix::sys::signal::Signal::SIGKILL as i32;
@@ -51,7 +51,7 @@ pub(super) struct Live {
 }
 
 /// Puts a task into the book and sees it through.
-pub(super) fn keep(node: &Arc<Node>, live: Live, held: Use) -> Arc<Task> {
+pub(super) fn keep(tasks: &Arc<Tasks>, live: Live, held: Use) -> Arc<Task> {
     let (signals, received) = mpsc::channel(8);
     let task = Arc::new(Task {
         entry: live.entry.clone(),
@@ -62,10 +62,10 @@ pub(super) fn keep(node: &Arc<Node>, live: Live, held: Use) -> Arc<Task> {
         used: Default::default(),
         _image: held,
     });
-    node.plain.add(task.clone());
+    tasks.book.add(task.clone());
     let limits = live.limits.clone();
     let keeper = Keeper {
-        node: node.clone(),
+        tasks: tasks.clone(),
         task: task.clone(),
         live,
         signals: received,
@@ -74,13 +74,13 @@ pub(super) fn keep(node: &Arc<Node>, live: Live, held: Use) -> Arc<Task> {
         oom_seen: None,
         copied: Arc::default(),
     };
-    node.tasks.spawn(keeper.run());
+    tasks.site.background.spawn(keeper.run());
     task
 }
 
 /// Takes up every task of the journal, before Nomad can ask for one.
-pub(crate) fn recover(node: &Arc<Node>) {
-    for entry in node.journal.read() {
+pub(crate) fn recover(tasks: &Arc<Tasks>) {
+    for entry in tasks.journal.read() {
         let process = Held::find(entry.pid, entry.pid_start);
         let limits = process
             .as_ref()
@@ -93,7 +93,7 @@ pub(crate) fn recover(node: &Arc<Node>) {
                 .ok(),
             _ => None,
         };
-        let held = node.images.hold(&entry.image);
+        let held = tasks.site.images.hold(&entry.image);
         tracing::info!(
             task = entry.identity.task_id,
             alive = process.is_some(),
@@ -106,12 +106,12 @@ pub(crate) fn recover(node: &Arc<Node>) {
             listener,
             link: None,
         };
-        keep(node, live, held);
+        keep(tasks, live, held);
     }
 }
 
 struct Keeper {
-    node: Arc<Node>,
+    tasks: Arc<Tasks>,
     task: Arc<Task>,
     live: Live,
     signals: mpsc::Receiver<i32>,
@@ -132,7 +132,7 @@ impl Keeper {
         };
         if self.live.entry.exit.is_none() {
             self.live.entry.exit = Some(exit.clone());
-            if let Err(error) = self.node.journal.write(&self.live.entry) {
+            if let Err(error) = self.tasks.journal.write(&self.live.entry) {
                 tracing::warn!(
                     error = crate::chain(&error),
                     "a task's end is not in the journal"
@@ -156,31 +156,31 @@ impl Keeper {
         {
             return None;
         }
-        let (node, identity) = (self.node.clone(), entry.identity.clone());
+        let (tasks, identity) = (self.tasks.clone(), entry.identity.clone());
         let pump = output::pump(
-            node.docker.clone(),
+            tasks.site.docker.clone(),
             entry.container.clone(),
             entry.marked,
             [entry.stdout.clone(), entry.stderr.clone()],
             {
-                let node = node.clone();
-                move || node.journal.mark(&identity)
+                let tasks = tasks.clone();
+                move || tasks.journal.mark(&identity)
             },
             self.copied.clone(),
         );
         let pump = async move {
             // A driver that has just been started and dockerd have yet to agree on a version.
-            let mut ready = node.ready.subscribe();
+            let mut ready = tasks.site.ready.subscribe();
             drop(ready.wait_for(|ready| *ready).await);
             pump.await;
         };
-        Some(AbortOnDropHandle::new(self.node.tasks.spawn(pump)))
+        Some(AbortOnDropHandle::new(self.tasks.site.background.spawn(pump)))
     }
 
     /// Serves the running task until it has ended.
     async fn ended(&mut self) -> Exit {
-        let mut looks = ticks(LOOK);
-        let (task, node) = (self.task.clone(), self.node.clone());
+        let mut looks = ticks(OOM_INTERVAL);
+        let (task, tasks) = (self.task.clone(), self.tasks.clone());
         loop {
             let Live {
                 process,
@@ -209,7 +209,7 @@ impl Keeper {
                     self.end_process().await;
                     return self.ask_docker().await;
                 }
-                _ = looks.tick() => self.tell_oom_kills(&node),
+                _ = looks.tick() => self.tell_oom_kills(&tasks.site),
             }
         }
     }
@@ -220,8 +220,8 @@ impl Keeper {
             Some(exited::Status::Signal(signal)) => (128 + signal, signal),
             None => return self.failed("init did not say how the command ended"),
         };
-        let node = self.node.clone();
-        self.tell_oom_kills(&node);
+        let tasks = self.tasks.clone();
+        self.tell_oom_kills(&tasks.site);
         Exit {
             code,
             signal,
@@ -236,7 +236,7 @@ impl Keeper {
     async fn ask_docker(&self) -> Exit {
         let id = &self.live.entry.container;
         loop {
-            match self.node.docker.state(id).await {
+            match self.tasks.site.docker.state(id).await {
                 Ok(state) if state.pid == 0 => {
                     let code = i32::try_from(state.exit_code).unwrap_or(i32::MAX);
                     return Exit {
@@ -252,7 +252,7 @@ impl Keeper {
                     };
                 }
                 Ok(state) if state.pid != self.live.entry.pid || self.task.kill.is_cancelled() => {
-                    let _the_reapers = self.node.docker.remove(id).await;
+                    let _the_reapers = self.tasks.site.docker.remove(id).await;
                     return self.failed("its container was started by somebody else");
                 }
                 Ok(_) => {}
@@ -270,14 +270,14 @@ impl Keeper {
                     "asking again how a task ended"
                 ),
             }
-            sleep(AGAIN).await;
+            sleep(RETRY_INTERVAL).await;
         }
     }
 
     /// The kernel has killed something a moment ago. What it killed long before the end
     /// the task got over.
     fn is_out_of_memory(&self) -> bool {
-        self.oom_seen.is_some_and(|seen| seen.elapsed() < 3 * LOOK)
+        self.oom_seen.is_some_and(|seen| seen.elapsed() < 3 * OOM_INTERVAL)
     }
 
     fn failed(&self, error: &str) -> Exit {
@@ -290,7 +290,7 @@ impl Keeper {
         }
     }
 
-    fn tell_oom_kills(&mut self, node: &Node) {
+    fn tell_oom_kills(&mut self, site: &Site) {
         let kills = self
             .live
             .limits
@@ -303,7 +303,7 @@ impl Keeper {
             let processes = if count == 1 { "a process" } else { "processes" };
             let message =
                 format!("Out of memory: the kernel killed {processes} of the task ({count})");
-            node.events.send(&self.live.entry.identity, message);
+            site.events.send(&self.live.entry.identity, message);
         }
     }
 
@@ -319,7 +319,7 @@ impl Keeper {
         };
         if is_given_up {
             let message = "Nomad does not read the task's last output; it is lost";
-            self.node.events.send(&task.entry.identity, message.into());
+            self.tasks.site.events.send(&task.entry.identity, message.into());
         }
         self.end_process().await;
     }
@@ -331,9 +331,9 @@ impl Keeper {
             return;
         };
         process.kill();
-        if timeout(DIES, process.ended()).await.is_err() {
-            let _the_reapers = self.node.docker.remove(&self.live.entry.container).await;
-            let _still_there = timeout(DIES, process.ended()).await;
+        if timeout(KILL_TIMEOUT, process.ended()).await.is_err() {
+            let _the_reapers = self.tasks.site.docker.remove(&self.live.entry.container).await;
+            let _still_there = timeout(KILL_TIMEOUT, process.ended()).await;
         }
     }
 
@@ -368,14 +368,14 @@ impl Keeper {
 async fn is_unread(task: &Task, copied: &AtomicU64) {
     let (mut since, mut seen) = (None, 0);
     loop {
-        sleep(AGAIN).await;
+        sleep(RETRY_INTERVAL).await;
         let now = copied.load(Ordering::Relaxed);
         let is_stuck = task.end.receiver_count() > 0 && now == seen;
         seen = now;
         since = since
             .filter(|_| is_stuck)
             .or_else(|| is_stuck.then(Instant::now));
-        if since.is_some_and(|since| since.elapsed() > UNREAD) {
+        if since.is_some_and(|since| since.elapsed() > UNREAD_TIMEOUT) {
             return;
         }
     }
@@ -426,7 +426,7 @@ async fn listen(listener: &Option<Listener>, link: &mut Option<Link>, pid: u32) 
         }
         Err(error) => {
             tracing::debug!(error = crate::chain(&error), "init came and went");
-            sleep(AGAIN).await;
+            sleep(RETRY_INTERVAL).await;
             Word::Nothing
         }
     }

@@ -12,8 +12,8 @@ use polydev_proto::driver::{
 use crate::{
     config::{Bandwidth, Mount, MountKind, Task},
     docker::{Network, Published},
+    identity::LABEL_SANDBOX,
     limits::{BURST, Rates},
-    sandbox,
 };
 
 /// Why a task cannot be put on the network as it asks.
@@ -60,7 +60,7 @@ pub(super) fn place(
     let group = task.network_isolation_spec.as_ref().filter(|spec| {
         spec.mode() == NetworkIsolationMode::Group || spec.mode() == NetworkIsolationMode::None
     });
-    let sandbox = group.and_then(|spec| spec.labels.get(sandbox::LABEL_CONTAINER));
+    let sandbox = group.and_then(|spec| spec.labels.get(LABEL_SANDBOX));
     let mode = match (&options.network_mode, sandbox) {
         (Some(mode), _) => mode.clone(),
         (None, Some(container)) => format!("container:{container}"),
@@ -353,7 +353,7 @@ mod tests {
             alloc_dir: folder.path().to_string_lossy().into_owned(),
             network_isolation_spec: Some(NetworkIsolationSpec {
                 mode: NetworkIsolationMode::Group.into(),
-                labels: [(sandbox::LABEL_CONTAINER.to_owned(), "abc".to_owned())].into(),
+                labels: [(LABEL_SANDBOX.to_owned(), "abc".to_owned())].into(),
                 hosts_config: Some(HostsConfig {
                     hostname: "h".into(),
                     address: "172.26.64.2".into(),

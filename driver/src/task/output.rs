@@ -26,15 +26,15 @@ use tokio::{
 use crate::docker::{Docker, Piece};
 
 /// Between attempts to read on after dockerd was away.
-const AGAIN: Duration = Duration::from_millis(500);
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// How often to remember how far reading has come.
-const MARK: Duration = Duration::from_secs(1);
+const MARK_INTERVAL: Duration = Duration::from_secs(1);
 /// How often to look whether Nomad has read everything.
-const LOOK: Duration = Duration::from_millis(5);
+const OPEN_INTERVAL: Duration = Duration::from_millis(5);
 /// As many pieces of dockerd's are written at once.
 const PIECES: usize = 512;
 /// Nomad reads a FIFO's 64 KiB in milliseconds, if it reads at all.
-const READ: Duration = Duration::from_secs(10);
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Opens a FIFO of Nomad's to write to. Open for reading too it never waits for Nomad,
 /// and neither side sees an end when the other goes away for a while. `/dev/null`,
@@ -103,7 +103,7 @@ pub(super) async fn pump(
                     error = crate::chain(&error),
                     "reading output again"
                 );
-                sleep(AGAIN).await;
+                sleep(RETRY_INTERVAL).await;
                 continue;
             }
         };
@@ -119,7 +119,7 @@ pub(super) async fn pump(
                 None => break None,
             }
             since = SystemTime::now();
-            if marked.elapsed() > MARK {
+            if marked.elapsed() > MARK_INTERVAL {
                 marked = Instant::now();
                 mark();
             }
@@ -133,7 +133,7 @@ pub(super) async fn pump(
                     "reading output again"
                 );
                 is_whole = false;
-                sleep(AGAIN).await;
+                sleep(RETRY_INTERVAL).await;
             }
             Some(error) => {
                 tracing::info!(
@@ -150,8 +150,8 @@ pub(super) async fn pump(
         catch_up(&docker, &container, &mut sinks).await;
     }
     let begin = Instant::now();
-    while begin.elapsed() < READ && (sinks.stdout.has_unread() || sinks.stderr.has_unread()) {
-        sleep(LOOK).await;
+    while begin.elapsed() < READ_TIMEOUT && (sinks.stdout.has_unread() || sinks.stderr.has_unread()) {
+        sleep(OPEN_INTERVAL).await;
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
 use polydev_proto::driver::TaskConfig;
 
 use super::{
+    Tasks,
     mounts::{self, Folders},
     network::{self, Place},
     resources,
@@ -18,11 +19,11 @@ use crate::{
     docker::{Image, InitMounts, PlainSpec, Resources},
     identity::{Identity, labels},
     images::{Policy, Want},
-    node::Node,
+    site::Site,
 };
 
 /// A seccomp profile is far smaller.
-const PROFILE_MOST: u64 = 1 << 20;
+const MAX_PROFILE: u64 = 1 << 20;
 
 /// Why a task cannot be started as its job describes it. Nothing has been made then.
 #[derive(Debug, thiserror::Error)]
@@ -70,11 +71,12 @@ pub(super) struct Plan<'a> {
 
 impl<'a> Plan<'a> {
     pub(super) fn make(
-        node: &Node,
+        tasks: &Tasks,
         task: &'a TaskConfig,
         mut options: Task,
     ) -> Result<Self, Error> {
-        let plugin = &node.config;
+        let Tasks { site, journal, .. } = tasks;
+        let plugin = &site.config;
         options.check_allowed(plugin)?;
         for option in &mut options.security_opt {
             embed_profile(option)?;
@@ -83,12 +85,12 @@ impl<'a> Plan<'a> {
         let place = network::place(
             task,
             &options,
-            &node.journal.files(&identity),
-            &node.resolv_conf,
+            &journal.files(&identity),
+            &site.resolv_conf,
         )?;
         let mut mounts = mounts::mounts(task, &options, plugin)?;
         mounts.mounts.extend(place.files.iter().cloned());
-        let compute = &node.compute;
+        let compute = &site.compute;
         let output = if options.init && options.logging.is_none() && !plugin.disable_log_collection
         {
             OutputPath::Init
@@ -126,8 +128,8 @@ impl<'a> Plan<'a> {
     }
 
     /// Works the mounts out once more, right before they are made.
-    pub(super) fn look_again(&mut self, node: &Node) -> Result<(), Error> {
-        let mut mounts = mounts::mounts(self.task, &self.options, &node.config)?;
+    pub(super) fn look_again(&mut self, site: &Site) -> Result<(), Error> {
+        let mut mounts = mounts::mounts(self.task, &self.options, &site.config)?;
         mounts.mounts.extend(self.place.files.iter().cloned());
         (self.binds, self.mounts) = (mounts.binds, mounts.mounts);
         Ok(())
@@ -149,7 +151,7 @@ impl<'a> Plan<'a> {
         }
     }
 
-    pub(super) fn spec<'s>(&'s self, node: &Node, init: Option<InitMounts<'s>>) -> PlainSpec<'s> {
+    pub(super) fn spec<'s>(&'s self, site: &Site, init: Option<InitMounts<'s>>) -> PlainSpec<'s> {
         let devices = self.task.devices.iter().map(|device| Device {
             host_path: device.host_path.clone(),
             container_path: device.task_path.clone(),
@@ -159,10 +161,10 @@ impl<'a> Plan<'a> {
             name: self.identity.container_name(),
             options: &self.options,
             labels: labels(
-                &node.instance,
+                &site.instance,
                 self.task,
                 &self.options.labels,
-                &node.config.extra_labels,
+                &site.config.extra_labels,
             ),
             env: &self.task.env,
             user: &self.task.user,
@@ -236,7 +238,7 @@ fn embed_profile(option: &mut String) -> Result<(), Error> {
         return Err(wrong(io::Error::other("it is not a file")));
     }
     fs::File::open(&path)
-        .and_then(|file| file.take(PROFILE_MOST).read_to_string(&mut text))
+        .and_then(|file| file.take(MAX_PROFILE).read_to_string(&mut text))
         .map_err(wrong)?;
     let profile: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| wrong(error.into()))?;

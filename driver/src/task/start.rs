@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{
-    Task,
+    Task, Tasks,
     journal::Entry,
     keeper::{self, Live},
     output,
@@ -26,23 +26,23 @@ use super::{
 };
 use crate::{
     config,
-    docker::{self, InitMounts},
+    docker::{self, InitMounts, removal},
     identity::{Identity, LABEL_INSTANCE},
     images::{self, Use},
     limits,
     link::{self, Greeted, Link, Listener},
     netlink,
-    node::{Node, files},
     process::{Held, is_of_container},
-    reap,
+    site::Site,
+    state::files,
 };
 
 /// From the container's start until its init connects. A busy node may need many seconds.
-const INIT: Duration = Duration::from_secs(60);
+const INIT_TIMEOUT: Duration = Duration::from_secs(60);
 /// For a process that has left its control groups to have ended.
-const ENDS: Duration = Duration::from_secs(1);
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 /// For init to have started the command.
-const STARTED: Duration = Duration::from_secs(30);
+const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why a plain task was not started; nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +57,7 @@ pub enum Error {
     Taken { name: String },
     #[error("init ended with status {exit_code} before it was ready: {words}")]
     InitEnded { exit_code: i64, words: String },
-    #[error("init was not ready within {} s; an image that needs to be process 1 itself, or a runtime without unix sockets, needs `init = false`", INIT.as_secs())]
+    #[error("init was not ready within {} s; an image that needs to be process 1 itself, or a runtime without unix sockets, needs `init = false`", INIT_TIMEOUT.as_secs())]
     InitTimedOut,
     #[error("init cannot be used")]
     Link(#[from] link::Error),
@@ -101,89 +101,90 @@ impl Error {
 /// # Cancel safety
 /// None: it is to be spawned.
 pub async fn start(
-    node: &Arc<Node>,
+    tasks: &Arc<Tasks>,
     task: &TaskConfig,
     options: config::Task,
 ) -> Result<Arc<Task>, Error> {
-    let started = make(node, task, options).await;
+    let started = make(tasks, task, options).await;
     if started.is_err() {
-        node.journal.remove(&Identity::of(task));
+        tasks.journal.remove(&Identity::of(task));
     }
     started
 }
 
 async fn make(
-    node: &Arc<Node>,
+    tasks: &Arc<Tasks>,
     task: &TaskConfig,
     options: config::Task,
 ) -> Result<Arc<Task>, Error> {
-    let mut plan = Plan::make(node, task, options)?;
+    let site = &*tasks.site;
+    let mut plan = Plan::make(tasks, task, options)?;
     let tell = |step: images::Step| {
-        node.events
+        site.events
             .send(&plan.identity, step.message(&plan.options.image));
     };
-    let (image, held) = node.images.get(&plan.want(), tell).await?;
+    let (image, held) = site.images.get(&plan.want(), tell).await?;
     let argv = plan.argv(&image)?;
     // Another task of the allocation has had time to put links in their place.
-    plan.look_again(node)?;
+    plan.look_again(site)?;
     let stop_signal = image.stop_signal.as_deref().unwrap_or("SIGTERM");
 
     let listener = if plan.options.init {
-        Some(Listener::bind(&node.link_dir)?)
+        Some(Listener::bind(&site.link_dir)?)
     } else {
         None
     };
     let spec = plan.spec(
-        node,
+        site,
         listener.as_ref().map(|listener| InitMounts {
-            init: &node.init,
+            init: &site.init,
             link: listener.folder(),
         }),
     );
-    let container = create(node, &spec).await?;
+    let container = create(site, &spec).await?;
     let folder = listener
         .as_ref()
         .map(|listener| listener.folder().to_owned());
     let made = async {
-        let running = run(node, &container, listener).await?;
-        let live = prepare(node, &plan, task, &container, stop_signal, running).await?;
+        let running = run(site, &container, listener).await?;
+        let live = prepare(tasks, &plan, task, &container, stop_signal, running).await?;
         begin(live, &plan, argv, held).await
     };
     match made.await {
-        Ok((live, held)) => Ok(keeper::keep(node, live, held)),
+        Ok((live, held)) => Ok(keeper::keep(tasks, live, held)),
         Err(error) => {
             if let Some(folder) = &folder {
                 let _gone_already = std::fs::remove_dir_all(folder);
             }
-            reap::remove(node, &container).await;
+            removal::remove(&site.docker, &container).await;
             Err(error)
         }
     }
 }
 
 /// Makes the container. One of the same name is left from an attempt that failed.
-async fn create(node: &Arc<Node>, spec: &docker::PlainSpec<'_>) -> Result<String, Error> {
-    match create_once(node, spec).await {
+async fn create(site: &Site, spec: &docker::PlainSpec<'_>) -> Result<String, Error> {
+    match create_once(site, spec).await {
         Err(error) if error.is_conflict() => {}
         created => return Ok(created?),
     }
-    let labels = node.docker.labels(&spec.name).await?;
-    if labels.get(LABEL_INSTANCE) != Some(&node.instance) {
+    let labels = site.docker.labels(&spec.name).await?;
+    if labels.get(LABEL_INSTANCE) != Some(&site.instance) {
         return Err(Error::Taken {
             name: spec.name.clone(),
         });
     }
-    node.docker.remove(&spec.name).await?;
-    Ok(create_once(node, spec).await?)
+    site.docker.remove(&spec.name).await?;
+    Ok(create_once(site, spec).await?)
 }
 
 async fn create_once(
-    node: &Arc<Node>,
+    site: &Site,
     spec: &docker::PlainSpec<'_>,
 ) -> Result<String, docker::Error> {
-    let created = node.docker.create_plain(spec).await;
+    let created = site.docker.create_plain(spec).await;
     if created.as_ref().is_err_and(|error| !error.is_answer()) {
-        reap::remove_if_made(node, &spec.name);
+        removal::remove_if_made(&site.docker, &spec.name);
     }
     created
 }
@@ -194,12 +195,12 @@ struct Running {
     link: Option<(Listener, Link)>,
 }
 
-async fn run(node: &Node, container: &str, listener: Option<Listener>) -> Result<Running, Error> {
-    let (docker, id) = (node.docker.clone(), container.to_owned());
-    let mut started: JoinHandle<_> = node.tasks.spawn(async move { docker.start(&id).await });
+async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result<Running, Error> {
+    let (docker, id) = (site.docker.clone(), container.to_owned());
+    let mut started: JoinHandle<_> = site.background.spawn(async move { docker.start(&id).await });
     let Some(listener) = listener else {
         started.await.expect("starting does not panic")?;
-        let state = node.docker.state(container).await?;
+        let state = site.docker.state(container).await?;
         // One that has ended already is found so by its keeper.
         return Ok(Running {
             pid: state.pid,
@@ -207,7 +208,7 @@ async fn run(node: &Node, container: &str, listener: Option<Listener>) -> Result
         });
     };
     let accept = async {
-        let accept = timeout(INIT, listener.accept(|pid| is_of_container(pid, container)));
+        let accept = timeout(INIT_TIMEOUT, listener.accept(|pid| is_of_container(pid, container)));
         let mut accept = std::pin::pin!(accept);
         tokio::select! {
             // Init is there before dockerd has answered: there is nothing to wait for.
@@ -216,7 +217,7 @@ async fn run(node: &Node, container: &str, listener: Option<Listener>) -> Result
                 started.expect("starting does not panic")?;
                 tokio::select! {
                     accepted = &mut accept => Ok(accepted),
-                    error = died(&node.docker, container) => Err(error),
+                    error = died(&site.docker, container) => Err(error),
                 }
             }
         }
@@ -253,7 +254,7 @@ async fn died(docker: &docker::Docker, container: &str) -> Error {
 
 /// Limits, address and journal: all that must be before the command runs.
 async fn prepare(
-    node: &Node,
+    tasks: &Tasks,
     plan: &Plan<'_>,
     task: &TaskConfig,
     container: &str,
@@ -277,7 +278,7 @@ async fn prepare(
     let (process, limits) = match (process, link.is_some()) {
         // Without init the command runs already, and may be over in the meantime: it has
         // left its control groups a moment before its end is seen.
-        (Ok(process), false) if limits.is_err() && timeout(ENDS, process.ended()).await.is_ok() => {
+        (Ok(process), false) if limits.is_err() && timeout(END_TIMEOUT, process.ended()).await.is_ok() => {
             (Some(process), None)
         }
         (Ok(process), _) => (Some(process), Some(Arc::new(limits?))),
@@ -285,7 +286,7 @@ async fn prepare(
         (Err(_), false) => (None, None),
         (Err(error), true) => return Err(Error::Gone(error)),
     };
-    let off = node.config.disable_log_collection;
+    let off = tasks.site.config.disable_log_collection;
     let log = |path: &str| {
         if off || path.is_empty() {
             "/dev/null".into()
@@ -322,7 +323,7 @@ async fn prepare(
         exit: None,
         marked: None,
     };
-    node.journal.write(&entry)?;
+    tasks.journal.write(&entry)?;
     if let Some(listener) = &mut listener {
         listener.keep();
     }
@@ -374,7 +375,7 @@ async fn begin(
         }
         OutputPath::Docker => link.writer.send(start).await?,
     }
-    let answer = timeout(STARTED, link.reader.next()).await;
+    let answer = timeout(START_TIMEOUT, link.reader.next()).await;
     match answer.map_err(|_| Error::InitTimedOut)?? {
         from_init::Message::Started(_) => Ok((live, held)),
         from_init::Message::NotStarted(NotStarted { message, .. }) => {

@@ -136,42 +136,64 @@ pub fn parse_id(field: &'static str, run_id: &str) -> Result<Uuid, Invalid> {
         })
 }
 
+/// The run's id, and whether a lease has it.
+fn ids(start: &RunStart) -> Result<(Uuid, bool), Invalid> {
+    match (start.run_id.as_str(), start.lease_id.as_str()) {
+        ("", "") => Ok((Uuid::now_v7(), false)),
+        (given, "") => Ok((parse_id("run_id", given)?, false)),
+        ("", lease) => Ok((parse_id("lease_id", lease)?, true)),
+        (given, lease) if given == lease => Ok((parse_id("lease_id", lease)?, true)),
+        (given, _) => Err(Invalid::Value {
+            field: "run_id",
+            given: given.to_owned(),
+            allowed: "that of the lease, or none",
+        }),
+    }
+}
+
+fn drops_oldest(on_slow_reader: i32) -> Result<bool, Invalid> {
+    match SlowReader::try_from(on_slow_reader) {
+        Ok(on_slow_reader) => Ok(on_slow_reader == SlowReader::DropOldest),
+        Err(unknown) => Err(Invalid::Value {
+            field: "on_slow_reader",
+            given: unknown.to_string(),
+            allowed: "SLOW_READER_BLOCK or SLOW_READER_DROP_OLDEST",
+        }),
+    }
+}
+
+fn check_work_dir(given: &str) -> Result<(), Invalid> {
+    let is_absolute = given.is_empty() || given.starts_with('/');
+    if is_absolute && given.len() <= PATH_MOST {
+        return Ok(());
+    }
+    Err(Invalid::Value {
+        field: "work_dir",
+        given: given.to_owned(),
+        allowed: "an absolute path of at most 4096 bytes",
+    })
+}
+
+fn timeout(given: Option<prost_types::Duration>) -> Result<Duration, Invalid> {
+    let allowed = LEAST..=TIMEOUT_MOST;
+    bounded("timeout", given, TIMEOUT, allowed, "1 ms to 24 h")
+}
+
+fn kill_timeout(given: Option<prost_types::Duration>) -> Result<Duration, Invalid> {
+    let allowed = LEAST..=KILL_TIMEOUT;
+    bounded("kill_timeout", given, KILL_TIMEOUT, allowed, "1 ms to 30 s")
+}
+
 impl Request {
     /// # Errors
     /// [`Invalid`] for the first field that is wrong.
-    pub fn parse(start: RunStart, trace: Option<TraceContext>) -> Result<Self, Invalid> {
+    pub fn parse(mut start: RunStart, trace: Option<TraceContext>) -> Result<Self, Invalid> {
         let provider: Provider = start.provider.parse()?;
-        let user_id = start.user_id;
-        check_user(&user_id)?;
-        let (run_id, is_leased) = match (start.run_id.as_str(), start.lease_id.as_str()) {
-            ("", "") => (Uuid::now_v7(), false),
-            (given, "") => (parse_id("run_id", given)?, false),
-            ("", lease) => (parse_id("lease_id", lease)?, true),
-            (given, lease) if given == lease => (parse_id("lease_id", lease)?, true),
-            (given, _) => {
-                return Err(Invalid::Value {
-                    field: "run_id",
-                    given: given.to_owned(),
-                    allowed: "that of the lease, or none",
-                });
-            }
-        };
+        check_user(&start.user_id)?;
+        let (run_id, is_leased) = ids(&start)?;
         let is_retry = !start.run_id.is_empty() && start.attempt != 1;
-        let on_slow_reader =
-            SlowReader::try_from(start.on_slow_reader).map_err(|unknown| Invalid::Value {
-                field: "on_slow_reader",
-                given: unknown.to_string(),
-                allowed: "SLOW_READER_BLOCK or SLOW_READER_DROP_OLDEST",
-            })?;
-        let is_absolute = start.work_dir.is_empty() || start.work_dir.starts_with('/');
-        if !is_absolute || start.work_dir.len() > PATH_MOST {
-            let allowed = "an absolute path of at most 4096 bytes";
-            return Err(Invalid::Value {
-                field: "work_dir",
-                given: start.work_dir,
-                allowed,
-            });
-        }
+        let drop_oldest = drops_oldest(start.on_slow_reader)?;
+        check_work_dir(&start.work_dir)?;
         let queue_timeout = bounded(
             "queue_timeout",
             start.queue_timeout,
@@ -180,7 +202,7 @@ impl Request {
             "0 s to 30 min",
         )?;
         environment::check(&start.env)?;
-        let (argv, stdin) = argv(provider, start.command, &start.env)?;
+        let (argv, stdin) = argv(provider, start.command.take(), &start.env)?;
         if stdin.is_some() && start.stdin {
             return Err(Invalid::Value {
                 field: "stdin",
@@ -188,11 +210,11 @@ impl Request {
                 allowed: "false, as the prompt is so long that it is the command's stdin",
             });
         }
-        let (files, contents) = files(start.files)?;
+        let (files, contents) = files(std::mem::take(&mut start.files))?;
         let files_bytes = workspace::check_files(&files)?;
         let own_input = own_input(contents, files_bytes, stdin.clone(), start.stdin);
-        let artifacts = start.artifacts.map(rules).transpose()?;
-        let terminal = start.terminal.map(terminal).transpose()?;
+        let artifacts = start.artifacts.take().map(rules).transpose()?;
+        let terminal = start.terminal.take().map(terminal).transpose()?;
         if terminal.is_some() && stdin.is_some() {
             return Err(Invalid::Value {
                 field: "terminal",
@@ -201,10 +223,10 @@ impl Request {
             });
         }
         let in_workspace = start.work_dir.is_empty() && (!files.is_empty() || artifacts.is_some());
-        let credential = start.credential.map(Source::parse).transpose()?;
-        let mut env = start.env;
+        let credential = start.credential.take().map(Source::parse).transpose()?;
+        let mut env = std::mem::take(&mut start.env);
         env.insert("PROVIDER".into(), provider.name().into());
-        env.insert("USER_ID".into(), user_id.clone());
+        env.insert("USER_ID".into(), start.user_id.clone());
         let spec = RunSpec {
             argv,
             env,
@@ -213,25 +235,9 @@ impl Request {
                 false => start.work_dir,
             },
             stdin: start.stdin || stdin.is_some(),
-            timeout: bounded(
-                "timeout",
-                start.timeout,
-                TIMEOUT,
-                LEAST..=TIMEOUT_MOST,
-                "1 ms to 24 h",
-            )?
-            .try_into()
-            .ok(),
-            kill_timeout: bounded(
-                "kill_timeout",
-                start.kill_timeout,
-                KILL_TIMEOUT,
-                LEAST..=KILL_TIMEOUT,
-                "1 ms to 30 s",
-            )?
-            .try_into()
-            .ok(),
-            drop_oldest: on_slow_reader == SlowReader::DropOldest,
+            timeout: timeout(start.timeout)?.try_into().ok(),
+            kill_timeout: kill_timeout(start.kill_timeout)?.try_into().ok(),
+            drop_oldest,
             secret_names: Vec::new(),
             terminal,
             files,
@@ -244,7 +250,7 @@ impl Request {
         check(&spec, &Prepared::default())?;
         Ok(Self {
             provider,
-            user_id,
+            user_id: start.user_id,
             run_id,
             is_leased,
             is_retry,

@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use polydev_driver::{service::DriverState, slot::adopt::Idle, task::journal::Entry};
+use polydev_driver::{service::DriverState, slot::shelf::Idle, task::journal::Entry};
 
 fuzz_target!(|data: &[u8]| {
     if let Ok(state) = DriverState::decode(data) {

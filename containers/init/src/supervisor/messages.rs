@@ -7,7 +7,7 @@ use polydev_proto::init::{
     NotStarted, Start, Started, Stdin, StdinAck, from_init, not_started::Reason, to_init,
 };
 
-use super::{ENDING, OUTPUT_BUFFER_MOST, Receiving, STREAMS, State, Supervisor};
+use super::{ENDING, MAX_OUTPUT_BUFFER, Receiving, STREAMS, State, Supervisor};
 use crate::{
     command::Command,
     output::Output,
@@ -18,7 +18,7 @@ impl Supervisor {
     pub(super) fn on_message(&mut self, message: to_init::Message, now: Instant) {
         match (message, &mut self.state) {
             (to_init::Message::Start(start), State::Waiting) => {
-                let capacity = OUTPUT_BUFFER_MOST.min(start.output_buffer_bytes as usize);
+                let capacity = MAX_OUTPUT_BUFFER.min(start.output_buffer_bytes as usize);
                 self.outputs = [(); 3].map(|()| Output::new(capacity));
                 self.is_plain = start.task.is_some();
                 match Incoming::new(workspace::path(), &start.files) {

@@ -3,17 +3,21 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use polydev_proto::node::{
-    Ended, Granted, Lost, Output, RunEvent, Slot as SlotMessage, Started, StdinTaken, run_event,
-    slot,
+use polydev_proto::{
+    node::{
+        Ended, Granted, Lost, Output, RunEvent, Slot as SlotMessage, Started, StdinTaken,
+        run_event, slot,
+    },
+    stream::Stream,
 };
 use prost_types::Timestamp;
 use tonic::Status;
 
 use super::refuse;
 use crate::{
+    life::State,
     run::{self, follow::Event},
-    slot::{Slot, state::State},
+    slot::Slot,
 };
 
 pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
@@ -65,17 +69,13 @@ pub(super) fn encode_event(event: Event) -> Result<RunEvent, Status> {
         } => {
             let output = Output { offset, data };
             match stream {
-                0 => run_event::Event::Stdout(output),
-                1 => run_event::Event::Stderr(output),
-                _ => run_event::Event::ArtifactData(output),
+                Stream::Stdout => run_event::Event::Stdout(output),
+                Stream::Stderr => run_event::Event::Stderr(output),
+                Stream::Artifacts => run_event::Event::ArtifactData(output),
             }
         }
         Event::Lost { stream, from, to } => run_event::Event::Lost(Lost {
-            stream: match stream {
-                0 => 1,
-                1 => 2,
-                _ => 3,
-            },
+            stream: stream.number(),
             from,
             to,
         }),

@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Nomad's are UUIDs.
-const NODE_ID_MOST: usize = 64;
+const MAX_NODE_ID: usize = 64;
 
 /// Closes a run to all tries but one, and tells what is known of it.
 ///
@@ -23,8 +23,8 @@ pub(super) fn fence(node: &Node, request: FenceRequest) -> Result<FenceResponse,
     } = request;
     let ballot = ballot.ok_or_else(|| Status::invalid_argument("`ballot` is missing"))?;
     claim::made_at(&run_id).map_err(|invalid| Status::invalid_argument(invalid.to_string()))?;
-    if claims_on.len() > NODE_ID_MOST {
-        let problem = format!("`claims_on` is longer than {NODE_ID_MOST} bytes");
+    if claims_on.len() > MAX_NODE_ID {
+        let problem = format!("`claims_on` is longer than {MAX_NODE_ID} bytes");
         return Err(Status::invalid_argument(problem));
     }
     let newer = Some(claims_on).filter(|node_id| !node_id.is_empty());

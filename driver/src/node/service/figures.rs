@@ -2,13 +2,10 @@
 
 use polydev_proto::node::{Amount, GetNodeResponse};
 
-use crate::{
-    node::Node,
-    slot::{headroom, state::State},
-};
+use crate::{headroom, life::State, node::Node};
 
 pub(super) fn of(node: &Node) -> GetNodeResponse {
-    let slots = node.slots.all();
+    let slots = node.slots.book.all();
     let slots = slots.iter().filter(|slot| slot.end().is_none());
     let lives: Vec<_> = slots.map(|slot| slot.life()).collect();
     let count = |is_it: fn(&State) -> bool| {
@@ -25,8 +22,8 @@ pub(super) fn of(node: &Node) -> GetNodeResponse {
         idle: count(|state| matches!(state, State::Idle)),
         claimed: count(|state| matches!(state, State::Claimed { .. })),
         runs: u32::try_from(node.runs.going()).unwrap_or(u32::MAX),
-        run: Some(amount(headroom::Amount::from(&node.config.run))),
-        headroom: node.headroom.given.map(amount),
-        headroom_left: node.headroom.left().map(amount),
+        run: Some(amount(headroom::Amount::from(&node.site.config.run))),
+        headroom: node.slots.headroom.given.map(amount),
+        headroom_left: node.slots.headroom.left().map(amount),
     }
 }

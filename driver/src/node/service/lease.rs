@@ -1,21 +1,17 @@
-//! Leases, as shims ask for them.
+//! What shims ask of leases.
 
 use std::time::SystemTime;
 
-use polydev_proto::node::{LeaseRequest, LeaseResponse, ReleaseRequest, ReleaseResponse};
-use prost_types::Timestamp;
+use polydev_proto::node::LeaseRequest;
 
 use crate::{
-    node::Node,
-    run::{
-        book::NotFound,
-        claim::{self, Refusal},
-    },
+    run::claim::{self, Refusal},
+    slot::lease::Wanted,
 };
 
 /// # Errors
-/// [`Refusal`]
-pub(super) fn lease(node: &Node, request: LeaseRequest) -> Result<LeaseResponse, Refusal> {
+/// [`Refusal::Invalid`] with the field's name.
+pub(super) fn decode(request: LeaseRequest) -> Result<Wanted, Refusal> {
     let LeaseRequest {
         run_id,
         slot_id,
@@ -25,27 +21,12 @@ pub(super) fn lease(node: &Node, request: LeaseRequest) -> Result<LeaseResponse,
         time,
     } = request;
     claim::check_age(&run_id, SystemTime::now())?;
-    let time = claim::lease_time(time)?;
-    if start_id != node.start_id {
-        let (given, actual) = (start_id, node.start_id.clone());
-        return Err(Refusal::OtherStart { given, actual });
-    }
-    let slot = node.slots.by_slot_id(&slot_id);
-    let slot = slot.ok_or(Refusal::UnknownSlot { slot_id })?;
-    let until = slot.lease(node, generation, &run_id, &user_id, time)?;
-    let expires_at = Some(Timestamp::from(until));
-    Ok(LeaseResponse { expires_at })
-}
-
-/// # Errors
-/// [`NotFound`]
-pub(super) fn release(node: &Node, request: ReleaseRequest) -> Result<ReleaseResponse, NotFound> {
-    let ReleaseRequest { run_id, user_id } = request;
-    for slot in node.slots.all() {
-        match slot.release(&run_id, &user_id) {
-            Err(NotFound::Unknown { .. }) => {}
-            released => return released.map(|()| ReleaseResponse {}),
-        }
-    }
-    Err(NotFound::Unknown { run_id })
+    Ok(Wanted {
+        slot_id,
+        generation,
+        start_id,
+        run_id,
+        user_id,
+        time: claim::lease_time(time)?,
+    })
 }

@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Runs in one answer; some 300 bytes each.
-const LIMIT_MOST: u32 = 2000;
+const MAX_LIMIT: u32 = 2000;
 
 /// # Errors
 /// INVALID_ARGUMENT
@@ -33,9 +33,9 @@ pub(super) fn decode(request: ListRunsRequest) -> Result<(Filter, usize), Status
         before_run_id,
         limit,
     } = request;
-    if !(1..=LIMIT_MOST).contains(&limit) {
+    if !(1..=MAX_LIMIT).contains(&limit) {
         return Err(Status::invalid_argument(format!(
-            "`limit` is {limit}, allowed is 1 to {LIMIT_MOST}"
+            "`limit` is {limit}, allowed is 1 to {MAX_LIMIT}"
         )));
     }
     let state = |state: i32| match node::run::State::try_from(state) {
@@ -144,7 +144,6 @@ pub(super) fn watch_refreshed(
 
 pub(super) fn encode(summary: Summary) -> node::Run {
     let claimed = &summary.run.claimed;
-    let [stdout_bytes, stderr_bytes] = summary.written;
     let state = match summary.state {
         State::Claimed => node::run::State::Claimed,
         State::Running => node::run::State::Running,
@@ -161,8 +160,8 @@ pub(super) fn encode(summary: Summary) -> node::Run {
         claimed_at: Some(Timestamp::from(claimed.claimed_at)),
         started_after: summary.started.and_then(duration),
         ended: summary.ended.map(encode_ended),
-        stdout_bytes,
-        stderr_bytes,
+        stdout_bytes: summary.stdout_bytes,
+        stderr_bytes: summary.stderr_bytes,
         cancelled: summary.cancelled,
     }
 }

@@ -10,7 +10,7 @@ use crate::run::{
 };
 
 /// Newer nodes that are remembered of one run; with more this one cannot tell.
-const NEWER_MOST: usize = 100;
+const MAX_NEWER: usize = 100;
 
 /// Of the run's claims, only those above this ballot and with its nonce are taken.
 #[derive(Debug, Clone)]
@@ -86,7 +86,7 @@ impl Runs {
             .map(|fence| (fence.claims_on, fence.aborted))
             .unwrap_or_default();
         newer.extend(claims_on);
-        if newer.len() > NEWER_MOST {
+        if newer.len() > MAX_NEWER {
             return Ok(Fenced::Unknown { is_newer: false });
         }
         let fence = Fence {

@@ -13,7 +13,7 @@ use rustix::fs::statvfs;
 /// How much of the node's memory it may take.
 const OPTIONS: &str = "size=25%,mode=0700";
 /// Left for the output of one more run, which seldom has three full windows at a time.
-const ROOM: u64 = 16 << 20;
+const MIN_ROOM: u64 = 16 << 20;
 
 /// The mounted folder.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ impl Memory {
 
     /// Whether the output of one more run fits.
     pub(super) fn has_room(&self) -> bool {
-        statvfs(&self.path).is_ok_and(|space| space.f_bavail * space.f_frsize >= ROOM)
+        statvfs(&self.path).is_ok_and(|space| space.f_bavail * space.f_frsize >= MIN_ROOM)
     }
 
     /// Gives it back, with what is in it.

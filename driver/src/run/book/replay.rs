@@ -3,16 +3,30 @@
 
 use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 
+use polydev_proto::stream::PerStream;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::{Known, Past, fence::Fence};
 use crate::run::{
-    Ended, Input, Outcome, Progress, Run, STREAMS, file_name,
+    Ended, Input, Outcome, Progress, Run, file_name,
     journal::{Claimed, Record},
-    recover::Open,
     window::Window,
 };
+
+/// A run that was open when an earlier life of the driver ended.
+#[derive(Debug)]
+pub(crate) struct Open {
+    pub(crate) run: Arc<Run>,
+    pub(crate) inputs: mpsc::Receiver<Input>,
+}
+
+impl Open {
+    /// The folder of its container's socket, which is in use.
+    pub(crate) fn link(&self) -> &Path {
+        &self.run.claimed.link
+    }
+}
 
 /// What is known of each run id, and the runs that were open.
 pub(super) fn replay(records: Vec<Record>, windows: &Path) -> (HashMap<String, Known>, Vec<Open>) {
@@ -123,8 +137,8 @@ fn take_up(traces: Traces, windows: &Path) -> (Arc<Run>, mpsc::Receiver<Input>) 
         cancelled,
         ended,
     } = traces;
-    let output = STREAMS.map(|name| {
-        let path = windows.join(file_name(&claimed, name));
+    let output = PerStream::from_fn(|stream| {
+        let path = windows.join(file_name(&claimed, stream.name()));
         Window::recover(path.clone()).unwrap_or_else(|error| {
             tracing::error!(path = %path.display(), %error, "output is lost");
             Window::new(path)

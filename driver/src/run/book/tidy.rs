@@ -7,20 +7,20 @@ use std::{
 
 use tokio::time::MissedTickBehavior;
 
-use super::{KEEP_RESULTS, Known, Past, REMEMBER, Runs, fence::Fence};
+use super::{RESULTS_TIMEOUT, Known, Past, MEMORY_TIMEOUT, Runs, fence::Fence};
 use crate::run::{
     Outcome, Run,
     journal::{self, Record},
 };
 
-const LOOK: Duration = Duration::from_secs(5);
+const TIDY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Gives up what is kept no longer, and takes the journal to the disk, for ever.
 pub(crate) async fn keep(runs: Arc<Runs>) {
     let dirty = runs.lock().journal.dirty();
     let sync = journal::sync(dirty, || runs.lock().journal.file());
     let tidy = async {
-        let mut ticks = tokio::time::interval(LOOK);
+        let mut ticks = tokio::time::interval(TIDY_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
@@ -35,7 +35,7 @@ impl Runs {
         let mut inner = self.lock();
         let old: Vec<Arc<Run>> = inner
             .runs()
-            .filter(|run| run.ended_before(now.checked_sub(KEEP_RESULTS)))
+            .filter(|run| run.ended_before(now.checked_sub(RESULTS_TIMEOUT)))
             .cloned()
             .collect();
         old.iter().for_each(|run| inner.release(run));
@@ -43,7 +43,7 @@ impl Runs {
             Known::Run(_) => true,
             Known::Past(Past { claimed_at: at, .. }) | Known::Fenced(Fence { at, .. }) => {
                 // A time to come is one of a clock that was set back.
-                now.duration_since(*at).map_or(true, |age| age < REMEMBER)
+                now.duration_since(*at).map_or(true, |age| age < MEMORY_TIMEOUT)
             }
         });
         if inner.journal.is_long(inner.known.len()) {

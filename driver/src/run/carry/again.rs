@@ -7,7 +7,7 @@ use polydev_proto::{
 };
 use tokio::time::timeout;
 
-use super::{BACK, Carrier, Connection, DESTROYED, End, Ending, SIGTERM, Stop};
+use super::{RETURN_TIMEOUT, Carrier, Connection, DESTROYED, End, Ending, SIGTERM, Stop};
 use crate::{link::Greeted, run::claim::Refusal};
 
 impl Carrier<'_> {
@@ -28,7 +28,7 @@ impl Carrier<'_> {
                 });
             }
             () = init.ended() => None,
-            greeted = timeout(BACK, listener.accept(|peer| peer == *pid)) => {
+            greeted = timeout(RETURN_TIMEOUT, listener.accept(|peer| peer == *pid)) => {
                 greeted.ok().and_then(Result::ok)
             }
         };

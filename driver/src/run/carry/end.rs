@@ -3,6 +3,7 @@
 use polydev_proto::{
     init::{Exited, NotStarted, exited, not_started},
     node::ended::Reason,
+    stream::Stream,
 };
 
 use super::{Carrier, End, Ending, SIGKILL, Stop};
@@ -86,14 +87,13 @@ impl Carrier<'_> {
 
 /// What init quotes, a program or a folder, may be longer than a sentence.
 fn short(message: &str) -> &str {
-    const LONGEST: usize = 1000;
-    &message[..message.floor_char_boundary(LONGEST)]
+    const MAX_MESSAGE: usize = 1000;
+    &message[..message.floor_char_boundary(MAX_MESSAGE)]
 }
 
 impl Run {
     /// An end that init has not told.
-    pub(in crate::run) fn end(&self, reason: Reason, message: &str) -> Ended {
-        let [stdout_bytes, stderr_bytes] = [0, 1].map(|stream: usize| self.output[stream].end());
+    pub(crate) fn end(&self, reason: Reason, message: &str) -> Ended {
         let artifacts = self.progress.borrow().artifacts.clone();
         let artifacts = artifacts.iter().flat_map(|artifacts| &artifacts.files);
         Ended {
@@ -104,8 +104,8 @@ impl Run {
             message: message.to_owned(),
             after: self.arrived.elapsed(),
             first_output_after: self.progress.borrow().first_output,
-            stdout_bytes,
-            stderr_bytes,
+            stdout_bytes: self.output[Stream::Stdout].end(),
+            stderr_bytes: self.output[Stream::Stderr].end(),
             artifact_bytes: artifacts.map(|file| file.size).sum(),
         }
     }

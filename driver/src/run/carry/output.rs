@@ -3,23 +3,25 @@
 
 use std::time::{Duration, Instant};
 
-use polydev_proto::init::{Collected, Data, DataAck, Stream, to_init};
+use polydev_proto::{
+    init::{self, Collected, Data, DataAck, to_init},
+    stream::Stream,
+};
 
 use super::{Carrier, Ending, Stop};
-use crate::run::ARTIFACTS;
 
 /// From the command's end on, for a caller to fetch the artifacts.
-const FETCHED: Duration = Duration::from_secs(5 * 60);
+const FETCH_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 impl Carrier<'_> {
     pub(super) async fn output(&mut self, data: Data) -> Result<(), Stop> {
-        let kind = Stream::try_from(data.stream).unwrap_or_default();
-        let window = match kind {
-            Stream::Stdout | Stream::Unspecified => &self.run.output[0],
-            Stream::Stderr => &self.run.output[1],
-            Stream::Artifacts => &self.run.output[ARTIFACTS],
+        let stream = match init::Stream::try_from(data.stream).unwrap_or_default() {
+            init::Stream::Stdout | init::Stream::Unspecified => Stream::Stdout,
+            init::Stream::Stderr => Stream::Stderr,
+            init::Stream::Artifacts => Stream::Artifacts,
         };
-        if self.run.claimed.drop_oldest && kind != Stream::Artifacts {
+        let window = &self.run.output[stream];
+        if self.run.claimed.drop_oldest && stream != Stream::Artifacts {
             window.drop_oldest(data.data.len() as u64);
         }
         if let Err(error) = window.append(data.offset, &data.data) {
@@ -31,7 +33,7 @@ impl Carrier<'_> {
         }
         let after = self.run.arrived.elapsed();
         self.run.update(|progress| {
-            if kind != Stream::Artifacts {
+            if stream != Stream::Artifacts {
                 progress.first_output.get_or_insert(after);
             }
         });
@@ -53,7 +55,7 @@ impl Carrier<'_> {
         self.collected = exited;
         self.end_at = Instant::now()
             + match self.ending {
-                Ending::No => FETCHED,
+                Ending::No => FETCH_TIMEOUT,
                 // Whoever ends a run does not wait for long.
                 Ending::Asked { .. } | Ending::Killed => self.run.claimed.kill_timeout,
             };

@@ -21,7 +21,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use polydev_tests::stand_in::{Received, Text};
+use polydev_stand_in::{Received, Text};
 use serde_json::{Value, json};
 
 /// Requests kept; a CLI makes a handful for a prompt.

@@ -3,9 +3,10 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, MutexGuard, Once, PoisonError},
+    sync::{Arc, Once},
 };
 
+use parking_lot::Mutex;
 use procfs::{Current, Meminfo};
 
 use crate::limits::Limits;
@@ -84,7 +85,7 @@ impl Headroom {
     /// What is left of what the operator gave.
     #[must_use]
     pub fn left(&self) -> Option<Amount> {
-        self.left.as_ref().map(|left| *lock(left))
+        self.left.as_ref().map(|left| *left.lock())
     }
 
     /// Sets aside what a run needs until the share is dropped. Without a figure of the
@@ -96,7 +97,7 @@ impl Headroom {
     pub fn take(self: &Arc<Self>, needed: Amount) -> Result<Share, Full> {
         match &self.left {
             Some(left) => {
-                let mut left = lock(left);
+                let mut left = left.lock();
                 *left = left.checked_sub(needed).ok_or(Full::Taken {
                     needed,
                     left: *left,
@@ -125,16 +126,14 @@ impl Headroom {
             amount: needed,
         })
     }
-}
 
-impl Headroom {
     /// The share of a run that an earlier life of the driver admitted: it is taken whether
     /// it fits or not.
     #[must_use]
     pub fn take_back(self: &Arc<Self>, amount: Amount) -> Share {
         let mut taken = amount;
         if let Some(left) = &self.left {
-            let mut left = lock(left);
+            let mut left = left.lock();
             taken = Amount {
                 cpu_mhz: amount.cpu_mhz.min(left.cpu_mhz),
                 memory_mb: amount.memory_mb.min(left.memory_mb),
@@ -159,15 +158,11 @@ pub struct Share {
 impl Drop for Share {
     fn drop(&mut self) {
         if let Some(left) = &self.headroom.left {
-            let mut left = lock(left);
+            let mut left = left.lock();
             left.cpu_mhz += self.amount.cpu_mhz;
             left.memory_mb += self.amount.memory_mb;
         }
     }
-}
-
-fn lock(left: &Mutex<Amount>) -> MutexGuard<'_, Amount> {
-    left.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -6,44 +6,33 @@ use std::sync::Arc;
 use polydev_proto::node::ended::Reason;
 use tokio::sync::mpsc;
 
-use super::{
-    Input, Run,
-    carry::{self, Connection},
+use crate::{
+    docker::removal,
+    limits,
+    link::{Connection, Listener},
+    process::Held,
+    run::{Input, Run, book::Open, carry},
+    slot::Slots,
 };
-use crate::{limits, link::Listener, node::Node, process::Held, reap};
-
-/// A run to be taken up.
-#[derive(Debug)]
-pub(crate) struct Open {
-    pub(super) run: Arc<Run>,
-    pub(super) inputs: mpsc::Receiver<Input>,
-}
-
-impl Open {
-    /// The folder of its container's socket, which is in use.
-    pub(crate) fn link(&self) -> &std::path::Path {
-        &self.run.claimed.link
-    }
-}
 
 /// Takes up every one of them, before anybody can ask. dockerd is not needed.
-pub(crate) fn recover(node: &Arc<Node>, open: Vec<Open>) {
+pub(super) fn recover(slots: &Arc<Slots>, open: Vec<Open>) {
     for Open { run, inputs } in open {
-        let share = node.headroom.take_back(run.claimed.share);
-        node.idle.forget(&run.claimed.slot_id);
-        let node = node.clone();
-        node.clone().tasks.spawn(async move {
-            resume(&node, &run, inputs).await;
+        let share = slots.headroom.take_back(run.claimed.share);
+        slots.idle.forget(&run.claimed.slot_id);
+        let slots = slots.clone();
+        slots.site.clone().background.spawn(async move {
+            resume(&slots, &run, inputs).await;
             drop(share);
-            reap::remove(&node, &run.claimed.container).await;
+            removal::remove(&slots.site.docker, &run.claimed.container).await;
             run.is_gone();
         });
     }
 }
 
-async fn resume(node: &Node, run: &Run, inputs: mpsc::Receiver<Input>) {
+async fn resume(slots: &Slots, run: &Run, inputs: mpsc::Receiver<Input>) {
     let claimed = &run.claimed;
-    let runs = &node.runs;
+    let runs = &slots.runs;
     let lost = |message: &str| runs.ended(run, run.end(Reason::Lost, message));
     if claimed.boot_id != runs.boot_id {
         return lost("the machine was restarted");
@@ -59,7 +48,7 @@ async fn resume(node: &Node, run: &Run, inputs: mpsc::Receiver<Input>) {
         }
     };
     // For the reason of an end by the kernel; the run goes on without it.
-    let (pid, class) = (claimed.pid, node.config.run);
+    let (pid, class) = (claimed.pid, slots.site.config.run);
     let limits = tokio::task::spawn_blocking(move || limits::Handle::open(pid, &class)).await;
     let limits = limits.ok().and_then(|opened| {
         opened
@@ -85,6 +74,6 @@ async fn resume(node: &Node, run: &Run, inputs: mpsc::Receiver<Input>) {
         link: None,
     };
     carry::resume(runs, run, &mut connection, limits.as_ref(), inputs).await;
-    connection.end(&node.docker, &claimed.container).await;
+    connection.end(&slots.site.docker, &claimed.container).await;
     connection.listener.let_go();
 }

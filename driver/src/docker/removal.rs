@@ -1,0 +1,44 @@
+//! Removing one container although Docker cannot do it now.
+
+use tokio::time::sleep;
+
+use super::Docker;
+use crate::backoff::backoff;
+
+/// Attempts to remove one container, over some minutes. What is left then is the reaper's.
+pub(crate) const MAX_ATTEMPTS: u32 = 20;
+
+/// Removes a container that is of no more use. While Docker cannot, the removal is tried
+/// again in the background.
+pub(crate) async fn remove(docker: &Docker, container: &str) {
+    let Err(error) = docker.remove(container).await else {
+        return;
+    };
+    tracing::warn!(
+        container,
+        error = crate::chain(&error),
+        "cannot remove a container yet"
+    );
+    let (docker, container) = (docker.clone(), container.to_owned());
+    tokio::spawn(async move {
+        for failures in 0..MAX_ATTEMPTS {
+            sleep(backoff(failures)).await;
+            if docker.remove(&container).await.is_ok() {
+                return;
+            }
+        }
+    });
+}
+
+/// Removes a container of this name if Docker makes it later: Docker was asked to, and has
+/// not answered.
+pub(crate) fn remove_if_made(docker: &Docker, name: &str) {
+    let (docker, name) = (docker.clone(), name.to_owned());
+    tokio::spawn(async move {
+        for attempts in 0..MAX_ATTEMPTS {
+            // A container that is missing now may be made later.
+            let _done_or_not = docker.remove(&name).await;
+            sleep(backoff(attempts)).await;
+        }
+    });
+}

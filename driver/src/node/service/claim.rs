@@ -1,0 +1,27 @@
+//! What shims ask of claims.
+
+use std::time::SystemTime;
+
+use polydev_proto::node::Claim;
+
+use crate::{
+    run::claim::{self, Parsed, Refusal},
+    slot::claim::Target,
+};
+
+/// # Errors
+/// [`Refusal::Invalid`] with the field's name.
+pub(super) fn decode(mut claim: Claim) -> Result<(Target, Parsed), Refusal> {
+    let start_by = claim.start_by.take();
+    let target = Target {
+        slot_id: std::mem::take(&mut claim.slot_id),
+        generation: claim.generation,
+        start_id: std::mem::take(&mut claim.start_id),
+        // One that is not a time has passed.
+        start_by: start_by.and_then(|start_by| SystemTime::try_from(start_by).ok()),
+    };
+    let parsed = claim::parse(claim)?;
+    let (run_id, user_id) = (&parsed.start.run_id, &parsed.user_id);
+    tracing::debug!(run_id, user_id, slot_id = target.slot_id, "claim");
+    Ok((target, parsed))
+}

@@ -1,0 +1,75 @@
+//! The slots of the node, as a shim that watches is sent them: all of them, then what changes.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use futures_util::{Stream, stream};
+use polydev_proto::node::{Slot as SlotMessage, WatchSlotsResponse};
+use prost_types::Timestamp;
+use tokio::{sync::watch, time::timeout};
+
+use super::encode_slot;
+use crate::slot::Slots;
+
+/// How often a shim is sent the time when nothing else happens: claims are dated by this
+/// driver's clock, and the shim's own may stand still while the machine sleeps.
+const CLOCK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// All slots that have not ended, and then each change.
+pub(super) fn watch(slots: Arc<Slots>) -> impl Stream<Item = WatchSlotsResponse> + Send {
+    let watcher = Watcher {
+        changes: slots.book.changes().subscribe(),
+        slots,
+        sent: None,
+    };
+    stream::unfold(watcher, |mut watcher| async move {
+        let response = watcher.next().await?;
+        Some((response, watcher))
+    })
+}
+
+struct Watcher {
+    slots: Arc<Slots>,
+    changes: watch::Receiver<u64>,
+    /// What this shim has, to send only what differs; `None` before the snapshot.
+    sent: Option<HashMap<String, SlotMessage>>,
+}
+
+impl Watcher {
+    /// `None` once nothing can change any more.
+    async fn next(&mut self) -> Option<WatchSlotsResponse> {
+        if self.sent.is_some()
+            && let Ok(Err(_)) = timeout(CLOCK_INTERVAL, self.changes.changed()).await
+        {
+            return None;
+        }
+        self.changes.mark_unchanged();
+        let slots = self.slots.book.all();
+        let slots = slots.iter().filter(|slot| slot.end().is_none());
+        let now: HashMap<_, _> = slots
+            .map(|slot| (slot.identity.slot_id(), encode_slot(slot)))
+            .collect();
+        let snapshot = self.sent.is_none();
+        let sent = self.sent.take().unwrap_or_default();
+        let response = WatchSlotsResponse {
+            start_id: self.slots.site.start_id.clone(),
+            now: Some(Timestamp::from(SystemTime::now())),
+            since: Some(Timestamp::from(self.slots.runs.since())),
+            snapshot,
+            slots: now
+                .values()
+                .filter(|slot| sent.get(&slot.slot_id) != Some(slot))
+                .cloned()
+                .collect(),
+            removed: sent
+                .into_keys()
+                .filter(|id| !now.contains_key(id))
+                .collect(),
+        };
+        self.sent = Some(now);
+        Some(response)
+    }
+}

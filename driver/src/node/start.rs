@@ -1,0 +1,191 @@
+//! How this process takes charge of its node: everything that may fail is prepared first, then
+//! the runs and tasks of an earlier life are taken up, and only then can anybody ask.
+
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};
+
+use polydev_proto::tls::{self, Callers, Reloading};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::watch,
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::task::TaskTracker;
+
+use super::{Node, interface, recover, service, socket_path};
+use crate::{
+    config,
+    docker::{self, Docker},
+    events::Events,
+    firewall::{self, Firewall},
+    images::Images,
+    metrics::Metrics,
+    reap::{self, Reaper},
+    run::{
+        self,
+        book::{Open, Runs},
+    },
+    sandbox::Networks,
+    site::{Compute, Site},
+    slot::{Slots, shelf::Shelf},
+    state::{files, lock::Lock},
+    task::{self, Tasks, journal::Journal},
+};
+
+/// Why the driver cannot take charge yet. All of it is tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Docker(#[from] docker::Error),
+    #[error(transparent)]
+    Files(#[from] files::Error),
+    #[error(transparent)]
+    Firewall(#[from] firewall::Error),
+    #[error(transparent)]
+    Runs(#[from] run::book::Error),
+    #[error("cannot listen at `{path}`")]
+    Listen { path: PathBuf, source: io::Error },
+    #[error("cannot listen at `shims.listen`, {address}")]
+    Shims {
+        address: SocketAddr,
+        source: io::Error,
+    },
+}
+
+impl Node {
+    /// Takes up what an earlier life of the driver left and starts to serve shims.
+    /// Docker is not asked for anything: [`Node::prepare`] does that.
+    ///
+    /// # Errors
+    /// [`Error`] with the lock, to try again with.
+    pub fn take(
+        config: config::Plugin,
+        compute: Compute,
+        lock: Lock,
+        events: Events,
+    ) -> Result<Arc<Self>, (Error, Lock)> {
+        let prepared = match Prepared::make(config, compute, events) {
+            Ok(prepared) => prepared,
+            Err(error) => return Err((error, lock)),
+        };
+        Ok(prepared.begin(lock))
+    }
+}
+
+/// All that may fail, done.
+struct Prepared {
+    site: Arc<Site>,
+    journal: Journal,
+    idle: Shelf,
+    runs: Arc<Runs>,
+    /// Runs that go on.
+    open: Vec<Open>,
+    listener: UnixListener,
+    /// For shims on other machines.
+    secured: Option<(TcpListener, Arc<Reloading>)>,
+    metrics: Metrics,
+}
+
+impl Prepared {
+    fn make(config: config::Plugin, compute: Compute, events: Events) -> Result<Self, Error> {
+        let docker = Docker::new(&config.endpoint);
+        let instance = files::instance(&config.state_dir)?;
+        let init = files::install_init(&config.init_path, &config.state_dir)?;
+        let resolv_conf = files::write_resolv_conf(&config.state_dir)?;
+        let journal = Journal::open(&config.state_dir)?;
+        let (runs, open) = Runs::open(&config.state_dir)?;
+        let tasks = journal.read().into_iter().filter_map(|entry| entry.link);
+        let links = open.iter().map(|open| open.link().to_owned());
+        let idle = Shelf::open(&config.state_dir)?;
+        let in_use: Vec<PathBuf> = tasks.chain(links).chain(idle.links()).collect();
+        let link_dir = files::folder_of(&config.state_dir.join("link"), &in_use)?;
+
+        let path = socket_path(&config);
+        let listener = service::listen(&path).map_err(|source| Error::Listen { path, source })?;
+        let secured = config.shims.as_ref().map(|shims| {
+            secured(shims).map_err(|source| Error::Shims {
+                address: shims.listen,
+                source,
+            })
+        });
+        Ok(Self {
+            secured: secured.transpose()?,
+            // The last of what may fail: it is not started and stopped with every try.
+            metrics: Metrics::new(config.telemetry.as_ref(), &instance),
+            site: Arc::new(Site {
+                images: Images::new(&config, docker.clone()),
+                config,
+                docker,
+                events,
+                start_id: uuid::Uuid::new_v4().to_string(),
+                name: format!("polydev-{instance}"),
+                instance,
+                init,
+                link_dir,
+                resolv_conf,
+                compute,
+                ready: watch::Sender::new(false),
+                background: TaskTracker::new(),
+            }),
+            journal,
+            idle,
+            runs: runs.into(),
+            open,
+            listener,
+        })
+    }
+
+    /// The node, with everything that runs in its background.
+    fn begin(self, lock: Lock) -> Arc<Node> {
+        let Self {
+            site,
+            journal,
+            idle,
+            runs,
+            open,
+            listener,
+            secured,
+            metrics,
+        } = self;
+        let text = std::fs::read_to_string(&site.resolv_conf).unwrap_or_default();
+        let slots = Slots::new(site.clone(), runs.clone(), idle, metrics.steps());
+        let node = Arc::new(Node {
+            firewall: Firewall::new(&site.instance, &interface(&site.instance), &text),
+            networks: Networks::open(&site.config.state_dir).into(),
+            slots: slots.into(),
+            tasks: Tasks::new(site.clone(), journal).into(),
+            site,
+            runs,
+            metrics,
+            _lock: lock,
+        });
+        let counted = Arc::downgrade(&node.slots);
+        let counts = move || counted.upgrade().map(|slots| slots.counts());
+        node.metrics.watch(counts);
+        task::recover(&node.tasks);
+        recover::recover(&node.slots, open);
+        node.site.images.collect();
+
+        let background = &node.site.background;
+        let local = UnixListenerStream::new(listener);
+        background.spawn(service::serve(node.clone(), local));
+        if let (Some((listener, files)), Some(shims)) = (secured, &node.site.config.shims) {
+            let known = service::known(tls::incoming(listener, files), shims.allow.clone());
+            background.spawn(service::serve(node.clone(), known));
+        }
+        background.spawn(run::book::keep(node.runs.clone()));
+        background.spawn(reap::run(Reaper {
+            site: node.site.clone(),
+            slots: node.slots.clone(),
+            tasks: node.tasks.clone(),
+            networks: node.networks.clone(),
+        }));
+        node
+    }
+}
+
+fn secured(shims: &config::Shims) -> io::Result<(TcpListener, Arc<Reloading>)> {
+    let files = Reloading::new(shims.files.clone(), &[tls::GRPC], Callers::Certified)?;
+    let listener = std::net::TcpListener::bind(shims.listen)?;
+    listener.set_nonblocking(true)?;
+    Ok((TcpListener::from_std(listener)?, Arc::new(files)))
+}

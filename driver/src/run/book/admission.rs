@@ -1,0 +1,67 @@
+//! The phases in which a claim becomes a run. Nothing can come between them: the book stays
+//! locked from the first to the last.
+
+use std::{sync::Arc, time::Instant};
+
+use parking_lot::MutexGuard;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::{Inner, Known, Runs};
+use crate::run::{
+    Input, Run,
+    claim::Refusal,
+    journal::{Claimed, Record},
+};
+
+/// The answer to a claim that is not refused.
+pub(crate) enum Admit<'a> {
+    /// The run was claimed before.
+    Known(Arc<Run>),
+    /// The run is new to this node, and may have a slot.
+    New(Admission<'a>),
+}
+
+/// The right to one new run. Without [`Admission::write`] nothing has happened.
+pub(crate) struct Admission<'a> {
+    pub(super) runs: &'a Runs,
+    pub(super) inner: MutexGuard<'a, Inner>,
+}
+
+impl<'a> Admission<'a> {
+    /// Writes the claim to the journal. A driver that dies from now on knows of the run.
+    ///
+    /// # Errors
+    /// [`Refusal::Journal`]: nothing has changed.
+    pub(crate) fn write(mut self, claimed: Claimed) -> Result<Written<'a>, Refusal> {
+        let record = Record::Claimed(claimed.clone().into());
+        self.inner.journal.write(&record)?;
+        Ok(Written {
+            admission: self,
+            claimed,
+        })
+    }
+}
+
+/// A run that is in the journal, and not in the book yet.
+pub(crate) struct Written<'a> {
+    admission: Admission<'a>,
+    claimed: Claimed,
+}
+
+impl Written<'_> {
+    /// Puts the run into the book. The receiver is for the run's carrier.
+    pub(crate) fn enter(
+        self,
+        arrived: Instant,
+        kill: CancellationToken,
+    ) -> (Arc<Run>, mpsc::Receiver<Input>) {
+        let Self { admission, claimed } = self;
+        let Admission { runs, mut inner } = admission;
+        let run_id = claimed.run_id.clone();
+        let (run, inputs) = Run::new(claimed, arrived, runs.windows.path(), kill);
+        inner.known.insert(run_id.clone(), Known::Run(run.clone()));
+        runs.tell(&run_id);
+        (run, inputs)
+    }
+}

@@ -1,0 +1,114 @@
+//! The streams that a run writes.
+
+use std::ops::{Index, IndexMut};
+
+/// One of the streams that a run writes. The order is that of the protocol's offsets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Stream {
+    Stdout,
+    Stderr,
+    /// The bytes of the files that the run left, one after the other.
+    Artifacts,
+}
+
+impl Stream {
+    pub const ALL: [Self; 3] = [Self::Stdout, Self::Stderr, Self::Artifacts];
+
+    /// The word for it in file names, logs and events.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+            Self::Artifacts => "artifacts",
+        }
+    }
+
+    /// Its number in `Lost.stream` of `polydev.node.v1` and `polydev.runtime.v1`.
+    #[must_use]
+    pub fn number(self) -> i32 {
+        match self {
+            Self::Stdout => 1,
+            Self::Stderr => 2,
+            Self::Artifacts => 3,
+        }
+    }
+
+    /// The stream of that [number](Self::number); `None` for one of a newer protocol.
+    #[must_use]
+    pub fn of_number(number: i32) -> Option<Self> {
+        Self::ALL.into_iter().find(|stream| stream.number() == number)
+    }
+}
+
+/// A value for each stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PerStream<T>([T; 3]);
+
+impl<T> PerStream<T> {
+    #[must_use]
+    pub const fn new(stdout: T, stderr: T, artifacts: T) -> Self {
+        Self([stdout, stderr, artifacts])
+    }
+
+    /// What `value` makes of each stream.
+    pub fn from_fn(value: impl FnMut(Stream) -> T) -> Self {
+        Self(Stream::ALL.map(value))
+    }
+
+    /// In the order of [`Stream::ALL`].
+    pub fn iter(&self) -> impl Iterator<Item = (Stream, &T)> {
+        Stream::ALL.into_iter().zip(&self.0)
+    }
+
+    /// The values, in the order of [`Stream::ALL`].
+    #[must_use]
+    pub fn into_array(self) -> [T; 3] {
+        self.0
+    }
+}
+
+impl<T> From<[T; 3]> for PerStream<T> {
+    fn from(values: [T; 3]) -> Self {
+        Self(values)
+    }
+}
+
+impl<T> Index<Stream> for PerStream<T> {
+    type Output = T;
+
+    fn index(&self, stream: Stream) -> &T {
+        &self.0[stream as usize]
+    }
+}
+
+impl<T> IndexMut<Stream> for PerStream<T> {
+    fn index_mut(&mut self, stream: Stream) -> &mut T {
+        &mut self.0[stream as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_has_the_number_of_the_protocol() {
+        for stream in Stream::ALL {
+            assert_eq!(Stream::of_number(stream.number()), Some(stream));
+        }
+        for unknown in [-1, 0, 4] {
+            assert_eq!(Stream::of_number(unknown), None);
+        }
+    }
+
+    #[test]
+    fn each_stream_has_a_value_of_its_own() {
+        let mut lengths = PerStream::new(1, 2, 3);
+        lengths[Stream::Stderr] = 5;
+        assert_eq!(lengths, PerStream::from([1, 5, 3]));
+        assert_eq!(lengths, PerStream::from_fn(|stream| lengths[stream]));
+        let named: Vec<_> = lengths.iter().map(|(stream, _)| stream.name()).collect();
+        assert_eq!(named, ["stdout", "stderr", "artifacts"]);
+    }
+}
