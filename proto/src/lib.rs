@@ -1,8 +1,9 @@
 //! The wire contracts: ours (`runtime`, `node`, `init`) and, restated from their
 //! published names and numbers, those of Nomad's driver plugins and of go-plugin.
 //!
-//! Nothing here decides anything. Without the feature `grpc` only [`init`],
-//! [`frame`], [`workspace`] and `sealed` remain, which is all that polydev-init may carry.
+//! Nothing here decides anything. The crate polydev-transport connects. Without the feature `grpc`
+//! only [`init`], [`error`], [`exec`], [`frame`], [`provider`], [`workspace`] and `sealed` remain,
+//! which is all that polydev-init may carry.
 
 #![cfg_attr(
     feature = "grpc",
@@ -46,20 +47,14 @@ pub mod init {
     pub const MAX_LABEL: usize = 1024;
 }
 
-#[cfg(feature = "tls")]
-pub mod address;
-#[cfg(feature = "tls")]
-pub mod connection;
 pub mod error;
 pub mod exec;
 pub mod frame;
-pub mod reload;
+pub mod provider;
 #[cfg(feature = "grpc")]
 pub mod run_id;
 #[cfg(feature = "sealed")]
 pub mod sealed;
-#[cfg(feature = "tls")]
-pub mod tls;
 pub mod stream;
 pub mod workspace;
 

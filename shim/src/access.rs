@@ -5,12 +5,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use polydev_proto::connection::Caller;
-use polydev_proto::reload::Reloaded;
-use serde::Deserialize;
+pub use polydev_transport::connection::Caller;
+use polydev_transport::reload::Reloaded;
+use serde::{Deserialize, Deserializer};
 use wildmatch::WildMatch;
 
-use crate::provider::Provider;
+use crate::provider::{Provider, Unknown};
 
 /// What a caller wants to do.
 #[derive(Debug, Clone, Copy)]
@@ -52,12 +52,29 @@ struct Role {
     #[serde(default = "all")]
     users: Vec<String>,
     /// By any of their names; none means all.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "providers")]
     providers: Vec<Provider>,
 }
 
 fn all() -> Vec<String> {
     vec!["*".into()]
+}
+
+fn providers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Provider>, D::Error> {
+    let named = Vec::<Named>::deserialize(deserializer)?;
+    Ok(named.into_iter().map(|Named(provider)| provider).collect())
+}
+
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct Named(Provider);
+
+impl TryFrom<String> for Named {
+    type Error = Unknown;
+
+    fn try_from(name: String) -> Result<Self, Unknown> {
+        name.parse().map(Self)
+    }
 }
 
 #[derive(Debug, Deserialize)]

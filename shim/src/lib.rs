@@ -9,7 +9,6 @@
 //! Nothing on the right knows anything on its left. A shim keeps no state but what
 //! drivers tell it. `nomad` and `token` alone name reqwest.
 
-pub mod cli;
 pub mod service;
 
 pub mod run;

@@ -1,7 +1,9 @@
-//! The shim's process: see `polydev_shim::cli`.
+//! The shim's process: see `command`.
+
+mod command;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    polydev_shim::cli::main()
+    command::main()
 }

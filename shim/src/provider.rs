@@ -5,30 +5,19 @@ mod anthropic;
 mod google;
 mod openai;
 
-use std::{collections::BTreeMap, fmt, str::FromStr};
+use std::collections::BTreeMap;
 
 use polydev_proto::exec;
+pub(crate) use polydev_proto::provider::{Provider, Unknown};
 use secrecy::SecretString;
-use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use crate::credentials::{Credential, Invalid, Prepared, PreparedFile};
 
-/// One provider. Its name is the word for it everywhere.
-#[derive(Clone, Copy)]
-pub struct Provider {
-    table: &'static Table,
-}
-
 /// What differs between providers.
 struct Table {
-    name: &'static str,
-    /// Another name, as callers of earlier systems have it.
-    alias: &'static str,
-    /// Variable in which callers keep the key, as documented.
-    key_variable: &'static str,
-    /// Variable in which callers keep the project, where there is one.
-    project_variable: Option<&'static str>,
+    /// Whether a key may come with a project.
+    takes_project: bool,
     /// A key, with its project, in the form the CLI reads.
     prepare_key: fn(&SecretString, Option<&str>) -> Prepared,
     /// Where the CLI keeps an account that has signed in, relative to the home.
@@ -76,50 +65,49 @@ pub struct InvalidPrompt {
     pub problem: &'static str,
 }
 
-/// A name that is no provider's.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`provider` is `{given}`, allowed are openai, anthropic, google")]
-pub struct Unknown {
-    pub given: String,
+fn table(provider: Provider) -> &'static Table {
+    match provider {
+        Provider::OpenAi => &openai::TABLE,
+        Provider::Anthropic => &anthropic::TABLE,
+        Provider::Google => &google::TABLE,
+    }
 }
 
-const TABLES: [&Table; 3] = [&openai::TABLE, &anthropic::TABLE, &google::TABLE];
-
-impl Provider {
-    /// Every provider, in the order of the documentation.
-    pub fn all() -> impl Iterator<Item = Self> {
-        TABLES.into_iter().map(|table| Self { table })
-    }
-
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        self.table.name
-    }
-
-    #[must_use]
-    pub fn key_variable(self) -> &'static str {
-        self.table.key_variable
-    }
-
-    #[must_use]
-    pub fn project_variable(self) -> Option<&'static str> {
-        self.table.project_variable
-    }
-
+/// What a provider's CLI reads: a credential, and one prompt.
+pub trait Cli {
     /// Where the CLI keeps an account that has signed in, relative to the home.
     #[must_use]
-    pub fn account_file(self) -> &'static str {
-        self.table.oauth_file
-    }
+    fn account_file(&self) -> &'static str;
 
     /// Whether a file is of an account that has signed in and can be refreshed.
     #[must_use]
-    pub fn is_refreshable(self, file: &[u8]) -> bool {
+    fn is_refreshable(&self, file: &[u8]) -> bool;
+
+    /// A credential in the form the CLI reads.
+    ///
+    /// # Errors
+    /// [`Invalid`] if the provider has no such credential.
+    fn prepare(&self, credential: &Credential) -> Result<Prepared, Invalid>;
+
+    /// The argv that answers a prompt, which is in it unless it is longer than
+    /// [`exec::PROMPT_IN_ARGV`]: then it is to be the command's stdin. No shell is involved.
+    ///
+    /// # Errors
+    /// [`InvalidPrompt`]
+    fn prompt(&self, prompt: &Prompt) -> Result<Vec<String>, InvalidPrompt>;
+}
+
+impl Cli for Provider {
+    fn account_file(&self) -> &'static str {
+        table(*self).oauth_file
+    }
+
+    fn is_refreshable(&self, file: &[u8]) -> bool {
         let mut value: &RawValue = match serde_json::from_slice(file) {
             Ok(value) => value,
             Err(_) => return false,
         };
-        for name in self.table.refresh_token {
+        for name in table(*self).refresh_token {
             let members = serde_json::from_str::<BTreeMap<String, &RawValue>>(value.get());
             match members.ok().and_then(|members| members.get(*name).copied()) {
                 Some(member) => value = member,
@@ -130,27 +118,24 @@ impl Provider {
         value.get().starts_with('"') && value.get().len() > 2 // The quotes.
     }
 
-    /// A credential in the form the CLI reads.
-    ///
-    /// # Errors
-    /// [`Invalid`] if the provider has no such credential.
-    pub fn prepare(self, credential: &Credential) -> Result<Prepared, Invalid> {
+    fn prepare(&self, credential: &Credential) -> Result<Prepared, Invalid> {
+        let table = table(*self);
         Ok(match credential {
             Credential::ApiKey { key, project_id } => {
-                if project_id.is_some() && self.project_variable().is_none() {
+                if project_id.is_some() && !table.takes_project {
                     return Err(Invalid {
                         field: "secret.api_key.project_id".into(),
                         problem: "is `google`'s alone",
                     });
                 }
-                (self.table.prepare_key)(key, project_id.as_deref())
+                (table.prepare_key)(key, project_id.as_deref())
             }
             Credential::OauthFile(content) => {
                 let mut files = vec![PreparedFile {
-                    path: self.table.oauth_file,
+                    path: table.oauth_file,
                     content: content.clone(),
                 }];
-                files.extend(self.table.oauth_settings.as_ref().map(PlainFile::prepare));
+                files.extend(table.oauth_settings.as_ref().map(PlainFile::prepare));
                 Prepared {
                     files,
                     ..Prepared::default()
@@ -163,12 +148,7 @@ impl Provider {
         })
     }
 
-    /// The argv that answers a prompt, which is in it unless it is longer than
-    /// [`exec::PROMPT_IN_ARGV`]: then it is to be the command's stdin. No shell is involved.
-    ///
-    /// # Errors
-    /// [`InvalidPrompt`]
-    pub fn prompt(self, prompt: &Prompt) -> Result<Vec<String>, InvalidPrompt> {
+    fn prompt(&self, prompt: &Prompt) -> Result<Vec<String>, InvalidPrompt> {
         if prompt.text.is_empty() {
             return Err(InvalidPrompt {
                 field: "prompt.text",
@@ -194,46 +174,7 @@ impl Provider {
             });
         }
         let text = Some(prompt.text).filter(|text| text.len() <= exec::PROMPT_IN_ARGV);
-        (self.table.prompt)(prompt, text)
-    }
-}
-
-impl FromStr for Provider {
-    type Err = Unknown;
-
-    fn from_str(given: &str) -> Result<Self, Unknown> {
-        let found =
-            Self::all().find(|provider| [provider.name(), provider.table.alias].contains(&given));
-        found.ok_or_else(|| Unknown {
-            given: given.to_owned(),
-        })
-    }
-}
-
-impl<'de> Deserialize<'de> for Provider {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let name = String::deserialize(deserializer)?;
-        name.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-impl PartialEq for Provider {
-    fn eq(&self, other: &Self) -> bool {
-        self.name() == other.name()
-    }
-}
-
-impl Eq for Provider {}
-
-impl fmt::Display for Provider {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl fmt::Debug for Provider {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        (table(*self).prompt)(prompt, text)
     }
 }
 
@@ -297,19 +238,6 @@ mod tests {
     }
 
     #[test]
-    fn aliases_are_taken_and_not_given() {
-        for (alias, name) in [
-            ("codex", "openai"),
-            ("claude_code", "anthropic"),
-            ("gemini_cli", "google"),
-        ] {
-            assert_eq!(alias.parse::<Provider>().unwrap().to_string(), name);
-        }
-        assert!("Codex".parse::<Provider>().is_err());
-        assert!("".parse::<Provider>().is_err());
-    }
-
-    #[test]
     fn a_prompt_is_one_argument_whatever_is_in_it() {
         for provider in Provider::all() {
             for text in ["$(id) `id`", "--help", "-", "it's \"quoted\"\n"] {
@@ -369,10 +297,6 @@ mod tests {
         assert_eq!(refused("anthropic", "", None), "prompt.text");
         assert_eq!(refused("google", "hi", Some("--yolo")), "prompt.model");
         assert_eq!(refused("openai", "-", None), "prompt.text");
-        assert_eq!(
-            "codecs".parse::<Provider>().unwrap_err().to_string(),
-            "`provider` is `codecs`, allowed are openai, anthropic, google"
-        );
     }
 
     #[test]

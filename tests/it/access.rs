@@ -8,13 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use polydev_proto::{
-    runtime::{
-        DeleteCredentialRequest, ListCredentialsRequest, ListPoolsRequest, ListRunsRequest,
-        PutCredentialRequest, RotateCredentialsRequest, RunStart, ScalePoolRequest,
-        SubmitJobRequest,
-    },
-    tls::Files,
+use polydev_proto::runtime::{
+    DeleteCredentialRequest, ListCredentialsRequest, ListPoolsRequest, ListRunsRequest,
+    PutCredentialRequest, RotateCredentialsRequest, RunStart, ScalePoolRequest, SubmitJobRequest,
 };
 use polydev_tests::{
     client::{Client, api_key, shell},
@@ -24,6 +20,7 @@ use polydev_tests::{
     shim::Shim,
     wait_until,
 };
+use polydev_transport::tls::Files;
 use rcgen::{CertificateParams, Issuer, KeyPair, SanType};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;

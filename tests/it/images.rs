@@ -2,7 +2,8 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use polydev_shim::{credentials::Credential, provider::Provider};
+use polydev_proto::provider::Provider;
+use polydev_shim::{credentials::Credential, provider::Cli};
 use polydev_tests::{
     docker::{self, docker},
     fresh_key,

@@ -17,7 +17,7 @@ use polydev_proto::runtime::{
     RunRequest, RunStart, attach_request, run_event::Event, run_input::Input, run_request,
     runtime_service_client::RuntimeServiceClient,
 };
-use polydev_proto::{
+use polydev_transport::{
     address::Address,
     tls::{Files, Trust},
 };

@@ -3,11 +3,10 @@
 use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
 use polydev_proto::{
-    address::Address,
     error::chain,
     runtime::{AttachStart, RunStart, runtime_service_client::RuntimeServiceClient},
-    tls::Trust,
 };
+use polydev_transport::{address::Address, tls::Trust};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::timeout;
 use tonic::{

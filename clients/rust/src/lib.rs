@@ -10,9 +10,9 @@ mod input;
 mod run;
 
 pub use bytes::Bytes;
-pub use polydev_proto::{
+pub use polydev_proto::runtime as api;
+pub use polydev_transport::{
     address::{Address, DEFAULT},
-    runtime as api,
     tls::{Files, Trust},
 };
 pub use tonic::{Code, Status};

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use polydev_proto::tls::Files;
+use polydev_transport::tls::Files;
 use serde::Deserialize;
 
 use super::{

@@ -18,7 +18,6 @@ use std::{
 
 use futures_util::{Stream, StreamExt, stream};
 use polydev_proto::{
-    connection::Connection,
     node::{
         AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse, ClaimRequest,
         ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse, GetRunRequest,
@@ -30,6 +29,7 @@ use polydev_proto::{
     },
     stream::PerStream,
 };
+use polydev_transport::connection::Connection;
 use prost_types::Timestamp;
 use tokio::{
     io::{AsyncRead, AsyncWrite},

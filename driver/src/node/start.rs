@@ -3,7 +3,7 @@
 
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};
 
-use polydev_proto::tls::{self, Callers, Reloading};
+use polydev_transport::tls::{self, Callers, Reloading};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,

@@ -34,7 +34,7 @@ use super::{
     store::{Info, Row},
     vault::{self, TRIES, Vault},
 };
-use crate::pool::CONNECT;
+use crate::{pool::CONNECT, provider::Cli};
 
 const PURPOSE: &[u8] = b"polydev refreshed account";
 /// From a run's id until its results are given up: drivers take an id for an hour, and the

@@ -11,6 +11,7 @@ use super::{
     refreshed, scrypt,
     store::{self, Address, Filter, Info, Row, Store},
 };
+use crate::provider::Cli;
 
 /// Records that are sealed anew in one call.
 const AT_ONCE: u32 = 50;

@@ -2,11 +2,8 @@
 
 use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
 
-use polydev_proto::{
-    address::Address,
-    node::{WatchSlotsRequest, node_service_client::NodeServiceClient},
-    tls::Trust,
-};
+use polydev_proto::node::{WatchSlotsRequest, node_service_client::NodeServiceClient};
+use polydev_transport::{address::Address, tls::Trust};
 use tokio::{
     sync::watch,
     task::AbortHandle,

@@ -6,10 +6,7 @@ use super::{InvalidPrompt, Prompt, Table, strings, variable};
 use crate::credentials::Prepared;
 
 pub(super) const TABLE: Table = Table {
-    name: "anthropic",
-    alias: "claude_code",
-    key_variable: "ANTHROPIC_API_KEY",
-    project_variable: None,
+    takes_project: false,
     prepare_key,
     oauth_file: ".claude/.credentials.json",
     refresh_token: &["claudeAiOauth", "refreshToken"],

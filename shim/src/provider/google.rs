@@ -6,10 +6,7 @@ use super::{InvalidPrompt, PlainFile, Prompt, Table, strings, variable};
 use crate::credentials::Prepared;
 
 pub(super) const TABLE: Table = Table {
-    name: "google",
-    alias: "gemini_cli",
-    key_variable: "GOOGLE_API_KEY",
-    project_variable: Some("GOOGLE_PROJECT_ID"),
+    takes_project: true,
     prepare_key,
     oauth_file: ".gemini/oauth_creds.json",
     refresh_token: &["refresh_token"],

@@ -6,10 +6,7 @@ use super::{InvalidPrompt, Prompt, Table, strings, variable};
 use crate::credentials::Prepared;
 
 pub(super) const TABLE: Table = Table {
-    name: "openai",
-    alias: "codex",
-    key_variable: "OPENAI_API_KEY",
-    project_variable: None,
+    takes_project: false,
     prepare_key,
     oauth_file: ".codex/auth.json",
     refresh_token: &["tokens", "refresh_token"],

@@ -21,7 +21,7 @@ use super::input::Own;
 use crate::{
     credentials::{self, Prepared, Source},
     environment,
-    provider::{InvalidPrompt, Prompt, Provider, Unknown},
+    provider::{Cli, InvalidPrompt, Prompt, Provider, Unknown},
 };
 
 pub(super) const LEAST: Duration = Duration::from_millis(1);

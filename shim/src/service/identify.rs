@@ -12,7 +12,7 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use polydev_proto::connection::NOBODY;
+use polydev_transport::connection::NOBODY;
 use tonic::{Code, Status};
 
 use super::http::Problem;

@@ -3,7 +3,7 @@
 use std::io;
 
 use futures_util::{Stream, StreamExt, stream};
-use polydev_proto::{address::Listener, connection::Connection, tls};
+use polydev_transport::{address::Listener, connection::Connection, tls};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 

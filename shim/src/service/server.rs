@@ -4,9 +4,8 @@
 use std::{future::pending, sync::Arc, time::Duration};
 
 use axum::middleware;
-use polydev_proto::{
-    DESCRIPTORS, address::Listener, runtime::runtime_service_server::RuntimeServiceServer,
-};
+use polydev_proto::{DESCRIPTORS, runtime::runtime_service_server::RuntimeServiceServer};
+use polydev_transport::address::Listener;
 use tokio::time::{sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{service::Routes, transport::Server};

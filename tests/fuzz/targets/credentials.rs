@@ -6,10 +6,14 @@ use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 use polydev_proto::{
+    provider::Provider,
     runtime::{self, Secret},
     sealed::PrivateKey,
 };
-use polydev_shim::credentials::{Credential, Source, record::Record};
+use polydev_shim::{
+    credentials::{Credential, Source, record::Record},
+    provider::Cli,
+};
 use prost::Message;
 
 static KEY: LazyLock<PrivateKey> = LazyLock::new(|| PrivateKey::derive(&[7; 32]));
@@ -37,7 +41,7 @@ fuzz_target!(|data: &[u8]| {
                 return;
             };
             if let Ok(credential) = Credential::parse(secret) {
-                for provider in polydev_shim::provider::Provider::all() {
+                for provider in Provider::all() {
                     let _unfit = provider.prepare(&credential);
                 }
             }

@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use anyhow::Context;
-use polydev_proto::{runtime, sealed};
+use polydev_proto::{provider::Provider, runtime, sealed};
 use polydev_shim::{
     credentials::{
         Credential,
@@ -12,7 +12,7 @@ use polydev_shim::{
         record::{Binding, Record},
         scrypt,
     },
-    provider::Provider,
+    provider::Cli,
 };
 use serde_json::{Value, json};
 

@@ -17,7 +17,6 @@ use axum::{
     routing::get,
 };
 use futures_util::{Stream, StreamExt, stream};
-use polydev_proto::address::Address;
 use polydev_proto::{
     node::{
         self, AttachRequest, AttachResponse, Attached, CancelRunRequest, CancelRunResponse,
@@ -35,6 +34,7 @@ use polydev_proto::{
     },
 };
 use polydev_tests::{client::argv, shim::Shim};
+use polydev_transport::address::Address;
 use prost_types::Timestamp;
 use serde_json::{Value, json};
 use tokio::{net::UnixListener, runtime::Runtime, sync::mpsc};

@@ -5,14 +5,14 @@ use std::{path::PathBuf, process::ExitCode};
 use polydev_proto::runtime::{AttachStart, CancelRunRequest};
 
 use super::Name;
-use crate::cli::{
+use crate::{
     Client, Output, answer,
     files::Receiver,
     stream::{self, Signals},
 };
 
 #[derive(clap::Args)]
-pub(in crate::cli) struct Attach {
+pub struct Attach {
     #[command(flatten)]
     name: Name,
     #[command(flatten)]
@@ -32,7 +32,7 @@ pub(in crate::cli) struct Attach {
 }
 
 #[derive(clap::Args)]
-pub(in crate::cli) struct Cancel {
+pub struct Cancel {
     #[command(flatten)]
     name: Name,
     #[command(flatten)]

@@ -8,17 +8,19 @@ use std::{
 
 use anyhow::{Context, bail};
 use base64::{Engine, prelude::BASE64_STANDARD};
-use polydev_proto::runtime::{
-    ApiKey, Credential, ScryptRecord, Secret, SecretEnvironment, credential::Source, secret::Kind,
+use polydev_proto::{
+    provider::Provider,
+    runtime::{
+        ApiKey, Credential, ScryptRecord, Secret, SecretEnvironment, credential::Source,
+        secret::Kind,
+    },
 };
-
-use crate::provider::Provider;
 
 /// Where it is. Without any of them the provider's variable is read: OPENAI_API_KEY,
 /// ANTHROPIC_API_KEY or GOOGLE_API_KEY (and GOOGLE_PROJECT_ID).
 #[derive(clap::Args)]
 #[group(multiple = false)]
-pub(in crate::cli) struct Given {
+pub struct Given {
     /// File with the API key; without it or another the provider's variable is read:
     /// OPENAI_API_KEY, ANTHROPIC_API_KEY or GOOGLE_API_KEY (and GOOGLE_PROJECT_ID).
     #[arg(long, value_name = "FILE")]
@@ -54,7 +56,7 @@ struct Scrypt {
 
 impl Given {
     /// Reads it; `None` if there is none.
-    pub(in crate::cli) fn read(&self, provider: Provider) -> anyhow::Result<Option<Credential>> {
+    pub(crate) fn read(&self, provider: Provider) -> anyhow::Result<Option<Credential>> {
         let source = match self {
             Self {
                 sealed_file: Some(path),
@@ -91,15 +93,19 @@ impl Given {
     }
 
     /// Whether it is a record.
-    pub(super) fn is_sealed(&self) -> bool {
+    #[must_use]
+    pub fn is_sealed(&self) -> bool {
         self.sealed_file.is_some() || self.scrypt_file.is_some()
     }
 
-    /// What is given in the clear.
-    pub(super) fn secret(&self, provider: Provider) -> anyhow::Result<Option<Secret>> {
+    /// What is given in the clear; `None` if nothing is.
+    ///
+    /// # Errors
+    /// If a file cannot be read or understood.
+    pub fn secret(&self, provider: Provider) -> anyhow::Result<Option<Secret>> {
         let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         let api_key = |key: String| {
-            let project_id = provider.project_variable().and_then(variable);
+            let project_id = project_variable(provider).and_then(variable);
             Kind::ApiKey(ApiKey {
                 key,
                 project_id: project_id.unwrap_or_default(),
@@ -112,9 +118,26 @@ impl Given {
         } else if let Some(path) = &self.env_file {
             Some(Kind::Environment(environment(&text("--env-file", path)?)?))
         } else {
-            variable(provider.key_variable()).map(api_key)
+            variable(key_variable(provider)).map(api_key)
         };
         Ok(kind.map(|kind| Secret { kind: Some(kind) }))
+    }
+}
+
+/// Variable in which callers keep the key, as documented.
+pub(super) fn key_variable(provider: Provider) -> &'static str {
+    match provider {
+        Provider::OpenAi => "OPENAI_API_KEY",
+        Provider::Anthropic => "ANTHROPIC_API_KEY",
+        Provider::Google => "GOOGLE_API_KEY",
+    }
+}
+
+/// Variable in which callers keep the project, where there is one.
+fn project_variable(provider: Provider) -> Option<&'static str> {
+    match provider {
+        Provider::OpenAi | Provider::Anthropic => None,
+        Provider::Google => Some("GOOGLE_PROJECT_ID"),
     }
 }
 

@@ -2,17 +2,18 @@
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
-use polydev_proto::tls::{Callers, Files, GRPC, Trust};
-use sd_notify::NotifyState;
-
-use super::tell_systemd;
-use crate::{
+use polydev_cli::tls_files;
+use polydev_shim::{
     engine,
     pool::{View, drained, follow},
     rate::Rates,
     run::queue::PerUser,
     service,
 };
+use polydev_transport::tls::{Callers, Files, GRPC, Trust};
+use sd_notify::NotifyState;
+
+use super::tell_systemd;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -84,7 +85,7 @@ impl Arguments {
             node_tls_ca: authority,
             ..
         } = self;
-        super::files(certificate, key, authority).or_else(|| self.listen.files())
+        tls_files(certificate, key, authority).or_else(|| self.listen.files())
     }
 }
 

@@ -1,45 +1,31 @@
-//! The command line: one binary, a file a command.
+//! The command line: one binary, a file a command. Those of callers are in the crate polydev-cli.
 
 mod certs;
 mod config;
 mod credentials;
 mod dev;
-mod files;
 mod manual;
 mod pool;
-mod run;
-mod runs;
 mod serve;
-mod status;
-mod stream;
-mod terminal;
 
-use std::{
-    io::{IsTerminal, Write},
-    path::PathBuf,
-    process::ExitCode,
-    time::{Duration, SystemTime},
-};
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 use nix::sys::{
     prctl,
     resource::{Resource, getrlimit, setrlimit},
 };
-use polydev_client::{Calls, Identity, Token};
-use polydev_proto::{
+use polydev_cli::{FAILED, Options, run, runs, status, tls_files};
+use polydev_shim::{access::Access, credentials::store, token};
+use polydev_transport::{
     address::{Address, DEFAULT, Listener},
-    tls::{Callers, Files, Trust},
+    tls::{Callers, Files},
 };
-use prost_types::Timestamp;
 use sd_notify::NotifyState;
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
 use tracing_subscriber::EnvFilter;
 use zeroize::Zeroizing;
-
-use crate::{access::Access, credentials::store, token};
 
 /// Runs users' commands in warm, isolated containers.
 #[derive(Parser)]
@@ -81,85 +67,6 @@ enum Command {
         /// Folder for the pages; made if it is not there.
         folder: PathBuf,
     },
-}
-
-/// How results are printed.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
-    /// For people.
-    #[value(alias = "table")]
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
-/// The shim that a client command talks to.
-#[derive(clap::Args)]
-struct Client {
-    /// Where the shim listens: unix:///PATH, http://127.0.0.1:PORT or https://HOST:PORT.
-    #[arg(long, env = "POLYDEV_ADDRESS", default_value = DEFAULT)]
-    address: Address,
-    #[command(flatten)]
-    tls: Tls,
-}
-
-/// How a caller shows who he is.
-#[derive(clap::Args)]
-struct Tls {
-    /// The caller's certificate, in PEM, where the address begins with https.
-    #[arg(long, env = "POLYDEV_TLS_CERT", value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
-    tls_cert: Option<PathBuf>,
-    /// The key of it.
-    #[arg(
-        long,
-        env = "POLYDEV_TLS_KEY",
-        value_name = "FILE",
-        requires = "tls_cert"
-    )]
-    tls_key: Option<PathBuf>,
-    /// Certificates of the authorities that speak for the shim.
-    #[arg(long, env = "POLYDEV_TLS_CA", value_name = "FILE")]
-    tls_ca: Option<PathBuf>,
-    /// File with a token that says who the caller is, of the issuer that the shim trusts.
-    #[arg(long, env = "POLYDEV_TOKEN_FILE", value_name = "FILE")]
-    token_file: Option<PathBuf>,
-}
-
-impl Tls {
-    fn identity(&self) -> Identity {
-        let mutual = files(&self.tls_cert, &self.tls_key, &self.tls_ca).map(Trust::Mutual);
-        let server = || {
-            let authority = self.tls_ca.clone()?;
-            Some(Trust::Server { authority })
-        };
-        Identity {
-            tls: mutual.or_else(server),
-            token: self.token_file.clone().map(Token::File),
-        }
-    }
-}
-
-fn files(
-    certificate: &Option<PathBuf>,
-    key: &Option<PathBuf>,
-    authority: &Option<PathBuf>,
-) -> Option<Files> {
-    Some(Files {
-        certificate: certificate.clone()?,
-        key: key.clone()?,
-        authority: authority.clone()?,
-    })
-}
-
-impl Client {
-    async fn connect(&self) -> anyhow::Result<polydev_client::Client> {
-        let identity = self.tls.identity();
-        let connected = polydev_client::Client::connect(&self.address, identity).await;
-        connected.map_err(|error| {
-            let advice = "start one with `polydev-shim serve` or `polydev-shim dev`";
-            anyhow::anyhow!("{error}\n{advice}")
-        })
-    }
 }
 
 /// Where a shim listens, and for whom.
@@ -215,7 +122,7 @@ impl Listen {
     }
 
     fn files(&self) -> Option<Files> {
-        files(&self.tls_cert, &self.tls_key, &self.tls_ca)
+        tls_files(&self.tls_cert, &self.tls_key, &self.tls_ca)
     }
 
     /// Whether there is what its addresses need.
@@ -250,60 +157,6 @@ impl Listen {
     }
 }
 
-/// What every command has that asks a shim and prints the answer.
-#[derive(clap::Args)]
-struct Options {
-    #[command(flatten)]
-    client: Client,
-    /// How to print results.
-    #[arg(long, value_enum, default_value = "text")]
-    output: Output,
-}
-
-impl Options {
-    async fn connect(&self) -> anyhow::Result<Calls> {
-        Ok(self.client.connect().await?.calls())
-    }
-}
-
-/// For an answer that is not a stream.
-const ANSWER: Duration = Duration::from_secs(10);
-
-/// An answer that is no stream, or why there is none.
-async fn answer<T>(
-    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
-) -> anyhow::Result<T> {
-    let answered = tokio::time::timeout(ANSWER, call).await;
-    let answered = answered.with_context(|| {
-        let seconds = ANSWER.as_secs();
-        format!("the shim did not answer within {seconds} s")
-    })?;
-    Ok(answered.map_err(told)?.into_inner())
-}
-
-/// The shim's words.
-fn told(status: Status) -> anyhow::Error {
-    anyhow::anyhow!("{}", status.message())
-}
-
-fn print(text: &str) -> std::io::Result<()> {
-    let mut stdout = std::io::stdout();
-    stdout.write_all(text.as_bytes())?;
-    stdout.flush()
-}
-
-/// How long ago it was, to the second; two clocks may differ.
-fn age(since: Option<Timestamp>) -> String {
-    let since = since.and_then(|since| SystemTime::try_from(since).ok());
-    let age = since.and_then(|since| SystemTime::now().duration_since(since).ok());
-    match age.map(|age| age.as_secs()) {
-        None => "-".into(),
-        Some(seconds) if seconds < 120 => format!("{seconds}s"),
-        Some(seconds) if seconds < 7200 => format!("{}m", seconds / 60),
-        Some(seconds) => format!("{}h", seconds / 3600),
-    }
-}
-
 /// The Nomad cluster that a command works with.
 #[derive(clap::Args)]
 struct Nomad {
@@ -326,7 +179,7 @@ struct Nomad {
 
 impl Nomad {
     /// Connects to nobody yet.
-    fn connect(&self) -> anyhow::Result<crate::nomad::Nomad> {
+    fn connect(&self) -> anyhow::Result<polydev_shim::nomad::Nomad> {
         let token =
             match &self.token_file {
                 Some(path) => Some(std::fs::read_to_string(path).with_context(|| {
@@ -337,7 +190,7 @@ impl Nomad {
                     .filter(|token| !token.is_empty()),
             };
         let token = token.map(|token| Zeroizing::new(token.trim().to_owned()));
-        Ok(crate::nomad::Nomad::new(&self.address, token)?)
+        Ok(polydev_shim::nomad::Nomad::new(&self.address, token)?)
     }
 }
 
@@ -360,12 +213,12 @@ struct Vault {
 }
 
 impl Vault {
-    fn open(&self) -> anyhow::Result<crate::credentials::Vault> {
+    fn open(&self) -> anyhow::Result<polydev_shim::credentials::Vault> {
         // Not for clap to parse: it quotes what it refuses.
         let store = self.credential_store.as_deref().map(str::parse);
         let store: Option<store::Address> = store.transpose().context("--credential-store")?;
         let keys = self.master_key_file.as_deref();
-        let vault = crate::credentials::Vault::open(keys, store.as_ref())?;
+        let vault = polydev_shim::credentials::Vault::open(keys, store.as_ref())?;
         if let Some(store) = store {
             tracing::info!(%store, "credentials are kept");
         }
@@ -373,12 +226,8 @@ impl Vault {
     }
 }
 
-/// Our own failures, as `docker run` has them; 126 and 127 are the command's.
-const FAILED: u8 = 125;
-
 /// Reads the arguments and does what they say.
-#[must_use]
-pub fn main() -> ExitCode {
+pub(super) fn main() -> ExitCode {
     let Arguments { command } = config::parse();
     let serves = matches!(command, Command::Serve(_) | Command::Dev(_));
     let filter = EnvFilter::try_from_env("POLYDEV_LOG")

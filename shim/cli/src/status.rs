@@ -7,7 +7,9 @@ use serde_json::{Value, json};
 
 use super::{Options, Output, answer, print};
 
-pub(super) async fn execute(options: Options) -> anyhow::Result<ExitCode> {
+/// # Errors
+/// If the shim cannot be reached, or refuses the call.
+pub async fn execute(options: Options) -> anyhow::Result<ExitCode> {
     let mut shim = options.connect().await?;
     let status = answer(shim.get_cluster_status(GetClusterStatusRequest {})).await?;
     let mut text = String::new();

@@ -2,26 +2,25 @@
 
 mod given;
 mod keep;
-mod seal;
 
-pub(super) use given::Given;
+pub use given::Given;
 
 use std::process::ExitCode;
 
-use crate::provider::Provider;
+use polydev_proto::provider::Provider;
 
 /// Whose credential, and what for.
 #[derive(clap::Args)]
-struct Name {
+pub struct Name {
     /// openai, anthropic or google.
-    provider: Provider,
+    pub provider: Provider,
     /// Whose it is.
     #[arg(long, default_value = "local")]
-    user: String,
+    pub user: String,
 }
 
 #[derive(clap::Subcommand)]
-pub(super) enum Command {
+pub enum Command {
     /// Keep a credential in the shim's store, in place of the one there was.
     Put(keep::Put),
     /// Show what credentials are kept; never what is in them.
@@ -30,17 +29,15 @@ pub(super) enum Command {
     Delete(keep::Delete),
     /// Seal with the shim's first master key what others have sealed.
     Rotate(keep::Rotate),
-    /// Seal a credential here, with a master key, and print the record in base64: for callers
-    /// that keep credentials themselves. No shim is asked.
-    Seal(seal::Seal),
 }
 
-pub(super) async fn execute(command: Command) -> anyhow::Result<ExitCode> {
+/// # Errors
+/// If the shim cannot be reached, or refuses the call.
+pub async fn execute(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Put(arguments) => keep::put(arguments).await,
         Command::List(arguments) => keep::list(arguments).await,
         Command::Delete(arguments) => keep::delete(arguments).await,
         Command::Rotate(arguments) => keep::rotate(arguments).await,
-        Command::Seal(arguments) => seal::seal(&arguments),
     }
 }

@@ -7,12 +7,11 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-
-use crate::cli::print;
-use crate::pool::apply::{Applied, Variable, plan};
+use polydev_cli::print;
+use polydev_shim::pool::apply::{Applied, Variable, plan};
 
 #[derive(clap::Args)]
-pub(in crate::cli) struct Arguments {
+pub(in crate::command) struct Arguments {
     /// A job's file, or a folder with `*.nomad.hcl`; may be repeated.
     #[arg(long = "file", short, value_name = "PATH", required = true)]
     files: Vec<PathBuf>,

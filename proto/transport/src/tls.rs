@@ -10,6 +10,7 @@ use std::{
 };
 
 use futures_util::{Stream, stream};
+use polydev_proto::error::chain;
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
     crypto::{CryptoProvider, ring},
@@ -254,7 +255,7 @@ pub fn incoming(
                     };
                     let (config, refused) = files.config();
                     if let Some(error) = refused {
-                        let error = crate::error::chain(&error);
+                        let error = chain(&error);
                         tracing::warn!(error, "new certificates are of no use, the old ones stay");
                     }
                     let handshake = handshake(config, stream, places.clone());

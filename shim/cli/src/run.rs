@@ -4,9 +4,12 @@ use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf, process::Exi
 
 use bytes::Bytes;
 use polydev_client::Calls;
-use polydev_proto::runtime::{
-    Argv, ArtifactRules, Credential, Prompt, RunStart, StoredCredential, SubmitJobRequest,
-    credential, run_event::Event, run_start::Command,
+use polydev_proto::{
+    provider::Provider,
+    runtime::{
+        Argv, ArtifactRules, Credential, Prompt, RunStart, StoredCredential, SubmitJobRequest,
+        credential, run_event::Event, run_start::Command,
+    },
 };
 use tonic::metadata::{MetadataMap, MetadataValue};
 
@@ -17,10 +20,9 @@ use super::{
     stream::{self, Signals, forward_stdin},
     terminal, told,
 };
-use crate::provider::Provider;
 
 #[derive(clap::Args)]
-pub(super) struct Arguments {
+pub struct Arguments {
     /// openai, anthropic or google.
     provider: Provider,
     #[command(flatten)]
@@ -86,7 +88,9 @@ fn variable(text: &str) -> Result<(String, String), String> {
     Ok((name.to_owned(), value.to_owned()))
 }
 
-pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
+/// # Errors
+/// If the run cannot be started, or not followed to its end.
+pub async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let files = Opened::new(&arguments.file).await?;
     let mut start = start(&arguments)?;
     start.files = files.list();

@@ -10,13 +10,12 @@ use std::{
 };
 
 use anyhow::Context;
+use polydev_cli::print;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
     KeyPair, KeyUsagePurpose, SanType,
 };
 use time::{Duration, OffsetDateTime};
-
-use super::print;
 
 /// They are for trying out.
 const VALID: Duration = Duration::days(30);

@@ -7,10 +7,11 @@ use std::{ffi::OsString, fs, path::Path, path::PathBuf, process::ExitCode};
 use clap::{
     Arg, ArgMatches, Command as Clap, CommandFactory, Parser, error::ErrorKind, parser::ValueSource,
 };
+use polydev_cli::{Output, print};
 use serde_json::json;
 use toml::{Table, Value};
 
-use super::{Arguments, Output, print, serve};
+use super::{Arguments, serve};
 
 #[derive(clap::Subcommand)]
 pub(super) enum Command {

@@ -16,7 +16,7 @@ struct Name {
 }
 
 #[derive(clap::Subcommand)]
-pub(super) enum Command {
+pub enum Command {
     /// Show runs that go on and those whose results are kept, the last one first.
     List(look::List),
     /// Show the runs that go on, and then each that is new or comes further.
@@ -29,7 +29,9 @@ pub(super) enum Command {
     Cancel(attach::Cancel),
 }
 
-pub(super) async fn execute(command: Command) -> anyhow::Result<ExitCode> {
+/// # Errors
+/// If the shim cannot be reached, or refuses the call.
+pub async fn execute(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::List(arguments) => look::list(arguments).await,
         Command::Watch(arguments) => look::watch(arguments).await,

@@ -5,13 +5,14 @@ use std::{fs, path::Path, process::ExitCode};
 use anyhow::Context;
 use clap::CommandFactory;
 use clap_complete::Shell;
+use polydev_cli::print;
 
 use super::Arguments;
 
 pub(super) fn completions(shell: Shell) -> anyhow::Result<ExitCode> {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut Arguments::command(), "polydev-shim", &mut text);
-    super::print(&String::from_utf8(text)?)?;
+    print(&String::from_utf8(text)?)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -2,22 +2,20 @@
 
 use std::{collections::BTreeSet, process::ExitCode};
 
-use polydev_proto::runtime::{
-    GetRunRequest, ListRunsRequest, Run, RunState, WatchRunsRequest, WatchRunsResponse,
+use polydev_proto::{
+    provider::Provider,
+    runtime::{GetRunRequest, ListRunsRequest, Run, RunState, WatchRunsRequest, WatchRunsResponse},
 };
 use serde_json::{Value, json};
 
 use super::Name;
-use crate::{
-    cli::{Options, Output, age, answer, print, stream::reason, told},
-    provider::Provider,
-};
+use crate::{Options, Output, age, answer, print, stream::reason, told};
 
 /// What a shim gives at once.
 const PAGE: u32 = 1000;
 
 #[derive(clap::Args)]
-pub(in crate::cli) struct List {
+pub struct List {
     #[command(flatten)]
     of: Of,
     /// Only runs that have come so far; may be repeated.
@@ -31,7 +29,7 @@ pub(in crate::cli) struct List {
 }
 
 #[derive(clap::Args)]
-pub(in crate::cli) struct Watch {
+pub struct Watch {
     #[command(flatten)]
     of: Of,
     #[command(flatten)]
@@ -61,7 +59,7 @@ impl Of {
 }
 
 #[derive(clap::Args)]
-pub(in crate::cli) struct Show {
+pub struct Show {
     #[command(flatten)]
     name: Name,
     #[command(flatten)]

@@ -7,7 +7,7 @@ use polydev_proto::runtime::{
 };
 use serde_json::{Value, json};
 
-use crate::cli::{Options, Output, age, answer, print, told};
+use crate::{Options, Output, age, answer, print, told};
 
 /// Of an allocation's or a run's id, as Nomad shows it.
 const SHORT: usize = 8;

@@ -7,7 +7,7 @@ use polydev_proto::runtime::{
 };
 use serde_json::{Value, json};
 
-use crate::cli::{Options, Output, print, told};
+use crate::{Options, Output, print, told};
 
 pub(super) async fn scale(options: &Options, provider: String, size: u32) -> anyhow::Result<()> {
     let mut shim = options.connect().await?;

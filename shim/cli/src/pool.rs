@@ -1,6 +1,5 @@
 //! `polydev-shim pool ...`
 
-mod apply;
 mod look;
 mod size;
 
@@ -9,7 +8,7 @@ use std::process::ExitCode;
 use super::Options;
 
 #[derive(clap::Subcommand)]
-pub(super) enum Command {
+pub enum Command {
     /// Show each provider's slots by state.
     List(Options),
     /// Show a provider's slots one by one.
@@ -47,11 +46,11 @@ pub(super) enum Command {
         #[command(flatten)]
         options: Options,
     },
-    /// Submit job files to Nomad, after showing what would change.
-    Apply(apply::Arguments),
 }
 
-pub(super) async fn execute(command: Command) -> anyhow::Result<ExitCode> {
+/// # Errors
+/// If the shim cannot be reached, or refuses the call.
+pub async fn execute(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::List(options) => look::list(&options).await?,
         Command::Show { provider, options } => look::show(&options, provider).await?,
@@ -67,7 +66,6 @@ pub(super) async fn execute(command: Command) -> anyhow::Result<ExitCode> {
             options,
         } => size::drain(&options, provider, detach).await?,
         Command::Resume { provider, options } => size::resume(&options, provider).await?,
-        Command::Apply(arguments) => apply::apply(&arguments).await?,
     }
     Ok(ExitCode::SUCCESS)
 }

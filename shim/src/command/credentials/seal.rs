@@ -4,21 +4,23 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, bail};
 use base64::{Engine, prelude::BASE64_STANDARD};
-use prost::Message;
-
-use super::{Given, Name};
-use crate::{
-    cli::print,
+use polydev_cli::{
+    credentials::{Given, Name},
+    print,
+};
+use polydev_shim::{
     credentials::{
         Credential,
         keys::KeyRing,
         record::{Binding, Record},
     },
+    provider::Cli,
     run::request::check_user,
 };
+use prost::Message;
 
 #[derive(clap::Args)]
-pub(in crate::cli) struct Seal {
+pub(in crate::command) struct Seal {
     #[command(flatten)]
     name: Name,
     #[command(flatten)]

@@ -3,11 +3,10 @@
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
-
-use crate::{
+use polydev_proto::provider::{Provider, Unknown};
+use polydev_shim::{
     engine::embedded::{Engine, Settings},
     pool::{View, follow},
-    provider::Provider,
     rate::Rates,
     run::queue::PerUser,
     service,
@@ -44,7 +43,7 @@ fn pool(text: &str) -> Result<(Provider, u32), String> {
     let (provider, count) = text.split_once('=').ok_or_else(form)?;
     let provider = provider
         .parse()
-        .map_err(|error: crate::provider::Unknown| error.to_string())?;
+        .map_err(|error: Unknown| error.to_string())?;
     let count = count.parse().map_err(|_| form())?;
     if count > SLOTS_MOST {
         return Err(format!(

@@ -3,20 +3,20 @@
 use std::process::ExitCode;
 
 use anyhow::Context;
-use polydev_proto::runtime::{
-    CredentialInfo, DeleteCredentialRequest, ListCredentialsRequest, PutCredentialRequest,
-    RotateCredentialsRequest, RotationFailure,
+use polydev_proto::{
+    provider::Provider,
+    runtime::{
+        CredentialInfo, DeleteCredentialRequest, ListCredentialsRequest, PutCredentialRequest,
+        RotateCredentialsRequest, RotationFailure,
+    },
 };
 use serde_json::{Value, json};
 
-use super::{Given, Name};
-use crate::{
-    cli::{FAILED, Options, Output, age, answer, print},
-    provider::Provider,
-};
+use super::{Given, Name, given::key_variable};
+use crate::{FAILED, Options, Output, age, answer, print};
 
 #[derive(clap::Args)]
-pub(in crate::cli) struct Put {
+pub struct Put {
     #[command(flatten)]
     name: Name,
     #[command(flatten)]
@@ -30,7 +30,7 @@ pub(in crate::cli) struct Put {
 }
 
 #[derive(clap::Args)]
-pub(in crate::cli) struct List {
+pub struct List {
     /// Only this user's.
     #[arg(long)]
     user: Option<String>,
@@ -42,7 +42,7 @@ pub(in crate::cli) struct List {
 }
 
 #[derive(clap::Args)]
-pub(in crate::cli) struct Delete {
+pub struct Delete {
     #[command(flatten)]
     name: Name,
     #[command(flatten)]
@@ -50,7 +50,7 @@ pub(in crate::cli) struct Delete {
 }
 
 #[derive(clap::Args)]
-pub(in crate::cli) struct Rotate {
+pub struct Rotate {
     #[command(flatten)]
     options: Options,
 }
@@ -64,7 +64,7 @@ pub(super) async fn put(arguments: Put) -> anyhow::Result<ExitCode> {
     } = arguments;
     let credential = given.read(name.provider)?;
     let credential = credential.with_context(|| {
-        let variable = name.provider.key_variable();
+        let variable = key_variable(name.provider);
         format!("no credential is given: {variable} is not set, and no file is named")
     })?;
     let mut shim = options.connect().await?;
