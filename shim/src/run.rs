@@ -1,8 +1,9 @@
-//! One run, in the order it happens: [`request`] checks what the caller wants, [`fence`]
-//! makes sure that a run is nowhere else, [`queue`] has those that wait,
-//! [`on_demand`] orders a slot when none is idle, [`claim`] gets it a container, [`relay`] carries it to its end,
-//! [`input`] is what it reads, [`lease`] keeps a slot for a run before it is known, and [`attach`] finds it again when a
-//! connection broke on the way. [`listing`] tells of runs without their output.
+//! One run, in the order it happens. [`request`] checks what the caller wants. [`fence`] makes
+//! sure that the run is nowhere else. [`queue`] keeps the runs that wait, and [`on_demand`]
+//! orders a slot for one of them when none is idle. [`claim`] gets the run its container, and
+//! [`relay`] carries it to its end; [`input`] is what the run reads. [`lease`] keeps a slot for
+//! a run to come, and [`attach`] goes back to a run when a connection broke on the way.
+//! [`listing`] and [`watching`] report on runs without their output.
 
 pub mod attach;
 pub mod claim;

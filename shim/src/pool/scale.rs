@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use tokio::time::{Instant, sleep};
 
 use crate::{
+    backoff::Backoff,
     nomad::{self, Nomad},
     provider::Provider,
 };
@@ -18,8 +19,8 @@ const DRAINED_FROM: &str = "polydev_drained_from";
 /// How long a deployment is waited for: as long as the jobs give their slots to become
 /// healthy.
 const DEPLOYMENT: Duration = Duration::from_secs(10 * 60);
-const RETRY: Duration = Duration::from_millis(500);
-const RETRY_MOST: Duration = Duration::from_secs(5);
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const MAX_RETRY: Duration = Duration::from_secs(5);
 
 /// Why a pool has the size it had.
 #[derive(Debug, thiserror::Error)]
@@ -147,7 +148,8 @@ async fn set(
 ) -> Result<(), Error> {
     let job = job(provider);
     let message = format!("polydev-shim: from {from} to {to} warm slots");
-    let (end, mut retry, mut is_told) = (Instant::now() + DEPLOYMENT, RETRY, false);
+    let end = Instant::now() + DEPLOYMENT;
+    let (mut pauses, mut is_told) = (Backoff::new(FIRST_RETRY, MAX_RETRY), false);
     loop {
         match nomad.scale(&job, GROUP, to, &message, &meta).await {
             Ok(()) => {
@@ -166,7 +168,6 @@ async fn set(
             }
             Err(error) => return Err(error.into()),
         }
-        sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
-        retry = RETRY_MOST.min(retry * 2);
+        sleep(pauses.next_wait()).await;
     }
 }

@@ -1,58 +1,37 @@
-//! Getting a run its container: an idle slot is claimed, and only after a definite
-//! refusal the next.
+//! Getting a run its container, in the order it happens. A retry first closes the run to all
+//! other tries. A run with a lease claims the slot of the lease. Any other run waits for its
+//! turn and for an idle slot, and claims that ([`attempt`]); only after a definite refusal does
+//! it claim the next.
 
-use std::{
-    collections::BTreeSet,
-    time::{Duration, Instant, SystemTime},
-};
+mod attempt;
 
-use futures_util::StreamExt;
-use polydev_proto::{
-    node::{
-        self, Ballot, ClaimRequest, RunInput, claim_request, fence_response::Answer,
-        node_service_client::NodeServiceClient,
-    },
-    run_id::made_at,
-    runtime::{Queued, RunEvent, run_event},
-    sealed,
-};
-use prost_types::Timestamp;
+use std::{collections::BTreeSet, time::Duration};
+
+use polydev_proto::runtime::{Queued, RunEvent, run_event};
 use tokio::{
     sync::mpsc,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, transport::Channel};
 
 use super::{
-    Connection, Error, Events, INPUTS,
-    fence::{self, Announced, Fenced, Have, announce, fence},
+    Connection, Error,
     on_demand::{OnDemand, Order},
     queue::{Place, Queue, Running, Ticket},
     request::Request,
 };
 use crate::{
-    credentials::Prepared,
+    backoff::Backoff,
     pool::{Candidate, View},
 };
+use attempt::{Attempt, Attempts};
 
-/// A claim must start within this time. A driver grants one in about a millisecond.
-const START_BY: Duration = Duration::from_secs(5);
-/// Longer than [`START_BY`]: after it, the driver has refused or something is broken.
-const ANSWER: Duration = Duration::from_secs(10);
-/// Between a refusal and the next slot; doubled with each refusal.
-pub(super) const AGAIN: Duration = Duration::from_millis(20);
-pub(super) const AGAIN_MOST: Duration = Duration::from_millis(500);
-/// For this shim to have heard of a lease that another has got.
-const HEARD: Duration = Duration::from_secs(1);
-/// For a driver that gave no clear answer to come back and tell: after it, the claim can
-/// start no more.
-const SETTLE: Duration = Duration::from_secs(20);
-
-/// A node that left so long before a run was made had left for the other shims too.
-const LEFT: Duration = Duration::from_secs(60);
+/// Between a refusal and the next slot.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const MAX_PAUSE: Duration = Duration::from_millis(500);
+/// For this shim to have heard of a lease that another shim has got.
+const LEASE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Nodes that are tried in one turn, if they have no room.
-const NODES: usize = 8;
+const MAX_NODES: usize = 8;
 
 /// Claims a slot for `request`; a run that exists is gone back to.
 ///
@@ -69,326 +48,191 @@ pub async fn claim(
     request: Request,
     caller: &mpsc::Sender<Result<RunEvent, Error>>,
 ) -> Result<(Connection, Option<Running>), Error> {
-    let provider = request.provider.name();
-    let mut attempts = Attempts {
-        view,
-        accept_duplicate: request.accept_duplicate,
-        made: made_at(&request.run_id.to_string()),
-        secrets: request.secrets,
-        ballot: Ballot {
-            attempt: request.attempt,
-            nonce: rand::random(),
-        },
-        claim: node::Claim {
-            run_id: request.run_id.to_string(),
-            user_id: request.user_id.clone(),
-            spec: Some(request.spec),
-            trace: request.trace,
-            ..Default::default()
-        },
-    };
-    if request.is_retry
-        && let Some(connection) = attempts.fence().await?
-    {
+    let (is_retry, is_leased) = (request.is_retry, request.is_leased);
+    let (provider, queue_timeout) = (request.provider, request.queue_timeout);
+    let (run_id, user_id) = (request.run_id.to_string(), request.user_id.clone());
+    let mut attempts = Attempts::new(view, request);
+    if is_retry && let Some(connection) = attempts.fence().await? {
         return Ok((connection, None));
     }
-    if request.is_leased {
-        // Its turn was the lease's; it counts as its user's.
-        let running = queue.enter(provider, &request.user_id)?.served();
-        let connection = leased(view, provider, &mut attempts).await?;
+    if is_leased {
+        // The lease has had its turn; the run counts as its user's.
+        let running = queue.enter(provider.name(), &user_id)?.served();
+        let connection = leased(view, provider.name(), &run_id, &mut attempts).await?;
         return Ok((connection, Some(running)));
     }
-    let waited = request.queue_timeout;
-    let give_up = tokio::time::Instant::now() + waited;
-    let user_id = request.user_id;
-    let mut ticket = queue.enter(provider, &user_id)?;
-    let run_id = request.run_id.to_string();
-    let mut order = Some(on_demand.order(
-        view.clone(),
-        request.provider,
-        run_id.clone(),
-        ticket.place.clone(),
-    ));
-    let (mut last_refusal, mut again, mut dispatched) = (None, AGAIN, None);
-    loop {
-        let slot = wait(view, &mut ticket, provider, &run_id, caller);
-        // A refused one is nobody's until the end of the pause below.
-        let Ok(mut slot) = tokio::time::timeout_at(give_up, slot).await else {
-            let behind = match *ticket.place.borrow() {
-                Place::Behind(before) => Some(format!("{before} runs of this shim were before it")),
-                Place::Held(_) => return Err(Error::AtLimit { user_id, waited }),
-                Place::Next => None,
-            };
-            let reasons = [last_refusal.or(behind), order.as_ref().map(Order::told)];
-            return Err(none_idle(view, provider, waited, reasons));
-        };
-        // Whoever is next may try another slot meanwhile.
-        let running = ticket.served();
-        // From now on the run may be in it, whatever the answer: to stop it would end the run.
-        if let Some(order) = order.take_if(|_| slot.on_demand) {
-            dispatched = order.used();
-        }
-        match attempts.in_turn(&mut slot).await? {
-            Ok(mut connection) => {
-                if connection.on_demand {
-                    connection.dispatched = dispatched;
-                }
-                return Ok((connection, Some(running)));
-            }
-            Err(reason) => last_refusal = Some(reason),
-        }
-        if tokio::time::Instant::now() >= give_up {
-            let reasons = [last_refusal, order.as_ref().map(Order::told)];
-            return Err(none_idle(view, provider, waited, reasons));
-        }
-        // The view learns why in a moment; until then the same slot may come up.
-        sleep(again.mul_f64(rand::random_range(0.5..1.0))).await;
-        again = AGAIN_MOST.min(again * 2);
-        ticket = running.back();
-    }
+    let give_up = Instant::now() + queue_timeout;
+    let ticket = queue.enter(provider.name(), &user_id)?;
+    let place = ticket.place.clone();
+    let order = on_demand.order(view.clone(), provider, run_id.clone(), place);
+    let waiting = Waiting {
+        view,
+        caller,
+        provider: provider.name(),
+        run_id,
+        user_id,
+        queue_timeout,
+        give_up,
+        order: Some(order),
+        dispatched: None,
+        last_refusal: None,
+    };
+    waiting.claim(ticket, &mut attempts).await
 }
 
 /// Claims the slot that is kept for the run.
 async fn leased(
     view: &View,
     provider: &str,
+    run_id: &str,
     attempts: &mut Attempts<'_>,
 ) -> Result<Connection, Error> {
-    let run_id = attempts.claim.run_id.clone();
     let ended = |reason: String| Error::LeaseEnded {
-        lease_id: run_id.clone(),
+        lease_id: run_id.to_owned(),
         reason,
     };
-    let slot = timeout(HEARD, view.slot_for(&run_id)).await;
+    let slot = timeout(LEASE_TIMEOUT, view.slot_for(run_id)).await;
     let Ok(slot) = slot else {
         return Err(match view.channels().1 {
             nodes if nodes.is_empty() => ended("no node has it".into()),
             nodes => Error::Unasked { nodes },
         });
     };
-    // What the caller may do was asked for the provider that it named.
+    // The caller's roles were checked for the provider that the caller named.
     if slot.provider != provider {
         return Err(ended(format!("its slot is of `{}`", slot.provider)));
     }
-    attempts.at(&slot).await?.map_err(|denied| match denied {
+    match attempts.at(&slot).await? {
+        Attempt::Granted(connection) => Ok(*connection),
         // The lease stands.
-        Denied::NoRoom(reason) => Error::NotRun { reason },
-        Denied::Refused(reason) => ended(reason),
-    })
+        Attempt::NoRoom(reason) => Err(Error::NotRun { reason }),
+        Attempt::Refused(reason) => Err(ended(reason)),
+    }
 }
 
-/// The tries of one run by this shim, each with a ballot of its own.
-struct Attempts<'a> {
+/// A run that waits for its turn, and then for a slot.
+struct Waiting<'a> {
     view: &'a View,
-    accept_duplicate: bool,
-    /// When the run id was.
-    made: Option<SystemTime>,
-    ballot: Ballot,
-    claim: node::Claim,
-    /// Sealed to each container that is tried.
-    secrets: Prepared,
+    caller: &'a mpsc::Sender<Result<RunEvent, Error>>,
+    provider: &'static str,
+    run_id: String,
+    user_id: String,
+    /// How long the run may wait, and until when.
+    queue_timeout: Duration,
+    give_up: Instant,
+    /// For a slot of the run's own, until that slot is claimed; withdrawn when dropped.
+    order: Option<Order>,
+    /// When that slot was ordered.
+    dispatched: Option<std::time::Instant>,
+    last_refusal: Option<String>,
 }
 
-impl Attempts<'_> {
-    /// Sees to it that no other try can get a container any more; the run, if one has.
-    async fn fence(&mut self) -> Result<Option<Connection>, Error> {
-        let fenced = fence(
-            self.view,
-            &self.claim.run_id,
-            self.ballot,
-            self.accept_duplicate,
-        );
-        match fenced.await? {
-            Fenced::All(ballot) => {
-                self.ballot = ballot;
-                Ok(None)
+impl Waiting<'_> {
+    /// Claims slots until one is granted, or the run has waited for too long.
+    async fn claim(
+        mut self,
+        mut ticket: Ticket,
+        attempts: &mut Attempts<'_>,
+    ) -> Result<(Connection, Option<Running>), Error> {
+        let mut pauses = backoff();
+        loop {
+            let slot = self.slot(&mut ticket).await?;
+            // The next run in the queue may claim another slot meanwhile.
+            let running = ticket.served();
+            // From now on the run may be in the slot, whatever the answer: to withdraw the
+            // order would end the run.
+            if let Some(order) = self.order.take_if(|_| slot.on_demand) {
+                self.dispatched = order.used();
             }
-            Fenced::Have(have) => self.repeat(have).await.map(Some),
+            // This run keeps the slot until after the pause: no other run of this shim claims
+            // a slot that was refused just now.
+            let (attempt, _slot) = self.in_turn(slot, attempts).await?;
+            match attempt {
+                Attempt::Granted(mut connection) => {
+                    if connection.on_demand {
+                        connection.dispatched = self.dispatched;
+                    }
+                    return Ok((*connection, Some(running)));
+                }
+                Attempt::NoRoom(reason) | Attempt::Refused(reason) => {
+                    self.last_refusal = Some(reason);
+                }
+            }
+            if Instant::now() >= self.give_up {
+                return Err(self.none_idle(None));
+            }
+            // The view learns why in a moment; until then the same slot may come up.
+            sleep(pauses.next_wait()).await;
+            ticket = running.back();
         }
     }
 
-    /// Claims an idle slot, and while nodes have no room for the run, slots of other nodes; or
-    /// why the last of them, which `slot` is then, was refused.
-    async fn in_turn(&mut self, slot: &mut Candidate) -> Result<Result<Connection, String>, Error> {
+    /// Waits for the run's turn, and then for a slot.
+    async fn slot(&self, ticket: &mut Ticket) -> Result<Candidate, Error> {
+        let slot = wait(self.view, ticket, self.provider, &self.run_id, self.caller);
+        if let Ok(slot) = timeout_at(self.give_up, slot).await {
+            return Ok(slot);
+        }
+        let place = *ticket.place.borrow();
+        Err(match place {
+            Place::Behind(before) => {
+                let behind = format!("{before} runs of this shim were before it");
+                self.none_idle(Some(behind))
+            }
+            Place::Held(_) => Error::AtLimit {
+                user_id: self.user_id.clone(),
+                waited: self.queue_timeout,
+            },
+            Place::Next => self.none_idle(None),
+        })
+    }
+
+    /// Claims `slot`, and while nodes have no room for the run, slots of other nodes. Returns
+    /// what became of the last claim, and its slot.
+    async fn in_turn(
+        &self,
+        mut slot: Candidate,
+        attempts: &mut Attempts<'_>,
+    ) -> Result<(Attempt, Candidate), Error> {
         let mut full = BTreeSet::new();
         loop {
-            let (reason, has_room) = match self.at(slot).await? {
-                Ok(connection) => return Ok(Ok(connection)),
-                Err(Denied::NoRoom(reason)) => (reason, false),
-                Err(Denied::Refused(reason)) => (reason, true),
-            };
-            let slot_id = &slot.slot_id;
-            tracing::info!(
-                slot = slot_id,
-                reason,
-                "a claim was refused, trying another slot"
-            );
+            let attempt = attempts.at(&slot).await?;
+            if let Attempt::NoRoom(reason) | Attempt::Refused(reason) = &attempt {
+                tracing::info!(
+                    slot = slot.slot_id,
+                    reason,
+                    "a claim was refused, trying another slot"
+                );
+            }
             full.insert(slot.node_id.clone());
-            // A slot on demand comes out of turn: the pool's are for who is next.
-            if has_room || slot.on_demand || full.len() == NODES {
-                return Ok(Err(reason));
-            }
-            match self.view.idle_beyond(&slot.provider, &full) {
-                Some(next) => *slot = next,
-                None => return Ok(Err(reason)),
-            }
-        }
-    }
-
-    /// Claims a slot, and finds out what became of the claim where that is not clear.
-    async fn at(&mut self, slot: &Candidate) -> Result<Result<Connection, Denied>, Error> {
-        let (found, reason) = match self.ask(slot).await? {
-            Tried::Granted(connection) => {
-                // A run that was claimed before may be in another container.
-                if (&connection.slot_id, connection.generation) == (&slot.slot_id, slot.generation)
-                {
-                    slot.granted();
+            let next = match &attempt {
+                // A slot on demand comes out of turn: the pool's slots are for the next run in
+                // the queue.
+                Attempt::NoRoom(_) if !slot.on_demand && full.len() < MAX_NODES => {
+                    self.view.idle_beyond(&slot.provider, &full)
                 }
-                return Ok(Ok(*connection));
+                _ => None,
+            };
+            match next {
+                Some(next) => slot = next,
+                None => return Ok((attempt, slot)),
             }
-            Tried::NoRoom(reason) => return Ok(Err(Denied::NoRoom(reason))),
-            Tried::Refused(reason) => return Ok(Err(Denied::Refused(reason))),
-            Tried::Overtaken(reason) => (self.fence().await?, reason),
-            Tried::Unclear(reason) => match timeout(SETTLE, self.settle(slot)).await {
-                Ok(found) => (found?, reason),
-                Err(_) => {
-                    let slot_id = slot.slot_id.clone();
-                    return Err(Error::Unclear { slot_id, reason });
-                }
-            },
-        };
-        Ok(found.ok_or(Denied::Refused(reason)))
-    }
-
-    async fn ask(&mut self, slot: &Candidate) -> Result<Tried, Error> {
-        let is_newer = self.made.is_none_or(|made| made < slot.since);
-        if is_newer && let Some(tried) = self.announce(slot).await? {
-            return Ok(tried);
-        }
-        self.ballot.attempt += 1;
-        self.claim.slot_id.clone_from(&slot.slot_id);
-        self.claim.start_id.clone_from(&slot.start_id);
-        self.claim.generation = slot.generation;
-        self.claim.start_by = Some(Timestamp::from(slot.driver_time(START_BY)));
-        if !self.secrets.is_empty() {
-            let run_id = &self.claim.run_id;
-            match sealed::seal(&slot.public_key, run_id, &self.secrets.secrets()) {
-                Ok(sealed) => self.claim.sealed_secrets = sealed,
-                Err(error) => return Ok(Tried::Refused(error.to_string())),
-            }
-        }
-        self.send(slot.node_id.clone(), slot.channel.clone()).await
-    }
-
-    /// Tells the other nodes that the run goes to one that is newer than it; what came of that,
-    /// if it may not.
-    async fn announce(&self, slot: &Candidate) -> Result<Option<Tried>, Error> {
-        let (run_id, node_id) = (&self.claim.run_id, &slot.node_id);
-        let since = self.made.and_then(|made| made.checked_sub(LEFT));
-        let others = self.view.channels_since(since);
-        let tried = match announce(others, run_id, self.ballot.nonce, node_id).await {
-            Announced::Have(have) => Tried::Granted(self.repeat(have).await?.into()),
-            Announced::Overtaken => Tried::Overtaken("another try of the run was here".into()),
-            // Nothing is wrong with the slot: a lease stands, and another node may be older.
-            Announced::Nobody { nodes } if !self.accept_duplicate => Tried::NoRoom(format!(
-                "node {node_id} is newer than the run, and none of the others can tell \
-                 whether it ran: {}",
-                nodes.join(", ")
-            )),
-            Announced::Alone | Announced::Nobody { .. } => return Ok(None),
-        };
-        Ok(Some(tried))
-    }
-
-    /// Claims what a node has already: it answers with its run, if this is the command.
-    async fn repeat(&self, have: Have) -> Result<Connection, Error> {
-        let Have { node_id, channel } = have;
-        match self.send(node_id.clone(), channel).await? {
-            Tried::Granted(connection) => Ok(*connection),
-            Tried::Refused(reason) | Tried::NoRoom(reason) | Tried::Overtaken(reason) => {
-                Err(Error::NotRun { reason })
-            }
-            Tried::Unclear(_) => Err(Error::Unasked {
-                nodes: vec![node_id],
-            }),
         }
     }
 
-    /// Asks the driver that gave no clear answer until it gives one: the run, or `None` once
-    /// it has not taken the claim and will not. Only this driver was sent it.
-    async fn settle(&mut self, slot: &Candidate) -> Result<Option<Connection>, Error> {
-        loop {
-            let channel = self.view.channel(&slot.node_id).await;
-            self.ballot.attempt += 1;
-            match fence::ask(channel.clone(), &self.claim.run_id, self.ballot, "").await {
-                Ok((Answer::Have(_), _)) => {
-                    let node_id = slot.node_id.clone();
-                    return self.repeat(Have { node_id, channel }).await.map(Some);
-                }
-                Ok((Answer::Fenced(fence), _)) if fence == self.ballot => return Ok(None),
-                Ok((Answer::Fenced(_), _)) => return self.fence().await,
-                // It will not be able to tell later either.
-                Ok((Answer::Unknown(_), _)) => std::future::pending().await,
-                Err(status) => tracing::debug!(%status, "not settled yet"),
-            }
-            sleep(AGAIN_MOST.mul_f64(rand::random_range(0.5..1.0))).await;
-        }
-    }
-
-    async fn send(&self, node_id: String, channel: Channel) -> Result<Tried, Error> {
-        let mut claim = self.claim.clone();
-        claim.ballot = Some(self.ballot);
-        let (inputs, queue) = mpsc::channel::<RunInput>(INPUTS);
-        let first = claim_request::Message::Claim(Box::new(claim));
-        let rest = ReceiverStream::new(queue).map(claim_request::Message::Input);
-        let requests = futures_util::stream::iter([first])
-            .chain(rest)
-            .map(|message| ClaimRequest {
-                message: Some(message),
-            });
-        let sent = Instant::now();
-        let mut client = NodeServiceClient::new(channel);
-        let call = async {
-            let events = client.claim(requests).await?.into_inner();
-            let events = Events::Claimed(Box::new(events));
-            Connection::new(node_id, sent, inputs, events).await
-        };
-        let status = match timeout(ANSWER, call).await {
-            Ok(Ok(connection)) => return Ok(Tried::Granted(Box::new(connection))),
-            Ok(Err(status)) => status,
-            Err(_) => {
-                let reason = format!("no answer in {} s", ANSWER.as_secs());
-                return Ok(Tried::Unclear(reason));
-            }
-        };
-        let reason = status.message().to_owned();
-        match status.code() {
-            Code::FailedPrecondition | Code::PermissionDenied => Ok(Tried::Refused(reason)),
-            Code::ResourceExhausted => Ok(Tried::NoRoom(reason)),
-            Code::Aborted => Ok(Tried::Overtaken(reason)),
-            Code::InvalidArgument => Err(Error::Refused { reason }),
-            Code::AlreadyExists => Err(Error::OtherCommand { reason }),
-            _ => Ok(Tried::Unclear(reason)),
-        }
+    /// Why the run has got no slot, `behind` if no driver has refused it.
+    fn none_idle(&self, behind: Option<String>) -> Error {
+        let reasons = [
+            self.last_refusal.clone().or(behind),
+            self.order.as_ref().map(Order::told),
+        ];
+        none_idle(self.view, self.provider, self.queue_timeout, reasons)
     }
 }
 
-/// A definite refusal: the run is not in the slot.
-enum Denied {
-    Refused(String),
-    /// Nothing is wrong with the slot; its node cannot have the run now.
-    NoRoom(String),
-}
-
-/// What a driver answers.
-enum Tried {
-    Granted(Box<Connection>),
-    Refused(String),
-    NoRoom(String),
-    /// Another try of the run has fenced this one off.
-    Overtaken(String),
-    /// It may have been granted.
-    Unclear(String),
+/// The pauses between a refusal and the next slot.
+pub(super) fn backoff() -> Backoff {
+    Backoff::new(FIRST_PAUSE, MAX_PAUSE)
 }
 
 /// Waits for the run's turn, and then for a slot; the caller is told its place, if it is

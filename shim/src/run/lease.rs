@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{
     Error, answered,
     attach::Name,
-    claim::{AGAIN, AGAIN_MOST, none_idle},
+    claim::{backoff, none_idle},
     queue::{Place, Queue},
     request::{Invalid, LEAST, QUEUE_TIMEOUT, QUEUE_TIMEOUT_MOST, bounded, check_user},
 };
@@ -70,7 +70,7 @@ pub async fn allocate(view: &View, queue: &Queue, wanted: Wanted) -> Result<Leas
     } = wanted;
     let give_up = Instant::now() + queue_timeout;
     let mut ticket = queue.enter(provider.name(), &user_id)?;
-    let (mut refused, mut again) = (None, AGAIN);
+    let (mut refused, mut pauses) = (None, backoff());
     loop {
         let slot = async {
             ticket.turn().await;
@@ -104,8 +104,7 @@ pub async fn allocate(view: &View, queue: &Queue, wanted: Wanted) -> Result<Leas
                 [refused, None],
             ));
         }
-        sleep(again.mul_f64(rand::random_range(0.5..1.0))).await;
-        again = AGAIN_MOST.min(again * 2);
+        sleep(pauses.next_wait()).await;
         ticket = running.back();
     }
 }

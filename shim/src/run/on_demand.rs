@@ -11,6 +11,7 @@ use tokio::{
     sync::{Semaphore, oneshot, watch},
     time::{sleep, timeout},
 };
+use tracing::Instrument;
 
 use super::queue::Place;
 use crate::{
@@ -82,7 +83,7 @@ impl OnDemand {
         let (used, mut is_used) = oneshot::channel();
         if let Some(nomad) = self.nomad.clone() {
             let waiting = self.waiting.clone();
-            tokio::spawn(async move {
+            let ordered = async move {
                 let turn = async {
                     // Its sender goes when the run has a slot to try: it may run then.
                     let may_run = |place: &Place| !matches!(place, Place::Held(_));
@@ -113,7 +114,8 @@ impl OnDemand {
                 if used.is_err() {
                     stop(&nomad, &job).await;
                 }
-            });
+            };
+            tokio::spawn(ordered.in_current_span());
         }
         Order {
             progress,

@@ -11,7 +11,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{service::Routes, transport::Server};
 
 use super::{
-    Service, http,
+    api::Api,
+    grpc::Grpc,
+    http,
     identify::{Door, identify},
     incoming,
 };
@@ -29,7 +31,9 @@ use crate::{
 };
 
 /// A run with argv and environment at the kernel's limits.
-pub(super) const MESSAGE_MOST: usize = 4 << 20;
+pub(super) const MAX_MESSAGE: usize = 4 << 20;
+/// For a caller to say what it wants.
+pub(super) const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two pings to a caller, and until one that answers none is gone: one whose process
 /// is stopped for a while is not.
 const PING: Duration = Duration::from_secs(60);
@@ -81,7 +85,7 @@ pub async fn serve(
         limits,
     } = parts;
     let (runs, hand_over) = (TaskTracker::new(), CancellationToken::new());
-    let service = Service {
+    let api = Api {
         view,
         on_demand: OnDemand::new(nomad.clone(), limits.on_demand),
         nomad,
@@ -93,13 +97,11 @@ pub async fn serve(
         stop: stop.clone(),
         hand_over: hand_over.clone(),
     };
-    let service = Arc::new(service);
-    let http = http::router(service.clone());
-    let service = RuntimeServiceServer::from_arc(service).max_decoding_message_size(MESSAGE_MOST);
+    let api = Arc::new(api);
+    let http = http::router(api.clone());
+    let grpc = RuntimeServiceServer::new(Grpc(api)).max_decoding_message_size(MAX_MESSAGE);
     let (reporter, health) = tonic_health::server::health_reporter();
-    reporter
-        .set_serving::<RuntimeServiceServer<Service>>()
-        .await;
+    reporter.set_serving::<RuntimeServiceServer<Grpc>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTORS)
         .with_service_name("polydev.runtime.v1.RuntimeService")
@@ -107,7 +109,7 @@ pub async fn serve(
     let routes = Routes::from(http)
         .add_service(health)
         .add_service(reflection)
-        .add_service(service);
+        .add_service(grpc);
     // After all of them: a browser can send what looks like gRPC as well.
     let guarded = middleware::from_fn(http::no_browser);
     let tokens = tokens.map(Arc::new);

@@ -27,7 +27,8 @@ use serde_json::{Value, error::Category};
 use serde_path_to_error::Segment;
 use tonic::Status;
 
-use super::{MESSAGE_MOST, error::Problem};
+use super::error::Problem;
+use crate::service::server::MAX_MESSAGE;
 
 /// Every message of the protocols.
 pub(super) static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
@@ -82,7 +83,7 @@ pub(super) fn from_slice<M: Message>(bytes: &[u8]) -> Result<M, Problem> {
         Problem::from(Status::invalid_argument(words))
     })?;
     match message.encoded_len() {
-        length if length > MESSAGE_MOST => Err(Problem::too_large(length, MESSAGE_MOST)),
+        length if length > MAX_MESSAGE => Err(Problem::too_large(length, MAX_MESSAGE)),
         _ => Ok(message),
     }
 }

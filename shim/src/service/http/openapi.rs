@@ -1,171 +1,24 @@
 //! The OpenAPI document: made of the protocol's own descriptors and comments, so that it says
 //! what is served.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::LazyLock,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use axum::{
-    Json,
-    response::{IntoResponse, Response},
-};
 use prost_reflect::{EnumDescriptor, FieldDescriptor, FileDescriptor, Kind, MessageDescriptor};
 use serde_json::{Map, Value, json};
 
-use super::json::descriptor;
+use super::{
+    json::descriptor,
+    operation::{Answer, Operation, Parameter},
+};
 
-static DOCUMENT: LazyLock<Value> = LazyLock::new(make);
-
-pub(super) async fn document() -> Response {
-    Json(&*DOCUMENT).into_response()
-}
-
-/// One operation, with the messages of `polydev.runtime.v1` that it takes and gives.
-struct Operation {
-    method: &'static str,
-    path: &'static str,
-    name: &'static str,
-    summary: &'static str,
-    body: Option<&'static str>,
-    /// Names of a query.
-    query: &'static [(&'static str, Parameter)],
-    answer: Answer,
-}
-
-#[derive(Clone, Copy)]
-enum Parameter {
-    Needed,
-    Text,
-    Flag,
-    /// As the message of this name has it.
-    Of(&'static str),
-}
-
-enum Answer {
-    Message(&'static str),
-    /// Server-sent events; or, with `detach`, the message.
-    Events(Option<&'static str>),
-    Document,
-}
-
-const OF_USER: &[(&str, Parameter)] = &[("user_id", Parameter::Needed)];
-
-const OPERATIONS: &[Operation] = &[
-    Operation {
-        method: "post",
-        path: "/v1/runs",
-        name: "startRun",
-        summary: "Run one command or prompt, and stream it as server-sent events, each a field of RunEvent by its name. A caller whose stream broke goes on with /v1/runs/{run_id}/events.",
-        body: Some("SubmitJobRequest"),
-        query: &[("detach", Parameter::Flag)],
-        answer: Answer::Events(Some("SubmitJobResponse")),
-    },
-    Operation {
-        method: "get",
-        path: "/v1/runs",
-        name: "listRuns",
-        summary: "The runs of all nodes, the last first, a page at a time; lists are separated by commas.",
-        body: None,
-        query: &[
-            ("user_id", Parameter::Text),
-            ("provider", Parameter::Text),
-            ("states", Parameter::Text),
-            ("page_size", Parameter::Of("ListRunsRequest")),
-            ("page_token", Parameter::Text),
-        ],
-        answer: Answer::Message("ListRunsResponse"),
-    },
-    Operation {
-        method: "get",
-        path: "/v1/runs/{run_id}",
-        name: "getRun",
-        summary: "One run, with its end if it has ended.",
-        body: None,
-        query: OF_USER,
-        answer: Answer::Message("GetRunResponse"),
-    },
-    Operation {
-        method: "get",
-        path: "/v1/runs/{run_id}/events",
-        name: "attachRun",
-        summary: "The events of a run that exists, from its beginning or after the event that the header Last-Event-ID names.",
-        body: None,
-        query: OF_USER,
-        answer: Answer::Events(None),
-    },
-    Operation {
-        method: "post",
-        path: "/v1/runs/{run_id}/cancel",
-        name: "cancelRun",
-        summary: "End a run: SIGTERM at once, SIGKILL after its kill timeout.",
-        body: Some("CancelRunRequest"),
-        query: &[],
-        answer: Answer::Message("CancelRunResponse"),
-    },
-    Operation {
-        method: "post",
-        path: "/v1/leases",
-        name: "allocate",
-        summary: "Keep an idle slot for one run, whose command comes later.",
-        body: Some("AllocateRequest"),
-        query: &[],
-        answer: Answer::Message("AllocateResponse"),
-    },
-    Operation {
-        method: "post",
-        path: "/v1/leases/{lease_id}/release",
-        name: "release",
-        summary: "Give a lease back before its time.",
-        body: Some("ReleaseRequest"),
-        query: &[],
-        answer: Answer::Message("ReleaseResponse"),
-    },
-    Operation {
-        method: "get",
-        path: "/v1/pools",
-        name: "listPools",
-        summary: "The warm slots of every provider.",
-        body: None,
-        query: &[],
-        answer: Answer::Message("ListPoolsResponse"),
-    },
-    Operation {
-        method: "get",
-        path: "/v1/pools/{provider}",
-        name: "getPool",
-        summary: "One provider's pool, slot by slot.",
-        body: None,
-        query: &[],
-        answer: Answer::Message("GetPoolResponse"),
-    },
-    Operation {
-        method: "get",
-        path: "/v1/status",
-        name: "getStatus",
-        summary: "The nodes: what each has, and how much of it runs use.",
-        body: None,
-        query: &[],
-        answer: Answer::Message("GetClusterStatusResponse"),
-    },
-    Operation {
-        method: "get",
-        path: "/v1/openapi.json",
-        name: "getOpenApi",
-        summary: "This document.",
-        body: None,
-        query: &[],
-        answer: Answer::Document,
-    },
-];
-
-fn make() -> Value {
+/// The document of these operations.
+pub(super) fn describe(operations: &[Operation]) -> Value {
     let mut schemas = Schemas::default();
     let mut paths: BTreeMap<&str, Map<String, Value>> = BTreeMap::new();
-    for operation in OPERATIONS {
+    for operation in operations {
         let described = operation.describe(&mut schemas);
         let path = paths.entry(operation.path).or_default();
-        path.insert(operation.method.into(), described);
+        path.insert(operation.method.name().into(), described);
     }
     // What events are made of.
     schemas.reference(&descriptor("RunEvent"));
@@ -392,10 +245,11 @@ fn comment(file: &FileDescriptor, path: &[i32]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::service::http::routes::OPERATIONS;
 
     #[test]
     fn every_reference_leads_somewhere_and_every_field_is_described() {
-        let document = make();
+        let document = describe(OPERATIONS);
         let schemas = document["components"]["schemas"].as_object().unwrap();
         let text = document.to_string();
         for reference in text.split("#/components/schemas/").skip(1) {

@@ -1,23 +1,14 @@
-//! Who calls, and whether he may do what he asks for.
+//! Whether callers may do what they ask for.
 
-use tonic::Request;
-
-use super::Service;
+use super::Api;
 use crate::{
     access::{Action, Caller},
     provider::Provider,
     run::{Error, attach::Name, listing},
 };
 
-/// Who is at the other end.
-pub(super) fn caller<T>(request: &Request<T>) -> Caller {
-    let caller = request.extensions().get::<Caller>();
-    // Whatever comes in has one; without it, it is nobody who has a role.
-    caller.cloned().unwrap_or_else(|| Caller(String::new()))
-}
-
-impl Service {
-    /// Whether the caller may; what changes something is in the log with his name.
+impl Api {
+    /// Whether the caller may. Calls that change something are logged with the caller's name.
     pub(super) fn check(&self, caller: &Caller, action: Action) -> Result<(), Error> {
         if let Err(denied) = self.access.check(caller, action) {
             tracing::warn!(%denied, "denied");
@@ -45,7 +36,7 @@ impl Service {
         if providers.is_empty() {
             return self.check(caller, run(None));
         }
-        // One whose driver did not note the provider is nobody's in particular.
+        // A run whose driver did not note the provider needs the right to all providers.
         let found = listing::get(&self.view, name).await?;
         self.check(caller, run(found.run.provider.parse().ok()))
     }
@@ -59,24 +50,24 @@ impl Service {
     ) -> Result<(), Error> {
         let run = Action::Run {
             user_id: Some(user_id).filter(|user_id| !user_id.is_empty()),
-            // One that there is not is refused for that.
+            // An unknown provider is refused later, for that reason.
             provider: provider.parse().ok(),
         };
         self.check(caller, run)
     }
 
     /// Credentials of a user for a provider; an empty name stands for all.
-    pub(super) fn check_credentials<T>(
+    pub(super) fn check_credentials(
         &self,
-        request: &Request<T>,
+        caller: &Caller,
         user_id: &str,
         provider: &str,
     ) -> Result<(), Error> {
         let credentials = Action::Credentials {
             user_id: Some(user_id).filter(|user_id| !user_id.is_empty()),
-            // One that there is not is refused for that.
+            // An unknown provider is refused later, for that reason.
             provider: provider.parse().ok(),
         };
-        self.check(&caller(request), credentials)
+        self.check(caller, credentials)
     }
 }

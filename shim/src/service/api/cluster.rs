@@ -6,13 +6,25 @@ use polydev_proto::{
     runtime::{Amount, GetClusterStatusResponse, Node},
 };
 
+use super::Api;
 use crate::{
+    access::{Action, Caller},
     pool::View,
-    run::{answered, listing::ASKED},
+    run::{Error, answered, listing::ASKED},
 };
 
+impl Api {
+    pub(in crate::service) async fn get_cluster_status(
+        &self,
+        caller: &Caller,
+    ) -> Result<GetClusterStatusResponse, Error> {
+        self.check(caller, Action::Look)?;
+        Ok(status(&self.view).await)
+    }
+}
+
 /// Asks all nodes.
-pub(super) async fn status(view: &View) -> GetClusterStatusResponse {
+async fn status(view: &View) -> GetClusterStatusResponse {
     let (reachable, unreachable) = view.channels();
     let asked = stream::iter(reachable).map(|(node_id, channel)| async move {
         let mut client = NodeServiceClient::new(channel);

@@ -10,11 +10,13 @@ use polydev_proto::{
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
+use tracing::{Instrument, Span};
 
-use super::Service;
+use super::Api;
 use crate::{
     access::{Action, Caller},
     credentials::record::Binding,
+    provider::Provider,
     run::{
         Connection, Error,
         attach::Name,
@@ -25,7 +27,7 @@ use crate::{
     },
 };
 
-impl Service {
+impl Api {
     /// A run that may be tried, with its credential.
     pub(super) async fn admit(
         &self,
@@ -81,7 +83,8 @@ impl Service {
     pub(super) fn carry<F>(
         &self,
         relay: Relay,
-        requests: relay::Inputs,
+        span: Span,
+        inputs: relay::Inputs,
         connect: impl FnOnce(mpsc::Sender<Result<RunEvent, Error>>) -> F,
     ) where
         F: Future<Output = Result<(Connection, Option<Running>), Error>> + Send + 'static,
@@ -89,14 +92,14 @@ impl Service {
         let (caller, run_id) = (relay.caller.clone(), relay.name.run_id.clone());
         let connect = connect(caller.clone());
         let hand_over = self.hand_over.clone();
-        self.runs.spawn(async move {
+        let carry = async move {
             let carried = async {
                 let (connection, _running) = tokio::select! {
                     connected = connect => connected?,
                     // Nothing of it runs, but for a claim that was granted just now.
                     () = caller.closed() => return Ok(()),
                 };
-                relay.run(connection, requests).await
+                relay.run(connection, inputs).await
             };
             let carried = tokio::select! {
                 carried = carried => carried,
@@ -107,6 +110,28 @@ impl Service {
                 tracing::warn!(run_id, error = %crate::chain(&error), "run broken off");
                 let _gone = caller.send(Err(error)).await;
             }
-        });
+        };
+        self.runs.spawn(carry.instrument(span));
     }
+
+    /// Does the work of a call that has no events. A shim that stops waits for it, for a time.
+    pub(super) async fn unless_stopping<T>(
+        &self,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let work = async {
+            tokio::select! {
+                done = work => done,
+                () = self.hand_over.cancelled() => Err(Error::Stopping),
+            }
+        };
+        self.runs.track_future(work).await
+    }
+}
+
+/// The span of a run, in which everything is logged that is done for it. `provider` is `None`
+/// if only the driver knows it.
+pub(super) fn span(run_id: &str, user_id: &str, provider: Option<Provider>) -> Span {
+    let provider = provider.map(Provider::name);
+    tracing::info_span!("run", run_id, user_id, provider)
 }

@@ -1,4 +1,4 @@
-//! The calls that tell of runs: `GetRun`, `ListRuns` and `WatchRuns`.
+//! The calls that report on runs: `GetRun`, `ListRuns` and `WatchRuns`.
 
 use std::time::{Duration, SystemTime};
 
@@ -6,19 +6,18 @@ use futures_util::{Stream, StreamExt};
 use polydev_proto::{
     node,
     runtime::{
-        GetRunResponse, ListRunsRequest, ListRunsResponse, Run, RunState, WatchRunsRequest,
-        WatchRunsResponse,
+        GetRunRequest, GetRunResponse, ListRunsRequest, ListRunsResponse, Run, RunState,
+        WatchRunsRequest, WatchRunsResponse,
     },
 };
 use prost_types::Timestamp;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::page;
+use super::{Api, page};
 use crate::{
-    pool::View,
+    access::Caller,
     run::{
         Error,
         attach::Name,
@@ -29,58 +28,73 @@ use crate::{
     },
 };
 
-pub(super) async fn get(view: &View, name: &Name) -> Result<GetRunResponse, Error> {
-    let found = listing::get(view, name).await?;
-    Ok(GetRunResponse {
-        run: Some(encode(found)),
-    })
-}
-
-pub(super) async fn list(view: &View, request: ListRunsRequest) -> Result<ListRunsResponse, Error> {
-    let (filter, most) = parse(request)?;
-    let page = listing::list(view, &filter, most).await?;
-    let last = page.runs.last().filter(|_| page.has_more);
-    Ok(ListRunsResponse {
-        next_page_token: last.map_or_else(String::new, |found| found.run.run_id.clone()),
-        runs: page.runs.into_iter().map(encode).collect(),
-        nodes_unreachable: page.unreachable,
-    })
-}
-
 /// Changes that may wait for their caller, each with some runs.
 const CHANGES: usize = 16;
 
-pub(super) fn watch(
-    view: View,
-    request: WatchRunsRequest,
-    stop: CancellationToken,
-) -> Result<impl Stream<Item = WatchRunsResponse> + Send + use<>, Error> {
-    let WatchRunsRequest { user_id, provider } = request;
-    let user_id = given(user_id);
-    user_id.as_deref().map_or(Ok(()), check_user)?;
-    let filter = watching::Filter {
-        user_id,
-        provider: given(provider)
-            .map(|name| name.parse())
-            .transpose()
-            .map_err(Invalid::from)?,
-    };
-    let (changes, told) = mpsc::channel(CHANGES);
-    // It ends with its listener, or with the shim.
-    tokio::spawn(stop.run_until_cancelled_owned(watching::watch(view, filter, changes)));
-    let mut nodes_unreachable = Vec::new();
-    Ok(ReceiverStream::new(told).map(move |change| {
-        let mut told = WatchRunsResponse::default();
-        match change {
-            Change::Runs { runs, forgotten } => {
-                told.runs = runs.into_iter().map(encode).collect();
-                told.forgotten_run_ids = forgotten;
+impl Api {
+    pub(in crate::service) async fn get_run(
+        &self,
+        caller: &Caller,
+        GetRunRequest { run_id, user_id }: GetRunRequest,
+    ) -> Result<GetRunResponse, Error> {
+        let name = Name::parse(&run_id, user_id)?;
+        self.check_run(caller, &name).await?;
+        let found = listing::get(&self.view, &name).await?;
+        Ok(GetRunResponse {
+            run: Some(encode(found)),
+        })
+    }
+
+    pub(in crate::service) async fn list_runs(
+        &self,
+        caller: &Caller,
+        request: ListRunsRequest,
+    ) -> Result<ListRunsResponse, Error> {
+        self.check_runs(caller, &request.user_id, &request.provider)?;
+        let (filter, most) = parse(request)?;
+        let page = listing::list(&self.view, &filter, most).await?;
+        let last = page.runs.last().filter(|_| page.has_more);
+        Ok(ListRunsResponse {
+            next_page_token: last.map_or_else(String::new, |found| found.run.run_id.clone()),
+            runs: page.runs.into_iter().map(encode).collect(),
+            nodes_unreachable: page.unreachable,
+        })
+    }
+
+    pub(in crate::service) fn watch_runs(
+        &self,
+        caller: &Caller,
+        request: WatchRunsRequest,
+    ) -> Result<impl Stream<Item = WatchRunsResponse> + Send + use<>, Error> {
+        let WatchRunsRequest { user_id, provider } = request;
+        self.check_runs(caller, &user_id, &provider)?;
+        let user_id = given(user_id);
+        user_id.as_deref().map_or(Ok(()), check_user)?;
+        let filter = watching::Filter {
+            user_id,
+            provider: given(provider)
+                .map(|name| name.parse())
+                .transpose()
+                .map_err(Invalid::from)?,
+        };
+        let (changes, told) = mpsc::channel(CHANGES);
+        let watch = watching::watch(self.view.clone(), filter, changes);
+        // It ends with its listener, or with the shim.
+        tokio::spawn(self.stop.clone().run_until_cancelled_owned(watch));
+        let mut nodes_unreachable = Vec::new();
+        Ok(ReceiverStream::new(told).map(move |change| {
+            let mut told = WatchRunsResponse::default();
+            match change {
+                Change::Runs { runs, forgotten } => {
+                    told.runs = runs.into_iter().map(encode).collect();
+                    told.forgotten_run_ids = forgotten;
+                }
+                Change::Unreachable(nodes) => nodes_unreachable = nodes,
             }
-            Change::Unreachable(nodes) => nodes_unreachable = nodes,
-        }
-        told.nodes_unreachable.clone_from(&nodes_unreachable);
-        told
-    }))
+            told.nodes_unreachable.clone_from(&nodes_unreachable);
+            told
+        }))
+    }
 }
 
 fn given(text: String) -> Option<String> {

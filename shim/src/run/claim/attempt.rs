@@ -1,0 +1,277 @@
+//! One claim at one driver, and what became of it.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use futures_util::StreamExt;
+use polydev_proto::{
+    node::{
+        self, Ballot, ClaimRequest, RunInput, claim_request, fence_response::Answer,
+        node_service_client::NodeServiceClient,
+    },
+    run_id::made_at,
+    sealed,
+};
+use prost_types::Timestamp;
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, transport::Channel};
+use tracing::Instrument;
+
+use super::MAX_PAUSE;
+use crate::{
+    backoff::Backoff,
+    credentials::Prepared,
+    pool::{Candidate, View},
+    run::{
+        Connection, Error, Events, INPUTS,
+        fence::{self, Announced, Fenced, Have, announce, fence},
+        request::Request,
+    },
+};
+
+/// A claim must start within this time. A driver grants one in about a millisecond.
+const START_BY: Duration = Duration::from_secs(5);
+/// Longer than [`START_BY`]: after it, the driver has refused or something is broken.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// For a driver that gave no clear answer to come back and answer: after it, the claim can
+/// start no more.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
+/// A node that left so long before a run was made had left for the other shims too.
+const LEFT: Duration = Duration::from_secs(60);
+
+/// What became of a claim.
+pub(super) enum Attempt {
+    Granted(Box<Connection>),
+    /// The run is not in the slot, and nothing is wrong with the slot: its node cannot have the
+    /// run now.
+    NoRoom(String),
+    /// The run is not in the slot.
+    Refused(String),
+}
+
+/// What a driver answers.
+enum Tried {
+    /// The claim is settled.
+    Clear(Attempt),
+    /// Another try of the run has fenced this one off.
+    Overtaken(String),
+    /// The claim may have been granted.
+    Unclear(String),
+}
+
+/// The claims of one run by this shim, each with a ballot of its own.
+pub(super) struct Attempts<'a> {
+    view: &'a View,
+    accept_duplicate: bool,
+    /// When the run id was made.
+    made: Option<SystemTime>,
+    ballot: Ballot,
+    claim: node::Claim,
+    /// Sealed to each container that is tried.
+    secrets: Prepared,
+}
+
+impl<'a> Attempts<'a> {
+    pub(super) fn new(view: &'a View, request: Request) -> Self {
+        let run_id = request.run_id.to_string();
+        Self {
+            view,
+            accept_duplicate: request.accept_duplicate,
+            made: made_at(&run_id),
+            ballot: Ballot {
+                attempt: request.attempt,
+                nonce: rand::random(),
+            },
+            claim: node::Claim {
+                run_id,
+                user_id: request.user_id,
+                spec: Some(request.spec),
+                trace: request.trace,
+                ..Default::default()
+            },
+            secrets: request.secrets,
+        }
+    }
+
+    /// Makes sure that no other try of the run can get a container any more. Returns the way to
+    /// the run if another try has got one.
+    pub(super) async fn fence(&mut self) -> Result<Option<Connection>, Error> {
+        let fenced = fence(
+            self.view,
+            &self.claim.run_id,
+            self.ballot,
+            self.accept_duplicate,
+        );
+        match fenced.await? {
+            Fenced::All(ballot) => {
+                self.ballot = ballot;
+                Ok(None)
+            }
+            Fenced::Have(have) => self.repeat(have).await.map(Some),
+        }
+    }
+
+    /// Claims a slot, and finds out what became of the claim if that is not clear.
+    pub(super) async fn at(&mut self, slot: &Candidate) -> Result<Attempt, Error> {
+        let span = tracing::info_span!(
+            "claim",
+            slot_id = slot.slot_id,
+            generation = slot.generation
+        );
+        self.claim_at(slot).instrument(span).await
+    }
+
+    async fn claim_at(&mut self, slot: &Candidate) -> Result<Attempt, Error> {
+        let (found, reason) = match self.ask(slot).await? {
+            Tried::Clear(attempt) => {
+                if let Attempt::Granted(connection) = &attempt
+                    && is_in(connection, slot)
+                {
+                    slot.granted();
+                }
+                return Ok(attempt);
+            }
+            Tried::Overtaken(reason) => (self.fence().await?, reason),
+            Tried::Unclear(reason) => match timeout(SETTLE_TIMEOUT, self.settle(slot)).await {
+                Ok(found) => (found?, reason),
+                Err(_) => {
+                    let slot_id = slot.slot_id.clone();
+                    return Err(Error::Unclear { slot_id, reason });
+                }
+            },
+        };
+        Ok(match found {
+            Some(connection) => Attempt::Granted(Box::new(connection)),
+            None => Attempt::Refused(reason),
+        })
+    }
+
+    async fn ask(&mut self, slot: &Candidate) -> Result<Tried, Error> {
+        let is_newer = self.made.is_none_or(|made| made < slot.since);
+        if is_newer && let Some(tried) = self.announce(slot).await? {
+            return Ok(tried);
+        }
+        self.ballot.attempt += 1;
+        self.claim.slot_id.clone_from(&slot.slot_id);
+        self.claim.start_id.clone_from(&slot.start_id);
+        self.claim.generation = slot.generation;
+        self.claim.start_by = Some(Timestamp::from(slot.driver_time(START_BY)));
+        if !self.secrets.is_empty() {
+            let run_id = &self.claim.run_id;
+            match sealed::seal(&slot.public_key, run_id, &self.secrets.secrets()) {
+                Ok(sealed) => self.claim.sealed_secrets = sealed,
+                Err(error) => return Ok(Tried::Clear(Attempt::Refused(error.to_string()))),
+            }
+        }
+        self.send(slot.node_id.clone(), slot.channel.clone()).await
+    }
+
+    /// Reports to the other nodes that the run goes to a node that is newer than the run.
+    /// Returns what came of the claim, if the run may not go there.
+    async fn announce(&self, slot: &Candidate) -> Result<Option<Tried>, Error> {
+        let (run_id, node_id) = (&self.claim.run_id, &slot.node_id);
+        let since = self.made.and_then(|made| made.checked_sub(LEFT));
+        let others = self.view.channels_since(since);
+        let tried = match announce(others, run_id, self.ballot.nonce, node_id).await {
+            Announced::Have(have) => {
+                let connection = self.repeat(have).await?;
+                Tried::Clear(Attempt::Granted(Box::new(connection)))
+            }
+            Announced::Overtaken => Tried::Overtaken("another try of the run was here".into()),
+            // Nothing is wrong with the slot: a lease stands, and another node may be older.
+            Announced::Nobody { nodes } if !self.accept_duplicate => {
+                Tried::Clear(Attempt::NoRoom(format!(
+                    "node {node_id} is newer than the run, and none of the others can tell \
+                     whether it ran: {}",
+                    nodes.join(", ")
+                )))
+            }
+            Announced::Alone | Announced::Nobody { .. } => return Ok(None),
+        };
+        Ok(Some(tried))
+    }
+
+    /// Claims what a node has already: it answers with its run, if this is the command.
+    async fn repeat(&self, have: Have) -> Result<Connection, Error> {
+        let Have { node_id, channel } = have;
+        match self.send(node_id.clone(), channel).await? {
+            Tried::Clear(Attempt::Granted(connection)) => Ok(*connection),
+            Tried::Clear(Attempt::NoRoom(reason) | Attempt::Refused(reason))
+            | Tried::Overtaken(reason) => Err(Error::NotRun { reason }),
+            Tried::Unclear(_) => Err(Error::Unasked {
+                nodes: vec![node_id],
+            }),
+        }
+    }
+
+    /// Asks the driver that gave no clear answer until it gives one: the run, or `None` once
+    /// the driver has not taken the claim and will not. Only this driver was sent the claim.
+    async fn settle(&mut self, slot: &Candidate) -> Result<Option<Connection>, Error> {
+        let mut pauses = Backoff::steady(MAX_PAUSE);
+        loop {
+            let channel = self.view.channel(&slot.node_id).await;
+            self.ballot.attempt += 1;
+            match fence::ask(channel.clone(), &self.claim.run_id, self.ballot, "").await {
+                Ok((Answer::Have(_), _)) => {
+                    let node_id = slot.node_id.clone();
+                    return self.repeat(Have { node_id, channel }).await.map(Some);
+                }
+                Ok((Answer::Fenced(fence), _)) if fence == self.ballot => return Ok(None),
+                Ok((Answer::Fenced(_), _)) => return self.fence().await,
+                // It will not be able to answer later either.
+                Ok((Answer::Unknown(_), _)) => std::future::pending().await,
+                Err(status) => tracing::debug!(%status, "not settled yet"),
+            }
+            sleep(pauses.next_wait()).await;
+        }
+    }
+
+    async fn send(&self, node_id: String, channel: Channel) -> Result<Tried, Error> {
+        let mut claim = self.claim.clone();
+        claim.ballot = Some(self.ballot);
+        let (inputs, queue) = mpsc::channel::<RunInput>(INPUTS);
+        let first = claim_request::Message::Claim(Box::new(claim));
+        let rest = ReceiverStream::new(queue).map(claim_request::Message::Input);
+        let requests = futures_util::stream::iter([first])
+            .chain(rest)
+            .map(|message| ClaimRequest {
+                message: Some(message),
+            });
+        let sent = Instant::now();
+        let mut client = NodeServiceClient::new(channel);
+        let call = async {
+            let events = client.claim(requests).await?.into_inner();
+            let events = Events::Claimed(Box::new(events));
+            Connection::new(node_id, sent, inputs, events).await
+        };
+        let status = match timeout(ANSWER_TIMEOUT, call).await {
+            Ok(Ok(connection)) => {
+                return Ok(Tried::Clear(Attempt::Granted(Box::new(connection))));
+            }
+            Ok(Err(status)) => status,
+            Err(_) => {
+                let reason = format!("no answer in {} s", ANSWER_TIMEOUT.as_secs());
+                return Ok(Tried::Unclear(reason));
+            }
+        };
+        let reason = status.message().to_owned();
+        match status.code() {
+            Code::FailedPrecondition | Code::PermissionDenied => {
+                Ok(Tried::Clear(Attempt::Refused(reason)))
+            }
+            Code::ResourceExhausted => Ok(Tried::Clear(Attempt::NoRoom(reason))),
+            Code::Aborted => Ok(Tried::Overtaken(reason)),
+            Code::InvalidArgument => Err(Error::Refused { reason }),
+            Code::AlreadyExists => Err(Error::OtherCommand { reason }),
+            _ => Ok(Tried::Unclear(reason)),
+        }
+    }
+}
+
+/// Whether the run is in this slot: a run that was claimed before may be in another container.
+fn is_in(connection: &Connection, slot: &Candidate) -> bool {
+    (&connection.slot_id, connection.generation) == (&slot.slot_id, slot.generation)
+}

@@ -1,0 +1,190 @@
+//! The calls about credentials.
+
+use polydev_proto::runtime::{
+    CredentialInfo, DeleteCredentialRequest, DeleteCredentialResponse, ListCredentialsRequest,
+    ListCredentialsResponse, PutCredentialRequest, PutCredentialResponse, RotateCredentialsRequest,
+    RotateCredentialsResponse, RotationFailure,
+};
+use prost_types::Timestamp;
+
+use super::{Api, page};
+use crate::{
+    access::Caller,
+    credentials::{
+        Error as VaultError, Invalid as InvalidCredential, Source,
+        record::Binding,
+        store::{Filter, Info},
+    },
+    provider::Provider,
+    run::{
+        Error,
+        request::{Invalid, check_user},
+    },
+};
+
+impl Api {
+    pub(in crate::service) async fn put_credential(
+        &self,
+        caller: &Caller,
+        request: PutCredentialRequest,
+    ) -> Result<PutCredentialResponse, Error> {
+        self.check_credentials(caller, &request.user_id, &request.provider)?;
+        let provider = parse(&request.user_id, &request.provider)?;
+        let credential = request.credential.ok_or_else(|| Invalid::Value {
+            field: "credential",
+            given: String::new(),
+            allowed: "a credential",
+        })?;
+        let source = Source::parse(credential).map_err(Invalid::from)?;
+        if matches!(source, Source::Stored) {
+            return Err(Error::Invalid(Invalid::Credential(InvalidCredential {
+                field: "stored".into(),
+                problem: "names what is in the store already: another source is needed",
+            })));
+        }
+        let binding = Binding {
+            user_id: &request.user_id,
+            provider,
+        };
+        let put = self.vault.put(source, binding, request.keep_refreshed);
+        let info = put.await?;
+        tracing::info!(
+            user_id = info.user_id,
+            provider = info.provider,
+            version = info.version,
+            "credential put"
+        );
+        Ok(PutCredentialResponse {
+            credential: Some(encode(info)),
+        })
+    }
+
+    pub(in crate::service) async fn list_credentials(
+        &self,
+        caller: &Caller,
+        request: ListCredentialsRequest,
+    ) -> Result<ListCredentialsResponse, Error> {
+        self.check_credentials(caller, &request.user_id, &request.provider)?;
+        let (filter, most) = parse_list(request)?;
+        let mut infos = self.vault.list(&filter, most + 1).await?;
+        let has_more = infos.len() > most as usize;
+        infos.truncate(most as usize);
+        let last = infos.last().filter(|_| has_more);
+        let next = last.map(|info| token(&info.user_id, &info.provider));
+        Ok(ListCredentialsResponse {
+            next_page_token: next.unwrap_or_default(),
+            credentials: infos.into_iter().map(encode).collect(),
+        })
+    }
+
+    pub(in crate::service) async fn delete_credential(
+        &self,
+        caller: &Caller,
+        request: DeleteCredentialRequest,
+    ) -> Result<DeleteCredentialResponse, Error> {
+        let DeleteCredentialRequest { user_id, provider } = request;
+        self.check_credentials(caller, &user_id, &provider)?;
+        let provider = parse(&user_id, &provider)?;
+        let binding = Binding {
+            user_id: &user_id,
+            provider,
+        };
+        self.vault.delete(binding).await?;
+        tracing::info!(user_id, %provider, "credential deleted");
+        Ok(DeleteCredentialResponse {})
+    }
+
+    pub(in crate::service) async fn rotate_credentials(
+        &self,
+        caller: &Caller,
+        request: RotateCredentialsRequest,
+    ) -> Result<RotateCredentialsResponse, Error> {
+        self.check_credentials(caller, "", "")?;
+        let after = parse_token(request.page_token)?;
+        let rotated = self.vault.rotate(after).await?;
+        tracing::info!(
+            sealed = rotated.sealed,
+            left = rotated.left,
+            "credentials sealed anew"
+        );
+        let next = rotated.next;
+        let next = next.map(|(user_id, provider)| token(&user_id, &provider));
+        Ok(RotateCredentialsResponse {
+            sealed: rotated.sealed,
+            left: rotated.left,
+            next_page_token: next.unwrap_or_default(),
+            failed: rotated.failed.into_iter().map(encode_failure).collect(),
+        })
+    }
+}
+
+/// Which credentials, and how many of them at a time.
+fn parse_list(request: ListCredentialsRequest) -> Result<(Filter, u32), Invalid> {
+    let ListCredentialsRequest {
+        user_id,
+        provider,
+        page_size,
+        page_token,
+    } = request;
+    let user_id = Some(user_id).filter(|user_id| !user_id.is_empty());
+    user_id.as_deref().map_or(Ok(()), check_user)?;
+    let provider = match provider.as_str() {
+        "" => None,
+        name => Some(name.parse::<Provider>()?),
+    };
+    let after = parse_token(page_token)?;
+    let most = page::size(page_size)?;
+    let filter = Filter {
+        user_id,
+        provider,
+        after,
+    };
+    Ok((filter, most))
+}
+
+fn encode_failure((info, error): (Info, VaultError)) -> RotationFailure {
+    RotationFailure {
+        user_id: info.user_id,
+        provider: info.provider,
+        reason: crate::chain(&error),
+    }
+}
+
+/// Behind which credential a page begins: no provider's name has a slash.
+fn token(user_id: &str, provider: &str) -> String {
+    format!("{provider}/{user_id}")
+}
+
+fn parse_token(token: String) -> Result<Option<(String, String)>, Invalid> {
+    if token.is_empty() {
+        return Ok(None);
+    }
+    let parts = token.split_once('/').filter(|(provider, user_id)| {
+        let is_name = |byte: u8| byte.is_ascii_graphic();
+        provider.bytes().all(is_name) && check_user(user_id).is_ok()
+    });
+    match parts {
+        Some((provider, user_id)) => Ok(Some((user_id.to_owned(), provider.to_owned()))),
+        None => Err(page::invalid_token(token)),
+    }
+}
+
+fn parse(user_id: &str, provider: &str) -> Result<Provider, Invalid> {
+    let provider = provider.parse()?;
+    check_user(user_id)?;
+    Ok(provider)
+}
+
+fn encode(info: Info) -> CredentialInfo {
+    CredentialInfo {
+        user_id: info.user_id,
+        provider: info.provider,
+        kind: info.kind,
+        version: info.version,
+        key_id: info.key_id,
+        created_at: Some(Timestamp::from(info.created_at)),
+        updated_at: Some(Timestamp::from(info.updated_at)),
+        keep_refreshed: info.keep_refreshed,
+        refreshed_by_run_id: info.refreshed_by,
+    }
+}

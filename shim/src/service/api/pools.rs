@@ -1,0 +1,149 @@
+//! The calls that report on pools: `ListPools`, `GetPool` and `WatchPools`.
+
+use std::time::Duration;
+
+use futures_util::{Stream, stream};
+use polydev_proto::{
+    node,
+    runtime::{
+        GetPoolRequest, GetPoolResponse, ListPoolsResponse, Pool, Slot, SlotState,
+        WatchPoolsResponse,
+    },
+};
+use tokio::time::sleep;
+
+use super::Api;
+use crate::{
+    access::{Action, Caller},
+    pool::{Counts, View},
+    provider::Provider,
+    run::{Error, request::Invalid},
+};
+
+/// Between two looks at pools that change all the time.
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+
+impl Api {
+    pub(in crate::service) fn list_pools(
+        &self,
+        caller: &Caller,
+    ) -> Result<ListPoolsResponse, Error> {
+        self.check(caller, Action::Look)?;
+        Ok(list(&self.view))
+    }
+
+    pub(in crate::service) fn get_pool(
+        &self,
+        caller: &Caller,
+        request: GetPoolRequest,
+    ) -> Result<GetPoolResponse, Error> {
+        self.check(caller, Action::Look)?;
+        let provider = provider(&request.provider)?;
+        Ok(get(&self.view, provider))
+    }
+
+    pub(in crate::service) fn watch_pools(
+        &self,
+        caller: &Caller,
+    ) -> Result<impl Stream<Item = WatchPoolsResponse> + Send + use<>, Error> {
+        self.check(caller, Action::Look)?;
+        Ok(watch(self.view.clone()))
+    }
+}
+
+/// A provider by its name.
+///
+/// # Errors
+/// [`Error::Invalid`]
+pub(super) fn provider(name: &str) -> Result<Provider, Error> {
+    Ok(name.parse().map_err(Invalid::from)?)
+}
+
+fn list(view: &View) -> ListPoolsResponse {
+    let counts = view.counts();
+    let mut pools: Vec<Pool> = Provider::all()
+        .map(|provider| encode(provider, counts.get(provider.name())))
+        .collect();
+    pools.sort_by(|a, b| a.provider.cmp(&b.provider));
+    let (connected, unreachable) = view.nodes();
+    ListPoolsResponse {
+        pools,
+        nodes_connected: u32::try_from(connected).unwrap_or(u32::MAX),
+        nodes_unreachable: u32::try_from(unreachable).unwrap_or(u32::MAX),
+    }
+}
+
+fn get(view: &View, provider: Provider) -> GetPoolResponse {
+    let slots = view.slots(provider.name()).into_iter();
+    let slots = slots.map(|(node_id, slot)| Slot {
+        node_id,
+        state: state(slot.state()).into(),
+        slot_id: slot.slot_id,
+        job_id: slot.job_id,
+        since: slot.since,
+        reason: slot.reason,
+        generation: slot.generation,
+        image: slot.image,
+        run_id: slot.run_id,
+        on_demand: !slot.for_run_id.is_empty(),
+        cause: slot.cause,
+    });
+    GetPoolResponse {
+        pool: Some(encode(provider, view.counts().get(provider.name()))),
+        slots: slots.collect(),
+    }
+}
+
+fn watch(view: View) -> impl Stream<Item = WatchPoolsResponse> + Send {
+    let state = (view.changes(), view, None);
+    stream::unfold(state, |(mut changes, view, told)| async move {
+        loop {
+            changes.mark_unchanged();
+            let ListPoolsResponse {
+                pools,
+                nodes_connected,
+                nodes_unreachable,
+            } = list(&view);
+            let now = WatchPoolsResponse {
+                pools,
+                nodes_connected,
+                nodes_unreachable,
+            };
+            if told.as_ref() != Some(&now) {
+                return Some((now.clone(), (changes, view, Some(now))));
+            }
+            sleep(LOOK_INTERVAL).await;
+            // Its sender is in the view.
+            changes.changed().await.ok()?;
+        }
+    })
+}
+
+fn encode(provider: Provider, counts: Option<&Counts>) -> Pool {
+    let counts = counts.copied().unwrap_or_default();
+    Pool {
+        provider: provider.name().into(),
+        slots: counts.slots(),
+        warming: counts.warming,
+        idle: counts.idle,
+        leased: counts.leased,
+        claimed: counts.claimed,
+        recycling: counts.recycling,
+        draining: counts.draining,
+        failed: counts.failed,
+        on_demand: counts.on_demand,
+    }
+}
+
+fn state(state: node::slot::State) -> SlotState {
+    match state {
+        node::slot::State::Unspecified => SlotState::Unspecified,
+        node::slot::State::Warming => SlotState::Warming,
+        node::slot::State::Idle => SlotState::Idle,
+        node::slot::State::Leased => SlotState::Leased,
+        node::slot::State::Claimed => SlotState::Claimed,
+        node::slot::State::Recycling => SlotState::Recycling,
+        node::slot::State::Draining => SlotState::Draining,
+        node::slot::State::Failed => SlotState::Failed,
+    }
+}

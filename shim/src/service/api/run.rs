@@ -1,0 +1,162 @@
+//! The calls that start runs, go back to them and end them: `Run`, `SubmitJob`, `Attach` and
+//! `CancelRun`.
+
+use std::{collections::VecDeque, time::Instant};
+
+use futures_util::{Stream, StreamExt, stream};
+use polydev_proto::{
+    node::TraceContext,
+    runtime::{
+        CancelRunRequest, CancelRunResponse, InputFile, RunEvent, RunStart, SubmitJobRequest,
+        SubmitJobResponse, input_file,
+    },
+};
+use tokio::sync::mpsc;
+use tonic::Status;
+use tracing::Instrument;
+
+use super::{Api, carry::span};
+use crate::{
+    access::Caller,
+    run::{
+        Error,
+        attach::{self, Name},
+        claim,
+        input::{self, Input},
+        relay::{self, Inputs},
+        request::{Invalid, LONGEST},
+    },
+};
+
+impl Api {
+    /// Runs a command. Answers the run's id, and its events as they come. `inputs` is what the
+    /// caller sends to the command; `None` if the caller cannot send any.
+    pub(in crate::service) async fn run(
+        &self,
+        caller: &Caller,
+        start: RunStart,
+        trace: Option<TraceContext>,
+        received: Instant,
+        inputs: Option<Inputs>,
+    ) -> Result<
+        (
+            String,
+            impl Stream<Item = Result<RunEvent, Status>> + Send + use<>,
+        ),
+        Error,
+    > {
+        let (start, inputs) = match inputs {
+            Some(inputs) => (start, inputs),
+            None => (without_stdin(start)?, silent()),
+        };
+        let mut request = self.admit(start, trace, caller).await?;
+        let longest = request.longest();
+        let name = Name {
+            run_id: request.run_id.to_string(),
+            user_id: request.user_id.clone(),
+        };
+        let own = request.own_input.take();
+        let run_id = name.run_id.clone();
+        let span = span(&run_id, &name.user_id, Some(request.provider));
+        let (relay, events) = self.relay(name, received, [0; 3], own, longest);
+        let (view, queue, on_demand) = (
+            self.view.clone(),
+            self.queue.clone(),
+            self.on_demand.clone(),
+        );
+        self.carry(relay, span, inputs, |caller| async move {
+            claim::claim(&view, &queue, &on_demand, request, &caller).await
+        });
+        Ok((run_id, events))
+    }
+
+    /// Starts a command, with all that it reads.
+    pub(in crate::service) async fn submit_job(
+        &self,
+        caller: &Caller,
+        SubmitJobRequest { start }: SubmitJobRequest,
+        trace: Option<TraceContext>,
+    ) -> Result<SubmitJobResponse, Error> {
+        let start = without_stdin(start.unwrap_or_default())?;
+        let claim = async {
+            let mut request = self.admit(start, trace, caller).await?;
+            let run_id = request.run_id.to_string();
+            let own = request.own_input.take();
+            // Nobody hears how many runs are before it.
+            let (told, _) = mpsc::channel(1);
+            let span = span(&run_id, &request.user_id, Some(request.provider));
+            let claim = claim::claim(&self.view, &self.queue, &self.on_demand, request, &told);
+            let (mut connection, running) = claim.instrument(span.clone()).await?;
+            let accepted = relay::accepted(run_id, &connection);
+            if let Some(own) = own {
+                let input = Input::new(&connection, Some(own));
+                let feed = async move {
+                    let _running = running;
+                    input::feed(&mut connection, input, VecDeque::new()).await;
+                };
+                // Also if the caller does not wait for the answer.
+                self.runs.spawn(feed.instrument(span));
+            }
+            Ok(accepted)
+        };
+        let accepted = Some(self.unless_stopping(claim).await?);
+        Ok(SubmitJobResponse { accepted })
+    }
+
+    /// Goes back to a run, from `offsets` of stdout, stderr and artifacts on. Answers its events
+    /// as they come. `inputs` is as in [`run`](Self::run).
+    pub(in crate::service) async fn attach(
+        &self,
+        caller: &Caller,
+        name: Name,
+        offsets: [u64; 3],
+        received: Instant,
+        inputs: Option<Inputs>,
+    ) -> Result<impl Stream<Item = Result<RunEvent, Status>> + Send + use<>, Error> {
+        self.check_run(caller, &name).await?;
+        let span = span(&name.run_id, &name.user_id, None);
+        let attach = attach::attach(&self.view, &name, offsets);
+        let connection = attach.instrument(span.clone()).await?;
+        // Only the driver knows the run's deadline.
+        let (relay, events) = self.relay(name, received, offsets, None, LONGEST);
+        let inputs = inputs.unwrap_or_else(silent);
+        self.carry(relay, span, inputs, |_| async { Ok((connection, None)) });
+        Ok(events)
+    }
+
+    pub(in crate::service) async fn cancel_run(
+        &self,
+        caller: &Caller,
+        CancelRunRequest { run_id, user_id }: CancelRunRequest,
+    ) -> Result<CancelRunResponse, Error> {
+        let name = Name::parse(&run_id, user_id)?;
+        self.check_run(caller, &name).await?;
+        attach::cancel(&self.view, &name).await?;
+        Ok(CancelRunResponse {})
+    }
+}
+
+/// The inputs of a caller that cannot send any, and does not close its side either.
+fn silent() -> Inputs {
+    stream::pending().boxed()
+}
+
+/// A run of a caller that sends nothing but its start.
+fn without_stdin(start: RunStart) -> Result<RunStart, Invalid> {
+    if start.stdin {
+        return Err(Invalid::Value {
+            field: "stdin",
+            given: "true".into(),
+            allowed: "false: nobody would send any",
+        });
+    }
+    let follows = |file: &InputFile| matches!(file.source, Some(input_file::Source::Size(1..)));
+    if start.files.iter().any(follows) {
+        return Err(Invalid::Value {
+            field: "files",
+            given: "some by their size".into(),
+            allowed: "files with their `content`: nobody would send any",
+        });
+    }
+    Ok(start)
+}

@@ -1,0 +1,273 @@
+//! The calls over gRPC: decodes each, asks [`Api`], and encodes the answer.
+
+use std::{pin::Pin, sync::Arc, time::Instant};
+
+use futures_util::{Stream, StreamExt};
+use polydev_proto::runtime::{
+    AllocateRequest, AllocateResponse, AttachRequest, AttachResponse, CancelRunRequest,
+    CancelRunResponse, DeleteCredentialRequest, DeleteCredentialResponse, DrainPoolRequest,
+    DrainPoolResponse, GetClusterStatusRequest, GetClusterStatusResponse, GetPoolRequest,
+    GetPoolResponse, GetRunRequest, GetRunResponse, ListCredentialsRequest,
+    ListCredentialsResponse, ListPoolsRequest, ListPoolsResponse, ListRunsRequest,
+    ListRunsResponse, PutCredentialRequest, PutCredentialResponse, ReleaseRequest, ReleaseResponse,
+    ResumePoolRequest, ResumePoolResponse, RotateCredentialsRequest, RotateCredentialsResponse,
+    RunInput, RunRequest, RunResponse, ScalePoolRequest, ScalePoolResponse, SubmitJobRequest,
+    SubmitJobResponse, WatchPoolsRequest, WatchPoolsResponse, WatchRunsRequest, WatchRunsResponse,
+    attach_request, run_request, runtime_service_server::RuntimeService,
+};
+use tokio::time::timeout;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{api::Api, server::FIRST_MESSAGE_TIMEOUT, trace::trace_context};
+use crate::{
+    access::Caller,
+    run::{Error, attach::Name, relay::Inputs, request::Invalid},
+};
+
+/// [`Api`] for callers with gRPC.
+pub(super) struct Grpc(pub(super) Arc<Api>);
+
+type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl RuntimeService for Grpc {
+    type RunStream = Responses<RunResponse>;
+    type AttachStream = Responses<AttachResponse>;
+    type WatchRunsStream = Responses<WatchRunsResponse>;
+    type WatchPoolsStream = Responses<WatchPoolsResponse>;
+    type ScalePoolStream = Responses<ScalePoolResponse>;
+    type DrainPoolStream = Responses<DrainPoolResponse>;
+    type ResumePoolStream = Responses<ResumePoolResponse>;
+
+    async fn run(
+        &self,
+        request: Request<Streaming<RunRequest>>,
+    ) -> Result<Response<Self::RunStream>, Status> {
+        let received = Instant::now();
+        let trace = trace_context(request.metadata().as_ref());
+        let (caller, mut requests) = parts(request);
+        let Some(run_request::Message::Start(start)) = first(&mut requests).await?.message else {
+            return Err(Error::from(Invalid::NotStarted).into());
+        };
+        let inputs = inputs(requests, |request: RunRequest| match request.message {
+            Some(run_request::Message::Input(input)) => Some(input),
+            Some(run_request::Message::Start(_)) | None => None,
+        });
+        let run = self.0.run(&caller, *start, trace, received, Some(inputs));
+        let (_, events) = run.await?;
+        let responses = events.map(|event| event.map(|event| RunResponse { event: Some(event) }));
+        Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn submit_job(
+        &self,
+        request: Request<SubmitJobRequest>,
+    ) -> Result<Response<SubmitJobResponse>, Status> {
+        let trace = trace_context(request.metadata().as_ref());
+        let (caller, request) = parts(request);
+        let accepted = self.0.submit_job(&caller, request, trace).await?;
+        Ok(Response::new(accepted))
+    }
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<AttachRequest>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let received = Instant::now();
+        let (caller, mut requests) = parts(request);
+        let Some(attach_request::Message::Start(start)) = first(&mut requests).await?.message
+        else {
+            return Err(Error::from(Invalid::NotStarted).into());
+        };
+        let name = Name::parse(&start.run_id, start.user_id)?;
+        let offsets = [
+            start.stdout_offset,
+            start.stderr_offset,
+            start.artifact_offset,
+        ];
+        let inputs = inputs(requests, |request: AttachRequest| match request.message {
+            Some(attach_request::Message::Input(input)) => Some(input),
+            Some(attach_request::Message::Start(_)) | None => None,
+        });
+        let run = self
+            .0
+            .attach(&caller, name, offsets, received, Some(inputs));
+        let events = run.await?;
+        let responses =
+            events.map(|event| event.map(|event| AttachResponse { event: Some(event) }));
+        Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn cancel_run(
+        &self,
+        request: Request<CancelRunRequest>,
+    ) -> Result<Response<CancelRunResponse>, Status> {
+        let (caller, request) = parts(request);
+        let cancelled = self.0.cancel_run(&caller, request).await?;
+        Ok(Response::new(cancelled))
+    }
+
+    async fn get_run(
+        &self,
+        request: Request<GetRunRequest>,
+    ) -> Result<Response<GetRunResponse>, Status> {
+        let (caller, request) = parts(request);
+        let run = self.0.get_run(&caller, request).await?;
+        Ok(Response::new(run))
+    }
+
+    async fn list_runs(
+        &self,
+        request: Request<ListRunsRequest>,
+    ) -> Result<Response<ListRunsResponse>, Status> {
+        let (caller, request) = parts(request);
+        let page = self.0.list_runs(&caller, request).await?;
+        Ok(Response::new(page))
+    }
+
+    async fn watch_runs(
+        &self,
+        request: Request<WatchRunsRequest>,
+    ) -> Result<Response<Self::WatchRunsStream>, Status> {
+        let (caller, request) = parts(request);
+        let changes = self.0.watch_runs(&caller, request)?;
+        Ok(Response::new(Box::pin(changes.map(Ok))))
+    }
+
+    async fn allocate(
+        &self,
+        request: Request<AllocateRequest>,
+    ) -> Result<Response<AllocateResponse>, Status> {
+        let (caller, request) = parts(request);
+        let allocated = self.0.allocate(&caller, request).await?;
+        Ok(Response::new(allocated))
+    }
+
+    async fn release(
+        &self,
+        request: Request<ReleaseRequest>,
+    ) -> Result<Response<ReleaseResponse>, Status> {
+        let (caller, request) = parts(request);
+        let released = self.0.release(&caller, request).await?;
+        Ok(Response::new(released))
+    }
+
+    async fn list_pools(
+        &self,
+        request: Request<ListPoolsRequest>,
+    ) -> Result<Response<ListPoolsResponse>, Status> {
+        let (caller, ListPoolsRequest {}) = parts(request);
+        let pools = self.0.list_pools(&caller)?;
+        Ok(Response::new(pools))
+    }
+
+    async fn get_pool(
+        &self,
+        request: Request<GetPoolRequest>,
+    ) -> Result<Response<GetPoolResponse>, Status> {
+        let (caller, request) = parts(request);
+        let pool = self.0.get_pool(&caller, request)?;
+        Ok(Response::new(pool))
+    }
+
+    async fn watch_pools(
+        &self,
+        request: Request<WatchPoolsRequest>,
+    ) -> Result<Response<Self::WatchPoolsStream>, Status> {
+        let (caller, WatchPoolsRequest {}) = parts(request);
+        let changes = self.0.watch_pools(&caller)?;
+        Ok(Response::new(Box::pin(changes.map(Ok))))
+    }
+
+    async fn scale_pool(
+        &self,
+        request: Request<ScalePoolRequest>,
+    ) -> Result<Response<Self::ScalePoolStream>, Status> {
+        let (caller, request) = parts(request);
+        let events = self.0.scale_pool(&caller, request)?;
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn drain_pool(
+        &self,
+        request: Request<DrainPoolRequest>,
+    ) -> Result<Response<Self::DrainPoolStream>, Status> {
+        let (caller, request) = parts(request);
+        let events = self.0.drain_pool(&caller, request)?;
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn resume_pool(
+        &self,
+        request: Request<ResumePoolRequest>,
+    ) -> Result<Response<Self::ResumePoolStream>, Status> {
+        let (caller, request) = parts(request);
+        let events = self.0.resume_pool(&caller, request)?;
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn get_cluster_status(
+        &self,
+        request: Request<GetClusterStatusRequest>,
+    ) -> Result<Response<GetClusterStatusResponse>, Status> {
+        let (caller, GetClusterStatusRequest {}) = parts(request);
+        let status = self.0.get_cluster_status(&caller).await?;
+        Ok(Response::new(status))
+    }
+
+    async fn put_credential(
+        &self,
+        request: Request<PutCredentialRequest>,
+    ) -> Result<Response<PutCredentialResponse>, Status> {
+        let (caller, request) = parts(request);
+        let put = self.0.put_credential(&caller, request).await?;
+        Ok(Response::new(put))
+    }
+
+    async fn list_credentials(
+        &self,
+        request: Request<ListCredentialsRequest>,
+    ) -> Result<Response<ListCredentialsResponse>, Status> {
+        let (caller, request) = parts(request);
+        let page = self.0.list_credentials(&caller, request).await?;
+        Ok(Response::new(page))
+    }
+
+    async fn delete_credential(
+        &self,
+        request: Request<DeleteCredentialRequest>,
+    ) -> Result<Response<DeleteCredentialResponse>, Status> {
+        let (caller, request) = parts(request);
+        let deleted = self.0.delete_credential(&caller, request).await?;
+        Ok(Response::new(deleted))
+    }
+
+    async fn rotate_credentials(
+        &self,
+        request: Request<RotateCredentialsRequest>,
+    ) -> Result<Response<RotateCredentialsResponse>, Status> {
+        let (caller, request) = parts(request);
+        let rotated = self.0.rotate_credentials(&caller, request).await?;
+        Ok(Response::new(rotated))
+    }
+}
+
+/// Who calls, and what for.
+fn parts<T>(request: Request<T>) -> (Caller, T) {
+    let caller = request.extensions().get::<Caller>().cloned();
+    // Every request has a caller; one without would have no role.
+    let caller = caller.unwrap_or_else(|| Caller(String::new()));
+    (caller, request.into_inner())
+}
+
+/// The first message of a call, which must come soon.
+async fn first<T>(requests: &mut Streaming<T>) -> Result<T, Status> {
+    let first = timeout(FIRST_MESSAGE_TIMEOUT, requests.message()).await;
+    let first = first.map_err(|_| Status::deadline_exceeded("no `start` came in 10 s"))??;
+    first.ok_or_else(|| Error::from(Invalid::NotStarted).into())
+}
+
+/// The messages after the first; `input` is `None` for one that may not follow.
+fn inputs<T: Send + 'static>(requests: Streaming<T>, input: fn(T) -> Option<RunInput>) -> Inputs {
+    requests.map(move |request| request.map(input)).boxed()
+}

@@ -1,0 +1,143 @@
+//! Every path: what serves it, and what the OpenAPI document says of it.
+
+use std::sync::LazyLock;
+
+use axum::{
+    Json,
+    response::{IntoResponse, Response},
+    routing::on,
+};
+use serde_json::Value;
+
+use super::{
+    handlers, openapi,
+    operation::{Answer, Method, Operation, Parameter},
+};
+
+const OF_USER: &[(&str, Parameter)] = &[("user_id", Parameter::Needed)];
+
+/// All operations, in the order in which the document has them.
+pub(super) const OPERATIONS: &[Operation] = &[
+    Operation {
+        method: Method::Post,
+        path: "/v1/runs",
+        name: "startRun",
+        summary: "Run one command or prompt, and stream it as server-sent events, each a field of RunEvent by its name. A caller whose stream broke goes on with /v1/runs/{run_id}/events.",
+        body: Some("SubmitJobRequest"),
+        query: &[("detach", Parameter::Flag)],
+        answer: Answer::Events(Some("SubmitJobResponse")),
+        handler: |method| on(method, handlers::start),
+    },
+    Operation {
+        method: Method::Get,
+        path: "/v1/runs",
+        name: "listRuns",
+        summary: "The runs of all nodes, the last first, a page at a time; lists are separated by commas.",
+        body: None,
+        query: &[
+            ("user_id", Parameter::Text),
+            ("provider", Parameter::Text),
+            ("states", Parameter::Text),
+            ("page_size", Parameter::Of("ListRunsRequest")),
+            ("page_token", Parameter::Text),
+        ],
+        answer: Answer::Message("ListRunsResponse"),
+        handler: |method| on(method, handlers::list),
+    },
+    Operation {
+        method: Method::Get,
+        path: "/v1/runs/{run_id}",
+        name: "getRun",
+        summary: "One run, with its end if it has ended.",
+        body: None,
+        query: OF_USER,
+        answer: Answer::Message("GetRunResponse"),
+        handler: |method| on(method, handlers::show),
+    },
+    Operation {
+        method: Method::Get,
+        path: "/v1/runs/{run_id}/events",
+        name: "attachRun",
+        summary: "The events of a run that exists, from its beginning or after the event that the header Last-Event-ID names.",
+        body: None,
+        query: OF_USER,
+        answer: Answer::Events(None),
+        handler: |method| on(method, handlers::attach),
+    },
+    Operation {
+        method: Method::Post,
+        path: "/v1/runs/{run_id}/cancel",
+        name: "cancelRun",
+        summary: "End a run: SIGTERM at once, SIGKILL after its kill timeout.",
+        body: Some("CancelRunRequest"),
+        query: &[],
+        answer: Answer::Message("CancelRunResponse"),
+        handler: |method| on(method, handlers::cancel),
+    },
+    Operation {
+        method: Method::Post,
+        path: "/v1/leases",
+        name: "allocate",
+        summary: "Keep an idle slot for one run, whose command comes later.",
+        body: Some("AllocateRequest"),
+        query: &[],
+        answer: Answer::Message("AllocateResponse"),
+        handler: |method| on(method, handlers::allocate),
+    },
+    Operation {
+        method: Method::Post,
+        path: "/v1/leases/{lease_id}/release",
+        name: "release",
+        summary: "Give a lease back before its time.",
+        body: Some("ReleaseRequest"),
+        query: &[],
+        answer: Answer::Message("ReleaseResponse"),
+        handler: |method| on(method, handlers::release),
+    },
+    Operation {
+        method: Method::Get,
+        path: "/v1/pools",
+        name: "listPools",
+        summary: "The warm slots of every provider.",
+        body: None,
+        query: &[],
+        answer: Answer::Message("ListPoolsResponse"),
+        handler: |method| on(method, handlers::list_pools),
+    },
+    Operation {
+        method: Method::Get,
+        path: "/v1/pools/{provider}",
+        name: "getPool",
+        summary: "One provider's pool, slot by slot.",
+        body: None,
+        query: &[],
+        answer: Answer::Message("GetPoolResponse"),
+        handler: |method| on(method, handlers::show_pool),
+    },
+    Operation {
+        method: Method::Get,
+        path: "/v1/status",
+        name: "getStatus",
+        summary: "The nodes: what each has, and how much of it runs use.",
+        body: None,
+        query: &[],
+        answer: Answer::Message("GetClusterStatusResponse"),
+        handler: |method| on(method, handlers::status),
+    },
+    Operation {
+        method: Method::Get,
+        path: "/v1/openapi.json",
+        name: "getOpenApi",
+        summary: "This document.",
+        body: None,
+        query: &[],
+        answer: Answer::Document,
+        handler: |method| on(method, document),
+    },
+];
+
+static DOCUMENT: LazyLock<Value> = LazyLock::new(|| openapi::describe(OPERATIONS));
+
+async fn document() -> Response {
+    Json(&*DOCUMENT).into_response()
+}
