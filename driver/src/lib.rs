@@ -25,7 +25,7 @@ pub mod sandbox;
 pub mod site;
 
 pub mod images;
-mod link;
+pub mod link;
 pub mod metrics;
 
 pub mod docker;

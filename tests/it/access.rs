@@ -3,8 +3,8 @@
 use std::{
     fs,
     net::{TcpListener, TcpStream},
-    path::Path,
-    process::Command,
+    path::{Path, PathBuf},
+    process::{Command, Output},
     time::{Duration, Instant},
 };
 
@@ -67,179 +67,217 @@ fn paths(folder: &Path) -> [String; 4] {
         .map(|name| folder.join(name).display().to_string())
 }
 
-#[test]
-fn callers_from_elsewhere_are_known_and_held_to_their_roles() {
-    let folder = Folder::new("pdtls-");
-    let (ours, others) = (folder.path().join("ours"), folder.path().join("others"));
-    certificates(&ours);
-    certificates(&others);
-    let roles = r#"
-        [[role]]
-        members = ["spiffe://polydev.test/controller"]
-        may = ["run"]
-        users = ["team-*"]
-        providers = ["anthropic"]
+/// What the tests let the controller, root and the user 1000 of this machine do.
+const ROLES: &str = r#"
+    [[role]]
+    members = ["spiffe://polydev.test/controller"]
+    may = ["run"]
+    users = ["team-*"]
+    providers = ["anthropic"]
 
-        [[role]]
-        members = ["uid:0"]
-        may = ["run", "scale", "credentials"]
+    [[role]]
+    members = ["uid:0"]
+    may = ["run", "scale", "credentials"]
 
-        [[role]]
-        members = ["uid:1000"]
-        may = ["run", "credentials"]
-        providers = ["codex"]
-    "#;
-    fs::write(ours.join("roles.toml"), roles).unwrap();
-    let url = format!("https://127.0.0.1:{}", free_port());
-    let shim = Shim::dev_with(&["anthropic=1", "openai=1"], &options(&url, &paths(&ours)));
+    [[role]]
+    members = ["uid:1000"]
+    may = ["run", "credentials"]
+    providers = ["codex"]
+"#;
 
-    // From the command line, as its options say.
-    let ours_as = |name: &str| files(&ours, name, &ours);
-    let controller = ours_as("controller");
-    let run = |user: &str, provider: &str| {
+/// A shim with [`ROLES`] that listens at `url` with a certificate, and two sets of certificates:
+/// the shim trusts the authority of `ours` and not that of `others`.
+struct Remote {
+    // Dropped before the folder that holds its certificates.
+    shim: Shim,
+    url: String,
+    ours: PathBuf,
+    others: PathBuf,
+    _folder: Folder,
+}
+
+impl Remote {
+    fn start(pools: &[&str]) -> Self {
+        let folder = Folder::new("pdtls-");
+        let (ours, others) = (folder.path().join("ours"), folder.path().join("others"));
+        certificates(&ours);
+        certificates(&others);
+        fs::write(ours.join("roles.toml"), ROLES).expect("a file can be written");
+        let url = format!("https://127.0.0.1:{}", free_port());
+        Self {
+            shim: Shim::dev_with(pools, &options(&url, &paths(&ours))),
+            url,
+            ours,
+            others,
+            _folder: folder,
+        }
+    }
+
+    /// `name`'s certificate, signed by our authority.
+    fn files(&self, name: &str) -> Files {
+        files(&self.ours, name, &self.ours)
+    }
+
+    /// As the controller.
+    fn connect(&self) -> Client {
+        Client::connect_as(&self.url, self.files("controller")).expect("it is let in")
+    }
+
+    /// `polydev-shim run`, as the controller.
+    fn run(&self, user: &str, provider: &str) -> Output {
+        let controller = self.files("controller");
         let mut command = Command::new(program("polydev-shim"));
         command.args(["run", provider, "--user", user, "--address"]);
-        command.arg(url.replace("127.0.0.1", "localhost"));
+        command.arg(self.url.replace("127.0.0.1", "localhost"));
         command.arg("--tls-cert").arg(&controller.certificate);
         command.arg("--tls-key").arg(&controller.key);
         command.arg("--tls-ca").arg(&controller.authority);
         output(command.args(["--", "sh", "-c", "echo $USER_ID"]))
-    };
-    let allowed = run("team-a", "anthropic");
+    }
+}
+
+/// A run that does nothing, for that user.
+fn run_of(user: &str, provider: &str) -> RunStart {
+    RunStart {
+        user_id: user.into(),
+        ..shell(provider, "true")
+    }
+}
+
+#[track_caller]
+fn is_denied<T>(answer: Result<T, Status>) {
+    let status = answer.map(drop).expect_err("it is denied");
+    let details = status.get_error_details();
+    let reason = details.error_info().map(|info| info.reason.clone());
+    assert_eq!(status.code(), Code::PermissionDenied, "{status}");
+    assert_eq!(reason.as_deref(), Some("NOT_ALLOWED"));
+}
+
+fn list_pools(client: &Client) -> Result<(), Status> {
+    let pools = client.call(async |mut shim| shim.list_pools(ListPoolsRequest::default()).await);
+    pools.map(drop)
+}
+
+#[track_caller]
+fn is_refused(connected: Result<Client, String>) {
+    let asked =
+        connected.and_then(|client| list_pools(&client).map_err(|status| status.to_string()));
+    assert!(asked.is_err(), "it is let in");
+}
+
+#[test]
+fn callers_from_elsewhere_are_known_and_held_to_their_roles() {
+    let remote = Remote::start(&["anthropic=1", "openai=1"]);
+    let allowed = remote.run("team-a", "anthropic");
     assert_eq!(allowed.stdout, b"team-a\n", "{allowed:?}");
-    let denied = run("alice", "anthropic");
+    let denied = remote.run("alice", "anthropic");
     let words = String::from_utf8_lossy(&denied.stderr).into_owned();
     assert_eq!(denied.status.code(), Some(125));
     assert!(
         words.contains("`spiffe://polydev.test/controller` has no role"),
         "{words}"
     );
-    assert_eq!(run("team-a", "openai").status.code(), Some(125));
-    // Roles hold as they are now, and those that are wrong change nothing.
-    let more = roles.replace(r#"providers = ["anthropic"]"#, "");
+    assert_eq!(remote.run("team-a", "openai").status.code(), Some(125));
+
+    // The shim reads a changed file of roles, and ignores one that is not valid.
+    let more = ROLES.replace(r#"providers = ["anthropic"]"#, "");
     for (text, allowed, words) in [
         (&*more, true, ""),
         ("[[role]]", true, "new roles are of no use"),
-        (roles, false, ""),
+        (ROLES, false, ""),
     ] {
-        fs::write(ours.join("roles.toml"), text).unwrap();
+        fs::write(remote.ours.join("roles.toml"), text).unwrap();
         wait_until("the roles", Duration::from_secs(20), || {
-            let is_allowed = run("team-a", "openai").status.success();
-            let is_told = shim.process.log().contains(words);
+            let is_allowed = remote.run("team-a", "openai").status.success();
+            let is_told = remote.shim.process.log().contains(words);
             if is_allowed == allowed && is_told {
                 Ok(())
             } else {
-                Err(shim.process.log())
+                Err(remote.shim.process.log())
             }
         });
     }
+}
 
-    // Every call, and nothing happens.
-    let client = Client::connect_as(&url, controller.clone()).unwrap();
-    let is_denied = |status: Status| {
-        let details = status.get_error_details();
-        let reason = details.error_info().map(|info| info.reason.clone());
-        assert_eq!(status.code(), Code::PermissionDenied, "{status}");
-        assert_eq!(reason.as_deref(), Some("NOT_ALLOWED"));
-    };
-    let alices = RunStart {
-        user_id: "alice".into(),
-        ..shell("anthropic", "true")
-    };
-    let run_id = shim.client().run(alices.clone()).unwrap().accepted.run_id;
+#[test]
+fn calls_about_runs_that_no_role_allows_are_denied() {
+    let remote = Remote::start(&["anthropic=1"]);
+    let client = remote.connect();
+    client.run(run_of("team-a", "anthropic")).unwrap();
+    let alices = run_of("alice", "anthropic");
+    let run = remote.shim.client().run(alices.clone()).unwrap();
+    let run_id = run.accepted.run_id;
     let request = SubmitJobRequest {
         start: Some(alices.clone()),
     };
-    is_denied(
-        client
-            .call(async |mut shim| shim.submit_job(request).await)
-            .unwrap_err(),
-    );
-    is_denied(client.run(alices).unwrap_err());
-    is_denied(
-        client
-            .attach_as("alice", &run_id, [0; 2])
-            .map(drop)
-            .unwrap_err(),
-    );
-    is_denied(client.cancel_as("alice", &run_id).unwrap_err());
-    is_denied(client.get_run_as("alice", &run_id).unwrap_err());
-    is_denied(client.list_runs(ListRunsRequest::default()).unwrap_err());
-    let request = ScalePoolRequest {
-        provider: "anthropic".into(),
-        size: 0,
-    };
-    is_denied(
-        client
-            .call(async |mut shim| shim.scale_pool(request).await)
-            .map(drop)
-            .unwrap_err(),
-    );
-    let request = PutCredentialRequest {
-        user_id: "team-a".into(),
-        provider: "anthropic".into(),
-        credential: Some(api_key("k")),
-        keep_refreshed: false,
-    };
-    is_denied(
-        client
-            .call(async |mut shim| shim.put_credential(request).await)
-            .unwrap_err(),
-    );
-    let request = ListCredentialsRequest::default();
-    is_denied(
-        client
-            .call(async |mut shim| shim.list_credentials(request).await)
-            .unwrap_err(),
-    );
-    let request = DeleteCredentialRequest {
-        user_id: "team-a".into(),
-        provider: "anthropic".into(),
-    };
-    is_denied(
-        client
-            .call(async |mut shim| shim.delete_credential(request).await)
-            .unwrap_err(),
-    );
-    let request = RotateCredentialsRequest::default();
-    is_denied(
-        client
-            .call(async |mut shim| shim.rotate_credentials(request).await)
-            .unwrap_err(),
-    );
+    is_denied(client.call(async |mut shim| shim.submit_job(request).await));
+    is_denied(client.run(alices));
+    is_denied(client.attach_as("alice", &run_id, [0; 2]));
+    is_denied(client.cancel_as("alice", &run_id));
+    is_denied(client.get_run_as("alice", &run_id));
+    is_denied(client.list_runs(ListRunsRequest::default()));
     let teams = ListRunsRequest {
         user_id: "team-a".into(),
         provider: "anthropic".into(),
         ..Default::default()
     };
     assert_eq!(client.list_runs(teams).unwrap().runs.len(), 1);
-    client
-        .call(async |mut shim| shim.list_pools(ListPoolsRequest::default()).await)
-        .unwrap();
+}
 
-    // A role for one provider is none for the others, of runs that exist too.
-    let team = |provider: &str| RunStart {
-        user_id: "team-a".into(),
-        ..shell(provider, "true")
+#[test]
+fn calls_about_pools_and_credentials_that_no_role_allows_are_denied() {
+    let remote = Remote::start(&["anthropic=1"]);
+    let client = remote.connect();
+    let request = ScalePoolRequest {
+        provider: "anthropic".into(),
+        size: 0,
     };
-    let local = shim.client();
-    local.wait_idle("openai", 1);
-    let of_openai = local.run(team("openai")).unwrap().accepted.run_id;
-    local.wait_idle("anthropic", 1);
-    let of_anthropic = local.run(team("anthropic")).unwrap().accepted.run_id;
-    let attached = client.attach_as("team-a", &of_openai, [0; 2]).map(drop);
-    is_denied(attached.unwrap_err());
-    is_denied(client.get_run_as("team-a", &of_openai).unwrap_err());
-    is_denied(client.cancel_as("team-a", &of_openai).unwrap_err());
+    is_denied(client.call(async |mut shim| shim.scale_pool(request).await));
+    let request = PutCredentialRequest {
+        user_id: "team-a".into(),
+        provider: "anthropic".into(),
+        credential: Some(api_key("k")),
+        keep_refreshed: false,
+    };
+    is_denied(client.call(async |mut shim| shim.put_credential(request).await));
+    let request = ListCredentialsRequest::default();
+    is_denied(client.call(async |mut shim| shim.list_credentials(request).await));
+    let request = DeleteCredentialRequest {
+        user_id: "team-a".into(),
+        provider: "anthropic".into(),
+    };
+    is_denied(client.call(async |mut shim| shim.delete_credential(request).await));
+    let request = RotateCredentialsRequest::default();
+    is_denied(client.call(async |mut shim| shim.rotate_credentials(request).await));
+    list_pools(&client).unwrap();
+    remote.shim.client().wait_idle("anthropic", 1);
+}
+
+#[test]
+fn a_role_for_one_provider_allows_nothing_with_the_runs_of_another() {
+    let remote = Remote::start(&["anthropic=1", "openai=1"]);
+    let (client, local) = (remote.connect(), remote.shim.client());
+    let run = |provider: &str| {
+        let run = local.run(run_of("team-a", provider)).unwrap();
+        run.accepted.run_id
+    };
+    let (of_openai, of_anthropic) = (run("openai"), run("anthropic"));
+    is_denied(client.attach_as("team-a", &of_openai, [0; 2]));
+    is_denied(client.get_run_as("team-a", &of_openai));
+    is_denied(client.cancel_as("team-a", &of_openai));
     client.get_run_as("team-a", &of_anthropic).unwrap();
     client.cancel_as("team-a", &of_anthropic).unwrap();
+}
 
-    // Another user of the machine, through the socket that roles open to all.
-    let socket = Path::new(shim.address.trim_start_matches("unix://"));
+#[test]
+fn another_user_of_the_machine_is_held_to_its_roles() {
+    let remote = Remote::start(&["anthropic=0", "openai=0"]);
+    // With roles, the shim opens its socket to all users of the machine.
+    let socket = Path::new(remote.shim.address.trim_start_matches("unix://"));
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     fs::set_permissions(socket.parent().unwrap(), open).unwrap();
     let as_runtime = |arguments: &[&str]| {
-        let mut command = shim.command(arguments);
+        let mut command = remote.shim.command(arguments);
         std::os::unix::process::CommandExt::uid(&mut command, 1000);
         let output = output(&mut command);
         (
@@ -261,32 +299,32 @@ fn callers_from_elsewhere_are_known_and_held_to_their_roles() {
         assert_eq!(code, Some(125), "{denied:?}");
         assert!(words.contains("caller `uid:1000` has no role"), "{words}");
     }
+}
 
-    // Whom no authority of ours has signed, who is out of date, who shows nothing.
-    let is_refused = |connected: Result<Client, String>| {
-        let asked = connected.and_then(|client| {
-            let pools =
-                client.call(async |mut shim| shim.list_pools(ListPoolsRequest::default()).await);
-            pools.map(drop).map_err(|status| status.to_string())
-        });
-        assert!(asked.is_err(), "it is let in");
-    };
-    let refused = |files: Files| is_refused(Client::connect_as(&url, files));
-    refused(files(&others, "controller", &ours));
-    refused(files(&ours, "controller", &others));
-    expired(&ours);
-    refused(ours_as("expired"));
-    nameless(&ours);
-    refused(ours_as("nameless"));
-    is_refused(Client::try_connect(&url.replace("https", "http")));
+#[test]
+fn callers_without_a_valid_certificate_of_ours_are_refused() {
+    let remote = Remote::start(&["anthropic=0"]);
+    let (ours, others) = (&remote.ours, &remote.others);
+    let refused = |files: Files| is_refused(Client::connect_as(&remote.url, files));
+    refused(files(others, "controller", ours));
+    refused(files(ours, "controller", others));
+    expired(ours);
+    refused(remote.files("expired"));
+    nameless(ours);
+    refused(remote.files("nameless"));
+    is_refused(Client::try_connect(&remote.url.replace("https", "http")));
+    list_pools(&remote.connect()).unwrap();
+}
 
-    // Who says nothing keeps nobody out, and is shown the door.
-    let address = url.trim_start_matches("https://").to_owned();
+#[test]
+fn callers_that_say_nothing_keep_nobody_out_and_are_disconnected() {
+    let remote = Remote::start(&["anthropic=0"]);
+    let address = remote.url.trim_start_matches("https://").to_owned();
     let silent: Vec<_> = (0..100)
         .map(|_| TcpStream::connect(&address).unwrap())
         .collect();
     let before = Instant::now();
-    Client::connect_as(&url, controller.clone()).unwrap();
+    remote.connect();
     assert!(before.elapsed() < Duration::from_secs(5));
     for stream in &silent {
         stream
@@ -295,28 +333,35 @@ fn callers_from_elsewhere_are_known_and_held_to_their_roles() {
         let ended = std::io::Read::read(&mut &*stream, &mut [0; 1]);
         assert_eq!(ended.unwrap(), 0);
     }
+}
 
-    // New certificates, without a restart: new connections need them, old ones go on.
+#[test]
+fn new_certificates_hold_for_new_connections_without_a_restart() {
+    let remote = Remote::start(&["anthropic=0"]);
+    let (ours, others) = (&remote.ours, &remote.others);
+    let client = remote.connect();
+    list_pools(&client).unwrap();
     for name in ["shim.pem", "shim-key.pem", "ca.pem"] {
         fs::copy(others.join(name), ours.join(name)).unwrap();
     }
+    let connect = || Client::connect_as(&remote.url, files(others, "controller", others));
     wait_until("the new certificates", Duration::from_secs(20), || {
-        Client::connect_as(&url, files(&others, "controller", &others)).map(drop)
+        connect().map(drop)
     });
-    refused(files(&ours, "controller", &others));
-    client
-        .call(async |mut shim| shim.list_pools(ListPoolsRequest::default()).await)
-        .unwrap();
+    is_refused(Client::connect_as(
+        &remote.url,
+        files(ours, "controller", others),
+    ));
+    list_pools(&client).unwrap();
+
+    // A certificate that is not valid changes nothing.
     fs::write(ours.join("shim.pem"), "nonsense").unwrap();
     wait_until("the warning", Duration::from_secs(20), || {
-        Client::connect_as(&url, files(&others, "controller", &others)).unwrap();
-        match shim
-            .process
-            .log()
-            .contains("new certificates are of no use")
-        {
+        connect().unwrap();
+        let log = remote.shim.process.log();
+        match log.contains("new certificates are of no use") {
             true => Ok(()),
-            false => Err(shim.process.log()),
+            false => Err(log),
         }
     });
 }

@@ -21,6 +21,8 @@ use uuid::Uuid;
 use crate::newer;
 
 const SLOTS: u32 = 6;
+/// Where others continue the stdout and the stderr of a run.
+const OFFSETS: [usize; 2] = [1000, 2];
 
 #[test]
 fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
@@ -44,85 +46,13 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
     one_run_asked_for_three_times_at_once_runs_once(&cluster, &shims);
     wait_warm();
 
-    // A run in every slot, on both nodes, told about by any shim.
-    let script = "trap '' TERM; echo error >&2; \
-        seq 1 20000; read line; echo $line; seq 20001 40000";
-    let open = || RunStart {
-        stdin: true,
-        kill_timeout: Some(prost_types::Duration {
-            seconds: 1,
-            nanos: 0,
-        }),
-        ..shell("anthropic", script)
-    };
-    let mut runs: Vec<Run> = (0..SLOTS as usize)
-        .map(|number| clients[number % 3].start(open()).unwrap())
-        .collect();
-    let nodes = |runs: &[Run]| -> HashSet<String> {
-        runs.iter()
-            .map(|run| run.accepted.node_id.clone())
-            .collect()
-    };
-    assert_eq!(nodes(&runs).len(), 2);
+    let mut runs = a_run_in_every_slot_of_both_nodes(&clients);
     all_are_listed_by_any_shim(&clients, &runs);
     the_nodes_are_told_of(&clients[0], SLOTS);
-
-    // Others attach through another shim, in the middle of both streams.
-    let offsets = [1000, 2];
-    let attached: Vec<Run> = (1..SLOTS as usize)
-        .map(|number| {
-            let run_id = &runs[number].accepted.run_id;
-            clients[(number + 1) % 3].attach(run_id, offsets).unwrap()
-        })
-        .collect();
-
-    // No server answers: a run that does not want to end is cancelled through another shim, and
-    // its slot is refilled and claimed.
-    cluster.server.signal(Signal::SIGSTOP);
-    let ended = runs.remove(0);
-    let began = Instant::now();
-    clients[1].cancel(&ended.accepted.run_id).unwrap();
-    let outcome = clients[0].finish(ended).unwrap();
-    assert_eq!(outcome.exited.reason(), ExitReason::Cancelled);
-    assert_eq!(outcome.exited.signal, 9);
-    let took = began.elapsed();
-    assert!(
-        took < Duration::from_secs(15),
-        "{took:?} with a second to end in, not 30"
-    );
-    clients[2].wait_idle("anthropic", 1);
-    let outcome = clients[2].run(shell("anthropic", "echo on")).unwrap();
-    assert_eq!(outcome.stdout(), "on\n");
-    cluster.server.signal(Signal::SIGCONT);
-
-    // No dockerd answers, on either node: runs go on to their ends, and stream.
+    let attached = others_attach_through_another_shim(&clients, &runs);
+    a_run_is_cancelled_and_its_slot_refilled_without_a_server(&cluster, &clients, runs.remove(0));
     clients[0].wait_idle("anthropic", 1);
-    for engine in &mut cluster.engines {
-        engine.kill();
-    }
-    let outcome = clients[1].run(shell("anthropic", "echo on")).unwrap();
-    assert_eq!(outcome.stdout(), "on\n", "a warm claim needs no dockerd");
-    let lines =
-        |from: u32, to: u32| -> String { (from..=to).map(|line| format!("{line}\n")).collect() };
-    let expected = lines(1, 20_000) + "further\n" + &lines(20_001, 40_000);
-    for (number, mut run) in runs.into_iter().enumerate() {
-        let run_id = run.accepted.run_id.clone();
-        let written = Input::Stdin(b"further\n".to_vec().into());
-        clients[0].send(&run, written);
-        run.close();
-        let outcome = clients[0].finish(run).unwrap();
-        assert!(outcome.stdout() == expected, "{run_id}");
-        assert_eq!(outcome.exited.exit_code, 0);
-        let other = &clients[(number + 1) % 3];
-        let again = other.attach(&run_id, [0; 2]).unwrap();
-        let again = other.finish(again).unwrap();
-        assert!(again.stdout() == expected, "{run_id} through another shim");
-    }
-    for (number, run) in attached.into_iter().enumerate() {
-        let tail = clients[(number + 2) % 3].finish_from(run, offsets).unwrap();
-        assert!(tail.stdout() == expected[offsets[0]..]);
-        assert_eq!(tail.stderr(), "error\n"[offsets[1]..]);
-    }
+    runs_end_and_stream_without_dockerd(&mut cluster, &clients, runs, attached);
 
     for engine in &mut cluster.engines {
         engine.restart();
@@ -137,6 +67,96 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
                 Err(format!("{ids:?}"))
             }
         });
+    }
+}
+
+/// Each starts through another shim, and waits for a line in the middle of its output.
+fn a_run_in_every_slot_of_both_nodes(clients: &[Client; 3]) -> Vec<Run> {
+    let script = "trap '' TERM; echo error >&2; \
+        seq 1 20000; read line; echo $line; seq 20001 40000";
+    let open = || RunStart {
+        stdin: true,
+        kill_timeout: Some(prost_types::Duration {
+            seconds: 1,
+            nanos: 0,
+        }),
+        ..shell("anthropic", script)
+    };
+    let start = |number: usize| clients[number % 3].start(open()).expect("a slot is idle");
+    let runs: Vec<Run> = (0..SLOTS as usize).map(start).collect();
+    let nodes = runs.iter().map(|run| &run.accepted.node_id);
+    assert_eq!(nodes.collect::<HashSet<_>>().len(), 2);
+    runs
+}
+
+/// To all runs but the first, in the middle of both streams.
+fn others_attach_through_another_shim(clients: &[Client; 3], runs: &[Run]) -> Vec<Run> {
+    let attach = |number: usize| {
+        let run_id = &runs[number].accepted.run_id;
+        let attached = clients[(number + 1) % 3].attach(run_id, OFFSETS);
+        attached.expect("any shim knows it")
+    };
+    (1..runs.len()).map(attach).collect()
+}
+
+/// The run does not want to end.
+fn a_run_is_cancelled_and_its_slot_refilled_without_a_server(
+    cluster: &Cluster,
+    clients: &[Client; 3],
+    run: Run,
+) {
+    cluster.server.signal(Signal::SIGSTOP);
+    let began = Instant::now();
+    let cancelled = clients[1].cancel(&run.accepted.run_id);
+    cancelled.expect("any shim may cancel it");
+    let outcome = clients[0].finish(run).expect("it ends");
+    assert_eq!(outcome.exited.reason(), ExitReason::Cancelled);
+    assert_eq!(outcome.exited.signal, 9);
+    let took = began.elapsed();
+    assert!(
+        took < Duration::from_secs(15),
+        "{took:?} with a second to end in, not 30"
+    );
+    clients[2].wait_idle("anthropic", 1);
+    let outcome = clients[2].run(shell("anthropic", "echo on"));
+    assert_eq!(outcome.expect("its slot is warm").stdout(), "on\n");
+    cluster.server.signal(Signal::SIGCONT);
+}
+
+/// No dockerd lives, on either node.
+fn runs_end_and_stream_without_dockerd(
+    cluster: &mut Cluster,
+    clients: &[Client; 3],
+    runs: Vec<Run>,
+    attached: Vec<Run>,
+) {
+    for engine in &mut cluster.engines {
+        engine.kill();
+    }
+    let outcome = clients[1].run(shell("anthropic", "echo on"));
+    let outcome = outcome.expect("a slot is warm");
+    assert_eq!(outcome.stdout(), "on\n", "a warm claim needs no dockerd");
+    let lines =
+        |from: u32, to: u32| -> String { (from..=to).map(|line| format!("{line}\n")).collect() };
+    let expected = lines(1, 20_000) + "further\n" + &lines(20_001, 40_000);
+    for (number, mut run) in runs.into_iter().enumerate() {
+        let run_id = run.accepted.run_id.clone();
+        let written = Input::Stdin(b"further\n".to_vec().into());
+        clients[0].send(&run, written);
+        run.close();
+        let outcome = clients[0].finish(run).expect("it ends");
+        assert!(outcome.stdout() == expected, "{run_id}");
+        assert_eq!(outcome.exited.exit_code, 0);
+        let other = &clients[(number + 1) % 3];
+        let again = other.attach(&run_id, [0; 2]).expect("any shim knows it");
+        let again = other.finish(again).expect("it has ended");
+        assert!(again.stdout() == expected, "{run_id} through another shim");
+    }
+    for (number, run) in attached.into_iter().enumerate() {
+        let tail = clients[(number + 2) % 3].finish_from(run, OFFSETS);
+        let tail = tail.expect("it has ended");
+        assert!(tail.stdout() == expected[OFFSETS[0]..]);
+        assert_eq!(tail.stderr(), "error\n"[OFFSETS[1]..]);
     }
 }
 

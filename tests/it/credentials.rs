@@ -14,7 +14,7 @@ use polydev_proto::runtime::{
 };
 use polydev_stand_in::Received;
 use polydev_tests::{
-    client::{api_key, in_the_clear, prompt, shell},
+    client::{Client, api_key, in_the_clear, prompt, shell},
     folder::Folder,
     fresh_key,
     host::Host,
@@ -134,28 +134,82 @@ fn a_stored_key_is_in_the_container_and_in_nobody_elses_memory() {
     assert!(!secrets::holds(&key, shim.process.log().as_bytes()));
 }
 
-/// Every kind of a credential, from every source, as its command finds it.
-#[test]
-fn a_command_finds_its_credential_whatever_its_kind_and_source() {
-    let folder = Folder::new("pdcred-");
-    // The one of the record that earlier systems have been compared by.
-    let golden: [u8; 32] = std::array::from_fn(|at| u8::try_from(at).unwrap());
-    let keys = key_file(folder.path(), &[rand::random(), golden]);
-    let options = ["--master-key-file", &keys];
-    let shim = Shim::dev_with(&["openai=1", "anthropic=1", "google=1"], &options);
-    let client = shim.client();
-    let run = |provider: &str, credential: Credential, script: &str| {
+/// A shim with master keys and without a store.
+struct Site {
+    // Dropped before the folder that holds its keys.
+    shim: Shim,
+    client: Client,
+    keys: String,
+    /// What users have.
+    token: String,
+    folder: Folder,
+}
+
+impl Site {
+    fn start(pools: &[&str]) -> Self {
+        let folder = Folder::new("pdcred-");
+        // It opens the record of an earlier system.
+        let golden: [u8; 32] = std::array::from_fn(|at| u8::try_from(at).expect("it is small"));
+        let keys = key_file(folder.path(), &[rand::random(), golden]);
+        let shim = Shim::dev_with(pools, &["--master-key-file", &keys]);
+        Self {
+            client: shim.client(),
+            shim,
+            keys,
+            token: fresh_key(),
+            folder,
+        }
+    }
+
+    /// What the command prints.
+    #[track_caller]
+    fn run(&self, provider: &str, credential: Credential, script: &str) -> String {
         let start = RunStart {
             credential: Some(credential),
             ..shell(provider, script)
         };
-        let outcome = client.run(start).unwrap();
+        let outcome = self.client.run(start).expect("it runs");
         assert_eq!(outcome.exited.exit_code, 0, "{}", outcome.stderr());
         outcome.stdout()
-    };
+    }
 
-    let token = fresh_key();
-    let account = format!("{{\"token\":\"{token}\"}}");
+    /// Reason and message of the refusal, which never holds the token.
+    #[track_caller]
+    fn refused(&self, provider: &str, credential: Credential) -> ((Code, String), String) {
+        let start = RunStart {
+            credential: Some(credential),
+            ..shell(provider, "true")
+        };
+        let status = self.client.run(start).expect_err("it is refused");
+        assert!(!status.message().contains(&self.token), "{status}");
+        (why(&status), status.message().to_owned())
+    }
+
+    /// The token, sealed by another process.
+    fn seal(&self, user: &str, provider: &str, master: &str) -> Credential {
+        let mut seal = self.shim.command(&["credentials", "seal", provider]);
+        seal.args(["--user", user, "--master-key-file", master]);
+        seal.env("OPENAI_API_KEY", &self.token);
+        let record = succeed(seal.env("ANTHROPIC_API_KEY", &self.token));
+        let record = BASE64_STANDARD.decode(record.trim());
+        Credential {
+            source: Some(Source::SealedRecord(record.expect("it is base64").into())),
+        }
+    }
+}
+
+fn not_opened() -> (Code, String) {
+    (Code::FailedPrecondition, "NOT_OPENED".into())
+}
+
+fn invalid() -> (Code, String) {
+    (Code::InvalidArgument, "INVALID".into())
+}
+
+#[test]
+fn an_account_is_a_file_in_memory_where_its_cli_looks() {
+    let site = Site::start(&["openai=1", "anthropic=1", "google=1"]);
+    let account = format!("{{\"token\":\"{}\"}}", site.token);
     for (provider, path) in [
         ("openai", ".codex/auth.json"),
         ("anthropic", ".claude/.credentials.json"),
@@ -164,22 +218,31 @@ fn a_command_finds_its_credential_whatever_its_kind_and_source() {
         let file = in_the_clear(Kind::OauthFile(account.clone().into()));
         let script = format!("cd ~; cat {path}; stat -c ' %a %u' {path}; stat -f -c %T {path}");
         assert_eq!(
-            run(provider, file, &script),
+            site.run(provider, file, &script),
             format!("{account} 600 1000\ntmpfs\n")
         );
     }
-    let settings = run(
+    let settings = site.run(
         "google",
         in_the_clear(Kind::OauthFile("{}".into())),
         "cat ~/.gemini/settings.json",
     );
     assert!(settings.contains("oauth-personal"), "{settings}");
+}
 
-    let variables = BTreeMap::from([("MY_TOKEN".to_owned(), format!("{token}\n=\u{20ac}"))]);
+#[test]
+fn secret_variables_are_in_the_commands_environment() {
+    let site = Site::start(&["openai=1"]);
+    let value = format!("{}\n=\u{20ac}", site.token);
+    let variables = BTreeMap::from([("MY_TOKEN".to_owned(), value.clone())]);
     let environment = in_the_clear(Kind::Environment(SecretEnvironment { variables }));
-    let printed = run("openai", environment, "printf %s \"$MY_TOKEN\"");
-    assert_eq!(printed, format!("{token}\n=\u{20ac}"));
+    let printed = site.run("openai", environment, "printf %s \"$MY_TOKEN\"");
+    assert_eq!(printed, value);
+}
 
+#[test]
+fn a_record_of_an_earlier_system_opens_for_its_provider() {
+    let site = Site::start(&["openai=1", "google=1"]);
     let sixteen = |from: u8| hex::encode((from..from + 16).collect::<Vec<_>>());
     let record = ScryptRecord {
         encrypted:
@@ -193,85 +256,62 @@ fn a_command_finds_its_credential_whatever_its_kind_and_source() {
     let scrypt = |record: ScryptRecord| Credential {
         source: Some(Source::ScryptRecord(record)),
     };
-    let printed = run(
+    let printed = site.run(
         "google",
         scrypt(record.clone()),
         "echo ${#GOOGLE_API_KEY} $GOOGLE_CLOUD_PROJECT",
     );
     assert_eq!(printed, "10 project-123\n");
-
-    let refused = |provider: &str, credential: Credential| {
-        let start = RunStart {
-            credential: Some(credential),
-            ..shell(provider, "true")
-        };
-        let status = client.run(start).unwrap_err();
-        assert!(!status.message().contains(&token), "{status}");
-        (why(&status), status.message().to_owned())
-    };
     let changed = ScryptRecord {
         auth_tag: sixteen(0),
         ..record.clone()
     };
-    let not_opened = (Code::FailedPrecondition, "NOT_OPENED".to_owned());
-    assert_eq!(refused("google", scrypt(changed)).0, not_opened);
+    assert_eq!(site.refused("google", scrypt(changed)).0, not_opened());
     // Its project is of no use to others.
-    let (invalid, words) = refused("openai", scrypt(record));
-    assert_eq!(invalid, (Code::InvalidArgument, "INVALID".into()));
+    let (reason, words) = site.refused("openai", scrypt(record));
+    assert_eq!(reason, invalid());
     assert!(
         words.starts_with("`credential.secret.api_key.project_id`"),
         "{words}"
     );
+}
 
-    let sealed = folder.path().join("sealed");
+#[test]
+fn a_sealed_record_opens_for_its_user_and_provider_alone() {
+    let site = Site::start(&["openai=1"]);
+    let sealed = site.folder.path().join("sealed");
     fs::write(&sealed, "").unwrap();
-    let mut again = shim.command(&["credentials", "seal", "openai", "--sealed-file"]);
-    again.arg(&sealed).env("OPENAI_API_KEY", &token);
-    assert!(
-        !output(again.args(["--master-key-file", &keys]))
-            .status
-            .success()
-    );
-    let seal = |user: &str, provider: &str, master: &str| {
-        let mut seal = shim.command(&["credentials", "seal", provider, "--user", user]);
-        seal.args(["--master-key-file", master]);
-        seal.env("OPENAI_API_KEY", &token)
-            .env("ANTHROPIC_API_KEY", &token);
-        let record = succeed(&mut seal);
-        let record = BASE64_STANDARD.decode(record.trim());
-        Credential {
-            source: Some(Source::SealedRecord(record.unwrap().into())),
-        }
-    };
-    let script = "printf %s $CODEX_API_KEY";
-    assert_eq!(
-        run("openai", seal("tester", "openai", &keys), script),
-        token
-    );
+    let mut again = site.shim.command(&["credentials", "seal", "openai"]);
+    again.arg("--sealed-file").arg(&sealed);
+    again.env("OPENAI_API_KEY", &site.token);
+    let again = output(again.args(["--master-key-file", &site.keys]));
+    assert!(!again.status.success(), "a file was replaced");
+    let record = site.seal("tester", "openai", &site.keys);
+    let printed = site.run("openai", record, "printf %s $CODEX_API_KEY");
+    assert_eq!(printed, site.token);
     for (user, provider) in [("tester", "anthropic"), ("mallory", "openai")] {
-        assert_eq!(refused("openai", seal(user, provider, &keys)).0, not_opened);
+        let record = site.seal(user, provider, &site.keys);
+        assert_eq!(site.refused("openai", record).0, not_opened());
     }
-    let another = key_file(folder.path(), &[rand::random()]);
-    let (unknown, _) = refused("openai", seal("tester", "openai", &another));
+    let another = key_file(site.folder.path(), &[rand::random()]);
+    let (unknown, _) = site.refused("openai", site.seal("tester", "openai", &another));
     assert_eq!(
         unknown,
         (Code::FailedPrecondition, "UNKNOWN_MASTER_KEY".into())
     );
-    let (no_store, _) = refused("openai", stored());
+}
+
+#[test]
+fn a_credential_that_cannot_be_one_is_refused() {
+    let site = Site::start(&["openai=0"]);
+    let (no_store, _) = site.refused("openai", stored());
     assert_eq!(no_store, (Code::FailedPrecondition, "NO_STORE".into()));
-    let file = in_the_clear(Kind::OauthFile(token.clone().into()));
-    assert_eq!(
-        refused("openai", file).0,
-        (Code::InvalidArgument, "INVALID".into())
-    );
-    let slow = vec![b'a'; 200_000].into();
-    let long = Credential {
-        source: Some(Source::SealedRecord(slow)),
+    let no_json = in_the_clear(Kind::OauthFile(site.token.clone().into()));
+    assert_eq!(site.refused("openai", no_json).0, invalid());
+    let too_long = Credential {
+        source: Some(Source::SealedRecord(vec![b'a'; 200_000].into())),
     };
-    assert_eq!(
-        refused("openai", long).0,
-        (Code::InvalidArgument, "INVALID".into())
-    );
+    assert_eq!(site.refused("openai", too_long).0, invalid());
 }
 
 #[test]

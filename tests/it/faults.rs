@@ -4,7 +4,7 @@ use std::{
     fs,
     net::TcpListener,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -125,35 +125,72 @@ fn tasks_outlive_a_killed_dockerd_and_the_node_says_how_it_is() {
     wait_nothing_left(&engine);
 }
 
-/// Takes over a minute: `long` has it as a test.
-pub(crate) fn a_dockerd_is_killed_in_the_middle_of_calls() {
-    let engine = Arc::new(Mutex::new(Engine::start()));
-    let socket = engine.lock().expect("nobody panics with it").socket();
-    let proxy = DockerProxy::start(&socket);
-    let nomad = agent(&proxy.socket());
-    let kill_at = |when: When, method: &'static str, path_end: &'static str| {
-        let engine = engine.clone();
+/// A dockerd that is killed at a request of its driver.
+struct Killed {
+    // Dropped first: its end asks the dockerd.
+    nomad: Nomad,
+    proxy: DockerProxy,
+    engine: Arc<Mutex<Engine>>,
+}
+
+impl Killed {
+    fn start() -> Self {
+        let engine = Engine::start();
+        let proxy = DockerProxy::start(&engine.socket());
+        Self {
+            nomad: agent(&proxy.socket()),
+            proxy,
+            engine: Arc::new(Mutex::new(engine)),
+        }
+    }
+
+    fn engine(&self) -> MutexGuard<'_, Engine> {
+        self.engine.lock().expect("nobody panics with it")
+    }
+
+    /// Kills it at the next request of that kind about containers.
+    fn kill_at(&self, when: When, method: &'static str, path_end: &'static str) {
         let is = move |request: &str| {
             request.starts_with(method)
                 && request.contains("/containers")
                 && request.ends_with(path_end)
         };
-        proxy.on(when, is, move || {
+        self.kill_on(when, is);
+    }
+
+    fn kill_on(&self, when: When, request: impl Fn(&str) -> bool + Send + 'static) {
+        let engine = self.engine.clone();
+        self.proxy.on(when, request, move || {
             engine.lock().expect("nobody panics with it").kill()
         });
-    };
-    let revive = |at: &str| {
+    }
+
+    /// Waits until it is killed, and starts it again.
+    #[track_caller]
+    fn revive(&self, at: &str) {
         let killed = format!("dockerd is killed at {at}");
         wait_until(&killed, Duration::from_secs(30), || {
-            if engine.lock().expect("nobody panics with it").is_killed() {
+            if self.engine().is_killed() {
                 Ok(())
             } else {
                 Err("it lives".to_owned())
             }
         });
-        engine.lock().expect("nobody panics with it").restart();
-        nomad.wait_healthy();
-    };
+        self.engine().restart();
+        self.nomad.wait_healthy();
+    }
+}
+
+/// Takes over a minute: `long` has it as a test.
+pub(crate) fn a_dockerd_is_killed_in_the_middle_of_calls() {
+    let killed = Killed::start();
+    tasks_end_as_they_would_with_another_dockerd(&killed);
+    an_exec_fails_and_a_removal_is_made_again(&killed);
+    a_pull_is_tried_again(&killed);
+}
+
+fn tasks_end_as_they_would_with_another_dockerd(killed: &Killed) {
+    let nomad = &killed.nomad;
     let with_init = json!({});
     let without = json!({ "init": false });
     for (name, when, method, path_end, options) in [
@@ -181,15 +218,15 @@ pub(crate) fn a_dockerd_is_killed_in_the_middle_of_calls() {
         // The start asks in the same words as the wait.
         let at_end = name == "wait";
         if !at_end {
-            kill_at(when, method, path_end);
+            killed.kill_at(when, method, path_end);
         }
         let script = "echo first; sleep 2; echo last";
         nomad.submit(&restarting(batch(name, offline(script, options.clone()))));
         if at_end {
             nomad.wait_started(name);
-            kill_at(when, method, path_end);
+            killed.kill_at(when, method, path_end);
         }
-        revive(name);
+        killed.revive(name);
         let ended = nomad.wait_dead(name);
         let told = events(&ended);
         assert!(told.contains("Exit Code: 0"), "{name}: {told}");
@@ -198,41 +235,41 @@ pub(crate) fn a_dockerd_is_killed_in_the_middle_of_calls() {
             output.starts_with("first\n") && output.ends_with("last\n"),
             "{name}: {output}"
         );
-        wait_nothing_left(&engine.lock().expect("nobody panics with it"));
+        wait_nothing_left(&killed.engine());
     }
+}
 
+fn an_exec_fails_and_a_removal_is_made_again(killed: &Killed) {
+    let nomad = &killed.nomad;
     let [alloc, _] = ["open", "open-too"].map(|name| {
         let forever = offline("while :; do sleep 1; done", json!({}));
         nomad.submit(&service(name, forever));
         nomad.wait_started(name)
     });
-    kill_at(When::Asked, "POST", "/exec");
+    killed.kill_at(When::Asked, "POST", "/exec");
     let cut_off = nomad.exec(&alloc, &["true"], false, b"");
     assert!(
         cut_off.exit_code != 0 || !cut_off.error.is_empty(),
         "{cut_off:?}"
     );
-    revive("exec");
+    killed.revive("exec");
     let exec = nomad.exec(&alloc, &["echo", "hi"], false, b"");
     assert_eq!(exec.stdout, "hi\n", "{exec:?}");
     for (name, when) in [("open", When::Asked), ("open-too", When::Done)] {
-        kill_at(when, "DELETE", "");
+        killed.kill_at(when, "DELETE", "");
         nomad.run(&["job", "stop", "-detach", "-yes", name]);
-        revive("the removal");
+        killed.revive("the removal");
         let told = events(&nomad.wait_dead(name));
         assert!(told.contains("\nKilled"), "{told}");
     }
-    wait_nothing_left(&engine.lock().expect("nobody panics with it"));
+    wait_nothing_left(&killed.engine());
+}
 
-    // A registry that never answers, so that the pull is sure to be under way.
+/// The registry never answers, so that the pull is sure to be under way.
+fn a_pull_is_tried_again(killed: &Killed) {
     let registry = TcpListener::bind("127.0.0.1:0").expect("a port is free");
     let reference = format!("{}/never:1", registry.local_addr().expect("it listens"));
-    let killer = engine.clone();
-    proxy.on(
-        When::Asked,
-        |request| request.ends_with("/images/create"),
-        move || killer.lock().expect("nobody panics with it").kill(),
-    );
+    killed.kill_on(When::Asked, |request| request.ends_with("/images/create"));
     let mut job = restarting(batch(
         "pull",
         offline(
@@ -242,9 +279,9 @@ pub(crate) fn a_dockerd_is_killed_in_the_middle_of_calls() {
     ));
     job["TaskGroups"][0]["RestartPolicy"]["Attempts"] = 1.into();
     task(&mut job)["RestartPolicy"] = Value::Null;
-    nomad.submit(&job);
-    revive("pull");
-    let told = events(&nomad.wait_dead("pull"));
+    killed.nomad.submit(&job);
+    killed.revive("pull");
+    let told = events(&killed.nomad.wait_dead("pull"));
     assert!(
         told.contains("\nRestarting") && told.contains("cannot pull image"),
         "{told}"

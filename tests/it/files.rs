@@ -308,6 +308,13 @@ fn a_prompt_too_long_for_an_argument_is_the_commands_stdin() {
     assert!(both.message().starts_with("`stdin` "), "{both}");
 }
 
+fn with(files: Vec<InputFile>) -> RunStart {
+    RunStart {
+        files,
+        ..shell("anthropic", "true")
+    }
+}
+
 #[test]
 fn files_that_cannot_be_taken_start_nothing() {
     let shim = Shim::dev(&["anthropic=1"]);
@@ -316,10 +323,6 @@ fn files_that_cannot_be_taken_start_nothing() {
         let status = client.start(start).map(drop).unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument);
         assert!(status.message().starts_with(words), "{status}");
-    };
-    let with = |files: Vec<InputFile>| RunStart {
-        files,
-        ..shell("anthropic", "true")
     };
     for path in ["", "/etc/passwd", "../a", "a/./b", "a\nb"] {
         refused(with(vec![file(path, 1)]), "`files[0].path` ");
@@ -339,10 +342,13 @@ fn files_that_cannot_be_taken_start_nothing() {
     };
     refused(rules(&[]), "`artifacts.patterns` ");
     refused(rules(&["ok", "/etc/*"]), "`artifacts.patterns[1]` ");
+    files_that_come_too_early_too_long_or_cut_short_start_nothing(&client);
+}
 
+fn files_that_come_too_early_too_long_or_cut_short_start_nothing(client: &Client) {
     let gives = |start: RunStart, inputs: Vec<Input>| -> Result<Outcome, tonic::Status> {
         client.wait_idle("anthropic", 1);
-        let run = client.start(start).unwrap();
+        let run = client.start(start).expect("its files are to come");
         for input in inputs {
             client.send(&run, input);
         }
@@ -355,7 +361,7 @@ fn files_that_cannot_be_taken_start_nothing() {
         },
         vec![Input::Files("a".into()), Input::Stdin("b".into())],
     );
-    let early = early.unwrap_err();
+    let early = early.expect_err("it is refused");
     assert!(
         early
             .message()
@@ -363,7 +369,7 @@ fn files_that_cannot_be_taken_start_nothing() {
         "{early}"
     );
     let many = gives(with(vec![file("a", 2)]), vec![Input::Files("abc".into())]);
-    let many = many.unwrap_err();
+    let many = many.expect_err("it is refused");
     assert!(
         many.message()
             .starts_with("`files` is `3 bytes, of which 2 are left`"),
@@ -375,18 +381,21 @@ fn files_that_cannot_be_taken_start_nothing() {
         with(vec![file("a", 2)]),
         vec![Input::Files("a".into()), Input::CloseStdin(CloseStdin {})],
     );
-    let few = few.unwrap();
+    let few = few.expect("it ends");
     assert_eq!(few.exited.reason(), ExitReason::NotStarted);
     assert_eq!(few.exited.message, "its files ended after 1 of 2 bytes");
+}
 
-    // One that waits for its files is known, and can be ended.
-    client.wait_idle("anthropic", 1);
+#[test]
+fn a_run_that_waits_for_its_files_can_be_ended_and_gone_back_to() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
     let waits = client.start(with(vec![file("a", 2)])).unwrap();
     client.cancel(&waits.accepted.run_id).unwrap();
     let ended = client.finish(waits).unwrap();
     assert_eq!(ended.exited.reason(), ExitReason::Cancelled);
 
-    // A caller that comes back goes on where its files are.
+    // A caller that comes back continues where its files are.
     client.wait_idle("anthropic", 1);
     let start = RunStart {
         command: Some(Command::Argv(Argv {

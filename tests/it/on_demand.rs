@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use polydev_proto::runtime::{ExitReason, RunStart};
 use polydev_tests::{
-    client::shell, docker, nomad::Nomad, shim::Shim, shim::instance_label, wait_until,
+    client::{Client, Outcome, shell},
+    docker,
+    nomad::Nomad,
+    shim::{Shim, instance_label},
+    wait_until,
 };
 use serde_json::Value;
 use tonic::Code;
@@ -27,17 +31,47 @@ fn a_run_that_finds_no_idle_slot_gets_one_of_its_own() {
     let nomad = Nomad::start();
     let shim = Shim::serve(&nomad.address);
     let client = shim.client();
-    let label = instance_label(&nomad.state_dir());
+    without_the_job_its_caller_is_told(&client);
+    an_order_that_nomad_cannot_place_is_told_and_withdrawn(&nomad, &client);
 
-    // Without the job there is none to be had, and the caller is told.
-    let short = RunStart {
+    nomad.run(&["job", "run", "-detach", FILE]);
+    let outcome = a_run_gets_a_slot(&client);
+    let job = dispatched(&nomad).pop().unwrap();
+    let child = job["ID"].as_str().unwrap();
+    nomad_knows_its_id_and_nothing_of_what_it_ran(&nomad, child, &outcome);
+    wait_until("its job's end", Duration::from_secs(20), || {
+        let allocations = nomad.allocations(child);
+        match &allocations[..] {
+            [alloc] if alloc["ClientStatus"] == "complete" => Ok(()),
+            _ => Err(format!("{allocations:?}")),
+        }
+    });
+
+    stopping_a_slot_cancels_its_run(&nomad, &client);
+    let label = instance_label(&nomad.state_dir());
+    wait_until("an empty node", Duration::from_secs(20), || {
+        let containers = docker::containers(&label);
+        if containers.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{containers:?}"))
+        }
+    });
+}
+
+/// A run that waits for two seconds at most.
+fn short() -> RunStart {
+    RunStart {
         queue_timeout: Some(prost_types::Duration {
             seconds: 2,
             nanos: 0,
         }),
         ..shell("anthropic", "true")
-    };
-    let refused = client.run(short.clone()).unwrap_err();
+    }
+}
+
+fn without_the_job_its_caller_is_told(client: &Client) {
+    let refused = client.run(short()).expect_err("there is no slot");
     assert_eq!(refused.code(), Code::ResourceExhausted);
     assert!(
         refused
@@ -45,8 +79,9 @@ fn a_run_that_finds_no_idle_slot_gets_one_of_its_own() {
             .contains(&format!("without the job `{JOB}`")),
         "{refused}"
     );
+}
 
-    // One that Nomad cannot place is told as such, and is not left behind.
+fn an_order_that_nomad_cannot_place_is_told_and_withdrawn(nomad: &Nomad, client: &Client) {
     nomad.run(&[
         "job",
         "run",
@@ -55,23 +90,23 @@ fn a_run_that_finds_no_idle_slot_gets_one_of_its_own() {
         "datacenters=[\"nowhere\"]",
         FILE,
     ]);
-    let refused = client.run(short).unwrap_err();
+    let refused = client.run(short()).expect_err("there is no slot");
     assert!(
         refused.message().contains("Nomad has no room yet for"),
         "{refused}"
     );
     wait_until("the order's end", Duration::from_secs(20), || {
-        let jobs = dispatched(&nomad);
+        let jobs = dispatched(nomad);
         match &jobs[..] {
             [job] if job["Status"] == "dead" => Ok(()),
             _ => Err(format!("{jobs:?}")),
         }
     });
+}
 
-    nomad.run(&["job", "run", "-detach", FILE]);
-    let outcome = client
-        .run(shell("anthropic", "echo a-word-of-its-own"))
-        .unwrap();
+fn a_run_gets_a_slot(client: &Client) -> Outcome {
+    let outcome = client.run(shell("anthropic", "echo a-word-of-its-own"));
+    let outcome = outcome.expect("it gets a slot");
     assert_eq!(outcome.stdout(), "a-word-of-its-own\n");
     assert!(!outcome.accepted.warm && !outcome.exited.warm);
     let stages: Vec<&str> = outcome
@@ -81,9 +116,10 @@ fn a_run_that_finds_no_idle_slot_gets_one_of_its_own() {
         .map(|stage| &stage.name[..])
         .collect();
     assert_eq!(stages[..3], ["received", "dispatched", "claimed"]);
-    let job = dispatched(&nomad).pop().unwrap();
-    let child = job["ID"].as_str().unwrap();
-    // Nomad knows the run's id, and nothing of what it ran.
+    outcome
+}
+
+fn nomad_knows_its_id_and_nothing_of_what_it_ran(nomad: &Nomad, child: &str, outcome: &Outcome) {
     let described = nomad.get(&format!("/v1/job/{child}"));
     assert_eq!(described["Meta"]["run_id"], *outcome.accepted.run_id);
     assert_eq!(described["Payload"], Value::Null);
@@ -105,34 +141,18 @@ fn a_run_that_finds_no_idle_slot_gets_one_of_its_own() {
     );
     assert_eq!(task["KillTimeout"], 30_000_000_000_u64);
     assert!(!described.to_string().contains("a-word-of-its-own"));
-    wait_until("its job's end", Duration::from_secs(20), || {
-        let allocations = nomad.allocations(child);
-        match &allocations[..] {
-            [alloc] if alloc["ClientStatus"] == "complete" => Ok(()),
-            _ => Err(format!("{allocations:?}")),
-        }
-    });
+}
 
-    // Stopping it ends its run.
-    let run = client.start(shell("anthropic", "sleep 100")).unwrap();
-    let child = dispatched(&nomad).pop().unwrap()["ID"]
-        .as_str()
-        .unwrap()
-        .to_owned();
-    nomad.run(&["job", "stop", "-detach", "-yes", &child]);
-    let outcome = client.finish(run).unwrap();
+fn stopping_a_slot_cancels_its_run(nomad: &Nomad, client: &Client) {
+    let run = client.start(shell("anthropic", "sleep 100"));
+    let run = run.expect("it gets a slot");
+    let job = dispatched(nomad).pop().expect("it was dispatched");
+    let child = job["ID"].as_str().expect("a job has an id");
+    nomad.run(&["job", "stop", "-detach", "-yes", child]);
+    let outcome = client.finish(run).expect("it ends");
     assert_eq!(outcome.exited.reason(), ExitReason::Cancelled);
     assert_eq!(
         outcome.exited.message,
         "it was cancelled: Nomad stopped its slot"
     );
-
-    wait_until("an empty node", Duration::from_secs(20), || {
-        let containers = docker::containers(&label);
-        if containers.is_empty() {
-            Ok(())
-        } else {
-            Err(format!("{containers:?}"))
-        }
-    });
 }

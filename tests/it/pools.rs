@@ -2,13 +2,13 @@
 
 use std::{
     io::{BufRead, BufReader},
-    process::{Command, Stdio},
+    process::{Command, Output, Stdio},
     time::Duration,
 };
 
 use polydev_proto::runtime::RunStart;
 use polydev_tests::{
-    client::shell,
+    client::{Client, shell},
     docker,
     nomad::{Nomad, nomad_program},
     process::output,
@@ -19,6 +19,9 @@ use polydev_tests::{
 use tonic::Code;
 
 use crate::leases;
+
+const JOB: &str = "polydev-pool-anthropic";
+const FILE: &str = "jobspecs/pool-anthropic.nomad.hcl";
 
 #[test]
 fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
@@ -82,30 +85,82 @@ fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     // What is prepared for a slot that is not wanted any more goes before its run ends.
     let mut last = client.start(open()).unwrap();
     docker::wait_containers(&label, 4);
-    nomad.run(&["job", "stop", "-detach", "-yes", "polydev-pool-anthropic"]);
+    nomad.run(&["job", "stop", "-detach", "-yes", JOB]);
     docker::wait_containers(&label, 1);
     last.close();
     client.finish(last).unwrap();
     docker::wait_containers(&label, 0);
 }
 
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// An agent, and a shim in front of it.
+struct Site {
+    client: Client,
+    shim: Shim,
+    nomad: Nomad,
+}
+
+impl Site {
+    fn start() -> Self {
+        let nomad = Nomad::start();
+        let shim = Shim::serve(&nomad.address);
+        Self {
+            client: shim.client(),
+            shim,
+            nomad,
+        }
+    }
+
+    /// `polydev-shim pool ARGS`.
+    fn pool(&self, args: &[&str]) -> Command {
+        let mut command = self.shim.command(&["pool"]);
+        command.args(args);
+        command
+    }
+
+    fn scale(&self, provider: &str, size: u32) -> Output {
+        output(&mut self.pool(&["scale", provider, &size.to_string()]))
+    }
+
+    /// `polydev-shim pool apply` of [`FILE`], with a size in the environment.
+    fn apply(&self, size: Option<&str>, options: &[&str]) -> Output {
+        let mut command = self.apply_file(FILE);
+        command.args(options);
+        command.envs(size.map(|size| ("WARM_POOL_ANTHROPIC_SIZE", size)));
+        output(&mut command)
+    }
+
+    fn apply_file(&self, file: &str) -> Command {
+        let mut command = Command::new(program("polydev-shim"));
+        command.args(["pool", "apply", "--file", file, "--nomad-addr"]);
+        command.arg(&self.nomad.address).current_dir(root());
+        command
+    }
+}
+
 #[test]
 fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
-    let nomad = Nomad::start();
-    let shim = Shim::serve(&nomad.address);
-    let client = shim.client();
-    let scale = |provider: &str, size: u32| {
-        let mut command = Command::new(program("polydev-shim"));
-        command.args(["pool", "scale", provider, &size.to_string()]);
-        output(command.env("POLYDEV_ADDRESS", &shim.address))
-    };
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let site = Site::start();
+    unknown_pools_and_wrong_sizes_are_refused(&site);
+    wrong_sizes_in_the_environment_are_refused(&site);
+    a_plan_is_shown_and_submitted_only_if_asked(&site);
+    a_size_is_taken_after_the_deployment(&site);
+    nomads_own_command_scales_within_the_same_bounds(&site);
+    a_plan_keeps_the_size_of_a_pool(&site);
+    a_drain_waits_for_the_run_in_its_slot(&site);
+    a_drained_pool_is_resumed_and_watched(&site);
+}
+
+fn unknown_pools_and_wrong_sizes_are_refused(site: &Site) {
     for (provider, size, words) in [
         ("anthropic", 1, "Nomad has no job `polydev-pool-anthropic`"),
         ("anthropic", 101, "`size` is `101`, allowed are 0 to 100"),
         ("codecs", 1, "`provider`"),
     ] {
-        let refused = scale(provider, size);
+        let refused = site.scale(provider, size);
         assert_eq!(refused.status.code(), Some(125));
         let told = text(&refused.stderr);
         assert!(told.contains(words), "{told}");
@@ -124,8 +179,7 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
             "Nomad has no job `polydev-pool-google`",
         ),
     ] {
-        let mut command = shim.command(&["pool"]);
-        let refused = output(command.args(words));
+        let refused = output(&mut site.pool(words));
         assert!(!refused.status.success(), "{words:?}");
         assert!(
             text(&refused.stderr).contains(told),
@@ -133,14 +187,9 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
             text(&refused.stderr)
         );
     }
+}
 
-    let file = "jobspecs/pool-anthropic.nomad.hcl";
-    let apply = |sizes: &[(&str, &str)], options: &[&str]| {
-        let mut command = Command::new(program("polydev-shim"));
-        command.args(["pool", "apply", "--file", file, "--nomad-addr"]);
-        command.arg(&nomad.address).args(options);
-        output(command.envs(sizes.iter().copied()).current_dir(root()))
-    };
+fn wrong_sizes_in_the_environment_are_refused(site: &Site) {
     for (size, words) in [
         (
             "101",
@@ -148,7 +197,7 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
         ),
         ("one", "`WARM_POOL_ANTHROPIC_SIZE` is `one`"),
     ] {
-        let refused = apply(&[("WARM_POOL_ANTHROPIC_SIZE", size)], &["--yes"]);
+        let refused = site.apply(Some(size), &["--yes"]);
         assert_eq!(refused.status.code(), Some(125));
         assert!(
             text(&refused.stderr).contains(words),
@@ -156,41 +205,46 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
             text(&refused.stderr)
         );
     }
+}
+
+fn a_plan_is_shown_and_submitted_only_if_asked(site: &Site) {
     for (provider, size, planned) in [("openai", "0", ""), ("google", "2", "  pool: 2 Place\n")] {
-        let mut command = Command::new(program("polydev-shim"));
-        let file = format!("jobspecs/pool-{provider}.nomad.hcl");
-        command.args(["pool", "apply", "--plan", "--file", &file, "--nomad-addr"]);
+        let mut command = site.apply_file(&format!("jobspecs/pool-{provider}.nomad.hcl"));
         command.env(format!("WARM_POOL_{}_SIZE", provider.to_uppercase()), size);
-        let told = output(command.arg(&nomad.address).current_dir(root()));
+        let told = output(command.arg("--plan"));
         let plan = format!("polydev-pool-{provider}: new\n{planned}");
         assert_eq!(text(&told.stdout), plan, "{}", text(&told.stderr));
     }
-    let unasked = apply(&[], &[]);
+    let unasked = site.apply(None, &[]);
     assert!(text(&unasked.stderr).contains("--yes submits without asking"));
     assert!(text(&unasked.stdout).contains("polydev-pool-anthropic: new\n  pool: 10 Place\n"));
-    let applied = apply(&[("WARM_POOL_ANTHROPIC_SIZE", "1")], &["--yes"]);
+    let applied = site.apply(Some("1"), &["--yes"]);
     let planned =
         "polydev-pool-anthropic: new\n  pool: 1 Place\npolydev-pool-anthropic: submitted\n";
     assert_eq!(text(&applied.stdout), planned, "{}", text(&applied.stderr));
-    let job = "polydev-pool-anthropic";
+}
+
+fn a_size_is_taken_after_the_deployment(site: &Site) {
     wait_until("its deployment", Duration::from_secs(20), || {
-        match nomad.get(&format!("/v1/job/{job}/deployment")) {
+        match site.nomad.get(&format!("/v1/job/{JOB}/deployment")) {
             serde_json::Value::Null => Err("none"),
             _ => Ok(()),
         }
         .map_err(str::to_owned)
     });
     // Nomad takes no size while its slot becomes warm.
-    let scaled = scale("anthropic", 3);
+    let scaled = site.scale("anthropic", 3);
     let (stdout, stderr) = (text(&scaled.stdout), text(&scaled.stderr));
     assert_eq!(stdout, "anthropic: 1 -> 3\n", "{stderr}");
     assert!(stderr.contains("waiting for Nomad"), "{stderr}");
-    client.wait_idle("anthropic", 3);
+    site.client.wait_idle("anthropic", 3);
+}
 
+fn nomads_own_command_scales_within_the_same_bounds(site: &Site) {
     let by_nomad = |size: &str| {
         let mut command = Command::new(nomad_program());
-        command.args(["job", "scale", "-detach", "-address", &nomad.address]);
-        output(command.args([job, "pool", size]))
+        command.args(["job", "scale", "-detach", "-address", &site.nomad.address]);
+        output(command.args([JOB, "pool", size]))
     };
     let beyond = by_nomad("101");
     let told = text(&beyond.stderr);
@@ -206,16 +260,18 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
             Err(text(&scaled.stderr))
         }
     });
-    client.wait_idle("anthropic", 1);
+    site.client.wait_idle("anthropic", 1);
+}
 
-    // The size it has is kept, whatever it was to be at first.
-    let applied = apply(&[("WARM_POOL_ANTHROPIC_SIZE", "0")], &["--plan"]);
+/// Whatever size the environment or the file has for a new pool.
+fn a_plan_keeps_the_size_of_a_pool(site: &Site) {
+    let applied = site.apply(Some("0"), &["--plan"]);
     let plan = text(&applied.stdout);
     assert!(
         plan.starts_with("polydev-pool-anthropic: ") && !plan.contains("Count"),
         "{plan}"
     );
-    let applied = apply(&[], &["--plan", "--var", "image=other:1"]);
+    let applied = site.apply(None, &["--plan", "--var", "image=other:1"]);
     let change =
         "pool.runtime.Config.slot[0][image]: \"polydev-anthropic-runtime:latest\" -> \"other:1\"";
     assert!(
@@ -223,15 +279,10 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
         "{}",
         text(&applied.stdout)
     );
+}
 
-    // Drained: no new run, and the one that goes on is waited for.
-    let pool = |args: &[&str]| {
-        let mut command = Command::new(program("polydev-shim"));
-        command.arg("pool").args(args);
-        command.env("POLYDEV_ADDRESS", &shim.address);
-        command
-    };
-    let refused = output(&mut pool(&["resume", "anthropic"]));
+fn a_drain_waits_for_the_run_in_its_slot(site: &Site) {
+    let refused = output(&mut site.pool(&["resume", "anthropic"]));
     let told = text(&refused.stderr);
     assert!(
         told.contains("the pool of anthropic is not drained, it has 1 slots"),
@@ -241,12 +292,12 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
         stdin: true,
         ..shell("anthropic", "cat")
     };
-    let mut run = client.start(open).unwrap();
-    let mut draining = pool(&["drain", "anthropic"]);
+    let mut run = site.client.start(open).expect("a slot is idle");
+    let mut draining = site.pool(&["drain", "anthropic"]);
     draining.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let draining = draining.spawn().unwrap();
+    let draining = draining.spawn().expect("it is built");
     wait_until("a slot that drains", Duration::from_secs(60), || {
-        let shown = text(&output(&mut pool(&["show", "anthropic"])).stdout);
+        let shown = text(&output(&mut site.pool(&["show", "anthropic"])).stdout);
         let last = shown.lines().last().unwrap_or_default();
         if last.contains("draining") && last.contains(&run.accepted.run_id) {
             Ok(())
@@ -255,27 +306,30 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
         }
     });
     run.close();
-    client.finish(run).unwrap();
-    let drained = draining.wait_with_output().unwrap();
+    site.client.finish(run).expect("it ends");
+    let drained = draining.wait_with_output().expect("it ends");
     assert_eq!(
         text(&drained.stdout),
         "anthropic: 1 -> 0\nanthropic: drained\n"
     );
     assert!(text(&drained.stderr).contains("anthropic: 1 slots are left, 1 with a run\n"));
-    let again = output(&mut pool(&["drain", "anthropic"]));
+    let again = output(&mut site.pool(&["drain", "anthropic"]));
     assert_eq!(text(&again.stdout), "anthropic: drained\n");
+}
 
-    let mut watching = pool(&["watch", "--output", "json"]);
-    let mut watching = watching.stdout(Stdio::piped()).spawn().unwrap();
-    let resumed = output(&mut pool(&["resume", "anthropic"]));
+fn a_drained_pool_is_resumed_and_watched(site: &Site) {
+    let mut watching = site.pool(&["watch", "--output", "json"]);
+    let watching = watching.stdout(Stdio::piped()).spawn();
+    let mut watching = watching.expect("it is built");
+    let resumed = output(&mut site.pool(&["resume", "anthropic"]));
     assert_eq!(text(&resumed.stdout), "anthropic: 0 -> 1\n");
-    client.wait_idle("anthropic", 1);
-    let lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    site.client.wait_idle("anthropic", 1);
+    let lines = BufReader::new(watching.stdout.take().expect("it is piped")).lines();
     let is_idle = |line: &str| line.contains("anthropic") && line.contains("\"idle\":1");
     assert!(lines.map_while(Result::ok).any(|line| is_idle(&line)));
-    watching.kill().unwrap();
-    watching.wait().unwrap();
-    let scaled = scale("anthropic", 0);
+    watching.kill().expect("it goes on");
+    watching.wait().expect("it ends");
+    let scaled = site.scale("anthropic", 0);
     assert_eq!(text(&scaled.stdout), "anthropic: 1 -> 0\n");
-    client.wait_idle("anthropic", 0);
+    site.client.wait_idle("anthropic", 0);
 }

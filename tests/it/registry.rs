@@ -18,7 +18,7 @@ use polydev_tests::{
     process::{Process, succeed},
     wait_until,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
@@ -257,16 +257,26 @@ fn images_are_pulled_once_with_the_tasks_or_the_plugins_credentials() {
         "auth {{\n config = \"{}\"\n}}\n gc {{\n image_delay = \"1s\"\n}}",
         auths.display()
     ));
-    let from_registry = |id: &str, options: serde_json::Value| {
-        let mut config = shell("echo pulled");
-        merge(&mut config, json!({ "image": registry.image() }));
-        merge(&mut config, options);
-        batch(id, config)
-    };
+    several_tasks_at_once_pull_once(&nomad, &registry);
+    // Nobody uses it any more: it goes after the delay.
+    wait_removed(&registry.image());
+    a_tasks_own_credentials_win_and_wrong_ones_are_told(&nomad, &registry);
+    a_pull_that_fails_is_told_and_tried_again_unless_it_is_final(&nomad, &registry);
+    assert!(!nomad.agent_log().contains(&registry.password));
+}
 
-    // Several tasks at once with the plugin's credentials: one pull.
+/// A job with the registry's image, and whatever other options.
+fn from_registry(registry: &Registry, id: &str, options: Value) -> Value {
+    let mut config = shell("echo pulled");
+    merge(&mut config, json!({ "image": registry.image() }));
+    merge(&mut config, options);
+    batch(id, config)
+}
+
+/// With the plugin's credentials.
+fn several_tasks_at_once_pull_once(nomad: &Nomad, registry: &Registry) {
     let before = registry.pulls();
-    let mut several = from_registry("several", json!({}));
+    let mut several = from_registry(registry, "several", json!({}));
     several["TaskGroups"][0]["Count"] = json!(6);
     nomad.submit(&several);
     wait_until("six tasks", Duration::from_secs(60), || {
@@ -296,23 +306,28 @@ fn images_are_pulled_once_with_the_tasks_or_the_plugins_credentials() {
             && told.contains(&format!("Downloaded image {image}")),
         "{told}"
     );
+}
 
-    // Nobody uses it any more: it goes after the delay.
-    wait_removed(&image);
-
-    // The task's own credentials win, and wrong ones are told.
+fn a_tasks_own_credentials_win_and_wrong_ones_are_told(nomad: &Nomad, registry: &Registry) {
     let wrong = json!({ "auth": { "username": "user", "password": "wrong" } });
-    nomad.submit(&from_registry("wrong", wrong));
+    nomad.submit(&from_registry(registry, "wrong", wrong));
     let told = events(&nomad.wait_dead("wrong"));
     assert!(
-        told.contains("cannot pull image") && told.contains(&image),
+        told.contains("cannot pull image") && told.contains(&registry.image()),
         "{told}"
     );
     let right = json!({ "auth": { "username": "user", "password": registry.password } });
-    nomad.submit(&from_registry("right", right));
+    nomad.submit(&from_registry(registry, "right", right));
     let told = events(&nomad.wait_dead("right"));
     assert!(told.contains("Exit Code: 0"), "{told}");
+}
 
+/// An image that is not there, or for another machine, is final; a registry that is not there
+/// or does not do its work is not.
+fn a_pull_that_fails_is_told_and_tried_again_unless_it_is_final(
+    nomad: &Nomad,
+    registry: &Registry,
+) {
     // Registries that never answer, or with nonsense.
     let hanging = TcpListener::bind("127.0.0.1:0").unwrap();
     let nonsense = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -324,9 +339,6 @@ fn images_are_pulled_once_with_the_tasks_or_the_plugins_credentials() {
             let _gone = client.write_all(b"\xff\x00 yes? \r\n\r\n");
         }
     });
-
-    // One that is not there, or for another machine, is final; a registry that is not there
-    // or does not do its work is not.
     for (id, reference, words) in [
         ("hangs", hangs, "not done within 2s"),
         ("babbles", babbles, "cannot pull image"),
@@ -346,10 +358,8 @@ fn images_are_pulled_once_with_the_tasks_or_the_plugins_credentials() {
             "cannot pull image",
         ),
     ] {
-        let mut job = from_registry(
-            id,
-            json!({ "image": reference, "image_pull_timeout": "2s" }),
-        );
+        let options = json!({ "image": reference, "image_pull_timeout": "2s" });
+        let mut job = from_registry(registry, id, options);
         job["TaskGroups"][0]["RestartPolicy"] = json!({ "Attempts": 1, "Interval": 60_000_000_000_u64, "Delay": 100_000_000, "Mode": "fail" });
         nomad.submit(&job);
         let told = events(&nomad.wait_dead(id));
@@ -357,5 +367,4 @@ fn images_are_pulled_once_with_the_tasks_or_the_plugins_credentials() {
         let is_final = ["missing", "machine"].contains(&id);
         assert_eq!(told.contains("\nRestarting"), !is_final, "{told}");
     }
-    assert!(!nomad.agent_log().contains(&registry.password));
 }

@@ -12,7 +12,7 @@ use polydev_tests::{
     client::{Client, Run, shell},
     docker, job,
     nomad::Nomad,
-    process::succeed,
+    process::{output, succeed},
     program,
     shim::Shim,
     wait_until,
@@ -70,6 +70,27 @@ fn a_pool_that_is_scaled_in_and_updated_ends_no_run_and_is_never_empty() {
     for run in runs.drain(5..) {
         ends_by_itself(&client, run);
     }
+    scaled_in_under_runs_and_out_again(&shim, &client, runs);
+    let image = Image::make();
+    let long = client.start(open()).unwrap();
+    updated_under_load(&nomad, &shim, &image);
+    wait_until(
+        "what is left of the old",
+        Duration::from_secs(20),
+        || match client.pool("anthropic") {
+            pool if (pool.draining, pool.idle) == (1, 5) => Ok(()),
+            pool => Err(format!("{pool:?}")),
+        },
+    );
+    ends_by_itself(&client, long);
+    client.wait_idle("anthropic", 5);
+    nomad.run(&["job", "stop", "-detach", "-yes", JOB]);
+    client.wait_idle("anthropic", 0);
+    image.wait_unused();
+}
+
+/// From ten slots to three under five runs, and to five.
+fn scaled_in_under_runs_and_out_again(shim: &Shim, client: &Client, runs: Vec<Run>) {
     let scale = |size: &str| {
         let mut command = Command::new(program("polydev-shim"));
         command.args(["pool", "scale", "anthropic", size]);
@@ -85,18 +106,44 @@ fn a_pool_that_is_scaled_in_and_updated_ends_no_run_and_is_never_empty() {
         }
     });
     for run in runs {
-        ends_by_itself(&client, run);
+        ends_by_itself(client, run);
     }
     client.wait_idle("anthropic", 3);
     scale("5");
     client.wait_idle("anthropic", 5);
+}
 
-    // Another image, while runs come as fast as this node refills beside an update.
-    let image = format!("pdtest-image-{:08x}:1", rand::random::<u32>());
-    let made = docker::docker(&["create", "polydev-anthropic-runtime:latest"]);
-    docker::docker(&["commit", "--change", "LABEL another=1", made.trim(), &image]);
-    docker::docker(&["rm", made.trim()]);
-    let long = client.start(open()).unwrap();
+/// An image for slots, other than the one that they have.
+struct Image(String);
+
+impl Image {
+    fn make() -> Self {
+        let image = format!("pdtest-image-{:08x}:1", rand::random::<u32>());
+        let made = docker::docker(&["create", "polydev-anthropic-runtime:latest"]);
+        docker::docker(&["commit", "--change", "LABEL another=1", made.trim(), &image]);
+        docker::docker(&["rm", made.trim()]);
+        Self(image)
+    }
+
+    /// Removes it, once no container has it.
+    fn wait_unused(self) {
+        wait_until(
+            "the image's last container",
+            Duration::from_secs(30),
+            || {
+                let removed = output(docker::command().args(["rmi", &self.0]));
+                if removed.status.success() {
+                    Ok(())
+                } else {
+                    Err(String::from_utf8_lossy(&removed.stderr).into_owned())
+                }
+            },
+        );
+    }
+}
+
+/// While runs come as fast as this node refills beside an update, and the pool is looked at.
+fn updated_under_load(nomad: &Nomad, shim: &Shim, image: &Image) {
     let old: Vec<Value> = nomad.wait_running(JOB, 5);
     let old: Vec<&str> = old.iter().map(job::id).collect();
     let over = AtomicBool::new(false);
@@ -104,7 +151,8 @@ fn a_pool_that_is_scaled_in_and_updated_ends_no_run_and_is_never_empty() {
         let load = scope.spawn(|| {
             let (client, mut ran) = (shim.client(), 0);
             while !over.load(Ordering::Relaxed) {
-                let outcome = client.run(shell("anthropic", "sleep 1")).unwrap();
+                let outcome = client.run(shell("anthropic", "sleep 1"));
+                let outcome = outcome.expect("there is a slot");
                 assert_eq!(outcome.exited.reason(), ExitReason::Exited);
                 ran += 1;
             }
@@ -120,7 +168,7 @@ fn a_pool_that_is_scaled_in_and_updated_ends_no_run_and_is_never_empty() {
             }
             looked
         });
-        let named = format!("image={image}");
+        let named = format!("image={}", image.0);
         let file = "jobspecs/pool-anthropic.nomad.hcl";
         nomad.run(&[
             "job", "run", "-detach", "-var", "count=5", "-var", &named, file,
@@ -143,33 +191,10 @@ fn a_pool_that_is_scaled_in_and_updated_ends_no_run_and_is_never_empty() {
             }
         });
         over.store(true, Ordering::Relaxed);
-        let (ran, looked) = (load.join().unwrap(), watch.join().unwrap());
+        let ran = load.join().expect("every run had a slot");
+        let looked = watch.join().expect("a slot was idle at each look");
         assert!(ran > 2 && looked > 20, "{ran} runs, {looked} looks");
     });
-    wait_until(
-        "what is left of the old",
-        Duration::from_secs(20),
-        || match client.pool("anthropic") {
-            pool if (pool.draining, pool.idle) == (1, 5) => Ok(()),
-            pool => Err(format!("{pool:?}")),
-        },
-    );
-    ends_by_itself(&client, long);
-    client.wait_idle("anthropic", 5);
-    nomad.run(&["job", "stop", "-detach", "-yes", JOB]);
-    client.wait_idle("anthropic", 0);
-    wait_until(
-        "the image's last container",
-        Duration::from_secs(30),
-        || {
-            let removed = docker::command().args(["rmi", &image]).output().unwrap();
-            if removed.status.success() {
-                Ok(())
-            } else {
-                Err(String::from_utf8_lossy(&removed.stderr).into_owned())
-            }
-        },
-    );
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::{
     fs,
     net::TcpListener,
-    path::Path,
+    path::PathBuf,
     process::{Command, Output},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
@@ -119,6 +119,13 @@ impl Issuer {
         }
     }
 
+    /// An issuer, and the key that it publishes.
+    fn with_key() -> (Self, Key) {
+        let (issuer, key) = (Self::start(), Key::new("first"));
+        issuer.has(&[&key]);
+        (issuer, key)
+    }
+
     fn has(&self, keys: &[&Key]) {
         let keys = keys.iter().map(|key| key.public()).collect();
         *self.keys.lock().unwrap_or_else(PoisonError::into_inner) = keys;
@@ -151,116 +158,177 @@ fn fixed(token: &str) -> Option<Token> {
     Some(Token::Fixed(Arc::new(token.to_owned().into())))
 }
 
-fn run(address: &str, authority: &Path, token: &Path, user: &str) -> Output {
-    let mut command = Command::new(program("polydev-shim"));
-    command.args(["run", "anthropic", "--address", address, "--user", user]);
-    command
-        .arg("--tls-ca")
-        .arg(authority)
-        .arg("--token-file")
-        .arg(token);
-    output(command.args(["--", "sh", "-c", "echo $USER_ID"]))
+const ROLES: &str = r#"
+    [[role]]
+    members = ["sub:team-*"]
+    may = ["run"]
+    users = ["team-*"]
+
+    [[role]]
+    members = ["uid:0"]
+    may = ["scale"]
+"#;
+
+/// A shim that takes the tokens of an issuer, with [`ROLES`]. It listens with a certificate at
+/// `url` and without at `plain`.
+struct Site {
+    // Dropped before the folder that holds its certificates.
+    shim: Shim,
+    runtime: Runtime,
+    url: String,
+    plain: String,
+    authority: PathBuf,
+    folder: Folder,
 }
 
-#[test]
-fn callers_are_known_by_the_tokens_of_an_issuer_and_by_no_others() {
-    // One of another test may be installed.
-    let _installed = rustls::crypto::ring::default_provider().install_default();
-    let folder = Folder::new("pdtoken-");
-    let path = |name: &str| folder.path().join(name);
-    let text = |name: &str| path(name).display().to_string();
-    succeed(
-        Command::new(program("polydev-shim"))
-            .args(["certs", "dev"])
-            .arg(folder.path()),
-    );
-    let roles = r#"
-        [[role]]
-        members = ["sub:team-*"]
-        may = ["run"]
-        users = ["team-*"]
+impl Site {
+    fn start(issuer: &Issuer, pools: &[&str]) -> Self {
+        // One of another test may be installed.
+        let _installed = rustls::crypto::ring::default_provider().install_default();
+        let folder = Folder::new("pdtoken-");
+        let path = |name: &str| folder.path().join(name);
+        let text = |name: &str| path(name).display().to_string();
+        succeed(
+            Command::new(program("polydev-shim"))
+                .args(["certs", "dev"])
+                .arg(folder.path()),
+        );
+        fs::write(path("roles.toml"), ROLES).expect("a file can be written");
+        let [port, plain] = free_ports();
+        let url = format!("https://127.0.0.1:{port}");
+        let plain = format!("http://127.0.0.1:{plain}");
+        let (roles, authority) = (text("roles.toml"), path("ca.pem"));
+        let (own, own_key, ca) = (text("shim.pem"), text("shim-key.pem"), text("ca.pem"));
+        let options = [
+            "--listen",
+            &url,
+            "--listen",
+            &plain,
+            "--roles",
+            &roles,
+            "--tls-cert",
+            &own,
+            "--tls-key",
+            &own_key,
+            "--tls-ca",
+            &ca,
+            "--token-issuer",
+            &issuer.url,
+            "--token-audience",
+            AUDIENCE,
+        ];
+        let trace = [("POLYDEV_LOG", "trace")];
+        Self {
+            shim: Shim::dev_in(pools, &options, &trace),
+            runtime: Runtime::new().expect("a runtime can be made"),
+            url,
+            plain,
+            authority,
+            folder,
+        }
+    }
 
-        [[role]]
-        members = ["uid:0"]
-        may = ["scale"]
-    "#;
-    fs::write(path("roles.toml"), roles).unwrap();
-    let (issuer, key) = (Issuer::start(), Key::new("first"));
-    issuer.has(&[&key]);
-    let [port, plain] = free_ports();
-    let url = format!("https://127.0.0.1:{port}");
-    let plain = format!("http://127.0.0.1:{plain}");
-    let (roles, authority) = (text("roles.toml"), path("ca.pem"));
-    let (own, own_key, ca) = (text("shim.pem"), text("shim-key.pem"), text("ca.pem"));
-    let options = [
-        "--listen",
-        &url,
-        "--listen",
-        &plain,
-        "--roles",
-        &roles,
-        "--tls-cert",
-        &own,
-        "--tls-key",
-        &own_key,
-        "--tls-ca",
-        &ca,
-        "--token-issuer",
-        &issuer.url,
-        "--token-audience",
-        AUDIENCE,
-    ];
-    let trace = [("POLYDEV_LOG", "trace")];
-    let shim = Shim::dev_in(&["anthropic=1"], &options, &trace);
-    let runtime = Runtime::new().unwrap();
+    /// `polydev-shim run`, with a token.
+    fn run(&self, token: &str, user: &str) -> Output {
+        let file = self.folder.path().join("token");
+        fs::write(&file, format!("{token}\n")).expect("a file can be written");
+        let mut command = Command::new(program("polydev-shim"));
+        command.args(["run", "anthropic", "--address", &self.url, "--user", user]);
+        command.arg("--tls-ca").arg(&self.authority);
+        command.arg("--token-file").arg(file);
+        output(command.args(["--", "sh", "-c", "echo $USER_ID"]))
+    }
 
-    let token = key.sign(&issuer.claims("team-a"));
-    fs::write(path("token"), format!("{token}\n")).unwrap();
-    let allowed = run(&url, &authority, &path("token"), "team-a");
-    assert_eq!(allowed.stdout, b"team-a\n", "{allowed:?}");
-    let denied = run(&url, &authority, &path("token"), "alice");
-    let words = String::from_utf8_lossy(&denied.stderr).into_owned();
-    assert!(words.contains("caller `sub:team-a` has no role"), "{words}");
-
-    // Over HTTP as well, and in place of whatever else the connection says.
-    let get = |address: &str, authorization: &[&str]| {
-        runtime.block_on(async {
-            let client = reqwest::Client::builder()
-                .tls_certs_merge([
-                    reqwest::Certificate::from_pem(&fs::read(&authority).unwrap()).unwrap(),
-                ])
-                .build()
-                .unwrap();
+    /// Lists the pools over HTTP: the status, and whether the answer asks for a token.
+    fn get(&self, address: &str, authorization: &[&str]) -> (u16, bool) {
+        let authority = fs::read(&self.authority).expect("it was written");
+        let authority = reqwest::Certificate::from_pem(&authority).expect("it is one");
+        let client = reqwest::Client::builder().tls_certs_merge([authority]);
+        let client = client.build().expect("it is of use");
+        self.runtime.block_on(async {
             let mut request = client.get(format!("{address}/v1/pools"));
             for value in authorization {
                 request = request.header("authorization", *value);
             }
-            let answer = request.send().await.unwrap();
+            let answer = request.send().await.expect("the shim answers");
             let challenge = answer.headers().get("www-authenticate").is_some();
             (answer.status().as_u16(), challenge)
         })
-    };
-    let bearer = format!("bearer {token}");
-    for address in [&url, &plain] {
-        assert_eq!(get(address, &[&bearer]), (200, false));
-    }
-    assert_eq!(get(&url, &[]), (401, true));
-    assert_eq!(get(&plain, &[]), (403, false), "`loopback` has no role");
-    for wrong in [["Basic YTpi"].as_slice(), &["Bearer"], &[&bearer, &bearer]] {
-        assert_eq!(get(&plain, wrong), (401, true), "{wrong:?}");
     }
 
-    let refused = |token: &str, words: &str| {
+    /// Lists the pools over gRPC and TLS, with a token.
+    fn list(&self, token: &str) -> Result<(), Status> {
+        let identity = Identity {
+            tls: Some(Trust::Server {
+                authority: self.authority.clone(),
+            }),
+            token: fixed(token),
+        };
+        list(&self.runtime, &self.url, identity)
+    }
+
+    /// Over gRPC without TLS.
+    #[track_caller]
+    fn refuses(&self, token: &str, words: &str) {
         let identity = Identity {
             tls: None,
             token: fixed(token),
         };
-        let status = list(&runtime, &plain, identity).unwrap_err();
+        let status = list(&self.runtime, &self.plain, identity);
+        let status = status.expect_err("it is refused");
         let details = status.get_error_details();
+        let info = details.error_info().expect("every error has it");
         assert_eq!(status.code(), Code::Unauthenticated, "{status}");
-        assert_eq!(details.error_info().unwrap().reason, "NOT_AUTHENTICATED");
+        assert_eq!(info.reason, "NOT_AUTHENTICATED");
         assert!(status.message().contains(words), "{status}, not {words}");
-    };
+    }
+
+    #[track_caller]
+    fn has_not_logged(&self, token: &str) {
+        let log = self.shim.process.log();
+        let signature = token.rsplit('.').next();
+        let signature = signature.expect("the last part is one");
+        assert!(!log.contains(signature), "{log}");
+    }
+}
+
+#[test]
+fn callers_are_known_by_the_tokens_of_an_issuer_and_by_no_others() {
+    let (issuer, key) = Issuer::with_key();
+    let site = Site::start(&issuer, &["anthropic=1"]);
+    let token = key.sign(&issuer.claims("team-a"));
+    let allowed = site.run(&token, "team-a");
+    assert_eq!(allowed.stdout, b"team-a\n", "{allowed:?}");
+    let denied = site.run(&token, "alice");
+    let words = String::from_utf8_lossy(&denied.stderr).into_owned();
+    assert!(words.contains("caller `sub:team-a` has no role"), "{words}");
+    let log = site.shim.process.log();
+    assert!(log.contains("caller=sub:team-a"), "{log}");
+    site.has_not_logged(&token);
+}
+
+#[test]
+fn a_token_is_taken_over_http_in_place_of_what_the_connection_says() {
+    let (issuer, key) = Issuer::with_key();
+    let site = Site::start(&issuer, &["anthropic=0"]);
+    let token = key.sign(&issuer.claims("team-a"));
+    let bearer = format!("bearer {token}");
+    for address in [&site.url, &site.plain] {
+        assert_eq!(site.get(address, &[&bearer]), (200, false));
+    }
+    assert_eq!(site.get(&site.url, &[]), (401, true));
+    let of_connection = site.get(&site.plain, &[]);
+    assert_eq!(of_connection, (403, false), "`loopback` has no role");
+    for wrong in [["Basic YTpi"].as_slice(), &["Bearer"], &[&bearer, &bearer]] {
+        assert_eq!(site.get(&site.plain, wrong), (401, true), "{wrong:?}");
+    }
+    site.has_not_logged(&token);
+}
+
+#[test]
+fn a_token_with_wrong_claims_is_refused_with_the_reason() {
+    let (issuer, key) = Issuer::with_key();
+    let site = Site::start(&issuer, &["anthropic=0"]);
     let with = |name: &str, value: Value| {
         let mut claims = issuer.claims("team-a");
         match value {
@@ -269,62 +337,68 @@ fn callers_are_known_by_the_tokens_of_an_issuer_and_by_no_others() {
         }
         key.sign(&claims)
     };
-    refused(&with("exp", json!(now() - 61)), "expired");
-    refused(&with("exp", Value::Null), "`exp`");
-    refused(&with("exp", json!("tomorrow")), "`exp`");
-    refused(&with("nbf", json!(now() + 120)), "does not hold yet");
-    refused(&with("nbf", json!("yesterday")), "`nbf`");
-    refused(&with("aud", json!("another")), "audience");
-    refused(&with("aud", Value::Null), "`aud`");
-    refused(&with("iss", json!("https://issuer.test")), "issuer");
-    refused(&with("iss", Value::Null), "`iss`");
-    refused(&with("sub", Value::Null), "`sub`");
-    refused(&with("sub", json!("")), "`sub`");
-    refused(&with("sub", json!("team-a\n")), "`sub`");
+    for (name, value, words) in [
+        ("exp", json!(now() - 61), "expired"),
+        ("exp", Value::Null, "`exp`"),
+        ("exp", json!("tomorrow"), "`exp`"),
+        ("nbf", json!(now() + 120), "does not hold yet"),
+        ("nbf", json!("yesterday"), "`nbf`"),
+        ("aud", json!("another"), "audience"),
+        ("aud", Value::Null, "`aud`"),
+        ("iss", json!("https://issuer.test"), "issuer"),
+        ("iss", Value::Null, "`iss`"),
+        ("sub", Value::Null, "`sub`"),
+        ("sub", json!(""), "`sub`"),
+        ("sub", json!("team-a\n"), "`sub`"),
+    ] {
+        let token = with(name, value);
+        site.refuses(&token, words);
+        site.has_not_logged(&token);
+    }
+}
+
+#[test]
+fn a_token_that_its_issuer_has_not_signed_is_refused_with_the_reason() {
+    let (issuer, key) = Issuer::with_key();
+    let site = Site::start(&issuer, &["anthropic=0"]);
     let claims = issuer.claims("team-a");
-    refused(&Key::new("first").sign(&claims), "signature");
-    refused(&Key::new("second").sign(&claims), "no key \"second\"");
+    let token = key.sign(&claims);
+    site.list(&token).unwrap();
+    site.refuses(&Key::new("first").sign(&claims), "signature");
+    site.refuses(&Key::new("second").sign(&claims), "no key \"second\"");
     let header = |algorithm: &str| json!({ "alg": algorithm, "kid": "first" });
-    refused(
-        &format!("{}.", unsigned(&header("none"), &claims)),
-        "not a JWT",
-    );
+    let open = format!("{}.", unsigned(&header("none"), &claims));
+    site.refuses(&open, "not a JWT");
     let shared = hmac::Key::new(hmac::HMAC_SHA256, key.pair.public_key().as_ref());
     let message = unsigned(&header("HS256"), &claims);
     let signature = BASE64_URL_SAFE_NO_PAD.encode(hmac::sign(&shared, message.as_bytes()));
-    refused(&format!("{message}.{signature}"), "HS256");
-    refused(&key.sign_as(&header("RS256"), &claims), "no key");
+    site.refuses(&format!("{message}.{signature}"), "HS256");
+    site.refuses(&key.sign_as(&header("RS256"), &claims), "no key");
     let critical = json!({ "alg": "ES256", "kid": "first", "crit": ["exp"] });
-    refused(&key.sign_as(&critical, &claims), "not a JWT");
-    refused(&token[..token.len() - 2], "");
-    refused("a.b.c", "not a JWT");
-    refused(&"a".repeat(13 << 10), "12288 bytes");
+    site.refuses(&key.sign_as(&critical, &claims), "not a JWT");
+    site.refuses(&token[..token.len() - 2], "");
+    site.refuses("a.b.c", "not a JWT");
+    site.refuses(&"a".repeat(13 << 10), "12288 bytes");
+    site.has_not_logged(&token);
+}
 
-    // The issuer has another key, and then is gone: what it had holds on.
+#[test]
+fn an_issuers_new_keys_are_taken_and_its_last_ones_hold_while_it_is_away() {
+    let (issuer, key) = Issuer::with_key();
+    let site = Site::start(&issuer, &["anthropic=0"]);
+    let token = key.sign(&issuer.claims("team-a"));
+    site.list(&token).unwrap();
     let next = Key::new("next");
     issuer.has(&[&next]);
     let of_next = next.sign(&issuer.claims("team-b"));
-    let shown = |token: &str| {
-        let identity = Identity {
-            tls: Some(Trust::Server {
-                authority: authority.clone(),
-            }),
-            token: fixed(token),
-        };
-        list(&runtime, &url, identity)
-    };
     wait_until("the new key", Duration::from_secs(20), || {
-        shown(&of_next).map_err(|status| status.to_string())
+        site.list(&of_next).map_err(|status| status.to_string())
     });
-    refused(&token, "no key \"first\"");
+    site.refuses(&token, "no key \"first\"");
     drop(issuer);
-    shown(&of_next).unwrap();
-
-    let log = shim.process.log();
-    assert!(log.contains("caller=sub:team-a"), "{log}");
-    for secret in [&token, &of_next] {
-        let signature = secret.rsplit('.').next().unwrap();
-        assert!(!log.contains(signature), "{log}");
+    site.list(&of_next).unwrap();
+    for token in [&token, &of_next] {
+        site.has_not_logged(token);
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{CALL, Docker, Error, within};
+use super::{CALL_TIMEOUT, Docker, Error, within};
 
 /// A piece of output.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,7 +56,7 @@ impl Docker {
         };
         let operation = || format!("exec in container `{container}`");
         let created = within(
-            CALL,
+            CALL_TIMEOUT,
             operation(),
             self.api()?.create_exec(container, options),
         )
@@ -67,7 +67,7 @@ impl Docker {
             ..Default::default()
         };
         let start = self.api()?.start_exec(&created.id, Some(options));
-        match within(CALL, operation(), start).await? {
+        match within(CALL_TIMEOUT, operation(), start).await? {
             StartExecResults::Attached { output, input } => {
                 let (docker, id) = (self.clone(), created.id);
                 Ok((Exec { docker, id }, Output(output), Input(input)))
@@ -107,7 +107,7 @@ impl Input {
 
     /// Ends the command's stdin.
     pub async fn close(&mut self) {
-        let _gone = timeout(CALL, self.0.shutdown()).await;
+        let _gone = timeout(CALL_TIMEOUT, self.0.shutdown()).await;
     }
 }
 
@@ -118,7 +118,7 @@ impl Exec {
         for _ in 0..20 {
             let Ok(api) = self.docker.api() else { return };
             let resize = api.resize_exec(&self.id, options);
-            match within(CALL, "resize a terminal", resize).await {
+            match within(CALL_TIMEOUT, "resize a terminal", resize).await {
                 // The first size may come before the process exists.
                 Err(_) if matches!(self.exit_code().await, Ok(None)) => {
                     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -134,7 +134,7 @@ impl Exec {
     /// [`Error`]
     pub async fn exit_code(&self) -> Result<Option<i64>, Error> {
         let inspect = self.docker.api()?.inspect_exec(&self.id);
-        let exec = within(CALL, "inspect an exec", inspect).await?;
+        let exec = within(CALL_TIMEOUT, "inspect an exec", inspect).await?;
         let code = exec.exit_code.filter(|_| exec.running == Some(false));
         Ok(code)
     }
@@ -142,7 +142,7 @@ impl Exec {
     /// The process on the host, to be killed when nobody waits for it any more.
     pub async fn pid(&self) -> Option<u32> {
         let inspect = self.docker.api().ok()?.inspect_exec(&self.id);
-        let exec = within(CALL, "inspect an exec", inspect).await.ok()?;
+        let exec = within(CALL_TIMEOUT, "inspect an exec", inspect).await.ok()?;
         let pid = exec.pid.filter(|_| exec.running == Some(true))?;
         u32::try_from(pid).ok().filter(|pid| *pid > 0)
     }

@@ -10,7 +10,7 @@ use bollard::{
 use futures_util::{StreamExt, TryStreamExt};
 use tokio::time::timeout;
 
-use super::{CALL, Docker, Error, within};
+use super::{CALL_TIMEOUT, Docker, Error, within};
 
 /// What the driver must know of an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -84,7 +84,7 @@ impl Docker {
     /// [`Error`]; [`Error::is_not_found`] if the image is not on this node.
     pub async fn image(&self, reference: &str) -> Result<Image, Error> {
         let operation = format!("inspect image `{reference}`");
-        let image = within(CALL, operation, self.api()?.inspect_image(reference)).await?;
+        let image = within(CALL_TIMEOUT, operation, self.api()?.inspect_image(reference)).await?;
         let config = image.config.unwrap_or_default();
         let home = config
             .env
@@ -192,7 +192,7 @@ impl Docker {
         let body = bollard::body_full(archive.into());
         let steps = self.api()?.create_image(Some(options), Some(body), None);
         let done = steps.try_for_each(|_| std::future::ready(Ok(())));
-        within(CALL, format!("import image `{reference}`"), done).await
+        within(CALL_TIMEOUT, format!("import image `{reference}`"), done).await
     }
 
     /// Removes a reference, and the image with its last one. False if a container uses
@@ -203,7 +203,7 @@ impl Docker {
     pub async fn remove_image(&self, reference: &str) -> Result<bool, Error> {
         let options = RemoveImageOptionsBuilder::new().force(false).build();
         let remove = self.api()?.remove_image(reference, Some(options), None);
-        match within(CALL, format!("remove image `{reference}`"), remove).await {
+        match within(CALL_TIMEOUT, format!("remove image `{reference}`"), remove).await {
             Err(error) if error.is_not_found() => Ok(true),
             Err(error) if error.is_conflict() => Ok(false),
             removed => removed.map(|_| true),

@@ -3,7 +3,7 @@
 use bollard::{container::LogOutput, query_parameters::LogsOptionsBuilder};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 
-use super::{Docker, Error, PING, Piece, within};
+use super::{Docker, Error, PING_TIMEOUT, Piece, within};
 
 impl Docker {
     /// The last lines a container's process 1 printed, for an error message.
@@ -20,7 +20,7 @@ impl Docker {
             .logs(id, Some(options))
             .take(16)
             .map_ok(|line| line.to_string());
-        let lines = within(PING, "read logs", lines.try_collect::<String>()).await;
+        let lines = within(PING_TIMEOUT, "read logs", lines.try_collect::<String>()).await;
         lines.unwrap_or_default().trim().to_owned()
     }
 

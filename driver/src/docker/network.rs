@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use bollard::{models::NetworkCreateRequest, query_parameters::InspectNetworkOptions};
 
-use super::{CALL, Docker, Error, ignore_missing, within};
+use super::{CALL_TIMEOUT, Docker, Error, ignore_missing, within};
 
 impl Docker {
     /// Makes the node's bridge, unless it is there. Containers on it reach the
@@ -21,7 +21,7 @@ impl Docker {
         let inspect = self
             .api()?
             .inspect_network(name, None::<InspectNetworkOptions>);
-        match within(CALL, format!("inspect network `{name}`"), inspect).await {
+        match within(CALL_TIMEOUT, format!("inspect network `{name}`"), inspect).await {
             Ok(_) => return Ok(()),
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(error),
@@ -38,7 +38,7 @@ impl Docker {
             ..Default::default()
         };
         let create = self.api()?.create_network(request);
-        within(CALL, format!("create network `{name}`"), create)
+        within(CALL_TIMEOUT, format!("create network `{name}`"), create)
             .await
             .map(drop)
     }
@@ -49,6 +49,6 @@ impl Docker {
     /// [`Error`] if it is in use.
     pub async fn remove_bridge(&self, name: &str) -> Result<(), Error> {
         let remove = self.api()?.remove_network(name);
-        ignore_missing(within(CALL, format!("remove network `{name}`"), remove).await)
+        ignore_missing(within(CALL_TIMEOUT, format!("remove network `{name}`"), remove).await)
     }
 }

@@ -15,6 +15,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use rustix::{
     buffer::spare_capacity,
     fs::{FallocateFlags, SeekFrom, fallocate, seek},

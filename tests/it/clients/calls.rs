@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, process::Command};
 
 use futures_util::StreamExt;
-use polydev_client::{Client, Identity, api};
+use polydev_client::{Calls, Client, Identity, Run, api};
 use polydev_proto::DESCRIPTORS;
 use polydev_tests::{
     process::{output, succeed},
@@ -34,249 +34,288 @@ pub(super) fn of_the_protocol() -> BTreeSet<String> {
 pub(super) fn of_rust(shim: &Shim) -> BTreeSet<String> {
     let runtime = Runtime::new().expect("a runtime can be made");
     runtime.block_on(async {
-        let address = shim.address.parse().expect("it is there");
-        let client = Client::connect(&address, Identity::default())
-            .await.expect("the shim answers");
-        let mut made = BTreeSet::new();
-        let mut done = |name: &str| assert!(made.insert(name.to_owned()));
-        let mut calls = client.calls();
-        let (user_id, provider) = ("rust".to_owned(), "anthropic".to_owned());
-        let google = "google".to_owned();
+        let mut rust = Rust::connect(shim).await;
+        rust.looks_at_pools().await;
+        rust.changes_pools().await;
+        rust.keeps_a_credential().await;
+        rust.runs().await;
+        rust.submits_a_job_and_leases_slots().await;
+        rust.deletes_its_credential().await;
+        rust.made
+    })
+}
 
-        let status = calls
-            .get_cluster_status(api::GetClusterStatusRequest {})
-            .await;
-        assert!(status.expect("it is there").into_inner().nodes[0].reachable);
-        done("GetClusterStatus");
-        let pools = calls.list_pools(api::ListPoolsRequest {}).await;
-        assert_eq!(pools.expect("it is there").into_inner().pools.len(), 3);
-        done("ListPools");
+const USER: &str = "rust";
+const PROVIDER: &str = "anthropic";
+/// Its pool has no slots.
+const EMPTY: &str = "google";
+
+/// The client for Rust, and the names of the calls that it has made.
+struct Rust {
+    client: Client,
+    calls: Calls,
+    made: BTreeSet<String>,
+}
+
+fn start(argv: &[&str]) -> api::RunStart {
+    let argv = api::Argv {
+        text: argv.iter().map(ToString::to_string).collect(),
+        ..Default::default()
+    };
+    api::RunStart {
+        user_id: USER.into(),
+        provider: PROVIDER.into(),
+        command: Some(api::run_start::Command::Argv(argv)),
+        ..Default::default()
+    }
+}
+
+impl Rust {
+    async fn connect(shim: &Shim) -> Self {
+        let address = shim.address.parse().expect("it is an address");
+        let client = Client::connect(&address, Identity::default()).await;
+        let client = client.expect("the shim answers");
+        Self {
+            calls: client.calls(),
+            client,
+            made: BTreeSet::new(),
+        }
+    }
+
+    fn done(&mut self, name: &str) {
+        assert!(self.made.insert(name.to_owned()));
+    }
+
+    async fn looks_at_pools(&mut self) {
+        let request = api::GetClusterStatusRequest {};
+        let status = self.calls.get_cluster_status(request).await;
+        let status = status.expect("the shim answers").into_inner();
+        assert!(status.nodes[0].reachable);
+        self.done("GetClusterStatus");
+        let pools = self.calls.list_pools(api::ListPoolsRequest {}).await;
+        let pools = pools.expect("the shim answers").into_inner();
+        assert_eq!(pools.pools.len(), 3);
+        self.done("ListPools");
         let request = api::GetPoolRequest {
-            provider: provider.clone(),
+            provider: PROVIDER.into(),
         };
-        let pool = calls.get_pool(request).await.expect("the shim answers").into_inner();
+        let pool = self.calls.get_pool(request).await;
+        let pool = pool.expect("the shim answers").into_inner();
         assert_eq!(pool.slots.len(), 2);
-        done("GetPool");
-        let watched = calls.watch_pools(api::WatchPoolsRequest {}).await;
-        let first = watched.expect("it is there").into_inner().message().await.expect("the shim answers");
-        assert_eq!(first.expect("it is there").pools.len(), 3);
-        done("WatchPools");
+        self.done("GetPool");
+        let watched = self.calls.watch_pools(api::WatchPoolsRequest {}).await;
+        let mut watched = watched.expect("the shim answers").into_inner();
+        let first = watched.message().await.expect("the shim answers");
+        assert_eq!(first.expect("a message").pools.len(), 3);
+        self.done("WatchPools");
+    }
+
+    async fn changes_pools(&mut self) {
         let request = api::ScalePoolRequest {
-            provider: google.clone(),
+            provider: EMPTY.into(),
             size: 0,
         };
-        let scaled = calls.scale_pool(request).await.expect("the shim answers").into_inner();
-        let scaled = scaled
-            .map(|event| event.expect("it is there").event.expect("it is there"))
-            .collect::<Vec<_>>();
+        let scaled = self.calls.scale_pool(request).await;
+        let scaled = scaled.expect("the shim answers").into_inner();
+        let scaled = scaled.map(|event| event.expect("the shim answers").event.expect("an event"));
         let is_scaled = matches!(
-            scaled.await[..],
+            scaled.collect::<Vec<_>>().await[..],
             [.., api::scale_pool_response::Event::Scaled(_)]
         );
         assert!(is_scaled);
-        done("ScalePool");
+        self.done("ScalePool");
         let request = api::DrainPoolRequest {
-            provider: google.clone(),
+            provider: EMPTY.into(),
         };
-        let drained = calls.drain_pool(request).await.expect("the shim answers").into_inner();
-        let drained = drained
-            .map(|event| event.expect("it is there").event.expect("it is there"))
-            .collect::<Vec<_>>();
+        let drained = self.calls.drain_pool(request).await;
+        let drained = drained.expect("the shim answers").into_inner();
+        let drained =
+            drained.map(|event| event.expect("the shim answers").event.expect("an event"));
         let is_drained = matches!(
-            drained.await[..],
+            drained.collect::<Vec<_>>().await[..],
             [.., api::drain_pool_response::Event::Drained(_)]
         );
         assert!(is_drained);
-        done("DrainPool");
-        let request = api::ResumePoolRequest { provider: google };
-        let resumed = calls.resume_pool(request).await.expect("the shim answers").into_inner();
-        let resumed = resumed
-            .map(|event| event.expect("it is there").event.expect("it is there"))
-            .collect::<Vec<_>>();
+        self.done("DrainPool");
+        let request = api::ResumePoolRequest {
+            provider: EMPTY.into(),
+        };
+        let resumed = self.calls.resume_pool(request).await;
+        let resumed = resumed.expect("the shim answers").into_inner();
+        let resumed =
+            resumed.map(|event| event.expect("the shim answers").event.expect("an event"));
         let is_resumed = matches!(
-            resumed.await[..],
+            resumed.collect::<Vec<_>>().await[..],
             [.., api::resume_pool_response::Event::Scaled(_)]
         );
         assert!(is_resumed);
-        done("ResumePool");
+        self.done("ResumePool");
+    }
 
+    async fn keeps_a_credential(&mut self) {
         let variables = [("SECRET".to_owned(), "of the store".to_owned())].into();
         let kind = api::secret::Kind::Environment(api::SecretEnvironment { variables });
         let secret = api::credential::Source::Secret(api::Secret { kind: Some(kind) });
         let put = api::PutCredentialRequest {
-            user_id: user_id.clone(),
-            provider: provider.clone(),
+            user_id: USER.into(),
+            provider: PROVIDER.into(),
             credential: Some(api::Credential {
                 source: Some(secret),
             }),
             keep_refreshed: false,
         };
-        let put = calls.put_credential(put).await.expect("the shim answers").into_inner();
-        assert_eq!(put.credential.expect("it is there").version, 1);
-        done("PutCredential");
+        let put = self.calls.put_credential(put).await;
+        let put = put.expect("the shim answers").into_inner();
+        assert_eq!(put.credential.expect("it is told").version, 1);
+        self.done("PutCredential");
         let request = api::ListCredentialsRequest {
-            user_id: user_id.clone(),
+            user_id: USER.into(),
             ..Default::default()
         };
-        let listed = calls.list_credentials(request).await.expect("the shim answers").into_inner();
+        let listed = self.calls.list_credentials(request).await;
+        let listed = listed.expect("the shim answers").into_inner();
         assert_eq!(listed.credentials.len(), 1);
-        done("ListCredentials");
-        let rotated = calls
-            .rotate_credentials(api::RotateCredentialsRequest::default())
-            .await;
-        assert_eq!(rotated.expect("it is there").into_inner().left, 0);
-        done("RotateCredentials");
+        self.done("ListCredentials");
+        let request = api::RotateCredentialsRequest::default();
+        let rotated = self.calls.rotate_credentials(request).await;
+        assert_eq!(rotated.expect("the shim answers").into_inner().left, 0);
+        self.done("RotateCredentials");
+    }
 
+    /// One run with the credential that is kept, until it is cancelled.
+    async fn runs(&mut self) {
         let watch = api::WatchRunsRequest {
-            user_id: user_id.clone(),
+            user_id: USER.into(),
             ..Default::default()
         };
-        let mut watched = calls.watch_runs(watch).await.expect("the shim answers").into_inner();
+        let watched = self.calls.watch_runs(watch).await;
+        let mut watched = watched.expect("the shim answers").into_inner();
         let stored = api::credential::Source::Stored(api::StoredCredential {});
-        let argv = |argv: &[&str]| {
-            let text = argv.iter().map(ToString::to_string).collect();
-            let argv = api::Argv {
-                text,
-                ..Default::default()
-            };
-            Some(api::run_start::Command::Argv(argv))
-        };
-        let start = api::RunStart {
-            user_id: user_id.clone(),
-            provider: provider.clone(),
-            ..Default::default()
-        };
-        let mut run = client.run(api::RunStart {
-            command: argv(&[
-                "sh",
-                "-c",
-                r#"read line; echo "$line $SECRET"; exec sleep 300"#,
-            ]),
+        let script = r#"read line; echo "$line $SECRET"; exec sleep 300"#;
+        let mut run = self.client.run(api::RunStart {
             credential: Some(api::Credential {
                 source: Some(stored),
             }),
             stdin: true,
-            ..start.clone()
+            ..start(&["sh", "-c", script])
         });
         let run_id = run.run_id().to_owned();
-        run.input().write("line\n").await.expect("the shim answers");
-        while !matches!(run.next().await.expect("the shim answers").expect("it is there"), api::run_event::Event::Stdout(output)
+        let written = run.input().write("line\n").await;
+        written.expect("the run takes it");
+        while !matches!(next(&mut run).await, api::run_event::Event::Stdout(output)
             if output.data == "line of the store\n")
         {}
-        done("Run");
+        self.done("Run");
         let is_it = |told: api::WatchRunsResponse| told.runs.iter().any(|run| run.run_id == run_id);
-        while !is_it(watched.message().await.expect("the shim answers").expect("a message")) {}
-        done("WatchRuns");
+        loop {
+            let told = watched.message().await.expect("the shim answers");
+            if is_it(told.expect("a message")) {
+                break;
+            }
+        }
+        self.done("WatchRuns");
         let request = api::GetRunRequest {
             run_id: run_id.clone(),
-            user_id: user_id.clone(),
+            user_id: USER.into(),
         };
-        let shown = calls
-            .get_run(request)
-            .await.expect("the shim answers")
-            .into_inner()
-            .run
-            .expect("it is there");
-        assert_eq!(shown.state(), api::RunState::Running);
-        done("GetRun");
+        let shown = self.calls.get_run(request).await;
+        let shown = shown.expect("the shim answers").into_inner().run;
+        assert_eq!(shown.expect("it is told").state(), api::RunState::Running);
+        self.done("GetRun");
         let request = api::ListRunsRequest {
-            user_id: user_id.clone(),
+            user_id: USER.into(),
             ..Default::default()
         };
-        let listed = calls.list_runs(request).await.expect("the shim answers").into_inner().runs;
-        assert_eq!(listed.len(), 1);
-        done("ListRuns");
-        let attach = |run_id: &str| {
-            client.attach(api::AttachStart {
-                run_id: run_id.into(),
-                user_id: user_id.clone(),
-                ..Default::default()
-            })
-        };
-        let again = attach(&run_id);
+        let listed = self.calls.list_runs(request).await;
+        let listed = listed.expect("the shim answers").into_inner();
+        assert_eq!(listed.runs.len(), 1);
+        self.done("ListRuns");
+        let again = self.attach(&run_id);
         let cancel = api::CancelRunRequest {
-            run_id: run_id.clone(),
-            user_id: user_id.clone(),
+            run_id,
+            user_id: USER.into(),
         };
-        calls.cancel_run(cancel).await.expect("the shim answers");
-        done("CancelRun");
+        let cancelled = self.calls.cancel_run(cancel).await;
+        cancelled.expect("the shim answers");
+        self.done("CancelRun");
         assert_eq!(
             text(again).await,
             ("line of the store\n".into(), api::ExitReason::Cancelled)
         );
-        done("Attach");
+        self.done("Attach");
+    }
 
-        let start = api::RunStart {
-            command: argv(&["echo", "job"]),
-            ..start
-        };
+    async fn submits_a_job_and_leases_slots(&mut self) {
+        let start = start(&["echo", "job"]);
         let submit = api::SubmitJobRequest {
             start: Some(start.clone()),
         };
-        let accepted = calls
-            .submit_job(submit)
-            .await.expect("the shim answers")
-            .into_inner()
-            .accepted
-            .expect("it is there");
+        let submitted = self.calls.submit_job(submit).await;
+        let submitted = submitted.expect("the shim answers").into_inner();
+        let run_id = submitted.accepted.expect("it is accepted").run_id;
         let job = ("job\n".to_owned(), api::ExitReason::Exited);
-        assert_eq!(text(attach(&accepted.run_id)).await, job);
-        done("SubmitJob");
+        assert_eq!(text(self.attach(&run_id)).await, job);
+        self.done("SubmitJob");
+        let leased = api::RunStart {
+            lease_id: self.allocate().await,
+            ..start
+        };
+        assert_eq!(text(self.client.run(leased)).await, job);
+        self.done("Allocate");
+        let release = api::ReleaseRequest {
+            lease_id: self.allocate().await,
+            user_id: USER.into(),
+        };
+        let released = self.calls.release(release).await;
+        released.expect("the shim answers");
+        self.done("Release");
+    }
+
+    async fn deletes_its_credential(&mut self) {
+        let delete = api::DeleteCredentialRequest {
+            user_id: USER.into(),
+            provider: PROVIDER.into(),
+        };
+        let deleted = self.calls.delete_credential(delete).await;
+        deleted.expect("the shim answers");
+        self.done("DeleteCredential");
+    }
+
+    fn attach(&self, run_id: &str) -> Run {
+        self.client.attach(api::AttachStart {
+            run_id: run_id.into(),
+            user_id: USER.into(),
+            ..Default::default()
+        })
+    }
+
+    /// A lease's id.
+    async fn allocate(&mut self) -> String {
         let request = api::AllocateRequest {
-            user_id: user_id.clone(),
-            provider: provider.clone(),
+            user_id: USER.into(),
+            provider: PROVIDER.into(),
             ..Default::default()
         };
-        let lease = calls
-            .allocate(request.clone())
-            .await.expect("the shim answers")
-            .into_inner()
-            .lease
-            .expect("it is there");
-        assert_eq!(
-            text(client.run(api::RunStart {
-                lease_id: lease.lease_id,
-                ..start
-            }))
-            .await,
-            job
-        );
-        done("Allocate");
-        let lease = calls
-            .allocate(request)
-            .await.expect("the shim answers")
-            .into_inner()
-            .lease
-            .expect("it is there");
-        let release = api::ReleaseRequest {
-            lease_id: lease.lease_id,
-            user_id: user_id.clone(),
-        };
-        calls.release(release).await.expect("the shim answers");
-        done("Release");
-        let delete = api::DeleteCredentialRequest { user_id, provider };
-        calls.delete_credential(delete).await.expect("the shim answers");
-        done("DeleteCredential");
-        made
-    })
+        let allocated = self.calls.allocate(request).await;
+        let allocated = allocated.expect("the shim answers").into_inner();
+        allocated.lease.expect("an answer has a lease").lease_id
+    }
+}
+
+async fn next(run: &mut Run) -> api::run_event::Event {
+    let event = run.next().await.expect("it has not ended");
+    event.expect("the shim answers")
 }
 
 /// What a run writes, until it ends, and why it does.
-async fn text(mut run: polydev_client::Run) -> (String, api::ExitReason) {
+async fn text(mut run: Run) -> (String, api::ExitReason) {
     let mut written = Vec::new();
     loop {
-        match run
-            .next()
-            .await
-            .expect("the shim answers")
-            .expect("it is there")
-        {
+        match next(&mut run).await {
             api::run_event::Event::Stdout(output) => written.extend_from_slice(&output.data),
             api::run_event::Event::Exited(exited) => {
-                return (
-                    String::from_utf8(written).expect("it is there"),
-                    exited.reason(),
-                );
+                let written = String::from_utf8(written);
+                return (written.expect("it is text"), exited.reason());
             }
             _ => {}
         }
@@ -285,108 +324,116 @@ async fn text(mut run: polydev_client::Run) -> (String, api::ExitReason) {
 
 /// Without the protocol's files: by reflection.
 pub(super) fn of_grpcurl(shim: &Shim) -> BTreeSet<String> {
-    let grpcurl = succeed(&mut Command::new(root().join("tests/grpcurl.sh")));
-    let mut made = BTreeSet::new();
-    let mut call = |method: &str, options: &[&str], request: Value| -> Vec<Value> {
-        let mut command = Command::new(grpcurl.trim());
+    let program = succeed(&mut Command::new(root().join("tests/grpcurl.sh")));
+    let mut grpcurl = Grpcurl {
+        program: program.trim().to_owned(),
+        address: shim.address.clone(),
+        made: BTreeSet::new(),
+    };
+    grpcurl.pools();
+    grpcurl.credentials();
+    grpcurl.runs();
+    let name = Grpcurl::with(json!({}));
+    let lease_id = grpcurl.last("Allocate", name.clone())["lease"]["leaseId"].clone();
+    let release = json!({ "lease_id": lease_id, "user_id": "grpcurl" });
+    grpcurl.call("Release", &[], release);
+    grpcurl.call("DeleteCredential", &[], name);
+    grpcurl.made
+}
+
+/// grpcurl, and the names of the calls that it has made.
+struct Grpcurl {
+    program: String,
+    address: String,
+    made: BTreeSet<String>,
+}
+
+/// For calls that do not end by themselves.
+const SHORT: [&str; 2] = ["-max-time", "2"];
+
+impl Grpcurl {
+    fn call(&mut self, method: &str, options: &[&str], request: Value) -> Vec<Value> {
+        let mut command = Command::new(&self.program);
         command.args(["-plaintext", "-emit-defaults"]).args(options);
-        command.args(["-d", &request.to_string(), &shim.address]);
+        command.args(["-d", &request.to_string(), &self.address]);
         command.arg(format!("polydev.runtime.v1.RuntimeService/{method}"));
         let answered = output(&mut command);
         let words = String::from_utf8_lossy(&answered.stderr).into_owned();
-        // Those that do not end by themselves.
         let is_late = options.contains(&"-max-time") && words.contains("DeadlineExceeded");
         assert!(answered.status.success() || is_late, "{method}: {words}");
-        made.insert(method.to_owned());
+        self.made.insert(method.to_owned());
         let answers = serde_json::Deserializer::from_slice(&answered.stdout);
-        answers.into_iter::<Value>().map(Result::unwrap).collect()
-    };
-    let short = ["-max-time", "2"];
-    let user = json!({ "user_id": "grpcurl" });
-    let name = json!({ "user_id": "grpcurl", "provider": "anthropic" });
-    let google = json!({ "provider": "google" });
-    let run = |what: Value| {
-        let mut run = name.clone();
-        run.as_object_mut()
-            .expect("it is there")
-            .extend(what.as_object().expect("it is there").clone());
-        run
-    };
-    assert_eq!(
-        call("GetClusterStatus", &[], json!({}))[0]["nodes"][0]["reachable"],
-        true
-    );
-    assert_eq!(
-        call("ListPools", &[], json!({}))[0]["pools"][0]["provider"],
-        "anthropic"
-    );
-    assert_eq!(
-        call("GetPool", &[], json!({ "provider": "anthropic" }))[0]["pool"]["slots"],
-        2
-    );
-    assert_eq!(
-        call("WatchPools", &short, json!({}))[0]["nodesConnected"],
-        1
-    );
-    let scaled = call("ScalePool", &[], json!({ "provider": "google", "size": 0 }));
-    assert_eq!(scaled.last().expect("it is there")["scaled"]["to"], 0);
-    assert!(
-        call("DrainPool", &[], google.clone())
-            .last()
-            .expect("it is there")["drained"]
-            .is_object()
-    );
-    assert!(call("ResumePool", &[], google).last().expect("it is there")["scaled"].is_object());
+        let answers = answers.into_iter::<Value>();
+        answers.map(|answer| answer.expect("it is JSON")).collect()
+    }
 
-    let secret = json!({ "environment": { "variables": { "SECRET": "of the store" } } });
-    let put = call(
-        "PutCredential",
-        &[],
-        run(json!({ "credential": { "secret": secret } })),
-    );
-    assert_eq!(put[0]["credential"]["version"], "1");
-    let listed = call("ListCredentials", &[], user.clone());
-    assert_eq!(
-        listed[0]["credentials"][0]["kind"],
-        "CREDENTIAL_KIND_ENVIRONMENT"
-    );
-    assert_eq!(call("RotateCredentials", &[], json!({}))[0]["left"], "0");
+    /// The last message of the answer, or the only one.
+    fn last(&mut self, method: &str, request: Value) -> Value {
+        let mut answers = self.call(method, &[], request);
+        answers.pop().expect("an answer has a message")
+    }
 
-    let stored = json!({
-        "argv": { "text": ["sh", "-c", "echo $SECRET"] }, "credential": { "stored": {} },
-    });
-    let events = call("Run", &[], json!({ "start": run(stored) }));
-    let written = |event: &Value| event["event"]["stdout"]["data"] == "b2YgdGhlIHN0b3JlCg==";
-    assert!(events.iter().any(written), "{events:?}");
-    let sleeps = json!({ "argv": { "text": ["sleep", "300"] } });
-    let submitted = call("SubmitJob", &[], json!({ "start": run(sleeps) }));
-    let run_id = submitted[0]["accepted"]["runId"].clone();
-    let of_run = json!({ "run_id": run_id, "user_id": "grpcurl" });
-    assert_eq!(
-        call("GetRun", &[], of_run.clone())[0]["run"]["runId"],
-        run_id
-    );
-    assert_eq!(
-        call("ListRuns", &[], user.clone())[0]["runs"][0]["runId"],
-        run_id
-    );
-    let watched = call("WatchRuns", &short, user);
-    assert!(
-        watched
-            .iter()
-            .any(|told| told["runs"][0]["runId"] == run_id),
-        "{watched:?}"
-    );
-    call("CancelRun", &[], of_run.clone());
-    let events = call("Attach", &[], json!({ "start": of_run }));
-    let last = &events.last().expect("it is there")["event"];
-    assert_eq!(last["exited"]["reason"], "EXIT_REASON_CANCELLED");
-    let lease_id = call("Allocate", &[], name.clone())[0]["lease"]["leaseId"].clone();
-    call(
-        "Release",
-        &[],
-        json!({ "lease_id": lease_id, "user_id": "grpcurl" }),
-    );
-    call("DeleteCredential", &[], name.clone());
-    made
+    /// `what`, of a user and a provider.
+    fn with(mut what: Value) -> Value {
+        what["user_id"] = "grpcurl".into();
+        what["provider"] = PROVIDER.into();
+        what
+    }
+
+    fn pools(&mut self) {
+        let status = self.call("GetClusterStatus", &[], json!({}));
+        assert_eq!(status[0]["nodes"][0]["reachable"], true);
+        let pools = self.call("ListPools", &[], json!({}));
+        assert_eq!(pools[0]["pools"][0]["provider"], "anthropic");
+        let pool = self.call("GetPool", &[], json!({ "provider": "anthropic" }));
+        assert_eq!(pool[0]["pool"]["slots"], 2);
+        let watched = self.call("WatchPools", &SHORT, json!({}));
+        assert_eq!(watched[0]["nodesConnected"], 1);
+        let google = json!({ "provider": "google" });
+        let scaled = self.last("ScalePool", json!({ "provider": "google", "size": 0 }));
+        assert_eq!(scaled["scaled"]["to"], 0);
+        let drained = self.last("DrainPool", google.clone());
+        assert!(drained["drained"].is_object());
+        let resumed = self.last("ResumePool", google);
+        assert!(resumed["scaled"].is_object());
+    }
+
+    fn credentials(&mut self) {
+        let secret = json!({ "environment": { "variables": { "SECRET": "of the store" } } });
+        let put = Self::with(json!({ "credential": { "secret": secret } }));
+        let put = self.call("PutCredential", &[], put);
+        assert_eq!(put[0]["credential"]["version"], "1");
+        let listed = self.call("ListCredentials", &[], json!({ "user_id": "grpcurl" }));
+        assert_eq!(
+            listed[0]["credentials"][0]["kind"],
+            "CREDENTIAL_KIND_ENVIRONMENT"
+        );
+        let rotated = self.call("RotateCredentials", &[], json!({}));
+        assert_eq!(rotated[0]["left"], "0");
+    }
+
+    fn runs(&mut self) {
+        let user = json!({ "user_id": "grpcurl" });
+        let stored = Self::with(json!({
+            "argv": { "text": ["sh", "-c", "echo $SECRET"] }, "credential": { "stored": {} },
+        }));
+        let events = self.call("Run", &[], json!({ "start": stored }));
+        let written = |event: &Value| event["event"]["stdout"]["data"] == "b2YgdGhlIHN0b3JlCg==";
+        assert!(events.iter().any(written), "{events:?}");
+        let sleeps = Self::with(json!({ "argv": { "text": ["sleep", "300"] } }));
+        let submitted = self.call("SubmitJob", &[], json!({ "start": sleeps }));
+        let run_id = submitted[0]["accepted"]["runId"].clone();
+        let of_run = json!({ "run_id": run_id, "user_id": "grpcurl" });
+        let shown = self.call("GetRun", &[], of_run.clone());
+        assert_eq!(shown[0]["run"]["runId"], run_id);
+        let listed = self.call("ListRuns", &[], user.clone());
+        assert_eq!(listed[0]["runs"][0]["runId"], run_id);
+        let watched = self.call("WatchRuns", &SHORT, user);
+        let is_it = |told: &Value| told["runs"][0]["runId"] == run_id;
+        assert!(watched.iter().any(is_it), "{watched:?}");
+        self.call("CancelRun", &[], of_run.clone());
+        let last = self.last("Attach", json!({ "start": of_run }));
+        let exited = &last["event"]["exited"];
+        assert_eq!(exited["reason"], "EXIT_REASON_CANCELLED");
+    }
 }

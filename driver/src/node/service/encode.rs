@@ -75,7 +75,7 @@ pub(super) fn encode_event(event: Event) -> Result<RunEvent, Status> {
             }
         }
         Event::Lost { stream, from, to } => run_event::Event::Lost(Lost {
-            stream: stream.number(),
+            stream: stream.number().cast_unsigned(),
             from,
             to,
         }),
