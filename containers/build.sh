@@ -1,7 +1,7 @@
 #!/bin/sh
-# Builds the runtime images and tags each `:latest` and `:<cli version>`.
-# Usage: containers/build.sh [IMAGE-FOLDER...]   (all of them by default)
-# An image whose folder has not changed since it was built is left as it is.
+# Builds the runtime images and tags each with `:latest` and `:<cli version>`.
+# Usage: containers/build.sh [IMAGE-FOLDER...]   (default: all runtime images)
+# Skips an image if neither its folder nor its base image has changed since its build.
 set -eu
 
 DOCKER=${DOCKER:-docker}
@@ -14,7 +14,7 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# The ordinary base first; without a registry, the stand-in made from packages.
+# Use the ordinary base if possible; without a registry, the base made from packages.
 base=node:20-slim
 if ! "$DOCKER" image inspect "$base" >/dev/null 2>&1 && ! timeout 300 "$DOCKER" pull --quiet "$base" >/dev/null 2>&1; then
     base=polydev-node:20-slim

@@ -1,5 +1,5 @@
-# Slots of the provider `anthropic` that are made on demand: a shim dispatches one for a run
-# that finds no warm slot idle. Without this job such runs wait for a warm one.
+# Slots on demand of the provider `anthropic`. A shim dispatches this job for a run that finds
+# no idle warm slot. Without this job, such a run waits for a warm slot.
 #   nomad job run jobspecs/on-demand-anthropic.nomad.hcl
 
 variable "datacenters" {
@@ -19,7 +19,7 @@ job "polydev-on-demand-anthropic" {
   priority    = 50
   datacenters = var.datacenters
 
-  # Of the run nothing but its id is told to Nomad.
+  # Nomad receives only the id of the run.
   parameterized {
     payload       = "forbidden"
     meta_required = ["run_id"]
@@ -54,13 +54,13 @@ job "polydev-on-demand-anthropic" {
         }
       }
 
-      # What the run may use: the driver's run class.
+      # What the run may use: the same as the driver's `run_class`.
       resources {
         cpu    = 500
         memory = 512
       }
 
-      # The output of the run goes to its caller.
+      # The output of the run goes to its caller, so Nomad need not collect logs.
       logs {
         disabled = true
       }

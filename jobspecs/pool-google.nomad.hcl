@@ -1,4 +1,4 @@
-# The warm pool of the provider `google`: `count` is its size.
+# The warm pool of the provider `google`. `count` is the size of the pool.
 #   nomad job run jobspecs/pool-google.nomad.hcl
 #   nomad job scale polydev-pool-google pool 20
 
@@ -36,9 +36,10 @@ job "polydev-pool-google" {
     purpose  = "warm-pool"
   }
 
-  # A slot's replacement starts only after the slot has ended, and a slot with a run
-  # in it ends when the run does. Canaries have no predecessor: as many as the pool
-  # has slots, promoted when they are warm, keep it from ever being empty.
+  # Nomad starts the replacement of a slot only after the slot has ended. A slot with a
+  # run in it ends when the run ends. Canaries do not wait for a predecessor. The job has
+  # as many canaries as the pool has slots, and Nomad promotes them when they are warm.
+  # So the pool is never empty during an update.
   update {
     max_parallel      = max(var.count, 1)
     canary            = max(var.count, 1)
@@ -52,13 +53,14 @@ job "polydev-pool-google" {
   group "pool" {
     count = var.count
 
-    # `nomad job scale` keeps to what `pool scale` allows.
+    # `nomad job scale` has the same limits as `polydev-shim pool scale`.
     scaling {
       min = 0
       max = 100
     }
 
-    # Far below a node's slots at a time, and not one by one.
+    # When a node is drained, Nomad moves several slots at a time, but far fewer than a
+    # node has.
     migrate {
       max_parallel     = 5
       health_check     = "task_states"
@@ -70,10 +72,10 @@ job "polydev-pool-google" {
       attempts = 3
       interval = "5m"
       delay    = "15s"
-      mode     = "fail" # With "delay" the slot would never be placed elsewhere.
+      mode     = "fail" # With "delay", Nomad would never place the slot on another node.
     }
 
-    # A pool comes back to its size, however often its nodes or drivers fail.
+    # The pool returns to its size, however often its nodes or drivers fail.
     reschedule {
       delay          = "30s"
       delay_function = "exponential"
@@ -94,14 +96,15 @@ job "polydev-pool-google" {
         }
       }
 
-      # What an idle slot may use. A run in it gets the driver's run class.
+      # What an idle slot may use. A run in the slot gets the limits of the driver's
+      # `run_class`.
       resources {
         cpu    = 100
         memory = 256
       }
 
-      # The output of a run goes to its caller: without this the agent keeps a
-      # helper process for every slot.
+      # The output of a run goes to its caller, so Nomad need not collect logs. Without
+      # this setting the agent keeps a helper process for every slot.
       logs {
         disabled = true
       }

@@ -1,4 +1,4 @@
-"""Makes the stubs of polydev.runtime.v1 when the package is built."""
+"""Generates the stubs of polydev.runtime.v1 when the package is built."""
 
 from pathlib import Path
 

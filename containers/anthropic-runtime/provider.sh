@@ -1,5 +1,5 @@
-# What entrypoint.sh needs to know about Claude Code. The shim's provider table
-# says the same in Rust; a test runs both and compares.
+# What entrypoint.sh needs to know about Claude Code. The shim's provider table contains
+# the same in Rust. A test runs both and compares them.
 polydev_provider=anthropic
 polydev_cli=claude
 polydev_key=ANTHROPIC_API_KEY
@@ -7,5 +7,5 @@ polydev_sign_in_file=.claude/.credentials.json
 
 has_key() { [ -n "${ANTHROPIC_API_KEY:-}" ]; }
 
-# Claude Code reads the documented variable.
+# Claude Code reads ANTHROPIC_API_KEY itself.
 prepare_credentials() { :; }

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds polydev-node:20-slim, a stand-in for node:20-slim, from Debian's
-# packages and npm alone. Usage: containers/base/build.sh
+# Builds polydev-node:20-slim, a replacement for node:20-slim, only from Debian
+# packages and npm packages. Usage: containers/base/build.sh
 set -eu
 
 DOCKER=${DOCKER:-docker}

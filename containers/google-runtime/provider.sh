@@ -1,5 +1,5 @@
-# What entrypoint.sh needs to know about the Gemini CLI. The shim's provider
-# table says the same in Rust; a test runs both and compares.
+# What entrypoint.sh needs to know about the Gemini CLI. The shim's provider table contains
+# the same in Rust. A test runs both and compares them.
 polydev_provider=google
 polydev_cli=gemini
 polydev_key=GOOGLE_API_KEY
@@ -7,8 +7,8 @@ polydev_sign_in_file=.gemini/oauth_creds.json
 
 has_key() { [ -n "${GOOGLE_API_KEY:-}" ]; }
 
-# A key alone is a Gemini API key; a key with a project is a Vertex key. The CLI
-# does not guess: the settings file must name the way to sign in.
+# A key alone is a Gemini API key. A key with a project is a Vertex AI key. The CLI does
+# not guess: its settings file must name the way to sign in.
 prepare_credentials() {
     if ! has_key; then
         polydev_auth=oauth-personal

@@ -1,16 +1,16 @@
 #!/bin/sh
-# Entry point for people who `docker run` this image. A warm slot does not come
-# through here: there polydev-init runs the argv and the shim prepares the key.
-# This file is the same in every runtime image; what differs is in provider.sh.
+# Entry point for people who `docker run` this image. Warm slots do not use it: there
+# polydev-init starts the command, and the shim prepares the key. This file is the same
+# in every runtime image; the differences are in provider.sh.
 set -eu
 
-# Its names begin with polydev_, so that none shadows a variable of the user.
+# Its variables begin with polydev_, so that they do not hide a variable of the user.
 . /runtime/provider.sh
 
 say() { printf '%s\n' "$*" >&2; }
 debug() { if [ "${DEBUG:-}" = true ]; then say "DEBUG: $*"; fi; }
 
-# A trap and a wait, because process 1 ignores a SIGTERM it does not handle.
+# A trap and a wait, because the kernel ignores a SIGTERM that process 1 does not handle.
 idle() {
     say "idle: waiting for work"
     trap 'exit 0' TERM INT
@@ -20,7 +20,7 @@ idle() {
     done
 }
 
-# True when "$@" is the provider's CLI doing more than telling about itself.
+# True if "$@" is the provider's CLI with anything other than its version or help.
 needs_key() {
     [ "${1##*/}" = "$polydev_cli" ] || return 1
     if [ $# -eq 2 ]; then

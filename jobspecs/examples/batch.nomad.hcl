@@ -1,4 +1,4 @@
-# Runs once. `nomad alloc logs` shows every line, and `nomad alloc status` the exit code.
+# Runs once. `nomad alloc logs` shows every line, and `nomad alloc status` shows the exit code.
 job "example-batch" {
   type = "batch"
 

@@ -1,5 +1,5 @@
-# Two tasks in one network namespace of their own (CNI plugins are needed on the node):
-# they reach each other on loopback, and the world through a port.
+# Two tasks that share one network namespace. The node needs the CNI plugins. The tasks reach
+# each other on loopback. Others reach the first task through a port of the host.
 job "example-group" {
   group "group" {
     network {

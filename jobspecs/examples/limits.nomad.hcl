@@ -1,5 +1,5 @@
-# Hard limits: a quota of CPU, memory without swap, processes, and bandwidth each way.
-# A file of the allocation's and a device of the host's are in the container.
+# Hard limits: a CPU quota, memory without swap, the number of processes, and bandwidth in
+# each direction. The container also has a folder of the allocation and a device of the host.
 job "example-limits" {
   group "group" {
     task "task" {

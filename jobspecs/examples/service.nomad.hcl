@@ -1,4 +1,4 @@
-# A web server on a port of the host's, with a check by Nomad itself.
+# A web server on a port of the host. Nomad itself checks the service.
 job "example-service" {
   group "group" {
     network {

@@ -13,13 +13,13 @@ use syn::{
 
 /// One module needs another.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Import {
-    pub from: String,
-    pub to: String,
+pub(crate) struct Import {
+    pub(crate) from: String,
+    pub(crate) to: String,
 }
 
 impl Import {
-    pub fn is_of_a_parent(&self) -> bool {
+    pub(crate) fn is_of_a_parent(&self) -> bool {
         let rest = self.from.strip_prefix(&self.to);
         rest.is_some_and(|rest| rest.starts_with("::"))
     }
@@ -33,14 +33,14 @@ impl fmt::Display for Import {
 
 /// The modules of a crate, a file each, and their imports; without those of unit tests.
 #[derive(Debug)]
-pub struct Imports {
-    pub modules: BTreeSet<String>,
-    pub all: BTreeSet<Import>,
+pub(crate) struct Imports {
+    pub(crate) modules: BTreeSet<String>,
+    pub(crate) all: BTreeSet<Import>,
 }
 
 impl Imports {
     /// `source` is a crate's `src`, from the root of the repository.
-    pub fn of(source: &str) -> Self {
+    pub(crate) fn of(source: &str) -> Self {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(source);
         let files = files(&source);
         let modules: BTreeSet<String> = files.iter().map(|file| module(&source, file)).collect();

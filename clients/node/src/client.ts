@@ -1,4 +1,4 @@
-/** The connection to a shim, and who its caller is. */
+/** The connection to a shim, and the identity of its caller. */
 import { readFileSync } from "node:fs";
 import { connect } from "node:net";
 
@@ -13,28 +13,29 @@ import {
 } from "./gen/polydev/runtime/v1/runtime_pb.js";
 import { Run } from "./run.js";
 
-/** Milliseconds between pings, and for the answer to one: the other machine may have died. */
+/** Milliseconds between pings, and to wait for an answer: the other machine may be down. */
 const ALIVE = 20_000;
 
 export interface Identity {
-  /** File with the authorities that speak for the shim, in PEM; for https. */
+  /** PEM file with the authorities that may sign the shim's certificate. Only for https. */
   tlsCa?: string;
-  /** File with the caller's certificate. */
+  /** PEM file with the caller's certificate. */
   tlsCert?: string;
-  /** File with the key of it. */
+  /** PEM file with the key of the caller's certificate. */
   tlsKey?: string;
-  /** A token; asked for with each call. */
+  /** Returns the caller's token. The client calls it for each call of the API. */
   token?: () => string | Promise<string>;
-  /** What goes with each call, such as the place in a trace (`traceparent`). */
+  /** Metadata to send with each call, such as the trace context (`traceparent`). */
   metadata?: Record<string, string>;
 }
 
 /**
- * A connection to a shim, or to whatever stands in front of several. When it breaks, the next
- * call makes a new one. `address` is unix:///PATH, http://127.0.0.1:PORT or https://HOST:PORT.
+ * A connection to a shim, or to a proxy in front of several shims. When the connection breaks, the
+ * next call makes a new one. `address` is unix:///PATH, http://127.0.0.1:PORT or
+ * https://HOST:PORT.
  */
 export class Client {
-  /** Every call of the API, as it is. */
+  /** Every call of the API, without the handling of `Run`. */
   readonly calls: Calls<typeof RuntimeService>;
   readonly #sessions: Http2SessionManager;
   readonly #closed = new AbortController();
@@ -52,21 +53,22 @@ export class Client {
   }
 
   /**
-   * Runs a command. Without a `runId` it gets one here, of this machine's clock, so that it is
-   * started once however often the connection breaks. One that is given may have been tried
-   * before, by another process: every node is asked first, unless `attempt` is 1, which says
-   * that it was not. Nothing is sent before its events are asked for.
+   * Runs a command. If `runId` is empty, the client makes one from this machine's clock, so that
+   * the command is started once, however often the connection breaks. A given `runId` may have been
+   * tried before by another process, so the shim asks every node first. `attempt: 1` says that the
+   * id was never tried, and the shim does not ask. The client sends nothing until the caller asks
+   * for the events.
    */
   run(start: MessageInitShape<typeof RunStartSchema>): Run {
     return Run.start(this.calls, this.#closed.signal, create(RunStartSchema, start));
   }
 
-  /** Goes on with a run, from those offsets. */
+  /** Continues a run from the given offsets. */
   attach(start: MessageInitShape<typeof AttachStartSchema>): Run {
     return Run.attach(this.calls, this.#closed.signal, create(AttachStartSchema, start));
   }
 
-  /** Breaks off the calls that go on. Their runs are left to themselves. */
+  /** Ends all active calls. Their runs continue. */
   close(): void {
     this.#closed.abort();
     this.#sessions.abort();
@@ -91,7 +93,7 @@ function target(address: string, { tlsCa, tlsCert, tlsKey }: Identity) {
   );
 }
 
-/** What goes with each call. */
+/** Adds metadata and token to each call. */
 function added({ token, metadata = {} }: Identity): Interceptor {
   return (next) => async (request) => {
     for (const [name, value] of Object.entries(metadata)) {

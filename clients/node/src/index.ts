@@ -1,9 +1,9 @@
 /**
  * A client of polydev-shim.
  *
- * `Client.run` starts a command and is an async iterable of its events, which goes on over broken
- * connections and shims that are restarted: every byte comes once, in order. Every other call of
- * the API is in `Client.calls`, with the messages of `api`.
+ * `Client.run` starts a command and returns an async iterable of its events. The events continue
+ * when a connection breaks or a shim restarts: every byte comes once and in order. Every other call
+ * of the API is in `Client.calls`. The messages are in `api`.
  */
 export { Client, type Identity } from "./client.js";
 export { Closed } from "./input.js";

@@ -1,21 +1,21 @@
-/** What a caller sends to a run: kept until no broken connection can lose it any more. */
+/** The input that a caller sends to a run. It is kept until no broken connection can lose it. */
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
 
 import { type Accepted, type RunInput, RunInputSchema } from "./gen/polydev/runtime/v1/runtime_pb.js";
 
-/** The most the API takes in one message. */
+/** Most bytes that the API accepts in one message. */
 const CHUNK = 64 << 10;
-/** Bytes that wait to be sent before whoever writes more has to wait. */
+/** Most bytes that may wait to be sent. A caller that writes more has to wait. */
 const WAITING_MOST = 1 << 20;
 /**
- * Bytes that are kept after they were sent: more than lie between caller and command, with all
- * windows on the way full.
+ * Bytes that are kept after they were sent. This is more than the path from the caller to the
+ * command holds when all windows on it are full.
  */
 const KEPT = 8 << 20;
-/** Signals that wait to be sent; further ones are left out. */
+/** Most signals and sizes that may wait to be sent. Further ones are dropped. */
 const SIGNALS_MOST = 64;
 
-/** The run takes no more input. */
+/** The run accepts no more input. */
 export class Closed extends Error {
   constructor() {
     super("the run takes no more input");
@@ -23,39 +23,39 @@ export class Closed extends Error {
   }
 }
 
-/** Bytes that a broken connection has lost. */
+/** A broken connection has lost bytes that are no longer kept. */
 export class Gone extends Error {}
 
-/** Bytes that were sent, in a buffer that may have room for more. */
+/** Sent bytes, in a buffer that may have room for more. */
 interface Kept {
   bytes: Uint8Array;
   length: number;
 }
 
-/** One stream of bytes: those of the run's files, then its stdin. */
+/** One stream of bytes: the run's files, and then its stdin. */
 export class Input {
   readonly #isAttached: boolean;
-  /** Where the first byte is in the stdin of a run that others have written to. */
+  /** Offset of the first byte in the run's stdin, if others have written to the run before. */
   #origin?: number;
   /**
-   * The last of what was sent, in pieces, none with bytes of files and of stdin; from `#begin` to
-   * `#sent`, where what waits begins.
+   * The last bytes that were sent, from `#begin` to `#sent`, in pieces. No piece has bytes of both
+   * files and stdin. The bytes in `#waiting` follow at `#sent`.
    */
   #kept: Kept[] = [];
   #waiting: Uint8Array[] = [];
   #begin = 0;
   #sent = 0;
   #end = 0;
-  /** The run has so much more than was written here, from an earlier caller. */
+  /** How many bytes the run has beyond those written here: an earlier caller sent them. */
   #skip = 0;
-  /** It is known how much the run has, so that what waits may be sent. */
+  /** Whether it is known how much input the run has. Only then may waiting bytes be sent. */
   #known: boolean;
   #call = 0;
   #closed = false;
   #closeSent = false;
   #over = false;
   #urgent: RunInput[] = [];
-  /** The last size of the terminal, for the next call to tell again. */
+  /** The last size of the terminal. The next call sends it again. */
   #size?: MessageInitShape<typeof RunInputSchema>["input"];
   #waiters: (() => void)[] = [];
 
@@ -78,7 +78,7 @@ export class Input {
       }
       const filesLeft = this.files - this.#end;
       const size = filesLeft > 0 ? Math.min(filesLeft, CHUNK) : CHUNK;
-      // A copy: the caller may use its buffer again.
+      // A copy, because the caller may reuse its buffer.
       const piece = new Uint8Array(data.subarray(at, at + size));
       at += piece.length;
       this.#end += piece.length;
@@ -95,7 +95,7 @@ export class Input {
     this.#tell();
   }
 
-  /** A message that goes before any bytes. */
+  /** Sends a message before any waiting bytes. */
   send(input: MessageInitShape<typeof RunInputSchema>["input"]): void {
     if (input?.case === "resize") {
       this.#size = input;
@@ -113,8 +113,8 @@ export class Input {
   }
 
   /**
-   * Begins another call, in place of the one that broke; it is not known yet how much the run
-   * has, unless it is the first.
+   * Begins a new call in place of the call that broke. Except for the first call, it is not known
+   * yet how much input the run has.
    */
   nextCall(): number {
     this.#call += 1;
@@ -129,13 +129,13 @@ export class Input {
     return this.#call;
   }
 
-  /** The run has so much, and the call goes on from there. */
+  /** Continues the call after the input that the run has according to `accepted`. */
   goOn(accepted: Accepted): void {
     const stdin = Number(accepted.stdinOffset);
     let has = Math.min(Number(accepted.filesOffset), this.files) + stdin;
     if (this.#isAttached) {
       this.#origin ??= stdin;
-      // It has more if others send as well.
+      // The run has more if others send input as well.
       has = Math.min(Math.max(stdin - this.#origin, 0), this.#end);
     }
     if (!this.#known) {
@@ -145,8 +145,9 @@ export class Input {
   }
 
   /**
-   * What that call is to send next; undefined once there is another call or the run is over.
-   * Otherwise it waits: the end of the messages would close the command's stdin.
+   * The next message of the given call; undefined when a new call has begun or the run has ended.
+   * In all other cases it waits for a message, because the end of the messages would close the
+   * command's stdin.
    */
   async next(call: number): Promise<RunInput | undefined> {
     while (call === this.#call && !this.#over) {
@@ -178,7 +179,7 @@ export class Input {
     return create(RunInputSchema, { input: { case: isFile ? "files" : "stdin", value } });
   }
 
-  /** The run has so much: what follows waits to be sent. */
+  /** Moves to the offset `has`: the bytes from there on wait to be sent. */
   #seek(has: number): void {
     if (has < this.#begin) {
       const kept = `those from ${this.#begin} on are kept`;
@@ -197,7 +198,7 @@ export class Input {
     this.#known = true;
   }
 
-  /** What the run has of what waits need not be sent. */
+  /** Skips waiting bytes that the run already has. */
   #pass(has: number): void {
     for (let piece; this.#sent < has && (piece = this.#waiting.shift()); ) {
       const had = Math.min(has - this.#sent, piece.length);
@@ -217,7 +218,7 @@ export class Input {
       last.bytes.set(piece, last.length);
       last.length += piece.length;
     } else {
-      // Many small ones would take more than their bytes.
+      // Many small pieces would take more memory than their bytes.
       const bytes = new Uint8Array(Math.max(piece.length, CHUNK));
       bytes.set(piece);
       this.#kept.push({ bytes, length: piece.length });

@@ -1,4 +1,4 @@
-/** One run as its caller sees it: events that no broken connection ends. */
+/** One run as its caller sees it. Its events continue when a connection breaks. */
 import { setTimeout as sleep } from "node:timers/promises";
 
 import { clone, create } from "@bufbuild/protobuf";
@@ -20,24 +20,24 @@ import {
 } from "./gen/polydev/runtime/v1/runtime_pb.js";
 import { Gone, Input } from "./input.js";
 
-/** Milliseconds that a run is tried to be reached again. */
+/** Milliseconds for which the client tries to reach an accepted run again. */
 const PATIENCE = 60_000;
-/** As long as it is not known whether there is one. */
+/** The same for a run that is not accepted yet, in milliseconds. */
 const PATIENCE_FIRST = 10_000;
-/** Between two tries at first, and at most. */
+/** Milliseconds between two tries: the first value, and the largest. */
 const RETRY = 50;
 const RETRY_MOST = 2000;
-/** A longer prompt is the CLI's stdin, which the shim has from the first call alone. */
+/** Bytes. The CLI reads a longer prompt from stdin, and only the `run` call gives it to a shim. */
 const PROMPT_IN_ARGV = 131_007;
-/** A shim hands its runs over. */
+/** Reason of a shim that is stopping: its runs continue through another shim. */
 const STOPPING = "STOPPING";
-/** The connection's words, unless they have details, which are the shim's. */
+/** Codes of a broken connection. With details, the error comes from the shim instead. */
 const BROKEN = [Code.Unavailable, Code.Unknown, Code.Internal, Code.Canceled];
 
-/** What has happened: `case` says what, `value` the rest. */
+/** One event: `case` is its name, `value` its message. */
 export type Event = Extract<RunEvent["event"], { case: string }>;
 
-/** Bytes of the run are missing that nobody has declared lost. */
+/** Bytes of the run are missing, and the shim has not reported them as `lost`. */
 export class DataLoss extends Error {
   constructor(message: string) {
     super(message);
@@ -45,7 +45,7 @@ export class DataLoss extends Error {
   }
 }
 
-/** The shim's word for an error, such as NO_IDLE_SLOT; undefined if it is not the shim's. */
+/** The shim's reason of an error, such as NO_IDLE_SLOT. Undefined if the shim did not send it. */
 export function reason(error: unknown): string | undefined {
   const info = detail(error, "google.rpc.ErrorInfo");
   if (!info) {
@@ -73,27 +73,28 @@ function detail(error: unknown, type: string): Uint8Array | undefined {
 }
 
 /**
- * A run: an async iterable of its events. `accepted` comes once, every byte once and in order,
- * and `exited` last. When the connection breaks, or the shim is restarted, it goes on where it
- * was; after a minute without an answer (ten seconds, if it was not accepted yet) it throws the
- * last error. Leaving it (`leave`, or a `break` between two events) leaves the run to itself.
+ * A run: an async iterable of its events. `accepted` comes once, every byte comes once and in
+ * order, and `exited` comes last. When the connection breaks or the shim restarts, the events
+ * continue where they stopped. After one minute without an answer it throws the last error; after
+ * ten seconds, if the run was not accepted yet. When the caller leaves the events (`leave`, or a
+ * `break` between two events), the run continues without the caller.
  */
 export class Run implements AsyncIterable<Event> {
-  /** `undefined` for a run that somebody else has started. */
+  /** Undefined for a run that the client has attached to. */
   #request?: RunStart;
   readonly #calls: Calls<typeof RuntimeService>;
   readonly #userId: string;
   readonly #input: Input;
-  /** The client is. */
+  /** Aborted when the client is closed. */
   readonly #closed: AbortSignal;
   readonly #left = new AbortController();
   readonly #events: AsyncGenerator<Event>;
   #accepted = false;
   #started = false;
   #toldArtifacts = false;
-  /** How much of stdout, stderr and artifacts the caller has. */
+  /** How many bytes of stdout, stderr and artifacts the caller has. */
   #read: [bigint, bigint, bigint] = [0n, 0n, 0n];
-  /** Since when the shim does not answer. */
+  /** Time since which the shim does not answer. */
   #broken?: number;
   #retry = RETRY;
 
@@ -115,7 +116,7 @@ export class Run implements AsyncIterable<Event> {
   /** @internal */
   static start(calls: Calls<typeof RuntimeService>, closed: AbortSignal, start: RunStart): Run {
     const runId = start.runId || start.leaseId || uuid();
-    // An id that was given may have been tried before, unless it is said that it was not.
+    // A given id may have been tried before, unless the caller says that it was not.
     const attempt = start.attempt || (start.runId ? 2 : 1);
     const sizes = start.files.map(({ source }) => (source.case === "size" ? source.value : 0n));
     const files = Number(sizes.reduce((sum, size) => sum + size, 0n));
@@ -137,28 +138,29 @@ export class Run implements AsyncIterable<Event> {
   }
 
   /**
-   * The bytes of the files whose `size` the run was told, one file's after the other's, and then
-   * the command's stdin. Waits while 1 MiB has not been sent, which happens only while somebody
-   * asks for the run's events: write more than that beside it. Throws `Closed` once the run is
-   * over or its stdin closed. For a run that was attached to it is stdin, from `stdinOffset` of
-   * its `accepted` on: who goes on with what an earlier caller sent begins there, and not after
-   * what that one had sent.
+   * Writes input: the bytes of the files that have their `size` in the start message, one file
+   * after the other, and then the command's stdin. Waits while 1 MiB of input is unsent. Input is
+   * sent only while the caller reads the run's events, so write more than 1 MiB concurrently with
+   * reading. Throws `Closed` when the run has ended or its stdin is closed. For a run that the
+   * client has attached to, the input is stdin from `stdinOffset` of `accepted` on. A caller that
+   * continues the input of an earlier caller must start at this offset, even if the earlier caller
+   * had sent more.
    */
   write(data: Uint8Array | string): Promise<void> {
     return this.#input.write(typeof data === "string" ? new TextEncoder().encode(data) : data);
   }
 
-  /** No more follows: the command reads end of file. */
+  /** Closes the input: the command reads end of file. */
   closeStdin(): void {
     this.#input.close();
   }
 
-  /** A signal for the command, before whatever of its stdin is still to be sent. */
+  /** Sends a signal to the command, before any stdin that is not sent yet. */
   signal(number: number): void {
     this.#input.send({ case: "signal", value: { number } });
   }
 
-  /** The terminal has another size. */
+  /** Sets the size of the terminal. */
   resize(rows: number, columns: number): void {
     this.#input.send({ case: "resize", value: { rows, columns } });
   }
@@ -168,7 +170,7 @@ export class Run implements AsyncIterable<Event> {
     await this.#calls.cancelRun({ runId: this.runId, userId: this.#userId });
   }
 
-  /** Leaves the run to itself: its events end. */
+  /** Ends the events. The run continues without the caller. */
   leave(): void {
     this.#left.abort();
     this.#input.end();
@@ -190,7 +192,8 @@ export class Run implements AsyncIterable<Event> {
             }
             const news = event && this.#news(event);
             if (news) {
-              // One that breaks again and again before there is anything is not asked at once.
+              // Only news resets the pause: a call that breaks before any news is not repeated
+              // at once.
               this.#retry = RETRY;
               const isLast = news.case === "exited";
               if (isLast) {
@@ -218,7 +221,7 @@ export class Run implements AsyncIterable<Event> {
         this.#retry = Math.min(this.#retry * 2, RETRY_MOST);
         const wait = this.#retry * (0.5 + Math.random() / 2);
         await sleep(wait, undefined, { signal: AbortSignal.any([this.#left.signal, this.#closed]) })
-          // The next call says which.
+          // The next call reports which of the two was aborted.
           .catch(() => undefined);
       }
     } finally {
@@ -230,11 +233,11 @@ export class Run implements AsyncIterable<Event> {
     const call = this.#input.nextCall();
     const input = this.#input;
     const request = this.#request;
-    // A run that exists is attached to by `run` as well, from its first byte. The shim that
-    // broke may have had some of what it reads.
+    // `run` also attaches to a run that exists, from its first byte. A prompt that is stdin needs
+    // `run` again: the previous shim may have died before it had passed the whole prompt on.
     if (request && (!this.#started || isReadByTheShim(request))) {
       const start = clone(RunStartSchema, request);
-      // Whatever becomes of this call, the next one is another try.
+      // Whatever happens to this call, the next call is another try.
       request.attempt += 1;
       async function* requests() {
         yield create(RunRequestSchema, { message: { case: "start", value: start } });
@@ -256,7 +259,7 @@ export class Run implements AsyncIterable<Event> {
     return this.#calls.attach(requests(), { signal });
   }
 
-  /** What of an event the caller does not have yet. */
+  /** The part of an event that the caller does not have yet; undefined if there is none. */
   #news({ event }: RunEvent): Event | undefined {
     switch (event.case) {
       case "accepted": {
@@ -296,7 +299,7 @@ export class Run implements AsyncIterable<Event> {
     }
   }
 
-  /** Takes off what the caller has. */
+  /** Removes the bytes that the caller already has; whether any are left. */
   #hasMore(stream: 0 | 1 | 2, output: Output): boolean {
     const read = this.#read[stream];
     const end = output.offset + BigInt(output.data.length);
@@ -327,17 +330,17 @@ export class Run implements AsyncIterable<Event> {
     return true;
   }
 
-  /** Whether another call may bring what this one did not. */
+  /** Whether another call may succeed after this error. */
   #mayGoOn(error: unknown): boolean {
     if (!(error instanceof ConnectError)) {
       return false;
     }
     const isOurs = reason(error) !== undefined;
     const isBroken = BROKEN.includes(error.code) && !isOurs;
-    // The shim has lost the node, and what became of the run is to be asked for; or the library's
-    // word for a connection that was reset.
+    // Either the shim has lost the node, and the client must ask what happened to the run; or the
+    // library reports a connection that was reset.
     const isUnclear = error.code === Code.Aborted;
-    // Worth another try for a run that exists; a first call is its caller's to repeat.
+    // Repeat the call for a run that exists. The caller decides whether to repeat a first call.
     const exists = this.#accepted || this.#broken || reason(error) === STOPPING;
     const again = exists && detail(error, "google.rpc.RetryInfo") !== undefined;
     const patience = this.#accepted ? PATIENCE : PATIENCE_FIRST;
@@ -346,7 +349,7 @@ export class Run implements AsyncIterable<Event> {
   }
 }
 
-/** The shim has input of its own for it, also after it has started. */
+/** Whether the prompt is the command's stdin: the shim then sends it, also after the start. */
 function isReadByTheShim({ command }: RunStart): boolean {
   const text = command.case === "prompt" ? command.value.text : "";
   return Buffer.byteLength(text) > PROMPT_IN_ARGV;

@@ -1,8 +1,8 @@
 """A client of polydev-shim.
 
-`Client.run` starts a command and is an async iterator over its events, which goes on over broken
-connections and shims that are restarted: every byte comes once, in order. Every other call of
-the API is in `Client.calls`, with the messages of `polydev.api`.
+`Client.run` starts a command and returns an async iterator over its events. The events continue
+when a connection breaks or a shim restarts: every byte comes once and in order. Every other call
+of the API is in `Client.calls`. The messages are in `polydev.api`.
 """
 
 from polydev.runtime.v1 import runtime_pb2 as api

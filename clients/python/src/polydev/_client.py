@@ -1,4 +1,4 @@
-"""The connection to a shim, and who its caller is."""
+"""The connection to a shim, and the identity of its caller."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from polydev.runtime.v1.runtime_pb2_grpc import RuntimeServiceStub
 
 from ._run import Run
 
-# Of milliseconds: between pings, and for the answer to one. The machine at the other end may
-# have died.
+# Milliseconds between pings, and to wait for an answer: the other machine may be down.
 _ALIVE = 20_000
 
 
 class Client:
-    """A connection to a shim, or to whatever stands in front of several. When it breaks, the
-    next call makes a new one.
+    """A connection to a shim, or to a proxy in front of several shims. When the connection breaks,
+    the next call makes a new one.
 
-    `address` is unix:///PATH, http://127.0.0.1:PORT or https://HOST:PORT. The last needs
-    `tls_ca`, and `tls_cert` with `tls_key` or a `token`: a function that is asked for each call.
-    `metadata` goes with each call, such as the place in a trace (`traceparent`).
+    `address` is unix:///PATH, http://127.0.0.1:PORT or https://HOST:PORT. An https address needs
+    `tls_ca`, and either `tls_cert` with `tls_key` or a `token`. `token` is a function that returns
+    the token; the client calls it for each call of the API. `metadata` is sent with each call,
+    such as the trace context (`traceparent`).
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class Client:
             ("grpc.keepalive_time_ms", _ALIVE),
             ("grpc.keepalive_timeout_ms", _ALIVE),
             ("grpc.http2.max_pings_without_data", 0),
-            # A proxy of the web's is none for this.
+            # A proxy for web traffic does not fit this connection.
             ("grpc.enable_http_proxy", 0),
-            # As often as a run is tried to be reached again.
+            # The same pauses as between two tries to reach a run.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
         ]
@@ -63,7 +63,7 @@ class Client:
         ):
             target = address if url.scheme == "unix" else url.netloc
             if url.scheme == "unix":
-                # The library would send the path, which is no authority in HTTP.
+                # By default the library sends the path, which is not a valid HTTP authority.
                 options.append(("grpc.default_authority", "localhost"))
             self._channel = grpc.aio.insecure_channel(target, options, None, interceptors)
         else:
@@ -71,22 +71,23 @@ class Client:
                 f"`{address}` is neither unix:///PATH nor http://127.0.0.1:PORT nor https://HOST:PORT"
             )
         self._closed = False
-        #: Every call of the API, as it is.
+        #: Every call of the API, without the handling of `Run`.
         self.calls = RuntimeServiceStub(self._channel)
 
     def run(self, start: api.RunStart) -> Run:
-        """Runs a command. Without a `run_id` it gets one here, of this machine's clock, so that
-        it is started once however often the connection breaks. One that is given may have been
-        tried before, by another process: every node is asked first, unless `attempt` is 1, which
-        says that it was not. Nothing is sent before its events are asked for."""
+        """Runs a command. If `run_id` is empty, the client makes one from this machine's clock, so
+        that the command is started once, however often the connection breaks. A given `run_id`
+        may have been tried before by another process, so the shim asks every node first.
+        `attempt=1` says that the id was never tried, and the shim does not ask. The client sends
+        nothing until the caller asks for the events."""
         return Run._start(self.calls, lambda: self._closed, start)
 
     def attach(self, start: api.AttachStart) -> Run:
-        """Goes on with a run, from those offsets."""
+        """Continues a run from the given offsets."""
         return Run._attach(self.calls, lambda: self._closed, start)
 
     async def close(self) -> None:
-        """Breaks off the calls that go on. Their runs are left to themselves."""
+        """Ends all active calls. Their runs continue."""
         self._closed = True
         await self._channel.close()
 
@@ -102,7 +103,7 @@ def _read(path: str | Path | None) -> bytes | None:
 
 
 class _Added:
-    """What goes with each call."""
+    """Metadata and token for each call."""
 
     def __init__(self, token: Callable[[], str] | None, metadata: Mapping[str, str]):
         self._token = token
@@ -123,7 +124,7 @@ class _Added:
         )
 
 
-# The library takes a class of its own for each kind of call.
+# The library requires a separate class for each kind of call.
 class _Unary(grpc.aio.UnaryUnaryClientInterceptor):
     def __init__(self, added: _Added):
         self._added = added

@@ -1,4 +1,4 @@
-"""What a caller sends to a run: kept until no broken connection can lose it any more."""
+"""The input that a caller sends to a run. It is kept until no broken connection can lose it."""
 
 from __future__ import annotations
 
@@ -7,46 +7,46 @@ from collections import deque
 
 from polydev.runtime.v1 import runtime_pb2 as api
 
-# The most the API takes in one message.
+# Most bytes that the API accepts in one message.
 _CHUNK = 64 << 10
-# Bytes that wait to be sent before whoever writes more has to wait.
+# Most bytes that may wait to be sent. A caller that writes more has to wait.
 _WAITING_MOST = 1 << 20
-# Bytes that are kept after they were sent: more than lie between caller and command, with all
-# windows on the way full.
+# Bytes that are kept after they were sent. This is more than the path from the caller to the
+# command holds when all windows on it are full.
 _KEPT = 8 << 20
-# Signals that wait to be sent; further ones are left out.
+# Most signals and sizes that may wait to be sent. Further ones are dropped.
 _SIGNALS_MOST = 64
 
 
 class Closed(Exception):
-    """The run takes no more input."""
+    """The run accepts no more input."""
 
 
 class Gone(Exception):
-    """Bytes that a broken connection has lost."""
+    """A broken connection has lost bytes that are no longer kept."""
 
 
 class Input:
-    """One stream of bytes: those of the run's files, then its stdin."""
+    """One stream of bytes: the run's files, and then its stdin."""
 
     def __init__(self, files: int, *, is_new: bool, is_attached: bool = False):
         self._files = files
         self._is_attached = is_attached
-        # Where the first byte is in the stdin of a run that others have written to.
+        # Offset of the first byte in the run's stdin, if others have written to the run before.
         self._origin: int | None = None
-        # The last of what was sent, in pieces, none with bytes of files and of stdin; from
-        # `_begin` to `_sent`, where what waits begins.
+        # The last bytes that were sent, from `_begin` to `_sent`, in pieces. No piece has bytes of
+        # both files and stdin. The bytes in `_waiting` follow at `_sent`.
         self._kept: deque[bytearray] = deque()
         self._waiting: deque[bytes] = deque()
         self._begin = self._sent = self._end = 0
-        # The run has so much more than was written here, from an earlier caller.
+        # How many bytes the run has beyond those written here: an earlier caller sent them.
         self._skip = 0
-        # It is known how much the run has, so that what waits may be sent.
+        # Whether it is known how much input the run has. Only then may waiting bytes be sent.
         self._known = is_new
         self._call = 0
         self._closed = self._close_sent = self._over = False
         self._urgent: deque[api.RunInput] = deque()
-        # The last size of the terminal, for the next call to tell again.
+        # The last size of the terminal. The next call sends it again.
         self._size: api.RunInput | None = None
         self._changed = asyncio.Event()
 
@@ -73,7 +73,7 @@ class Input:
         self._tell()
 
     def send(self, message: api.RunInput) -> None:
-        """A message that goes before any bytes."""
+        """Sends a message before any waiting bytes."""
         if message.WhichOneof("input") == "resize":
             self._size = message
             kept = (m for m in self._urgent if m.WhichOneof("input") != "resize")
@@ -87,8 +87,8 @@ class Input:
         self._tell()
 
     def next_call(self) -> int:
-        """Begins another call, in place of the one that broke; it is not known yet how much
-        the run has, unless it is the first."""
+        """Begins a new call in place of the call that broke. Except for the first call, it is not
+        known yet how much input the run has."""
         self._call += 1
         if self._call > 1:
             self._known = False
@@ -99,11 +99,11 @@ class Input:
         return self._call
 
     def go_on(self, accepted: api.Accepted) -> None:
-        """The run has so much, and the call goes on from there."""
+        """Continues the call after the input that the run has according to `accepted`."""
         if self._is_attached:
             if self._origin is None:
                 self._origin = accepted.stdin_offset
-            # It has more if others send as well.
+            # The run has more if others send input as well.
             has = min(max(accepted.stdin_offset - self._origin, 0), self._end)
         else:
             has = min(accepted.files_offset, self._files) + accepted.stdin_offset
@@ -112,8 +112,9 @@ class Input:
         self._tell()
 
     async def next(self, call: int) -> api.RunInput | None:
-        """What that call is to send next; None once there is another call or the run is over.
-        Otherwise it waits: the end of the messages would close the command's stdin."""
+        """The next message of the given call; None when a new call has begun or the run has ended.
+        In all other cases it waits for a message, because the end of the messages would close the
+        command's stdin."""
         while call == self._call and not self._over:
             changed = self._changed
             message = self._next()
@@ -139,7 +140,7 @@ class Input:
         return api.RunInput(files=piece) if is_file else api.RunInput(stdin=piece)
 
     def _seek(self, has: int) -> None:
-        """The run has so much: what follows waits to be sent."""
+        """Moves to the offset `has`: the bytes from there on wait to be sent."""
         if has < self._begin:
             raise Gone(
                 f"the run has {has} bytes of its input, and those from {self._begin} on are kept"
@@ -156,7 +157,7 @@ class Input:
         self._known = True
 
     def _pass(self, has: int) -> None:
-        """What the run has of what waits need not be sent."""
+        """Skips waiting bytes that the run already has."""
         while self._sent < has and self._waiting:
             piece = self._waiting.popleft()
             had = min(has - self._sent, len(piece))
@@ -168,7 +169,7 @@ class Input:
     def _keep(self, piece: bytes) -> None:
         is_first_of_stdin = self._sent == self._files
         self._sent += len(piece)
-        # Many small ones would take more than their bytes.
+        # Many small pieces would take more memory than their bytes.
         if self._kept and len(self._kept[-1]) + len(piece) <= _CHUNK and not is_first_of_stdin:
             self._kept[-1] += piece
         else:

@@ -1,4 +1,4 @@
-"""One run as its caller sees it: events that no broken connection ends."""
+"""One run as its caller sees it. Its events continue when a connection breaks."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from polydev.runtime.v1.runtime_pb2_grpc import RuntimeServiceStub
 
 from ._input import Gone, Input
 
-# Seconds that a run is tried to be reached again.
+# Seconds for which the client tries to reach an accepted run again.
 _PATIENCE = 60.0
-# As long as it is not known whether there is one.
+# The same for a run that is not accepted yet, in seconds.
 _PATIENCE_FIRST = 10.0
-# Between two tries at first, and at most.
+# Seconds between two tries: the first value, and the largest.
 _RETRY = 0.05
 _RETRY_MOST = 2.0
-# A longer prompt is the CLI's stdin, which the shim has from the first call alone.
+# Bytes. The CLI reads a longer prompt from stdin, and only the `Run` call gives it to a shim.
 _PROMPT_IN_ARGV = 131_007
 
-# A shim hands its runs over.
+# Reason of a shim that is stopping: its runs continue through another shim.
 _STOPPING = "STOPPING"
 
-# The connection's words, unless they have details, which are the shim's.
+# Codes of a broken connection. With details, the error comes from the shim instead.
 _BROKEN = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.UNKNOWN,
@@ -41,16 +41,16 @@ _LOST = {api.STREAM_STDOUT: 0, api.STREAM_STDERR: 1, api.STREAM_ARTIFACTS: 2}
 
 
 class DataLoss(Exception):
-    """Bytes of the run are missing that nobody has declared lost."""
+    """Bytes of the run are missing, and the shim has not reported them as `lost`."""
 
 
 class Broken(Exception):
-    """The run cannot be followed any more: the stream ended before the run's end, or the client
-    was closed."""
+    """The events cannot continue: the stream ended before the run's end, or the client was
+    closed."""
 
 
 def reason(error: BaseException) -> str | None:
-    """The shim's word for an error, such as NO_IDLE_SLOT; None if it is not the shim's."""
+    """The shim's reason of an error, such as NO_IDLE_SLOT. None if the shim did not send it."""
     if not isinstance(error, grpc.RpcError):
         return None
     info = _detail(error, error_details_pb2.ErrorInfo)
@@ -68,11 +68,11 @@ def _detail(error, kind):
 
 
 class Run:
-    """A run: an async iterator over its events (`api.RunEvent`). `accepted` comes once, every
-    byte once and in order, and `exited` last. When the connection breaks, or the shim is
-    restarted, it goes on where it was; after a minute without an answer (ten seconds, if it was
-    not accepted yet) it raises the last error.
-    Leaving it leaves the run to itself, and so does whatever cancels the wait for an event."""
+    """A run: an async iterator over its events (`api.RunEvent`). `accepted` comes once, every byte
+    comes once and in order, and `exited` comes last. When the connection breaks or the shim
+    restarts, the events continue where they stopped. After one minute without an answer it raises
+    the last error; after ten seconds, if the run was not accepted yet. When the caller leaves the
+    iterator, or when the wait for an event is cancelled, the run continues without the caller."""
 
     def __init__(
         self,
@@ -88,10 +88,10 @@ class Run:
         self.run_id = run_id
         self._user_id = user_id
         self._input = input
-        # None for a run that somebody else has started.
+        # None for a run that the client has attached to.
         self._request: api.RunStart | None = None
         self._accepted = self._started = self._told_artifacts = False
-        # How much of stdout, stderr and artifacts the caller has.
+        # How many bytes of stdout, stderr and artifacts the caller has.
         self._read = [0, 0, 0]
         self._broken_since: float | None = None
         self._retry = _RETRY
@@ -103,7 +103,7 @@ class Run:
     ) -> Run:
         request = api.RunStart()
         request.CopyFrom(start)
-        # An id that was given may have been tried before, unless it is said that it was not.
+        # A given id may have been tried before, unless the caller says that it was not.
         request.attempt = request.attempt or (2 if request.run_id else 1)
         request.run_id = request.run_id or request.lease_id or str(uuid6.uuid7())
         files = sum(file.size for file in request.files)
@@ -122,24 +122,25 @@ class Run:
         return run
 
     async def write(self, data: bytes) -> None:
-        """The bytes of the files whose `size` the run was told, one file's after the other's,
-        and then the command's stdin. Waits while 1 MiB has not been sent, which happens only
-        while somebody asks for the run's events: write more than that beside it. Raises
-        `Closed` once the run is over or its stdin closed. For a run that was attached to it is
-        stdin, from `stdin_offset` of its `accepted` on: who goes on with what an earlier caller
-        sent begins there, and not after what that one had sent."""
+        """Writes input: the bytes of the files that have their `size` in the start message, one
+        file after the other, and then the command's stdin. Waits while 1 MiB of input is unsent.
+        Input is sent only while the caller reads the run's events, so write more than 1 MiB
+        concurrently with reading. Raises `Closed` when the run has ended or its stdin is closed.
+        For a run that the client has attached to, the input is stdin from `stdin_offset` of
+        `accepted` on. A caller that continues the input of an earlier caller must start at this
+        offset, even if the earlier caller had sent more."""
         await self._input.write(data)
 
     def close_stdin(self) -> None:
-        """No more follows: the command reads end of file."""
+        """Closes the input: the command reads end of file."""
         self._input.close()
 
     def signal(self, number: int) -> None:
-        """A signal for the command, before whatever of its stdin is still to be sent."""
+        """Sends a signal to the command, before any stdin that is not sent yet."""
         self._input.send(api.RunInput(signal=api.Signal(number=number)))
 
     def resize(self, rows: int, columns: int) -> None:
-        """The terminal has another size."""
+        """Sets the size of the terminal."""
         size = api.TerminalSize(rows=rows, columns=columns)
         self._input.send(api.RunInput(resize=size))
 
@@ -155,7 +156,7 @@ class Run:
         return await anext(self._events)
 
     async def aclose(self) -> None:
-        """Leaves the run to itself."""
+        """Ends the events. The run continues without the caller."""
         await self._events.aclose()
 
     async def _follow(self) -> AsyncIterator[api.RunEvent]:
@@ -168,8 +169,8 @@ class Run:
                             self._broken_since = None
                         event = self._news(response.event)
                         if event is not None:
-                            # One that breaks again and again before there is anything is not
-                            # asked at once.
+                            # Only news resets the pause: a call that breaks before any news is
+                            # not repeated at once.
                             self._retry = _RETRY
                             is_last = event.WhichOneof("event") == "exited"
                             if is_last:
@@ -182,7 +183,7 @@ class Run:
                     if not self._may_go_on(error):
                         raise
                 except (asyncio.CancelledError, grpc.aio.UsageError):
-                    # The library's word for a channel that is closed, unless the task is cancelled.
+                    # The library's errors for a closed channel, unless the task is cancelled.
                     task = asyncio.current_task()
                     if self._is_closed() and not (task and task.cancelling()):
                         raise Broken("the client was closed") from None
@@ -198,12 +199,13 @@ class Run:
     def _open(self):
         number = self._input.next_call()
         request = self._request
-        # A run that exists is attached to by `Run` as well, from its first byte. The shim that
-        # broke may have had some of what it reads.
+        # `Run` also attaches to a run that exists, from its first byte. A prompt that is stdin
+        # needs `Run` again: the previous shim may have died before it had passed the whole prompt
+        # on.
         if request and (not self._started or len(request.prompt.text.encode()) > _PROMPT_IN_ARGV):
             first = api.RunRequest()
             first.start.CopyFrom(request)
-            # Whatever becomes of this call, the next one is another try.
+            # Whatever happens to this call, the next call is another try.
             request.attempt += 1
             return self._calls.Run(self._requests(first, api.RunRequest, number))
         stdout, stderr, artifacts = self._read
@@ -223,7 +225,7 @@ class Run:
             yield kind(input=input)
 
     def _news(self, event: api.RunEvent) -> api.RunEvent | None:
-        """What of an event the caller does not have yet."""
+        """The part of an event that the caller does not have yet; None if there is none."""
         kind = event.WhichOneof("event")
         if kind == "accepted":
             try:
@@ -261,13 +263,14 @@ class Run:
         return event if kind else None
 
     def _may_go_on(self, error: Exception) -> bool:
-        """Whether another call may bring what this one did not."""
+        """Whether another call may succeed after this error."""
         if isinstance(error, grpc.aio.AioRpcError):
             is_ours = reason(error) is not None
             is_broken = error.code() in _BROKEN and not is_ours
-            # The shim has lost the node: what became of the run is to be asked for.
+            # The shim has lost the node, so the client must ask what happened to the run.
             is_unclear = error.code() == grpc.StatusCode.ABORTED and is_ours
-            # Worth another try for a run that exists; a first call is its caller's to repeat.
+            # Repeat the call for a run that exists. The caller decides whether to repeat a first
+            # call.
             exists = self._accepted or self._broken_since or reason(error) == _STOPPING
             again = exists and _detail(error, error_details_pb2.RetryInfo)
             if not (is_broken or is_unclear or again):

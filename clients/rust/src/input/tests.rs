@@ -103,13 +103,13 @@ fn a_run_that_had_some_of_it_from_an_earlier_process_gets_the_rest() {
 fn input_that_was_let_go_is_missed_and_not_skipped() {
     let input = Input::of_run(0, true);
     let mut call = input.next_call();
-    for _ in 0..=KEPT / WAITING_MOST {
+    for _ in 0..=MAX_KEPT / MAX_WAITING {
         write(&input, vec![0; 1 << 20]).unwrap();
         drain(&input, call);
     }
     call = input.next_call();
     assert!(input.go_on(&accepted(0, 10)).is_err());
-    input.go_on(&accepted(0, KEPT)).unwrap();
+    input.go_on(&accepted(0, MAX_KEPT)).unwrap();
     assert_eq!(drain(&input, call).1.len(), 1 << 20);
 }
 
