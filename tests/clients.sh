@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh
+alone clients
 need python3 "apt-get install python3"
 need node "apt-get install nodejs npm (Node 20 or newer)"
 need npm "apt-get install npm"

@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh
+alone grpcurl
 VERSION=1.9.3
 
 if command -v grpcurl; then exit; fi

@@ -10,6 +10,13 @@ need_root() {
     [ "$(id -u)" = 0 ] || fail "root is needed, for Docker, network namespaces and cgroups: sudo --preserve-env env PATH=\"\$PATH\" make $1"
 }
 
+# Waits until no other script makes the same thing: alone NAME
+alone() {
+    mkdir -p "$POLYDEV_CACHE"
+    exec 9>"$POLYDEV_CACHE/.$1.lock"
+    flock 9
+}
+
 # Debian packages that are missing: packages PROGRAM=PACKAGE...
 packages() {
     local missing=() pair

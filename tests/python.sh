@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh
+alone python
 need python3 "apt-get install python3"
 
 sum=$(sha256sum tests/python/requirements.txt | cut --characters 1-16)

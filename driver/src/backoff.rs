@@ -8,7 +8,9 @@ const MAX_INTERVAL: Duration = Duration::from_secs(15);
 /// Doubles with each failure, and spreads those that failed together.
 #[must_use]
 pub(crate) fn backoff(failures: u32) -> Duration {
-    let full = FIRST_INTERVAL.saturating_mul(1 << failures.min(10)).min(MAX_INTERVAL);
+    let full = FIRST_INTERVAL
+        .saturating_mul(1 << failures.min(10))
+        .min(MAX_INTERVAL);
     full.mul_f64(rand::random_range(0.5..1.0))
 }
 

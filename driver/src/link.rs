@@ -3,8 +3,8 @@
 
 mod connection;
 
-pub use connection::Occupant;
 pub(crate) use connection::Connection;
+pub use connection::Occupant;
 
 use std::{
     fs,

@@ -57,7 +57,10 @@ async fn reap(reaper: &Reaper, strays: &mut HashMap<String, Instant>) -> Result<
     let dangling = site.config.gc.dangling;
     let listed = site.docker.list(LABEL_INSTANCE, &site.instance).await?;
     let mut still = HashMap::new();
-    for container in listed.iter().filter(|container| !is_known(reaper, container)) {
+    for container in listed
+        .iter()
+        .filter(|container| !is_known(reaper, container))
+    {
         let since = strays
             .get(&container.id)
             .copied()

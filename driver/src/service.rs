@@ -108,7 +108,9 @@ impl Service {
 
     async fn start(&self, task: &TaskConfig, config: Config) -> Result<(), Error> {
         let node = self.ready().await?;
-        config.check_allowed(&node.site.config).map_err(Error::Config)?;
+        config
+            .check_allowed(&node.site.config)
+            .map_err(Error::Config)?;
         match config {
             Config::Slot(config) => {
                 let Some((slot, ready)) = start::slot(&node.slots, task, config)? else {
@@ -173,7 +175,8 @@ impl Driver for Service {
             fs_isolation: FsIsolation::Image.into(),
             network_isolation_modes: modes.map(Into::into).into(),
             must_create_network: true,
-            disable_log_collection: node.is_some_and(|node| node.site.config.disable_log_collection),
+            disable_log_collection: node
+                .is_some_and(|node| node.site.config.disable_log_collection),
             ..Default::default()
         };
         Ok(Response::new(CapabilitiesResponse {
@@ -341,7 +344,9 @@ impl Driver for Service {
         } = request.into_inner();
         let task = self.open(&task_id, "exec is")?;
         let limit = timeout.and_then(|limit| Duration::try_from(limit).ok());
-        let limit = limit.filter(|limit| !limit.is_zero()).unwrap_or(CHECK_TIMEOUT);
+        let limit = limit
+            .filter(|limit| !limit.is_zero())
+            .unwrap_or(CHECK_TIMEOUT);
         let site = self.node()?.site.clone();
         let outcome = task::exec::run(&site.docker, &task.entry.container, command, limit)
             .await
@@ -383,9 +388,7 @@ impl Driver for Service {
     ) -> Result<Response<CreateNetworkResponse>, Status> {
         let CreateNetworkRequest { alloc_id, hostname } = request.into_inner();
         let node = self.ready().await?;
-        let network = node
-            .networks
-            .create(&node.site, &alloc_id, &hostname).await;
+        let network = node.networks.create(&node.site, &alloc_id, &hostname).await;
         let network = network.map_err(Error::Network)?;
         Ok(Response::new(CreateNetworkResponse {
             isolation_spec: Some(NetworkIsolationSpec {
@@ -408,9 +411,7 @@ impl Driver for Service {
         } = request.into_inner();
         let labels = isolation_spec.map(|spec| spec.labels.into_iter().collect());
         let (node, labels) = (self.node()?, labels.unwrap_or_default());
-        let destroyed = node
-            .networks
-            .destroy(&node.site, &alloc_id, &labels).await;
+        let destroyed = node.networks.destroy(&node.site, &alloc_id, &labels).await;
         destroyed.map_err(Error::Network)?;
         Ok(Response::new(DestroyNetworkResponse {}))
     }

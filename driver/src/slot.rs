@@ -36,12 +36,7 @@ use crate::{
     limits::{self, Limits, Usage},
     link::Occupant,
     metrics::{Counts, Steps},
-    run::{
-        Run,
-        book::Runs,
-        carry::Order,
-        claim::Refusal,
-    },
+    run::{Run, book::Runs, carry::Order, claim::Refusal},
     site::Site,
 };
 use book::Book;

@@ -37,7 +37,9 @@ impl Stream {
     /// The stream of that [number](Self::number); `None` for one of a newer protocol.
     #[must_use]
     pub fn of_number(number: i32) -> Option<Self> {
-        Self::ALL.into_iter().find(|stream| stream.number() == number)
+        Self::ALL
+            .into_iter()
+            .find(|stream| stream.number() == number)
     }
 }
 

@@ -5,12 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use polydev_proto::provider::{Provider, Unknown};
 pub use polydev_transport::connection::Caller;
 use polydev_transport::reload::Reloaded;
 use serde::{Deserialize, Deserializer};
 use wildmatch::WildMatch;
-
-use crate::provider::{Provider, Unknown};
 
 /// What a caller wants to do.
 #[derive(Debug, Clone, Copy)]

@@ -20,6 +20,7 @@ pub mod environment;
 pub mod pool;
 pub mod provider;
 pub mod rate;
+pub mod secret;
 pub mod token;
 
 pub mod engine;

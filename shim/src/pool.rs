@@ -7,6 +7,5 @@ mod follow;
 pub mod scale;
 mod view;
 
-pub(crate) use follow::CONNECT;
 pub use follow::follow;
 pub use view::{Candidate, Counts, Kept, View};

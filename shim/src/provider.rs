@@ -8,11 +8,11 @@ mod openai;
 use std::collections::BTreeMap;
 
 use polydev_proto::exec;
-pub(crate) use polydev_proto::provider::{Provider, Unknown};
+use polydev_proto::provider::Provider;
 use secrecy::SecretString;
 use serde_json::value::RawValue;
 
-use crate::credentials::{Credential, Invalid, Prepared, PreparedFile};
+use crate::secret::{Credential, Invalid, Prepared, PreparedFile};
 
 /// What differs between providers.
 struct Table {

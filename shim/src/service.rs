@@ -17,3 +17,10 @@ mod status;
 mod trace;
 
 pub use server::{Limits, Parts, serve};
+
+use std::time::Duration;
+
+/// A run with argv and environment at the kernel's limits.
+const MAX_MESSAGE: usize = 4 << 20;
+/// For a caller to say what it wants.
+const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);

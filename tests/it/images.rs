@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use polydev_proto::provider::Provider;
-use polydev_shim::{credentials::Credential, provider::Cli};
+use polydev_shim::{provider::Cli, secret::Credential};
 use polydev_tests::{
     docker::{self, docker},
     fresh_key,

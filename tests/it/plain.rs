@@ -169,7 +169,7 @@ fn a_second_driver_takes_over_from_one_whose_agent_is_gone() {
     let holder = || std::fs::read_to_string(&lock).unwrap();
     let first = holder();
     nix::sys::signal::kill(nomad.agent().pid(), Signal::SIGKILL).unwrap();
-    nomad.forget_plugins();
+    nomad.forget_plugin();
     nomad.restart();
     assert_ne!(holder(), first, "the first driver has left");
     assert_eq!(nomad.wait_started("goes-on"), id);

@@ -41,7 +41,9 @@ pub(crate) struct Imports {
 impl Imports {
     /// `source` is a crate's `src`, from the root of the repository.
     pub(crate) fn of(source: &str) -> Self {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(source);
+        let source = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("..")
+            .join(source);
         let files = files(&source);
         let modules: BTreeSet<String> = files.iter().map(|file| module(&source, file)).collect();
         let mut all = BTreeSet::new();
@@ -54,7 +56,9 @@ impl Imports {
             };
             reader.visit_file(&parsed);
             let Reader { from, paths } = reader;
-            let targets = paths.iter().filter_map(|path| target(path, &from, &modules));
+            let targets = paths
+                .iter()
+                .filter_map(|path| target(path, &from, &modules));
             all.extend(targets.filter(|to| *to != from).map(|to| Import {
                 from: from.clone(),
                 to,
@@ -165,5 +169,8 @@ impl<'a> Visit<'a> for Reader {
 
 fn is_for_tests(attribute: &Attribute) -> bool {
     let is_cfg = attribute.path().is_ident("cfg");
-    is_cfg && attribute.parse_args::<syn::Ident>().is_ok_and(|name| name == "test")
+    is_cfg
+        && attribute
+            .parse_args::<syn::Ident>()
+            .is_ok_and(|name| name == "test")
 }

@@ -26,10 +26,10 @@ const DRIVER: &[&str] = &[
     "docker",
     "events",
     "firewall",
-    "headroom",
     "identity",
     "life",
     "config",
+    "headroom",
     "limits",
     "backoff",
     "logging",
@@ -42,7 +42,7 @@ const DRIVER: &[&str] = &[
 /// The shim's, in the same way.
 const SHIM: &[&str] = &[
     "main",
-    "cli",
+    "command",
     "service",
     "run",
     "pool",
@@ -50,10 +50,11 @@ const SHIM: &[&str] = &[
     "nomad",
     "credentials",
     "provider",
-    "access",
+    "secret",
     "environment",
-    "rate",
     "token",
+    "access",
+    "rate",
     "backoff",
 ];
 
@@ -78,7 +79,10 @@ fn files_import_each_other_in_no_circle() {
             graph.entry(&import.from).or_default().push(import);
         }
         if let Some(circle) = circle(&graph) {
-            panic!("a circle of imports in {crate_source}:\n{}", circle.join("\n"));
+            panic!(
+                "a circle of imports in {crate_source}:\n{}",
+                circle.join("\n")
+            );
         }
     }
 }
@@ -95,8 +99,14 @@ fn assert_layers(imports: &Imports, layers: &[&str]) {
         .filter(|import| place(&import.from) > place(&import.to))
         .map(ToString::to_string)
         .collect();
-    assert!(upwards.is_empty(), "imports that run upwards:\n{}", upwards.join("\n"));
-    let unused = layers.iter().find(|layer| !imports.modules.contains(**layer));
+    assert!(
+        upwards.is_empty(),
+        "imports that run upwards:\n{}",
+        upwards.join("\n")
+    );
+    let unused = layers
+        .iter()
+        .find(|layer| !imports.modules.contains(**layer));
     assert_eq!(unused, None, "there is no such module any more");
 }
 

@@ -5,13 +5,12 @@ use std::{net::IpAddr, process::Command, time::Duration};
 
 use tempfile::TempDir;
 
-use polydev_stand_in::Received;
 use crate::{
     namespace::Namespace,
     process::{Process, succeed},
-    program,
-    wait_until,
+    program, wait_until,
 };
+use polydev_stand_in::Received;
 
 /// Removed with its interfaces when dropped.
 #[derive(Debug)]

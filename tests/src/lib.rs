@@ -18,7 +18,9 @@ pub mod shim;
 pub mod tls;
 
 use std::{
+    fs::File,
     path::PathBuf,
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -75,13 +77,29 @@ pub fn fresh_key() -> String {
     format!("test-{:032x}", rand::random::<u128>())
 }
 
-/// Ports of the loopback address that are free now, and are to be taken at once.
+/// Ports of the loopback address for servers of this test, as long as its process lives.
+/// Neither what connects from here gets one of them (Linux takes 32768 and above), nor a task
+/// of Nomad's (20000 to 32000), nor another test: each is locked by a file.
 ///
 /// # Panics
 /// If there are none.
 #[must_use]
 pub fn free_ports<const N: usize>() -> [u16; N] {
-    let bind = || std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
-    let listeners = [(); N].map(|()| bind());
-    listeners.map(|listener| listener.local_addr().expect("it is bound").port())
+    static HELD: Mutex<Vec<File>> = Mutex::new(Vec::new());
+    const FIRST: u16 = 32_001;
+    const COUNT: u16 = 32_768 - FIRST;
+    let folder = std::env::temp_dir().join("pdports");
+    std::fs::create_dir_all(&folder).expect("a folder can be made");
+    let start = rand::random_range(0..COUNT);
+    let mut ports = (0..COUNT).map(|next| FIRST + (start + next) % COUNT);
+    let mut held = HELD.lock().expect("nobody panics with it");
+    [(); N].map(|()| {
+        let port = ports.find(|port| {
+            let lock = File::create(folder.join(port.to_string())).expect("a file can be made");
+            let is_ours = lock.try_lock().is_ok();
+            held.extend(is_ours.then_some(lock));
+            is_ours && std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok()
+        });
+        port.expect("a port is free")
+    })
 }

@@ -117,7 +117,24 @@ impl Nomad {
 
     fn run_agent(mut self) -> Self {
         self.agent = Some(self.spawn_agent());
+        self.wait_registered();
         self
+    }
+
+    /// Waits until the agent's node is registered, or the agent has ended: whoever starts one
+    /// begins to count from there. A server refuses a node while its keyring is not there yet,
+    /// and the agent tries again 15 to 30 s later (Nomad 1.11.3, `client/client.go`).
+    #[track_caller]
+    fn wait_registered(&mut self) {
+        wait_until("a registered node", Duration::from_secs(120), || {
+            if self.agent().exit().is_some() {
+                return Ok(());
+            }
+            match self.get("/v1/nodes") {
+                Value::Array(nodes) if !nodes.is_empty() => Ok(()),
+                other => Err(other.to_string()),
+            }
+        });
     }
 
     fn configure(options: &str, drivers: &str) -> Self {
@@ -242,18 +259,28 @@ impl Nomad {
 
     /// Makes an agent that is not running unable to attach to the driver it had: go-plugin
     /// finds nobody at the address it knows.
-    pub fn forget_plugins(&self) {
-        let socket = |entry: &fs::DirEntry| entry.path().join("plugin.sock");
-        let entries = fs::read_dir(std::env::temp_dir()).expect("a folder can be read");
-        for entry in entries.flatten() {
-            if entry
-                .file_name()
-                .to_string_lossy()
-                .starts_with("polydev-plugin-")
-            {
-                let _gone = fs::remove_file(socket(&entry));
-            }
-        }
+    ///
+    /// # Panics
+    /// If no driver runs.
+    pub fn forget_plugin(&self) {
+        let lock = fs::read_to_string(self.state_dir().join("driver.lock"));
+        let pid = lock.expect("a driver runs").trim().parse();
+        let driver = procfs::process::Process::new(pid.expect("a pid")).expect("it runs");
+        let open = driver.fd().expect("root may look").flatten();
+        let sockets: Vec<u64> = open
+            .filter_map(|fd| match fd.target {
+                procfs::process::FDTarget::Socket(inode) => Some(inode),
+                _ => None,
+            })
+            .collect();
+        let listening = procfs::net::unix().expect("root may look").into_iter();
+        let named = listening.filter(|socket| sockets.contains(&socket.inode));
+        let plugin = named.filter_map(|socket| socket.path).find(|path| {
+            let folder = path.parent().and_then(Path::file_name).unwrap_or_default();
+            folder.to_string_lossy().starts_with("polydev-plugin-")
+        });
+        let plugin = plugin.expect("a plugin listens for its agent");
+        fs::remove_file(plugin).expect("it is there");
     }
 
     /// Waits until the driver is healthy on the node.

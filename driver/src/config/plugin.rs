@@ -14,7 +14,7 @@ use super::{
     telemetry::{RawTelemetry, Telemetry},
     value::{self, Maps, Number, absolute, duration, merged, ranged, refused, text},
 };
-use crate::{limits::Limits, headroom::Amount};
+use crate::{headroom::Amount, limits::Limits};
 
 /// What Docker gives a container by default, without NET_RAW, which forges packets
 /// on a bridge (CVE-2021-32575).

@@ -142,7 +142,9 @@ impl Exec {
     /// The process on the host, to be killed when nobody waits for it any more.
     pub async fn pid(&self) -> Option<u32> {
         let inspect = self.docker.api().ok()?.inspect_exec(&self.id);
-        let exec = within(CALL_TIMEOUT, "inspect an exec", inspect).await.ok()?;
+        let exec = within(CALL_TIMEOUT, "inspect an exec", inspect)
+            .await
+            .ok()?;
         let pid = exec.pid.filter(|_| exec.running == Some(true))?;
         u32::try_from(pid).ok().filter(|pid| *pid > 0)
     }

@@ -84,7 +84,12 @@ impl Docker {
     /// [`Error`]; [`Error::is_not_found`] if the image is not on this node.
     pub async fn image(&self, reference: &str) -> Result<Image, Error> {
         let operation = format!("inspect image `{reference}`");
-        let image = within(CALL_TIMEOUT, operation, self.api()?.inspect_image(reference)).await?;
+        let image = within(
+            CALL_TIMEOUT,
+            operation,
+            self.api()?.inspect_image(reference),
+        )
+        .await?;
         let config = image.config.unwrap_or_default();
         let home = config
             .env

@@ -12,9 +12,7 @@ mod lease;
 mod runs;
 mod slots;
 
-use std::{
-    fs, io, os::unix::fs::PermissionsExt, path::Path, pin::Pin, sync::Arc, time::Instant,
-};
+use std::{fs, io, os::unix::fs::PermissionsExt, path::Path, pin::Pin, sync::Arc, time::Instant};
 
 use futures_util::{Stream, StreamExt, stream};
 use polydev_proto::{

@@ -22,8 +22,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use procfs::sys::kernel::random::boot_id;
 use parking_lot::{Mutex, MutexGuard};
+use procfs::sys::kernel::random::boot_id;
 use tokio::sync::broadcast;
 
 use super::{

@@ -25,12 +25,7 @@ use tokio::{
 
 use stdin::StdinWindow;
 
-use super::{
-    Ended, Granted, Input, Run,
-    book::Runs,
-    claim::Refusal,
-    window::MAX_WAITING,
-};
+use super::{Ended, Granted, Input, Run, book::Runs, claim::Refusal, window::MAX_WAITING};
 use crate::{
     limits::{self, Limits},
     link::{self, Connection},
@@ -276,10 +271,9 @@ impl<'a> Carrier<'a> {
         let is_starved = self.starved.is_some();
         let fits = |stream| self.run.output[stream].waiting() + MAX_DATA as u64 <= most;
         let takes_all = self.overdraft || self.run.claimed.drop_oldest;
-        let has_room =
-            !is_starved
-                && fits(Stream::Artifacts)
-                && (takes_all || (fits(Stream::Stdout) && fits(Stream::Stderr)));
+        let has_room = !is_starved
+            && fits(Stream::Artifacts)
+            && (takes_all || (fits(Stream::Stdout) && fits(Stream::Stderr)));
         let window_open = self.stdin.is_open();
         let is_asked = self.ending != Ending::No;
         let Connection { init, link, .. } = &mut *self.connection;
@@ -329,7 +323,10 @@ impl<'a> Carrier<'a> {
                 self.signal(SIGKILL).await
             }
             Ending::No if self.waits_for_files() => Err(self.not_started(&NotStarted {
-                message: format!("its files did not come within {} s", FILES_TIMEOUT.as_secs()),
+                message: format!(
+                    "its files did not come within {} s",
+                    FILES_TIMEOUT.as_secs()
+                ),
                 ..NotStarted::default()
             })),
             // Init has ended the command, and its last output waits for room.

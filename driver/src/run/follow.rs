@@ -77,7 +77,9 @@ impl Follower {
     pub fn new(run: Arc<Run>, offsets: PerStream<u64>) -> Result<Self, BeyondEnd> {
         let lengths = match &run.progress.borrow().outcome {
             // How much it has written is not known.
-            Some(Outcome::Ended(ended)) if ended.reason == Reason::Lost => PerStream::from([u64::MAX; 3]),
+            Some(Outcome::Ended(ended)) if ended.reason == Reason::Lost => {
+                PerStream::from([u64::MAX; 3])
+            }
             Some(Outcome::Ended(ended)) => ended.lengths(),
             _ => PerStream::default(),
         };

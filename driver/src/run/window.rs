@@ -358,7 +358,10 @@ mod tests {
             window.append(index << 20, &vec![7; 1 << 20]).unwrap();
             window.deliver((index + 1) << 20);
             let held = fs::metadata(&path).unwrap().blocks() * 512;
-            assert!(held <= MAX_BEHIND + (2 << 20), "{held} bytes after {index} MiB");
+            assert!(
+                held <= MAX_BEHIND + (2 << 20),
+                "{held} bytes after {index} MiB"
+            );
         }
         window.release();
         assert!(!path.exists());

@@ -28,7 +28,11 @@ pub(super) enum Work {
 impl Work {
     pub(super) fn find(node: &Node, task_id: &str) -> Option<Self> {
         let plain = || node.tasks.book.get(task_id).map(Self::Plain);
-        node.slots.book.by_task(task_id).map(Self::Slot).or_else(plain)
+        node.slots
+            .book
+            .by_task(task_id)
+            .map(Self::Slot)
+            .or_else(plain)
     }
 
     pub(super) fn task_id(&self) -> &str {

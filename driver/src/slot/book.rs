@@ -1,9 +1,6 @@
 //! The slots of this node, for the Nomad service, the node service and the reaper.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-};
+use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;

@@ -106,7 +106,9 @@ impl Breakers {
 
 fn wait(failures: u32) -> Duration {
     let doublings = failures.saturating_sub(MAX_FAILURES).min(10);
-    FIRST_INTERVAL.saturating_mul(1 << doublings).min(MAX_INTERVAL)
+    FIRST_INTERVAL
+        .saturating_mul(1 << doublings)
+        .min(MAX_INTERVAL)
 }
 
 #[cfg(test)]

@@ -135,7 +135,9 @@ enum Outcome {
     Good,
     /// None was tried: it says nothing of the slot.
     Held,
-    Failed { reason: String },
+    Failed {
+        reason: String,
+    },
 }
 
 type Ready = oneshot::Sender<Result<(), fill::Error>>;

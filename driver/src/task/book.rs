@@ -1,9 +1,6 @@
 //! The plain tasks of this node, for the Nomad service and the reaper.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-};
+use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::{Mutex, MutexGuard};
 

@@ -146,7 +146,11 @@ async fn step(
     ended: &mut Option<Instant>,
 ) -> Result<Event, docker::Error> {
     loop {
-        let wait = if ended.is_some() { DRAIN_TIMEOUT } else { STATE_INTERVAL };
+        let wait = if ended.is_some() {
+            DRAIN_TIMEOUT
+        } else {
+            STATE_INTERVAL
+        };
         let next = timeout(wait, output.next()).await;
         match (next, &ended) {
             (Ok(Some(piece)), Some(since)) if since.elapsed() < MAX_DRAIN_TIME => {

@@ -174,7 +174,9 @@ impl Keeper {
             drop(ready.wait_for(|ready| *ready).await);
             pump.await;
         };
-        Some(AbortOnDropHandle::new(self.tasks.site.background.spawn(pump)))
+        Some(AbortOnDropHandle::new(
+            self.tasks.site.background.spawn(pump),
+        ))
     }
 
     /// Serves the running task until it has ended.
@@ -277,7 +279,8 @@ impl Keeper {
     /// The kernel has killed something a moment ago. What it killed long before the end
     /// the task got over.
     fn is_out_of_memory(&self) -> bool {
-        self.oom_seen.is_some_and(|seen| seen.elapsed() < 3 * OOM_INTERVAL)
+        self.oom_seen
+            .is_some_and(|seen| seen.elapsed() < 3 * OOM_INTERVAL)
     }
 
     fn failed(&self, error: &str) -> Exit {
@@ -319,7 +322,10 @@ impl Keeper {
         };
         if is_given_up {
             let message = "Nomad does not read the task's last output; it is lost";
-            self.tasks.site.events.send(&task.entry.identity, message.into());
+            self.tasks
+                .site
+                .events
+                .send(&task.entry.identity, message.into());
         }
         self.end_process().await;
     }
@@ -332,7 +338,12 @@ impl Keeper {
         };
         process.kill();
         if timeout(KILL_TIMEOUT, process.ended()).await.is_err() {
-            let _the_reapers = self.tasks.site.docker.remove(&self.live.entry.container).await;
+            let _the_reapers = self
+                .tasks
+                .site
+                .docker
+                .remove(&self.live.entry.container)
+                .await;
             let _still_there = timeout(KILL_TIMEOUT, process.ended()).await;
         }
     }

@@ -150,7 +150,8 @@ pub(super) async fn pump(
         catch_up(&docker, &container, &mut sinks).await;
     }
     let begin = Instant::now();
-    while begin.elapsed() < READ_TIMEOUT && (sinks.stdout.has_unread() || sinks.stderr.has_unread()) {
+    while begin.elapsed() < READ_TIMEOUT && (sinks.stdout.has_unread() || sinks.stderr.has_unread())
+    {
         sleep(OPEN_INTERVAL).await;
     }
 }

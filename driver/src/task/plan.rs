@@ -82,12 +82,7 @@ impl<'a> Plan<'a> {
             embed_profile(option)?;
         }
         let identity = Identity::of(task);
-        let place = network::place(
-            task,
-            &options,
-            &journal.files(&identity),
-            &site.resolv_conf,
-        )?;
+        let place = network::place(task, &options, &journal.files(&identity), &site.resolv_conf)?;
         let mut mounts = mounts::mounts(task, &options, plugin)?;
         mounts.mounts.extend(place.files.iter().cloned());
         let compute = &site.compute;

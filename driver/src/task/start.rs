@@ -178,10 +178,7 @@ async fn create(site: &Site, spec: &docker::PlainSpec<'_>) -> Result<String, Err
     Ok(create_once(site, spec).await?)
 }
 
-async fn create_once(
-    site: &Site,
-    spec: &docker::PlainSpec<'_>,
-) -> Result<String, docker::Error> {
+async fn create_once(site: &Site, spec: &docker::PlainSpec<'_>) -> Result<String, docker::Error> {
     let created = site.docker.create_plain(spec).await;
     if created.as_ref().is_err_and(|error| !error.is_answer()) {
         removal::remove_if_made(&site.docker, &spec.name);
@@ -197,7 +194,9 @@ struct Running {
 
 async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result<Running, Error> {
     let (docker, id) = (site.docker.clone(), container.to_owned());
-    let mut started: JoinHandle<_> = site.background.spawn(async move { docker.start(&id).await });
+    let mut started: JoinHandle<_> = site
+        .background
+        .spawn(async move { docker.start(&id).await });
     let Some(listener) = listener else {
         started.await.expect("starting does not panic")?;
         let state = site.docker.state(container).await?;
@@ -208,7 +207,10 @@ async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result
         });
     };
     let accept = async {
-        let accept = timeout(INIT_TIMEOUT, listener.accept(|pid| is_of_container(pid, container)));
+        let accept = timeout(
+            INIT_TIMEOUT,
+            listener.accept(|pid| is_of_container(pid, container)),
+        );
         let mut accept = std::pin::pin!(accept);
         tokio::select! {
             // Init is there before dockerd has answered: there is nothing to wait for.
@@ -278,7 +280,9 @@ async fn prepare(
     let (process, limits) = match (process, link.is_some()) {
         // Without init the command runs already, and may be over in the meantime: it has
         // left its control groups a moment before its end is seen.
-        (Ok(process), false) if limits.is_err() && timeout(END_TIMEOUT, process.ended()).await.is_ok() => {
+        (Ok(process), false)
+            if limits.is_err() && timeout(END_TIMEOUT, process.ended()).await.is_ok() =>
+        {
             (Some(process), None)
         }
         (Ok(process), _) => (Some(process), Some(Arc::new(limits?))),

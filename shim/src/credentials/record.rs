@@ -9,15 +9,16 @@ use aes_gcm::{
     Aes256Gcm,
     aead::{Aead, KeyInit, Payload},
 };
+use polydev_proto::provider::Provider;
 use prost::Message;
 use secrecy::ExposeSecret;
 use zeroize::Zeroizing;
 
 use super::{
-    Credential, Error,
+    Error,
     keys::{KeyRing, MasterKey},
 };
-use crate::provider::Provider;
+use crate::secret::Credential;
 
 /// Longest record: of the longest credential.
 pub const MOST: usize = 132 << 10;

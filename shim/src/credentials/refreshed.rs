@@ -2,7 +2,7 @@
 //!
 //! The file comes sealed, through a driver, and maybe to another shim than the one that sent
 //! it. So the key it is sealed to is made of a master key, which all shims have, and of the
-//! [`Label`] that says what was sent: whoever changes the label has no key for it, and a node
+//! label that says what was sent: whoever changes the label has no key for it, and a node
 //! can change no credentials but those that were sent to it, for as long as a run may go on.
 //!
 //! A run's file takes the place of the one that the run got, or of what the run itself gave
@@ -16,57 +16,36 @@ use std::{
 };
 
 use polydev_proto::{
-    init::{Refreshable, Refreshed},
+    init::Refreshed,
     node::{WatchRefreshedRequest, node_service_client::NodeServiceClient},
     run_id::made_at,
-    sealed::{self, PrivateKey},
+    sealed,
 };
 use prost::Message;
-use secrecy::ExposeSecret;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::{Code, Status, transport::Channel};
-use zeroize::Zeroizing;
 
 use super::{
-    Credential,
-    keys::MasterKey,
+    label::{Label, private_key},
     record::{Binding, Record},
     store::{Info, Row},
     vault::{self, TRIES, Vault},
 };
-use crate::{pool::CONNECT, provider::Cli};
+use crate::{provider::Cli, secret::Credential};
 
-const PURPOSE: &[u8] = b"polydev refreshed account";
+/// For a driver to accept the call.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// From a run's id until its results are given up: drivers take an id for an hour, and the
 /// longest run and the time of its results are some 24 more.
-const OLDEST: Duration = Duration::from_secs(26 * 3600);
+const MAX_AGE: Duration = Duration::from_secs(26 * 3600);
 /// By how much the clock that made an id may be ahead.
-const AHEAD: Duration = Duration::from_secs(10 * 60);
+const MAX_CLOCK_SKEW: Duration = Duration::from_secs(10 * 60);
 /// A run tells no more often than every ten seconds.
-const COUNT_MOST: u64 = 1 << 32;
+const MAX_COUNT: u64 = 1 << 32;
 /// Before a driver is asked anew for all that it keeps, once for the store and once for the
 /// driver; doubled each time.
-const RETRY: Duration = Duration::from_secs(1);
-const RETRY_MOST: Duration = Duration::from_secs(30);
-
-/// What was sent to which run.
-#[derive(Clone, PartialEq, Eq, Message)]
-struct Label {
-    /// Of the master key that the key is made of.
-    #[prost(string, tag = "1")]
-    key_id: String,
-    #[prost(string, tag = "2")]
-    user_id: String,
-    #[prost(string, tag = "3")]
-    provider: String,
-    #[prost(string, tag = "4")]
-    run_id: String,
-    #[prost(uint64, tag = "5")]
-    version: u64,
-    /// When the first was put: versions begin anew after a deletion.
-    #[prost(message, optional, tag = "6")]
-    created_at: Option<prost_types::Timestamp>,
-}
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Why a file is not taken back; never quotes it.
 #[derive(Debug, thiserror::Error)]
@@ -83,35 +62,6 @@ pub enum Error {
     Superseded,
     #[error(transparent)]
     Vault(#[from] vault::Error),
-}
-
-/// What asks for the account's file that `info` is of, should the run refresh it.
-pub(super) fn refreshable(
-    info: &Info,
-    binding: Binding,
-    run_id: &str,
-    key: &MasterKey,
-) -> Refreshable {
-    let label = Label {
-        key_id: key.id.clone(),
-        user_id: info.user_id.clone(),
-        provider: info.provider.clone(),
-        run_id: run_id.to_owned(),
-        version: info.version,
-        created_at: Some(info.created_at.into()),
-    };
-    let label = label.encode_to_vec();
-    Refreshable {
-        path: binding.provider.account_file().to_owned(),
-        public_key: private_key(key, &label).public(),
-        label: label.into(),
-    }
-}
-
-/// What opens a file with this label: HPKE's `DeriveKeyPair` of master key, purpose and label.
-fn private_key(key: &MasterKey, label: &[u8]) -> PrivateKey {
-    let seed = [key.bytes.expose_secret(), PURPOSE, label].concat();
-    PrivateKey::derive(&Zeroizing::new(seed))
 }
 
 impl Vault {
@@ -137,7 +87,7 @@ impl Vault {
         let file = private_key(key, &refreshed.label)
             .open_refreshed(&refreshed.sealed, &refreshed.label)?;
         // It opens, so the label is one that a shim has made.
-        if !(1..=COUNT_MOST).contains(&file.count) {
+        if !(1..=MAX_COUNT).contains(&file.count) {
             return Err(Error::Label);
         }
         let version = label.version + file.count;
@@ -190,11 +140,11 @@ impl Label {
     /// Whoever has had a key once should not have it for ever.
     fn check_age(&self, now: SystemTime) -> Result<(), Error> {
         let made = made_at(&self.run_id).ok_or(Error::Label)?;
-        if made > now + AHEAD {
+        if made > now + MAX_CLOCK_SKEW {
             return Err(Error::Label);
         }
         match now.duration_since(made) {
-            Ok(age) if age > OLDEST => Err(Error::TooOld),
+            Ok(age) if age > MAX_AGE => Err(Error::TooOld),
             _ => Ok(()),
         }
     }
@@ -219,7 +169,7 @@ pub async fn follow(vault: &Vault, node_id: &str, channel: Channel) -> Infallibl
     if !vault.has_store() {
         return pending().await;
     }
-    let mut retry = RETRY;
+    let mut retry = RETRY_INTERVAL;
     loop {
         let begun = Instant::now();
         let Err(status) = follow_once(vault, channel.clone(), retry).await;
@@ -235,9 +185,9 @@ pub async fn follow(vault: &Vault, node_id: &str, channel: Channel) -> Infallibl
             "a driver is asked anew for refreshed accounts"
         );
         sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
-        retry = match begun.elapsed() > 3 * RETRY_MOST {
-            true => RETRY,
-            false => RETRY_MOST.min(retry * 2),
+        retry = match begun.elapsed() > 3 * MAX_RETRY_INTERVAL {
+            true => RETRY_INTERVAL,
+            false => MAX_RETRY_INTERVAL.min(retry * 2),
         };
     }
 }
@@ -249,7 +199,11 @@ async fn follow_once(
     retry: Duration,
 ) -> Result<Infallible, Status> {
     let mut client = NodeServiceClient::new(channel);
-    let told = timeout(CONNECT, client.watch_refreshed(WatchRefreshedRequest {})).await;
+    let told = timeout(
+        CONNECT_TIMEOUT,
+        client.watch_refreshed(WatchRefreshedRequest {}),
+    )
+    .await;
     let told = told.map_err(|_| Status::deadline_exceeded("no answer in 5 s"))?;
     let mut told = told?.into_inner();
     let mut failed: Option<(Instant, Status)> = None;
@@ -302,6 +256,7 @@ async fn take_back(vault: &Vault, run_id: &str, refreshed: &Refreshed) -> Result
 mod tests {
     use super::*;
     use crate::credentials::keys::tests::ring;
+    use crate::credentials::label::refreshable;
     use polydev_proto::{init::RefreshedFile, sealed::seal_refreshed};
 
     fn info(version: u64) -> Info {
@@ -391,12 +346,12 @@ mod tests {
         let now = SystemTime::now();
         assert!(
             label
-                .check_age(now + OLDEST - Duration::from_secs(60))
+                .check_age(now + MAX_AGE - Duration::from_secs(60))
                 .is_ok()
         );
-        let later = now + OLDEST + Duration::from_secs(60);
+        let later = now + MAX_AGE + Duration::from_secs(60);
         assert!(matches!(label.check_age(later), Err(Error::TooOld)));
-        let before = now - AHEAD - Duration::from_secs(60);
+        let before = now - MAX_CLOCK_SKEW - Duration::from_secs(60);
         assert!(matches!(label.check_age(before), Err(Error::Label)));
         let other = Label {
             run_id: "run".into(),

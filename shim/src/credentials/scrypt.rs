@@ -16,9 +16,10 @@ use tokio::{sync::Semaphore, task::spawn_blocking};
 use zeroize::Zeroizing;
 
 use super::{
-    Credential, Error, Invalid, invalid,
+    Error,
     keys::{KeyRing, LENGTH, MasterKey},
 };
+use crate::secret::{Credential, Invalid, invalid};
 
 /// Most hexadecimal digits of a ciphertext.
 const DIGITS_MOST: usize = 16 << 10;

@@ -15,8 +15,8 @@ use sqlx::{
 use tokio::{sync::OnceCell, time::timeout};
 
 use super::record::TENANT;
-use crate::provider::Provider;
 use address::Kind;
+use polydev_proto::provider::Provider;
 
 /// For the store to answer.
 const ANSWER: Duration = Duration::from_secs(5);

@@ -5,13 +5,17 @@ use std::{path::Path, time::SystemTime};
 use prost::Message;
 
 use super::{
-    Credential, Invalid, Prepared, Source,
+    Source,
     keys::{self, KeyRing},
+    label,
     record::{Binding, Record},
-    refreshed, scrypt,
+    scrypt,
     store::{self, Address, Filter, Info, Row, Store},
 };
-use crate::provider::Cli;
+use crate::{
+    provider::Cli,
+    secret::{Credential, Invalid, Prepared},
+};
 
 /// Records that are sealed anew in one call.
 const AT_ONCE: u32 = 50;
@@ -135,7 +139,7 @@ impl Vault {
         let mut prepared = binding.provider.prepare(&credential)?;
         if row.info.keep_refreshed {
             let key = self.keys()?.first();
-            let asked = refreshed::refreshable(&row.info, binding, run_id, key);
+            let asked = label::refreshable(&row.info, binding, run_id, key);
             prepared.refreshable = Some(asked);
         }
         Ok(prepared)

@@ -9,11 +9,11 @@ pub use plugin::Error;
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
+use polydev_proto::provider::Provider;
 use tokio::{sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
-use crate::provider::Provider;
 use plugin::Plugin;
 
 /// A run's kill timeout and the removal of its container.

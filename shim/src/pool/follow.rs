@@ -20,7 +20,7 @@ const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 256 << 20;
 /// A piece of output fits.
 const FRAME: u32 = 128 << 10;
-pub(crate) const CONNECT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between pings, and for the answer to one.
 const ALIVE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(50);
@@ -130,12 +130,12 @@ async fn follow_once(
             .keep_alive_timeout(ALIVE)
             .keep_alive_while_idle(true)
     };
-    let connect = timeout(CONNECT, address.connect(trust.as_ref(), settings)).await;
+    let connect = timeout(CONNECT_TIMEOUT, address.connect(trust.as_ref(), settings)).await;
     let channel = connect
         .map_err(|_| Status::deadline_exceeded("no connection in 5 s"))?
         .map_err(|error| Status::unavailable(crate::chain(&*error)))?;
     let mut client = NodeServiceClient::new(channel.clone());
-    let watching = timeout(CONNECT, client.watch_slots(WatchSlotsRequest {})).await;
+    let watching = timeout(CONNECT_TIMEOUT, client.watch_slots(WatchSlotsRequest {})).await;
     let mut slots = watching
         .map_err(|_| Status::deadline_exceeded("no answer in 5 s"))??
         .into_inner();

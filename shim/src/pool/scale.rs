@@ -2,12 +2,12 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use polydev_proto::provider::Provider;
 use tokio::time::{Instant, sleep};
 
 use crate::{
     backoff::Backoff,
     nomad::{self, Nomad},
-    provider::Provider,
 };
 
 /// The largest pool.

@@ -3,7 +3,7 @@
 use secrecy::SecretString;
 
 use super::{InvalidPrompt, Prompt, Table, strings, variable};
-use crate::credentials::Prepared;
+use crate::secret::Prepared;
 
 pub(super) const TABLE: Table = Table {
     takes_project: false,

@@ -7,7 +7,10 @@ use bytes::Bytes;
 use polydev_proto::node::{self, RunInput, run_event as driver, run_input};
 use tokio::time::timeout;
 
-use super::{Connection, request::Invalid};
+use super::{
+    Connection,
+    request::{Invalid, Own},
+};
 
 /// Most input in one message, as the API says.
 const MOST: usize = 64 << 10;
@@ -26,23 +29,6 @@ pub struct Input {
     closed: bool,
     kept: VecDeque<node::Stdin>,
     own: Option<Own>,
-}
-
-/// Input that came with the run, for the shim to give: the content of its files, and a prompt
-/// too long for an argument.
-#[derive(Debug, Clone)]
-pub struct Own {
-    /// Where in the stream it begins.
-    pub from: u64,
-    pub bytes: Bytes,
-    /// Nothing follows it.
-    pub closes: bool,
-}
-
-impl Own {
-    fn end(&self) -> u64 {
-        self.from + self.bytes.len() as u64
-    }
 }
 
 impl Input {

@@ -6,6 +6,7 @@ use std::{ops::RangeInclusive, time::Duration};
 
 use polydev_proto::{
     node::{LeaseRequest, ReleaseRequest, node_service_client::NodeServiceClient},
+    provider::Provider,
     runtime::{AllocateRequest, Lease},
 };
 use tokio::time::{Instant, sleep, timeout_at};
@@ -19,10 +20,7 @@ use super::{
     queue::{Place, Queue},
     request::{Invalid, LEAST, QUEUE_TIMEOUT, QUEUE_TIMEOUT_MOST, bounded, check_user},
 };
-use crate::{
-    pool::{Candidate, Kept, View},
-    provider::Provider,
-};
+use crate::pool::{Candidate, Kept, View};
 
 const TIME: Duration = Duration::from_secs(60);
 /// Well below the age of a run id that drivers take.

@@ -1,15 +1,16 @@
 //! What the nodes tell of runs, without their output.
 
 use futures_util::{StreamExt, stream};
-use polydev_proto::node::{
-    self, GetRunRequest, ListRunsRequest, node_service_client::NodeServiceClient,
+use polydev_proto::{
+    node::{self, GetRunRequest, ListRunsRequest, node_service_client::NodeServiceClient},
+    provider::Provider,
 };
 
 use super::{
     Error, answered,
     attach::{Name, first_of},
 };
-use crate::{pool::View, provider::Provider};
+use crate::pool::View;
 
 /// Nodes that are asked at a time.
 pub const ASKED: usize = 64;

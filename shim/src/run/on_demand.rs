@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use polydev_proto::provider::Provider;
 use tokio::{
     sync::{Semaphore, oneshot, watch},
     time::{sleep, timeout},
@@ -17,7 +18,6 @@ use super::queue::Place;
 use crate::{
     nomad::{Nomad, job::Allocation},
     pool::View,
-    provider::Provider,
 };
 
 /// For a slot of the pool to become idle.

@@ -28,8 +28,8 @@ use tonic::{Code, Status};
 use super::{
     Connection, Error, Events,
     attach::{self, Name, attach_again},
-    input::{self, Input, Own},
-    request::Invalid,
+    input::{self, Input},
+    request::{Invalid, Own},
 };
 use crate::pool::View;
 use encode::{encode_artifacts, encode_output, new_part};

@@ -2,12 +2,15 @@
 
 mod files;
 
+pub use files::Own;
+
 use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
 
 use bytes::Bytes;
 use polydev_proto::{
     exec,
     node::{RunSpec, TraceContext},
+    provider::{Provider, Unknown},
     runtime::{RunStart, SlowReader, run_start::Command},
     workspace,
 };
@@ -17,11 +20,11 @@ use uuid::Uuid;
 
 use files::{files, own_input, rules, terminal};
 
-use super::input::Own;
 use crate::{
-    credentials::{self, Prepared, Source},
+    credentials::Source,
     environment,
-    provider::{Cli, InvalidPrompt, Prompt, Provider, Unknown},
+    provider::{Cli, InvalidPrompt, Prompt},
+    secret::{self, Prepared},
 };
 
 pub(super) const LEAST: Duration = Duration::from_millis(1);
@@ -75,7 +78,7 @@ pub enum Invalid {
     #[error(transparent)]
     Provider(#[from] Unknown),
     #[error(transparent)]
-    Credential(#[from] credentials::Invalid),
+    Credential(#[from] secret::Invalid),
     #[error(transparent)]
     Environment(#[from] environment::Refused),
     #[error(transparent)]
@@ -366,7 +369,7 @@ pub(super) fn bounded(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::credentials::Credential;
+    use crate::secret::Credential;
     use polydev_proto::runtime::{self, Argv};
 
     fn start() -> RunStart {

@@ -6,14 +6,15 @@ use std::{
 };
 
 use futures_util::FutureExt;
-use polydev_proto::node::{
-    self, WatchRunsRequest, WatchRunsResponse, node_service_client::NodeServiceClient,
+use polydev_proto::{
+    node::{self, WatchRunsRequest, WatchRunsResponse, node_service_client::NodeServiceClient},
+    provider::Provider,
 };
 use tokio::{sync::mpsc, task::JoinSet, time::sleep};
 use tonic::{Status, transport::Channel};
 
 use super::{answered, listing::Found};
-use crate::{pool::View, provider::Provider};
+use crate::pool::View;
 
 /// Which runs: those that fit all of it.
 #[derive(Debug, Clone, Default)]

@@ -18,7 +18,7 @@ use polydev_proto::runtime::{
 use tokio::time::timeout;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{api::Api, server::FIRST_MESSAGE_TIMEOUT, trace::trace_context};
+use super::{FIRST_MESSAGE_TIMEOUT, api::Api, trace::trace_context};
 use crate::{
     access::Caller,
     run::{Error, attach::Name, relay::Inputs, request::Invalid},

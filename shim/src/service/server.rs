@@ -30,10 +30,6 @@ use crate::{
     token::Tokens,
 };
 
-/// A run with argv and environment at the kernel's limits.
-pub(super) const MAX_MESSAGE: usize = 4 << 20;
-/// For a caller to say what it wants.
-pub(super) const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two pings to a caller, and until one that answers none is gone: one whose process
 /// is stopped for a while is not.
 const PING: Duration = Duration::from_secs(60);
@@ -99,7 +95,7 @@ pub async fn serve(
     };
     let api = Arc::new(api);
     let http = http::router(api.clone());
-    let grpc = RuntimeServiceServer::new(Grpc(api)).max_decoding_message_size(MAX_MESSAGE);
+    let grpc = RuntimeServiceServer::new(Grpc(api)).max_decoding_message_size(super::MAX_MESSAGE);
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<RuntimeServiceServer<Grpc>>().await;
     let reflection = tonic_reflection::server::Builder::configure()

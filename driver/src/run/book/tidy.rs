@@ -7,7 +7,7 @@ use std::{
 
 use tokio::time::MissedTickBehavior;
 
-use super::{RESULTS_TIMEOUT, Known, Past, MEMORY_TIMEOUT, Runs, fence::Fence};
+use super::{Known, MEMORY_TIMEOUT, Past, RESULTS_TIMEOUT, Runs, fence::Fence};
 use crate::run::{
     Outcome, Run,
     journal::{self, Record},
@@ -43,7 +43,8 @@ impl Runs {
             Known::Run(_) => true,
             Known::Past(Past { claimed_at: at, .. }) | Known::Fenced(Fence { at, .. }) => {
                 // A time to come is one of a clock that was set back.
-                now.duration_since(*at).map_or(true, |age| age < MEMORY_TIMEOUT)
+                now.duration_since(*at)
+                    .map_or(true, |age| age < MEMORY_TIMEOUT)
             }
         });
         if inner.journal.is_long(inner.known.len()) {

@@ -7,7 +7,7 @@ use polydev_proto::{
 };
 use tokio::time::timeout;
 
-use super::{RETURN_TIMEOUT, Carrier, Connection, DESTROYED, End, Ending, SIGTERM, Stop};
+use super::{Carrier, Connection, DESTROYED, End, Ending, RETURN_TIMEOUT, SIGTERM, Stop};
 use crate::{link::Greeted, run::claim::Refusal};
 
 impl Carrier<'_> {

@@ -10,12 +10,12 @@ use polydev_cli::{
 };
 use polydev_shim::{
     credentials::{
-        Credential,
         keys::KeyRing,
         record::{Binding, Record},
     },
     provider::Cli,
     run::request::check_user,
+    secret::Credential,
 };
 use prost::Message;
 

@@ -3,17 +3,18 @@
 
 use std::time::Duration;
 
-use polydev_proto::driver::{
-    AllocatedCpuResources, AllocatedMemoryResources, AllocatedTaskResources, DestroyTaskRequest,
-    Resources, StartTaskRequest, StopTaskRequest, TaskConfig, WaitTaskRequest,
-    driver_client::DriverClient,
+use polydev_proto::{
+    driver::{
+        AllocatedCpuResources, AllocatedMemoryResources, AllocatedTaskResources,
+        DestroyTaskRequest, Resources, StartTaskRequest, StopTaskRequest, TaskConfig,
+        WaitTaskRequest, driver_client::DriverClient,
+    },
+    provider::Provider,
 };
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, transport::Channel};
 use uuid::Uuid;
-
-use crate::provider::Provider;
 
 /// What the jobs of `jobspecs/` reserve for a slot.
 const CPU_MHZ: i64 = 100;

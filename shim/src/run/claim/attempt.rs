@@ -23,13 +23,13 @@ use tracing::Instrument;
 use super::MAX_PAUSE;
 use crate::{
     backoff::Backoff,
-    credentials::Prepared,
     pool::{Candidate, View},
     run::{
         Connection, Error, Events, INPUTS,
         fence::{self, Announced, Fenced, Have, announce, fence},
         request::Request,
     },
+    secret::Prepared,
 };
 
 /// A claim must start within this time. A driver grants one in about a millisecond.

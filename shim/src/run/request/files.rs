@@ -9,7 +9,24 @@ use polydev_proto::{
 };
 
 use super::Invalid;
-use crate::run::input::Own;
+
+/// Input that came with the run, for the shim to give: the content of its files, and a prompt
+/// too long for an argument.
+#[derive(Debug, Clone)]
+pub struct Own {
+    /// Where in the stream it begins.
+    pub from: u64,
+    pub bytes: Bytes,
+    /// Nothing follows it.
+    pub closes: bool,
+}
+
+impl Own {
+    /// Where in the stream it ends.
+    pub(in crate::run) fn end(&self) -> u64 {
+        self.from + self.bytes.len() as u64
+    }
+}
 
 /// Of files whose mode the caller does not say.
 const MODE: u32 = 0o644;

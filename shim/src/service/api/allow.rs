@@ -3,9 +3,9 @@
 use super::Api;
 use crate::{
     access::{Action, Caller},
-    provider::Provider,
     run::{Error, attach::Name, listing},
 };
+use polydev_proto::provider::Provider;
 
 impl Api {
     /// Whether the caller may. Calls that change something are logged with the caller's name.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use futures_util::{Stream, StreamExt};
 use polydev_proto::{
     node::TraceContext,
+    provider::Provider,
     runtime::{RunEvent, RunStart},
 };
 use tokio::sync::mpsc;
@@ -16,14 +17,13 @@ use super::Api;
 use crate::{
     access::{Action, Caller},
     credentials::record::Binding,
-    provider::Provider,
     run::{
         Connection, Error,
         attach::Name,
-        input::Own,
         queue::Running,
         relay::{self, Relay},
         request,
+        request::Own,
     },
 };
 

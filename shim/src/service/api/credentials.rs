@@ -1,9 +1,12 @@
 //! The calls about credentials.
 
-use polydev_proto::runtime::{
-    CredentialInfo, DeleteCredentialRequest, DeleteCredentialResponse, ListCredentialsRequest,
-    ListCredentialsResponse, PutCredentialRequest, PutCredentialResponse, RotateCredentialsRequest,
-    RotateCredentialsResponse, RotationFailure,
+use polydev_proto::{
+    provider::Provider,
+    runtime::{
+        CredentialInfo, DeleteCredentialRequest, DeleteCredentialResponse, ListCredentialsRequest,
+        ListCredentialsResponse, PutCredentialRequest, PutCredentialResponse,
+        RotateCredentialsRequest, RotateCredentialsResponse, RotationFailure,
+    },
 };
 use prost_types::Timestamp;
 
@@ -11,15 +14,15 @@ use super::{Api, page};
 use crate::{
     access::Caller,
     credentials::{
-        Error as VaultError, Invalid as InvalidCredential, Source,
+        Error as VaultError, Source,
         record::Binding,
         store::{Filter, Info},
     },
-    provider::Provider,
     run::{
         Error,
         request::{Invalid, check_user},
     },
+    secret,
 };
 
 impl Api {
@@ -37,7 +40,7 @@ impl Api {
         })?;
         let source = Source::parse(credential).map_err(Invalid::from)?;
         if matches!(source, Source::Stored) {
-            return Err(Error::Invalid(Invalid::Credential(InvalidCredential {
+            return Err(Error::Invalid(Invalid::Credential(secret::Invalid {
                 field: "stored".into(),
                 problem: "names what is in the store already: another source is needed",
             })));

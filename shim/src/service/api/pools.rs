@@ -5,6 +5,7 @@ use std::time::Duration;
 use futures_util::{Stream, stream};
 use polydev_proto::{
     node,
+    provider::Provider,
     runtime::{
         GetPoolRequest, GetPoolResponse, ListPoolsResponse, Pool, Slot, SlotState,
         WatchPoolsResponse,
@@ -16,7 +17,6 @@ use super::Api;
 use crate::{
     access::{Action, Caller},
     pool::{Counts, View},
-    provider::Provider,
     run::{Error, request::Invalid},
 };
 

@@ -3,6 +3,7 @@
 
 use polydev_proto::{
     node,
+    provider::Provider,
     runtime::{
         DrainPoolRequest, DrainPoolResponse, Drained, Draining, ResumePoolRequest,
         ResumePoolResponse, ScalePoolRequest, ScalePoolResponse, ScaleWaiting, Scaled,
@@ -22,7 +23,6 @@ use crate::{
     access::{Action, Caller},
     nomad::Nomad,
     pool::{View, scale},
-    provider::Provider,
     run::Error,
 };
 

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use tonic::Status;
 
 use super::{error::Problem, json};
-use crate::service::server::{FIRST_MESSAGE_TIMEOUT, MAX_MESSAGE};
+use crate::service::{FIRST_MESSAGE_TIMEOUT, MAX_MESSAGE};
 
 /// What JSON makes of a message: letters that are not ASCII may take three times as much.
 const MAX_BODY: usize = 3 * MAX_MESSAGE;

@@ -28,7 +28,7 @@ use serde_path_to_error::Segment;
 use tonic::Status;
 
 use super::error::Problem;
-use crate::service::server::MAX_MESSAGE;
+use crate::service::MAX_MESSAGE;
 
 /// Every message of the protocols.
 pub(super) static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {

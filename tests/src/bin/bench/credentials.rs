@@ -7,12 +7,12 @@ use anyhow::Context;
 use polydev_proto::{provider::Provider, runtime, sealed};
 use polydev_shim::{
     credentials::{
-        Credential,
         keys::KeyRing,
         record::{Binding, Record},
         scrypt,
     },
     provider::Cli,
+    secret::Credential,
 };
 use serde_json::{Value, json};
 
