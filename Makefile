@@ -4,15 +4,35 @@ SHELL      := /bin/bash
 POLYDEV_CACHE ?= $(HOME)/.cache/polydev
 HOST       := $(shell uname -m)-unknown-linux-gnu
 SUDO       := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env env PATH="$(PATH)" HOME="$(HOME)")
-export POLYDEV_CACHE MAKECMDGOALS
+# The programs that tests start: of this build, and init as it is shipped.
+POLYDEV_BIN := $(CURDIR)/target/under-test
+export POLYDEV_CACHE POLYDEV_BIN MAKECMDGOALS
 
-.PHONY: help demo test test-long bench chaos build release images lint fmt deny advisories proto-lint unit fuzz it long agent clean-all
+.PHONY: help demo check docker nomad test test-long bench chaos build release images fmt lint doc scripts deny advisories proto-lint proto-breaking unit fuzz it long agent clean-all
 
 help:          ## Show this.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
 
-demo: release  ## Run a real CLI warm on this machine, with Docker alone.
+# The images are made while the programs are: that is mostly waiting for downloads.
+demo: tools    ## Run a real CLI warm on this machine, with Docker alone.
+	@$(SUDO) true
+	@log=$$(mktemp); $(SUDO) tests/with-docker.sh tests/images.sh >$$log 2>&1 & images=$$!; \
+	    $(MAKE) --no-print-directory demo-programs && wait $$images || { cat $$log; exit 1; }; rm -f $$log
 	@$(SUDO) tests/demo.sh
+
+.PHONY: demo-programs
+demo-programs: init
+	cargo build --locked --release --package polydev-driver --package polydev-shim --package polydev-stand-in
+	@cp target/$(HOST)/init/polydev-init target/release/
+
+check:         ## What needs neither root nor Docker: two minutes, once it is built.
+	@tests/test.sh check
+
+docker:        ## The tests that need Docker, and no Nomad.
+	@tests/test.sh docker
+
+nomad:         ## The tests that have a Nomad agent.
+	@tests/test.sh nomad
 
 test:          ## Check and test everything, real Nomad included.
 	@tests/test.sh
@@ -26,9 +46,12 @@ bench: release ## Measure, print and write target/bench/results.json.
 chaos: release ## Kill parts under load: MINUTES=10, SEED to repeat one.
 	@$(SUDO) tests/chaos.sh --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
+# All targets at once: one set of features, so that nothing is compiled twice.
 build: tools init ## Build all programs for tests.
-	cargo build --locked --workspace --exclude polydev-init
-	@cp target/$(HOST)/init/polydev-init target/debug/
+	cargo build --locked --workspace --all-targets
+	@mkdir -p $(POLYDEV_BIN)
+	@find target/debug -maxdepth 1 -type f -executable -exec ln -f -t $(POLYDEV_BIN) {} +
+	@ln -f target/$(HOST)/init/polydev-init $(POLYDEV_BIN)/polydev-init
 
 release: tools init ## Build all programs for use.
 	cargo build --locked --release --workspace --exclude polydev-init
@@ -52,6 +75,12 @@ lint:          ## Formatting and clippy, warnings denied.
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- --deny warnings
 
+doc:           ## The documentation of the crates, warnings denied.
+	RUSTDOCFLAGS="--deny warnings" cargo doc --locked --workspace --no-deps --document-private-items
+
+scripts:       ## shellcheck of all scripts.
+	git ls-files '*.sh' | xargs shellcheck --external-sources --source-path SCRIPTDIR --severity warning
+
 deny:          ## Licences, sources and bans of the dependencies.
 	cargo deny --locked check bans licenses sources
 
@@ -61,25 +90,26 @@ advisories:    ## Known vulnerabilities of the dependencies; needs the network.
 proto-lint:    ## buf lint of our protocols.
 	cd proto && buf lint
 
-unit:          ## Tests that need neither root nor a daemon.
-	cargo test --locked --workspace --exclude polydev-tests
+proto-breaking: ## buf breaking: what an earlier client could not read any more.
+	@tests/proto-breaking.sh
+
+# One process a test: see .config/nextest.toml.
+unit:          ## Unit, property, model and service tests.
+	cargo nextest run --locked --workspace -E 'not binary(it)'
+	cargo test --locked --workspace --doc --quiet
 
 fuzz:          ## Fuzz what reads bytes from outside: SECONDS=20 for each target.
 	tests/fuzz/run.sh $(or $(SECONDS),20)
 
-it: init       ## Tests of the whole system: root, Docker, Nomad, images.
-	@cp target/$(HOST)/init/polydev-init target/debug/ # cargo test has put another there.
-	cargo test --locked --package polydev-tests -- --test-threads=1 --skip long::
+# TESTS is a filter of nextest's, for some of them.
+it:            ## Tests of the whole system: root, Docker, Nomad, images.
+	cargo nextest run --locked --workspace -E 'binary(it)$(if $(TESTS), & ($(TESTS)))'
 
-long: init
-	@cp target/$(HOST)/init/polydev-init target/debug/
-	cargo test --locked --package polydev-tests -- --test-threads=1 long::
+long:
+	cargo nextest run --locked --workspace --profile long -E 'test(/(^|::)long::/)'
 
-agent: init    # Those of the tests that have a Nomad agent.
-	@cp target/$(HOST)/init/polydev-init target/debug/
-	cargo test --locked --package polydev-tests -- --test-threads=1 --skip long:: \
-	    corners:: exec:: faults:: jobspecs:: network:: nomad:: on_demand:: output:: plain:: pools:: refusals:: registry:: rolls:: \
-	    survive::a_killed survive::an_agent
+agent:         # Those of the tests that have a Nomad agent.
+	cargo nextest run --locked --workspace -E 'binary(it) & group(nomad)'
 
 clean-all:     ## Remove what demo, test and bench left: target, cache, images.
 	@$(SUDO) tests/with-docker.sh tests/clean-all.sh

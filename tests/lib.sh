@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the scripts beside this one share. To be sourced, in the repository's root.
 
 step() { printf '==> %s\n' "$*" >&2; }

@@ -1,17 +1,25 @@
 #!/bin/bash
-# make test: every check and every test; ends with how many passed, failed and were
-# skipped. Nothing is skipped quietly: what cannot run has failed.
-# test.sh long: make test-long, the tests that take minutes each, and all that have a
-# Nomad agent once more under Nomad 1.10.
+# test.sh [check|docker|nomad|long]: `make test` and its parts. Ends with how many checks and
+# tests passed and failed. Nothing is skipped quietly: what cannot run has failed.
+#
+#   check    format, clippy, docs, scripts, unit, property, model and service tests
+#   docker   the tests of the whole system that need Docker alone
+#   nomad    those that have a Nomad agent
+#   long     those that take minutes each, and all that have an agent under Nomad 1.10
+#
+# Without a word everything but `long`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh
 
-if [ -z "${POLYDEV_TEST_ENGINE:-}" ]; then
+part=${1:-all}
+is() { [[ " $* " = *" $part "* ]]; }
+
+need cargo "install Rust, see https://rustup.rs"
+need make "apt-get install make"
+need cc "apt-get install gcc"
+if ! is check && [ -z "${POLYDEV_TEST_ENGINE:-}" ]; then
     need_root test
-    need cargo "install Rust, see https://rustup.rs"
-    need make "apt-get install make"
-    need cc "apt-get install gcc"
     need c++ "apt-get install g++"
     need node "apt-get install nodejs (20 or newer)"
     need npm "apt-get install npm"
@@ -21,15 +29,9 @@ if [ -z "${POLYDEV_TEST_ENGINE:-}" ]; then
     POLYDEV_TEST_ENGINE=1 exec tests/with-docker.sh "$0" "$@"
 fi
 
-# For networks of groups, a registry with a password, and a credential store.
-packages /usr/lib/cni/bridge=containernetworking-plugins docker-registry=docker-registry htpasswd=apache2-utils
-compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null || packages initdb=postgresql
-
-passed=0 failed=0 skipped=0
-log=$(mktemp)
-before=$(mktemp)
-trap 'rm -f "$log" "$before"' EXIT
-tests/leftovers.sh >"$before"
+passed=0 failed=0
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 
 # check NAME COMMAND...: one test that is a command.
 check() {
@@ -44,50 +46,95 @@ check() {
     fi
 }
 
-# tests NAME COMMAND...: what cargo test counts.
+# tests NAME COMMAND...: what nextest and cargo test count.
 tests() {
-    local name=$1 status=0 counts
+    local name=$1 status=0 p f
     shift
     step "$name"
-    "$@" 2>&1 | tee "$log" || status=$?
-    counts=$(awk '/^test result:/ { p += $4; f += $6; s += $8 } END { print p + 0, f + 0, s + 0 }' "$log")
-    read -r p f s <<<"$counts"
+    "$@" 2>&1 | tee "$work/log" || status=$?
+    read -r p f < <(sed 's/\x1b\[[0-9;]*m//g' "$work/log" | awk '
+        /^ *Summary \[/ {
+            for (i = 2; i <= NF; i++) {
+                if ($i ~ /^passed/) p += $(i - 1)
+                if ($i ~ /^(failed|exec)/ || $i ~ /^timed/) f += $(i - 1)
+            }
+        }
+        /^test result:/ { p += $4; f += $6 }
+        END { print p + 0, f + 0 }')
     # It may end before it counts, as when it does not compile.
     if [ "$status" != 0 ] && [ "$f" = 0 ]; then f=1; fi
     if [ "$((p + f))" = 0 ]; then f=1; echo "FAILED: $name ran no test" >&2; fi
-    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+    passed=$((passed + p)) failed=$((failed + f))
 }
 
-if [ "${1:-}" != long ]; then
-    tools=$(tests/tools.sh)
-    export PATH=$tools:$PATH
-    check "formatting and clippy" make --no-print-directory lint
-    check "licences, sources and bans" make --no-print-directory deny
-    check "protocol lint" make --no-print-directory proto-lint
+# What the tests of the whole system need beside the build: images, Nomad, a collector, and
+# the clients as their users install them. Most of it is waiting for downloads, so that it is
+# made while the build goes on.
+prepare() {
+    tests/images.sh
+    tests/nomad/build.sh >"$work/nomad"
+    if is long; then tests/nomad/build.sh 1.10 >"$work/nomad-1.10"; fi
+    tests/collector/build.sh >"$work/collector"
+    tests/clients.sh >/dev/null
+    tests/python.sh >/dev/null
+    tests/grpcurl.sh >/dev/null
+}
+prepared() {
+    local status=0
+    wait "$preparing" || status=$?
+    cat "$work/prepare.log"
+    return "$status"
+}
+nothing_is_left() { ! tests/leftovers.sh | grep --invert-match --line-regexp --fixed-strings --file "$work/before"; }
+no_test_is_ignored() { ! git grep -n '#\[ignore' -- '*.rs'; }
+make() { command make --no-print-directory "$@"; }
+
+PATH=$(tests/tools.sh buf cargo-deny cargo-nextest shellcheck):$PATH
+export PATH
+if ! is check; then
+    # For networks of groups, a registry with a password, and a credential store.
+    packages /usr/lib/cni/bridge=containernetworking-plugins docker-registry=docker-registry htpasswd=apache2-utils
+    compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null || packages initdb=postgresql
+    packages qemu-system-x86_64=qemu-system-x86 cpio=cpio mmdebstrap=mmdebstrap busybox=busybox-static
+    tests/leftovers.sh >"$work/before"
+    prepare >"$work/prepare.log" 2>&1 &
+    preparing=$!
 fi
-check "build" make --no-print-directory build
-if [ "${1:-}" != long ]; then
-    tests "unit tests" make --no-print-directory unit
-    check "fuzz targets" make --no-print-directory fuzz
+
+if is check all; then
+    check "formatting and clippy" make lint
+    check "documentation" make doc
+    check "scripts" make scripts
+    check "licences, sources and bans" make deny
+    check "protocol lint" make proto-lint
+    check "protocols that earlier clients can read" make proto-breaking
+    check "no test is ignored" no_test_is_ignored
+fi
+check "build" make build
+if is check all; then tests "unit, property, model and service tests" make unit; fi
+if is all; then
+    check "fuzz targets" make fuzz
     check "limits on a kernel with cgroup v2" tests/cgroup-v2.sh
 fi
-check "images" tests/images.sh
-POLYDEV_NOMAD=$(tests/nomad/build.sh)
-export POLYDEV_NOMAD
-if [ "${1:-}" = long ]; then
-    older=$(tests/nomad/build.sh 1.10)
-else
-    POLYDEV_COLLECTOR=$(tests/collector/build.sh)
-    export POLYDEV_COLLECTOR
+if ! is check; then
+    check "images, Nomad, collector and clients" prepared
+    POLYDEV_NOMAD=$(cat "$work/nomad")
+    POLYDEV_COLLECTOR=$(cat "$work/collector")
+    export POLYDEV_NOMAD POLYDEV_COLLECTOR
+    case $part in
+        all) tests "tests of the whole system" make it ;;
+        docker) tests "tests that need Docker" make it TESTS='not group(nomad)' ;;
+        nomad) tests "tests that have a Nomad agent" make it TESTS='group(nomad)' ;;
+        long)
+            tests "tests that take minutes each" make long
+            POLYDEV_NOMAD=$(cat "$work/nomad-1.10")
+            tests "tests under Nomad 1.10" make agent
+            ;;
+        *) fail "no part \`$part\`: check, docker, nomad or long" ;;
+    esac
+    check "nothing is left behind" nothing_is_left
 fi
-tests "tests of the whole system" make --no-print-directory "${1:-it}"
-if [ "${1:-}" = long ]; then
-    POLYDEV_NOMAD=$older
-    tests "tests under Nomad 1.10" make --no-print-directory agent
-fi
-nothing_left() { ! tests/leftovers.sh | grep --invert-match --line-regexp --fixed-strings --file "$before"; }
-check "nothing is left behind" nothing_left
 
 echo
-echo "$passed passed, $failed failed, $skipped skipped"
-[ "$failed" = 0 ] && [ "$skipped" = 0 ]
+echo "$passed passed, $failed failed, 0 skipped"
+[ "$failed" = 0 ]

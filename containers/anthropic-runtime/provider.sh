@@ -1,3 +1,4 @@
+# shellcheck shell=sh disable=SC2034  # entrypoint.sh reads them.
 # What entrypoint.sh needs to know about Claude Code. The shim's provider table contains
 # the same in Rust. A test runs both and compares them.
 polydev_provider=anthropic

@@ -5,6 +5,7 @@
 set -eu
 
 # Its variables begin with polydev_, so that they do not hide a variable of the user.
+# shellcheck source=provider.sh
 . /runtime/provider.sh
 
 say() { printf '%s\n' "$*" >&2; }

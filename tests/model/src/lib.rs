@@ -7,6 +7,8 @@
 //! come again and again. An answer comes at once or never: a shim does nothing else while it
 //! waits, so that a late answer is the same as one to a request that came late.
 
+#![cfg(test)]
+
 mod parts;
 
 use std::{collections::BTreeSet, time::SystemTime};
