@@ -35,7 +35,6 @@ pub mod headroom;
 pub mod identity;
 pub mod life;
 
-mod backoff;
 pub mod config;
 pub mod limits;
 pub mod logging;

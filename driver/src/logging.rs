@@ -11,21 +11,27 @@ use serde_json::{Map, Value};
 use tracing::{
     Event, Level, Subscriber,
     field::{Field, Visit},
+    span,
 };
 use tracing_subscriber::{
-    EnvFilter,
+    EnvFilter, Layer,
     fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter, format::Writer},
+    layer::{Context, SubscriberExt},
     registry::LookupSpan,
+    util::SubscriberInitExt,
 };
 
 /// Sends all events, and panics as one line each, to stderr. The agent filters by
 /// its own level; `POLYDEV_LOG` (a tracing filter) narrows what is sent, `info` by default.
 pub fn init() {
     let filter = EnvFilter::try_from_env("POLYDEV_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = tracing_subscriber::fmt::layer()
         .event_format(Hclog)
-        .with_writer(Stderr)
+        .with_writer(Stderr);
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(SpanFields)
+        .with(lines)
         .init();
     std::panic::set_hook(Box::new(
         |panic| tracing::error!(%panic, "bug: a task panicked"),
@@ -56,6 +62,24 @@ impl<'a> MakeWriter<'a> for Stderr {
     }
 }
 
+/// Keeps the fields of each span, which the lines within it have too.
+struct SpanFields;
+
+impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for SpanFields {
+    fn on_new_span(
+        &self,
+        attributes: &span::Attributes<'_>,
+        id: &span::Id,
+        context: Context<'_, S>,
+    ) {
+        let mut fields = Fields(Map::new());
+        attributes.record(&mut fields);
+        if let Some(span) = context.span(id) {
+            span.extensions_mut().insert(fields);
+        }
+    }
+}
+
 struct Hclog;
 
 impl<S, N> FormatEvent<S, N> for Hclog
@@ -65,11 +89,21 @@ where
 {
     fn format_event(
         &self,
-        _: &FmtContext<'_, S, N>,
+        context: &FmtContext<'_, S, N>,
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
         let mut fields = Fields(Map::new());
+        // From the outermost span inwards: what the event itself says is the last word.
+        for span in context
+            .event_scope()
+            .into_iter()
+            .flat_map(|scope| scope.from_root())
+        {
+            if let Some(Fields(own)) = span.extensions().get() {
+                fields.0.extend(own.clone());
+            }
+        }
         event.record(&mut fields);
         let level = match *event.metadata().level() {
             Level::TRACE => "trace",
@@ -130,7 +164,31 @@ fn timestamp(time: SystemTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+    use std::{
+        sync::{Arc, Mutex},
+        time::Duration,
+    };
+
+    #[test]
+    fn a_line_has_the_fields_of_its_spans_and_its_own_last() {
+        let written = Arc::new(Mutex::new(Vec::new()));
+        let lines = tracing_subscriber::fmt::layer()
+            .event_format(Hclog)
+            .with_writer(written.clone());
+        let subscriber = tracing_subscriber::registry().with(SpanFields).with(lines);
+        tracing::subscriber::with_default(subscriber, || {
+            let outer = tracing::info_span!("slot", slot_id = "a/b");
+            outer.in_scope(|| {
+                let inner = tracing::info_span!("run", run_id = 7);
+                inner.in_scope(|| tracing::warn!(slot_id = "c", "words"));
+            });
+        });
+        let line: Value = serde_json::from_slice(&written.lock().unwrap()).unwrap();
+        assert_eq!(line["run_id"], "7");
+        assert_eq!(line["slot_id"], "c");
+        assert_eq!(line["@message"], "words");
+        assert_eq!(line["@level"], "warn");
+    }
 
     #[test]
     fn timestamps_have_six_fraction_digits() {

@@ -199,6 +199,17 @@ impl Run {
         (run.into(), queue)
     }
 
+    /// What log lines about it belong to.
+    pub(crate) fn span(&self) -> tracing::Span {
+        let Claimed {
+            run_id,
+            user_id,
+            slot_id,
+            ..
+        } = &self.claimed;
+        tracing::info_span!("run", run_id, user_id, slot_id)
+    }
+
     /// Ends it at once.
     pub(crate) fn kill(&self) {
         self.kill.cancel();

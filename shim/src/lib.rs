@@ -14,7 +14,6 @@ pub mod service;
 pub mod run;
 
 pub mod access;
-pub mod backoff;
 pub mod credentials;
 pub mod environment;
 pub mod pool;

@@ -31,7 +31,6 @@ const DRIVER: &[&str] = &[
     "config",
     "headroom",
     "limits",
-    "backoff",
     "logging",
     "netlink",
     "process",
@@ -55,7 +54,6 @@ const SHIM: &[&str] = &[
     "token",
     "access",
     "rate",
-    "backoff",
 ];
 
 #[test]

@@ -24,6 +24,7 @@ use tonic_types::StatusExt;
 use uuid::Uuid;
 
 use crate::{Calls, Input};
+use polydev_transport::backoff::Backoff;
 
 /// How long a run is tried to be reached again.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -105,7 +106,7 @@ impl Run {
             told_artifacts: false,
             read,
             broken: None,
-            retry: RETRY_INTERVAL,
+            retry: Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL),
             over: false,
             reached: watch::Sender::new(true),
         };
@@ -171,7 +172,7 @@ struct Session {
     /// Since when the shim does not answer.
     broken: Option<Instant>,
     /// Before the next call, unless it is the first.
-    retry: Duration,
+    retry: Backoff,
     over: bool,
     reached: watch::Sender<bool>,
 }
@@ -221,7 +222,7 @@ impl Session {
             Some(call) => call,
             None => {
                 if self.broken.is_some() {
-                    sleep(self.retry.mul_f64(rand::random_range(0.5..1.0))).await;
+                    sleep(self.retry.next_wait()).await;
                 }
                 let call = self.open().await?;
                 self.call.insert(call)
@@ -288,7 +289,7 @@ impl Session {
         let news = self.only_news(event)?;
         // One that breaks again and again before there is anything is not asked at once.
         if news.is_some() {
-            self.retry = RETRY_INTERVAL;
+            self.retry.reset();
         }
         Ok(news)
     }
@@ -389,6 +390,5 @@ impl Session {
         self.call = None;
         self.broken.get_or_insert_with(Instant::now);
         self.tell_reached(false);
-        self.retry = MAX_RETRY_INTERVAL.min(self.retry * 2);
     }
 }

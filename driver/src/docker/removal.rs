@@ -1,12 +1,16 @@
 //! Removing one container although Docker cannot do it now.
 
+use std::time::Duration;
+
+use polydev_transport::backoff::Backoff;
 use tokio::time::sleep;
 
 use super::Docker;
-use crate::backoff::backoff;
 
 /// Attempts to remove one container, over some minutes. What is left then is the reaper's.
 pub(crate) const MAX_ATTEMPTS: u32 = 20;
+const FIRST_INTERVAL: Duration = Duration::from_millis(500);
+const MAX_INTERVAL: Duration = Duration::from_secs(15);
 
 /// Removes a container that is of no more use. While Docker cannot, the removal is tried
 /// again in the background.
@@ -21,8 +25,9 @@ pub(crate) async fn remove(docker: &Docker, container: &str) {
     );
     let (docker, container) = (docker.clone(), container.to_owned());
     tokio::spawn(async move {
-        for failures in 0..MAX_ATTEMPTS {
-            sleep(backoff(failures)).await;
+        let mut backoff = Backoff::new(FIRST_INTERVAL, MAX_INTERVAL);
+        for _ in 0..MAX_ATTEMPTS {
+            sleep(backoff.next_wait()).await;
             if docker.remove(&container).await.is_ok() {
                 return;
             }
@@ -35,10 +40,11 @@ pub(crate) async fn remove(docker: &Docker, container: &str) {
 pub(crate) fn remove_if_made(docker: &Docker, name: &str) {
     let (docker, name) = (docker.clone(), name.to_owned());
     tokio::spawn(async move {
-        for attempts in 0..MAX_ATTEMPTS {
+        let mut backoff = Backoff::new(FIRST_INTERVAL, MAX_INTERVAL);
+        for _ in 0..MAX_ATTEMPTS {
             // A container that is missing now may be made later.
             let _done_or_not = docker.remove(&name).await;
-            sleep(backoff(attempts)).await;
+            sleep(backoff.next_wait()).await;
         }
     });
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use polydev_proto::node::ended::Reason;
 use tokio::sync::mpsc;
+use tracing::Instrument;
 
 use crate::{
     docker::removal,
@@ -21,12 +22,14 @@ pub(super) fn recover(slots: &Arc<Slots>, open: Vec<Open>) {
         let share = slots.headroom.take_back(run.claimed.share);
         slots.idle.forget(&run.claimed.slot_id);
         let slots = slots.clone();
-        slots.site.clone().background.spawn(async move {
+        let (site, span) = (slots.site.clone(), run.span());
+        let resumed = async move {
             resume(&slots, &run, inputs).await;
             drop(share);
             removal::remove(&slots.site.docker, &run.claimed.container).await;
             run.is_gone();
-        });
+        };
+        site.background.spawn(resumed.instrument(span));
     }
 }
 

@@ -137,7 +137,8 @@ impl NodeService for Service {
             ));
         };
         let (target, parsed) = claim::decode(*claim).map_err(|refusal| refuse(&refusal))?;
-        let run = self.node.slots.claim(target, parsed, arrived);
+        let span = tracing::info_span!("claim", slot_id = target.slot_id);
+        let run = span.in_scope(|| self.node.slots.claim(target, parsed, arrived));
         let run = run.map_err(|refusal| refuse(&refusal))?;
 
         let mut follower = Follower::new(run.clone(), PerStream::default()).map_err(beyond_end)?;

@@ -2,11 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
+use polydev_transport::backoff::Backoff;
 use tokio::time::{sleep, timeout};
 
 use super::{Slot, Slots, fill::Container};
 use crate::{
-    backoff::backoff,
     docker::{self, removal::MAX_ATTEMPTS},
     identity::{LABEL_GENERATION, LABEL_INSTANCE, LABEL_SLOT},
     run::Run,
@@ -15,6 +15,8 @@ use crate::{
 
 /// For all that may be left of a slot to be removed.
 const CLEAN_TIMEOUT: Duration = Duration::from_secs(60);
+/// Between tries at what a slot needs.
+pub(super) const BACKOFF: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(15));
 
 /// Removes a container in which nothing runs any more, and then says so of its run. Does not
 /// give up while the slot lives. What a drained slot leaves is cleaned at last.
@@ -24,9 +26,8 @@ pub(super) async fn remove(
     mut container: Container,
     run: Option<Arc<Run>>,
 ) {
-    let mut failures = 0;
+    let mut backoff = BACKOFF;
     while let Err(error) = slots.site.docker.remove(&container.id).await {
-        failures += 1;
         let error = crate::chain(&error);
         tracing::warn!(
             container = container.id,
@@ -34,7 +35,7 @@ pub(super) async fn remove(
             "cannot remove a container yet"
         );
         tokio::select! {
-            () = sleep(backoff(failures)) => {}
+            () = sleep(backoff.next_wait()) => {}
             () = slot.drain.cancelled() => break,
         }
     }
@@ -83,8 +84,9 @@ pub(super) async fn clean_at_last(slots: &Arc<Slots>, slot: &Arc<Slot>) {
     let (slots, slot) = (slots.clone(), slot.clone());
     tokio::spawn(async move {
         let slot_id = slot.identity.slot_id();
-        for failures in 1..=MAX_ATTEMPTS {
-            sleep(backoff(failures)).await;
+        let mut backoff = BACKOFF;
+        for _ in 0..MAX_ATTEMPTS {
+            sleep(backoff.next_wait()).await;
             if slots.book.by_slot_id(&slot_id).is_some() || clean(&slots, &slot, None).await {
                 return;
             }

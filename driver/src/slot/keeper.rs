@@ -6,22 +6,23 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use polydev_transport::backoff::Backoff;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
     time::sleep,
 };
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::{
     Claim, Slot, Slots, adopt,
     ahead::{Ahead, LONG_RUN},
-    clear,
+    clear::{self, BACKOFF},
     fill::{self, Container},
     shelf::Idle,
 };
 use crate::{
-    backoff::backoff,
     config,
     identity::Identity,
     life::{Event, Life},
@@ -109,10 +110,14 @@ impl Slot {
             slot: slot.clone(),
             granted,
             failures: 0,
+            backoff: BACKOFF,
             next: None,
             removal: None,
         };
-        slots.site.background.spawn(keeper.keep(open, left, ready));
+        let identity = &slot.identity;
+        let span = tracing::info_span!("slot", slot_id = identity.slot_id());
+        let kept = keeper.keep(open, left, ready).instrument(span);
+        slots.site.background.spawn(kept);
         (slot, is_ready)
     }
 }
@@ -123,6 +128,8 @@ struct Keeper {
     granted: mpsc::Receiver<Claim>,
     /// Containers that failed since the last good one.
     failures: u32,
+    /// Between those.
+    backoff: Backoff,
     /// Prepared during the last run, or taken up.
     next: Option<Container>,
     /// Of the last container.
@@ -200,7 +207,10 @@ impl Keeper {
             Err(error) => self.not_filled(error, ready).await?,
         };
         match outcome {
-            Outcome::Good => self.failures = 0,
+            Outcome::Good => {
+                self.failures = 0;
+                self.backoff.reset();
+            }
             Outcome::Held => {}
             Outcome::Failed { reason } => self.failed(reason).await?,
         }
@@ -272,7 +282,7 @@ impl Keeper {
             return ControlFlow::Continue(Outcome::Failed { reason });
         };
         self.slot.apply(Event::Held { reason });
-        match self.rest(wait.mul_f64(rand::random_range(0.5..1.0))).await {
+        match self.rest(Backoff::steady(wait).next_wait()).await {
             true => ControlFlow::Continue(Outcome::Held),
             false => ControlFlow::Break(Ended::Stopped),
         }
@@ -286,7 +296,7 @@ impl Keeper {
         if self.failures >= MAX_FAILURES {
             return ControlFlow::Break(self.give_up(reason));
         }
-        match self.rest(backoff(self.failures)).await {
+        match self.rest(self.backoff.next_wait()).await {
             true => ControlFlow::Continue(()),
             false => ControlFlow::Break(Ended::Stopped),
         }
@@ -451,7 +461,10 @@ impl Keeper {
         let Container {
             connection, limits, ..
         } = container;
-        carry::start(&self.slots.runs, run, connection, limits, &class, order).await;
+        let runs = &self.slots.runs;
+        carry::start(runs, run, connection, limits, &class, order)
+            .instrument(run.span())
+            .await;
         update.abort();
         self.slot.apply(Event::RunEnded);
     }

@@ -14,6 +14,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tracing::Instrument;
 
 use super::{Exit, Task, Tasks, journal::Entry, output, plan::OutputPath};
 use crate::{
@@ -74,7 +75,8 @@ pub(super) fn keep(tasks: &Arc<Tasks>, live: Live, held: Use) -> Arc<Task> {
         oom_seen: None,
         copied: Arc::default(),
     };
-    tasks.site.background.spawn(keeper.run());
+    let span = tracing::info_span!("task", task_id = task.entry.identity.task_id);
+    tasks.site.background.spawn(keeper.run().instrument(span));
     task
 }
 

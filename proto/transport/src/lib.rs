@@ -2,8 +2,10 @@
 //!
 //! [`address`] says where a shim listens, and connects to it. [`tls`] secures connections between
 //! machines, with files that [`reload`] follows. A [`connection`] knows who is at its other end.
+//! [`backoff`] gives the waits between tries.
 
 pub mod address;
+pub mod backoff;
 pub mod connection;
 pub mod reload;
 pub mod tls;

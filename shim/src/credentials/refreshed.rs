@@ -32,6 +32,7 @@ use super::{
     vault::{self, TRIES, Vault},
 };
 use crate::{provider::Cli, secret::Credential};
+use polydev_transport::backoff::Backoff;
 
 /// For a driver to accept the call.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -169,10 +170,11 @@ pub async fn follow(vault: &Vault, node_id: &str, channel: Channel) -> Infallibl
     if !vault.has_store() {
         return pending().await;
     }
-    let mut retry = RETRY_INTERVAL;
+    let mut retry = Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL);
     loop {
         let begun = Instant::now();
-        let Err(status) = follow_once(vault, channel.clone(), retry).await;
+        let wait = retry.next_wait();
+        let Err(status) = follow_once(vault, channel.clone(), wait).await;
         // A driver of an earlier version; another one is another connection.
         if status.code() == Code::Unimplemented {
             tracing::warn!(node_id, "a driver does not tell of refreshed accounts");
@@ -184,11 +186,10 @@ pub async fn follow(vault: &Vault, node_id: &str, channel: Channel) -> Infallibl
             reason,
             "a driver is asked anew for refreshed accounts"
         );
-        sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
-        retry = match begun.elapsed() > 3 * MAX_RETRY_INTERVAL {
-            true => RETRY_INTERVAL,
-            false => MAX_RETRY_INTERVAL.min(retry * 2),
-        };
+        sleep(wait).await;
+        if begun.elapsed() > 3 * MAX_RETRY_INTERVAL {
+            retry.reset();
+        }
     }
 }
 

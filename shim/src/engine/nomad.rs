@@ -10,10 +10,11 @@ use std::{
 use tokio::{sync::watch, time::sleep};
 
 use crate::nomad::{Error, Nomad, node::Node};
+use polydev_transport::backoff::Backoff;
 
 const ADDRESS: &str = "driver.polydev.node_address";
-const RETRY: Duration = Duration::from_millis(500);
-const RETRY_MOST: Duration = Duration::from_secs(10);
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(10);
 /// Between two answers: a busy cluster changes its nodes all the time.
 const PACE: Duration = Duration::from_millis(250);
 
@@ -31,12 +32,12 @@ pub struct Cluster {
 pub async fn discover(nomad: Nomad, cluster: Cluster) {
     // It outlives errors: a server that still reads its log answers when it knows as much, or
     // after a minute.
-    let (mut index, mut retry) = (0, RETRY);
+    let mut index = 0;
+    let mut retry = Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL);
     loop {
         let Err(error) = discover_once(&nomad, &cluster, &mut index, &mut retry).await;
         tracing::warn!(error = %crate::chain(&error), "cannot list nodes");
-        sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
-        retry = RETRY_MOST.min(retry * 2);
+        sleep(retry.next_wait()).await;
     }
 }
 
@@ -44,12 +45,12 @@ async fn discover_once(
     nomad: &Nomad,
     cluster: &Cluster,
     index: &mut u64,
-    retry: &mut Duration,
+    retry: &mut Backoff,
 ) -> Result<Infallible, Error> {
     loop {
         let (next, nodes) = nomad.nodes(*index).await?;
         *index = next;
-        *retry = RETRY;
+        retry.reset();
         let drained = nodes.iter().filter(|node| node.is_drained());
         publish(
             &cluster.drained,

@@ -13,6 +13,7 @@ use tonic::{Status, transport::Endpoint};
 
 use super::View;
 use crate::credentials::{Vault, refreshed};
+use polydev_transport::backoff::Backoff;
 
 /// Bytes of one run on their way from the driver.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -23,9 +24,9 @@ const FRAME: u32 = 128 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between pings, and for the answer to one.
 const ALIVE: Duration = Duration::from_secs(10);
-const RETRY: Duration = Duration::from_millis(50);
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// Runs wait for their driver to come back.
-const RETRY_MOST: Duration = Duration::from_millis(250);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Follows every driver that `drivers` names, node id to address, as they come and
 /// go, and takes into the vault's store what runs there refresh. One that is no longer named
@@ -87,7 +88,7 @@ async fn follow_driver(view: View, driver: Driver, vault: Arc<Vault>) {
     let Driver {
         node_id, address, ..
     } = &driver;
-    let mut retry = RETRY;
+    let mut retry = Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL);
     let mut last = String::new();
     loop {
         let Err(status) = follow_once(&view, &driver, &vault, &mut retry).await;
@@ -101,8 +102,7 @@ async fn follow_driver(view: View, driver: Driver, vault: Arc<Vault>) {
         if view.has_left(node_id) {
             return;
         }
-        sleep(retry.mul_f64(rand::random_range(0.5..1.0))).await;
-        retry = RETRY_MOST.min(retry * 2);
+        sleep(retry.next_wait()).await;
     }
 }
 
@@ -110,7 +110,7 @@ async fn follow_once(
     view: &View,
     driver: &Driver,
     vault: &Vault,
-    retry: &mut Duration,
+    retry: &mut Backoff,
 ) -> Result<Infallible, Status> {
     let Driver {
         node_id,
@@ -143,7 +143,7 @@ async fn follow_once(
     // the connection breaks when it dies, or its machine answers no pings.
     let follow_slots = async {
         while let Some(told) = slots.message().await? {
-            *retry = RETRY;
+            retry.reset();
             view.apply(node_id, &channel, told);
         }
         Err(Status::unavailable("the driver ended the stream"))

@@ -5,10 +5,8 @@ use std::{collections::BTreeMap, time::Duration};
 use polydev_proto::provider::Provider;
 use tokio::time::{Instant, sleep};
 
-use crate::{
-    backoff::Backoff,
-    nomad::{self, Nomad},
-};
+use crate::nomad::{self, Nomad};
+use polydev_transport::backoff::Backoff;
 
 /// The largest pool.
 pub const SIZE_MOST: u32 = 100;

@@ -17,9 +17,10 @@ use super::{
     request::{check_user, parse_id},
 };
 use crate::pool::View;
+use polydev_transport::backoff::Backoff;
 
 /// Between attempts to reach a driver that has just been there.
-const AGAIN: Duration = Duration::from_millis(100);
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Which run, whose.
 #[derive(Debug, Clone)]
@@ -108,6 +109,7 @@ pub async fn attach_again(
     name: &Name,
     offsets: [u64; 3],
 ) -> Result<Connection, Error> {
+    let mut retry = Backoff::steady(RETRY_INTERVAL);
     loop {
         let channel = view.channel(node_id).await;
         match attach_at(node_id.to_owned(), channel, name, offsets).await {
@@ -115,7 +117,7 @@ pub async fn attach_again(
             Err(status) if is_answer(&status) => return Err(Error::of(status, name)),
             Err(status) => tracing::debug!(node_id, %status, "not attached yet"),
         }
-        sleep(AGAIN.mul_f64(rand::random_range(0.5..1.0))).await;
+        sleep(retry.next_wait()).await;
     }
 }
 

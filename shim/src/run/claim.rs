@@ -19,11 +19,9 @@ use super::{
     queue::{Place, Queue, Running, Ticket},
     request::Request,
 };
-use crate::{
-    backoff::Backoff,
-    pool::{Candidate, View},
-};
+use crate::pool::{Candidate, View};
 use attempt::{Attempt, Attempts};
+use polydev_transport::backoff::Backoff;
 
 /// Between a refusal and the next slot.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);

@@ -11,6 +11,7 @@ use polydev_proto::{
     },
     provider::Provider,
 };
+use polydev_transport::backoff::Backoff;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, transport::Channel};
@@ -19,8 +20,8 @@ use uuid::Uuid;
 /// What the jobs of `jobspecs/` reserve for a slot.
 const CPU_MHZ: i64 = 100;
 const MEMORY_MB: i64 = 256;
-const RETRY: Duration = Duration::from_secs(1);
-const RETRY_MOST: Duration = Duration::from_secs(15);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(15);
 
 /// One slot of a pool.
 pub struct Slot {
@@ -42,7 +43,7 @@ impl Slot {
 
     /// Keeps the slot until `stop`.
     pub(super) async fn keep(self, mut driver: DriverClient<Channel>, stop: CancellationToken) {
-        let mut retry = RETRY;
+        let mut retry = Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL);
         while !stop.is_cancelled() {
             let task = self.task();
             let task_id = task.id.clone();
@@ -66,12 +67,11 @@ impl Slot {
             if let Err(status) = kept {
                 tracing::warn!(provider = %self.provider, error = status.message(), "a slot failed");
                 tokio::select! {
-                    () = sleep(retry.mul_f64(rand::random_range(0.5..1.0))) => {}
+                    () = sleep(retry.next_wait()) => {}
                     () = stop.cancelled() => {}
                 }
-                retry = RETRY_MOST.min(retry * 2);
             } else {
-                retry = RETRY;
+                retry.reset();
             }
         }
     }

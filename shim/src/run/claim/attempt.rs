@@ -22,7 +22,6 @@ use tracing::Instrument;
 
 use super::MAX_PAUSE;
 use crate::{
-    backoff::Backoff,
     pool::{Candidate, View},
     run::{
         Connection, Error, Events, INPUTS,
@@ -31,6 +30,7 @@ use crate::{
     },
     secret::Prepared,
 };
+use polydev_transport::backoff::Backoff;
 
 /// A claim must start within this time. A driver grants one in about a millisecond.
 const START_BY: Duration = Duration::from_secs(5);
