@@ -1,4 +1,4 @@
-//! Generates Rust from the `.proto` files with protox, so that no `protoc` is needed.
+//! Generates Rust from the `.proto` files with protox, which needs no `protoc`.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -34,7 +34,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     configure().compile_fds(protox::compile(INIT, ["."])?)?;
     if grpc {
-        // The node's protocol uses messages of init's, whose module is not where its package is.
+        // The node's protocol uses init's messages, whose Rust module differs from their
+        // package.
         configure()
             .extern_path(".polydev.init.v1", "crate::init")
             .compile_fds(descriptors)?;

@@ -1,5 +1,5 @@
-//! The plugin's and the tasks' options: their schemas, which Nomad checks jobspecs
-//! and agent configuration against, and the values parsed from what it sends.
+//! Options of the plugin and of tasks. Nomad checks the agent configuration and jobspecs
+//! against the schemas; this module parses and checks the values that Nomad sends.
 
 mod allow;
 mod mount;
@@ -19,13 +19,13 @@ pub use slot::Slot;
 pub use task::{Auth as TaskAuth, Bandwidth, Logging, Task, Ulimit};
 pub use telemetry::Telemetry;
 
-/// The providers there are: API, jobs, labels and metrics use these words.
+/// All providers, by the names that the API, jobs, labels and metrics use.
 pub const PROVIDERS: [&str; 3] = ["openai", "anthropic", "google"];
 
-/// Why a configuration is refused.
+/// Why a configuration is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("the configuration cannot be read at `{field}`")]
+    #[error("cannot read the configuration at `{field}`")]
     Decode {
         field: String,
         source: rmp_serde::decode::Error,
@@ -37,16 +37,16 @@ pub enum Error {
         allowed: String,
     },
     #[error(
-        "`image` is `{given}`: image name required for a plain task, such as `busybox:1.36`; a warm slot has a `slot` block instead"
+        "`image` is `{given}`: image name required for a plain task, such as `busybox:1.36`; a warm slot requires a `slot` block instead"
     )]
     NoImage { given: String },
     #[error(
-        "`{field}` stands beside `slot`: a warm slot has no options but those of its `slot` block"
+        "`{field}` is set next to `slot`: a warm slot accepts only the options of its `slot` block"
     )]
     BesideSlot { field: String },
 }
 
-/// What a task is.
+/// A task of either kind.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Config {
     Slot(Slot),
@@ -54,7 +54,8 @@ pub enum Config {
 }
 
 impl Plugin {
-    /// Parses what `SetConfig` brings, which is empty without a `config` block.
+    /// Parses the options that `SetConfig` brings. They are empty if the agent has no
+    /// `config` block.
     ///
     /// # Errors
     /// [`Error`] with the option's name.
@@ -69,7 +70,7 @@ impl Plugin {
 }
 
 impl Config {
-    /// Parses a task's `config`, without asking what the plugin allows.
+    /// Parses a task's `config`. [`Config::check_allowed`] checks what the plugin allows.
     ///
     /// # Errors
     /// [`Error`] with the option's name.
@@ -78,14 +79,14 @@ impl Config {
         let Some(slot) = raw.slot.take() else {
             return raw.check().map(Box::new).map(Self::Plain);
         };
-        // What else is set would be without effect; most likely it was meant otherwise.
+        // Another option would have no effect, so setting one is most likely a mistake.
         match value::set_options(msgpack)?.find(|field| field != "slot") {
             Some(field) => Err(Error::BesideSlot { field }),
             None => slot.check().map(Self::Slot),
         }
     }
 
-    /// Checks what the plugin's options gate.
+    /// Checks the options that the plugin's options restrict.
     ///
     /// # Errors
     /// [`Error::Value`] with the option that is not allowed.

@@ -1,5 +1,5 @@
-//! The Docker engine, as far as the driver needs it. With its submodule the only
-//! place that names bollard; every call has a deadline.
+//! The parts of the Docker engine that the driver uses. Only this module and its submodules
+//! use bollard; every call has a deadline.
 
 mod container;
 mod exec;
@@ -41,31 +41,32 @@ use crate::{
     limits::{CPU_PERIOD, Limits},
 };
 
-/// For whatever dockerd does by itself; an overloaded one takes seconds.
+/// For anything that dockerd does by itself; an overloaded dockerd takes seconds.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
-/// For a sign of life.
+/// For a ping.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Why Docker did not do what was asked.
+/// Why a Docker request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot {operation}")]
     Call { operation: String, source: ApiError },
-    #[error("cannot {operation}: no answer from dockerd in {} s", after.as_secs())]
+    #[error("cannot {operation}: no response from dockerd within {} s", after.as_secs())]
     TimedOut { operation: String, after: Duration },
     #[error("cannot {operation}: no progress for {} s", after.as_secs())]
     Stalled { operation: String, after: Duration },
 }
 
 impl Error {
-    /// Docker knows no such image, container or network.
+    /// Whether Docker does not know the image, container or network.
     #[must_use]
     pub fn is_not_found(&self) -> bool {
         self.status() == Some(404)
     }
 
-    /// The registry has no such image, or none for this machine: it will not have one
-    /// in a minute either. Docker tells in words only, in the middle of a pull.
+    /// Whether the registry does not have the image, or not for this machine. Another
+    /// attempt in a minute would also fail. Docker reports this only as text, in the middle
+    /// of a pull.
     #[must_use]
     pub fn is_missing_image(&self) -> bool {
         const WORDS: [&str; 5] = [
@@ -82,20 +83,20 @@ impl Error {
         self.is_not_found() || WORDS.iter().any(|words| text.contains(words))
     }
 
-    /// Docker found the request itself wrong: it will again.
+    /// Whether Docker rejected the request as invalid. Another attempt would also fail.
     #[must_use]
     pub fn is_refused(&self) -> bool {
         self.status()
             .is_some_and(|status| (400..500).contains(&status) && status != 409)
     }
 
-    /// dockerd is there, and this is what it says.
+    /// Whether the error is a response of dockerd.
     #[must_use]
     pub fn is_answer(&self) -> bool {
         self.status().is_some()
     }
 
-    /// Docker has another thing of that name, or is at it already.
+    /// Whether the name is already in use, or Docker is already doing this.
     #[must_use]
     pub fn is_conflict(&self) -> bool {
         self.status() == Some(409)
@@ -121,11 +122,11 @@ pub struct Docker {
 #[derive(Debug)]
 struct Inner {
     endpoint: Endpoint,
-    /// Made when it is first needed: bollard wants a socket's file to be there.
+    /// Created at first use: bollard requires that the socket exists.
     api: OnceLock<bollard::Docker>,
 }
 
-/// An engine.
+/// Facts about an engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct About {
     pub version: String,
@@ -133,7 +134,7 @@ pub struct About {
     pub runtimes: Vec<String>,
 }
 
-/// A container of ours, as a listing shows it.
+/// A container of this driver, as in a listing.
 #[derive(Debug, Clone)]
 pub struct Listed {
     pub id: String,
@@ -142,17 +143,17 @@ pub struct Listed {
     pub labels: HashMap<String, String>,
 }
 
-/// How a container's process 1 is or has ended.
+/// The state of a container's process 1, running or ended.
 #[derive(Debug, Clone, Copy)]
 pub struct State {
-    /// 0 when it does not run.
+    /// 0 if the process does not run.
     pub pid: u32,
     pub exit_code: i64,
     pub oom_killed: bool,
 }
 
 impl Docker {
-    /// An engine that is asked for nothing yet: [`Docker::negotiate`] comes first.
+    /// Does not contact the engine; call [`Docker::negotiate`] first.
     #[must_use]
     pub fn new(endpoint: &Endpoint) -> Self {
         Self {
@@ -183,12 +184,12 @@ impl Docker {
         Ok(self.inner.api.get_or_init(|| api))
     }
 
-    /// Agrees on an API version, for all clones.
+    /// Agrees on an API version with the engine, for all clones.
     ///
     /// # Errors
-    /// [`Error`] while the engine does not answer.
+    /// [`Error`] while the engine does not respond.
     pub async fn negotiate(&self) -> Result<(), Error> {
-        // The version is shared by the clones of a connection.
+        // All clones of a connection share the version.
         let negotiated = self.api()?.clone().negotiate_version();
         within(
             PING_TIMEOUT,
@@ -199,12 +200,17 @@ impl Docker {
         .map(drop)
     }
 
-    /// What the engine is, as a sign of life.
+    /// Facts about the engine; also serves as a ping.
     ///
     /// # Errors
-    /// [`Error`] if it does not answer within two seconds.
+    /// [`Error`] if the engine does not respond within two seconds.
     pub async fn about(&self) -> Result<About, Error> {
-        let info = within(PING_TIMEOUT, "ask Docker what it is", self.api()?.info()).await?;
+        let info = within(
+            PING_TIMEOUT,
+            "get information about Docker",
+            self.api()?.info(),
+        )
+        .await?;
         let mut runtimes: Vec<String> = info.runtimes.unwrap_or_default().into_keys().collect();
         runtimes.sort();
         Ok(About {
@@ -225,7 +231,7 @@ impl Docker {
     /// Creates a plain task's container and returns its id.
     ///
     /// # Errors
-    /// [`Error`]; [`Error::is_conflict`] if there is one of that name.
+    /// [`Error`]; [`Error::is_conflict`] if the name is in use.
     pub async fn create_plain(&self, spec: &PlainSpec<'_>) -> Result<String, Error> {
         self.create_container(&spec.name, spec.body()).await
     }
@@ -278,7 +284,7 @@ impl Docker {
         within(CALL_TIMEOUT, format!("inspect container `{id}`"), inspect).await
     }
 
-    /// Tells Docker of limits that were set behind its back.
+    /// Informs Docker of limits that the driver has already set.
     ///
     /// # Errors
     /// [`Error`]
@@ -295,7 +301,7 @@ impl Docker {
         within(CALL_TIMEOUT, format!("update container `{id}`"), update).await
     }
 
-    /// Kills and removes a container; one that is gone is no error.
+    /// Kills and removes a container; a missing container is not an error.
     ///
     /// # Errors
     /// [`Error`]
@@ -307,13 +313,13 @@ impl Docker {
         let remove = self.api()?.remove_container(id, Some(options));
         let removed = within(CALL_TIMEOUT, format!("remove container `{id}`"), remove).await;
         match removed {
-            // Somebody else is at it: the outcome is the same.
+            // Someone else is removing the container: the outcome is the same.
             Err(error) if error.is_conflict() => Ok(()),
             removed => ignore_missing(removed),
         }
     }
 
-    /// All containers, running or not, with the label `key=value`.
+    /// All containers with the label `key=value`, running or not.
     ///
     /// # Errors
     /// [`Error`]
@@ -344,7 +350,7 @@ fn ignore_missing(result: Result<(), Error>) -> Result<(), Error> {
     }
 }
 
-/// Docker's numbers are signed; ours are far below where that matters.
+/// Docker's numbers are signed; our values are far below the limit.
 fn signed(value: impl TryInto<i64>) -> Option<i64> {
     value.try_into().ok()
 }

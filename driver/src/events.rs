@@ -1,6 +1,6 @@
-//! Task events: what an operator sees in `nomad alloc status`. Nomad keeps ten of
-//! a task, and each is a write to its servers, so that only start, image, limits
-//! and faults are told here; claims and refills are not.
+//! Task events, as `nomad alloc status` shows them. Nomad keeps ten per task and writes
+//! each to its servers. So the driver sends only start, image, limit and fault events, and
+//! none for claims and refills.
 
 use std::time::SystemTime;
 
@@ -9,10 +9,10 @@ use tokio::sync::broadcast;
 
 use crate::identity::Identity;
 
-/// Events that wait for the agent to read them; the oldest are dropped beyond.
+/// Most events that wait for the agent to read them; beyond it the oldest are dropped.
 const MAX_WAITING: usize = 256;
 
-/// Fans events out to whoever listens.
+/// Distributes events to all listeners.
 #[derive(Debug, Clone)]
 pub struct Events {
     sender: broadcast::Sender<DriverTaskEvent>,
@@ -26,7 +26,7 @@ impl Events {
         }
     }
 
-    /// Tells one sentence about a task; nobody has to listen.
+    /// Sends an event about a task. There may be no listener.
     pub fn send(&self, task: &Identity, message: String) {
         tracing::info!(alloc_id = task.alloc_id, message);
         let _nobody_listens = self.sender.send(DriverTaskEvent {

@@ -1,5 +1,5 @@
-//! Is this node able to run slots, and if not, why? One task finds out, takes
-//! charge of the node as soon as it can, and publishes what it finds.
+//! Finds out whether this node can run slots, and if not, why. One task checks this, takes
+//! charge of the node as soon as it can, and publishes the result.
 
 use std::{
     collections::BTreeMap,
@@ -23,13 +23,14 @@ use crate::{
 };
 
 const HEALTH_INTERVAL: Duration = Duration::from_secs(2);
-/// How often to look after the bridge and its rules, which others may flush.
+/// How often the bridge and its firewall rules are checked, because other programs may
+/// remove them.
 const RULES_INTERVAL: Duration = Duration::from_secs(30);
 
-/// What Nomad is told about the driver on this node.
+/// What the driver reports to Nomad about itself on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Health {
-    /// Not configured yet: no agent has really started this process.
+    /// Not configured yet: no agent uses this process.
     Unconfigured,
     Unhealthy {
         reason: String,
@@ -39,7 +40,7 @@ pub enum Health {
     },
 }
 
-/// Watches Docker and the state folder for ever.
+/// Watches Docker and the state folder forever.
 pub async fn run(
     config: config::Plugin,
     compute: Compute,
@@ -82,7 +83,8 @@ struct Watcher {
     events: Events,
     taken: watch::Sender<Option<Arc<Node>>>,
     lock: Option<Lock>,
-    /// When what slots need was last made sure of; `None` since Docker was away.
+    /// When the resources that slots need were last ensured; `None` after an outage of
+    /// Docker.
     prepared: Option<Instant>,
 }
 
@@ -98,7 +100,7 @@ impl Watcher {
             Ok::<_, Box<dyn Error + Send + Sync>>((node.site.docker.about().await?, at))
         };
         let asked = asked.await;
-        // A dockerd that was away may have lost the bridge, or be another one.
+        // A dockerd that was away may have lost the bridge, or may be a different dockerd.
         self.prepared = asked.as_ref().ok().map(|(_, at)| *at);
         let (about, _) = asked?;
         node.site.ready.send_replace(true);
@@ -120,7 +122,7 @@ impl Watcher {
         })
     }
 
-    /// The node, taken charge of now if need be.
+    /// The node; takes charge of it first if necessary.
     fn node(&mut self) -> Result<Arc<Node>, Box<dyn Error + Send + Sync>> {
         if let Some(node) = self.taken.borrow().clone() {
             return Ok(node);

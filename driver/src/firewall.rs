@@ -1,50 +1,50 @@
-//! What the containers of warm slots may not reach: the host's own services, Nomad and
-//! the node service among them, and the metadata address of clouds. (Each other they
-//! cannot reach because the bridge does not forward between them.)
+//! What the containers of warm slots cannot reach: the host's own services, including Nomad
+//! and the node service, and the clouds' metadata address. (The bridge already prevents
+//! traffic between slots.)
 //!
-//! The rules stand in two chains of this driver's own, which are written as a whole; a
-//! jump in Docker's chain for its users and one in INPUT lead there.
+//! The rules are in two chains of this driver, which it writes as a whole. Jumps lead to
+//! the chains from INPUT and from Docker's chain for user rules.
 
 use std::{fmt::Write as _, io, process::Stdio, time::Duration};
 
 use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
 
-/// Another program may hold the tables' lock for a while.
+/// Another program may hold the lock of the tables for a while.
 const IPTABLES_TIMEOUT: Duration = Duration::from_secs(10);
-/// Link-local, where clouds answer with what an instance knows of itself.
+/// Link-local, where clouds publish an instance's metadata.
 const METADATA: &str = "169.254.0.0/16";
 
-/// Why the rules are not in force.
+/// Why the rules are not active.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot run `{program}`, which keeps warm slots from the host's services")]
+    #[error("cannot run `{program}`, which blocks access of warm slots to the host's services")]
     Run {
         program: &'static str,
         source: io::Error,
     },
     #[error("`{program}` did not end within {} s", IPTABLES_TIMEOUT.as_secs())]
     TimedOut { program: &'static str },
-    #[error("`{program}` refused: {words}")]
+    #[error("`{program}` failed: {words}")]
     Refused {
         program: &'static str,
         words: String,
     },
 }
 
-/// The rules of one bridge.
+/// The firewall rules of one bridge.
 #[derive(Debug, Clone)]
 pub struct Firewall {
     interface: String,
-    /// For what goes to this host.
+    /// Chain for traffic to this host.
     input: String,
-    /// For what goes through it.
+    /// Chain for traffic through this host.
     forward: String,
-    /// Name servers that containers ask, on this host or elsewhere.
+    /// Name servers that containers use, on this host or elsewhere.
     servers: Vec<String>,
 }
 
 impl Firewall {
-    /// `resolv_conf` is the containers'.
+    /// `resolv_conf` is the content of the containers' file.
     #[must_use]
     pub fn new(instance: &str, interface: &str, resolv_conf: &str) -> Self {
         let servers = resolv_conf.lines().filter_map(|line| {
@@ -62,10 +62,10 @@ impl Firewall {
         }
     }
 
-    /// Puts the rules in force, or finds them so.
+    /// Activates the rules unless they are already active.
     ///
     /// # Errors
-    /// [`Error`]: slots must not run.
+    /// [`Error`]; slots must not run then.
     pub async fn ensure(&self) -> Result<(), Error> {
         let restore = Command::new("iptables-restore");
         run(
@@ -89,7 +89,7 @@ impl Firewall {
         Ok(())
     }
 
-    /// Takes the rules away; what is not there is no error.
+    /// Removes the rules; missing rules are not an error.
     pub async fn remove(&self) {
         for (from, to) in [
             ("DOCKER-USER", &self.forward),
@@ -104,7 +104,7 @@ impl Firewall {
         }
     }
 
-    /// Both chains, as `iptables-restore` reads them: naming a chain empties it.
+    /// Both chains, in the format of `iptables-restore`: naming a chain empties it.
     fn rules(&self) -> String {
         let Self {
             input,
@@ -155,7 +155,7 @@ async fn run(
         .map_err(failed)?;
     let done = async {
         if let Some(mut stdin) = child.stdin.take() {
-            // One that ends early says why by itself.
+            // A program that ends early reports the reason itself.
             let _closed = stdin.write_all(input.as_bytes()).await;
         }
         child.wait_with_output().await
@@ -193,7 +193,7 @@ mod tests {
             -A POLYDEV-0123abcd-IN -j DROP\n\
             -A POLYDEV-0123abcd-FWD -d 169.254.0.0/16 -j DROP\nCOMMIT\n";
         assert_eq!(firewall.rules(), expected);
-        // Names of chains have at most 28 letters.
+        // A chain's name has at most 28 letters.
         assert!(firewall.forward.len() <= 28 && firewall.input.len() <= 28);
     }
 }

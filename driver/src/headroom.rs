@@ -1,5 +1,5 @@
-//! What the runs of a node may use together, beyond what Nomad set aside for their idle
-//! slots: Nomad knows of the idle class only.
+//! What all runs of a node may use together, on top of what Nomad reserves for their idle
+//! slots. Nomad counts only the idle limits.
 
 use std::{
     fmt,
@@ -14,14 +14,14 @@ use crate::limits::Limits;
 /// CPU and memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Amount {
-    /// 1,000 is one core.
+    /// 1,000 MHz stand for one core.
     pub cpu_mhz: u32,
     /// MiB.
     pub memory_mb: u32,
 }
 
 impl Amount {
-    /// What a run takes on top of its idle slot.
+    /// What a run needs on top of its idle slot.
     #[must_use]
     pub fn on_top(run: &Limits, idle: &Limits) -> Self {
         Self {
@@ -53,21 +53,21 @@ impl fmt::Display for Amount {
     }
 }
 
-/// The node cannot take one more run. Another node may.
+/// The node has no room for another run. Another node may have.
 #[derive(Debug, thiserror::Error)]
 pub enum Full {
-    #[error("a run takes {needed} of `run_headroom`, of which {left} are left")]
+    #[error("a run needs {needed} of `run_headroom`, which has {left} left")]
     Taken { needed: Amount, left: Amount },
-    #[error("a run takes {needed_mb} MiB, and the kernel has {available_mb} MiB available")]
+    #[error("a run needs {needed_mb} MiB, but the kernel has only {available_mb} MiB available")]
     Memory { needed_mb: u64, available_mb: u64 },
 }
 
-/// The account of one node.
+/// The headroom of one node.
 #[derive(Debug)]
 pub struct Headroom {
-    /// What the operator gave; `None` if he gave no figure.
+    /// What the operator configured; `None` if not set.
     pub given: Option<Amount>,
-    /// What is left of it.
+    /// The part that is free.
     left: Option<Mutex<Amount>>,
     warned: Once,
 }
@@ -82,15 +82,15 @@ impl Headroom {
         })
     }
 
-    /// What is left of what the operator gave.
+    /// The free part of what the operator configured.
     #[must_use]
     pub fn left(&self) -> Option<Amount> {
         self.left.as_ref().map(|left| *left.lock())
     }
 
-    /// Sets aside what a run needs until the share is dropped. Without a figure of the
-    /// operator's it is the kernel's word that decides, about memory alone: CPU time is
-    /// always shared out.
+    /// Reserves what a run needs until the share is dropped. If the operator set no figure,
+    /// the kernel's available memory decides. CPU time is not checked then, because it can
+    /// always be shared.
     ///
     /// # Errors
     /// [`Full`] with the figures.
@@ -106,12 +106,12 @@ impl Headroom {
             None => {
                 self.warned.call_once(|| {
                     tracing::warn!(
-                        "`run_headroom` is not set: claims are granted as long as the kernel reports memory available"
+                        "`run_headroom` is not set: claims are granted as long as the kernel reports enough available memory"
                     );
                 });
                 let needed_mb = u64::from(needed.memory_mb);
                 let available = Meminfo::current().ok().and_then(|info| info.mem_available);
-                // A kernel that does not say is taken to have enough.
+                // If the kernel does not report a value, memory counts as sufficient.
                 let available_mb = available.map_or(u64::MAX, |bytes| bytes >> 20);
                 if available_mb < needed_mb {
                     return Err(Full::Memory {
@@ -127,8 +127,8 @@ impl Headroom {
         })
     }
 
-    /// The share of a run that an earlier life of the driver admitted: it is taken whether
-    /// it fits or not.
+    /// The share of a run that an earlier life of the driver admitted. It is taken even if
+    /// it does not fit.
     #[must_use]
     pub fn take_back(self: &Arc<Self>, amount: Amount) -> Share {
         let mut taken = amount;
@@ -148,7 +148,7 @@ impl Headroom {
     }
 }
 
-/// A run's part of the headroom; given back when dropped.
+/// A run's part of the headroom; dropping it gives it back.
 #[derive(Debug)]
 pub struct Share {
     headroom: Arc<Headroom>,
@@ -206,7 +206,7 @@ mod tests {
         assert!(headroom.take(needs(1)).is_ok());
         let refused = headroom.take(needs(u32::MAX)).unwrap_err().to_string();
         assert!(
-            refused.starts_with("a run takes 4294967295 MiB, and the kernel has "),
+            refused.starts_with("a run needs 4294967295 MiB, but the kernel has only "),
             "{refused}"
         );
     }
@@ -218,7 +218,7 @@ mod tests {
         let _share = headroom.take(run).unwrap();
         assert_eq!(
             headroom.take(run).unwrap_err().to_string(),
-            "a run takes 400 MHz and 256 MiB of `run_headroom`, of which 0 MHz and 0 MiB are left"
+            "a run needs 400 MHz and 256 MiB of `run_headroom`, which has 0 MHz and 0 MiB left"
         );
     }
 }

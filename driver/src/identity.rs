@@ -1,4 +1,4 @@
-//! Which task of Nomad's something belongs to, and how that is written on containers.
+//! Which Nomad task a container or network belongs to, and the labels that record this.
 
 use std::collections::BTreeMap;
 
@@ -7,29 +7,29 @@ use wildmatch::WildMatch;
 
 use crate::config::EXTRA_LABELS;
 
-/// Names the driver instance a container belongs to: its reaper touches no other's.
+/// The driver instance that owns a container; reapers ignore containers of other instances.
 pub const LABEL_INSTANCE: &str = "dev.polydev.instance";
-/// Names the slot.
+/// The slot.
 pub const LABEL_SLOT: &str = "dev.polydev.slot";
-/// Names the life of the driver that made a slot's container.
+/// The life of the driver that created a slot's container.
 pub const LABEL_START: &str = "dev.polydev.start";
-/// Which of its slot's containers it is, from 1.
+/// The number of the container in its slot, from 1.
 pub const LABEL_GENERATION: &str = "dev.polydev.generation";
-/// Names the plain task, by Nomad's id of it.
+/// The plain task, by Nomad's id.
 pub const LABEL_TASK: &str = "dev.polydev.task";
-/// Names the allocation whose network a container holds.
+/// The allocation whose network a container holds.
 pub const LABEL_NETWORK: &str = "dev.polydev.network";
-/// Names the container of a group's network. Nomad looks for it under this label, for what it
-/// writes into the group's hosts file.
+/// The container of a group's network. Nomad looks for this label when it writes the
+/// group's hosts file.
 pub(crate) const LABEL_SANDBOX: &str = "docker_sandbox_container_id";
-/// Log shippers and metrics look for the allocation. Not under Nomad's own name: its
-/// Docker driver removes what carries that and is not its own.
+/// The allocation, for log shippers and metrics. Not under Nomad's own name: Nomad's Docker
+/// driver removes containers with that label that it does not own.
 const LABEL_ALLOC: &str = "dev.polydev.alloc_id";
 
-/// A task, in Nomad's words.
+/// A task, as Nomad names it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Identity {
-    /// Nomad's id of the task: allocation, name and a part that each start renews.
+    /// Nomad's id of the task: allocation, name and a part that changes with each start.
     pub task_id: String,
     pub task_name: String,
     pub alloc_id: String,
@@ -51,14 +51,14 @@ impl Identity {
         }
     }
 
-    /// Node id and allocation id: the slot's name for shims.
+    /// Node id and allocation id: the slot's id for shims.
     #[must_use]
     pub fn slot_id(&self) -> String {
         format!("{}/{}", self.node_id, self.alloc_id)
     }
 
-    /// The same for every attempt at one start, so that a leftover is found. Nomad's
-    /// Docker driver takes names with a dashed UUID for its own: there is none here.
+    /// The same for every attempt at one start, so that leftovers are found. It contains no
+    /// dashed UUID, because Nomad's Docker driver claims such names.
     #[must_use]
     pub fn container_name(&self) -> String {
         let allowed = |letter: char| {
@@ -76,8 +76,8 @@ impl Identity {
     }
 }
 
-/// Labels of a plain task's container: ours, the job's, and what of Nomad's words the
-/// plugin's `extra_labels` asks for.
+/// Labels of a plain task's container: the driver's, the job's, and those that the plugin's
+/// `extra_labels` selects.
 #[must_use]
 pub fn labels(
     instance: &str,

@@ -1,8 +1,8 @@
-//! The node's images: one pull however many tasks ask, references, garbage.
+//! The node's images: shared pulls, references and garbage collection.
 //!
-//! Only what the driver itself fetched is ever removed: an image that an operator
-//! built or loaded on the node stays. What was fetched is kept in a file, who uses
-//! it is known from the tasks and slots, so that a restart forgets neither.
+//! The driver removes only images that it fetched itself; an image that an operator built
+//! or loaded on the node stays. A file records the fetched images, and tasks and slots know
+//! what they use, so a restart loses neither.
 
 mod auth;
 
@@ -30,14 +30,15 @@ use crate::{
     state::files,
 };
 
-/// How often the log tells how far a pull has come.
+/// How often the log reports the progress of a pull.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Until the next look at an image that a container uses without being in our books: one
-/// of somebody else's, or a task's whose image has got a newer one's name since.
+/// How long until the next check of an image that a container uses without being in our
+/// books. It is a container of someone else, or of a task whose image name now points to a
+/// newer image.
 const IN_USE_INTERVAL: Duration = Duration::from_secs(10 * 60);
 
-/// Why a task's image cannot be had.
+/// Why a task's image is not available.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error("cannot pull image `{image}`")]
@@ -45,7 +46,7 @@ pub enum Error {
         image: String,
         source: Arc<docker::Error>,
     },
-    #[error("cannot pull image `{image}`: not done within {}", humantime::format_duration(*after))]
+    #[error("cannot pull image `{image}`: not finished within {}", humantime::format_duration(*after))]
     TimedOut { image: String, after: Duration },
     #[error("no credentials for image `{image}`")]
     Auth {
@@ -62,14 +63,14 @@ pub enum Error {
         path: PathBuf,
         source: Arc<docker::Error>,
     },
-    #[error("`{path}`, which `load` names, has no image `{image}`")]
+    #[error("the archive `{path}` given in `load` does not contain image `{image}`")]
     NotInArchive { path: PathBuf, image: String },
     #[error(transparent)]
     Docker(Arc<docker::Error>),
 }
 
 impl Error {
-    /// Whether another try may go better without anybody mending the job first.
+    /// Whether another attempt may succeed without a change to the job.
     #[must_use]
     pub fn is_recoverable(&self) -> bool {
         match self {
@@ -81,30 +82,30 @@ impl Error {
     }
 }
 
-/// What a task or slot wants.
+/// What a task or slot requests.
 #[derive(Debug, Clone)]
 pub struct Want<'a> {
     pub reference: &'a str,
     pub policy: Policy,
-    /// An archive on the host, to be loaded in place of a pull.
+    /// An archive on the host, which is loaded instead of a pull.
     pub archive: Option<PathBuf>,
     pub auth: Option<&'a config::TaskAuth>,
     pub auth_soft_fail: bool,
-    /// `None`: the plugin's.
+    /// `None`: the plugin's timeout.
     pub timeout: Option<Duration>,
 }
 
-/// When a registry is asked.
+/// When the driver contacts a registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Policy {
     /// If the node does not have the image.
     IfMissing,
-    /// And also if it is called `latest`, as Nomad's Docker driver does.
+    /// Also if the tag is `latest`, as Nomad's Docker driver does.
     IfMissingOrLatest,
     Always,
 }
 
-/// What happens to an image on behalf of a task.
+/// A step that a task's events report.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
     Downloading,
@@ -113,7 +114,7 @@ pub enum Step {
 }
 
 impl Step {
-    /// As an operator reads it in the task's events.
+    /// The text for the task's events.
     #[must_use]
     pub fn message(&self, image: &str) -> String {
         match self {
@@ -137,7 +138,7 @@ pub struct Images {
     gc: Option<Duration>,
     pull_timeout: Duration,
     activity_timeout: Duration,
-    /// Where `state.fetched` is kept.
+    /// The file that records `state.fetched`.
     file: PathBuf,
     state: Mutex<State>,
     /// Held for writing while an image is being removed.
@@ -146,7 +147,7 @@ pub struct Images {
 
 #[derive(Debug, Default)]
 struct State {
-    /// By reference, and by who asks: what one is refused another may be given.
+    /// By reference and credentials: a registry may refuse one user and serve another.
     pulls: HashMap<(String, Option<docker::Credentials>), WeakPull>,
     uses: HashMap<String, Uses>,
     fetched: BTreeSet<String>,
@@ -155,11 +156,11 @@ struct State {
 #[derive(Debug, Default)]
 struct Uses {
     count: usize,
-    /// Changes with each use, so that a late removal knows it is out of date.
+    /// Changes with each use, so that a delayed removal can see that it is out of date.
     version: u64,
 }
 
-/// Keeps an image from being removed, until it is dropped.
+/// Protects an image from removal until it is dropped.
 #[derive(Debug)]
 pub struct Use {
     images: Arc<Images>,
@@ -167,7 +168,7 @@ pub struct Use {
 }
 
 impl Images {
-    /// Reads what an earlier life of the driver fetched.
+    /// Reads which images an earlier life of the driver fetched.
     #[must_use]
     pub fn new(config: &config::Plugin, docker: Docker) -> Arc<Self> {
         let file = config.state_dir.join("images.json");
@@ -189,7 +190,7 @@ impl Images {
         })
     }
 
-    /// Starts the removal of fetched images that nobody came to use after a restart.
+    /// Schedules the removal of fetched images that have no user after a restart.
     pub fn collect(self: &Arc<Self>) {
         let fetched = self.lock().fetched.clone();
         for reference in fetched {
@@ -197,14 +198,14 @@ impl Images {
         }
     }
 
-    /// Makes sure that the image is on the node, and keeps it there for the use of
-    /// what is returned. `tell` hears what takes time.
+    /// Ensures that the image is on the node and protects it as long as the result lives.
+    /// `tell` receives the steps that take time.
     ///
     /// # Errors
     /// [`Error`]
     ///
     /// # Cancel safety
-    /// A pull ends when nobody waits for it any more.
+    /// A pull ends when no caller waits for it any longer.
     pub async fn get(
         self: &Arc<Self>,
         want: &Want<'_>,
@@ -250,7 +251,7 @@ impl Images {
         };
         match before {
             None => self.remember(reference),
-            // Its name has gone over to the new one.
+            // The reference now names the new image.
             Some(old) if old.id != image.id && self.lock().fetched.contains(reference) => {
                 self.remember(&old.id);
                 drop(self.hold(&old.id));
@@ -260,7 +261,7 @@ impl Images {
         Ok((image, held))
     }
 
-    /// Keeps an image from being removed.
+    /// Protects an image from removal.
     #[must_use]
     pub fn hold(self: &Arc<Self>, reference: &str) -> Use {
         let mut state = self.lock();
@@ -274,7 +275,7 @@ impl Images {
     }
 
     async fn load(&self, path: &std::path::Path, limit: Option<Duration>) -> Result<(), Error> {
-        // A regular file, as the task's plan made sure: opening it does not wait.
+        // The task's plan ensured that it is a regular file, so opening does not block.
         let archive = tokio::fs::File::open(path).await;
         let archive = archive.map_err(|error| Error::Archive {
             path: path.to_owned(),
@@ -311,7 +312,7 @@ impl Images {
         }
     }
 
-    /// The pull of this image by this user that is going on, or a new one.
+    /// The running pull of this image with these credentials, or a new one.
     fn shared_pull(&self, reference: &str, credentials: Option<docker::Credentials>) -> Pull {
         let key = (reference.to_owned(), credentials.clone());
         let mut state = self.lock();
@@ -361,7 +362,7 @@ impl Images {
         if let Err(error) = files::write(&self.file, &text, 0o600) {
             tracing::warn!(
                 error = crate::chain(&error),
-                "images that are left will not be removed"
+                "cannot record the fetched images; unused images may never be removed"
             );
         }
     }
@@ -378,7 +379,7 @@ impl Images {
             return;
         }
         drop(state);
-        // Without a runtime the process is at its end, and the next one collects.
+        // Without a runtime the process is ending; the next one collects.
         if let (true, Some(delay), Ok(runtime)) =
             (unused, self.gc, tokio::runtime::Handle::try_current())
         {
@@ -390,7 +391,7 @@ impl Images {
         }
     }
 
-    /// Removes an image unless it was used since.
+    /// Removes an image unless it has been used in the meantime.
     async fn remove_unused(self: &Arc<Self>, reference: &str, version: u64) {
         let _nobody_begins_to_use_one = self.removal.write().await;
         {
@@ -406,7 +407,10 @@ impl Images {
         }
         match self.docker.remove_image(reference).await {
             Ok(false) => {
-                tracing::debug!(image = reference, "a container uses the image; it stays");
+                tracing::debug!(
+                    image = reference,
+                    "keeping the image, because a container uses it"
+                );
                 let (images, reference) = (self.clone(), reference.to_owned());
                 tokio::spawn(async move {
                     sleep(IN_USE_INTERVAL).await;
@@ -414,11 +418,14 @@ impl Images {
                 });
             }
             Ok(true) => {
-                tracing::info!(image = reference, "removed an image that is no longer used");
+                tracing::info!(image = reference, "removed an unused image");
                 self.lock().fetched.remove(reference);
                 self.save();
             }
-            Err(error) => tracing::warn!(error = crate::chain(&error), "an unused image stays"),
+            Err(error) => tracing::warn!(
+                error = crate::chain(&error),
+                "cannot remove an unused image"
+            ),
         }
     }
 

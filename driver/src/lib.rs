@@ -7,8 +7,8 @@
 //!                                            +--> run <---+  +-> link --> polydev-init
 //! ```
 //!
-//! Nothing on the right knows anything on its left: `tests/layers.rs` has the order. `docker` alone names bollard;
-//! `plugin`, `service`, `node/service` and `metrics` alone name tonic.
+//! Modules depend only on modules to their right: `tests/layers.rs` has the order. Only
+//! `docker` uses bollard; only `plugin`, `service`, `node/service` and `metrics` use tonic.
 
 pub mod plugin;
 pub mod service;

@@ -1,4 +1,4 @@
-//! The states of a slot and every step between them. Pure: it is told the time.
+//! The states of a slot and all transitions between them. Pure: callers pass the time.
 //!
 //! ```text
 //!            +---------------- Recycled ----------------+
@@ -10,33 +10,33 @@
 //!   any but Failed --Drained--> Draining          any --GivenUp--> Failed
 //! ```
 //!
-//! A slot that is made on demand is for one run, and has one container: what would lead it to
-//! `Recycling` leads it to `Draining` instead.
+//! A slot on demand serves one run and has one container: a step to `Recycling` leads to
+//! `Draining` instead.
 //!
-//! A lease is of a pool's slot, and for one run of one user.
+//! A lease reserves a pool's slot for one run of one user.
 
 use std::time::SystemTime;
 
-/// Where a slot is in its life.
+/// The state of a slot.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum State {
-    /// A container is being started.
+    /// A container is starting.
     Warming,
     /// A container waits for a claim.
     Idle,
-    /// A container waits for the claim of one run.
+    /// A container waits for the claim of one particular run.
     Leased { holder: Holder, until: SystemTime },
-    /// A run is in it.
+    /// The container has a run.
     Claimed { run_id: String },
-    /// What is left in its container is being ended.
+    /// The remains of the container are being ended.
     Recycling,
-    /// It leaves the pool, after its run if there is one. Final.
+    /// The slot leaves the pool, after its run if it has one. Final.
     Draining { run_id: Option<String> },
     /// Given up. Final.
     Failed,
 }
 
-/// Whose lease it is.
+/// The holder of a lease.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Holder {
     pub run_id: String,
@@ -44,7 +44,7 @@ pub struct Holder {
 }
 
 impl State {
-    /// All there are, as [`State::name`] has them.
+    /// All names that [`State::name`] returns.
     pub const NAMES: [&str; 7] = [
         "warming",
         "idle",
@@ -55,7 +55,7 @@ impl State {
         "failed",
     ];
 
-    /// The word for it in the API, logs and metrics.
+    /// The name in the API, logs and metrics.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
@@ -70,42 +70,42 @@ impl State {
     }
 }
 
-/// What happens to a slot.
+/// An event in a slot's life.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// No container is tried for now.
+    /// The driver does not try to make a container for now.
     Held { reason: String },
-    /// Its container is ready.
+    /// The container is ready.
     Warmed,
-    /// A shim claims the container it saw.
+    /// A shim claims the container that it saw.
     Claimed {
         generation: u64,
         run_id: String,
         user_id: String,
     },
-    /// A shim wants to keep the container it saw for one run.
+    /// A shim reserves the container that it saw for one run.
     Leased {
         generation: u64,
         run_id: String,
         user_id: String,
         until: SystemTime,
     },
-    /// The run that it is leased for will not come.
+    /// The run that the slot is leased for will not come.
     LeaseEnded,
-    /// The run in it has ended.
+    /// The slot's run has ended.
     RunEnded,
-    /// Its idle container is gone.
+    /// The idle container is gone.
     Died { reason: String },
-    /// Nothing runs in the old container, and the next one is made.
+    /// Nothing runs in the old container any longer, and the next one is being made.
     Recycled,
     /// Nomad stops the allocation.
     Drained,
-    /// Refilling it failed too often.
+    /// Refilling the slot failed too often.
     GivenUp { reason: String },
 }
 
 impl Event {
-    /// All there are, as [`Event::name`] has them.
+    /// All names that [`Event::name`] returns.
     pub const NAMES: [&str; 10] = [
         "held",
         "warmed",
@@ -119,7 +119,7 @@ impl Event {
         "given_up",
     ];
 
-    /// The word for it in the API, logs and metrics: the cause of a step.
+    /// The name in the API, logs and metrics, where it is the cause of a step.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
@@ -137,7 +137,7 @@ impl Event {
     }
 }
 
-/// The event does not fit the state, which is left as it was.
+/// The event does not fit the state; the state is unchanged.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the slot is {} at generation {generation}{}", state.name(), if *on_demand { ", for one run only" } else { "" })]
 pub struct Refused {
@@ -146,13 +146,13 @@ pub struct Refused {
     pub on_demand: bool,
 }
 
-/// A slot's state with what goes with it.
+/// A slot's state and its details.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Life {
     state: State,
-    /// Counts the slot's containers, from 1.
+    /// Number of the slot's current container, from 1.
     generation: u64,
-    /// The one run that may have it; `None` for a pool's.
+    /// The only run that may use the slot; `None` for a slot of a pool.
     for_run: Option<String>,
     cause: &'static str,
     reason: String,
@@ -160,7 +160,7 @@ pub struct Life {
 }
 
 impl Life {
-    /// Of a slot whose first container is to be the `generation`th.
+    /// A slot whose first container is number `generation`.
     #[must_use]
     pub fn new(generation: u64, for_run: Option<String>, now: SystemTime) -> Self {
         Self {
@@ -173,7 +173,7 @@ impl Life {
         }
     }
 
-    /// The slot's driver has been restarted, and the run that was claimed then still is in it.
+    /// The slot's state after a restart of its driver, with the run that is still in it.
     #[must_use]
     pub fn resumed(self, run_id: String, generation: u64, since: SystemTime) -> Self {
         Self {
@@ -195,13 +195,13 @@ impl Life {
         self.generation
     }
 
-    /// What led to this state: the name of an [`Event`], or `started` or `recovered`.
+    /// What led to this state: the name of an [`Event`], `started` or `recovered`.
     #[must_use]
     pub fn cause(&self) -> &'static str {
         self.cause
     }
 
-    /// Why it is in this state, for people; often empty.
+    /// Why the slot is in this state, for people; often empty.
     #[must_use]
     pub fn reason(&self) -> &str {
         &self.reason
@@ -212,10 +212,11 @@ impl Life {
         self.since
     }
 
-    /// Takes one step. What leaves it in its state leaves [`Life::since`] too.
+    /// Applies an event. If the state does not change, [`Life::since`] does not change
+    /// either.
     ///
     /// # Errors
-    /// [`Refused`] if there is no such step from here.
+    /// [`Refused`] if this state does not allow the event.
     pub fn apply(&mut self, event: Event, now: SystemTime) -> Result<(), Refused> {
         let cause = event.name();
         let (state, reason) = match (&self.state, event) {

@@ -1,8 +1,8 @@
-//! What a container may use, and how a running one is given more.
+//! What a container may use, and how the driver raises the limits of a running one.
 //!
-//! Docker sets the idle class when it makes a container. On the claim path the
-//! run class is written straight to the cgroup files and token buckets, which a
-//! [`Handle`] has held open since the slot was filled: microseconds, and no dockerd.
+//! Docker sets the idle limits when it creates a container. At a claim the driver writes
+//! the run limits directly to the cgroup files and token buckets, which a [`Handle`] holds
+//! open since the fill. This takes microseconds and does not need dockerd.
 
 mod cgroup;
 mod frames;
@@ -15,28 +15,28 @@ use std::{sync::Arc, time::Duration};
 /// The CFS period of every container: Docker's default.
 pub const CPU_PERIOD: Duration = Duration::from_millis(100);
 
-/// Hard limits of one class.
+/// A set of hard limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Limits {
-    /// CPU time: 1,000 is one core.
+    /// CPU time: 1,000 MHz stand for one core.
     pub cpu_mhz: u32,
-    /// Memory in MiB; there is no swap on top.
+    /// Memory in MiB, without additional swap.
     pub memory_mb: u32,
-    /// Megabits (10^6) a second, each way.
+    /// Megabits (10^6 bits) per second, in each direction.
     pub mbits: u32,
     /// Processes and threads.
     pub pids: u32,
 }
 
 impl Limits {
-    /// What a run gets unless the plugin configuration says otherwise.
+    /// The default limits of a run, unless the plugin configuration sets others.
     pub const RUN: Self = Self {
         cpu_mhz: 500,
         memory_mb: 512,
         mbits: 10,
         pids: 256,
     };
-    /// What an idle slot gets; its CPU and memory are those the job reserves.
+    /// The limits of an idle slot; its CPU and memory come from the job.
     pub const IDLE: Self = Self {
         cpu_mhz: 100,
         memory_mb: 256,
@@ -56,18 +56,18 @@ impl Limits {
     }
 }
 
-/// What may pass a container's interface; `None` is unlimited.
+/// Bandwidth of a container's interface; `None` is unlimited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Rates {
-    /// Megabits (10^6) a second that it receives.
+    /// Megabits (10^6 bits) per second that the container may receive.
     pub ingress_mbits: Option<u32>,
-    /// Megabits a second that it sends.
+    /// Megabits per second that the container may send.
     pub egress_mbits: Option<u32>,
     /// Bytes that pass at full speed after a pause.
     pub burst: u32,
 }
 
-/// A segmented packet of the host is 64 KiB.
+/// The host's segmented packets have up to 64 KiB.
 pub const BURST: u32 = 64 << 10;
 
 impl Limits {
@@ -128,16 +128,16 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Handle {
     cgroup: cgroup::Cgroup,
-    /// What it was opened with.
+    /// The rates that were set when it was opened.
     rates: Option<Rates>,
-    /// Absent where nothing is shaped.
+    /// `None` if the traffic is not shaped.
     traffic: Option<Arc<traffic::Shaper>>,
 }
 
 impl Handle {
-    /// Opens the limits of the container whose first process is `pid` and shapes
-    /// its traffic to `limits`; CPU, memory and pids were set when it was made.
-    /// Blocks for a few milliseconds.
+    /// Opens the limits of the container whose first process is `pid`, and shapes its
+    /// traffic to `limits`. CPU, memory and pids were set when it was created. Blocks for a
+    /// few milliseconds.
     ///
     /// # Errors
     /// [`Error`]; the container must not be used then.
@@ -145,7 +145,8 @@ impl Handle {
         Self::open_shaped(pid, Some(&limits.rates()))
     }
 
-    /// As [`Handle::open`], for a container with `rates` or with no bound on its traffic.
+    /// Like [`Handle::open`], for a container with `rates` or without a limit on its
+    /// traffic.
     ///
     /// # Errors
     /// [`Error`]; the container must not be used then.
@@ -163,17 +164,18 @@ impl Handle {
         })
     }
 
-    /// Raises or lowers CPU, memory and pids to `limits`. Takes tens of microseconds and waits
-    /// for nothing but the kernel, which may have to reclaim memory for a lower limit.
+    /// Raises or lowers CPU, memory and pids to `limits`. Takes tens of microseconds; only
+    /// the kernel may block, to reclaim memory for a lower limit.
     ///
     /// # Errors
     /// [`Error`]; some limits may be set, and the container must not be used. With cgroup
-    /// v1 memory cannot be limited below what is in use; with v2 the kernel kills for it.
+    /// v1 the memory limit cannot go below current use; with v2 the kernel kills processes
+    /// to do so.
     pub fn set(&self, limits: &Limits) -> Result<(), Error> {
         self.cgroup.set(limits)
     }
 
-    /// Whether the bandwidth of `limits` is less than what it was opened with.
+    /// Whether the bandwidth of `limits` is lower than when it was opened.
     #[must_use]
     pub fn is_lowered_by(&self, limits: &Limits) -> bool {
         self.rates
@@ -181,9 +183,9 @@ impl Handle {
             .is_none_or(|mbits| limits.mbits < mbits)
     }
 
-    /// Raises or lowers the bandwidth to that of `limits`, once it is called. It blocks while
-    /// the kernel makes or removes a container's interfaces: tens of milliseconds on a busy
-    /// node. If it fails the container must not be used.
+    /// Returns a function that sets the bandwidth to the one of `limits`. The function
+    /// blocks while the kernel creates or removes a container's interfaces: tens of
+    /// milliseconds on a busy node. If it fails, the container must not be used.
     #[must_use = "nothing is shaped until it is called"]
     pub fn shaping(
         &self,
@@ -196,7 +198,7 @@ impl Handle {
         }
     }
 
-    /// Processes the kernel has killed for want of memory.
+    /// How many processes the kernel has killed for lack of memory.
     #[must_use]
     pub fn oom_kills(&self) -> u64 {
         self.cgroup.oom_kills()

@@ -1,5 +1,5 @@
-//! The driver's end of a container's socket: what init is told and what it tells.
-//! [`connection`] is the way to one container, with what its end takes.
+//! The driver's end of a container's socket, for messages to and from init. [`connection`]
+//! is the connection to one container, and how it ends.
 
 mod connection;
 
@@ -30,30 +30,30 @@ use tokio::{
     time::timeout,
 };
 
-/// Init reads whatever comes; one that does not for so long is dead.
+/// Init always reads; an init that does not read for this long is dead.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why there is no talking to a container's init.
+/// Why the driver cannot communicate with a container's init.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot listen in `{folder}`")]
     Listen { folder: PathBuf, source: io::Error },
     #[error("the connection to init broke")]
     Broken(#[source] io::Error),
-    #[error("init does not speak its protocol")]
+    #[error("init violates its protocol")]
     Protocol(#[source] frame::Error),
-    #[error("init speaks version {version} of its protocol, not {PROTOCOL_VERSION}")]
+    #[error("init uses protocol version {version}, not {PROTOCOL_VERSION}")]
     Version { version: u32 },
-    #[error("init did not begin with a greeting")]
+    #[error("the first message of init was not a greeting")]
     NotGreeted,
-    #[error("init did not begin by waiting for a command")]
+    #[error("init is not waiting for a command")]
     NotWaiting,
     #[error("init closed the connection")]
     Closed,
 }
 
-/// A socket in a folder made for one container, which is mounted into it. The
-/// folders above belong to root alone.
+/// A socket in a folder that is made for one container and mounted into it. The parent
+/// folders belong to root alone.
 #[derive(Debug)]
 pub(crate) struct Listener {
     folder: Folder,
@@ -78,7 +78,7 @@ impl Listener {
         Self::listen(folder, &path).map_err(listen)
     }
 
-    /// Listens again in the folder of an earlier life of the driver.
+    /// Listens again in a folder from an earlier life of the driver.
     pub(crate) fn bind_again(folder: &Path) -> Result<Self, Error> {
         let listen = |source| Error::Listen {
             folder: folder.to_owned(),
@@ -98,7 +98,7 @@ impl Listener {
 
     fn listen(folder: Folder, path: &Path) -> io::Result<Self> {
         let socket = UnixListener::bind(path)?;
-        // Init has the user of the image.
+        // Init runs as the user of the image.
         let open_to_all =
             |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode));
         open_to_all(&folder.path, 0o755)?;
@@ -110,28 +110,31 @@ impl Listener {
         &self.folder.path
     }
 
-    /// From now on the folder outlives this process: its container can come back to the
-    /// next one. Whoever destroys the container removes it.
+    /// From now on the folder outlives this process, so that the container can reconnect to
+    /// the next one. Whoever destroys the container removes the folder.
     pub(crate) fn keep(&mut self) {
         self.folder.keep = true;
     }
 
-    /// The container is of no more use, and with it the folder.
+    /// The container is no longer needed, and neither is the folder.
     pub(crate) fn let_go(&mut self) {
         self.folder.keep = false;
     }
 
-    /// Waits for the container's init to connect and greet. Whoever else connects is
-    /// turned away: the command of a container cannot speak for its init.
+    /// Waits until the container's init connects and sends its greeting. Other processes
+    /// are rejected, because a command must not pass for its init.
     ///
     /// # Cancel safety
-    /// Cancelling drops the connection; init tries again.
+    /// Cancelling drops the connection; init reconnects.
     pub(crate) async fn accept(&self, is_init: impl Fn(u32) -> bool) -> Result<Greeted, Error> {
         loop {
             let (stream, _) = self.socket.accept().await.map_err(Error::Broken)?;
             let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
             let Some(pid) = peer.map(i32::cast_unsigned).filter(|pid| is_init(*pid)) else {
-                tracing::warn!(?peer, "a process that is not init was turned away");
+                tracing::warn!(
+                    ?peer,
+                    "rejected a connection from a process that is not init"
+                );
                 continue;
             };
             let mut link = Link::new(stream);
@@ -157,13 +160,13 @@ impl Listener {
     }
 }
 
-/// An init that has connected.
+/// A connected init.
 #[derive(Debug)]
 pub(crate) struct Greeted {
     pub(crate) pid: u32,
     pub(crate) link: Link,
     pub(crate) state: hello::State,
-    /// What secrets are sealed to.
+    /// The key to seal secrets with.
     pub(crate) public_key: Bytes,
 }
 
@@ -179,7 +182,7 @@ impl Drop for Folder {
         if !self.keep
             && let Err(error) = fs::remove_dir_all(&self.path)
         {
-            tracing::debug!(%error, "a socket's folder is left");
+            tracing::debug!(%error, "cannot remove a socket's folder");
         }
     }
 }
@@ -214,7 +217,7 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    /// The next message of init.
+    /// Returns init's next message.
     ///
     /// # Cancel safety
     /// Loses nothing.
@@ -223,7 +226,7 @@ impl Reader {
             if let Some(FromInit { message }) =
                 frame::decode(&mut self.input).map_err(Error::Protocol)?
             {
-                // A message of a newer init would be an empty one; it is not awaited here.
+                // A newer init's unknown message decodes as an empty one; it is skipped.
                 match message {
                     Some(message) => return Ok(message),
                     None => continue,
@@ -245,7 +248,7 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// Sends one message whole. Not cancel safe: a message cut short ends the link.
+    /// Sends one whole message. Not cancel safe: a partial message ends the link.
     pub(crate) async fn send(&mut self, message: to_init::Message) -> Result<(), Error> {
         self.output.clear();
         frame::encode(
@@ -258,7 +261,7 @@ impl Writer {
         self.write(0).await
     }
 
-    /// Sends one message whole, with descriptors beside its first byte.
+    /// Sends one whole message, with descriptors attached to its first byte.
     pub(crate) async fn send_with(
         &mut self,
         message: to_init::Message,
@@ -285,7 +288,7 @@ impl Writer {
         }
     }
 
-    /// Writes what was encoded, from `sent` on.
+    /// Writes the encoded message, from byte `sent` on.
     async fn write(&mut self, sent: usize) -> Result<(), Error> {
         match timeout(SEND_TIMEOUT, self.socket.write_all(&self.output[sent..])).await {
             Ok(sent) => sent.map_err(Error::Broken),

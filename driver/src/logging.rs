@@ -1,5 +1,6 @@
-//! Log lines as go-plugin's host reads them from stderr: one JSON object each, whose
-//! `@level`, `@message` and `@timestamp` are strings (anything else stops the agent).
+//! Log lines in the format that go-plugin's host reads from stderr: one JSON object per
+//! line. `@level`, `@message` and `@timestamp` must be strings (anything else stops the
+//! agent).
 
 use std::{
     fmt,
@@ -21,8 +22,8 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-/// Sends all events, and panics as one line each, to stderr. The agent filters by
-/// its own level; `POLYDEV_LOG` (a tracing filter) narrows what is sent, `info` by default.
+/// Sends all events to stderr, and each panic as one line. The agent filters by its own
+/// level; `POLYDEV_LOG` (a tracing filter, `info` by default) limits what is sent.
 pub fn init() {
     let filter = EnvFilter::try_from_env("POLYDEV_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let lines = tracing_subscriber::fmt::layer()
@@ -38,8 +39,8 @@ pub fn init() {
     ));
 }
 
-/// Writes to stderr and does not mind when nobody reads it: after a crash of the
-/// agent the pipe is broken, and the driver goes on.
+/// Writes to stderr and ignores that nobody reads it: after a crash of the agent the pipe
+/// is broken, and the driver continues.
 #[derive(Clone, Copy)]
 struct Stderr;
 
@@ -124,7 +125,7 @@ where
     }
 }
 
-/// Every value as a string: the host type-asserts some and prints all.
+/// Every value as a string: the host requires strings for some fields and prints all.
 struct Fields(Map<String, Value>);
 
 impl Visit for Fields {
@@ -146,7 +147,7 @@ impl Visit for Fields {
     }
 }
 
-/// `2026-01-02T03:04:05.123456Z`: hclog wants exactly six digits.
+/// `2026-01-02T03:04:05.123456Z`: hclog requires exactly six digits.
 fn timestamp(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let stamp = prost_types::Timestamp {
@@ -164,17 +165,15 @@ fn timestamp(time: SystemTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{
-        sync::{Arc, Mutex},
-        time::Duration,
-    };
+    use std::{sync::Arc, time::Duration};
 
     #[test]
     fn a_line_has_the_fields_of_its_spans_and_its_own_last() {
-        let written = Arc::new(Mutex::new(Vec::new()));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let written = Arc::new(file.reopen().unwrap());
         let lines = tracing_subscriber::fmt::layer()
             .event_format(Hclog)
-            .with_writer(written.clone());
+            .with_writer(written);
         let subscriber = tracing_subscriber::registry().with(SpanFields).with(lines);
         tracing::subscriber::with_default(subscriber, || {
             let outer = tracing::info_span!("slot", slot_id = "a/b");
@@ -183,7 +182,7 @@ mod tests {
                 inner.in_scope(|| tracing::warn!(slot_id = "c", "words"));
             });
         });
-        let line: Value = serde_json::from_slice(&written.lock().unwrap()).unwrap();
+        let line: Value = serde_json::from_reader(file).unwrap();
         assert_eq!(line["run_id"], "7");
         assert_eq!(line["slot_id"], "c");
         assert_eq!(line["@message"], "words");

@@ -11,13 +11,14 @@ use polydev_driver::{logging, plugin};
 
 /// Nomad task driver that keeps warm, isolated containers for LLM command-line tools.
 ///
-/// A Nomad agent starts it from its plugin_dir; it is of no use by hand.
+/// A Nomad agent starts this program from its plugin_dir. It does nothing useful when
+/// started by hand.
 #[derive(Parser)]
 #[command(name = "nomad-driver-polydev", version)]
 struct Arguments {}
 
-/// How long idle threads for blocking calls are kept. While containers are being started the
-/// kernel was seen to take 12 to 19 ms to make a new one, in the place that asks for it.
+/// How long idle threads for blocking calls are kept. While containers start, the kernel
+/// takes 12 to 19 ms (measured) to create a thread, and the caller waits for it.
 const IDLE_THREAD_TIMEOUT: Duration = Duration::from_secs(300);
 
 fn main() -> ExitCode {
@@ -44,10 +45,11 @@ fn main() -> ExitCode {
 }
 
 async fn run() -> anyhow::Result<()> {
-    // Credentials pass through: no core dump, and no other process may look inside.
+    // Credentials pass through this process: no core dumps, and no other process may read
+    // its memory.
     prctl::set_dumpable(false)?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
-    // A task takes some ten descriptors; 1,024, which is the usual soft limit, are few.
+    // A task needs about ten descriptors; the usual soft limit of 1,024 is too low.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     plugin::serve(std::io::stdout()).await

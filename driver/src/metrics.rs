@@ -1,5 +1,5 @@
-//! What is counted of the node's slots, told to an OpenTelemetry collector, if the plugin's
-//! options name one. `docs/metrics.md` lists it.
+//! Metrics about the node's slots, exported to an OpenTelemetry collector if the plugin's
+//! options name one. `docs/metrics.md` lists them.
 
 use std::{
     collections::BTreeMap,
@@ -31,15 +31,15 @@ use crate::{
 };
 
 const SERVICE: &str = "nomad-driver-polydev";
-/// Seconds: from a claim that ends at once to a run of hours.
+/// Buckets in seconds: from a claim that ends at once to a run of hours.
 const TIMES: [f64; 14] = [
     0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1_800.0, 7_200.0,
 ];
-/// For a collector to accept a connection, and to answer on one that it had.
+/// Time for the collector to accept a connection, and to respond on an open one.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// For one export.
+/// Time for one export.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
-/// For the last one, when the driver is told to end.
+/// Time for the last export, when the driver stops.
 const FINISH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The instruments, if there is a collector.
@@ -53,8 +53,8 @@ struct Told {
 }
 
 impl Metrics {
-    /// Begins to tell the collector, within a runtime. `instance` is the driver's on this node.
-    /// If it cannot, that is logged: slots are worth more than figures.
+    /// Starts the export; requires a runtime. `instance` is the driver's id on this node. A
+    /// failure is only logged: slots are more important than metrics.
     #[must_use]
     pub fn new(telemetry: Option<&Telemetry>, instance: &str) -> Self {
         let told = telemetry.map(|telemetry| Told::new(telemetry, instance));
@@ -62,13 +62,13 @@ impl Metrics {
             let error = chain(&*error);
             tracing::error!(
                 error,
-                "no collector is told: see `telemetry` and OTEL_* variables"
+                "exporting no metrics: check `telemetry` and the OTEL_* variables"
             );
             None
         }))
     }
 
-    /// Reports what `counts` answers, from now on. `None` reports nothing.
+    /// From now on, reports what `counts` returns. `None` reports nothing.
     pub fn watch(&self, counts: impl Fn() -> Option<Counts> + Send + Sync + 'static) {
         let Some(Told { provider, .. }) = &self.0 else {
             return;
@@ -81,7 +81,7 @@ impl Metrics {
                 observer.observe(number, &attributes);
             }
         };
-        // What it gives is only its name: the callback stays with the provider.
+        // The result is only a name: the provider keeps the callback.
         let _slots = provider
             .meter(SERVICE)
             .i64_observable_up_down_counter("polydev.slots")
@@ -91,21 +91,22 @@ impl Metrics {
             .build();
     }
 
-    /// What a slot tells its steps to.
+    /// Where a slot reports its steps.
     #[must_use]
     pub fn steps(&self) -> Steps {
         Steps(self.0.as_ref().map(|told| told.steps.clone()))
     }
 
-    /// Tells the collector for the last time. Takes half a second at most.
+    /// Exports for the last time. Takes at most half a second.
     pub async fn finish(&self) {
         let Some(Told { provider, .. }) = &self.0 else {
             return;
         };
         let (provider, (told, is_told)) = (provider.clone(), oneshot::channel());
-        // It blocks, for five seconds if the collector does not answer: nobody waits for the thread.
+        // Shutting down blocks, for five seconds if the collector does not respond; so it
+        // gets a thread that nobody waits for.
         std::thread::spawn(move || {
-            // That the collector is away has been logged.
+            // The log already says that the collector is unreachable.
             let _away = provider.shutdown();
             let _nobody_waits = told.send(());
         });
@@ -136,7 +137,7 @@ impl Told {
             .with_interval(telemetry.interval)
             .build();
         let host = nix::unistd::gethostname().unwrap_or_default();
-        // Not what the agent's environment says: that is about the agent.
+        // Ignores the environment, which describes the agent.
         let resource = Resource::builder_empty()
             .with_service_name(SERVICE)
             .with_attributes([
@@ -165,7 +166,7 @@ fn of(provider: &'static str, on_demand: bool) -> [KeyValue; 2] {
 pub struct Counts(BTreeMap<(&'static str, bool, &'static str), i64>);
 
 impl Counts {
-    /// A zero for each, so that a state which no slot is in any more is reported too.
+    /// All counts zero, so that a state without slots is reported too.
     #[must_use]
     pub fn zeros() -> Self {
         let zeros = pools().flat_map(|(provider, on_demand)| {
@@ -181,7 +182,7 @@ impl Counts {
     }
 }
 
-/// The name of a provider, of those that there are.
+/// The static name of a known provider.
 fn known(provider: &str) -> &'static str {
     let mut known = PROVIDERS.into_iter();
     let found = known.find(|name| *name == provider);
@@ -206,7 +207,7 @@ impl Instruments {
             .with_unit("{step}")
             .with_description("Steps of slots, by what led to them.")
             .build();
-        // A series that begins with its first step hides that one from a rate.
+        // A series must start at zero, or `rate` misses its first step.
         for (provider, on_demand) in pools() {
             for cause in Event::NAMES {
                 let [provider, on_demand] = of(provider, on_demand);
@@ -223,12 +224,12 @@ impl Instruments {
     }
 }
 
-/// Counts the steps of slots, with the time that each state took.
+/// Counts the steps of slots, and the time spent in each state.
 #[derive(Debug, Clone, Default)]
 pub struct Steps(Option<Instruments>);
 
 impl Steps {
-    /// A slot goes from `last` to `next`.
+    /// Records a step of a slot from `last` to `next`.
     pub fn taken(&self, provider: &str, on_demand: bool, last: &Life, next: &Life) {
         let Some(Instruments { steps, times }) = &self.0 else {
             return;
@@ -246,13 +247,13 @@ impl Steps {
             KeyValue::new("state", state),
             KeyValue::new("next", next_state),
         ];
-        // A clock that was set back has seen no time pass.
+        // If the clock was set back, the time counts as zero.
         let time = next.since().duration_since(last.since());
         times.record(time.unwrap_or_default().as_secs_f64(), &attributes);
     }
 }
 
-/// Says once that the collector does not take what it is told, and once that it does again.
+/// Logs once when the collector rejects an export, and once when it accepts one again.
 #[derive(Debug)]
 struct Watched {
     exporter: MetricExporter,
@@ -270,10 +271,10 @@ impl PushMetricExporter for Watched {
                 tracing::warn!(
                     endpoint,
                     error,
-                    "the collector takes no metrics; tried again"
+                    "the collector does not accept metrics, retrying"
                 );
             }
-            (Ok(()), true) => tracing::info!(endpoint, "the collector takes metrics again"),
+            (Ok(()), true) => tracing::info!(endpoint, "the collector accepts metrics again"),
             (Err(_), true) | (Ok(()), false) => {}
         }
         self.is_failing.store(result.is_err(), Ordering::Relaxed);

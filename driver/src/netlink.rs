@@ -1,4 +1,4 @@
-//! Requests to the kernel's routing tables, in this network namespace or another.
+//! Requests to the kernel's routing tables, in any network namespace.
 
 use std::{fs::File, io, net::IpAddr, thread};
 
@@ -11,19 +11,19 @@ use netlink_packet_route::{
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::sched::{CloneFlags, setns};
 
-/// A socket in the network namespace of a process, see [`in_network`].
+/// A socket in the network namespace of a process; see [`in_network`].
 pub(crate) fn connect_in(pid: u32) -> io::Result<Socket> {
     in_network(pid, connect)
 }
 
-/// What `make` makes in the network namespace of a process, such as a socket, which
-/// stays there for good. Blocks for about a millisecond.
+/// Runs `make` in the network namespace of a process. A socket that it creates stays in
+/// that namespace. Blocks for about a millisecond.
 pub(crate) fn in_network<T: Send + 'static>(
     pid: u32,
     make: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
-    // A thread of its own, which ends in the other namespace.
+    // In a thread of its own, which ends in the other namespace.
     let inside = thread::spawn(move || {
         setns(namespace, CloneFlags::CLONE_NEWNET)?;
         make()
@@ -31,7 +31,7 @@ pub(crate) fn in_network<T: Send + 'static>(
     inside.join().map_err(|_| io::Error::other("thread died"))?
 }
 
-/// The address by which a namespace is reached from the host, if it has one.
+/// The address at which the host reaches a namespace, if it has one.
 pub(crate) fn address(socket: &Socket) -> io::Result<Option<IpAddr>> {
     let mut found = None;
     let mut message = AddressMessage::default();
@@ -54,13 +54,13 @@ pub(crate) fn address(socket: &Socket) -> io::Result<Option<IpAddr>> {
     Ok(found)
 }
 
-/// The first interface that has its other end elsewhere, and the index of that end.
+/// The first interface whose peer is in another namespace, and the index of the peer.
 pub(crate) fn find_veth(socket: &Socket) -> io::Result<Option<(u32, u32)>> {
     let mut found = None;
     let dump = RouteNetlinkMessage::GetLink(LinkMessage::default());
     request(socket, dump, NLM_F_DUMP, |message| {
         if let RouteNetlinkMessage::NewLink(link) = message {
-            // What others call their link, such as a macvlan, is an interface of the host's.
+            // Other kinds, such as macvlan, refer to an interface of the host instead of a peer.
             let is_veth = link.attributes.iter().any(|attribute| match attribute {
                 LinkAttribute::LinkInfo(infos) => infos.contains(&LinkInfo::Kind(InfoKind::Veth)),
                 _ => false,
@@ -85,8 +85,8 @@ pub(crate) fn connect() -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Sends one request and reads to its acknowledgement or the end of its dump. The
-/// kernel answers before `send` returns, so that this never waits.
+/// Sends one request and reads until its acknowledgement or the end of its dump. The kernel
+/// responds before `send` returns, so this never blocks.
 pub(crate) fn request(
     socket: &Socket,
     payload: RouteNetlinkMessage,

@@ -1,5 +1,5 @@
-//! What the driver holds once it is in charge of its node. There is one at most: [`start`] makes
-//! it, with what [`recover`] takes up, and [`service`] lets shims ask it.
+//! What the driver holds while it is in charge of its node. There is at most one: [`start`]
+//! creates it, with what [`recover`] recovers, and [`service`] serves shims.
 
 mod recover;
 pub mod service;
@@ -14,7 +14,7 @@ use crate::{
     sandbox::Networks, site::Site, slot::Slots, state::lock::Lock, task::Tasks,
 };
 
-/// The node, in the hands of this process.
+/// The node that this process is in charge of.
 #[derive(Debug)]
 pub struct Node {
     pub site: Arc<Site>,
@@ -28,10 +28,10 @@ pub struct Node {
 }
 
 impl Node {
-    /// Agrees with Docker on a version and makes the slots' bridge and its rules.
+    /// Agrees on a version with Docker, and creates the slots' bridge and its firewall rules.
     ///
     /// # Errors
-    /// [`Error`]; to be tried again.
+    /// [`Error`]; the caller tries again.
     pub async fn prepare(&self) -> Result<(), Error> {
         let Site {
             docker,
@@ -47,7 +47,7 @@ impl Node {
         Ok(self.firewall.ensure().await?)
     }
 
-    /// Where shims reach the node service.
+    /// The address at which shims reach the node service.
     #[must_use]
     pub fn address(&self) -> String {
         let config = &self.site.config;
@@ -57,7 +57,7 @@ impl Node {
         format!("unix://{}", socket_path(config).display())
     }
 
-    /// Takes away what only a driver with slots needs. Bounded by the engine's deadlines.
+    /// Removes what only a driver with slots needs. Bounded by the deadlines of Docker calls.
     pub async fn leave(&self) {
         let Site {
             config,
@@ -74,13 +74,13 @@ impl Node {
         match docker.remove_bridge(name).await {
             Ok(()) => self.firewall.remove().await,
             Err(error) => {
-                tracing::info!(error = crate::chain(&error), "the bridge stays");
+                tracing::info!(error = crate::chain(&error), "cannot remove the bridge");
             }
         }
     }
 }
 
-/// The bridge's name for the kernel, which takes 15 letters.
+/// The bridge's interface name; the kernel allows 15 letters.
 fn interface(instance: &str) -> String {
     format!("pd-{instance}")
 }

@@ -1,5 +1,5 @@
-//! What any go-plugin host expects of a plugin: its handshake, its base services,
-//! and the order in which things are brought up and down.
+//! What every go-plugin host expects of a plugin: the handshake, the base services, and an
+//! orderly start and stop.
 
 mod base;
 mod controller;
@@ -27,23 +27,24 @@ use tonic::transport::Server;
 
 use crate::{events::Events, fingerprint::Health, node::Node, service::Service};
 
-/// Task configurations and exec input may be large; the host sets no limit at all.
+/// Task configurations and exec input may be large; the host has no limit.
 const MAX_MESSAGE: usize = 64 << 20;
-/// go-plugin's host kills a plugin two seconds after asking it to leave.
+/// The go-plugin host kills a plugin two seconds after it asks the plugin to stop.
 const LEAVE_TIMEOUT: Duration = Duration::from_millis(1500);
-/// Who holds [`Service::attached`] without an agent: the service and this module.
+/// References to [`Service::attached`] when no agent is connected: the service's and this
+/// module's.
 const ALONE: usize = 2;
-/// Begins the name of the folder of each plugin process's socket.
+/// Prefix of the folder that each plugin process makes for its socket.
 const FOLDER: &str = "polydev-plugin-";
 
-/// Serves one host until it says `Shutdown` or SIGTERM comes. Writes the handshake
+/// Serves one host until the host calls `Shutdown` or SIGTERM arrives. The handshake goes
 /// to `stdout`, which belongs to the host.
 ///
 /// # Errors
-/// Whatever keeps the plugin from listening.
+/// Any reason why the plugin cannot listen.
 pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
-    // In the foreground, Ctrl-C at the agent reaches the plugin too; the agent
-    // decides what becomes of it.
+    // Ctrl-C at an agent in the foreground also reaches the plugin, but the agent decides
+    // when the plugin stops.
     let mut interrupts = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let host = parent_id();
     let mut successors = signal(SignalKind::user_defined2()).context("cannot handle SIGUSR2")?;
@@ -86,11 +87,11 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
     handshake::announce(&mut stdout, &socket).context("cannot write the handshake")?;
     tokio::select! {
         served = server => served.context("the plugin's server ended")?,
-        // Streams to the host never end, so there is no waiting for them.
+        // Streams to the host never end, so do not wait for them.
         _ = left.recv() => {}
         _ = terminations.recv() => {}
-        // A second driver wants the node, which is its if the agent that started this one is
-        // gone and no other has attached.
+        // A second driver wants the node. It gets the node if this driver's agent is gone
+        // and no other agent is attached.
         () = async {
             while successors.recv().await.is_some() && (parent_id() == host || Arc::strong_count(&attached) > ALONE) {}
             tracing::info!("leaving the node to another driver");
@@ -106,9 +107,9 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ends when the host is gone before it has given this process a node to look after:
-/// an agent that stops starts plugins that it never configures. One that has a node
-/// outlives its agent, for its runs.
+/// Ends when the host is gone and this process has no node. An agent that stops may start
+/// plugins that it never configures. A plugin with a node outlives its agent, because of
+/// the runs.
 async fn abandoned(node: watch::Receiver<Option<Arc<Node>>>) {
     let host = parent_id();
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
@@ -120,7 +121,7 @@ async fn abandoned(node: watch::Receiver<Option<Arc<Node>>>) {
     }
 }
 
-/// Removes the folders of plugin processes that were killed: their sockets refuse.
+/// Removes the folders of killed plugin processes: their sockets refuse connections.
 fn sweep() {
     let entries = fs::read_dir(std::env::temp_dir())
         .into_iter()

@@ -1,5 +1,5 @@
-//! Process 1 of a container, held by a descriptor: its end is seen and signals reach
-//! it without dockerd, and never another process of the same number.
+//! Process 1 of a container, held by a descriptor. So the driver sees its end and sends it
+//! signals without dockerd, and never reaches another process with the same number.
 
 use std::{io, os::fd::OwnedFd};
 
@@ -7,21 +7,21 @@ use procfs::process::Process;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// A live process, or one that has just ended.
+/// A process that lives or has just ended.
 #[derive(Debug)]
 pub(crate) struct Held {
     descriptor: AsyncFd<OwnedFd>,
-    /// When the kernel says that it began, in clock ticks since boot.
+    /// Start time according to the kernel, in clock ticks since boot.
     pub(crate) start: u64,
 }
 
 impl Held {
     /// # Errors
-    /// If there is no such process.
+    /// If the process does not exist.
     pub(crate) fn open(pid: u32) -> io::Result<Self> {
         let number = Pid::from_raw(pid.cast_signed()).ok_or(io::ErrorKind::InvalidInput)?;
         let descriptor = pidfd_open(number, PidfdFlags::NONBLOCK)?;
-        // Read after it is held: it is this process's, or there is none.
+        // Read after the descriptor is open: it belongs to this process, or the read fails.
         let stat = Process::new(pid.cast_signed()).and_then(|process| process.stat());
         // SAFETY: the descriptor is owned by what is returned, which neither closes nor
         // replaces it before it is deregistered.
@@ -36,26 +36,26 @@ impl Held {
         })
     }
 
-    /// The process that was known by this pid and start, if it lives.
+    /// The process with this pid and start time, if it is alive.
     pub(crate) fn find(pid: u32, start: u64) -> Option<Self> {
         Self::open(pid).ok().filter(|held| held.start == start)
     }
 
-    /// Waits for its end.
+    /// Waits until the process ends.
     ///
     /// # Cancel safety
     /// Loses nothing.
     pub(crate) async fn ended(&self) {
-        // A descriptor of a process never fails to be polled.
+        // Polling a process descriptor never fails.
         let _readable = self.descriptor.readable().await;
     }
 
-    /// Kills it; too late is no error.
+    /// Kills the process; an ended process is not an error.
     pub(crate) fn kill(&self) {
         let _gone = pidfd_send_signal(self.descriptor.get_ref(), Signal::KILL);
     }
 
-    /// Sends a signal; too late is no error.
+    /// Sends a signal; an ended process is not an error.
     pub(crate) fn signal(&self, number: i32) {
         if let Some(signal) = Signal::from_named_raw(number) {
             let _gone = pidfd_send_signal(self.descriptor.get_ref(), signal);
@@ -63,7 +63,7 @@ impl Held {
     }
 }
 
-/// Whether a process is of a container, by the name of its control group.
+/// Whether a process belongs to a container, by the name of its control group.
 pub(crate) fn is_of_container(pid: u32, container: &str) -> bool {
     let groups = Process::new(pid.cast_signed()).and_then(|process| process.cgroups());
     groups.is_ok_and(|groups| {

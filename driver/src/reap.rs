@@ -1,4 +1,4 @@
-//! Removes containers that are ours and belong to nothing any more, whatever left them.
+//! Removes this driver's containers that belong to nothing any longer, whatever left them.
 
 use std::{
     collections::HashMap,
@@ -20,11 +20,12 @@ use crate::{
     task::Tasks,
 };
 
-/// Before the first rounds: dockerd may still be making what a dead driver asked it for. The last
-/// is for idle containers that Nomad has not asked for within a minute.
+/// Delays before the first rounds: dockerd may still be creating what a dead driver
+/// requested. The last one is for idle containers that Nomad has not asked for within a
+/// minute.
 const FIRST_SECONDS: [u64; 5] = [0, 2, 5, 20, 40];
 
-/// Who may know of a container.
+/// The books that may know a container.
 #[derive(Debug)]
 pub(crate) struct Reaper {
     pub(crate) site: Arc<Site>,
@@ -33,8 +34,9 @@ pub(crate) struct Reaper {
     pub(crate) networks: Arc<Networks>,
 }
 
-/// Compares Docker with the books, for ever; several times at first, when an earlier life of
-/// the driver may have left something, or may still come to.
+/// Compares Docker with the books, forever. The first rounds are more frequent, because an
+/// earlier life of the driver may have left something, and dockerd may still finish its
+/// requests.
 pub(crate) async fn run(reaper: Reaper) {
     let dangling = reaper.site.config.gc.dangling;
     if !dangling.enabled {
@@ -45,13 +47,16 @@ pub(crate) async fn run(reaper: Reaper) {
     for pause in first.into_iter().chain(iter::repeat(dangling.period)) {
         sleep(pause).await;
         if let Err(error) = reap(&reaper, &mut strays).await {
-            tracing::debug!(error = &error as &dyn std::error::Error, "cannot reap now");
+            tracing::debug!(
+                error = &error as &dyn std::error::Error,
+                "cannot check for stray containers now"
+            );
         }
     }
 }
 
-/// `strays` remembers since when each has belonged to nothing: what is just being made is
-/// in no book yet.
+/// `strays` records since when each container has belonged to nothing: a container that is
+/// just being made is in no book yet.
 async fn reap(reaper: &Reaper, strays: &mut HashMap<String, Instant>) -> Result<(), docker::Error> {
     let site = &reaper.site;
     let dangling = site.config.gc.dangling;
@@ -87,7 +92,11 @@ async fn reap(reaper: &Reaper, strays: &mut HashMap<String, Instant>) -> Result<
         reaper.slots.idle.give_up(&container.id);
         if let Err(error) = site.docker.remove(&container.id).await {
             let error = crate::chain(&error);
-            tracing::warn!(container = container.id, error, "it stays for now");
+            tracing::warn!(
+                container = container.id,
+                error,
+                "cannot remove the container yet"
+            );
             still.insert(container.id.clone(), since);
         }
     }
@@ -95,7 +104,7 @@ async fn reap(reaper: &Reaper, strays: &mut HashMap<String, Instant>) -> Result<
     Ok(())
 }
 
-/// Whether an earlier life of the driver left it.
+/// Whether an earlier life of the driver left the container.
 fn is_left(site: &Site, container: &docker::Listed) -> bool {
     let start = container.labels.get(LABEL_START);
     start.is_some_and(|start| *start != site.start_id)
@@ -113,8 +122,8 @@ fn is_known(reaper: &Reaper, container: &docker::Listed) -> bool {
         return tasks.book.get(task_id).is_some() || (!site.config.gc.container && !container.runs);
     }
     if let Some(slot_id) = label(LABEL_SLOT) {
-        // Of what an earlier life left, a slot that Nomad asks for takes up what was idle, and
-        // nobody uses the rest.
+        // Of the containers from an earlier life, a recovered slot takes the idle ones; the
+        // rest are unused.
         if slots.runs.holds(&container.id) || slots.idle.holds(&container.id) {
             return true;
         }
@@ -122,10 +131,12 @@ fn is_known(reaper: &Reaper, container: &docker::Listed) -> bool {
             return false;
         };
         let generation = label(LABEL_GENERATION).and_then(|generation| generation.parse().ok());
-        // Asked after the above: what is no longer held has been taken up.
+        // Checked after the books above: a container that they no longer hold is in use by
+        // a slot.
         return slot.has(&container.id)
             || (!is_left(site, container) && generation >= Some(slot.life().generation()));
     }
-    // Nomad asks for an allocation's network before its tasks, and keeps it after them.
+    // Nomad requests an allocation's network before its tasks start, and keeps it after
+    // they end.
     label(LABEL_NETWORK).is_some_and(|alloc_id| networks.holds(alloc_id))
 }

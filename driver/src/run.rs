@@ -1,12 +1,12 @@
-//! Runs: one command each, from its claim until its results are not kept any more. A run
+//! Runs: one command each, from its claim until its results are no longer kept. A run
 //! outlives its caller's connection, and this process.
 //!
-//! Read in the order of a run's life: [`claim`] is what a shim asks, [`standing`] decides
-//! about it, [`book`] knows every run of the node, [`journal`] remembers that over this process's death,
-//! [`carry`] starts the command and carries its streams, [`window`] holds its output, [`beside`]
-//! what else is kept with that, [`refreshed`] what is for the credential store,
-//! [`follow`] tells a caller, and [`listing`] whoever looks on. [`crate::node::recover`] takes runs
-//! up after a restart.
+//! Read in the order of a run's life: [`claim`] is a shim's request, [`standing`] decides
+//! about it, [`book`] knows every run of the node, [`journal`] keeps runs across restarts
+//! of this process, [`carry`] starts the command and carries its streams, [`window`] holds
+//! its output, [`beside`] holds what else is kept, [`refreshed`] is for the credential
+//! store, [`follow`] sends events to a caller, and [`listing`] lists runs.
+//! [`crate::node::recover`] recovers runs after a restart.
 
 mod beside;
 pub mod book;
@@ -42,10 +42,10 @@ use claim::Refusal;
 use journal::Claimed;
 use window::Window;
 
-/// Messages from the caller that may wait for the command, each at most 64 KiB.
+/// Most messages from the caller that wait for the command, of at most 64 KiB each.
 const MAX_INPUTS: usize = 16;
 
-/// One try at a run: by attempt, then by nonce.
+/// One try at a run, ordered by attempt, then by nonce.
 #[derive(
     Debug,
     Clone,
@@ -76,38 +76,38 @@ impl From<Ballot> for node::Ballot {
     }
 }
 
-/// One run of this node, as everybody but its carrier sees it.
+/// One run of this node, as seen by all but its carrier.
 #[derive(Debug)]
 pub struct Run {
     pub claimed: Claimed,
-    /// When the claim came: the timeline's zero.
+    /// When the claim arrived: zero of the timeline.
     arrived: Instant,
     progress: watch::Sender<Progress>,
     output: PerStream<Window>,
-    /// For the next life of the driver.
+    /// Kept for the next life of the driver.
     manifest: Beside<Artifacts>,
     refreshed: Beside<Refreshed>,
     inputs: mpsc::Sender<Input>,
-    /// The caller took output: there may be room for more.
+    /// Notified when the caller has read output: there may be room for more.
     room: Notify,
     cancel: Cancel,
-    /// Nothing of it may be left.
+    /// Cancelled to end the run at once.
     kill: CancellationToken,
-    /// Its container is gone.
+    /// Cancelled when its container is gone.
     gone: CancellationToken,
 }
 
-/// How far a run has come. Times count from the claim's arrival.
+/// The progress of a run. Times count from the claim's arrival.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Progress {
-    /// Init has been heard, in this life of the driver.
+    /// Init has connected, in this life of the driver.
     connected: bool,
     granted: Option<Granted>,
     started: Option<Duration>,
     first_output: Option<Duration>,
     stdin_taken: u64,
     artifacts: Option<Arc<Artifacts>>,
-    /// What it told last of its account.
+    /// The last refreshed account that init reported.
     refreshed: Option<Refreshed>,
     outcome: Option<Outcome>,
 }
@@ -121,7 +121,7 @@ pub struct Granted {
 #[derive(Debug, Clone)]
 pub(crate) enum Outcome {
     Ended(Ended),
-    /// Nothing of it ran.
+    /// The command never ran.
     Aborted(Arc<Refusal>),
 }
 
@@ -135,7 +135,7 @@ pub struct Ended {
     pub signal: i32,
     pub message: String,
     pub after: Duration,
-    /// When the first byte of output came; `None` without output.
+    /// Time until the first byte of output; `None` without output.
     pub first_output_after: Option<Duration>,
     pub stdout_bytes: u64,
     pub stderr_bytes: u64,
@@ -144,7 +144,7 @@ pub struct Ended {
 }
 
 impl Ended {
-    /// Of each stream.
+    /// Length of each stream.
     fn lengths(&self) -> PerStream<u64> {
         PerStream::new(self.stdout_bytes, self.stderr_bytes, self.artifact_bytes)
     }
@@ -160,7 +160,8 @@ pub enum Input {
 }
 
 impl Run {
-    /// A run that has just been claimed, and the end of its queue for the carrier.
+    /// A run that was just claimed, and the receiving end of its input queue for the
+    /// carrier.
     fn new(
         claimed: Claimed,
         arrived: Instant,
@@ -210,16 +211,16 @@ impl Run {
         tracing::info_span!("run", run_id, user_id, slot_id)
     }
 
-    /// Ends it at once.
+    /// Ends the run at once.
     pub(crate) fn kill(&self) {
         self.kill.cancel();
     }
 
-    /// Hands input to the command; false once nobody takes it any more. Waits while the
+    /// Passes input to the command; false once the command takes no more. Waits while the
     /// command does not read.
     ///
     /// # Cancel safety
-    /// What is being handed over is lost.
+    /// The input being passed is lost.
     pub async fn input(&self, input: Input) -> bool {
         tokio::select! {
             sent = self.inputs.send(input) => sent.is_ok(),
@@ -227,7 +228,7 @@ impl Run {
         }
     }
 
-    /// Waits until it is over, one way or the other.
+    /// Waits until the run is over, whatever its outcome.
     pub(crate) async fn over(&self) {
         let mut progress = self.progress.subscribe();
         // The sender is in `self`.
@@ -236,7 +237,7 @@ impl Run {
             .await;
     }
 
-    /// Waits until it is known how far it has come.
+    /// Waits until its progress is known.
     pub(crate) async fn known(&self) {
         let mut progress = self.progress.subscribe();
         // The sender is in `self`.
@@ -250,7 +251,7 @@ impl Run {
         self.gone.cancelled().await;
     }
 
-    /// Its container is gone.
+    /// Records that its container is gone.
     pub(crate) fn is_gone(&self) {
         self.gone.cancel();
     }
@@ -259,7 +260,7 @@ impl Run {
         self.progress.borrow().outcome.is_some()
     }
 
-    /// Nothing that it wrote can be asked for any more.
+    /// Discards its output: nobody can ask for it any longer.
     fn release_output(&self) {
         for (_, window) in self.output.iter() {
             window.release();
@@ -272,21 +273,21 @@ impl Run {
         self.progress.send_modify(change);
     }
 
-    /// When a claim of an earlier life of the driver came.
+    /// When a claim from an earlier life of the driver arrived.
     fn arrival(claimed: &Claimed) -> Instant {
         let (now, ago) = (Instant::now(), uptime().saturating_sub(claimed.uptime));
         now.checked_sub(ago).unwrap_or(now)
     }
 }
 
-/// The kernel's clock since boot, which nobody sets.
+/// The kernel's clock since boot, which cannot be set.
 pub(crate) fn uptime() -> Duration {
     let now = clock_gettime(ClockId::Boottime);
-    // It is never negative.
+    // The value is never negative.
     Duration::try_from(now).unwrap_or_default()
 }
 
-/// A run's files in the windows' folder.
+/// Name of a run's file in the folder of the windows.
 fn file_name(claimed: &Claimed, stream: &str) -> String {
     format!("{}.{stream}", claimed.run_id)
 }

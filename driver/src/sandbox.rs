@@ -1,7 +1,7 @@
-//! The network of a group: a namespace that Nomad asks for, configures with CNI and
-//! gives to every task of the group. Docker joins namespaces of containers only, so
-//! that a container holds it: our init as a program that sleeps, in an image made of
-//! nothing else, so that no registry is needed.
+//! The network of a group: a namespace that Nomad requests, configures with CNI and gives
+//! to every task of the group. Docker can only join the namespaces of containers, so a
+//! container holds it. It runs init as a program that sleeps, in an image of init alone, so
+//! no registry is needed.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -18,7 +18,7 @@ use crate::{
     state::files,
 };
 
-/// Under this label Nomad looks for a name that it writes into the group's hosts file.
+/// Nomad looks for this label to get the name that it writes into the group's hosts file.
 const LABEL_HOSTNAME: &str = "docker_sandbox_hostname";
 
 /// Why a group has no network.
@@ -30,7 +30,7 @@ pub enum Error {
     Init { path: PathBuf, source: io::Error },
     #[error("the container of the group's network ended at once")]
     Ended,
-    #[error("a container named `{name}` is there already, and is not this driver's")]
+    #[error("a container named `{name}` already exists and does not belong to this driver")]
     Taken { name: String },
 }
 
@@ -40,12 +40,12 @@ pub struct Network {
     /// File of the namespace.
     pub namespace: String,
     pub labels: HashMap<String, String>,
-    /// It was not there before.
+    /// Whether this call created it.
     pub created: bool,
 }
 
-/// The networks that Nomad has asked for and not given back, kept in a file: Nomad does
-/// not ask again after a restart of the driver.
+/// The networks that Nomad has requested and not yet released, kept in a file, because
+/// Nomad does not request them again after a restart of the driver.
 #[derive(Debug)]
 pub struct Networks {
     file: PathBuf,
@@ -53,7 +53,7 @@ pub struct Networks {
 }
 
 impl Networks {
-    /// Reads what an earlier life of the driver held.
+    /// Reads which networks an earlier life of the driver held.
     #[must_use]
     pub fn open(state_dir: &Path) -> Self {
         let file = state_dir.join("networks.json");
@@ -84,7 +84,10 @@ impl Networks {
     fn save(&self) {
         let text = serde_json::to_vec(&*self.lock()).expect("strings can be written as JSON");
         if let Err(error) = files::write(&self.file, &text, 0o600) {
-            tracing::warn!(error = crate::chain(&error), "networks may be forgotten");
+            tracing::warn!(
+                error = crate::chain(&error),
+                "cannot record the networks; a restart may lose them"
+            );
         }
     }
 
@@ -94,7 +97,7 @@ impl Networks {
 }
 
 impl Networks {
-    /// Makes the network of an allocation, or finds the one that is there.
+    /// Creates the network of an allocation, or returns the existing one.
     ///
     /// # Errors
     /// [`Error`]
@@ -107,13 +110,13 @@ impl Networks {
         self.add(alloc_id);
         let made = make(site, alloc_id, hostname).await;
         if made.is_err() {
-            // What is left of it is the reaper's.
+            // The reaper removes what is left.
             self.remove(alloc_id);
         }
         made
     }
 
-    /// Removes a network; one that is gone is no error.
+    /// Removes a network; a missing network is not an error.
     ///
     /// # Errors
     /// [`Error`]
@@ -151,7 +154,7 @@ async fn make(site: &Site, alloc_id: &str, hostname: &str) -> Result<Network, Er
                 return Err(Error::Taken { name: spec.name });
             }
             created = false;
-            // After a restart of dockerd or the host it is there and does not run.
+            // After a restart of dockerd or of the host, the container exists but does not run.
             if site.docker.sandbox(&spec.name).await?.is_none() {
                 site.docker.remove(&spec.name).await?;
                 site.docker.create_sandbox(&spec).await?;
@@ -174,7 +177,7 @@ async fn make(site: &Site, alloc_id: &str, hostname: &str) -> Result<Network, Er
     })
 }
 
-/// An image of init alone, named by its content.
+/// An image of init alone, named after its content.
 async fn ensure_image(site: &Site) -> Result<String, Error> {
     let digest = site.init.file_name().and_then(|name| name.to_str());
     let digest = digest

@@ -1,4 +1,4 @@
-//! The RPCs of a Nomad task driver: decode, ask the book and the slots, encode.
+//! The RPCs of a Nomad task driver: decode, ask the books and the slots, encode.
 
 mod error;
 mod exec;
@@ -43,14 +43,14 @@ use crate::{
     task::{self, Task},
 };
 
-/// The driver as Nomad's agent sees it.
+/// The driver, as a Nomad agent sees it.
 #[derive(Debug, Clone)]
 pub struct Service {
-    /// There once this process is in charge of the node.
+    /// Present once this process is in charge of the node.
     pub node: watch::Receiver<Option<Arc<Node>>>,
     pub health: watch::Receiver<Health>,
     pub events: Events,
-    /// Held by each stream to an agent: there is one as long as it is connected.
+    /// Each stream to an agent holds a reference, as long as the agent is connected.
     pub attached: Arc<()>,
 }
 
@@ -63,26 +63,26 @@ impl Service {
         }
         let reason = match &*self.health.borrow() {
             Health::Unhealthy { reason } => reason.clone(),
-            Health::Unconfigured | Health::Healthy { .. } => "it has just been started".into(),
+            Health::Unconfigured | Health::Healthy { .. } => "it has just started".into(),
         };
         Err(Error::NotReady { reason })
     }
 
-    /// The node: Nomad asks for tasks right after it has started the plugin.
+    /// Waits for the node: Nomad sends requests right after it starts the plugin.
     async fn taken(&self) -> Result<Arc<Node>, Error> {
         let mut taken = self.node.clone();
         let _overrun = tokio::time::timeout(TAKE_TIMEOUT, taken.wait_for(Option::is_some)).await;
         self.node()
     }
 
-    /// The node, once Docker has answered there.
+    /// Waits for the node, and for Docker's first response.
     async fn ready(&self) -> Result<Arc<Node>, Error> {
         let node = self.taken().await?;
         let mut ready = node.site.ready.subscribe();
         match tokio::time::timeout(TAKE_TIMEOUT, ready.wait_for(|ready| *ready)).await {
             Ok(Ok(_)) => {}
             _ => {
-                let reason = "Docker does not answer".into();
+                let reason = "Docker does not respond".into();
                 return Err(Error::NotReady { reason });
             }
         }
@@ -97,7 +97,8 @@ impl Service {
         })
     }
 
-    /// A plain task whose container can be entered. A slot's is its user's alone.
+    /// Finds a plain task whose container may be entered. A slot's container belongs to its
+    /// user alone.
     fn open(&self, task_id: &str, operation: &'static str) -> Result<Arc<Task>, Error> {
         match self.work(task_id)? {
             Work::Slot(_) => Err(Error::Private { operation }),
@@ -120,7 +121,8 @@ impl Service {
                 let failed = match ready.await {
                     Ok(Ok(())) => return Ok(()),
                     Ok(Err(error)) => Error::Start(error),
-                    // The keeper drops it when the task is stopped before it was ever warm.
+                    // The keeper drops the sender when the task is stopped before its slot
+                    // was warm.
                     Err(_) => Error::StoppedWhileStarting,
                 };
                 node.slots.book.remove(&task.id);
@@ -142,7 +144,7 @@ impl Driver for Service {
         Ok(Response::new(InitResponse {}))
     }
 
-    /// The agent stops; tasks go on.
+    /// The agent stops; tasks continue.
     async fn shutdown(
         &self,
         _: Request<ShutdownRequest>,
@@ -196,8 +198,8 @@ impl Driver for Service {
         Ok(Response::new(Box::pin(health)))
     }
 
-    /// A plain task is in the journal and has been taken up before, and so is the run in a
-    /// slot. What idles in a slot is taken up when Nomad waits for it.
+    /// Plain tasks and runs in slots were already recovered from the journal. An idle
+    /// container is recovered when Nomad waits for its slot.
     async fn recover_task(
         &self,
         request: Request<RecoverTaskRequest>,
@@ -214,7 +216,7 @@ impl Driver for Service {
         match state.slot {
             Some(slot) => drop(start::slot(&node.slots, &task, slot)?),
             None if node.tasks.book.get(&task.id).is_some() => {
-                tracing::info!(task = task.id, "Nomad has asked for a recovered task");
+                tracing::info!(task = task.id, "Nomad asked for a recovered task");
             }
             None => return Err(Error::UnknownTask { task_id: task.id }.into()),
         }
@@ -258,7 +260,7 @@ impl Driver for Service {
         Ok(Response::new(work.wait().await))
     }
 
-    /// An unknown task has stopped: Nomad cannot be told that there is none.
+    /// An unknown task counts as stopped: the response cannot say that it is unknown.
     async fn stop_task(
         &self,
         request: Request<StopTaskRequest>,
@@ -317,7 +319,7 @@ impl Driver for Service {
         &self,
         _: Request<TaskEventsRequest>,
     ) -> Result<Response<Self::TaskEventsStream>, Status> {
-        // An agent that lags behind misses events; it never sees the stream end.
+        // An agent that lags misses events, but its stream does not end.
         let events = BroadcastStream::new(self.events.subscribe());
         let events = events.filter_map(async |event| event.ok().map(Ok));
         Ok(Response::new(Box::pin(events)))
@@ -366,7 +368,7 @@ impl Driver for Service {
         request: Request<Streaming<ExecTaskStreamingRequest>>,
     ) -> Result<Response<Self::ExecTaskStreamingStream>, Status> {
         let mut requests = request.into_inner();
-        // A call that ends while its first message is on the way shows no reason.
+        // If the call ends before its first message arrives, the reason is unknown.
         let setup = requests.message().await?.and_then(|first| first.setup);
         let setup = setup.ok_or(Error::Missing { field: "setup" })?;
         let task = self.open(&setup.task_id, "exec is")?;
@@ -417,7 +419,7 @@ impl Driver for Service {
     }
 }
 
-/// For a script check that does not say how long it may take.
+/// Used if a script check has no timeout.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a recovery waits for the driver to take charge of the node.

@@ -1,7 +1,7 @@
-//! What every part of the driver may use of its node: the options, Docker, images, task
-//! events, and the names and folders that containers are made with.
+//! What every part of the driver shares: the options, Docker, images, task events, and the
+//! names and folders for containers.
 //!
-//! It decides nothing, and knows neither slots nor tasks nor runs.
+//! It decides nothing, and knows no slots, tasks or runs.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -10,29 +10,29 @@ use tokio_util::task::TaskTracker;
 
 use crate::{config, docker::Docker, events::Events, images::Images};
 
-/// The node's place, as this life of the driver found it.
+/// The node's resources, as this life of the driver found them.
 #[derive(Debug)]
 pub struct Site {
     pub config: config::Plugin,
     pub docker: Docker,
     pub images: Arc<Images>,
     pub events: Events,
-    /// Random, made once for a state folder. Containers and networks of this driver carry it.
+    /// Random, created once per state folder. Containers and networks of this driver carry it.
     pub instance: String,
-    /// Random, made at each start. A claim names the start that its shim saw.
+    /// Random, created at each start. A claim names the start that its shim saw.
     pub start_id: String,
-    /// Name of the Docker network, and first part of every container's name.
+    /// Name of the Docker network, and prefix of every container's name.
     pub name: String,
-    /// The init program, named by its content.
+    /// The init program, named after its content.
     pub init: PathBuf,
-    /// Holds a folder with a socket for each container.
+    /// Contains a folder with a socket for each container.
     pub link_dir: PathBuf,
-    /// The file that containers of slots get as `/etc/resolv.conf`.
+    /// The file mounted as `/etc/resolv.conf` into containers of slots.
     pub resolv_conf: PathBuf,
     pub compute: Compute,
-    /// True once Docker has answered and the rules of the slots' bridge are in force.
+    /// True once Docker has responded and the rules of the slots' bridge are active.
     pub ready: watch::Sender<bool>,
-    /// Everything that runs in the background.
+    /// All background tasks.
     pub background: TaskTracker,
 }
 
@@ -45,7 +45,7 @@ pub struct Compute {
 }
 
 impl Compute {
-    /// Nomad turns a percentage of a core into ticks with this figure.
+    /// Nomad uses this value to convert a percentage of a core into ticks.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "MHz are far below 2^52")]
     pub fn mhz_of_a_core(&self) -> f64 {

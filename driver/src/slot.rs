@@ -1,11 +1,11 @@
-//! Warm slots: allocations that keep an idle container ready and turn it, once, into a run.
+//! Warm slots: allocations that keep an idle container ready and use it for one run.
 //!
-//! Read in the order of a slot's life: [`crate::life`] is the pure machine, [`fill`] makes
-//! a container unless [`breaker`] says that its image fails too often, [`shelf`] records it and
-//! [`adopt`] takes it up again after a restart of the driver, [`lease`] keeps it for one caller,
-//! [`claim`] grants it, [`crate::run`] has what is run in it, [`ahead`] makes the next container
-//! during the run, [`clear`] removes the old one, and [`keeper`] drives one slot through all of
-//! that. [`book`] holds the slots of the node for everyone else.
+//! Read in the order of a slot's life: [`crate::life`] is the pure state machine, [`fill`]
+//! makes a container unless [`breaker`] finds that its image fails too often, [`shelf`]
+//! records it and [`adopt`] recovers it after a restart of the driver, [`lease`] keeps it
+//! for one caller, [`claim`] grants it, [`crate::run`] is what runs in it, [`ahead`] makes
+//! the next container during the run, [`clear`] removes the old one, and [`keeper`] drives
+//! one slot through all these steps. [`book`] holds the node's slots for all others.
 
 pub mod adopt;
 mod ahead;
@@ -44,17 +44,17 @@ use breaker::Breakers;
 use lease::Lease;
 use shelf::Shelf;
 
-/// The slots of a node, with what they share.
+/// The slots of a node, and what they share.
 #[derive(Debug)]
 pub struct Slots {
     pub site: Arc<Site>,
     pub runs: Arc<Runs>,
     pub book: Book,
-    /// Idle containers, as the next life of the driver will find them.
+    /// Idle containers, recorded for the next life of the driver.
     pub idle: Shelf,
     pub headroom: Arc<Headroom>,
     pub breakers: Breakers,
-    /// Containers that may be made at the same time: more would slow the runs.
+    /// How many containers may be made at the same time: more would slow down the runs.
     fills: Semaphore,
     steps: Steps,
 }
@@ -75,7 +75,7 @@ impl Slots {
         }
     }
 
-    /// How many slots are in each state.
+    /// Number of slots in each state.
     #[must_use]
     pub fn counts(&self) -> Counts {
         let mut counts = Counts::zeros();
@@ -87,7 +87,7 @@ impl Slots {
     }
 
     /// # Errors
-    /// [`Refusal::OtherStart`] if a shim has seen another start of the driver.
+    /// [`Refusal::OtherStart`] if the shim saw another start of the driver.
     fn check_start(&self, given: &str) -> Result<(), Refusal> {
         let actual = &self.site.start_id;
         if given == actual {
@@ -109,22 +109,22 @@ impl Slots {
     }
 }
 
-/// One slot, as everybody but its keeper sees it.
+/// One slot, as seen by all but its keeper.
 #[derive(Debug)]
 pub struct Slot {
     pub identity: Identity,
     pub config: config::Slot,
-    /// What its idle container may use.
+    /// Limits of its idle container.
     pub idle: Limits,
     pub started: SystemTime,
     life: Mutex<Life>,
-    /// Filled by a granted claim only, of which there is one at a time.
+    /// Only a granted claim fills it, and there is one at a time.
     claims: mpsc::Sender<Claim>,
-    /// Nomad means the slot to be.
+    /// Cancelled when Nomad wants the slot to run.
     wanted: CancellationToken,
-    /// Nomad wants the slot gone: no new claim, and its end when the run has ended.
+    /// Cancelled when Nomad wants the slot to end: no new claim, and an end after the run.
     drain: CancellationToken,
-    /// Nothing of the slot may be left, run or not.
+    /// Cancelled to end the slot at once, with its run.
     kill: CancellationToken,
     end: watch::Sender<Option<Ended>>,
     lease: Mutex<Lease>,
@@ -133,7 +133,7 @@ pub struct Slot {
     changed: watch::Sender<u64>,
 }
 
-/// A run on its way to the slot's container, with what it took of the node.
+/// A run on its way to the slot's container, with its share of the node.
 #[derive(Debug)]
 struct Claim {
     run: Arc<Run>,
@@ -141,7 +141,7 @@ struct Claim {
     share: Share,
 }
 
-/// Of the slot's containers: who the present one is, and the use of the past ones.
+/// Who is in the current container, and the usage of past containers.
 #[derive(Debug, Default)]
 struct Container {
     limits: Option<Arc<limits::Handle>>,
@@ -156,36 +156,36 @@ impl Slot {
         self.lock().clone()
     }
 
-    /// Nomad waits for the slot's end. A slot that it has recovered does nothing before: Nomad
-    /// recovers tasks that are dead to it as well, to destroy them.
+    /// Nomad waits for the slot's end. A recovered slot does nothing before, because Nomad
+    /// also recovers tasks that it considers dead, to destroy them.
     pub fn want(&self) {
         self.wanted.cancel();
     }
 
-    /// No further claim; the slot ends when its run, if it has one, has ended.
+    /// Allows no further claim; the slot ends after its run, if it has one.
     pub fn drain(&self) {
         self.apply(Event::Drained);
         self.drain.cancel();
     }
 
-    /// Ends the slot now, with its run.
+    /// Ends the slot now, including its run.
     pub fn kill(&self) {
         self.drain();
         self.kill.cancel();
     }
 
-    /// Whether it is for one run only.
+    /// Whether the slot is for one run only.
     #[must_use]
     pub fn is_on_demand(&self) -> bool {
         self.config.run_id.is_some()
     }
 
-    /// How the slot ended, as soon as it has. Cancel safe, for any number of waiters.
+    /// Waits for the slot's end. Cancel safe, for any number of waiters.
     pub async fn ended(&self) -> Ended {
         let mut end = self.end.subscribe();
         match end.wait_for(Option::is_some).await.map(|end| end.clone()) {
             Ok(Some(end)) => end,
-            // The sender is in `self`, and `wait_for` asks for `Some`.
+            // `self` owns the sender, and `wait_for` waits for `Some`.
             Ok(None) | Err(_) => unreachable!("a slot outlives those who wait for it"),
         }
     }
@@ -196,7 +196,7 @@ impl Slot {
         self.end.borrow().clone()
     }
 
-    /// What all containers of the slot have used; never goes down in what adds up.
+    /// Total usage of all the slot's containers; totals never decrease.
     #[must_use]
     pub fn usage(&self) -> Usage {
         let container = self.container.lock();
@@ -223,7 +223,7 @@ impl Slot {
         Ok(())
     }
 
-    /// Takes a step that has been decided, and tells of it.
+    /// Takes a step that was decided, and publishes it.
     fn step(&self, mut life: MutexGuard<'_, Life>, next: Life) {
         let (provider, on_demand) = (&self.config.provider, self.is_on_demand());
         self.steps.taken(provider, on_demand, &life, &next);
@@ -232,14 +232,14 @@ impl Slot {
         self.changed.send_modify(|version| *version += 1);
     }
 
-    /// For events that the present state may make meaningless, such as a second drain.
+    /// For events that may no longer matter in the current state, such as a second drain.
     fn apply(&self, event: Event) {
         if let Err(refused) = self.try_apply(event) {
             tracing::debug!(slot = self.identity.slot_id(), %refused, "slot event ignored");
         }
     }
 
-    /// The slot has a container, which is not told to be idle yet.
+    /// The slot has a container, which is not yet announced as idle.
     fn hold(&self, filled: &fill::Container) {
         let mut container = self.container.lock();
         container.limits = Some(filled.limits.clone());
@@ -247,13 +247,13 @@ impl Slot {
         container.public_key = filled.public_key.clone();
     }
 
-    /// What secrets for its container are sealed to; empty if it has none.
+    /// The key to seal secrets for its container with; empty without a container.
     #[must_use]
     pub fn public_key(&self) -> Bytes {
         self.container.lock().public_key.clone()
     }
 
-    /// Whether that is its container.
+    /// Whether this is its container.
     pub(crate) fn has(&self, container: &str) -> bool {
         let occupant = &self.container.lock().occupant;
         occupant
@@ -261,7 +261,7 @@ impl Slot {
             .is_some_and(|occupant| occupant.container == container)
     }
 
-    /// Its container is of no more use: what it used has been used.
+    /// Its container is no longer needed; adds up what it used.
     fn let_go(&self) {
         drop(self.leased_share());
         let used = self.usage();

@@ -1,4 +1,5 @@
-//! The state folder: what outlives this process, and the lock that gives it to one driver.
+//! The state folder: what outlives this process, and the lock that ensures one driver per
+//! folder.
 
 pub mod files;
 pub mod lock;

@@ -1,10 +1,10 @@
-//! Plain tasks: jobs that an operator wrote, without a shim.
+//! Plain tasks: ordinary jobs of an operator, without a shim.
 //!
 //! Read in the order of a task's life: [`plan`] works out its container from the job
-//! ([`resources`], [`mounts`], [`network`]), [`start`] makes it, [`journal`] remembers
-//! it, [`keeper`] sees it through to its end, [`output`] is the way of its output when
-//! init does not carry it, [`exec`] is another command beside it. [`book`] holds the
-//! tasks of the node for everyone else.
+//! ([`resources`], [`mounts`], [`network`]), [`start`] makes it, [`journal`] records it,
+//! [`keeper`] follows it to its end, [`output`] copies its output if init does not,
+//! [`exec`] runs another command next to it. [`book`] holds the node's tasks for all
+//! others.
 
 pub mod book;
 pub mod exec;
@@ -42,10 +42,11 @@ use crate::{
 use book::Book;
 use journal::{Entry, Journal};
 
-/// For init to tell the end of a command that was killed, before it is killed itself.
+/// How long init may take to report the end of a killed command, before init itself is
+/// killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// The plain tasks of a node, with what they share.
+/// The plain tasks of a node, and what they share.
 #[derive(Debug)]
 pub struct Tasks {
     pub site: Arc<Site>,
@@ -67,45 +68,45 @@ impl Tasks {
 /// How a task ended.
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Exit {
-    /// The command's status; 128 and the signal's number where one ended it.
+    /// The command's exit status, or 128 plus the number of the signal that ended it.
     pub code: i32,
     pub signal: i32,
     pub oom_killed: bool,
-    /// What went wrong beside the command; empty if nothing did.
+    /// A failure other than the command's; empty if there was none.
     pub error: String,
     pub at: Option<SystemTime>,
 }
 
-/// One plain task, as everybody but its keeper sees it.
+/// One plain task, as seen by all but its keeper.
 #[derive(Debug)]
 pub struct Task {
-    /// As the journal has it, but for the exit.
+    /// The journal's entry, except for the exit.
     pub entry: Entry,
     signals: mpsc::Sender<i32>,
-    /// Nothing of the task may be left.
+    /// Cancelled to end the task at once.
     kill: tokio_util::sync::CancellationToken,
     end: watch::Sender<Option<Exit>>,
-    /// Absent when it was over before this life of the driver.
+    /// `None` if the task ended before this life of the driver.
     limits: Option<Arc<limits::Handle>>,
-    /// What it used when its control group was last there.
+    /// Its usage when its control group last existed.
     used: Mutex<Usage>,
     _image: Use,
 }
 
 /// A signal that Linux or this driver does not know.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("signal `{name}` is unknown; allowed are names such as `SIGTERM` and numbers from 1 to 31")]
+#[error("unknown signal `{name}`; must be a name such as `SIGTERM` or a number from 1 to 31")]
 pub struct UnknownSignal {
     pub name: String,
 }
 
 impl Task {
-    /// How the task ended, as soon as it has. Cancel safe, for any number of waiters.
+    /// Waits for the task's end. Cancel safe, for any number of waiters.
     pub async fn ended(&self) -> Exit {
         let mut end = self.end.subscribe();
         match end.wait_for(Option::is_some).await.map(|end| end.clone()) {
             Ok(Some(end)) => end,
-            // The sender is in `self`, and `wait_for` asks for `Some`.
+            // `self` owns the sender, and `wait_for` waits for `Some`.
             Ok(None) | Err(_) => unreachable!("a task outlives those who wait for it"),
         }
     }
@@ -116,7 +117,7 @@ impl Task {
         self.end.borrow().clone()
     }
 
-    /// Sends a signal to the command; one that has ended gets none.
+    /// Sends a signal to the command; does nothing if the command has ended.
     ///
     /// # Errors
     /// [`UnknownSignal`]
@@ -125,8 +126,8 @@ impl Task {
         Ok(())
     }
 
-    /// Asks the command to stop, and makes it after `limit`. Answers when the task has
-    /// ended. An empty `signal` is the image's, and one that is unknown is SIGTERM: the
+    /// Asks the command to stop, and kills it after `limit`. Returns when the task has
+    /// ended. An empty `signal` means the image's, and an unknown one means SIGTERM: the
     /// task must stop.
     pub async fn stop(&self, signal: &str, limit: Duration) {
         let signal = if signal.is_empty() {
@@ -151,19 +152,19 @@ impl Task {
         }
     }
 
-    /// A task that has ended takes no signals, and neither does one with many waiting.
+    /// Does nothing if the task has ended or if too many signals wait.
     fn send(&self, number: i32) {
         let _not_taken = self.signals.try_send(number);
     }
 
-    /// Ends the task now, if it has not ended.
+    /// Ends the task now, unless it has ended.
     pub async fn kill(&self) {
         self.kill.cancel();
         self.ended().await;
     }
 
-    /// Ends the task and removes what it had: container, journal, folder, image if it was
-    /// the last. What Docker does not remove now goes later.
+    /// Ends the task and removes its container, journal entry and folder, and its image if
+    /// unused. What Docker cannot remove now is removed later.
     pub async fn destroy(&self, tasks: &Tasks) {
         self.kill().await;
         let Entry {
@@ -183,7 +184,7 @@ impl Task {
         tasks.book.remove(&identity.task_id);
     }
 
-    /// What the task uses, or used when it ended.
+    /// What the task uses now, or used when it ended.
     #[must_use]
     pub fn usage(&self) -> Usage {
         let mut used = self.used.lock();
@@ -194,7 +195,7 @@ impl Task {
     }
 }
 
-/// The number of a signal by name, with or without `SIG`, or number.
+/// The number of a signal, given by name (with or without `SIG`) or by number.
 fn signal_number(name: &str) -> Result<i32, UnknownSignal> {
     let unknown = || UnknownSignal {
         name: name.to_owned(),

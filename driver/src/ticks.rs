@@ -1,12 +1,12 @@
-//! Periodic work of many tasks, done at the same moments.
+//! Periodic work of many tasks, at the same moments.
 
 use std::{sync::OnceLock, time::Duration};
 
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
-/// Ticks each `every`, together with all others of that period in this process: a hundred
-/// tasks wake it once and not a hundred times. The first tick comes after half a period at
-/// least, and one and a half at most; a period of more than a day is one of a day.
+/// Ticks every `every`, together with all other tickers of that period in this process: a
+/// hundred tasks wake the process once instead of a hundred times. The first tick comes
+/// after 0.5 to 1.5 periods; a period over a day counts as a day.
 pub(crate) fn ticks(every: Duration) -> Interval {
     static BEGIN: OnceLock<Instant> = OnceLock::new();
     let (now, every) = (Instant::now(), every.min(DAY));
@@ -18,11 +18,11 @@ pub(crate) fn ticks(every: Duration) -> Interval {
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
-/// From a moment, given by the time since the first, to a multiple of the period.
+/// Time from `since`, counted from the first moment, to a multiple of the period.
 fn until_next(since: Duration, every: Duration) -> Duration {
     let over = since.as_nanos() % every.as_nanos().max(1);
     let left = every - Duration::from_nanos(u64::try_from(over).unwrap_or(0)).min(every);
-    // What is measured between two ticks would be noise.
+    // A measurement over a very short time would be noise.
     if left < every / 2 { left + every } else { left }
 }
 

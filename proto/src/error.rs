@@ -1,6 +1,6 @@
-//! How an error is told to somebody who has no log: in one line, with its causes.
+//! Reports an error in one line with its causes, for readers without a log.
 
-/// The error and its causes, from the outside in.
+/// The error and its causes, outermost first.
 #[must_use]
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

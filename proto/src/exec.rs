@@ -1,14 +1,14 @@
-//! What the kernel takes as a command, checked by whoever accepts one: the shim to
-//! tell its caller, the driver because a shim may be wrong.
+//! The kernel's limits on a command. Both sides check them: the shim to inform its caller,
+//! the driver because a shim may be wrong.
 
 /// Longest argument or `NAME=value`, without its NUL: `MAX_ARG_STRLEN` in `linux/binfmts.h`.
 pub const MAX_STRING: usize = 131_071;
-/// Most bytes of a prompt that is an argument: with what is before it in the same argument, it
-/// is within [`MAX_STRING`]. A longer one is the CLI's stdin.
+/// Most bytes of a prompt passed as an argument; with its prefix it stays within
+/// [`MAX_STRING`]. A longer prompt goes to the CLI's stdin.
 pub const PROMPT_IN_ARGV: usize = MAX_STRING - 64;
-/// Most bytes of argv and environment together, each string with its NUL and its
-/// pointer. Linux allows a quarter of the stack's limit, 2 MiB by default; the rest
-/// is left to the image's own environment.
+/// Most bytes of argv and environment together, counting each string with its NUL and its
+/// pointer. Linux allows a quarter of the stack limit, 2 MiB by default; the rest is left
+/// for the image's own environment.
 pub const MAX_TOTAL: usize = 3 << 19;
 
 /// Why a command cannot be executed; `field` is relative to the command.
@@ -27,7 +27,7 @@ pub(crate) fn invalid(field: impl Into<String>, problem: impl Into<String>) -> I
 }
 
 /// # Errors
-/// [`Invalid`] names the first thing that the kernel would not take.
+/// [`Invalid`] names the first value that the kernel would reject.
 pub fn check<'a>(
     argv: impl IntoIterator<Item = &'a [u8]>,
     env: impl IntoIterator<Item = (&'a str, &'a str)>,
@@ -37,14 +37,14 @@ pub fn check<'a>(
     for (index, arg) in argv.into_iter().enumerate() {
         let field = format!("argv[{index}]");
         if index == 0 && arg.is_empty() {
-            return Err(invalid(field, "is empty: it names the program"));
+            return Err(invalid(field, "is empty; it must name the program"));
         }
         check_string(&field, arg, arg.len())?;
         total += arg.len() + 1 + size_of::<usize>();
         empty = false;
     }
     if empty {
-        return Err(invalid("argv", "is empty: it must name a program"));
+        return Err(invalid("argv", "is empty; it must name a program"));
     }
     for (name, value) in env {
         let field = format!("env[{name:?}]");
@@ -57,7 +57,8 @@ pub fn check<'a>(
         total += length + 1 + size_of::<usize>();
     }
     if total > MAX_TOTAL {
-        let problem = format!("and `env` take {total} bytes together, at most {MAX_TOTAL} fit");
+        let problem =
+            format!("and `env` have {total} bytes together; at most {MAX_TOTAL} are allowed");
         return Err(invalid("argv", problem));
     }
     Ok(())
@@ -70,7 +71,7 @@ fn check_string(field: &str, bytes: &[u8], length: usize) -> Result<(), Invalid>
     if length > MAX_STRING {
         return Err(invalid(
             field,
-            format!("has {length} bytes, at most {MAX_STRING} fit"),
+            format!("has {length} bytes; at most {MAX_STRING} are allowed"),
         ));
     }
     Ok(())

@@ -3,27 +3,27 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use prost::Message;
 
-/// Longest message, in bytes. A [`Start`](crate::init::Start) is the largest
-/// there is: the kernel takes 2 MiB of argv and environment, credential files add
-/// to it. Output travels in pieces of at most [`MAX_DATA`].
+/// Longest message, in bytes. The largest one is a [`Start`](crate::init::Start), with
+/// credential files and up to 2 MiB of argv and environment. Output is sent in pieces of at
+/// most [`MAX_DATA`].
 pub const MAX_FRAME: usize = 4 << 20;
 
 /// Most bytes of a stream in one `Data` or `Stdin` frame.
 pub const MAX_DATA: usize = 64 << 10;
 
-/// Why bytes from the other side are not a frame. The connection is of no more use.
+/// Why bytes from the other side are not a frame. The connection is then unusable.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("frame of {len} bytes, at most {MAX_FRAME} are allowed")]
+    #[error("the frame has {len} bytes; at most {MAX_FRAME} are allowed")]
     TooLong { len: usize },
-    #[error("frame does not hold the expected message")]
+    #[error("the frame does not contain the expected message")]
     Malformed(#[source] prost::DecodeError),
 }
 
 /// Appends `message` as one frame.
 ///
 /// # Errors
-/// [`Error::TooLong`] if the message is over [`MAX_FRAME`]; nothing is appended.
+/// [`Error::TooLong`] if the message exceeds [`MAX_FRAME`]; nothing is appended.
 pub fn encode(message: &impl Message, out: &mut BytesMut) -> Result<(), Error> {
     let len = message.encoded_len();
     match u32::try_from(len) {
@@ -37,10 +37,11 @@ pub fn encode(message: &impl Message, out: &mut BytesMut) -> Result<(), Error> {
     }
 }
 
-/// Takes the first frame off `input`, or leaves it alone while the frame is not complete.
+/// Removes the first frame from `input`; leaves `input` unchanged if the frame is
+/// incomplete.
 ///
 /// # Errors
-/// [`Error`] if the other side does not speak this protocol.
+/// [`Error`] if the other side breaks the protocol.
 pub fn decode<M: Message + Default>(input: &mut BytesMut) -> Result<Option<M>, Error> {
     let Some(prefix) = input.first_chunk::<4>() else {
         return Ok(None);

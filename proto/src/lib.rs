@@ -1,9 +1,9 @@
-//! The wire contracts: ours (`runtime`, `node`, `init`) and, restated from their
-//! published names and numbers, those of Nomad's driver plugins and of go-plugin.
+//! The wire contracts: our own (`runtime`, `node`, `init`), and those of Nomad's driver
+//! plugins and of go-plugin, restated from their published names and numbers.
 //!
-//! Nothing here decides anything. The crate polydev-transport connects. Without the feature `grpc`
-//! only [`init`], [`error`], [`exec`], [`frame`], [`provider`], [`workspace`] and `sealed` remain,
-//! which is all that polydev-init may carry.
+//! This crate makes no decisions; the crate polydev-transport makes connections. Without
+//! the feature `grpc` it contains only [`init`], [`error`], [`exec`], [`frame`],
+//! [`provider`], [`workspace`] and `sealed`, because polydev-init must stay small.
 
 #![cfg_attr(
     feature = "grpc",
@@ -25,25 +25,25 @@ pub mod node {
     tonic::include_proto!("polydev.node.v1");
 }
 
-/// Between the driver and process 1 of a container, `polydev.init.v1`.
+/// The protocol between the driver and process 1 of a container, `polydev.init.v1`.
 pub mod init {
     include!(concat!(env!("OUT_DIR"), "/polydev.init.v1.rs"));
 
-    /// The protocol version that both sides of this build speak.
+    /// The protocol version of this build.
     pub const PROTOCOL_VERSION: u32 = 1;
 
-    /// Most bytes of [`Secrets`] before they are sealed: more than any credential has, and
-    /// little beside a message's limit.
+    /// Most bytes of [`Secrets`] before they are sealed: more than any credential needs,
+    /// but small compared with a message's limit.
     pub const MAX_SECRETS: usize = 256 << 10;
 
-    /// Most bytes of [`MAX_SECRETS`] when sealed: with an encapsulated key of 32 and a tag of
-    /// 16 bytes.
+    /// Size of [`MAX_SECRETS`] bytes when sealed: plus an encapsulated key of 32 bytes and
+    /// a tag of 16.
     pub const MAX_SEALED: usize = MAX_SECRETS + 48;
 
-    /// Most bytes of a file that is told back when a run has refreshed it.
+    /// Most bytes of a refreshed account file that a run may report.
     pub const MAX_REFRESHED: usize = 64 << 10;
 
-    /// Most bytes of the label that comes with it.
+    /// Most bytes of the label that is sent with it.
     pub const MAX_LABEL: usize = 1024;
 }
 
@@ -58,8 +58,8 @@ pub mod sealed;
 pub mod stream;
 pub mod workspace;
 
-/// Nomad's plugin protocols. Module paths mirror the packages, because generated
-/// code refers to other packages by relative path.
+/// Nomad's plugin protocols. Module paths mirror the packages, because generated code
+/// refers to other packages by relative path.
 #[cfg(feature = "grpc")]
 pub mod hashicorp {
     pub mod nomad {

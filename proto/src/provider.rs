@@ -1,8 +1,8 @@
-//! The providers, by the names that callers, configuration and wire have for them.
+//! The providers, by the names that callers, configuration and wire use.
 
 use std::{fmt, str::FromStr};
 
-/// One provider. Its name is the word for it everywhere.
+/// One provider. The same name is used everywhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Provider {
     OpenAi,
@@ -10,9 +10,9 @@ pub enum Provider {
     Google,
 }
 
-/// A name that is no provider's.
+/// A name that does not belong to a provider.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`provider` is `{given}`, allowed are openai, anthropic, google")]
+#[error("`provider` is `{given}`; must be one of openai, anthropic, google")]
 pub struct Unknown {
     pub given: String,
 }
@@ -32,7 +32,7 @@ impl Provider {
         }
     }
 
-    /// Another name, as callers of earlier systems have it.
+    /// An alias that callers of earlier systems use.
     fn alias(self) -> &'static str {
         match self {
             Self::OpenAi => "codex",
@@ -87,7 +87,7 @@ mod tests {
     #[test]
     fn a_name_that_is_unknown_is_refused_with_those_that_are_known() {
         let refused = "codecs".parse::<Provider>().unwrap_err().to_string();
-        let words = "`provider` is `codecs`, allowed are openai, anthropic, google";
+        let words = "`provider` is `codecs`; must be one of openai, anthropic, google";
         assert_eq!(refused, words);
         let known: Vec<_> = Provider::all().map(Provider::name).collect();
         assert!(refused.ends_with(&known.join(", ")), "{refused}");

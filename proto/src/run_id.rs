@@ -1,10 +1,10 @@
-//! Run ids: UUIDs of version 7, so that each says when it was made.
+//! Run ids: UUIDs of version 7, which contain the time when they were made.
 
 use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 
-/// When a run id was made, by the clock of who made it; `None` if it is not a UUIDv7.
+/// When a run id was made, by its maker's clock; `None` if it is not a UUIDv7.
 #[must_use]
 pub fn made_at(run_id: &str) -> Option<SystemTime> {
     let id = Uuid::parse_str(run_id).ok()?;

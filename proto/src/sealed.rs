@@ -1,11 +1,11 @@
-//! A run's secrets on their way: sealed by whoever has them to the one container that may
-//! use them; and back, when the command has refreshed the file of an account. Whoever relays
-//! them cannot read them.
+//! Secrets in transit. Their owner seals a run's secrets to the one container that may use
+//! them. Init seals a refreshed account file in return. Relays cannot read either.
 //!
-//! HPKE (RFC 9180), base mode: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, ChaCha20Poly1305. On
-//! the wire it is the encapsulated key, 32 bytes, and then the ciphertext of one message with
-//! its tag. `info` is [`SECRETS`] and the associated data the run's id, for one [`Secrets`];
-//! for one [`RefreshedFile`] they are [`REFRESHED`] and the label that came with the key.
+//! HPKE (RFC 9180), base mode: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, ChaCha20Poly1305.
+//! The wire format is the encapsulated key (32 bytes) followed by the ciphertext of one
+//! message with its tag. For [`Secrets`], `info` is [`SECRETS`] and the associated data is
+//! the run's id. For a [`RefreshedFile`], they are [`REFRESHED`] and the label that came
+//! with the key.
 
 use bytes::Bytes;
 use hpke::{
@@ -26,39 +26,39 @@ const ENCAPSULATED_KEY: usize = 32;
 /// Why secrets cannot be sealed or opened; never quotes them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    #[error("the public key is not one of X25519")]
+    #[error("the public key is not a valid X25519 key")]
     PublicKey,
-    #[error("the secrets take more than {MAX_SECRETS} bytes, or a file more than {MAX_REFRESHED}")]
+    #[error("the secrets exceed {MAX_SECRETS} bytes, or a file exceeds {MAX_REFRESHED} bytes")]
     TooLong,
-    #[error("the secrets are not sealed to this container and this run, or this label")]
+    #[error("the secrets were not sealed for this container and run, or not for this label")]
     NotForUs,
-    #[error("what was sealed are no secrets")]
+    #[error("the sealed data does not contain secrets")]
     Malformed,
 }
 
-/// What opens: the key of one container, in the memory of its init alone, or of whoever wants
-/// a file back. Wiped when dropped.
+/// A key that opens sealed data: of one container, in the memory of its init alone, or of
+/// whoever wants a file back. Wiped when dropped.
 pub struct PrivateKey {
     private: <Kem as hpke::Kem>::PrivateKey,
     public: <Kem as hpke::Kem>::PublicKey,
 }
 
 impl PrivateKey {
-    /// A new one, from the kernel's randomness.
+    /// Generates a key from the kernel's random numbers.
     #[must_use]
     pub fn generate() -> Self {
         let (private, public) = Kem::gen_keypair();
         Self { private, public }
     }
 
-    /// The one that belongs to a secret seed of at least 32 bytes.
+    /// Derives the key of a secret seed of at least 32 bytes.
     #[must_use]
     pub fn derive(seed: &[u8]) -> Self {
         let (private, public) = Kem::derive_keypair(seed);
         Self { private, public }
     }
 
-    /// The half that may be told: 32 bytes.
+    /// The public key, 32 bytes.
     #[must_use]
     pub fn public(&self) -> Bytes {
         Bytes::copy_from_slice(&self.public.to_bytes())
@@ -67,17 +67,17 @@ impl PrivateKey {
     /// Opens what [`seal`] made. The values are wiped when the last of them is dropped.
     ///
     /// # Errors
-    /// [`Error::NotForUs`] if it was sealed to another container or for another run, or
-    /// changed on the way; [`Error::Malformed`].
+    /// [`Error::NotForUs`] if it was sealed for another container or run, or changed in
+    /// transit; [`Error::Malformed`].
     pub fn open(&self, sealed: &[u8], run_id: &str) -> Result<Secrets, Error> {
         self.open_message(SECRETS, sealed, run_id.as_bytes())
     }
 
-    /// Opens what [`seal_refreshed`] made. The content is wiped when it is dropped.
+    /// Opens what [`seal_refreshed`] made. The content is wiped when dropped.
     ///
     /// # Errors
-    /// [`Error::NotForUs`] if it was sealed to another key or under another label, or changed
-    /// on the way; [`Error::Malformed`].
+    /// [`Error::NotForUs`] if it was sealed for another key or label, or changed in
+    /// transit; [`Error::Malformed`].
     pub fn open_refreshed(&self, sealed: &[u8], label: &[u8]) -> Result<RefreshedFile, Error> {
         self.open_message(REFRESHED, sealed, label)
     }
@@ -123,7 +123,7 @@ pub fn seal(public_key: &[u8], run_id: &str, secrets: &Secrets) -> Result<Bytes,
     seal_message(public_key, SECRETS, secrets, run_id.as_bytes())
 }
 
-/// Seals a file to whoever sent this public key and label.
+/// Seals a file to the sender of this public key and label.
 ///
 /// # Errors
 /// [`Error::PublicKey`], [`Error::TooLong`]
@@ -207,7 +207,7 @@ mod tests {
             other.open_refreshed(&sealed, b"label"),
             Err(Error::NotForUs)
         );
-        // Nor are they secrets of a run.
+        // Nor can it be opened as secrets of a run.
         assert_eq!(again.open(&sealed, "label"), Err(Error::NotForUs));
         let long = RefreshedFile {
             content: vec![0; MAX_REFRESHED + 1].into(),

@@ -1,20 +1,20 @@
-//! The streams that a run writes.
+//! The output streams of a run.
 
 use std::ops::{Index, IndexMut};
 
-/// One of the streams that a run writes. The order is that of the protocol's offsets.
+/// One of the output streams of a run, in the order of the protocol's offsets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Stream {
     Stdout,
     Stderr,
-    /// The bytes of the files that the run left, one after the other.
+    /// The contents of the run's artifacts, one after the other.
     Artifacts,
 }
 
 impl Stream {
     pub const ALL: [Self; 3] = [Self::Stdout, Self::Stderr, Self::Artifacts];
 
-    /// The word for it in file names, logs and events.
+    /// Its name in file names, logs and events.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -34,7 +34,7 @@ impl Stream {
         }
     }
 
-    /// The stream of that [number](Self::number); `None` for one of a newer protocol.
+    /// The stream with this [number](Self::number); `None` if a newer protocol defines it.
     #[must_use]
     pub fn of_number(number: i32) -> Option<Self> {
         Self::ALL
@@ -53,12 +53,12 @@ impl<T> PerStream<T> {
         Self([stdout, stderr, artifacts])
     }
 
-    /// What `value` makes of each stream.
+    /// Builds a value for each stream.
     pub fn from_fn(value: impl FnMut(Stream) -> T) -> Self {
         Self(Stream::ALL.map(value))
     }
 
-    /// In the order of [`Stream::ALL`].
+    /// Iterates in the order of [`Stream::ALL`].
     pub fn iter(&self) -> impl Iterator<Item = (Stream, &T)> {
         Stream::ALL.into_iter().zip(&self.0)
     }

@@ -1,5 +1,5 @@
-//! The files of a run, checked by whoever accepts them: the shim to tell its caller, the driver
-//! because a shim may be wrong, init because it is the one that writes.
+//! Checks the files of a run, on every side: the shim to inform its caller, the driver
+//! because a shim may be wrong, init because it writes them.
 
 use std::{collections::BTreeSet, path::Path};
 
@@ -10,31 +10,34 @@ use crate::{
     init::{ArtifactRules, InputFile, TerminalSize},
 };
 
-/// Where the files of a run are in its container.
+/// The folder of a run's files in its container.
 pub const PATH: &str = "/workspace";
-/// Bytes that fit there: of files, and of artifacts.
+/// Most bytes of files, and of artifacts.
 pub const MAX_BYTES: u64 = 256 << 20;
-/// Files that a run may bring, and artifacts that it may leave.
+/// Most files that a run may bring, and artifacts that it may leave.
 pub const MAX_FILES: usize = 1000;
-/// Bytes of a file's path, or of a pattern.
+/// Most bytes of a file's path, or of a pattern.
 pub const MAX_PATH: usize = 1024;
-/// Patterns that artifacts are chosen by.
+/// Most patterns that select artifacts.
 pub const MAX_PATTERNS: usize = 100;
 
-/// Shells' rules: what begins with a dot is named by a dot alone.
+/// As in shells, only a dot in the pattern matches a leading dot.
 const MATCHING: MatchOptions = MatchOptions {
     case_sensitive: true,
     require_literal_separator: true,
     require_literal_leading_dot: true,
 };
 
-/// Checks the files that a run brings; how many bytes they have together.
+/// Checks the files of a run; returns their total bytes.
 ///
 /// # Errors
-/// [`Invalid`] names the first that cannot be written as it is said.
+/// [`Invalid`] names the first file that cannot be written as described.
 pub fn check_files(files: &[InputFile]) -> Result<u64, Invalid> {
     if files.len() > MAX_FILES {
-        let problem = format!("has {} entries, at most {MAX_FILES} are taken", files.len());
+        let problem = format!(
+            "has {} entries; at most {MAX_FILES} are allowed",
+            files.len()
+        );
         return Err(invalid("files", problem));
     }
     let mut total: u64 = 0;
@@ -44,23 +47,24 @@ pub fn check_files(files: &[InputFile]) -> Result<u64, Invalid> {
         let field = |name: &str| format!("files[{index}].{name}");
         check_path(path).map_err(|problem| invalid(field("path"), problem))?;
         if *mode > 0o777 {
-            let problem = format!("is {mode:#o}, allowed are permission bits up to 0o777");
+            let problem = format!("is {mode:#o}; must be permission bits up to 0o777");
             return Err(invalid(field("mode"), problem));
         }
         total = total.saturating_add(*size);
         if total > MAX_BYTES {
-            let problem = format!("makes {total} bytes of all files, at most {MAX_BYTES} fit");
+            let problem =
+                format!("brings all files to {total} bytes; at most {MAX_BYTES} are allowed");
             return Err(invalid(field("size"), problem));
         }
         if !paths.insert(path.as_str()) {
-            return Err(invalid(field("path"), format!("`{path}` came before")));
+            return Err(invalid(field("path"), format!("`{path}` is used twice")));
         }
         let above = Path::new(path).ancestors().skip(1);
         folders.extend(above.filter_map(Path::to_str));
     }
     match files.iter().position(|file| folders.contains(&*file.path)) {
         Some(index) => {
-            let problem = format!("`{}` is a folder of another file's", files[index].path);
+            let problem = format!("`{}` is also a folder of another file", files[index].path);
             Err(invalid(format!("files[{index}].path"), problem))
         }
         None => Ok(total),
@@ -70,15 +74,15 @@ pub fn check_files(files: &[InputFile]) -> Result<u64, Invalid> {
 /// Checks a path relative to the workspace.
 ///
 /// # Errors
-/// A sentence about what is wrong with it.
+/// A text that says what is wrong with the path.
 pub fn check_path(path: &str) -> Result<(), String> {
     if path.is_empty() || path.len() > MAX_PATH {
         return Err(format!(
-            "has {} bytes, allowed are 1 to {MAX_PATH}",
+            "has {} bytes; must have 1 to {MAX_PATH}",
             path.len()
         ));
     }
-    // `components` would leave out `.` and doubled slashes.
+    // `components` would ignore `.` and double slashes.
     let is_plain = |part: &str| !matches!(part, "" | "." | "..") && part.len() <= 255;
     if path.chars().any(char::is_control) || !path.split('/').all(is_plain) {
         return Err(format!(
@@ -88,10 +92,10 @@ pub fn check_path(path: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Checks which artifacts a run leaves.
+/// Checks the rules that select a run's artifacts.
 ///
 /// # Errors
-/// [`Invalid`] names the first field that is wrong.
+/// [`Invalid`] names the first field that is not valid.
 pub fn check_rules(rules: &ArtifactRules) -> Result<(), Invalid> {
     let ArtifactRules {
         patterns,
@@ -100,52 +104,52 @@ pub fn check_rules(rules: &ArtifactRules) -> Result<(), Invalid> {
     } = rules;
     if !(1..=MAX_PATTERNS).contains(&patterns.len()) {
         let given = patterns.len();
-        let problem = format!("has {given} entries, allowed are 1 to {MAX_PATTERNS}");
+        let problem = format!("has {given} entries; must have 1 to {MAX_PATTERNS}");
         return Err(invalid("artifacts.patterns", problem));
     }
     Patterns::new(rules)?;
     let range = |field: &str, given: u64, most: u64| {
         let is_in = (1..=most).contains(&given);
-        let refused = || invalid(field, format!("is {given}, allowed are 1 to {most}"));
+        let refused = || invalid(field, format!("is {given}; must be 1 to {most}"));
         is_in.then_some(()).ok_or_else(refused)
     };
     range("artifacts.max_bytes", *max_bytes, MAX_BYTES)?;
     range("artifacts.max_files", (*max_files).into(), MAX_FILES as u64)
 }
 
-/// Checks the size of a terminal, which is two numbers of 16 bits to the kernel.
+/// Checks the size of a terminal; the kernel stores two 16-bit numbers.
 ///
 /// # Errors
-/// [`Invalid`] names the side.
+/// [`Invalid`] names the field.
 pub fn check_size(field: &str, size: TerminalSize) -> Result<(), Invalid> {
     for (name, given) in [("rows", size.rows), ("columns", size.columns)] {
         if !(1..=u32::from(u16::MAX)).contains(&given) {
-            let problem = format!("is {given}, allowed are 1 to {}", u16::MAX);
+            let problem = format!("is {given}; must be 1 to {}", u16::MAX);
             return Err(invalid(format!("{field}.{name}"), problem));
         }
     }
     Ok(())
 }
 
-/// Matching goes back for each star: with many it would take for ever.
+/// Matching backtracks for each star: many stars would take forever.
 fn check_stars(pattern: &str) -> Result<(), String> {
     let parts = || pattern.split('/');
     let stars = |part: &str| part.matches('*').count();
     let is_any = |part: &&str| *part == "**";
     if parts().filter(is_any).count() > 2 || parts().any(|part| stars(part) > 3) {
-        let problem = "allowed are two `**`, and three `*` between two slashes";
+        let problem = "which has too many stars; at most two `**`, and three `*` between two slashes, are allowed";
         return Err(format!("is `{pattern}`, {problem}"));
     }
     Ok(())
 }
 
-/// What artifacts are chosen by.
+/// The patterns that select artifacts.
 #[derive(Debug)]
 pub struct Patterns(Vec<Pattern>);
 
 impl Patterns {
     /// # Errors
-    /// [`Invalid`] names the first that is no pattern.
+    /// [`Invalid`] names the first pattern that is not valid.
     pub fn new(rules: &ArtifactRules) -> Result<Self, Invalid> {
         let parse = |(index, text): (usize, &String)| {
             let refused = |problem| invalid(format!("artifacts.patterns[{index}]"), problem);
@@ -157,7 +161,7 @@ impl Patterns {
         patterns.collect::<Result<_, _>>().map(Self)
     }
 
-    /// Whether the file at this path, relative to the workspace, is wanted.
+    /// Whether the file at this path, relative to the workspace, matches.
     #[must_use]
     pub fn want(&self, path: &str) -> bool {
         let wants = |pattern: &Pattern| pattern.matches_with(path, MATCHING);
@@ -200,8 +204,8 @@ mod tests {
 
     #[test]
     fn no_file_is_in_the_way_of_another() {
-        assert!(refused(&[file("a"), file("a")]).contains("came before"));
-        assert!(refused(&[file("a/b/c"), file("a/b")]).contains("is a folder"));
+        assert!(refused(&[file("a"), file("a")]).contains("is used twice"));
+        assert!(refused(&[file("a/b/c"), file("a/b")]).contains("is also a folder"));
     }
 
     #[test]

@@ -359,7 +359,7 @@ fn new_certificates_hold_for_new_connections_without_a_restart() {
     wait_until("the warning", Duration::from_secs(20), || {
         connect().unwrap();
         let log = remote.shim.process.log();
-        match log.contains("new certificates are of no use") {
+        match log.contains("cannot use the new certificates") {
             true => Ok(()),
             false => Err(log),
         }

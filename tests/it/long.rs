@@ -141,11 +141,7 @@ fn an_image_that_fails_again_and_again_is_left_alone_until_it_is_another() {
     client.wait_idle("anthropic", 1);
 
     let label = instance_label(&nomad.state_dir());
-    let is_left_alone = || {
-        nomad
-            .agent_log()
-            .contains("times in a row and is left alone")
-    };
+    let is_left_alone = || nomad.agent_log().contains("times in a row and is paused");
     wait_until("the end of patience", Duration::from_secs(90), || {
         if is_left_alone() {
             return Ok(());
@@ -171,7 +167,11 @@ fn an_image_that_fails_again_and_again_is_left_alone_until_it_is_another() {
     docker::docker(&["commit", "--change", "LABEL mended=1", made.trim(), &image]);
     docker::docker(&["rm", made.trim()]);
     client.wait_idle("anthropic", 1);
-    assert!(nomad.agent_log().contains("the image is another now"));
+    assert!(
+        nomad
+            .agent_log()
+            .contains("the image has changed, trying it again")
+    );
     nomad.run(&["job", "stop", "-detach", "-yes", "polydev-pool-anthropic"]);
     wait_until("its container's removal", Duration::from_secs(30), || {
         let containers = docker::containers(&label);

@@ -1,5 +1,6 @@
 //! The whole system from outside, with real Docker, real Nomad and the real CLIs.
-//! They need root, and what `make test` installs; one runs after the other.
+//! They need root, and what `make test` installs. `.config/nextest.toml` says which run side by
+//! side.
 
 mod access;
 mod api;

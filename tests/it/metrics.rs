@@ -50,9 +50,9 @@ fn slots_their_states_and_every_step_with_its_cause_are_told_to_a_collector() {
     let shim = Shim::serve(&nomad.address);
     let client = shim.client();
     client.wait_idle("anthropic", 2);
-    logged("the collector takes no metrics");
+    logged("the collector does not accept metrics");
     let collector = Collector::start(port);
-    logged("the collector takes metrics again");
+    logged("the collector accepts metrics again");
     wait_for(&collector, SLOTS, &[PROVIDER, "state=\"idle\""], 2.0);
     wait_for(&collector, STEPS, &[PROVIDER, "cause=\"warmed\""], 2.0);
 

@@ -148,7 +148,7 @@ fn a_try_that_another_has_fenced_off_asks_every_node_again() {
     assert!(
         shim.process
             .log()
-            .contains("another try of the run stands before this one")
+            .contains("another try of the run has precedence")
     );
     assert!(matches!(fence(40), Answer::Have(have) if have.ended));
 }

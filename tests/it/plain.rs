@@ -134,7 +134,7 @@ fn a_killed_driver_loses_neither_tasks_nor_lines_nor_the_exit_status() {
             Duration::from_secs(30),
             || {
                 let log = nomad.agent().log();
-                let count = log.matches("Nomad has asked for a recovered task").count();
+                let count = log.matches("Nomad asked for a recovered task").count();
                 if count == life {
                     Ok(())
                 } else {

@@ -44,7 +44,7 @@ fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     let full = client.run(shell("anthropic", "true")).unwrap_err();
     assert_eq!(full.code(), Code::ResourceExhausted);
     for words in [
-        "a run takes 400 MHz and 256 MiB of `run_headroom`, of which 0 MHz and 0 MiB are left",
+        "a run needs 400 MHz and 256 MiB of `run_headroom`, which has 0 MHz and 0 MiB left",
         "1 are idle",
     ] {
         assert!(full.message().contains(words), "{full}");

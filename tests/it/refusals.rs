@@ -115,7 +115,7 @@ fn a_second_driver_on_the_same_state_folder_names_the_first() {
         .arg(format!("unix://{}/s", folder.path().display()));
     let second = Process::start(&mut command, &folder.path().join("log"));
     let held = std::fs::read_to_string(shim.state_dir().join("driver.lock")).unwrap();
-    let expected = format!("is held by another driver, pid {}", held.trim());
+    let expected = format!("is in use by another driver, pid {}", held.trim());
     wait_until("the reason", Duration::from_secs(20), || {
         let log = second.log();
         if log.contains(&expected) {
@@ -194,7 +194,7 @@ pub(crate) fn a_wrong_job_is_refused() {
         (
             "both",
             "command = \"sh\"\n slot {\n provider = \"google\"\n }",
-            "beside `slot`",
+            "next to `slot`",
         ),
         (
             "privileged",

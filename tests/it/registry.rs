@@ -340,7 +340,7 @@ fn a_pull_that_fails_is_told_and_tried_again_unless_it_is_final(
         }
     });
     for (id, reference, words) in [
-        ("hangs", hangs, "not done within 2s"),
+        ("hangs", hangs, "not finished within 2s"),
         ("babbles", babbles, "cannot pull image"),
         (
             "machine",

@@ -155,7 +155,7 @@ fn what_cannot_be_attached_to_is_told_why() {
     assert_eq!(code, Code::OutOfRange);
     assert_eq!(
         words,
-        "`stdout_offset` is 6, the command has written 5 bytes"
+        "`stdout_offset` is 6, but the command has written only 5 bytes"
     );
     assert_eq!(refused("mallory", &run_id, 0).0, Code::PermissionDenied);
     // To a driver nobody is the operator; a shim's callers are never that.

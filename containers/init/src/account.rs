@@ -1,5 +1,5 @@
-//! The file of an account that has signed in, which the command may refresh: then it is told
-//! back, sealed to whoever sent it.
+//! The file of a signed-in account, which the command may refresh. Init reports a refreshed
+//! file, sealed to whoever sent the account.
 
 use std::{
     fs::OpenOptions,
@@ -17,27 +17,27 @@ use polydev_proto::{
 };
 use zeroize::Zeroizing;
 
-/// How often to look while the command runs: what is refreshed at a run's beginning is needed
-/// by the runs that begin beside it.
+/// How often to check the file while the command runs. Runs that start meanwhile need an
+/// account that was refreshed at the beginning of this one.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(10);
 
-/// An account's file, and what has been told of it.
+/// An account's file, and what was reported of it.
 #[derive(Debug)]
 pub(crate) struct Account {
     path: PathBuf,
     public_key: Bytes,
     label: Bytes,
-    /// As it was given, or told last; wiped when dropped.
+    /// The content that was given or last reported; wiped when dropped.
     content: Zeroizing<Vec<u8>>,
     count: u64,
     last: Option<Refreshed>,
-    /// This connection has been told the last.
+    /// Whether the last refreshed content was sent on this connection.
     is_told: bool,
     look_at: Instant,
 }
 
 impl Account {
-    /// `None` if nothing is to be told back. Keeps nothing else of the secrets.
+    /// `None` if the account is not to be reported. Keeps no other part of the secrets.
     pub(crate) fn new(home: Option<&Path>, secrets: &Secrets, now: Instant) -> Option<Self> {
         let Refreshable {
             path,
@@ -47,7 +47,7 @@ impl Account {
         let file = secrets.files.iter().find(|file| file.path == *path)?;
         Some(Self {
             path: home?.join(path),
-            // Slices of what was opened would keep all of it.
+            // Slices of the opened secrets would keep all of them in memory.
             public_key: Bytes::copy_from_slice(public_key),
             label: Bytes::copy_from_slice(label),
             content: file.content.to_vec().into(),
@@ -58,12 +58,12 @@ impl Account {
         })
     }
 
-    /// Until the file is to be looked at.
+    /// Time until the next check of the file.
     pub(crate) fn look_in(&self, now: Instant) -> Duration {
         self.look_at.saturating_duration_since(now)
     }
 
-    /// Looks at the file, if the time has come.
+    /// Checks the file if it is due.
     pub(crate) fn look_if_due(&mut self, now: Instant) {
         if self.look_at <= now {
             self.look_at = now + REFRESH_INTERVAL;
@@ -71,8 +71,8 @@ impl Account {
         }
     }
 
-    /// Looks whether the file has changed. One that cannot be read, is too long or no JSON
-    /// object, or is being written at the moment, is as it was.
+    /// Checks whether the file has changed. It counts as unchanged if it cannot be read, is
+    /// too long, is not a JSON object, or is just being written.
     pub(crate) fn look(&mut self) {
         let Some(content) = self.read() else { return };
         if content == self.content || !looks_whole(&content) {
@@ -92,11 +92,11 @@ impl Account {
                 });
                 self.is_told = false;
             }
-            Err(error) => eprintln!("polydev-init: an account's file is not told back: {error}"),
+            Err(error) => eprintln!("polydev-init: cannot report an account's file: {error}"),
         }
     }
 
-    /// A new connection is told again.
+    /// Reports again on a new connection.
     pub(crate) fn rewind(&mut self) {
         self.is_told = self.last.is_none();
     }
@@ -105,7 +105,7 @@ impl Account {
         self.is_told
     }
 
-    /// What this connection has not been told; from now on it has.
+    /// What was not yet sent on this connection; from now on it counts as sent.
     pub(crate) fn take_untold(&mut self) -> Option<Refreshed> {
         if std::mem::replace(&mut self.is_told, true) {
             return None;
@@ -114,7 +114,7 @@ impl Account {
     }
 
     fn read(&self) -> Option<Zeroizing<Vec<u8>>> {
-        // The command may have put anything there, a FIFO among it.
+        // The command may have put anything there, even a FIFO.
         let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
         let mut options = OpenOptions::new();
         let file = options.read(true).custom_flags(flags.bits());
@@ -122,7 +122,7 @@ impl Account {
         if !file.metadata().ok()?.is_file() {
             return None;
         }
-        // As long as it may be, so that no copy is left behind by a vector that grew.
+        // At full capacity, because a growing vector would leave copies behind.
         let mut content = Zeroizing::new(Vec::with_capacity(MAX_REFRESHED + 1));
         let read = file
             .take(MAX_REFRESHED as u64 + 1)
@@ -132,7 +132,7 @@ impl Account {
     }
 }
 
-/// From the first brace to the last: what is read while it is written often is not.
+/// Whether it starts and ends with a brace; a file that is being written often does not.
 fn looks_whole(content: &[u8]) -> bool {
     let content = content.trim_ascii();
     content.starts_with(b"{") && content.ends_with(b"}")
@@ -209,7 +209,8 @@ mod tests {
         account.rewind();
         assert!(!account.is_told());
         assert_eq!(account.take_untold(), told);
-        // As most tools do it. Of two changes that nobody had room for, the last is told.
+        // Replaces the file, as most tools do. If two changes had no room, the last one is
+        // reported.
         let beside = home.folder.path().join("beside");
         for count in [2, 3] {
             fs::write(&beside, format!("{{\"refreshed\":{count}}}\n")).unwrap();

@@ -1,4 +1,4 @@
-//! The one command of a container: its start, its signals, what it leaves behind.
+//! The one command of a container: its start, its signals and its results.
 
 use std::{
     ffi::OsStr,
@@ -32,36 +32,36 @@ use polydev_proto::{
 
 use crate::{account::Account, deadline::Deadline, drain::Drain, home, stdin::Input, terminal};
 
-/// Added to the command's OOM score, so that the kernel does not pick init.
+/// Added to the command's OOM score, so that the kernel kills it rather than init.
 const OOM_SCORE: &[u8] = b"500";
 
-/// A command that was started.
+/// A started command.
 #[derive(Debug)]
 pub(crate) struct Command {
     pub(crate) run_id: String,
     pub(crate) pid: Pid,
-    /// Read ends of a run's output, or its terminal; `None` after end of file.
+    /// Read ends of a run's output pipes, or its terminal; `None` after end of file.
     pub(crate) pipes: [Option<File>; 2],
     pub(crate) input: Input,
-    /// What of its files is wanted when it has ended.
+    /// Which of its files to collect when it has ended.
     pub(crate) artifacts: Option<ArtifactRules>,
-    /// The file that it may refresh.
+    /// The account file that it may refresh.
     pub(crate) account: Option<Account>,
-    /// A plain task has none.
+    /// `None` for a plain task.
     pub(crate) deadline: Option<Deadline>,
-    /// The first of the pipes is a terminal.
+    /// Whether the first pipe is a terminal.
     has_terminal: bool,
-    /// Signals are for the command alone, not for its process group.
+    /// Whether signals go to the command alone, rather than to its process group.
     alone: bool,
-    /// Set when the command's own process has ended.
+    /// Set once the command's own process has ended.
     pub(crate) status: Option<WaitStatus>,
 }
 
 impl Command {
-    /// Starts what `start` asks for, as the user init itself runs as. Descriptors
-    /// but the three standard ones are closed by the kernel: all of init's own are
-    /// close-on-exec. The output of a plain task becomes `drains`, which outlive it,
-    /// into the `descriptors` that came with the request. `key` opens its secrets.
+    /// Starts the command, as the user that init runs as. The command gets only the three
+    /// standard descriptors, because all of init's own are close-on-exec. The output of a
+    /// plain task goes through `drains`, which outlive the command, into the `descriptors`
+    /// that came with the request. `key` opens its secrets.
     ///
     /// # Errors
     /// Why the command did not run, for the caller.
@@ -82,7 +82,7 @@ impl Command {
             return Err(refuse(Reason::Invalid, "argv is empty".into()));
         };
         if !start.work_dir.is_empty() && !Path::new(&start.work_dir).is_dir() {
-            let message = format!("working directory `{}` is not a folder", start.work_dir);
+            let message = format!("the working directory `{}` is not a folder", start.work_dir);
             return Err(refuse(Reason::Invalid, message));
         }
         let secrets = open(&start, key).map_err(|message| refuse(Reason::Invalid, message))?;
@@ -95,11 +95,14 @@ impl Command {
         command.args(args.iter().map(|arg| OsStr::from_bytes(arg)));
         let task = start.task.as_ref();
         let master = attach_streams(&mut command, &start, task).map_err(|error| {
-            refuse(Reason::Invalid, format!("no terminal can be made: {error}"))
+            refuse(
+                Reason::Invalid,
+                format!("cannot create a terminal: {error}"),
+            )
         })?;
         surround(&mut command, &start, &secrets);
 
-        // A plain task's score is the job's to say.
+        // The job sets a plain task's score.
         let oom_score = oom_score.filter(|_| start.task.is_none());
         let mut child = with_oom_score(oom_score, || with_no_signal_blocked(|| command.spawn()))
             .map_err(|error| {
@@ -164,7 +167,8 @@ impl Command {
         })
     }
 
-    /// Sends `signal` to the command, of a run with its process group; too late is no error.
+    /// Sends `signal` to the command, and for a run to its process group; does nothing if
+    /// the command has ended.
     pub(crate) fn signal(&self, signal: Signal) {
         if self.status.is_some() {
             return;
@@ -176,7 +180,7 @@ impl Command {
         }
     }
 
-    /// Tells its terminal the size; too late, or without one, is no error.
+    /// Sets the size of its terminal; does nothing without a terminal or after its end.
     pub(crate) fn resize(&self, size: TerminalSize) {
         if let [Some(terminal), _] = &self.pipes
             && self.has_terminal
@@ -185,13 +189,13 @@ impl Command {
         }
     }
 
-    /// Nothing will be written any more.
+    /// Whether the output is complete.
     pub(crate) fn is_drained(&self) -> bool {
         self.pipes.iter().all(Option::is_none)
     }
 }
 
-/// The run's secrets; none if none came.
+/// The run's secrets; empty if none were sent.
 fn open(start: &Start, key: &PrivateKey) -> Result<Secrets, String> {
     if start.sealed_secrets.is_empty() {
         return Ok(Secrets::default());
@@ -200,10 +204,10 @@ fn open(start: &Start, key: &PrivateKey) -> Result<Secrets, String> {
     opened.map_err(|error| error.to_string())
 }
 
-/// What the command finds around it: its variables, and the folder that it starts in.
+/// Sets the command's environment and working directory.
 fn surround(command: &mut process::Command, start: &Start, secrets: &Secrets) {
     if start.terminal.is_some() {
-        command.env("TERM", "xterm"); // As Docker does.
+        command.env("TERM", "xterm"); // Like Docker.
     }
     for variable in start.env.iter().chain(&secrets.env) {
         let (name, value) = (&variable.name, &variable.value);
@@ -219,8 +223,8 @@ fn surround(command: &mut process::Command, start: &Start, secrets: &Secrets) {
     }
 }
 
-/// Connects the command's three standard descriptors; our side of a terminal, if it
-/// gets one.
+/// Connects the command's three standard descriptors. Returns the terminal's other end, if
+/// the command has one.
 fn attach_streams(
     command: &mut process::Command,
     start: &Start,
@@ -247,8 +251,8 @@ fn attach_streams(
     Ok(None)
 }
 
-/// Where the drains of a plain task's output lead: stdout first. A terminal needs one
-/// only, and a command that writes to init's own streams none.
+/// Where the drains of a plain task's output lead, stdout first. A terminal needs only one,
+/// and a command that writes to init's own streams needs none.
 fn targets(task: &PlainTask, descriptors: Vec<OwnedFd>) -> Vec<OwnedFd> {
     match task.output() {
         OutputKind::Descriptors => descriptors,
@@ -261,8 +265,8 @@ fn targets(task: &PlainTask, descriptors: Vec<OwnedFd>) -> Vec<OwnedFd> {
     }
 }
 
-/// Kills every process of the container but init, or, where init is not process 1
-/// of its own namespace (in tests), the command's process group.
+/// Kills every process of the container except init. If init is not process 1 of its own
+/// namespace (in tests), kills only the command's process group.
 pub(crate) fn kill_everything(command: Pid) {
     let _gone = if getpid().as_raw() == 1 {
         kill(Pid::from_raw(-1), Signal::SIGKILL)
@@ -276,15 +280,15 @@ fn set_nonblocking(pipe: &impl AsFd) {
         .expect("setting O_NONBLOCK on a pipe of our own cannot fail");
 }
 
-/// Runs `spawn` with the raised score, which the child inherits, and takes it back:
-/// without the right to lower a score, a process may return to the one it was given.
+/// Runs `spawn` with the raised score, which the child inherits, and then restores it. A
+/// process may return to its original score without the right to lower it.
 fn with_oom_score<T>(score: Option<&mut File>, spawn: impl FnOnce() -> T) -> T {
     let Some(score) = score else { return spawn() };
     let mut own = String::new();
     let raised = score.read_to_string(&mut own).is_ok() && score.write_all(OOM_SCORE).is_ok();
     let child = spawn();
     if raised {
-        // Failing leaves init as likely a victim as the command; it still serves.
+        // On failure the kernel may kill init as likely as the command, but init still works.
         let _unchanged = score
             .rewind()
             .and_then(|()| score.write_all(own.trim().as_bytes()));
@@ -292,9 +296,9 @@ fn with_oom_score<T>(score: Option<&mut File>, spawn: impl FnOnce() -> T) -> T {
     child
 }
 
-/// Runs `spawn` with an empty signal mask, which the child inherits: init blocks what
-/// it reads from a descriptor, and a command that could not be interrupted would
-/// have to be killed. A SIGCHLD of this moment is lost; the caller reaps afterwards.
+/// Runs `spawn` with an empty signal mask, which the child inherits. Init blocks the
+/// signals that it reads from a descriptor, and a command that inherits the mask could only
+/// be killed. A SIGCHLD at this moment is lost, so the caller reaps afterwards.
 fn with_no_signal_blocked<T>(spawn: impl FnOnce() -> T) -> T {
     let blocked = SigSet::thread_get_mask().and_then(|mask| {
         SigSet::empty().thread_set_mask()?;

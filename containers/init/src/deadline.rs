@@ -1,11 +1,11 @@
-//! When the command must end: SIGTERM at its deadline, SIGKILL after the kill
-//! timeout. Pure: it is told the time.
+//! When the command must end: SIGTERM at its deadline, SIGKILL after the kill timeout.
+//! Pure: callers pass the time.
 
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-/// What is still to be sent to the command, and when.
+/// The next signal to send to the command, and when.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Deadline {
     at: Instant,
@@ -28,7 +28,7 @@ impl Deadline {
         }
     }
 
-    /// Whether the time is up and the command has been told so.
+    /// Whether the deadline has passed and the command has received SIGTERM.
     pub(crate) fn has_passed(&self) -> bool {
         self.step == Step::Kill
     }
@@ -37,8 +37,8 @@ impl Deadline {
         self.at.saturating_duration_since(now)
     }
 
-    /// The signal that is due now. SIGKILL is repeated every second, for what
-    /// was forked while the first was on its way.
+    /// The signal that is due now. SIGKILL is repeated every second, for processes that
+    /// were forked while the previous one was sent.
     pub(crate) fn due(&mut self, now: Instant) -> Option<Signal> {
         if now < self.at {
             return None;

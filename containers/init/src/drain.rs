@@ -1,7 +1,7 @@
-//! The output of a plain task: moved into Nomad's FIFOs, without a copy where the
-//! kernel can (`splice`). A full FIFO stops the command, and nothing is ever lost:
-//! the FIFOs are open for reading too, so that a reader that goes away and comes
-//! back is no end of file for either side.
+//! The output of a plain task, moved into Nomad's FIFOs without a copy where the kernel
+//! supports it (`splice`). A full FIFO stops the command, and no output is lost. The FIFOs
+//! are open for reading too, so a reader that goes away and comes back causes no end of
+//! file on either side.
 
 use std::{
     fs::File,
@@ -15,7 +15,7 @@ use rustix::{
     pipe::{SpliceFlags, splice},
 };
 
-/// Moved by one call; a pipe holds as much.
+/// How much one call moves; a pipe holds as much.
 const PIECE: usize = 64 << 10;
 
 /// One stream from the command to its FIFO.
@@ -23,16 +23,16 @@ const PIECE: usize = 64 << 10;
 pub(crate) struct Drain {
     /// `None` after end of file.
     from: Option<File>,
-    /// A terminal, which the kernel cannot splice from.
+    /// Whether `from` is a terminal, which does not support splice.
     tty: bool,
     to: File,
-    /// Read from a terminal and not written yet.
+    /// Bytes read from a terminal but not yet written.
     held: Vec<u8>,
     full: bool,
 }
 
 impl Drain {
-    /// `from` and `to` must not block.
+    /// `from` and `to` must be non-blocking.
     pub(crate) fn new(from: File, to: OwnedFd, tty: bool) -> Self {
         Self {
             from: Some(from),
@@ -43,7 +43,7 @@ impl Drain {
         }
     }
 
-    /// What to wait for before [`Drain::advance`]; `None` when there is nothing to move.
+    /// What to poll for before [`Drain::advance`]; `None` if there is nothing to move.
     pub(crate) fn interest(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         match &self.from {
             _ if self.full => Some((self.to.as_fd(), PollFlags::POLLOUT)),
@@ -52,21 +52,21 @@ impl Drain {
         }
     }
 
-    /// Moves what can be moved. A target that fails is no longer written to: the
-    /// command's output is lost then, and a command that writes on is told by SIGPIPE.
+    /// Moves what it can. After a write fails, the rest of the command's output is lost,
+    /// and a command that continues to write gets SIGPIPE.
     pub(crate) fn advance(&mut self) {
         let moved = if self.tty { self.copy() } else { self.splice() };
         if let Err(error) = moved {
-            eprintln!("polydev-init: output is lost: {error}");
+            eprintln!("polydev-init: cannot write output, the rest is lost: {error}");
             self.from = None;
             self.held.clear();
             self.full = false;
         }
     }
 
-    /// Nothing is left to be moved, and the reader has taken everything.
+    /// Whether everything was moved and the reader has read it.
     pub(crate) fn is_read(&self) -> bool {
-        // What is no FIFO, such as /dev/null, keeps nothing.
+        // Anything but a FIFO, such as /dev/null, holds nothing.
         self.is_moved() && ioctl_fionread(&self.to).unwrap_or(0) == 0
     }
 
@@ -81,7 +81,7 @@ impl Drain {
         match splice(from, None, &self.to, None, PIECE, SpliceFlags::NONBLOCK) {
             Ok(0) => self.end(),
             Ok(_) => self.full = false,
-            // Nothing to read, or no room: tried again when either may have changed.
+            // Nothing to read or no room: tried again when either may have changed.
             Err(Errno::AGAIN) => self.full = ioctl_fionread(from).unwrap_or(0) > 0,
             Err(Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
@@ -95,7 +95,8 @@ impl Drain {
         {
             let mut chunk = [0; 16 << 10];
             match from.read(&mut chunk) {
-                // A terminal whose last user is gone fails instead of ending.
+                // Reading a terminal fails, instead of ending, when nobody uses it any
+                // longer.
                 Ok(0) => self.end(),
                 Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => self.end(),
                 Ok(count) => self.held.extend_from_slice(&chunk[..count]),
@@ -157,7 +158,7 @@ mod tests {
         }
     }
 
-    /// A reader that is not there, comes, goes and comes back gets every byte.
+    /// A reader that is late, or goes away and comes back, gets every byte.
     #[test]
     fn no_byte_is_lost_whatever_the_reader_does() {
         let (folder, to) = fifo();
@@ -175,7 +176,7 @@ mod tests {
             }
             advance_while_possible(&mut drain);
             assert!(!drain.is_read());
-            // Nomad's reader of this moment.
+            // Nomad's current reader.
             let mut reader = OpenOptions::new()
                 .read(true)
                 .custom_flags(OFlag::O_NONBLOCK.bits())

@@ -1,5 +1,4 @@
-//! The user's home: an empty tmpfs that init fills from the image, and the
-//! credential files that a run brings.
+//! The user's home: an empty tmpfs that init fills from the image, plus a run's credential files.
 
 use std::{
     ffi::OsStr,
@@ -11,8 +10,8 @@ use std::{
 
 use polydev_proto::init::File;
 
-/// Where an image keeps what its user's home starts with: Docker copies nothing
-/// into a tmpfs.
+/// Where an image keeps the initial content of the home, because Docker copies nothing into
+/// a tmpfs.
 pub(crate) const SEED: &str = "/runtime/home";
 
 /// `$HOME`, if it is an absolute path.
@@ -22,7 +21,8 @@ pub(crate) fn path() -> Option<PathBuf> {
         .filter(|home| home.is_absolute())
 }
 
-/// Copies folders, files and links of `seed` into `home`. Nothing happens without either.
+/// Copies folders, files and links of `seed` into `home`; does nothing if either is
+/// missing.
 pub(crate) fn seed(seed: &Path, home: Option<&Path>) -> io::Result<()> {
     match home {
         Some(home) if seed.is_dir() => copy(seed, home),
@@ -47,16 +47,20 @@ fn copy(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes the files of a run below `home`, each with exactly its mode.
+/// Writes a run's files below `home`, each with exactly its mode.
 ///
 /// # Errors
-/// A sentence that names the file.
+/// A message that names the file.
 pub(crate) fn write_files(home: Option<&Path>, files: &[File]) -> Result<(), String> {
     for file in files {
-        let home = home.ok_or_else(|| format!("file `{}`: the image sets no HOME", file.path))?;
+        let home =
+            home.ok_or_else(|| format!("file `{}`: the image does not set HOME", file.path))?;
         let path = Path::new(&file.path);
         if path == Path::new("") || !path.components().all(|c| matches!(c, Component::Normal(_))) {
-            return Err(format!("file `{}`: not a path below the home", file.path));
+            return Err(format!(
+                "file `{}`: the path is not below the home",
+                file.path
+            ));
         }
         write_file(home, path, file).map_err(|error| format!("file `{}`: {error}", file.path))?;
     }
@@ -74,7 +78,7 @@ fn write_file(home: &Path, path: &Path, file: &File) -> io::Result<()> {
         folder.push(part);
         make_folder(&folder)?;
     }
-    // Never readable by others, not even for the moment before its mode is set.
+    // Never readable by others, not even before its mode is set.
     let mut target = OpenOptions::new()
         .write(true)
         .create(true)

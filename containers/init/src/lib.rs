@@ -1,8 +1,9 @@
-//! Process 1 of every container the driver starts: one thread, one `poll` loop.
+//! Process 1 of every container that the driver starts: one thread, one `poll` loop.
 //!
-//! It fills the home, connects to the driver's socket and waits. Then it takes the files of
-//! one command, runs it, carries its streams, keeps the deadline, reads what files it leaves and
-//! what it refreshed of its account, reaps its orphans, and tells how it ended.
+//! It fills the home, connects to the driver's socket and waits. Then it receives the files
+//! of one command, runs the command, carries its streams and enforces its deadline. At the
+//! end it collects artifacts and the refreshed account, reaps orphans, and reports how the
+//! command ended.
 //!
 //! ```text
 //!  driver <-- link --> supervisor --> command (own process group)
@@ -11,10 +12,10 @@
 //!                            +--output x2---+--drain x2--> Nomad's FIFOs
 //! ```
 //!
-//! The output of a run goes to the driver, that of a plain task to Nomad's FIFOs.
+//! A run's output goes to the driver, a plain task's output to Nomad's FIFOs.
 //!
-//! It needs no capability and no writable root, and it cannot be traced or read
-//! by the command, which has the same user: it is not dumpable.
+//! It needs no capability and no writable root. It is not dumpable, so the command, which
+//! has the same user, cannot trace or read it.
 
 mod account;
 mod command;
@@ -35,14 +36,14 @@ use nix::sys::{
     signal::{SigSet, Signal},
 };
 
-/// Serves one container until the driver releases it or SIGTERM comes while no command
-/// runs; the status to exit with.
+/// Serves one container until the driver releases it, or SIGTERM arrives while no command
+/// runs. Returns the exit status.
 ///
 /// # Errors
-/// What keeps process 1 from doing its work at all; the container ends with it.
+/// An error that prevents process 1 from working at all; the container then ends.
 pub fn run(socket: &Path) -> std::io::Result<u8> {
-    // Opened while it still belongs to this user: of a process that is not
-    // dumpable, /proc/self belongs to root.
+    // Opened while it still belongs to this user: once a process is not dumpable, its files
+    // in /proc/self belong to root.
     let oom_score = OpenOptions::new()
         .read(true)
         .write(true)
@@ -53,10 +54,10 @@ pub fn run(socket: &Path) -> std::io::Result<u8> {
     supervisor::Supervisor::new(socket, oom_score)?.run()
 }
 
-/// Does nothing until SIGTERM or SIGINT comes: whose namespaces are in use by others.
+/// Waits for SIGTERM or SIGINT, while others use this process's namespaces.
 ///
 /// # Errors
-/// If signals cannot be waited for.
+/// If waiting for signals is not possible.
 pub fn pause() -> std::io::Result<()> {
     let mut ends = SigSet::empty();
     ends.add(Signal::SIGTERM);

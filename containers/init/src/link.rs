@@ -1,6 +1,6 @@
-//! The connection to the driver. It may break and come back at any time: whoever
-//! restarts the driver loses nothing, because the supervisor starts every new
-//! connection with its state and sends again what was not acknowledged.
+//! The connection to the driver. It may break and be restored at any time. A restart of the
+//! driver loses nothing: the supervisor starts every new connection with its state, and
+//! resends what was not acknowledged.
 
 use std::{
     io::{self, ErrorKind, IoSliceMut, Write},
@@ -24,26 +24,26 @@ use polydev_proto::{
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
-/// Output that waits for the socket; beyond it nothing more is framed.
+/// Most output that waits for the socket; beyond it nothing more is framed.
 const HIGH_WATER: usize = 128 << 10;
-/// A driver that restarts is back within a second or two.
+/// A restarted driver is usually back within one or two seconds.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(250);
-/// A driver makes the socket again within moments of removing it.
+/// A driver that removes the socket usually creates it again within moments.
 const FORSAKEN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The driver's end, when there is one.
+/// The connection to the driver, if there is one.
 #[derive(Debug)]
 pub(crate) struct Link {
     path: PathBuf,
     stream: Option<UnixStream>,
     input: BytesMut,
-    /// Came with the input; taken by the message that announces them.
+    /// Descriptors received with the input, until the message that announces them takes them.
     descriptors: Vec<OwnedFd>,
     output: BytesMut,
     retry_at: Instant,
     retry_after: Duration,
-    /// Since when there has been no socket.
+    /// When the socket was first missing.
     missing_since: Option<Instant>,
 }
 
@@ -65,14 +65,14 @@ impl Link {
         self.stream.as_ref()
     }
 
-    /// How long until the next attempt to connect; `None` while connected.
+    /// Time until the next attempt to connect; `None` while connected.
     pub(crate) fn retry_in(&self, now: Instant) -> Option<Duration> {
         self.stream
             .is_none()
             .then(|| self.retry_at.saturating_duration_since(now))
     }
 
-    /// Connects if it is time to. True for a connection that has just been made.
+    /// Connects if it is due. Returns true for a new connection.
     pub(crate) fn connect_if_due(&mut self, now: Instant) -> bool {
         if self.stream.is_some() || now < self.retry_at {
             return false;
@@ -96,14 +96,14 @@ impl Link {
         }
     }
 
-    /// Whether no driver will ever come: a dead one leaves its socket, and one that has no use
-    /// for the container has removed it.
+    /// Whether no driver will connect any longer. A driver that dies leaves its socket; a
+    /// driver that no longer needs the container removes it.
     pub(crate) fn is_forsaken(&self, now: Instant) -> bool {
         self.missing_since
             .is_some_and(|since| now.duration_since(since) > FORSAKEN_TIMEOUT)
     }
 
-    /// Gives the connection up; another attempt follows.
+    /// Closes the connection; another attempt follows.
     pub(crate) fn disconnect(&mut self, now: Instant) {
         self.stream = None;
         self.input = BytesMut::new();
@@ -112,7 +112,7 @@ impl Link {
         self.retry_at = now + self.retry_after;
     }
 
-    /// The descriptors that have come so far.
+    /// The descriptors received so far.
     pub(crate) fn take_descriptors(&mut self) -> Vec<OwnedFd> {
         std::mem::take(&mut self.descriptors)
     }
@@ -126,7 +126,7 @@ impl Link {
         !self.output.is_empty()
     }
 
-    /// Queues a message; without a connection it is dropped, and told by the next Hello.
+    /// Queues a message. Without a connection it is dropped; the next Hello reports the state.
     pub(crate) fn send(&mut self, message: from_init::Message) {
         if self.stream.is_some() {
             let message = FromInit {
@@ -137,7 +137,7 @@ impl Link {
         }
     }
 
-    /// Writes what the socket takes.
+    /// Writes as much as the socket accepts.
     pub(crate) fn flush(&mut self, now: Instant) {
         while let Some(stream) = &mut self.stream {
             if self.output.is_empty() {
@@ -152,7 +152,7 @@ impl Link {
         }
     }
 
-    /// Reads what the socket has into `frames`; a driver that breaks the protocol is dropped.
+    /// Reads available bytes into `frames`; disconnects a driver that breaks the protocol.
     pub(crate) fn receive(&mut self, now: Instant, frames: &mut Vec<ToInit>) {
         let mut chunk = [0; 16 << 10];
         while let Some(stream) = &mut self.stream {
@@ -200,8 +200,8 @@ fn receive(
     Ok(received.bytes)
 }
 
-/// Connects without ever waiting: a driver whose backlog is full must not stop
-/// the clock of the command's deadline.
+/// Connects without blocking: a driver with a full backlog must not delay the command's
+/// deadline.
 fn open(path: &Path) -> io::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;

@@ -9,7 +9,7 @@ fn main() -> ExitCode {
         eprintln!(
             "polydev-init {}: process 1 of a polydev container\n\
              usage: polydev-init SOCKET | pause\n\
-             It is started by nomad-driver-polydev and is of no use by hand.",
+             nomad-driver-polydev starts it; it does nothing useful when started by hand.",
             env!("CARGO_PKG_VERSION")
         );
         return ExitCode::from(2);

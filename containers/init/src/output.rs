@@ -1,11 +1,11 @@
-//! One output stream of the command: what was read from its pipe and is not yet
-//! acknowledged, in a bounded buffer with offsets. Pure.
+//! One output stream of the command: what was read from its pipe but not yet acknowledged,
+//! in a bounded buffer with offsets. Pure.
 
 use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-/// The unacknowledged end of a stream. Offsets count from the command's start.
+/// The unacknowledged part of a stream. Offsets count from the command's start.
 ///
 /// ```text
 /// 0 ......... base ............ sent ............ end
@@ -16,13 +16,13 @@ pub(crate) struct Output {
     kept: VecDeque<u8>,
     /// Offset of the first kept byte.
     base: u64,
-    /// Offset of the first byte this connection has not been sent.
+    /// Offset of the first byte that was not sent on this connection.
     sent: u64,
     capacity: usize,
 }
 
 impl Output {
-    /// Holds at most `capacity` bytes, which are allocated when they are used.
+    /// Holds at most `capacity` bytes, allocated as needed.
     pub(crate) fn new(capacity: usize) -> Self {
         Self {
             capacity,
@@ -45,7 +45,7 @@ impl Output {
         self.kept.extend(bytes);
     }
 
-    /// The next at most `max` bytes to send, with the offset of the first.
+    /// The next bytes to send, at most `max`, with the offset of the first one.
     pub(crate) fn take_unsent(&mut self, max: usize) -> Option<(u64, Bytes)> {
         let offset = self.sent;
         let start = usize::try_from(offset - self.base).ok()?;
@@ -67,7 +67,7 @@ impl Output {
         self.sent == self.end()
     }
 
-    /// The driver has everything below `offset`. An offset that was never sent is clamped.
+    /// The driver has everything below `offset`; an offset that was never sent is clamped.
     pub(crate) fn acknowledge(&mut self, offset: u64) {
         let offset = offset.min(self.sent);
         if let Ok(count) = usize::try_from(offset.saturating_sub(self.base)) {
@@ -75,12 +75,12 @@ impl Output {
             self.base += count as u64;
         }
         if self.kept.is_empty() {
-            // A command that has gone quiet should not go on costing a megabyte.
+            // Frees the memory of a command that has become quiet.
             self.kept = VecDeque::new();
         }
     }
 
-    /// A new connection: what is not acknowledged is sent again.
+    /// Resends on a new connection what was not acknowledged.
     pub(crate) fn rewind(&mut self) {
         self.sent = self.base;
     }
@@ -109,7 +109,7 @@ mod tests {
     }
 
     proptest! {
-        /// A receiver that appends what continues its copy ends with exactly what was
+        /// A receiver that appends only what continues its copy gets exactly what was
         /// written, whatever is cut, repeated or acknowledged on the way.
         #[test]
         fn every_byte_arrives_once_and_in_order(steps in prop::collection::vec(step(), 0..100)) {

@@ -10,8 +10,8 @@ use polydev_proto::init::{Stdin, StdinAck};
 
 use crate::terminal::END_OF_FILE;
 
-/// Most bytes held. The driver keeps at most [`CAPACITY`] unacknowledged bytes on
-/// the way; one that sends more breaks the protocol.
+/// Most bytes held. The driver keeps at most [`CAPACITY`] unacknowledged bytes in flight; a
+/// driver that sends more breaks the protocol.
 pub(crate) const CAPACITY: usize = 256 << 10;
 
 /// The write end of the command's stdin and what waits for it.
@@ -22,20 +22,20 @@ pub(crate) struct Input {
     /// Offset of the first waiting byte.
     taken: u64,
     close: bool,
-    /// A terminal is not closed: it is told the end.
+    /// A terminal is not closed; it gets the end-of-file key instead.
     is_terminal: bool,
     end_is_told: bool,
-    /// What was written last does not end a line: a terminal has not passed it on.
+    /// The last bytes written do not end a line, so the terminal holds them back.
     in_line: bool,
 }
 
-/// The driver sent more than it may.
+/// The driver sent more than allowed.
 #[derive(Debug)]
 pub(crate) struct Overrun;
 
 impl Input {
-    /// `None` for a command that reads end of file at once. `taken` is where its input begins,
-    /// after the files'.
+    /// `None` for a command that reads end of file at once. `taken` is the offset of its
+    /// input, after the files.
     pub(crate) fn new(pipe: Option<File>, is_terminal: bool, taken: u64) -> Self {
         Self {
             pipe,
@@ -48,13 +48,13 @@ impl Input {
         }
     }
 
-    /// No more follows.
+    /// No more input follows.
     pub(crate) fn close(&mut self) -> StdinAck {
         self.close = true;
         self.flush()
     }
 
-    /// The pipe, while there is something to write to it.
+    /// The pipe, if there is something to write to it.
     pub(crate) fn pending(&self) -> Option<&File> {
         let tells_end = self.close && self.is_terminal && !self.end_is_told;
         let has_some = tells_end || !self.waiting.is_empty();
@@ -65,7 +65,7 @@ impl Input {
         self.taken
     }
 
-    /// Accepts a frame; bytes that were accepted before are skipped.
+    /// Accepts a frame; bytes that were already accepted are skipped.
     pub(crate) fn accept(&mut self, frame: &Stdin) -> Result<(), Overrun> {
         let expected = self.taken + self.waiting.len() as u64;
         let known = expected.checked_sub(frame.offset).ok_or(Overrun)?;
@@ -85,7 +85,7 @@ impl Input {
         Ok(())
     }
 
-    /// Writes what the pipe takes and says how far it has come.
+    /// Writes what the pipe accepts, and reports how much was taken.
     pub(crate) fn flush(&mut self) -> StdinAck {
         while let Some(pipe) = &mut self.pipe {
             let (chunk, _) = self.waiting.as_slices();
@@ -96,7 +96,7 @@ impl Input {
                 if !self.is_terminal {
                     self.pipe = None;
                 } else if !self.end_is_told {
-                    // The first passes on what is left of a line, if there is one.
+                    // The first key flushes an unfinished line, if there is one.
                     let keys = [END_OF_FILE; 2];
                     let keys = &keys[usize::from(!self.in_line)..];
                     self.end_is_told = !matches!(
@@ -115,7 +115,7 @@ impl Input {
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // The command does not read it any more: what is left is dropped.
+                // The command no longer reads: drop the rest.
                 Err(_) => self.abandon(),
             }
         }

@@ -1,7 +1,7 @@
-//! The loop: waits for whatever comes first and keeps the container's one state.
+//! The loop: waits for the next event and keeps the container's state.
 //!
-//! `Waiting -> (Receiving ->) Running -> Exited`, or `NotStarted` from before it runs; never
-//! back.
+//! `Waiting -> (Receiving ->) Running -> Exited`, or `NotStarted` from a state before
+//! `Running`; never backwards.
 
 mod messages;
 mod telling;
@@ -42,14 +42,14 @@ use crate::{
     workspace::{self, Incoming, Outgoing},
 };
 
-/// How often to look whether what a plain task wrote has been read.
+/// How often to check whether a plain task's output has been read.
 const READ_TIMEOUT: Duration = Duration::from_millis(5);
 const STREAMS: [Stream; 3] = [Stream::Stdout, Stream::Stderr, Stream::Artifacts];
-/// Which of them the artifacts are.
+/// The index of the artifacts' stream.
 const ARTIFACTS: usize = 2;
-/// Most that a driver may ask to be buffered for one stream.
+/// The largest buffer that a driver may request for one stream.
 const MAX_OUTPUT_BUFFER: usize = 8 << 20;
-/// Signals that are passed on to the command.
+/// Signals that are forwarded to the command.
 const FORWARDED: [Signal; 6] = [
     Signal::SIGTERM,
     Signal::SIGINT,
@@ -59,7 +59,7 @@ const FORWARDED: [Signal; 6] = [
     Signal::SIGUSR2,
 ];
 
-/// Signals that end a run whose command has not begun.
+/// Signals that end a run whose command has not started.
 const ENDING: [Signal; 5] = [
     Signal::SIGHUP,
     Signal::SIGINT,
@@ -80,37 +80,37 @@ enum State {
 struct Receiving {
     start: Start,
     files: Incoming,
-    /// Bytes of input that have come.
+    /// Bytes of input received.
     taken: u64,
 }
 
 /// What the command left, once it has ended.
 struct Left {
     artifacts: Artifacts,
-    /// Whether this connection has been told of them.
+    /// Whether they were announced on this connection.
     is_told: bool,
-    /// `None` when all of it is in the outputs.
+    /// `None` once all of it is in the outputs.
     outgoing: Option<Outgoing>,
 }
 
-/// Owns everything in the container that has a life.
+/// Owns everything in the container that changes.
 pub(crate) struct Supervisor {
     state: State,
-    /// Opens the secrets of the one run; gone when it has.
+    /// Opens the secrets of the one run; `None` afterwards.
     key: Option<PrivateKey>,
     public_key: Bytes,
-    /// Outlive the command: what is not acknowledged can be asked for again.
+    /// Outlive the command, so that unacknowledged bytes can be sent again.
     outputs: [Output; 3],
-    /// Of a plain task, in place of `outputs`; they may outlive the command too.
+    /// For a plain task, instead of `outputs`; they may outlive the command too.
     drains: Vec<Drain>,
     left: Option<Left>,
-    /// The file that the command may refresh; outlives it too.
+    /// The account file that the command may refresh; outlives it too.
     account: Option<Account>,
-    /// The command is a plain task, whose status is the container's.
+    /// Whether the command is a plain task, whose status becomes the container's.
     is_plain: bool,
-    /// The driver needs nothing more.
+    /// Whether the driver needs nothing more.
     released: bool,
-    /// Whether this connection has been told how the command ended.
+    /// Whether the command's end was reported on this connection.
     end_is_told: bool,
     link: Link,
     signals: SignalFd,
@@ -140,7 +140,7 @@ impl Supervisor {
         })
     }
 
-    /// Serves to the end; the status to exit with.
+    /// Serves until the end; returns the exit status.
     pub(crate) fn run(mut self) -> io::Result<u8> {
         let mut chunk = vec![0; MAX_DATA];
         let mut frames: Vec<ToInit> = Vec::new();
@@ -161,7 +161,8 @@ impl Supervisor {
             if self.link.connect_if_due(now) {
                 self.greet();
             }
-            // A dockerd that is killed while it starts a container may forget it.
+            // A dockerd that is killed while it starts a container may forget the
+            // container.
             if matches!(self.state, State::Waiting) && self.link.is_forsaken(now) {
                 return Ok(self.status());
             }
@@ -188,7 +189,7 @@ impl Supervisor {
                         self.released = true
                     }
                     Some(message) => self.on_message(message, now),
-                    None => {} // A message of a newer driver: its answer is awaited there.
+                    None => {} // From a newer driver, which waits for an answer.
                 }
             }
             self.finish(now);
@@ -198,7 +199,7 @@ impl Supervisor {
         }
     }
 
-    /// Blocks until something can be done: a signal, a pipe, the driver, a deadline.
+    /// Blocks until there is something to do: a signal, a pipe, the driver or a deadline.
     fn wait(&self) -> io::Result<()> {
         let now = Instant::now();
         let mut timeout = self.link.retry_in(now);
@@ -234,9 +235,9 @@ impl Supervisor {
             polled.push(PollFd::new(descriptor, events));
         }
         if self.released {
-            wake(READ_TIMEOUT); // The kernel does not tell when a FIFO has been read empty.
+            wake(READ_TIMEOUT); // The kernel does not report when a FIFO is empty.
         }
-        // Rounded up: waking a little early would only spin until the time has come.
+        // Rounded up, because waking early would only spin until it is time.
         let timeout = timeout.map_or(PollTimeout::NONE, |left| {
             PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
         });
@@ -259,7 +260,7 @@ impl Supervisor {
             }
             match pipe.read(&mut chunk[..room]) {
                 Ok(0) => *slot = None,
-                // A terminal whose last user is gone.
+                // Nobody uses the terminal any longer.
                 Err(error) if error.raw_os_error() == Some(Errno::EIO as i32) => *slot = None,
                 Ok(count) => output.push(&chunk[..count]),
                 Err(error)
@@ -270,7 +271,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// What cannot be read is missing, and told as such by its length.
+    /// Unreadable bytes are missing, which the length reveals.
     fn read_artifacts(&mut self, chunk: &mut [u8]) {
         let output = &mut self.outputs[ARTIFACTS];
         let Some(left) = &mut self.left else { return };
@@ -283,7 +284,7 @@ impl Supervisor {
                 Ok(0) => left.outgoing = None,
                 Ok(count) => output.push(&chunk[..count]),
                 Err(error) => {
-                    eprintln!("polydev-init: artifacts are lost: {error}");
+                    eprintln!("polydev-init: cannot read artifacts, the rest is lost: {error}");
                     left.outgoing = None;
                 }
             }
@@ -302,7 +303,7 @@ impl Supervisor {
         }
     }
 
-    /// False if init should end.
+    /// Returns false if init should end.
     fn on_signal(&mut self, number: u32) -> bool {
         let signal = i32::try_from(number)
             .ok()
@@ -316,7 +317,7 @@ impl Supervisor {
         true
     }
 
-    /// Collects every process that has ended, orphans too.
+    /// Reaps every process that has ended, including orphans.
     fn reap(&mut self) {
         loop {
             match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
@@ -339,8 +340,8 @@ impl Supervisor {
         }
     }
 
-    /// `Running -> Exited` when the command has ended and its pipes are drained. What it left is
-    /// looked for then.
+    /// `Running -> Exited` once the command has ended and its pipes are drained. Then
+    /// collects what it left.
     fn finish(&mut self, now: Instant) {
         let State::Running(command) = &mut self.state else {
             return;
@@ -364,14 +365,14 @@ impl Supervisor {
             stderr_bytes: self.outputs[1].end(),
         };
         let artifacts = command.artifacts.take();
-        // Nothing changes it any more.
+        // Nothing can change it any longer.
         if let Some(account) = &mut self.account {
             account.look();
         }
         if let Some(rules) = artifacts {
-            // Who ends the run now does not wait for the search.
+            // Someone who ends the run now does not wait for the search.
             self.send_account();
-            // The driver should not take the time of the search for the command's.
+            // The driver must not count the search as the command's time.
             self.link.send(from_init::Message::Collected(Collected {
                 artifacts: None,
                 exited: Some(exited.clone()),
@@ -388,7 +389,7 @@ impl Supervisor {
         self.state = State::Exited(exited);
     }
 
-    /// As a shell tells it; what never ran has been told to the driver.
+    /// The exit status, as a shell reports it. If the command never ran, the driver already knows.
     fn status(&self) -> u8 {
         let State::Exited(Exited { status, .. }) = &self.state else {
             return 0;
@@ -414,7 +415,7 @@ impl Supervisor {
                 .is_some_and(|account| !account.is_told())
     }
 
-    /// Whether it is the link alone that output waits for, and not an acknowledgement.
+    /// Whether output waits only for the link, and not for an acknowledgement.
     fn can_send(&self) -> bool {
         self.has_unsent()
             && (self.outputs[ARTIFACTS].room() > 0 || !self.outputs.iter().all(Output::is_sent))

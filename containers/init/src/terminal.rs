@@ -1,4 +1,4 @@
-//! A terminal for the command: made here, so that an idle container needs none.
+//! A terminal for the command, created here, so that an idle container needs none.
 
 use std::{
     fs::File,
@@ -18,10 +18,10 @@ use rustix::{
     termios::{Winsize, tcsetwinsize},
 };
 
-/// What a terminal's user types for the end of its input.
+/// The key that a terminal's user presses for end of file.
 pub(crate) const END_OF_FILE: u8 = 4;
 
-/// Gives `command` a new terminal as its three standard descriptors, and returns our side.
+/// Gives `command` a new terminal as its three standard descriptors, and returns the other end.
 ///
 /// # Errors
 /// If the container has no `/dev/ptmx` or no room for another terminal.
@@ -38,10 +38,10 @@ pub(crate) fn attach(command: &mut Command, size: Option<TerminalSize>) -> io::R
     Ok(pty.master.into())
 }
 
-/// Tells the terminal, and whoever has it in the foreground, its size.
+/// Sets the terminal's size, and informs its foreground process.
 ///
 /// # Errors
-/// As the kernel says.
+/// The kernel's error.
 pub(crate) fn resize(terminal: &impl AsFd, size: TerminalSize) -> io::Result<()> {
     let side = |given: u32| u16::try_from(given).unwrap_or(u16::MAX);
     let size = Winsize {
@@ -53,16 +53,16 @@ pub(crate) fn resize(terminal: &impl AsFd, size: TerminalSize) -> io::Result<()>
     Ok(tcsetwinsize(terminal, size)?)
 }
 
-/// Makes the command the leader of a session whose terminal is its stdin.
+/// Makes the command the leader of a session with its stdin as terminal.
 fn lead_session(command: &mut Command) {
     let lead = || -> io::Result<()> {
         setsid()?;
         ioctl_tiocsctty(stdio::stdin())?;
         Ok(())
     };
-    // SAFETY: between fork and exec only two system calls are made; nothing is
-    // allocated, locked or dropped.
-    #[expect(unsafe_code, reason = "a terminal is taken between fork and exec")]
+    // SAFETY: between fork and exec only two system calls are made; nothing is allocated,
+    // locked or dropped.
+    #[expect(unsafe_code, reason = "the terminal must be set between fork and exec")]
     unsafe {
         command.pre_exec(lead);
     }

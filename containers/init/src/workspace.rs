@@ -1,6 +1,6 @@
-//! The files of a run: written below the workspace as their bytes come, and read from it when
-//! the command has ended. Nothing but init lives in the container at either time, so that what
-//! has been looked at is not exchanged.
+//! The files of a run. Init writes them below the workspace as their bytes arrive, and
+//! reads artifacts from it when the command has ended. Only init runs in the container at
+//! those times, so no file can be replaced between a check and its use.
 
 use std::{
     collections::VecDeque,
@@ -17,34 +17,35 @@ use polydev_proto::{
     workspace::{MAX_PATH, PATH, Patterns, check_files},
 };
 
-/// Looking for artifacts ends with so many files and folders: who makes more has to wait for it.
+/// Most files and folders that the search for artifacts visits, because the caller waits
+/// for it.
 const MAX_ENTRIES: usize = 100_000;
-/// And after so long.
+/// Time limit of that search.
 const SEARCH_TIMEOUT: Duration = Duration::from_secs(10);
-/// Of the files that are left out, so many are named.
+/// How many of the files that are left out are named.
 const MAX_NAMED: usize = 100;
 
-/// Where the files of runs are.
+/// The folder of a run's files.
 pub(crate) fn path() -> &'static Path {
     Path::new(PATH)
 }
 
-/// The files that a run brings, while their bytes come.
+/// The files of a run, while their bytes arrive.
 #[derive(Debug)]
 pub(crate) struct Incoming {
     root: PathBuf,
-    /// Those that are not complete; the first is being written.
+    /// The incomplete files; the first one is being written.
     files: VecDeque<InputFile>,
     open: Option<File>,
-    /// Bytes that the first one still lacks.
+    /// Bytes that the first file still lacks.
     missing: u64,
-    /// Bytes of all together.
+    /// Total bytes of all files.
     total: u64,
 }
 
 impl Incoming {
     /// # Errors
-    /// A sentence that names what cannot be written.
+    /// A message that names what cannot be written.
     pub(crate) fn new(root: &Path, files: &[InputFile]) -> Result<Self, String> {
         let total = check_files(files).map_err(|error| error.to_string())?;
         let mut incoming = Self {
@@ -66,10 +67,10 @@ impl Incoming {
         self.files.is_empty()
     }
 
-    /// Writes what belongs to the files; how many of the bytes that are.
+    /// Writes the bytes that belong to the files; returns their number.
     ///
     /// # Errors
-    /// A sentence that names the file.
+    /// A message that names the file.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<usize, String> {
         let mut rest = bytes;
         while let (Some(file), Some(open)) = (self.files.front(), &mut self.open) {
@@ -88,7 +89,7 @@ impl Incoming {
         Ok(bytes.len() - rest.len())
     }
 
-    /// Files without a byte are complete with that.
+    /// Empty files are thereby complete.
     fn open_next(&mut self) -> Result<(), String> {
         self.open = None;
         while let Some(file) = self.files.front() {
@@ -114,12 +115,12 @@ fn create(root: &Path, file: &InputFile) -> io::Result<File> {
             .create(folder)?;
     }
     let open = OpenOptions::new().write(true).create_new(true).open(path)?;
-    // Not cut by a umask.
+    // Independent of the umask.
     open.set_permissions(Permissions::from_mode(file.mode))?;
     Ok(open)
 }
 
-/// The contents of the artifacts, which are read as they can be sent.
+/// The contents of the artifacts, read as they can be sent.
 #[derive(Debug)]
 pub(crate) struct Outgoing {
     root: PathBuf,
@@ -129,11 +130,11 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    /// Looks for what is wanted.
+    /// Looks for the requested artifacts.
     pub(crate) fn collect(root: &Path, rules: &ArtifactRules) -> (Artifacts, Self) {
         let artifacts = match Patterns::new(rules) {
             Ok(patterns) => choose(root, find(root, &patterns), rules),
-            // The driver has checked them.
+            // The driver has checked the rules.
             Err(invalid) => {
                 let mut none = Artifacts::default();
                 leave_out(&mut none, String::new(), &invalid.to_string());
@@ -149,10 +150,10 @@ impl Outgoing {
         (artifacts, outgoing)
     }
 
-    /// The next bytes; 0 after the last.
+    /// The next bytes; 0 at the end.
     ///
     /// # Errors
-    /// If they cannot be read: none come after them.
+    /// If the bytes cannot be read; no more follow.
     pub(crate) fn read(&mut self, chunk: &mut [u8]) -> io::Result<usize> {
         while self.missing == 0 {
             let Some(next) = self.files.pop_front() else {
@@ -178,10 +179,10 @@ impl Outgoing {
     }
 }
 
-/// What fits a pattern: its path, and what it is or why that is not known.
+/// A file that matches a pattern: its path, and its metadata or why it has none.
 type Found = (String, Result<Metadata, String>);
 
-/// What fits a pattern, in the order of paths.
+/// All files that match a pattern, sorted by path.
 fn find(root: &Path, patterns: &Patterns) -> Vec<Found> {
     let mut found = Vec::new();
     let mut folders = vec![root.to_owned()];
@@ -199,13 +200,13 @@ fn find(root: &Path, patterns: &Patterns) -> Vec<Found> {
             if looked_at > MAX_ENTRIES || begun.elapsed() > SEARCH_TIMEOUT {
                 let seconds = SEARCH_TIMEOUT.as_secs();
                 let reason = format!(
-                    "there are more than {MAX_ENTRIES} files, or looking at them takes more than {seconds} s: the others were not looked at"
+                    "the search ended after {MAX_ENTRIES} files or {seconds} s; the remaining files were not considered"
                 );
                 found.push((relative(root, &folder), Err(reason)));
                 break 'search;
             }
             let path = entry.path();
-            // Of a link itself, not of what it leads to.
+            // Of a link itself, not of its target.
             let metadata = entry.metadata();
             if metadata.as_ref().is_ok_and(Metadata::is_dir) {
                 folders.push(path.clone());
@@ -215,7 +216,7 @@ fn find(root: &Path, patterns: &Patterns) -> Vec<Found> {
                 let is_text = path.to_str().is_some() && !relative.chars().any(char::is_control);
                 let metadata = match metadata {
                     _ if !is_text || relative.len() > MAX_PATH => {
-                        Err("its path is too long or no plain text".to_owned())
+                        Err("its path is too long or not plain text".to_owned())
                     }
                     metadata => metadata.map_err(|error| error.to_string()),
                 };
@@ -244,7 +245,7 @@ fn choose(root: &Path, found: Vec<Found>, rules: &ArtifactRules) -> Artifacts {
                     Err(format!("there are more than {most} artifacts"))
                 }
                 None if size > left => Err(format!(
-                    "its {size} bytes go beyond the limit, {left} are left"
+                    "its {size} bytes exceed the limit, of which {left} bytes are left"
                 )),
                 None => readable(&root.join(&path), size).map(|()| metadata),
             }
@@ -264,7 +265,7 @@ fn choose(root: &Path, found: Vec<Found>, rules: &ArtifactRules) -> Artifacts {
     artifacts
 }
 
-/// Whether its bytes can be had.
+/// Checks that its bytes can be read.
 fn readable(path: &Path, size: u64) -> Result<(), String> {
     match size {
         0 => Ok(()),
@@ -278,7 +279,7 @@ fn open(path: &Path) -> io::Result<File> {
     options.open(path)
 }
 
-/// What it is, if it is no regular file.
+/// The kind of a file that is not regular.
 fn kind(metadata: &Metadata) -> Option<&'static str> {
     let kind = metadata.file_type();
     match kind {
@@ -409,9 +410,15 @@ mod tests {
             [
                 ("etc", "it is a link"),
                 ("fifo", "it is a FIFO"),
-                ("large", "its 9 bytes go beyond the limit, 8 are left"),
+                (
+                    "large",
+                    "its 9 bytes exceed the limit, of which 8 bytes are left"
+                ),
                 ("link", "it is a link"),
-                ("n", "its 5 bytes go beyond the limit, 3 are left"),
+                (
+                    "n",
+                    "its 5 bytes exceed the limit, of which 3 bytes are left"
+                ),
             ]
         );
         let (artifacts, _) = Outgoing::collect(root.path(), &rules(&["?"], 100, 2));

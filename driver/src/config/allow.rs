@@ -1,5 +1,5 @@
-//! What a job asks for against what the operator allows: the gates of Nomad's Docker
-//! driver, and one for images.
+//! Checks what a job asks for against what the operator allows: the restrictions of Nomad's
+//! Docker driver, and one for images.
 
 use wildmatch::WildMatch;
 
@@ -17,7 +17,7 @@ pub struct Capabilities {
 }
 
 impl Task {
-    /// Checks everything that the plugin's options gate.
+    /// Checks every option that the plugin's options restrict.
     ///
     /// # Errors
     /// [`Error::Value`] with the option that is not allowed.
@@ -28,14 +28,14 @@ impl Task {
             return Err(refused(
                 "privileged",
                 true,
-                "false, unless the plugin has `allow_privileged`",
+                "must be `false`, unless the plugin sets `allow_privileged`",
             ));
         }
         if let Some(runtime) = &self.runtime
             && !allow.runtimes.contains(runtime)
         {
             let allowed = format!(
-                "the plugin's `allow_runtimes`: {}",
+                "the plugin's `allow_runtimes` allows {}",
                 allow.runtimes.join(", ")
             );
             return Err(refused("runtime", runtime, allowed));
@@ -52,7 +52,7 @@ impl Task {
                 && !matches(globs, mode)
             {
                 let list = field.trim_end_matches("_mode");
-                let allowed = format!("what the plugin's `allowed_modes.{list}` lists");
+                let allowed = format!("must be listed in the plugin's `allowed_modes.{list}`");
                 return Err(refused(field, mode, allowed));
             }
         }
@@ -60,24 +60,27 @@ impl Task {
             return Err(refused(
                 "cgroupns",
                 "host",
-                "`private`, unless the plugin has `allow_privileged`",
+                "must be `private`, unless the plugin sets `allow_privileged`",
             ));
         }
         if self.oom_score_adj < 0 && !allow.privileged {
-            let allowed = "0 to 1000, unless the plugin has `allow_privileged`";
+            let allowed = "must be 0 to 1000, unless the plugin sets `allow_privileged`";
             return Err(refused("oom_score_adj", self.oom_score_adj, allowed));
         }
         if let Some(limit) = self.pids_limit
             && limit > plugin.pids_limit
         {
-            let allowed = format!("at most the plugin's, {}", plugin.pids_limit);
+            let allowed = format!(
+                "must be at most the plugin's `pids_limit`, {}",
+                plugin.pids_limit
+            );
             return Err(refused("pids_limit", limit, allowed));
         }
         self.capabilities(plugin).map(drop)
     }
 
-    /// What to add and drop: what the plugin does not allow goes even if Docker would
-    /// give it.
+    /// The capabilities to add and drop. Those that the plugin does not allow are dropped,
+    /// even if Docker grants them by default.
     ///
     /// # Errors
     /// [`Error::Value`] with the capability that is not allowed.
@@ -87,7 +90,7 @@ impl Task {
         let add: Vec<String> = self.cap_add.iter().map(|cap| cap_name(cap)).collect();
         let drop: Vec<String> = self.cap_drop.iter().map(|cap| cap_name(cap)).collect();
         if let Some(cap) = add.iter().find(|cap| !everything && !allowed.contains(cap)) {
-            let allowed = format!("the plugin's `allow_caps`: {}", allowed.join(", "));
+            let allowed = format!("the plugin's `allow_caps` allows {}", allowed.join(", "));
             return Err(refused("cap_add", cap, allowed));
         }
         if drop.iter().any(|cap| cap == "all") {
@@ -96,7 +99,7 @@ impl Task {
                 drop: vec!["all".into()],
             });
         }
-        // Docker's default is ours and NET_RAW.
+        // Docker's default is `DEFAULT_CAPS` plus NET_RAW.
         let withheld = DEFAULT_CAPS
             .into_iter()
             .chain(["net_raw"])
@@ -115,7 +118,7 @@ pub(super) fn check_image(field: &str, image: &str, plugin: &Plugin) -> Result<(
     if images.is_empty() || matches(images, image) {
         return Ok(());
     }
-    let allowed = format!("the plugin's `allow_images`: {}", images.join(", "));
+    let allowed = format!("the plugin's `allow_images` allows {}", images.join(", "));
     Err(refused(field, image, allowed))
 }
 
@@ -159,7 +162,7 @@ mod tests {
         plain(options).check_allowed(&plugin(allow)).unwrap();
     }
 
-    /// C067: what may be added, and what is left of Docker's default.
+    /// C067: which capabilities a job may add, and which of Docker's default remain.
     #[test]
     fn capabilities_are_those_the_plugin_allows() {
         use serde_json::json;
@@ -199,7 +202,7 @@ mod tests {
         assert_eq!(caps(&["all"], &[], all).unwrap(), own("all", ""));
     }
 
-    /// C064, C065: the host's namespaces need a permission.
+    /// C064, C065: sharing the host's namespaces needs permission.
     #[test]
     fn namespaces_of_others_are_shared_only_if_the_plugin_allows_it() {
         use serde_json::json;

@@ -1,4 +1,4 @@
-//! What of the host a plain task sees: volumes, mounts and devices.
+//! Which parts of the host a plain task sees: volumes, mounts and devices.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -12,10 +12,10 @@ use super::{
 /// The short form, `source:target[:options]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Volume {
-    /// A host path; relative to the task's folder.
+    /// Host path; relative paths start at the task's folder.
     pub source: String,
     pub target: String,
-    /// Comma list such as `ro` or `rw,Z`; empty for none.
+    /// Comma-separated list such as `ro` or `rw,Z`; may be empty.
     pub options: String,
 }
 
@@ -30,12 +30,12 @@ pub struct Mount {
 /// What is mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MountKind {
-    /// A host path; relative to the task's folder.
+    /// Host path; relative paths start at the task's folder.
     Bind {
         source: String,
         propagation: Option<String>,
     },
-    /// A volume of Docker's; anonymous without a name.
+    /// A Docker volume; anonymous if it has no name.
     Volume {
         name: Option<String>,
         no_copy: bool,
@@ -50,12 +50,12 @@ pub enum MountKind {
     },
 }
 
-/// A device of the host's.
+/// A device of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
     pub host_path: String,
     pub container_path: String,
-    /// Of `r`, `w` and `m`.
+    /// Any of `r`, `w` and `m`.
     pub permissions: String,
 }
 
@@ -113,7 +113,7 @@ impl Volume {
             refused(
                 "volumes",
                 spec,
-                "`source:target` or `source:target:options`",
+                "must be `source:target` or `source:target:options`",
             )
         };
         let parts: Vec<&str> = spec.split(':').collect();
@@ -143,21 +143,22 @@ impl RawMount {
             ("volume", self.volume_options.is_some()),
         ] {
             if given && block != kind {
-                let allowed = format!("no `{block}_options` with it");
+                let allowed = format!("`{block}_options` does not apply to this type");
                 return Err(refused("mount.type", kind, allowed));
             }
         }
         let source = text(self.source);
         let kind = match kind {
             "bind" => MountKind::Bind {
-                source: source.ok_or_else(|| refused("mount.source", "", "a path of the host"))?,
+                source: source
+                    .ok_or_else(|| refused("mount.source", "", "must be a path of the host"))?,
                 propagation: text(self.bind_options.and_then(|options| options.propagation))
                     .map(|given| propagation("mount.bind_options.propagation", &given))
                     .transpose()?,
             },
             "tmpfs" => {
                 if let Some(source) = source {
-                    return Err(refused("mount.source", source, "none for a tmpfs"));
+                    return Err(refused("mount.source", source, "a tmpfs has no source"));
                 }
                 let options = self.tmpfs_options;
                 let (size, mode) =
@@ -196,11 +197,15 @@ impl RawDevice {
     pub(super) fn check(self) -> Result<Device, Error> {
         let host_path = self.host_path.unwrap_or_default();
         if !Path::new(&host_path).is_absolute() {
-            return Err(refused("devices.host_path", host_path, "an absolute path"));
+            return Err(refused(
+                "devices.host_path",
+                host_path,
+                "must be an absolute path",
+            ));
         }
         let permissions = text(self.cgroup_permissions).unwrap_or_else(|| "rwm".into());
         if !permissions.chars().all(|letter| "rwm".contains(letter)) {
-            let allowed = "the letters r, w and m";
+            let allowed = "may contain only the letters r, w and m";
             return Err(refused("devices.cgroup_permissions", permissions, allowed));
         }
         Ok(Device {
@@ -211,7 +216,7 @@ impl RawDevice {
     }
 }
 
-/// Docker's words for how mounts made later are shared.
+/// Docker's names for mount propagation.
 pub(super) fn propagation(field: &str, given: &str) -> Result<String, Error> {
     const WORDS: [&str; 6] = [
         "private", "rprivate", "rshared", "rslave", "shared", "slave",
@@ -219,7 +224,7 @@ pub(super) fn propagation(field: &str, given: &str) -> Result<String, Error> {
     value::one_of(field, given, &WORDS).map(str::to_owned)
 }
 
-/// Nothing may cover a folder that Nomad or the driver puts there, or another mount.
+/// A target may not cover another mount, or a folder of Nomad or of the driver.
 pub(super) fn check_targets(task: &Task) -> Result<(), Error> {
     const OURS: &str = "/.polydev";
     const NOMADS: [&str; 3] = ["/alloc", "/local", "/secrets"];
@@ -234,20 +239,20 @@ pub(super) fn check_targets(task: &Task) -> Result<(), Error> {
     let mut seen = std::collections::BTreeSet::new();
     for (field, target) in volumes.chain(mounts) {
         if target.split('/').any(|part| part == "..") {
-            return Err(refused(field, target, "paths without `..`"));
+            return Err(refused(field, target, "must not contain `..`"));
         }
         if Path::new(target).starts_with(OURS) {
-            return Err(refused(field, target, format!("paths outside `{OURS}`")));
+            return Err(refused(field, target, format!("must be outside `{OURS}`")));
         }
         if NOMADS
             .iter()
             .any(|folder| Path::new(folder) == Path::new(target))
         {
-            let allowed = "paths other than `/alloc`, `/local` and `/secrets`, which are Nomad's";
+            let allowed = "must not be `/alloc`, `/local` or `/secrets`, which Nomad mounts";
             return Err(refused(field, target, allowed));
         }
         if !seen.insert(Path::new(target)) {
-            return Err(refused(field, target, "each target once"));
+            return Err(refused(field, target, "each target may be used once"));
         }
     }
     Ok(())
@@ -260,7 +265,7 @@ fn target_path(field: &str, given: &str) -> Result<String, Error> {
         Err(refused(
             field,
             given,
-            "an absolute path inside the container, not `/`",
+            "must be an absolute path inside the container, and not `/`",
         ))
     }
 }

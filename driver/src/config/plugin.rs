@@ -16,8 +16,8 @@ use super::{
 };
 use crate::{headroom::Amount, limits::Limits};
 
-/// What Docker gives a container by default, without NET_RAW, which forges packets
-/// on a bridge (CVE-2021-32575).
+/// Docker's default capabilities, except NET_RAW, which allows forging packets on a bridge
+/// (CVE-2021-32575).
 pub(super) const DEFAULT_CAPS: [&str; 13] = [
     "audit_write",
     "chown",
@@ -34,7 +34,7 @@ pub(super) const DEFAULT_CAPS: [&str; 13] = [
     "sys_chroot",
 ];
 
-/// What of a task may be shown as labels.
+/// Facts about a task that labels may show.
 pub const EXTRA_LABELS: [&str; 8] = [
     "job_id",
     "job_name",
@@ -50,28 +50,28 @@ pub const EXTRA_LABELS: [&str; 8] = [
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plugin {
     pub endpoint: Endpoint,
-    /// Folder of the driver's own, for sockets, its lock, its journal and its identity.
+    /// The driver's own folder, for sockets, its lock, its journal and its identity.
     pub state_dir: PathBuf,
     /// The `polydev-init` program.
     pub init_path: PathBuf,
-    /// What a run gets.
+    /// Limits of a run.
     pub run: Limits,
-    /// For all runs together, beyond what Nomad has set aside for their slots.
+    /// For all runs together, on top of what Nomad reserves for their slots.
     pub run_headroom: Option<Amount>,
     pub auth: Auth,
     /// Globs over [`EXTRA_LABELS`].
     pub extra_labels: Vec<String>,
-    /// For tasks whose output goes through Docker.
+    /// For tasks whose output goes through a Docker log driver.
     pub logging: Logging,
     pub gc: Gc,
     pub volumes: bool,
     /// Appended to bind mounts, `z` or `Z`.
     pub selinux_label: Option<String>,
     pub allow: Allow,
-    /// Most processes of a plain task, and what it gets if it does not say.
+    /// Largest process limit of a plain task, and its default.
     pub pids_limit: u32,
     pub image_pull_timeout: Duration,
-    /// A pull that makes no progress for so long is given up.
+    /// A pull without progress is cancelled after this time.
     pub pull_activity_timeout: Duration,
     pub disable_log_collection: bool,
     pub shims: Option<Shims>,
@@ -86,7 +86,7 @@ pub struct Endpoint {
     pub tls: Option<Tls>,
 }
 
-/// Files for a Docker that wants client certificates.
+/// Files for a Docker daemon that requires client certificates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tls {
     pub cert: PathBuf,
@@ -94,42 +94,42 @@ pub struct Tls {
     pub ca: PathBuf,
 }
 
-/// Where credentials for registries come from when a task brings none.
+/// Where registry credentials come from if a task has none.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Auth {
     /// A file such as `~/.docker/config.json`.
     pub config: Option<PathBuf>,
-    /// The end of the name of a `docker-credential-` program.
+    /// Suffix of a `docker-credential-` program's name.
     pub helper: Option<String>,
 }
 
-/// What is removed, and when.
+/// What the driver removes, and when.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gc {
     pub image: bool,
-    /// From the end of the last task of an image.
+    /// Counted from the end of the last task that used the image.
     pub image_delay: Duration,
-    /// Whether the containers of ended tasks are removed.
+    /// Whether containers of ended tasks are removed.
     pub container: bool,
     pub dangling: Dangling,
 }
 
-/// How containers that belong to no task are found.
+/// How the driver finds containers that belong to no task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Dangling {
     pub enabled: bool,
-    /// Say what would be removed, and leave it.
+    /// Only log what would be removed.
     pub dry_run: bool,
     pub period: Duration,
-    /// Nothing that was seen for less than that is removed.
+    /// Minimum time since a container was first seen, before it may be removed.
     pub creation_grace: Duration,
 }
 
-/// What an operator lets jobs do.
+/// What the operator lets jobs do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Allow {
     pub privileged: bool,
-    /// Lower case, without `cap_`; `all` for all.
+    /// In lower case, without `cap_`; `all` stands for every capability.
     pub caps: Vec<String>,
     pub runtimes: Vec<String>,
     /// Globs over image references; empty allows every image.
@@ -267,7 +267,7 @@ impl Raw {
             },
         )?;
         if let Some(helper) = auth.helper.as_ref().filter(|name| name.contains('/')) {
-            let allowed = "what follows `docker-credential-` in a program's name";
+            let allowed = "must be the part of a program's name after `docker-credential-`";
             return Err(refused("auth.helper", helper, allowed));
         }
         let modes = self.allowed_modes.unwrap_or_default();
@@ -355,7 +355,7 @@ impl RawHeadroom {
     fn check(self) -> Result<Amount, Error> {
         let required = |field, given: Option<Number>, most| match given {
             Some(_) => ranged(field, given, 0, 0, most),
-            None => Err(refused(field, "missing", "a number is needed")),
+            None => Err(refused(field, "missing", "must be a number")),
         };
         Ok(Amount {
             cpu_mhz: required("run_headroom.cpu", self.cpu, 4_000_000)?,
@@ -416,7 +416,7 @@ fn endpoint(address: Option<String>, tls: Option<RawTls>) -> Result<Endpoint, Er
         .strip_prefix("tcp://")
         .is_some_and(|host| host.contains(':'));
     if !unix && !tcp {
-        let allowed = "`unix://` and an absolute path, or `tcp://host:port`";
+        let allowed = "must be `unix://` and an absolute path, or `tcp://host:port`";
         return Err(refused("endpoint", address, allowed));
     }
     let file =
@@ -432,7 +432,7 @@ fn endpoint(address: Option<String>, tls: Option<RawTls>) -> Result<Endpoint, Er
         return Err(refused(
             "endpoint",
             address,
-            "`tcp://host:port` with a `tls` block",
+            "must be `tcp://host:port` if there is a `tls` block",
         ));
     }
     Ok(Endpoint {
@@ -443,9 +443,10 @@ fn endpoint(address: Option<String>, tls: Option<RawTls>) -> Result<Endpoint, Er
 
 fn state_dir(given: Option<String>) -> Result<PathBuf, Error> {
     let path = absolute("state_dir", given.as_deref().unwrap_or("/var/lib/polydev"))?;
-    // A unix socket's path has at most 107 bytes; ours are up to 60 longer than the folder's.
+    // The path of a Unix socket has at most 107 bytes; the driver's are up to 60 longer
+    // than the folder's.
     if path.as_os_str().len() > 48 {
-        let allowed = "at most 48 bytes, for the sockets below it";
+        let allowed = "must have at most 48 bytes, because of the sockets below it";
         return Err(refused("state_dir", path.display(), allowed));
     }
     Ok(path)

@@ -1,13 +1,13 @@
-//! The schemas in hclspec, Nomad's own language for them. Nomad refuses what is
-//! not in them, by name, before the driver sees it. `docs/options.md` lists the same;
-//! a test keeps the two equal.
+//! The schemas in hclspec, Nomad's own schema language. Nomad rejects unknown options by
+//! name before the driver sees them. `docs/options.md` lists the same options; a test
+//! compares the two.
 
 use std::collections::BTreeMap;
 
 use polydev_proto::hclspec::{Attr, Block, BlockAttrs, BlockList, Object, Spec, spec};
 
 const STRINGS: &str = "list(string)";
-/// Takes `name { key = "value" }` and `name = [{ key = "value" }]`.
+/// Accepts `name { key = "value" }` and `name = [{ key = "value" }]`.
 const MAPS: &str = "list(map(string))";
 
 /// Options of `plugin "nomad-driver-polydev" { config { ... } }`.
@@ -249,7 +249,7 @@ fn attribute(name: &'static str, kind: &str, required: bool) -> Named {
     (name, wrap(spec::Block::Attr(attr)))
 }
 
-/// A block that may stand once.
+/// A block that may appear once.
 fn block(name: &'static str, children: Vec<Named>) -> Named {
     let block = Block {
         name: name.into(),
@@ -259,7 +259,7 @@ fn block(name: &'static str, children: Vec<Named>) -> Named {
     (name, wrap(spec::Block::BlockValue(Box::new(block))))
 }
 
-/// A block that may stand any number of times.
+/// A block that may appear any number of times.
 fn blocks(name: &'static str, children: Vec<Named>) -> Named {
     let list = BlockList {
         name: name.into(),
@@ -270,7 +270,7 @@ fn blocks(name: &'static str, children: Vec<Named>) -> Named {
     (name, wrap(spec::Block::BlockList(Box::new(list))))
 }
 
-/// A block of any keys with strings.
+/// A block of arbitrary keys with string values.
 fn attrs(name: &'static str) -> Named {
     let attrs = BlockAttrs {
         name: name.into(),

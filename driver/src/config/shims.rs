@@ -1,4 +1,4 @@
-//! Where the plugin lets shims on other machines in.
+//! Where the plugin accepts shims on other machines.
 
 use std::net::SocketAddr;
 
@@ -10,14 +10,14 @@ use super::{
     value::{absolute, is_url, refused, text},
 };
 
-/// Where shims on other machines reach the node service, and which ones.
+/// The address of the node service for shims on other machines, and which shims it accepts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shims {
     pub listen: SocketAddr,
-    /// `https://HOST:PORT`, as they see it.
+    /// `https://HOST:PORT`, as shims reach it.
     pub advertise: String,
     pub files: Files,
-    /// Globs over the names in their certificates.
+    /// Globs over the names in shims' certificates.
     pub allow: Vec<String>,
 }
 
@@ -38,23 +38,27 @@ impl RawShims {
             absolute(field, given.as_deref().unwrap_or_default())
         };
         let given = text(self.listen).unwrap_or_default();
-        let allowed = "an IP address and a port, such as 192.0.2.1:7646";
+        let allowed = "must be an IP address and a port, such as 192.0.2.1:7646";
         let listen = given.parse::<SocketAddr>();
         let listen = listen.map_err(|_| refused("shims.listen", given, allowed))?;
         let advertise = match text(self.advertise) {
             Some(given) if is_url("https", &given) => given,
             Some(given) => {
-                return Err(refused("shims.advertise", given, "https://HOST:PORT"));
+                return Err(refused(
+                    "shims.advertise",
+                    given,
+                    "must be https://HOST:PORT",
+                ));
             }
             None if listen.ip().is_unspecified() => {
-                let allowed = "https://HOST:PORT, since `shims.listen` is every address";
+                let allowed = "must be https://HOST:PORT, because `shims.listen` is every address";
                 return Err(refused("shims.advertise", "missing", allowed));
             }
             None => format!("https://{listen}"),
         };
         let allow = self.allow.unwrap_or_default();
         if allow.is_empty() {
-            let allowed = "the names in the certificates of shims, at least one";
+            let allowed = "must list at least one name from the shims' certificates";
             return Err(refused("shims.allow", "empty", allowed));
         }
         Ok(Shims {

@@ -1,6 +1,5 @@
-//! A plain task: the options that an operator knows from Nomad's Docker driver, with
-//! the same names and meanings, checked one by one. What the plugin must allow is
-//! checked in [`super::allow`].
+//! A plain task's options: those of Nomad's Docker driver, with the same names and
+//! meanings, checked one by one. [`super::allow`] checks what the plugin must allow.
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
@@ -12,7 +11,7 @@ use super::{
     value::{self, Maps, Number, OneOrMany, merged, refused, text},
 };
 
-/// CFS periods that the kernel takes, in microseconds.
+/// CFS periods that the kernel accepts, in microseconds.
 const CFS_PERIOD: (u32, u32) = (1_000, 1_000_000);
 
 /// A plain task's options, complete and checked.
@@ -21,22 +20,22 @@ pub struct Task {
     pub image: String,
     pub command: Option<String>,
     pub args: Vec<String>,
-    /// Replaces the image's; its command is not used then.
+    /// Replaces the image's entrypoint; the image's command is then ignored.
     pub entrypoint: Option<Vec<String>>,
     pub work_dir: Option<String>,
     pub force_pull: bool,
-    /// `None`: the plugin's.
+    /// `None`: the plugin's value.
     pub image_pull_timeout: Option<Duration>,
     pub auth: Option<Auth>,
     pub auth_soft_fail: bool,
-    /// An image archive, relative to the task's folder.
+    /// Path of an image archive, relative to the task's folder.
     pub load: Option<String>,
 
     pub cpu_hard_limit: bool,
     pub cpu_cfs_period: Duration,
-    /// MiB; 0 for none.
+    /// MiB; 0 means no limit.
     pub memory_hard_limit: u32,
-    /// `None`: the plugin's.
+    /// `None`: the plugin's value.
     pub pids_limit: Option<u32>,
     pub ulimits: Vec<Ulimit>,
     pub sysctl: BTreeMap<String, String>,
@@ -59,7 +58,7 @@ pub struct Task {
     pub userns_mode: Option<String>,
     pub cgroupns: Option<String>,
 
-    /// polydev-init is process 1.
+    /// Whether polydev-init is process 1.
     pub init: bool,
     pub interactive: bool,
     pub tty: bool,
@@ -78,7 +77,7 @@ pub struct Task {
     pub hostname: Option<String>,
 
     pub labels: BTreeMap<String, String>,
-    /// Set: output goes through Docker's log driver instead of straight to Nomad.
+    /// If set, output goes through this Docker log driver instead of directly to Nomad.
     pub logging: Option<Logging>,
     pub healthchecks_disabled: bool,
 }
@@ -91,7 +90,7 @@ pub struct Auth {
     pub server_address: Option<String>,
 }
 
-/// The password stays out of logs.
+/// Leaves the password out of logs.
 impl std::fmt::Debug for Auth {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Auth")
@@ -101,7 +100,7 @@ impl std::fmt::Debug for Auth {
     }
 }
 
-/// A resource limit of the kernel's, `ulimit` of a shell. -1 is unlimited.
+/// A kernel resource limit, as in a shell's `ulimit`; -1 is unlimited.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ulimit {
     pub name: String,
@@ -116,12 +115,12 @@ pub struct Logging {
     pub config: BTreeMap<String, String>,
 }
 
-/// Megabits (10^6) a second as the container sees it; `None` is unlimited.
+/// Megabits (10^6 bits) per second, seen from the container; `None` is unlimited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Bandwidth {
     pub egress_mbits: Option<u32>,
     pub ingress_mbits: Option<u32>,
-    /// KiB that pass at full speed after a pause; `None` is the default.
+    /// KiB that pass at full speed after a pause; `None` uses the default.
     pub burst_kib: Option<u32>,
 }
 
@@ -298,7 +297,7 @@ fn each<T, U>(
 
 fn image(given: Option<String>) -> Result<String, Error> {
     let given = given.unwrap_or_default();
-    // The Docker driver takes a web address too.
+    // Nomad's Docker driver also accepts a web address.
     let image = given.strip_prefix("https://").unwrap_or(&given).to_owned();
     let is_whole = !image.is_empty() && !image.ends_with([':', '@', '/']);
     if !is_whole || image.contains(char::is_whitespace) {
@@ -309,7 +308,7 @@ fn image(given: Option<String>) -> Result<String, Error> {
 
 fn command(given: String) -> Result<String, Error> {
     if given.is_empty() || given.trim() != given {
-        let allowed = "a program's name without white space around it";
+        let allowed = "must be a program's name without white space around it";
         return Err(refused("command", &given, allowed));
     }
     Ok(given)
@@ -334,7 +333,7 @@ fn cgroupns(given: String) -> Result<String, Error> {
 impl RawAuth {
     fn check(self) -> Result<Auth, Error> {
         let required = |field: &str, given: Option<String>| {
-            text(given).ok_or_else(|| refused(field, "", "a text that is not empty"))
+            text(given).ok_or_else(|| refused(field, "", "must not be empty"))
         };
         Ok(Auth {
             username: required("auth.username", self.username)?,
@@ -359,7 +358,7 @@ impl RawBandwidth {
 }
 
 impl RawLogging {
-    /// `type` wins over `driver`, which is its older name.
+    /// `driver` is the older name of `type`; `type` has precedence.
     fn check(self) -> Logging {
         let driver = text(self.r#type).or_else(|| text(self.driver));
         Logging {
@@ -376,7 +375,7 @@ fn ulimit((name, value): (String, String)) -> Result<Ulimit, Error> {
         refused(
             &field,
             &value,
-            "`soft` or `soft:hard`, each a whole number or -1",
+            "must be `soft` or `soft:hard`, each a whole number or -1",
         )
     };
     let (soft, hard) = value.split_once(':').unwrap_or((&value, &value));
@@ -389,7 +388,7 @@ fn ulimit((name, value): (String, String)) -> Result<Ulimit, Error> {
         return Err(refused(
             &field,
             &value,
-            "a soft limit of at most the hard one",
+            "the soft limit must not exceed the hard limit",
         ));
     }
     Ok(Ulimit { name, soft, hard })
@@ -401,7 +400,7 @@ fn addresses(field: &str, given: Option<Vec<String>>) -> Result<Vec<String>, Err
         .iter()
         .find(|address| address.parse::<IpAddr>().is_err())
     {
-        Some(wrong) => Err(refused(field, wrong, "IP addresses")),
+        Some(wrong) => Err(refused(field, wrong, "must be an IP address")),
         None => Ok(given),
     }
 }
@@ -418,12 +417,12 @@ fn extra_hosts(given: Option<Vec<String>>) -> Result<Vec<String>, Error> {
             if address == "host-gateway" || address.trim_matches(['[', ']']).parse::<IpAddr>().is_ok())
     });
     match wrong {
-        Some(wrong) => Err(refused("extra_hosts", wrong, "entries as `name:address`")),
+        Some(wrong) => Err(refused("extra_hosts", wrong, "must be `name:address`")),
         None => Ok(given),
     }
 }
 
-/// Docker's own and ours are not the job's to set.
+/// Jobs cannot set labels that Nomad or the driver uses.
 fn labels(given: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Error> {
     const RESERVED: [&str; 2] = ["dev.polydev.", "com.hashicorp.nomad."];
     let reserved = |label: &&String| RESERVED.iter().any(|prefix| label.starts_with(prefix));
@@ -431,7 +430,7 @@ fn labels(given: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, E
         Some(label) => Err(refused(
             "labels",
             label,
-            format!("names that do not begin with {}", RESERVED.join(" or ")),
+            format!("names must not begin with {}", RESERVED.join(" or ")),
         )),
         None => Ok(given),
     }

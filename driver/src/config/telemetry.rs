@@ -1,4 +1,4 @@
-//! Where the plugin tells what it counts.
+//! Where the plugin exports its metrics.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use super::{
     value::{duration_within, is_url, refused, text},
 };
 
-/// The collector that is told, and how often.
+/// The collector, and how often the driver exports to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Telemetry {
-    /// `http://HOST:PORT`, of OTLP over gRPC.
+    /// `http://HOST:PORT` of a collector that accepts OTLP over gRPC.
     pub otlp_endpoint: String,
     pub interval: Duration,
 }
@@ -29,7 +29,7 @@ impl RawTelemetry {
         const SECOND: Duration = Duration::from_secs(1);
         let given = text(self.otlp_endpoint).unwrap_or_default();
         if !is_url("http", &given) {
-            let allowed = "http://HOST:PORT of a collector that takes OTLP over gRPC";
+            let allowed = "must be http://HOST:PORT of a collector that accepts OTLP over gRPC";
             return Err(refused("telemetry.otlp_endpoint", given, allowed));
         }
         let interval = text(self.interval);

@@ -33,7 +33,7 @@ fn a_slot_on_demand_is_for_the_run_of_an_id() {
     }
     let refused = slot("${NOMAD_META_run_id}").unwrap_err().to_string();
     assert!(
-        refused.starts_with("`slot.run_id` is `${NOMAD_META_run_id}`: the UUID"),
+        refused.starts_with("`slot.run_id` is `${NOMAD_META_run_id}`: must be the UUID"),
         "{refused}"
     );
     let ahead = json!({"slot": {"provider": "openai", "run_id": id, "prepare_ahead": true}});
@@ -161,7 +161,7 @@ fn a_task_is_a_slot_or_has_an_image() {
     let wrong = error(json!({"slot": {"provider": "codex"}}));
     assert!(wrong.contains("`slot.provider` is `codex`"), "{wrong}");
     let both = error(json!({"slot": {"provider": "google"}, "command": "sh"}));
-    assert!(both.contains("`command` stands beside `slot`"), "{both}");
+    assert!(both.contains("`command` is set next to `slot`"), "{both}");
     for image in [json!(null), json!(""), json!("a b"), json!("busybox:")] {
         let none = error(json!({"slot": null, "image": image}));
         assert!(none.contains("image name required"), "{none}");

@@ -1,4 +1,5 @@
-//! Values as Nomad encodes them (go-cty's msgpack), and the checks that all options share.
+//! Decodes values as Nomad encodes them (go-cty's msgpack), with the checks that all
+//! options share.
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
@@ -10,7 +11,7 @@ use super::Error;
 /// Reads a whole configuration; the error names the field.
 pub(super) fn decode<T: DeserializeOwned>(msgpack: &[u8]) -> Result<T, Error> {
     let mut decoder = rmp_serde::Deserializer::from_read_ref(msgpack);
-    // Far above any schema of ours: what is deeper is an attack on the stack.
+    // Far deeper than any of our schemas, but shallow enough to protect the stack.
     decoder.set_max_depth(32);
     serde_path_to_error::deserialize(&mut decoder).map_err(|error| Error::Decode {
         field: error.path().to_string(),
@@ -18,7 +19,7 @@ pub(super) fn decode<T: DeserializeOwned>(msgpack: &[u8]) -> Result<T, Error> {
     })
 }
 
-/// The options that are set: Nomad sends all there are, absent ones as nil or empty.
+/// The names of the options that are set. Nomad sends every option, unset ones as nil or empty.
 pub(super) fn set_options(msgpack: &[u8]) -> Result<impl Iterator<Item = String>, Error> {
     use serde_json::Value;
     let all: BTreeMap<String, Value> = decode(msgpack)?;
@@ -34,8 +35,8 @@ pub(super) fn set_options(msgpack: &[u8]) -> Result<impl Iterator<Item = String>
         .map(|(name, _)| name))
 }
 
-/// A number as Nomad sends it: any msgpack width, or a decimal string for what a
-/// float cannot hold exactly.
+/// A number as Nomad sends it: any msgpack number, or a decimal string if a float cannot
+/// hold it exactly.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Number(f64);
 
@@ -71,15 +72,15 @@ impl OneOrMany {
     }
 }
 
-/// `list(map(string))`: the type that takes both `x { a = "b" }` and `x = [{ a = "b" }]`.
+/// `list(map(string))`: the type that accepts both `x { a = "b" }` and `x = [{ a = "b" }]`.
 pub(super) type Maps = Option<Vec<BTreeMap<String, String>>>;
 
-/// The maps of a list as one; a later one wins.
+/// Merges a list of maps; later ones have precedence.
 pub(super) fn merged(maps: Maps) -> BTreeMap<String, String> {
     maps.into_iter().flatten().flatten().collect()
 }
 
-/// A refused value.
+/// The error for a rejected value.
 pub(super) fn refused(
     field: impl Into<String>,
     given: impl std::fmt::Display,
@@ -102,20 +103,20 @@ pub(super) fn whole(
     let Some(Number(number)) = given else {
         return Ok(None);
     };
-    // A value of at most 2^53 survives the way through a float.
+    // A float holds whole numbers up to 2^53 exactly.
     #[expect(
         clippy::cast_possible_truncation,
-        reason = "checked to be whole and between two i64"
+        reason = "the value is checked to be whole and between two i64"
     )]
     let value = number as i64;
     if number.fract() == 0.0 && (least..=most).contains(&value) {
         return Ok(Some(value));
     }
-    let allowed = format!("allowed are whole numbers from {least} to {most}");
+    let allowed = format!("must be a whole number from {least} to {most}");
     Err(refused(field, number, allowed))
 }
 
-/// As [`whole`], with a default.
+/// Like [`whole`], with a default.
 pub(super) fn ranged(
     field: &str,
     given: Option<Number>,
@@ -129,7 +130,7 @@ pub(super) fn ranged(
     }))
 }
 
-/// A duration in Go's notation, such as `90s` or `1h30m`, of at most 7 days.
+/// A duration such as `90s` or `1h30m`, of at most 7 days.
 pub(super) fn duration(
     field: &str,
     given: Option<String>,
@@ -140,7 +141,7 @@ pub(super) fn duration(
     duration_within(field, given, default, [least, MAX])
 }
 
-/// As [`duration`], with another upper bound too.
+/// Like [`duration`], with the caller's upper bound.
 pub(super) fn duration_within(
     field: &str,
     given: Option<String>,
@@ -155,7 +156,8 @@ pub(super) fn duration_within(
         .filter(|value| (least..=most).contains(value))
         .ok_or_else(|| {
             let [least, most] = [least, most].map(humantime::format_duration);
-            let allowed = format!("a duration such as `90s` or `5m`, from {least} to {most}");
+            let allowed =
+                format!("must be a duration such as `90s` or `5m`, from {least} to {most}");
             refused(field, &text, allowed)
         })
 }
@@ -166,10 +168,10 @@ pub(super) fn absolute(field: &str, given: &str) -> Result<PathBuf, Error> {
     if path.is_absolute() {
         return Ok(path);
     }
-    Err(refused(field, given, "an absolute path"))
+    Err(refused(field, given, "must be an absolute path"))
 }
 
-/// `SCHEME://HOST:PORT` and nothing more; an IPv6 address is in brackets.
+/// `SCHEME://HOST:PORT` and nothing more; an IPv6 address must be in brackets.
 pub(super) fn is_url(scheme: &str, given: &str) -> bool {
     let uri = given.parse::<Uri>().unwrap_or_default();
     uri.authority().is_some_and(|authority| {
@@ -179,15 +181,15 @@ pub(super) fn is_url(scheme: &str, given: &str) -> bool {
     })
 }
 
-/// One of a few words.
+/// Checks that the value is one of a few words.
 pub(super) fn one_of<'a>(field: &str, given: &str, words: &[&'a str]) -> Result<&'a str, Error> {
     let known = words.iter().find(|word| **word == given);
     known
         .copied()
-        .ok_or_else(|| refused(field, given, format!("allowed are {}", words.join(", "))))
+        .ok_or_else(|| refused(field, given, format!("must be one of {}", words.join(", "))))
 }
 
-/// `None` for an absent or an empty string: in a jobspec both mean "not set".
+/// `None` for a missing or empty string: in a jobspec both mean "not set".
 pub(super) fn text(given: Option<String>) -> Option<String> {
     given.filter(|text| !text.is_empty())
 }

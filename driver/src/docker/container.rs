@@ -1,4 +1,4 @@
-//! What a slot's container looks like to Docker.
+//! A slot's container, as Docker's API describes it.
 
 use std::{collections::HashMap, path::PathBuf};
 
@@ -12,7 +12,7 @@ use polydev_proto::workspace;
 use super::signed;
 use crate::limits::{CPU_PERIOD, Limits};
 
-/// Where the driver's things are inside a container.
+/// The paths of the driver's files inside a container.
 pub(super) const INIT: &str = "/.polydev/init";
 pub(super) const LINK: &str = "/.polydev/link";
 pub(super) const SOCKET: &str = "/.polydev/link/init.sock";
@@ -25,13 +25,13 @@ pub struct ContainerSpec {
     pub labels: HashMap<String, String>,
     /// The init program on the host.
     pub init: PathBuf,
-    /// The host folder with the socket that init connects to.
+    /// The host folder of the socket that init connects to.
     pub link: PathBuf,
     pub resolv_conf: PathBuf,
     /// The Docker network.
     pub network: String,
     pub limits: Limits,
-    /// Numeric owner of the home.
+    /// Numeric owner of the home folder.
     pub uid: u32,
     pub gid: u32,
     pub home: String,
@@ -75,7 +75,7 @@ impl ContainerSpec {
                         &self.home,
                         &format!("noexec,mode=0700,size=128m,uid={uid},gid={gid}"),
                     ),
-                    // A caller's files may be programs.
+                    // A caller's files may be programs, so execution is allowed.
                     tmpfs(
                         workspace::PATH,
                         &format!(
@@ -84,7 +84,8 @@ impl ContainerSpec {
                         ),
                     ),
                 ])),
-                // Only init's own words go here: the command's output does not pass dockerd.
+                // Contains only init's own messages: the command's output does not pass
+                // through dockerd.
                 log_config: Some(HostConfigLogConfig {
                     typ: Some("json-file".into()),
                     config: Some(HashMap::from([
@@ -103,8 +104,8 @@ impl ContainerSpec {
     }
 }
 
-/// Mounted as a folder or file of the host, read-only. Not `-v` syntax: that has
-/// no way to write a colon.
+/// A read-only mount of a host folder or file. The `-v` syntax cannot be used, because it
+/// cannot escape a colon.
 pub(super) fn bind(source: &std::path::Path, target: &str) -> Mount {
     Mount {
         typ: Some(MountType::BIND),

@@ -1,4 +1,4 @@
-//! Another command in a running container.
+//! Runs another command in a running container.
 
 use std::{pin::Pin, time::Duration};
 
@@ -22,24 +22,24 @@ pub enum Piece {
     Stderr(Bytes),
 }
 
-/// A command that was started.
+/// A started command.
 #[derive(Debug, Clone)]
 pub struct Exec {
     docker: Docker,
     id: String,
 }
 
-/// What a command writes. Dropping it leaves the command running.
+/// The command's output. Dropping it does not stop the command.
 pub struct Output(Pin<Box<dyn Stream<Item = Result<LogOutput, bollard::errors::Error>> + Send>>);
 
-/// What a command reads.
+/// The command's input.
 pub struct Input(Pin<Box<dyn AsyncWrite + Send>>);
 
 impl Docker {
     /// Starts `command` in a container.
     ///
     /// # Errors
-    /// [`Error`] if the container does not run or has no such program.
+    /// [`Error`] if the container is not running or does not have the program.
     pub async fn exec(
         &self,
         container: &str,
@@ -72,13 +72,13 @@ impl Docker {
                 let (docker, id) = (self.clone(), created.id);
                 Ok((Exec { docker, id }, Output(output), Input(input)))
             }
-            StartExecResults::Detached => unreachable!("`detach` was not asked for"),
+            StartExecResults::Detached => unreachable!("`detach` was not requested"),
         }
     }
 }
 
 impl Output {
-    /// The next output; `None` when there will be no more.
+    /// The next output; `None` at the end.
     ///
     /// # Errors
     /// [`Error`] if the connection to dockerd breaks.
@@ -99,27 +99,27 @@ impl Output {
 }
 
 impl Input {
-    /// Writes to the command's stdin; false once it does not read any more.
+    /// Writes to the command's stdin; false once the command no longer reads.
     pub async fn write(&mut self, data: &[u8]) -> bool {
-        // A command that reads slowly is waited for: its caller is what ends it.
+        // A command that reads slowly is waited for; only its caller may end it.
         self.0.write_all(data).await.is_ok() && self.0.flush().await.is_ok()
     }
 
-    /// Ends the command's stdin.
+    /// Closes the command's stdin.
     pub async fn close(&mut self) {
         let _gone = timeout(CALL_TIMEOUT, self.0.shutdown()).await;
     }
 }
 
 impl Exec {
-    /// Sizes the terminal; a command that has not begun or has ended has none.
+    /// Resizes the terminal; does nothing if the command has not started or has ended.
     pub async fn resize(&self, height: u16, width: u16) {
         let options = ResizeExecOptions { height, width };
         for _ in 0..20 {
             let Ok(api) = self.docker.api() else { return };
             let resize = api.resize_exec(&self.id, options);
             match within(CALL_TIMEOUT, "resize a terminal", resize).await {
-                // The first size may come before the process exists.
+                // The first size may arrive before the process exists.
                 Err(_) if matches!(self.exit_code().await, Ok(None)) => {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
@@ -128,7 +128,7 @@ impl Exec {
         }
     }
 
-    /// How the command ended; `None` while it runs.
+    /// The command's exit code; `None` while it runs.
     ///
     /// # Errors
     /// [`Error`]
@@ -139,7 +139,7 @@ impl Exec {
         Ok(code)
     }
 
-    /// The process on the host, to be killed when nobody waits for it any more.
+    /// The process on the host, for killing it when nobody waits for it any longer.
     pub async fn pid(&self) -> Option<u32> {
         let inspect = self.docker.api().ok()?.inspect_exec(&self.id);
         let exec = within(CALL_TIMEOUT, "inspect an exec", inspect)

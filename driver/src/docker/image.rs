@@ -1,4 +1,4 @@
-//! Images: looked up, pulled, loaded, removed.
+//! Inspects, pulls, loads and removes images.
 
 use std::time::Duration;
 
@@ -12,31 +12,31 @@ use tokio::time::timeout;
 
 use super::{CALL_TIMEOUT, Docker, Error, within};
 
-/// What the driver must know of an image.
+/// The facts about an image that the driver uses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Image {
-    /// Its content's digest.
+    /// Digest of its content.
     pub id: String,
-    /// Numeric or by name, as the image says; empty means root.
+    /// A number or a name, as in the image; empty means root.
     pub user: String,
-    /// `HOME` of its environment.
+    /// `HOME` from its environment.
     pub home: Option<String>,
     pub entrypoint: Vec<String>,
     pub command: Vec<String>,
-    /// Name of the signal that asks it to stop.
+    /// Name of the signal that requests a stop.
     pub stop_signal: Option<String>,
 }
 
-/// Who asks a registry.
+/// Credentials for a registry.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Credentials {
-    /// [`TOKEN_USER`] where the password is an identity token.
+    /// [`TOKEN_USER`] if the password is an identity token.
     pub username: String,
     pub password: String,
     pub server: Option<String>,
 }
 
-/// How Docker's credential helpers mark an identity token.
+/// The user name with which Docker's credential helpers mark an identity token.
 pub const TOKEN_USER: &str = "<token>";
 
 impl Credentials {
@@ -60,7 +60,7 @@ impl Credentials {
     }
 }
 
-/// Shows no password.
+/// Hides the password.
 impl std::fmt::Debug for Credentials {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Credentials")
@@ -70,12 +70,12 @@ impl std::fmt::Debug for Credentials {
     }
 }
 
-/// How far a pull has come.
+/// The progress of a pull.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {
     pub layers: usize,
     pub done: usize,
-    /// Bytes fetched of all layers that tell.
+    /// Bytes fetched so far, of all layers that report them.
     pub bytes: i64,
 }
 
@@ -106,14 +106,15 @@ impl Docker {
         })
     }
 
-    /// Pulls an image; `told` hears of every step. Ends with an error when there was no
-    /// progress for `idle`.
+    /// Pulls an image and reports every step to `told`. Fails if there is no progress for
+    /// `idle`.
     ///
     /// # Errors
-    /// [`Error`] if the registry cannot be reached, refuses, or has no such image.
+    /// [`Error`] if the registry cannot be reached, rejects the request, or does not have
+    /// the image.
     ///
     /// # Cancel safety
-    /// Cancelling it ends dockerd's pull too.
+    /// Cancelling also ends dockerd's pull.
     pub async fn pull(
         &self,
         reference: &str,
@@ -127,7 +128,7 @@ impl Docker {
             .tag(default_tag(reference))
             .build();
         let credentials = credentials.map(Credentials::to_api);
-        // dockerd's answer begins when the registry's does.
+        // dockerd responds only after the registry does.
         let api = self.api()?.clone().with_timeout(idle);
         let steps = api.create_image(Some(options), None, credentials);
         let mut steps = std::pin::pin!(steps);
@@ -167,7 +168,7 @@ impl Docker {
     /// Loads the images of an archive, as `docker load` does.
     ///
     /// # Errors
-    /// [`Error`] if the file cannot be read or is none that Docker takes.
+    /// [`Error`] if the file cannot be read or Docker does not accept it.
     pub async fn load(&self, archive: tokio::fs::File, limit: Duration) -> Result<(), Error> {
         let bytes = futures_util::stream::try_unfold(archive, |mut archive| async move {
             use tokio::io::AsyncReadExt;
@@ -176,14 +177,14 @@ impl Docker {
             Ok::<_, std::io::Error>((count > 0).then(|| (chunk.freeze(), archive)))
         });
         let options = ImportImageOptions::default();
-        // dockerd answers when it has unpacked.
+        // dockerd responds after it has unpacked the archive.
         let api = self.api()?.clone().with_timeout(limit);
         let steps = api.import_image(options, body_try_stream(bytes), None);
         let done = steps.try_for_each(|_| std::future::ready(Ok(())));
         within(limit, "load an image archive", done).await
     }
 
-    /// Makes an image of one static program.
+    /// Creates an image from one static program.
     ///
     /// # Errors
     /// [`Error`]
@@ -200,8 +201,8 @@ impl Docker {
         within(CALL_TIMEOUT, format!("import image `{reference}`"), done).await
     }
 
-    /// Removes a reference, and the image with its last one. False if a container uses
-    /// it; one that is gone is no error.
+    /// Removes a reference, and the image with its last reference. Returns false if a
+    /// container uses the image; a missing image is not an error.
     ///
     /// # Errors
     /// [`Error`]
@@ -216,7 +217,7 @@ impl Docker {
     }
 }
 
-/// The tag to pull where the reference has none: without one the API would pull all.
+/// The tag to pull if the reference has none: without a tag the API would pull all tags.
 fn default_tag(reference: &str) -> &'static str {
     let name = reference.rsplit('/').next().unwrap_or(reference);
     if name.contains([':', '@']) {
@@ -226,7 +227,7 @@ fn default_tag(reference: &str) -> &'static str {
     }
 }
 
-/// Whether a reference's content may change: no digest, and no tag but `latest`.
+/// Whether a reference's content may change: it has no digest, and no tag except `latest`.
 #[must_use]
 pub fn is_latest(reference: &str) -> bool {
     default_tag(reference) == "latest"
@@ -237,7 +238,7 @@ pub fn is_latest(reference: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// C044: what is a tag, a digest and a registry's port.
+    /// C044: tells tags, digests and registry ports apart.
     #[test]
     fn references_without_a_tag_mean_latest() {
         for (reference, tag, latest) in [

@@ -1,4 +1,4 @@
-//! What a container wrote, as dockerd keeps it: for tasks whose output goes through it.
+//! Container output that dockerd keeps, for tasks whose output goes through Docker.
 
 use bollard::{container::LogOutput, query_parameters::LogsOptionsBuilder};
 use futures_util::{Stream, StreamExt, TryStreamExt};
@@ -6,7 +6,7 @@ use futures_util::{Stream, StreamExt, TryStreamExt};
 use super::{Docker, Error, PING_TIMEOUT, Piece, within};
 
 impl Docker {
-    /// The last lines a container's process 1 printed, for an error message.
+    /// The last lines of a container's process 1, for an error message.
     pub async fn last_words(&self, id: &str) -> String {
         let options = LogsOptionsBuilder::new()
             .stdout(true)
@@ -24,11 +24,11 @@ impl Docker {
         lines.unwrap_or_default().trim().to_owned()
     }
 
-    /// Everything a container has written from `since` (Unix seconds) on, and with
-    /// `follow` everything it writes until it ends.
+    /// All output of a container from `since` (Unix seconds) on. With `follow` the stream
+    /// continues until the container ends.
     ///
     /// # Errors
-    /// [`Error`] of the connection; others come with the stream.
+    /// [`Error`] if the connection fails; later errors are part of the stream.
     pub fn output(
         &self,
         id: &str,

@@ -1,4 +1,4 @@
-//! Docker's networks, as far as the driver makes any.
+//! The Docker networks that the driver creates.
 
 use std::collections::HashMap;
 
@@ -7,8 +7,8 @@ use bollard::{models::NetworkCreateRequest, query_parameters::InspectNetworkOpti
 use super::{CALL_TIMEOUT, Docker, Error, ignore_missing, within};
 
 impl Docker {
-    /// Makes the node's bridge, unless it is there. Containers on it reach the
-    /// outside and not each other.
+    /// Creates the node's bridge if it is missing. Containers on it can reach outside
+    /// addresses but not each other.
     ///
     /// # Errors
     /// [`Error`]
@@ -43,7 +43,7 @@ impl Docker {
             .map(drop)
     }
 
-    /// Removes a bridge that no container is on; one that is gone is no error.
+    /// Removes a bridge without containers; a missing bridge is not an error.
     ///
     /// # Errors
     /// [`Error`] if it is in use.

@@ -1,4 +1,4 @@
-//! What a plain task's container looks like to Docker.
+//! A plain task's container, as Docker's API describes it.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -13,20 +13,20 @@ use bollard::models::{
 use super::container::{INIT, LINK, SOCKET, bind};
 use crate::config::{Capabilities, Device, Logging, Mount, MountKind, Task};
 
-/// A plain task's container: its options, and what was made of the rest of the job.
+/// A plain task's container: its options, and what follows from the rest of the job.
 #[derive(Debug, Clone)]
 pub struct PlainSpec<'a> {
     pub name: String,
     pub options: &'a Task,
     pub labels: BTreeMap<String, String>,
     pub env: &'a BTreeMap<String, String>,
-    /// Empty for the image's.
+    /// Empty for the image's user.
     pub user: &'a str,
     pub capabilities: Capabilities,
-    /// Program and folder of polydev-init on the host; `None` runs `argv` as process 1.
+    /// Program and folder of polydev-init on the host; without them `argv` is process 1.
     pub init: Option<InitMounts<'a>>,
     pub resources: Resources,
-    /// In Docker's short form, in Nomad's and the job's order.
+    /// In Docker's short form: first Nomad's, then the job's.
     pub binds: Vec<String>,
     pub mounts: Vec<Mount>,
     pub devices: Vec<Device>,
@@ -43,33 +43,33 @@ pub struct InitMounts<'a> {
     pub link: &'a std::path::Path,
 }
 
-/// As Docker and the kernel count them.
+/// Resources in the units of Docker and the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Resources {
     pub cpu_shares: i64,
-    /// Microseconds; 0 is no quota.
+    /// Microseconds; a quota of 0 is unlimited.
     pub cpu_period: i64,
     pub cpu_quota: i64,
-    /// Such as `0-1,3`; empty for every CPU.
+    /// CPU list such as `0-1,3`; empty for every CPU.
     pub cpuset: String,
-    /// Bytes; 0 is no limit.
+    /// Bytes; 0 is unlimited.
     pub memory: i64,
     pub memory_reservation: i64,
 }
 
-/// How the container is on the network.
+/// The container's place in the network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Network {
     /// Docker's network mode.
     pub mode: String,
-    /// The network's files are another container's.
+    /// Whether another container provides the network's files.
     pub is_shared: bool,
     pub servers: Vec<String>,
     pub searches: Vec<String>,
     pub options: Vec<String>,
 }
 
-/// A port of the container's that the host forwards, TCP and UDP.
+/// A port of the container that the host forwards, for TCP and UDP.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
     pub host_ip: String,
@@ -82,7 +82,7 @@ impl PlainSpec<'_> {
         let Self {
             options, resources, ..
         } = self;
-        // With init the image's program is init's to start.
+        // With init, the driver has init start the image's program.
         let (entrypoint, command) = match self.init {
             Some(_) => (Some(vec![INIT.into(), SOCKET.into()]), Some(vec![])),
             None => {
@@ -127,7 +127,7 @@ impl PlainSpec<'_> {
                 cpu_quota: Some(resources.cpu_quota),
                 cpuset_cpus: none_if_empty(&resources.cpuset),
                 memory: Some(resources.memory),
-                // Equal to the memory: no swap.
+                // Equal to the memory limit, so there is no swap.
                 memory_swap: Some(resources.memory),
                 memory_reservation: Some(resources.memory_reservation),
                 pids_limit: Some(self.pids_limit.into()),
@@ -178,7 +178,7 @@ impl PlainSpec<'_> {
 
     fn security_opt(&self) -> Vec<String> {
         let mut options = self.options.security_opt.clone();
-        // An option of the job's own is an explicit loosening.
+        // The job may loosen this with an option of its own.
         if !options
             .iter()
             .any(|option| option.starts_with("no-new-privileges"))
@@ -211,7 +211,7 @@ impl PlainSpec<'_> {
         })
     }
 
-    /// Several ports of the host may lead to one of the container's.
+    /// Several host ports may lead to one container port.
     fn port_bindings(&self) -> HashMap<String, Option<Vec<PortBinding>>> {
         let mut bindings: HashMap<_, Option<Vec<_>>> = HashMap::new();
         for (name, port) in self.port_names() {

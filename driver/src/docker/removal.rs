@@ -1,4 +1,4 @@
-//! Removing one container although Docker cannot do it now.
+//! Removes a container even if Docker cannot do so immediately.
 
 use std::time::Duration;
 
@@ -7,13 +7,14 @@ use tokio::time::sleep;
 
 use super::Docker;
 
-/// Attempts to remove one container, over some minutes. What is left then is the reaper's.
+/// Most attempts to remove one container, over some minutes. The reaper removes what is
+/// left then.
 pub(crate) const MAX_ATTEMPTS: u32 = 20;
 const FIRST_INTERVAL: Duration = Duration::from_millis(500);
 const MAX_INTERVAL: Duration = Duration::from_secs(15);
 
-/// Removes a container that is of no more use. While Docker cannot, the removal is tried
-/// again in the background.
+/// Removes a container that is no longer needed. If Docker cannot, the driver tries again
+/// in the background.
 pub(crate) async fn remove(docker: &Docker, container: &str) {
     let Err(error) = docker.remove(container).await else {
         return;
@@ -35,14 +36,14 @@ pub(crate) async fn remove(docker: &Docker, container: &str) {
     });
 }
 
-/// Removes a container of this name if Docker makes it later: Docker was asked to, and has
-/// not answered.
+/// Removes the container of this name if Docker creates it later: it was requested, but
+/// Docker has not responded.
 pub(crate) fn remove_if_made(docker: &Docker, name: &str) {
     let (docker, name) = (docker.clone(), name.to_owned());
     tokio::spawn(async move {
         let mut backoff = Backoff::new(FIRST_INTERVAL, MAX_INTERVAL);
         for _ in 0..MAX_ATTEMPTS {
-            // A container that is missing now may be made later.
+            // A container that is missing now may be created later.
             let _done_or_not = docker.remove(&name).await;
             sleep(backoff.next_wait()).await;
         }

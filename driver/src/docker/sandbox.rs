@@ -1,4 +1,4 @@
-//! The container that holds a group's network, and nothing else.
+//! The container that only holds a group's network.
 
 use std::collections::HashMap;
 
@@ -6,18 +6,18 @@ use bollard::models::{ContainerCreateBody, HostConfig, HostConfigLogConfig};
 
 use super::{Docker, Error};
 
-/// A program that sleeps, in an image with nothing but it.
+/// A program that sleeps, alone in its image.
 #[derive(Debug, Clone)]
 pub struct SandboxSpec {
     pub name: String,
     pub image: String,
     pub command: Vec<String>,
     pub labels: HashMap<String, String>,
-    /// Empty for Docker's choice.
+    /// Empty: Docker chooses.
     pub hostname: String,
 }
 
-/// A sandbox that runs.
+/// A running sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sandbox {
     pub id: String,
@@ -30,7 +30,7 @@ impl Docker {
     /// Creates a sandbox and returns its id.
     ///
     /// # Errors
-    /// [`Error`]; [`Error::is_conflict`] if there is one of that name.
+    /// [`Error`]; [`Error::is_conflict`] if the name is in use.
     pub async fn create_sandbox(&self, spec: &SandboxSpec) -> Result<String, Error> {
         let body = ContainerCreateBody {
             image: Some(spec.image.clone()),
@@ -56,7 +56,7 @@ impl Docker {
         self.create_container(&spec.name, body).await
     }
 
-    /// A sandbox by id or name; `None` if it does not run.
+    /// Finds a sandbox by id or name; `None` if it is not running.
     ///
     /// # Errors
     /// [`Error`]

@@ -1,4 +1,5 @@
-//! Credentials for a registry: the task's, else the plugin's file, else its helper.
+//! Credentials for a registry: from the task, else from the plugin's file, else from its
+//! helper.
 
 use std::{fs::File, io, path::PathBuf, time::Duration};
 
@@ -11,7 +12,7 @@ use crate::{
     docker::{Credentials, TOKEN_USER},
 };
 
-/// A helper asks a keychain or a cloud.
+/// A helper may contact a keychain or a cloud service.
 const HELPER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Docker Hub's name in credential files.
 const HUB: &str = "https://index.docker.io/v1/";
@@ -19,7 +20,7 @@ const HUB: &str = "https://index.docker.io/v1/";
 /// Why the plugin's credentials cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot read `{path}`, which `auth.config` names")]
+    #[error("cannot read the file `{path}` given in `auth.config`")]
     File { path: PathBuf, source: io::Error },
     #[error("`{origin}` has no usable credentials for `{server}`")]
     Credentials {
@@ -27,14 +28,14 @@ pub enum Error {
         server: String,
         source: CredentialRetrievalError,
     },
-    #[error("`{origin}` did not answer within {} s", HELPER_TIMEOUT.as_secs())]
+    #[error("`{origin}` did not respond within {} s", HELPER_TIMEOUT.as_secs())]
     TimedOut { origin: String },
 }
 
-/// What to present to the registry of an image; `None` for nothing.
+/// The credentials for an image's registry; `None` if there are none.
 ///
 /// # Errors
-/// [`Error`]; having nothing for a registry is none.
+/// [`Error`]; missing credentials are not an error.
 pub(super) async fn find(
     want: &Want<'_>,
     plugin: &config::Auth,
@@ -64,7 +65,7 @@ pub(super) async fn find(
     Ok(None)
 }
 
-/// Looks `server` up in a file of Docker's form, which may name a helper.
+/// Looks up `server` in a file in Docker's format, which may name a helper.
 async fn ask(
     origin: String,
     file: impl io::Read + Send + 'static,
@@ -87,7 +88,7 @@ async fn ask(
             server: Some(server),
         })),
         Err(CredentialRetrievalError::NoCredentialConfigured) => Ok(None),
-        // How helpers say that they have nothing.
+        // The message of helpers that have no credentials.
         Err(CredentialRetrievalError::HelperFailure { stdout, .. })
             if stdout.contains("credentials not found") =>
         {
@@ -101,7 +102,7 @@ async fn ask(
     }
 }
 
-/// The registry of a reference, as credential files call it.
+/// The registry of a reference, by its name in credential files.
 fn server(reference: &str) -> String {
     match reference.split_once('/') {
         Some((host, _)) if host.contains(['.', ':']) || host == "localhost" => match host {
@@ -116,7 +117,7 @@ fn server(reference: &str) -> String {
 mod tests {
     use super::*;
 
-    /// C046: whose credentials are presented.
+    /// C046: which credentials are used.
     #[tokio::test]
     async fn a_registrys_credentials_are_found_under_its_names() {
         let folder = tempfile::tempdir().unwrap();

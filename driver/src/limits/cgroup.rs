@@ -1,4 +1,4 @@
-//! The cgroup files of one container, version 1 and 2.
+//! The cgroup files of one container, for versions 1 and 2.
 
 use std::{
     fs::{File, OpenOptions},
@@ -12,7 +12,7 @@ use procfs::process::Process;
 
 use super::{CPU_PERIOD, Error, Limits};
 
-/// What a container uses, from its cgroup.
+/// A container's usage, from its cgroup.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Usage {
     /// CPU time since the container started.
@@ -27,12 +27,12 @@ pub struct Usage {
     pub cache: u64,
     /// Bytes swapped out.
     pub swap: u64,
-    /// Bytes counted against the limit, and their most so far.
+    /// Bytes counted against the limit, now and at the peak.
     pub memory: u64,
     pub memory_max: u64,
 }
 
-/// 2 where the memory controller is in the unified hierarchy, else 1.
+/// 2 if the memory controller is in the unified hierarchy, else 1.
 #[must_use]
 pub fn version() -> u8 {
     let controllers = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
@@ -41,8 +41,8 @@ pub fn version() -> u8 {
     if unified { 2 } else { 1 }
 }
 
-/// Open files of one container. Which ones depends on the cgroup version. Held open
-/// because opening one takes longer than reading it.
+/// Open files of one container; which ones depends on the cgroup version. They stay open
+/// because opening a file takes longer than reading it.
 #[derive(Debug)]
 pub(super) struct Cgroup {
     limits: Files,
@@ -64,19 +64,19 @@ enum Files {
     },
 }
 
-/// What tells how much is used.
+/// The files that report usage.
 #[derive(Debug)]
 struct Figures {
     /// `cpu.stat`
     cpu: File,
-    /// Of version 1: `cpuacct.usage` and `cpuacct.usage_all`.
+    /// Version 1 only: `cpuacct.usage` and `cpuacct.usage_all`.
     cpuacct: Option<[File; 2]>,
     /// `memory.stat`
     memory: File,
     memory_now: File,
-    /// Newer than version 2 itself.
+    /// Missing in kernels that are older than this file.
     memory_most: Option<File>,
-    /// Of version 2, where the kernel accounts for swap.
+    /// Version 2 only, if the kernel accounts for swap.
     swap: Option<File>,
     oom: File,
 }
@@ -110,7 +110,7 @@ impl Cgroup {
                 }
             });
             let mount = mount.ok_or_else(missing)?;
-            // The mount may show only a part of the hierarchy, as in a nested engine.
+            // The mount may show only part of the hierarchy, as in a nested engine.
             let path = Path::new(&group.pathname);
             let below = path.strip_prefix(&mount.root).unwrap_or(path);
             Ok(mount
@@ -142,7 +142,7 @@ impl Cgroup {
             limits: Files::V1 {
                 cpu: open(cpu.join("cpu.cfs_quota_us"))?,
                 memory: open(memory.join("memory.limit_in_bytes"))?,
-                // Absent where the kernel does not account for swap.
+                // Missing if the kernel does not account for swap.
                 swap: if_there(memory.join("memory.memsw.limit_in_bytes"), open)?,
                 pids: open(pids.join("pids.max"))?,
             },
@@ -174,7 +174,7 @@ impl Cgroup {
                 write(cpu, "cpu.cfs_quota_us", quota)?;
                 let alone = || write(limit, "memory.limit_in_bytes", memory);
                 match swap {
-                    // Memory with swap may never be below memory alone.
+                    // The limit for memory with swap may never be below the one for memory alone.
                     Some(swap) => {
                         let with_swap = || write(swap, "memory.memsw.limit_in_bytes", memory);
                         if memory < number(limit) {
@@ -218,7 +218,7 @@ impl Cgroup {
             ..
         } = &self.figures;
         let throttling = read(cpu);
-        // The dearest of them all: the kernel adds up the whole group.
+        // The most expensive read of all: the kernel adds up the whole group.
         let stat = read(memory);
         let usage = Usage {
             throttled_periods: field(&throttling, "nr_throttled"),
@@ -230,7 +230,7 @@ impl Cgroup {
             Some([total, by_cpu]) => {
                 let [user, system] = user_and_system(&read(by_cpu));
                 Usage {
-                    // Exact, where the table has what the clock's ticks happened to see.
+                    // Exact; the table has only what the kernel sampled at clock ticks.
                     cpu: Duration::from_nanos(number(total)),
                     cpu_user: user,
                     cpu_system: system,
@@ -264,7 +264,7 @@ fn read_only(path: PathBuf) -> Result<File, Error> {
     File::open(&path).map_err(|source| Error::Open { path, source })
 }
 
-/// Some files depend on the kernel.
+/// Opens a file that not every kernel has.
 fn if_there(
     path: PathBuf,
     open: impl FnOnce(PathBuf) -> Result<File, Error>,
@@ -285,8 +285,8 @@ fn write(file: &File, name: &'static str, value: impl ToString) -> Result<(), Er
         })
 }
 
-/// A file's text as it is now; empty once the container is gone. The kernel gives such a
-/// file whole to a reader with room for it.
+/// The current text of a file; empty once the container is gone. The kernel returns such a
+/// file in one read if the buffer is large enough.
 fn read(file: &File) -> String {
     let mut text = vec![0; 16 << 10];
     let length = file.read_at(&mut text, 0).unwrap_or(0);
@@ -294,12 +294,12 @@ fn read(file: &File) -> String {
     String::from_utf8(text).unwrap_or_default()
 }
 
-/// The number in a file that holds one; 0 once the container is gone.
+/// The number in a file; 0 once the container is gone.
 fn number(file: &File) -> u64 {
     read(file).trim().parse().unwrap_or(0)
 }
 
-/// The number behind `key` in lines of `key number`; 0 if there is none.
+/// The number after `key`, in lines of the form `key number`; 0 if missing.
 fn field(text: &str, key: &str) -> u64 {
     let value = text
         .lines()
@@ -309,7 +309,7 @@ fn field(text: &str, key: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// The sums of a table of nanoseconds: a heading, then `cpu user system` for each CPU.
+/// Sums over a table of nanoseconds: a heading, then `cpu user system` for each CPU.
 fn user_and_system(table: &str) -> [Duration; 2] {
     let mut sums = [Duration::ZERO; 2];
     for row in table.lines().skip(1) {

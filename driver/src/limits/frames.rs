@@ -1,4 +1,4 @@
-//! Empty Ethernet frames, to set a queue in motion.
+//! Empty Ethernet frames, which set a queue in motion.
 
 use std::{
     io, mem,
@@ -9,17 +9,18 @@ use nix::sys::socket::{
     AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrLike, sendto, socket,
 };
 
-/// The nearest bridge and no further (IEEE 802.1D).
+/// Reaches the nearest bridge and no further (IEEE 802.1D).
 const TO: [u8; 6] = [0x01, 0x80, 0xc2, 0, 0, 0x0e];
-/// Set aside for experiments (IEEE 802): nobody listens to it.
+/// Reserved for experiments (IEEE 802): nobody listens to it.
 const KIND: [u8; 2] = [0x88, 0xb5];
-/// The shortest that Ethernet has, without its checksum.
+/// The minimum length of an Ethernet frame without its checksum.
 const LENGTH: usize = 60;
 
-/// A socket for frames in one network namespace; without a protocol it receives none.
+/// A socket for frames in one network namespace. It has no protocol, so it receives
+/// nothing.
 ///
-/// The kernel closes one only when no processor can be using it any more, which takes up
-/// to tens of milliseconds: so it is closed where that holds up nobody.
+/// The kernel closes such a socket only when no processor can still use it, which takes up
+/// to tens of milliseconds. So it is closed where nobody waits for that.
 #[derive(Debug)]
 pub(super) struct Frames(Option<OwnedFd>);
 
@@ -33,15 +34,15 @@ impl Drop for Frames {
 }
 
 impl Frames {
-    /// In this thread's network namespace.
+    /// Opens a socket in this thread's network namespace.
     pub(super) fn open() -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket(AddressFamily::Packet, SockType::Raw, flags, None)?;
         Ok(Self(Some(socket)))
     }
 
-    /// Sends an empty frame out of an interface. One that is down, or whose queue is full,
-    /// needs none.
+    /// Sends an empty frame out of an interface. An interface that is down or has a full
+    /// queue does not need one.
     pub(super) fn send_empty(&self, interface: u32) -> io::Result<()> {
         match &self.0 {
             Some(socket) => send_empty(socket, interface),
@@ -66,10 +67,10 @@ fn send_empty(socket: &OwnedFd, interface: u32) -> io::Result<()> {
         sll_addr,
     };
     let size = u32::try_from(mem::size_of_val(&address)).expect("it is some bytes");
-    // SAFETY: it points to a whole address of this size and family, which lives until then.
+    // SAFETY: the pointer is to a whole address of this size and family, which outlives the call.
     #[expect(
         unsafe_code,
-        reason = "nix makes such addresses from the kernel's own only"
+        reason = "nix can only make such addresses from those of the kernel"
     )]
     let address = unsafe { LinkAddr::from_raw((&raw const address).cast(), Some(size)) };
     let address = address.ok_or(io::ErrorKind::InvalidInput)?;

@@ -1,6 +1,6 @@
-//! Token buckets on both ends of a container's veth pair: the host's end limits
-//! what the container receives, its own end what it sends. A container cannot change
-//! either, unless its job was allowed `net_admin` or `privileged`.
+//! Token buckets on both ends of a container's veth pair. The host's end limits what the
+//! container receives, the container's end what it sends. A container cannot change them,
+//! unless its job may use `net_admin` or `privileged`.
 
 use std::io;
 
@@ -14,7 +14,7 @@ use netlink_sys::Socket;
 use super::{Error, Rates, frames::Frames};
 use crate::netlink;
 
-/// How much may queue behind the bucket, in time at the limited rate.
+/// Most traffic that may queue behind the bucket, as time at the limited rate.
 const QUEUE_MILLIS: u32 = 100;
 
 /// The two ends of one container's veth pair.
@@ -84,14 +84,14 @@ impl End {
             flags,
             |_| {},
         )?;
-        // What waits in the bucket waits for as long as the old rate says, unless
-        // something comes after it.
+        // Waiting packets would wait as long as the old rate says, unless another packet
+        // follows.
         self.frames.send_empty(self.interface)
     }
 }
 
-/// Options of the `tbf` queueing discipline (`linux/pkt_sched.h`): the parameters,
-/// and the burst in bytes, which spares us the kernel's clock ticks.
+/// Options of the `tbf` queueing discipline (`linux/pkt_sched.h`): the parameters, and the
+/// burst in bytes, which avoids converting to the kernel's clock ticks.
 fn token_bucket(mbits: u32, burst: u32) -> Vec<TcOption> {
     const TCA_TBF_PARMS: u16 = 1;
     const TCA_TBF_BURST: u16 = 6;

@@ -1,4 +1,4 @@
-//! The way to one container's init, and who is in that container.
+//! The connection to one container's init, and who is in that container.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -8,39 +8,39 @@ use tokio::time::timeout;
 use super::{Link, Listener};
 use crate::{docker::Docker, process::Held};
 
-/// For an init that is killed to be gone.
+/// How long a killed init may take to end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A slot's container, as the journal must have it.
+/// A slot's container, as the journal records it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Occupant {
     pub container: String,
-    /// Process 1 of the container by its number on the host, and its start time in the
-    /// kernel's words.
+    /// Process 1 of the container by its number on the host, and its start time according
+    /// to the kernel.
     pub pid: u32,
     pub pid_start: u64,
     /// The folder of its socket.
     pub link: PathBuf,
 }
 
-/// The way to one container's init.
+/// The connection to one container's init.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    /// Keeps the folder that is mounted into the container.
+    /// Owns the folder that is mounted into the container.
     pub(crate) listener: Listener,
     pub(crate) init: Held,
     pub(crate) pid: u32,
-    /// `None` until init is back.
+    /// `None` until init has reconnected.
     pub(crate) link: Option<Link>,
 }
 
 impl Connection {
-    /// Ends init, and with it everything in its container, whose CPU and memory are free
-    /// then. Docker removes one that cannot be killed, for example in a paused container;
-    /// it is asked until it has.
+    /// Ends init and so everything in its container, which frees its CPU and memory. If
+    /// init cannot be killed, for example in a paused container, Docker must remove the
+    /// container; the driver retries until it has.
     ///
     /// # Cancel safety
-    /// What was begun continues.
+    /// The end that was started continues.
     pub(crate) async fn end(&mut self, docker: &Docker, container: &str) {
         if let Some(link) = &mut self.link {
             let released = to_init::Message::Release(Release {});

@@ -1,5 +1,5 @@
-//! Runs that were open when an earlier life of the driver ended: they went on in their
-//! containers, and go on here.
+//! Recovers runs that were open when an earlier life of the driver ended. They continued in
+//! their containers, and continue here.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::{
     slot::Slots,
 };
 
-/// Takes up every one of them, before anybody can ask. dockerd is not needed.
+/// Recovers all open runs, before anybody can ask for them. dockerd is not needed.
 pub(super) fn recover(slots: &Arc<Slots>, open: Vec<Open>) {
     for Open { run, inputs } in open {
         let share = slots.headroom.take_back(run.claimed.share);
@@ -50,7 +50,7 @@ async fn resume(slots: &Slots, run: &Run, inputs: mpsc::Receiver<Input>) {
             return lost(&crate::chain(&error));
         }
     };
-    // For the reason of an end by the kernel; the run goes on without it.
+    // The limits show why the kernel ended a run; the run continues without them.
     let (pid, class) = (claimed.pid, slots.site.config.run);
     let limits = tokio::task::spawn_blocking(move || limits::Handle::open(pid, &class)).await;
     let limits = limits.ok().and_then(|opened| {
@@ -60,7 +60,7 @@ async fn resume(slots: &Slots, run: &Run, inputs: mpsc::Receiver<Input>) {
                 tracing::warn!(
                     run_id,
                     error = crate::chain(error),
-                    "a run's limits cannot be read"
+                    "cannot read a run's limits"
                 );
             })
             .ok()
@@ -68,7 +68,7 @@ async fn resume(slots: &Slots, run: &Run, inputs: mpsc::Receiver<Input>) {
     tracing::info!(
         run_id = claimed.run_id,
         slot = claimed.slot_id,
-        "a run goes on"
+        "a run continues"
     );
     let mut connection = Connection {
         listener,

@@ -1,7 +1,7 @@
-//! `polydev.node.v1`: decodes, asks the book and the slots, encodes. [`slots`] is what a shim
-//! watches, [`claim`] and [`lease`] read what it asks for, [`call`] is a run's stream in both
-//! directions and [`encode`] its events, [`fence`] closes runs, [`runs`] lists them, and
-//! [`figures`] sums the node up.
+//! `polydev.node.v1`: decodes, asks the book and the slots, encodes. [`slots`] is what a
+//! shim watches, [`claim`] and [`lease`] decode its requests, [`call`] is a run's stream in
+//! both directions and [`encode`] its events, [`fence`] closes runs, [`runs`] lists them,
+//! and [`figures`] sums up the node.
 
 mod call;
 mod claim;
@@ -48,15 +48,16 @@ use crate::run::{
 };
 use encode::{duration, encode_ended, encode_event, encode_slot};
 
-/// It is a sentence, and goes into the journal.
+/// A reason is a sentence, and the journal stores it.
 const MAX_REASON: usize = 500;
-/// A claim with argv and environment at the kernel's limits, and credential files.
+/// Fits a claim with credential files, and with argv and environment at the kernel's
+/// limits.
 const MAX_MESSAGE: usize = 4 << 20;
 
 /// Binds the node service's socket, for root alone.
 ///
 /// # Errors
-/// As the kernel says.
+/// The kernel's error.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -67,7 +68,7 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Of connections from other machines those of shims: whose names `allow` has.
+/// Only connections of shims whose names are in `allow`.
 pub fn known(
     incoming: impl Stream<Item = Connection> + Send,
     allow: Vec<String>,
@@ -77,7 +78,10 @@ pub fn known(
         let caller = &connection.caller.0;
         let is_known = allow.iter().any(|name| name.matches(caller));
         if !is_known {
-            tracing::warn!(caller, "turned away: `shims.allow` does not name it");
+            tracing::warn!(
+                caller,
+                "rejected a connection: `shims.allow` does not contain the caller's name"
+            );
         }
         std::future::ready(is_known.then_some(Ok(connection)))
     })
@@ -143,7 +147,7 @@ impl NodeService for Service {
 
         let mut follower = Follower::new(run.clone(), PerStream::default()).map_err(beyond_end)?;
         let stdin_offset = follower.stdin_taken();
-        // The first event tells whether it was granted or refused after all.
+        // The first event shows whether the claim was granted or refused.
         let granted = follower.next().await.map(encode_event).transpose()?;
         let inputs = requests.filter_map(|request| async {
             match request.ok()?.message? {
@@ -175,7 +179,7 @@ impl NodeService for Service {
             ));
         };
         let run = self.find(&attach.run_id, Some(&attach.user_id))?;
-        // Only init knows how far a run is that has just been taken up.
+        // Only init knows the progress of a run that was just recovered.
         run.known().await;
         let offsets = PerStream::new(
             attach.stdout_offset,
@@ -211,7 +215,7 @@ impl NodeService for Service {
         } = request.into_inner();
         if reason.len() > MAX_REASON {
             return Err(Status::invalid_argument(format!(
-                "`reason` has {} bytes, allowed are {MAX_REASON}",
+                "`reason` has {} bytes; at most {MAX_REASON} are allowed",
                 reason.len()
             )));
         }
@@ -302,7 +306,7 @@ impl NodeService for Service {
 }
 
 impl Service {
-    /// `None` is the operator.
+    /// `None` stands for the operator.
     fn find(&self, run_id: &str, user_id: Option<&str>) -> Result<Arc<Run>, Status> {
         self.node.runs.find(run_id, user_id).map_err(not_found)
     }
@@ -321,7 +325,7 @@ fn beyond_end(error: BeyondEnd) -> Status {
     Status::out_of_range(error.to_string())
 }
 
-/// All refusals are definite; see `node.proto` for what a shim does after each.
+/// Every refusal is final; `node.proto` says what a shim does after each.
 fn refuse(refusal: &Refusal) -> Status {
     let message = crate::chain(refusal);
     match refusal {

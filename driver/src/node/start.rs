@@ -1,5 +1,5 @@
-//! How this process takes charge of its node: everything that may fail is prepared first, then
-//! the runs and tasks of an earlier life are taken up, and only then can anybody ask.
+//! Takes charge of the node: first prepares everything that may fail, then recovers the
+//! runs and tasks of an earlier life, and only then accepts requests.
 
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};
 
@@ -31,7 +31,7 @@ use crate::{
     task::{self, Tasks, journal::Journal},
 };
 
-/// Why the driver cannot take charge yet. All of it is tried again.
+/// Why the driver cannot take charge yet. The caller tries again.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
@@ -44,7 +44,7 @@ pub enum Error {
     Runs(#[from] run::book::Error),
     #[error("cannot listen at `{path}`")]
     Listen { path: PathBuf, source: io::Error },
-    #[error("cannot listen at `shims.listen`, {address}")]
+    #[error("cannot listen at {address}, given in `shims.listen`")]
     Shims {
         address: SocketAddr,
         source: io::Error,
@@ -52,11 +52,11 @@ pub enum Error {
 }
 
 impl Node {
-    /// Takes up what an earlier life of the driver left and starts to serve shims.
-    /// Docker is not asked for anything: [`Node::prepare`] does that.
+    /// Recovers what an earlier life of the driver left, and starts to serve shims. Docker
+    /// is not needed: [`Node::prepare`] contacts it.
     ///
     /// # Errors
-    /// [`Error`] with the lock, to try again with.
+    /// [`Error`], with the lock for the next attempt.
     pub fn take(
         config: config::Plugin,
         compute: Compute,
@@ -71,13 +71,13 @@ impl Node {
     }
 }
 
-/// All that may fail, done.
+/// The result of every step that may fail.
 struct Prepared {
     site: Arc<Site>,
     journal: Journal,
     idle: Shelf,
     runs: Arc<Runs>,
-    /// Runs that go on.
+    /// Runs that continue.
     open: Vec<Open>,
     listener: UnixListener,
     /// For shims on other machines.
@@ -109,7 +109,8 @@ impl Prepared {
         });
         Ok(Self {
             secured: secured.transpose()?,
-            // The last of what may fail: it is not started and stopped with every try.
+            // Comes last of the steps that may fail, so that failed attempts do not start
+            // and stop the export.
             metrics: Metrics::new(config.telemetry.as_ref(), &instance),
             site: Arc::new(Site {
                 images: Images::new(&config, docker.clone()),
@@ -134,7 +135,7 @@ impl Prepared {
         })
     }
 
-    /// The node, with everything that runs in its background.
+    /// Creates the node, and starts its background tasks.
     fn begin(self, lock: Lock) -> Arc<Node> {
         let Self {
             site,

@@ -1,7 +1,7 @@
-//! Who the plugin is and how it is configured.
+//! The plugin's identity and configuration.
 //!
-//! Every agent start launches the binary three times: twice to look at it, without
-//! `nomad_config`, and once for real. Only the real one takes the node.
+//! Each agent start launches the binary three times: twice to inspect it, without
+//! `nomad_config`, and once to use it. Only the third process takes charge of the node.
 
 use std::sync::Arc;
 
@@ -22,14 +22,14 @@ use crate::{
     site::Compute,
 };
 
-/// The only driver API there is.
+/// The only version of the driver API.
 const API_VERSION: &str = "v0.1.0";
-/// What jobs write as `driver`.
+/// The value of `driver` in jobs.
 const NAME: &str = "polydev";
 
 pub(super) struct Base {
     events: Events,
-    /// Taken by the first real configuration.
+    /// Taken by the first configuration that has `nomad_config`.
     publish: Mutex<Option<Publish>>,
 }
 
@@ -71,8 +71,8 @@ impl BasePlugin for Base {
         }))
     }
 
-    /// An error here keeps the whole agent from starting, so that only what is
-    /// wrong in itself is refused; what is missing is told by the fingerprint.
+    /// An error here prevents the whole agent from starting. So only values that are wrong
+    /// in themselves are rejected; the fingerprint reports what is missing on the node.
     async fn set_config(
         &self,
         request: Request<SetConfigRequest>,
@@ -86,10 +86,10 @@ impl BasePlugin for Base {
             match publish {
                 Some((node, health)) => {
                     let run = fingerprint::run(config, compute, self.events.clone(), node, health);
-                    // Ends with the process.
+                    // Runs until the process ends.
                     tokio::spawn(run);
                 }
-                None => tracing::warn!("a second configuration is ignored until the next start"),
+                None => tracing::warn!("ignoring a second configuration until the next start"),
             }
         }
         Ok(Response::new(SetConfigResponse {}))

@@ -1,4 +1,4 @@
-//! The host's last call.
+//! The host's last call, `Shutdown`.
 
 use polydev_proto::goplugin::{Empty, grpc_controller_server::GrpcController};
 use tokio::{
@@ -7,7 +7,7 @@ use tokio::{
 };
 use tonic::{Request, Response, Status};
 
-/// Long enough for the answer to reach the host, far below its two seconds.
+/// Long enough for the response to reach the host, and well below its two seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(20);
 
 pub(super) struct Controller {
@@ -16,7 +16,7 @@ pub(super) struct Controller {
 
 #[tonic::async_trait]
 impl GrpcController for Controller {
-    /// Answers first and leaves then: a host that gets no answer waits for ever.
+    /// Responds before the plugin stops: a host without a response waits forever.
     async fn shutdown(&self, _: Request<Empty>) -> Result<Response<Empty>, Status> {
         let leave = self.leave.clone();
         tokio::spawn(async move {

@@ -1,5 +1,5 @@
-//! How a plugin and its host recognise each other: a cookie in the environment,
-//! and one line on stdout.
+//! How a plugin and its host recognise each other: a cookie in the environment, and one
+//! line on stdout.
 
 use std::{io, path::Path};
 
@@ -9,18 +9,18 @@ const COOKIE_VALUE: &str = "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d857a8
 const CORE_VERSION: u32 = 1;
 const APP_VERSION: u32 = 2;
 
-/// Why no host is there to be served.
+/// Why the process has no host to serve.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     #[error(
-        "this is a Nomad task driver plugin and is started by a Nomad agent.\n\
+        "this is a Nomad task driver plugin; a Nomad agent must start it.\n\
          Put it into the agent's plugin_dir and add to the agent's configuration:\n\n    \
          plugin \"nomad-driver-polydev\" {{}}\n\n\
          To try it without Nomad: polydev-shim dev"
     )]
     ByHand,
     #[error(
-        "the host speaks versions `{offered}` of Nomad's plugin protocol, this plugin {APP_VERSION}"
+        "the host supports versions `{offered}` of Nomad's plugin protocol; this plugin requires version {APP_VERSION}"
     )]
     Version { offered: String },
 }
@@ -28,7 +28,7 @@ pub enum Error {
 /// Checks that a host has started this process.
 ///
 /// # Errors
-/// [`Error`], a text for whoever did start it.
+/// [`Error`], with a text for the person who started it.
 pub fn check(variable: impl Fn(&str) -> Option<String>) -> Result<(), Error> {
     if variable(COOKIE).as_deref() != Some(COOKIE_VALUE) {
         return Err(Error::ByHand);
@@ -44,7 +44,7 @@ pub fn check(variable: impl Fn(&str) -> Option<String>) -> Result<(), Error> {
     }
 }
 
-/// Tells the host where to connect; nothing else may ever be written to its stdout.
+/// Sends the host the plugin's address. Nothing else may be written to the host's stdout.
 pub(super) fn announce(stdout: &mut impl io::Write, socket: &Path) -> io::Result<()> {
     writeln!(
         stdout,

@@ -1,5 +1,5 @@
-//! One message of a run beside its output, in the driver's tmpfs, for the next life of the
-//! driver: the list of its artifacts, or what it refreshed of its account.
+//! One message of a run, kept next to its output in the driver's tmpfs for the next life of
+//! the driver: the list of its artifacts, or its refreshed account.
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use prost::Message;
 
 use super::{file_name, journal::Claimed};
 
-/// The file with the message, if there is one.
+/// The file that holds the message, if there is one.
 #[derive(Debug)]
 pub(super) struct Beside<M> {
     path: PathBuf,
@@ -27,18 +27,18 @@ impl<M: Message + Default> Beside<M> {
         }
     }
 
-    /// Takes the place of the one before, if there is memory for it: if not, it is lost with this
-    /// process.
+    /// Replaces the previous message. Without memory for it, the message is lost when this
+    /// process ends.
     pub(super) fn keep(&self, message: &M) {
         let new = self.path.with_added_extension("new");
         let written = fs::write(&new, message.encode_to_vec());
         if let Err(error) = written.and_then(|()| fs::rename(&new, &self.path)) {
-            tracing::warn!(path = %self.path.display(), %error, "not kept for a restart");
+            tracing::warn!(path = %self.path.display(), %error, "cannot keep a message for a restart");
             remove(&new);
         }
     }
 
-    /// What an earlier life of the driver left.
+    /// Reads what an earlier life of the driver left.
     pub(super) fn read(&self) -> Option<M> {
         let bytes = fs::read(&self.path).ok()?;
         M::decode(&*bytes).ok()
@@ -52,7 +52,7 @@ impl<M: Message + Default> Beside<M> {
 fn remove(path: &Path) {
     match fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
-            tracing::warn!(path = %path.display(), %error, "a message stays in memory");
+            tracing::warn!(path = %path.display(), %error, "cannot remove a message from memory");
         }
         _ => {}
     }

@@ -1,8 +1,8 @@
-//! Every run of the node that a question may come about, and the decision about a claim:
-//! the only place where a run id gets a run. [`admission`] is that decision, in its phases,
-//! [`replay`] is between the
-//! book and the journal, [`memory`] where the output is kept, [`tidy`] gives up what
-//! is kept no longer, [`fence`] closes a run to all tries but one.
+//! Every run of the node that somebody may ask about, and the decision about a claim: this
+//! is the only place where a run id gets a run. [`admission`] is that decision in its
+//! phases, [`replay`] converts between book and journal, [`memory`] is where output is
+//! kept, [`tidy`] discards what is no longer kept, and [`fence`] closes a run to all tries
+//! but one.
 
 mod admission;
 mod fence;
@@ -35,16 +35,16 @@ use super::{
 use fence::Fence;
 use memory::Memory;
 
-/// From a run's end, for a caller that comes back.
+/// How long after its end a run's results stay for a caller that comes back.
 pub const RESULTS_TIMEOUT: Duration = Duration::from_secs(10 * 60);
-/// A run id is remembered until no claim of it can come any more, by any clock.
+/// A run id is remembered until no claim with it can arrive any longer, by any clock.
 const MEMORY_TIMEOUT: Duration = MAX_ID_AGE.saturating_add(RESULTS_TIMEOUT);
-/// Steps that a watcher may be behind before it has to look at all runs again.
+/// How many steps a watcher may lag before it must list all runs again.
 const MAX_STEPS: usize = 1024;
-/// By how much the clock that made a run id may differ from this machine's.
+/// Largest difference between this machine's clock and the one that made a run id.
 const MAX_CLOCK_SKEW: Duration = Duration::from_secs(60);
 
-/// Why runs cannot be taken up.
+/// Why the book cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
@@ -54,7 +54,7 @@ pub enum Error {
         path: PathBuf,
         source: std::io::Error,
     },
-    #[error("the kernel does not say its boot id")]
+    #[error("cannot read the kernel's boot id")]
     Boot(#[source] procfs::ProcError),
 }
 
@@ -62,16 +62,15 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Runs {
     inner: Mutex<Inner>,
-    /// With the runs' output.
+    /// Holds the runs' output.
     windows: Memory,
     pub(crate) boot_id: String,
-    /// Of runs that were made before the machine was started, or the journal begun, some may
-    /// be forgotten.
+    /// Runs older than the machine's start or the journal may be forgotten.
     booted: SystemTime,
     begun: SystemTime,
-    /// The id of each run that is new or has come further.
+    /// The id of each run that is new or has made progress.
     steps: broadcast::Sender<String>,
-    /// That of each run that tells what it has refreshed.
+    /// The id of each run with a newly refreshed account.
     pub(super) refreshed: broadcast::Sender<String>,
 }
 
@@ -81,13 +80,13 @@ struct Inner {
     journal: Journal,
 }
 
-/// What is known of a run id.
+/// What is known about a run id.
 #[derive(Debug)]
 enum Known {
     Run(Arc<Run>),
-    /// Its results are not kept any more.
+    /// The run's results are no longer kept.
     Past(Past),
-    /// It has not run here.
+    /// The run has not run here.
     Fenced(Fence),
 }
 
@@ -99,25 +98,25 @@ struct Past {
     claimed_at: SystemTime,
 }
 
-/// Why a run cannot be had.
+/// Why a run is not available.
 #[derive(Debug, thiserror::Error)]
 pub enum NotFound {
     #[error("this node has no run `{run_id}`")]
     Unknown { run_id: String },
     #[error("run `{run_id}` has ended, and its results were kept for {} minutes", RESULTS_TIMEOUT.as_secs() / 60)]
     Released { run_id: String },
-    #[error("run `{run_id}` was claimed and not started")]
+    #[error("run `{run_id}` was claimed but not started")]
     Aborted { run_id: String },
-    #[error("run `{run_id}` is another user's")]
+    #[error("run `{run_id}` belongs to another user")]
     Forbidden { run_id: String },
 }
 
 impl Runs {
-    /// Reads what an earlier life of the driver left. The runs that were open then are
-    /// returned with it, for [`crate::node::recover`].
+    /// Reads what an earlier life of the driver left. Returns the runs that were open then,
+    /// for [`crate::node::recover`].
     ///
     /// # Errors
-    /// [`Error`]; nothing has been changed that a later try would miss.
+    /// [`Error`]; a later attempt finds everything unchanged.
     pub(crate) fn open(state_dir: &Path) -> Result<(Self, Vec<Open>), Error> {
         let boot_id = boot_id().map_err(Error::Boot)?;
         let (journal, records) = Journal::open(state_dir)?;
@@ -139,11 +138,11 @@ impl Runs {
         Ok((runs, open))
     }
 
-    /// Begins to admit a claim: no other claim is decided until the [`Admission`] is used or
-    /// dropped.
+    /// Starts to admit a claim. No other claim is decided until the [`Admission`] is used
+    /// or dropped.
     ///
     /// # Errors
-    /// [`Refusal`], definite: nothing has changed.
+    /// [`Refusal`], which is final: nothing has changed.
     pub(crate) fn admit(&self, parsed: &Parsed) -> Result<Admit<'_>, Refusal> {
         let run_id = &parsed.start.run_id;
         let mut inner = self.lock();
@@ -160,10 +159,10 @@ impl Runs {
         Ok(Admit::New(Admission { runs: self, inner }))
     }
 
-    /// The run that a claim is for, if it has been claimed before.
+    /// The run of a claim that was made before.
     ///
     /// # Errors
-    /// [`Refusal`] if no slot can be claimed for it.
+    /// [`Refusal`] if the claim cannot get a slot.
     pub(crate) fn repeated(&self, parsed: &Parsed) -> Result<Option<Arc<Run>>, Refusal> {
         self.lock().repeated(parsed)
     }
@@ -185,9 +184,9 @@ impl Runs {
         }
     }
 
-    /// What was made before this boot or this journal, and what is remembered no longer.
+    /// Whether a run is older than this boot or this journal, or was forgotten since.
     fn may_have_forgotten(&self, run_id: &str) -> bool {
-        // A journal that was begun in this boot has lost nothing to it.
+        // A journal that was started in this boot has lost nothing to it.
         let since = if self.begun > self.booted {
             self.begun
         } else {
@@ -198,8 +197,8 @@ impl Runs {
             .is_ok_and(|made| made < since || oldest.is_some_and(|oldest| made < oldest))
     }
 
-    /// Asks a run to end: SIGTERM now, SIGKILL after its kill timeout; a restarted driver
-    /// remembers that.
+    /// Asks a run to end: SIGTERM now, and SIGKILL after its kill timeout. A restarted
+    /// driver remembers the request.
     pub fn cancel(&self, run: &Run, reason: &str) {
         if run.is_over() || run.cancel.reason().is_some() {
             return;
@@ -211,7 +210,7 @@ impl Runs {
         self.remember(&record, |_| run.cancel.ask(reason));
     }
 
-    /// The open run in a slot, if there is one.
+    /// The open run in a slot, if any.
     pub(crate) fn open_in(&self, slot_id: &str) -> Option<Arc<Run>> {
         let inner = self.lock();
         let mut open = inner
@@ -220,7 +219,7 @@ impl Runs {
         open.next().cloned()
     }
 
-    /// The last container of a slot that had a run.
+    /// The number of a slot's last container that had a run.
     pub(crate) fn last_generation(&self, slot_id: &str) -> u64 {
         let inner = self.lock();
         let generations = inner.known.values().filter_map(|known| match known {
@@ -238,7 +237,7 @@ impl Runs {
         matches!(standing, Some(Standing::Ran { .. }))
     }
 
-    /// Whether a run is in a container, or was until a moment ago.
+    /// Whether a container has a run, or had one until a moment ago.
     pub(crate) fn holds(&self, container: &str) -> bool {
         let inner = self.lock();
         inner
@@ -246,13 +245,13 @@ impl Runs {
             .any(|run| run.claimed.container == container && !run.gone.is_cancelled())
     }
 
-    /// The runs whose results are kept, in no order.
+    /// The matching runs whose results are kept, in no particular order.
     pub(super) fn all(&self, fits: impl Fn(&Run) -> bool) -> Vec<Arc<Run>> {
         let inner = self.lock();
         inner.runs().filter(|run| fits(run)).cloned().collect()
     }
 
-    /// How many runs go on.
+    /// The number of runs that have not ended.
     pub(crate) fn going(&self) -> usize {
         self.lock().runs().filter(|run| !run.is_over()).count()
     }
@@ -268,7 +267,7 @@ impl Runs {
         });
     }
 
-    /// A run is over, with a result.
+    /// Records that a run ended, with its result.
     pub(crate) fn ended(&self, run: &Run, ended: Ended) {
         let record = Record::Exited {
             run_id: run.claimed.run_id.clone(),
@@ -280,7 +279,8 @@ impl Runs {
         });
     }
 
-    /// A claim came to nothing: the same try may claim again, above its ballot.
+    /// Records that a claim failed before the start. The same try may claim again, above
+    /// its ballot.
     pub(crate) fn aborted(&self, run: &Run, refusal: Refusal) {
         let run_id = &run.claimed.run_id;
         let record = Record::Aborted {
@@ -295,39 +295,43 @@ impl Runs {
         run.release_output();
     }
 
-    /// Gives up the results of the run that ended first.
+    /// Discards the results of the run that ended first.
     pub(super) fn make_room(&self) {
         self.lock().release_oldest();
     }
 
-    /// Nothing is left that a driver could take up; results of ended runs go too.
+    /// Unmounts the output: no run is left to recover, and the results of ended runs go too.
     pub(crate) fn leave(&self) {
         self.windows.unmount();
     }
 
-    /// Writes a step down, and takes it before the journal can be written anew. One that
-    /// cannot be written does not stop what already runs.
+    /// Journals a step, and applies it before the journal can be rewritten. If the write
+    /// fails, what already runs continues.
     fn remember(&self, record: &Record, step: impl FnOnce(&mut HashMap<String, Known>)) {
         let mut inner = self.lock();
         if let Err(error) = inner.journal.write(record) {
             let run_id = record.run_id();
-            tracing::error!(run_id, error = crate::chain(&error), "not in the journal");
+            tracing::error!(
+                run_id,
+                error = crate::chain(&error),
+                "cannot write to the journal"
+            );
         }
         step(&mut inner.known);
         self.tell(record.run_id());
     }
 
     fn tell(&self, run_id: &str) {
-        // Often nobody listens.
+        // Often there is no listener.
         let _listeners = self.steps.send(run_id.to_owned());
     }
 
-    /// When the journal was begun: the node may be newer than runs that were made before.
+    /// When the journal was started; older runs may be unknown to this node.
     pub fn since(&self) -> SystemTime {
         self.begun
     }
 
-    /// The id of each run that is new or comes further, from now on.
+    /// The id of each run that is new or makes progress, from now on.
     pub fn steps(&self) -> broadcast::Receiver<String> {
         self.steps.subscribe()
     }
@@ -378,7 +382,7 @@ impl Inner {
         }
     }
 
-    /// False if there is nothing to give up.
+    /// Returns false if there is nothing to discard.
     fn release_oldest(&mut self) -> bool {
         let ended = self.runs().filter(|run| run.is_over());
         let oldest = ended.min_by_key(|run| run.claimed.claimed_at).cloned();
@@ -395,7 +399,11 @@ impl Inner {
         };
         let run_id = run.claimed.run_id.clone();
         if let Err(error) = self.journal.write(&past.record(&run_id)) {
-            tracing::warn!(run_id, error = crate::chain(&error), "not in the journal");
+            tracing::warn!(
+                run_id,
+                error = crate::chain(&error),
+                "cannot write to the journal"
+            );
         }
         self.known.insert(run_id, Known::Past(past));
     }

@@ -1,10 +1,10 @@
-//! That a run is to end before its time, and why.
+//! A request to end a run early, and its reason.
 
 use std::sync::OnceLock;
 
 use tokio_util::sync::CancellationToken;
 
-/// Asked for at most once: who comes later changes nothing.
+/// The first request counts; later ones have no effect.
 #[derive(Debug, Default)]
 pub(super) struct Cancel {
     reason: OnceLock<String>,
@@ -12,23 +12,23 @@ pub(super) struct Cancel {
 }
 
 impl Cancel {
-    /// `reason` is a sentence for people, or empty.
+    /// `reason` is a sentence for people; may be empty.
     pub(super) fn ask(&self, reason: &str) {
         let _earlier_stands = self.reason.set(reason.to_owned());
         self.token.cancel();
     }
 
-    /// Waits until somebody asks. Cancel safe.
+    /// Waits for a request. Cancel safe.
     pub(super) async fn asked(&self) {
         self.token.cancelled().await;
     }
 
-    /// Of the one who asked first; `None` if nobody did.
+    /// The reason of the first request; `None` without a request.
     pub(super) fn reason(&self) -> Option<&str> {
         self.reason.get().map(String::as_str)
     }
 
-    /// For the run's end.
+    /// The message for the run's end.
     pub(super) fn message(&self) -> String {
         match self.reason() {
             None | Some("") => "it was cancelled".into(),

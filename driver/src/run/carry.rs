@@ -1,8 +1,9 @@
-//! Carrying one run: from a container that waits to the end of its command.
+//! Carries one run, from a waiting container to the end of its command.
 //!
-//! Neither Docker nor Nomad is asked for anything here. Bytes of the command are
-//! acknowledged to init when they are in the run's windows, and init sends again what is
-//! not, on every new connection: neither a break nor a restart of this process loses any.
+//! This needs neither Docker nor Nomad. The driver acknowledges the command's output to
+//! init once it is in the run's windows. On every new connection init resends what was not
+//! acknowledged. So neither a broken connection nor a restart of this process loses any
+//! output.
 
 mod again;
 mod end;
@@ -31,35 +32,37 @@ use crate::{
     link::{self, Connection},
 };
 
-/// What init gets on top of the deadline before the driver ends the container itself.
+/// How long past the deadline the driver waits for init, before it ends the container
+/// itself.
 const GRACE_TIMEOUT: Duration = Duration::from_secs(1);
-/// From the claim on, for the files that the command needs.
+/// How long after the claim the command's files may take to arrive.
 const FILES_TIMEOUT: Duration = Duration::from_secs(2 * 60);
-/// For an init whose connection broke.
+/// How long an init with a broken connection may take to reconnect.
 const RETURN_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often to look for memory that output needs.
+/// How often to check whether memory for output is available again.
 const MEMORY_INTERVAL: Duration = Duration::from_millis(100);
-/// Beyond the caller's window, for the last output of a run that is asked to end: what init
-/// and the command's pipes hold.
+/// Room beyond the caller's window for the last output of a run that is asked to end: it
+/// fits what init and the command's pipes hold.
 const MAX_LAST_OUTPUT: u64 = 2 << 20;
 
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
 
-/// What is to be started, and the right to it.
+/// A run to start, and its input.
 #[derive(Debug)]
 pub(crate) struct Order {
     pub(crate) start: Start,
-    /// It must not start any more from then on.
+    /// The command must not start after this time.
     pub(crate) start_by: Instant,
     pub(crate) inputs: mpsc::Receiver<Input>,
 }
 
-/// Raises the limits, starts the command and carries it to its end. The container is of
-/// no further use afterwards.
+/// Raises the limits, starts the command and carries it to its end. Afterwards the
+/// container is no longer needed.
 ///
-/// Bandwidth is raised beside the start, and lowered before it, because the kernel changes a token bucket under the
-/// lock that the making and removing of other containers' interfaces takes for long.
+/// Bandwidth is raised during the start, but lowered before it. The change can take long,
+/// because the kernel holds the same lock while it creates or removes other containers'
+/// interfaces.
 pub(crate) async fn start(
     runs: &Runs,
     run: &Run,
@@ -87,7 +90,7 @@ pub(crate) async fn start(
         tracing::warn!(
             run_id = run.claimed.run_id,
             error = crate::chain(&refusal),
-            "not started"
+            "the run is not started"
         );
         return runs.aborted(run, refusal);
     }
@@ -101,13 +104,13 @@ pub(crate) async fn start(
     });
     let mut carrier = Carrier::new(runs, run, connection, Some(limits), order.inputs);
     carrier.shaping = shaping;
-    // Whether it arrived is asked of init, should the connection break.
+    // If the connection breaks, init reports whether the message arrived.
     let start = to_init::Message::Start(order.start.into());
     let _told_below = carrier.send(start).await;
     carrier.carry().await;
 }
 
-/// Goes on with a run of an earlier life of the driver.
+/// Continues a run from an earlier life of the driver.
 pub(crate) async fn resume(
     runs: &Runs,
     run: &Run,
@@ -125,27 +128,28 @@ struct Carrier<'a> {
     run: &'a Run,
     connection: &'a mut Connection,
     limits: Option<&'a limits::Handle>,
-    /// Until its bandwidth is the run's.
+    /// Set until the run's bandwidth is in force.
     shaping: Option<JoinHandle<Result<(), limits::Error>>>,
     inputs: mpsc::Receiver<Input>,
     stdin: StdinWindow,
-    /// Its size as the caller last said.
+    /// The size from the caller's last resize.
     terminal: Option<TerminalSize>,
-    /// How the command ended whose artifacts are being read.
+    /// How the command ended, while its artifacts are being read.
     collected: Option<Exited>,
     /// When the driver stops waiting for init.
     end_at: Instant,
     ending: Ending,
-    /// The command is dead: its output is taken whether the caller has room for it or not.
+    /// The command is dead: accept all its output, even if the caller's window is full.
     overdraft: bool,
-    /// Output for which there was no memory. It is not acknowledged, and nothing more is read.
+    /// Output for which there was no memory. It is not acknowledged, and nothing more is
+    /// read meanwhile.
     starved: Option<Data>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum Ending {
     No,
-    /// SIGTERM is sent, SIGKILL follows.
+    /// SIGTERM is sent; SIGKILL follows.
     Asked {
         kill_at: Instant,
     },
@@ -157,16 +161,16 @@ enum Wake {
     Input(Input),
     Shaped(Result<(), String>),
     Room,
-    /// There may be memory again.
+    /// Memory may be available again.
     Memory,
-    /// Init is gone while nobody reads what it left.
+    /// Init has ended while its remaining output could not be read.
     Died,
     Cancel,
     Kill,
     Time,
 }
 
-/// What interrupts the carriage: for now, or for good.
+/// What interrupts the run, temporarily or for good.
 enum Stop {
     Link(link::Error),
     End(End),
@@ -178,7 +182,7 @@ impl From<link::Error> for Stop {
     }
 }
 
-/// The end of a run's carriage.
+/// How carrying a run ended.
 enum End {
     Ended(Ended),
     NotStarted(Refusal),
@@ -216,7 +220,7 @@ impl<'a> Carrier<'a> {
                 Err(Stop::End(end)) => break end,
                 Err(Stop::Link(error)) => {
                     let (run_id, error) = (&self.run.claimed.run_id, crate::chain(&error));
-                    tracing::debug!(run_id, error, "init is out of reach");
+                    tracing::debug!(run_id, error, "lost the connection to init");
                     self.connection.link = None;
                 }
             }
@@ -244,7 +248,7 @@ impl<'a> Carrier<'a> {
                 self.overdraft = true;
                 Ok(())
             }
-            // Its command has ended already, and only files are left to be fetched.
+            // The command has already ended; only files remain to be fetched.
             Wake::Cancel | Wake::Kill if self.collected.is_some() => Err(self.lost()),
             Wake::Cancel => {
                 let kill_at = Instant::now() + self.run.claimed.kill_timeout;
@@ -256,8 +260,8 @@ impl<'a> Carrier<'a> {
         }
     }
 
-    /// Waits for whatever comes first. Init is read only when there is room for what
-    /// it says: a caller that reads slowly slows the command.
+    /// Waits for the next event. Init's messages are read only while there is room for
+    /// them, so a slow caller slows down the command.
     async fn wait(&mut self) -> Wake {
         let wake_at = match self.ending {
             Ending::Asked { kill_at } => kill_at.min(self.end_at),
@@ -265,7 +269,7 @@ impl<'a> Carrier<'a> {
         };
         let most = match self.ending {
             Ending::No => MAX_WAITING,
-            // It should not take the kill timeout to hear that the command has ended.
+            // The command's end should be seen before the kill timeout.
             Ending::Asked { .. } | Ending::Killed => MAX_WAITING + MAX_LAST_OUTPUT,
         };
         let is_starved = self.starved.is_some();
@@ -307,7 +311,7 @@ impl<'a> Carrier<'a> {
                 self.runs.refreshed(self.run, &refreshed);
             }
             from_init::Message::NotStarted(refused) => return Err(self.not_started(&refused)),
-            // Only the first message of a connection is one.
+            // Only sent first on a connection, and handled there.
             from_init::Message::Hello(_) => {}
         }
         Ok(())
@@ -324,7 +328,7 @@ impl<'a> Carrier<'a> {
             }
             Ending::No if self.waits_for_files() => Err(self.not_started(&NotStarted {
                 message: format!(
-                    "its files did not come within {} s",
+                    "its files did not arrive within {} s",
                     FILES_TIMEOUT.as_secs()
                 ),
                 ..NotStarted::default()
@@ -374,7 +378,7 @@ fn end_at(run: &Run) -> Instant {
     }
 }
 
-/// Waits for the bandwidth to be set, and clears `shaping`.
+/// Waits until the bandwidth is set, and clears `shaping`.
 async fn shaped(shaping: &mut Option<JoinHandle<Result<(), limits::Error>>>) -> Result<(), String> {
     let Some(running) = shaping else {
         return std::future::pending().await;

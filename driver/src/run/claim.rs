@@ -1,4 +1,4 @@
-//! A claim: what a shim wants run in one slot, checked.
+//! A claim, checked: what a shim wants to run in a slot.
 
 use std::time::{Duration, SystemTime};
 
@@ -14,42 +14,41 @@ use sha2::{Digest, Sha256};
 use super::Ballot;
 use crate::{headroom, life, run::journal};
 
-/// What init may hold of each stream while the driver does not read.
+/// How much of each stream init may hold while the driver does not read.
 const OUTPUT_BUFFER: u32 = 1 << 20;
-/// The longest run there is.
+/// The longest timeout of a run.
 const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 const MAX_KILL_TIMEOUT: Duration = Duration::from_secs(30);
-/// Well below the age of a run id that is taken.
+/// Well below the maximum age of a run id.
 const MAX_LEASE: Duration = Duration::from_secs(30 * 60);
 
-/// A run id is no older than that when it is claimed: for so long, and longer, a driver
-/// remembers which it has run.
+/// Maximum age of a run id at its claim. A driver remembers for longer which ids it has run.
 pub const MAX_ID_AGE: Duration = Duration::from_secs(3600);
-/// By how much clocks may differ.
+/// Largest clock difference that is tolerated.
 const MAX_CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
 
-/// A definite no: nothing of the command ran.
+/// A final refusal: nothing of the command ran.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     #[error("{0}")]
     Taken(life::Refused),
     #[error("this node has no room for another run")]
     Full(#[from] headroom::Full),
-    #[error("this node has no room for another run: {held} runs hold its memory for output")]
+    #[error("this node has no room for another run: {held} runs use up its memory for output")]
     NoOutput { held: usize },
-    #[error("this node cannot remember another run")]
+    #[error("this node cannot record another run")]
     Journal(#[from] journal::Error),
-    #[error("another try of the run stands before this one, with attempt {}", fence.attempt)]
+    #[error("another try of the run has precedence, with attempt {}", fence.attempt)]
     Fenced { fence: Ballot },
-    #[error("`run_id` {run_id} is another command's")]
+    #[error("`run_id` {run_id} belongs to another command")]
     OtherCommand { run_id: String },
-    #[error("`run_id` {run_id} has run; its results are not kept any more")]
+    #[error("`run_id` {run_id} has run; its results are no longer kept")]
     Released { run_id: String },
     #[error("this node has no slot `{slot_id}`")]
     UnknownSlot { slot_id: String },
     #[error("the claim came too late to start")]
     TooLate,
-    #[error("the claim names start `{given}` of the driver, this is `{actual}`")]
+    #[error("the claim is for start `{given}` of the driver, but this is start `{actual}`")]
     OtherStart { given: String, actual: String },
     #[error("the slot's container failed before the command was started: {reason}")]
     Broken { reason: String },
@@ -59,7 +58,7 @@ pub enum Refusal {
     Invalid(#[from] Invalid),
 }
 
-/// A field of a claim that no slot would take.
+/// A field of a claim that no slot would accept.
 #[derive(Debug, thiserror::Error)]
 #[error("`{field}` {problem}")]
 pub struct Invalid {
@@ -89,12 +88,12 @@ pub struct Parsed {
     pub timeout: Duration,
     pub kill_timeout: Duration,
     pub drop_oldest: bool,
-    /// Of its input.
+    /// How much of its input is files.
     pub files_bytes: u64,
 }
 
-/// SHA-256 over all that is executed and for whom, in hexadecimal. Of secrets it has the
-/// names only.
+/// SHA-256, in hexadecimal, over everything that is executed and for whom. Of secrets it
+/// includes only the names.
 #[must_use]
 pub fn spec_hash(user_id: &str, spec: &node::RunSpec) -> String {
     let mut hash = Sha256::new();
@@ -103,12 +102,12 @@ pub fn spec_hash(user_id: &str, spec: &node::RunSpec) -> String {
         hash.update(bytes);
     };
     add(user_id.as_bytes());
-    // Its maps are sorted: the same spec has the same bytes.
+    // Maps are sorted, so the same spec has the same bytes.
     add(&spec.encode_to_vec());
     hex::encode(hash.finalize())
 }
 
-/// Checks what is to be run and puts it into init's form.
+/// Checks a claim and converts it to init's format.
 ///
 /// # Errors
 /// [`Invalid`] with the field's name.
@@ -116,7 +115,10 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
     let spec = claim.spec.ok_or_else(|| invalid("spec", "is missing"))?;
     let secrets = claim.sealed_secrets;
     if secrets.len() > MAX_SEALED {
-        let problem = format!("has {} bytes, at most {MAX_SEALED} fit", secrets.len());
+        let problem = format!(
+            "has {} bytes; at most {MAX_SEALED} are allowed",
+            secrets.len()
+        );
         return Err(invalid("sealed_secrets", problem));
     }
     exec::check(
@@ -194,32 +196,32 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
 /// When a run id was made.
 ///
 /// # Errors
-/// [`Invalid`] if it does not say.
+/// [`Invalid`] if the id does not contain a time.
 pub fn made_at(run_id: &str) -> Result<SystemTime, Invalid> {
     polydev_proto::run_id::made_at(run_id)
         .ok_or_else(|| invalid("run_id", format!("is `{run_id}`, which is not a UUIDv7")))
 }
 
-/// Checks that a run id which is not known can be a new run's.
+/// Checks that an unknown run id can belong to a new run.
 ///
 /// # Errors
-/// [`Invalid`] if it is too old, or not made yet.
+/// [`Invalid`] if the id is too old, or from the future.
 pub fn check_age(run_id: &str, now: SystemTime) -> Result<(), Invalid> {
     let made = made_at(run_id)?;
     let problem = if made > now + MAX_CLOCK_SKEW {
         "was made in the future"
     } else if made + MAX_ID_AGE < now {
-        "was made more than an hour ago: a new run needs a new one"
+        "was made more than an hour ago; a new run needs a new id"
     } else {
         return Ok(());
     };
     Err(invalid("run_id", format!("{run_id} {problem}")))
 }
 
-/// How long a lease is to last.
+/// The duration of a lease.
 ///
 /// # Errors
-/// [`Invalid`] if it is missing, or none that a run id would live to see.
+/// [`Invalid`] if it is missing or out of bounds.
 pub fn lease_time(given: Option<prost_types::Duration>) -> Result<Duration, Invalid> {
     bounded("time", given, Duration::from_millis(1), MAX_LEASE)
 }
@@ -237,10 +239,7 @@ fn bounded(
     parsed.ok_or_else(|| {
         invalid(
             field,
-            format!(
-                "is `{given}`, allowed are {least:?} to {} s",
-                most.as_secs()
-            ),
+            format!("is `{given}`; must be {least:?} to {} s", most.as_secs()),
         )
     })
 }

@@ -1,6 +1,6 @@
-//! What one caller of a run is told: from its offsets on, to the end. It is asked for the
-//! next event when the last one has gone out, so that a caller that reads slowly slows
-//! the command, and nothing is queued here.
+//! The events that one caller of a run receives, from its offsets to the end. The next
+//! event is produced only after the previous one was sent. So a slow caller slows down the
+//! command, and nothing is queued here.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,58 +15,58 @@ use tokio::sync::watch;
 
 use super::{Ended, Granted, Outcome, Progress, Run, claim::Refusal, window::Piece};
 
-/// Of one run, in this order but for `StdinTaken`.
+/// An event of one run. They come in this order, except for `StdinTaken`.
 #[derive(Debug)]
 pub enum Event {
     Granted(Granted),
     Started {
         after: Duration,
     },
-    /// Before the first output of the third stream.
+    /// Comes before the first output of the artifacts' stream.
     Artifacts(Arc<Artifacts>),
     Output {
         stream: Stream,
         offset: u64,
         data: Bytes,
     },
-    /// Bytes that are not kept.
+    /// Bytes that are no longer kept.
     Lost {
         stream: Stream,
         from: u64,
         to: u64,
     },
-    /// How far the command has taken its stdin.
+    /// How much of its stdin the command has taken.
     StdinTaken {
         offset: u64,
     },
-    /// The last.
+    /// The last event.
     Ended(Ended),
-    /// The last as well: nothing ran.
+    /// Also a last event: nothing ran.
     Aborted(Arc<Refusal>),
 }
 
-/// The caller asked for bytes that the command has not written.
+/// The caller requested bytes that the command has not written.
 #[derive(Debug, thiserror::Error)]
-#[error("`{field}` is {given}, the command has written {end} bytes")]
+#[error("`{field}` is {given}, but the command has written only {end} bytes")]
 pub struct BeyondEnd {
     field: &'static str,
     given: u64,
     end: u64,
 }
 
-/// One caller's way through a run.
+/// One caller's progress through a run.
 #[derive(Debug)]
 pub struct Follower {
     run: Arc<Run>,
     progress: watch::Receiver<Progress>,
-    /// Of the next byte of each stream.
+    /// The offset of the next byte of each stream.
     offsets: PerStream<u64>,
     granted: bool,
     started: bool,
     stdin_taken: u64,
-    /// Whether it is known what the artifacts are.
+    /// Whether the list of artifacts is known.
     artifacts: bool,
-    /// Which stream comes first: they take turns.
+    /// The stream to try first: the streams take turns.
     turn: Stream,
     over: bool,
 }
@@ -76,7 +76,7 @@ impl Follower {
     /// [`BeyondEnd`]
     pub fn new(run: Arc<Run>, offsets: PerStream<u64>) -> Result<Self, BeyondEnd> {
         let lengths = match &run.progress.borrow().outcome {
-            // How much it has written is not known.
+            // The length of its output is unknown.
             Some(Outcome::Ended(ended)) if ended.reason == Reason::Lost => {
                 PerStream::from([u64::MAX; 3])
             }
@@ -107,14 +107,14 @@ impl Follower {
         })
     }
 
-    /// How far the command has taken its stdin.
+    /// How much of its stdin the command has taken.
     #[must_use]
     pub fn stdin_taken(&self) -> u64 {
         self.progress.borrow().stdin_taken
     }
 
-    /// The next event; `None` after the last. To ask for it says that the one before has
-    /// been passed on.
+    /// The next event; `None` after the last. Calling this confirms that the previous event
+    /// was sent.
     ///
     /// # Cancel safety
     /// Loses nothing.
@@ -124,13 +124,13 @@ impl Follower {
         }
         self.run.room.notify_one();
         while !self.over {
-            // Taken before the windows are read: what an end announces is in them by then.
+            // Read before the windows, which then contain everything that an end announces.
             let progress = self.progress.borrow_and_update().clone();
             if let Some(event) = self.news(&progress) {
                 return Some(event);
             }
             if self.progress.changed().await.is_err() {
-                unreachable!("the sender is in the run, and the run is in `self`");
+                unreachable!("`self` holds the run, which holds the sender");
             }
         }
         None
@@ -206,7 +206,7 @@ impl Follower {
             }
             Ok(Piece::End) => None,
             Err(error) => {
-                tracing::error!(run_id = self.run.claimed.run_id, %error, "output cannot be read");
+                tracing::error!(run_id = self.run.claimed.run_id, %error, "cannot read output");
                 None
             }
         }

@@ -1,10 +1,10 @@
-//! What the driver must know of runs after its own death: a log that is only appended to.
-//! A record is written before the step that it announces, and synced within
-//! [`SYNC`]: a crash of the driver loses none, and one of the machine is told apart by the
-//! boot id that claims carry.
+//! What the driver must know about runs after a restart: an append-only log. The driver
+//! writes a record before the step that it announces, and syncs it within
+//! `SYNC_INTERVAL`. So a crash of the driver loses no record. A crash of the machine is
+//! recognised by the boot id in claims.
 //!
-//! One record a line, `CHECKSUM JSON`; the first line is the format and its version.
-//! Nothing in it is secret: of the command it has a hash, and no output.
+//! Each line is one record, `CHECKSUM JSON`; the first line holds the format and its
+//! version. The log contains nothing secret: only a hash of the command, and no output.
 
 use std::{
     collections::BTreeSet,
@@ -25,7 +25,8 @@ use super::{Ballot, Ended};
 use crate::headroom::Amount;
 
 const VERSION: u32 = 1;
-/// The log is written anew when it is so long, and several times what is still wanted.
+/// The log is rewritten when it exceeds this length and several times the size of the
+/// records still needed.
 const MAX_LENGTH: u64 = 1 << 20;
 const SYNC_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -36,25 +37,25 @@ pub enum Record {
     /// The first line.
     Format {
         version: u32,
-        /// What came before is in no journal.
+        /// Earlier events are in no journal.
         begun: SystemTime,
     },
-    /// A slot's container is the run's. Nothing has been started.
+    /// A slot's container is reserved for the run. Nothing has started.
     Claimed(Box<Claimed>),
     /// The command's process exists.
     Started { run_id: String, after: Duration },
-    /// Somebody asked it to end, and may have said why.
+    /// The run was asked to end, perhaps with a reason.
     Cancelled {
         run_id: String,
         #[serde(default)]
         reason: String,
     },
-    /// It is over, with this result.
+    /// The run is over, with this result.
     Exited { run_id: String, ended: Ended },
-    /// The claim came to nothing: no instruction of the command ran.
+    /// The claim failed before the start: no instruction of the command ran.
     Aborted { run_id: String },
-    /// What it printed and how it ended cannot be asked for any more: all that is left of
-    /// its other records.
+    /// The run's output and result are no longer available; this record replaces its
+    /// others.
     Released {
         run_id: String,
         spec_hash: String,
@@ -62,54 +63,55 @@ pub enum Record {
         generation: u64,
         claimed_at: SystemTime,
     },
-    /// Claims of the run are refused but those above this ballot and with its nonce.
+    /// Only claims above this ballot that have its nonce are accepted.
     Fenced {
         run_id: String,
         ballot: Ballot,
         at: SystemTime,
-        /// A claim of it came to nothing.
+        /// A claim of the run failed before its start.
         #[serde(default)]
         aborted: bool,
-        /// Newer nodes that tries go to; not written if there are none, so that a driver of
-        /// before reads it.
+        /// Newer nodes that tries claim on. Omitted if empty, so that older drivers can
+        /// read the record.
         #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
         claims_on: BTreeSet<String>,
     },
 }
 
-/// A run as it was claimed.
+/// A run at its claim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Claimed {
     pub run_id: String,
     pub user_id: String,
     pub ballot: Ballot,
-    /// Empty in the journal of a driver that did not note it.
+    /// Empty if an older driver wrote the record.
     #[serde(default)]
     pub provider: String,
     pub slot_id: String,
     pub generation: u64,
-    /// Of all that is executed, in hexadecimal; see [`super::claim::spec_hash`].
+    /// Hash of everything that is executed, in hexadecimal; see
+    /// [`super::claim::spec_hash`].
     pub spec_hash: String,
     pub claimed_at: SystemTime,
-    /// The same moment by the kernel's clock since boot, which nobody sets.
+    /// The same moment on the kernel's clock since boot, which cannot be set.
     pub uptime: Duration,
     pub timeout: Duration,
     pub kill_timeout: Duration,
     pub drop_oldest: bool,
-    /// How much of its input is files, without which the command does not start.
+    /// How much of its input is files; the command starts only once they are complete.
     #[serde(default)]
     pub files_bytes: u64,
-    /// Whether its slot is for no other run.
+    /// Whether its slot serves only this run.
     #[serde(default)]
     pub on_demand: bool,
-    /// What it takes of the node's headroom.
+    /// Its share of the node's headroom.
     pub share: Amount,
-    /// The kernel's, in whose life the container was started.
+    /// The kernel's boot id when the container started.
     pub boot_id: String,
     pub container: String,
-    /// Process 1 of the container, and when the kernel says that it began: a pid alone may
-    /// be another's by now.
+    /// Process 1 of the container, and its start time according to the kernel, because the
+    /// pid alone may belong to another process by now.
     pub pid: u32,
     pub pid_start: u64,
     /// Folder of init's socket.
@@ -117,7 +119,7 @@ pub struct Claimed {
 }
 
 impl Record {
-    /// The run that it is about.
+    /// The run that the record is about.
     #[must_use]
     pub fn run_id(&self) -> &str {
         match self {
@@ -133,13 +135,13 @@ impl Record {
     }
 }
 
-/// Why there is no journal to go on with.
+/// Why the journal cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot use the journal `{path}`")]
     File { path: PathBuf, source: io::Error },
     #[error(
-        "the journal `{path}` cannot be read from byte {offset} on: {problem}; it is left as it is: move it away to start without the runs in it"
+        "cannot read the journal `{path}` from byte {offset} on: {problem}; the file is unchanged; move it away to start without its runs"
     )]
     Broken {
         path: PathBuf,
@@ -147,25 +149,25 @@ pub enum Error {
         problem: String,
     },
     #[error(
-        "the journal `{path}` has version {version}, this driver reads {VERSION}; it is left as it is: start the driver that wrote it, or move it away"
+        "the journal `{path}` has version {version}, this driver reads {VERSION}; the file is unchanged; start the driver that wrote it, or move it away"
     )]
     Version { path: PathBuf, version: u64 },
 }
 
-/// What was read, and how much of the bytes it took.
+/// The decoded records, and how many bytes they took.
 #[derive(Debug)]
 pub struct Decoded {
     pub records: Vec<Record>,
-    /// When the journal was begun; `None` for an empty one.
+    /// When the journal was started; `None` if it is empty.
     pub begun: Option<SystemTime>,
-    /// Bytes of whole records; what follows is the torn end of a last write.
+    /// Bytes of complete records; the rest is an incomplete last write.
     pub whole: usize,
 }
 
-/// Reads a journal's bytes.
+/// Decodes a journal.
 ///
 /// # Errors
-/// [`Error`] for anything but a torn end.
+/// [`Error`] for any damage except an incomplete end.
 pub fn decode(path: &Path, bytes: &[u8]) -> Result<Decoded, Error> {
     let mut records = Vec::new();
     let (mut whole, mut begun) = (0, None);
@@ -183,7 +185,7 @@ pub fn decode(path: &Path, bytes: &[u8]) -> Result<Decoded, Error> {
         }
         let record = match json.map(serde_json::from_slice::<Record>) {
             Some(Ok(record)) => record,
-            // A crash of the machine may leave the last write in part.
+            // A crash of the machine may leave the last write incomplete.
             None if next == bytes.len() && whole > 0 => break,
             damaged => {
                 let problem = match damaged {
@@ -203,14 +205,14 @@ pub fn decode(path: &Path, bytes: &[u8]) -> Result<Decoded, Error> {
                 return Err(Error::Broken {
                     path: path.to_owned(),
                     offset: whole,
-                    problem: "a second beginning".into(),
+                    problem: "a second format record".into(),
                 });
             }
             _ if whole == 0 => {
                 return Err(Error::Broken {
                     path: path.to_owned(),
                     offset: 0,
-                    problem: "it does not begin with its format".into(),
+                    problem: "the first record is not its format".into(),
                 });
             }
             record => records.push(record),
@@ -224,14 +226,14 @@ pub fn decode(path: &Path, bytes: &[u8]) -> Result<Decoded, Error> {
     })
 }
 
-/// The version of a first line that is not ours to understand.
+/// The version in a first line, if it is not this driver's version.
 fn other_version(json: &[u8]) -> Option<u64> {
     let format: serde_json::Value = serde_json::from_slice(json).ok()?;
     let version = format.get("version")?.as_u64()?;
     (format["record"] == "format" && version != u64::from(VERSION)).then_some(version)
 }
 
-/// What a first write may have left that a crash of the machine cut short.
+/// Whether the bytes may be a first write that a crash of the machine interrupted.
 fn is_torn_beginning(bytes: &[u8]) -> bool {
     let known = format!("{{\"record\":\"format\",\"version\":{VERSION},");
     let (sum, json) = bytes.split_at(bytes.len().min(CHECKSUM + 1));
@@ -247,17 +249,17 @@ fn checked(line: &[u8]) -> Option<&[u8]> {
     (sum == checksum(json).as_bytes()).then_some(json)
 }
 
-/// Letters of a checksum.
+/// Letters in a checksum.
 const CHECKSUM: usize = 8;
 
 fn checksum(json: &[u8]) -> String {
     hex::encode(&Sha256::digest(json)[..CHECKSUM / 2])
 }
 
-/// One line.
+/// Encodes one line.
 ///
 /// # Panics
-/// If a time in it is before 1970.
+/// If a time in the record is before 1970.
 #[must_use]
 pub fn encode(record: &Record) -> Vec<u8> {
     let json = serde_json::to_vec(record).expect("a record can be written as JSON");
@@ -275,15 +277,15 @@ pub struct Journal {
     begun: SystemTime,
     file: Arc<File>,
     length: u64,
-    /// Told when there is something to sync.
+    /// Notified when there is something to sync.
     dirty: Arc<Notify>,
 }
 
 impl Journal {
-    /// Opens the journal of a state folder, or begins one, and reads what is in it.
+    /// Opens or creates the journal of a state folder, and reads its records.
     ///
     /// # Errors
-    /// [`Error`]; the file is as it was.
+    /// [`Error`]; the file is unchanged.
     pub fn open(state_dir: &Path) -> Result<(Self, Vec<Record>), Error> {
         let path = state_dir.join("runs.journal");
         let wrong = |source| Error::File {
@@ -299,9 +301,9 @@ impl Journal {
             begun,
             whole,
         } = decode(&path, &bytes)?;
-        // All that a first write that was torn can have left.
+        // An interrupted first write can leave only the beginning of a format record.
         if whole == 0 && !is_torn_beginning(&bytes) {
-            let problem = "it does not begin with its format".into();
+            let problem = "the first record is not its format".into();
             return Err(Error::Broken {
                 path,
                 offset: 0,
@@ -310,7 +312,7 @@ impl Journal {
         }
         if whole < bytes.len() {
             let lost = bytes.len() - whole;
-            tracing::warn!(path = %path.display(), offset = whole, bytes = lost, "the journal's torn end is cut off");
+            tracing::warn!(path = %path.display(), offset = whole, bytes = lost, "cutting off an incomplete record at the end of the journal");
         }
         let mut options = File::options();
         options.read(true).write(true).create(true).mode(0o600);
@@ -329,7 +331,7 @@ impl Journal {
         Ok((journal, records))
     }
 
-    /// When it was begun: of what came before it knows nothing.
+    /// When the journal was started; it knows nothing from before.
     #[must_use]
     pub fn begun(&self) -> SystemTime {
         self.begun
@@ -342,14 +344,14 @@ impl Journal {
         }
     }
 
-    /// Adds a record; when this returns, the driver may die.
+    /// Appends a record. Once this returns, the record survives the driver.
     ///
     /// # Errors
-    /// [`Error::File`], for instance on a full disk: the record is not in it then.
+    /// [`Error::File`], for example on a full disk; the record is then not in the journal.
     pub fn write(&mut self, record: &Record) -> Result<(), Error> {
         let line = encode(record);
         if let Err(source) = self.file.write_all_at(&line, self.length) {
-            // A part of it would be a torn end, in the middle once more is written.
+            // A partial record would be damage in the middle after the next write.
             let _same_file = self.file.set_len(self.length);
             return Err(Error::File {
                 path: self.path.clone(),
@@ -361,18 +363,18 @@ impl Journal {
         Ok(())
     }
 
-    /// Whether most of it is of no more use, when `wanted` records are.
+    /// Whether most of the journal is obsolete, given that `wanted` records are needed.
     #[must_use]
     pub fn is_long(&self, wanted: usize) -> bool {
-        /// About what one record takes, with its kin.
+        /// Approximate length of one record, with related ones.
         const RECORD: u64 = 1 << 10;
         self.length > MAX_LENGTH && self.length > 4 * RECORD * wanted as u64
     }
 
-    /// Writes the log anew with `records` alone. Syncs, which takes a while.
+    /// Rewrites the log with only `records`. Syncs, which takes a while.
     ///
     /// # Errors
-    /// [`Error::File`]; the log is as it was.
+    /// [`Error::File`]; the log is unchanged.
     pub fn rewrite<'a>(
         &mut self,
         records: impl IntoIterator<Item = &'a Record>,
@@ -400,20 +402,20 @@ impl Journal {
         Ok(())
     }
 
-    /// What is to be synced.
+    /// The file to sync.
     #[must_use]
     pub fn file(&self) -> Arc<File> {
         self.file.clone()
     }
 
-    /// Told when there is something to sync.
+    /// Notified when there is something to sync.
     #[must_use]
     pub fn dirty(&self) -> Arc<Notify> {
         self.dirty.clone()
     }
 }
 
-/// Takes what has been written to the disk, again and again. `file` gives the present one.
+/// Syncs writes to disk, forever. `file` returns the current file.
 pub async fn sync(dirty: Arc<Notify>, file: impl Fn() -> Arc<File>) {
     loop {
         dirty.notified().await;
@@ -421,12 +423,12 @@ pub async fn sync(dirty: Arc<Notify>, file: impl Fn() -> Arc<File>) {
         let file = file();
         let synced = tokio::task::spawn_blocking(move || file.sync_data()).await;
         if let Ok(Err(error)) = synced {
-            tracing::error!(%error, "the journal of runs cannot be synced");
+            tracing::error!(%error, "cannot sync the journal of runs");
         }
     }
 }
 
-/// A reason by its name in the protocol, which people read.
+/// Serializes a reason under its name in the protocol, which people can read.
 pub(super) mod reason {
     use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
 
@@ -444,7 +446,7 @@ pub(super) mod reason {
     ) -> Result<Reason, D::Error> {
         let name = String::deserialize(deserializer)?;
         Reason::from_str_name(&name)
-            .ok_or_else(|| D::Error::custom(format!("no reason is called `{name}`")))
+            .ok_or_else(|| D::Error::custom(format!("unknown reason `{name}`")))
     }
 }
 

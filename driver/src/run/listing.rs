@@ -1,4 +1,4 @@
-//! What is told of runs to whoever looks on: how far each has come, without its output.
+//! Summaries of runs for lists and watchers: their progress, without their output.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,7 +11,7 @@ use super::{Ended, Outcome, Run, book::Runs, journal::Claimed};
 pub struct Summary {
     pub run: Arc<Run>,
     pub state: State,
-    /// From the claim to the command's process; `None` until then.
+    /// Time from the claim to the start of the command's process; `None` before that.
     pub started: Option<Duration>,
     pub ended: Option<Ended>,
     /// So far.
@@ -21,7 +21,7 @@ pub struct Summary {
     pub cancelled: bool,
 }
 
-/// How far a run has come.
+/// The progress of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     Claimed,
@@ -29,19 +29,19 @@ pub enum State {
     Ended,
 }
 
-/// Which runs: those that fit all of it.
+/// A filter for runs; all conditions must hold.
 #[derive(Debug, Default)]
 pub struct Filter {
     pub user_id: Option<String>,
     pub provider: Option<String>,
-    /// Any, if there are none.
+    /// Empty allows every state.
     pub states: Vec<State>,
-    /// Those with a lesser id.
+    /// Only runs with a lower id.
     pub before: Option<String>,
 }
 
 impl Filter {
-    /// Whether a run does, however far it has come.
+    /// Whether a run matches, regardless of its state.
     pub fn fits(&self, claimed: &Claimed) -> bool {
         let is = |wanted: &Option<String>, given: &str| {
             wanted.as_ref().is_none_or(|wanted| wanted == given)
@@ -56,7 +56,7 @@ impl Filter {
 }
 
 impl Runs {
-    /// The `limit` last runs that fit, the last one first.
+    /// The latest `limit` runs that match, the latest first.
     pub fn list(&self, filter: &Filter, limit: usize) -> Vec<Summary> {
         let mut runs = self.all(|run| filter.fits(&run.claimed));
         runs.sort_unstable_by(|a, b| b.claimed.run_id.cmp(&a.claimed.run_id));
@@ -70,7 +70,7 @@ impl Runs {
 }
 
 impl Run {
-    /// How far it has come; `None` if nothing of it ran.
+    /// A summary; `None` if the command never ran.
     pub fn summary(self: Arc<Self>) -> Option<Summary> {
         let (started, ended) = {
             let progress = self.progress.borrow();

@@ -1,39 +1,39 @@
-//! What a driver decides about a run id from what it knows of it. Pure: the book asks it, and
-//! so does the model of the claim protocol in `tests/model`.
+//! The decisions about a run id, from what the driver knows about it. Pure: both the book
+//! and the model of the claim protocol in `tests/model` use it.
 
 use super::Ballot;
 
-/// What is known of a run id that somebody has asked about.
+/// What is known about a run id.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Standing<Spec> {
-    /// It was claimed here, however that ended; its results may be kept no longer.
+    /// The run was claimed here, however it ended; its results may no longer be kept.
     Ran { spec: Spec, kept: bool },
-    /// It has not run here. Of its claims only those above this ballot and with its nonce
-    /// are taken.
+    /// The run has not run here. Only claims above this ballot that have its nonce are
+    /// accepted.
     Fenced(Ballot),
 }
 
-/// What becomes of a claim.
+/// The decision about a claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnClaim {
-    /// It may have a slot.
+    /// The claim may get a slot.
     Take,
-    /// It was granted before.
+    /// The claim was granted before.
     Repeat,
-    /// It was granted before, and nothing is left to be told.
+    /// The claim was granted before, but its results are no longer kept.
     Released,
-    /// The id is another command's.
+    /// The id belongs to another command.
     OtherCommand,
-    /// Another try stands before it.
+    /// Another try has precedence.
     Fenced(Ballot),
 }
 
-/// What becomes of a fence.
+/// The decision about a fence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnFence {
     /// The run is here.
     Have,
-    /// It stands at this ballot, the highest that was shown.
+    /// The run is fenced at this ballot, the highest so far.
     Fenced(Ballot),
 }
 
@@ -45,7 +45,7 @@ impl<Spec: PartialEq> Standing<Spec> {
             Some(Self::Ran { spec: other, .. }) if other != spec => OnClaim::OtherCommand,
             Some(Self::Ran { kept: true, .. }) => OnClaim::Repeat,
             Some(Self::Ran { kept: false, .. }) => OnClaim::Released,
-            // Above a fence it is the turn of who made it, and of nobody else.
+            // Above a fence, only the try that made the fence may claim.
             Some(Self::Fenced(fence)) if ballot > *fence && ballot.nonce == fence.nonce => {
                 OnClaim::Take
             }
@@ -53,12 +53,12 @@ impl<Spec: PartialEq> Standing<Spec> {
         }
     }
 
-    /// Decides about a fence; what it answers stands from then on.
+    /// Decides about a fence; the result then holds.
     pub fn on_fence(this: Option<&Self>, ballot: Ballot) -> OnFence {
         match this {
             None => OnFence::Fenced(ballot),
             Some(Self::Ran { .. }) => OnFence::Have,
-            // Attempt 0 only asks, where there is a fence.
+            // Attempt 0 only queries an existing fence.
             Some(Self::Fenced(fence)) if ballot.attempt == 0 => OnFence::Fenced(*fence),
             Some(Self::Fenced(fence)) => OnFence::Fenced(ballot.max(*fence)),
         }

@@ -1,10 +1,10 @@
-//! One output stream of a run: what its caller has not been given yet, and a while of what
-//! it has. A sparse file in the driver's tmpfs, where a byte's place is its offset in the
-//! stream: the file alone says what is kept, to this driver and to the next.
+//! One output stream of a run: what its caller has not yet received, and some of what it
+//! has. A sparse file in the driver's tmpfs holds each byte at its offset in the stream. So
+//! the file alone shows what is kept, to this driver and to the next.
 //!
 //! ```text
 //! 0 ......... base ........... delivered ............ end
-//!      freed        kept behind          not given yet
+//!      freed        kept behind          not yet sent
 //! ```
 
 use std::{
@@ -22,12 +22,13 @@ use rustix::{
     io::pread,
 };
 
-/// Bytes that may wait for the caller before the command has to.
+/// Most bytes that may wait for the caller before the command must wait.
 pub(super) const MAX_WAITING: u64 = 3 << 20;
-/// Bytes that stay after they were given, so that a caller whose connection broke finds what
-/// was on its way: more than a shim and its connection hold, and 2 MiB on the caller's own.
+/// Bytes kept after they were sent, so that a caller whose connection broke finds what was
+/// in flight: more than a shim and its connection hold, plus 2 MiB for the caller's
+/// connection.
 const MAX_BEHIND: u64 = 4 << 20;
-/// What is not needed any more is freed in pieces.
+/// Memory that is no longer needed is freed in pieces of this size.
 const PIECE: u64 = 512 << 10;
 
 /// The kept part of one stream.
@@ -46,20 +47,20 @@ struct Span {
     end: u64,
 }
 
-/// What a window has at an offset.
+/// What a window contains at an offset.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Piece {
     Bytes(Bytes),
-    /// Nothing is kept before `to`.
+    /// Nothing before `to` is kept.
     Gap {
         to: u64,
     },
-    /// The command has not written more.
+    /// The command has not written more so far.
     End,
 }
 
 impl Window {
-    /// An empty one; its file comes with the first byte.
+    /// An empty window; its file is created with the first byte.
     pub(super) fn new(path: PathBuf) -> Self {
         Self {
             path,
@@ -67,7 +68,7 @@ impl Window {
         }
     }
 
-    /// What an earlier life of the driver left there.
+    /// Recovers what an earlier life of the driver left.
     pub(super) fn recover(path: PathBuf) -> io::Result<Self> {
         let file = match File::options().read(true).write(true).open(&path) {
             Ok(file) => file,
@@ -77,11 +78,11 @@ impl Window {
         let end = file.metadata()?.len();
         let base = match seek(&file, SeekFrom::Data(0)) {
             Ok(base) => base,
-            // Nothing but a hole.
+            // The file consists only of a hole.
             Err(rustix::io::Errno::NXIO) => end,
             Err(errno) => return Err(errno.into()),
         };
-        // The kernel knows holes by pages only.
+        // The kernel reports holes only by whole pages.
         let gap = fs::read_to_string(gap_file(&path)).ok();
         let base = base.max(gap.and_then(|to| to.parse().ok()).unwrap_or(0));
         let span = Span {
@@ -96,11 +97,11 @@ impl Window {
         })
     }
 
-    /// Adds what continues the stream; bytes that are known already are skipped. Bytes
-    /// beyond the end leave a gap: nobody has what came before them.
+    /// Appends bytes that continue the stream, and skips known ones. Bytes beyond the end
+    /// leave a gap, because what came before them is lost.
     ///
     /// # Errors
-    /// If there is no memory for them: they are not in the window then.
+    /// If there is no memory for the bytes; they are not in the window then.
     pub(super) fn append(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let mut span = self.lock();
         let known = span.end.saturating_sub(offset);
@@ -129,20 +130,20 @@ impl Window {
         Ok(())
     }
 
-    /// How many bytes the caller has not been given.
+    /// How many bytes the caller has not yet received.
     pub(super) fn waiting(&self) -> u64 {
         let span = self.lock();
         span.end.saturating_sub(span.delivered)
     }
 
-    /// Makes room by giving up the oldest bytes that the caller has not been given.
+    /// Makes room by dropping the oldest bytes that the caller has not yet received.
     pub(super) fn drop_oldest(&self, needed: u64) {
         let mut span = self.lock();
         let least = (span.end + needed).saturating_sub(MAX_WAITING);
         if least > span.delivered {
             span.delivered = least;
             span.free_below(least);
-            // Not only what fills whole pieces: what is given up must not be found later.
+            // Also within a piece: dropped bytes must not be read later.
             span.base = span.base.max(least);
         }
     }
@@ -150,7 +151,7 @@ impl Window {
     /// Up to `most` bytes from `offset` on.
     ///
     /// # Errors
-    /// As the kernel says.
+    /// The kernel's error.
     pub(super) fn read(&self, offset: u64, most: usize) -> io::Result<Piece> {
         let span = self.lock();
         if offset < span.base {
@@ -168,7 +169,7 @@ impl Window {
         Ok(Piece::Bytes(bytes.into()))
     }
 
-    /// The caller has been given what is below `offset`.
+    /// The caller has received everything below `offset`.
     pub(super) fn deliver(&self, offset: u64) {
         let mut span = self.lock();
         span.delivered = span.delivered.max(offset.min(span.end));
@@ -181,7 +182,7 @@ impl Window {
         self.lock().end
     }
 
-    /// Nothing of it can be asked for any more.
+    /// Discards the stream: nobody can ask for it any longer.
     pub(super) fn release(&self) {
         let mut span = self.lock();
         span.file = None;
@@ -189,7 +190,7 @@ impl Window {
         for path in [&self.path, &gap_file(&self.path)] {
             match fs::remove_file(path) {
                 Err(error) if error.kind() != ErrorKind::NotFound => {
-                    tracing::warn!(path = %path.display(), %error, "output stays in memory");
+                    tracing::warn!(path = %path.display(), %error, "cannot remove output from memory");
                 }
                 _ => {}
             }
@@ -202,7 +203,7 @@ impl Window {
 }
 
 impl Span {
-    /// Gives the memory below `least` back, in whole pieces.
+    /// Frees the memory below `least`, in whole pieces.
     fn free_below(&mut self, least: u64) {
         let least = least - least % PIECE;
         let Some(file) = self.file.as_ref().filter(|_| least > self.base) else {
@@ -211,12 +212,12 @@ impl Span {
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match fallocate(file, hole, 0, least) {
             Ok(()) => self.base = least,
-            Err(error) => tracing::debug!(%error, "output stays in memory"),
+            Err(error) => tracing::debug!(%error, "cannot free memory of output"),
         }
     }
 }
 
-/// Says where the stream goes on after bytes that nobody has.
+/// The file that records where the stream continues after lost bytes.
 fn gap_file(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".gap");
@@ -229,13 +230,13 @@ mod tests {
     use proptest::prelude::*;
 
     fn window() -> (tempfile::TempDir, Window) {
-        // Where holes are real, as in the driver's own tmpfs.
+        // On a file system with real holes, like the driver's own tmpfs.
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let window = Window::new(folder.path().join("run.stdout"));
         (folder, window)
     }
 
-    /// Byte `offset` of a stream that never repeats within a window.
+    /// The bytes from `offset` of a stream that never repeats within a window.
     fn bytes(offset: u64, len: usize) -> Vec<u8> {
         (offset..offset + len as u64)
             .map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8)
@@ -245,7 +246,7 @@ mod tests {
     #[derive(Debug, Clone)]
     enum Step {
         Write(usize),
-        /// Init sends again what was not acknowledged on the connection that broke.
+        /// Init resends what was not acknowledged on the broken connection.
         Repeat(u64, usize),
         Read(usize),
         DropOldest,
@@ -265,8 +266,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
-        /// Whatever is written, repeated, dropped or restarted: what is read is what was
-        /// written, each byte once, and every gap is told.
+        /// Whatever is written, repeated, dropped or restarted, every written byte is read
+        /// once or reported as a gap.
         #[test]
         fn every_byte_is_read_once_or_told_as_lost(steps in prop::collection::vec(step(), 0..150)) {
             let (folder, mut window) = window();

@@ -1,4 +1,4 @@
-//! What the driver's RPCs fail with, and its one mapping to gRPC codes.
+//! Errors of the driver's RPCs, and their only mapping to gRPC codes.
 
 use polydev_proto::structs::RecoverableError;
 use prost::Message;
@@ -6,14 +6,14 @@ use tonic::{Code, Status};
 
 use crate::{chain, config, docker, sandbox, slot, task};
 
-/// Why an RPC of Nomad's failed.
+/// Why an RPC from Nomad failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("the driver is not ready: {reason}")]
     NotReady { reason: String },
     #[error("task not found for given id: `{task_id}`")]
     UnknownTask { task_id: String },
-    #[error("task `{task_id}` runs; it is destroyed only by force")]
+    #[error("task `{task_id}` is running; only a forced destroy removes it")]
     StillRunning { task_id: String },
     #[error("the request has no `{field}`")]
     Missing { field: &'static str },
@@ -31,18 +31,18 @@ pub enum Error {
     Exec(#[source] docker::Error),
     #[error(transparent)]
     Signal(#[from] task::UnknownSignal),
-    #[error("the task does not run any more")]
+    #[error("the task has ended")]
     Ended,
     #[error(transparent)]
     Network(#[from] sandbox::Error),
     #[error("the task was stopped before its slot was warm")]
     StoppedWhileStarting,
-    // Nomad passes on at most 123 bytes of an exec's error, its own 45 included.
+    // Nomad passes on at most 123 bytes of an exec error, including its own 45.
     #[error("{operation} refused: the container of a warm slot is its user's alone")]
     Private { operation: &'static str },
 }
 
-/// `google.rpc.Status`, whose first detail Nomad looks at.
+/// `google.rpc.Status`; Nomad reads its first detail.
 #[derive(Clone, PartialEq, Message)]
 struct RpcStatus {
     #[prost(int32, tag = "1")]
@@ -53,8 +53,8 @@ struct RpcStatus {
     details: Vec<prost_types::Any>,
 }
 
-/// A status after which Nomad applies the job's restart policy instead of failing
-/// the allocation: FAILED_PRECONDITION with a `RecoverableError` as its detail.
+/// A status that makes Nomad apply the job's restart policy instead of failing the
+/// allocation: FAILED_PRECONDITION with a `RecoverableError` detail.
 fn recoverable(message: String) -> Status {
     let status = RpcStatus {
         code: Code::FailedPrecondition.into(),
@@ -72,10 +72,10 @@ fn recoverable(message: String) -> Status {
     )
 }
 
-/// Never UNAVAILABLE or CANCELLED: Nomad takes those for the death of the plugin.
+/// Never UNAVAILABLE or CANCELLED, which Nomad takes as the death of the plugin.
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
-        // The operator has nothing but this text, so that it holds the causes.
+        // The operator sees only this text, so it must include the causes.
         let message = chain(&error);
         match error {
             Error::NotReady { .. } => recoverable(message),
@@ -101,7 +101,7 @@ impl From<Error> for Status {
 mod tests {
     use super::*;
 
-    /// The bytes a Go host accepts as recoverable for the message `boom`.
+    /// The bytes that a Go host accepts as recoverable for the message `boom`.
     #[test]
     fn recoverable_errors_have_the_bytes_that_nomad_reads() {
         let expected = "08091204626f6f6d1a510a4b747970652e676f6f676c65617069732e636f6d2f68617368\

@@ -1,4 +1,4 @@
-//! Nomad's stream of an exec, turned into a task's.
+//! Connects Nomad's exec stream to a command in a task.
 
 use futures_util::{Stream, StreamExt};
 use polydev_proto::driver::{
@@ -16,11 +16,11 @@ use crate::{
     task::exec::{self, Event, Input},
 };
 
-/// Pieces of at most 64 KiB on their way in either direction.
+/// Most messages in flight in each direction, of at most 64 KiB each.
 const MAX_WAITING: usize = 8;
 
-/// Serves a command that was started. What the caller sends is read until it ends or
-/// breaks, which ends the command; what the command writes is sent to its last byte.
+/// Serves a started command. The caller's messages are read until the stream ends or
+/// breaks, which ends the command. All of the command's output is sent.
 pub(super) fn serve(
     background: &TaskTracker,
     container: String,
@@ -42,7 +42,7 @@ pub(super) fn serve(
     ReceiverStream::new(results).flat_map(|result| futures_util::stream::iter(encode(result)))
 }
 
-/// A message with nothing in it is a heartbeat.
+/// An empty message is a heartbeat.
 fn decode(request: Request) -> Vec<Input> {
     let mut steps = Vec::new();
     if let Some(TerminalSize { height, width }) = request.tty_size {

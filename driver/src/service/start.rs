@@ -1,4 +1,4 @@
-//! The start of what Nomad calls a task: a slot or a plain task.
+//! Starts what Nomad calls a task: a slot or a plain task.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,10 +13,10 @@ use crate::{
     task::{self, Tasks},
 };
 
-/// For init to say whether the command of an interrupted start runs.
+/// How long init may take to report whether the command of an interrupted start runs.
 const KNOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Makes a slot, which is not wanted yet; `Ready` tells when it is idle.
+/// Creates a slot that is not wanted yet; `Ready` reports when it is idle.
 pub(super) fn slot(
     slots: &Arc<Slots>,
     task: &TaskConfig,
@@ -25,7 +25,7 @@ pub(super) fn slot(
     let identity = Identity::of(task);
     slots.book.check(&identity)?;
     if slots.book.by_task(&identity.task_id).is_some() {
-        return Ok(None); // A repeated call, after the agent lost sight of the first.
+        return Ok(None); // The agent lost the first call and repeats it.
     }
     let idle = idle_limits(task)?;
     let (slot, ready) = Slot::start(slots, identity, config, idle);
@@ -35,16 +35,16 @@ pub(super) fn slot(
 
 pub(super) type Ready = tokio::sync::oneshot::Receiver<Result<(), crate::slot::FillError>>;
 
-/// Starts a plain task, to its end whatever becomes of the call: one whose agent is
-/// gone meanwhile is taken away again, for nobody would ever ask for it.
+/// Starts a plain task, and finishes the start even if the call ends early. In that case it
+/// destroys the task, because no agent will ask for it.
 pub(super) async fn plain(
     tasks: &Arc<Tasks>,
     task: &TaskConfig,
     options: config::Task,
 ) -> Result<(), Error> {
     if let Some(known) = tasks.book.get(&task.id) {
-        // The agent repeats a call when the driver died in the middle of it. A command
-        // that has run is not run again, however it ended; one that has not is.
+        // The agent repeats a call if the driver died during it. A command that has run
+        // does not run again, however it ended; one that never started does.
         match tokio::time::timeout(KNOWN_TIMEOUT, known.ended()).await {
             Ok(exit) if exit.error == task::NEVER_STARTED => known.destroy(tasks).await,
             _ => return Ok(()),
@@ -65,7 +65,7 @@ pub(super) async fn plain(
     started.map_err(Error::Task)
 }
 
-/// An idle slot gets the CPU and memory that its job reserves.
+/// The idle limits of a slot: the CPU and memory that its job reserves.
 fn idle_limits(task: &TaskConfig) -> Result<Limits, Error> {
     let missing = || Error::Missing { field: "resources" };
     let resources = task

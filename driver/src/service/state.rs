@@ -1,22 +1,22 @@
-//! The bytes that Nomad keeps of a task for the driver.
+//! The bytes that Nomad stores for the driver with each task.
 
 use crate::config::Slot;
 
-/// Version of these bytes; 0 is Nomad's own.
+/// Version of these bytes; 0 is reserved by Nomad.
 pub(super) const VERSION: i32 = 1;
 
-/// What Nomad keeps of a task besides its configuration, whose driver part it forgets.
-/// A plain task is in the driver's own journal.
+/// What Nomad stores of a task besides its configuration. Nomad does not keep the driver
+/// part of the configuration. A plain task is in the driver's own journal.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct DriverState {
     pub slot: Option<Slot>,
 }
 
 impl DriverState {
-    /// Reads what Nomad has kept.
+    /// Reads what Nomad has stored.
     ///
     /// # Errors
-    /// If it is not what [`DriverState::encode`] wrote.
+    /// If the bytes were not written by [`DriverState::encode`].
     pub fn decode(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(bytes)
     }

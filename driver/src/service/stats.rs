@@ -1,4 +1,4 @@
-//! Usage samples, read from cgroup files: of a task, or of all containers of a slot.
+//! Usage samples from cgroup files, for a task or for all containers of a slot.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -11,7 +11,7 @@ use tonic::Status;
 use super::Work;
 use crate::{limits::Usage, ticks::ticks};
 
-/// One sample each interval until the task has ended; `mhz` is one core's.
+/// Sends one sample per interval until the task ends; `mhz` is the speed of one core.
 pub(super) fn samples(
     work: Work,
     mhz: f64,
@@ -45,7 +45,7 @@ pub(super) fn samples(
 fn encode(task_id: &str, mhz: f64, last: (Instant, Usage), now: (Instant, Usage)) -> TaskStats {
     let usage = now.1;
     let wall = (now.0 - last.0).as_secs_f64().max(f64::EPSILON);
-    // One full core is 100, and as many ticks as it has MHz.
+    // One fully used core is 100 percent, and as many ticks as it has MHz.
     let part =
         |now: Duration, last: Duration| now.saturating_sub(last).as_secs_f64() / wall * 100.0;
     let percent = part(usage.cpu, last.1.cpu);
@@ -113,7 +113,7 @@ mod tests {
         assert_eq!(cpu(1000, 1), (100.0, 2000.0, 50.0));
         assert_eq!(cpu(0, 1), (0.0, 0.0, 0.0));
         assert_eq!(cpu(4000, 2), (200.0, 4000.0, 100.0));
-        // Twice at the same moment: nothing was used in no time.
+        // Two samples at the same moment: no use in no time.
         assert_eq!(cpu(0, 0).0, 0.0);
     }
 }

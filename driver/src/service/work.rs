@@ -1,4 +1,4 @@
-//! What Nomad calls a task: a warm slot or a plain task, behind one set of questions.
+//! What Nomad calls a task, a warm slot or a plain task, behind one interface.
 
 use std::{
     sync::Arc,
@@ -18,7 +18,7 @@ use crate::{
     task::{Exit, Task},
 };
 
-/// A task of Nomad's.
+/// A Nomad task.
 #[derive(Debug, Clone)]
 pub(super) enum Work {
     Slot(Arc<Slot>),
@@ -56,7 +56,7 @@ impl Work {
         }
     }
 
-    /// Answers when the task has ended.
+    /// Waits until the task has ended.
     pub(super) async fn wait(&self) -> WaitTaskResponse {
         let (result, err) = match self {
             Self::Slot(slot) => {
@@ -74,9 +74,9 @@ impl Work {
         }
     }
 
-    /// A slot is told and answers at once: a claimed one stays Nomad's task until its
-    /// run has ended, which that of a slot on demand does now. A plain task has ended when
-    /// this answers.
+    /// For a slot this only requests the stop: a claimed slot stays Nomad's task until its
+    /// run ends. The run in a slot on demand is cancelled. For a plain task this waits
+    /// until the task has ended.
     pub(super) async fn stop(&self, node: &Node, signal: &str, limit: Duration) {
         match self {
             Self::Slot(slot) => {
@@ -92,7 +92,7 @@ impl Work {
         }
     }
 
-    /// Ends what still runs and forgets the task with all that it had.
+    /// Ends what still runs, and forgets the task and all its resources.
     pub(super) async fn destroy(&self, node: &Node) {
         match self {
             Self::Slot(slot) => {
@@ -141,7 +141,8 @@ impl Work {
         }
     }
 
-    /// For services with `address_mode = "driver"`, or `auto` in a network of the user's.
+    /// The address for services with `address_mode = "driver"`, or `auto` in a network of
+    /// the user's.
     pub(super) fn network(&self) -> Option<NetworkOverride> {
         let Self::Plain(task) = self else { return None };
         let entry = &task.entry;

@@ -1,7 +1,8 @@
-//! Idle containers of an earlier life of the driver: they wait on, and their slots take them
-//! up again. Docker is not asked for anything.
+//! Idle containers from an earlier life of the driver: they keep waiting, and their slots
+//! take them over without asking Docker.
 //!
-//! One that a run was ever granted is not taken up, even if that run never reached it.
+//! A container that was ever granted to a run is not taken over, even if the run never
+//! reached it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -19,25 +20,25 @@ use crate::{
     process::Held,
 };
 
-/// Init looks for the driver several times a second.
+/// Init tries to reconnect several times a second.
 const RETURN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why a container is not taken up. The slot makes another.
+/// Why a container is not taken over. The slot makes a new one.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("it is not as one that would be made now")]
+    #[error("it differs from one that would be made now")]
     Other,
     #[error("it has ended")]
     Ended,
     #[error("init cannot be used")]
     Link(#[from] link::Error),
-    #[error("init did not come back within {} s", RETURN_TIMEOUT.as_secs())]
+    #[error("init did not reconnect within {} s", RETURN_TIMEOUT.as_secs())]
     Away,
     #[error("cannot open the container's limits")]
     Limits(#[from] limits::Error),
 }
 
-/// Sees to it that the slot's container can be taken up by the next life of the driver.
+/// Ensures that the next life of the driver can take over the slot's container.
 pub(super) fn keep(slots: &Slots, slot: &Slot, container: &mut Container) {
     container.connection.listener.keep();
     slots.idle.put(&Idle {
@@ -50,17 +51,17 @@ pub(super) fn keep(slots: &Slots, slot: &Slot, container: &mut Container) {
     });
 }
 
-/// Takes up what is left in the slot, if it is as one that would be made now. `None` if it is
-/// of no use; then it has ended.
+/// Takes over the slot's container if it matches one that would be made now. Otherwise ends
+/// it and returns `None`.
 ///
 /// # Cancel safety
-/// None: it is not to be cancelled.
+/// None: do not cancel it.
 pub(super) async fn adopt(slots: &Slots, slot: &Slot, idle: Idle) -> Option<Container> {
     let slot_id = slot.identity.slot_id();
     let container = &idle.occupant.container;
     match take_up(slots, slot, &idle).await {
         Ok(adopted) => {
-            tracing::info!(slot = slot_id, container, "an idle container is taken up");
+            tracing::info!(slot = slot_id, container, "taking over an idle container");
             Some(adopted)
         }
         Err(error) => {
@@ -69,7 +70,7 @@ pub(super) async fn adopt(slots: &Slots, slot: &Slot, idle: Idle) -> Option<Cont
                 slot = slot_id,
                 container,
                 error,
-                "an idle container is not taken up"
+                "not taking over an idle container"
             );
             slots.idle.forget(&slot_id);
             idle.discard();

@@ -1,5 +1,5 @@
-//! `prepare_ahead`: the container of a slot's next generation, made while a run goes on in
-//! this one.
+//! `prepare_ahead`: makes the container of a slot's next generation while a run continues
+//! in the current one.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,11 +12,11 @@ use super::{
 };
 use crate::headroom::{Amount, Share};
 
-/// A run that is over by then is not worth dockerd's time: neither a container prepared
-/// beside it nor limits that `docker inspect` would show.
+/// Runs that are over by then are not worth dockerd's time: neither for a prepared
+/// container, nor for updating the limits that `docker inspect` shows.
 pub(super) const LONG_RUN: Duration = Duration::from_millis(200);
 
-/// A container on its way.
+/// A container that is being made.
 #[derive(Debug)]
 pub(super) struct Ahead {
     made: JoinHandle<Option<Container>>,
@@ -24,7 +24,7 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    /// Begins to make one, if the slot is to have one and the node has room for both.
+    /// Starts to make a container, if the slot wants one and the node has room for both.
     pub(super) fn begin(slots: &Arc<Slots>, slot: &Arc<Slot>) -> Option<Self> {
         if !slot.config.prepare_ahead {
             return None;
@@ -32,7 +32,7 @@ impl Ahead {
         let room = match slots.headroom.take(Amount::from(&slot.idle)) {
             Ok(room) => room,
             Err(full) => {
-                tracing::debug!(slot = slot.identity.slot_id(), %full, "nothing is prepared");
+                tracing::debug!(slot = slot.identity.slot_id(), %full, "no container is prepared");
                 return None;
             }
         };
@@ -44,11 +44,11 @@ impl Ahead {
         })
     }
 
-    /// The container, once the one before it has ended and given its room back. `None` if it
-    /// came to nothing, or the slot is not wanted any more.
+    /// The container, once the previous one has ended and freed its room. `None` if making
+    /// it failed, or the slot is no longer wanted.
     pub(super) async fn take(self) -> Option<Container> {
         self.wanted.cancel();
-        // That it panicked has been reported.
+        // A panic has already been reported.
         self.made.await.ok().flatten()
     }
 }
@@ -66,7 +66,7 @@ async fn make(
     let (slot_id, generation) = (slot.identity.slot_id(), slot.life().generation() + 1);
     match fill::fill(&slots, &slot, generation).await {
         Ok(mut container) => {
-            tracing::debug!(slot = slot_id, generation, "the next container is prepared");
+            tracing::debug!(slot = slot_id, generation, "the next container is ready");
             tokio::select! {
                 biased;
                 () = wanted.cancelled() => return Some(container),
@@ -83,7 +83,7 @@ async fn make(
                 slot = slot_id,
                 generation,
                 error,
-                "the next container is not prepared"
+                "cannot prepare the next container"
             );
         }
     }

@@ -7,16 +7,18 @@ use tokio::sync::watch;
 
 use super::Slot;
 
-/// All slots by Nomad's task id. Ended ones stay until Nomad destroys their task.
+/// All slots by Nomad's task id. An ended slot stays until Nomad destroys its task.
 #[derive(Debug)]
 pub struct Book {
     slots: Mutex<HashMap<String, Arc<Slot>>>,
     changed: watch::Sender<u64>,
 }
 
-/// The allocation has a slot already.
+/// The allocation already has a slot.
 #[derive(Debug, thiserror::Error)]
-#[error("allocation `{alloc_id}` has a slot in another task; a group has one slot")]
+#[error(
+    "allocation `{alloc_id}` already has a slot in another task; a group may have only one slot"
+)]
 pub struct Duplicate {
     pub alloc_id: String,
 }

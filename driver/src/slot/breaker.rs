@@ -1,5 +1,5 @@
-//! Leaves an image alone whose containers fail again and again: all slots of the node
-//! would otherwise make containers of it without end.
+//! Pauses an image whose containers fail again and again; otherwise all slots of the node
+//! would make containers of it without end.
 
 use std::{
     collections::HashMap,
@@ -8,24 +8,24 @@ use std::{
 
 use parking_lot::{Mutex, MutexGuard};
 
-/// Failures in a row, of all slots together, after which an image is left alone.
+/// Consecutive failures, of all slots together, after which an image is paused.
 const MAX_FAILURES: u32 = 5;
-/// Until one slot may try it again; doubled with each further failure.
+/// Time until one slot may try the image again; doubles with each further failure.
 const FIRST_INTERVAL: Duration = Duration::from_secs(15);
 const MAX_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
-/// An image is left alone for the time being.
+/// An image is paused.
 #[derive(Debug, thiserror::Error)]
 #[error("`{image}` failed {failures} times in a row, the last time because {reason}")]
 pub struct Open {
     pub image: String,
     pub failures: u32,
     pub reason: String,
-    /// Until it may be tried again.
+    /// Time until the image may be tried again.
     pub retry_in: Duration,
 }
 
-/// The images of a node that have failed, by reference. Told the time, for tests.
+/// The failed images of a node, by reference. Callers pass the time, for tests.
 #[derive(Debug, Default)]
 pub struct Breakers {
     images: Mutex<HashMap<String, Breaker>>,
@@ -33,7 +33,7 @@ pub struct Breakers {
 
 #[derive(Debug)]
 struct Breaker {
-    /// Of the content that failed.
+    /// Digest of the failed content.
     id: String,
     failures: u32,
     reason: String,
@@ -41,8 +41,8 @@ struct Breaker {
 }
 
 impl Breakers {
-    /// Whether a container may be made of this content of an image. While it is open one
-    /// caller after the other is let through, with more and more time between them.
+    /// Whether a container may be made from this content of an image. For a paused image,
+    /// one caller at a time may try, at increasing intervals.
     ///
     /// # Errors
     /// [`Open`]
@@ -52,7 +52,7 @@ impl Breakers {
             return Ok(());
         };
         if breaker.id != id {
-            tracing::info!(image, "the image is another now, and is tried again");
+            tracing::info!(image, "the image has changed, trying it again");
             images.remove(image);
             return Ok(());
         }
@@ -71,7 +71,7 @@ impl Breakers {
         })
     }
 
-    /// A container of it was of no use.
+    /// Records that a container of the image failed.
     pub fn failed(&self, image: &str, id: &str, reason: &str, now: Instant) {
         let mut images = self.lock();
         let failures = match images.get(image) {
@@ -89,12 +89,12 @@ impl Breakers {
             tracing::warn!(
                 image,
                 reason,
-                "the image failed {failures} times in a row and is left alone"
+                "the image failed {failures} times in a row and is paused"
             );
         }
     }
 
-    /// A container of it was of use.
+    /// Records that a container of the image worked.
     pub fn worked(&self, image: &str) {
         self.lock().remove(image);
     }

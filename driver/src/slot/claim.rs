@@ -1,4 +1,4 @@
-//! A claim of a slot, from the question to the run. Read [`Slots::claim`] downwards.
+//! A claim of a slot, from the request to the run. Read [`Slots::claim`] downwards.
 
 use std::{
     sync::Arc,
@@ -22,33 +22,33 @@ use crate::{
     },
 };
 
-/// Which container a shim claims, and until when.
+/// The container that a shim claims, and its deadline.
 #[derive(Debug)]
 pub(crate) struct Target {
     pub(crate) slot_id: String,
     pub(crate) generation: u64,
     /// The start of the driver that the shim saw.
     pub(crate) start_id: String,
-    /// The command must not start later.
+    /// The command must not start after this time.
     pub(crate) start_by: Option<SystemTime>,
 }
 
 impl Slots {
-    /// Decides about a claim, once and for good, and hands the run to its slot. This is the
-    /// only place where a claim is granted. `arrived` is the zero of the run's timeline.
+    /// Decides finally about a claim, and hands the run to its slot. This is the only place
+    /// that grants claims. `arrived` is zero of the run's timeline.
     ///
-    /// The book of runs is locked first, then the life of the slot; both stay locked until
-    /// the claim is in the journal and the slot has taken its step.
+    /// Locks first the book of runs, then the life of the slot. Both stay locked until the
+    /// claim is in the journal and the slot has taken its step.
     ///
     /// # Errors
-    /// [`Refusal`], definite: nothing of the command runs.
+    /// [`Refusal`], which is final: nothing of the command runs.
     pub(crate) fn claim(
         &self,
         target: Target,
         parsed: Parsed,
         arrived: Instant,
     ) -> Result<Arc<Run>, Refusal> {
-        // A claim that is repeated has its answer, whatever has changed since.
+        // A repeated claim gets its previous answer, whatever has changed since.
         if let Some(run) = self.runs.repeated(&parsed)? {
             return Ok(run);
         }
@@ -72,10 +72,10 @@ impl Slots {
         Ok(run)
     }
 
-    /// The slot that is claimed, and until when its command may start.
+    /// The claimed slot, and the latest time at which its command may start.
     fn find(&self, target: &Target, arrived: Instant) -> Result<(Arc<Slot>, Instant), Refusal> {
         self.check_start(&target.start_id)?;
-        // By this driver's clock, which the shim has been sent.
+        // By this driver's clock, which the shim has received.
         let left = target
             .start_by
             .and_then(|until| until.duration_since(SystemTime::now()).ok())
@@ -83,7 +83,7 @@ impl Slots {
         Ok((self.live(&target.slot_id)?, arrived + left))
     }
 
-    /// What becomes of the run from here on is for the run to report.
+    /// From here on, the run reports its own progress.
     fn hand_over(&self, slot: &Slot, run: Arc<Run>, order: Order, share: Share) {
         let claim = Claim { run, order, share };
         if let Err(unsent) = slot.claims.try_send(claim) {
@@ -94,22 +94,22 @@ impl Slots {
     }
 }
 
-/// The right to a slot's idle container, with the slot's life locked. Without
-/// [`Grant::commit`] nothing has happened.
+/// The right to a slot's idle container, with the slot's life locked. It has no effect
+/// without [`Grant::commit`].
 struct Grant<'a> {
     slot: &'a Slot,
     life: MutexGuard<'a, Life>,
     next: Life,
     occupant: Occupant,
     needed: Amount,
-    /// `None` if the slot's lease has taken it already.
+    /// `None` if the slot's lease already holds it.
     share: Option<Share>,
 }
 
 impl Slot {
     /// # Errors
     /// [`Refusal`] if the slot is not idle at this generation, or the node has no room for
-    /// the run: nothing has changed.
+    /// the run; nothing has changed.
     fn grant(&self, slots: &Slots, generation: u64, parsed: &Parsed) -> Result<Grant<'_>, Refusal> {
         let claimed = Event::Claimed {
             generation,
@@ -138,7 +138,7 @@ impl Slot {
 }
 
 impl Grant<'_> {
-    /// What the journal has to know of the run.
+    /// The journal's record of the claimed run.
     fn claimed(&self, parsed: &Parsed, boot_id: &str) -> Claimed {
         let (slot, occupant) = (self.slot, self.occupant.clone());
         Claimed {
@@ -165,9 +165,9 @@ impl Grant<'_> {
         }
     }
 
-    /// Takes the slot's step to `Claimed`. The answer is the run's part of the headroom.
+    /// Moves the slot to `Claimed`, and returns the run's share of the headroom.
     fn commit(self) -> Share {
-        // What a lease has taken is its run's.
+        // The run takes over its lease's share.
         let share = self.share.or_else(|| self.slot.leased_share());
         self.slot.step(self.life, self.next);
         share.expect("a slot that is claimed has taken a share, or its lease has")

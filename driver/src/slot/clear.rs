@@ -1,4 +1,4 @@
-//! What clears a slot's containers away.
+//! Removes a slot's containers.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,13 +13,13 @@ use crate::{
     site::Site,
 };
 
-/// For all that may be left of a slot to be removed.
+/// How long removing all of a slot's containers may take.
 const CLEAN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between tries at what a slot needs.
 pub(super) const BACKOFF: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(15));
 
-/// Removes a container in which nothing runs any more, and then says so of its run. Does not
-/// give up while the slot lives. What a drained slot leaves is cleaned at last.
+/// Removes a container in which nothing runs any longer, then reports this to its run.
+/// Retries as long as the slot lives; what a drained slot leaves is removed at the end.
 pub(super) async fn remove(
     slots: Arc<Slots>,
     slot: Arc<Slot>,
@@ -45,9 +45,9 @@ pub(super) async fn remove(
     }
 }
 
-/// Removes every container of the slot, or of one generation of it, whichever attempt or life
-/// of the driver made it. False if some may be left: then they are the reaper's, once the slot
-/// is at a later generation or has ended.
+/// Removes every container of the slot, or of one generation, whichever attempt or life of
+/// the driver made it. Returns false if some may be left. The reaper removes them once the
+/// slot has a later generation or has ended.
 pub(super) async fn clean(slots: &Slots, slot: &Slot, generation: Option<u64>) -> bool {
     let generation = generation.map(|generation| generation.to_string());
     let Site {
@@ -70,13 +70,14 @@ pub(super) async fn clean(slots: &Slots, slot: &Slot, generation: Option<u64>) -
         Ok(Err(error)) => {
             tracing::warn!(error = crate::chain(&error), "cannot clean a slot yet");
         }
-        Err(_) => tracing::warn!("cannot clean a slot yet: Docker is too slow"),
+        Err(_) => tracing::warn!("cannot clean a slot yet: Docker did not finish in time"),
     }
     false
 }
 
-/// Removes every container of a slot that ends, or begins. While Docker cannot, it is tried again
-/// for some minutes, as long as the allocation has no slot: a live one does it itself.
+/// Removes every container of a slot that starts or ends. If Docker cannot, the driver
+/// retries for some minutes, as long as the allocation has no slot: a live slot cleans up
+/// itself.
 pub(super) async fn clean_at_last(slots: &Arc<Slots>, slot: &Arc<Slot>) {
     if clean(slots, slot, None).await {
         return;

@@ -1,4 +1,4 @@
-//! Filling a slot: one hardened container, its init connected, its limits open.
+//! Fills a slot: starts a hardened container, connects to its init and opens its limits.
 
 use std::{
     collections::HashMap,
@@ -24,12 +24,12 @@ use crate::{
 
 const LABEL_PROVIDER: &str = "dev.polydev.provider";
 
-/// From the container's start until its init waits. Within the idle CPU limit that
-/// takes well under a second; a busy node may need many.
+/// Time from the container's start until init waits for a command. With the idle CPU limit
+/// it is usually well under a second; a busy node may need many.
 const INIT_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often to look whether it has ended meanwhile.
+/// How often to check whether the container has ended.
 const STATE_INTERVAL: Duration = Duration::from_millis(500);
-/// The user of a runtime image, where the image names it in words.
+/// The user of a runtime image that names its user `runtime`.
 const RUNTIME_UID: u32 = 1000;
 
 /// Why a slot could not be filled.
@@ -43,7 +43,7 @@ pub enum Error {
     RootImage { image: String, user: String },
     #[error("cannot run a container")]
     Docker(#[from] docker::Error),
-    #[error("init ended with status {exit_code} before it was ready: {words}")]
+    #[error("init exited with status {exit_code} before it was ready: {words}")]
     InitEnded { exit_code: i64, words: String },
     #[error("init was not ready within {} s", INIT_TIMEOUT.as_secs())]
     InitTimedOut,
@@ -53,14 +53,14 @@ pub enum Error {
     Gone(#[source] std::io::Error),
     #[error("cannot open the container's limits")]
     Limits(#[from] limits::Error),
-    #[error("it is not tried for now: {0}")]
+    #[error("not tried for now: {0}")]
     Open(#[from] breaker::Open),
     #[error("the slot was stopped while it was being filled")]
     Stopped,
 }
 
 impl Error {
-    /// Whether another try may go better without anybody mending the job first.
+    /// Whether another attempt may succeed without a change to the job.
     #[must_use]
     pub fn is_recoverable(&self) -> bool {
         match self {
@@ -76,7 +76,7 @@ impl Error {
         }
     }
 
-    /// Whether Docker was not there to be asked.
+    /// Whether Docker could not be reached.
     pub(super) fn is_silence(&self) -> bool {
         match self {
             Self::Docker(error) => !error.is_answer(),
@@ -85,7 +85,7 @@ impl Error {
         }
     }
 
-    /// Whether another container of the same image is likely to fail as well.
+    /// Whether another container of the same image would probably also fail.
     fn is_the_images(&self) -> bool {
         matches!(
             self,
@@ -100,7 +100,7 @@ pub(super) struct Container {
     pub(super) id: String,
     pub(super) connection: Connection,
     pub(super) limits: Arc<limits::Handle>,
-    /// Of its init, for sealing secrets to.
+    /// The public key of its init, to seal secrets with.
     pub(super) public_key: Bytes,
     pub(super) image_id: String,
     pub(super) _image: Use,
@@ -116,34 +116,34 @@ impl Container {
         }
     }
 
-    /// Waits until the idle container is of no more use; why.
+    /// Waits until the idle container can no longer be used; returns the reason.
     ///
     /// # Cancel safety
     /// Loses nothing.
     pub(super) async fn dies(&mut self) -> String {
         let link = self.connection.link.as_mut();
         let link = link.expect("a slot is filled with its init connected");
-        // Init has nothing to say while it waits.
+        // A waiting init sends no messages.
         link.reader.next().await.err().map_or_else(
-            || "init spoke out of turn".to_owned(),
+            || "init sent an unexpected message".to_owned(),
             |error| crate::chain(&error),
         )
     }
 }
 
-/// Makes the slot's container of a generation.
+/// Makes a slot's container of one generation.
 ///
 /// # Errors
 /// [`Error`]; a container may be left, for [`clean`](super::clear::clean).
 ///
 /// # Cancel safety
-/// None: it is not to be cancelled.
+/// None: do not cancel it.
 pub(super) async fn fill(slots: &Slots, slot: &Slot, generation: u64) -> Result<Container, Error> {
-    // Only the wait for a registry may be cut short: a container that Docker was told
-    // to create would be made all the same, when nobody looks for it any more.
+    // Only the wait for a registry may be cancelled: Docker would still create a requested
+    // container, after nobody looks for it any longer.
     let mut ready = slots.site.ready.subscribe();
     tokio::select! {
-        // The bridge's rules are in force then.
+        // The bridge's firewall rules are then active.
         _ = ready.wait_for(|ready| *ready) => {}
         () = slot.drain.cancelled() => return Err(Error::Stopped),
     }
@@ -184,7 +184,7 @@ async fn make(
     let id = site
         .docker
         .create(&ContainerSpec {
-            // No dashed UUID: Nomad's own Docker driver takes such containers for its own.
+            // No dashed UUID: Nomad's own Docker driver claims containers with such names.
             name: format!("{}-{}-{nonce:08x}", site.name, slot.config.provider),
             image: slot.config.image.clone(),
             labels: HashMap::from([
@@ -247,7 +247,7 @@ async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted
     }
 }
 
-/// Waits until the container has ended, and says why.
+/// Waits until the container has ended; returns the reason.
 async fn died(docker: &Docker, id: &str) -> Error {
     loop {
         sleep(STATE_INTERVAL).await;
@@ -265,7 +265,7 @@ async fn died(docker: &Docker, id: &str) -> Error {
     }
 }
 
-/// Looks for the image on the node and pulls it only if it is not there.
+/// Looks for the image on the node, and pulls it only if missing.
 async fn find_image(site: &Site, slot: &Slot) -> Result<(docker::Image, Use), Error> {
     let reference = &slot.config.image;
     let want = Want {
@@ -280,13 +280,13 @@ async fn find_image(site: &Site, slot: &Slot) -> Result<(docker::Image, Use), Er
     Ok(site.images.get(&want, tell).await?)
 }
 
-/// Owner of the home; `None` for root and for names nobody but the image knows.
+/// Owner of the home folder; `None` for root and for unknown names.
 fn user_of(image: &docker::Image) -> Option<(u32, u32)> {
     let (user, group) = image.user.split_once(':').unwrap_or((&image.user, ""));
     let uid = match user.parse() {
         Ok(uid) => uid,
         Err(_) if user == "runtime" => RUNTIME_UID,
-        // Who a name stands for is known inside the image only.
+        // Only the image knows which user a name stands for.
         Err(_) => 0,
     };
     (uid != 0).then(|| (uid, group.parse().unwrap_or(uid)))

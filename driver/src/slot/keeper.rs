@@ -1,4 +1,4 @@
-//! The task that owns one slot: it alone drives the slot from state to state.
+//! The task that owns one slot and drives it from state to state.
 
 use std::{
     ops::ControlFlow,
@@ -34,46 +34,46 @@ use crate::{
     },
 };
 
-/// Containers in a row that may fail before the slot is given up and Nomad decides.
+/// Consecutive failed containers after which the slot is given up, and Nomad decides.
 const MAX_FAILURES: u32 = 6;
-/// A container that idled for so long was a good one, however it ended.
+/// A container that idled for this long counts as good, however it ended.
 const MIN_IDLE_TIME: Duration = Duration::from_secs(60);
 
-/// For the run of a slot that was made on demand to come.
+/// How long a slot on demand waits for its run.
 const RUN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often to look whether that run has found another slot.
+/// How often to check whether that run has found another slot.
 const RUN_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How often to look whether an image that is left alone is another by now.
+/// How often to check whether a paused image has changed.
 const IMAGE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How often to try whether Docker is back.
+/// How often to check whether Docker is back.
 const DOCKER_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How a slot ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ended {
-    /// It was told to.
+    /// It was told to stop.
     Stopped,
     /// It could not be kept filled.
     Failed { reason: String },
 }
 
 impl Slot {
-    /// Starts keeping a slot as soon as it is [wanted](Slot::want). `ready` answers when it is idle for the first time, or
-    /// with the reason why it will never be; in that case nothing is left of it.
+    /// Starts to keep a slot once it is [wanted](Slot::want). `ready` reports that the slot
+    /// is idle for the first time, or why it never will be; then nothing of it is left.
     pub(crate) fn start(
         slots: &Arc<Slots>,
         identity: Identity,
         config: config::Slot,
         idle: Limits,
     ) -> (Arc<Self>, oneshot::Receiver<Result<(), fill::Error>>) {
-        // One claim can be granted before the keeper takes it, and no second one.
+        // The keeper takes one granted claim; there is no second one.
         let (claims, granted) = mpsc::channel(1);
         let (ready, is_ready) = oneshot::channel();
         let now = SystemTime::now();
-        // Of an earlier life of the driver.
+        // From an earlier life of the driver.
         let slot_id = identity.slot_id();
         let open = slots.runs.open_in(&slot_id);
         let last = slots.runs.last_generation(&slot_id);
@@ -126,21 +126,21 @@ struct Keeper {
     slots: Arc<Slots>,
     slot: Arc<Slot>,
     granted: mpsc::Receiver<Claim>,
-    /// Containers that failed since the last good one.
+    /// Failed containers since the last good one.
     failures: u32,
     /// Between those.
     backoff: Backoff,
-    /// Prepared during the last run, or taken up.
+    /// Prepared during the last run, or taken over.
     next: Option<Container>,
-    /// Of the last container.
+    /// The removal of the last container.
     removal: Option<JoinHandle<()>>,
 }
 
-/// How a container of the slot turned out.
+/// The outcome of one container of the slot.
 enum Outcome {
-    /// It was of use, or nobody is to blame.
+    /// It was useful, or its end was nobody's fault.
     Good,
-    /// None was tried: it says nothing of the slot.
+    /// None was tried, which says nothing about the slot.
     Held,
     Failed {
         reason: String,
@@ -150,11 +150,11 @@ enum Outcome {
 type Ready = oneshot::Sender<Result<(), fill::Error>>;
 
 impl Keeper {
-    /// `open` is a run of an earlier life of the driver in the slot, carried by another; or
-    /// `left` is what idles in it since then.
+    /// After a restart, `open` is the run that is still in the slot, with a carrier of its
+    /// own, or `left` is the container that still idles in it.
     async fn keep(mut self, open: Option<Arc<Run>>, left: Option<Idle>, ready: Ready) {
         if !self.is_wanted().await {
-            // A run that is still in it goes on without it.
+            // A run that is still in the slot continues without it.
             if open.is_none() {
                 if let Some(left) = left {
                     left.discard();
@@ -179,7 +179,7 @@ impl Keeper {
         self.end(end);
     }
 
-    /// What an earlier life of the driver left, or this task's last start.
+    /// Handles what an earlier life of the driver, or this task's previous start, left.
     async fn take_up(&mut self, open: Option<Arc<Run>>, left: Option<Idle>) {
         if let Some(run) = open {
             self.wait_for(&run).await;
@@ -192,7 +192,7 @@ impl Keeper {
         }
     }
 
-    /// One container, from its making to its end.
+    /// Serves one container, from its creation to its end.
     async fn turn(&mut self, ready: &mut Option<Ready>) -> ControlFlow<Ended> {
         let generation = self.slot.life().generation();
         let filled = match self.next.take() {
@@ -217,7 +217,7 @@ impl Keeper {
         ControlFlow::Continue(())
     }
 
-    /// Makes the slot idle with this container, and serves what comes.
+    /// Makes the slot idle with this container, and serves its claim.
     async fn offer(
         &mut self,
         mut container: Container,
@@ -262,11 +262,11 @@ impl Keeper {
         let reason = crate::chain(&error);
         let held = match &error {
             fill::Error::Open(open) => Some(open.retry_in.min(IMAGE_INTERVAL)),
-            // That Docker is away says nothing of the slot.
+            // An outage of Docker says nothing about the slot.
             error if error.is_silence() => Some(DOCKER_INTERVAL),
             _ => None,
         };
-        // Nomad has a slot for a running one if nobody waits for its start.
+        // If nobody waits for the start, Nomad believes that the slot is running.
         if let Some(ready) = ready.take_if(|ready| !ready.is_closed()) {
             let _agent_gone = ready.send(Err(error));
             return ControlFlow::Break(self.give_up(reason));
@@ -288,7 +288,7 @@ impl Keeper {
         }
     }
 
-    /// Pauses before the next container, or gives the slot up.
+    /// Pauses before the next container, or gives up the slot.
     async fn failed(&mut self, reason: String) -> ControlFlow<Ended> {
         self.failures += 1;
         let (slot, failures) = (self.slot.identity.slot_id(), self.failures);
@@ -296,13 +296,14 @@ impl Keeper {
         if self.failures >= MAX_FAILURES {
             return ControlFlow::Break(self.give_up(reason));
         }
-        match self.rest(self.backoff.next_wait()).await {
+        let wait = self.backoff.next_wait();
+        match self.rest(wait).await {
             true => ControlFlow::Continue(()),
             false => ControlFlow::Break(Ended::Stopped),
         }
     }
 
-    /// Whether Nomad means the task to be, rather than to be destroyed.
+    /// Whether Nomad wants the slot to run; otherwise it wants to destroy it.
     async fn is_wanted(&self) -> bool {
         if !self.slot.wanted.is_cancelled() {
             let reason = "Nomad has recovered it and does not wait for it yet".into();
@@ -320,8 +321,8 @@ impl Keeper {
         self.slot.end.send_replace(Some(end));
     }
 
-    /// Waits until nothing is left of what could not be made: the next container would stand
-    /// beside it. False if the slot is not wanted any more.
+    /// Waits until nothing is left of a failed container, because the next one must not
+    /// exist next to it. Returns false if the slot is no longer wanted.
     async fn cleaned(&self) -> bool {
         while self.rest(DOCKER_INTERVAL).await {
             if clear::clean(&self.slots, &self.slot, None).await {
@@ -331,7 +332,7 @@ impl Keeper {
         false
     }
 
-    /// False if the slot is not wanted any more.
+    /// Returns false if the slot is no longer wanted.
     async fn rest(&self, time: Duration) -> bool {
         tokio::select! {
             () = sleep(time) => true,
@@ -347,7 +348,7 @@ impl Keeper {
         Ended::Failed { reason }
     }
 
-    /// Until that run is over and its container gone.
+    /// Waits until the run is over and its container gone.
     async fn wait_for(&self, run: &Run) {
         tokio::select! {
             () = run.gone() => {}
@@ -360,9 +361,9 @@ impl Keeper {
         self.slot.apply(Event::Recycled);
     }
 
-    /// Waits with an idle container until it is claimed, dies or is not wanted any
-    /// more; then serves the claim, and destroys the container. An error is the reason
-    /// why the container died without having been of use.
+    /// Waits with an idle container until it is claimed, dies or is no longer wanted. Then
+    /// serves the claim, and ends the container. An error is the reason why the container
+    /// died early.
     async fn serve(&mut self, mut container: Container) -> Result<(), String> {
         let idle_since = Instant::now();
         let (claim, died) = self.idle(&mut container).await;
@@ -383,12 +384,12 @@ impl Keeper {
             }
             (None, _) => None,
         };
-        // Before its control group goes, with what it has used.
+        // While its control group still reports what it used.
         self.slot.let_go();
-        // The next one never stands beside it.
+        // The next container never runs next to it.
         let Container { id, connection, .. } = &mut container;
         connection.end(&self.slots.site.docker, id).await;
-        // Its share is free as well: what it stands for is.
+        // Its share is dropped here, because the room is free.
         let run = served.map(|(run, _share)| run);
         self.removed().await;
         let removal = clear::remove(self.slots.clone(), self.slot.clone(), container, run);
@@ -402,8 +403,8 @@ impl Keeper {
         }
     }
 
-    /// Until the container is claimed, or is of no more use: then with the reason, if it
-    /// died.
+    /// Waits until the container is claimed or no longer needed. If the container died,
+    /// returns the reason.
     async fn idle(&mut self, container: &mut Container) -> (Option<Claim>, Option<String>) {
         let not_needed = not_needed(&self.slots, &self.slot);
         tokio::pin!(not_needed);
@@ -428,7 +429,7 @@ impl Keeper {
         self.slot.apply(Event::Died {
             reason: died.clone(),
         });
-        // A claim that was granted meanwhile is on its way here, if not here already.
+        // A claim that was granted in the meantime is on its way here, or has arrived.
         let claim = match self.slot.is_claimed() {
             true => self.granted.recv().await,
             false => None,
@@ -436,26 +437,29 @@ impl Keeper {
         (claim, Some(died))
     }
 
-    /// Waits until Docker has removed the last container: a slot has one to be removed at a
-    /// time.
+    /// Waits until Docker has removed the last container: per slot, only one container is
+    /// removed at a time.
     async fn removed(&mut self) {
         if let Some(removal) = self.removal.take() {
-            // That it panicked has been reported.
+            // A panic has already been reported.
             let _panicked = removal.await;
         }
     }
 
     async fn run(&self, container: &mut Container, run: &Run, order: Order) {
-        // From now on it comes back to another life of the driver with its run, or not at all.
+        // From now on, another life of the driver recovers it only as the container of its run.
         self.slots.idle.forget(&self.slot.identity.slot_id());
         let class = self.slots.site.config.run;
-        // Docker learns of the raised limits while the command already runs.
+        // Docker gets the raised limits while the command already runs.
         let (docker, id) = (self.slots.site.docker.clone(), container.id.clone());
         let update = self.slots.site.background.spawn(async move {
             sleep(LONG_RUN).await;
             if let Err(error) = docker.update(&id, &class).await {
                 // The container of a short run is gone by now.
-                tracing::debug!(error = &error as &dyn std::error::Error, "limits not told");
+                tracing::debug!(
+                    error = &error as &dyn std::error::Error,
+                    "cannot update the limits in Docker"
+                );
             }
         });
         let Container {
@@ -485,7 +489,8 @@ impl Keeper {
     }
 }
 
-/// Waits until the one run of a slot on demand will not come; why.
+/// Waits until it is clear that the run of a slot on demand will not come; returns the
+/// reason.
 async fn not_needed(slots: &Slots, slot: &Slot) -> String {
     let Some(run_id) = &slot.config.run_id else {
         return std::future::pending().await;

@@ -1,6 +1,6 @@
-//! A lease: one idle container, with its part of the node's headroom, kept for one run that
-//! has an id and no command yet. It ends with that run's claim, with its time, or when it is
-//! given back; but for a claim the container is destroyed, used or not.
+//! A lease: one idle container, with its share of the node's headroom, reserved for one run
+//! that has an id but no command yet. It ends with the run's claim, at its time limit, or
+//! when it is released. Unless the run claims it, the container is destroyed.
 
 use std::{
     sync::Arc,
@@ -16,11 +16,11 @@ use crate::{
     run::{book::NotFound, claim::Refusal},
 };
 
-/// What goes with the state of a leased slot.
+/// The details of a leased slot.
 #[derive(Debug)]
 pub(super) struct Lease {
     share: Option<Share>,
-    /// When it ends.
+    /// When the lease ends.
     until: watch::Sender<Option<Instant>>,
 }
 
@@ -33,7 +33,7 @@ impl Default for Lease {
     }
 }
 
-/// What a shim asks for.
+/// A shim's lease request.
 #[derive(Debug)]
 pub(crate) struct Wanted {
     pub(crate) slot_id: String,
@@ -46,19 +46,19 @@ pub(crate) struct Wanted {
 }
 
 impl Slots {
-    /// Keeps a slot's idle container for one run; until when.
+    /// Reserves a slot's idle container for one run; returns the end of the lease.
     ///
     /// # Errors
-    /// [`Refusal`]: nothing has changed.
+    /// [`Refusal`]; nothing has changed.
     pub(crate) fn lease(&self, wanted: &Wanted) -> Result<SystemTime, Refusal> {
         self.check_start(&wanted.start_id)?;
         self.live(&wanted.slot_id)?.lease(self, wanted)
     }
 
-    /// Ends the lease of a run, wherever it is.
+    /// Ends the lease of a run, in whichever slot.
     ///
     /// # Errors
-    /// [`NotFound`] if there is none, or it is another user's.
+    /// [`NotFound`] if there is no lease, or it belongs to another user.
     pub(crate) fn release(&self, run_id: &str, user_id: &str) -> Result<(), NotFound> {
         for slot in self.book.all() {
             match slot.release(run_id, user_id) {
@@ -73,10 +73,11 @@ impl Slots {
 }
 
 impl Slot {
-    /// Keeps the idle container for a run; until when. As often as it is asked for, it is one.
+    /// Reserves the idle container for a run; returns the end of the lease. Repeated
+    /// requests share one lease.
     ///
     /// # Errors
-    /// [`Refusal`]: nothing has changed.
+    /// [`Refusal`]; nothing has changed.
     fn lease(&self, slots: &Slots, wanted: &Wanted) -> Result<SystemTime, Refusal> {
         let Wanted {
             generation,
@@ -104,7 +105,7 @@ impl Slot {
         next.apply(leased, now).map_err(Refusal::Taken)?;
         let share = Amount::on_top(&slots.site.config.run, &self.idle);
         let share = slots.headroom.take(share)?;
-        // The next life of the driver is not to take it for an idle one: its key has been told.
+        // The next life of the driver must not treat it as idle, because its key has been sent.
         slots.idle.forget(&self.identity.slot_id());
         let mut lease = self.lease.lock();
         lease.share = Some(share);
@@ -117,7 +118,7 @@ impl Slot {
     /// Ends a lease.
     ///
     /// # Errors
-    /// [`NotFound`] if it is not this slot's, or another user's.
+    /// [`NotFound`] if this slot does not have the lease, or it belongs to another user.
     fn release(&self, run_id: &str, user_id: &str) -> Result<(), NotFound> {
         let life = self.lock();
         let run_id = run_id.to_owned();
@@ -133,19 +134,19 @@ impl Slot {
         }
     }
 
-    /// Whether it has of the node already what its run needs.
+    /// Whether the lease already holds the share that the run needs.
     pub(super) fn has_leased_share(&self) -> bool {
         self.lease.lock().share.is_some()
     }
 
-    /// That, which goes from the lease to its run; or nowhere, if none comes.
+    /// Takes the share out of the lease, for its run or to be dropped.
     pub(super) fn leased_share(&self) -> Option<Share> {
         let mut lease = self.lease.lock();
         lease.until.send_replace(None);
         lease.share.take()
     }
 
-    /// Waits until the lease has ended without a claim, of which there will be none then.
+    /// Waits until the lease has ended without a claim; a later claim is then impossible.
     ///
     /// # Cancel safety
     /// Loses nothing.
@@ -161,7 +162,7 @@ impl Slot {
             };
             tokio::select! {
                 () = passed => {
-                    // A claim of this moment has made it something else.
+                    // Fails if a claim has just changed the state.
                     let has_ended = self.try_apply(Event::LeaseEnded).is_ok();
                     drop(self.leased_share());
                     if has_ended {

@@ -1,4 +1,4 @@
-//! The record of idle containers: what the next life of the driver may take up again.
+//! The record of idle containers, which the next life of the driver may take over.
 
 use std::{
     collections::HashMap,
@@ -17,11 +17,11 @@ use crate::{
     state::{files, records::Records},
 };
 
-/// For Nomad to ask for a slot, since the driver started. What it does not ask for by then is
-/// the reaper's.
+/// How long Nomad may take after the driver's start to ask for a slot. Afterwards the
+/// reaper removes the slot's container.
 const ASK_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// An idle container, as the next life of the driver must know it.
+/// An idle container, as recorded for the next life of the driver.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Idle {
     pub slot_id: String,
@@ -29,18 +29,18 @@ pub struct Idle {
     pub occupant: Occupant,
     pub image: String,
     pub image_id: String,
-    /// How it was made: one that would be made otherwise by now is of no use.
+    /// How the container was made; it is not taken over if it would be made differently now.
     pub made: Made,
 }
 
-/// What decides how a slot's container is made, beside its image.
+/// What determines how a slot's container is made, apart from its image.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Made {
     /// The driver's version.
     pub version: String,
-    /// Named by its content.
+    /// Named after its content.
     pub init: PathBuf,
-    /// The text of it, which the container keeps.
+    /// The text of the file, which the container keeps.
     pub resolv_conf: String,
     pub limits: Limits,
 }
@@ -57,7 +57,7 @@ impl Made {
 }
 
 impl Idle {
-    /// It is of no use: ends it. Docker's part of it is left, for
+    /// Ends a container that cannot be used. Docker's part of it stays, for
     /// [`clean`](super::clear::clean) or the reaper.
     pub(super) fn discard(&self) {
         let Occupant {
@@ -73,7 +73,7 @@ impl Idle {
     }
 }
 
-/// What is on record, by slot.
+/// The records, by slot.
 #[derive(Debug)]
 pub struct Shelf {
     records: Records<Idle>,
@@ -90,7 +90,8 @@ struct Left {
 }
 
 impl Shelf {
-    /// Reads what an earlier life of the driver left, and forgets those that have ended.
+    /// Reads what an earlier life of the driver left, and drops records of ended
+    /// containers.
     ///
     /// # Errors
     /// [`files::Error`] if the folder cannot be made.
@@ -121,7 +122,7 @@ impl Shelf {
         links.collect()
     }
 
-    /// Whether the container may still be taken up.
+    /// Whether the container may still be taken over.
     #[must_use]
     pub fn holds(&self, container: &str) -> bool {
         let left = self.left();
@@ -131,7 +132,7 @@ impl Shelf {
         })
     }
 
-    /// Nobody has asked for the container: what there is of it besides Docker's part goes.
+    /// Nobody asked for the container: removes everything of it except Docker's part.
     pub(crate) fn give_up(&self, container: &str) {
         let mut left = self.left();
         let mut unasked = left.values().filter(|left| !left.asked);
@@ -144,7 +145,7 @@ impl Shelf {
         }
     }
 
-    /// What an earlier life of the driver left in the slot, which Nomad asks for.
+    /// What an earlier life of the driver left in the slot that Nomad asks for.
     pub(super) fn ask(&self, slot_id: &str) -> Option<Idle> {
         let mut left = self.left();
         let left = left.get_mut(slot_id)?;
@@ -152,17 +153,17 @@ impl Shelf {
         Some(left.idle.clone())
     }
 
-    /// Puts a slot's container on record, in place of the last one. If that fails, the next
-    /// life of the driver makes another.
+    /// Records a slot's container in place of the previous one. If that fails, the next
+    /// life of the driver makes a new one.
     pub(super) fn put(&self, idle: &Idle) {
         self.left().remove(&idle.slot_id);
         if let Err(error) = self.records.write(&name(&idle.slot_id), idle) {
             let (slot, error) = (&idle.slot_id, crate::chain(&error));
-            tracing::warn!(slot, error, "an idle container is not on record");
+            tracing::warn!(slot, error, "cannot record an idle container");
         }
     }
 
-    /// There is nothing in the slot that could be taken up: a run has it, or it has ended.
+    /// Removes the record, because a run has the container or it has ended.
     pub(crate) fn forget(&self, slot_id: &str) {
         self.left().remove(slot_id);
         self.records.remove(&name(slot_id));

@@ -1,4 +1,4 @@
-//! The files in the state folder that containers are given.
+//! The files in the state folder that containers use.
 
 use std::{
     fs::{self, Permissions},
@@ -12,13 +12,13 @@ use sha2::{Digest, Sha256};
 /// A file that could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot read `{path}`, which `init_path` names")]
+    #[error("cannot read the program `{path}` given in `init_path`")]
     Init { path: PathBuf, source: io::Error },
     #[error("cannot write `{path}`")]
     Write { path: PathBuf, source: io::Error },
 }
 
-/// The folder's random id, made when it is first asked for.
+/// The folder's random id, created at first use.
 ///
 /// # Errors
 /// [`Error::Write`]
@@ -35,8 +35,8 @@ pub fn instance(state_dir: &Path) -> Result<String, Error> {
     Ok(id)
 }
 
-/// Copies init to a name made of its content: containers that have mounted it
-/// outlive an upgrade.
+/// Copies init to a name that is derived from its content, so that containers that have
+/// mounted it outlive an upgrade.
 ///
 /// # Errors
 /// [`Error`]
@@ -53,9 +53,9 @@ pub fn install_init(source: &Path, state_dir: &Path) -> Result<PathBuf, Error> {
     Ok(path)
 }
 
-/// The containers' resolv.conf: dockerd would put itself in between, and names must
-/// resolve while it is down. Name servers on the host's loopback are out of reach
-/// from a container, so that the file behind a local resolver is taken then.
+/// Writes the containers' resolv.conf, because names must resolve without dockerd's own
+/// resolver. Containers cannot reach name servers on the host's loopback. In that case the
+/// file behind the local resolver is used.
 ///
 /// # Errors
 /// [`Error::Write`]
@@ -67,14 +67,14 @@ pub fn write_resolv_conf(state_dir: &Path) -> Result<PathBuf, Error> {
         .map(|text| without_loopback(&text))
         .find(|text| text.contains("nameserver"));
     if reachable.is_none() {
-        tracing::warn!("no name server of this host can be reached from a container");
+        tracing::warn!("containers cannot reach any name server of this host");
     }
     let path = state_dir.join("resolv.conf");
     write(&path, reachable.unwrap_or_default().as_bytes(), 0o644)?;
     Ok(path)
 }
 
-/// Makes a folder, or empties it of what an earlier life of the driver left, but for
+/// Creates a folder, or empties it of what an earlier life of the driver left, except for
 /// what is still `in_use`.
 ///
 /// # Errors
@@ -111,7 +111,7 @@ fn without_loopback(text: &str) -> String {
         .collect()
 }
 
-/// Whole or not at all: another process may map or read it any time.
+/// Writes all or nothing, because another process may map or read the file at any time.
 pub(crate) fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), Error> {
     let partial = path.with_extension("partial");
     fs::write(&partial, content)

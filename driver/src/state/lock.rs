@@ -1,4 +1,5 @@
-//! One driver for a state folder. A second one waits, and says for whom.
+//! Ensures one driver per state folder. A second driver waits, and reports which process it
+//! waits for.
 
 use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},
@@ -12,16 +13,16 @@ use nix::{
     unistd::Pid,
 };
 
-/// Held as long as the process lives; the kernel lets go of it whatever happens.
+/// Held as long as the process lives; the kernel always releases it.
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
 }
 
-/// Why the folder is not ours.
+/// Why the driver cannot have the folder.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("state_dir `{state_dir}` is held by another driver, pid {pid}")]
+    #[error("state_dir `{state_dir}` is in use by another driver, pid {pid}")]
     Held { state_dir: PathBuf, pid: String },
     #[error("cannot lock state_dir `{state_dir}`")]
     Lock {
@@ -31,23 +32,23 @@ pub enum Error {
 }
 
 impl Error {
-    /// Asks the holder to leave. It does if it has no agent any more: an agent that
-    /// crashed and could not reach it again has started this process in its place.
+    /// Asks the holder to leave, which it does if it has no agent. An agent that crashed
+    /// and could not reconnect to the holder has started this process instead.
     pub fn ask_to_leave(&self) {
         if let Self::Held { pid, .. } = self
             && let Ok(pid) = pid.parse()
         {
-            // The lock is held, so that the number in it is of a live driver.
+            // The lock is held, so the pid in it belongs to a live driver.
             let _gone = kill(Pid::from_raw(pid), ASK_TO_LEAVE);
         }
     }
 }
 
-/// What a driver without an agent obeys.
+/// The signal that makes a driver without an agent leave.
 pub const ASK_TO_LEAVE: Signal = Signal::SIGUSR2;
 
 impl Lock {
-    /// Takes the folder, making it if need be, for root alone. Does not wait.
+    /// Locks the folder without waiting; creates it if necessary, for root alone.
     ///
     /// # Errors
     /// [`Error::Held`] with the pid of the holder.

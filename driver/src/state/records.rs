@@ -1,4 +1,4 @@
-//! What the driver must know of things that outlive it: a folder with a JSON file for each.
+//! Records of things that outlive the driver: a folder with a JSON file for each.
 
 use std::{
     fs, io,
@@ -11,18 +11,18 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::files::{self, Error};
 
-/// The folder of records of one kind.
+/// A folder with records of one kind.
 #[derive(Debug)]
 pub struct Records<T> {
     folder: PathBuf,
     kind: PhantomData<fn() -> T>,
 }
 
-/// A record of an earlier life of the driver.
+/// A record from an earlier life of the driver.
 #[derive(Debug)]
 pub struct Found<T> {
     pub record: T,
-    /// When it was written, or last marked.
+    /// When it was last written or marked.
     pub marked: Option<SystemTime>,
 }
 
@@ -42,7 +42,8 @@ impl<T: Serialize + DeserializeOwned> Records<T> {
         }
     }
 
-    /// All of them. One that cannot be read is reported and left for a person to see.
+    /// Reads all records. An unreadable record is reported and stays for an operator to
+    /// inspect.
     #[must_use]
     pub fn read(&self) -> Vec<Found<T>> {
         let files = fs::read_dir(&self.folder).into_iter().flatten().flatten();
@@ -60,46 +61,46 @@ impl<T: Serialize + DeserializeOwned> Records<T> {
                 .and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string()))
                 .map(|record| Found { record, marked })
                 .inspect_err(|error| {
-                    tracing::error!(path = %path.display(), error, "a record cannot be read");
+                    tracing::error!(path = %path.display(), error, "cannot read a record");
                 })
                 .ok()
         });
         found.collect()
     }
 
-    /// Whole or not at all.
+    /// Writes all or nothing.
     ///
     /// # Errors
     /// [`Error::Write`]
     ///
     /// # Panics
-    /// If a record cannot be written as JSON, as a time before 1970.
+    /// If the record cannot be written as JSON, for example because of a time before 1970.
     pub fn write(&self, name: &str, record: &T) -> Result<(), Error> {
         let text = serde_json::to_vec(record).expect("a record can be written as JSON");
         files::write(&self.path(name), &text, 0o600)
     }
 
-    /// Gives a record the present time.
+    /// Sets a record's time to now.
     ///
     /// # Errors
-    /// If it cannot be.
+    /// If the file cannot be changed.
     pub fn mark(&self, name: &str) -> io::Result<()> {
         let file = fs::File::options().append(true).open(self.path(name))?;
         file.set_modified(SystemTime::now())
     }
 
-    /// Forgets one; one that is forgotten already is fine.
+    /// Removes a record; a missing record is not an error.
     pub fn remove(&self, name: &str) {
         let path = self.path(name);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %path.display(), %error, "a record is left");
+                tracing::warn!(path = %path.display(), %error, "cannot remove a record");
             }
             _ => {}
         }
     }
 
-    /// Where the records are.
+    /// The path of the folder.
     #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder

@@ -6,7 +6,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::Task;
 
-/// All tasks by Nomad's id of them. Ended ones stay until Nomad destroys them.
+/// All tasks by Nomad's task id. An ended task stays until Nomad destroys it.
 #[derive(Debug, Default)]
 pub struct Book {
     tasks: Mutex<HashMap<String, Arc<Task>>>,

@@ -1,4 +1,4 @@
-//! Another command in a task's container, for `nomad alloc exec` and script checks.
+//! Runs another command in a task's container, for `nomad alloc exec` and script checks.
 
 use std::time::Duration;
 
@@ -13,17 +13,17 @@ use crate::{
     process::{Held, is_of_container},
 };
 
-/// How often to look whether a quiet command has ended.
+/// How often to check whether a quiet command has ended.
 const STATE_INTERVAL: Duration = Duration::from_millis(100);
-/// After its end, output on its way is still awaited for so long after the last piece. A
-/// background process may hold the streams open for ever.
+/// How long after the last output to wait for more, once the command has ended. A
+/// background process may keep the streams open forever.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
-/// And for so long at most.
+/// Upper bound for that wait.
 const MAX_DRAIN_TIME: Duration = Duration::from_secs(5);
 /// Nomad keeps 4 KiB of a script check's output.
 const MAX_OUTPUT: usize = 4 << 10;
 
-/// What a caller sends.
+/// A message from the caller.
 #[derive(Debug)]
 pub enum Input {
     Stdin(Bytes),
@@ -31,15 +31,15 @@ pub enum Input {
     Resize { height: u16, width: u16 },
 }
 
-/// What a caller is told.
+/// An event for the caller.
 #[derive(Debug)]
 pub enum Event {
     Output(Piece),
-    /// The last one.
+    /// The last event.
     Exited(i32),
 }
 
-/// What a short command left.
+/// The result of a short command.
 #[derive(Debug, Default)]
 pub struct Outcome {
     pub output: Vec<u8>,
@@ -49,7 +49,7 @@ pub struct Outcome {
 /// Runs a command to its end, or kills it after `limit`.
 ///
 /// # Errors
-/// [`docker::Error`], `TimedOut` if it was killed.
+/// [`docker::Error`]; `TimedOut` if the command was killed.
 pub async fn run(
     docker: &Docker,
     container: &str,
@@ -93,15 +93,15 @@ pub async fn run(
     }
 }
 
-/// Serves a started command until it has ended or nobody listens any more; then it is
-/// killed. The last event is its exit, or why dockerd could not tell it.
+/// Serves a started command until it ends. If nobody listens any longer, the command is
+/// killed. The last event is its exit, or why dockerd could not report it.
 pub async fn serve(
     container: &str,
     (exec, mut output, mut input): (Exec, ExecOutput, ExecInput),
     mut received: mpsc::Receiver<Input>,
     events: mpsc::Sender<Result<Event, docker::Error>>,
 ) {
-    // Apart from the output: a command may write before it reads on.
+    // Separate from the output: a command may write before it reads more.
     let feed = async {
         let mut is_read = true;
         while let Some(step) = received.recv().await {
@@ -127,7 +127,7 @@ pub async fn serve(
     };
     let is_done = tokio::select! {
         is_done = drain => is_done,
-        // The caller's connection is gone: so is its command.
+        // The caller has disconnected, so its command ends too.
         () = feed => false,
         () = events.closed() => false,
     };
@@ -136,7 +136,7 @@ pub async fn serve(
     }
 }
 
-/// The next thing that happens to a command; `ended` remembers since when it has.
+/// The command's next event; `ended` holds when the command ended.
 ///
 /// # Cancel safety
 /// Loses nothing.
@@ -163,13 +163,13 @@ async fn step(
     }
 }
 
-/// The streams may end a moment before dockerd knows the status.
+/// The streams may end slightly before dockerd knows the exit status.
 async fn exit_code(exec: &Exec) -> Result<i32, docker::Error> {
     let begin = Instant::now();
     loop {
         match exec.exit_code().await? {
             Some(code) => return Ok(clamp(code)),
-            // A command that closed its streams and goes on.
+            // The command closed its streams but still runs.
             None if begin.elapsed() < STATE_INTERVAL => sleep(Duration::from_millis(2)).await,
             None => sleep(STATE_INTERVAL).await,
         }
@@ -180,7 +180,7 @@ fn clamp(code: i64) -> i32 {
     i32::try_from(code).unwrap_or(i32::MAX)
 }
 
-/// dockerd's word for a pid may be late: what is not of the container is left alone.
+/// dockerd's pid may be out of date, so a process outside the container is not killed.
 async fn kill(exec: &Exec, container: &str) {
     if let Some(held) = exec
         .pid()

@@ -1,5 +1,5 @@
-//! What the driver must know of a plain task after its own death: one file for each,
-//! written before the task can run and read before Nomad can ask.
+//! What the driver must know about plain tasks after a restart: one file per task, written
+//! before the task can run and read before Nomad can ask.
 
 use std::{
     fs,
@@ -17,14 +17,14 @@ use crate::{
     },
 };
 
-/// A task as the journal has it.
+/// A task's journal entry.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Entry {
     pub identity: Identity,
     pub image: String,
     pub container: String,
-    /// Process 1 of the container, as the host counts, and when the kernel says that it
-    /// began: a pid alone may be another's by now.
+    /// Process 1 of the container by its pid on the host, and its start time according to
+    /// the kernel, because the pid alone may belong to another process by now.
     pub pid: u32,
     pub pid_start: u64,
     pub started: SystemTime,
@@ -33,16 +33,16 @@ pub struct Entry {
     pub output: OutputPath,
     pub stdout: PathBuf,
     pub stderr: PathBuf,
-    /// What asks it to stop when the job names no signal.
+    /// The signal that asks the task to stop if the job names none.
     pub stop_signal: String,
     pub address: Option<IpAddr>,
-    /// Whether services use that address unless they say otherwise.
+    /// Whether services use this address by default.
     #[serde(default)]
     pub auto_advertise: bool,
     pub ports: Vec<(String, i32)>,
-    /// How it ended, once it has.
+    /// How the task ended, if it has.
     pub exit: Option<Exit>,
-    /// For an entry of an earlier life of the driver, when that last marked it.
+    /// When an earlier life of the driver last marked the entry.
     #[serde(skip)]
     pub marked: Option<SystemTime>,
 }
@@ -58,7 +58,7 @@ impl Journal {
         Records::open(state_dir.join("tasks")).map(Self)
     }
 
-    /// All entries that can be read.
+    /// All readable entries.
     #[must_use]
     pub fn read(&self) -> Vec<Entry> {
         let found = self.0.read().into_iter();
@@ -72,14 +72,14 @@ impl Journal {
         self.0.write(&entry.identity.container_name(), entry)
     }
 
-    /// Remembers that the task's output has been read until now.
+    /// Records that the task's output has been read up to now.
     pub fn mark(&self, identity: &Identity) {
         if let Err(error) = self.0.mark(&identity.container_name()) {
-            tracing::debug!(%error, "output may be read twice");
+            tracing::debug!(%error, "cannot mark output as read; it may be read twice");
         }
     }
 
-    /// The folder for files that a task's container is given; removed with its entry.
+    /// The folder for files that are mounted into a task's container; removed with its entry.
     #[must_use]
     pub fn files(&self, identity: &Identity) -> PathBuf {
         self.0
@@ -87,7 +87,7 @@ impl Journal {
             .join(format!("{}.files", identity.container_name()))
     }
 
-    /// Forgets a task; one that is forgotten already is fine.
+    /// Removes a task's entry; a missing entry is not an error.
     pub fn remove(&self, identity: &Identity) {
         let _there_are_none = fs::remove_dir_all(self.files(identity));
         self.0.remove(&identity.container_name());

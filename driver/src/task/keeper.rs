@@ -1,4 +1,4 @@
-//! The task that owns one plain task from its start, or from the driver's, to its end.
+//! The task that owns one plain task, from its start or the driver's start to its end.
 
 use std::{
     sync::{
@@ -26,16 +26,16 @@ use crate::{
     ticks::ticks,
 };
 
-/// How often to look for processes that the kernel killed for want of memory.
+/// How often to check for processes that the kernel killed for lack of memory.
 const OOM_INTERVAL: Duration = Duration::from_secs(1);
-/// Between questions to a dockerd that does not answer.
+/// Time between requests to a dockerd that does not respond.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
-/// How long the end of a task waits for an agent to read its last output, once
-/// somebody waits for the end.
+/// How long the end of a task waits for an agent to read its last output, once somebody
+/// waits for the end.
 const UNREAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// For a killed process to be gone.
+/// How long a killed process may take to end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
-/// How a task failed whose command has not run: it may be started anew.
+/// The error of a task whose command never ran; such a task may be started again.
 pub(crate) const NEVER_STARTED: &str = "the driver was restarted before the command was started";
 const SIGKILL: i32 = nix::sys::signal::Signal::SIGKILL as i32;
 
@@ -43,7 +43,7 @@ const SIGKILL: i32 = nix::sys::signal::Signal::SIGKILL as i32;
 #[derive(Debug)]
 pub(super) struct Live {
     pub(super) entry: Entry,
-    /// `None` when it was over before it could be held.
+    /// `None` if the process ended before it could be held.
     pub(super) process: Option<Held>,
     pub(super) limits: Option<Arc<limits::Handle>>,
     pub(super) listener: Option<Listener>,
@@ -51,7 +51,7 @@ pub(super) struct Live {
     pub(super) link: Option<Link>,
 }
 
-/// Puts a task into the book and sees it through.
+/// Adds a task to the book and follows it to its end.
 pub(super) fn keep(tasks: &Arc<Tasks>, live: Live, held: Use) -> Arc<Task> {
     let (signals, received) = mpsc::channel(8);
     let task = Arc::new(Task {
@@ -70,7 +70,7 @@ pub(super) fn keep(tasks: &Arc<Tasks>, live: Live, held: Use) -> Arc<Task> {
         task: task.clone(),
         live,
         signals: received,
-        // What was killed in an earlier life of the driver has been told.
+        // Kills in an earlier life of the driver were already reported.
         oom_kills: limits.as_ref().map_or(0, |limits| limits.oom_kills()),
         oom_seen: None,
         copied: Arc::default(),
@@ -80,7 +80,7 @@ pub(super) fn keep(tasks: &Arc<Tasks>, live: Live, held: Use) -> Arc<Task> {
     task
 }
 
-/// Takes up every task of the journal, before Nomad can ask for one.
+/// Recovers every task of the journal, before Nomad can ask for one.
 pub(crate) fn recover(tasks: &Arc<Tasks>) {
     for entry in tasks.journal.read() {
         let process = Held::find(entry.pid, entry.pid_start);
@@ -90,7 +90,7 @@ pub(crate) fn recover(tasks: &Arc<Tasks>) {
         let listener = match (&entry.link, &process) {
             (Some(folder), Some(_)) => Listener::bind_again(folder)
                 .inspect_err(|error| {
-                    tracing::warn!(error = crate::chain(error), "init cannot come back")
+                    tracing::warn!(error = crate::chain(error), "init cannot reconnect")
                 })
                 .ok(),
             _ => None,
@@ -117,11 +117,11 @@ struct Keeper {
     task: Arc<Task>,
     live: Live,
     signals: mpsc::Receiver<i32>,
-    /// As many have been told.
+    /// How many of them have been reported.
     oom_kills: u64,
-    /// When the last of them were seen.
+    /// When the last kill was seen.
     oom_seen: Option<Instant>,
-    /// Bytes of output that the driver itself has copied.
+    /// Bytes of output that the driver itself copied.
     copied: Arc<AtomicU64>,
 }
 
@@ -137,7 +137,7 @@ impl Keeper {
             if let Err(error) = self.tasks.journal.write(&self.live.entry) {
                 tracing::warn!(
                     error = crate::chain(&error),
-                    "a task's end is not in the journal"
+                    "cannot record a task's end in the journal"
                 );
             }
         }
@@ -146,7 +146,7 @@ impl Keeper {
         self.task.end.send_replace(Some(exit));
     }
 
-    /// Where dockerd has the output, the driver copies it.
+    /// Copies the output if dockerd has it.
     fn pump(&self) -> Option<AbortOnDropHandle<()>> {
         let entry = &self.live.entry;
         if entry.output == OutputPath::Init {
@@ -171,7 +171,7 @@ impl Keeper {
             self.copied.clone(),
         );
         let pump = async move {
-            // A driver that has just been started and dockerd have yet to agree on a version.
+            // A newly started driver has not yet agreed on a version with dockerd.
             let mut ready = tasks.site.ready.subscribe();
             drop(ready.wait_for(|ready| *ready).await);
             pump.await;
@@ -201,7 +201,8 @@ impl Keeper {
                 word = listen(listener, link, entry.pid) => match word {
                     Word::Exited(exited) => return self.exited(&exited),
                     Word::Nothing => {}
-                    // The driver died between the container's start and the command's.
+                    // The driver died between the start of the container and of the
+                    // command.
                     Word::NotStarted => {
                         self.end_process().await;
                         return self.failed(NEVER_STARTED);
@@ -222,21 +223,21 @@ impl Keeper {
         let (code, signal) = match exited.status {
             Some(exited::Status::Code(code)) => (code, 0),
             Some(exited::Status::Signal(signal)) => (128 + signal, signal),
-            None => return self.failed("init did not say how the command ended"),
+            None => return self.failed("init did not report how the command ended"),
         };
         let tasks = self.tasks.clone();
         self.tell_oom_kills(&tasks.site);
         Exit {
             code,
             signal,
-            // Of a child too, if the task did not get over it.
+            // Also if a child was killed, and the task failed because of it.
             oom_killed: code != 0 && self.is_out_of_memory(),
             error: String::new(),
             at: Some(SystemTime::now()),
         }
     }
 
-    /// Process 1 has ended without init's word: dockerd knows how, as soon as it answers.
+    /// Process 1 has ended without a report from init. dockerd knows how, once it responds.
     async fn ask_docker(&self) -> Exit {
         let id = &self.live.entry.container;
         loop {
@@ -257,29 +258,29 @@ impl Keeper {
                 }
                 Ok(state) if state.pid != self.live.entry.pid || self.task.kill.is_cancelled() => {
                     let _the_reapers = self.tasks.site.docker.remove(id).await;
-                    return self.failed("its container was started by somebody else");
+                    return self.failed("its container was started by another program");
                 }
                 Ok(_) => {}
                 Err(error) if error.is_not_found() && self.task.kill.is_cancelled() => {
                     return self.failed("");
                 }
                 Err(error) if error.is_not_found() => {
-                    return self.failed("its container was removed by somebody else");
+                    return self.failed("its container was removed by another program");
                 }
                 Err(error) if self.task.kill.is_cancelled() => {
                     return self.failed(&crate::chain(&error));
                 }
                 Err(error) => tracing::debug!(
                     error = crate::chain(&error),
-                    "asking again how a task ended"
+                    "cannot find out how a task ended, retrying"
                 ),
             }
             sleep(RETRY_INTERVAL).await;
         }
     }
 
-    /// The kernel has killed something a moment ago. What it killed long before the end
-    /// the task got over.
+    /// Whether the kernel killed something a moment ago. The task survived kills long
+    /// before its end.
     fn is_out_of_memory(&self) -> bool {
         self.oom_seen
             .is_some_and(|seen| seen.elapsed() < 3 * OOM_INTERVAL)
@@ -312,9 +313,9 @@ impl Keeper {
         }
     }
 
-    /// The end of a task is told when its output is in Nomad's hands: init goes when its
-    /// FIFOs are empty, and dockerd's stream ends after the container. An agent that does
-    /// not read is not waited for for ever, but one that is away is.
+    /// Waits until Nomad has read the task's output: init ends when its FIFOs are empty,
+    /// and dockerd's stream ends after the container. The wait is limited if an agent does
+    /// not read, but not if the agent is away.
     async fn output_is_read(&mut self, pump: Option<AbortOnDropHandle<()>>) {
         let (task, copied) = (self.task.clone(), self.copied.clone());
         let is_given_up = tokio::select! {
@@ -332,8 +333,8 @@ impl Keeper {
         self.end_process().await;
     }
 
-    /// Ends process 1 without init's help; one that does not die, as in a paused
-    /// container, is dockerd's to remove.
+    /// Ends process 1 without init's help. If it does not die, for example in a paused
+    /// container, dockerd must remove the container.
     async fn end_process(&self) {
         let Some(process) = &self.live.process else {
             return;
@@ -350,7 +351,7 @@ impl Keeper {
         }
     }
 
-    /// Lets init go and waits until it has, and until nothing is left to be copied.
+    /// Tells init to exit, and waits until it has and until all output is copied.
     async fn is_gone(&mut self, pump: Option<AbortOnDropHandle<()>>) {
         let Live {
             process,
@@ -367,7 +368,7 @@ impl Keeper {
             }
             tokio::select! {
                 () = process.ended() => break,
-                // Whatever it was, the next connection is told again.
+                // Each new connection gets the message again.
                 _ = listen(listener, link, entry.pid) => is_released &= link.is_some(),
             }
         }
@@ -377,7 +378,7 @@ impl Keeper {
     }
 }
 
-/// Answers when somebody has waited for the task's end for long, and nothing moved.
+/// Returns when somebody has waited for the task's end for too long without progress.
 async fn is_unread(task: &Task, copied: &AtomicU64) {
     let (mut since, mut seen) = (None, 0);
     loop {
@@ -394,27 +395,27 @@ async fn is_unread(task: &Task, copied: &AtomicU64) {
     }
 }
 
-/// What init says of its command.
+/// Init's report on its command.
 enum Word {
     Exited(Exited),
     NotStarted,
-    /// The connection came or went.
+    /// The connection was made or lost.
     Nothing,
 }
 
-/// Waits for init to say something, or to come back.
+/// Waits until init sends a message or reconnects.
 ///
 /// # Cancel safety
-/// Loses nothing that init will not say again.
+/// Loses nothing that init would not resend.
 async fn listen(listener: &Option<Listener>, link: &mut Option<Link>, pid: u32) -> Word {
     if let Some(connected) = link {
         return match connected.reader.next().await {
             Ok(from_init::Message::Exited(exited)) => Word::Exited(exited),
             Ok(other) => {
-                tracing::debug!(?other, "init spoke out of turn");
+                tracing::debug!(?other, "init sent an unexpected message");
                 Word::Nothing
             }
-            // It comes back, or its end is seen.
+            // Init will reconnect, or its end will be seen.
             Err(_) => {
                 *link = None;
                 Word::Nothing
@@ -438,16 +439,16 @@ async fn listen(listener: &Option<Listener>, link: &mut Option<Link>, pid: u32) 
             }
         }
         Err(error) => {
-            tracing::debug!(error = crate::chain(&error), "init came and went");
+            tracing::debug!(error = crate::chain(&error), "a connection of init failed");
             sleep(RETRY_INTERVAL).await;
             Word::Nothing
         }
     }
 }
 
-/// To the command through init, which alone knows it. Init that is not connected, as
-/// after a restart of the driver, passes on what it is sent; without init process 1 is
-/// the command.
+/// Sends a signal to the command through init, which alone knows the command. If init is
+/// not connected, as after a restart of the driver, it forwards signals that it receives
+/// itself. Without init, process 1 is the command.
 async fn signal(process: &Held, link: &mut Option<Link>, number: i32) {
     let Some(connected) = link else {
         return process.signal(number);

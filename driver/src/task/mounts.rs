@@ -1,5 +1,5 @@
-//! Which of the host's folders a plain task is given. With the plugin's volumes off,
-//! nothing outside the allocation's folder, symbolic links followed (CVE-2026-14896).
+//! Which host folders a plain task gets. If the plugin's volumes are disabled, nothing
+//! outside the allocation's folder, even through symbolic links (CVE-2026-14896).
 
 use std::path::{Component, Path, PathBuf};
 
@@ -7,31 +7,31 @@ use polydev_proto::driver::{Mount as NomadMount, TaskConfig};
 
 use crate::config::{Mount, MountKind, Plugin, Task};
 
-/// Why a folder is not mounted.
+/// Why a folder cannot be mounted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "`{field}` is `{given}`: volumes are not enabled; cannot mount what is outside the allocation's folder"
+        "`{field}` is `{given}`: volumes are not enabled; cannot mount paths outside the allocation's folder"
     )]
     VolumesDisabled { field: &'static str, given: String },
-    #[error("`mount.type` is `volume`: volumes are not enabled; cannot use a volume of Docker's")]
+    #[error("`mount.type` is `volume`: volumes are not enabled; cannot use Docker volumes")]
     DockerVolume,
-    #[error("`load` is `{given}`: an image archive in the task's `local` folder")]
+    #[error("`load` is `{given}`: must be an image archive in the task's `local` folder")]
     Archive { given: String },
     #[error("`{path}` is not the folder that Nomad made")]
     Replaced { path: PathBuf },
-    #[error("cannot mount `{path}`: Docker's short form has no way to write a colon")]
+    #[error("cannot mount `{path}`: Docker's short form cannot contain a path with a colon")]
     Colon { path: String },
 }
 
-/// Binds in Docker's short form, and mounts in its long form.
+/// Bind mounts in Docker's short form, and mounts in its long form.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Mounts {
     pub(super) binds: Vec<String>,
     pub(super) mounts: Vec<Mount>,
 }
 
-/// The allocation's folders, Nomad's volumes, and what the job asks for.
+/// The allocation's folders, Nomad's volumes, and what the job requests.
 pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Result<Mounts, Error> {
     let folders = Folders::of(task);
     let label = plugin.selinux_label.as_deref();
@@ -57,7 +57,7 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
         value.cloned().unwrap_or_else(|| default.into())
     };
     let shared = inside("NOMAD_ALLOC_DIR", "/alloc");
-    // The FIFOs to Nomad are in `logs`: they are nobody's to write to but init's.
+    // The FIFOs to Nomad are in `logs`; only init may write to them.
     for (source, target, options) in [
         (&folders.shared, shared.clone(), ""),
         (&folders.shared.join("logs"), format!("{shared}/logs"), "ro"),
@@ -68,7 +68,7 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
             "",
         ),
     ] {
-        // A task that has mounted the folder above can have put a link in its place.
+        // A task that mounts the parent folder may have replaced the folder with a link.
         let source = folders.hold(source).ok_or_else(|| Error::Replaced {
             path: source.clone(),
         })?;
@@ -130,7 +130,7 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
     Ok(Mounts { binds, mounts })
 }
 
-/// Where an allocation's things are on the host.
+/// The folders of an allocation on the host.
 #[derive(Debug)]
 pub(super) struct Folders {
     alloc: PathBuf,
@@ -153,7 +153,7 @@ impl Folders {
         }
     }
 
-    /// An absolute path as it is, another below the task's folder; without `..`.
+    /// Keeps an absolute path, resolves others below the task's folder, and removes `..`.
     fn resolve(&self, source: &str) -> PathBuf {
         let mut path = PathBuf::new();
         for component in self.task.join(source).components() {
@@ -166,18 +166,18 @@ impl Folders {
         path
     }
 
-    /// Where a path leads, its links followed, if that is in the allocation's folder.
-    /// What is not there yet is judged by the folder it would be made in.
+    /// The target of a path with links resolved, if it is in the allocation's folder. For a
+    /// missing path, the folder in which it would be created counts.
     fn hold(&self, path: &Path) -> Option<PathBuf> {
         let alloc = self.alloc.canonicalize().ok()?;
-        // A link that leads nowhere exists, and what it leads to would be made.
+        // A dangling link exists, and its target would be created.
         let existing = path
             .ancestors()
             .find(|ancestor| ancestor.symlink_metadata().is_ok())?;
         let missing = path.strip_prefix(existing).ok()?;
         let held = existing.canonicalize().ok()?;
         let is_inside = path.starts_with(&self.alloc) && held.starts_with(alloc);
-        // `join` of nothing would add a slash.
+        // `join` with an empty path would add a slash.
         let held = if missing.as_os_str().is_empty() {
             held
         } else {
@@ -258,7 +258,8 @@ mod tests {
         Ok(mounts.mounts.last().unwrap().clone())
     }
 
-    /// C092: with volumes off, only what is relative and stays in the allocation.
+    /// C092: with volumes disabled, only relative paths that stay in the allocation are
+    /// allowed.
     #[test]
     fn host_folders_are_mounted_only_if_the_plugin_enables_volumes() {
         let alloc = alloc();
@@ -306,7 +307,7 @@ mod tests {
         }
     }
 
-    /// A task that has mounted the folder above its own can put links into it.
+    /// A task that mounts the parent of its own folder can place links in it.
     #[test]
     fn the_allocations_own_folders_must_still_be_nomads() {
         let alloc = alloc();
@@ -319,7 +320,7 @@ mod tests {
         );
     }
 
-    /// C005: an archive comes from the task's `local` folder and from nowhere else.
+    /// C005: an image archive must be in the task's `local` folder.
     #[test]
     fn an_image_archive_is_a_file_of_the_tasks_own() {
         let alloc = alloc();

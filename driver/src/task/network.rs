@@ -1,4 +1,4 @@
-//! How a plain task is on the network: Docker's modes, or the group's namespace.
+//! A plain task's network: one of Docker's modes, or the group's namespace.
 
 use std::{
     fs, io,
@@ -16,41 +16,41 @@ use crate::{
     limits::{BURST, Rates},
 };
 
-/// Why a task cannot be put on the network as it asks.
+/// Why a task cannot have the network it requests.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("`ports` is `{label}`: the group's `network` block has no port of that label")]
+    #[error("`ports` is `{label}`: the group's `network` block has no port with this label")]
     UnknownPort { label: String },
     #[error(
-        "`{field}` is set: a task with `network_mode` `{mode}` has no interface of its own to limit"
+        "`{field}` is set, but a task with `network_mode` `{mode}` has no interface of its own to limit"
     )]
     NoInterface { field: &'static str, mode: String },
-    #[error("`network_mode` is `{mode}`: network aliases need a network of the user's own")]
+    #[error("`network_mode` is `{mode}`: network aliases require a user-defined network")]
     Aliases { mode: String },
-    #[error("`{field}` is set: the group's network has its own")]
+    #[error("`{field}` is set, but the group's network already has its own")]
     Shared { field: &'static str },
-    #[error("`extra_hosts` has `host-gateway`: a group's network has no gateway of Docker's")]
+    #[error("`extra_hosts` contains `host-gateway`, but a group's network has no Docker gateway")]
     Gateway,
     #[error("cannot write `{path}`")]
     Write { path: PathBuf, source: io::Error },
 }
 
-/// A task's place on the network.
+/// A task's place in the network.
 #[derive(Debug)]
 pub(super) struct Place {
     pub(super) network: Network,
     pub(super) ports: Vec<Published>,
     pub(super) rates: Option<Rates>,
-    /// The files of the network that a shared namespace does not bring.
+    /// Network files that a shared namespace does not provide.
     pub(super) files: Vec<Mount>,
     /// Whether its address is its own, for services with `address_mode = "driver"`.
     pub(super) has_address: bool,
-    /// A network of the user's own, whose addresses others in it know.
+    /// Whether the network is user-defined, so that other members know its addresses.
     pub(super) is_users_own: bool,
 }
 
-/// `folder` is made for the files of a shared namespace; `resolv_conf` names the node's
-/// servers.
+/// `folder` is created for the files of a shared namespace; `resolv_conf` contains the
+/// node's name servers.
 pub(super) fn place(
     task: &TaskConfig,
     options: &Task,
@@ -120,7 +120,7 @@ pub(super) fn place(
         }
     }
     if is_shared {
-        // Docker refuses them for a namespace that is another container's.
+        // Docker rejects these options for the namespace of another container.
         (network.servers, network.searches, network.options) = Default::default();
     }
     Ok(Place {
@@ -137,7 +137,7 @@ pub(super) fn place(
     })
 }
 
-/// The `bandwidth` block, or the `mbits` of the task's own network block.
+/// From the `bandwidth` block, or from `mbits` in the task's own network block.
 fn rates(task: &TaskConfig, options: &Task) -> Option<Rates> {
     let networks = task
         .resources
@@ -158,8 +158,8 @@ fn rates(task: &TaskConfig, options: &Task) -> Option<Rates> {
     })
 }
 
-/// The ports that the host forwards: those the task names, or, of an old job with a
-/// network block in its task, all of them under their own number.
+/// The ports that the host forwards: those that the task names. An old job with a network
+/// block in its task gets all its ports, under their own numbers.
 fn ports(task: &TaskConfig, options: &Task) -> Result<Vec<Published>, Error> {
     let port = |number: i32| u16::try_from(number).unwrap_or_default();
     let given = task.resources.as_ref();
@@ -208,7 +208,7 @@ fn hosts_file(own: Option<&HostsConfig>, extra: &[String]) -> String {
     text
 }
 
-/// Empty if the namespace's own will do.
+/// Empty if the namespace's own file is enough.
 fn resolv_conf_file(network: &Network, node: &Path) -> String {
     if [&network.servers, &network.searches, &network.options]
         .iter()
@@ -260,7 +260,7 @@ mod tests {
         Resources,
     };
 
-    /// Of a task that is in no group's namespace.
+    /// For a task outside any group's namespace.
     fn bare(task: &TaskConfig, options: &Task) -> Result<Place, Error> {
         place(task, options, Path::new("/nowhere"), Path::new("/nowhere"))
     }
@@ -343,7 +343,7 @@ mod tests {
         }
     }
 
-    /// C068 and the hosts file of a group's network.
+    /// C068, and the hosts file of a group's network.
     #[test]
     fn a_groups_network_brings_its_own_files() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! The way of a plain task's output to Nomad: the FIFOs that init is given, or, where
-//! dockerd keeps the output, the driver's copying of it.
+//! How a plain task's output reaches Nomad: through FIFOs that init writes to, or, if
+//! dockerd keeps the output, through copies by the driver.
 
 use std::{
     fs::{File, OpenOptions},
@@ -25,24 +25,24 @@ use tokio::{
 
 use crate::docker::{Docker, Piece};
 
-/// Between attempts to read on after dockerd was away.
+/// Time between attempts to continue reading after an outage of dockerd.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// How often to remember how far reading has come.
+/// How often to record how far the output has been read.
 const MARK_INTERVAL: Duration = Duration::from_secs(1);
-/// How often to look whether Nomad has read everything.
+/// How often to check whether Nomad has read everything.
 const OPEN_INTERVAL: Duration = Duration::from_millis(5);
-/// As many pieces of dockerd's are written at once.
+/// Most pieces from dockerd that are written at once.
 const PIECES: usize = 512;
-/// Nomad reads a FIFO's 64 KiB in milliseconds, if it reads at all.
+/// Nomad reads the 64 KiB of a FIFO in milliseconds, if it reads at all.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Opens a FIFO of Nomad's to write to. Open for reading too it never waits for Nomad,
-/// and neither side sees an end when the other goes away for a while. `/dev/null`,
-/// for a task without logs, is opened just so.
+/// Opens one of Nomad's FIFOs for writing. It is open for reading too, so opening never
+/// waits for Nomad, and neither side sees an end when the other goes away for a while. A
+/// task without logs has `/dev/null`, which is opened the same way.
 ///
 /// # Errors
-/// If there is no such file, or another kind of one: a task that has got hold of the
-/// folder must not have us write to a file of the host's.
+/// If the file is missing or of another kind: a task with access to the folder must not
+/// make the driver write to a file of the host.
 pub(super) fn open(path: &Path) -> io::Result<File> {
     let flags = OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
     let file = OpenOptions::new()
@@ -57,7 +57,7 @@ pub(super) fn open(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Whether nothing is to be collected.
+/// Whether no output is collected.
 pub(super) fn is_nowhere(path: &Path) -> bool {
     path == Path::new(NOWHERE)
 }
@@ -65,11 +65,11 @@ pub(super) fn is_nowhere(path: &Path) -> bool {
 /// Nomad's path for a task without logs.
 const NOWHERE: &str = "/dev/null";
 
-/// Copies what dockerd keeps of a container's output until the container has ended and
-/// Nomad has read it. When dockerd or the driver goes away it is read on from the
-/// second in which that happened: lines of that second may come twice. `since` is that
-/// second, or `None` for a container that has just been started; `mark` is called when
-/// output has been written, at most once a second.
+/// Copies a container's output from dockerd until the container has ended and Nomad has
+/// read everything. After an outage of dockerd or the driver, copying resumes at the second
+/// in which it stopped, so lines of that second may appear twice. `since` is that second,
+/// or `None` for a new container. `mark` is called after output was written, at most once a
+/// second.
 pub(super) async fn pump(
     docker: Docker,
     container: String,
@@ -82,7 +82,7 @@ pub(super) async fn pump(
     let [stdout, stderr] = match sinks {
         [Ok(stdout), Ok(stderr)] => [stdout, stderr],
         [Err(error), _] | [_, Err(error)] => {
-            tracing::warn!(container, %error, "a task's output is not collected");
+            tracing::warn!(container, %error, "cannot collect a task's output");
             return;
         }
     };
@@ -125,7 +125,7 @@ pub(super) async fn pump(
             }
         };
         match broken {
-            // dockerd went away.
+            // dockerd became unavailable.
             Some(error) if !error.is_answer() => {
                 tracing::debug!(
                     container,
@@ -139,7 +139,7 @@ pub(super) async fn pump(
                 tracing::info!(
                     container,
                     error = crate::chain(&error),
-                    "output cannot be read back"
+                    "cannot read output back"
                 );
                 break;
             }
@@ -156,8 +156,7 @@ pub(super) async fn pump(
     }
 }
 
-/// Writes what dockerd left out: it may end a stream with its container and before the
-/// last lines.
+/// Writes what dockerd left out: its stream may end with the container, before the last lines.
 async fn catch_up(docker: &Docker, container: &str, sinks: &mut Sinks) {
     let mut skip = [sinks.stdout.written, sinks.stderr.written];
     let Ok(output) = docker.output(container, 0, false) else {
@@ -184,19 +183,19 @@ async fn catch_up(docker: &Docker, container: &str, sinks: &mut Sinks) {
 struct Sinks {
     stdout: Sink,
     stderr: Sink,
-    /// Bytes written, for whoever wonders whether Nomad reads.
+    /// Bytes written, to see whether Nomad reads.
     progress: Arc<AtomicU64>,
 }
 
 /// One of Nomad's FIFOs.
 struct Sink {
-    /// `None` for what needs no writing.
+    /// `None` if nothing needs to be written.
     fifo: Option<pipe::Sender>,
     written: u64,
 }
 
 impl Sinks {
-    /// dockerd tells each line by itself: they are written together.
+    /// dockerd sends each line separately; they are written together.
     async fn write(&mut self, pieces: Vec<Piece>) {
         let (mut stdout, mut stderr) = (BytesMut::new(), BytesMut::new());
         for piece in pieces {
@@ -223,13 +222,13 @@ impl Sink {
         Ok(Self { fifo, written: 0 })
     }
 
-    /// A full FIFO stops dockerd's stream, and with it, at last, the task.
+    /// A full FIFO stops dockerd's stream and, in the end, the task.
     async fn write(&mut self, data: &[u8]) {
         self.written += data.len() as u64;
         if let Some(fifo) = &mut self.fifo
             && let Err(error) = fifo.write_all(data).await
         {
-            tracing::warn!(%error, "a task's output is lost");
+            tracing::warn!(%error, "cannot write a task's output; it is lost");
         }
     }
 
@@ -250,7 +249,7 @@ fn seconds(time: SystemTime) -> i32 {
 mod tests {
     use super::*;
 
-    /// A task that has got hold of the logs' folder must not have us write elsewhere.
+    /// A task with access to the logs' folder must not redirect the driver's writes.
     #[test]
     fn only_a_fifo_is_written_to() {
         let folder = tempfile::tempdir().unwrap();

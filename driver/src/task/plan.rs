@@ -1,4 +1,4 @@
-//! What a plain task's container will be, worked out before anything is made.
+//! A plain task's container, worked out before anything is created.
 
 use std::{
     fs,
@@ -22,10 +22,10 @@ use crate::{
     site::Site,
 };
 
-/// A seccomp profile is far smaller.
+/// Far larger than any seccomp profile.
 const MAX_PROFILE: u64 = 1 << 20;
 
-/// Why a task cannot be started as its job describes it. Nothing has been made then.
+/// Why a task cannot start as its job describes it. Nothing has been created then.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("invalid task config")]
@@ -36,18 +36,18 @@ pub enum Error {
     Mounts(#[from] mounts::Error),
     #[error("invalid task config")]
     Network(#[from] network::Error),
-    #[error("`security_opt` names the seccomp profile `{path}`, which cannot be used")]
+    #[error("cannot use the seccomp profile `{path}` given in `security_opt`")]
     Profile { path: PathBuf, source: io::Error },
-    #[error("the image `{image}` names no program; set `command` or `entrypoint`")]
+    #[error("the image `{image}` has no default program; set `command` or `entrypoint`")]
     NoCommand { image: String },
 }
 
 /// How the task's output reaches Nomad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum OutputPath {
-    /// Init moves it into Nomad's FIFOs.
+    /// Init writes it into Nomad's FIFOs.
     Init,
-    /// Docker's log driver keeps it and the driver reads it from there.
+    /// Docker's log driver keeps it, and the driver copies it from there.
     Docker,
 }
 
@@ -105,7 +105,7 @@ impl<'a> Plan<'a> {
             mounts: mounts.mounts,
             pids_limit: options.pids_limit.unwrap_or(plugin.pids_limit),
             logging: match (output, &options.logging) {
-                // Nothing but init's own words.
+                // Only init's own messages.
                 (OutputPath::Init, _) => Logging {
                     driver: "json-file".into(),
                     config: [("max-size", "64k"), ("max-file", "1")]
@@ -122,7 +122,7 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// Works the mounts out once more, right before they are made.
+    /// Works out the mounts again, immediately before they are created.
     pub(super) fn look_again(&mut self, site: &Site) -> Result<(), Error> {
         let mut mounts = mounts::mounts(self.task, &self.options, &site.config)?;
         mounts.mounts.extend(self.place.files.iter().cloned());
@@ -182,13 +182,13 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// What init is to run.
+    /// The command that init runs.
     pub(super) fn argv(&self, image: &Image) -> Result<Vec<String>, Error> {
         argv(&self.options, image)
     }
 }
 
-/// Docker's rule for what of an image's program holds.
+/// Combines the job's and the image's program by Docker's rules.
 fn argv(options: &Task, image: &Image) -> Result<Vec<String>, Error> {
     let own: Vec<String> = options
         .command
@@ -197,8 +197,7 @@ fn argv(options: &Task, image: &Image) -> Result<Vec<String>, Error> {
         .cloned()
         .collect();
     let (program, rest) = match (&options.entrypoint, own.is_empty()) {
-        // `[""]` is how Docker's users say that there is none, and `[]` that the image's
-        // is not wanted.
+        // In Docker, `[""]` means no entrypoint, and `[]` means not to use the image's.
         (Some(entrypoint), _) if entrypoint == &[""] => (Vec::new(), own),
         (Some(entrypoint), true) if entrypoint.is_empty() => (Vec::new(), image.command.clone()),
         (Some(entrypoint), _) => (entrypoint.clone(), own),
@@ -214,7 +213,7 @@ fn argv(options: &Task, image: &Image) -> Result<Vec<String>, Error> {
     Ok(argv)
 }
 
-/// Docker's API takes a profile's text, the job names its file, as on Docker's command line.
+/// The job names the profile's file, as on Docker's command line; Docker's API takes its text.
 fn embed_profile(option: &mut String) -> Result<(), Error> {
     let path = option
         .strip_prefix("seccomp=")
@@ -228,7 +227,7 @@ fn embed_profile(option: &mut String) -> Result<(), Error> {
         source,
     };
     let mut text = String::new();
-    // A pipe or a device would be waited for.
+    // Reading a pipe or a device might block.
     if !fs::metadata(&path).map_err(wrong)?.is_file() {
         return Err(wrong(io::Error::other("it is not a file")));
     }

@@ -1,25 +1,25 @@
-//! CPU and memory of a plain task, counted as Nomad's Docker driver counts them.
+//! CPU and memory of a plain task, calculated like in Nomad's Docker driver.
 
 use polydev_proto::driver::{Resources as Given, TaskConfig};
 
 use crate::{config::Task, docker::Resources};
 
-/// Shares that the kernel takes, `cpu.shares` of cgroup v1.
+/// The shares that the kernel accepts in `cpu.shares` of cgroup v1.
 const SHARES: (i64, i64) = (2, 262_144);
 const MIB: i64 = 1 << 20;
 
-/// Why the resources cannot be given.
+/// Why the resources are not valid.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     #[error("the task has no `resources`")]
     Missing,
     #[error(
-        "`memory_hard_limit` is {hard} MiB, below the {reserved} MiB of `resources {{ memory }}`"
+        "`memory_hard_limit` is {hard} MiB; must be at least the {reserved} MiB of `resources {{ memory }}`"
     )]
     ReservedAboveLimit { hard: i64, reserved: i64 },
 }
 
-/// What Docker is told. `compute` is the node's CPU in MHz, all cores together.
+/// The values for Docker. `compute` is the node's CPU in MHz, all cores together.
 pub(super) fn resources(
     task: &TaskConfig,
     options: &Task,
@@ -39,7 +39,7 @@ pub(super) fn resources(
     Ok(Resources {
         cpu_shares: shares(linux.cpu_shares, compute),
         cpu_period: period,
-        // The kernel takes no quota below a millisecond.
+        // The kernel does not accept a quota below a millisecond.
         cpu_quota: if options.cpu_hard_limit {
             quota.max(1000)
         } else {
@@ -51,7 +51,8 @@ pub(super) fn resources(
     })
 }
 
-/// MHz are shares, scaled down on nodes with more MHz than there are shares (C076).
+/// One share per MHz, scaled down if the node has more MHz than the kernel has shares
+/// (C076).
 fn shares(mhz: i64, compute: i64) -> i64 {
     let scaled = if compute > SHARES.1 {
         let scaled = i128::from(mhz) * i128::from(SHARES.1) / i128::from(compute);
@@ -62,7 +63,7 @@ fn shares(mhz: i64, compute: i64) -> i64 {
     scaled.clamp(SHARES.0, SHARES.1)
 }
 
-/// Limit and reservation in MiB, 0 for none (C073). `memory_max` is -1 for no limit.
+/// Limit and reservation in MiB, 0 for none (C073). A `memory_max` of -1 means no limit.
 fn memory(given: &Given, driver: i64) -> Result<(i64, i64), Error> {
     let memory = given
         .allocated_resources
@@ -110,7 +111,7 @@ mod tests {
         }
     }
 
-    /// C073, whose rows with an unlimited `memory_max` keep the request as reservation.
+    /// C073; rows with an unlimited `memory_max` keep the request as reservation.
     #[test]
     fn memory_is_limited_by_the_larger_of_both_limits() {
         for (request, most, driver, hard, reserved) in [

@@ -1,5 +1,5 @@
-//! A plain task's start: three calls to Docker, and, with init, everything in place
-//! before the first instruction of the command.
+//! Starts a plain task with three calls to Docker. With init, everything is in place before
+//! the first instruction of the command.
 
 use std::{
     io,
@@ -37,11 +37,12 @@ use crate::{
     state::files,
 };
 
-/// From the container's start until its init connects. A busy node may need many seconds.
+/// Time from the container's start until its init connects; a busy node may need many
+/// seconds.
 const INIT_TIMEOUT: Duration = Duration::from_secs(60);
-/// For a process that has left its control groups to have ended.
+/// How long a process that has left its control groups may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
-/// For init to have started the command.
+/// How long init may take to start the command.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why a plain task was not started; nothing of it is left.
@@ -53,11 +54,11 @@ pub enum Error {
     Image(#[from] images::Error),
     #[error(transparent)]
     Docker(#[from] docker::Error),
-    #[error("a container named `{name}` is there already, and is not this driver's")]
+    #[error("a container named `{name}` already exists and does not belong to this driver")]
     Taken { name: String },
-    #[error("init ended with status {exit_code} before it was ready: {words}")]
+    #[error("init exited with status {exit_code} before it was ready: {words}")]
     InitEnded { exit_code: i64, words: String },
-    #[error("init was not ready within {} s; an image that needs to be process 1 itself, or a runtime without unix sockets, needs `init = false`", INIT_TIMEOUT.as_secs())]
+    #[error("init was not ready within {} s; an image that must be process 1 itself, or a runtime without Unix sockets, requires `init = false`", INIT_TIMEOUT.as_secs())]
     InitTimedOut,
     #[error("init cannot be used")]
     Link(#[from] link::Error),
@@ -69,13 +70,12 @@ pub enum Error {
     Limits(#[from] limits::Error),
     #[error("the container ended at once")]
     Gone(#[source] io::Error),
-    #[error("cannot remember the task")]
+    #[error("cannot record the task")]
     Journal(#[from] files::Error),
 }
 
 impl Error {
-    /// Whether Nomad's restart policy should have another go: not if the job has to be
-    /// mended first.
+    /// Whether Nomad's restart policy should try again: not if the job must be changed first.
     #[must_use]
     pub fn is_recoverable(&self) -> bool {
         match self {
@@ -93,13 +93,13 @@ impl Error {
     }
 }
 
-/// Starts a task and puts it into the book.
+/// Starts a task and adds it to the book.
 ///
 /// # Errors
 /// [`Error`]; nothing is left then.
 ///
 /// # Cancel safety
-/// None: it is to be spawned.
+/// None: spawn it.
 pub async fn start(
     tasks: &Arc<Tasks>,
     task: &TaskConfig,
@@ -125,7 +125,7 @@ async fn make(
     };
     let (image, held) = site.images.get(&plan.want(), tell).await?;
     let argv = plan.argv(&image)?;
-    // Another task of the allocation has had time to put links in their place.
+    // Another task of the allocation may have placed links in the meantime.
     plan.look_again(site)?;
     let stop_signal = image.stop_signal.as_deref().unwrap_or("SIGTERM");
 
@@ -162,7 +162,7 @@ async fn make(
     }
 }
 
-/// Makes the container. One of the same name is left from an attempt that failed.
+/// Creates the container, and replaces one of the same name that a failed attempt left.
 async fn create(site: &Site, spec: &docker::PlainSpec<'_>) -> Result<String, Error> {
     match create_once(site, spec).await {
         Err(error) if error.is_conflict() => {}
@@ -200,7 +200,7 @@ async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result
     let Some(listener) = listener else {
         started.await.expect("starting does not panic")?;
         let state = site.docker.state(container).await?;
-        // One that has ended already is found so by its keeper.
+        // The keeper notices if it has already ended.
         return Ok(Running {
             pid: state.pid,
             link: None,
@@ -213,7 +213,8 @@ async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result
         );
         let mut accept = std::pin::pin!(accept);
         tokio::select! {
-            // Init is there before dockerd has answered: there is nothing to wait for.
+            // Init may connect before dockerd responds, so there is no need to wait for
+            // dockerd.
             accepted = &mut accept => Ok(accepted),
             started = &mut started => {
                 started.expect("starting does not panic")?;
@@ -238,7 +239,7 @@ async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result
     })
 }
 
-/// Waits until the container has ended, and says why.
+/// Waits until the container has ended; returns the reason.
 async fn died(docker: &docker::Docker, container: &str) -> Error {
     loop {
         tokio::time::sleep(Duration::from_millis(500)).await;
@@ -254,7 +255,7 @@ async fn died(docker: &docker::Docker, container: &str) -> Error {
     }
 }
 
-/// Limits, address and journal: all that must be before the command runs.
+/// Sets up limits, address and journal, which must precede the command.
 async fn prepare(
     tasks: &Tasks,
     plan: &Plan<'_>,
@@ -278,15 +279,15 @@ async fn prepare(
     });
     let (process, limits, address) = look.await.expect("looking does not panic");
     let (process, limits) = match (process, link.is_some()) {
-        // Without init the command runs already, and may be over in the meantime: it has
-        // left its control groups a moment before its end is seen.
+        // Without init, the command already runs and may end in the meantime. It leaves its
+        // control groups a moment before its end is seen.
         (Ok(process), false)
             if limits.is_err() && timeout(END_TIMEOUT, process.ended()).await.is_ok() =>
         {
             (Some(process), None)
         }
         (Ok(process), _) => (Some(process), Some(Arc::new(limits?))),
-        // Without init a short command may be over already.
+        // Without init, a short command may already be over.
         (Err(_), false) => (None, None),
         (Err(error), true) => return Err(Error::Gone(error)),
     };
@@ -340,7 +341,7 @@ async fn prepare(
     })
 }
 
-/// Has init start the command.
+/// Tells init to start the command.
 async fn begin(
     mut live: Live,
     plan: &Plan<'_>,
@@ -386,7 +387,7 @@ async fn begin(
             Err(Error::Command { message })
         }
         other => {
-            tracing::warn!(?other, "init spoke out of turn");
+            tracing::warn!(?other, "init sent an unexpected message");
             Err(link::Error::NotWaiting.into())
         }
     }

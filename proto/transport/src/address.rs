@@ -1,4 +1,4 @@
-//! Where the shim listens and is reached: a unix socket, loopback, or anywhere with TLS.
+//! Where the shim listens and is reached: a Unix socket, loopback, or any address with TLS.
 
 use std::{
     fmt, fs, io,
@@ -18,7 +18,7 @@ use url::{Host, Url};
 
 use crate::tls::{Callers, Files, GRPC, HTTP, Reloading, Trust};
 
-/// Where a shim listens unless it is told otherwise.
+/// The shim's default address.
 pub const DEFAULT: &str = "unix:///run/polydev/shim.sock";
 
 /// `unix:///absolute/path`, `http://127.0.0.1:port` or `https://host:port`.
@@ -26,19 +26,19 @@ pub const DEFAULT: &str = "unix:///run/polydev/shim.sock";
 pub enum Address {
     Unix(PathBuf),
     Loopback(SocketAddr),
-    /// With TLS.
+    /// Any address, with TLS.
     Tls {
-        /// A name or an IP address, the latter without brackets.
+        /// A name or an IP address, without brackets.
         host: String,
         port: u16,
     },
 }
 
-/// Why an address is refused.
+/// Why an address is rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     #[error(
-        "`{given}` is neither `unix:///PATH` nor `http://127.0.0.1:PORT` nor `https://HOST:PORT`"
+        "`{given}` is not a valid address; must be `unix:///PATH`, `http://127.0.0.1:PORT` or `https://HOST:PORT`"
     )]
     Form { given: String },
     #[error(
@@ -80,7 +80,7 @@ impl FromStr for Address {
     }
 }
 
-/// Host and port, and nothing else.
+/// Parses host and port, and nothing else.
 fn tls(given: &str) -> Option<Address> {
     let url = Url::parse(given).ok()?;
     let host = match url.host()? {
@@ -113,17 +113,18 @@ pub enum Listener {
 }
 
 impl Address {
-    /// Whether callers come from elsewhere.
+    /// Whether callers may be on other machines.
     #[must_use]
     pub fn is_public(&self) -> bool {
         matches!(self, Self::Tls { .. })
     }
 
-    /// Binds; a unix socket gets `mode`, and one that nobody serves any more is taken over.
+    /// Binds the address. A Unix socket gets `mode`; a socket that nobody serves any longer
+    /// is replaced.
     ///
     /// # Errors
-    /// As the kernel says; `AddrInUse` if somebody serves there; whatever is wrong with the
-    /// files, which TLS needs.
+    /// The kernel's error; `AddrInUse` if another process serves there; any problem with
+    /// the files, which TLS requires.
     pub async fn listen(
         &self,
         files: Option<&Files>,
@@ -154,10 +155,10 @@ impl Address {
         }
     }
 
-    /// Connects as a client, by `endpoint`'s settings.
+    /// Connects as a client, with the settings of `endpoint`.
     ///
     /// # Errors
-    /// What keeps it from there; whatever is wrong with the files, which TLS needs.
+    /// Why it cannot connect; any problem with the files, which TLS requires.
     pub async fn connect(
         &self,
         trust: Option<&Trust>,
@@ -168,13 +169,13 @@ impl Address {
             return Ok(settings(endpoint).connect().await?);
         };
         let name = ServerName::try_from(host.clone())?;
-        let needed = "--tls-ca, and --tls-cert with --tls-key or a token";
+        let needed = "--tls-ca, and either --tls-cert with --tls-key or a token";
         let trust = trust.ok_or_else(|| missing(needed))?.clone();
         let to = (host.clone(), *port);
         let connector = tower::service_fn(move |_: Uri| {
             let (name, trust, to) = (name.clone(), trust.clone(), to.clone());
             async move {
-                // Read again for every connection: they may have been replaced.
+                // Read again for every connection: the files may have been replaced.
                 let connector = TlsConnector::from(Arc::new(trust.client()?));
                 let stream = TcpStream::connect(to).await?;
                 stream.set_nodelay(true)?;
@@ -182,14 +183,17 @@ impl Address {
                 io::Result::Ok(TokioIo::new(stream))
             }
         });
-        // The connector above adds the TLS that the scheme does not tell of.
+        // The connector above adds TLS, which this scheme hides.
         let endpoint = Endpoint::from_shared(self.to_string().replacen("https", "http", 1))?;
         Ok(settings(endpoint).connect_with_connector(connector).await?)
     }
 }
 
 fn missing(files: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, format!("https needs {files}"))
+    io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!("https requires {files}"),
+    )
 }
 
 fn remove_stale(path: &Path) -> io::Result<()> {

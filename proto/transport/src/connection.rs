@@ -1,4 +1,4 @@
-//! A connection of which it is known who is at the other end.
+//! A connection that knows its caller.
 
 use std::{
     fmt, io,
@@ -14,8 +14,9 @@ use tokio::{
 };
 use tonic::transport::server::Connected;
 
-/// Who calls: `uid:1000` through a unix socket, `loopback`, or what the certificate says:
-/// `spiffe://...` or `cn:NAME`. A shim calls who shows a token `sub:` and its subject.
+/// The caller's name: `uid:1000` for a Unix socket, `loopback`, or the name in the
+/// certificate, `spiffe://...` or `cn:NAME`. A shim names a caller with a token `sub:` plus
+/// its subject.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller(pub String);
 
@@ -25,25 +26,25 @@ impl fmt::Display for Caller {
     }
 }
 
-/// The name of a caller who has said nothing of himself.
+/// The name of a caller that has not identified itself.
 pub const NOBODY: &str = "";
 
-/// So long a caller of whom nothing is known may say nothing.
+/// How long an unidentified caller may send nothing.
 const SILENT: Duration = Duration::from_secs(10);
-/// So long the other end may take nothing of what is written, before the connection is given
-/// up: as long as HTTP/2 waits for an answer to its pings, which HTTP/1 does not have.
+/// How long the other end may accept no data before the connection is closed: as long as
+/// HTTP/2 waits for an answer to its pings, which HTTP/1 lacks.
 const STALLED: Duration = Duration::from_secs(300);
 
-/// A connection of a caller. Requests that come over it have [`Caller`] in their extensions.
+/// A caller's connection. Its requests have [`Caller`] in their extensions.
 pub struct Connection {
     stream: Box<dyn Stream>,
-    /// Runs while something waits to be written.
+    /// Runs while data waits to be written.
     stalled: Option<Pin<Box<Sleep>>>,
-    /// Runs until something has been read, with a caller of whom nothing is known.
+    /// Runs until the first byte is read from an unidentified caller.
     silent: Option<Pin<Box<Sleep>>>,
-    /// Such callers are bounded.
+    /// Limits the number of unidentified callers.
     _place: Option<OwnedSemaphorePermit>,
-    /// Who is at the other end.
+    /// The caller at the other end.
     pub caller: Caller,
 }
 
@@ -51,7 +52,7 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 impl Connection {
-    /// Of a caller with that name.
+    /// The connection of a caller with this name.
     pub fn new(
         stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
         caller: String,
@@ -65,7 +66,7 @@ impl Connection {
         }
     }
 
-    /// Of a caller who has said nothing of himself, and is to say something soon.
+    /// The connection of an unidentified caller, which must send something soon.
     pub fn of_nobody(
         stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
         place: OwnedSemaphorePermit,

@@ -1,7 +1,8 @@
 //! How callers, shims and drivers reach each other.
 //!
-//! [`address`] says where a shim listens, and connects to it. [`tls`] secures connections between
-//! machines, with files that [`reload`] follows. A [`connection`] knows who is at its other end.
+//! [`address`] describes where a shim listens, and connects to it. [`tls`] secures
+//! connections between machines, with files that [`reload`] follows. A [`connection`] knows
+//! the caller at its other end.
 //! [`backoff`] gives the waits between tries.
 
 pub mod address;

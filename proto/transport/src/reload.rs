@@ -1,4 +1,4 @@
-//! What was read from files, as they are now.
+//! Values that are loaded from files and follow their changes.
 
 use std::{
     fs,
@@ -8,12 +8,12 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// How often files are looked at, while they are in use.
+/// How often files are checked, while they are in use.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// A value that follows its files, some two seconds behind: they are read when they have
-/// changed and then not for a second, since somebody may be writing them. Files that are of no
-/// use change nothing.
+/// A value that follows its files with about two seconds of delay. Changed files are read
+/// once they have been unchanged for a second, because somebody may still be writing them.
+/// Unusable files change nothing.
 #[derive(Debug)]
 pub struct Reloaded<T> {
     paths: Vec<PathBuf>,
@@ -23,22 +23,22 @@ pub struct Reloaded<T> {
 #[derive(Debug)]
 struct Current<T> {
     value: Arc<T>,
-    /// What was read last, whether it was of use or not.
+    /// What was last read, usable or not.
     read: Vec<Option<Stamp>>,
     seen: Vec<Option<Stamp>>,
     looked: Instant,
 }
 
-/// By which it shows that a file has changed.
+/// Identifies a version of a file.
 type Stamp = (SystemTime, u64, u64);
 
 impl<T> Reloaded<T> {
-    /// With what `load` makes of the files now.
+    /// Starts with what `load` makes of the current files.
     ///
     /// # Errors
-    /// As `load`'s.
+    /// The error of `load`.
     pub fn new<E>(paths: Vec<PathBuf>, load: impl FnOnce() -> Result<T, E>) -> Result<Self, E> {
-        // Before they are read: what is written meanwhile is read again.
+        // Taken before the files are read, so later writes are noticed.
         let stamps = stamps(&paths);
         let current = Current {
             read: stamps.clone(),
@@ -50,7 +50,7 @@ impl<T> Reloaded<T> {
         Ok(Self { paths, current })
     }
 
-    /// The value, and an error, once, if there are newer files of no use.
+    /// The value. If newer files are unusable, also their error, once.
     pub fn get<E>(&self, load: impl FnOnce() -> Result<T, E>) -> (Arc<T>, Option<E>) {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         let mut refused = None;
@@ -70,7 +70,7 @@ impl<T> Reloaded<T> {
     }
 }
 
-/// `None` for one that is not there.
+/// `None` for a missing file.
 fn stamps(paths: &[PathBuf]) -> Vec<Option<Stamp>> {
     let stamp = |path: &PathBuf| {
         let file = fs::metadata(path).ok()?;

@@ -1,6 +1,6 @@
-//! TLS, as callers, shims and drivers speak it beyond one machine: both sides have a certificate,
-//! and each lets in whom its authority has signed; or the caller has none, and says otherwise who
-//! it is.
+//! TLS between callers, shims and drivers on different machines. Both sides have a
+//! certificate, and each accepts those that its authority has signed. A caller may also
+//! have none, and identify itself in another way.
 
 use std::{
     io,
@@ -31,64 +31,64 @@ use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
 use crate::{connection::Connection, reload::Reloaded};
 
-/// gRPC's.
+/// gRPC's protocol (ALPN).
 pub const GRPC: &str = "h2";
-/// What else a server may speak, that also serves callers without gRPC.
+/// The protocol for callers without gRPC (ALPN).
 pub const HTTP: &str = "http/1.1";
-/// From a connection to the end of its handshake.
+/// Time for a connection to complete its handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Connections of callers without a certificate, of whom nothing is known yet; more are turned
-/// away.
+/// Most connections of unidentified callers, which have no certificate; more are rejected.
 const NOBODIES_MOST: usize = 4096;
-/// Handshakes at a time; who comes then waits in the kernel's queue.
+/// Most handshakes at a time; further callers wait in the kernel's queue.
 const HANDSHAKES_MOST: usize = 256;
 const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
 
-/// The files of one side, in PEM.
+/// The files of one side, in PEM format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Files {
-    /// Its certificate, and whatever leads from it to the authority.
+    /// Its certificate, with intermediate certificates up to the authority.
     pub certificate: PathBuf,
-    /// The key of it.
+    /// The certificate's key.
     pub key: PathBuf,
-    /// Certificates of those whose word is taken for the other side.
+    /// Certificates of the authorities that are trusted for the other side.
     pub authority: PathBuf,
 }
 
-/// Whom a caller believes, and what it shows of itself.
+/// Which servers a caller trusts, and how it identifies itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Trust {
     /// Both sides have a certificate.
     Mutual(Files),
-    /// The caller shows none: it says otherwise who it is.
+    /// The caller has no certificate; it identifies itself in another way.
     Server {
-        /// Certificates of those whose word is taken for the other side.
+        /// Certificates of the authorities that are trusted for the other side.
         authority: PathBuf,
     },
 }
 
-/// Whom a server lets in.
+/// Which callers a server accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Callers {
-    /// Those with a certificate that the authority has signed.
+    /// Callers with a certificate that the authority has signed.
     Certified,
-    /// Those as well who show none, of whom nothing is known then. One that is wrong is refused.
+    /// Also callers without a certificate, which are then unidentified. A wrong certificate
+    /// is rejected.
     Any,
 }
 
-/// Why the files are of no use.
+/// Why the files cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot read `{}`", path.display())]
     Unreadable { path: PathBuf, source: pem::Error },
-    #[error("`{}` has no certificate", path.display())]
+    #[error("`{}` contains no certificate", path.display())]
     Empty { path: PathBuf },
-    #[error("the certificate in `{}` and its key cannot be used", path.display())]
+    #[error("cannot use the certificate in `{}` with its key", path.display())]
     Unusable {
         path: PathBuf,
         source: rustls::Error,
     },
-    #[error("the authority in `{}` cannot be used", path.display())]
+    #[error("cannot use the authority in `{}`", path.display())]
     Authority {
         path: PathBuf,
         source: Box<dyn std::error::Error + Send + Sync>,
@@ -96,7 +96,7 @@ pub enum Error {
 }
 
 impl Files {
-    /// For whoever is called, in one of `protocols` (ALPN).
+    /// The configuration of a server for `protocols` (ALPN).
     ///
     /// # Errors
     /// [`Error`]
@@ -120,7 +120,7 @@ impl Files {
             .with_single_cert(chain, key)
             .map_err(|source| self.unusable(source))?;
         config.alpn_protocols = protocols.iter().map(|name| (*name).into()).collect();
-        // A session that is taken up again would not be asked for its certificate.
+        // The certificate would not be checked in a resumed session.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Ok(config)
@@ -141,7 +141,7 @@ impl Files {
 }
 
 impl Trust {
-    /// For whoever calls.
+    /// The configuration of a client.
     ///
     /// # Errors
     /// [`Error`]
@@ -211,7 +211,7 @@ impl Reloading {
     /// For a server of `protocols` (ALPN).
     ///
     /// # Errors
-    /// [`Error`] if the files are of no use now.
+    /// [`Error`] if the files cannot be used now.
     pub fn new(
         files: Files,
         protocols: &'static [&'static str],
@@ -228,15 +228,15 @@ impl Reloading {
         })
     }
 
-    /// What the next handshake is to use, and an error if there are newer files of no use.
+    /// The configuration for the next handshake, and an error if newer files are unusable.
     pub fn config(&self) -> (Arc<ServerConfig>, Option<Error>) {
         let load = || self.files.server(self.protocols, self.callers);
         self.config.get(load)
     }
 }
 
-/// Connections to `listener` whose handshake has succeeded.
-/// One that is slow delays no other.
+/// Connections to `listener` with a successful handshake. A slow handshake does not delay
+/// others.
 pub fn incoming(
     listener: TcpListener,
     files: Arc<Reloading>,
@@ -249,14 +249,14 @@ pub fn incoming(
             tokio::select! {
                 accepted = listener.accept(), if handshakes.len() < HANDSHAKES_MOST => {
                     let Ok((stream, address)) = accepted else {
-                        // A descriptor that is missing now may be there in a moment.
+                        // A missing descriptor may become available in a moment.
                         sleep(NO_DESCRIPTOR).await;
                         continue;
                     };
                     let (config, refused) = files.config();
                     if let Some(error) = refused {
                         let error = chain(&error);
-                        tracing::warn!(error, "new certificates are of no use, the old ones stay");
+                        tracing::warn!(error, "cannot use the new certificates, keeping the old ones");
                     }
                     let handshake = handshake(config, stream, places.clone());
                     handshakes.spawn(async move {
@@ -268,7 +268,7 @@ pub fn incoming(
                         return Some((done, (listener, files, places, handshakes)));
                     },
                     Ok((address, Ok(Err(error)))) => {
-                        tracing::info!(%address, %error, "a caller was turned away");
+                        tracing::info!(%address, %error, "rejected a caller");
                     }
                     Ok((address, Err(_))) => {
                         tracing::info!(%address, "a caller did not finish its handshake");
@@ -291,16 +291,17 @@ async fn handshake(
     let certificate = session.peer_certificates().and_then(|chain| chain.first());
     let Some(certificate) = certificate else {
         let place = places.try_acquire_owned();
-        let place = place.map_err(|_| io::Error::other("too many show no certificate"))?;
+        let place =
+            place.map_err(|_| io::Error::other("too many callers without a certificate"))?;
         return Ok(Connection::of_nobody(stream, place));
     };
     let name = name(certificate);
-    let name = name.ok_or_else(|| io::Error::other("its certificate names nobody"))?;
+    let name = name.ok_or_else(|| io::Error::other("its certificate contains no name"))?;
     Ok(Connection::new(stream, name))
 }
 
-/// The name of whom a certificate is for: its first SPIFFE id (`spiffe://...`), or `cn:` and
-/// the subject's common name. `None` if it has neither.
+/// The name in a certificate: its first SPIFFE id (`spiffe://...`), or `cn:` and the
+/// subject's common name. `None` if it has neither.
 #[must_use]
 pub fn name(certificate: &CertificateDer) -> Option<String> {
     let (_, certificate) = parse_x509_certificate(certificate).ok()?;
@@ -319,7 +320,7 @@ pub fn name(certificate: &CertificateDer) -> Option<String> {
     })
 }
 
-/// That files cannot be read, as an error of input and output.
+/// Converts unreadable files to an I/O error.
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         Self::other(error)

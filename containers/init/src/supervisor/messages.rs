@@ -1,4 +1,4 @@
-//! What the driver says: the command's start, its files and stdin, signals.
+//! Messages from the driver: the command's start, its files and stdin, signals.
 
 use std::time::Instant;
 
@@ -33,7 +33,7 @@ impl Supervisor {
                     Err(message) => self.refuse(start.run_id, message),
                 }
             }
-            // One Start in a life: a second one is a driver's mistake, and it is not run.
+            // Only one Start is accepted; a second one is a driver's mistake, and is not run.
             (to_init::Message::Start(_), _) => self.link.disconnect(now),
             (to_init::Message::DataAck(ack), _) => {
                 for (output, stream) in self.outputs.iter_mut().zip(STREAMS) {
@@ -49,7 +49,7 @@ impl Supervisor {
                     return;
                 }
                 let run_id = receiving.start.run_id.clone();
-                self.refuse(run_id, "it was ended before its files had come".into());
+                self.refuse(run_id, "it was ended before its files had arrived".into());
             }
             (to_init::Message::Resize(size), State::Running(command)) => command.resize(size),
             (to_init::Message::Resize(size), State::Receiving(receiving)) => {
@@ -69,7 +69,7 @@ impl Supervisor {
                     command.signal(signal);
                 }
             }
-            // Too late for what has ended, or, for Release, too early.
+            // Too late for a command that has ended, or too early for Release.
             (
                 to_init::Message::Stdin(_)
                 | to_init::Message::Signal(_)
@@ -80,7 +80,7 @@ impl Supervisor {
         }
     }
 
-    /// Bytes of the files, and maybe the first ones of stdin.
+    /// Receives bytes of the files, and possibly the first bytes of stdin.
     fn receive(&mut self, frame: &Stdin, now: Instant) {
         let State::Receiving(receiving) = &mut self.state else {
             return;
@@ -108,7 +108,7 @@ impl Supervisor {
             self.start(start, now);
         }
         match &mut self.state {
-            // The rest of it is the command's.
+            // The rest belongs to the command.
             State::Running(_) => self.on_message(to_init::Message::Stdin(frame.clone()), now),
             _ => self.link.send(from_init::Message::StdinAck(StdinAck {
                 offset: taken,
@@ -118,7 +118,7 @@ impl Supervisor {
     }
 
     fn start(&mut self, start: Start, now: Instant) {
-        let key = self.key.take().expect("one Start is accepted in a life");
+        let key = self.key.take().expect("only one Start is accepted");
         let descriptors = self.link.take_descriptors();
         let (oom_score, drains) = (self.oom_score.as_mut(), &mut self.drains);
         match Command::start(start, &key, descriptors, drains, oom_score, now) {
@@ -133,7 +133,7 @@ impl Supervisor {
         }
     }
 
-    /// The command does not run.
+    /// Records that the command does not run.
     fn refuse(&mut self, run_id: String, message: String) {
         self.state = State::NotStarted(NotStarted {
             run_id,

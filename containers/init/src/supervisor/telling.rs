@@ -1,4 +1,4 @@
-//! What init tells the driver: who it is, what the command writes, and how it ends.
+//! Messages to the driver: init's state, the command's output, and its end.
 
 use polydev_proto::{
     frame::MAX_DATA,
@@ -9,7 +9,8 @@ use super::{STREAMS, State, Supervisor};
 use crate::account::Account;
 
 impl Supervisor {
-    /// The first message of a connection, and the output it may have missed.
+    /// Sends the first message of a connection, and the output that the driver may have
+    /// missed.
     pub(super) fn greet(&mut self) {
         for output in &mut self.outputs {
             output.rewind();
@@ -29,7 +30,7 @@ impl Supervisor {
             State::Exited(exited) => hello::State::Exited(exited.clone()),
             State::NotStarted(not_started) => hello::State::NotStarted(not_started.clone()),
         };
-        // An end is told again after the output, which may be sent again too.
+        // The end is reported again after the output, which may be resent too.
         self.end_is_told = false;
         if let Some(left) = &mut self.left {
             left.is_told = false;
@@ -44,7 +45,7 @@ impl Supervisor {
         }
     }
 
-    /// Frames what the link has room for; the end follows the last byte.
+    /// Frames as much as the link has room for; the end follows the last byte.
     pub(super) fn send_output(&mut self) {
         self.send_account();
         for (output, stream) in self.outputs.iter_mut().zip(STREAMS) {

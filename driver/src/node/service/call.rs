@@ -1,4 +1,4 @@
-//! The call of one run, in both directions: what its caller sends, and what it is sent.
+//! The call of one run, in both directions: the caller's input and the run's events.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,10 +11,10 @@ use crate::run::{Input, Run, follow::Follower};
 
 const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A shim says what it wants at once, or it is none.
+/// The first message; a shim must send it at once.
 pub(super) async fn first<T>(requests: &mut Streaming<T>) -> Result<Option<T>, Status> {
     let first = tokio::time::timeout(FIRST_MESSAGE_TIMEOUT, requests.message()).await;
-    first.map_err(|_| Status::deadline_exceeded("no first message came in 10 s"))?
+    first.map_err(|_| Status::deadline_exceeded("no first message arrived within 10 s"))?
 }
 
 /// The first event of every call.
@@ -31,7 +31,7 @@ pub(super) fn attached(run: &Run, stdin_offset: u64) -> RunEvent {
     }
 }
 
-/// What a caller of a run is told, as it asks for it.
+/// Events for a run's caller, as fast as the caller reads them.
 pub(super) fn events(follower: Follower) -> impl Stream<Item = Result<RunEvent, Status>> + Send {
     stream::unfold(follower, |mut follower| async move {
         let event = follower.next().await?;
@@ -39,8 +39,8 @@ pub(super) fn events(follower: Follower) -> impl Stream<Item = Result<RunEvent, 
     })
 }
 
-/// Until the caller closes its side or goes away, or the run ends. That a caller is gone
-/// closes nothing: it may come back.
+/// Forwards input until the caller closes its side or disconnects, or the run ends. A
+/// disconnected caller may come back, so its absence closes nothing.
 pub(super) async fn forward(mut inputs: stream::BoxStream<'static, RunInput>, run: Arc<Run>) {
     loop {
         let input = tokio::select! {
@@ -55,7 +55,7 @@ pub(super) async fn forward(mut inputs: stream::BoxStream<'static, RunInput>, ru
             Some(Some(run_input::Input::CloseStdin(_))) => Input::CloseStdin,
             Some(Some(run_input::Input::Signal(signal))) => Input::Signal(signal.number),
             Some(Some(run_input::Input::Resize(size))) => Input::Resize(size),
-            // A message of a newer shim.
+            // Unknown: from a newer shim.
             Some(None) => continue,
             None => return,
         };

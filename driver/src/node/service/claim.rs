@@ -1,4 +1,4 @@
-//! What shims ask of claims.
+//! Decodes the claims of shims.
 
 use std::time::SystemTime;
 
@@ -17,7 +17,7 @@ pub(super) fn decode(mut claim: Claim) -> Result<(Target, Parsed), Refusal> {
         slot_id: std::mem::take(&mut claim.slot_id),
         generation: claim.generation,
         start_id: std::mem::take(&mut claim.start_id),
-        // One that is not a time has passed.
+        // A value that is not a valid time counts as past.
         start_by: start_by.and_then(|start_by| SystemTime::try_from(start_by).ok()),
     };
     let parsed = claim::parse(claim)?;

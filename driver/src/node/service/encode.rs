@@ -1,4 +1,4 @@
-//! How slots and the events of runs are told to shims.
+//! Encodes slots and the events of runs for shims.
 
 use std::time::Duration;
 
@@ -52,7 +52,7 @@ pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
     }
 }
 
-/// A run of which nothing ran is told by a status.
+/// A run whose command never ran becomes a status.
 pub(super) fn encode_event(event: Event) -> Result<RunEvent, Status> {
     let event = match event {
         Event::Granted(granted) => run_event::Event::Granted(Granted {
@@ -101,7 +101,7 @@ pub(super) fn encode_ended(ended: run::Ended) -> Ended {
     }
 }
 
-/// A run's times are far within what a protobuf duration holds.
+/// A run's times always fit into a protobuf duration.
 pub(super) fn duration(duration: Duration) -> Option<prost_types::Duration> {
     duration.try_into().ok()
 }

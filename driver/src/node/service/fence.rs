@@ -1,4 +1,4 @@
-//! The questions of a try whether its run is here.
+//! The requests of a try that asks whether its run is here.
 
 use polydev_proto::node::{FenceRequest, FenceResponse, HaveRun, Unknown, fence_response};
 use tonic::Status;
@@ -8,13 +8,13 @@ use crate::{
     run::{book::Fenced, claim},
 };
 
-/// Nomad's are UUIDs.
+/// Nomad's node ids are UUIDs.
 const MAX_NODE_ID: usize = 64;
 
-/// Closes a run to all tries but one, and tells what is known of it.
+/// Closes a run to all tries but one, and returns what is known of the run.
 ///
 /// # Errors
-/// INVALID_ARGUMENT names the field; UNAVAILABLE: it is not closed.
+/// INVALID_ARGUMENT names the field; UNAVAILABLE means that the run is not closed.
 pub(super) fn fence(node: &Node, request: FenceRequest) -> Result<FenceResponse, Status> {
     let FenceRequest {
         run_id,

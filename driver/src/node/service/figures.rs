@@ -1,4 +1,4 @@
-//! What the node has, and how much of it is used.
+//! The node's resources, and how much of them is in use.
 
 use polydev_proto::node::{Amount, GetNodeResponse};
 

@@ -1,4 +1,4 @@
-//! What shims ask of leases.
+//! Decodes the lease requests of shims.
 
 use std::time::SystemTime;
 

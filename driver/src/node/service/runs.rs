@@ -1,4 +1,4 @@
-//! How runs are asked for and told, without their output.
+//! Lists and watches runs, without their output.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-/// Runs in one answer; some 300 bytes each.
+/// Most runs in one response, of some 300 bytes each.
 const MAX_LIMIT: u32 = 2000;
 
 /// # Errors
@@ -35,7 +35,7 @@ pub(super) fn decode(request: ListRunsRequest) -> Result<(Filter, usize), Status
     } = request;
     if !(1..=MAX_LIMIT).contains(&limit) {
         return Err(Status::invalid_argument(format!(
-            "`limit` is {limit}, allowed is 1 to {MAX_LIMIT}"
+            "`limit` is {limit}; must be 1 to {MAX_LIMIT}"
         )));
     }
     let state = |state: i32| match node::run::State::try_from(state) {
@@ -43,7 +43,7 @@ pub(super) fn decode(request: ListRunsRequest) -> Result<(Filter, usize), Status
         Ok(node::run::State::Running) => Ok(State::Running),
         Ok(node::run::State::Ended) => Ok(State::Ended),
         Ok(node::run::State::Unspecified) | Err(_) => Err(Status::invalid_argument(format!(
-            "`states` has {state}, which is none"
+            "`states` contains {state}, which is not a valid state"
         ))),
     };
     let filter = Filter {
@@ -59,7 +59,7 @@ fn given(text: String) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 
-/// All runs that fit, and then each that comes further.
+/// All matching runs, and then each one whose progress changes.
 pub(super) fn watch(
     node: Arc<Node>,
     request: WatchRunsRequest,
@@ -96,12 +96,13 @@ pub(super) fn watch(
     )
 }
 
-/// What there is to tell of a run that has come further.
+/// The change to report for a run.
 fn step(node: &Node, filter: &Filter, run_id: String) -> Option<WatchRunsResponse> {
     let mut told = WatchRunsResponse::default();
     match node.runs.find(&run_id, None) {
         Ok(run) if filter.fits(&run.claimed) => told.runs.push(encode(Run::summary(run)?)),
-        // Whoever was not told of the run does not know the id; who was told of its end needs none.
+        // A watcher that never saw the run does not know the id, and ignores it; others
+        // have already seen the run's end.
         Err(NotFound::Aborted { .. } | NotFound::Released { .. }) => {
             told.forgotten_run_ids.push(run_id);
         }
@@ -110,7 +111,7 @@ fn step(node: &Node, filter: &Filter, run_id: String) -> Option<WatchRunsRespons
     Some(told)
 }
 
-/// What is kept of what runs have refreshed, and then each that comes.
+/// All refreshed accounts that are still kept, and then each new one.
 pub(super) fn watch_refreshed(
     node: Arc<Node>,
 ) -> impl Stream<Item = WatchRefreshedResponse> + Send {

@@ -1,4 +1,4 @@
-//! The slots of the node, as a shim that watches is sent them: all of them, then what changes.
+//! The node's slots for a shim that watches: first all of them, then each change.
 
 use std::{
     collections::HashMap,
@@ -14,8 +14,8 @@ use tokio::{sync::watch, time::timeout};
 use super::encode_slot;
 use crate::slot::Slots;
 
-/// How often a shim is sent the time when nothing else happens: claims are dated by this
-/// driver's clock, and the shim's own may stand still while the machine sleeps.
+/// How often a shim receives the time if nothing else happens. Claims are dated by this
+/// driver's clock, and the shim's own clock may stop while the machine sleeps.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// All slots that have not ended, and then each change.
@@ -34,12 +34,13 @@ pub(super) fn watch(slots: Arc<Slots>) -> impl Stream<Item = WatchSlotsResponse>
 struct Watcher {
     slots: Arc<Slots>,
     changes: watch::Receiver<u64>,
-    /// What this shim has, to send only what differs; `None` before the snapshot.
+    /// What the shim already has, so that only differences are sent; `None` before the
+    /// snapshot.
     sent: Option<HashMap<String, SlotMessage>>,
 }
 
 impl Watcher {
-    /// `None` once nothing can change any more.
+    /// `None` once nothing can change any longer.
     async fn next(&mut self) -> Option<WatchSlotsResponse> {
         if self.sent.is_some()
             && let Ok(Err(_)) = timeout(CLOCK_INTERVAL, self.changes.changed()).await

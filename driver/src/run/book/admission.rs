@@ -1,5 +1,5 @@
-//! The phases in which a claim becomes a run. Nothing can come between them: the book stays
-//! locked from the first to the last.
+//! The phases in which a claim becomes a run. The book stays locked throughout, so nothing
+//! can happen between them.
 
 use std::{sync::Arc, time::Instant};
 
@@ -14,22 +14,22 @@ use crate::run::{
     journal::{Claimed, Record},
 };
 
-/// The answer to a claim that is not refused.
+/// The response to a claim that is not refused.
 pub(crate) enum Admit<'a> {
     /// The run was claimed before.
     Known(Arc<Run>),
-    /// The run is new to this node, and may have a slot.
+    /// The run is new to this node, and may get a slot.
     New(Admission<'a>),
 }
 
-/// The right to one new run. Without [`Admission::write`] nothing has happened.
+/// The right to one new run. It has no effect without [`Admission::write`].
 pub(crate) struct Admission<'a> {
     pub(super) runs: &'a Runs,
     pub(super) inner: MutexGuard<'a, Inner>,
 }
 
 impl<'a> Admission<'a> {
-    /// Writes the claim to the journal. A driver that dies from now on knows of the run.
+    /// Writes the claim to the journal. From now on a restarted driver knows the run.
     ///
     /// # Errors
     /// [`Refusal::Journal`]: nothing has changed.
@@ -43,7 +43,7 @@ impl<'a> Admission<'a> {
     }
 }
 
-/// A run that is in the journal, and not in the book yet.
+/// A run that is in the journal, but not yet in the book.
 pub(crate) struct Written<'a> {
     admission: Admission<'a>,
     claimed: Claimed,

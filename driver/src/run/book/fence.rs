@@ -1,4 +1,5 @@
-//! A run that has not run here and is to run in one place: it is closed to all tries but one.
+//! Fences: a run that has not run here, and may run in one place only, is closed to all
+//! tries but one.
 
 use std::{collections::BTreeSet, time::SystemTime};
 
@@ -9,21 +10,21 @@ use crate::run::{
     standing::{OnFence, Standing},
 };
 
-/// Newer nodes that are remembered of one run; with more this one cannot tell.
+/// Most newer nodes that are remembered per run; with more, this node cannot decide.
 const MAX_NEWER: usize = 100;
 
-/// Of the run's claims, only those above this ballot and with its nonce are taken.
+/// Accepts only claims above this ballot that have its nonce.
 #[derive(Debug, Clone)]
 pub(super) struct Fence {
     pub(super) ballot: Ballot,
     pub(super) at: SystemTime,
-    /// A claim of it came to nothing.
+    /// Whether a claim of the run failed before its start.
     pub(super) aborted: bool,
-    /// Ids of nodes newer than the run, which tries have told here that they go to.
+    /// Ids of the nodes, newer than the run, that tries have announced they will claim on.
     pub(super) claims_on: BTreeSet<String>,
 }
 
-/// The answer to a fence.
+/// The response to a fence.
 pub enum Fenced {
     Have {
         slot_id: String,
@@ -31,22 +32,22 @@ pub enum Fenced {
         ended: bool,
     },
     Fenced {
-        /// The highest that was shown.
+        /// The highest ballot seen.
         ballot: Ballot,
         claims_on: BTreeSet<String>,
     },
     Unknown {
-        /// The journal was begun after the run was made.
+        /// Whether the journal was started after the run id was made.
         is_newer: bool,
     },
 }
 
 impl Runs {
-    /// Closes a run to all tries but that of `ballot`, unless there is a run, and notes the
-    /// newer node that the try goes to, if it says one.
+    /// Closes a run to all tries but the one of `ballot`, unless the run is here. Records
+    /// the newer node that the try announces, if any.
     ///
     /// # Errors
-    /// [`journal::Error`]: it is not closed.
+    /// [`journal::Error`]; the run is not closed.
     pub fn fence(
         &self,
         run_id: &str,
@@ -80,7 +81,7 @@ impl Runs {
         };
         let standing = known.map(Known::standing);
         let OnFence::Fenced(highest) = Standing::on_fence(standing.as_ref(), ballot) else {
-            unreachable!("only what has run is had")
+            unreachable!("only a run that has run here is `Have`")
         };
         let (mut newer, aborted) = before
             .map(|fence| (fence.claims_on, fence.aborted))
@@ -106,7 +107,7 @@ impl Runs {
 }
 
 impl Fence {
-    /// After a claim with `ballot` that came to nothing.
+    /// The fence after a claim with `ballot` that failed before its start.
     pub(super) fn aborted(ballot: Ballot, at: SystemTime) -> Self {
         Self {
             ballot,
@@ -116,7 +117,7 @@ impl Fence {
         }
     }
 
-    /// Its one record.
+    /// Its only journal record.
     pub(super) fn record(&self, run_id: &str) -> Record {
         Record::Fenced {
             run_id: run_id.to_owned(),

@@ -1,5 +1,5 @@
-//! Where the output of runs is kept: a tmpfs of the driver's own, so in memory and on no
-//! disk, which outlives this process.
+//! Where the runs' output is kept: a tmpfs of the driver, which is in memory and on no
+//! disk, and outlives this process.
 
 use std::{
     fs, io,
@@ -10,9 +10,9 @@ use std::{
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rustix::fs::statvfs;
 
-/// How much of the node's memory it may take.
+/// The part of the node's memory that it may use.
 const OPTIONS: &str = "size=25%,mode=0700";
-/// Left for the output of one more run, which seldom has three full windows at a time.
+/// Space to leave for the output of another run, which rarely fills three windows.
 const MIN_ROOM: u64 = 16 << 20;
 
 /// The mounted folder.
@@ -22,7 +22,7 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Mounts it in the state folder, unless an earlier life of the driver has.
+    /// Mounts the folder in the state folder, unless an earlier life of the driver did.
     pub(super) fn mount(state_dir: &Path) -> io::Result<Self> {
         let path = state_dir.join("output");
         fs::create_dir_all(&path)?;
@@ -30,7 +30,7 @@ impl Memory {
             let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
             let kind = Some("tmpfs");
             let mount = |options: &str| mount(kind, &path, kind, flags, Some(options));
-            // Linux knows `noswap` since 6.4.
+            // Linux supports `noswap` since 6.4.
             mount(&format!("{OPTIONS},noswap")).or_else(|_| mount(OPTIONS))?;
         }
         Ok(Self { path })
@@ -40,15 +40,15 @@ impl Memory {
         &self.path
     }
 
-    /// Whether the output of one more run fits.
+    /// Whether there is room for the output of another run.
     pub(super) fn has_room(&self) -> bool {
         statvfs(&self.path).is_ok_and(|space| space.f_bavail * space.f_frsize >= MIN_ROOM)
     }
 
-    /// Gives it back, with what is in it.
+    /// Unmounts the folder, and discards its content.
     pub(super) fn unmount(&self) {
         if let Err(error) = umount2(&self.path, MntFlags::MNT_DETACH) {
-            tracing::debug!(%error, "the output's memory stays");
+            tracing::debug!(%error, "cannot unmount the output's memory");
         }
     }
 }

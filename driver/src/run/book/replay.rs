@@ -1,5 +1,5 @@
-//! What an earlier life of the driver knew of runs, from its journal, and what has to be
-//! in it for the next.
+//! What an earlier life of the driver knew about runs, from its journal, and what the
+//! journal must contain for the next one.
 
 use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 
@@ -28,7 +28,7 @@ impl Open {
     }
 }
 
-/// What is known of each run id, and the runs that were open.
+/// What is known about each run id, and the runs that were open.
 pub(super) fn replay(records: Vec<Record>, windows: &Path) -> (HashMap<String, Known>, Vec<Open>) {
     let mut open = Vec::new();
     let known = fold(records).into_iter().map(|(run_id, found)| {
@@ -48,7 +48,7 @@ pub(super) fn replay(records: Vec<Record>, windows: &Path) -> (HashMap<String, K
     (known.collect(), open)
 }
 
-/// What records say of a run id, taken together.
+/// The combined records of a run id.
 enum Found {
     Run(Box<Traces>),
     Settled(Known),
@@ -140,7 +140,7 @@ fn take_up(traces: Traces, windows: &Path) -> (Arc<Run>, mpsc::Receiver<Input>) 
     let output = PerStream::from_fn(|stream| {
         let path = windows.join(file_name(&claimed, stream.name()));
         Window::recover(path.clone()).unwrap_or_else(|error| {
-            tracing::error!(path = %path.display(), %error, "output is lost");
+            tracing::error!(path = %path.display(), %error, "cannot recover output; it is lost");
             Window::new(path)
         })
     });
@@ -169,7 +169,7 @@ fn take_up(traces: Traces, windows: &Path) -> (Arc<Run>, mpsc::Receiver<Input>) 
 }
 
 impl Past {
-    /// Its one record.
+    /// Its only journal record.
     pub(super) fn record(&self, run_id: &str) -> Record {
         Record::Released {
             run_id: run_id.to_owned(),
@@ -182,7 +182,7 @@ impl Past {
 }
 
 impl Known {
-    /// What has to be in a journal that is written anew.
+    /// The records that a rewritten journal must contain.
     pub(super) fn records((run_id, known): (&String, &Self)) -> Vec<Record> {
         let run_id = run_id.clone();
         match known {

@@ -1,4 +1,4 @@
-//! Results, run ids and records that are kept no longer.
+//! Discards results, run ids and records that are no longer kept.
 
 use std::{
     sync::Arc,
@@ -15,7 +15,7 @@ use crate::run::{
 
 const TIDY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Gives up what is kept no longer, and takes the journal to the disk, for ever.
+/// Discards what is no longer kept, and syncs the journal to disk, forever.
 pub(crate) async fn keep(runs: Arc<Runs>) {
     let dirty = runs.lock().journal.dirty();
     let sync = journal::sync(dirty, || runs.lock().journal.file());
@@ -42,7 +42,7 @@ impl Runs {
         inner.known.retain(|_, known| match known {
             Known::Run(_) => true,
             Known::Past(Past { claimed_at: at, .. }) | Known::Fenced(Fence { at, .. }) => {
-                // A time to come is one of a clock that was set back.
+                // A time in the future means that the clock was set back.
                 now.duration_since(*at)
                     .map_or(true, |age| age < MEMORY_TIMEOUT)
             }
@@ -50,7 +50,7 @@ impl Runs {
         if inner.journal.is_long(inner.known.len()) {
             let records: Vec<Record> = inner.known.iter().flat_map(Known::records).collect();
             if let Err(error) = inner.journal.rewrite(&records) {
-                tracing::warn!(error = crate::chain(&error), "the journal stays long");
+                tracing::warn!(error = crate::chain(&error), "cannot shorten the journal");
             }
         }
     }
@@ -81,7 +81,7 @@ mod tests {
             tempfile::tempdir().unwrap(),
             tempfile::tempdir_in("/dev/shm").unwrap(),
         );
-        // It is not mounted, which needs root, if it is in memory already.
+        // Uses a link to a folder in memory, because mounting requires root.
         std::os::unix::fs::symlink(elsewhere.path(), folder.path().join("output")).unwrap();
         let now = SystemTime::now();
         let minutes = |minutes: u64| Duration::from_secs(60 * minutes);

@@ -1,5 +1,5 @@
-//! An init whose connection broke: it comes back, says how far it is, and gets again what may
-//! not have arrived.
+//! An init that reconnects after its connection broke. It reports its progress, and the
+//! driver resends what may not have arrived.
 
 use polydev_proto::{
     init::{hello, to_init},
@@ -11,7 +11,7 @@ use super::{Carrier, Connection, DESTROYED, End, Ending, RETURN_TIMEOUT, SIGTERM
 use crate::{link::Greeted, run::claim::Refusal};
 
 impl Carrier<'_> {
-    /// Waits for init to come back, and goes on where it says that it is.
+    /// Waits until init reconnects, and continues at the point that init reports.
     pub(super) async fn reconnect(&mut self) -> Result<(), Stop> {
         let Connection {
             listener,
@@ -39,7 +39,7 @@ impl Carrier<'_> {
             return Err(self.lost());
         };
         *link = Some(new);
-        self.starved = None; // It is sent again.
+        self.starved = None; // Init resends it.
         self.run.update(|progress| progress.connected = true);
         let run_id = &self.run.claimed.run_id;
         match state {
@@ -51,7 +51,7 @@ impl Carrier<'_> {
                 self.started();
                 self.go_on(running.stdin_offset).await
             }
-            // Their ends are told again, after the output.
+            // Init reports the end again, after the output.
             hello::State::Exited(exited) if exited.run_id == *run_id => {
                 self.started();
                 Ok(())
@@ -61,11 +61,11 @@ impl Carrier<'_> {
         }
     }
 
-    /// Sends again what may not have arrived at an init that has so much of the input.
+    /// Resends what may not have arrived. Init already has the input before `stdin_offset`.
     async fn go_on(&mut self, stdin_offset: u64) -> Result<(), Stop> {
         self.taken(stdin_offset, false);
         if self.ending != Ending::No {
-            // It may have been on its way when the connection broke.
+            // The signal may have been lost with the connection.
             self.signal(SIGTERM).await?;
         }
         if let Some(size) = self.terminal {

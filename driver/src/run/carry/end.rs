@@ -1,4 +1,4 @@
-//! How a run ended, and why: from what init tells, or in its place.
+//! How a run ended, and why: as init reports it, or as the driver concludes.
 
 use polydev_proto::{
     init::{Exited, NotStarted, exited, not_started},
@@ -17,7 +17,7 @@ impl Carrier<'_> {
         let (exit_code, signal) = match exited.status {
             Some(exited::Status::Code(code)) => (code, 0),
             Some(exited::Status::Signal(signal)) => (128 + signal, signal),
-            None => return self.end(Reason::Lost, "init did not say how the command ended"),
+            None => return self.end(Reason::Lost, "init did not report how the command ended"),
         };
         let killed = exit_code == 128 + SIGKILL;
         let (reason, message) = if self.ending != Ending::No {
@@ -25,7 +25,7 @@ impl Carrier<'_> {
         } else if killed && self.oom_kills() > 0 {
             (
                 Reason::OutOfMemory,
-                "the kernel killed it: it needed more memory than it may have".into(),
+                "the kernel killed it because it exceeded its memory limit".into(),
             )
         } else if exited.deadline_exceeded {
             (Reason::Deadline, "its deadline passed".into())
@@ -60,7 +60,7 @@ impl Carrier<'_> {
         }))
     }
 
-    /// For a container that has ended; its command may have before.
+    /// The end of a run whose container has ended; its command may have ended before.
     pub(super) fn lost(&self) -> Stop {
         match &self.collected {
             Some(exited) => self.exited(exited),
@@ -68,7 +68,7 @@ impl Carrier<'_> {
         }
     }
 
-    /// For a container that is of no use any more.
+    /// The end of a run whose container cannot be used any longer.
     pub(super) fn broken(&self, message: &str) -> Stop {
         if self.oom_kills() > 0 {
             return self.end(Reason::OutOfMemory, "the container ran out of memory");
@@ -85,20 +85,20 @@ impl Carrier<'_> {
     }
 }
 
-/// What init quotes, a program or a folder, may be longer than a sentence.
+/// Text that init quotes, such as a program or a folder, may be long.
 fn short(message: &str) -> &str {
     const MAX_MESSAGE: usize = 1000;
     &message[..message.floor_char_boundary(MAX_MESSAGE)]
 }
 
 impl Run {
-    /// An end that init has not told.
+    /// An end that init did not report.
     pub(crate) fn end(&self, reason: Reason, message: &str) -> Ended {
         let artifacts = self.progress.borrow().artifacts.clone();
         let artifacts = artifacts.iter().flat_map(|artifacts| &artifacts.files);
         Ended {
             reason,
-            // Docker's status for what it killed.
+            // The exit status that Docker uses for killed processes.
             exit_code: 128 + SIGKILL,
             signal: 0,
             message: message.to_owned(),

@@ -1,5 +1,4 @@
-//! What the command writes, and the files that it leaves: into the run's windows, and then
-//! acknowledged.
+//! The command's output and artifacts: stores them in the run's windows, then acknowledges them.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +9,7 @@ use polydev_proto::{
 
 use super::{Carrier, Ending, Stop};
 
-/// From the command's end on, for a caller to fetch the artifacts.
+/// How long after the command's end a caller may take to fetch the artifacts.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 impl Carrier<'_> {
@@ -44,8 +43,7 @@ impl Carrier<'_> {
         self.send(to_init::Message::DataAck(ack)).await
     }
 
-    /// The command is dead, and what it left is looked for, and then read: that has a time of
-    /// its own.
+    /// The command is dead, and its artifacts are read now, which has a time limit of its own.
     pub(super) fn collected(&mut self, Collected { artifacts, exited }: Collected) {
         if let Some(artifacts) = artifacts {
             self.run.manifest.keep(&artifacts);
@@ -56,7 +54,7 @@ impl Carrier<'_> {
         self.end_at = Instant::now()
             + match self.ending {
                 Ending::No => FETCH_TIMEOUT,
-                // Whoever ends a run does not wait for long.
+                // A caller that ends a run does not wait for long.
                 Ending::Asked { .. } | Ending::Killed => self.run.claimed.kill_timeout,
             };
         if let Ending::Asked { .. } = self.ending {

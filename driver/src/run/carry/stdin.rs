@@ -1,5 +1,5 @@
-//! What a caller writes to the files and the command: kept until init has told that they took
-//! it, for an init whose connection breaks.
+//! The caller's files and stdin. The driver keeps them until init reports that they were
+//! taken, in case init's connection breaks.
 
 use std::collections::VecDeque;
 
@@ -9,10 +9,10 @@ use polydev_proto::init::{Stdin, to_init};
 use super::{Carrier, Stop};
 use crate::run::Input;
 
-/// Bytes of stdin on their way to the command; init holds at most twice as much.
+/// Most stdin bytes in flight to the command; init holds at most twice as many.
 const STDIN_WINDOW: u64 = 128 << 10;
 
-/// What of stdin init has not told to be taken.
+/// The part of stdin that init has not yet reported as taken.
 #[derive(Default)]
 pub(super) struct StdinWindow {
     pub(super) sent: u64,
@@ -28,7 +28,7 @@ impl StdinWindow {
 }
 
 impl Carrier<'_> {
-    /// Passes on what the command does not have yet.
+    /// Forwards input that the command does not have yet.
     pub(super) async fn on_input(&mut self, input: Input) -> Result<(), Stop> {
         let (data, close) = match input {
             Input::Signal(number) => return self.signal(number).await,
@@ -37,14 +37,14 @@ impl Carrier<'_> {
                 return self.send(to_init::Message::Resize(size)).await;
             }
             Input::Stdin { offset, data } if self.stdin.closed => {
-                // Nobody reads it: it is taken, for the caller to go on.
+                // Nobody reads it: report it as taken, so that the caller continues.
                 let end = offset + data.len() as u64;
                 self.stdin.sent = self.stdin.sent.max(end);
                 self.taken(end, true);
                 return Ok(());
             }
             Input::Stdin { offset, data } => {
-                // What the shim sends again is known here already.
+                // Skip what the shim resends and the driver already has.
                 let known = usize::try_from(self.stdin.sent.saturating_sub(offset));
                 let new = known.ok().filter(|known| *known < data.len());
                 match new {
@@ -69,7 +69,7 @@ impl Carrier<'_> {
         self.send(to_init::Message::Stdin(stdin)).await
     }
 
-    /// Init has told how far the command is.
+    /// Init reports how much the command has taken.
     pub(super) fn taken(&mut self, offset: u64, closed: bool) {
         let stdin = &mut self.stdin;
         stdin.taken = stdin.taken.max(offset);

@@ -95,7 +95,7 @@ fn what_is_written_is_read_after_a_restart() {
     );
 }
 
-/// Wherever the last write was cut, what came before it is there.
+/// Wherever the last write was cut, the records before it survive.
 #[test]
 fn a_torn_end_is_cut_off_wherever_it_is_torn() {
     let bytes = bytes();
@@ -108,7 +108,7 @@ fn a_torn_end_is_cut_off_wherever_it_is_torn() {
         fs::write(folder.path().join("runs.journal"), &bytes[..cut]).unwrap();
         let (mut journal, read) = Journal::open(folder.path()).unwrap();
         let lines = ends.iter().filter(|end| **end <= cut).count();
-        let whole = lines.saturating_sub(1); // The first says what it is.
+        let whole = lines.saturating_sub(1); // The first line is the format.
         assert_eq!(read, records()[..whole], "cut at {cut}");
         journal.write(records().last().unwrap()).unwrap();
         let (_, read) = Journal::open(folder.path()).unwrap();
@@ -151,7 +151,7 @@ fn a_record_that_cannot_be_written_is_told_and_leaves_those_before_it() {
     let folder = tempfile::tempdir().unwrap();
     let (mut journal, _) = Journal::open(folder.path()).unwrap();
     journal.write(&records()[0]).unwrap();
-    // The kernel's own full disk.
+    // A full disk, as the kernel simulates it.
     journal.file = Arc::new(File::options().write(true).open("/dev/full").unwrap());
     assert!(journal.write(&records()[1]).is_err());
     let (_, read) = Journal::open(folder.path()).unwrap();
@@ -165,7 +165,7 @@ proptest! {
     }
 }
 
-/// Fields that came later may be missing.
+/// Fields that were added later may be missing.
 #[test]
 fn records_of_the_first_drivers_are_read() {
     let mut older = serde_json::to_value(&records()[0]).unwrap();
