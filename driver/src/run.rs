@@ -6,7 +6,7 @@
 //! of this process, [`carry`] starts the command and carries its streams, [`window`] holds
 //! its output, [`beside`] holds what else is kept, [`refreshed`] is for the credential
 //! store, [`follow`] sends events to a caller, and [`listing`] lists runs.
-//! [`crate::node::recover`] recovers runs after a restart.
+//! `node/recover.rs` recovers runs after a restart.
 
 mod beside;
 pub mod book;

@@ -1,7 +1,7 @@
 //! Plain tasks: ordinary jobs of an operator, without a shim.
 //!
 //! Read in the order of a task's life: [`plan`] works out its container from the job
-//! ([`resources`], [`mounts`], [`network`]), [`start`] makes it, [`journal`] records it,
+//! ([`resources`], [`mounts`], [`network`]), [`mod@start`] makes it, [`journal`] records it,
 //! [`keeper`] follows it to its end, [`output`] copies its output if init does not,
 //! [`exec`] runs another command next to it. [`book`] holds the node's tasks for all
 //! others.

@@ -48,7 +48,7 @@ impl Imports {
         let modules: BTreeSet<String> = files.iter().map(|file| module(&source, file)).collect();
         let mut all = BTreeSet::new();
         for file in &files {
-            let text = fs::read_to_string(file).unwrap();
+            let text = fs::read_to_string(file).unwrap_or_else(|error| panic!("{file:?}: {error}"));
             let parsed = syn::parse_file(&text).unwrap_or_else(|error| panic!("{file:?}: {error}"));
             let mut reader = Reader {
                 from: module(&source, file),
@@ -70,7 +70,7 @@ impl Imports {
 
 fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{folder:?}: {error}"));
-    let paths = entries.map(|entry| entry.unwrap().path());
+    let paths = entries.map(|entry| entry.expect("a folder can be read").path());
     paths
         .flat_map(|path| match path.is_dir() {
             true => files(&path),

@@ -113,7 +113,7 @@ pub enum NotFound {
 
 impl Runs {
     /// Reads what an earlier life of the driver left. Returns the runs that were open then,
-    /// for [`crate::node::recover`].
+    /// for `node/recover.rs`.
     ///
     /// # Errors
     /// [`Error`]; a later attempt finds everything unchanged.
