@@ -94,12 +94,9 @@ impl Command {
         let mut command = process::Command::new(OsStr::from_bytes(program));
         command.args(args.iter().map(|arg| OsStr::from_bytes(arg)));
         let task = start.task.as_ref();
-        let master = attach_streams(&mut command, &start, task).map_err(|error| {
-            refuse(
-                Reason::Invalid,
-                format!("cannot create a terminal: {error}"),
-            )
-        })?;
+        let master = attach_streams(&mut command, &start, task)
+            .map_err(|error| format!("cannot create a terminal: {error}"))
+            .map_err(|message| refuse(Reason::Invalid, message))?;
         surround(&mut command, &start, &secrets);
 
         // The job sets a plain task's score.
