@@ -7,6 +7,8 @@ pub mod collector;
 pub mod docker;
 pub mod docker_proxy;
 pub mod engine;
+pub mod fake_node;
+pub mod fake_nomad;
 pub mod folder;
 pub mod host;
 pub mod job;

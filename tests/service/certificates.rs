@@ -1,0 +1,103 @@
+//! Certificates of a shim's callers, and what a shim is told of them.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use polydev_client::Files;
+use polydev_tests::{folder::Folder, process::succeed, program};
+use rcgen::{CertificateParams, Issuer, KeyPair};
+
+use crate::site::port;
+
+/// A set of certificates in a folder: an authority, the shim and callers.
+pub(crate) fn make(folder: &Path) {
+    let mut command = Command::new(program("polydev-shim"));
+    let printed = succeed(command.args(["certs", "dev"]).arg(folder));
+    assert!(printed.contains("--roles"), "{printed}");
+}
+
+/// `name`'s certificate of one folder, which trusts the authority of another.
+pub(crate) fn files(own: &Path, name: &str, trusted: &Path) -> Files {
+    Files {
+        certificate: own.join(format!("{name}.pem")),
+        key: own.join(format!("{name}-key.pem")),
+        authority: trusted.join("ca.pem"),
+    }
+}
+
+/// What a shim needs that lets in callers from elsewhere.
+pub(crate) struct Tls {
+    pub(crate) url: String,
+    folder: Folder,
+}
+
+impl Tls {
+    /// With certificates, and these roles.
+    pub(crate) fn with_roles(roles: &str) -> Self {
+        let tls = Self {
+            url: format!("https://127.0.0.1:{}", port()),
+            folder: Folder::new("pdtls-"),
+        };
+        make(&tls.ours());
+        tls.write_roles(roles);
+        tls
+    }
+
+    /// The folder of the certificates that the shim has and trusts.
+    pub(crate) fn ours(&self) -> PathBuf {
+        self.folder.path().join("ours")
+    }
+
+    /// Another folder, which is not there yet.
+    pub(crate) fn others(&self) -> PathBuf {
+        self.folder.path().join("others")
+    }
+
+    /// `name`'s certificate of ours.
+    pub(crate) fn files(&self, name: &str) -> Files {
+        files(&self.ours(), name, &self.ours())
+    }
+
+    pub(crate) fn write_roles(&self, roles: &str) {
+        let path = self.ours().join("roles.toml");
+        fs::write(path, roles).expect("a file can be written");
+    }
+
+    /// The shim's options.
+    pub(crate) fn options(&self) -> Vec<String> {
+        let path = |name: &str| self.ours().join(name).display().to_string();
+        let options = [
+            ("--listen", self.url.clone()),
+            ("--tls-cert", path("shim.pem")),
+            ("--tls-key", path("shim-key.pem")),
+            ("--tls-ca", path("ca.pem")),
+            ("--roles", path("roles.toml")),
+        ];
+        let words = options.map(|(name, value)| [name.to_owned(), value]);
+        words.into_iter().flatten().collect()
+    }
+}
+
+/// Signs a certificate called `name` with the authority of a folder, as `change` wants it.
+pub(crate) fn sign(folder: &Path, name: &str, change: impl FnOnce(&mut CertificateParams)) {
+    let read = |name: &str| fs::read_to_string(folder.join(name)).expect("it was written");
+    let key = KeyPair::from_pem(&read("ca-key.pem")).expect("it is a key");
+    let issuer = Issuer::from_ca_cert_pem(&read("ca.pem"), key).expect("it is an authority's");
+    let own = KeyPair::generate().expect("there is randomness");
+    let mut params = CertificateParams::default();
+    change(&mut params);
+    let signed = params
+        .signed_by(&own, &issuer)
+        .expect("it is a certificate");
+    let write = |name: String, text: String| fs::write(folder.join(name), text);
+    write(format!("{name}.pem"), signed.pem()).expect("a file can be written");
+    write(format!("{name}-key.pem"), own.serialize_pem()).expect("a file can be written");
+}
+
+/// Options as the fixtures take them.
+pub(crate) fn words(options: &[String]) -> Vec<&str> {
+    options.iter().map(String::as_str).collect()
+}

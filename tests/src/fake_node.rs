@@ -1,0 +1,248 @@
+//! A driver that runs nothing: the node API as shims see it, in this process, on a unix socket.
+//! Tests of what the shim alone decides run over it, and the benchmark puts one shim in front of
+//! a thousand of them. What a driver, Docker and Nomad do is tested with the real ones.
+//!
+//! [`slots`] has the slots and reports them. [`book`] has the runs, and [`run`] is one of them:
+//! [`script`] reads its arguments, [`execute`] does what they say, [`follow`] reports it.
+//! [`service`] is the API, [`claim`] its answer to a claim, [`brief`] that of a node that keeps
+//! nothing. [`knobs`] make the node refuse, stall and go away.
+
+mod book;
+mod brief;
+mod claim;
+mod execute;
+mod follow;
+mod knobs;
+mod run;
+mod script;
+mod service;
+mod slots;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use futures_util::StreamExt;
+use polydev_proto::node::{
+    Ballot, CancelRunRequest, Claim, FenceRequest, LeaseRequest, ReleaseRequest, Slot,
+    node_service_server::NodeServiceServer,
+};
+use serde_json::{Value, json};
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Code, Status, transport::Server};
+use uuid::Uuid;
+
+pub use knobs::Loss;
+
+use book::Book;
+use knobs::Knobs;
+use slots::Slots;
+
+/// How a node is made.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Nomad's id of it.
+    pub id: String,
+    /// From a run's end until its slot is idle again.
+    pub refill: Duration,
+    /// Whether it keeps its runs, its connections and what it was asked. Without, a run ends as
+    /// soon as it is claimed; one whose program is `wait` never ends.
+    pub keeps: bool,
+    /// When its journal was begun: the node is newer than runs that were made before.
+    pub since: Option<SystemTime>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            id: Uuid::new_v4().to_string(),
+            refill: Duration::from_millis(20),
+            keeps: true,
+            since: None,
+        }
+    }
+}
+
+/// What a node was asked, in the order in which it came.
+#[derive(Debug, Clone, Default)]
+pub struct Asked {
+    pub claims: Vec<Claim>,
+    pub leases: Vec<LeaseRequest>,
+    pub releases: Vec<ReleaseRequest>,
+    pub fences: Vec<FenceRequest>,
+    pub cancels: Vec<CancelRunRequest>,
+}
+
+/// A simulated driver. It serves until the runtime that it was started in ends.
+pub struct FakeNode {
+    node: Arc<Node>,
+    socket: PathBuf,
+}
+
+/// What its service has.
+struct Node {
+    id: String,
+    keeps: bool,
+    slots: Arc<Slots>,
+    book: Arc<Book>,
+    knobs: Knobs,
+    asked: Mutex<Asked>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl FakeNode {
+    /// Serves a node without slots, on a socket in `folder`.
+    ///
+    /// # Errors
+    /// The kernel's, if the socket cannot be bound.
+    ///
+    /// # Panics
+    /// Outside of a runtime.
+    pub fn start(folder: &Path, options: Options) -> std::io::Result<Self> {
+        let socket = folder.join(format!("{}.sock", options.id));
+        let listener = UnixListener::bind(&socket)?;
+        let node = Arc::new(Node {
+            slots: Arc::new(Slots::new(&options)),
+            book: Arc::new(Book::new(options.since)),
+            knobs: Knobs::new(options.keeps),
+            asked: Mutex::default(),
+            keeps: options.keeps,
+            id: options.id,
+        });
+        let accepting = node.clone();
+        let incoming = UnixListenerStream::new(listener)
+            .filter_map(move |stream| std::future::ready(accepting.knobs.accept(stream)));
+        let service = NodeServiceServer::from_arc(node.clone());
+        tokio::spawn(
+            Server::builder()
+                .add_service(service)
+                .serve_with_incoming(incoming),
+        );
+        Ok(Self { node, socket })
+    }
+
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.node.id
+    }
+
+    /// The node as Nomad lists it.
+    #[must_use]
+    pub fn description(&self) -> Value {
+        let address = format!("unix://{}", self.socket.display());
+        json!({
+            "ID": self.node.id,
+            "Status": "ready",
+            "SchedulingEligibility": "eligible",
+            "Drivers": { "polydev": { "Attributes": { "driver.polydev.node_address": address } } },
+        })
+    }
+
+    /// Adds idle slots to the node's part of a pool.
+    pub fn add_slots(&self, provider: &str, count: usize) {
+        self.node.slots.add(&self.node.id, provider, count);
+    }
+
+    /// Adds an idle slot that was made on demand for a run.
+    pub fn add_slot_for(&self, provider: &str, run_id: &str) {
+        self.node.slots.add_for(&self.node.id, provider, run_id);
+    }
+
+    /// Changes every slot, and reports them.
+    pub fn change_slots(&self, change: impl FnMut(&mut Slot)) {
+        self.node.slots.change_all(change);
+    }
+
+    /// Removes every slot of a provider, whatever is in it.
+    pub fn remove_slots(&self, provider: &str) {
+        self.node.slots.remove(provider);
+    }
+
+    /// Refuses claims and leases with this status, until [`FakeNode::obey`]. A claim that is
+    /// repeated has its answer all the same.
+    pub fn refuse(&self, code: Code, words: &str) {
+        self.node.knobs.refuse(Some(Status::new(code, words)));
+    }
+
+    /// Answers nothing until [`FakeNode::obey`]: what arrives waits, for as long as the shim
+    /// does.
+    pub fn stall(&self) {
+        self.node.knobs.stall(true);
+    }
+
+    /// Breaks every connection and takes no new ones until [`FakeNode::obey`]. Its runs go on.
+    pub fn leave(&self) {
+        self.node.knobs.leave();
+    }
+
+    /// Breaks every connection, and takes new ones.
+    pub fn break_connections(&self) {
+        self.node.knobs.break_connections();
+    }
+
+    /// The next claim gets no answer: the connections break instead.
+    pub fn lose_next_claim(&self, loss: Loss) {
+        self.node.knobs.lose(loss);
+    }
+
+    /// Does again as a driver does.
+    pub fn obey(&self) {
+        self.node.knobs.obey();
+    }
+
+    /// Forgets a run: an attach does not find it any more.
+    pub fn forget(&self, run_id: &str) {
+        self.node.book.forget(run_id);
+    }
+
+    /// From now on it cannot tell whether it had a run that it does not know.
+    pub fn be_unsure(&self) {
+        self.node.book.be_unsure();
+    }
+
+    /// Gives up a run of which nothing has run yet: its claim came to nothing after all.
+    pub fn give_up(&self, run_id: &str) {
+        self.node.book.give_up(run_id);
+    }
+
+    /// Closes a run, as another try of it does.
+    pub fn fence(&self, run_id: &str, ballot: Ballot) {
+        self.node.book.fence(&FenceRequest {
+            run_id: run_id.to_owned(),
+            ballot: Some(ballot),
+            claims_on: String::new(),
+        });
+    }
+
+    /// What it was asked so far.
+    #[must_use]
+    pub fn asked(&self) -> Asked {
+        lock(&self.node.asked).clone()
+    }
+
+    /// All that a run has read so far: the bytes of its files, then its stdin.
+    ///
+    /// # Panics
+    /// If it has no such run.
+    #[must_use]
+    pub fn input(&self, run_id: &str) -> Vec<u8> {
+        let run = self.node.book.find(run_id, None);
+        run.expect("the node has the run").read()
+    }
+
+    /// The signals that a run was sent.
+    ///
+    /// # Panics
+    /// If it has no such run.
+    #[must_use]
+    pub fn signals(&self, run_id: &str) -> Vec<i32> {
+        let run = self.node.book.find(run_id, None);
+        run.expect("the node has the run").signals()
+    }
+}
