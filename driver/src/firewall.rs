@@ -67,14 +67,7 @@ impl Firewall {
     /// # Errors
     /// [`Error`]; slots must not run then.
     pub async fn ensure(&self) -> Result<(), Error> {
-        let restore = Command::new("iptables-restore");
-        run(
-            "iptables-restore",
-            restore,
-            &["--noflush", "-w", "5"],
-            &self.rules(),
-        )
-        .await?;
+        restore(&self.rules()).await?;
         let docker = iptables(&["-n", "-L", "DOCKER-USER"]).await.is_ok();
         let forward = if docker { "DOCKER-USER" } else { "FORWARD" };
         for (from, to) in [(forward, &self.forward), ("INPUT", &self.input)] {
@@ -98,9 +91,13 @@ impl Firewall {
         ] {
             let _was_not_there = iptables(&["-D", from, "-i", &self.interface, "-j", to]).await;
         }
-        for chain in [&self.forward, &self.input] {
-            let _was_not_there = iptables(&["-F", chain]).await;
-            let _was_not_there = iptables(&["-X", chain]).await;
+        // In one step: a driver that is told to end has little time. Naming a chain empties it.
+        let Self { input, forward, .. } = self;
+        let rules = format!(
+            "*filter\n:{input} - [0:0]\n:{forward} - [0:0]\n-X {input}\n-X {forward}\nCOMMIT\n"
+        );
+        if let Err(error) = restore(&rules).await {
+            tracing::info!(error = crate::chain(&error), "the bridge's rules stay");
         }
     }
 
@@ -131,6 +128,18 @@ impl Firewall {
         );
         rules
     }
+}
+
+/// Adds to what is there, all of it or nothing.
+async fn restore(rules: &str) -> Result<(), Error> {
+    let program = Command::new("iptables-restore");
+    run(
+        "iptables-restore",
+        program,
+        &["--noflush", "-w", "5"],
+        rules,
+    )
+    .await
 }
 
 async fn iptables(arguments: &[&str]) -> Result<(), Error> {

@@ -11,8 +11,9 @@ use polydev_proto::{
     sealed::PrivateKey,
 };
 use polydev_shim::{
-    credentials::{Credential, Source, record::Record},
+    credentials::{Source, record::Record},
     provider::Cli,
+    secret::Credential,
 };
 use prost::Message;
 
