@@ -19,9 +19,6 @@ pub use slot::Slot;
 pub use task::{Auth as TaskAuth, Bandwidth, Logging, Task, Ulimit};
 pub use telemetry::Telemetry;
 
-/// All providers, by the names that the API, jobs, labels and metrics use.
-pub const PROVIDERS: [&str; 3] = ["openai", "anthropic", "google"];
-
 /// Why a configuration is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use polydev_proto::driver::TaskConfig;
+use polydev_proto::{driver::TaskConfig, id::SlotId};
 use wildmatch::WildMatch;
 
 use crate::config::EXTRA_LABELS;
@@ -53,8 +53,8 @@ impl Identity {
 
     /// Node id and allocation id: the slot's id for shims.
     #[must_use]
-    pub fn slot_id(&self) -> String {
-        format!("{}/{}", self.node_id, self.alloc_id)
+    pub fn slot_id(&self) -> SlotId {
+        format!("{}/{}", self.node_id, self.alloc_id).into()
     }
 
     /// The same for every attempt at one start, so that leftovers are found. It contains no

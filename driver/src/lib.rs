@@ -7,7 +7,7 @@
 //!                                            +--> run <---+  +-> link --> polydev-init
 //! ```
 //!
-//! Modules depend only on modules to their right: `tests/layers.rs` has the order. Only
+//! Modules depend only on modules to their right: `tests/layers/main.rs` has the order. Only
 //! `docker` uses bollard; only `plugin`, `service`, `node/service` and `metrics` use tonic.
 
 pub mod plugin;

@@ -17,6 +17,8 @@
 
 use std::time::SystemTime;
 
+use polydev_proto::id::{Generation, RunId, UserId};
+
 /// The state of a slot.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum State {
@@ -27,11 +29,11 @@ pub enum State {
     /// A container waits for the claim of one particular run.
     Leased { holder: Holder, until: SystemTime },
     /// The container has a run.
-    Claimed { run_id: String },
+    Claimed { run_id: RunId },
     /// The remains of the container are being ended.
     Recycling,
     /// The slot leaves the pool, after its run if it has one. Final.
-    Draining { run_id: Option<String> },
+    Draining { run_id: Option<RunId> },
     /// Given up. Final.
     Failed,
 }
@@ -39,8 +41,8 @@ pub enum State {
 /// The holder of a lease.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Holder {
-    pub run_id: String,
-    pub user_id: String,
+    pub run_id: RunId,
+    pub user_id: UserId,
 }
 
 impl State {
@@ -79,15 +81,15 @@ pub enum Event {
     Warmed,
     /// A shim claims the container that it saw.
     Claimed {
-        generation: u64,
-        run_id: String,
-        user_id: String,
+        generation: Generation,
+        run_id: RunId,
+        user_id: UserId,
     },
     /// A shim reserves the container that it saw for one run.
     Leased {
-        generation: u64,
-        run_id: String,
-        user_id: String,
+        generation: Generation,
+        run_id: RunId,
+        user_id: UserId,
         until: SystemTime,
     },
     /// The run that the slot is leased for will not come.
@@ -142,7 +144,7 @@ impl Event {
 #[error("the slot is {} at generation {generation}{}", state.name(), if *on_demand { ", for one run only" } else { "" })]
 pub struct Refused {
     pub state: State,
-    pub generation: u64,
+    pub generation: Generation,
     pub on_demand: bool,
 }
 
@@ -151,9 +153,9 @@ pub struct Refused {
 pub struct Life {
     state: State,
     /// Number of the slot's current container, from 1.
-    generation: u64,
+    generation: Generation,
     /// The only run that may use the slot; `None` for a slot of a pool.
-    for_run: Option<String>,
+    for_run: Option<RunId>,
     cause: &'static str,
     reason: String,
     since: SystemTime,
@@ -162,7 +164,7 @@ pub struct Life {
 impl Life {
     /// A slot whose first container is number `generation`.
     #[must_use]
-    pub fn new(generation: u64, for_run: Option<String>, now: SystemTime) -> Self {
+    pub fn new(generation: Generation, for_run: Option<RunId>, now: SystemTime) -> Self {
         Self {
             state: State::Warming,
             generation,
@@ -175,7 +177,7 @@ impl Life {
 
     /// The slot's state after a restart of its driver, with the run that is still in it.
     #[must_use]
-    pub fn resumed(self, run_id: String, generation: u64, since: SystemTime) -> Self {
+    pub fn resumed(self, run_id: RunId, generation: Generation, since: SystemTime) -> Self {
         Self {
             state: State::Claimed { run_id },
             generation,
@@ -191,7 +193,7 @@ impl Life {
     }
 
     #[must_use]
-    pub fn generation(&self) -> u64 {
+    pub fn generation(&self) -> Generation {
         self.generation
     }
 
@@ -227,7 +229,7 @@ impl Life {
                 Event::Claimed {
                     generation, run_id, ..
                 },
-            ) if generation == self.generation && self.is_for(&run_id) => {
+            ) if generation == self.generation && self.is_for(run_id) => {
                 (State::Claimed { run_id }, String::new())
             }
             (
@@ -250,7 +252,7 @@ impl Life {
                     user_id,
                 },
             ) if generation == self.generation
-                && (&holder.run_id, &holder.user_id) == (&run_id, &user_id) =>
+                && (holder.run_id, &holder.user_id) == (run_id, &user_id) =>
             {
                 (State::Claimed { run_id }, String::new())
             }
@@ -260,18 +262,16 @@ impl Life {
                 (self.after_container(), reason)
             }
             (State::Recycling, Event::Recycled) => {
-                self.generation += 1;
+                self.generation = self.generation.next();
                 (State::Warming, std::mem::take(&mut self.reason))
             }
             (State::Draining { run_id: Some(_) }, Event::RunEnded) => {
                 (State::Draining { run_id: None }, String::new())
             }
-            (State::Claimed { run_id }, Event::Drained) => (
-                State::Draining {
-                    run_id: Some(run_id.clone()),
-                },
-                String::new(),
-            ),
+            (State::Claimed { run_id }, Event::Drained) => {
+                let run_id = Some(*run_id);
+                (State::Draining { run_id }, String::new())
+            }
             (
                 State::Warming | State::Idle | State::Leased { .. } | State::Recycling,
                 Event::Drained,
@@ -299,8 +299,8 @@ impl Life {
         Ok(())
     }
 
-    fn is_for(&self, run_id: &str) -> bool {
-        self.for_run.as_ref().is_none_or(|only| only == run_id)
+    fn is_for(&self, run_id: RunId) -> bool {
+        self.for_run.is_none_or(|only| only == run_id)
     }
 
     fn after_container(&self) -> State {
@@ -317,18 +317,27 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashSet;
 
+    fn run_id(letter: u8) -> RunId {
+        RunId::new(SystemTime::UNIX_EPOCH, [letter; 10])
+    }
+
+    fn generation() -> impl Strategy<Value = Generation> {
+        (1u64..6).prop_map(Generation)
+    }
+
     fn event() -> impl Strategy<Value = Event> {
+        let who = || ((0u8..4).prop_map(run_id), "[xy]".prop_map(UserId::from));
         prop_oneof![
             Just(Event::Held {
                 reason: "broken".into()
             }),
             Just(Event::Warmed),
-            (1u64..6, "[a-d]", "[xy]").prop_map(|(generation, run_id, user_id)| Event::Claimed {
+            (generation(), who()).prop_map(|(generation, (run_id, user_id))| Event::Claimed {
                 generation,
                 run_id,
                 user_id
             }),
-            (1u64..6, "[a-d]", "[xy]").prop_map(|(generation, run_id, user_id)| Event::Leased {
+            (generation(), who()).prop_map(|(generation, (run_id, user_id))| Event::Leased {
                 generation,
                 run_id,
                 user_id,
@@ -350,10 +359,10 @@ mod tests {
     proptest! {
         #[test]
         fn a_container_serves_at_most_one_run(
-            on_demand in prop::option::of("[a-c]"),
+            on_demand in prop::option::of((0u8..3).prop_map(run_id)),
             events in prop::collection::vec(event(), 0..300),
         ) {
-            let mut life = Life::new(1, on_demand.clone(), SystemTime::UNIX_EPOCH);
+            let mut life = Life::new(Generation(1), on_demand, SystemTime::UNIX_EPOCH);
             let mut claimed = HashSet::new();
             for event in events {
                 let before = life.clone();
@@ -362,7 +371,7 @@ mod tests {
                         prop_assert!(State::NAMES.contains(&life.state().name()));
                         prop_assert_eq!(life.cause(), event.name());
                         prop_assert!(Event::NAMES.contains(&event.name()));
-                        prop_assert!(life.generation() - before.generation() <= 1);
+                        prop_assert!(life.generation() <= before.generation().next());
                         prop_assert!(*before.state() != State::Failed, "Failed is final");
                         let is_new = life.generation() > before.generation();
                         prop_assert_eq!(is_new, event == Event::Recycled);
@@ -380,10 +389,10 @@ mod tests {
                         }
                         if let Event::Claimed { generation, run_id, user_id } = event {
                             if let State::Leased { holder, .. } = before.state() {
-                                prop_assert_eq!(holder, &Holder { run_id: run_id.clone(), user_id });
+                                prop_assert_eq!(holder, &Holder { run_id, user_id });
                             }
                             prop_assert_eq!(generation, life.generation());
-                            prop_assert!(on_demand.as_ref().is_none_or(|only| *only == run_id));
+                            prop_assert!(on_demand.is_none_or(|only| only == run_id));
                             prop_assert!(claimed.insert(generation), "a second claim");
                         }
                         if let State::Draining { .. } = before.state() {
@@ -396,17 +405,17 @@ mod tests {
                     Err(_) => prop_assert_eq!(life.state(), before.state()),
                 }
             }
-            prop_assert!(on_demand.is_none() || life.generation() == 1, "a second container");
+            prop_assert!(on_demand.is_none() || life.generation() == Generation(1), "a second container");
         }
     }
 
     #[test]
     fn a_claim_for_an_older_container_is_refused() {
         let now = SystemTime::UNIX_EPOCH;
-        let mut life = Life::new(1, None, now);
+        let mut life = Life::new(Generation(1), None, now);
         let claim = |generation| Event::Claimed {
-            generation,
-            run_id: "run".into(),
+            generation: Generation(generation),
+            run_id: run_id(1),
             user_id: "alice".into(),
         };
         for event in [

@@ -21,12 +21,13 @@ use opentelemetry_sdk::{
         exporter::PushMetricExporter,
     },
 };
+use polydev_proto::provider::Provider;
 use tokio::{sync::oneshot, time::timeout};
 use tonic::transport::Endpoint;
 
 use crate::{
     chain,
-    config::{PROVIDERS, Telemetry},
+    config::Telemetry,
     life::{Event, Life, State},
 };
 
@@ -154,16 +155,16 @@ impl Told {
     }
 }
 
-fn of(provider: &'static str, on_demand: bool) -> [KeyValue; 2] {
+fn of(provider: Provider, on_demand: bool) -> [KeyValue; 2] {
     [
-        KeyValue::new("provider", provider),
+        KeyValue::new("provider", provider.name()),
         KeyValue::new("on_demand", on_demand),
     ]
 }
 
 /// Slots by provider, whether they are on demand, and state.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Counts(BTreeMap<(&'static str, bool, &'static str), i64>);
+pub struct Counts(BTreeMap<(Provider, bool, &'static str), i64>);
 
 impl Counts {
     /// All counts zero, so that a state without slots is reported too.
@@ -176,22 +177,14 @@ impl Counts {
     }
 
     /// Counts one slot.
-    pub fn add(&mut self, provider: &str, on_demand: bool, state: &State) {
-        let of = (known(provider), on_demand, state.name());
+    pub fn add(&mut self, provider: Provider, on_demand: bool, state: &State) {
+        let of = (provider, on_demand, state.name());
         *self.0.entry(of).or_default() += 1;
     }
 }
 
-/// The static name of a known provider.
-fn known(provider: &str) -> &'static str {
-    let mut known = PROVIDERS.into_iter();
-    let found = known.find(|name| *name == provider);
-    found.expect("options are checked")
-}
-
-fn pools() -> impl Iterator<Item = (&'static str, bool)> {
-    let providers = PROVIDERS.into_iter();
-    providers.flat_map(|provider| [(provider, false), (provider, true)])
+fn pools() -> impl Iterator<Item = (Provider, bool)> {
+    Provider::all().flat_map(|provider| [(provider, false), (provider, true)])
 }
 
 #[derive(Debug, Clone)]
@@ -230,11 +223,11 @@ pub struct Steps(Option<Instruments>);
 
 impl Steps {
     /// Records a step of a slot from `last` to `next`.
-    pub fn taken(&self, provider: &str, on_demand: bool, last: &Life, next: &Life) {
+    pub fn taken(&self, provider: Provider, on_demand: bool, last: &Life, next: &Life) {
         let Some(Instruments { steps, times }) = &self.0 else {
             return;
         };
-        let [provider, on_demand] = of(known(provider), on_demand);
+        let [provider, on_demand] = of(provider, on_demand);
         let cause = KeyValue::new("cause", next.cause());
         steps.add(1, &[provider.clone(), on_demand.clone(), cause]);
         let (state, next_state) = (last.state().name(), next.state().name());

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use polydev_proto::id::Generation;
 use tokio::time::sleep;
 
 use crate::{
@@ -127,10 +128,12 @@ fn is_known(reaper: &Reaper, container: &docker::Listed) -> bool {
         if slots.runs.holds(&container.id) || slots.idle.holds(&container.id) {
             return true;
         }
-        let Some(slot) = slots.book.by_slot_id(slot_id) else {
+        let Some(slot) = slots.book.by_slot_id(&slot_id.as_str().into()) else {
             return false;
         };
-        let generation = label(LABEL_GENERATION).and_then(|generation| generation.parse().ok());
+        let generation = label(LABEL_GENERATION)
+            .and_then(|generation| generation.parse().ok())
+            .map(Generation);
         // Checked after the books above: a container that they no longer hold is in use by
         // a slot.
         return slot.has(&container.id)

@@ -45,7 +45,8 @@ use window::Window;
 /// Most messages from the caller that wait for the command, of at most 64 KiB each.
 const MAX_INPUTS: usize = 16;
 
-/// One try at a run, ordered by attempt, then by nonce.
+/// Orders the claims and fences of all tries of one run: by attempt, then by nonce. A shim
+/// raises the attempt before each claim and each fence. The nonce belongs to the try.
 #[derive(
     Debug,
     Clone,
@@ -208,7 +209,7 @@ impl Run {
             slot_id,
             ..
         } = &self.claimed;
-        tracing::info_span!("run", run_id, user_id, slot_id)
+        tracing::info_span!("run", %run_id, %user_id, %slot_id)
     }
 
     /// Ends the run at once.

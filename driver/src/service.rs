@@ -422,7 +422,8 @@ impl Driver for Service {
 /// Used if a script check has no timeout.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a recovery waits for the driver to take charge of the node.
+/// How long a call waits for the driver to take charge of the node, and how long it waits
+/// after that for Docker's first response, if it needs Docker.
 const TAKE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
 fn encode_health(health: Health) -> FingerprintResponse {

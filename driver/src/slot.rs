@@ -25,6 +25,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
+use polydev_proto::id::SlotId;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -80,7 +81,7 @@ impl Slots {
     pub fn counts(&self) -> Counts {
         let mut counts = Counts::zeros();
         for slot in self.book.all().iter().filter(|slot| slot.end().is_none()) {
-            let (provider, life) = (&slot.config.provider, slot.life());
+            let (provider, life) = (slot.config.provider, slot.life());
             counts.add(provider, slot.is_on_demand(), life.state());
         }
         counts
@@ -101,10 +102,10 @@ impl Slots {
 
     /// # Errors
     /// [`Refusal::UnknownSlot`]
-    fn live(&self, slot_id: &str) -> Result<Arc<Slot>, Refusal> {
+    fn live(&self, slot_id: &SlotId) -> Result<Arc<Slot>, Refusal> {
         let slot = self.book.by_slot_id(slot_id);
         slot.ok_or_else(|| Refusal::UnknownSlot {
-            slot_id: slot_id.to_owned(),
+            slot_id: slot_id.clone(),
         })
     }
 }
@@ -126,7 +127,7 @@ pub struct Slot {
     drain: CancellationToken,
     /// Cancelled to end the slot at once, with its run.
     kill: CancellationToken,
-    end: watch::Sender<Option<Ended>>,
+    end: watch::Sender<Option<(Ended, SystemTime)>>,
     lease: Mutex<Lease>,
     container: Mutex<Container>,
     steps: Steps,
@@ -184,15 +185,15 @@ impl Slot {
     pub async fn ended(&self) -> Ended {
         let mut end = self.end.subscribe();
         match end.wait_for(Option::is_some).await.map(|end| end.clone()) {
-            Ok(Some(end)) => end,
+            Ok(Some((end, _))) => end,
             // `self` owns the sender, and `wait_for` waits for `Some`.
             Ok(None) | Err(_) => unreachable!("a slot outlives those who wait for it"),
         }
     }
 
-    /// How the slot ended, if it has.
+    /// How and when the slot ended, if it has.
     #[must_use]
-    pub fn end(&self) -> Option<Ended> {
+    pub fn end(&self) -> Option<(Ended, SystemTime)> {
         self.end.borrow().clone()
     }
 
@@ -225,7 +226,7 @@ impl Slot {
 
     /// Takes a step that was decided, and publishes it.
     fn step(&self, mut life: MutexGuard<'_, Life>, next: Life) {
-        let (provider, on_demand) = (&self.config.provider, self.is_on_demand());
+        let (provider, on_demand) = (self.config.provider, self.is_on_demand());
         self.steps.taken(provider, on_demand, &life, &next);
         *life = next;
         drop(life);
@@ -235,7 +236,7 @@ impl Slot {
     /// For events that may no longer matter in the current state, such as a second drain.
     fn apply(&self, event: Event) {
         if let Err(refused) = self.try_apply(event) {
-            tracing::debug!(slot = self.identity.slot_id(), %refused, "slot event ignored");
+            tracing::debug!(slot = %self.identity.slot_id(), %refused, "slot event ignored");
         }
     }
 

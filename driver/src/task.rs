@@ -42,8 +42,8 @@ use crate::{
 use book::Book;
 use journal::{Entry, Journal};
 
-/// How long init may take to report the end of a killed command, before init itself is
-/// killed.
+/// How long init may take to report the end of a plain task's command after SIGKILL, before
+/// init itself is killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The plain tasks of a node, and what they share.

@@ -57,9 +57,9 @@ pub mod init {
 pub mod error;
 pub mod exec;
 pub mod frame;
-pub mod provider;
 #[cfg(feature = "grpc")]
-pub mod run_id;
+pub mod id;
+pub mod provider;
 #[cfg(feature = "sealed")]
 pub mod sealed;
 pub mod stream;

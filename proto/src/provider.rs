@@ -3,7 +3,9 @@
 use std::{fmt, str::FromStr};
 
 /// One provider. The same name is used everywhere.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "grpc", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "grpc", serde(rename_all = "lowercase"))]
 pub enum Provider {
     OpenAi,
     Anthropic,
@@ -30,6 +32,12 @@ impl Provider {
             Self::Anthropic => "anthropic",
             Self::Google => "google",
         }
+    }
+
+    /// The provider of this name. Unlike [`FromStr`], it accepts no alias.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::all().find(|provider| provider.name() == name)
     }
 
     /// An alias that callers of earlier systems use.
@@ -68,6 +76,13 @@ mod tests {
     fn every_name_is_read_as_it_is_written() {
         for provider in Provider::all() {
             assert_eq!(provider.to_string().parse::<Provider>(), Ok(provider));
+            assert_eq!(Provider::named(provider.name()), Some(provider));
+            #[cfg(feature = "grpc")]
+            assert_eq!(
+                serde_json::to_value(provider).unwrap(),
+                provider.name(),
+                "{provider}"
+            );
         }
     }
 
@@ -80,6 +95,7 @@ mod tests {
         ] {
             assert_eq!(alias.parse::<Provider>().unwrap().to_string(), name);
         }
+        assert_eq!(Provider::named("codex"), None);
         assert!("Codex".parse::<Provider>().is_err());
         assert!("".parse::<Provider>().is_err());
     }

@@ -10,8 +10,8 @@ use polydev_proto::init::{Stdin, StdinAck};
 
 use crate::terminal::END_OF_FILE;
 
-/// Most bytes held. The driver keeps at most [`CAPACITY`] unacknowledged bytes in flight; a
-/// driver that sends more breaks the protocol.
+/// Most bytes held; a driver that sends more breaks the protocol. The driver sends a message of
+/// at most 64 KiB only while fewer than 128 KiB are unacknowledged.
 pub(crate) const CAPACITY: usize = 256 << 10;
 
 /// The write end of the command's stdin and what waits for it.

@@ -28,12 +28,12 @@ fn a_slot_on_demand_is_for_the_run_of_an_id() {
     let slot = |run_id: &str| task(&json!({"slot": {"provider": "openai", "run_id": run_id}}));
     let id = "01890a5d-ac96-774b-bcce-b302099a8057";
     match slot(id).unwrap() {
-        Config::Slot(slot) => assert_eq!(slot.run_id.as_deref(), Some(id)),
+        Config::Slot(slot) => assert_eq!(slot.run_id, id.parse().ok()),
         Config::Plain(_) => panic!("a slot"),
     }
     let refused = slot("${NOMAD_META_run_id}").unwrap_err().to_string();
     assert!(
-        refused.starts_with("`slot.run_id` is `${NOMAD_META_run_id}`: must be the UUID"),
+        refused.starts_with("`slot.run_id` is `${NOMAD_META_run_id}`: must be the UUIDv7"),
         "{refused}"
     );
     let ahead = json!({"slot": {"provider": "openai", "run_id": id, "prepare_ahead": true}});

@@ -8,7 +8,8 @@ use tokio::time::timeout;
 use super::{Link, Listener};
 use crate::{docker::Docker, process::Held};
 
-/// How long a killed init may take to end.
+/// How long init of a slot's container may take to end after SIGKILL, before the driver asks
+/// Docker to remove the container.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A slot's container, as the journal records it.

@@ -56,9 +56,9 @@ async fn resume(slots: &Slots, run: &Run, inputs: mpsc::Receiver<Input>) {
     let limits = limits.ok().and_then(|opened| {
         opened
             .inspect_err(|error| {
-                let run_id = &claimed.run_id;
+                let run_id = claimed.run_id;
                 tracing::warn!(
-                    run_id,
+                    %run_id,
                     error = crate::chain(error),
                     "cannot read a run's limits"
                 );
@@ -66,8 +66,8 @@ async fn resume(slots: &Slots, run: &Run, inputs: mpsc::Receiver<Input>) {
             .ok()
     });
     tracing::info!(
-        run_id = claimed.run_id,
-        slot = claimed.slot_id,
+        run_id = %claimed.run_id,
+        slot = %claimed.slot_id,
         "a run continues"
     );
     let mut connection = Connection {

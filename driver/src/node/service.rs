@@ -14,15 +14,19 @@ mod slots;
 
 use std::{fs, io, os::unix::fs::PermissionsExt, path::Path, pin::Pin, sync::Arc, time::Instant};
 
-use futures_util::{Stream, StreamExt, stream};
+use futures_util::{
+    Stream, StreamExt,
+    stream::{self, BoxStream},
+};
 use polydev_proto::{
+    id::{RunId, UserId},
     node::{
         AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse, ClaimRequest,
         ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse, GetRunRequest,
         GetRunResponse, LeaseRequest, LeaseResponse, ListRunsRequest, ListRunsResponse,
-        ReleaseRequest, ReleaseResponse, WatchRefreshedRequest, WatchRefreshedResponse,
-        WatchRunsRequest, WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse, attach_request,
-        claim_request,
+        ReleaseRequest, ReleaseResponse, RunEvent, RunInput, WatchRefreshedRequest,
+        WatchRefreshedResponse, WatchRunsRequest, WatchRunsResponse, WatchSlotsRequest,
+        WatchSlotsResponse, attach_request, claim_request,
         node_service_server::{NodeService, NodeServiceServer},
     },
     stream::PerStream,
@@ -141,12 +145,11 @@ impl NodeService for Service {
             ));
         };
         let (target, parsed) = claim::decode(*claim).map_err(|refusal| refuse(&refusal))?;
-        let span = tracing::info_span!("claim", slot_id = target.slot_id);
+        let span = tracing::info_span!("claim", slot_id = %target.slot_id);
         let run = span.in_scope(|| self.node.slots.claim(target, parsed, arrived));
         let run = run.map_err(|refusal| refuse(&refusal))?;
 
         let mut follower = Follower::new(run.clone(), PerStream::default()).map_err(beyond_end)?;
-        let stdin_offset = follower.stdin_taken();
         // The first event shows whether the claim was granted or refused.
         let granted = follower.next().await.map(encode_event).transpose()?;
         let inputs = requests.filter_map(|request| async {
@@ -155,11 +158,8 @@ impl NodeService for Service {
                 claim_request::Message::Claim(_) => None,
             }
         });
-        let background = &self.node.site.background;
-        background.spawn(call::forward(inputs.boxed(), run.clone()));
-        let first = [Some(call::attached(&run, stdin_offset)), granted];
-        let events = stream::iter(first.into_iter().flatten().map(Ok));
-        let responses = events.chain(call::events(follower)).map(|event| {
+        let events = self.converse(run, follower, granted, inputs.boxed());
+        let responses = events.map(|event| {
             let event = Some(event?);
             Ok(ClaimResponse { event })
         });
@@ -178,7 +178,8 @@ impl NodeService for Service {
                 "`attach` must be the first message",
             ));
         };
-        let run = self.find(&attach.run_id, Some(&attach.user_id))?;
+        let user_id = UserId::from(attach.user_id);
+        let run = self.find(&attach.run_id, Some(&user_id))?;
         // Only init knows the progress of a run that was just recovered.
         run.known().await;
         let offsets = PerStream::new(
@@ -187,16 +188,13 @@ impl NodeService for Service {
             attach.artifact_offset,
         );
         let follower = Follower::new(run.clone(), offsets).map_err(beyond_end)?;
-        let attached = call::attached(&run, follower.stdin_taken());
         let inputs = requests.filter_map(|request| async {
             match request.ok()?.message? {
                 attach_request::Message::Input(input) => Some(input),
                 attach_request::Message::Attach(_) => None,
             }
         });
-        let background = &self.node.site.background;
-        background.spawn(call::forward(inputs.boxed(), run));
-        let events = stream::iter([Ok(attached)]).chain(call::events(follower));
+        let events = self.converse(run, follower, None, inputs.boxed());
         let responses = events.map(|event| {
             let event = Some(event?);
             Ok(AttachResponse { event })
@@ -219,9 +217,10 @@ impl NodeService for Service {
                 reason.len()
             )));
         }
-        let user_id = (!user_id.is_empty()).then_some(user_id);
-        let run = self.find(&run_id, user_id.as_deref())?;
+        let user_id = given(user_id).map(UserId::from);
+        let run = self.find(&run_id, user_id.as_ref())?;
         self.node.runs.cancel(&run, &reason);
+        let user_id = user_id.as_ref().map(UserId::as_str);
         tracing::info!(run_id, user_id, reason, "cancelled");
         Ok(Response::new(CancelRunResponse {}))
     }
@@ -242,7 +241,8 @@ impl NodeService for Service {
         request: Request<ReleaseRequest>,
     ) -> Result<Response<ReleaseResponse>, Status> {
         let ReleaseRequest { run_id, user_id } = request.into_inner();
-        let released = self.node.slots.release(&run_id, &user_id);
+        let run_id = parse_id(&run_id)?;
+        let released = self.node.slots.release(run_id, &user_id.into());
         released.map_err(not_found)?;
         Ok(Response::new(ReleaseResponse {}))
     }
@@ -259,8 +259,9 @@ impl NodeService for Service {
         request: Request<GetRunRequest>,
     ) -> Result<Response<GetRunResponse>, Status> {
         let GetRunRequest { run_id, user_id } = request.into_inner();
-        let user_id = (!user_id.is_empty()).then_some(user_id);
-        let run = self.find(&run_id, user_id.as_deref())?;
+        let user_id = given(user_id).map(UserId::from);
+        let run = self.find(&run_id, user_id.as_ref())?;
+        let run_id = run.claimed.run_id;
         let summary = run.summary().ok_or_else(|| {
             let aborted = NotFound::Aborted { run_id };
             Status::failed_precondition(aborted.to_string())
@@ -306,10 +307,37 @@ impl NodeService for Service {
 }
 
 impl Service {
-    /// `None` stands for the operator.
-    fn find(&self, run_id: &str, user_id: Option<&str>) -> Result<Arc<Run>, Status> {
-        self.node.runs.find(run_id, user_id).map_err(not_found)
+    /// Forwards a caller's input to its run, and returns the run's events. `first` is what was
+    /// already taken from the follower.
+    fn converse(
+        &self,
+        run: Arc<Run>,
+        follower: Follower,
+        first: Option<RunEvent>,
+        inputs: BoxStream<'static, RunInput>,
+    ) -> impl Stream<Item = Result<RunEvent, Status>> + Send + use<> {
+        let attached = call::attached(&run, follower.stdin_taken());
+        let background = &self.node.site.background;
+        background.spawn(call::forward(inputs, run));
+        let first = [Some(attached), first].into_iter().flatten().map(Ok);
+        stream::iter(first).chain(call::events(follower))
     }
+
+    /// `None` stands for the operator.
+    fn find(&self, run_id: &str, user_id: Option<&UserId>) -> Result<Arc<Run>, Status> {
+        let found = self.node.runs.find(parse_id(run_id)?, user_id);
+        found.map_err(not_found)
+    }
+}
+
+/// A field that may be left out.
+fn given(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
+}
+
+fn parse_id(run_id: &str) -> Result<RunId, Status> {
+    let parsed = crate::run::claim::run_id(run_id);
+    parsed.map_err(|invalid| Status::invalid_argument(invalid.to_string()))
 }
 
 fn not_found(error: NotFound) -> Status {

@@ -23,6 +23,7 @@ use std::{
 };
 
 use parking_lot::{Mutex, MutexGuard};
+use polydev_proto::id::{Generation, RunId, SlotId, UserId};
 use procfs::sys::kernel::random::boot_id;
 use tokio::sync::broadcast;
 
@@ -41,7 +42,9 @@ pub const RESULTS_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 const MEMORY_TIMEOUT: Duration = MAX_ID_AGE.saturating_add(RESULTS_TIMEOUT);
 /// How many steps a watcher may lag before it must list all runs again.
 const MAX_STEPS: usize = 1024;
-/// Largest difference between this machine's clock and the one that made a run id.
+/// How far the clock that made a run id may be ahead of this machine's clock when the driver
+/// decides whether the run may be older than the machine's start. The larger value in
+/// `claim.rs` only limits which ids may be claimed.
 const MAX_CLOCK_SKEW: Duration = Duration::from_secs(60);
 
 /// Why the book cannot be opened.
@@ -69,14 +72,14 @@ pub struct Runs {
     booted: SystemTime,
     begun: SystemTime,
     /// The id of each run that is new or has made progress.
-    steps: broadcast::Sender<String>,
+    steps: broadcast::Sender<RunId>,
     /// The id of each run with a newly refreshed account.
-    pub(super) refreshed: broadcast::Sender<String>,
+    pub(super) refreshed: broadcast::Sender<RunId>,
 }
 
 #[derive(Debug)]
 struct Inner {
-    known: HashMap<String, Known>,
+    known: HashMap<RunId, Known>,
     journal: Journal,
 }
 
@@ -93,8 +96,8 @@ enum Known {
 #[derive(Debug, Clone)]
 struct Past {
     spec_hash: String,
-    slot_id: String,
-    generation: u64,
+    slot_id: SlotId,
+    generation: Generation,
     claimed_at: SystemTime,
 }
 
@@ -102,13 +105,13 @@ struct Past {
 #[derive(Debug, thiserror::Error)]
 pub enum NotFound {
     #[error("this node has no run `{run_id}`")]
-    Unknown { run_id: String },
+    Unknown { run_id: RunId },
     #[error("run `{run_id}` has ended, and its results were kept for {} minutes", RESULTS_TIMEOUT.as_secs() / 60)]
-    Released { run_id: String },
+    Released { run_id: RunId },
     #[error("run `{run_id}` was claimed but not started")]
-    Aborted { run_id: String },
+    Aborted { run_id: RunId },
     #[error("run `{run_id}` belongs to another user")]
-    Forbidden { run_id: String },
+    Forbidden { run_id: RunId },
 }
 
 impl Runs {
@@ -144,18 +147,11 @@ impl Runs {
     /// # Errors
     /// [`Refusal`], which is final: nothing has changed.
     pub(crate) fn admit(&self, parsed: &Parsed) -> Result<Admit<'_>, Refusal> {
-        let run_id = &parsed.start.run_id;
-        let mut inner = self.lock();
+        let inner = self.lock();
         if let Some(run) = inner.repeated(parsed)? {
             return Ok(Admit::Known(run));
         }
-        claim::check_age(run_id, SystemTime::now())?;
-        while !self.windows.has_room() {
-            if !inner.release_oldest() {
-                let held = inner.runs().count();
-                return Err(Refusal::NoOutput { held });
-            }
-        }
+        claim::check_age(parsed.run_id, SystemTime::now())?;
         Ok(Admit::New(Admission { runs: self, inner }))
     }
 
@@ -171,10 +167,9 @@ impl Runs {
     ///
     /// # Errors
     /// [`NotFound`]
-    pub fn find(&self, run_id: &str, user_id: Option<&str>) -> Result<Arc<Run>, NotFound> {
-        let run_id = run_id.to_owned();
+    pub fn find(&self, run_id: RunId, user_id: Option<&UserId>) -> Result<Arc<Run>, NotFound> {
         match self.lock().known.get(&run_id) {
-            Some(Known::Run(run)) if user_id.is_none_or(|user| run.claimed.user_id == user) => {
+            Some(Known::Run(run)) if user_id.is_none_or(|user| run.claimed.user_id == *user) => {
                 Ok(run.clone())
             }
             Some(Known::Run(_)) => Err(NotFound::Forbidden { run_id }),
@@ -185,7 +180,7 @@ impl Runs {
     }
 
     /// Whether a run is older than this boot or this journal, or was forgotten since.
-    fn may_have_forgotten(&self, run_id: &str) -> bool {
+    fn may_have_forgotten(&self, run_id: RunId) -> bool {
         // A journal that was started in this boot has lost nothing to it.
         let since = if self.begun > self.booted {
             self.begun
@@ -193,8 +188,8 @@ impl Runs {
             self.booted + MAX_CLOCK_SKEW
         };
         let oldest = SystemTime::now().checked_sub(MEMORY_TIMEOUT);
-        claim::made_at(run_id)
-            .is_ok_and(|made| made < since || oldest.is_some_and(|oldest| made < oldest))
+        let made = run_id.made_at();
+        made < since || oldest.is_some_and(|oldest| made < oldest)
     }
 
     /// Asks a run to end: SIGTERM now, and SIGKILL after its kill timeout. A restarted
@@ -204,36 +199,36 @@ impl Runs {
             return;
         }
         let record = Record::Cancelled {
-            run_id: run.claimed.run_id.clone(),
+            run_id: run.claimed.run_id,
             reason: reason.to_owned(),
         };
-        self.remember(&record, |_| run.cancel.ask(reason));
+        self.remember(run, &record, |_| run.cancel.ask(reason));
     }
 
     /// The open run in a slot, if any.
-    pub(crate) fn open_in(&self, slot_id: &str) -> Option<Arc<Run>> {
+    pub(crate) fn open_in(&self, slot_id: &SlotId) -> Option<Arc<Run>> {
         let inner = self.lock();
         let mut open = inner
             .runs()
-            .filter(|run| run.claimed.slot_id == slot_id && !run.gone.is_cancelled());
+            .filter(|run| run.claimed.slot_id == *slot_id && !run.gone.is_cancelled());
         open.next().cloned()
     }
 
-    /// The number of a slot's last container that had a run.
-    pub(crate) fn last_generation(&self, slot_id: &str) -> u64 {
+    /// The number of a slot's last container that had a run; 0 if none had.
+    pub(crate) fn last_generation(&self, slot_id: &SlotId) -> Generation {
         let inner = self.lock();
         let generations = inner.known.values().filter_map(|known| match known {
-            Known::Run(run) if run.claimed.slot_id == slot_id => Some(run.claimed.generation),
-            Known::Past(past) if past.slot_id == slot_id => Some(past.generation),
+            Known::Run(run) if run.claimed.slot_id == *slot_id => Some(run.claimed.generation),
+            Known::Past(past) if past.slot_id == *slot_id => Some(past.generation),
             _ => None,
         });
-        generations.max().unwrap_or(0)
+        generations.max().unwrap_or_default()
     }
 
     /// Whether a run has been claimed on this node.
-    pub(crate) fn has_run(&self, run_id: &str) -> bool {
+    pub(crate) fn has_run(&self, run_id: RunId) -> bool {
         let inner = self.lock();
-        let standing = inner.known.get(run_id).map(Known::standing);
+        let standing = inner.known.get(&run_id).map(Known::standing);
         matches!(standing, Some(Standing::Ran { .. }))
     }
 
@@ -259,10 +254,10 @@ impl Runs {
     pub(super) fn started(&self, run: &Run) {
         let after = run.arrived.elapsed();
         let record = Record::Started {
-            run_id: run.claimed.run_id.clone(),
+            run_id: run.claimed.run_id,
             after,
         };
-        self.remember(&record, |_| {
+        self.remember(run, &record, |_| {
             run.update(|progress| progress.started = Some(after));
         });
     }
@@ -270,11 +265,11 @@ impl Runs {
     /// Records that a run ended, with its result.
     pub(crate) fn ended(&self, run: &Run, ended: Ended) {
         let record = Record::Exited {
-            run_id: run.claimed.run_id.clone(),
+            run_id: run.claimed.run_id,
             ended: ended.clone(),
         };
         let outcome = Some(Outcome::Ended(ended));
-        self.remember(&record, |_| {
+        self.remember(run, &record, |_| {
             run.update(|progress| progress.outcome = outcome);
         });
     }
@@ -282,14 +277,12 @@ impl Runs {
     /// Records that a claim failed before the start. The same try may claim again, above
     /// its ballot.
     pub(crate) fn aborted(&self, run: &Run, refusal: Refusal) {
-        let run_id = &run.claimed.run_id;
-        let record = Record::Aborted {
-            run_id: run_id.clone(),
-        };
+        let run_id = run.claimed.run_id;
+        let record = Record::Aborted { run_id };
         let outcome = Some(Outcome::Aborted(refusal.into()));
         let fence = Known::Fenced(Fence::aborted(run.claimed.ballot, SystemTime::now()));
-        self.remember(&record, |known| {
-            known.insert(run_id.clone(), fence);
+        self.remember(run, &record, |known| {
+            known.insert(run_id, fence);
             run.update(|progress| progress.outcome = outcome);
         });
         run.release_output();
@@ -307,23 +300,23 @@ impl Runs {
 
     /// Journals a step, and applies it before the journal can be rewritten. If the write
     /// fails, what already runs continues.
-    fn remember(&self, record: &Record, step: impl FnOnce(&mut HashMap<String, Known>)) {
+    fn remember(&self, run: &Run, record: &Record, step: impl FnOnce(&mut HashMap<RunId, Known>)) {
+        let run_id = run.claimed.run_id;
         let mut inner = self.lock();
         if let Err(error) = inner.journal.write(record) {
-            let run_id = record.run_id();
             tracing::error!(
-                run_id,
+                %run_id,
                 error = crate::chain(&error),
                 "cannot write to the journal"
             );
         }
         step(&mut inner.known);
-        self.tell(record.run_id());
+        self.tell(run_id);
     }
 
-    fn tell(&self, run_id: &str) {
+    fn tell(&self, run_id: RunId) {
         // Often there is no listener.
-        let _listeners = self.steps.send(run_id.to_owned());
+        let _listeners = self.steps.send(run_id);
     }
 
     /// When the journal was started; older runs may be unknown to this node.
@@ -332,7 +325,7 @@ impl Runs {
     }
 
     /// The id of each run that is new or makes progress, from now on.
-    pub fn steps(&self) -> broadcast::Receiver<String> {
+    pub fn steps(&self) -> broadcast::Receiver<RunId> {
         self.steps.subscribe()
     }
 
@@ -370,7 +363,7 @@ impl Inner {
     }
 
     fn repeated(&self, parsed: &Parsed) -> Result<Option<Arc<Run>>, Refusal> {
-        let run_id = parsed.start.run_id.clone();
+        let run_id = parsed.run_id;
         let known = self.known.get(&run_id);
         let standing = known.map(Known::standing);
         match Standing::on_claim(standing.as_ref(), &&*parsed.spec_hash, parsed.ballot) {
@@ -397,10 +390,10 @@ impl Inner {
             generation: run.claimed.generation,
             claimed_at: run.claimed.claimed_at,
         };
-        let run_id = run.claimed.run_id.clone();
-        if let Err(error) = self.journal.write(&past.record(&run_id)) {
+        let run_id = run.claimed.run_id;
+        if let Err(error) = self.journal.write(&past.record(run_id)) {
             tracing::warn!(
-                run_id,
+                %run_id,
                 error = crate::chain(&error),
                 "cannot write to the journal"
             );

@@ -88,7 +88,7 @@ pub(crate) async fn start(
     };
     if let Err(refusal) = raise() {
         tracing::warn!(
-            run_id = run.claimed.run_id,
+            run_id = %run.claimed.run_id,
             error = crate::chain(&refusal),
             "the run is not started"
         );
@@ -219,8 +219,8 @@ impl<'a> Carrier<'a> {
                 Ok(()) => {}
                 Err(Stop::End(end)) => break end,
                 Err(Stop::Link(error)) => {
-                    let (run_id, error) = (&self.run.claimed.run_id, crate::chain(&error));
-                    tracing::debug!(run_id, error, "lost the connection to init");
+                    let (run_id, error) = (self.run.claimed.run_id, crate::chain(&error));
+                    tracing::debug!(%run_id, error, "lost the connection to init");
                     self.connection.link = None;
                 }
             }

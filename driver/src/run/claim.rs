@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use polydev_proto::{
     exec,
+    id::{RunId, SlotId, UserId},
     init::{MAX_SEALED, Start, TraceContext, Variable},
     node, workspace,
 };
@@ -24,7 +25,8 @@ const MAX_LEASE: Duration = Duration::from_secs(30 * 60);
 
 /// Maximum age of a run id at its claim. A driver remembers for longer which ids it has run.
 pub const MAX_ID_AGE: Duration = Duration::from_secs(3600);
-/// Largest clock difference that is tolerated.
+/// How far the clock that made a run id may be ahead of this machine's clock when the run is
+/// claimed. The clock is the caller's or the shim's.
 const MAX_CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
 
 /// A final refusal: nothing of the command ran.
@@ -41,11 +43,11 @@ pub enum Refusal {
     #[error("another try of the run has precedence, with attempt {}", fence.attempt)]
     Fenced { fence: Ballot },
     #[error("`run_id` {run_id} belongs to another command")]
-    OtherCommand { run_id: String },
+    OtherCommand { run_id: RunId },
     #[error("`run_id` {run_id} has run; its results are no longer kept")]
-    Released { run_id: String },
+    Released { run_id: RunId },
     #[error("this node has no slot `{slot_id}`")]
-    UnknownSlot { slot_id: String },
+    UnknownSlot { slot_id: SlotId },
     #[error("the claim came too late to start")]
     TooLate,
     #[error("the claim is for start `{given}` of the driver, but this is start `{actual}`")]
@@ -80,7 +82,8 @@ fn in_spec(error: exec::Invalid) -> Invalid {
 /// The checked part of a claim's message.
 #[derive(Debug)]
 pub struct Parsed {
-    pub user_id: String,
+    pub run_id: RunId,
+    pub user_id: UserId,
     pub ballot: Ballot,
     /// See [`spec_hash`].
     pub spec_hash: String,
@@ -137,7 +140,7 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         .terminal
         .map(|size| workspace::check_size("terminal", size));
     terminal.unwrap_or(Ok(())).map_err(in_spec)?;
-    made_at(&claim.run_id)?;
+    let run_id = run_id(&claim.run_id)?;
     let ballot = claim
         .ballot
         .ok_or_else(|| invalid("ballot", "is missing"))?;
@@ -163,7 +166,7 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         value: Bytes::copy_from_slice(value.as_bytes()),
     };
     let start = Start {
-        run_id: claim.run_id,
+        run_id: run_id.into(),
         env: spec.env.iter().map(variable).collect(),
         argv: spec.argv,
         work_dir: spec.work_dir,
@@ -182,7 +185,8 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         artifacts: spec.artifacts,
     };
     Ok(Parsed {
-        user_id: claim.user_id,
+        run_id,
+        user_id: claim.user_id.into(),
         ballot: ballot.into(),
         spec_hash,
         start,
@@ -193,21 +197,21 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
     })
 }
 
-/// When a run id was made.
+/// The id of a run, in the field `run_id`.
 ///
 /// # Errors
-/// [`Invalid`] if the id does not contain a time.
-pub fn made_at(run_id: &str) -> Result<SystemTime, Invalid> {
-    polydev_proto::run_id::made_at(run_id)
-        .ok_or_else(|| invalid("run_id", format!("is `{run_id}`, which is not a UUIDv7")))
+/// [`Invalid`] if it is not a UUIDv7.
+pub fn run_id(text: &str) -> Result<RunId, Invalid> {
+    let parsed = text.parse();
+    parsed.map_err(|_| invalid("run_id", format!("is `{text}`, which is not a UUIDv7")))
 }
 
 /// Checks that an unknown run id can belong to a new run.
 ///
 /// # Errors
 /// [`Invalid`] if the id is too old, or from the future.
-pub fn check_age(run_id: &str, now: SystemTime) -> Result<(), Invalid> {
-    let made = made_at(run_id)?;
+pub fn check_age(run_id: RunId, now: SystemTime) -> Result<(), Invalid> {
+    let made = run_id.made_at();
     let problem = if made > now + MAX_CLOCK_SKEW {
         "was made in the future"
     } else if made + MAX_ID_AGE < now {
@@ -255,24 +259,21 @@ mod tests {
     #[test]
     fn a_run_id_tells_its_time() {
         let now = SystemTime::now();
-        let at = |time: SystemTime| {
-            let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
-            let made = uuid::Timestamp::from_unix(uuid::NoContext, since.as_secs(), 0);
-            uuid::Uuid::new_v7(made).to_string()
-        };
+        let at = |time| RunId::new(time, [1; 10]);
         let hour = Duration::from_secs(3600);
-        assert!(check_age(&at(now), now).is_ok());
-        assert!(check_age(&at(now - hour / 2), now).is_ok());
-        assert!(check_age(&at(now + MAX_CLOCK_SKEW / 2), now).is_ok());
+        assert!(check_age(at(now), now).is_ok());
+        assert!(check_age(at(now - hour / 2), now).is_ok());
+        assert!(check_age(at(now + MAX_CLOCK_SKEW / 2), now).is_ok());
         let refused = |id: &str, words: &str| {
-            let error = check_age(id, now).unwrap_err().to_string();
+            let checked = run_id(id).and_then(|id| check_age(id, now));
+            let error = checked.unwrap_err().to_string();
             assert!(
                 error.starts_with("`run_id` ") && error.contains(words),
                 "{error}"
             );
         };
-        refused(&at(now - 2 * hour), "more than an hour ago");
-        refused(&at(now + hour), "in the future");
+        refused(&at(now - 2 * hour).to_string(), "more than an hour ago");
+        refused(&at(now + hour).to_string(), "in the future");
         refused(&uuid::Uuid::new_v4().to_string(), "not a UUIDv7");
         refused("42", "is `42`");
     }

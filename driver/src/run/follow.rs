@@ -15,7 +15,9 @@ use tokio::sync::watch;
 
 use super::{Ended, Granted, Outcome, Progress, Run, claim::Refusal, window::Piece};
 
-/// An event of one run. They come in this order, except for `StdinTaken`.
+/// An event of one run. `Granted` comes first, then `Started`, then output of stdout and
+/// stderr, then `Artifacts` and their output, then `Ended`. `Lost` takes the place of output
+/// that is not kept. `StdinTaken` comes at any time after `Granted`.
 #[derive(Debug)]
 pub enum Event {
     Granted(Granted),
@@ -206,7 +208,7 @@ impl Follower {
             }
             Ok(Piece::End) => None,
             Err(error) => {
-                tracing::error!(run_id = self.run.claimed.run_id, %error, "cannot read output");
+                tracing::error!(run_id = %self.run.claimed.run_id, %error, "cannot read output");
                 None
             }
         }

@@ -16,7 +16,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use polydev_proto::node::ended::Reason;
+use polydev_proto::{
+    id::{Generation, RunId, SlotId, UserId},
+    node::ended::Reason,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::{sync::Notify, time::sleep};
@@ -43,29 +46,29 @@ pub enum Record {
     /// A slot's container is reserved for the run. Nothing has started.
     Claimed(Box<Claimed>),
     /// The command's process exists.
-    Started { run_id: String, after: Duration },
+    Started { run_id: RunId, after: Duration },
     /// The run was asked to end, perhaps with a reason.
     Cancelled {
-        run_id: String,
+        run_id: RunId,
         #[serde(default)]
         reason: String,
     },
     /// The run is over, with this result.
-    Exited { run_id: String, ended: Ended },
+    Exited { run_id: RunId, ended: Ended },
     /// The claim failed before the start: no instruction of the command ran.
-    Aborted { run_id: String },
+    Aborted { run_id: RunId },
     /// The run's output and result are no longer available; this record replaces its
     /// others.
     Released {
-        run_id: String,
+        run_id: RunId,
         spec_hash: String,
-        slot_id: String,
-        generation: u64,
+        slot_id: SlotId,
+        generation: Generation,
         claimed_at: SystemTime,
     },
     /// Only claims above this ballot that have its nonce are accepted.
     Fenced {
-        run_id: String,
+        run_id: RunId,
         ballot: Ballot,
         at: SystemTime,
         /// A claim of the run failed before its start.
@@ -82,14 +85,14 @@ pub enum Record {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Claimed {
-    pub run_id: String,
-    pub user_id: String,
+    pub run_id: RunId,
+    pub user_id: UserId,
     pub ballot: Ballot,
     /// Empty if an older driver wrote the record.
     #[serde(default)]
     pub provider: String,
-    pub slot_id: String,
-    pub generation: u64,
+    pub slot_id: SlotId,
+    pub generation: Generation,
     /// Hash of everything that is executed, in hexadecimal; see
     /// [`super::claim::spec_hash`].
     pub spec_hash: String,
@@ -119,18 +122,18 @@ pub struct Claimed {
 }
 
 impl Record {
-    /// The run that the record is about.
+    /// The run that the record is about; `None` for the format.
     #[must_use]
-    pub fn run_id(&self) -> &str {
+    pub fn run_id(&self) -> Option<RunId> {
         match self {
-            Self::Format { .. } => "",
-            Self::Claimed(claimed) => &claimed.run_id,
+            Self::Format { .. } => None,
+            Self::Claimed(claimed) => Some(claimed.run_id),
             Self::Started { run_id, .. }
             | Self::Cancelled { run_id, .. }
             | Self::Exited { run_id, .. }
             | Self::Aborted { run_id }
             | Self::Released { run_id, .. }
-            | Self::Fenced { run_id, .. } => run_id,
+            | Self::Fenced { run_id, .. } => Some(*run_id),
         }
     }
 }

@@ -1,8 +1,11 @@
 //! Summaries of runs for lists and watchers: their progress, without their output.
 
-use std::{sync::Arc, time::Duration};
+use std::{cmp::Reverse, sync::Arc, time::Duration};
 
-use polydev_proto::stream::Stream;
+use polydev_proto::{
+    id::{RunId, UserId},
+    stream::Stream,
+};
 
 use super::{Ended, Outcome, Run, book::Runs, journal::Claimed};
 
@@ -32,26 +35,23 @@ pub enum State {
 /// A filter for runs; all conditions must hold.
 #[derive(Debug, Default)]
 pub struct Filter {
-    pub user_id: Option<String>,
+    pub user_id: Option<UserId>,
     pub provider: Option<String>,
     /// Empty allows every state.
     pub states: Vec<State>,
     /// Only runs with a lower id.
-    pub before: Option<String>,
+    pub before: Option<RunId>,
 }
 
 impl Filter {
     /// Whether a run matches, regardless of its state.
     pub fn fits(&self, claimed: &Claimed) -> bool {
-        let is = |wanted: &Option<String>, given: &str| {
-            wanted.as_ref().is_none_or(|wanted| wanted == given)
-        };
-        is(&self.user_id, &claimed.user_id)
-            && is(&self.provider, &claimed.provider)
-            && self
-                .before
-                .as_ref()
-                .is_none_or(|before| claimed.run_id < *before)
+        fn is<T: PartialEq>(wanted: Option<&T>, given: &T) -> bool {
+            wanted.is_none_or(|wanted| wanted == given)
+        }
+        is(self.user_id.as_ref(), &claimed.user_id)
+            && is(self.provider.as_ref(), &claimed.provider)
+            && self.before.is_none_or(|before| claimed.run_id < before)
     }
 }
 
@@ -59,7 +59,7 @@ impl Runs {
     /// The latest `limit` runs that match, the latest first.
     pub fn list(&self, filter: &Filter, limit: usize) -> Vec<Summary> {
         let mut runs = self.all(|run| filter.fits(&run.claimed));
-        runs.sort_unstable_by(|a, b| b.claimed.run_id.cmp(&a.claimed.run_id));
+        runs.sort_unstable_by_key(|run| Reverse(run.claimed.run_id));
         let fits = |state| filter.states.is_empty() || filter.states.contains(&state);
         runs.into_iter()
             .filter_map(Run::summary)

@@ -5,7 +5,10 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use polydev_proto::init::{MAX_LABEL, MAX_REFRESHED, Refreshed};
+use polydev_proto::{
+    id::RunId,
+    init::{MAX_LABEL, MAX_REFRESHED, Refreshed},
+};
 use tokio::sync::broadcast;
 
 use super::{Run, book::Runs};
@@ -16,11 +19,11 @@ const MAX_SEALED: usize = MAX_REFRESHED + 100;
 impl Runs {
     /// Keeps a refreshed account; it replaces the run's previous one.
     pub(super) fn refreshed(&self, run: &Run, refreshed: &Refreshed) {
-        let run_id = &run.claimed.run_id;
+        let run_id = run.claimed.run_id;
         if refreshed.sealed.len() > MAX_SEALED || refreshed.label.len() > MAX_LABEL {
-            return tracing::warn!(run_id, "ignoring a refreshed account that is too long");
+            return tracing::warn!(%run_id, "ignoring a refreshed account that is too long");
         }
-        tracing::debug!(run_id, "an account was refreshed");
+        tracing::debug!(%run_id, "an account was refreshed");
         // Slices of init's message would keep the whole message in memory.
         let refreshed = Refreshed {
             label: Bytes::copy_from_slice(&refreshed.label),
@@ -29,11 +32,11 @@ impl Runs {
         run.refreshed.keep(&refreshed);
         run.update(|progress| progress.refreshed = Some(refreshed));
         // Often there is no listener.
-        let _listeners = self.refreshed.send(run_id.clone());
+        let _listeners = self.refreshed.send(run_id);
     }
 
     /// The id of each run that refreshes an account, from now on.
-    pub fn watch_refreshed(&self) -> broadcast::Receiver<String> {
+    pub fn watch_refreshed(&self) -> broadcast::Receiver<RunId> {
         self.refreshed.subscribe()
     }
 

@@ -155,7 +155,7 @@ impl Work {
 
     fn end(&self) -> Option<(ExitResult, SystemTime)> {
         match self {
-            Self::Slot(slot) => slot.end().map(|end| (slot_end(end).0, SystemTime::now())),
+            Self::Slot(slot) => slot.end().map(|(end, at)| (slot_end(end).0, at)),
             Self::Plain(task) => task.end().map(|exit| {
                 let at = exit.at.unwrap_or(task.entry.started);
                 (exit_result(&exit), at)
@@ -168,7 +168,7 @@ impl Work {
             Self::Slot(slot) => {
                 let life = slot.life();
                 [
-                    ("provider", slot.config.provider.clone()),
+                    ("provider", slot.config.provider.to_string()),
                     ("image", slot.config.image.clone()),
                     ("state", life.state().name().to_owned()),
                     ("generation", life.generation().to_string()),

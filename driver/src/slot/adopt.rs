@@ -1,5 +1,6 @@
-//! Idle containers from an earlier life of the driver: they keep waiting, and their slots
-//! take them over without asking Docker.
+//! Idle containers across restarts of the driver. [`keep`] records each container as soon
+//! as it is made. After a restart the containers still wait, and [`adopt`] takes them over
+//! without asking Docker.
 //!
 //! A container that was ever granted to a run is not taken over, even if the run never
 //! reached it.
@@ -61,13 +62,13 @@ pub(super) async fn adopt(slots: &Slots, slot: &Slot, idle: Idle) -> Option<Cont
     let container = &idle.occupant.container;
     match take_up(slots, slot, &idle).await {
         Ok(adopted) => {
-            tracing::info!(slot = slot_id, container, "taking over an idle container");
+            tracing::info!(slot = %slot_id, container, "taking over an idle container");
             Some(adopted)
         }
         Err(error) => {
             let error = crate::chain(&error);
             tracing::info!(
-                slot = slot_id,
+                slot = %slot_id,
                 container,
                 error,
                 "not taking over an idle container"

@@ -32,7 +32,7 @@ impl Ahead {
         let room = match slots.headroom.take(Amount::from(&slot.idle)) {
             Ok(room) => room,
             Err(full) => {
-                tracing::debug!(slot = slot.identity.slot_id(), %full, "no container is prepared");
+                tracing::debug!(slot = %slot.identity.slot_id(), %full, "no container is prepared");
                 return None;
             }
         };
@@ -63,15 +63,15 @@ async fn make(
         () = sleep(LONG_RUN) => {}
         () = wanted.cancelled() => return None,
     }
-    let (slot_id, generation) = (slot.identity.slot_id(), slot.life().generation() + 1);
+    let (slot_id, generation) = (slot.identity.slot_id(), slot.life().generation().next());
     match fill::fill(&slots, &slot, generation).await {
         Ok(mut container) => {
-            tracing::debug!(slot = slot_id, generation, "the next container is ready");
+            tracing::debug!(slot = %slot_id, %generation, "the next container is ready");
             tokio::select! {
                 biased;
                 () = wanted.cancelled() => return Some(container),
                 reason = container.dies() => {
-                    tracing::warn!(slot = slot_id, generation, reason, "a prepared container died");
+                    tracing::warn!(slot = %slot_id, %generation, reason, "a prepared container died");
                 }
                 () = slot.drain.cancelled() => {}
             }
@@ -80,8 +80,8 @@ async fn make(
         Err(error) => {
             let error = crate::chain(&error);
             tracing::warn!(
-                slot = slot_id,
-                generation,
+                slot = %slot_id,
+                %generation,
                 error,
                 "cannot prepare the next container"
             );

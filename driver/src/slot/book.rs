@@ -3,6 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::{Mutex, MutexGuard};
+use polydev_proto::id::SlotId;
 use tokio::sync::watch;
 
 use super::Slot;
@@ -38,9 +39,9 @@ impl Book {
     }
 
     #[must_use]
-    pub fn by_slot_id(&self, slot_id: &str) -> Option<Arc<Slot>> {
+    pub fn by_slot_id(&self, slot_id: &SlotId) -> Option<Arc<Slot>> {
         let slots = self.lock();
-        let live = |slot: &&Arc<Slot>| slot.identity.slot_id() == slot_id && slot.end().is_none();
+        let live = |slot: &&Arc<Slot>| slot.identity.slot_id() == *slot_id && slot.end().is_none();
         slots.values().find(live).cloned()
     }
 

@@ -6,6 +6,7 @@ use std::{
 };
 
 use parking_lot::MutexGuard;
+use polydev_proto::id::{Generation, SlotId};
 
 use super::{Claim, Slot, Slots};
 use crate::{
@@ -25,8 +26,8 @@ use crate::{
 /// The container that a shim claims, and its deadline.
 #[derive(Debug)]
 pub(crate) struct Target {
-    pub(crate) slot_id: String,
-    pub(crate) generation: u64,
+    pub(crate) slot_id: SlotId,
+    pub(crate) generation: Generation,
     /// The start of the driver that the shim saw.
     pub(crate) start_id: String,
     /// The command must not start after this time.
@@ -110,10 +111,15 @@ impl Slot {
     /// # Errors
     /// [`Refusal`] if the slot is not idle at this generation, or the node has no room for
     /// the run; nothing has changed.
-    fn grant(&self, slots: &Slots, generation: u64, parsed: &Parsed) -> Result<Grant<'_>, Refusal> {
+    fn grant(
+        &self,
+        slots: &Slots,
+        generation: Generation,
+        parsed: &Parsed,
+    ) -> Result<Grant<'_>, Refusal> {
         let claimed = Event::Claimed {
             generation,
-            run_id: parsed.start.run_id.clone(),
+            run_id: parsed.run_id,
             user_id: parsed.user_id.clone(),
         };
         let life = self.lock();
@@ -142,10 +148,10 @@ impl Grant<'_> {
     fn claimed(&self, parsed: &Parsed, boot_id: &str) -> Claimed {
         let (slot, occupant) = (self.slot, self.occupant.clone());
         Claimed {
-            run_id: parsed.start.run_id.clone(),
+            run_id: parsed.run_id,
             user_id: parsed.user_id.clone(),
             ballot: parsed.ballot,
-            provider: slot.config.provider.clone(),
+            provider: slot.config.provider.to_string(),
             slot_id: slot.identity.slot_id(),
             generation: self.next.generation(),
             spec_hash: parsed.spec_hash.clone(),

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use polydev_proto::id::Generation;
 use polydev_transport::backoff::Backoff;
 use tokio::time::{sleep, timeout};
 
@@ -48,14 +49,14 @@ pub(super) async fn remove(
 /// Removes every container of the slot, or of one generation, whichever attempt or life of
 /// the driver made it. Returns false if some may be left. The reaper removes them once the
 /// slot has a later generation or has ended.
-pub(super) async fn clean(slots: &Slots, slot: &Slot, generation: Option<u64>) -> bool {
+pub(super) async fn clean(slots: &Slots, slot: &Slot, generation: Option<Generation>) -> bool {
     let generation = generation.map(|generation| generation.to_string());
     let Site {
         docker, instance, ..
     } = &*slots.site;
     let clean = async {
         let slot_id = slot.identity.slot_id();
-        for container in docker.list(LABEL_SLOT, &slot_id).await? {
+        for container in docker.list(LABEL_SLOT, slot_id.as_str()).await? {
             let label = |name: &str| container.labels.get(name);
             if label(LABEL_INSTANCE) == Some(instance)
                 && (generation.is_none() || label(LABEL_GENERATION) == generation.as_ref())

@@ -7,11 +7,10 @@ use std::{
 };
 
 use bytes::Bytes;
+use polydev_proto::{id::Generation, init::hello};
 use tokio::time::{sleep, timeout};
 
 use super::{Slot, Slots, breaker};
-use polydev_proto::init::hello;
-
 use crate::{
     docker::{self, ContainerSpec, Docker},
     identity::{LABEL_GENERATION, LABEL_INSTANCE, LABEL_SLOT, LABEL_START},
@@ -138,7 +137,11 @@ impl Container {
 ///
 /// # Cancel safety
 /// None: do not cancel it.
-pub(super) async fn fill(slots: &Slots, slot: &Slot, generation: u64) -> Result<Container, Error> {
+pub(super) async fn fill(
+    slots: &Slots,
+    slot: &Slot,
+    generation: Generation,
+) -> Result<Container, Error> {
     // Only the wait for a registry may be cancelled: Docker would still create a requested
     // container, after nobody looks for it any longer.
     let mut ready = slots.site.ready.subscribe();
@@ -170,7 +173,7 @@ pub(super) async fn fill(slots: &Slots, slot: &Slot, generation: u64) -> Result<
 async fn make(
     site: &Site,
     slot: &Slot,
-    generation: u64,
+    generation: Generation,
     image: docker::Image,
     held: Use,
 ) -> Result<Container, Error> {
@@ -189,8 +192,8 @@ async fn make(
             image: slot.config.image.clone(),
             labels: HashMap::from([
                 (LABEL_INSTANCE.into(), site.instance.clone()),
-                (LABEL_SLOT.into(), slot.identity.slot_id()),
-                (LABEL_PROVIDER.into(), slot.config.provider.clone()),
+                (LABEL_SLOT.into(), slot.identity.slot_id().into()),
+                (LABEL_PROVIDER.into(), slot.config.provider.to_string()),
                 (LABEL_GENERATION.into(), generation.to_string()),
                 (LABEL_START.into(), site.start_id.clone()),
             ]),

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use polydev_proto::id::Generation;
 use polydev_transport::backoff::Backoff;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -79,12 +80,12 @@ impl Slot {
         let last = slots.runs.last_generation(&slot_id);
         let left = slots.idle.ask(&slot_id);
         let left = left.filter(|left| open.is_none() && left.generation > last);
-        let generation = left.as_ref().map_or(last + 1, |left| left.generation);
-        let life = Life::new(generation, config.run_id.clone(), now);
+        let generation = left.as_ref().map_or(last.next(), |left| left.generation);
+        let life = Life::new(generation, config.run_id, now);
         let life = match &open {
             Some(run) => {
                 let claimed = &run.claimed;
-                let run_id = claimed.run_id.clone();
+                let run_id = claimed.run_id;
                 life.resumed(run_id, claimed.generation, claimed.claimed_at)
             }
             None => life,
@@ -115,7 +116,7 @@ impl Slot {
             removal: None,
         };
         let identity = &slot.identity;
-        let span = tracing::info_span!("slot", slot_id = identity.slot_id());
+        let span = tracing::info_span!("slot", slot_id = %identity.slot_id());
         let kept = keeper.keep(open, left, ready).instrument(span);
         slots.site.background.spawn(kept);
         (slot, is_ready)
@@ -163,7 +164,7 @@ impl Keeper {
             }
             return self.end(Ended::Stopped);
         }
-        let had_run = open.is_some() || self.slot.life().generation() > 1;
+        let had_run = open.is_some() || self.slot.life().generation() > Generation(1);
         self.take_up(open, left).await;
         if had_run && self.slot.is_on_demand() {
             return self.end(Ended::Stopped);
@@ -292,7 +293,7 @@ impl Keeper {
     async fn failed(&mut self, reason: String) -> ControlFlow<Ended> {
         self.failures += 1;
         let (slot, failures) = (self.slot.identity.slot_id(), self.failures);
-        tracing::warn!(slot, failures, reason, "a slot lost its container");
+        tracing::warn!(%slot, failures, reason, "a slot lost its container");
         if self.failures >= MAX_FAILURES {
             return ControlFlow::Break(self.give_up(reason));
         }
@@ -318,7 +319,7 @@ impl Keeper {
 
     fn end(&self, end: Ended) {
         self.slots.idle.forget(&self.slot.identity.slot_id());
-        self.slot.end.send_replace(Some(end));
+        self.slot.end.send_replace(Some((end, SystemTime::now())));
     }
 
     /// Waits until nothing is left of a failed container, because the next one must not
@@ -492,7 +493,7 @@ impl Keeper {
 /// Waits until it is clear that the run of a slot on demand will not come; returns the
 /// reason.
 async fn not_needed(slots: &Slots, slot: &Slot) -> String {
-    let Some(run_id) = &slot.config.run_id else {
+    let Some(run_id) = slot.config.run_id else {
         return std::future::pending().await;
     };
     let begun = Instant::now();

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use polydev_proto::id::{Generation, RunId, SlotId, UserId};
 use tokio::{sync::watch, time::sleep_until};
 
 use super::{Slot, Slots};
@@ -36,12 +37,12 @@ impl Default for Lease {
 /// A shim's lease request.
 #[derive(Debug)]
 pub(crate) struct Wanted {
-    pub(crate) slot_id: String,
-    pub(crate) generation: u64,
+    pub(crate) slot_id: SlotId,
+    pub(crate) generation: Generation,
     /// The start of the driver that the shim saw.
     pub(crate) start_id: String,
-    pub(crate) run_id: String,
-    pub(crate) user_id: String,
+    pub(crate) run_id: RunId,
+    pub(crate) user_id: UserId,
     pub(crate) time: Duration,
 }
 
@@ -59,16 +60,14 @@ impl Slots {
     ///
     /// # Errors
     /// [`NotFound`] if there is no lease, or it belongs to another user.
-    pub(crate) fn release(&self, run_id: &str, user_id: &str) -> Result<(), NotFound> {
+    pub(crate) fn release(&self, run_id: RunId, user_id: &UserId) -> Result<(), NotFound> {
         for slot in self.book.all() {
             match slot.release(run_id, user_id) {
                 Err(NotFound::Unknown { .. }) => {}
                 released => return released,
             }
         }
-        Err(NotFound::Unknown {
-            run_id: run_id.to_owned(),
-        })
+        Err(NotFound::Unknown { run_id })
     }
 }
 
@@ -89,8 +88,8 @@ impl Slot {
         let now = SystemTime::now();
         let life = self.lock();
         if let State::Leased { holder, until } = life.state()
-            && (life.generation(), &*holder.run_id, &*holder.user_id)
-                == (*generation, &**run_id, &**user_id)
+            && (life.generation(), holder.run_id, &holder.user_id)
+                == (*generation, *run_id, user_id)
         {
             return Ok(*until);
         }
@@ -98,8 +97,8 @@ impl Slot {
         let mut next = life.clone();
         let leased = Event::Leased {
             generation: *generation,
-            run_id: run_id.to_owned(),
-            user_id: user_id.to_owned(),
+            run_id: *run_id,
+            user_id: user_id.clone(),
             until,
         };
         next.apply(leased, now).map_err(Refusal::Taken)?;
@@ -119,12 +118,11 @@ impl Slot {
     ///
     /// # Errors
     /// [`NotFound`] if this slot does not have the lease, or it belongs to another user.
-    fn release(&self, run_id: &str, user_id: &str) -> Result<(), NotFound> {
+    fn release(&self, run_id: RunId, user_id: &UserId) -> Result<(), NotFound> {
         let life = self.lock();
-        let run_id = run_id.to_owned();
         match life.state() {
             State::Leased { holder, .. } if holder.run_id == run_id => {
-                if holder.user_id != user_id {
+                if holder.user_id != *user_id {
                     return Err(NotFound::Forbidden { run_id });
                 }
                 self.lease.lock().until.send_replace(Some(Instant::now()));

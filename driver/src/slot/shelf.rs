@@ -7,6 +7,7 @@ use std::{
 };
 
 use parking_lot::{Mutex, MutexGuard};
+use polydev_proto::id::{Generation, SlotId};
 
 use super::Slot;
 use crate::{
@@ -24,8 +25,8 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(60);
 /// An idle container, as recorded for the next life of the driver.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Idle {
-    pub slot_id: String,
-    pub generation: u64,
+    pub slot_id: SlotId,
+    pub generation: Generation,
     pub occupant: Occupant,
     pub image: String,
     pub image_id: String,
@@ -77,7 +78,7 @@ impl Idle {
 #[derive(Debug)]
 pub struct Shelf {
     records: Records<Idle>,
-    left: Mutex<HashMap<String, Left>>,
+    left: Mutex<HashMap<SlotId, Left>>,
     opened: Instant,
 }
 
@@ -146,7 +147,7 @@ impl Shelf {
     }
 
     /// What an earlier life of the driver left in the slot that Nomad asks for.
-    pub(super) fn ask(&self, slot_id: &str) -> Option<Idle> {
+    pub(super) fn ask(&self, slot_id: &SlotId) -> Option<Idle> {
         let mut left = self.left();
         let left = left.get_mut(slot_id)?;
         left.asked = true;
@@ -159,23 +160,23 @@ impl Shelf {
         self.left().remove(&idle.slot_id);
         if let Err(error) = self.records.write(&name(&idle.slot_id), idle) {
             let (slot, error) = (&idle.slot_id, crate::chain(&error));
-            tracing::warn!(slot, error, "cannot record an idle container");
+            tracing::warn!(%slot, error, "cannot record an idle container");
         }
     }
 
     /// Removes the record, because a run has the container or it has ended.
-    pub(crate) fn forget(&self, slot_id: &str) {
+    pub(crate) fn forget(&self, slot_id: &SlotId) {
         self.left().remove(slot_id);
         self.records.remove(&name(slot_id));
     }
 
-    fn left(&self) -> MutexGuard<'_, HashMap<String, Left>> {
+    fn left(&self) -> MutexGuard<'_, HashMap<SlotId, Left>> {
         self.left.lock()
     }
 }
 
-fn name(slot_id: &str) -> String {
-    slot_id.replace('/', "_")
+fn name(slot_id: &SlotId) -> String {
+    slot_id.as_str().replace('/', "_")
 }
 
 #[cfg(test)]
@@ -185,7 +186,7 @@ mod tests {
     fn idle(slot_id: &str, pid: u32, pid_start: u64) -> Idle {
         Idle {
             slot_id: slot_id.into(),
-            generation: 3,
+            generation: Generation(3),
             occupant: Occupant {
                 container: format!("container of {slot_id}"),
                 pid,
@@ -217,10 +218,10 @@ mod tests {
         assert!(!shelf.holds(&lives.occupant.container), "it is this life's");
 
         let shelf = Shelf::open(folder.path()).unwrap();
-        assert_eq!(shelf.ask("node/ended"), None);
+        assert_eq!(shelf.ask(&"node/ended".into()), None);
         assert!(shelf.holds(&lives.occupant.container));
         assert_eq!(shelf.links(), ["/state/link/1"].map(PathBuf::from));
-        assert_eq!(shelf.ask("node/lives"), Some(lives.clone()));
+        assert_eq!(shelf.ask(&"node/lives".into()), Some(lives.clone()));
         shelf.give_up(&lives.occupant.container);
         assert!(
             shelf.holds(&lives.occupant.container),
@@ -230,11 +231,11 @@ mod tests {
         assert!(!shelf.holds(&lives.occupant.container), "it is this life's");
 
         let shelf = Shelf::open(folder.path()).unwrap();
-        assert_eq!(shelf.ask("node/lives"), Some(lives));
-        shelf.forget("node/lives");
+        assert_eq!(shelf.ask(&"node/lives".into()), Some(lives));
+        shelf.forget(&"node/lives".into());
         assert!(shelf.links().is_empty());
         let shelf = Shelf::open(folder.path()).unwrap();
-        assert_eq!(shelf.ask("node/lives"), None);
+        assert_eq!(shelf.ask(&"node/lives".into()), None);
     }
 
     #[tokio::test]
@@ -253,8 +254,8 @@ mod tests {
         shelf.give_up(&left.occupant.container);
         process.wait().unwrap();
         assert!(!link.exists());
-        assert_eq!(shelf.ask("node/left"), None);
+        assert_eq!(shelf.ask(&"node/left".into()), None);
         let shelf = Shelf::open(folder.path()).unwrap();
-        assert_eq!(shelf.ask("node/left"), None);
+        assert_eq!(shelf.ask(&"node/left".into()), None);
     }
 }

@@ -1,5 +1,6 @@
 //! What the driver must know about plain tasks after a restart: one file per task, written
-//! before the task can run and read before Nomad can ask.
+//! before init is sent the command, and read before Nomad can ask. With `init = false` the
+//! command already runs when the file is written.
 
 use std::{
     fs,

@@ -30,10 +30,11 @@ use crate::{
 const OOM_INTERVAL: Duration = Duration::from_secs(1);
 /// Time between requests to a dockerd that does not respond.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
-/// How long the end of a task waits for an agent to read its last output, once somebody
-/// waits for the end.
+/// How long the end of a task waits for an agent to read its last output, while somebody
+/// waits for the end. While nobody waits for the end, there is no limit.
 const UNREAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a killed process may take to end.
+/// How long process 1 of a plain task may take to end after SIGKILL, before the driver asks
+/// Docker to remove the container, and again after that.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The error of a task whose command never ran; such a task may be started again.
 pub(crate) const NEVER_STARTED: &str = "the driver was restarted before the command was started";

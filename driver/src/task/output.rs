@@ -33,7 +33,8 @@ const MARK_INTERVAL: Duration = Duration::from_secs(1);
 const OPEN_INTERVAL: Duration = Duration::from_millis(5);
 /// Most pieces from dockerd that are written at once.
 const PIECES: usize = 512;
-/// Nomad reads the 64 KiB of a FIFO in milliseconds, if it reads at all.
+/// How long a complete copy waits until Nomad has read the FIFOs. Nomad reads the 64 KiB of a
+/// FIFO in milliseconds, if it reads at all.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Opens one of Nomad's FIFOs for writing. It is open for reading too, so opening never

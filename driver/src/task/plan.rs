@@ -1,4 +1,5 @@
-//! A plain task's container, worked out before anything is created.
+//! A plain task's container, worked out before Docker is asked for anything. The only thing
+//! that is written here is the folder with `hosts` and `resolv.conf` of a task in a group.
 
 use std::{
     fs,
@@ -25,7 +26,7 @@ use crate::{
 /// Far larger than any seccomp profile.
 const MAX_PROFILE: u64 = 1 << 20;
 
-/// Why a task cannot start as its job describes it. Nothing has been created then.
+/// Why a task cannot start as its job describes it. Docker has not been asked for anything.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("invalid task config")]
@@ -77,7 +78,6 @@ impl<'a> Plan<'a> {
     ) -> Result<Self, Error> {
         let Tasks { site, journal, .. } = tasks;
         let plugin = &site.config;
-        options.check_allowed(plugin)?;
         for option in &mut options.security_opt {
             embed_profile(option)?;
         }

@@ -28,8 +28,7 @@ use crate::{
     config,
     docker::{self, InitMounts, removal},
     identity::{Identity, LABEL_INSTANCE},
-    images::{self, Use},
-    limits,
+    images, limits,
     link::{self, Greeted, Link, Listener},
     netlink,
     process::{Held, is_of_container},
@@ -148,10 +147,10 @@ async fn make(
     let made = async {
         let running = run(site, &container, listener).await?;
         let live = prepare(tasks, &plan, task, &container, stop_signal, running).await?;
-        begin(live, &plan, argv, held).await
+        begin(live, &plan, argv).await
     };
     match made.await {
-        Ok((live, held)) => Ok(keeper::keep(tasks, live, held)),
+        Ok(live) => Ok(keeper::keep(tasks, live, held)),
         Err(error) => {
             if let Some(folder) = &folder {
                 let _gone_already = std::fs::remove_dir_all(folder);
@@ -342,14 +341,9 @@ async fn prepare(
 }
 
 /// Tells init to start the command.
-async fn begin(
-    mut live: Live,
-    plan: &Plan<'_>,
-    argv: Vec<String>,
-    held: Use,
-) -> Result<(Live, Use), Error> {
+async fn begin(mut live: Live, plan: &Plan<'_>, argv: Vec<String>) -> Result<Live, Error> {
     let Some(link) = &mut live.link else {
-        return Ok((live, held));
+        return Ok(live);
     };
     let output = match plan.output {
         OutputPath::Init => plain_task::Output::Descriptors,
@@ -382,7 +376,7 @@ async fn begin(
     }
     let answer = timeout(START_TIMEOUT, link.reader.next()).await;
     match answer.map_err(|_| Error::InitTimedOut)?? {
-        from_init::Message::Started(_) => Ok((live, held)),
+        from_init::Message::Started(_) => Ok(live),
         from_init::Message::NotStarted(NotStarted { message, .. }) => {
             Err(Error::Command { message })
         }

@@ -42,8 +42,8 @@ pub enum Error {
     )]
     Form { given: String },
     #[error(
-        "`{given}` is not a loopback address: credentials would cross the network in the \
-         clear; with `https://` they do not"
+        "`{given}` is not a loopback address, so credentials would cross the network in the \
+         clear; use `https://`"
     )]
     Public { given: String },
 }

@@ -1,8 +1,8 @@
-//! The waits between tries of something that failed.
+//! The waits between tries of an operation that failed.
 
 use std::time::Duration;
 
-/// Gives the waits between tries: each is twice as long as the previous one, up to a most.
+/// Gives the waits between tries: each is twice as long as the previous one, up to a maximum.
 /// A wait is shortened at random, so that callers that failed together do not all try again
 /// together.
 #[derive(Debug, Clone)]

@@ -30,10 +30,10 @@ impl fmt::Display for Caller {
 pub const NOBODY: &str = "";
 
 /// How long an unidentified caller may send nothing.
-const SILENT: Duration = Duration::from_secs(10);
+const SILENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the other end may accept no data before the connection is closed: as long as
 /// HTTP/2 waits for an answer to its pings, which HTTP/1 lacks.
-const STALLED: Duration = Duration::from_secs(300);
+const STALLED_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// A caller's connection. Its requests have [`Caller`] in their extensions.
 pub struct Connection {
@@ -72,7 +72,7 @@ impl Connection {
         place: OwnedSemaphorePermit,
     ) -> Self {
         Self {
-            silent: Some(Box::pin(sleep(SILENT))),
+            silent: Some(Box::pin(sleep(SILENT_TIMEOUT))),
             _place: Some(place),
             ..Self::new(stream, NOBODY.into())
         }
@@ -89,7 +89,9 @@ impl Connection {
             self.stalled = None;
             return written;
         }
-        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(STALLED)));
+        let stalled = self
+            .stalled
+            .get_or_insert_with(|| Box::pin(sleep(STALLED_TIMEOUT)));
         match stalled.as_mut().poll(cx) {
             Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
             Poll::Pending => Poll::Pending,
@@ -170,7 +172,7 @@ mod tests {
         // Slow is not stalled.
         let slow = async {
             for _ in 0..4 {
-                tokio::time::sleep(STALLED / 2).await;
+                tokio::time::sleep(STALLED_TIMEOUT / 2).await;
                 other.read_exact(&mut [0; 4]).await.expect("it is there");
             }
         };

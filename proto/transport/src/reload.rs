@@ -4,12 +4,14 @@ use std::{
     fs,
     os::unix::fs::MetadataExt,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
+use parking_lot::Mutex;
+
 /// How often files are checked, while they are in use.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A value that follows its files with about two seconds of delay. Changed files are read
 /// once they have been unchanged for a second, because somebody may still be writing them.
@@ -52,9 +54,9 @@ impl<T> Reloaded<T> {
 
     /// The value. If newer files are unusable, also their error, once.
     pub fn get<E>(&self, load: impl FnOnce() -> Result<T, E>) -> (Arc<T>, Option<E>) {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self.current.lock();
         let mut refused = None;
-        if current.looked.elapsed() >= LOOK {
+        if current.looked.elapsed() >= LOOK_INTERVAL {
             current.looked = Instant::now();
             let now = stamps(&self.paths);
             if now != current.read && now == current.seen {
@@ -94,7 +96,7 @@ mod tests {
         write("first");
         let value = Reloaded::new(vec![path.clone()], load).unwrap();
         let look = || {
-            value.current.lock().unwrap().looked -= LOOK;
+            value.current.lock().looked -= LOOK_INTERVAL;
             let (value, refused) = value.get(load);
             (String::clone(&value), refused)
         };

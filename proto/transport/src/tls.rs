@@ -36,12 +36,12 @@ pub const GRPC: &str = "h2";
 /// The protocol for callers without gRPC (ALPN).
 pub const HTTP: &str = "http/1.1";
 /// Time for a connection to complete its handshake.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most connections of unidentified callers, which have no certificate; more are rejected.
-const NOBODIES_MOST: usize = 4096;
+const MAX_NOBODIES: usize = 4096;
 /// Most handshakes at a time; further callers wait in the kernel's queue.
-const HANDSHAKES_MOST: usize = 256;
-const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
+const MAX_HANDSHAKES: usize = 256;
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The files of one side, in PEM format.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -242,15 +242,15 @@ pub fn incoming(
     files: Arc<Reloading>,
 ) -> impl Stream<Item = Connection> + Send {
     let handshakes = JoinSet::new();
-    let places = Arc::new(Semaphore::new(NOBODIES_MOST));
+    let places = Arc::new(Semaphore::new(MAX_NOBODIES));
     stream::unfold((listener, files, places, handshakes), |state| async {
         let (listener, files, places, mut handshakes) = state;
         loop {
             tokio::select! {
-                accepted = listener.accept(), if handshakes.len() < HANDSHAKES_MOST => {
+                accepted = listener.accept(), if handshakes.len() < MAX_HANDSHAKES => {
                     let Ok((stream, address)) = accepted else {
                         // A missing descriptor may become available in a moment.
-                        sleep(NO_DESCRIPTOR).await;
+                        sleep(RETRY_INTERVAL).await;
                         continue;
                     };
                     let (config, refused) = files.config();
@@ -260,7 +260,7 @@ pub fn incoming(
                     }
                     let handshake = handshake(config, stream, places.clone());
                     handshakes.spawn(async move {
-                        (address, timeout(HANDSHAKE, handshake).await)
+                        (address, timeout(HANDSHAKE_TIMEOUT, handshake).await)
                     });
                 }
                 Some(done) = handshakes.join_next() => match done {

@@ -20,8 +20,8 @@ pub(super) async fn first<T>(requests: &mut Streaming<T>) -> Result<Option<T>, S
 /// The first event of every call.
 pub(super) fn attached(run: &Run, stdin_offset: u64) -> RunEvent {
     let attached = Attached {
-        slot_id: run.claimed.slot_id.clone(),
-        generation: run.claimed.generation,
+        slot_id: run.claimed.slot_id.clone().into(),
+        generation: run.claimed.generation.0,
         stdin_offset,
         on_demand: run.claimed.on_demand,
         files_bytes: run.claimed.files_bytes,

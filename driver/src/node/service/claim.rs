@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use polydev_proto::node::Claim;
+use polydev_proto::{id::Generation, node::Claim};
 
 use crate::{
     run::claim::{self, Parsed, Refusal},
@@ -14,14 +14,14 @@ use crate::{
 pub(super) fn decode(mut claim: Claim) -> Result<(Target, Parsed), Refusal> {
     let start_by = claim.start_by.take();
     let target = Target {
-        slot_id: std::mem::take(&mut claim.slot_id),
-        generation: claim.generation,
+        slot_id: std::mem::take(&mut claim.slot_id).into(),
+        generation: Generation(claim.generation),
         start_id: std::mem::take(&mut claim.start_id),
         // A value that is not a valid time counts as past.
         start_by: start_by.and_then(|start_by| SystemTime::try_from(start_by).ok()),
     };
     let parsed = claim::parse(claim)?;
-    let (run_id, user_id) = (&parsed.start.run_id, &parsed.user_id);
-    tracing::debug!(run_id, user_id, slot_id = target.slot_id, "claim");
+    let (run_id, user_id) = (parsed.run_id, &parsed.user_id);
+    tracing::debug!(%run_id, %user_id, slot_id = %target.slot_id, "claim");
     Ok((target, parsed))
 }

@@ -3,10 +3,8 @@
 use polydev_proto::node::{FenceRequest, FenceResponse, HaveRun, Unknown, fence_response};
 use tonic::Status;
 
-use crate::{
-    node::Node,
-    run::{book::Fenced, claim},
-};
+use super::parse_id;
+use crate::{node::Node, run::book::Fenced};
 
 /// Nomad's node ids are UUIDs.
 const MAX_NODE_ID: usize = 64;
@@ -22,13 +20,13 @@ pub(super) fn fence(node: &Node, request: FenceRequest) -> Result<FenceResponse,
         claims_on,
     } = request;
     let ballot = ballot.ok_or_else(|| Status::invalid_argument("`ballot` is missing"))?;
-    claim::made_at(&run_id).map_err(|invalid| Status::invalid_argument(invalid.to_string()))?;
+    let run_id = parse_id(&run_id)?;
     if claims_on.len() > MAX_NODE_ID {
         let problem = format!("`claims_on` is longer than {MAX_NODE_ID} bytes");
         return Err(Status::invalid_argument(problem));
     }
     let newer = Some(claims_on).filter(|node_id| !node_id.is_empty());
-    let fenced = node.runs.fence(&run_id, ballot.into(), newer);
+    let fenced = node.runs.fence(run_id, ballot.into(), newer);
     let fenced = fenced.map_err(|error| Status::unavailable(crate::chain(&error)))?;
     let mut claims_on = Vec::new();
     let answer = match fenced {
@@ -37,8 +35,8 @@ pub(super) fn fence(node: &Node, request: FenceRequest) -> Result<FenceResponse,
             generation,
             ended,
         } => fence_response::Answer::Have(HaveRun {
-            slot_id,
-            generation,
+            slot_id: slot_id.into(),
+            generation: generation.0,
             ended,
         }),
         Fenced::Fenced {

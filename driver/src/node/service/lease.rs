@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use polydev_proto::node::LeaseRequest;
+use polydev_proto::{id::Generation, node::LeaseRequest};
 
 use crate::{
     run::claim::{self, Refusal},
@@ -20,13 +20,14 @@ pub(super) fn decode(request: LeaseRequest) -> Result<Wanted, Refusal> {
         user_id,
         time,
     } = request;
-    claim::check_age(&run_id, SystemTime::now())?;
+    let run_id = claim::run_id(&run_id)?;
+    claim::check_age(run_id, SystemTime::now())?;
     Ok(Wanted {
-        slot_id,
-        generation,
+        slot_id: slot_id.into(),
+        generation: Generation(generation),
         start_id,
         run_id,
-        user_id,
+        user_id: user_id.into(),
         time: claim::lease_time(time)?,
     })
 }

@@ -3,14 +3,15 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use futures_util::{Stream, stream};
-use polydev_proto::node::{
-    self, ListRunsRequest, WatchRefreshedResponse, WatchRunsRequest, WatchRunsResponse,
+use polydev_proto::{
+    id::{RunId, UserId},
+    node::{self, ListRunsRequest, WatchRefreshedResponse, WatchRunsRequest, WatchRunsResponse},
 };
 use prost_types::Timestamp;
 use tokio::sync::broadcast::error::RecvError;
 use tonic::Status;
 
-use super::{duration, encode_ended};
+use super::{duration, encode_ended, given};
 use crate::{
     node::Node,
     run::{
@@ -46,17 +47,20 @@ pub(super) fn decode(request: ListRunsRequest) -> Result<(Filter, usize), Status
             "`states` contains {state}, which is not a valid state"
         ))),
     };
+    let before = given(before_run_id).map(|before| {
+        let refused = |_| {
+            let problem = format!("`before_run_id` is `{before}`, which is not a UUIDv7");
+            Status::invalid_argument(problem)
+        };
+        before.parse().map_err(refused)
+    });
     let filter = Filter {
-        user_id: given(user_id),
+        user_id: given(user_id).map(UserId::from),
         provider: given(provider),
         states: states.into_iter().map(state).collect::<Result<_, _>>()?,
-        before: given(before_run_id),
+        before: before.transpose()?,
     };
     Ok((filter, usize::try_from(limit).unwrap_or(usize::MAX)))
-}
-
-fn given(text: String) -> Option<String> {
-    (!text.is_empty()).then_some(text)
 }
 
 /// All matching runs, and then each one whose progress changes.
@@ -65,7 +69,7 @@ pub(super) fn watch(
     request: WatchRunsRequest,
 ) -> impl Stream<Item = WatchRunsResponse> + Send {
     let filter = Filter {
-        user_id: given(request.user_id),
+        user_id: given(request.user_id).map(UserId::from),
         provider: given(request.provider),
         ..Filter::default()
     };
@@ -97,14 +101,14 @@ pub(super) fn watch(
 }
 
 /// The change to report for a run.
-fn step(node: &Node, filter: &Filter, run_id: String) -> Option<WatchRunsResponse> {
+fn step(node: &Node, filter: &Filter, run_id: RunId) -> Option<WatchRunsResponse> {
     let mut told = WatchRunsResponse::default();
-    match node.runs.find(&run_id, None) {
+    match node.runs.find(run_id, None) {
         Ok(run) if filter.fits(&run.claimed) => told.runs.push(encode(Run::summary(run)?)),
         // A watcher that never saw the run does not know the id, and ignores it; others
         // have already seen the run's end.
         Err(NotFound::Aborted { .. } | NotFound::Released { .. }) => {
-            told.forgotten_run_ids.push(run_id);
+            told.forgotten_run_ids.push(run_id.into());
         }
         Ok(_) | Err(_) => return None,
     }
@@ -123,19 +127,19 @@ pub(super) fn watch_refreshed(
             let told = loop {
                 if let Some(run) = runs.pop_front() {
                     match run.refreshed() {
-                        Some(refreshed) => break (run.claimed.run_id.clone(), refreshed),
+                        Some(refreshed) => break (run.claimed.run_id, refreshed),
                         None => continue,
                     }
                 }
                 match news.recv().await {
-                    Ok(run_id) => runs.extend(node.runs.find(&run_id, None)),
+                    Ok(run_id) => runs.extend(node.runs.find(run_id, None)),
                     Err(RecvError::Lagged(_)) => runs = node.runs.all_refreshed().into(),
                     Err(RecvError::Closed) => return None,
                 }
             };
             let (run_id, refreshed) = told;
             let told = WatchRefreshedResponse {
-                run_id,
+                run_id: run_id.into(),
                 refreshed: Some(refreshed),
             };
             Some((told, (node, news, runs)))
@@ -151,11 +155,11 @@ pub(super) fn encode(summary: Summary) -> node::Run {
         State::Ended => node::run::State::Ended,
     };
     node::Run {
-        run_id: claimed.run_id.clone(),
-        user_id: claimed.user_id.clone(),
+        run_id: claimed.run_id.into(),
+        user_id: claimed.user_id.clone().into(),
         provider: claimed.provider.clone(),
-        slot_id: claimed.slot_id.clone(),
-        generation: claimed.generation,
+        slot_id: claimed.slot_id.clone().into(),
+        generation: claimed.generation.0,
         on_demand: claimed.on_demand,
         state: state.into(),
         claimed_at: Some(Timestamp::from(claimed.claimed_at)),

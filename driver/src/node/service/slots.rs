@@ -51,7 +51,7 @@ impl Watcher {
         let slots = self.slots.book.all();
         let slots = slots.iter().filter(|slot| slot.end().is_none());
         let now: HashMap<_, _> = slots
-            .map(|slot| (slot.identity.slot_id(), encode_slot(slot)))
+            .map(|slot| (slot.identity.slot_id().into(), encode_slot(slot)))
             .collect();
         let snapshot = self.sent.is_none();
         let sent = self.sent.take().unwrap_or_default();

@@ -29,11 +29,19 @@ pub(crate) struct Admission<'a> {
 }
 
 impl<'a> Admission<'a> {
-    /// Writes the claim to the journal. From now on a restarted driver knows the run.
+    /// Writes the claim to the journal, after it has made room for the run's output: the
+    /// results of the runs that ended first are discarded. From now on a restarted driver
+    /// knows the run.
     ///
     /// # Errors
-    /// [`Refusal::Journal`]: nothing has changed.
+    /// [`Refusal::NoOutput`] or [`Refusal::Journal`]: the run is not admitted.
     pub(crate) fn write(mut self, claimed: Claimed) -> Result<Written<'a>, Refusal> {
+        while !self.runs.windows.has_room() {
+            if !self.inner.release_oldest() {
+                let held = self.inner.runs().count();
+                return Err(Refusal::NoOutput { held });
+            }
+        }
         let record = Record::Claimed(claimed.clone().into());
         self.inner.journal.write(&record)?;
         Ok(Written {
@@ -58,10 +66,10 @@ impl Written<'_> {
     ) -> (Arc<Run>, mpsc::Receiver<Input>) {
         let Self { admission, claimed } = self;
         let Admission { runs, mut inner } = admission;
-        let run_id = claimed.run_id.clone();
+        let run_id = claimed.run_id;
         let (run, inputs) = Run::new(claimed, arrived, runs.windows.path(), kill);
-        inner.known.insert(run_id.clone(), Known::Run(run.clone()));
-        runs.tell(&run_id);
+        inner.known.insert(run_id, Known::Run(run.clone()));
+        runs.tell(run_id);
         (run, inputs)
     }
 }

@@ -3,9 +3,11 @@
 
 use std::{collections::BTreeSet, time::SystemTime};
 
+use polydev_proto::id::{Generation, RunId, SlotId};
+
 use super::{Known, Runs};
 use crate::run::{
-    Ballot, claim,
+    Ballot,
     journal::{self, Record},
     standing::{OnFence, Standing},
 };
@@ -27,8 +29,8 @@ pub(super) struct Fence {
 /// The response to a fence.
 pub enum Fenced {
     Have {
-        slot_id: String,
-        generation: u64,
+        slot_id: SlotId,
+        generation: Generation,
         ended: bool,
     },
     Fenced {
@@ -50,15 +52,14 @@ impl Runs {
     /// [`journal::Error`]; the run is not closed.
     pub fn fence(
         &self,
-        run_id: &str,
+        run_id: RunId,
         ballot: Ballot,
         claims_on: Option<String>,
     ) -> Result<Fenced, journal::Error> {
         let mut inner = self.lock();
-        let known = inner.known.get(run_id);
+        let known = inner.known.get(&run_id);
         if known.is_none() && self.may_have_forgotten(run_id) {
-            let made = claim::made_at(run_id);
-            let is_newer = made.is_ok_and(|made| made < self.begun);
+            let is_newer = run_id.made_at() < self.begun;
             return Ok(Fenced::Unknown { is_newer });
         }
         let before = match known {
@@ -98,7 +99,7 @@ impl Runs {
         };
         inner.journal.write(&fence.record(run_id))?;
         let claims_on = fence.claims_on.clone();
-        inner.known.insert(run_id.to_owned(), Known::Fenced(fence));
+        inner.known.insert(run_id, Known::Fenced(fence));
         Ok(Fenced::Fenced {
             ballot: highest,
             claims_on,
@@ -118,9 +119,9 @@ impl Fence {
     }
 
     /// Its only journal record.
-    pub(super) fn record(&self, run_id: &str) -> Record {
+    pub(super) fn record(&self, run_id: RunId) -> Record {
         Record::Fenced {
-            run_id: run_id.to_owned(),
+            run_id,
             ballot: self.ballot,
             at: self.at,
             aborted: self.aborted,

@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 
-use polydev_proto::stream::PerStream;
+use polydev_proto::{id::RunId, stream::PerStream};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -29,7 +29,7 @@ impl Open {
 }
 
 /// What is known about each run id, and the runs that were open.
-pub(super) fn replay(records: Vec<Record>, windows: &Path) -> (HashMap<String, Known>, Vec<Open>) {
+pub(super) fn replay(records: Vec<Record>, windows: &Path) -> (HashMap<RunId, Known>, Vec<Open>) {
     let mut open = Vec::new();
     let known = fold(records).into_iter().map(|(run_id, found)| {
         let known = match found {
@@ -61,10 +61,12 @@ struct Traces {
     ended: Option<Ended>,
 }
 
-fn fold(records: Vec<Record>) -> HashMap<String, Found> {
-    let mut found: HashMap<String, Found> = HashMap::new();
+fn fold(records: Vec<Record>) -> HashMap<RunId, Found> {
+    let mut found: HashMap<RunId, Found> = HashMap::new();
     for record in records {
-        let run_id = record.run_id().to_owned();
+        let Some(run_id) = record.run_id() else {
+            continue;
+        };
         let run = match found.get_mut(&run_id) {
             Some(Found::Run(run)) => Some(run),
             Some(Found::Settled(_)) | None => None,
@@ -170,9 +172,9 @@ fn take_up(traces: Traces, windows: &Path) -> (Arc<Run>, mpsc::Receiver<Input>) 
 
 impl Past {
     /// Its only journal record.
-    pub(super) fn record(&self, run_id: &str) -> Record {
+    pub(super) fn record(&self, run_id: RunId) -> Record {
         Record::Released {
-            run_id: run_id.to_owned(),
+            run_id,
             spec_hash: self.spec_hash.clone(),
             slot_id: self.slot_id.clone(),
             generation: self.generation,
@@ -183,17 +185,15 @@ impl Past {
 
 impl Known {
     /// The records that a rewritten journal must contain.
-    pub(super) fn records((run_id, known): (&String, &Self)) -> Vec<Record> {
-        let run_id = run_id.clone();
+    pub(super) fn records((&run_id, known): (&RunId, &Self)) -> Vec<Record> {
         match known {
-            Self::Past(past) => vec![past.record(&run_id)],
-            Self::Fenced(fence) => vec![fence.record(&run_id)],
+            Self::Past(past) => vec![past.record(run_id)],
+            Self::Fenced(fence) => vec![fence.record(run_id)],
             Self::Run(run) => {
                 let progress = run.progress.borrow();
-                let started = progress.started.map(|after| Record::Started {
-                    run_id: run_id.clone(),
-                    after,
-                });
+                let started = progress
+                    .started
+                    .map(|after| Record::Started { run_id, after });
                 let exited = match &progress.outcome {
                     Some(Outcome::Ended(ended)) => Some(Record::Exited {
                         run_id,
@@ -202,7 +202,7 @@ impl Known {
                     Some(Outcome::Aborted(_)) | None => None,
                 };
                 let cancelled = run.cancel.reason().map(|reason| Record::Cancelled {
-                    run_id: run.claimed.run_id.clone(),
+                    run_id,
                     reason: reason.to_owned(),
                 });
                 [Record::Claimed(run.claimed.clone().into())]

@@ -72,7 +72,10 @@ mod tests {
     use crate::run::{
         Ended,
         book::NotFound,
-        journal::{Claimed, Journal, tests::claimed},
+        journal::{
+            Claimed, Journal,
+            tests::{claimed, run_id},
+        },
     };
 
     #[tokio::test]
@@ -86,13 +89,13 @@ mod tests {
         let now = SystemTime::now();
         let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
         let (mut journal, _) = Journal::open(folder.path()).unwrap();
-        for (run_id, after) in [("short", minutes(0)), ("long", minutes(8))] {
+        let (short, long) = (run_id(1), run_id(2));
+        for (run_id, after) in [(short, minutes(0)), (long, minutes(8))] {
             let claimed = Claimed {
                 claimed_at: now,
                 ..claimed(run_id)
             };
             journal.write(&Record::Claimed(claimed.into())).unwrap();
-            let run_id = run_id.to_owned();
             let ended = Ended {
                 after,
                 ..Ended::default()
@@ -103,13 +106,13 @@ mod tests {
 
         let (runs, open) = Runs::open(folder.path()).unwrap();
         assert!(open.is_empty());
-        let state = |run_id: &str| match runs.find(run_id, None) {
+        let state = |run_id| match runs.find(run_id, None) {
             Ok(_) => "kept",
             Err(NotFound::Released { .. }) => "released",
             Err(NotFound::Unknown { .. }) => "unknown",
             Err(other) => panic!("{other}"),
         };
-        for (minute, short, long) in [
+        for (minute, shorts, longs) in [
             (9, "kept", "kept"),
             (11, "released", "kept"),
             (19, "released", "released"),
@@ -117,11 +120,7 @@ mod tests {
             (71, "unknown", "unknown"),
         ] {
             runs.tidy(now + minutes(minute));
-            assert_eq!(
-                [state("short"), state("long")],
-                [short, long],
-                "{minute} min"
-            );
+            assert_eq!([state(short), state(long)], [shorts, longs], "{minute} min");
         }
     }
 }

@@ -24,8 +24,8 @@ impl Carrier<'_> {
             window.drop_oldest(data.data.len() as u64);
         }
         if let Err(error) = window.append(data.offset, &data.data) {
-            let run_id = &self.run.claimed.run_id;
-            tracing::debug!(run_id, %error, "output waits for memory");
+            let run_id = self.run.claimed.run_id;
+            tracing::debug!(%run_id, %error, "output waits for memory");
             self.runs.make_room();
             self.starved = Some(data);
             return Ok(());
@@ -49,6 +49,10 @@ impl Carrier<'_> {
             self.run.manifest.keep(&artifacts);
             self.run
                 .update(|progress| progress.artifacts = Some(artifacts.into()));
+        }
+        // Init repeats it on each new connection: the time goes on.
+        if self.collected.is_some() && self.ending == Ending::No {
+            return;
         }
         self.collected = exited;
         self.end_at = Instant::now()

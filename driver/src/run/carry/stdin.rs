@@ -9,7 +9,8 @@ use polydev_proto::init::{Stdin, to_init};
 use super::{Carrier, Stop};
 use crate::run::Input;
 
-/// Most stdin bytes in flight to the command; init holds at most twice as many.
+/// The driver sends the next input only while fewer bytes than this are in flight to the
+/// command. So one message more may be in flight. Init holds up to twice this number.
 const STDIN_WINDOW: u64 = 128 << 10;
 
 /// The part of stdin that init has not yet reported as taken.

@@ -1,16 +1,21 @@
 use super::*;
 use proptest::prelude::*;
 
-pub(in crate::run) fn claimed(run_id: &str) -> Claimed {
+/// The id of one of several runs.
+pub(in crate::run) fn run_id(number: u8) -> RunId {
+    RunId::new(SystemTime::UNIX_EPOCH, [number; 10])
+}
+
+pub(in crate::run) fn claimed(run_id: RunId) -> Claimed {
     Claimed {
-        run_id: run_id.into(),
+        run_id,
         user_id: "alice".into(),
         ballot: Ballot {
             attempt: 1,
             nonce: 7,
         },
         slot_id: "node/alloc".into(),
-        generation: 3,
+        generation: Generation(3),
         spec_hash: "00".into(),
         claimed_at: SystemTime::UNIX_EPOCH,
         uptime: Duration::from_secs(5),
@@ -31,17 +36,17 @@ pub(in crate::run) fn claimed(run_id: &str) -> Claimed {
 
 fn records() -> Vec<Record> {
     vec![
-        Record::Claimed(claimed("a").into()),
+        Record::Claimed(claimed(run_id(1)).into()),
         Record::Started {
-            run_id: "a".into(),
+            run_id: run_id(1),
             after: Duration::from_millis(3),
         },
         Record::Cancelled {
-            run_id: "a".into(),
+            run_id: run_id(1),
             reason: "the node is drained".into(),
         },
         Record::Exited {
-            run_id: "a".into(),
+            run_id: run_id(1),
             ended: Ended {
                 reason: Reason::OutOfMemory,
                 exit_code: 137,
@@ -49,7 +54,7 @@ fn records() -> Vec<Record> {
             },
         },
         Record::Fenced {
-            run_id: "b".into(),
+            run_id: run_id(2),
             ballot: Ballot {
                 attempt: 2,
                 nonce: u64::MAX,
@@ -172,7 +177,7 @@ fn records_of_the_first_drivers_are_read() {
     older.as_object_mut().unwrap().remove("on_demand").unwrap();
     let record: Record = serde_json::from_value(older).unwrap();
     assert_eq!(record, records()[0]);
-    let older = r#"{"record":"cancelled","run_id":"a"}"#;
-    let record: Record = serde_json::from_str(older).unwrap();
-    assert_eq!(record.run_id(), "a");
+    let older = format!(r#"{{"record":"cancelled","run_id":"{}"}}"#, run_id(1));
+    let record: Record = serde_json::from_str(&older).unwrap();
+    assert_eq!(record.run_id(), Some(run_id(1)));
 }
