@@ -1,4 +1,4 @@
-//! Who may do what: callers by their names, and the roles that a file gives them.
+//! Who may do what: the names of callers, and the roles that a file gives to these names.
 
 use std::{
     fmt, fs,
@@ -14,24 +14,24 @@ use wildmatch::WildMatch;
 /// What a caller wants to do.
 #[derive(Debug, Clone, Copy)]
 pub enum Action<'a> {
-    /// See pools.
+    /// See pools and nodes.
     Look,
-    /// Start, see or end runs of a user for a provider; of all users, or for all providers, if
-    /// none is named.
+    /// Start, see or end runs of a user for a provider. `None` stands for all users, or for all
+    /// providers.
     Run {
         user_id: Option<&'a str>,
         provider: Option<Provider>,
     },
-    /// Size a pool.
+    /// Set the size of a pool.
     Scale { provider: Provider },
-    /// Keep, see or remove credentials; likewise.
+    /// Put, see or delete credentials. `None` means the same as for runs.
     Credentials {
         user_id: Option<&'a str>,
         provider: Option<Provider>,
     },
 }
 
-/// What a role lets its members do.
+/// What a role allows its members to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Right {
@@ -44,13 +44,13 @@ enum Right {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Role {
-    /// Names of callers; `*` and `?` stand for any characters and for one.
+    /// Names of callers. `*` stands for any characters, `?` for one character.
     members: Vec<String>,
     may: Vec<Right>,
-    /// Users, in whose name; likewise.
+    /// Users that the members may act for, with the same wildcards.
     #[serde(default = "all")]
     users: Vec<String>,
-    /// By any of their names; none means all.
+    /// Any names of providers. An empty list means all providers.
     #[serde(default, deserialize_with = "providers")]
     providers: Vec<Provider>,
 }
@@ -85,11 +85,11 @@ struct File {
 /// What callers may do.
 #[derive(Debug)]
 pub struct Access {
-    /// `None` lets everybody do everything who can connect.
+    /// `None` allows everything to every caller who can connect.
     roles: Option<(PathBuf, Reloaded<Vec<Role>>)>,
 }
 
-/// Why there are no roles.
+/// Why the roles cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot read the roles in `{path}`")]
@@ -97,29 +97,29 @@ pub enum Error {
         path: String,
         source: std::io::Error,
     },
-    #[error("the roles in `{path}` are wrong")]
+    #[error("the roles in `{path}` are not valid")]
     Malformed {
         path: String,
         source: toml::de::Error,
     },
 }
 
-/// The caller has no role for it.
+/// No role of the caller allows the action.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("caller `{caller}` has no role that lets it {what}")]
+#[error("caller `{caller}` has no role that allows them to {what}")]
 pub struct Denied {
     pub caller: String,
     pub what: String,
 }
 
 impl Access {
-    /// Of callers that nothing is known of but that they are on this machine.
+    /// Allows everything to every caller; for listeners that only this machine reaches.
     #[must_use]
     pub fn everything() -> Self {
         Self { roles: None }
     }
 
-    /// Reads roles from a file of TOML, and again when it changes.
+    /// Reads roles from a TOML file, and reads the file again when it changes.
     ///
     /// # Errors
     /// [`Error`]
@@ -143,7 +143,7 @@ impl Access {
         Ok(file.role)
     }
 
-    /// For which providers the caller may have runs of a user.
+    /// The providers for which the caller may have runs of the user.
     #[must_use]
     pub fn providers_of(&self, caller: &Caller, user_id: &str) -> Vec<Provider> {
         let may = |provider: &Provider| {
@@ -165,7 +165,7 @@ impl Access {
         let (roles, refused) = roles.get(|| Self::read(path));
         if let Some(error) = refused {
             let error = crate::chain(&error);
-            tracing::warn!(error, "new roles are of no use, the old ones stay");
+            tracing::warn!(error, "cannot use the new roles, keeping the previous ones");
         }
         let mut own = roles.iter().filter(|role| role.has(caller));
         if own.any(|role| role.allows(action)) {
@@ -197,7 +197,7 @@ impl Role {
         }
     }
 
-    /// Only who may act for every user may act for none in particular.
+    /// A call without a user needs a role for all users.
     fn is_for(&self, user_id: Option<&str>) -> bool {
         match user_id {
             Some(user_id) => matches(&self.users, user_id),
@@ -205,7 +205,7 @@ impl Role {
         }
     }
 
-    /// Likewise.
+    /// A call without a provider needs a role for all providers.
     fn is_of(&self, provider: Option<Provider>) -> bool {
         match provider {
             Some(provider) => self.providers.is_empty() || self.providers.contains(&provider),
@@ -225,10 +225,14 @@ fn matches(patterns: &[String], name: &str) -> bool {
 impl fmt::Display for Action<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (what, user_id, provider) = match self {
-            Self::Look => return f.write_str("see anything"),
-            Self::Run { user_id, provider } => ("have runs", user_id, provider),
-            Self::Scale { provider } => return write!(f, "size the pool of `{provider}`"),
-            Self::Credentials { user_id, provider } => ("keep credentials", user_id, provider),
+            Self::Look => return f.write_str("see pools and nodes"),
+            Self::Run { user_id, provider } => ("start, see or end runs", user_id, provider),
+            Self::Scale { provider } => {
+                return write!(f, "set the size of the pool of `{provider}`");
+            }
+            Self::Credentials { user_id, provider } => {
+                ("put, see or delete credentials", user_id, provider)
+            }
         };
         match user_id {
             Some(user_id) => write!(f, "{what} of user `{user_id}`")?,
@@ -324,8 +328,8 @@ mod tests {
             provider: Some("google".parse().unwrap()),
         };
         let denied = access.check(&Caller("cn:team-a".into()), run).unwrap_err();
-        let words =
-            "caller `cn:team-a` has no role that lets it have runs of user `bob` for `google`";
+        let words = "caller `cn:team-a` has no role that allows them to start, see or end runs of \
+                     user `bob` for `google`";
         assert_eq!(denied.to_string(), words);
     }
 

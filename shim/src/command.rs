@@ -1,4 +1,5 @@
-//! The command line: one binary, a file a command. Those of callers are in the crate polydev-cli.
+//! The command line: one binary, one file per command. Callers' commands are in the crate
+//! polydev-cli.
 
 mod certs;
 mod config;
@@ -39,37 +40,37 @@ struct Arguments {
 enum Command {
     /// Serve callers over gRPC, with the slots of a Nomad cluster.
     Serve(serve::Arguments),
-    /// Serve callers with this machine's Docker alone, without Nomad: for trying out.
+    /// Serve callers with the Docker of this machine, without Nomad; for trials.
     Dev(dev::Arguments),
-    /// Run one command or prompt and stream it; exits with the command's status.
+    /// Run one command or prompt and stream its output; exits with the command's status.
     Run(run::Arguments),
-    /// Look at runs, go on with their streams, end them.
+    /// List and watch runs, attach to their streams, cancel them.
     #[command(subcommand)]
     Runs(runs::Command),
-    /// Look at the warm pools, and size them.
+    /// Show the warm pools, and set their sizes.
     #[command(subcommand)]
     Pool(pool::Command),
-    /// Keep users' credentials, sealed, in the shim's store.
+    /// Manage users' credentials, which the shim's store keeps sealed.
     #[command(subcommand)]
     Credentials(credentials::Command),
-    /// Look at the nodes: their drivers, what they have and how much of it is used.
+    /// Show the nodes: their drivers, their resources and how much of the resources is used.
     Status(Options),
     /// Check the configuration of `serve`.
     #[command(subcommand)]
     Config(config::Command),
-    /// Make certificates for trying out.
+    /// Make certificates for trials.
     #[command(subcommand)]
     Certs(certs::Command),
-    /// Print the completions of a shell, to be sourced by it.
+    /// Print a completion script, which the shell must source.
     Completions { shell: clap_complete::Shell },
-    /// Write the manual pages, one for each command.
+    /// Write the manual pages, one per command.
     Man {
-        /// Folder for the pages; made if it is not there.
+        /// Folder for the pages; created if missing.
         folder: PathBuf,
     },
 }
 
-/// Where a shim listens, and for whom.
+/// Where a shim listens, and who may call it.
 #[derive(clap::Args)]
 struct Listen {
     /// Where to listen: unix:///PATH, http://127.0.0.1:PORT, or https://ADDRESS:PORT for
@@ -79,7 +80,7 @@ struct Listen {
     /// The shim's certificate, in PEM; for https.
     #[arg(long, env = "POLYDEV_LISTEN_TLS_CERT", value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
     tls_cert: Option<PathBuf>,
-    /// The key of it.
+    /// The private key of --tls-cert, in PEM.
     #[arg(
         long,
         env = "POLYDEV_LISTEN_TLS_KEY",
@@ -87,7 +88,7 @@ struct Listen {
         requires = "tls_cert"
     )]
     tls_key: Option<PathBuf>,
-    /// Certificates of the authorities that speak for callers.
+    /// Certificates of the authorities that sign callers' certificates, in PEM.
     #[arg(
         long,
         env = "POLYDEV_LISTEN_TLS_CA",
@@ -95,9 +96,9 @@ struct Listen {
         requires = "tls_cert"
     )]
     tls_ca: Option<PathBuf>,
-    /// File of roles: who may do what; with it every user of the machine may connect to the
-    /// unix socket, and is known by his uid. Without it whoever can connect may do everything,
-    /// and nobody can from elsewhere.
+    /// File of roles, which say who may do what. With roles, every user of the machine may
+    /// connect to the unix socket and is known by the user's uid. Without roles, every caller who
+    /// can connect may do everything, and https addresses are refused.
     #[arg(long, env = "POLYDEV_ROLES", value_name = "FILE")]
     roles: Option<PathBuf>,
     #[command(flatten)]
@@ -114,7 +115,7 @@ impl Listen {
             Some(path) => Ok(Access::load(path)?),
             None => match self.listen.iter().find(|address| address.is_public()) {
                 Some(address) => anyhow::bail!(
-                    "{address} lets in callers from elsewhere: --roles must say what they may do"
+                    "--listen `{address}` accepts remote callers: --roles must say what they may do"
                 ),
                 None => Ok(Access::everything()),
             },
@@ -125,18 +126,20 @@ impl Listen {
         tls_files(&self.tls_cert, &self.tls_key, &self.tls_ca)
     }
 
-    /// Whether there is what its addresses need.
+    /// Checks that the files are given that the addresses require.
     fn check(&self) -> anyhow::Result<()> {
         let public = self.listen.iter().find(|address| address.is_public());
         match public.filter(|_| self.files().is_none()) {
-            Some(address) => anyhow::bail!("{address} needs --tls-cert, --tls-key and --tls-ca"),
+            Some(address) => {
+                anyhow::bail!("--listen `{address}` requires --tls-cert, --tls-key and --tls-ca")
+            }
             None => Ok(()),
         }
     }
 
     async fn bind(&self, tokens: Option<&token::Tokens>) -> anyhow::Result<Vec<Listener>> {
         let files = self.files();
-        // Roles say what each may do.
+        // With roles, every local user may connect: the roles say what each user may do.
         let mode = if self.roles.is_some() { 0o666 } else { 0o600 };
         let callers = match tokens {
             Some(_) => Callers::Any,
@@ -145,12 +148,12 @@ impl Listen {
         let mut listeners = Vec::new();
         for address in &self.listen {
             let listener = address.listen(files.as_ref(), callers, mode).await;
-            listeners.push(listener.with_context(|| format!("cannot listen at {address}"))?);
+            listeners.push(listener.with_context(|| format!("cannot listen at `{address}`"))?);
         }
         Ok(listeners)
     }
 
-    /// All addresses, for people.
+    /// All addresses, for the log.
     fn shown(&self) -> String {
         let addresses: Vec<_> = self.listen.iter().map(ToString::to_string).collect();
         addresses.join(", ")
@@ -160,7 +163,7 @@ impl Listen {
 /// The Nomad cluster that a command works with.
 #[derive(clap::Args)]
 struct Nomad {
-    /// A Nomad agent.
+    /// Address of a Nomad agent.
     #[arg(
         id = "nomad_addr",
         long = "nomad-addr",
@@ -168,7 +171,7 @@ struct Nomad {
         default_value = "http://127.0.0.1:4646"
     )]
     address: String,
-    /// File with Nomad's token; the variable NOMAD_TOKEN is read without it.
+    /// File with a Nomad token. [default: the variable NOMAD_TOKEN]
     #[arg(
         id = "nomad_token_file",
         long = "nomad-token-file",
@@ -178,7 +181,7 @@ struct Nomad {
 }
 
 impl Nomad {
-    /// Connects to nobody yet.
+    /// Reads the token and makes a client. The client does not connect yet.
     fn connect(&self) -> anyhow::Result<polydev_shim::nomad::Nomad> {
         let token =
             match &self.token_file {
@@ -194,15 +197,16 @@ impl Nomad {
     }
 }
 
-/// How a shim comes by credentials that are not given in the clear.
+/// How a shim gets credentials that calls do not contain in the clear.
 #[derive(clap::Args)]
 struct Vault {
-    /// File with master keys, 64 hexadecimal digits a line: the first seals records, all open
-    /// them. [default: systemd's credential polydev-master-keys, or ENCRYPTION_MASTER_KEY]
+    /// File with master keys, 64 hexadecimal digits per line: the first key seals records, every
+    /// key opens them. [default: systemd's credential polydev-master-keys, or
+    /// ENCRYPTION_MASTER_KEY]
     #[arg(long, env = "POLYDEV_MASTER_KEY_FILE", value_name = "FILE")]
     master_key_file: Option<PathBuf>,
-    /// Where sealed credentials are kept: postgres://USER@HOST/DATABASE (its password in
-    /// PGPASSWORD or PGPASSFILE) or sqlite:///PATH. [default: nowhere]
+    /// Where the shim stores sealed credentials: postgres://USER@HOST/DATABASE (with the password
+    /// in PGPASSWORD or PGPASSFILE) or sqlite:///PATH. [default: none are stored]
     #[arg(
         long,
         env = "POLYDEV_CREDENTIAL_STORE",
@@ -214,19 +218,19 @@ struct Vault {
 
 impl Vault {
     fn open(&self) -> anyhow::Result<polydev_shim::credentials::Vault> {
-        // Not for clap to parse: it quotes what it refuses.
+        // clap must not parse this: its errors quote the value, which may contain a password.
         let store = self.credential_store.as_deref().map(str::parse);
         let store: Option<store::Address> = store.transpose().context("--credential-store")?;
         let keys = self.master_key_file.as_deref();
         let vault = polydev_shim::credentials::Vault::open(keys, store.as_ref())?;
         if let Some(store) = store {
-            tracing::info!(%store, "credentials are kept");
+            tracing::info!(%store, "credential store configured");
         }
         Ok(vault)
     }
 }
 
-/// Reads the arguments and does what they say.
+/// Parses the arguments and executes the command.
 pub(super) fn main() -> ExitCode {
     let Arguments { command } = config::parse();
     let serves = matches!(command, Command::Serve(_) | Command::Dev(_));
@@ -246,7 +250,7 @@ pub(super) fn main() -> ExitCode {
         }
     };
     let executed = runtime.block_on(execute(command));
-    // A read of stdin cannot be cancelled, and must not keep the process.
+    // A pending read of stdin cannot be cancelled, and must not keep the process alive.
     runtime.shutdown_background();
     match executed {
         Ok(code) => code,
@@ -258,10 +262,12 @@ pub(super) fn main() -> ExitCode {
 }
 
 async fn execute(command: Command) -> anyhow::Result<ExitCode> {
-    // Credentials pass through: no core dump, and no other process may look inside.
+    // Credentials pass through this process: no core dumps, and no other process may read its
+    // memory.
     prctl::set_dumpable(false)?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
-    // A connection for each node and each caller: the default of 1,024 is for old programs.
+    // Each node and each caller needs a connection. The default limit of 1,024 only exists for
+    // old programs.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     match command {
@@ -279,14 +285,14 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Tells systemd, if it started this.
+/// Notifies systemd, if systemd started this process.
 fn tell_systemd(state: NotifyState) {
     if let Err(error) = sd_notify::notify(&[state]) {
-        tracing::warn!(%error, "cannot tell systemd");
+        tracing::warn!(%error, "cannot notify systemd");
     }
 }
 
-/// Cancelled by SIGTERM or SIGINT.
+/// A token that SIGTERM or SIGINT cancels.
 fn stop_signal() -> anyhow::Result<CancellationToken> {
     use tokio::signal::unix::{SignalKind, signal};
     let (mut interrupt, mut terminate) = (

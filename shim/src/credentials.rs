@@ -1,9 +1,9 @@
-//! Users' credentials, while the shim has them: for one call, or to take one back.
+//! Users' credentials, while the shim has them: during one call, or to take one back.
 //!
-//! [`Credential`] is one in the clear. [`Source`] is how a caller names one, and [`Vault`]
-//! gets it from there: out of a [`record`], or an earlier system's [`scrypt`] record, with a
-//! master key of [`keys`], or out of the [`store`]. What the provider's CLI [`refreshed`] in a
-//! container goes back into the store.
+//! [`Credential`] is a credential in the clear. [`Source`] says where a caller's credential is,
+//! and [`Vault`] gets the credential from there: from a [`record`] or an earlier system's
+//! [`scrypt`] record, which a master key of [`keys`] opens, or from the [`store`]. An account that
+//! the provider's CLI has [`refreshed`] in a container goes back into the store.
 
 pub mod keys;
 mod label;
@@ -20,7 +20,7 @@ use polydev_proto::runtime::{self, credential};
 
 use crate::secret::{Credential, Invalid, invalid};
 
-/// Where a caller says that a credential is.
+/// Where a caller's credential is.
 #[derive(Debug)]
 pub enum Source {
     /// In the call, in the clear.
@@ -40,10 +40,10 @@ impl Source {
         match message.source {
             None => Err(invalid(
                 "source",
-                "is missing: `secret`, `sealed_record`, `scrypt_record` or `stored`",
+                "is missing: allowed are `secret`, `sealed_record`, `scrypt_record` and `stored`",
             )),
             Some(credential::Source::Secret(secret)) => Ok(Self::Given(Credential::parse(secret)?)),
-            Some(credential::Source::SealedRecord(record)) if record.len() > record::MOST => {
+            Some(credential::Source::SealedRecord(record)) if record.len() > record::MAX_RECORD => {
                 Err(invalid("sealed_record", "is longer than 135168 bytes"))
             }
             Some(credential::Source::SealedRecord(record)) => Ok(Self::Sealed(record)),

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-/// Set by the runtime: what the command may rely on about its run.
+/// The runtime sets these variables. The command can trust them to describe the run.
 const RUNTIME: [&str; 4] = ["HOME", "PROVIDER", "USER_ID", "WARM_POOL"];
 
-/// A credential's: what the command may rely on about whose it is.
+/// Credentials set these variables. The command can trust them to be the user's.
 const CREDENTIALS: [&str; 10] = [
     "ANTHROPIC_API_KEY",
     "ANTHROPIC_AUTH_TOKEN",
@@ -19,8 +19,8 @@ const CREDENTIALS: [&str; 10] = [
     "OPENAI_API_KEY",
 ];
 
-/// Read by loaders, shells and interpreters before the first line of the command:
-/// whoever sets them runs code of his own.
+/// Loaders, shells and interpreters read these variables before the first line of the command.
+/// A caller who sets them can run other code.
 const LOADERS: [&str; 13] = [
     "BASH_ENV",
     "ENV",
@@ -39,18 +39,18 @@ const LOADERS: [&str; 13] = [
 
 /// A variable that a caller may not set.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`env[{name:?}]` may not be set: {reason}")]
+#[error("`env[{name:?}]` {reason}")]
 pub struct Refused {
     pub name: String,
     pub reason: &'static str,
 }
 
 /// # Errors
-/// [`Refused`] for the first name that is not a caller's to set.
+/// [`Refused`] for the first name that a caller cannot set.
 pub fn check(env: &BTreeMap<String, String>) -> Result<(), Refused> {
     for name in env.keys() {
         if CREDENTIALS.contains(&name.as_str()) {
-            return refuse(name, "it is a credential's");
+            return refuse(name, "cannot be set: only credentials set it");
         }
         check_secret(name)?;
     }
@@ -58,13 +58,13 @@ pub fn check(env: &BTreeMap<String, String>) -> Result<(), Refused> {
 }
 
 /// # Errors
-/// [`Refused`] if the name is not even a credential's to set.
+/// [`Refused`] if not even a credential can set the name.
 pub fn check_secret(name: &str) -> Result<(), Refused> {
     if RUNTIME.contains(&name) {
-        return refuse(name, "the runtime sets it");
+        return refuse(name, "cannot be set: the runtime sets it");
     }
     if LOADERS.contains(&name) || name.starts_with("LD_") || name.starts_with("BASH_FUNC_") {
-        return refuse(name, "a loader or interpreter reads it");
+        return refuse(name, "cannot be set: a loader or interpreter reads it");
     }
     Ok(())
 }

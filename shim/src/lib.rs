@@ -6,8 +6,8 @@
 //!                                  provider <--+        +-- engine (nomad or embedded)
 //! ```
 //!
-//! Nothing on the right knows anything on its left. A shim keeps no state but what
-//! drivers tell it. `nomad` and `token` alone name reqwest.
+//! A module does not know the modules on its left. A shim keeps no state except what drivers
+//! report. Only `nomad` and `token` name reqwest.
 
 pub mod service;
 

@@ -1,5 +1,5 @@
-//! Nomad's HTTP API, as far as the shim needs it. [`job`] is what
-//! it asks of jobs, [`node`] of nodes.
+//! The parts of Nomad's HTTP API that the shim uses. [`job`] has the calls about jobs, and
+//! [`node`] those about nodes.
 
 pub mod job;
 pub mod node;
@@ -12,12 +12,12 @@ use reqwest::{
 };
 use zeroize::Zeroizing;
 
-const CONNECT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a query waits for a change; Nomad adds up to a sixteenth.
-const WAIT: &str = "60s";
-const ANSWER: Duration = Duration::from_secs(75);
-/// A stub of a node takes about 2 KB: room for thousands of nodes.
-const BODY_MOST: usize = 64 << 20;
+const WATCH_TIMEOUT: &str = "60s";
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(75);
+/// Large enough for thousands of nodes: the stub of a node takes about 2 KB.
+const MAX_BODY: usize = 64 << 20;
 
 /// Why Nomad did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -31,30 +31,30 @@ pub enum Error {
     },
     #[error("Nomad answered {status}: {text}")]
     Status { status: StatusCode, text: String },
-    #[error("Nomad has no leader: what its server at {address} knows may be long past")]
+    #[error("Nomad has no leader: its server at {address} may have outdated data")]
     NoLeader { address: String },
-    #[error("Nomad's answer is longer than {BODY_MOST} bytes")]
+    #[error("Nomad's answer is longer than {MAX_BODY} bytes")]
     TooLong,
     #[error("cannot read Nomad's answer")]
     Decode(#[source] serde_json::Error),
 }
 
 impl Error {
-    /// Whether Nomad knows no such thing.
+    /// Whether Nomad does not know the job or other object.
     #[must_use]
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Status { status, text }
-            // A dispatch of a job that is not there is Nomad's own fault, by its status.
+            // For a dispatch of an unknown job Nomad sends the status of an internal error.
             if *status == StatusCode::NOT_FOUND || text == "parameterized job not found")
     }
 
-    /// Whether Nomad has refused, and will again.
+    /// Whether Nomad has refused the request and would refuse it again.
     #[must_use]
     pub fn is_refusal(&self) -> bool {
         matches!(self, Self::Status { status, .. } if status.is_client_error())
     }
 
-    /// Whether Nomad takes no change of a job's size because it still acts on the last one.
+    /// Whether Nomad refuses a change of a job's size because a deployment of the job is active.
     #[must_use]
     pub fn is_deployment(&self) -> bool {
         matches!(self, Self::Status { status, text }
@@ -82,18 +82,18 @@ impl Nomad {
         if let Some(token) = token {
             let value = HeaderValue::from_str(&token);
             let mut value =
-                value.map_err(|_| Error::Settings("the token is not one line of text".into()))?;
+                value.map_err(|_| Error::Settings("the token must be one line of text".into()))?;
             value.set_sensitive(true);
             headers.insert("X-Nomad-Token", value);
         }
-        // A second call, as in tests, finds it done.
+        // Only the first call in a process has an effect; tests call this more than once.
         let _installed = rustls::crypto::ring::default_provider().install_default();
-        // The token goes to Nomad and to nobody else.
+        // The token must go only to Nomad.
         let client = Client::builder()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
-            .connect_timeout(CONNECT)
-            .timeout(ANSWER)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(ANSWER_TIMEOUT)
             .default_headers(headers)
             .build()
             .map_err(|error| Error::Settings(crate::chain(&error)))?;
@@ -107,18 +107,22 @@ impl Nomad {
         format!("{}{path}", self.address)
     }
 
-    /// An answer as soon as there is something newer than `index`, or after a minute; with
-    /// the index to ask with next.
+    /// An answer as soon as there is something newer than `index`, or after a minute. Also returns
+    /// the index for the next query.
     async fn watch<T: serde::de::DeserializeOwned>(
         &self,
         path: &str,
         index: u64,
     ) -> Result<(u64, T), Error> {
         let known = index.to_string();
-        let query = [("index", known.as_str()), ("wait", WAIT), ("stale", "true")];
+        let query = [
+            ("index", known.as_str()),
+            ("wait", WATCH_TIMEOUT),
+            ("stale", "true"),
+        ];
         let request = self.client.get(self.url(path)).query(&query);
         let (next, answer) = self.ask(request).await?;
-        // An index that goes back means that Nomad has begun anew.
+        // A smaller index means that Nomad's state was reset.
         Ok((if next < index { 0 } else { next }, answer))
     }
 
@@ -135,7 +139,7 @@ impl Nomad {
         let status = response.status();
         let index = response.headers().get("X-Nomad-Index");
         let index = index.and_then(|index| index.to_str().ok()?.parse().ok());
-        // A server that has just begun answers stale queries from an empty state.
+        // A server that has just started answers stale queries from an empty state.
         let leader = response.headers().get("X-Nomad-KnownLeader");
         if status.is_success() && leader.is_some_and(|known| known == "false") {
             let address = self.address.clone();
@@ -143,7 +147,7 @@ impl Nomad {
         }
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(reach)? {
-            if body.len() + chunk.len() > BODY_MOST {
+            if body.len() + chunk.len() > MAX_BODY {
                 return Err(Error::TooLong);
             }
             body.extend_from_slice(&chunk);

@@ -1,5 +1,5 @@
-//! The warm slots of all nodes, as their drivers tell them: what a claim is chosen from;
-//! and their number.
+//! The warm slots of all nodes, as their drivers report them, from which claims are chosen; and
+//! the sizes of the pools.
 
 pub mod apply;
 pub mod drained;

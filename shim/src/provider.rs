@@ -1,5 +1,5 @@
-//! The providers: what each one's CLI reads as its credential, and how it is given
-//! one prompt. The images' `provider.sh` say the same to `docker run`.
+//! The providers: what each CLI reads as its credential, and how it gets one prompt. The
+//! `provider.sh` of the images does the same for `docker run`.
 
 mod anthropic;
 mod google;
@@ -14,23 +14,23 @@ use serde_json::value::RawValue;
 
 use crate::secret::{Credential, Invalid, Prepared, PreparedFile};
 
-/// What differs between providers.
+/// The differences between providers.
 struct Table {
     /// Whether a key may come with a project.
     takes_project: bool,
     /// A key, with its project, in the form the CLI reads.
     prepare_key: fn(&SecretString, Option<&str>) -> Prepared,
-    /// Where the CLI keeps an account that has signed in, relative to the home.
+    /// Where the CLI keeps an account that has signed in, relative to the home folder.
     oauth_file: &'static str,
-    /// Where in that file the token is that a new one is asked for with.
+    /// Path of the refresh token in that file.
     refresh_token: &'static [&'static str],
-    /// What it needs beside that file.
+    /// Another file that the CLI needs beside the OAuth file.
     oauth_settings: Option<PlainFile>,
-    /// The CLI's one-shot argv, for this text or, with none, for one that it reads from stdin.
+    /// The CLI's argv for one prompt. Without a text, the CLI reads the prompt from stdin.
     prompt: fn(&Prompt, Option<&str>) -> Result<Vec<String>, InvalidPrompt>,
 }
 
-/// A file with nothing secret in it.
+/// A file without secrets.
 struct PlainFile {
     path: &'static str,
     content: &'static str,
@@ -45,19 +45,19 @@ impl PlainFile {
     }
 }
 
-/// Most bytes of any prompt; with the rest of a run it fits one message.
-const PROMPT_MOST: usize = 3 << 20;
+/// Largest number of bytes in a prompt: with the rest of a run it fits into one message.
+const MAX_PROMPT: usize = 3 << 20;
 
-/// One prompt, to be answered by the provider's CLI.
+/// One prompt for the provider's CLI.
 pub struct Prompt<'a> {
     pub text: &'a str,
-    /// The CLI's own choice if `None`.
+    /// `None` means the CLI's default.
     pub model: Option<&'a str>,
-    /// The caller's environment, for what a CLI takes as an argument alone.
+    /// The caller's environment, for settings that a CLI accepts only as an argument.
     pub env: &'a BTreeMap<String, String>,
 }
 
-/// A prompt that the CLI would not take as one.
+/// A prompt that the CLI would not accept.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{field}` {problem}")]
 pub struct InvalidPrompt {
@@ -73,24 +73,24 @@ fn table(provider: Provider) -> &'static Table {
     }
 }
 
-/// What a provider's CLI reads: a credential, and one prompt.
+/// The input of a provider's CLI: a credential, and one prompt.
 pub trait Cli {
-    /// Where the CLI keeps an account that has signed in, relative to the home.
+    /// Where the CLI keeps an account that has signed in, relative to the home folder.
     #[must_use]
     fn account_file(&self) -> &'static str;
 
-    /// Whether a file is of an account that has signed in and can be refreshed.
+    /// Whether a file contains an account that has signed in and that can be refreshed.
     #[must_use]
     fn is_refreshable(&self, file: &[u8]) -> bool;
 
-    /// A credential in the form the CLI reads.
+    /// A credential in the form that the CLI reads.
     ///
     /// # Errors
-    /// [`Invalid`] if the provider has no such credential.
+    /// [`Invalid`] if the provider does not support such a credential.
     fn prepare(&self, credential: &Credential) -> Result<Prepared, Invalid>;
 
-    /// The argv that answers a prompt, which is in it unless it is longer than
-    /// [`exec::PROMPT_IN_ARGV`]: then it is to be the command's stdin. No shell is involved.
+    /// The argv for a prompt. The argv contains the prompt, unless the prompt is longer than
+    /// [`exec::PROMPT_IN_ARGV`]: then the CLI reads it from stdin. No shell is involved.
     ///
     /// # Errors
     /// [`InvalidPrompt`]
@@ -114,7 +114,7 @@ impl Cli for Provider {
                 None => return false,
             }
         }
-        // Nothing of it is copied.
+        // The file contains secrets, so nothing of it is copied.
         value.get().starts_with('"') && value.get().len() > 2 // The quotes.
     }
 
@@ -125,7 +125,7 @@ impl Cli for Provider {
                 if project_id.is_some() && !table.takes_project {
                     return Err(Invalid {
                         field: "secret.api_key.project_id".into(),
-                        problem: "is `google`'s alone",
+                        problem: "must be absent: only `google` has projects",
                     });
                 }
                 (table.prepare_key)(key, project_id.as_deref())
@@ -155,10 +155,10 @@ impl Cli for Provider {
                 problem: "is empty",
             });
         }
-        if prompt.text.len() > PROMPT_MOST {
+        if prompt.text.len() > MAX_PROMPT {
             return Err(InvalidPrompt {
                 field: "prompt.text",
-                problem: "has more than 3 MiB",
+                problem: "is longer than 3 MiB",
             });
         }
         if prompt.text.contains('\0') {

@@ -1,4 +1,4 @@
-//! How often callers may call, and runs of users may begin, at this shim.
+//! How often callers may call this shim, and how often runs of users may begin.
 
 use std::{
     num::NonZeroU32,
@@ -12,29 +12,30 @@ use governor::{
     state::keyed::HashMapStateStore,
 };
 
-/// After so many questions, names that have not come for a while are forgotten.
-const TIDY: u32 = 1024;
+/// After so many checks, names without recent calls are forgotten.
+const TIDY_INTERVAL: u32 = 1024;
 
-/// What one caller and one user may do in a second.
+/// What one caller and one user may do per second.
 #[derive(Debug, Clone, Copy, Default, clap::Args)]
 pub struct Rates {
-    /// Calls of one caller a second, and as many at once; more are refused. [default: any]
+    /// Calls of one caller per second, with a burst of the same number; further calls are refused.
+    /// [default: no limit]
     #[arg(long = "caller-rate", value_name = "CALLS")]
     pub caller: Option<NonZeroU32>,
-    /// Runs and leases of one user that begin in a second, and as many at once; more are
-    /// refused. [default: any]
+    /// New runs and leases of one user per second, with a burst of the same number; further ones
+    /// are refused. [default: no limit]
     #[arg(long = "user-rate", value_name = "RUNS")]
     pub user: Option<NonZeroU32>,
 }
 
-/// It is too much.
+/// A rate is exceeded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{whose} `{name}` has come more than {per_second} times a second, this shim lets no more")]
+#[error("{whose} `{name}` exceeds the {whose} rate of this shim, {per_second} per second")]
 pub struct Exceeded {
     pub whose: &'static str,
     pub name: String,
     pub per_second: u32,
-    /// Then it is let again.
+    /// How long to wait before the next try can succeed.
     pub wait: Duration,
 }
 
@@ -42,7 +43,7 @@ pub struct Exceeded {
 #[derive(Debug)]
 pub struct Rate {
     whose: &'static str,
-    /// `None` lets everybody.
+    /// `None` means no limit.
     limit: Option<(NonZeroU32, Limiter)>,
     asked: AtomicU32,
 }
@@ -50,7 +51,7 @@ pub struct Rate {
 type Limiter = RateLimiter<String, HashMapStateStore<String>, DefaultClock>;
 
 impl Rate {
-    /// For a second; `whose` is what the names are.
+    /// A limit of `per_second` for each name. `whose` says what the names are.
     #[must_use]
     pub fn new(whose: &'static str, per_second: Option<NonZeroU32>) -> Self {
         let limit = per_second.map(|most| (most, RateLimiter::hashmap(Quota::per_second(most))));
@@ -61,7 +62,7 @@ impl Rate {
         }
     }
 
-    /// Once more for that name.
+    /// Counts one more call of this name.
     ///
     /// # Errors
     /// [`Exceeded`]
@@ -69,7 +70,7 @@ impl Rate {
         let Some((per_second, limiter)) = &self.limit else {
             return Ok(());
         };
-        if self.asked.fetch_add(1, Ordering::Relaxed) % TIDY == TIDY - 1 {
+        if self.asked.fetch_add(1, Ordering::Relaxed) % TIDY_INTERVAL == TIDY_INTERVAL - 1 {
             limiter.retain_recent();
             limiter.shrink_to_fit();
         }
@@ -99,7 +100,7 @@ mod tests {
         assert!(
             exceeded
                 .to_string()
-                .starts_with("user `alice` has come more than 3 times")
+                .starts_with("user `alice` exceeds the user rate of this shim, 3 per second")
         );
         rate.check("bob").unwrap();
         let any = Rate::new("user", None);
@@ -109,10 +110,10 @@ mod tests {
     #[test]
     fn names_that_do_not_come_again_are_forgotten() {
         let rate = Rate::new("user", NonZeroU32::new(1_000_000));
-        for name in 0..2 * TIDY {
+        for name in 0..2 * TIDY_INTERVAL {
             rate.check(&name.to_string()).unwrap();
         }
         let (_, limiter) = rate.limit.as_ref().unwrap();
-        assert!(limiter.len() <= TIDY as usize, "{}", limiter.len());
+        assert!(limiter.len() <= TIDY_INTERVAL as usize, "{}", limiter.len());
     }
 }

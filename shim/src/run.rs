@@ -20,46 +20,49 @@ pub mod watching;
 use std::time::{Duration, Instant};
 
 use crate::{access, credentials, rate};
-use polydev_proto::node::{AttachResponse, ClaimResponse, RunEvent, RunInput, run_event};
+use polydev_proto::{
+    id::{Generation, RunId, SlotId, UserId},
+    node::{AttachResponse, ClaimResponse, RunEvent, RunInput, run_event},
+};
 use tokio::{sync::mpsc, time::timeout};
 use tonic::{Status, Streaming};
 
 /// Input on its way to the driver; each at most 64 KiB.
-const INPUTS: usize = 16;
+const MAX_INPUTS: usize = 16;
 
-/// A driver knows its runs by heart.
-const ANSWER: Duration = Duration::from_secs(5);
+/// How long a driver's answer may take. A driver has its runs in memory.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A driver's answer, or UNAVAILABLE if none comes.
 ///
 /// # Errors
-/// As the driver answers.
+/// The driver's status.
 pub async fn answered<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
-    let answer = timeout(ANSWER, call).await;
+    let answer = timeout(ANSWER_TIMEOUT, call).await;
     answer.map_err(|_| Status::unavailable("no answer in 5 s"))?
 }
 
-/// The way to a run on its node.
+/// The connection to a run on its node.
 #[derive(Debug)]
 pub struct Connection {
-    pub slot_id: String,
+    pub slot_id: SlotId,
     pub node_id: String,
-    pub generation: u64,
-    /// How much of its input the run has taken: of its files, and then of its stdin.
+    pub generation: Generation,
+    /// How many bytes of its input the run has taken: first its files, then its stdin.
     pub stdin_offset: u64,
-    /// How much of the input is files.
+    /// How many bytes of the input are files.
     pub files_bytes: u64,
     /// The slot was made for this run.
     pub on_demand: bool,
-    /// When Nomad was told to make it.
+    /// When Nomad was asked to make the slot.
     pub dispatched: Option<Instant>,
-    /// When the claim was sent: the driver's times count from then.
+    /// When the claim was sent. The driver's times count from this moment.
     pub sent: Instant,
     pub inputs: mpsc::Sender<RunInput>,
     pub events: Events,
 }
 
-/// What the driver tells, to a claim or to an attach.
+/// The driver's events, as the answer to a claim or to an attach.
 #[derive(Debug)]
 pub enum Events {
     Claimed(Box<Streaming<ClaimResponse>>),
@@ -68,7 +71,7 @@ pub enum Events {
 
 impl Connection {
     /// # Errors
-    /// The status of a driver that refuses, or of the wire.
+    /// The status of a driver that refuses, or of a broken connection.
     async fn new(
         node_id: String,
         sent: Instant,
@@ -77,9 +80,9 @@ impl Connection {
     ) -> Result<Self, Status> {
         match events.next().await?.and_then(|event| event.event) {
             Some(run_event::Event::Attached(attached)) => Ok(Self {
-                slot_id: attached.slot_id,
+                slot_id: attached.slot_id.into(),
                 node_id,
-                generation: attached.generation,
+                generation: Generation(attached.generation),
                 stdin_offset: attached.stdin_offset,
                 files_bytes: attached.files_bytes,
                 on_demand: attached.on_demand,
@@ -89,7 +92,7 @@ impl Connection {
                 events,
             }),
             _ => Err(Status::unavailable(
-                "the driver does not say where the run is",
+                "the driver did not report where the run is",
             )),
         }
     }
@@ -106,7 +109,7 @@ impl Events {
     }
 }
 
-/// Why a run came to nothing.
+/// Why a call about a run failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
@@ -121,15 +124,15 @@ pub enum Error {
         waited: Duration,
         pool: String,
     },
-    #[error("user `{user_id}` has as many runs going as this shim lets, still after {} s", waited.as_secs_f64())]
-    AtLimit { user_id: String, waited: Duration },
+    #[error("user `{user_id}` still had as many active runs as this shim allows after {} s", waited.as_secs_f64())]
+    AtLimit { user_id: UserId, waited: Duration },
     #[error(transparent)]
     Full(#[from] queue::Full),
     #[error(transparent)]
     Rate(#[from] rate::Exceeded),
     #[error(
-        "this shim is stopping: a run that has begun goes on, and is attached to through another one; \
-             the same run id and the next `attempt` begin one that has not"
+        "this shim is stopping; attach through another shim to a run that has started, and start \
+             any other run again with the same run id and the next `attempt`"
     )]
     Stopping,
     #[error("no node can be reached")]
@@ -138,26 +141,26 @@ pub enum Error {
     Refused { reason: String },
     #[error("{reason}")]
     OtherCommand { reason: String },
-    #[error("the command did not run, and may be tried again: {reason}")]
+    #[error("the command did not run and may be tried again: {reason}")]
     NotRun { reason: String },
-    #[error("slot `{slot_id}` gave no clear answer, the command may have run: {reason}")]
-    Unclear { slot_id: String, reason: String },
-    #[error("the connection to slot `{slot_id}` broke, the command may still have run: {reason}")]
-    Lost { slot_id: String, reason: String },
-    #[error("it may have run on {}, which cannot be asked; `accept_duplicate` goes on without", nodes.join(", "))]
+    #[error("slot `{slot_id}` gave no clear answer, so the command may have run: {reason}")]
+    Unclear { slot_id: SlotId, reason: String },
+    #[error("the connection to slot `{slot_id}` broke, but the command may have run: {reason}")]
+    Lost { slot_id: SlotId, reason: String },
+    #[error("the command may have run on {}, which cannot be asked; set `accept_duplicate` to run it anyway", nodes.join(", "))]
     MayHaveRun { nodes: Vec<String> },
-    #[error("it may be on {}, which cannot be asked", nodes.join(", "))]
+    #[error("cannot ask {}, which may have the run or lease", nodes.join(", "))]
     Unasked { nodes: Vec<String> },
-    #[error("{reason}; it may be tried again")]
+    #[error("{reason}; the run may be tried again")]
     NotStarted { reason: String },
     #[error("{reason}")]
     UnknownRun { reason: String },
-    #[error("run `{run_id}` is not of user `{user_id}`, but another's")]
-    Forbidden { run_id: String, user_id: String },
-    #[error("there is no lease `{lease_id}`: it was used, has ended or never was")]
-    NoLease { lease_id: String },
-    #[error("the lease `{lease_id}` is of no more use: {reason}")]
-    LeaseEnded { lease_id: String, reason: String },
+    #[error("run `{run_id}` does not belong to user `{user_id}`")]
+    Forbidden { run_id: RunId, user_id: UserId },
+    #[error("lease `{lease_id}` does not exist: it was used, has ended or was never granted")]
+    NoLease { lease_id: RunId },
+    #[error("lease `{lease_id}` can no longer be used: {reason}")]
+    LeaseEnded { lease_id: RunId, reason: String },
     #[error("{reason}")]
     BeyondEnd { reason: String },
 }

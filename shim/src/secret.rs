@@ -1,7 +1,7 @@
-//! A credential in the clear, for one call: as its user gave it, and in the form that the
+//! A credential in the clear, for one call: as the user gave it, and in the form that the
 //! provider's CLI reads.
 //!
-//! What is secret is in types that cannot be printed and are wiped when dropped.
+//! Secrets are in types that cannot be printed and are wiped when dropped.
 
 use std::collections::BTreeMap;
 
@@ -16,11 +16,11 @@ use zeroize::Zeroizing;
 
 use crate::environment;
 
-/// Longest key or project. Real ones are a tenth of it.
+/// The longest key or project, in bytes. Real ones have a tenth of this length.
 const MAX_KEY: usize = 4096;
-/// Longest file of an account. Real ones are a tenth of it.
+/// The longest account file, in bytes. Real ones have a tenth of this length.
 const MAX_FILE: usize = MAX_REFRESHED;
-/// Most variables, and most bytes of them together.
+/// The largest number of variables, and of bytes in their names and values together.
 const MAX_VARIABLES: usize = 100;
 const MAX_ENVIRONMENT: usize = 128 << 10;
 
@@ -32,9 +32,9 @@ pub enum Credential {
         key: SecretString,
         project_id: Option<String>,
     },
-    /// What the provider's CLI keeps of an account that has signed in.
+    /// The file in which the provider's CLI keeps an account that has signed in.
     OauthFile(SecretSlice<u8>),
-    /// Variables of any name that is not the runtime's or the loader's.
+    /// Variables with any names except those of the runtime and of loaders.
     Environment(BTreeMap<String, SecretString>),
 }
 
@@ -43,18 +43,18 @@ pub enum Credential {
 pub struct Prepared {
     pub env: Vec<(String, SecretString)>,
     pub files: Vec<PreparedFile>,
-    /// Which of the files is wanted back when the CLI has refreshed it.
+    /// Which of the files the shim wants back when the CLI has refreshed it.
     pub refreshable: Option<Refreshable>,
 }
 
-/// A file below the home, for its user alone.
+/// A file in the home folder that only its user can read.
 #[derive(Debug)]
 pub struct PreparedFile {
     pub path: &'static str,
     pub content: SecretSlice<u8>,
 }
 
-/// Why a credential is refused; never quotes it.
+/// Why a credential is refused. Never quotes the credential.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`credential.{field}` {problem}")]
 pub struct Invalid {
@@ -73,10 +73,10 @@ impl Credential {
     /// # Errors
     /// [`Invalid`] for the first field that is wrong.
     pub fn parse(secret: runtime::Secret) -> Result<Self, Invalid> {
-        // Into types that wipe before anything is judged.
+        // Moves the values into types that wipe them, before any check.
         let credential = match secret.kind {
             None => {
-                let problem = "is missing: `api_key`, `oauth_file` or `environment`";
+                let problem = "is missing: allowed are `api_key`, `oauth_file` and `environment`";
                 return Err(invalid("secret.kind", problem));
             }
             Some(secret::Kind::ApiKey(runtime::ApiKey { key, project_id })) => Self::ApiKey {
@@ -126,7 +126,7 @@ impl Credential {
         }
     }
 
-    /// What it is.
+    /// The kind of the credential.
     #[must_use]
     pub fn kind(&self) -> CredentialKind {
         match self {
@@ -136,7 +136,7 @@ impl Credential {
         }
     }
 
-    /// As [`Credential::decode`] reads it: one `polydev.runtime.v1.Secret`.
+    /// The form that [`Credential::decode`] reads: one `polydev.runtime.v1.Secret`.
     pub(crate) fn encode(&self) -> Zeroizing<Vec<u8>> {
         let mut secret = runtime::Secret {
             kind: Some(match self {
@@ -155,7 +155,7 @@ impl Credential {
             }),
         };
         let encoded = Zeroizing::new(secret.encode_to_vec());
-        // The message's own copies.
+        // Wipes the copies in the message.
         match &mut secret.kind {
             Some(secret::Kind::ApiKey(api_key)) => {
                 drop(Zeroizing::new(std::mem::take(&mut api_key.key)))
@@ -169,7 +169,7 @@ impl Credential {
         encoded
     }
 
-    /// `None` if the bytes are no credential.
+    /// `None` if the bytes are not a credential.
     pub(crate) fn decode(encoded: Zeroizing<Vec<u8>>) -> Option<Self> {
         let secret = runtime::Secret::decode(Bytes::from_owner(encoded)).ok()?;
         Self::parse(secret).ok()
@@ -181,7 +181,10 @@ fn check_text(field: &str, value: &str) -> Result<(), Invalid> {
         return Err(invalid(field, "is longer than 4096 bytes"));
     }
     if value.chars().any(char::is_control) {
-        return Err(invalid(field, "has a control character, such as a newline"));
+        return Err(invalid(
+            field,
+            "contains a control character, such as a newline",
+        ));
     }
     Ok(())
 }
@@ -205,7 +208,7 @@ fn check_environment(variables: &BTreeMap<String, SecretString>) -> Result<(), I
         }
         let value = value.expose_secret();
         if value.contains('\0') {
-            return Err(invalid(field(), "has a NUL byte"));
+            return Err(invalid(field(), "contains a NUL byte"));
         }
         total += name.len() + value.len();
     }
@@ -222,13 +225,13 @@ impl Prepared {
         variables.chain(self.files.iter().map(|file| file.path))
     }
 
-    /// Whether there is nothing in it.
+    /// Whether there are neither variables nor files.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.env.is_empty() && self.files.is_empty()
     }
 
-    /// As init reads it; wiped when dropped.
+    /// The form that init reads; wiped when dropped.
     #[must_use]
     pub fn secrets(&self) -> Secrets {
         let variable = |(name, value): &(String, SecretString)| Variable {
@@ -248,7 +251,7 @@ impl Prepared {
     }
 }
 
-/// Bytes that are wiped when the last who has them drops them.
+/// Bytes that are wiped when their last owner drops them.
 fn wiped(secret: SecretSlice<u8>) -> Bytes {
     struct Owner(SecretSlice<u8>);
     impl AsRef<[u8]> for Owner {

@@ -1,7 +1,7 @@
 //! `polydev.runtime.v1`, served over gRPC and over HTTP. In reading order: [`server`] accepts
-//! connections, of which [`incoming`] knows the caller, or [`identify`] if the caller shows a
-//! token. [`grpc`] and [`http`] decode a call, ask [`api`], and encode its answer. [`trace`] is
-//! the caller's place in a trace, and [`status`] maps errors to what callers receive.
+//! connections. [`incoming`] identifies the caller of a connection, [`identify`] the caller of a
+//! token. [`grpc`] and [`http`] decode a call, ask [`api`], and encode its answer. [`trace`]
+//! reads the caller's trace context. [`status`] maps errors to what callers receive.
 
 mod server;
 
@@ -20,7 +20,7 @@ pub use server::{Limits, Parts, serve};
 
 use std::time::Duration;
 
-/// A run with argv and environment at the kernel's limits.
+/// The largest message, in bytes: a run with argv and environment at the kernel's limits fits.
 const MAX_MESSAGE: usize = 4 << 20;
-/// For a caller to say what it wants.
+/// How long a caller may take to send the first message of a call.
 const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);

@@ -1,5 +1,5 @@
-//! Callers who show a token (RFC 6750): a JWT that an issuer has made out for them. [`keys`] has
-//! the issuer's keys, [`signature`] checks what they have signed.
+//! Callers who present a token (RFC 6750): a JWT that an issuer has made for them. [`keys`]
+//! fetches the issuer's keys. [`signature`] checks the signatures.
 
 mod keys;
 mod signature;
@@ -11,17 +11,17 @@ use crate::access::Caller;
 use keys::Keys;
 
 /// By how many seconds the issuer's clock may differ from this machine's.
-const CLOCKS: u64 = 60;
-/// A token is in a header, of which there are 16 KiB.
-const TOKEN_MOST: usize = 12 << 10;
-/// Bytes of a subject; as many as a certificate's name may have.
-const SUBJECT_MOST: usize = 1024;
+const MAX_CLOCK_SKEW: u64 = 60;
+/// A token is in a header, and all headers together may have 16 KiB.
+const MAX_TOKEN: usize = 12 << 10;
+/// Bytes of a subject: as many as the name in a certificate may have.
+const MAX_SUBJECT: usize = 1024;
 
-/// Whose tokens are taken.
+/// Which tokens the shim accepts.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Settings {
-    /// The issuer of tokens that callers may show: an https URL with an OpenID configuration
-    /// below it, as its tokens have it in `iss`. [default: no tokens are taken]
+    /// The issuer whose tokens callers may present: an https URL with an OpenID configuration
+    /// below it, exactly as in `iss` of the tokens. [default: no tokens are accepted]
     #[arg(
         long,
         env = "POLYDEV_TOKEN_ISSUER",
@@ -29,11 +29,11 @@ pub struct Settings {
         requires = "token_audience"
     )]
     pub token_issuer: Option<String>,
-    /// For whom tokens have to be made out: one of their `aud`.
+    /// The audience that tokens must be issued for: their `aud` must contain this name.
     #[arg(long, env = "POLYDEV_TOKEN_AUDIENCE", value_name = "NAME")]
     pub token_audience: Option<String>,
-    /// Where the issuer's keys are (a JWK set), if there is no OpenID configuration: an https
-    /// URL, or one of the loopback address. Without --token-issuer any `iss` is taken, or none.
+    /// URL of the issuer's keys (a JWK set), if the issuer has no OpenID configuration: https, or
+    /// http of the loopback address. Without --token-issuer the shim does not check `iss`.
     #[arg(
         long,
         env = "POLYDEV_TOKEN_KEYS",
@@ -43,63 +43,63 @@ pub struct Settings {
     pub token_keys: Option<String>,
 }
 
-/// Why tokens cannot be taken.
+/// Why the shim cannot accept tokens.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "--{option} is `{given}`, allowed are https URLs, and http ones of the loopback address"
+        "--{option} is `{given}`: allowed are https URLs, and http URLs of the loopback address"
     )]
     Url { option: &'static str, given: String },
-    #[error("--token-audience is of use with --token-issuer or --token-keys")]
+    #[error("--token-audience requires --token-issuer or --token-keys")]
     NoIssuer,
-    #[error("the issuer's keys cannot be asked for")]
+    #[error("cannot create the client that fetches the issuer's keys")]
     Client(#[source] reqwest::Error),
 }
 
-/// Why a caller is not known by his token.
+/// Why a token does not identify a caller.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    #[error("this shim takes no tokens")]
+    #[error("this shim accepts no tokens")]
     NotTaken,
-    #[error("the caller has shown neither a certificate nor a token")]
+    #[error("the caller has presented neither a certificate nor a token")]
     Nothing,
-    #[error("`authorization` is not `Bearer` and a token of at most {TOKEN_MOST} bytes")]
+    #[error("`authorization` must be `Bearer` and one token of at most {MAX_TOKEN} bytes")]
     Header,
-    #[error("the token is not a JWT that is understood")]
+    #[error("the token is not a JWT that this shim understands")]
     Malformed,
-    #[error("the token is signed with {algorithm:?}, which is not taken")]
+    #[error("the token is signed with {algorithm:?}, which this shim does not accept")]
     Algorithm { algorithm: Algorithm },
-    // It is whatever the caller says, and may go into a log.
+    // The caller chooses the id, which may go into a log: `:?` escapes it.
     #[error("the issuer has no key {kid:?}")]
     UnknownKey { kid: String },
-    #[error("the token names no key, and the issuer has several")]
+    #[error("the token names no key (`kid`), and the issuer has several keys")]
     NoKeyNamed,
-    #[error("the token's signature is wrong")]
+    #[error("the token's signature is not valid")]
     Signature,
     #[error("the token has expired")]
     Expired,
-    #[error("the token does not hold yet")]
+    #[error("the token is not valid yet")]
     Early,
-    #[error("the token is another issuer's")]
+    #[error("the token is from another issuer")]
     Issuer,
-    #[error("the token is made out for another audience")]
+    #[error("the token is for another audience")]
     Audience,
-    #[error("the token has no `{claim}`, or one that is not understood")]
+    #[error("the token's claim `{claim}` is missing or not valid")]
     Claim { claim: String },
-    /// Worth another try; why is in the log alone.
-    #[error("the issuer's keys are not to be had")]
+    /// The caller may try again. Only the log has the cause.
+    #[error("the issuer's keys are not available")]
     NoKeys,
 }
 
-/// What is read of a token, besides what the library looks at.
+/// The claims that this module reads. The library checks others.
 #[derive(Deserialize)]
 struct Claims {
-    /// Without one the library says so.
+    /// Empty if missing: the library rejects a token without this claim.
     #[serde(default)]
     sub: String,
 }
 
-/// Knows callers by their tokens.
+/// Identifies callers by their tokens.
 #[derive(Debug)]
 pub struct Tokens {
     keys: Keys,
@@ -108,7 +108,7 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    /// `None` if none are to be taken. Nobody is asked for anything yet.
+    /// `None` if the shim accepts no tokens. This call fetches nothing.
     ///
     /// # Errors
     /// [`Error`]
@@ -119,7 +119,7 @@ impl Tokens {
             token_keys,
         } = settings.clone();
         let keys = match (&token_issuer, token_keys) {
-            // The issuer is only compared then, and may have any form.
+            // The issuer is only compared with `iss`, and may have any form.
             (_, Some(keys)) => {
                 keys::check_url("token-keys", &keys)?;
                 Keys::at(keys)?
@@ -139,21 +139,21 @@ impl Tokens {
         }))
     }
 
-    /// Keeps the issuer's keys as they are.
+    /// Keeps the issuer's keys up to date. Never returns.
     pub async fn keep(&self) {
         self.keys.keep().await;
     }
 
-    /// Whose token it is: `sub:` and its subject.
+    /// The caller that the token identifies: `sub:` and the token's subject.
     ///
     /// # Errors
     /// [`Refused`]
     pub async fn caller(&self, token: &str) -> Result<Caller, Refused> {
-        if token.len() > TOKEN_MOST {
+        if token.len() > MAX_TOKEN {
             return Err(Refused::Header);
         }
         let header = jsonwebtoken::decode_header(token).map_err(|_| Refused::Malformed)?;
-        // Nothing that has to be understood is.
+        // `crit` names extensions that the recipient must support. This shim supports none.
         if header.crit.is_some() {
             return Err(Refused::Malformed);
         }
@@ -163,7 +163,7 @@ impl Tokens {
         }
         let key = self.keys.find(header.kid.as_deref(), header.alg).await?;
         let mut validation = Validation::new(header.alg);
-        validation.leeway = CLOCKS;
+        validation.leeway = MAX_CLOCK_SKEW;
         validation.validate_nbf = true;
         validation.set_audience(&[&self.audience]);
         validation.set_required_spec_claims(&["exp", "aud", "sub"]);
@@ -173,7 +173,7 @@ impl Tokens {
         }
         let claims = jsonwebtoken::decode::<Claims>(token, &key, &validation);
         let sub = claims.map_err(|error| refused(error.kind()))?.claims.sub;
-        let is_name = (1..=SUBJECT_MOST).contains(&sub.len()) && !sub.chars().any(char::is_control);
+        let is_name = (1..=MAX_SUBJECT).contains(&sub.len()) && !sub.chars().any(char::is_control);
         match is_name {
             true => Ok(Caller(format!("sub:{sub}"))),
             false => Err(Refused::Claim {

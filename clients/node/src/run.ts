@@ -304,7 +304,7 @@ export class Run implements AsyncIterable<Event> {
     const read = this.#read[stream];
     const end = output.offset + BigInt(output.data.length);
     if (output.offset > read) {
-      throw new DataLoss(`the shim goes on at byte ${output.offset} after byte ${read}`);
+      throw new DataLoss(`the shim continues at byte ${output.offset} after byte ${read}`);
     }
     if (end <= read) {
       return false;

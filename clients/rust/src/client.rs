@@ -1,4 +1,4 @@
-//! The connection to a shim, and who its caller is.
+//! The connection to a shim, and the identity of its caller.
 
 use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
@@ -18,28 +18,29 @@ use tonic::{
 
 use crate::run::Run;
 
-/// For a connection to be made.
+/// How long a connection attempt may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Between pings, and for the answer to one: the machine at the other end may have died.
+/// Time between two pings, and for the answer to a ping: the machine at the other end may have
+/// died.
 const ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 
 /// Every call of `polydev.runtime.v1`.
 pub type Calls = RuntimeServiceClient<InterceptedService<Channel, Added>>;
 
-/// Who the caller is, as far as the connection does not say it.
+/// The identity of the caller, for connections that do not show it themselves.
 #[derive(Debug, Clone, Default)]
 pub struct Identity {
-    /// Whom it believes, and its certificate; for an address that begins with `https`.
+    /// Which shims the caller trusts, and its certificate. Required for an `https` address.
     pub tls: Option<Trust>,
     /// A token, sent with each call.
     pub token: Option<Token>,
 }
 
-/// A token (RFC 6750) that some issuer has made out for the caller.
+/// A bearer token (RFC 6750) that an issuer has issued to the caller.
 #[derive(Debug, Clone)]
 pub enum Token {
     Fixed(Arc<SecretString>),
-    /// Read again for each call: somebody renews it there.
+    /// The file is read again for each call, because tokens are renewed.
     File(PathBuf),
 }
 
@@ -51,8 +52,8 @@ pub struct Error {
     pub reason: String,
 }
 
-/// A connection to a shim, or to whatever stands in front of several; clones share it. When it
-/// breaks, the next call makes a new one.
+/// A connection to a shim, or to a proxy in front of several shims; clones share it. When the
+/// connection breaks, the next call makes a new one.
 #[derive(Debug, Clone)]
 pub struct Client {
     channel: Channel,
@@ -61,7 +62,7 @@ pub struct Client {
 
 impl Client {
     /// # Errors
-    /// [`Error`], also if nobody answers within 10 s.
+    /// [`Error`], also if no shim answers within 10 s.
     ///
     /// # Cancel safety
     /// Leaves nothing.
@@ -88,36 +89,37 @@ impl Client {
         Ok(Self { channel, added })
     }
 
-    /// Sent with each call besides, such as the place in a trace: `traceparent`.
+    /// Sets metadata that is sent with each call, such as the trace context (`traceparent`).
     #[must_use]
     pub fn with_metadata(mut self, metadata: MetadataMap) -> Self {
         self.added.metadata = metadata;
         self
     }
 
-    /// Every call of the API, as it is.
+    /// The generated client, which has every call of the API.
     #[must_use]
     pub fn calls(&self) -> Calls {
         RuntimeServiceClient::with_interceptor(self.channel.clone(), self.added.clone())
     }
 
-    /// Runs a command. Without a `run_id` it gets one here, of this machine's clock, so that it is
-    /// started once however often the connection breaks. One that is given may have been tried
-    /// before, by another process: every node is asked first, unless `attempt` is 1, which says
-    /// that it was not. Nothing is sent before its events are asked for.
+    /// Runs a command. If `run_id` is empty, the client makes one from this machine's clock, so
+    /// that the command is started once, however often the connection breaks. A given `run_id` may
+    /// have been tried before by another process, so the shim asks every node first. `attempt` 1
+    /// says that the id was never tried, and the shim does not ask. The client sends nothing until
+    /// the caller asks for the events.
     #[must_use]
     pub fn run(&self, start: RunStart) -> Run {
         Run::start(self.calls(), start)
     }
 
-    /// Goes on with a run, from those offsets.
+    /// Continues a run from the given offsets.
     #[must_use]
     pub fn attach(&self, start: AttachStart) -> Run {
         Run::attach(self.calls(), start)
     }
 }
 
-/// What goes with each call.
+/// Token and metadata for each call.
 #[derive(Debug, Clone)]
 pub struct Added {
     token: Option<Token>,
@@ -135,7 +137,7 @@ impl Added {
         };
         let header = SecretString::from(format!("Bearer {}", text.expose_secret().trim()));
         let value = MetadataValue::try_from(header.expose_secret());
-        let mut value = value.map_err(|_| "the token is not of printable ASCII")?;
+        let mut value = value.map_err(|_| "the token must be printable ASCII")?;
         value.set_sensitive(true);
         Ok(Some(value))
     }

@@ -1,31 +1,29 @@
-//! What a caller sends to a run: kept until no broken connection can lose it any more.
+//! The input that a caller sends to a run. It is kept until no broken connection can lose it.
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::VecDeque, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
+use parking_lot::{Mutex, MutexGuard};
 use polydev_proto::runtime::{
     Accepted, CloseStdin, RunInput, Signal, TerminalSize, run_input::Input as Message,
 };
 use tokio::sync::Notify;
 
-/// The most the API takes in one message.
-const CHUNK: usize = 64 << 10;
-/// Bytes that wait to be sent before whoever writes more has to wait.
+/// The largest number of bytes in one message of the API.
+const MAX_CHUNK: usize = 64 << 10;
+/// Unsent bytes. A writer waits while there are more.
 const MAX_WAITING: u64 = 1 << 20;
-/// Bytes that are kept after they were sent: more than lie between caller and command, with
-/// all windows on the way full.
+/// Bytes that are kept after they were sent. This is more than the path from the caller to the
+/// command can hold with all its windows full.
 const MAX_KEPT: u64 = 8 << 20;
-/// Signals that wait to be sent; further ones are left out.
+/// Unsent signals; further ones are dropped.
 const MAX_SIGNALS: usize = 64;
 
-/// To a run, from its caller; clones share it.
+/// The input of a run, from its caller; clones share it.
 #[derive(Debug, Clone)]
 pub struct Input(Arc<Shared>);
 
-/// The run takes no more.
+/// The run accepts no more input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the run takes no more input")]
 pub struct Closed;
@@ -33,53 +31,53 @@ pub struct Closed;
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// There is something to send, or another call to send it with.
+    /// Notified when there is something to send, or a new call.
     news: Notify,
     room: Notify,
 }
 
-/// One stream of bytes: those of the run's files, then its stdin.
+/// One stream of bytes: the run's files, and then its stdin.
 #[derive(Debug)]
 struct State {
-    /// How many of them are the files'.
+    /// How many of the bytes belong to files.
     files: u64,
     origin: Origin,
-    /// The last of what was sent, in pieces of at most `CHUNK`, none with bytes of files and of
-    /// stdin.
+    /// The last bytes that were sent, in pieces of at most `MAX_CHUNK`. No piece has bytes of both
+    /// files and stdin.
     kept: VecDeque<BytesMut>,
-    /// Where `kept` begins.
+    /// The offset at which `kept` begins.
     begin: u64,
-    /// Where it ends, and `waiting` begins.
+    /// The offset at which `kept` ends and `waiting` begins.
     sent: u64,
-    /// What is to be sent.
+    /// The unsent bytes.
     waiting: VecDeque<Bytes>,
     end: u64,
-    /// The run has so much more than was written here, from an earlier caller.
+    /// How many bytes more than were written here the run has, from an earlier caller.
     skip: u64,
-    /// It is known how much the run has, so that what waits may be sent.
+    /// Whether it is known how much input the run has. If so, waiting bytes may be sent.
     known: bool,
     call: u64,
-    /// Nothing follows.
+    /// No more input follows.
     closed: bool,
     close_sent: bool,
-    /// What goes before any bytes.
+    /// Messages that are sent before any bytes.
     urgent: VecDeque<Message>,
-    /// The last that was told, for the next call to tell again.
+    /// The last terminal size. The next call sends it again.
     size: Option<TerminalSize>,
     over: bool,
 }
 
-/// Where what the caller sends begins.
+/// Where the caller's input begins.
 #[derive(Debug, Clone, Copy)]
 enum Origin {
-    /// With the run: all of its input is the caller's.
+    /// At the run's start: all of its input comes from this caller.
     Run,
-    /// Where the run had come to, as soon as it has said so: others have sent what was before,
-    /// and may send more.
+    /// At the offset that the run has reported; `None` until it has. Others have sent the input
+    /// before this offset, and may send more.
     Attach(Option<u64>),
 }
 
-/// Bytes that a broken connection has lost.
+/// A broken connection has lost bytes that are no longer kept.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the run has {has} bytes of its input, and those from {kept} on are kept")]
 pub(crate) struct Gone {
@@ -88,13 +86,13 @@ pub(crate) struct Gone {
 }
 
 impl Input {
-    /// Of a run with so many bytes of files that follow; `is_new` says that none of its input
-    /// has ever been sent.
+    /// The input of a run whose files have `files` bytes. `is_new` says that none of the input was
+    /// ever sent.
     pub(crate) fn of_run(files: u64, is_new: bool) -> Self {
         Self::new(files, Origin::Run, is_new)
     }
 
-    /// Of a run that goes on already.
+    /// The input of a run that exists already.
     pub(crate) fn of_attach() -> Self {
         Self::new(0, Origin::Attach(None), false)
     }
@@ -124,15 +122,16 @@ impl Input {
         }))
     }
 
-    /// The bytes of the files whose `size` the run was told, one file's after the other's, and
-    /// then the command's stdin. Waits while more than 1 MiB has not been sent, which happens as
-    /// long as somebody asks for the run's events: more is to be written beside that.
+    /// Writes input: the bytes of the files that have their `size` in the start message, one file
+    /// after the other, and then the command's stdin. Waits while more than 1 MiB is unsent. Input
+    /// is sent only while the caller reads the run's events, so write more than 1 MiB concurrently
+    /// with reading.
     ///
     /// # Errors
-    /// [`Closed`] once the run is over or its stdin closed.
+    /// [`Closed`] when the run has ended or its stdin is closed.
     ///
     /// # Cancel safety
-    /// Some of the bytes may have been taken.
+    /// Some of the bytes may have been accepted.
     pub async fn write(&self, bytes: impl Into<Bytes>) -> Result<(), Closed> {
         let mut bytes = bytes.into();
         while !bytes.is_empty() {
@@ -148,13 +147,13 @@ impl Input {
         Ok(())
     }
 
-    /// No more follows: the command reads end of file.
+    /// Closes the input: the command reads end of file.
     pub fn close(&self) {
         self.change(|state| state.closed = true);
     }
 
-    /// A signal for the command, before whatever of its stdin is still to be sent: 2 is SIGINT.
-    /// Of more than 64 that cannot be sent yet the last are left out.
+    /// Sends a signal to the command, such as 2 (SIGINT), before any unsent stdin. At most 64
+    /// signals wait to be sent; further ones are dropped.
     pub fn signal(&self, number: i32) {
         self.change(|state| {
             if state.urgent.len() < MAX_SIGNALS {
@@ -163,19 +162,19 @@ impl Input {
         });
     }
 
-    /// The terminal has another size.
+    /// Sets the size of the terminal.
     pub fn resize(&self, size: TerminalSize) {
         self.change(|state| state.resize(size));
     }
 
-    /// The run is over.
+    /// Ends the input, because the run has ended.
     pub(crate) fn end(&self) {
         self.change(|state| state.over = true);
         self.0.room.notify_waiters();
     }
 
-    /// Begins another call, in place of the one that broke; it is not known yet how much the
-    /// run has, unless it is the first.
+    /// Begins a new call in place of the call that broke, and returns its number. Except for the
+    /// first call, it is not known yet how much input the run has.
     pub(crate) fn next_call(&self) -> u64 {
         let mut call = 0;
         self.change(|state| {
@@ -192,7 +191,7 @@ impl Input {
         call
     }
 
-    /// The run has so much, and the call goes on from there.
+    /// Continues the call after the input that the run has according to `accepted`.
     ///
     /// # Errors
     /// [`Gone`]
@@ -203,7 +202,7 @@ impl Input {
             Origin::Run => accepted.files_offset.min(state.files) + accepted.stdin_offset,
             Origin::Attach(origin) => {
                 let origin = *origin.get_or_insert(accepted.stdin_offset);
-                // It has more if others send as well.
+                // The run has more if others send input as well.
                 accepted.stdin_offset.saturating_sub(origin).min(end)
             }
         };
@@ -215,8 +214,9 @@ impl Input {
         Ok(())
     }
 
-    /// What that call is to send next; `None` once there is another call or the run is over.
-    /// Otherwise it waits: the end of the messages would close the command's stdin.
+    /// The next message of the given call; `None` when a new call has begun or the run has ended.
+    /// In all other cases it waits, because the end of the messages would close the command's
+    /// stdin.
     pub(crate) async fn next(&self, call: u64) -> Option<RunInput> {
         loop {
             let news = self.0.news.notified();
@@ -243,8 +243,7 @@ impl Input {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        let state = &self.0.state;
-        state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock()
     }
 }
 
@@ -256,7 +255,7 @@ impl Shared {
 }
 
 impl State {
-    /// Takes some bytes; false if there is no room.
+    /// Accepts some bytes; false if there is no room.
     fn take(&mut self, bytes: &mut Bytes) -> Result<bool, Closed> {
         if self.over || self.closed {
             return Err(Closed);
@@ -264,11 +263,11 @@ impl State {
         if self.end - self.sent >= MAX_WAITING {
             return Ok(false);
         }
-        let files_left = usize::try_from(self.files.saturating_sub(self.end)).unwrap_or(CHUNK);
+        let files_left = usize::try_from(self.files.saturating_sub(self.end)).unwrap_or(MAX_CHUNK);
         let most = if files_left > 0 {
-            files_left.min(CHUNK)
+            files_left.min(MAX_CHUNK)
         } else {
-            CHUNK
+            MAX_CHUNK
         };
         let piece = bytes.split_to(most.min(bytes.len()));
         self.end += piece.len() as u64;
@@ -282,13 +281,13 @@ impl State {
 
     fn resize(&mut self, size: TerminalSize) {
         self.size = Some(size);
-        // Only the last one matters.
+        // Only the last size matters.
         self.urgent
             .retain(|message| !matches!(message, Message::Resize(_)));
         self.urgent.push_back(Message::Resize(size));
     }
 
-    /// The run has so much: what follows waits to be sent.
+    /// Continues after the first `has` bytes: kept bytes after them wait to be sent again.
     fn seek(&mut self, has: u64) -> Result<(), Gone> {
         let kept = self.begin;
         if has < kept {
@@ -298,7 +297,7 @@ impl State {
             && let Some(mut piece) = self.kept.pop_back()
         {
             let begin = self.sent - piece.len() as u64;
-            // Both are within the piece.
+            // Both offsets are within the piece.
             let had = usize::try_from(has.saturating_sub(begin)).unwrap_or(0);
             if had > 0 {
                 self.kept.push_back(piece.split_to(had));
@@ -311,7 +310,7 @@ impl State {
         Ok(())
     }
 
-    /// What the run has of what waits need not be sent.
+    /// Skips waiting bytes that the run has already.
     fn pass(&mut self, has: u64) {
         while self.sent < has
             && let Some(mut piece) = self.waiting.pop_front()
@@ -330,8 +329,8 @@ impl State {
         let is_first_of_stdin = self.sent == self.files;
         self.sent += piece.len() as u64;
         match self.kept.back_mut() {
-            // Many small ones would take more than their bytes.
-            Some(last) if last.len() + piece.len() <= CHUNK && !is_first_of_stdin => {
+            // Many small pieces would need more memory than their bytes.
+            Some(last) if last.len() + piece.len() <= MAX_CHUNK && !is_first_of_stdin => {
                 last.extend_from_slice(piece);
             }
             _ => self.kept.push_back(BytesMut::from(piece)),

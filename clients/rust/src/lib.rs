@@ -1,8 +1,8 @@
 //! A client of `polydev-shim`.
 //!
-//! [`Client::run`] starts a command and is a stream of its events, which goes on over broken
-//! connections and shims that are restarted: every byte comes once, in order. Every other call
-//! of the API is in [`Client::calls`].
+//! [`Client::run`] starts a command and returns the stream of its events. The stream continues
+//! when a connection breaks or a shim restarts: every byte comes once, in order.
+//! [`Client::calls`] has every other call of the API.
 #![doc = include_str!("../README.md")]
 
 mod client;

@@ -1,4 +1,4 @@
-//! One run as its caller sees it: a stream of events that no broken connection ends.
+//! One run as its caller sees it. Its events continue when a connection breaks.
 
 use std::{
     pin::Pin,
@@ -12,35 +12,35 @@ use futures_util::{
 };
 use polydev_proto::{
     exec,
+    id::RunId,
     runtime::{
         AttachRequest, AttachStart, Lost, Output, Prompt, RunEvent, RunRequest, RunStart,
-        Stream as Which, attach_request, input_file::Source, run_event::Event, run_request,
-        run_start::Command,
+        attach_request, input_file::Source, run_event::Event, run_request, run_start::Command,
     },
+    stream::{PerStream, Stream as Which},
 };
 use tokio::{sync::watch, time::sleep};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
-use uuid::Uuid;
 
 use crate::{Calls, Input};
 use polydev_transport::backoff::Backoff;
 
-/// How long a run is tried to be reached again.
+/// How long the client tries to reach an accepted run again.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(60);
-/// As long as it is not known whether there is one.
+/// The same for a run that is not accepted yet.
 const FIRST_TIMEOUT: Duration = Duration::from_secs(10);
-/// Between two tries at first, and at most.
+/// Time between two tries: the first value, and the largest.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(2);
-/// A shim hands its runs over.
+/// Reason of a shim that is stopping: its runs continue through another shim.
 const STOPPING: &str = "STOPPING";
 
-/// A run: the stream of its events. `accepted` comes once, every byte once and in order, and
-/// `exited` last. When the connection breaks, or the shim is restarted, it goes on where it was;
-/// after a minute without an answer (ten seconds, if it was not accepted yet) it ends with the
-/// last error. Dropping it leaves the run to
-/// itself.
+/// A run: the stream of its events. `accepted` comes once, every byte comes once and in order, and
+/// `exited` comes last. When the connection breaks or the shim restarts, the events continue where
+/// they stopped. After one minute without an answer the stream ends with the last error; after ten
+/// seconds, if the run was not accepted yet. When the stream is dropped, an accepted run continues
+/// without the caller, and a run that still waits for a slot is given up.
 pub struct Run {
     run_id: String,
     input: Input,
@@ -50,14 +50,14 @@ pub struct Run {
 
 impl Run {
     pub(crate) fn start(calls: Calls, mut start: RunStart) -> Self {
-        // An id that was given may have been tried before, unless it is said that it was not.
+        // A given id may have been tried before, unless `attempt` says that it was not.
         let least = if start.run_id.is_empty() { 1 } else { 2 };
         if start.attempt == 0 {
             start.attempt = least;
         }
         if start.run_id.is_empty() {
             start.run_id = if start.lease_id.is_empty() {
-                Uuid::now_v7().to_string()
+                RunId::now().into()
             } else {
                 start.lease_id.clone()
             };
@@ -69,7 +69,8 @@ impl Run {
         };
         let files = start.files.iter().map(|file| size(&file.source)).sum();
         let input = Input::of_run(files, start.attempt == 1);
-        Self::new(calls, run_id, input, [0; 3], Some(start), String::new())
+        let read = PerStream::default();
+        Self::new(calls, run_id, input, read, Some(start), String::new())
     }
 
     pub(crate) fn attach(calls: Calls, start: AttachStart) -> Self {
@@ -80,7 +81,7 @@ impl Run {
             stderr_offset,
             artifact_offset,
         } = start;
-        let offsets = [stdout_offset, stderr_offset, artifact_offset];
+        let offsets = PerStream::new(stdout_offset, stderr_offset, artifact_offset);
         Self::new(calls, run_id, Input::of_attach(), offsets, None, user_id)
     }
 
@@ -88,7 +89,7 @@ impl Run {
         calls: Calls,
         run_id: String,
         input: Input,
-        read: [u64; 3],
+        read: PerStream<u64>,
         start: Option<RunStart>,
         user_id: String,
     ) -> Self {
@@ -129,14 +130,14 @@ impl Run {
         &self.run_id
     }
 
-    /// False while it is tried to be reached again, as the last event that was asked for has
-    /// found out.
+    /// Whether the run is connected: false while the client tries to reach it again. Changes only
+    /// while the caller asks for events.
     #[must_use]
     pub fn reached(&self) -> watch::Receiver<bool> {
         self.reached.clone()
     }
 
-    /// The way to its command.
+    /// The input of the command.
     #[must_use]
     pub fn input(&self) -> Input {
         self.input.clone()
@@ -153,40 +154,40 @@ impl Stream for Run {
 
 type Call = BoxStream<'static, Result<Option<RunEvent>, Status>>;
 
-/// What one run has come to, over all calls about it.
+/// The state of one run over all its calls.
 struct Session {
     calls: Calls,
     run_id: String,
     user_id: String,
-    /// `None` for a run that somebody else has started.
+    /// `None` for a run that another client has started.
     start: Option<RunStart>,
     input: Input,
     call: Option<Call>,
-    /// `accepted` was told.
+    /// The caller has got `accepted`.
     accepted: bool,
-    /// `started` was.
+    /// The caller has got `started`.
     started: bool,
     told_artifacts: bool,
     /// How much of stdout, stderr and artifacts the caller has.
-    read: [u64; 3],
-    /// Since when the shim does not answer.
+    read: PerStream<u64>,
+    /// Since when the shim has not answered.
     broken: Option<Instant>,
-    /// Before the next call, unless it is the first.
+    /// The wait before the next call, unless it is the first.
     retry: Backoff,
     over: bool,
     reached: watch::Sender<bool>,
 }
 
-/// The shim has input of its own for it, also after it has started: a prompt that is the CLI's
-/// stdin.
+/// Whether the shim still gives the command input after its start: a prompt that the CLI reads
+/// from stdin.
 fn is_read_by_the_shim(start: &RunStart) -> bool {
     matches!(&start.command, Some(Command::Prompt(Prompt { text, .. })) if text.len() > exec::PROMPT_IN_ARGV)
 }
 
 impl Drop for Session {
-    /// Whoever still writes is told when nobody reads the run any more.
+    /// Writers of input get an error when the run is dropped.
     fn drop(&mut self) {
-        // First the answers, so that the end of the requests does not close the command's stdin.
+        // Drops the responses first: otherwise the end of the requests closes the command's stdin.
         self.call = None;
         self.input.end();
     }
@@ -216,7 +217,7 @@ impl Session {
         None
     }
 
-    /// What comes next from the call that is open, or is opened; `None` if it is nothing new.
+    /// Reads the next event of the open call, or of a new call; `None` if the event is not new.
     async fn step(&mut self) -> Result<Option<Event>, Status> {
         let call = match &mut self.call {
             Some(call) => call,
@@ -238,7 +239,7 @@ impl Session {
         }
     }
 
-    /// Begins a call: the first, or one that goes on with the run.
+    /// Begins the first call, or a call that continues the run.
     async fn open(&mut self) -> Result<Call, Status> {
         let number = self.input.next_call();
         let input = self.input.clone();
@@ -246,12 +247,12 @@ impl Session {
             Some((input.next(number).await?, input))
         });
         let mut calls = self.calls.clone();
-        // A run that exists is attached to by that as well, from its first byte. The shim that
-        // broke may have had some of what it reads.
+        // If the run exists, `Run` also attaches to it, from its first byte. The previous shim may
+        // have had part of its input.
         let start = self.start.as_mut();
         if let Some(start) = start.filter(|start| !self.started || is_read_by_the_shim(start)) {
             let first = run_request::Message::Start(Box::new(start.clone()));
-            // Whatever becomes of this call, the next one is another try.
+            // Whatever happens to this call, the next one is another try.
             start.attempt = start.attempt.saturating_add(1);
             let inputs = inputs.map(run_request::Message::Input);
             let requests = stream::iter([first])
@@ -262,13 +263,12 @@ impl Session {
             let events = calls.run(requests).await?.into_inner();
             return Ok(events.map(|response| Ok(response?.event)).boxed());
         }
-        let [stdout_offset, stderr_offset, artifact_offset] = self.read;
         let first = attach_request::Message::Start(AttachStart {
             run_id: self.run_id.clone(),
             user_id: self.user_id.clone(),
-            stdout_offset,
-            stderr_offset,
-            artifact_offset,
+            stdout_offset: self.read[Which::Stdout],
+            stderr_offset: self.read[Which::Stderr],
+            artifact_offset: self.read[Which::Artifacts],
         });
         let inputs = inputs.map(attach_request::Message::Input);
         let requests = stream::iter([first])
@@ -280,21 +280,21 @@ impl Session {
         Ok(events.map(|response| Ok(response?.event)).boxed())
     }
 
-    /// What of an event is new, which shows that somebody answers.
+    /// The new part of an event. Also notes that the shim answers.
     fn news(&mut self, event: Event) -> Result<Option<Event>, Status> {
         if matches!(event, Event::Accepted(_) | Event::Queued(_)) {
             self.broken = None;
             self.tell_reached(true);
         }
         let news = self.only_news(event)?;
-        // One that breaks again and again before there is anything is not asked at once.
+        // Calls that break before anything new arrives do not shorten the wait.
         if news.is_some() {
             self.retry.reset();
         }
         Ok(news)
     }
 
-    /// What of an event the caller does not have yet.
+    /// The part of an event that the caller does not have yet; `None` if there is none.
     fn only_news(&mut self, event: Event) -> Result<Option<Event>, Status> {
         Ok(match event {
             Event::Accepted(accepted) => {
@@ -308,9 +308,12 @@ impl Session {
                 let is_first = !std::mem::replace(&mut self.started, true);
                 is_first.then_some(Event::Started(started))
             }
-            Event::Stdout(output) => self.output(0, output)?.map(Event::Stdout),
-            Event::Stderr(output) => self.output(1, output)?.map(Event::Stderr),
-            Event::ArtifactData(output) => self.output(2, output)?.map(Event::ArtifactData),
+            Event::Stdout(output) => self.output(Which::Stdout, output)?.map(Event::Stdout),
+            Event::Stderr(output) => self.output(Which::Stderr, output)?.map(Event::Stderr),
+            Event::ArtifactData(output) => {
+                let new = self.output(Which::Artifacts, output)?;
+                new.map(Event::ArtifactData)
+            }
             Event::Artifacts(artifacts) => {
                 let is_first = !std::mem::replace(&mut self.told_artifacts, true);
                 is_first.then_some(Event::Artifacts(artifacts))
@@ -320,18 +323,18 @@ impl Session {
         })
     }
 
-    fn output(&mut self, stream: usize, mut output: Output) -> Result<Option<Output>, Status> {
+    fn output(&mut self, stream: Which, mut output: Output) -> Result<Option<Output>, Status> {
         let read = &mut self.read[stream];
         let end = output.offset + output.data.len() as u64;
         if output.offset > *read {
             let at = output.offset;
-            let words = format!("the shim goes on at byte {at} after byte {read}");
+            let words = format!("the shim continues at byte {at} after byte {read}");
             return Err(Status::data_loss(words));
         }
         if end <= *read {
             return Ok(None);
         }
-        // Less than the length of its data.
+        // Less than the length of `output.data`.
         let had = usize::try_from(*read - output.offset).unwrap_or(0);
         output.offset = std::mem::replace(read, end);
         output.data = output.data.split_off(had);
@@ -339,12 +342,10 @@ impl Session {
     }
 
     fn lost(&mut self, mut lost: Lost) -> Option<Lost> {
-        let read = match lost.stream() {
-            Which::Stdout => &mut self.read[0],
-            Which::Stderr => &mut self.read[1],
-            Which::Artifacts => &mut self.read[2],
-            Which::Unspecified => return Some(lost),
+        let Some(stream) = Which::of_number(lost.stream) else {
+            return Some(lost);
         };
+        let read = &mut self.read[stream];
         if lost.to <= *read {
             return None;
         }
@@ -353,18 +354,19 @@ impl Session {
         Some(lost)
     }
 
-    /// Whether another call may bring what this one did not.
+    /// Whether another call may succeed after this error.
     fn may_go_on(&self, status: &Status) -> bool {
         let details = status.get_error_details();
         let is_ours = details.error_info().is_some();
         let may_pass = match status.code() {
-            // The connection's, and not the shim's words.
+            // The connection's error, not the shim's.
             Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled if !is_ours => {
                 true
             }
-            // The shim has lost the node: what became of the run is to be asked for.
+            // The shim has lost the node, so the client must ask what happened to the run.
             Code::Aborted if is_ours => true,
-            // Worth another try for a run that exists; a first call is its caller's to repeat.
+            // Repeat the call for a run that exists. The caller decides whether to repeat a first
+            // call.
             _ => {
                 let is_stopping = details
                     .error_info()

@@ -9,25 +9,25 @@ use std::process::ExitCode;
 
 use polydev_proto::provider::Provider;
 
-/// Whose credential, and what for.
+/// The user that the credential belongs to, and the provider that it is for.
 #[derive(clap::Args)]
 pub struct Name {
     /// openai, anthropic or google.
     pub provider: Provider,
-    /// Whose it is.
+    /// User that the credential belongs to.
     #[arg(long, default_value = "local")]
     pub user: String,
 }
 
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Keep a credential in the shim's store, in place of the one there was.
+    /// Store a credential in the shim. It replaces the user's previous one for the provider.
     Put(keep::Put),
-    /// Show what credentials are kept; never what is in them.
+    /// List stored credentials, without their secrets.
     List(keep::List),
-    /// Remove a credential. Runs that have it keep it.
+    /// Delete a stored credential. Runs that already have the credential keep it.
     Delete(keep::Delete),
-    /// Seal with the shim's first master key what others have sealed.
+    /// Seal credentials that another master key has sealed with the shim's first master key.
     Rotate(keep::Rotate),
 }
 

@@ -1,4 +1,4 @@
-//! Files at the caller's side: those that a run gets, and the artifacts that come back.
+//! Files on the caller's machine: the input files of a run, and the artifacts that it returns.
 
 use std::{
     io::Write,
@@ -15,9 +15,9 @@ use polydev_proto::{
 use tempfile::NamedTempFile;
 use tokio::io::AsyncReadExt;
 
-use super::stream::CHUNK;
+use super::stream::MAX_CHUNK;
 
-/// `SOURCE[:PATH]`: a file here, and where the run finds it.
+/// `SOURCE[:PATH]`: a file on this machine, and its path in the run's workspace.
 #[derive(Debug, Clone)]
 pub(super) struct Given {
     source: PathBuf,
@@ -35,12 +35,12 @@ impl std::str::FromStr for Given {
         let source = PathBuf::from(source);
         let name = || Some(source.file_name()?.to_str()?.to_owned());
         let path = path.or_else(name);
-        let path = path.ok_or_else(|| format!("`{text}` names no file: SOURCE[:PATH]"))?;
+        let path = path.ok_or_else(|| format!("`{text}` must be SOURCE[:PATH] of a file"))?;
         Ok(Self { source, path })
     }
 }
 
-/// Files that are open to be read.
+/// Files that are open for reading.
 pub(super) struct Opened(Vec<(tokio::fs::File, InputFile)>);
 
 fn size(file: &InputFile) -> u64 {
@@ -57,7 +57,7 @@ impl Opened {
             let open = async {
                 let file = tokio::fs::File::open(source).await?;
                 let metadata = file.metadata().await?;
-                ensure!(metadata.is_file(), "it is no regular file");
+                ensure!(metadata.is_file(), "it is not a regular file");
                 Ok((file, metadata))
             };
             let named = || format!("cannot read `{}`", source.display());
@@ -76,7 +76,7 @@ impl Opened {
         self.0.iter().map(|(_, file)| file.clone()).collect()
     }
 
-    /// With their content, for a call that is no stream.
+    /// The files with their content, for a call that is not a stream.
     pub(super) async fn read(self) -> anyhow::Result<Vec<InputFile>> {
         let mut files = Vec::new();
         for (file, mut of_run) in self.0 {
@@ -94,15 +94,16 @@ impl Opened {
         Ok(files)
     }
 
-    /// Sends what they hold. Files that have become shorter end the run before its command.
+    /// Sends the content of the files. If a file has become shorter, the run ends before its
+    /// command starts.
     pub(super) async fn send(self, input: &Input) {
         for (file, of_run) in self.0 {
             let (path, size) = (&of_run.path, size(&of_run));
             let mut content = file.take(size);
             let mut sent = 0;
             while sent < size {
-                let mut chunk = Vec::with_capacity(CHUNK);
-                let mut next = (&mut content).take(CHUNK as u64);
+                let mut chunk = Vec::with_capacity(MAX_CHUNK);
+                let mut next = (&mut content).take(MAX_CHUNK as u64);
                 if !matches!(next.read_to_end(&mut chunk).await, Ok(1..)) {
                     eprintln!("polydev-shim: `{path}` ends after {sent} of {size} bytes");
                     return input.close();
@@ -116,13 +117,13 @@ impl Opened {
     }
 }
 
-/// Writes artifacts below a folder: each appears when it is whole.
+/// Writes artifacts below a folder. Each file appears when it is complete.
 pub(super) struct Receiver {
     folder: PathBuf,
     expected: std::vec::IntoIter<Artifact>,
-    /// What is being written, and how much of it is missing.
+    /// The artifact that is being written, and how many of its bytes are missing.
     current: Option<(Artifact, NamedTempFile, u64)>,
-    /// Of all of them together.
+    /// Offset of the next byte in the stream of all artifacts.
     offset: u64,
     lost: bool,
 }
@@ -139,7 +140,7 @@ impl Receiver {
     }
 
     /// # Errors
-    /// If they cannot be written here.
+    /// If an artifact cannot be written.
     pub(super) fn on(&mut self, event: &Event) -> anyhow::Result<()> {
         match event {
             Event::Artifacts(artifacts) => self.begin(artifacts),
@@ -161,10 +162,10 @@ impl Receiver {
         self.next()
     }
 
-    /// Opens the next; those without a byte are whole at once.
+    /// Opens the next artifact that has content. Empty artifacts are complete at once.
     fn next(&mut self) -> anyhow::Result<()> {
         while let Some(artifact) = self.expected.next() {
-            // Whoever made the list has been in the container's hands.
+            // The list comes from the container, which may be hostile.
             if let Err(problem) = workspace::check_path(&artifact.path) {
                 bail!("the shim's list of artifacts has a path that {problem}");
             }
@@ -188,7 +189,7 @@ impl Receiver {
 
     fn write(&mut self, output: &Output) -> anyhow::Result<()> {
         let mut rest = &output.data[..];
-        // What came before it is lost, and said so: the files cannot be told apart any more.
+        // A gap has been reported as lost. After it, the limits between files are unknown.
         self.lost |= output.offset != self.offset;
         self.offset = output.offset + output.data.len() as u64;
         if self.lost {
@@ -215,7 +216,7 @@ impl Receiver {
         };
         let path = self.folder.join(&artifact.path);
         let keep = || {
-            // No more than that, whatever the list says.
+            // Only permission bits, whatever the list says.
             let mode = std::fs::Permissions::from_mode(artifact.mode & 0o777);
             open.as_file().set_permissions(mode)?;
             open.persist(&path)?;
@@ -224,13 +225,13 @@ impl Receiver {
         keep().with_context(|| format!("cannot write `{}`", path.display()))
     }
 
-    /// Whether every artifact that was announced has come.
+    /// Whether every announced artifact has arrived.
     pub(super) fn is_complete(&self) -> bool {
         !self.lost && self.current.is_none() && self.expected.len() == 0
     }
 }
 
-/// A link on the way would lead out of the folder.
+/// Rejects paths below a symlink, which could lead out of the folder.
 fn refuse_links(folder: &Path, path: &str) -> std::io::Result<()> {
     let above = Path::new(path).ancestors().skip(1);
     for part in above.filter(|part| *part != Path::new("")) {

@@ -1,5 +1,5 @@
-//! The commands of `polydev-shim` for callers: each asks a shim, and prints what it answers. Those
-//! that serve, and those that need the shim's own parts, are in the package polydev-shim.
+//! The commands of `polydev-shim` for callers. Each calls a shim and prints the answer. The
+//! package polydev-shim has the commands that serve, and those that need parts of the shim.
 
 pub mod credentials;
 pub mod pool;
@@ -27,7 +27,8 @@ use polydev_transport::{
 use prost_types::Timestamp;
 use tonic::Status;
 
-/// Our own failures, as `docker run` has them; 126 and 127 are the command's.
+/// Exit status of this program's own failures, as with `docker run`. 126 and 127 come from the
+/// command.
 pub const FAILED: u8 = 125;
 
 /// How results are printed.
@@ -36,27 +37,27 @@ pub enum Output {
     /// For people.
     #[value(alias = "table")]
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// The shim that a client command talks to.
+/// The shim that a command calls.
 #[derive(clap::Args)]
 struct Client {
-    /// Where the shim listens: unix:///PATH, http://127.0.0.1:PORT or https://HOST:PORT.
+    /// Address of the shim: unix:///PATH, http://127.0.0.1:PORT or https://HOST:PORT.
     #[arg(long, env = "POLYDEV_ADDRESS", default_value = DEFAULT)]
     address: Address,
     #[command(flatten)]
     tls: Tls,
 }
 
-/// How a caller shows who he is.
+/// How a caller identifies itself.
 #[derive(clap::Args)]
 struct Tls {
-    /// The caller's certificate, in PEM, where the address begins with https.
+    /// The caller's certificate (PEM), for an https address.
     #[arg(long, env = "POLYDEV_TLS_CERT", value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
     tls_cert: Option<PathBuf>,
-    /// The key of it.
+    /// The private key of the caller's certificate (PEM).
     #[arg(
         long,
         env = "POLYDEV_TLS_KEY",
@@ -64,10 +65,10 @@ struct Tls {
         requires = "tls_cert"
     )]
     tls_key: Option<PathBuf>,
-    /// Certificates of the authorities that speak for the shim.
+    /// Certificates of the authorities that sign the shim's certificate (PEM).
     #[arg(long, env = "POLYDEV_TLS_CA", value_name = "FILE")]
     tls_ca: Option<PathBuf>,
-    /// File with a token that says who the caller is, of the issuer that the shim trusts.
+    /// File with a token that identifies the caller, from an issuer that the shim trusts.
     #[arg(long, env = "POLYDEV_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
 }
@@ -86,7 +87,7 @@ impl Tls {
     }
 }
 
-/// The files of one side, if all are named.
+/// The TLS files of one side; `None` unless all three are given.
 #[must_use]
 pub fn tls_files(
     certificate: &Option<PathBuf>,
@@ -111,7 +112,7 @@ impl Client {
     }
 }
 
-/// What every command has that asks a shim and prints the answer.
+/// Options of every command that calls a shim and prints the answer.
 #[derive(clap::Args)]
 pub struct Options {
     #[command(flatten)]
@@ -127,27 +128,27 @@ impl Options {
     }
 }
 
-/// For an answer that is not a stream.
-const ANSWER: Duration = Duration::from_secs(10);
+/// How long a call that is not a stream may take.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// An answer that is no stream, or why there is none.
+/// The answer of a call that is not a stream.
 async fn answer<T>(
     call: impl Future<Output = Result<tonic::Response<T>, Status>>,
 ) -> anyhow::Result<T> {
-    let answered = tokio::time::timeout(ANSWER, call).await;
+    let answered = tokio::time::timeout(ANSWER_TIMEOUT, call).await;
     let answered = answered.with_context(|| {
-        let seconds = ANSWER.as_secs();
+        let seconds = ANSWER_TIMEOUT.as_secs();
         format!("the shim did not answer within {seconds} s")
     })?;
     Ok(answered.map_err(told)?.into_inner())
 }
 
-/// The shim's words.
+/// The shim's message as an error.
 fn told(status: Status) -> anyhow::Error {
     anyhow::anyhow!("{}", status.message())
 }
 
-/// Writes to stdout, at once.
+/// Writes to stdout and flushes it.
 ///
 /// # Errors
 /// If stdout cannot be written.
@@ -157,7 +158,8 @@ pub fn print(text: &str) -> std::io::Result<()> {
     stdout.flush()
 }
 
-/// How long ago it was, to the second; two clocks may differ.
+/// The time since `since`, for people; `-` if it is missing, or in the future because two clocks
+/// differ.
 fn age(since: Option<Timestamp>) -> String {
     let since = since.and_then(|since| SystemTime::try_from(since).ok());
     let age = since.and_then(|since| SystemTime::now().duration_since(since).ok());

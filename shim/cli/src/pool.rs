@@ -18,28 +18,28 @@ pub enum Command {
         #[command(flatten)]
         options: Options,
     },
-    /// Show each provider's slots by state, and again whenever they change, until Ctrl-C.
+    /// Show each provider's slots by state after each change, until Ctrl-C.
     Watch(Options),
     /// Set how many warm slots a provider has, as `nomad job scale` does.
     Scale {
         /// openai, anthropic or google.
         provider: String,
-        /// Warm slots to keep, 0 to 100. Runs in slots that go are not cut short.
+        /// Number of warm slots, 0 to 100. A slot that is removed finishes its run first.
         size: u32,
         #[command(flatten)]
         options: Options,
     },
-    /// Take a pool out of use: size 0, and wait until its last run has ended.
+    /// Take a pool out of use: set its size to 0, and wait until its last run has ended.
     Drain {
         /// openai, anthropic or google.
         provider: String,
-        /// Do not wait for its runs.
+        /// Do not wait for the pool's runs.
         #[arg(long)]
         detach: bool,
         #[command(flatten)]
         options: Options,
     },
-    /// Give a drained pool the size that it had.
+    /// Set a drained pool to the size that it had before.
     Resume {
         /// openai, anthropic or google.
         provider: String,

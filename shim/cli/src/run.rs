@@ -1,4 +1,4 @@
-//! `polydev-shim run`: a caller of the shim, for people and scripts.
+//! `polydev-shim run`: runs a command through a shim, for people and scripts.
 
 use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf, process::ExitCode};
 
@@ -27,18 +27,18 @@ pub struct Arguments {
     provider: Provider,
     #[command(flatten)]
     client: Client,
-    /// Whose run it is.
+    /// User that the run belongs to.
     #[arg(long, default_value = "local")]
     user: String,
-    /// A prompt for the provider's CLI, in place of a command.
+    /// Prompt for the provider's CLI, instead of a command.
     #[arg(long, conflicts_with = "argv", required_unless_present = "argv")]
     prompt: Option<String>,
-    /// The model that answers the prompt, by the provider's name. [default: the CLI's]
+    /// The provider's name of the model that answers the prompt. [default: the CLI's choice]
     #[arg(long, requires = "prompt")]
     model: Option<String>,
     #[command(flatten)]
     credential: credentials::Given,
-    /// Use the credential that the shim's store has for the user.
+    /// Use the credential that the shim has stored for the user.
     #[arg(long, conflicts_with = "Given")]
     stored: bool,
     /// Set an environment variable of the command; may be repeated.
@@ -47,36 +47,36 @@ pub struct Arguments {
     /// Working directory of the command.
     #[arg(long, default_value = "")]
     work_dir: String,
-    /// Seconds to wait for a slot.
+    /// Seconds to wait for a slot, 0 to 1800.
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     queue_timeout: u32,
-    /// Seconds until the command is told to end.
+    /// Seconds until the command gets SIGTERM, 1 to 86400.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u32,
-    /// Give the command a terminal, this one's size and keys, as `docker run -it` does.
+    /// Give the command a terminal with this one's size and keys, as `docker run -it` does.
     #[arg(long, short, conflicts_with_all = ["detach", "output", "prompt"])]
     tty: bool,
-    /// Copy a file into `/workspace`, by its name or as PATH; may be repeated.
+    /// Copy a file into `/workspace`, under its own name or as PATH; may be repeated.
     #[arg(long, value_name = "SOURCE[:PATH]")]
     file: Vec<Given>,
-    /// Bring back the files of `/workspace` that fit a pattern, such as `out/*.csv` or `**/*.log`,
-    /// when the command has ended; may be repeated.
+    /// When the command has ended, fetch the files of `/workspace` that match a pattern, such as
+    /// `out/*.csv` or `**/*.log`; may be repeated.
     #[arg(long, value_name = "PATTERN")]
     artifact: Vec<String>,
-    /// Folder for the artifacts. With `--output json` they are events, and not written.
+    /// Folder for the artifacts. With `--output json` the artifacts are printed, not written.
     #[arg(long, value_name = "FOLDER", default_value = ".")]
     artifacts_to: PathBuf,
-    /// Do not stream it: print its id once a slot is claimed for it. `runs attach` has its
-    /// output.
+    /// Do not stream the run: print its id once it has claimed a slot, and exit. `runs attach`
+    /// streams its output later.
     #[arg(long, short, conflicts_with = "timeline")]
     detach: bool,
-    /// How to print the run: its output as it is, or every event as a JSON object.
+    /// How to print the run: the command's output, or every event as a JSON object.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
     /// Print the timeline to stderr when the run has ended.
     #[arg(long)]
     timeline: bool,
-    /// The command and its arguments. Its stdin is this one's.
+    /// The command and its arguments. The command reads this program's stdin.
     #[arg(last = true)]
     argv: Vec<OsString>,
 }
@@ -89,7 +89,7 @@ fn variable(text: &str) -> Result<(String, String), String> {
 }
 
 /// # Errors
-/// If the run cannot be started, or not followed to its end.
+/// If the run cannot be started, or cannot be followed to its end.
 pub async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let files = Opened::new(&arguments.file).await?;
     let mut start = start(&arguments)?;
@@ -121,7 +121,7 @@ pub async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     .await
 }
 
-/// The place in a trace that the environment names.
+/// The trace context from the environment.
 fn trace() -> MetadataMap {
     let mut metadata = MetadataMap::new();
     for name in ["traceparent", "tracestate"] {
@@ -200,7 +200,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {
 
 #[expect(
     clippy::unnecessary_wraps,
-    reason = "the fields it is for are optional"
+    reason = "the fields that it fills are optional"
 )]
 fn seconds(seconds: u32) -> Option<prost_types::Duration> {
     let seconds = seconds.into();

@@ -5,25 +5,25 @@ mod look;
 
 use std::process::ExitCode;
 
-/// Which run.
+/// A run, and its user.
 #[derive(clap::Args)]
 struct Name {
     /// The run's UUID, as `runs list` and `run --output json` print it.
     run_id: String,
-    /// Whose run it is.
+    /// User that the run belongs to.
     #[arg(long, default_value = "local")]
     user: String,
 }
 
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Show runs that go on and those whose results are kept, the last one first.
+    /// List active runs, and ended runs whose results are kept, newest first.
     List(look::List),
-    /// Show the runs that go on, and then each that is new or comes further.
+    /// Show the active runs, and then each run that is new or changes its state.
     Watch(look::Watch),
     /// Show one run.
     Show(look::Show),
-    /// Go on with a run whose connection broke; exits with its command's status.
+    /// Stream a run again after its connection broke. Exits with the command's status.
     Attach(attach::Attach),
     /// End a run: SIGTERM now, SIGKILL after its kill timeout.
     Cancel(attach::Cancel),

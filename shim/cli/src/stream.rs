@@ -1,4 +1,4 @@
-//! A run's streams at a terminal: events to stdout and stderr, stdin and signals to the
+//! Connects a run to a terminal: events go to stdout and stderr, stdin and signals go to the
 //! command.
 
 use std::{
@@ -26,11 +26,11 @@ use super::{
     told,
 };
 
-/// Bytes that are read at once.
-pub(super) const CHUNK: usize = 64 << 10;
+/// Bytes in one read.
+pub(super) const MAX_CHUNK: usize = 64 << 10;
 
-/// Prints a run to its end, and passes signals on to it; the status to exit with. While
-/// the run waits for a slot, a signal ends the waiting.
+/// Prints a run to its end and sends signals to it. Returns the exit status. While the run waits
+/// for a slot, a signal ends this program.
 pub(super) async fn print(
     mut run: Run,
     mut signals: Signals,
@@ -40,7 +40,7 @@ pub(super) async fn print(
 ) -> anyhow::Result<ExitCode> {
     let (input, mut reached) = (run.input(), run.reached());
     let mut is_accepted = false;
-    // While it waits, keys are for this program.
+    // While the run waits for a slot, keys are for this program.
     let mut raw = None;
     loop {
         let event = tokio::select! {
@@ -49,7 +49,7 @@ pub(super) async fn print(
                 let is_reached = *reached.borrow_and_update();
                 if raw.is_none() {
                     eprintln!("polydev-shim: {}", match is_reached {
-                        true => "the run goes on",
+                        true => "the connection is back, the run continues",
                         false => "the connection is lost, trying again",
                     });
                 }
@@ -63,11 +63,11 @@ pub(super) async fn print(
                         continue;
                     }
                 };
-                // Nobody else hears it, while the shim is away.
+                // Without a shim nobody else can handle the signal.
                 if !is_accepted || !*reached.borrow() {
                     return Ok(ExitCode::from(128 + number));
                 }
-                // The command decides what becomes of it.
+                // The command decides what the signal does.
                 input.signal(number.into());
                 continue;
             }
@@ -88,25 +88,25 @@ pub(super) async fn print(
             drop(raw.take());
             let code = finish(&exited, output, timeline);
             if !artifacts.is_complete() {
-                bail!("some artifacts did not come");
+                bail!("some artifacts are missing");
             }
             return Ok(code);
         }
     }
 }
 
-/// What a terminal, or whoever started this, asks the command to do.
+/// Signals to this program, from its terminal or from other processes.
 pub(super) struct Signals {
     interrupt: unix::Signal,
     terminate: unix::Signal,
     hangup: unix::Signal,
-    /// For a run with a terminal.
+    /// Only for a run with a terminal.
     resize: Option<unix::Signal>,
 }
 
-/// What a terminal, or whoever started this, asks for.
+/// What a signal to this program asks for.
 pub(super) enum Asked {
-    /// A signal of this number for the command.
+    /// The command should get the signal with this number.
     Signal(u8),
     /// The terminal has another size.
     Resize,
@@ -123,7 +123,7 @@ impl Signals {
         })
     }
 
-    /// The next one.
+    /// The next signal.
     pub(super) async fn next(&mut self) -> Asked {
         let resized = async {
             match &mut self.resize {
@@ -142,7 +142,7 @@ impl Signals {
 
 pub(super) async fn forward_stdin(input: Input) {
     let mut stdin = tokio::io::stdin();
-    let mut chunk = vec![0; CHUNK];
+    let mut chunk = vec![0; MAX_CHUNK];
     loop {
         let chunk = match stdin.read(&mut chunk).await {
             Ok(0) | Err(_) => return input.close(),
@@ -154,7 +154,7 @@ pub(super) async fn forward_stdin(input: Input) {
     }
 }
 
-/// Output goes out as it comes: whoever reads this waits for the run, not for us.
+/// Prints an event and flushes it at once: a reader of the output should wait only for the run.
 pub(super) fn print_event(event: &Event, output: Output) -> anyhow::Result<()> {
     let (mut stdout, mut stderr) = (std::io::stdout().lock(), std::io::stderr().lock());
     match (output, event) {
@@ -171,7 +171,7 @@ pub(super) fn print_event(event: &Event, output: Output) -> anyhow::Result<()> {
                 let before = queued.before;
                 writeln!(
                     stderr,
-                    "waiting for a slot, {before} runs are before this one"
+                    "waiting for a slot, {before} runs are ahead of this one"
                 )?;
             }
         }
@@ -256,7 +256,7 @@ fn to_json(event: &Event) -> serde_json::Value {
     }
 }
 
-/// Why it ended, in one word.
+/// The reason for a run's end, in one word.
 pub(super) fn reason(exited: &Exited) -> String {
     let name = exited.reason().as_str_name();
     name.trim_start_matches("EXIT_REASON_").to_lowercase()

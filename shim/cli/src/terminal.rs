@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use polydev_proto::runtime::TerminalSize;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
-/// Every key goes to the run as it is; dropping it gives the terminal back as it was.
+/// The terminal in raw mode: every key goes to the run. Drop restores the previous mode.
 pub(super) struct Raw {
     before: Termios,
     stdin: Stdin,
@@ -14,7 +14,7 @@ pub(super) struct Raw {
 
 impl Raw {
     /// # Errors
-    /// If stdin is no terminal.
+    /// If stdin is not a terminal.
     pub(super) fn new() -> anyhow::Result<Self> {
         let stdin = stdin();
         let before = tcgetattr(&stdin).context("--tty: cannot read the terminal's settings")?;
@@ -28,18 +28,18 @@ impl Raw {
 impl Drop for Raw {
     fn drop(&mut self) {
         if let Err(error) = tcsetattr(&self.stdin, OptionalActions::Now, &self.before) {
-            eprintln!("polydev-shim: the terminal stays as it is: {error}");
+            eprintln!("polydev-shim: cannot restore the terminal: {error}");
         }
     }
 }
 
-/// How large the terminal is; a size of nothing, as some have that nobody looks at, is Docker's
-/// 24 by 80.
+/// The size of the terminal. A terminal that nobody looks at may have the size 0; then it is 24
+/// rows by 80 columns, as in Docker.
 ///
 /// # Errors
-/// If stdin is no terminal.
+/// If stdin is not a terminal.
 pub(super) fn size() -> anyhow::Result<TerminalSize> {
-    ensure!(stdin().is_terminal(), "--tty: stdin is no terminal");
+    ensure!(stdin().is_terminal(), "--tty: stdin is not a terminal");
     let size = tcgetwinsize(stdin()).context("--tty: the terminal has no size")?;
     let or = |given: u16, default| if given == 0 { default } else { given.into() };
     Ok(TerminalSize {

@@ -17,7 +17,7 @@ use rcgen::{
 };
 use time::{Duration, OffsetDateTime};
 
-/// They are for trying out.
+/// Short, because the certificates are only for trials.
 const VALID: Duration = Duration::days(30);
 const SHIM: &str = "spiffe://polydev.test/shim";
 const NODE: &str = "spiffe://polydev.test/node";
@@ -25,15 +25,17 @@ const NODE: &str = "spiffe://polydev.test/node";
 #[derive(clap::Subcommand)]
 pub(super) enum Command {
     /// Make an authority, certificates of a shim, a node and a caller, and a file of roles, for
-    /// trying out: they are valid for 30 days, and the authority's key lies beside them.
+    /// trials. The certificates are valid for 30 days. The authority's private key is in the same
+    /// folder.
     Dev(Dev),
 }
 
 #[derive(clap::Args)]
 pub(super) struct Dev {
-    /// Folder for the files; made if it is not there. What is there is not replaced.
+    /// Folder for the files; created if missing. Existing files are not replaced.
     folder: PathBuf,
-    /// Another name or address of shims and nodes, beside localhost and 127.0.0.1; may be repeated.
+    /// Another name or address of shims and nodes, besides localhost, 127.0.0.1 and ::1; may be
+    /// repeated.
     #[arg(long, value_name = "HOST")]
     name: Vec<String>,
     /// The caller's SPIFFE id.
@@ -99,7 +101,7 @@ pub(super) fn execute(Command::Dev(arguments): Command) -> anyhow::Result<ExitCo
 fn params(name: &str) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, name);
-    // Clocks differ.
+    // The clocks of other machines may be behind this clock.
     params.not_before = OffsetDateTime::now_utc() - Duration::hours(1);
     params.not_after = OffsetDateTime::now_utc() + VALID;
     params
@@ -108,7 +110,7 @@ fn params(name: &str) -> CertificateParams {
 fn spiffe(text: &str) -> Result<String, String> {
     match text.starts_with("spiffe://") {
         true => Ok(text.to_owned()),
-        false => Err("it does not begin with spiffe://".into()),
+        false => Err("a SPIFFE id must begin with spiffe://".into()),
     }
 }
 
@@ -129,7 +131,7 @@ fn sign(
     Ok(())
 }
 
-/// What is to be written, once all of it is made.
+/// Files to write, once all their contents are made: name, mode, text.
 #[derive(Default)]
 struct Files(Vec<(String, u32, String)>);
 
@@ -138,13 +140,13 @@ impl Files {
         self.0.push((name.to_owned(), mode, text));
     }
 
-    /// All of them, or none if one is there.
+    /// Writes all files. If one of the files already exists, writes nothing.
     fn write(self, folder: &Path) -> anyhow::Result<()> {
         let shown = |path: &Path| path.display().to_string();
-        fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", shown(folder)))?;
+        fs::create_dir_all(folder).with_context(|| format!("cannot create `{}`", shown(folder)))?;
         for (name, ..) in &self.0 {
             let path = folder.join(name);
-            anyhow::ensure!(!path.exists(), "`{}` is there already", shown(&path));
+            anyhow::ensure!(!path.exists(), "`{}` already exists", shown(&path));
         }
         for (name, mode, text) in self.0 {
             let path = folder.join(name);

@@ -1,5 +1,5 @@
-//! The configuration file of `serve`. Its keys are the options, so that there is one list of
-//! them: a key that the command line or the environment has set is left alone, every other
+//! The configuration file of `serve`. The keys are the options, so that there is one list of
+//! both. A key that the command line or the environment has set is ignored. Every other key
 //! becomes an option.
 
 use std::{ffi::OsString, fs, path::Path, path::PathBuf, process::ExitCode};
@@ -15,8 +15,8 @@ use super::{Arguments, serve};
 
 #[derive(clap::Subcommand)]
 pub(super) enum Command {
-    /// Check what `serve` would be told: file, environment and options, and the files that they
-    /// name. Nothing is bound or asked.
+    /// Check the configuration that `serve` would use: options, environment, configuration file,
+    /// and the files that these name. This command opens no socket and contacts no service.
     Check(Check),
 }
 
@@ -24,25 +24,26 @@ pub(super) enum Command {
 pub(super) struct Check {
     #[command(flatten)]
     serve: serve::Arguments,
-    /// How to print what holds.
+    /// How to print the configuration.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
 }
 
-/// Reads the arguments, and the file that they name; ends the process if they are wrong.
+/// Parses the arguments, with the file that they name. Exits the process if they are not valid.
 pub(super) fn parse() -> Arguments {
     let parsed = words().and_then(Arguments::try_parse_from);
     parsed.unwrap_or_else(|error| error.exit())
 }
 
-/// The arguments, with what the file has besides.
+/// The arguments, followed by the options that the file adds.
 fn words() -> Result<Vec<OsString>, clap::Error> {
     let words: Vec<OsString> = std::env::args_os().collect();
     let matches = first_look(&words)?;
     with_file(words, &matches)
 }
 
-/// What is given without the file, which may be missing for it to be whole.
+/// Parses the arguments without the file. Required options may be missing, as the file may have
+/// them.
 fn first_look(words: &[OsString]) -> Result<ArgMatches, clap::Error> {
     let command = Arguments::command().ignore_errors(true);
     command.try_get_matches_from(words)
@@ -65,11 +66,14 @@ fn with_file(mut words: Vec<OsString>, matches: &ArgMatches) -> Result<Vec<OsStr
         let Some(option) = options(&serve).find(|option| *key == key_of(option)) else {
             let keys: Vec<_> = options(&serve).map(key_of).collect();
             let keys = keys.join(", ");
-            return Err(refuse(format!("`{key}` is no key; there are {keys}")));
+            return Err(refuse(format!(
+                "`{key}` is an unknown key; allowed are {keys}"
+            )));
         };
         let texts = texts(value).ok_or_else(|| {
             refuse(format!(
-                "`{key}` is `{value}`, allowed are a text, a number and a list of texts"
+                "`{key}` is `{value}`: allowed are a string, an integer and a non-empty list of \
+                 strings"
             ))
         })?;
         let source = given.value_source(option.get_id().as_str());
@@ -90,7 +94,7 @@ fn read(path: &Path) -> Result<Table, String> {
     text.parse::<Table>().map_err(|error| error.to_string())
 }
 
-/// The matches of what takes the options of `serve`.
+/// The matches of the subcommand that takes the options of `serve`.
 fn options_of(matches: &ArgMatches) -> Option<&ArgMatches> {
     match matches.subcommand()? {
         ("serve", given) => Some(given),
@@ -105,7 +109,7 @@ fn serve() -> Clap {
     serve.expect("it is one of the commands").clone()
 }
 
-/// Those that a file may have.
+/// The options that a file may contain.
 fn options(serve: &Clap) -> impl Iterator<Item = &Arg> {
     let options = serve.get_arguments();
     options.filter(|option| {
@@ -119,7 +123,7 @@ fn key_of(option: &Arg) -> String {
     option.get_long().unwrap_or_default().replace('-', "_")
 }
 
-/// As the command line has it; `None` if it cannot.
+/// The value as the command line writes it; `None` if no option has values of this kind.
 fn texts(value: &Value) -> Option<Vec<String>> {
     match value {
         Value::String(text) => Some(vec![text.clone()]),
@@ -207,7 +211,7 @@ mod tests {
             with(file, &["--listen", "unix:///c", "--roles=/s"]).unwrap(),
             ["--user-running=3"]
         );
-        // What belongs together may come from two places.
+        // Options that require each other may come from two places.
         let file = "tls_key = \"/k\"\ntls_ca = \"/a\"\n";
         assert_eq!(with(file, &["--tls-cert=/c"]).unwrap().len(), 2);
     }
@@ -217,10 +221,10 @@ mod tests {
         for (file, words) in [
             (
                 "lisen = \"unix:///a\"",
-                "`lisen` is no key; there are listen,",
+                "`lisen` is an unknown key; allowed are listen,",
             ),
-            ("config = \"x\"", "`config` is no key"),
-            ("roles = true", "`roles` is `true`, allowed are"),
+            ("config = \"x\"", "`config` is an unknown key"),
+            ("roles = true", "`roles` is `true`: allowed are"),
             ("listen = [1]", "`listen` is"),
             ("roles = []", "`roles` is"),
             ("listen", "configuration"),

@@ -1,4 +1,4 @@
-//! `polydev-shim credentials ...`: what is asked of a shim, and what needs a master key here.
+//! `polydev-shim credentials ...`: commands that call a shim, and one that seals locally.
 
 mod seal;
 
@@ -10,8 +10,8 @@ use polydev_cli::credentials;
 pub(super) enum Command {
     #[command(flatten)]
     Shim(credentials::Command),
-    /// Seal a credential here, with a master key, and print the record in base64: for callers
-    /// that keep credentials themselves. No shim is asked.
+    /// Seal a credential locally with a master key, and print the record in base64; for callers
+    /// that store credentials themselves. This command calls no shim.
     Seal(seal::Seal),
 }
 

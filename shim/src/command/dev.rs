@@ -16,13 +16,13 @@ use polydev_shim::{
 pub(super) struct Arguments {
     #[command(flatten)]
     listen: super::Listen,
-    /// Warm slots to keep, PROVIDER=COUNT; may be repeated. [default: one of each]
+    /// Warm slots to keep, 0 to 100 per provider; may be repeated. [default: one of each provider]
     #[arg(long = "pool", value_name = "PROVIDER=COUNT", value_parser = pool)]
     pools: Vec<(Provider, u32)>,
-    /// The driver's program. [default: nomad-driver-polydev beside this one]
+    /// The driver's program. [default: nomad-driver-polydev in the folder of this program]
     #[arg(long)]
     driver: Option<PathBuf>,
-    /// Folder of the driver's own.
+    /// Folder for the driver's state.
     #[arg(long, default_value = "/var/lib/polydev-dev")]
     state_dir: PathBuf,
     #[command(flatten)]
@@ -33,22 +33,20 @@ pub(super) struct Arguments {
     vault: super::Vault,
 }
 
-/// For runs to end, before their driver ends them.
-const STOP: Duration = Duration::from_secs(10);
-/// Docker's bridge has addresses for a few hundred.
-const SLOTS_MOST: u32 = 100;
+/// How long runs may continue after the stop signal. Then the driver ends them.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// Docker's bridge has addresses for a few hundred containers.
+const MAX_SLOTS: u32 = 100;
 
 fn pool(text: &str) -> Result<(Provider, u32), String> {
-    let form = || format!("`{text}` is not PROVIDER=COUNT, as in anthropic=2");
+    let form = || format!("`{text}` must have the form PROVIDER=COUNT, such as anthropic=2");
     let (provider, count) = text.split_once('=').ok_or_else(form)?;
     let provider = provider
         .parse()
         .map_err(|error: Unknown| error.to_string())?;
     let count = count.parse().map_err(|_| form())?;
-    if count > SLOTS_MOST {
-        return Err(format!(
-            "`{count}` slots are too many, at most {SLOTS_MOST}"
-        ));
+    if count > MAX_SLOTS {
+        return Err(format!("`{count}` slots: allowed are 0 to {MAX_SLOTS}"));
     }
     Ok((provider, count))
 }
@@ -78,12 +76,12 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         () = stop.cancelled() => return Ok(ExitCode::SUCCESS),
     };
     let view = View::new();
-    tracing::info!(listen = arguments.listen.shown(), "serving, without Nomad");
+    tracing::info!(listen = arguments.listen.shown(), "serving without Nomad");
     let drivers = engine.drivers();
     let limits = service::Limits {
         per_user: arguments.per_user,
         rates: arguments.rates,
-        stop: STOP,
+        stop: STOP_TIMEOUT,
         on_demand: 0,
     };
     let parts = service::Parts {

@@ -1,4 +1,4 @@
-//! `polydev-shim completions` and `man`: what a package puts beside the program.
+//! `polydev-shim completions` and `man`: files that a package installs with the program.
 
 use std::{fs, path::Path, process::ExitCode};
 

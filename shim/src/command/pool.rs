@@ -1,4 +1,4 @@
-//! `polydev-shim pool ...`: what is asked of a shim, and what of Nomad.
+//! `polydev-shim pool ...`: commands that call a shim, and one that calls Nomad.
 
 mod apply;
 
@@ -10,7 +10,7 @@ use polydev_cli::pool;
 pub(super) enum Command {
     #[command(flatten)]
     Shim(pool::Command),
-    /// Submit job files to Nomad, after showing what would change.
+    /// Show what would change in Nomad, then submit job files.
     Apply(apply::Arguments),
 }
 

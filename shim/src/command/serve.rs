@@ -17,18 +17,19 @@ use super::tell_systemd;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// File of TOML with these options, `_` for `-`; an option goes before the environment, and
-    /// the environment before the file.
+    /// TOML file with these options, with `_` for `-`. Options override environment variables,
+    /// which override the file.
     #[arg(long, env = "POLYDEV_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
     listen: super::Listen,
     #[command(flatten)]
     nomad: super::Nomad,
-    /// This shim's certificate for drivers on other nodes, in PEM. [default: that of --tls-cert]
+    /// The certificate that this shim presents to drivers on other nodes, in PEM. [default: the
+    /// files of --tls-cert, --tls-key and --tls-ca]
     #[arg(long, env = "POLYDEV_NODE_TLS_CERT", value_name = "FILE", requires_all = ["node_tls_key", "node_tls_ca"])]
     node_tls_cert: Option<PathBuf>,
-    /// The key of it.
+    /// The private key of --node-tls-cert, in PEM.
     #[arg(
         long,
         env = "POLYDEV_NODE_TLS_KEY",
@@ -36,7 +37,7 @@ pub(super) struct Arguments {
         requires = "node_tls_cert"
     )]
     node_tls_key: Option<PathBuf>,
-    /// Certificates of the authorities that speak for drivers.
+    /// Certificates of the authorities that sign drivers' certificates, in PEM.
     #[arg(
         long,
         env = "POLYDEV_NODE_TLS_CA",
@@ -48,20 +49,20 @@ pub(super) struct Arguments {
     per_user: PerUser,
     #[command(flatten)]
     rates: Rates,
-    /// Seconds that runs may go on with their callers once this is told to stop; then callers
-    /// are told to attach through another shim.
+    /// Seconds that runs may continue with their callers after the shim gets SIGTERM or SIGINT.
+    /// Then the shim asks callers to attach through another shim.
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     stop_timeout: u32,
     #[command(flatten)]
     vault: super::Vault,
-    /// Slots of a provider that may be on order from Nomad at a time, for runs that find none
-    /// idle; 0 orders none.
+    /// Slots of one provider that may be on order from Nomad at a time, for runs that find no
+    /// idle slot; 0 orders none.
     #[arg(long, value_name = "SLOTS", default_value_t = 20)]
     on_demand: usize,
 }
 
 impl Arguments {
-    /// Reads what they name, and does nothing with it.
+    /// Reads the files that the arguments name, without further effects.
     pub(super) fn check(&self) -> anyhow::Result<()> {
         self.nomad.connect()?;
         self.vault.open()?;

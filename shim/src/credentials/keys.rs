@@ -1,4 +1,4 @@
-//! Master keys: what records are sealed with. The first of a ring seals; all of them open.
+//! Master keys, which seal records. The first key of a ring seals, every key opens.
 
 use std::{fs, path::Path};
 
@@ -6,16 +6,16 @@ use secrecy::{ExposeSecret, SecretBox};
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-/// Bytes of a key of AES-256.
+/// The length of an AES-256 key, in bytes.
 pub const LENGTH: usize = 32;
-/// Keys in a ring: old ones are there until nothing is sealed with them any more.
-const MOST: usize = 16;
-/// Variable with one key, as earlier systems have it.
+/// The largest number of keys in a ring. Old keys stay until no record needs them.
+const MAX_KEYS: usize = 16;
+/// The variable with one key, as in earlier systems.
 const VARIABLE: &str = "ENCRYPTION_MASTER_KEY";
-/// Name of the systemd credential.
+/// The name of the systemd credential.
 const CREDENTIAL: &str = "polydev-master-keys";
 
-/// One key, with a name that is made of it.
+/// One key, with an id derived from the key.
 #[derive(Debug)]
 pub struct MasterKey {
     /// 16 hexadecimal digits.
@@ -29,7 +29,7 @@ pub struct KeyRing {
     keys: Vec<MasterKey>,
 }
 
-/// Why there are no keys; never quotes one.
+/// Why there are no keys. Never quotes a key.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot read the master keys in {place}")]
@@ -37,19 +37,19 @@ pub enum Error {
         place: String,
         source: std::io::Error,
     },
-    #[error("line {line} of the master keys in {place} is not 64 hexadecimal digits")]
+    #[error("line {line} of the master keys in {place} must be 64 hexadecimal digits")]
     Malformed { place: String, line: usize },
     #[error("line {line} of the master keys in {place} repeats a key")]
     Repeated { place: String, line: usize },
-    #[error("there are {count} master keys in {place}, allowed are 1 to {MOST}")]
+    #[error("there are {count} master keys in {place}, allowed are 1 to {MAX_KEYS}")]
     Count { place: String, count: usize },
 }
 
 impl KeyRing {
-    /// From `file` if it is given, else from systemd's credential `polydev-master-keys`, else
-    /// from `ENCRYPTION_MASTER_KEY`: a key of 64 hexadecimal digits a line, the first of which
-    /// seals. Empty lines and those that begin with `#` say nothing. `None` if there is none of
-    /// them.
+    /// Loads the keys from `file` if given, else from systemd's credential
+    /// `polydev-master-keys`, else from `ENCRYPTION_MASTER_KEY`. Each line has one key of 64
+    /// hexadecimal digits, and the first key seals. Empty lines and lines that begin with `#` are
+    /// ignored. `None` if none of the three exists.
     ///
     /// # Errors
     /// [`Error`]
@@ -97,7 +97,7 @@ impl KeyRing {
         }
         let count = keys.len();
         match count {
-            1..=MOST => Ok(Self { keys }),
+            1..=MAX_KEYS => Ok(Self { keys }),
             _ => Err(Error::Count { place, count }),
         }
     }
@@ -105,7 +105,7 @@ impl KeyRing {
     /// The key that seals.
     #[must_use]
     pub fn first(&self) -> &MasterKey {
-        &self.keys[0] // There is at least one.
+        &self.keys[0] // A ring has at least one key.
     }
 
     /// The key with this id.
@@ -114,7 +114,7 @@ impl KeyRing {
         self.keys.iter().find(|key| key.id == id)
     }
 
-    /// All of them, that which seals first.
+    /// All keys, beginning with the key that seals.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = &MasterKey> {
         self.keys.iter()
     }

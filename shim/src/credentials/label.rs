@@ -1,7 +1,8 @@
-//! What goes with an account's file to a run, and comes back with what the run refreshed of
-//! it: what was sent, and a key that is made of that and of a master key.
+//! The label of an account file that goes to a run. The label says what was sent, and comes back
+//! with the refreshed file. The key for the refreshed file is derived from the label and a master
+//! key.
 
-use polydev_proto::{init::Refreshable, sealed::PrivateKey};
+use polydev_proto::{id::RunId, init::Refreshable, sealed::PrivateKey};
 use prost::Message;
 use secrecy::ExposeSecret;
 use zeroize::Zeroizing;
@@ -11,10 +12,10 @@ use crate::provider::Cli;
 
 const PURPOSE: &[u8] = b"polydev refreshed account";
 
-/// What was sent to which run.
+/// Which credential was sent to which run.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub(super) struct Label {
-    /// Of the master key that the key is made of.
+    /// The id of the master key from which the file's key is derived.
     #[prost(string, tag = "1")]
     pub(super) key_id: String,
     #[prost(string, tag = "2")]
@@ -25,23 +26,23 @@ pub(super) struct Label {
     pub(super) run_id: String,
     #[prost(uint64, tag = "5")]
     pub(super) version: u64,
-    /// When the first was put: versions begin anew after a deletion.
+    /// When version 1 was put: versions start again after a deletion.
     #[prost(message, optional, tag = "6")]
     pub(super) created_at: Option<prost_types::Timestamp>,
 }
 
-/// What asks for the account's file that `info` is of, should the run refresh it.
+/// Asks the run to send back the account file of `info` if the run refreshes the file.
 pub(super) fn refreshable(
     info: &Info,
     binding: Binding,
-    run_id: &str,
+    run_id: RunId,
     key: &MasterKey,
 ) -> Refreshable {
     let label = Label {
         key_id: key.id.clone(),
-        user_id: info.user_id.clone(),
+        user_id: info.user_id.clone().into(),
         provider: info.provider.clone(),
-        run_id: run_id.to_owned(),
+        run_id: run_id.into(),
         version: info.version,
         created_at: Some(info.created_at.into()),
     };
@@ -53,7 +54,8 @@ pub(super) fn refreshable(
     }
 }
 
-/// What opens a file with this label: HPKE's `DeriveKeyPair` of master key, purpose and label.
+/// The key that opens a file with this label: HPKE's `DeriveKeyPair` of master key, purpose and
+/// label.
 pub(super) fn private_key(key: &MasterKey, label: &[u8]) -> PrivateKey {
     let seed = [key.bytes.expose_secret(), PURPOSE, label].concat();
     PrivateKey::derive(&Zeroizing::new(seed))

@@ -1,15 +1,15 @@
 //! A sealed record: one credential of one user for one provider, under a master key.
 //!
-//! AES-256-GCM with a random nonce of 12 bytes. The associated data bind it to whom it is
-//! for: tenant, user and provider, each with its length in front as 8 bytes in big-endian
-//! order, and the version, 8 bytes as well. On the wire and in the store it is one
-//! [`Record`].
+//! AES-256-GCM with a random nonce of 12 bytes. The associated data bind the record to tenant,
+//! user, provider and version. Tenant, user and provider each follow their length, which is 8
+//! bytes in big-endian order. The version is 8 bytes in big-endian order. On the wire and in the
+//! store this is one [`Record`].
 
 use aes_gcm::{
     Aes256Gcm,
     aead::{Aead, KeyInit, Payload},
 };
-use polydev_proto::provider::Provider;
+use polydev_proto::{id::UserId, provider::Provider};
 use prost::Message;
 use secrecy::ExposeSecret;
 use zeroize::Zeroizing;
@@ -20,39 +20,39 @@ use super::{
 };
 use crate::secret::Credential;
 
-/// Longest record: of the longest credential.
-pub const MOST: usize = 132 << 10;
-/// There is one, until callers belong to more.
+/// The longest record, in bytes: the longest credential fits.
+pub const MAX_RECORD: usize = 132 << 10;
+/// The only tenant, until callers belong to several.
 pub(super) const TENANT: &str = "default";
 
-/// A record as its bytes hold it.
+/// The fields of an encoded record.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Record {
-    /// Of the master key.
+    /// The id of the master key.
     #[prost(string, tag = "1")]
     pub key_id: String,
     #[prost(bytes = "vec", tag = "2")]
     pub nonce: Vec<u8>,
-    /// With the tag of 16 bytes behind it.
+    /// Followed by the tag of 16 bytes.
     #[prost(bytes = "vec", tag = "3")]
     pub ciphertext: Vec<u8>,
-    /// Of the user's credential for the provider: from 1, and higher with each that takes its
-    /// place.
+    /// The version of the user's credential for the provider: 1 or more, and higher for each
+    /// replacement.
     #[prost(uint64, tag = "4")]
     pub version: u64,
 }
 
-/// Whom a record is for.
+/// The user and the provider that a record is for.
 #[derive(Debug, Clone, Copy)]
 pub struct Binding<'a> {
-    pub user_id: &'a str,
+    pub user_id: &'a UserId,
     pub provider: Provider,
 }
 
 impl Binding<'_> {
     fn associated_data(&self, version: u64) -> Vec<u8> {
         let mut data = Vec::new();
-        for part in [TENANT, self.user_id, self.provider.name()] {
+        for part in [TENANT, self.user_id.as_str(), self.provider.name()] {
             data.extend((part.len() as u64).to_be_bytes());
             data.extend(part.as_bytes());
         }
@@ -89,18 +89,19 @@ impl Record {
         }
     }
 
-    /// Reads what [`Record::encode_to_vec`] made.
+    /// Decodes the bytes that [`Record::encode_to_vec`] made.
     ///
     /// # Errors
-    /// [`Error::NotOpened`] if the bytes are no record.
+    /// [`Error::NotOpened`] if the bytes are not a record.
     pub fn read(bytes: &[u8]) -> Result<Self, Error> {
         Self::decode(bytes).map_err(|_| Error::NotOpened)
     }
 
-    /// Opens it, if it is for `binding`.
+    /// Opens the record, if it is for `binding`.
     ///
     /// # Errors
-    /// [`Error::UnknownKey`]; [`Error::NotOpened`] if it was changed, or is another's.
+    /// [`Error::UnknownKey`]; [`Error::NotOpened`] if the record was changed or is not for
+    /// `binding`.
     pub fn open(&self, binding: Binding, keys: &KeyRing) -> Result<Credential, Error> {
         let key = keys.find(&self.key_id).ok_or_else(|| Error::UnknownKey {
             key_id: self.key_id.clone(),
@@ -133,7 +134,7 @@ mod tests {
         }
     }
 
-    fn binding<'a>(user_id: &'a str, provider: &str) -> Binding<'a> {
+    fn binding<'a>(user_id: &'a UserId, provider: &str) -> Binding<'a> {
         Binding {
             user_id,
             provider: provider.parse().unwrap(),
@@ -143,7 +144,7 @@ mod tests {
     fn sealed() -> Record {
         Record::seal(
             &credential(),
-            binding("alice", "openai"),
+            binding(&"alice".into(), "openai"),
             1,
             ring(&[1]).first(),
         )
@@ -153,7 +154,7 @@ mod tests {
     fn a_record_opens_for_its_user_and_provider_alone() {
         let record = Record::read(&sealed().encode_to_vec()).unwrap();
         let opened = |user: &str, provider: &str, keys: &[u8]| {
-            record.open(binding(user, provider), &ring(keys))
+            record.open(binding(&user.into(), provider), &ring(keys))
         };
         let found = opened("alice", "openai", &[2, 1]).unwrap();
         assert_eq!(found.encode(), credential().encode());
@@ -169,7 +170,7 @@ mod tests {
             opened("alice", "openai", &[2]),
             Err(Error::UnknownKey { .. })
         ));
-        // Nor when the parts are cut elsewhere.
+        // The same bytes with another boundary between user and provider do not open either.
         assert!(matches!(
             opened("aliceo", "openai", &[1]),
             Err(Error::NotOpened)
@@ -181,7 +182,7 @@ mod tests {
         let bytes = sealed().encode_to_vec();
         let opens = |bytes: &[u8]| {
             let record = Record::read(bytes)?;
-            record.open(binding("alice", "openai"), &ring(&[1]))
+            record.open(binding(&"alice".into(), "openai"), &ring(&[1]))
         };
         for at in 0..bytes.len() {
             let mut changed = bytes.clone();
@@ -194,12 +195,12 @@ mod tests {
             ..sealed()
         };
         assert!(matches!(
-            older.open(binding("alice", "openai"), &ring(&[1])),
+            older.open(binding(&"alice".into(), "openai"), &ring(&[1])),
             Err(Error::NotOpened)
         ));
     }
 
-    /// Whoever reads or writes records in another language can try himself on this one.
+    /// Implementations in other languages can test themselves with this record.
     #[test]
     fn a_record_is_as_documented() {
         let mut key = String::new();
@@ -210,7 +211,7 @@ mod tests {
         let nonce = *b"\xc0\xc1\xc2\xc3\xc4\xc5\xc6\xc7\xc8\xc9\xca\xcb";
         let record = Record::seal_with(
             &credential(),
-            binding("alice", "openai"),
+            binding(&"alice".into(), "openai"),
             1,
             ring.first(),
             nonce,
@@ -225,7 +226,7 @@ mod tests {
         #[test]
         fn any_bytes_are_read_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             if let Ok(record) = Record::read(&bytes) {
-                prop_assert!(record.open(binding("alice", "openai"), &ring(&[1])).is_err());
+                prop_assert!(record.open(binding(&"alice".into(), "openai"), &ring(&[1])).is_err());
             }
         }
     }

@@ -1,13 +1,13 @@
-//! Accounts that a provider's CLI refreshes in a run, taken back into the store.
+//! Takes accounts that a provider's CLI refreshes in a run back into the store.
 //!
-//! The file comes sealed, through a driver, and maybe to another shim than the one that sent
-//! it. So the key it is sealed to is made of a master key, which all shims have, and of the
-//! label that says what was sent: whoever changes the label has no key for it, and a node
-//! can change no credentials but those that were sent to it, for as long as a run may go on.
+//! The file comes sealed through a driver, and possibly to another shim than the one that sent
+//! the original. The key of the file is therefore derived from a master key, which all shims have,
+//! and from the label, which says what was sent. Nobody has a key for a changed label. A node can
+//! change only the credentials that were sent to it, and only while a run may last.
 //!
-//! A run's file takes the place of the one that the run got, or of what the run itself gave
-//! back before, and of no other. That which is told for the n-th time has the version n higher
-//! than what was given, so that the same may come twice, late, or to many shims.
+//! A run's file replaces the file that the run got, or the file that the same run sent before, and
+//! no other. The n-th report of a run has the version of the original plus n, so that reports may
+//! come twice, late, or to several shims.
 
 use std::{
     convert::Infallible,
@@ -16,9 +16,9 @@ use std::{
 };
 
 use polydev_proto::{
+    id::{RunId, UserId},
     init::Refreshed,
     node::{WatchRefreshedRequest, node_service_client::NodeServiceClient},
-    run_id::made_at,
     sealed,
 };
 use prost::Message;
@@ -29,35 +29,35 @@ use super::{
     label::{Label, private_key},
     record::{Binding, Record},
     store::{Info, Row},
-    vault::{self, TRIES, Vault},
+    vault::{self, MAX_TRIES, Vault},
 };
 use crate::{provider::Cli, secret::Credential};
 use polydev_transport::backoff::Backoff;
 
-/// For a driver to accept the call.
+/// How long a driver may take to accept the call.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// From a run's id until its results are given up: drivers take an id for an hour, and the
-/// longest run and the time of its results are some 24 more.
+/// How long after the making of a run's id a file of the run is accepted. Drivers accept an id for
+/// an hour; the longest run and the time for its results add about 24 hours.
 const MAX_AGE: Duration = Duration::from_secs(26 * 3600);
-/// By how much the clock that made an id may be ahead.
+/// How far the clock that made an id may be ahead.
 const MAX_CLOCK_SKEW: Duration = Duration::from_secs(10 * 60);
-/// A run tells no more often than every ten seconds.
+/// The largest number of reports of one run. A run reports at most every ten seconds.
 const MAX_COUNT: u64 = 1 << 32;
-/// Before a driver is asked anew for all that it keeps, once for the store and once for the
-/// driver; doubled each time.
+/// The pause before the shim asks a driver again for all that the driver keeps. The shim waits once
+/// for the store and once for the driver. Each try doubles the pause.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Why a file is not taken back; never quotes it.
+/// Why a file is not taken back. Never quotes the file.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("its label is none of this run")]
+    #[error("the file's label is not of this run")]
     Label,
-    #[error("its run began too long ago")]
+    #[error("the run began too long ago")]
     TooOld,
     #[error(transparent)]
     NotOpened(#[from] sealed::Error),
-    #[error("it is of no account that can be refreshed")]
+    #[error("the file is not an account that can be refreshed")]
     NoAccount,
     #[error("the credential was changed or deleted meanwhile")]
     Superseded,
@@ -66,17 +66,17 @@ pub enum Error {
 }
 
 impl Vault {
-    /// Takes back what a run has told. `None` if it was taken back before.
+    /// Takes back the file that a run has sent. `None` if this file was taken back before.
     ///
     /// # Errors
-    /// [`Error`]; nothing is changed then, or, if the store failed, maybe.
+    /// [`Error`]. Nothing has changed then, except that a failed store may have the new version.
     pub async fn take_back(
         &self,
-        run_id: &str,
+        run_id: RunId,
         refreshed: &Refreshed,
     ) -> Result<Option<Info>, Error> {
         let label = Label::decode(&*refreshed.label).map_err(|_| Error::Label)?;
-        if label.run_id != run_id {
+        if label.run_id.parse() != Ok(run_id) {
             return Err(Error::Label);
         }
         label.check_age(SystemTime::now())?;
@@ -87,13 +87,14 @@ impl Vault {
         })?;
         let file = private_key(key, &refreshed.label)
             .open_refreshed(&refreshed.sealed, &refreshed.label)?;
-        // It opens, so the label is one that a shim has made.
+        // The file has opened, so a shim has made the label.
         if !(1..=MAX_COUNT).contains(&file.count) {
             return Err(Error::Label);
         }
         let version = label.version + file.count;
+        let user_id = UserId::from(label.user_id.as_str());
         let binding = Binding {
-            user_id: &label.user_id,
+            user_id: &user_id,
             provider: label.provider.parse().map_err(|_| Error::Label)?,
         };
         if !binding.provider.is_refreshable(&file.content) {
@@ -102,7 +103,7 @@ impl Vault {
         let credential = Credential::OauthFile(file.content.to_vec().into());
         drop(file);
         credential.check().map_err(vault::Error::from)?;
-        for _ in 0..TRIES {
+        for _ in 0..MAX_TRIES {
             let row = store.get(binding.user_id, binding.provider);
             let row = row.await.map_err(vault::Error::from)?;
             let row = row.ok_or(Error::Superseded)?;
@@ -138,9 +139,10 @@ enum Standing {
 }
 
 impl Label {
-    /// Whoever has had a key once should not have it for ever.
+    /// Limits how long a node that once got a key can use the key.
     fn check_age(&self, now: SystemTime) -> Result<(), Error> {
-        let made = made_at(&self.run_id).ok_or(Error::Label)?;
+        let run_id: RunId = self.run_id.parse().map_err(|_| Error::Label)?;
+        let made = run_id.made_at();
         if made > now + MAX_CLOCK_SKEW {
             return Err(Error::Label);
         }
@@ -150,7 +152,7 @@ impl Label {
         }
     }
 
-    /// Of that which would have `version`, beside what the store has.
+    /// How a file that would get `version` relates to the credential in the store.
     fn standing(&self, info: &Info, version: u64) -> Standing {
         let is_ours = info.refreshed_by == self.run_id;
         let created_at = Some(info.created_at.into());
@@ -163,9 +165,9 @@ impl Label {
     }
 }
 
-/// Takes back what the runs of one node refresh, for as long as it is polled. A driver tells
-/// all that it keeps to whoever begins to listen: so what the store does not take is asked for
-/// again.
+/// Takes back what the runs of one node refresh, for as long as the future is polled. A driver
+/// sends all that it keeps to each new listener. The shim therefore asks again for what the store
+/// did not take.
 pub async fn follow(vault: &Vault, node_id: &str, channel: Channel) -> Infallible {
     if !vault.has_store() {
         return pending().await;
@@ -175,16 +177,16 @@ pub async fn follow(vault: &Vault, node_id: &str, channel: Channel) -> Infallibl
         let begun = Instant::now();
         let wait = retry.next_wait();
         let Err(status) = follow_once(vault, channel.clone(), wait).await;
-        // A driver of an earlier version; another one is another connection.
+        // This driver has an earlier version. A newer driver will have another connection.
         if status.code() == Code::Unimplemented {
-            tracing::warn!(node_id, "a driver does not tell of refreshed accounts");
+            tracing::warn!(node_id, "the driver does not support refreshed accounts");
             return pending().await;
         }
         let reason = status.message();
         tracing::info!(
             node_id,
             reason,
-            "a driver is asked anew for refreshed accounts"
+            "asking the driver again for refreshed accounts"
         );
         sleep(wait).await;
         if begun.elapsed() > 3 * MAX_RETRY_INTERVAL {
@@ -193,7 +195,8 @@ pub async fn follow(vault: &Vault, node_id: &str, channel: Channel) -> Infallibl
     }
 }
 
-/// Ends `retry` after the first that the store did not take: others may have been taken.
+/// Ends `retry` after the first file that the store did not take. The store may have taken other
+/// files.
 async fn follow_once(
     vault: &Vault,
     channel: Channel,
@@ -205,7 +208,7 @@ async fn follow_once(
         client.watch_refreshed(WatchRefreshedRequest {}),
     )
     .await;
-    let told = told.map_err(|_| Status::deadline_exceeded("no answer in 5 s"))?;
+    let told = told.map_err(|_| Status::deadline_exceeded("no answer within 5 s"))?;
     let mut told = told?.into_inner();
     let mut failed: Option<(Instant, Status)> = None;
     loop {
@@ -219,7 +222,8 @@ async fn follow_once(
         let ended = || Status::unavailable("the driver ended the stream");
         let message = message?.ok_or_else(ended)?;
         if let Some(refreshed) = message.refreshed
-            && let Err(status) = take_back(vault, &message.run_id, &refreshed).await
+            && let Ok(run_id) = message.run_id.parse()
+            && let Err(status) = take_back(vault, run_id, &refreshed).await
         {
             failed.get_or_insert((Instant::now(), status));
         }
@@ -227,8 +231,8 @@ async fn follow_once(
 }
 
 /// # Errors
-/// The store's.
-async fn take_back(vault: &Vault, run_id: &str, refreshed: &Refreshed) -> Result<(), Status> {
+/// If the store failed.
+async fn take_back(vault: &Vault, run_id: RunId, refreshed: &Refreshed) -> Result<(), Status> {
     match vault.take_back(run_id, refreshed).await {
         Ok(Some(info)) => {
             let Info {
@@ -237,17 +241,17 @@ async fn take_back(vault: &Vault, run_id: &str, refreshed: &Refreshed) -> Result
                 version,
                 ..
             } = info;
-            tracing::info!(run_id, user_id, provider, version, "account refreshed");
+            tracing::info!(%run_id, %user_id, provider, version, "account refreshed");
         }
         Ok(None) => {}
         Err(Error::Vault(vault::Error::Store(error))) => {
             let reason = crate::chain(&error);
-            tracing::warn!(run_id, reason, "a refreshed account waits for the store");
+            tracing::warn!(%run_id, reason, "a refreshed account waits for the store");
             return Err(Status::unavailable(reason));
         }
         Err(error) => {
             let reason = crate::chain(&error);
-            tracing::info!(run_id, reason, "a refreshed account is not kept");
+            tracing::info!(%run_id, reason, "refreshed account rejected");
         }
     }
     Ok(())
@@ -291,7 +295,7 @@ mod tests {
         };
         let given = info(3);
         assert_eq!(label().standing(&given, 4), Standing::Next);
-        // Some told before may have been passed over.
+        // The store may have missed earlier reports.
         assert_eq!(label().standing(&given, 6), Standing::Next);
         assert_eq!(label().standing(&by("run", 4), 5), Standing::Next);
         for again in [4, 3] {
@@ -313,11 +317,12 @@ mod tests {
     #[test]
     fn whoever_changes_the_label_cannot_seal_for_it() {
         let keys = ring(&[1]);
+        let alice = UserId::from("alice");
         let binding = Binding {
-            user_id: "alice",
+            user_id: &alice,
             provider: "openai".parse().unwrap(),
         };
-        let asked = refreshable(&info(3), binding, "run", keys.first());
+        let asked = refreshable(&info(3), binding, RunId::now(), keys.first());
         let of = Label::decode(&*asked.label).unwrap();
         assert_eq!((&*of.user_id, of.version), ("alice", 3));
         let opened = |label: &[u8]| {
@@ -341,7 +346,7 @@ mod tests {
     #[test]
     fn a_label_is_good_for_as_long_as_a_run_may_go_on() {
         let label = Label {
-            run_id: uuid::Uuid::now_v7().to_string(),
+            run_id: RunId::now().into(),
             ..label()
         };
         let now = SystemTime::now();

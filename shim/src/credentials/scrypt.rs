@@ -1,5 +1,5 @@
-//! Records of earlier systems: AES-256-GCM with an IV of 16 bytes, under a key that scrypt
-//! makes of a master key and a salt of the record's own. They are read, never written.
+//! Records of earlier systems: AES-256-GCM with an IV of 16 bytes. scrypt derives the key from a
+//! master key and the record's own salt. The shim only reads these records.
 
 use std::time::Duration;
 
@@ -21,26 +21,26 @@ use super::{
 };
 use crate::secret::{Credential, Invalid, invalid};
 
-/// Most hexadecimal digits of a ciphertext.
-const DIGITS_MOST: usize = 16 << 10;
-/// Of N: 16,384.
+/// The largest number of hexadecimal digits of a ciphertext.
+const MAX_DIGITS: usize = 16 << 10;
+/// The logarithm of scrypt's parameter N, 16,384.
 const LOG_N: u8 = 14;
-/// Derived keys that are kept, and for how long.
-const KEPT_MOST: u64 = 1000;
-const KEPT: Duration = Duration::from_secs(10 * 60);
-/// A derivation takes 16 MiB and some 50 ms of a core.
-const AT_A_TIME: usize = 2;
+/// How many derived keys are kept, and for how long.
+const MAX_KEPT: u64 = 1000;
+const KEPT_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+/// How many derivations run at a time. Each takes 16 MiB and about 50 ms of a core.
+const MAX_AT_A_TIME: usize = 2;
 
-/// A record, out of its hexadecimal form.
+/// A record, decoded from hexadecimal.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Record {
-    /// With the tag behind it.
+    /// Followed by the tag.
     ciphertext: Vec<u8>,
     iv: [u8; 16],
     salt: [u8; 16],
 }
 
-/// What is sealed in it, unless it is the key by itself.
+/// The sealed content, unless it is only the key.
 #[derive(serde::Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Content {
@@ -58,10 +58,10 @@ impl Record {
             let mut bytes = [0; 16];
             match hex::decode_to_slice(digits, &mut bytes) {
                 Ok(()) => Ok(bytes),
-                Err(_) => Err(invalid(field(name), "is not 32 hexadecimal digits")),
+                Err(_) => Err(invalid(field(name), "must be 32 hexadecimal digits")),
             }
         };
-        if record.encrypted.len() > DIGITS_MOST {
+        if record.encrypted.len() > MAX_DIGITS {
             return Err(invalid(
                 field("encrypted"),
                 "is longer than 16384 characters",
@@ -80,7 +80,7 @@ impl Record {
 
 type Key = SecretBox<[u8; LENGTH]>;
 
-/// Opens records, and keeps the keys that it derived for a while.
+/// Opens records, and keeps the derived keys for a while.
 #[derive(Debug)]
 pub struct Opener {
     /// By master key and salt.
@@ -91,19 +91,21 @@ pub struct Opener {
 impl Opener {
     #[must_use]
     pub fn new() -> Self {
-        let derived = Cache::builder().max_capacity(KEPT_MOST).time_to_live(KEPT);
+        let derived = Cache::builder()
+            .max_capacity(MAX_KEPT)
+            .time_to_live(KEPT_TIMEOUT);
         Self {
             derived: derived.build(),
-            turns: Arc::new(Semaphore::new(AT_A_TIME)),
+            turns: Arc::new(Semaphore::new(MAX_AT_A_TIME)),
         }
     }
 
-    /// Opens a record with whichever of the keys does; each that is tried costs a derivation.
+    /// Opens a record with the first key that fits. Each try costs a derivation.
     ///
     /// # Errors
     /// [`Error::NotOpened`], [`Error::NotUnderstood`]
     pub async fn open(&self, record: &Record, keys: &KeyRing) -> Result<Credential, Error> {
-        // Old ones are last, and so are the keys of old records.
+        // Old keys are at the end of the ring, and old records need old keys.
         for master in keys.iter().rev() {
             let key = self.derive(master, record.salt).await;
             let cipher = AesGcm::<Aes256, U16>::new(key.expose_secret().into());
@@ -114,23 +116,22 @@ impl Opener {
         Err(Error::NotOpened)
     }
 
-    /// Wipes keys that have been kept for long enough, for ever: the cache by itself does so
-    /// only when it is used.
+    /// Wipes expired keys. Never returns. Without this, the cache wipes them only when it is used.
     pub async fn keep(&self) {
         loop {
-            tokio::time::sleep(KEPT / 10).await;
+            tokio::time::sleep(KEPT_TIMEOUT / 10).await;
             self.derived.run_pending_tasks().await;
         }
     }
 
-    /// Derives a key, once for all who ask for it while it is kept.
+    /// Derives a key once for all callers, as long as the key is kept.
     async fn derive(&self, master: &MasterKey, salt: [u8; 16]) -> Arc<Key> {
         let derive = async {
             let turns = self.turns.clone();
             let turn = turns.acquire_owned().await.expect("it is never closed");
             let master = SecretBox::new(Box::new(*master.bytes.expose_secret()));
             let derived = spawn_blocking(move || {
-                // Its turn, even when nobody waits for it any more.
+                // The derivation keeps its turn even if nobody waits for the result any more.
                 let _turn = turn;
                 SecretBox::init_with_mut(|key: &mut [u8; LENGTH]| {
                     let params = scrypt::Params::new(LOG_N, 8, 1).expect("they are allowed ones");
@@ -201,7 +202,7 @@ mod tests {
         let opened = opener.open(&record, &golden_ring()).await.unwrap();
         match opened {
             Credential::ApiKey { key, project_id } => {
-                // In two parts: in one it would look like somebody's.
+                // In two parts, because secret scanners would report the whole key.
                 assert_eq!(key.expose_secret().strip_prefix("sk-"), Some("test123"));
                 assert_eq!(project_id.as_deref(), Some("project-123"));
             }
@@ -217,7 +218,7 @@ mod tests {
     async fn a_record_with_any_byte_changed_does_not_open() {
         let opener = Opener::new();
         let record = || Record::parse(&golden()).unwrap();
-        // Of the salt one is enough: each costs a derivation.
+        // One byte of the salt is enough, because each try costs a derivation.
         let mut changed = record();
         changed.salt[0] ^= 1;
         assert!(opener.open(&changed, &golden_ring()).await.is_err());

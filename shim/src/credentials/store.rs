@@ -16,29 +16,29 @@ use tokio::{sync::OnceCell, time::timeout};
 
 use super::record::TENANT;
 use address::Kind;
-use polydev_proto::provider::Provider;
+use polydev_proto::{id::UserId, provider::Provider};
 
-/// For the store to answer.
-const ANSWER: Duration = Duration::from_secs(5);
-const CONNECTIONS: u32 = 8;
+/// How long the store may take to answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+const MAX_CONNECTIONS: u32 = 8;
 const COLUMNS: &str = "user_id, provider, version, kind, key_id, created_at, updated_at, \
      kept_version, refreshed_by";
-/// A table of our own: others may use the database too.
+/// A table name of our own, because others may use the database too.
 const MIGRATIONS: &str = "polydev_migrations";
 
-/// The store did not do it.
+/// Why the store failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("the credential store does not answer within {} s", ANSWER.as_secs())]
+    #[error("the credential store did not answer within {} s", ANSWER_TIMEOUT.as_secs())]
     TimedOut,
-    #[error("the credential store's tables are not this version's")]
+    #[error("the tables of the credential store do not fit this version of the shim")]
     Schema(#[source] sqlx::migrate::MigrateError),
     #[error("the credential store failed")]
     Failed(#[from] sqlx::Error),
 }
 
 impl Error {
-    /// Whether it may be gone in a moment: not what the database itself refuses.
+    /// Whether the error may pass. An error that the database itself reports does not.
     #[must_use]
     pub fn may_pass(&self) -> bool {
         match self {
@@ -49,26 +49,26 @@ impl Error {
     }
 }
 
-/// What is told of a credential.
+/// What callers can see of a credential.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Info {
-    pub user_id: String,
+    pub user_id: UserId,
     pub provider: String,
-    /// From 1, and higher with each that takes this place; see [`refreshed`](super::refreshed).
+    /// 1 or more, and higher for each replacement; see [`refreshed`](super::refreshed).
     pub version: u64,
-    /// Number of the `CredentialKind`.
+    /// The number of the `CredentialKind`.
     pub kind: i32,
-    /// Of the master key.
+    /// The id of the master key.
     pub key_id: String,
     pub created_at: SystemTime,
     pub updated_at: SystemTime,
-    /// What runs refresh of it is kept.
+    /// Whether the store keeps what runs refresh of this credential.
     pub keep_refreshed: bool,
-    /// The run that refreshed it last; empty if it is as it was put.
+    /// The run that refreshed the credential last; empty if it is as put.
     pub refreshed_by: String,
 }
 
-/// One credential as it is kept.
+/// One stored credential.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Row {
     pub info: Info,
@@ -76,17 +76,17 @@ pub struct Row {
     pub record: Vec<u8>,
 }
 
-/// Which rows, in the order of user and provider.
+/// Which rows to list, in the order of user and provider.
 #[derive(Debug, Default)]
 pub struct Filter {
-    pub user_id: Option<String>,
+    pub user_id: Option<UserId>,
     pub provider: Option<Provider>,
-    /// Those behind this user and provider.
-    pub after: Option<(String, String)>,
+    /// Only rows after this user and provider.
+    pub after: Option<(UserId, String)>,
 }
 
-/// The table of credentials. It is made when it is first asked for: a store that is away does
-/// not keep a shim from serving those who need none.
+/// The table of credentials. The first query creates the table, so that a shim without its store
+/// can still serve callers who do not need the store.
 #[derive(Debug)]
 pub struct Store {
     pool: AnyPool,
@@ -96,7 +96,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// Connects to nobody yet.
+    /// Makes the pool of connections. This call does not connect yet.
     ///
     /// # Errors
     /// [`Error::Failed`] if the address has options that the database does not know.
@@ -104,8 +104,8 @@ impl Store {
         install_default_drivers();
         let url = address.url();
         let pool = AnyPoolOptions::new()
-            .max_connections(CONNECTIONS)
-            .acquire_timeout(ANSWER)
+            .max_connections(MAX_CONNECTIONS)
+            .acquire_timeout(ANSWER_TIMEOUT)
             .connect_lazy(url.as_str())?;
         Ok(Self {
             pool,
@@ -119,24 +119,26 @@ impl Store {
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn get(&self, user_id: &str, provider: Provider) -> Result<Option<Row>, Error> {
+    pub async fn get(&self, user_id: &UserId, provider: Provider) -> Result<Option<Row>, Error> {
         let statement = format!(
             "SELECT {COLUMNS}, record FROM polydev_credentials \
              WHERE tenant = $1 AND user_id = $2 AND provider = $3"
         );
         self.answer(async |pool| {
-            let query = sqlx::query(safe(statement)).bind(TENANT).bind(user_id);
+            let query = sqlx::query(safe(statement))
+                .bind(TENANT)
+                .bind(user_id.as_str());
             let row = query.bind(provider.name()).fetch_optional(pool).await?;
             row.map(|row| decode_row(&row)).transpose()
         })
         .await
     }
 
-    /// Keeps a credential in place of the one with the version `replaces`, or, with `None`, if
-    /// there is none. False if it is otherwise.
+    /// Stores a credential in place of the one with the version `replaces`. `None` means that there
+    /// must not be one yet. Returns false if the store has something else.
     ///
     /// # Errors
-    /// [`Error`]; it may be kept, if the answer came too late.
+    /// [`Error`]. If the answer came too late, the credential may be stored.
     pub async fn put(&self, row: &Row, replaces: Option<u64>) -> Result<bool, Error> {
         let info = &row.info;
         let statement = match replaces {
@@ -153,7 +155,9 @@ impl Store {
             }
         };
         self.answer(async |pool| {
-            let query = sqlx::query(statement).bind(TENANT).bind(&info.user_id);
+            let query = sqlx::query(statement)
+                .bind(TENANT)
+                .bind(info.user_id.as_str());
             let query = query.bind(&info.provider).bind(info.version.cast_signed());
             let query = query.bind(info.kind).bind(&info.key_id).bind(&row.record);
             let query = query
@@ -170,8 +174,8 @@ impl Store {
         .await
     }
 
-    /// Puts another record of the same version in place of one that `was`. False if that is not
-    /// there any more.
+    /// Replaces the record of `was` with another record of the same version. Returns false if `was`
+    /// is no longer in the store.
     ///
     /// # Errors
     /// [`Error`]
@@ -183,19 +187,19 @@ impl Store {
                 .bind(key_id)
                 .bind(record)
                 .bind(TENANT);
-            let query = query.bind(&was.user_id).bind(&was.provider);
+            let query = query.bind(was.user_id.as_str()).bind(&was.provider);
             let query = query.bind(was.version.cast_signed()).bind(&was.key_id);
             Ok(query.execute(pool).await?.rows_affected() == 1)
         })
         .await
     }
 
-    /// The first `most` that `filter` lets through.
+    /// The first `most` rows that fit `filter`.
     ///
     /// # Errors
     /// [`Error`]
     pub async fn list(&self, filter: &Filter, most: u32) -> Result<Vec<Info>, Error> {
-        // An empty text is no user's and no provider's, so it stands for any.
+        // No user or provider has an empty name, so the empty name stands for any.
         let statement = format!(
             "SELECT {COLUMNS} FROM polydev_credentials WHERE tenant = $1 \
              AND ($2 = '' OR user_id = $2) AND ($3 = '' OR provider = $3) \
@@ -205,7 +209,7 @@ impl Store {
         let (user, provider) = names(filter.after.as_ref());
         self.answer(async |pool| {
             let query = sqlx::query(safe(statement)).bind(TENANT);
-            let query = query.bind(filter.user_id.as_deref().unwrap_or_default());
+            let query = query.bind(filter.user_id.as_ref().map_or("", UserId::as_str));
             let query = query.bind(filter.provider.map_or("", Provider::name));
             let query = query.bind(user).bind(provider).bind(i64::from(most));
             let rows = query.fetch_all(pool).await?;
@@ -214,15 +218,15 @@ impl Store {
         .await
     }
 
-    /// The first `most` behind `after` that are sealed with another key than `key_id`, and how
-    /// many there are of them in all.
+    /// The first `most` rows after `after` that are sealed with another key than `key_id`, and the
+    /// number of all such rows.
     ///
     /// # Errors
     /// [`Error`]
     pub async fn sealed_otherwise(
         &self,
         key_id: &str,
-        after: Option<&(String, String)>,
+        after: Option<&(UserId, String)>,
         most: u32,
     ) -> Result<(Vec<Row>, u64), Error> {
         let statement = format!(
@@ -245,22 +249,22 @@ impl Store {
         .await
     }
 
-    /// Removes a credential. False if there is none.
+    /// Removes a credential. Returns false if there was none.
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn delete(&self, user_id: &str, provider: Provider) -> Result<bool, Error> {
+    pub async fn delete(&self, user_id: &UserId, provider: Provider) -> Result<bool, Error> {
         let statement = "DELETE FROM polydev_credentials \
              WHERE tenant = $1 AND user_id = $2 AND provider = $3";
         self.answer(async |pool| {
-            let query = sqlx::query(statement).bind(TENANT).bind(user_id);
+            let query = sqlx::query(statement).bind(TENANT).bind(user_id.as_str());
             let deleted = query.bind(provider.name()).execute(pool).await?;
             Ok(deleted.rows_affected() == 1)
         })
         .await
     }
 
-    /// Asks the database, whose tables are there then.
+    /// Creates the tables if needed, then asks the database.
     async fn answer<T>(
         &self,
         ask: impl AsyncFnOnce(&AnyPool) -> Result<T, sqlx::Error>,
@@ -269,7 +273,9 @@ impl Store {
             self.has_schema.get_or_try_init(|| self.migrate()).await?;
             Ok(ask(&self.pool).await?)
         };
-        timeout(ANSWER, answer).await.map_err(|_| Error::TimedOut)?
+        timeout(ANSWER_TIMEOUT, answer)
+            .await
+            .map_err(|_| Error::TimedOut)?
     }
 
     async fn migrate(&self) -> Result<(), Error> {
@@ -287,10 +293,12 @@ impl Store {
             migration(2, "refreshed", refreshed),
         ]);
         migrator.dangerous_set_table_name(MIGRATIONS);
-        // Its lock is the connection's, and is left there when it fails: the connection is for
-        // this alone.
+        // A failed migration leaves its lock on the connection. The migration therefore has a
+        // connection of its own.
         let pool = AnyPoolOptions::new().max_connections(1);
-        let pool = pool.acquire_timeout(ANSWER).connect_lazy(&self.url)?;
+        let pool = pool
+            .acquire_timeout(ANSWER_TIMEOUT)
+            .connect_lazy(&self.url)?;
         let migrated = migrator.run(&pool).await;
         pool.close().await;
         migrated.map_err(|error| match error {
@@ -300,14 +308,14 @@ impl Store {
     }
 }
 
-/// Of constants alone.
+/// Marks a statement as safe, because it consists only of constants.
 fn safe(statement: String) -> SqlStr {
     AssertSqlSafe(statement).into_sql_str()
 }
 
-/// The empty name is before all others.
-fn names(after: Option<&(String, String)>) -> (&str, &str) {
-    after.map_or(("", ""), |(user, provider)| (user, provider))
+/// Without `after`, empty names, which sort before all others.
+fn names(after: Option<&(UserId, String)>) -> (&str, &str) {
+    after.map_or(("", ""), |(user, provider)| (user.as_str(), provider))
 }
 
 fn decode_row(row: &AnyRow) -> Result<Row, sqlx::Error> {
@@ -325,7 +333,7 @@ fn decode(row: &AnyRow) -> Result<Info, sqlx::Error> {
     let keep_refreshed = row.try_get::<i64, _>(7)? == version;
     let refreshed_by: String = row.try_get(8)?;
     Ok(Info {
-        user_id: row.try_get(0)?,
+        user_id: row.try_get::<String, _>(0)?.into(),
         provider: row.try_get(1)?,
         version: version.cast_unsigned(),
         kind: row.try_get(3)?,

@@ -1,7 +1,8 @@
-//! Getting a credential from where its caller says it is, and keeping those of the store.
+//! Gets credentials from where callers say that they are, and manages those in the store.
 
 use std::{path::Path, time::SystemTime};
 
+use polydev_proto::id::{RunId, UserId};
 use prost::Message;
 
 use super::{
@@ -17,12 +18,12 @@ use crate::{
     secret::{Credential, Invalid, Prepared},
 };
 
-/// Records that are sealed anew in one call.
-const AT_ONCE: u32 = 50;
-/// How often a credential is put, while others put the same one.
-pub(super) const TRIES: u32 = 5;
+/// The largest number of records that one call seals again.
+const MAX_RESEALED: u32 = 50;
+/// How often a put is tried, while other calls change the same credential.
+pub(super) const MAX_TRIES: u32 = 5;
 
-/// A shim's master keys and its store, if it has them.
+/// The master keys and the store of a shim. Both are optional.
 #[derive(Debug)]
 pub struct Vault {
     keys: Option<KeyRing>,
@@ -30,33 +31,35 @@ pub struct Vault {
     scrypt: scrypt::Opener,
 }
 
-/// Why there is no credential; never quotes one.
+/// Why there is no credential. Never quotes a credential.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("this shim has no master key, so it opens and seals no record")]
+    #[error("this shim has no master key, so it cannot open or seal records")]
     NoKeys,
     #[error("this shim has no credential store")]
     NoStore,
     #[error("the record is sealed with master key `{key_id}`, which this shim does not have")]
     UnknownKey { key_id: String },
     #[error(
-        "the record does not open: it was changed, or sealed with another key or for another \
-         user or provider"
+        "cannot open the record: it was changed, or sealed with another key or for another user or \
+         provider"
     )]
     NotOpened,
-    #[error("there is no credential of user `{user_id}` for `{provider}` in the store")]
+    #[error("the store has no credential of user `{user_id}` for `{provider}`")]
     NotFound {
-        user_id: String,
+        user_id: UserId,
         provider: &'static str,
     },
-    #[error("the credential of user `{user_id}` for `{provider}` is being changed by others")]
+    #[error("other calls are changing the credential of user `{user_id}` for `{provider}`")]
     Contended {
-        user_id: String,
+        user_id: UserId,
         provider: &'static str,
     },
-    #[error("the record opens, and what is in it is no credential")]
+    #[error("the record opens, but its content is not a valid credential")]
     NotUnderstood,
-    #[error("`keep_refreshed` is for an account that has signed in (`oauth_file`) alone")]
+    #[error(
+        "`keep_refreshed` is `true`: allowed only for an account that has signed in (`oauth_file`)"
+    )]
     NoAccount,
     #[error(transparent)]
     Invalid(#[from] Invalid),
@@ -64,7 +67,7 @@ pub enum Error {
     Store(#[from] store::Error),
 }
 
-/// Why there is no vault.
+/// Why the vault cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error(transparent)]
@@ -72,26 +75,27 @@ pub enum OpenError {
     #[error(transparent)]
     Store(#[from] store::Error),
     #[error(
-        "a credential store needs a master key: --master-key-file, systemd's credential `polydev-master-keys` or ENCRYPTION_MASTER_KEY"
+        "a credential store needs a master key: --master-key-file, systemd's credential \
+         `polydev-master-keys` or ENCRYPTION_MASTER_KEY"
     )]
     NoKeys,
 }
 
-/// How far a rotation has come.
+/// The progress of a rotation.
 #[derive(Debug)]
 pub struct Rotated {
-    /// Sealed anew by this call.
+    /// How many records this call sealed again.
     pub sealed: u32,
-    /// Still to do, those that failed among them.
+    /// How many records are left, including those that failed.
     pub left: u64,
-    /// Those that could not be, and why.
+    /// The records that could not be sealed again, and why.
     pub failed: Vec<(Info, Error)>,
-    /// User and provider of the last that was looked at, if there may be others behind it.
-    pub next: Option<(String, String)>,
+    /// The user and provider of the last record of this call, if there may be records after it.
+    pub next: Option<(UserId, String)>,
 }
 
 impl Vault {
-    /// Reads the master keys. The store is not asked for anything yet.
+    /// Reads the master keys. This call does not connect to the store.
     ///
     /// # Errors
     /// [`OpenError`]
@@ -128,7 +132,7 @@ impl Vault {
         &self,
         source: Source,
         binding: Binding<'_>,
-        run_id: &str,
+        run_id: RunId,
     ) -> Result<Prepared, Error> {
         let Source::Stored = source else {
             let credential = self.get(source, binding).await?;
@@ -159,8 +163,8 @@ impl Vault {
         found.ok_or_else(|| not_found(binding))
     }
 
-    /// Keeps a credential, in place of the one there was; and, if it is an account's and
-    /// `keep_refreshed`, what runs refresh of it.
+    /// Stores a credential in place of the previous one. With `keep_refreshed`, which only an
+    /// account may have, the store will also keep what runs refresh of the account.
     ///
     /// # Errors
     /// [`Error`]
@@ -175,9 +179,9 @@ impl Vault {
         if keep_refreshed && !matches!(credential, Credential::OauthFile(_)) {
             return Err(Error::NoAccount);
         }
-        // One that no run could use is not kept.
+        // A credential that no run could use is not stored.
         binding.provider.prepare(&credential)?;
-        for _ in 0..TRIES {
+        for _ in 0..MAX_TRIES {
             let before = store.get(binding.user_id, binding.provider).await?;
             let before = before.map(|before| before.info);
             let replaces = before.as_ref().map(|before| before.version);
@@ -185,7 +189,7 @@ impl Vault {
             let key = self.keys()?.first();
             let now = SystemTime::now();
             let info = Info {
-                user_id: binding.user_id.into(),
+                user_id: binding.user_id.clone(),
                 provider: binding.provider.name().into(),
                 version,
                 kind: credential.kind().into(),
@@ -202,7 +206,7 @@ impl Vault {
             }
         }
         Err(Error::Contended {
-            user_id: binding.user_id.into(),
+            user_id: binding.user_id.clone(),
             provider: binding.provider.name(),
         })
     }
@@ -226,17 +230,17 @@ impl Vault {
         }
     }
 
-    /// Seals some records of other keys with the first one, those behind `after`.
+    /// Seals some records of other keys with the first key, beginning after `after`.
     ///
     /// # Errors
-    /// [`Error`] if the store fails; those before are sealed anew.
-    pub async fn rotate(&self, after: Option<(String, String)>) -> Result<Rotated, Error> {
+    /// [`Error`] if the store fails. Earlier records of the call stay sealed with the first key.
+    pub async fn rotate(&self, after: Option<(UserId, String)>) -> Result<Rotated, Error> {
         let (store, keys) = (self.store()?, self.keys()?);
         let key = keys.first();
         let (rows, before) = store
-            .sealed_otherwise(&key.id, after.as_ref(), AT_ONCE)
+            .sealed_otherwise(&key.id, after.as_ref(), MAX_RESEALED)
             .await?;
-        let last = rows.last().filter(|_| rows.len() == AT_ONCE as usize);
+        let last = rows.last().filter(|_| rows.len() == MAX_RESEALED as usize);
         let next = last.map(|row| (row.info.user_id.clone(), row.info.provider.clone()));
         let (mut sealed, mut failed) = (0, Vec::new());
         for row in rows {
@@ -257,7 +261,7 @@ impl Vault {
         })
     }
 
-    /// Wipes what has been kept for long enough, for ever.
+    /// Wipes expired keys. Never returns.
     pub async fn keep(&self) {
         self.scrypt.keep().await;
     }
@@ -265,14 +269,14 @@ impl Vault {
 
 fn not_found(binding: Binding) -> Error {
     Error::NotFound {
-        user_id: binding.user_id.into(),
+        user_id: binding.user_id.clone(),
         provider: binding.provider.name(),
     }
 }
 
-/// The same with the first key.
+/// Seals the credential of a row with the first key.
 fn reseal(row: &Row, keys: &KeyRing) -> Result<Record, Error> {
-    // A provider that this version does not have is nobody's here.
+    // This version may not know the provider. Then it cannot open the record.
     let provider = row.info.provider.parse().map_err(|_| Error::NotOpened)?;
     let binding = Binding {
         user_id: &row.info.user_id,
@@ -287,7 +291,7 @@ fn reseal(row: &Row, keys: &KeyRing) -> Result<Record, Error> {
     ))
 }
 
-/// Opens what stands in the store, if it is of the version that stands beside it.
+/// Opens the record in a row, if it has the version in the row.
 fn open(row: &Row, binding: Binding, keys: &KeyRing) -> Result<Credential, Error> {
     let record = Record {
         version: row.info.version,

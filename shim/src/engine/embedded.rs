@@ -1,6 +1,5 @@
-//! Everything on this machine with Docker alone: the driver binary, launched as a
-//! Nomad agent launches it, and pools kept in Nomad's place. For trying out and for
-//! tests; a cluster is Nomad's work.
+//! Everything on this machine, with Docker but without Nomad. It launches the driver binary as a
+//! Nomad agent does, and keeps the pools itself. For trials and tests; a cluster needs Nomad.
 
 pub mod plugin;
 pub mod pools;
@@ -16,8 +15,8 @@ use uuid::Uuid;
 
 use plugin::Plugin;
 
-/// A run's kill timeout and the removal of its container.
-const STOP: Duration = Duration::from_secs(40);
+/// Time for a run's kill timeout and the removal of its container.
+const STOP_TIMEOUT: Duration = Duration::from_secs(40);
 
 /// What to start.
 #[derive(Debug, Clone)]
@@ -30,7 +29,7 @@ pub struct Settings {
     pub pools: Vec<(Provider, u32)>,
 }
 
-/// A driver of our own with its pools.
+/// A driver that this process has launched, with its pools.
 pub struct Engine {
     plugin: Plugin,
     node_id: String,
@@ -70,11 +69,11 @@ impl Engine {
         Ok(engine)
     }
 
-    /// The one driver there is, for [`pool::follow`](crate::pool::follow).
+    /// The only driver, for [`pool::follow`](crate::pool::follow).
     #[must_use]
     pub fn drivers(&self) -> watch::Receiver<BTreeMap<String, String>> {
         let drivers = BTreeMap::from([(self.node_id.clone(), self.address.clone())]);
-        // Nothing will change, but the sender must live for the receiver to wait.
+        // Nothing changes, but the receiver can wait only while the sender lives.
         let (sender, receiver) = watch::channel(drivers);
         self.slots.spawn({
             let stop = self.stop.clone();
@@ -86,16 +85,16 @@ impl Engine {
         receiver
     }
 
-    /// Ends when the driver does, which it should not.
+    /// Waits until the driver ends, which it should not do, and returns how it ended.
     pub async fn driver_died(&mut self) -> String {
         self.plugin.died().await
     }
 
-    /// Stops the slots, then the driver; nothing of ours is left but images.
+    /// Stops the slots and then the driver. Only images are left.
     pub async fn stop(self) {
         self.stop.cancel();
         self.slots.close();
-        if timeout(STOP, self.slots.wait()).await.is_err() {
+        if timeout(STOP_TIMEOUT, self.slots.wait()).await.is_err() {
             tracing::warn!("some slots did not stop in time");
         }
         self.plugin.shutdown().await;

@@ -1,5 +1,5 @@
-//! Finds the drivers through Nomad: ready nodes whose driver is healthy say in an
-//! attribute where their node service listens.
+//! Finds the drivers through Nomad. Ready nodes have the address of their node service in an
+//! attribute of the driver.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,23 +15,23 @@ use polydev_transport::backoff::Backoff;
 const ADDRESS: &str = "driver.polydev.node_address";
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(10);
-/// Between two answers: a busy cluster changes its nodes all the time.
-const PACE: Duration = Duration::from_millis(250);
+/// Pause between two queries: a busy cluster changes its nodes all the time.
+const MIN_INTERVAL: Duration = Duration::from_millis(250);
 
-/// What Nomad's nodes say.
+/// What Nomad reports about its nodes.
 #[derive(Debug, Clone, Default)]
 pub struct Cluster {
     /// Node id to address.
     pub drivers: watch::Sender<BTreeMap<String, String>>,
-    /// Ids of nodes that have been drained, or have come to the deadline of it.
+    /// Ids of nodes that are drained, or whose drain has passed its deadline.
     pub drained: watch::Sender<BTreeSet<String>>,
 }
 
-/// Publishes what changes, for ever. While Nomad is out of reach, or has no leader, the last
-/// stands.
+/// Publishes changes, and never ends. While Nomad cannot be reached or has no leader, the last
+/// published state stays.
 pub async fn discover(nomad: Nomad, cluster: Cluster) {
-    // It outlives errors: a server that still reads its log answers when it knows as much, or
-    // after a minute.
+    // The index is kept after errors: a server that still reads its log answers when it has reached
+    // the index, or after a minute.
     let mut index = 0;
     let mut retry = Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL);
     loop {
@@ -60,7 +60,7 @@ async fn discover_once(
             &cluster.drivers,
             nodes.into_iter().filter_map(address).collect(),
         );
-        sleep(PACE).await;
+        sleep(MIN_INTERVAL).await;
     }
 }
 

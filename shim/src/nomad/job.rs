@@ -1,4 +1,4 @@
-//! Jobs.
+//! Nomad's jobs.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{Error, Nomad};
 
-/// An allocation of a job, as far as it says how its start goes.
+/// The state of a job's allocation.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Allocation {
@@ -36,7 +36,7 @@ pub struct TaskEvent {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Scaling {
-    /// The count that it should have.
+    /// The count that the group should have.
     pub desired: u32,
     #[serde(default)]
     pub events: Option<Vec<ScalingEvent>>,
@@ -48,9 +48,9 @@ pub struct Scaling {
 pub struct ScalingEvent {
     /// Nanoseconds since 1970.
     pub time: i64,
-    /// It came to nothing.
+    /// Whether the change failed.
     pub error: bool,
-    /// What whoever made it left.
+    /// Data from whoever made the change.
     #[serde(default)]
     pub meta: Option<BTreeMap<String, Value>>,
 }
@@ -59,7 +59,7 @@ pub struct ScalingEvent {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Plan {
-    /// Of the job that is registered now; 0 for none.
+    /// The index of the registered job; 0 if there is none.
     pub job_modify_index: u64,
     pub diff: Value,
     #[serde(default)]
@@ -70,12 +70,12 @@ pub struct Plan {
     pub warnings: String,
 }
 
-/// An answer of which nothing is wanted.
+/// An answer whose content is not used.
 #[derive(Deserialize)]
 struct Taken {}
 
 impl Nomad {
-    /// How a job's groups are scaled; `None` without such a job.
+    /// How a job's groups are scaled; `None` if the job does not exist.
     ///
     /// # Errors
     /// [`Error`]
@@ -93,11 +93,11 @@ impl Nomad {
         }
     }
 
-    /// Sets the count of a job's group, as `nomad job scale` does; `message` and `meta` stand
-    /// in the job's scaling events.
+    /// Sets the count of a job's group, as `nomad job scale` does. The job's scaling events contain
+    /// `message` and `meta`.
     ///
     /// # Errors
-    /// [`Error`]; [`Error::is_deployment`] while a deployment of the job is going on.
+    /// [`Error`]; [`Error::is_deployment`] while a deployment of the job is active.
     pub async fn scale(
         &self,
         job: &str,
@@ -114,10 +114,10 @@ impl Nomad {
         self.ask::<Taken>(request).await.map(drop)
     }
 
-    /// A job's file, as Nomad understands it with these `variables`, lines of `name = value`.
+    /// Parses a job file with these `variables`, lines of `name = value`.
     ///
     /// # Errors
-    /// [`Error::Status`] with Nomad's words about the file.
+    /// [`Error::Status`] with Nomad's message about the file.
     pub async fn parse(&self, hcl: &str, variables: &str) -> Result<Value, Error> {
         let body = serde_json::json!({
             "JobHCL": hcl, "Variables": variables, "Canonicalize": true,
@@ -139,7 +139,7 @@ impl Nomad {
         Ok(plan)
     }
 
-    /// Registers a job, if it is still the one that was planned with.
+    /// Registers a job, if the registered job has not changed since the plan.
     ///
     /// # Errors
     /// [`Error`]
@@ -152,10 +152,11 @@ impl Nomad {
         self.ask::<Taken>(request).await.map(drop)
     }
 
-    /// Dispatches a parameterised job, at most once for each `token`: the id of its child.
+    /// Dispatches a parameterised job, at most once for each `token`. Returns the id of the
+    /// dispatched job.
     ///
     /// # Errors
-    /// [`Error`]; [`Error::is_not_found`] without such a job.
+    /// [`Error`]; [`Error::is_not_found`] if the job does not exist.
     pub async fn dispatch(
         &self,
         job: &str,
@@ -175,7 +176,7 @@ impl Nomad {
         Ok(dispatched.job)
     }
 
-    /// Stops a job; one that is not there is stopped.
+    /// Stops a job. Succeeds also if the job does not exist.
     ///
     /// # Errors
     /// [`Error`]
@@ -187,8 +188,8 @@ impl Nomad {
         }
     }
 
-    /// The allocations of a job, as soon as there is something newer than `index`, or after
-    /// a minute; with the index to ask with next.
+    /// The allocations of a job, as soon as there is something newer than `index`, or after a
+    /// minute. Also returns the index for the next query.
     ///
     /// # Errors
     /// [`Error`]

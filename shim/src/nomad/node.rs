@@ -1,4 +1,4 @@
-//! Nodes.
+//! Nomad's nodes.
 
 use std::collections::BTreeMap;
 
@@ -38,10 +38,10 @@ pub struct Driver {
 }
 
 impl Node {
-    /// Whether the last drain has come to its end, or to its deadline, and the node is to be
-    /// given nothing. Nomad calls a drain complete when its deadline has come, whatever is
-    /// left. An old drain looks the same on a node that is closed for another reason: what
-    /// the drain has stopped is what counts.
+    /// Whether the last drain is complete or has passed its deadline, and the node is ineligible.
+    /// Nomad calls a drain complete when its deadline has passed, whatever is left. An old drain
+    /// looks the same on a node that is ineligible for another reason, so only runs in slots that
+    /// Nomad has stopped count as drained.
     #[must_use]
     pub fn is_drained(&self) -> bool {
         let complete = |drain: &Drain| drain.status == "complete";
@@ -51,8 +51,8 @@ impl Node {
 }
 
 impl Nomad {
-    /// All nodes, as soon as there is something newer than `index`, or after a minute; with
-    /// the index to ask with next.
+    /// All nodes, as soon as there is something newer than `index`, or after a minute. Also returns
+    /// the index for the next query.
     ///
     /// # Errors
     /// [`Error`]

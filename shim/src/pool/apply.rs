@@ -1,10 +1,10 @@
-//! Submits the jobs of pools, as their files say, and shows first what that changes.
+//! Submits the job files of pools, and first shows what they change.
 
 use std::{collections::BTreeMap, env};
 
 use serde_json::Value;
 
-use super::scale::{GROUP, SIZE_MOST};
+use super::scale::{GROUP, MAX_SIZE};
 use crate::nomad::{self, Nomad, job::Plan};
 
 /// Why a job is not submitted.
@@ -12,9 +12,9 @@ use crate::nomad::{self, Nomad, job::Plan};
 pub enum Error {
     #[error("`{given}` is not NAME=VALUE")]
     Variable { given: String },
-    #[error("the variable `{name}` is `{given}`, allowed are 0 to {SIZE_MOST}")]
+    #[error("the variable `{name}` is `{given}`; must be 0 to {MAX_SIZE}")]
     Size { name: String, given: String },
-    #[error("job `{job}` has a count of {given}, allowed are 0 to {SIZE_MOST}")]
+    #[error("job `{job}` has a count of {given}; must be 0 to {MAX_SIZE}")]
     Count { job: String, given: u64 },
     #[error(transparent)]
     Nomad(#[from] nomad::Error),
@@ -50,9 +50,9 @@ pub struct Applied {
     plan: Plan,
 }
 
-/// Asks Nomad what the job of a file would change. A pool that is there keeps its size;
-/// one that is not gets that of `WARM_POOL_<PROVIDER>_SIZE`, if that is set. A variable
-/// `count` decides over both.
+/// Asks Nomad what the job of a file would change. An existing pool keeps its size. A new pool
+/// gets the size in `WARM_POOL_<PROVIDER>_SIZE`, if that is set. A variable `count` overrides
+/// both.
 ///
 /// # Errors
 /// [`Error`]
@@ -67,7 +67,7 @@ pub async fn plan(nomad: &Nomad, file: &str, variables: &[Variable]) -> Result<A
             None => first_size(provider)?,
         };
         if let Some(size) = size {
-            // Other parts of the job follow from it.
+            // Other parts of the job depend on the count.
             let count = Variable {
                 name: "count".into(),
                 value: size.to_string(),
@@ -81,7 +81,8 @@ pub async fn plan(nomad: &Nomad, file: &str, variables: &[Variable]) -> Result<A
     Ok(Applied { job, plan })
 }
 
-/// In HCL: what is no number, list or word of HCL's own is a string, as with `nomad job run`.
+/// The variables as lines of HCL. As with `nomad job run`, a value is a string unless it is a
+/// number, a list or a word of HCL.
 fn lines(variables: &[Variable]) -> String {
     let line = |Variable { name, value }: &Variable| {
         let is_hcl = value.parse::<f64>().is_ok()
@@ -95,7 +96,7 @@ fn lines(variables: &[Variable]) -> String {
     variables.iter().map(line).collect()
 }
 
-/// The provider of which a job is the warm pool.
+/// The provider of a job that is a warm pool.
 fn pool_of(job: &Value) -> Option<&str> {
     let meta = &job["Meta"];
     let provider = meta["provider"].as_str();
@@ -108,7 +109,7 @@ fn first_size(provider: &str) -> Result<Option<u32>, Error> {
         return Ok(None);
     };
     let size = given.to_str().and_then(|given| given.parse().ok());
-    let size = size.filter(|size| *size <= SIZE_MOST).ok_or(Error::Size {
+    let size = size.filter(|size| *size <= MAX_SIZE).ok_or(Error::Size {
         name,
         given: given.to_string_lossy().into_owned(),
     })?;
@@ -118,7 +119,7 @@ fn first_size(provider: &str) -> Result<Option<u32>, Error> {
 fn check_count(job: &Value) -> Result<(), Error> {
     let groups = job["TaskGroups"].as_array().into_iter().flatten();
     let mut counts = groups.filter_map(|group| group["Count"].as_u64());
-    match counts.find(|count| *count > u64::from(SIZE_MOST)) {
+    match counts.find(|count| *count > u64::from(MAX_SIZE)) {
         Some(given) if pool_of(job).is_some() => Err(Error::Count {
             job: job["ID"].as_str().unwrap_or_default().to_owned(),
             given,
@@ -133,13 +134,13 @@ impl Applied {
         self.job["ID"].as_str().unwrap_or_default()
     }
 
-    /// Whether Nomad would do anything.
+    /// Whether the job would change anything.
     #[must_use]
     pub fn is_change(&self) -> bool {
         self.plan.diff["Type"] != "None"
     }
 
-    /// What would change, a line each, for people.
+    /// What would change, for people: one line for each change.
     #[must_use]
     pub fn describe(&self) -> String {
         let Plan {
@@ -178,7 +179,7 @@ impl Applied {
             let more = metric["CoalescedFailures"].as_u64().unwrap_or(0);
             let unplaced = more + 1;
             text.push_str(&format!(
-                "  {group}: no node has room for {unplaced} of them now\n"
+                "  {group}: no node has room for {unplaced} slots now\n"
             ));
         }
         for warning in warnings.lines().filter(|line| !line.trim().is_empty()) {
@@ -187,7 +188,7 @@ impl Applied {
         text
     }
 
-    /// Gives Nomad the job, if nobody has changed it since it was planned.
+    /// Submits the job to Nomad, if nobody has changed it since the plan.
     ///
     /// # Errors
     /// [`nomad::Error`]
@@ -196,7 +197,7 @@ impl Applied {
     }
 }
 
-/// The changed fields of Nomad's diff, by their paths.
+/// Appends the changed fields of Nomad's diff, with their paths.
 fn differences(path: &str, diff: &Value, text: &mut String) {
     let list = |name: &str| diff[name].as_array().into_iter().flatten();
     for field in list("Fields").filter(|field| field["Type"] != "None") {
@@ -238,7 +239,7 @@ mod tests {
                    "TaskGroups": [{"Count": 101}]})
         };
         let refused = check_count(&job("warm-pool")).unwrap_err().to_string();
-        assert_eq!(refused, "job `a` has a count of 101, allowed are 0 to 100");
+        assert_eq!(refused, "job `a` has a count of 101; must be 0 to 100");
         check_count(&job("else")).unwrap();
     }
 }

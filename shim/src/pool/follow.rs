@@ -1,4 +1,4 @@
-//! Keeps the view: one task for each driver, which follows its slots.
+//! Keeps the view up to date: one task for each driver follows its slots.
 
 use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
 
@@ -17,21 +17,22 @@ use polydev_transport::backoff::Backoff;
 
 /// Bytes of one run on their way from the driver.
 const STREAM_WINDOW: u32 = 1 << 20;
-/// Bytes of all runs on their way from one driver: one that is read slowly stops no other.
+/// Bytes of all runs on their way from one driver. It is so large that a slow reader delays no
+/// other run.
 const CONNECTION_WINDOW: u32 = 256 << 20;
-/// A piece of output fits.
-const FRAME: u32 = 128 << 10;
+/// Large enough for a piece of output.
+const MAX_FRAME: u32 = 128 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between pings, and for the answer to one.
-const ALIVE: Duration = Duration::from_secs(10);
+/// Time between two pings, and for the answer to a ping.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
-/// Runs wait for their driver to come back.
+/// Short, because runs wait for their driver to come back.
 const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Follows every driver that `drivers` names, node id to address, as they come and
-/// go, and takes into the vault's store what runs there refresh. One that is no longer named
-/// is followed as long as its connection lasts: that Nomad hears nothing of an agent does not
-/// end its driver. Ends when `drivers` does.
+/// Follows every driver in `drivers` (node id to address) as drivers come and go, and stores
+/// credentials that their runs refresh in the vault. Follows a driver that is no longer listed as
+/// long as its connection lasts: the driver still runs when Nomad does not hear from the agent.
+/// Ends when `drivers` does.
 pub async fn follow(
     view: View,
     mut drivers: watch::Receiver<BTreeMap<String, String>>,
@@ -48,7 +49,7 @@ pub async fn follow(
                 view.leave(node_id);
             }
             let has_moved = now.is_some_and(|now| now != address);
-            // A machine that is set up anew has another id.
+            // A machine that was set up again has another id.
             let is_anothers = now.is_none() && wanted.values().any(|at| at == address);
             if has_moved || is_anothers {
                 task.abort();
@@ -77,7 +78,7 @@ pub async fn follow(
     }
 }
 
-/// Whom to follow, and how to show him who asks.
+/// A driver to follow, and how the shim identifies itself to it.
 struct Driver {
     node_id: String,
     address: String,
@@ -93,10 +94,10 @@ async fn follow_driver(view: View, driver: Driver, vault: Arc<Vault>) {
     loop {
         let Err(status) = follow_once(&view, &driver, &vault, &mut retry).await;
         view.disconnect(node_id);
-        // Once for each reason: a node may be away for long.
+        // Logs each reason only once: a node may be away for a long time.
         let reason = status.message();
         if *reason != *last {
-            tracing::info!(node_id, address, reason, "a driver is out of reach");
+            tracing::info!(node_id, address, reason, "cannot reach a driver");
             reason.clone_into(&mut last);
         }
         if view.has_left(node_id) {
@@ -120,14 +121,15 @@ async fn follow_once(
     let address: Address = address
         .parse()
         .map_err(|error| Status::invalid_argument(crate::chain(&error)))?;
-    // Each connection on the way of a run holds so much of its output: see `docs/reliability.md`.
+    // Each connection between a run and its caller may hold this much of its output: see
+    // `docs/reliability.md`.
     let settings = |endpoint: Endpoint| {
         endpoint
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_frame_size(FRAME)
-            .http2_keep_alive_interval(ALIVE)
-            .keep_alive_timeout(ALIVE)
+            .max_frame_size(MAX_FRAME)
+            .http2_keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_INTERVAL)
             .keep_alive_while_idle(true)
     };
     let connect = timeout(CONNECT_TIMEOUT, address.connect(trust.as_ref(), settings)).await;
@@ -139,8 +141,8 @@ async fn follow_once(
     let mut slots = watching
         .map_err(|_| Status::deadline_exceeded("no answer in 5 s"))??
         .into_inner();
-    // Silence is no sign of death here: the driver speaks when something changes, and
-    // the connection breaks when it dies, or its machine answers no pings.
+    // This wait has no deadline: the driver sends only changes, and the connection breaks when the
+    // driver dies or its machine does not answer pings.
     let follow_slots = async {
         while let Some(told) = slots.message().await? {
             retry.reset();

@@ -9,29 +9,29 @@ use crate::nomad::{self, Nomad};
 use polydev_transport::backoff::Backoff;
 
 /// The largest pool.
-pub const SIZE_MOST: u32 = 100;
+pub const MAX_SIZE: u32 = 100;
 /// The group of the pools' jobs, see `jobspecs/`.
 pub const GROUP: &str = "pool";
-/// What a scaling event says of the size that a drained pool had.
+/// The key of a drained pool's previous size in the meta of its scaling event.
 const DRAINED_FROM: &str = "polydev_drained_from";
-/// How long a deployment is waited for: as long as the jobs give their slots to become
+/// How long the shim waits for a deployment: as long as the jobs give their slots to become
 /// healthy.
-const DEPLOYMENT: Duration = Duration::from_secs(10 * 60);
-const FIRST_RETRY: Duration = Duration::from_millis(500);
+const DEPLOYMENT_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 const MAX_RETRY: Duration = Duration::from_secs(5);
 
-/// Why a pool has the size it had.
+/// Why the size of a pool was not changed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("`size` is `{given}`, allowed are 0 to {SIZE_MOST}")]
+    #[error("`size` is `{given}`; must be 0 to {MAX_SIZE}")]
     Size { given: u32 },
     #[error(
         "Nomad has no job `{job}` with a group `{GROUP}`; submit jobspecs/pool-{provider}.nomad.hcl first"
     )]
     NoJob { job: String, provider: Provider },
-    #[error("Nomad still takes no other size of `{job}` after {} s: {reason}", DEPLOYMENT.as_secs())]
+    #[error("Nomad has not accepted a new size of `{job}` within {} s: {reason}", DEPLOYMENT_TIMEOUT.as_secs())]
     Deployment { job: String, reason: String },
-    #[error("the pool of {provider} is not drained, it has {size} slots")]
+    #[error("the pool of {provider} is not drained: it has {size} slots")]
     NotDrained { provider: Provider, size: u32 },
     #[error(transparent)]
     Nomad(#[from] nomad::Error),
@@ -43,11 +43,11 @@ pub fn job(provider: Provider) -> String {
     format!("polydev-pool-{}", provider.name())
 }
 
-/// A pool's size as Nomad has it.
+/// The size of a pool in Nomad.
 #[derive(Debug, Clone, Copy)]
 struct Size {
     now: u32,
-    /// Before it was drained.
+    /// The size before the pool was drained.
     drained_from: Option<u32>,
 }
 
@@ -58,7 +58,7 @@ impl Size {
         let Some(group) = groups.remove(GROUP) else {
             return Err(Error::NoJob { job, provider });
         };
-        // Whoever scaled it since has taken it into use again.
+        // A later change of the size has ended the drain.
         let events = group.events.into_iter().flatten();
         let last = events
             .filter(|event| !event.error)
@@ -71,21 +71,21 @@ impl Size {
     }
 }
 
-/// Sets the size of a pool; the size it had. `waiting` hears Nomad's reason, once, if it
-/// has to be waited for.
+/// Sets the size of a pool and returns its previous size. If Nomad does not accept the size yet,
+/// calls `waiting` once with Nomad's reason.
 ///
 /// # Errors
-/// [`Error`]; the size is as it was, unless Nomad did not answer.
+/// [`Error`]; the size is unchanged, unless Nomad did not answer.
 ///
 /// # Cancel safety
-/// A size that Nomad was told stands.
+/// A size that was sent to Nomad stays.
 pub async fn scale(
     nomad: &Nomad,
     provider: Provider,
     size: u32,
     waiting: impl Fn(String),
 ) -> Result<u32, Error> {
-    if size > SIZE_MOST {
+    if size > MAX_SIZE {
         return Err(Error::Size { given: size });
     }
     let from = Size::of(nomad, provider).await?.now;
@@ -93,8 +93,8 @@ pub async fn scale(
     Ok(from)
 }
 
-/// Sets the size of a pool to 0 and leaves word of the size it had; that size, or `None` if
-/// it was drained before.
+/// Sets the size of a pool to 0 and stores the previous size in Nomad. Returns the previous size,
+/// or `None` if the pool was drained already.
 ///
 /// # Errors
 /// As [`scale`].
@@ -115,7 +115,7 @@ pub async fn drain(
     Ok(Some(size.now))
 }
 
-/// Gives a drained pool the size it had; that size.
+/// Sets a drained pool to its previous size, and returns this size.
 ///
 /// # Errors
 /// As [`scale`]; [`Error::NotDrained`].
@@ -128,7 +128,7 @@ pub async fn resume(
     waiting: impl Fn(String),
 ) -> Result<u32, Error> {
     let Size { now, drained_from } = Size::of(nomad, provider).await?;
-    let from = drained_from.filter(|from| *from <= SIZE_MOST);
+    let from = drained_from.filter(|from| *from <= MAX_SIZE);
     let size = from.ok_or(Error::NotDrained {
         provider,
         size: now,
@@ -146,8 +146,8 @@ async fn set(
 ) -> Result<(), Error> {
     let job = job(provider);
     let message = format!("polydev-shim: from {from} to {to} warm slots");
-    let end = Instant::now() + DEPLOYMENT;
-    let (mut pauses, mut is_told) = (Backoff::new(FIRST_RETRY, MAX_RETRY), false);
+    let end = Instant::now() + DEPLOYMENT_TIMEOUT;
+    let (mut pauses, mut is_told) = (Backoff::new(RETRY_INTERVAL, MAX_RETRY), false);
     loop {
         match nomad.scale(&job, GROUP, to, &message, &meta).await {
             Ok(()) => {

@@ -1,23 +1,27 @@
-//! The live view: slots by node, and a way to wait for an idle one. Nothing in it
-//! is certain, since a driver may have changed its mind meanwhile: it decides.
+//! The live view: slots by node, and a way to wait for an idle one. The view may be out of date:
+//! a driver decides about its slots.
 
 mod candidate;
 mod ready;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
-use polydev_proto::node::{Slot, WatchSlotsResponse, slot::State};
+use parking_lot::{Mutex, MutexGuard};
+use polydev_proto::{
+    id::{Generation, RunId, SlotId},
+    node::{Slot, WatchSlotsResponse, slot::State},
+};
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
 pub use candidate::Candidate;
 use ready::{Key, Ready};
 
-/// What drivers have told; clones share it.
+/// The slots that drivers have reported; clones share them.
 #[derive(Debug, Clone)]
 pub struct View {
     inner: Arc<Mutex<Inner>>,
@@ -27,42 +31,42 @@ pub struct View {
 #[derive(Debug, Default)]
 struct Inner {
     nodes: HashMap<String, Node>,
-    /// Of the slots of connected nodes, those that may be taken.
+    /// The slots of connected nodes that may be taken.
     ready: Ready,
 }
 
 /// A node that is or was connected.
 #[derive(Debug, Default)]
 struct Node {
-    /// `None` while it cannot be reached: its slots are not to be had then.
+    /// `None` while the node cannot be reached. Its slots cannot be claimed then.
     connected: Option<Connected>,
-    /// Since when it is no longer one of the cluster's: for a while it may still have runs.
+    /// Since when the node is no longer part of the cluster. It may still have runs for a while.
     left: Option<Instant>,
 }
 
-/// As long as a driver remembers its runs.
-const REMEMBERED: Duration = Duration::from_secs(70 * 60);
+/// How long a node that has left is remembered: as long as a driver remembers its runs.
+const MEMORY_TIMEOUT: Duration = Duration::from_secs(70 * 60);
 
 #[derive(Debug)]
 struct Connected {
     channel: Channel,
     start_id: String,
-    /// When its journal was begun.
+    /// When the driver's journal was begun.
     since: SystemTime,
     clock: Clock,
-    slots: HashMap<String, Slot>,
+    slots: HashMap<SlotId, Slot>,
     /// Slots, with generation, that a run of this shim is claiming right now.
-    claiming: HashSet<(String, u64)>,
+    claiming: HashSet<(SlotId, Generation)>,
 }
 
-/// The driver's clock as last heard, carried on by ours.
+/// The time that the driver last reported, and when it did by this machine's clock.
 #[derive(Debug, Clone, Copy)]
 struct Clock {
     told: SystemTime,
     heard: Instant,
 }
 
-/// A slot that is kept for a run to come.
+/// A slot that is leased for a later run.
 #[derive(Debug)]
 pub struct Kept {
     pub node_id: String,
@@ -80,7 +84,7 @@ pub struct Counts {
     pub recycling: u32,
     pub draining: u32,
     pub failed: u32,
-    /// Made for one run each, whatever their state; counted nowhere else.
+    /// Slots that were made for one run each, in any state. The other counts do not include them.
     pub on_demand: u32,
 }
 
@@ -117,7 +121,8 @@ impl View {
             .await
     }
 
-    /// As [`View::idle_slot`], on a node that is not `full`; `None` if a short look finds none.
+    /// As [`View::idle_slot`], on a node that is not in `full`; `None` if a short search finds
+    /// none.
     #[must_use]
     pub fn idle_beyond(&self, provider: &str, full: &BTreeSet<String>) -> Option<Candidate> {
         self.take(|ready| ready.beyond(provider, full))
@@ -127,7 +132,7 @@ impl View {
     ///
     /// # Cancel safety
     /// Loses nothing.
-    pub async fn slot_for(&self, run_id: &str) -> Candidate {
+    pub async fn slot_for(&self, run_id: RunId) -> Candidate {
         self.wait_for(|view| view.take(|ready| ready.of_run(run_id)))
             .await
     }
@@ -145,7 +150,7 @@ impl View {
         }
     }
 
-    /// The slot that is `chosen`, if there is one; it is not ready any more then.
+    /// Takes the `chosen` slot, if there is one, out of the ready slots.
     fn take(&self, chosen: impl FnOnce(&Ready) -> Option<&Key>) -> Option<Candidate> {
         let mut inner = self.lock();
         let Inner { nodes, ready } = &mut *inner;
@@ -153,14 +158,14 @@ impl View {
         let node = nodes.get_mut(&key.node_id)?.connected.as_mut()?;
         let slot = node.slots.get(&key.slot_id)?;
         ready.remove(&key.node_id, slot);
-        node.claiming
-            .insert((slot.slot_id.clone(), slot.generation));
+        let generation = Generation(slot.generation);
+        node.claiming.insert((key.slot_id.clone(), generation));
         Some(Candidate {
             channel: node.channel.clone(),
             start_id: node.start_id.clone(),
             since: node.since,
             provider: slot.provider.clone(),
-            generation: slot.generation,
+            generation,
             public_key: slot.public_key.clone(),
             on_demand: !slot.for_run_id.is_empty(),
             clock: node.clock,
@@ -194,14 +199,14 @@ impl View {
                 State::Recycling => pool.recycling += 1,
                 State::Draining => pool.draining += 1,
                 State::Failed => pool.failed += 1,
-                // A state of a newer driver is nothing to count on.
+                // A state that only newer drivers know is not counted.
                 State::Unspecified => {}
             }
         }
         pools
     }
 
-    /// A provider's slots with their nodes' ids, in their order.
+    /// A provider's slots with the ids of their nodes, in order.
     #[must_use]
     pub fn slots(&self, provider: &str) -> Vec<(String, Slot)> {
         let nodes = &self.lock().nodes;
@@ -216,20 +221,20 @@ impl View {
         slots
     }
 
-    /// Changes whenever a driver has told something, or is out of reach.
+    /// Changes whenever a driver has reported something, or cannot be reached.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 
-    /// The connections to all nodes, and the names of those that cannot be reached, also of
-    /// those that have left a short while ago.
+    /// The connections to all nodes, and the ids of nodes that cannot be reached. These include
+    /// nodes that have left the cluster a short while ago.
     #[must_use]
     pub fn channels(&self) -> (Vec<(String, Channel)>, Vec<String>) {
         self.channels_since(None)
     }
 
-    /// The same without nodes that had left before that moment.
+    /// As [`View::channels`], without nodes that had left before `moment`.
     #[must_use]
     pub fn channels_since(
         &self,
@@ -266,9 +271,9 @@ impl View {
         .await
     }
 
-    /// Where a lease is, if this shim has heard of it.
+    /// The slot of a lease, if this shim has heard about it.
     #[must_use]
-    pub fn leased(&self, run_id: &str) -> Option<Kept> {
+    pub fn leased(&self, run_id: RunId) -> Option<Kept> {
         let inner = self.lock();
         let key = inner.ready.of_run(run_id)?;
         let node = inner.nodes.get(&key.node_id)?.connected.as_ref()?;
@@ -280,20 +285,20 @@ impl View {
         })
     }
 
-    /// The runs that go on in slots of a node which Nomad has stopped, with the way there.
+    /// The active runs in slots that Nomad has stopped on a node, with the connection to it.
     #[must_use]
-    pub fn stopped_runs(&self, node_id: &str) -> Vec<(Channel, String)> {
+    pub fn stopped_runs(&self, node_id: &str) -> Vec<(Channel, RunId)> {
         let nodes = &self.lock().nodes;
         let node = nodes.get(node_id).and_then(|node| node.connected.as_ref());
         let slots = node.into_iter().flat_map(|node| {
-            let stopped = |slot: &&Slot| slot.state() == State::Draining && !slot.run_id.is_empty();
+            let stopped = |slot: &&Slot| slot.state() == State::Draining;
             let slots = node.slots.values().filter(stopped);
-            slots.map(|slot| (node.channel.clone(), slot.run_id.clone()))
+            slots.filter_map(|slot| Some((node.channel.clone(), slot.run_id.parse().ok()?)))
         });
         slots.collect()
     }
 
-    /// Nodes that are followed, and nodes that cannot be reached.
+    /// The number of connected nodes, and of nodes that cannot be reached.
     #[must_use]
     pub fn nodes(&self) -> (usize, usize) {
         let nodes = &self.lock().nodes;
@@ -303,7 +308,7 @@ impl View {
         (connected.len(), ours.count())
     }
 
-    /// A node is one of ours, and to be followed.
+    /// Adds a node to the cluster.
     pub(super) fn expect(&self, node_id: &str) {
         let is_ours = |node: &Node| node.left.is_none();
         if self.lock().nodes.get(node_id).is_some_and(is_ours) {
@@ -315,7 +320,7 @@ impl View {
         });
     }
 
-    /// A driver has told something.
+    /// Applies a report of a driver.
     pub(super) fn apply(&self, node_id: &str, channel: &Channel, told: WatchSlotsResponse) {
         let now = told.now.and_then(|now| SystemTime::try_from(now).ok());
         let clock = Clock {
@@ -333,7 +338,7 @@ impl View {
             let node = node.connected.get_or_insert_with(|| Connected {
                 channel: channel.clone(),
                 start_id: told.start_id,
-                // A driver of before does not say.
+                // Older drivers do not report it.
                 since: since.unwrap_or(SystemTime::UNIX_EPOCH),
                 clock,
                 slots: HashMap::new(),
@@ -341,27 +346,28 @@ impl View {
             });
             node.clock = clock;
             for slot_id in told.removed {
-                if let Some(slot) = node.slots.remove(&slot_id) {
+                if let Some(slot) = node.slots.remove(&slot_id.into()) {
                     inner.ready.remove(node_id, &slot);
                 }
             }
             for slot in told.slots {
-                if let Some(before) = node.slots.get(&slot.slot_id) {
+                let slot_id = SlotId::from(slot.slot_id.as_str());
+                if let Some(before) = node.slots.get(&slot_id) {
                     inner.ready.remove(node_id, before);
                 }
                 if !node.is_claiming(&slot) {
                     inner.ready.insert(node_id, &slot);
                 }
-                node.slots.insert(slot.slot_id.clone(), slot);
+                node.slots.insert(slot_id, slot);
             }
         });
     }
 
-    /// The connection to a node broke.
+    /// Removes the slots of a node whose connection broke.
     pub(super) fn disconnect(&self, node_id: &str) {
         self.update(|inner| {
             inner.disconnect(node_id);
-            // What it told until now is remembered from now on.
+            // The time for which the node is remembered starts now.
             let node = inner.nodes.get_mut(node_id);
             if let Some(left) = node.and_then(|node| node.left.as_mut()) {
                 *left = Instant::now();
@@ -369,8 +375,8 @@ impl View {
         });
     }
 
-    /// A node is no longer one of ours. That Nomad has lost it does not end its runs, nor what
-    /// it tells of them while it is connected; its slots get no new ones.
+    /// Marks a node as no longer part of the cluster. Its runs continue, and the node reports them
+    /// while it is connected. Its slots get no new runs.
     pub(super) fn leave(&self, node_id: &str) {
         if self.has_left(node_id) {
             return;
@@ -391,7 +397,7 @@ impl View {
         });
     }
 
-    /// Whether a node is no longer one of ours.
+    /// Whether a node is no longer part of the cluster.
     pub(super) fn has_left(&self, node_id: &str) -> bool {
         let nodes = &self.lock().nodes;
         nodes.get(node_id).is_none_or(|node| node.left.is_some())
@@ -403,21 +409,20 @@ impl View {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 }
 
 impl Node {
     fn is_remembered(&self) -> bool {
-        self.left.is_none_or(|left| left.elapsed() < REMEMBERED)
+        self.left.is_none_or(|left| left.elapsed() < MEMORY_TIMEOUT)
     }
 }
 
 impl Inner {
-    /// Whether the pools' slots of the node are for new runs.
+    /// Sets whether the cluster has lost the node: pool slots of a lost node get no new runs.
     fn set_lost(&mut self, node_id: &str, lost: bool) {
         let Self { nodes, ready } = self;
-        ready.set_lost(node_id, false);
         let connected = nodes.get(node_id).and_then(|node| node.connected.as_ref());
         let free = |node: &Connected| -> Vec<Slot> {
             let pools = node.slots.values().filter(|slot| ready::is_pools(slot));
@@ -425,9 +430,13 @@ impl Inner {
             free.cloned().collect()
         };
         let slots = connected.map(free).unwrap_or_default();
-        slots.iter().for_each(|slot| ready.remove(node_id, slot));
+        if lost {
+            slots.iter().for_each(|slot| ready.remove(node_id, slot));
+        }
         ready.set_lost(node_id, lost);
-        slots.iter().for_each(|slot| ready.insert(node_id, slot));
+        if !lost {
+            slots.iter().for_each(|slot| ready.insert(node_id, slot));
+        }
     }
 
     fn disconnect(&mut self, node_id: &str) {
@@ -446,10 +455,11 @@ impl Inner {
 
 impl Connected {
     fn is_claiming(&self, slot: &Slot) -> bool {
-        // Nearly always empty.
+        // The set is nearly always empty.
         let mut claiming = self.claiming.iter();
-        claiming
-            .any(|(slot_id, generation)| (slot_id, *generation) == (&slot.slot_id, slot.generation))
+        claiming.any(|(slot_id, generation)| {
+            (slot_id.as_str(), generation.0) == (&slot.slot_id, slot.generation)
+        })
     }
 }
 

@@ -26,8 +26,8 @@ const VERTEX: PlainFile = settings("{\"security\":{\"auth\":{\"selectedType\":\"
 const ACCOUNT: PlainFile =
     settings("{\"security\":{\"auth\":{\"selectedType\":\"oauth-personal\"}}}\n");
 
-/// A key alone is a Gemini API key, a key with a project one of Vertex AI. The CLI
-/// does not guess: its settings must name the way to sign in.
+/// A key alone is a Gemini API key; a key with a project is a Vertex AI key. The CLI does not
+/// guess: its settings must name the way to sign in.
 fn prepare_key(key: &SecretString, project: Option<&str>) -> Prepared {
     let (env, settings) = match project {
         None => (vec![variable("GEMINI_API_KEY", key)], KEY),
@@ -54,7 +54,7 @@ fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPro
     if let Some(model) = prompt.model {
         argv.extend(strings(["-m", model]));
     }
-    // In one word, because a prompt may begin with a dash.
+    // One argument, because a prompt may begin with a dash.
     argv.extend(text.map(|text| format!("--prompt={text}")));
     Ok(argv)
 }

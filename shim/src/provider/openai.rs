@@ -14,7 +14,7 @@ pub(super) const TABLE: Table = Table {
     prompt,
 };
 
-/// Codex takes its key from `CODEX_API_KEY` alone; scripts use the documented name.
+/// Codex reads its key only from `CODEX_API_KEY`; scripts use the documented name.
 fn prepare_key(key: &SecretString, _project: Option<&str>) -> Prepared {
     let env = vec![
         variable("OPENAI_API_KEY", key),
@@ -30,7 +30,7 @@ fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPro
     if text == Some("-") {
         return Err(InvalidPrompt {
             field: "prompt.text",
-            problem: "is `-`, which Codex takes for its stdin",
+            problem: "is `-`, which makes Codex read stdin",
         });
     }
     // The container is the sandbox: Codex's own cannot work without capabilities.
@@ -40,7 +40,7 @@ fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPro
         "--skip-git-repo-check",
         "--dangerously-bypass-approvals-and-sandbox",
     ]);
-    // Codex does not read the variable, and takes another server as a TOML value only.
+    // Codex does not read the variable, and accepts another server only as a TOML value.
     if let Some(url) = prompt.env.get("OPENAI_BASE_URL") {
         if url
             .chars()
@@ -48,7 +48,7 @@ fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPro
         {
             return Err(InvalidPrompt {
                 field: "env[\"OPENAI_BASE_URL\"]",
-                problem: "is not a URL",
+                problem: "is not a valid URL",
             });
         }
         argv.extend(["-c".to_owned(), format!("openai_base_url=\"{url}\"")]);

@@ -1,56 +1,60 @@
-//! The way to a run that exists, wherever it is: back to it after a broken connection, or
-//! for a caller that comes through another shim.
+//! Finds a run that exists, on any node, and attaches to it: after a broken connection, or for a
+//! caller that comes through another shim.
 
 use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use polydev_proto::node::{
-    Attach, AttachRequest, CancelRunRequest, RunInput, attach_request,
-    node_service_client::NodeServiceClient,
+use polydev_proto::{
+    id::{RunId, UserId},
+    node::{
+        Attach, AttachRequest, CancelRunRequest, RunInput, attach_request,
+        node_service_client::NodeServiceClient,
+    },
+    stream::{PerStream, Stream},
 };
 use tokio::{sync::mpsc, time::sleep};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, transport::Channel};
 
 use super::{
-    Connection, Error, Events, INPUTS, answered,
-    request::{check_user, parse_id},
+    Connection, Error, Events, MAX_INPUTS, answered,
+    request::{parse_id, parse_user},
 };
 use crate::pool::View;
 use polydev_transport::backoff::Backoff;
 
-/// Between attempts to reach a driver that has just been there.
+/// Time between two tries to reach a driver that was reachable just now.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Which run, whose.
+/// A run and its user.
 #[derive(Debug, Clone)]
 pub struct Name {
-    pub run_id: String,
-    pub user_id: String,
+    pub run_id: RunId,
+    pub user_id: UserId,
 }
 
 impl Name {
     /// # Errors
     /// [`Error::Invalid`] names the field.
     pub fn parse(run_id: &str, user_id: String) -> Result<Self, Error> {
-        // To a driver nobody is the operator.
-        check_user(&user_id)?;
-        let run_id = parse_id("run_id", run_id)?.to_string();
+        // An empty user id means the operator to a driver.
+        let user_id = parse_user(user_id)?;
+        let run_id = parse_id("run_id", run_id)?;
         Ok(Self { run_id, user_id })
     }
 
-    /// Of a lease, which is called like its run.
+    /// The name of a lease, which has the id of its run.
     ///
     /// # Errors
     /// [`Error::Invalid`] names the field.
     pub fn parse_lease(lease_id: &str, user_id: String) -> Result<Self, Error> {
-        check_user(&user_id)?;
-        let run_id = parse_id("lease_id", lease_id)?.to_string();
+        let user_id = parse_user(user_id)?;
+        let run_id = parse_id("lease_id", lease_id)?;
         Ok(Self { run_id, user_id })
     }
 }
 
-/// Attaches to a run of `node_id`, from `offsets` of stdout, stderr and artifacts on.
+/// Attaches to a run of `node_id`, from the given offsets of stdout, stderr and artifacts.
 ///
 /// # Errors
 /// The driver's status, or UNAVAILABLE.
@@ -58,17 +62,16 @@ async fn attach_at(
     node_id: String,
     channel: Channel,
     name: &Name,
-    offsets: [u64; 3],
+    offsets: PerStream<u64>,
 ) -> Result<Connection, Status> {
     let sent = Instant::now();
-    let (inputs, queue) = mpsc::channel::<RunInput>(INPUTS);
-    let [stdout_offset, stderr_offset, artifact_offset] = offsets;
+    let (inputs, queue) = mpsc::channel::<RunInput>(MAX_INPUTS);
     let first = attach_request::Message::Attach(Attach {
-        run_id: name.run_id.clone(),
-        user_id: name.user_id.clone(),
-        stdout_offset,
-        stderr_offset,
-        artifact_offset,
+        run_id: name.run_id.into(),
+        user_id: name.user_id.clone().into(),
+        stdout_offset: offsets[Stream::Stdout],
+        stderr_offset: offsets[Stream::Stderr],
+        artifact_offset: offsets[Stream::Artifacts],
     });
     let rest = ReceiverStream::new(queue).map(attach_request::Message::Input);
     let requests = futures_util::stream::iter([first])
@@ -91,15 +94,19 @@ async fn attach_at(
 ///
 /// # Cancel safety
 /// Loses nothing.
-pub async fn attach(view: &View, name: &Name, offsets: [u64; 3]) -> Result<Connection, Error> {
+pub async fn attach(
+    view: &View,
+    name: &Name,
+    offsets: PerStream<u64>,
+) -> Result<Connection, Error> {
     let ask = |node_id, channel| attach_at(node_id, channel, name, offsets);
     first_of(view, name, ask).await
 }
 
-/// Attaches to a run on the node that has it, as soon as that can be reached.
+/// Attaches to a run on the node that has it, as soon as the node can be reached.
 ///
 /// # Errors
-/// As [`attach`]; a node that cannot be reached is waited for.
+/// As [`attach`], but waits for a node that cannot be reached.
 ///
 /// # Cancel safety
 /// Loses nothing.
@@ -107,7 +114,7 @@ pub async fn attach_again(
     view: &View,
     node_id: &str,
     name: &Name,
-    offsets: [u64; 3],
+    offsets: PerStream<u64>,
 ) -> Result<Connection, Error> {
     let mut retry = Backoff::steady(RETRY_INTERVAL);
     loop {
@@ -121,15 +128,15 @@ pub async fn attach_again(
     }
 }
 
-/// Ends a run, wherever it is.
+/// Ends a run on whichever node has it.
 ///
 /// # Errors
 /// [`Error`]
 pub async fn cancel(view: &View, name: &Name) -> Result<(), Error> {
     let ask = |_, channel| async {
         let request = CancelRunRequest {
-            run_id: name.run_id.clone(),
-            user_id: name.user_id.clone(),
+            run_id: name.run_id.into(),
+            user_id: name.user_id.clone().into(),
             ..Default::default()
         };
         let mut client = NodeServiceClient::new(channel);
@@ -162,7 +169,7 @@ where
             Err(status) if status.code() == Code::NotFound => {
                 not_found.get_or_insert(status);
             }
-            // A claim of it came to nothing there; another node may have the run.
+            // A claim of the run did not start there; another node may have the run.
             Err(status) if status.code() == Code::FailedPrecondition => not_found = Some(status),
             Err(status) if is_answer(&status) => return Err(Error::of(status, name)),
             Err(_) => unreachable.push(node_id),
@@ -175,7 +182,7 @@ where
     }
 }
 
-/// The driver has spoken, and not the wire.
+/// Whether the status comes from the driver, and not from the connection.
 fn is_answer(status: &Status) -> bool {
     matches!(
         status.code(),
@@ -193,7 +200,7 @@ impl Error {
         match status.code() {
             Code::NotFound => Self::UnknownRun { reason },
             Code::PermissionDenied => Self::Forbidden {
-                run_id: name.run_id.clone(),
+                run_id: name.run_id,
                 user_id: name.user_id.clone(),
             },
             Code::FailedPrecondition => Self::NotStarted { reason },

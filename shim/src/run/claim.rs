@@ -7,7 +7,10 @@ mod attempt;
 
 use std::{collections::BTreeSet, time::Duration};
 
-use polydev_proto::runtime::{Queued, RunEvent, run_event};
+use polydev_proto::{
+    id::{RunId, UserId},
+    runtime::{Queued, RunEvent, run_event},
+};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, timeout, timeout_at},
@@ -23,22 +26,22 @@ use crate::pool::{Candidate, View};
 use attempt::{Attempt, Attempts};
 use polydev_transport::backoff::Backoff;
 
-/// Between a refusal and the next slot.
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const MAX_PAUSE: Duration = Duration::from_millis(500);
-/// For this shim to have heard of a lease that another shim has got.
+/// The pause between a refusal and the next slot: the first value, and the largest.
+const RETRY_INTERVAL: Duration = Duration::from_millis(20);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// How long this shim waits to hear about a lease that another shim got.
 const LEASE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Nodes that are tried in one turn, if they have no room.
+/// Largest number of nodes without room that are tried in one turn.
 const MAX_NODES: usize = 8;
 
-/// Claims a slot for `request`; a run that exists is gone back to.
+/// Claims a slot for `request`. If the run exists already, attaches to it.
 ///
 /// # Errors
 /// [`Error`]; the command has not run, except with [`Error::Unclear`] and
 /// [`Error::MayHaveRun`].
 ///
 /// # Cancel safety
-/// A claim that was granted meanwhile runs.
+/// A claim that is granted meanwhile runs.
 pub async fn claim(
     view: &View,
     queue: &Queue,
@@ -48,21 +51,21 @@ pub async fn claim(
 ) -> Result<(Connection, Option<Running>), Error> {
     let (is_retry, is_leased) = (request.is_retry, request.is_leased);
     let (provider, queue_timeout) = (request.provider, request.queue_timeout);
-    let (run_id, user_id) = (request.run_id.to_string(), request.user_id.clone());
+    let (run_id, user_id) = (request.run_id, request.user_id.clone());
     let mut attempts = Attempts::new(view, request);
     if is_retry && let Some(connection) = attempts.fence().await? {
         return Ok((connection, None));
     }
     if is_leased {
-        // The lease has had its turn; the run counts as its user's.
-        let running = queue.enter(provider.name(), &user_id)?.served();
-        let connection = leased(view, provider.name(), &run_id, &mut attempts).await?;
+        // The lease has waited its turn already. The run counts as an active run of its user.
+        let running = queue.pass(provider.name(), &user_id);
+        let connection = leased(view, provider.name(), run_id, &mut attempts).await?;
         return Ok((connection, Some(running)));
     }
     let give_up = Instant::now() + queue_timeout;
     let ticket = queue.enter(provider.name(), &user_id)?;
     let place = ticket.place.clone();
-    let order = on_demand.order(view.clone(), provider, run_id.clone(), place);
+    let order = on_demand.order(view.clone(), provider, run_id, place);
     let waiting = Waiting {
         view,
         caller,
@@ -78,31 +81,31 @@ pub async fn claim(
     waiting.claim(ticket, &mut attempts).await
 }
 
-/// Claims the slot that is kept for the run.
+/// Claims the slot that is leased for the run.
 async fn leased(
     view: &View,
     provider: &str,
-    run_id: &str,
+    run_id: RunId,
     attempts: &mut Attempts<'_>,
 ) -> Result<Connection, Error> {
     let ended = |reason: String| Error::LeaseEnded {
-        lease_id: run_id.to_owned(),
+        lease_id: run_id,
         reason,
     };
     let slot = timeout(LEASE_TIMEOUT, view.slot_for(run_id)).await;
     let Ok(slot) = slot else {
         return Err(match view.channels().1 {
-            nodes if nodes.is_empty() => ended("no node has it".into()),
+            nodes if nodes.is_empty() => ended("no node has the lease".into()),
             nodes => Error::Unasked { nodes },
         });
     };
     // The caller's roles were checked for the provider that the caller named.
     if slot.provider != provider {
-        return Err(ended(format!("its slot is of `{}`", slot.provider)));
+        return Err(ended(format!("its slot is for `{}`", slot.provider)));
     }
     match attempts.at(&slot).await? {
         Attempt::Granted(connection) => Ok(*connection),
-        // The lease stands.
+        // The lease stays valid.
         Attempt::NoRoom(reason) => Err(Error::NotRun { reason }),
         Attempt::Refused(reason) => Err(ended(reason)),
     }
@@ -113,12 +116,12 @@ struct Waiting<'a> {
     view: &'a View,
     caller: &'a mpsc::Sender<Result<RunEvent, Error>>,
     provider: &'static str,
-    run_id: String,
-    user_id: String,
+    run_id: RunId,
+    user_id: UserId,
     /// How long the run may wait, and until when.
     queue_timeout: Duration,
     give_up: Instant,
-    /// For a slot of the run's own, until that slot is claimed; withdrawn when dropped.
+    /// The order for the run's own slot, until that slot is claimed. Drop withdraws it.
     order: Option<Order>,
     /// When that slot was ordered.
     dispatched: Option<std::time::Instant>,
@@ -137,8 +140,8 @@ impl Waiting<'_> {
             let slot = self.slot(&mut ticket).await?;
             // The next run in the queue may claim another slot meanwhile.
             let running = ticket.served();
-            // From now on the run may be in the slot, whatever the answer: to withdraw the
-            // order would end the run.
+            // From now on the run may be in the slot, whatever the answer is. If the order were
+            // withdrawn, the run would end.
             if let Some(order) = self.order.take_if(|_| slot.on_demand) {
                 self.dispatched = order.used();
             }
@@ -159,7 +162,7 @@ impl Waiting<'_> {
             if Instant::now() >= self.give_up {
                 return Err(self.none_idle(None));
             }
-            // The view learns why in a moment; until then the same slot may come up.
+            // The view learns the reason in a moment. Until then it may offer the same slot.
             sleep(pauses.next_wait()).await;
             ticket = running.back();
         }
@@ -167,14 +170,14 @@ impl Waiting<'_> {
 
     /// Waits for the run's turn, and then for a slot.
     async fn slot(&self, ticket: &mut Ticket) -> Result<Candidate, Error> {
-        let slot = wait(self.view, ticket, self.provider, &self.run_id, self.caller);
+        let slot = wait(self.view, ticket, self.provider, self.run_id, self.caller);
         if let Ok(slot) = timeout_at(self.give_up, slot).await {
             return Ok(slot);
         }
         let place = *ticket.place.borrow();
         Err(match place {
             Place::Behind(before) => {
-                let behind = format!("{before} runs of this shim were before it");
+                let behind = format!("{before} runs of this shim were ahead of this one");
                 self.none_idle(Some(behind))
             }
             Place::Held(_) => Error::AtLimit {
@@ -185,8 +188,8 @@ impl Waiting<'_> {
         })
     }
 
-    /// Claims `slot`, and while nodes have no room for the run, slots of other nodes. Returns
-    /// what became of the last claim, and its slot.
+    /// Claims `slot`, and slots of other nodes while nodes have no room for the run. Returns the
+    /// outcome of the last claim, and its slot.
     async fn in_turn(
         &self,
         mut slot: Candidate,
@@ -197,7 +200,7 @@ impl Waiting<'_> {
             let attempt = attempts.at(&slot).await?;
             if let Attempt::NoRoom(reason) | Attempt::Refused(reason) = &attempt {
                 tracing::info!(
-                    slot = slot.slot_id,
+                    slot = %slot.slot_id,
                     reason,
                     "a claim was refused, trying another slot"
                 );
@@ -218,7 +221,7 @@ impl Waiting<'_> {
         }
     }
 
-    /// Why the run has got no slot, `behind` if no driver has refused it.
+    /// Why the run has got no slot. `behind` is the reason if no driver has refused the run.
     fn none_idle(&self, behind: Option<String>) -> Error {
         let reasons = [
             self.last_refusal.clone().or(behind),
@@ -230,16 +233,16 @@ impl Waiting<'_> {
 
 /// The pauses between a refusal and the next slot.
 pub(super) fn backoff() -> Backoff {
-    Backoff::new(FIRST_PAUSE, MAX_PAUSE)
+    Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL)
 }
 
-/// Waits for the run's turn, and then for a slot; the caller is told its place, if it is
-/// not served at once.
+/// Waits for the run's turn, and then for a slot. Sends the caller its place in the queue unless
+/// the run gets a slot at once.
 async fn wait(
     view: &View,
     ticket: &mut Ticket,
     provider: &str,
-    run_id: &str,
+    run_id: RunId,
     caller: &mpsc::Sender<Result<RunEvent, Error>>,
 ) -> Candidate {
     let mut place = ticket.place.clone();
@@ -252,7 +255,7 @@ async fn wait(
                 }
             };
             let queued = run_event::Event::Queued(Queued { before });
-            // A caller that does not read is not told every change.
+            // A caller that does not read misses some changes.
             let _full = caller.try_send(Ok(RunEvent {
                 event: Some(queued),
             }));
@@ -268,7 +271,7 @@ async fn wait(
     tokio::select! {
         biased;
         slot = slot => slot,
-        // Nobody else may have it, so nobody is overtaken.
+        // This slot is only for this run, so the run overtakes nobody.
         slot = view.slot_for(run_id) => slot,
         () = tell => unreachable!("it never ends"),
     }
@@ -284,7 +287,7 @@ pub(super) fn none_idle(
         return Error::NoNode;
     }
     let pool = match view.counts().get(provider) {
-        None => "there is no slot of this provider".to_owned(),
+        None => "the provider has no slots".to_owned(),
         Some(pool) => format!(
             "of its slots {} are idle, {} warming, {} leased, {} claimed, {} recycling, {} draining, {} failed",
             pool.idle,

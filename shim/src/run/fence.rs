@@ -1,14 +1,17 @@
-//! A run must not run twice. Before a retry every node is asked whether it took the run, and
-//! closed to every try but this one, also to what is still on its way there: [`fence`]. A node
-//! that is newer than the run knows nothing of other tries: before a claim there the others are
-//! asked, and told of it, by [`announce`].
+//! Makes sure that no run runs twice. Before a retry, [`fence`] asks every node whether it took
+//! the run, and closes the node to every other try, even to claims that are still on their way.
+//! A node that is newer than the run knows nothing about other tries. Before a claim there,
+//! [`announce`] asks the other nodes and reports the claim to them.
 
 use std::{collections::BTreeSet, time::Duration};
 
 use futures_util::future::join_all;
-use polydev_proto::node::{
-    Ballot, FenceRequest, FenceResponse, Unknown, fence_response::Answer,
-    node_service_client::NodeServiceClient,
+use polydev_proto::{
+    id::RunId,
+    node::{
+        Ballot, FenceRequest, FenceResponse, Unknown, fence_response::Answer,
+        node_service_client::NodeServiceClient,
+    },
 };
 use tokio::time::sleep;
 use tonic::{Status, transport::Channel};
@@ -16,8 +19,8 @@ use tonic::{Status, transport::Channel};
 use super::{Error, answered};
 use crate::pool::View;
 
-/// Shims that try the same run at the same time overtake each other so often at most.
-const ROUNDS: u32 = 10;
+/// How often shims that try the same run at the same time may overtake each other.
+const MAX_ROUNDS: u32 = 10;
 
 /// A node that has the run.
 #[derive(Debug)]
@@ -26,41 +29,40 @@ pub struct Have {
     pub channel: Channel,
 }
 
-/// What the nodes know of a run.
+/// What the nodes know about a run.
 #[derive(Debug)]
 pub enum Fenced {
-    /// This one has it.
+    /// This node has the run.
     Have(Have),
-    /// None has it, and none takes a claim of it but those above this ballot and with its
-    /// nonce.
+    /// No node has the run. All nodes accept only claims above this ballot and with its nonce.
     All(Ballot),
 }
 
-/// What the other nodes know of a run that goes to a newer one.
+/// What the other nodes know about a run that goes to a newer node.
 #[derive(Debug)]
 pub enum Announced {
-    /// This one has it.
+    /// This node has the run.
     Have(Have),
-    /// None knows of another try, and one that comes later is told of the newer node.
+    /// No node knows another try. A later try learns about the newer node.
     Alone,
-    /// Another try was here.
+    /// Another try asked these nodes before.
     Overtaken,
-    /// These are all the others, and none of them can tell.
+    /// These are all other nodes, and none of them can tell.
     Nobody { nodes: Vec<String> },
 }
 
-/// Asks every node, and closes the run to all tries but that of `ballot`'s nonce.
+/// Asks every node, and closes the run to all tries except the one with `ballot`'s nonce.
 ///
 /// # Errors
-/// [`Error::MayHaveRun`] if a node cannot be asked or cannot tell, unless
-/// `accept_duplicate`; [`Error::NotRun`] if others try the same run all the time.
+/// [`Error::MayHaveRun`] if a node cannot be asked or cannot tell, unless `accept_duplicate` is
+/// set; [`Error::NotRun`] if other shims keep trying the same run.
 pub async fn fence(
     view: &View,
-    run_id: &str,
+    run_id: RunId,
     mut ballot: Ballot,
     accept_duplicate: bool,
 ) -> Result<Fenced, Error> {
-    for round in 1..=ROUNDS {
+    for round in 1..=MAX_ROUNDS {
         let (nodes, unreachable) = view.channels();
         if nodes.is_empty() {
             return Err(Error::NoNode);
@@ -89,21 +91,22 @@ pub async fn fence(
         sleep(Duration::from_millis(10 * u64::from(round)).mul_f64(rand::random())).await;
     }
     Err(Error::NotRun {
-        reason: "other shims try the same run".into(),
+        reason: "other shims are trying the same run".into(),
     })
 }
 
-/// Asks every one of these nodes but the newer one, which the try with this nonce is to claim on
-/// next, and tells them of it. One that is not newer itself is enough: another try has to ask
-/// it too, before or after.
+/// Prepares a claim on `newer`, a node that is newer than the run. Asks all other nodes whether
+/// they know another try than the one with this `nonce`, and reports `newer` to them. The answer of
+/// one node that is not newer than the run is enough: every other try asks that node too. If the
+/// other try asked first, this answer shows that try. If it asks later, it learns about `newer`.
 pub async fn announce(
     (mut nodes, unreachable): (Vec<(String, Channel)>, Vec<String>),
-    run_id: &str,
+    run_id: RunId,
     nonce: u64,
     newer: &str,
 ) -> Announced {
     nodes.retain(|(node_id, _)| node_id != newer);
-    // Above no other: whoever was here is seen.
+    // This ballot is above no other, so the answers show every other try.
     let ballot = Ballot { attempt: 0, nonce };
     let answers = ask_all(nodes, unreachable, run_id, ballot, newer).await;
     match (alone(nonce, &answers.told), answers.have) {
@@ -116,15 +119,15 @@ pub async fn announce(
     }
 }
 
-/// What came of a question to all nodes.
+/// The answers of all nodes.
 #[derive(Default)]
 struct Answers {
     told: Vec<Told>,
-    /// The one that answers so.
+    /// The node that has the run.
     have: Option<Have>,
-    /// Those that cannot tell.
+    /// Nodes that cannot tell.
     unsure: Vec<String>,
-    /// Those that are newer than the run themselves.
+    /// Nodes that are newer than the run.
     newer: Vec<String>,
     /// The newer nodes that other tries went to.
     went_to: BTreeSet<String>,
@@ -140,7 +143,7 @@ impl Answers {
 async fn ask_all(
     nodes: Vec<(String, Channel)>,
     unreachable: Vec<String>,
-    run_id: &str,
+    run_id: RunId,
     ballot: Ballot,
     claims_on: &str,
 ) -> Answers {
@@ -165,7 +168,7 @@ async fn ask_all(
             Ok((Answer::Unknown(Unknown { is_newer: true }), _)) => answers.newer.push(node_id),
             Ok((Answer::Unknown(_), _)) => answers.unsure(node_id),
             Err(status) => {
-                tracing::info!(node_id, %status, "a node does not say whether it has a run");
+                tracing::info!(node_id, %status, "cannot ask a node whether it has a run");
                 answers.unsure(node_id);
             }
         }
@@ -177,26 +180,26 @@ async fn ask_all(
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Told {
     Have,
-    /// The highest ballot it was shown, as attempt and nonce.
+    /// The highest ballot that the node has seen, as attempt and nonce.
     Fenced((u64, u64)),
-    /// It cannot tell, or cannot be asked.
+    /// The node cannot tell, or cannot be asked.
     Unsure,
 }
 
-/// What all answers to a fence come to.
+/// The result of all answers to a fence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Settled {
     Have,
-    /// It holds everywhere.
+    /// The fence holds on all nodes.
     All,
-    /// Another fence was higher: it has to go above this attempt.
+    /// Another fence was higher. The next fence must go above this attempt.
     Overtaken {
         attempt: u64,
     },
     Unsure,
 }
 
-/// Decides what a fence with `ballot` has come to. Pure: `tests/model` asks it too.
+/// Decides the result of a fence with `ballot`. Pure: `tests/model` calls it too.
 #[must_use]
 pub fn settle(ballot: (u64, u64), answers: &[Told], accept_duplicate: bool) -> Settled {
     if answers.contains(&Told::Have) {
@@ -224,8 +227,8 @@ pub enum Alone {
     Unsure,
 }
 
-/// Decides what the answers of all other nodes but the newer ones come to for the try with
-/// `nonce`. Pure: `tests/model` asks it too.
+/// Decides the result for the try with `nonce` from the answers of all other nodes that are not
+/// newer. Pure: `tests/model` calls it too.
 #[must_use]
 pub fn alone(nonce: u64, answers: &[Told]) -> Alone {
     let is_others = |told: &Told| matches!(told, Told::Fenced((_, other)) if *other != nonce);
@@ -240,26 +243,26 @@ pub fn alone(nonce: u64, answers: &[Told]) -> Alone {
     }
 }
 
-/// Asks one node, and tells it of the newer one that the try goes to, if `claims_on` names one;
-/// the second of the answer is the newer nodes that it was told of.
+/// Asks one node. If `claims_on` names the newer node that the try goes to, reports it to the node.
+/// The second part of the result is the newer nodes that were reported to the node before.
 ///
 /// # Errors
-/// As the node or the wire says.
+/// The status of the node or of the connection.
 pub async fn ask(
     channel: Channel,
-    run_id: &str,
+    run_id: RunId,
     ballot: Ballot,
     claims_on: &str,
 ) -> Result<(Answer, Vec<String>), Status> {
     let request = FenceRequest {
-        run_id: run_id.to_owned(),
+        run_id: run_id.into(),
         ballot: Some(ballot),
         claims_on: claims_on.to_owned(),
     };
     let mut client = NodeServiceClient::new(channel);
     let response = answered(client.fence(request)).await?.into_inner();
     let FenceResponse { answer, claims_on } = response;
-    let answer = answer.ok_or_else(|| Status::internal("an empty answer"))?;
+    let answer = answer.ok_or_else(|| Status::internal("the driver's answer is empty"))?;
     Ok((answer, claims_on))
 }
 

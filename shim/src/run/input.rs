@@ -1,5 +1,5 @@
-//! What a run reads: the bytes of its files, and then its stdin, as one stream to the driver.
-//! What the command has not taken is kept, for a driver that restarts.
+//! The input of a run: the bytes of its files, and then its stdin, as one stream to the driver.
+//! Input that the command has not taken is kept, for a driver that restarts.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -12,17 +12,17 @@ use super::{
     request::{Invalid, Own},
 };
 
-/// Most input in one message, as the API says.
-const MOST: usize = 64 << 10;
-/// Bytes on their way to the command.
-const KEPT: u64 = 256 << 10;
-/// For a command, to take what its shim has to give it.
-const TAKEN: Duration = Duration::from_secs(2 * 60);
+/// Largest number of bytes in one message of the API.
+const MAX_PIECE: usize = 64 << 10;
+/// Largest number of bytes on their way to the command.
+const MAX_KEPT: u64 = 256 << 10;
+/// How long a command may need to take the shim's own input.
+const TAKEN_TIMEOUT: Duration = Duration::from_secs(2 * 60);
 
 /// The input that the command has not taken.
 #[derive(Debug)]
 pub struct Input {
-    /// How much of it is files.
+    /// How many bytes of the input are files.
     files: u64,
     sent: u64,
     taken: u64,
@@ -32,7 +32,7 @@ pub struct Input {
 }
 
 impl Input {
-    /// The input of a run, from where it is on.
+    /// The input of a run, from the offset that the run has reached.
     #[must_use]
     pub fn new(connection: &Connection, own: Option<Own>) -> Self {
         Self {
@@ -45,14 +45,14 @@ impl Input {
         }
     }
 
-    /// Whether the command cannot start yet.
+    /// Whether bytes of the files are missing. The command cannot start without them.
     pub(super) fn lacks_files(&self) -> bool {
         self.sent < self.files
     }
 
     /// Whether more may be sent.
     pub(super) fn is_open(&self) -> bool {
-        self.sent.saturating_sub(self.taken) < KEPT
+        self.sent.saturating_sub(self.taken) < MAX_KEPT
     }
 
     /// Bytes of the caller's files.
@@ -66,8 +66,8 @@ impl Input {
         if data.len() as u64 > left {
             return Err(Invalid::Value {
                 field: "files",
-                given: format!("{} bytes, of which {left} are left", data.len()),
-                allowed: "as many as the sizes in `start.files` say",
+                given: format!("{} bytes, with {left} bytes missing", data.len()),
+                allowed: "as many bytes as the sizes in `start.files` say",
             });
         }
         Ok(self.keep(data))
@@ -80,23 +80,24 @@ impl Input {
             return Err(Invalid::Value {
                 field: "stdin",
                 given: format!(
-                    "some with {} bytes of the files to come",
+                    "sent with {} bytes of the files missing",
                     self.files - self.sent
                 ),
-                allowed: "stdin after all files",
+                allowed: "sent after all files",
             });
         }
         if self.own.as_ref().is_some_and(|own| own.closes) {
             return Err(Invalid::Value {
                 field: "stdin",
-                given: "some".into(),
-                allowed: "none beside a prompt of that length",
+                given: "sent".into(),
+                allowed: "absent, because a prompt of this length is the command's stdin",
             });
         }
         Ok(self.keep(data))
     }
 
-    /// The caller gives no more. What the shim still has is told its end after it.
+    /// The caller has closed its input. If the shim still has input of its own, the end follows
+    /// after this input.
     pub(super) fn close(&mut self) -> Option<run_input::Input> {
         if self.own_is_due() {
             return None;
@@ -105,13 +106,13 @@ impl Input {
         Some(CLOSE)
     }
 
-    /// Whether the shim has some that is not sent.
+    /// Whether the shim has own input that is not sent.
     pub(super) fn has_own(&self) -> bool {
         let is_left = |own: &Own| self.sent < own.end() || own.closes;
         !self.closed && self.own.as_ref().is_some_and(is_left)
     }
 
-    /// Whether it is the shim's turn to give some.
+    /// Whether the shim's own input is next.
     pub(super) fn own_is_due(&self) -> bool {
         let is_turn = |own: &Own| self.sent >= own.from;
         self.has_own() && self.own.as_ref().is_some_and(is_turn)
@@ -121,11 +122,11 @@ impl Input {
         !self.has_own() && self.taken >= self.sent
     }
 
-    /// The next of what the shim has, or the end.
+    /// The next part of the shim's own input, or its end.
     pub(super) fn take_own(&mut self) -> run_input::Input {
         let rest = self.own.as_ref().and_then(|own| {
             let at = usize::try_from(self.sent.checked_sub(own.from)?).ok()?;
-            let end = own.bytes.len().min(at.checked_add(MOST)?);
+            let end = own.bytes.len().min(at.checked_add(MAX_PIECE)?);
             (at < end).then(|| own.bytes.slice(at..end))
         });
         match rest {
@@ -147,14 +148,14 @@ impl Input {
         run_input::Input::Stdin(stdin)
     }
 
-    /// The driver has told how far the command is.
+    /// The driver has reported how much the command has taken.
     pub(super) fn taken(&mut self, offset: u64) {
         self.taken = self.taken.max(offset);
         self.kept
             .retain(|kept| kept.offset + kept.data.len() as u64 > offset);
     }
 
-    /// What a driver needs that has come back.
+    /// The input that a restarted driver needs again.
     pub(super) fn resend(&mut self, offset: u64) -> VecDeque<run_input::Input> {
         self.taken(offset);
         let kept = self.kept.iter().cloned().map(run_input::Input::Stdin);
@@ -165,18 +166,18 @@ impl Input {
 const CLOSE: run_input::Input = run_input::Input::CloseStdin(node::CloseStdin {});
 
 fn check_length(field: &'static str, data: &Bytes) -> Result<(), Invalid> {
-    if data.len() <= MOST {
+    if data.len() <= MAX_PIECE {
         return Ok(());
     }
     Err(Invalid::Value {
         field,
         given: format!("{} bytes", data.len()),
-        allowed: "at most 65536 bytes a message",
+        allowed: "at most 65536 bytes in each message",
     })
 }
 
-/// Gives a run whose caller is gone, or that has none, what the shim has for it, after what is
-/// `pending`, and waits until the command has taken it.
+/// Gives the shim's own input to a run without a caller, after the `pending` input. Waits until
+/// the command has taken it.
 pub async fn feed(
     connection: &mut Connection,
     mut input: Input,
@@ -198,7 +199,7 @@ pub async fn feed(
                     let event = event.map_err(|status| status.message().to_owned())?;
                     match event.and_then(|event| event.event) {
                         Some(driver::Event::StdinTaken(taken)) => input.taken(taken.offset),
-                        // It needed no more.
+                        // The command needed no more input.
                         Some(driver::Event::Ended(_)) => return Ok(()),
                         Some(_) => {}
                         None => return Err("the driver ended the stream".to_owned()),
@@ -208,9 +209,9 @@ pub async fn feed(
         }
         Ok(())
     };
-    let fed = timeout(TAKEN, fed).await;
-    if let Err(reason) = fed.unwrap_or_else(|_| Err("not taken in 2 minutes".into())) {
-        tracing::warn!(slot_id, reason, "a run did not get all of its input");
+    let fed = timeout(TAKEN_TIMEOUT, fed).await;
+    if let Err(reason) = fed.unwrap_or_else(|_| Err("not taken within 2 minutes".into())) {
+        tracing::warn!(%slot_id, reason, "a run did not get all of its input");
     }
 }
 
@@ -229,7 +230,7 @@ mod tests {
         }
     }
 
-    /// Where each begins; the end is at infinity.
+    /// The offset of each input; that of the end is `u64::MAX`.
     fn offsets(inputs: impl IntoIterator<Item = run_input::Input>) -> Vec<u64> {
         let offset = |input| match input {
             run_input::Input::Stdin(stdin) => stdin.offset,
@@ -260,7 +261,7 @@ mod tests {
         input.file_bytes("ab".into()).unwrap();
         input.file_bytes("c".into()).unwrap();
         assert!(input.file_bytes("d".into()).is_err());
-        assert!(input.stdin(vec![0; MOST + 1].into()).is_err());
+        assert!(input.stdin(vec![0; MAX_PIECE + 1].into()).is_err());
         input.stdin("x".into()).unwrap();
     }
 
@@ -282,7 +283,7 @@ mod tests {
 
     #[test]
     fn a_long_prompt_follows_the_files_and_ends_the_input() {
-        let bytes = Bytes::from(vec![b'a'; MOST + 1]);
+        let bytes = Bytes::from(vec![b'a'; MAX_PIECE + 1]);
         let mut input = input(
             2,
             Some(Own {
@@ -299,6 +300,6 @@ mod tests {
         while input.own_is_due() {
             given.push(input.take_own());
         }
-        assert_eq!(offsets(given), [2, 2 + MOST as u64, u64::MAX]);
+        assert_eq!(offsets(given), [2, 2 + MAX_PIECE as u64, u64::MAX]);
     }
 }

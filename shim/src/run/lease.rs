@@ -1,36 +1,36 @@
-//! Leases: a slot that is kept for a run before its command is known, for callers that take
-//! two steps. A lease has the id that its run will have, so that whoever knows it finds the
-//! slot in the view, through any shim.
+//! Leases. A lease keeps a slot for a run whose command is not known yet, for callers that work
+//! in two steps. A lease has the id that its run will have, so the caller finds the slot through
+//! any shim.
 
 use std::{ops::RangeInclusive, time::Duration};
 
 use polydev_proto::{
+    id::{RunId, UserId},
     node::{LeaseRequest, ReleaseRequest, node_service_client::NodeServiceClient},
     provider::Provider,
     runtime::{AllocateRequest, Lease},
 };
 use tokio::time::{Instant, sleep, timeout_at};
 use tonic::{Code, transport::Channel};
-use uuid::Uuid;
 
 use super::{
     Error, answered,
     attach::Name,
     claim::{backoff, none_idle},
     queue::{Place, Queue},
-    request::{Invalid, LEAST, QUEUE_TIMEOUT, QUEUE_TIMEOUT_MOST, bounded, check_user},
+    request::{DEFAULT_QUEUE_TIMEOUT, Invalid, MAX_QUEUE_TIMEOUT, MIN_TIME, bounded, parse_user},
 };
 use crate::pool::{Candidate, Kept, View};
 
-const TIME: Duration = Duration::from_secs(60);
-/// Well below the age of a run id that drivers take.
-const TIMES: RangeInclusive<Duration> = LEAST..=Duration::from_secs(30 * 60);
+const DEFAULT_TIME: Duration = Duration::from_secs(60);
+/// Well below the largest age of a run id that drivers accept.
+const TIMES: RangeInclusive<Duration> = MIN_TIME..=Duration::from_secs(30 * 60);
 
-/// What a caller wants to have.
+/// The lease that a caller asks for.
 #[derive(Debug)]
 pub struct Wanted {
     pub provider: Provider,
-    pub user_id: String,
+    pub user_id: UserId,
     time: Duration,
     queue_timeout: Duration,
 }
@@ -39,26 +39,26 @@ impl Wanted {
     /// # Errors
     /// [`Invalid`] for the first field that is wrong.
     pub fn parse(request: AllocateRequest) -> Result<Self, Invalid> {
-        check_user(&request.user_id)?;
+        let user_id = parse_user(request.user_id)?;
         Ok(Self {
             provider: request.provider.parse()?,
-            user_id: request.user_id,
-            time: bounded("time", request.time, TIME, TIMES, "1 ms to 30 min")?,
+            user_id,
+            time: bounded("time", request.time, DEFAULT_TIME, TIMES, "1 ms to 30 min")?,
             queue_timeout: bounded(
                 "queue_timeout",
                 request.queue_timeout,
-                QUEUE_TIMEOUT,
-                Duration::ZERO..=QUEUE_TIMEOUT_MOST,
+                DEFAULT_QUEUE_TIMEOUT,
+                Duration::ZERO..=MAX_QUEUE_TIMEOUT,
                 "0 s to 30 min",
             )?,
         })
     }
 }
 
-/// Gets a lease, in the user's turn.
+/// Gets a lease, after the user's turn in the queue has come.
 ///
 /// # Errors
-/// [`Error`]; a lease that a driver may have granted without an answer is given back.
+/// [`Error`]; a lease that a driver may have granted without an answer is released.
 pub async fn allocate(view: &View, queue: &Queue, wanted: Wanted) -> Result<Lease, Error> {
     let Wanted {
         provider,
@@ -85,12 +85,9 @@ pub async fn allocate(view: &View, queue: &Queue, wanted: Wanted) -> Result<Leas
         };
         let running = ticket.served();
         match lease(&slot, &user_id, time).await {
-            Ok(lease) => {
-                slot.leased(&lease.lease_id);
-                return Ok(lease);
-            }
+            Ok(lease) => return Ok(lease),
             Err(reason) => {
-                tracing::info!(slot = slot.slot_id, reason, "a lease was refused");
+                tracing::info!(slot = %slot.slot_id, reason, "a lease was refused");
                 refused = Some(reason);
             }
         }
@@ -107,33 +104,34 @@ pub async fn allocate(view: &View, queue: &Queue, wanted: Wanted) -> Result<Leas
     }
 }
 
-/// Why not, if a driver refuses or does not answer.
-async fn lease(slot: &Candidate, user_id: &str, time: Duration) -> Result<Lease, String> {
-    let run_id = Uuid::now_v7().to_string();
+/// Leases a slot. The error is the reason of a driver that refuses or does not answer.
+async fn lease(slot: &Candidate, user_id: &UserId, time: Duration) -> Result<Lease, String> {
+    let run_id = RunId::now();
     let request = LeaseRequest {
-        run_id: run_id.clone(),
-        slot_id: slot.slot_id.clone(),
-        generation: slot.generation,
+        run_id: run_id.into(),
+        slot_id: slot.slot_id.clone().into(),
+        generation: slot.generation.0,
         start_id: slot.start_id.clone(),
-        user_id: user_id.to_owned(),
+        user_id: user_id.clone().into(),
         time: time.try_into().ok(),
     };
     let unclear = Unclear(Some((
         slot.channel.clone(),
         ReleaseRequest {
-            run_id: run_id.clone(),
-            user_id: user_id.to_owned(),
+            run_id: run_id.into(),
+            user_id: user_id.clone().into(),
         },
     )));
     let mut client = NodeServiceClient::new(slot.channel.clone());
     match answered(client.lease(request)).await {
         Ok(leased) => {
             unclear.settled();
+            slot.leased(run_id);
             Ok(Lease {
-                lease_id: run_id,
-                slot_id: slot.slot_id.clone(),
+                lease_id: run_id.into(),
+                slot_id: slot.slot_id.clone().into(),
                 node_id: slot.node_id.clone(),
-                generation: slot.generation,
+                generation: slot.generation.0,
                 expires_at: leased.into_inner().expires_at,
             })
         }
@@ -149,7 +147,7 @@ async fn lease(slot: &Candidate, user_id: &str, time: Duration) -> Result<Lease,
     }
 }
 
-/// A lease that may have been granted, and that nobody knows of: given back when dropped.
+/// A lease that may have been granted without anybody knowing it. Drop releases it.
 struct Unclear(Option<(Channel, ReleaseRequest)>);
 
 impl Unclear {
@@ -161,7 +159,7 @@ impl Unclear {
 impl Drop for Unclear {
     fn drop(&mut self) {
         if let Some((channel, release)) = self.0.take() {
-            // Should that fail too, its time ends it.
+            // If the release fails too, the lease ends with its time.
             tokio::spawn(async move {
                 let _gone = answered(NodeServiceClient::new(channel).release(release)).await;
             });
@@ -169,13 +167,13 @@ impl Drop for Unclear {
     }
 }
 
-/// Gives a lease back before its time, from where the [view](View::leased) has it.
+/// Releases a lease before its time. `kept` is its slot in the [view](View::leased).
 ///
 /// # Errors
 /// [`Error::NoLease`] if there is none, [`Error::Forbidden`] if it is another user's,
 /// [`Error::Unasked`] if its node does not answer.
 pub async fn release(view: &View, kept: Option<Kept>, name: &Name) -> Result<(), Error> {
-    let lease_id = name.run_id.clone();
+    let lease_id = name.run_id;
     let Some(Kept {
         node_id, channel, ..
     }) = kept
@@ -186,8 +184,8 @@ pub async fn release(view: &View, kept: Option<Kept>, name: &Name) -> Result<(),
         });
     };
     let request = ReleaseRequest {
-        run_id: name.run_id.clone(),
-        user_id: name.user_id.clone(),
+        run_id: name.run_id.into(),
+        user_id: name.user_id.clone().into(),
     };
     let released = answered(NodeServiceClient::new(channel).release(request)).await;
     match released {

@@ -1,7 +1,8 @@
-//! What the nodes tell of runs, without their output.
+//! Lists runs of all nodes, without their output.
 
 use futures_util::{StreamExt, stream};
 use polydev_proto::{
+    id::{RunId, UserId},
     node::{self, GetRunRequest, ListRunsRequest, node_service_client::NodeServiceClient},
     provider::Provider,
 };
@@ -12,46 +13,46 @@ use super::{
 };
 use crate::pool::View;
 
-/// Nodes that are asked at a time.
-pub const ASKED: usize = 64;
+/// Largest number of nodes that are asked at the same time.
+pub const MAX_ASKED: usize = 64;
 
-/// Which runs: those that fit all of it.
+/// Which runs to list: those that match all fields.
 #[derive(Debug, Default)]
 pub struct Filter {
-    pub user_id: Option<String>,
+    pub user_id: Option<UserId>,
     pub provider: Option<Provider>,
-    /// Any, if there are none.
+    /// Empty means every state.
     pub states: Vec<node::run::State>,
-    /// Those with a lesser id.
-    pub before: Option<String>,
+    /// Only runs with a smaller id.
+    pub before: Option<RunId>,
 }
 
-/// Some of the runs, the last one first.
+/// Some of the runs, newest first.
 #[derive(Debug)]
 pub struct Page {
     pub runs: Vec<Found>,
-    /// There are runs before the last of these.
+    /// Whether there are older runs.
     pub has_more: bool,
     /// Nodes that could not be asked.
     pub unreachable: Vec<String>,
 }
 
-/// A run and where it is.
+/// A run and its node.
 #[derive(Debug)]
 pub struct Found {
     pub node_id: String,
     pub run: node::Run,
 }
 
-/// One run, wherever it is.
+/// One run, on whichever node has it.
 ///
 /// # Errors
 /// [`Error`]
 pub async fn get(view: &View, name: &Name) -> Result<Found, Error> {
     let ask = |node_id, channel| async {
         let request = GetRunRequest {
-            run_id: name.run_id.clone(),
-            user_id: name.user_id.clone(),
+            run_id: name.run_id.into(),
+            user_id: name.user_id.clone().into(),
         };
         let mut client = NodeServiceClient::new(channel);
         let answer = answered(client.get_run(request)).await?.into_inner();
@@ -61,23 +62,23 @@ pub async fn get(view: &View, name: &Name) -> Result<Found, Error> {
     first_of(view, name, ask).await
 }
 
-/// The `most` last runs of all nodes that fit.
+/// The newest `most` runs of all nodes that match `filter`.
 ///
 /// # Errors
-/// [`Error::NoNode`], [`Error::Unasked`] if none has answered.
+/// [`Error::NoNode`]; [`Error::Unasked`] if no node has answered.
 pub async fn list(view: &View, filter: &Filter, most: u32) -> Result<Page, Error> {
     let (nodes, mut unreachable) = view.channels();
     if nodes.is_empty() {
         return Err(Error::NoNode);
     }
     let request = ListRunsRequest {
-        user_id: filter.user_id.clone().unwrap_or_default(),
+        user_id: filter.user_id.clone().map(String::from).unwrap_or_default(),
         provider: filter
             .provider
             .map_or_else(String::new, |provider| provider.name().to_owned()),
         states: filter.states.iter().map(|state| (*state).into()).collect(),
-        before_run_id: filter.before.clone().unwrap_or_default(),
-        // One more says whether there are more.
+        before_run_id: filter.before.map(String::from).unwrap_or_default(),
+        // One more run shows whether there are more.
         limit: most.saturating_add(1),
     };
     let most = usize::try_from(most).unwrap_or(usize::MAX);
@@ -89,7 +90,7 @@ pub async fn list(view: &View, filter: &Filter, most: u32) -> Result<Page, Error
                 (node_id, answered(client.list_runs(request)).await)
             }
         })
-        .buffer_unordered(ASKED);
+        .buffer_unordered(MAX_ASKED);
     let (mut runs, mut has_more, mut answered_any) = (Vec::new(), false, false);
     while let Some((node_id, answer)) = answers.next().await {
         let found = match answer {
@@ -98,7 +99,7 @@ pub async fn list(view: &View, filter: &Filter, most: u32) -> Result<Page, Error
                 answer.into_inner().runs
             }
             Err(status) => {
-                tracing::info!(node_id, %status, "a node does not list its runs");
+                tracing::info!(node_id, %status, "cannot list a node's runs");
                 unreachable.push(node_id);
                 continue;
             }
@@ -107,7 +108,7 @@ pub async fn list(view: &View, filter: &Filter, most: u32) -> Result<Page, Error
             node_id: node_id.clone(),
             run,
         }));
-        // No more than a page is kept, however many nodes have answered.
+        // Keeps at most one page, however many nodes have answered.
         runs.sort_unstable_by(|a, b| b.run.run_id.cmp(&a.run.run_id));
         has_more |= runs.len() > most;
         runs.truncate(most);

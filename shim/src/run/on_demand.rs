@@ -1,5 +1,5 @@
-//! Slots that are ordered from Nomad for one run each, when none is idle: dispatches of a
-//! parameterised job, which its driver grants to that run alone.
+//! Orders slots from Nomad for one run each, when no slot is idle. An order dispatches a
+//! parameterised job. The driver grants its slot only to that run.
 
 use std::{
     collections::BTreeMap,
@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use polydev_proto::provider::Provider;
+use polydev_proto::{id::RunId, provider::Provider};
 use tokio::{
     sync::{Semaphore, oneshot, watch},
     time::{sleep, timeout},
@@ -20,25 +20,27 @@ use crate::{
     pool::View,
 };
 
-/// For a slot of the pool to become idle.
-const PATIENCE: Duration = Duration::from_millis(500);
-/// The same if one is being filled for the run: an order would only slow that down.
-const PATIENCE_MOST: Duration = Duration::from_secs(3);
-const ANSWER: Duration = Duration::from_secs(10);
-const RETRY: Duration = Duration::from_secs(1);
-/// Once the run does not need it: tries to stop a job, or to learn whether there is one. What
-/// is left then ends unused.
-const STOPS: u32 = 5;
+/// How long a run waits for a slot of the pool before it orders one.
+const POOL_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long the run waits in addition to [`POOL_TIMEOUT`] while a slot is being filled for it: an
+/// order would only slow this down.
+const MAX_POOL_TIMEOUT: Duration = Duration::from_secs(3);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the shim tries to stop a job that the run no longer needs, or to find out whether the
+/// job exists. A job that is left after this ends unused.
+const MAX_TRIES: u32 = 5;
 
-/// Orders slots, so many at a time; clones share the number.
+/// Orders slots, a limited number at a time; clones share the limit.
 #[derive(Debug, Clone)]
 pub struct OnDemand {
     nomad: Option<Nomad>,
-    /// Orders that may wait, by provider: those of one that fail hold no other's up.
+    /// Permits for orders that wait, by provider: orders that fail do not delay those of other
+    /// providers.
     waiting: Arc<BTreeMap<&'static str, Semaphore>>,
 }
 
-/// One run's order. When it is dropped the slot is not needed any more.
+/// One run's order. Drop withdraws it.
 #[derive(Debug)]
 pub struct Order {
     progress: watch::Receiver<Progress>,
@@ -47,7 +49,7 @@ pub struct Order {
 
 #[derive(Debug, Default)]
 struct Progress {
-    /// For people.
+    /// The state of the order, for people.
     told: String,
     dispatched: Option<Instant>,
 }
@@ -69,14 +71,14 @@ impl OnDemand {
         }
     }
 
-    /// Orders a slot for a run that still waits after a moment, once its user may have
-    /// another run.
+    /// Orders a slot for a run that still waits after a moment, as soon as its user may have
+    /// another active run.
     #[must_use]
     pub fn order(
         &self,
         view: View,
         provider: Provider,
-        run_id: String,
+        run_id: RunId,
         mut place: watch::Receiver<Place>,
     ) -> Order {
         let (tell, progress) = watch::channel(Progress::default());
@@ -85,12 +87,12 @@ impl OnDemand {
             let waiting = self.waiting.clone();
             let ordered = async move {
                 let turn = async {
-                    // Its sender goes when the run has a slot to try: it may run then.
+                    // The sender is dropped when the run has a slot to try. The run may then run.
                     let may_run = |place: &Place| !matches!(place, Place::Held(_));
                     drop(place.wait_for(may_run).await);
-                    sleep(PATIENCE).await;
+                    sleep(POOL_TIMEOUT).await;
                     let coming = none_coming(&view, provider, &place);
-                    let _enough = timeout(PATIENCE_MOST, coming).await;
+                    let _enough = timeout(MAX_POOL_TIMEOUT, coming).await;
                     let turns = waiting
                         .get(provider.name())
                         .expect("every provider has some");
@@ -100,8 +102,8 @@ impl OnDemand {
                     turn = turn => turn,
                     _ = &mut is_used => return,
                 };
-                // To its end: a job that nobody knows of would not be stopped.
-                let Some(job) = dispatch(&nomad, provider, &run_id, &tell).await else {
+                // Not cancelled: nobody would stop a job that nobody knows.
+                let Some(job) = dispatch(&nomad, provider, run_id, &tell).await else {
                     return;
                 };
                 let used = tokio::select! {
@@ -125,8 +127,8 @@ impl OnDemand {
 }
 
 impl Order {
-    /// The run is on its way to its slot, and the job ends with it, or by itself: nothing is
-    /// withdrawn any more. When Nomad was told, if by this order.
+    /// Keeps the order from being withdrawn: the run is on its way to the slot, and the job ends
+    /// with the run or by itself. Returns when Nomad was asked, if this order asked it.
     pub fn used(mut self) -> Option<Instant> {
         if let Some(used) = self.used.take() {
             let _gone = used.send(());
@@ -134,7 +136,7 @@ impl Order {
         self.progress.borrow().dispatched
     }
 
-    /// How it goes, for people; empty if nothing was ordered.
+    /// The state of the order, for people; empty if nothing was ordered.
     #[must_use]
     pub fn told(&self) -> String {
         self.progress.borrow().told.clone()
@@ -145,7 +147,7 @@ fn say(tell: &Tell, words: String) {
     tell.send_modify(|progress| progress.told = words);
 }
 
-/// Waits until fewer slots are being filled than runs wait before this one.
+/// Waits until no slot that is being filled is left for this run: the runs ahead need them all.
 async fn none_coming(view: &View, provider: Provider, place: &watch::Receiver<Place>) {
     let mut changes = view.changes();
     loop {
@@ -166,55 +168,53 @@ fn job(provider: Provider) -> String {
     format!("polydev-on-demand-{}", provider.name())
 }
 
-/// The dispatched job, as soon as Nomad answers; `None` if it will not be.
-async fn dispatch(nomad: &Nomad, provider: Provider, run_id: &str, tell: &Tell) -> Option<String> {
+/// The dispatched job, as soon as Nomad answers; `None` if no job will be dispatched.
+async fn dispatch(nomad: &Nomad, provider: Provider, run_id: RunId, tell: &Tell) -> Option<String> {
     let job = job(provider);
-    let meta = [("run_id", run_id)];
-    // Of this order: a repeated call makes no second job, and another try of the run has one
-    // of its own, which it may stop.
+    let text = run_id.to_string();
+    let meta = [("run_id", text.as_str())];
+    // The token belongs to this order: a repeated call makes no second job. Another try of the run
+    // has its own job, and may stop it.
     let token = format!("{run_id}.{:016x}", rand::random::<u64>());
     let mut tries_unwanted = 0;
     loop {
-        match timeout(ANSWER, nomad.dispatch(&job, &meta, &token)).await {
+        match timeout(ANSWER_TIMEOUT, nomad.dispatch(&job, &meta, &token)).await {
             Ok(Ok(child)) => {
-                tracing::info!(run_id, job = child, "a slot is ordered");
+                tracing::info!(%run_id, job = child, "ordered a slot");
                 tell.send_modify(|progress| progress.dispatched = Some(Instant::now()));
                 say(tell, format!("a slot is ordered as `{child}`"));
                 return Some(child);
             }
             Ok(Err(error)) if error.is_not_found() => {
-                tracing::debug!(job, "without this job no slot is ordered");
+                tracing::debug!(job, "cannot order a slot: Nomad has no such job");
                 say(
                     tell,
-                    format!("no slot can be ordered without the job `{job}`"),
+                    format!("cannot order a slot: Nomad has no job `{job}`"),
                 );
                 return None;
             }
             Ok(Err(error)) => {
                 let words = crate::chain(&error);
-                tracing::warn!(run_id, error = words, "no slot is ordered");
-                say(tell, format!("no slot could be ordered: {words}"));
+                tracing::warn!(%run_id, error = words, "cannot order a slot");
+                say(tell, format!("cannot order a slot: {words}"));
                 if error.is_refusal() {
                     return None;
                 }
             }
-            Err(_) => say(
-                tell,
-                "no slot could be ordered: Nomad does not answer".into(),
-            ),
+            Err(_) => say(tell, "cannot order a slot: Nomad does not answer".into()),
         }
-        // One that got no answer may have been taken, and would have to be stopped.
+        // Nomad may have accepted an order without an answer. Such a job must be stopped.
         if tell.is_closed() {
             tries_unwanted += 1;
-            if tries_unwanted == STOPS {
+            if tries_unwanted == MAX_TRIES {
                 return None;
             }
         }
-        sleep(RETRY).await;
+        sleep(RETRY_INTERVAL).await;
     }
 }
 
-/// Tells how the start of the slot goes, until there is nothing more to tell.
+/// Reports the state of the slot's start until the slot has ended.
 async fn watch_start(nomad: &Nomad, job: &str, tell: &Tell) {
     let mut index = 0;
     loop {
@@ -237,8 +237,8 @@ async fn watch_start(nomad: &Nomad, job: &str, tell: &Tell) {
                 }
             }
             Err(error) => {
-                tracing::debug!(job, error = crate::chain(&error), "cannot be watched");
-                sleep(RETRY).await;
+                tracing::debug!(job, error = crate::chain(&error), "cannot watch a job");
+                sleep(RETRY_INTERVAL).await;
             }
         }
     }
@@ -252,23 +252,23 @@ fn last_words(allocation: &Allocation) -> String {
 }
 
 async fn stop(nomad: &Nomad, job: &str) {
-    for _ in 0..STOPS {
-        let stopped = timeout(ANSWER, nomad.stop(job)).await;
+    for _ in 0..MAX_TRIES {
+        let stopped = timeout(ANSWER_TIMEOUT, nomad.stop(job)).await;
         match stopped {
             Ok(Ok(())) => {
-                tracing::info!(job, "a slot that was ordered is not needed");
+                tracing::info!(job, "stopped an ordered slot that is not needed");
                 return;
             }
             Ok(Err(error)) if error.is_refusal() => {
                 let error = crate::chain(&error);
-                tracing::warn!(job, error, "a slot that is not needed stays");
+                tracing::warn!(job, error, "cannot stop a slot that is not needed");
                 return;
             }
-            Ok(Err(_)) | Err(_) => sleep(RETRY).await,
+            Ok(Err(_)) | Err(_) => sleep(RETRY_INTERVAL).await,
         }
     }
     tracing::warn!(
         job,
-        "Nomad does not answer: a slot that is not needed stays"
+        "cannot stop a slot that is not needed: Nomad does not answer"
     );
 }

@@ -1,35 +1,35 @@
-//! Runs that wait for a slot, in an order that is fair between users: whoever has the
-//! fewest runs comes first, then whoever was served longest ago, then who came first.
-//! Each shim has queues of its own, and counts the runs that it carries itself.
+//! Runs that wait for a slot, in an order that is fair between users. The user with the fewest
+//! runs comes first, then the user who was served longest ago, then the run that came first.
+//! Each shim has its own queues, and counts only the runs that it carries itself.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::HashMap, sync::Arc};
 
+use parking_lot::{Mutex, MutexGuard};
+use polydev_proto::id::UserId;
 use tokio::sync::watch;
 
 /// Runs that may wait in one shim.
-pub const WAITING_MOST: usize = 1000;
+pub const MAX_WAITING: usize = 1000;
 
-/// What one user may have in a shim.
+/// Limits for each user of a shim.
 #[derive(Debug, Clone, Copy, Default, clap::Args)]
 pub struct PerUser {
-    /// Runs of one user that this shim lets go on at the same time; others wait. [default: any]
+    /// Active runs of one user that this shim allows; further runs wait. [default: no limit]
     #[arg(long = "user-running", value_name = "RUNS", value_parser = clap::value_parser!(u32).range(1..))]
     pub running: Option<u32>,
-    /// Runs of one user that may wait in this shim; others are refused. [default: any]
+    /// Waiting runs of one user that this shim allows; further ones are refused. [default: no
+    /// limit]
     #[arg(long = "user-queued", value_name = "RUNS")]
     pub queued: Option<u32>,
 }
 
-/// The run may not even wait.
+/// A run is refused because too many runs wait.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Full {
-    #[error("{WAITING_MOST} runs wait already, this shim lets no more")]
+    #[error("{MAX_WAITING} runs are waiting already; this shim allows no more")]
     Shim,
-    #[error("user `{user_id}` has {most} runs waiting already, this shim lets no more")]
-    User { user_id: String, most: u32 },
+    #[error("user `{user_id}` has {most} runs waiting already; this shim allows no more")]
+    User { user_id: UserId, most: u32 },
 }
 
 /// The queues of a shim; clones share them.
@@ -42,8 +42,8 @@ pub struct Queue {
 struct Inner {
     per_user: PerUser,
     waiting: Vec<Waiting>,
-    users: HashMap<String, User>,
-    /// Counts those who came, and those who were served.
+    users: HashMap<UserId, User>,
+    /// Counts the runs that came, and the runs that were served.
     next: u64,
 }
 
@@ -51,7 +51,7 @@ struct Inner {
 struct Waiting {
     number: u64,
     provider: &'static str,
-    user_id: String,
+    user_id: UserId,
     place: watch::Sender<Place>,
 }
 
@@ -61,34 +61,34 @@ struct User {
     served: u64,
 }
 
-/// Where a run stands.
+/// A run's position in its queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// So many are before it.
+    /// This number of runs are ahead.
     Behind(usize),
-    /// Its user has as many runs as may go on at once. So many are before it.
+    /// The run's user has as many active runs as allowed. This number of runs are ahead.
     Held(usize),
-    /// The next idle slot is its.
+    /// The next idle slot is for this run.
     Next,
 }
 
-/// A run's place in the queue, given up when dropped.
+/// A run's place in the queue. Drop gives it up.
 #[derive(Debug)]
 pub struct Ticket {
     queue: Queue,
     number: u64,
     provider: &'static str,
-    user_id: String,
+    user_id: UserId,
     pub place: watch::Receiver<Place>,
 }
 
-/// A run that goes on, until it is dropped.
+/// An active run, which ends when this is dropped.
 #[derive(Debug)]
 pub struct Running {
     queue: Queue,
     number: u64,
     provider: &'static str,
-    user_id: String,
+    user_id: UserId,
 }
 
 impl Queue {
@@ -103,29 +103,45 @@ impl Queue {
         }
     }
 
-    /// Puts a run at its place.
+    /// Puts a run into the queue.
     ///
     /// # Errors
     /// [`Full`]
-    pub fn enter(&self, provider: &'static str, user_id: &str) -> Result<Ticket, Full> {
+    pub fn enter(&self, provider: &'static str, user_id: &UserId) -> Result<Ticket, Full> {
         let mut inner = self.lock();
-        if inner.waiting.len() >= WAITING_MOST {
+        if inner.waiting.len() >= MAX_WAITING {
             return Err(Full::Shim);
         }
-        let queued = inner.waiting.iter().filter(|one| one.user_id == user_id);
+        let queued = inner.waiting.iter().filter(|one| one.user_id == *user_id);
         if let Some(most) = inner.per_user.queued
             && queued.count() >= most as usize
         {
-            let user_id = user_id.to_owned();
+            let user_id = user_id.clone();
             return Err(Full::User { user_id, most });
         }
         inner.next += 1;
         let number = inner.next;
         drop(inner);
-        Ok(self.insert(number, provider, user_id.to_owned()))
+        Ok(self.insert(number, provider, user_id.clone()))
     }
 
-    fn insert(&self, number: u64, provider: &'static str, user_id: String) -> Ticket {
+    /// Counts a run that does not wait, because its lease has waited.
+    #[must_use]
+    pub fn pass(&self, provider: &'static str, user_id: &UserId) -> Running {
+        let mut inner = self.lock();
+        inner.next += 1;
+        let number = inner.next;
+        inner.serve(user_id);
+        drop(inner);
+        Running {
+            queue: self.clone(),
+            number,
+            provider,
+            user_id: user_id.clone(),
+        }
+    }
+
+    fn insert(&self, number: u64, provider: &'static str, user_id: UserId) -> Ticket {
         let (place, receiver) = watch::channel(Place::Behind(usize::MAX));
         let mut inner = self.lock();
         inner.waiting.push(Waiting {
@@ -145,30 +161,25 @@ impl Queue {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 }
 
 impl Ticket {
-    /// Waits until the next idle slot is this run's.
+    /// Waits until the next idle slot is for this run.
     ///
     /// # Cancel safety
     /// Loses nothing.
     pub async fn turn(&mut self) {
-        // The sender goes with the ticket.
+        // The sender lives as long as the ticket.
         let _next = self.place.wait_for(|place| *place == Place::Next).await;
     }
 
-    /// The run has its container: it waits no more, and counts as its user's.
+    /// Takes the run out of the queue: it has a slot to claim. From now on it counts as an active
+    /// run of its user. If it does not get the slot, [`Running::back`] puts it back.
     #[must_use]
     pub fn served(self) -> Running {
-        let mut inner = self.queue.lock();
-        inner.next += 1;
-        let served = inner.next;
-        let user = inner.users.entry(self.user_id.clone()).or_default();
-        user.running += 1;
-        user.served = served;
-        drop(inner);
+        self.queue.lock().serve(&self.user_id);
         Running {
             queue: self.queue.clone(),
             number: self.number,
@@ -179,7 +190,7 @@ impl Ticket {
 }
 
 impl Running {
-    /// Its container was not to be had after all: it waits again, where it was.
+    /// Puts the run back at its place in the queue: it did not get its slot.
     #[must_use]
     pub fn back(self) -> Ticket {
         self.queue
@@ -206,7 +217,15 @@ impl Drop for Running {
 }
 
 impl Inner {
-    /// Tells everybody where they stand.
+    /// Counts one more active run of a user.
+    fn serve(&mut self, user_id: &UserId) {
+        self.next += 1;
+        let user = self.users.entry(user_id.clone()).or_default();
+        user.running += 1;
+        user.served = self.next;
+    }
+
+    /// Sends every waiting run its place.
     fn order(&mut self) {
         let Self {
             per_user,
@@ -214,13 +233,13 @@ impl Inner {
             users,
             ..
         } = self;
-        // Who neither runs nor waits is not remembered.
+        // Forgets users without active or waiting runs.
         users.retain(|user_id, user| {
             user.running > 0 || waiting.iter().any(|one| one.user_id == *user_id)
         });
         waiting.sort_by_key(|one| one.number);
         // A user's second run comes after all first ones of users with as many runs.
-        let mut counted: HashMap<String, u32> = HashMap::new();
+        let mut counted: HashMap<UserId, u32> = HashMap::new();
         let mut keys: HashMap<u64, (u32, u64)> = HashMap::new();
         for one in waiting.iter() {
             let user = users.get(&one.user_id);
@@ -255,6 +274,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn enter(queue: &Queue, provider: &'static str, user_id: &str) -> Result<Ticket, Full> {
+        queue.enter(provider, &user_id.into())
+    }
+
     fn place(ticket: &Ticket) -> Place {
         *ticket.place.borrow()
     }
@@ -263,10 +286,10 @@ mod tests {
     fn users_take_turns_however_many_runs_each_brings() {
         let queue = Queue::default();
         let many: Vec<Ticket> = (0..3)
-            .map(|_| queue.enter("openai", "alice").unwrap())
+            .map(|_| enter(&queue, "openai", "alice").unwrap())
             .collect();
-        let one = queue.enter("openai", "bob").unwrap();
-        let other = queue.enter("google", "carol").unwrap();
+        let one = enter(&queue, "openai", "bob").unwrap();
+        let other = enter(&queue, "google", "carol").unwrap();
         assert_eq!(place(&many[0]), Place::Next);
         assert_eq!(place(&one), Place::Behind(1));
         assert_eq!(place(&many[1]), Place::Behind(2));
@@ -284,21 +307,38 @@ mod tests {
     }
 
     #[test]
+    fn a_run_with_a_lease_passes_a_full_queue_and_counts() {
+        let queue = Queue::new(PerUser {
+            running: Some(1),
+            queued: Some(0),
+        });
+        enter(&queue, "openai", "alice").unwrap_err();
+        let running = queue.pass("openai", &"alice".into());
+        let mut inner = queue.lock();
+        inner.per_user.queued = None;
+        drop(inner);
+        let waits = enter(&queue, "openai", "alice").unwrap();
+        assert_eq!(place(&waits), Place::Held(0));
+        drop(running);
+        assert_eq!(place(&waits), Place::Next);
+    }
+
+    #[test]
     fn a_user_at_the_limit_waits_and_holds_nobody_up() {
         let queue = Queue::new(PerUser {
             running: Some(1),
             queued: Some(2),
         });
-        let running = queue.enter("openai", "alice").unwrap().served();
-        let waits = queue.enter("openai", "alice").unwrap();
-        let _third = queue.enter("openai", "alice").unwrap();
+        let running = enter(&queue, "openai", "alice").unwrap().served();
+        let waits = enter(&queue, "openai", "alice").unwrap();
+        let _third = enter(&queue, "openai", "alice").unwrap();
         assert_eq!(place(&waits), Place::Held(0));
-        let refused = queue.enter("openai", "alice").unwrap_err().to_string();
+        let refused = enter(&queue, "openai", "alice").unwrap_err().to_string();
         assert_eq!(
             refused,
-            "user `alice` has 2 runs waiting already, this shim lets no more"
+            "user `alice` has 2 runs waiting already; this shim allows no more"
         );
-        let bob = queue.enter("openai", "bob").unwrap();
+        let bob = enter(&queue, "openai", "bob").unwrap();
         assert_eq!(place(&bob), Place::Next);
         drop(bob);
         drop(running);
@@ -306,15 +346,15 @@ mod tests {
     }
 
     proptest! {
-        /// Whoever comes, is served, gives up or ends: of each provider exactly one of those
-        /// who wait is next, and in the end nobody is remembered.
+        /// Whatever runs come, are served, give up or end: exactly one waiting run of each
+        /// provider is next, and in the end no user is remembered.
         #[test]
         fn somebody_is_always_next(steps in prop::collection::vec((0u8..4, 0usize..3, 0usize..9), 0..80)) {
             let queue = Queue::default();
             let (mut waiting, mut running) = (Vec::<Ticket>::new(), Vec::<Running>::new());
             for (step, user, index) in steps {
                 match step {
-                    0 => waiting.push(queue.enter("openai", ["a", "b", "c"][user]).unwrap()),
+                    0 => waiting.push(enter(&queue, "openai", ["a", "b", "c"][user]).unwrap()),
                     1 if !waiting.is_empty() => {
                         let next = waiting.iter().position(|one| place(one) == Place::Next).unwrap();
                         running.push(waiting.remove(next).served());

@@ -1,6 +1,6 @@
-//! Between the caller and the driver, until the command has ended. A driver that goes away
-//! and comes back is attached to again where its stream broke; a caller that goes away
-//! leaves the run as it is.
+//! Relays between the caller and the driver until the command has ended. When a driver goes away
+//! and comes back, the relay attaches to the run again where its stream broke. When the caller
+//! goes away, the run continues.
 
 mod encode;
 
@@ -8,15 +8,16 @@ pub(crate) use encode::encode_end;
 
 use std::{
     collections::VecDeque,
-    pin::Pin,
     time::{Duration, Instant},
 };
 
-use futures_util::{Stream, StreamExt};
+use futures_util::{StreamExt, stream::BoxStream};
 use polydev_proto::{
+    id::RunId,
     init::TerminalSize,
     node::{self, RunInput, run_event as driver, run_input},
-    runtime::{self, Accepted, Lost, RunEvent, Stage, Started, Stream as Kind, run_event},
+    runtime::{self, Accepted, Lost, RunEvent, Stage, Started, run_event},
+    stream::{PerStream, Stream},
     workspace,
 };
 use tokio::{
@@ -34,36 +35,37 @@ use super::{
 use crate::pool::View;
 use encode::{encode_artifacts, encode_output, new_part};
 
-/// Events that may wait for a caller; each at most 64 KiB. When they are used up the
-/// driver is not read any more, and in the end the command waits.
-pub const EVENTS: usize = 4;
-/// A call that is cancelled looks at first as if its caller had closed its side.
-const CLOSES: Duration = Duration::from_millis(50);
-/// What the caller sends, message by message; an error is a caller that is gone.
-pub type Inputs = Pin<Box<dyn Stream<Item = Result<Option<runtime::RunInput>, Status>> + Send>>;
+/// Events that may wait for a caller; each at most 64 KiB. When that many wait, the relay stops
+/// reading from the driver, and finally the command waits.
+pub const MAX_EVENTS: usize = 4;
+/// How long the end of a caller's input is held back: at first, a cancelled call looks as if its
+/// caller had closed the input.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(50);
+/// The caller's messages. An error means that the caller is gone.
+pub type Inputs = BoxStream<'static, Result<Option<runtime::RunInput>, Status>>;
 
-/// A run and the caller that is told of it.
+/// A run and the caller that gets its events.
 pub struct Relay {
     pub view: View,
     pub name: Name,
     /// When the shim received the call.
     pub received: Instant,
-    /// Of the next bytes of stdout, stderr and artifacts.
-    pub offsets: [u64; 3],
-    /// What the shim itself gives the command.
+    /// Where each stream goes on.
+    pub offsets: PerStream<u64>,
+    /// The input that the shim itself gives the command.
     pub own_input: Option<Own>,
-    /// For so long after its claim a driver that is gone is waited for: nothing of the run
-    /// is left then.
+    /// How long after the claim the relay waits for a driver that is gone. After this time
+    /// nothing is left of the run.
     pub longest: Duration,
     pub caller: mpsc::Sender<Result<RunEvent, Error>>,
 }
 
-/// What a caller is told first.
-pub fn accepted(run_id: String, connection: &Connection) -> Accepted {
+/// The first event for a caller.
+pub fn accepted(run_id: RunId, connection: &Connection) -> Accepted {
     Accepted {
-        run_id,
-        slot_id: connection.slot_id.clone(),
-        generation: connection.generation,
+        run_id: run_id.into(),
+        slot_id: connection.slot_id.clone().into(),
+        generation: connection.generation.0,
         node_id: connection.node_id.clone(),
         warm: !connection.on_demand,
         stdin_offset: connection
@@ -74,14 +76,14 @@ pub fn accepted(run_id: String, connection: &Connection) -> Accepted {
 }
 
 impl Relay {
-    /// Sends a run's events until its end, and the caller's input to it. Returns as well
-    /// when the caller is gone.
+    /// Sends a run's events to the caller until the run ends, and the caller's input to the run.
+    /// Also returns when the caller is gone.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for what the caller may not send, [`Error::NotRun`] if the claim
-    /// came to nothing after all, [`Error::Lost`] if the driver does not come back.
+    /// [`Error::Invalid`] for input that is not allowed, [`Error::NotRun`] if the command did not
+    /// start after all, [`Error::Lost`] if the driver does not come back.
     pub async fn run(mut self, connection: Connection, requests: Inputs) -> Result<(), Error> {
-        let accepted = accepted(self.name.run_id.clone(), &connection);
+        let accepted = accepted(self.name.run_id, &connection);
         let accepted = run_event::Event::Accepted(accepted);
         let mut carried = Carried {
             claimed: connection.sent,
@@ -101,7 +103,7 @@ impl Relay {
         };
         let end = carried.carry().await;
         if !carried.timeline.ended && carried.input.has_own() {
-            // The caller is gone, and has given it already.
+            // The caller is gone, but sent this input with its start message.
             let Carried {
                 mut connection,
                 input,
@@ -117,15 +119,15 @@ impl Relay {
 struct Carried {
     relay: Relay,
     connection: Connection,
-    /// When its first claim was sent.
+    /// When the run's first claim was sent.
     claimed: Instant,
     timeline: Timeline,
-    /// `None` when the caller has said all it will.
+    /// `None` when the caller has closed its side.
     requests: Option<Inputs>,
-    /// When the caller's end of input is passed on.
+    /// When the end of the caller's input is sent to the driver.
     closes: Option<Instant>,
     input: Input,
-    /// On its way to either side; nothing more is taken from the other one meanwhile.
+    /// Messages on their way to each side. Meanwhile nothing more is read from the other side.
     to_caller: Option<run_event::Event>,
     to_driver: VecDeque<run_input::Input>,
     started: bool,
@@ -137,7 +139,7 @@ enum Wake {
     Driver(Result<Option<node::RunEvent>, Status>),
     Request(Option<Result<Option<runtime::RunInput>, Status>>),
     Closes,
-    /// It is the shim's turn to give input.
+    /// The shim's own input is next.
     Own,
     Sent,
 }
@@ -146,13 +148,13 @@ impl Carried {
     async fn carry(&mut self) -> Result<(), Error> {
         loop {
             match self.wait().await {
-                // It may come back, through another shim.
+                // The caller may come back through another shim.
                 Wake::Caller(false) | Wake::Request(Some(Err(_))) => return Ok(()),
                 Wake::Caller(true) if self.timeline.ended => return Ok(()),
                 Wake::Caller(true) | Wake::Sent => {}
                 Wake::Request(None) => {
                     self.requests = None;
-                    self.closes = Some(Instant::now() + CLOSES);
+                    self.closes = Some(Instant::now() + CLOSE_TIMEOUT);
                 }
                 Wake::Request(Some(Ok(input))) => {
                     if let Err(invalid) = self.on_request(input) {
@@ -172,7 +174,7 @@ impl Carried {
                 Wake::Driver(Ok(Some(event))) => self.on_event(event),
                 Wake::Driver(Ok(None)) => self.attach("the driver ended the stream").await?,
                 Wake::Driver(Err(status)) => match status.code() {
-                    // A definite refusal, after all: the driver died before it was started.
+                    // A definite refusal after all: the driver died before the command started.
                     Code::FailedPrecondition | Code::Aborted => {
                         return Err(Error::NotRun {
                             reason: status.message().to_owned(),
@@ -214,7 +216,7 @@ impl Carried {
                         let input = self.to_driver.pop_front();
                         permit.send(RunInput { input });
                     }
-                    // The driver takes no more: the run is over, or the stream breaks.
+                    // The driver accepts no more: the run is over, or the stream breaks.
                     Err(_) => self.to_driver.clear(),
                 }
                 Wake::Sent
@@ -225,12 +227,12 @@ impl Carried {
         }
     }
 
-    /// A command whose files will not come need not be waited for.
+    /// Cancels a run whose files will not arrive: its command cannot start.
     async fn give_up(&mut self) {
         if self.input.lacks_files()
             && let Err(error) = attach::cancel(&self.relay.view, &self.relay.name).await
         {
-            tracing::info!(run_id = self.relay.name.run_id, %error, "not cancelled");
+            tracing::info!(run_id = %self.relay.name.run_id, %error, "cannot cancel a run");
         }
     }
 
@@ -255,7 +257,7 @@ impl Carried {
                     return Err(Invalid::Value {
                         field: "signal.number",
                         given: signal.number.to_string(),
-                        allowed: "a signal from 1 to 31",
+                        allowed: "a signal number, 1 to 31",
                     });
                 }
                 run_input::Input::Signal(node::Signal {
@@ -269,7 +271,7 @@ impl Carried {
 
     fn on_event(&mut self, event: node::RunEvent) {
         let Some(event) = event.event else { return };
-        let [stdout, stderr, artifacts] = &mut self.relay.offsets;
+        let offsets = &mut self.relay.offsets;
         self.to_caller = match event {
             driver::Event::Attached(_) => None,
             driver::Event::Granted(granted) => {
@@ -279,7 +281,7 @@ impl Carried {
                 None
             }
             driver::Event::Started(started) => {
-                // Told again after each attach.
+                // The driver repeats it after each attach.
                 let first = !std::mem::replace(&mut self.started, true);
                 first.then(|| {
                     self.timeline.driver("started", started.after);
@@ -291,36 +293,35 @@ impl Carried {
                 None
             }
             driver::Event::Stdout(output) => {
-                let new = new_part(stdout, output);
+                let new = new_part(&mut offsets[Stream::Stdout], output);
                 new.map(|output| run_event::Event::Stdout(encode_output(output)))
             }
             driver::Event::Stderr(output) => {
-                let new = new_part(stderr, output);
+                let new = new_part(&mut offsets[Stream::Stderr], output);
                 new.map(|output| run_event::Event::Stderr(encode_output(output)))
             }
             driver::Event::Lost(lost) => {
-                let (offset, stream) = match lost.stream {
-                    1 => (stdout, Kind::Stdout),
-                    2 => (stderr, Kind::Stderr),
-                    _ => (artifacts, Kind::Artifacts),
-                };
-                let is_new = lost.to > *offset;
-                *offset = lost.to.max(*offset);
-                is_new.then(|| {
-                    run_event::Event::Lost(Lost {
-                        stream: stream.into(),
-                        from: lost.from,
-                        to: lost.to,
+                let stream = Stream::of_number(lost.stream.cast_signed());
+                stream.and_then(|stream| {
+                    let offset = &mut offsets[stream];
+                    let is_new = lost.to > *offset;
+                    *offset = lost.to.max(*offset);
+                    is_new.then(|| {
+                        run_event::Event::Lost(Lost {
+                            stream: stream.number(),
+                            from: lost.from,
+                            to: lost.to,
+                        })
                     })
                 })
             }
             driver::Event::Artifacts(found) => {
-                // Told again after each attach.
+                // The driver repeats it after each attach.
                 let first = !std::mem::replace(&mut self.artifacts, true);
                 first.then(|| run_event::Event::Artifacts(encode_artifacts(found)))
             }
             driver::Event::ArtifactData(output) => {
-                let new = new_part(artifacts, output);
+                let new = new_part(&mut offsets[Stream::Artifacts], output);
                 new.map(|output| run_event::Event::ArtifactData(encode_output(output)))
             }
             driver::Event::Ended(ended) => {
@@ -335,7 +336,7 @@ impl Carried {
         };
     }
 
-    /// Goes back to the run where its stream broke.
+    /// Attaches to the run again where its stream broke.
     async fn attach(&mut self, reason: &str) -> Result<(), Error> {
         let Relay {
             view,
@@ -346,11 +347,11 @@ impl Carried {
             ..
         } = &self.relay;
         let until = self.claimed + *longest;
-        tracing::info!(run_id = name.run_id, reason, "attaching again");
+        tracing::info!(run_id = %name.run_id, reason, "attaching again");
         let again = attach_again(view, &self.connection.node_id, name, *offsets);
         let attached = tokio::select! {
             attached = timeout_at(until.into(), again) => attached,
-            // Its error is told by the next wait.
+            // The next wait notices that the caller is gone.
             () = caller.closed() => return Ok(()),
         };
         let lost = |reason: String| Error::Lost {
@@ -370,11 +371,11 @@ impl Carried {
     }
 }
 
-/// When each stage was reached. The driver counts from the claim's arrival, which on
-/// its clock and ours is the moment it was sent, give or take the wire.
+/// When each stage was reached. The driver counts from the claim's arrival. The shim takes this as
+/// the moment at which it sent the claim, so the times are off by the network delay.
 #[derive(Default)]
 struct Timeline {
-    /// `None` for a caller that came back: the stages were before its call.
+    /// `None` for a caller that came back: the stages were reached before its call.
     claimed: Option<Duration>,
     stages: Vec<Stage>,
     ended: bool,

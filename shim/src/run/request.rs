@@ -1,4 +1,4 @@
-//! What a caller wants run, checked once: nothing behind this checks it again.
+//! A caller's run, which is checked here once and nowhere later.
 
 mod files;
 
@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
 use bytes::Bytes;
 use polydev_proto::{
     exec,
+    id::{RunId, UserId},
     node::{RunSpec, TraceContext},
     provider::{Provider, Unknown},
     runtime::{RunStart, SlowReader, run_start::Command},
@@ -16,7 +17,6 @@ use polydev_proto::{
 };
 use secrecy::ExposeSecret;
 use sha2::{Digest, Sha256};
-use uuid::Uuid;
 
 use files::{files, own_input, rules, terminal};
 
@@ -27,53 +27,56 @@ use crate::{
     secret::{self, Prepared},
 };
 
-pub(super) const LEAST: Duration = Duration::from_millis(1);
-const TIMEOUT: Duration = Duration::from_secs(10 * 60);
-pub(super) const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Well below the age of a run id that drivers take.
-pub(super) const QUEUE_TIMEOUT_MOST: Duration = Duration::from_secs(30 * 60);
-const TIMEOUT_MOST: Duration = Duration::from_secs(24 * 3600);
-/// The run class's kill timeout; also the most.
-const KILL_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const MIN_TIME: Duration = Duration::from_millis(1);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+pub(super) const DEFAULT_QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Well below the largest age of a run id that drivers accept.
+pub(super) const MAX_QUEUE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+/// The default kill timeout, and the largest.
+const MAX_KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// The kernel's `PATH_MAX`.
-const PATH_MOST: usize = 4096;
-const USER_ID_MOST: usize = 128;
+const MAX_PATH: usize = 4096;
+const MAX_USER_ID: usize = 128;
 
-/// Nothing is left of any run so long after it was claimed.
-pub const LONGEST: Duration = Duration::from_secs(24 * 3600 + 8 * 60);
-/// For files to come, artifacts to be fetched, and a driver that comes back to tell the end.
-const TELL: Duration = Duration::from_secs(8 * 60);
+/// After this time from its claim, nothing is left of any run.
+pub const MAX_RUN_TIME: Duration = MAX_TIMEOUT
+    .saturating_add(MAX_KILL_TIMEOUT)
+    .saturating_add(TELL_TIMEOUT);
+/// How long files may take to arrive, artifacts to be fetched, and a driver to come back and
+/// report the end.
+const TELL_TIMEOUT: Duration = Duration::from_secs(8 * 60);
 
-/// A run that may be tried.
+/// A checked run.
 #[derive(Debug)]
 pub struct Request {
     pub provider: Provider,
-    pub user_id: String,
-    pub run_id: Uuid,
-    /// It gets the slot that is kept for it, and no other.
+    pub user_id: UserId,
+    pub run_id: RunId,
+    /// Whether the run gets only the slot that is leased for it.
     pub is_leased: bool,
-    /// Whether another try of it may have run.
+    /// Whether another try of the run may have run.
     pub is_retry: bool,
     pub attempt: u64,
     pub accept_duplicate: bool,
-    /// How long it may wait for a slot.
+    /// How long the run may wait for a slot.
     pub queue_timeout: Duration,
     pub spec: RunSpec,
-    /// How much of its input is files.
+    /// How many bytes of the run's input are files.
     pub files_bytes: u64,
-    /// Input that does not come from the caller any more: files, and a prompt too long for an
+    /// Input that came with the start message: files, and a prompt that is too long for an
     /// argument.
     pub own_input: Option<Own>,
-    /// Until it is [equipped](Self::equip) with what it names.
+    /// The named credential, until the run is [equipped](Self::equip) with it.
     pub credential: Option<Source>,
     pub secrets: Prepared,
     pub trace: Option<TraceContext>,
 }
 
-/// Why a run is refused, with the field of its first message.
+/// Why a run is refused, with the field of the start message.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Invalid {
-    #[error("`start` must be the first message of a run, and come once")]
+    #[error("`start` must be the first message of a run, and must come only once")]
     NotStarted,
     #[error(transparent)]
     Provider(#[from] Unknown),
@@ -85,7 +88,7 @@ pub enum Invalid {
     Prompt(#[from] InvalidPrompt),
     #[error(transparent)]
     Command(#[from] exec::Invalid),
-    #[error("`{field}` is `{given}`, allowed is {allowed}")]
+    #[error("`{field}` is `{given}`; must be {allowed}")]
     Value {
         field: &'static str,
         given: String,
@@ -94,7 +97,7 @@ pub enum Invalid {
 }
 
 impl Invalid {
-    /// Which field it is, as its message has it.
+    /// The field, as it is named in the message.
     #[must_use]
     pub fn field(&self) -> String {
         match self {
@@ -109,47 +112,45 @@ impl Invalid {
     }
 }
 
-/// Checks whose run it is.
+/// Checks the id of a user.
 ///
 /// # Errors
 /// [`Invalid::Value`]
-pub fn check_user(user_id: &str) -> Result<(), Invalid> {
-    let is_short = (1..=USER_ID_MOST).contains(&user_id.len());
+pub fn parse_user(user_id: String) -> Result<UserId, Invalid> {
+    let is_short = (1..=MAX_USER_ID).contains(&user_id.len());
     if is_short && !user_id.chars().any(char::is_control) {
-        return Ok(());
+        return Ok(user_id.into());
     }
     Err(Invalid::Value {
         field: "user_id",
-        given: user_id.to_owned(),
+        given: user_id,
         allowed: "1 to 128 bytes without control characters",
     })
 }
 
-/// Checks a run's id, in whatever spelling a UUID may have.
+/// Checks a run's id, in any spelling of a UUID.
 ///
 /// # Errors
 /// [`Invalid::Value`]
-pub fn parse_id(field: &'static str, run_id: &str) -> Result<Uuid, Invalid> {
-    let id = Uuid::parse_str(run_id).ok();
-    id.filter(|id| id.get_version_num() == 7)
-        .ok_or_else(|| Invalid::Value {
-            field,
-            given: run_id.to_owned(),
-            allowed: "a UUIDv7",
-        })
+pub fn parse_id(field: &'static str, run_id: &str) -> Result<RunId, Invalid> {
+    run_id.parse().map_err(|_| Invalid::Value {
+        field,
+        given: run_id.to_owned(),
+        allowed: "a UUIDv7",
+    })
 }
 
-/// The run's id, and whether a lease has it.
-fn ids(start: &RunStart) -> Result<(Uuid, bool), Invalid> {
+/// The run's id, and whether it is the id of a lease.
+fn ids(start: &RunStart) -> Result<(RunId, bool), Invalid> {
     match (start.run_id.as_str(), start.lease_id.as_str()) {
-        ("", "") => Ok((Uuid::now_v7(), false)),
+        ("", "") => Ok((RunId::now(), false)),
         (given, "") => Ok((parse_id("run_id", given)?, false)),
         ("", lease) => Ok((parse_id("lease_id", lease)?, true)),
         (given, lease) if given == lease => Ok((parse_id("lease_id", lease)?, true)),
         (given, _) => Err(Invalid::Value {
             field: "run_id",
             given: given.to_owned(),
-            allowed: "that of the lease, or none",
+            allowed: "empty, or the same as `lease_id`",
         }),
     }
 }
@@ -167,7 +168,7 @@ fn drops_oldest(on_slow_reader: i32) -> Result<bool, Invalid> {
 
 fn check_work_dir(given: &str) -> Result<(), Invalid> {
     let is_absolute = given.is_empty() || given.starts_with('/');
-    if is_absolute && given.len() <= PATH_MOST {
+    if is_absolute && given.len() <= MAX_PATH {
         return Ok(());
     }
     Err(Invalid::Value {
@@ -178,13 +179,19 @@ fn check_work_dir(given: &str) -> Result<(), Invalid> {
 }
 
 fn timeout(given: Option<prost_types::Duration>) -> Result<Duration, Invalid> {
-    let allowed = LEAST..=TIMEOUT_MOST;
-    bounded("timeout", given, TIMEOUT, allowed, "1 ms to 24 h")
+    let allowed = MIN_TIME..=MAX_TIMEOUT;
+    bounded("timeout", given, DEFAULT_TIMEOUT, allowed, "1 ms to 24 h")
 }
 
 fn kill_timeout(given: Option<prost_types::Duration>) -> Result<Duration, Invalid> {
-    let allowed = LEAST..=KILL_TIMEOUT;
-    bounded("kill_timeout", given, KILL_TIMEOUT, allowed, "1 ms to 30 s")
+    let allowed = MIN_TIME..=MAX_KILL_TIMEOUT;
+    bounded(
+        "kill_timeout",
+        given,
+        MAX_KILL_TIMEOUT,
+        allowed,
+        "1 ms to 30 s",
+    )
 }
 
 impl Request {
@@ -192,7 +199,7 @@ impl Request {
     /// [`Invalid`] for the first field that is wrong.
     pub fn parse(mut start: RunStart, trace: Option<TraceContext>) -> Result<Self, Invalid> {
         let provider: Provider = start.provider.parse()?;
-        check_user(&start.user_id)?;
+        let user_id = parse_user(std::mem::take(&mut start.user_id))?;
         let (run_id, is_leased) = ids(&start)?;
         let is_retry = !start.run_id.is_empty() && start.attempt != 1;
         let drop_oldest = drops_oldest(start.on_slow_reader)?;
@@ -200,8 +207,8 @@ impl Request {
         let queue_timeout = bounded(
             "queue_timeout",
             start.queue_timeout,
-            QUEUE_TIMEOUT,
-            Duration::ZERO..=QUEUE_TIMEOUT_MOST,
+            DEFAULT_QUEUE_TIMEOUT,
+            Duration::ZERO..=MAX_QUEUE_TIMEOUT,
             "0 s to 30 min",
         )?;
         environment::check(&start.env)?;
@@ -210,7 +217,7 @@ impl Request {
             return Err(Invalid::Value {
                 field: "stdin",
                 given: "true".into(),
-                allowed: "false, as the prompt is so long that it is the command's stdin",
+                allowed: "false, because a prompt of this length is the command's stdin",
             });
         }
         let (files, contents) = files(std::mem::take(&mut start.files))?;
@@ -221,15 +228,15 @@ impl Request {
         if terminal.is_some() && stdin.is_some() {
             return Err(Invalid::Value {
                 field: "terminal",
-                given: "one".into(),
-                allowed: "none, as the prompt is so long that it is the command's stdin",
+                given: "set".into(),
+                allowed: "absent, because a prompt of this length is the command's stdin",
             });
         }
         let in_workspace = start.work_dir.is_empty() && (!files.is_empty() || artifacts.is_some());
         let credential = start.credential.take().map(Source::parse).transpose()?;
         let mut env = std::mem::take(&mut start.env);
         env.insert("PROVIDER".into(), provider.name().into());
-        env.insert("USER_ID".into(), start.user_id.clone());
+        env.insert("USER_ID".into(), user_id.clone().into());
         let spec = RunSpec {
             argv,
             env,
@@ -253,7 +260,7 @@ impl Request {
         check(&spec, &Prepared::default())?;
         Ok(Self {
             provider,
-            user_id: start.user_id,
+            user_id,
             run_id,
             is_leased,
             is_retry,
@@ -269,17 +276,18 @@ impl Request {
         })
     }
 
-    /// Gives it the credential that it names.
+    /// Gives the run the credential that it names.
     ///
     /// # Errors
-    /// [`Invalid`] if the command does not fit beside it.
+    /// [`Invalid`] if the credential sets a variable that the caller sets too, or if the command
+    /// does not fit beside it.
     pub fn equip(&mut self, secrets: Prepared) -> Result<(), Invalid> {
         if let Some((name, _)) =
             (secrets.env.iter()).find(|(name, _)| self.spec.env.contains_key(name))
         {
             return Err(Invalid::Environment(environment::Refused {
                 name: name.clone(),
-                reason: "the credential sets it",
+                reason: "cannot be set: the credential sets it",
             }));
         }
         check(&self.spec, &secrets)?;
@@ -288,7 +296,7 @@ impl Request {
         Ok(())
     }
 
-    /// How long it may be until its end is told.
+    /// How long it may take until the run's end is reported.
     #[must_use]
     pub fn longest(&self) -> Duration {
         let of = |given: Option<prost_types::Duration>| {
@@ -296,11 +304,11 @@ impl Request {
                 .and_then(|given| Duration::try_from(given).ok())
                 .unwrap_or_default()
         };
-        of(self.spec.timeout) + of(self.spec.kill_timeout) + TELL
+        of(self.spec.timeout) + of(self.spec.kill_timeout) + TELL_TIMEOUT
     }
 }
 
-/// Whether the kernel takes it.
+/// Checks whether the kernel accepts the command.
 fn check(spec: &RunSpec, secrets: &Prepared) -> Result<(), Invalid> {
     let plain = spec
         .env
@@ -325,7 +333,7 @@ fn argv(
         Some(Command::Argv(_)) => Err(Invalid::Value {
             field: "argv",
             given: "both `args` and `text`".into(),
-            allowed: "one of them",
+            allowed: "only one of them",
         }),
         Some(Command::Prompt(prompt)) => {
             let model = Some(prompt.model.as_str()).filter(|model| !model.is_empty());
@@ -408,7 +416,7 @@ mod tests {
         refused(|run| run.user_id = String::new(), "user_id");
         refused(|run| run.user_id = "a\nb".into(), "user_id");
         refused(|run| run.run_id = "42".into(), "run_id");
-        refused(|run| run.run_id = Uuid::new_v4().into(), "run_id");
+        refused(|run| run.run_id = uuid::Uuid::new_v4().into(), "run_id");
         refused(|run| run.on_slow_reader = 7, "on_slow_reader");
         refused(|run| run.command = None, "command");
         refused(|run| run.command = argv(&[]), "argv");

@@ -1,4 +1,4 @@
-//! Runs as they come further, on all nodes.
+//! Follows the runs of all nodes.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -7,6 +7,7 @@ use std::{
 
 use futures_util::FutureExt;
 use polydev_proto::{
+    id::UserId,
     node::{self, WatchRunsRequest, WatchRunsResponse, node_service_client::NodeServiceClient},
     provider::Provider,
 };
@@ -16,37 +17,37 @@ use tonic::{Status, transport::Channel};
 use super::{answered, listing::Found};
 use crate::pool::View;
 
-/// Which runs: those that fit all of it.
+/// Which runs to report: those that match all fields.
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
-    pub user_id: Option<String>,
+    pub user_id: Option<UserId>,
     pub provider: Option<Provider>,
 }
 
-/// What is new.
+/// A change to report.
 #[derive(Debug)]
 pub enum Change {
     Runs {
         runs: Vec<Found>,
-        /// Told before, and known no more.
+        /// Ids of runs that were reported before and that nodes no longer know.
         forgotten: Vec<String>,
     },
-    /// These nodes cannot be reached at the moment, or no more.
+    /// All nodes that cannot be reached now.
     Unreachable(Vec<String>),
 }
 
-/// Between two tries to follow a node that ends the stream.
-const RETRY: Duration = Duration::from_millis(250);
-/// All runs of a node at once, some 300 bytes each.
-const ALL_MOST: usize = 64 << 20;
-/// A driver lists a run that has ended no longer than that.
-const LISTED: Duration = Duration::from_secs(15 * 60);
+/// Time between two tries to follow a node that ends the stream.
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
+/// Bytes of a message with all runs of a node, about 300 bytes each.
+const MAX_ANSWER: usize = 64 << 20;
+/// How long a driver lists a run after its end.
+const LISTED_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
-/// Tells the runs that go on and then each that comes further, until nobody listens. First of
-/// all it tells which nodes cannot be reached.
+/// Reports the nodes that cannot be reached, then the active runs, and then each change of a run.
+/// Ends when nobody listens.
 pub async fn watch(view: View, filter: Filter, changes: mpsc::Sender<Change>) {
     let mut following = JoinSet::new();
-    // What has been told of each node's runs; `None` while it is followed.
+    // What was reported about each node's runs; `None` while the node is followed.
     let mut nodes: HashMap<String, Option<Told>> = HashMap::new();
     let mut unreachable = None;
     let mut news = view.changes();
@@ -54,7 +55,7 @@ pub async fn watch(view: View, filter: Filter, changes: mpsc::Sender<Change>) {
         news.mark_unchanged();
         let (connected, away) = view.channels();
         let known: HashSet<&String> = connected.iter().map(|(id, _)| id).chain(&away).collect();
-        // What went on at a node that has left for good is not heard of again.
+        // Nobody reports the active runs of a node that has left for good.
         let mut forgotten = Vec::new();
         nodes.retain(|node_id, told| match told {
             Some(told) if !known.contains(node_id) => {
@@ -96,7 +97,7 @@ pub async fn watch(view: View, filter: Filter, changes: mpsc::Sender<Change>) {
     }
 }
 
-/// Follows one node for as long as its driver goes on.
+/// Follows one node until its driver ends the stream.
 async fn follow(
     node_id: String,
     channel: Channel,
@@ -106,12 +107,12 @@ async fn follow(
 ) -> Told {
     let followed = async {
         let request = WatchRunsRequest {
-            user_id: filter.user_id.unwrap_or_default(),
+            user_id: filter.user_id.map(String::from).unwrap_or_default(),
             provider: filter
                 .provider
                 .map_or_else(String::new, |provider| provider.name().to_owned()),
         };
-        let mut client = NodeServiceClient::new(channel).max_decoding_message_size(ALL_MOST);
+        let mut client = NodeServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
         let mut answers = answered(client.watch_runs(request)).await?.into_inner();
         while let Some(answer) = answers.message().await? {
             let (runs, forgotten) = told.news(answer);
@@ -134,17 +135,17 @@ async fn follow(
         Ok::<_, Status>(())
     };
     if let Err(status) = followed.await {
-        tracing::debug!(node_id, %status, "a node does not tell its runs");
+        tracing::debug!(node_id, %status, "cannot follow a node's runs");
     }
-    sleep(RETRY).await;
+    sleep(RETRY_INTERVAL).await;
     told
 }
 
-/// What the listener has been told of one node's runs.
+/// What was reported to the listener about one node's runs.
 #[derive(Debug, Default)]
 struct Told {
     runs: HashMap<String, Last>,
-    /// The node has been heard.
+    /// Whether the node has answered.
     begun: bool,
 }
 
@@ -152,18 +153,18 @@ struct Told {
 struct Last {
     state: i32,
     cancelled: bool,
-    /// When its end was told.
+    /// When the run's end was reported.
     ended: Option<Instant>,
 }
 
 impl Told {
-    /// The runs that have not ended, as far as was told.
+    /// The runs whose end was not reported.
     fn going(&self) -> impl Iterator<Item = String> {
         let going = self.runs.iter().filter(|(_, last)| last.ended.is_none());
         going.map(|(run_id, _)| run_id.clone())
     }
 
-    /// What of an answer is new, and which runs are forgotten.
+    /// The new runs and states of an answer, and the forgotten runs.
     fn news(&mut self, answer: WatchRunsResponse) -> (Vec<node::Run>, Vec<String>) {
         let mut forgotten = answer.forgotten_run_ids;
         if answer.snapshot {
@@ -176,7 +177,7 @@ impl Told {
                 .is_some_and(|last| last.ended.is_none())
         };
         forgotten.retain(is_news);
-        // Those that ended before anybody listened are no news.
+        // Runs that ended before anybody listened are not reported.
         let only_going = answer.snapshot && !self.begun;
         self.begun = true;
         let mut news = Vec::new();
@@ -195,7 +196,7 @@ impl Told {
                 news.push(run);
             }
         }
-        let is_listed = |last: &Last| last.ended.is_none_or(|at| at.elapsed() < LISTED);
+        let is_listed = |last: &Last| last.ended.is_none_or(|at| at.elapsed() < LISTED_TIMEOUT);
         self.runs.retain(|_, last| is_listed(last));
         (news, forgotten)
     }

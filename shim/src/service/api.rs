@@ -1,10 +1,12 @@
 //! The calls of `polydev.runtime.v1`, one method each, whether they come over gRPC or HTTP. A
-//! method takes the caller and the request, checks in [`allow`] whether the caller may, asks
-//! `run`, `pool` or `credentials`, and answers the response. In reading order: [`run`] starts
-//! runs and goes back to them, by way of [`carry`]; [`runs`] reports on them; [`leases`] keeps
-//! slots for them. [`pools`] reports on pools, and [`sizing`] changes their size. [`cluster`] is
-//! about nodes, and [`credentials`] about credentials. What is answered a page at a time is in
-//! [`page`].
+//! method takes the caller and the request, checks in [`allow`] whether the caller may make the
+//! call, asks `run`, `pool` or `credentials`, and returns the response. In reading order:
+//!
+//! - [`run`] starts runs and attaches to them, with the help of [`carry`];
+//! - [`runs`] reports on runs, and [`leases`] keeps slots for runs;
+//! - [`pools`] reports on pools, and [`sizing`] changes their sizes;
+//! - [`cluster`] is about nodes, and [`credentials`] about credentials;
+//! - [`page`] has what calls with pages share.
 
 mod allow;
 
@@ -33,20 +35,20 @@ use crate::{
     run::{on_demand::OnDemand, queue::Queue},
 };
 
-/// What a shim lets its callers do.
+/// The calls of a shim, and what they need.
 pub(super) struct Api {
     pub(super) view: View,
-    /// `None` with the embedded engine, whose pools have the sizes they were started with.
+    /// `None` with the embedded engine, whose pools keep their first sizes.
     pub(super) nomad: Option<Nomad>,
     pub(super) vault: Arc<Vault>,
     pub(super) access: Access,
     pub(super) queue: Queue,
     pub(super) on_demand: OnDemand,
     pub(super) user_rate: Rate,
-    /// The work that a shim waits for, for a time, when it stops.
+    /// The work that a stopping shim waits for, up to a deadline.
     pub(super) runs: TaskTracker,
-    /// The shim stops: it starts nothing new.
+    /// Cancelled when the shim stops: the shim then starts nothing new.
     pub(super) stop: CancellationToken,
-    /// The runs that still go on are left to another shim.
+    /// Cancelled when the shim leaves the remaining runs to another shim.
     pub(super) hand_over: CancellationToken,
 }

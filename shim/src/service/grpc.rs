@@ -15,6 +15,7 @@ use polydev_proto::runtime::{
     SubmitJobResponse, WatchPoolsRequest, WatchPoolsResponse, WatchRunsRequest, WatchRunsResponse,
     attach_request, run_request, runtime_service_server::RuntimeService,
 };
+use polydev_proto::stream::PerStream;
 use tokio::time::timeout;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -24,7 +25,7 @@ use crate::{
     run::{Error, attach::Name, relay::Inputs, request::Invalid},
 };
 
-/// [`Api`] for callers with gRPC.
+/// [`Api`] for callers that use gRPC.
 pub(super) struct Grpc(pub(super) Arc<Api>);
 
 type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -80,11 +81,11 @@ impl RuntimeService for Grpc {
             return Err(Error::from(Invalid::NotStarted).into());
         };
         let name = Name::parse(&start.run_id, start.user_id)?;
-        let offsets = [
+        let offsets = PerStream::new(
             start.stdout_offset,
             start.stderr_offset,
             start.artifact_offset,
-        ];
+        );
         let inputs = inputs(requests, |request: AttachRequest| match request.message {
             Some(attach_request::Message::Input(input)) => Some(input),
             Some(attach_request::Message::Start(_)) | None => None,
@@ -252,22 +253,23 @@ impl RuntimeService for Grpc {
     }
 }
 
-/// Who calls, and what for.
+/// The caller and the message of a request.
 fn parts<T>(request: Request<T>) -> (Caller, T) {
     let caller = request.extensions().get::<Caller>().cloned();
-    // Every request has a caller; one without would have no role.
+    // Every request has a caller. A request without one would have no role.
     let caller = caller.unwrap_or_else(|| Caller(String::new()));
     (caller, request.into_inner())
 }
 
-/// The first message of a call, which must come soon.
+/// The first message of a call, which must arrive within [`FIRST_MESSAGE_TIMEOUT`].
 async fn first<T>(requests: &mut Streaming<T>) -> Result<T, Status> {
     let first = timeout(FIRST_MESSAGE_TIMEOUT, requests.message()).await;
-    let first = first.map_err(|_| Status::deadline_exceeded("no `start` came in 10 s"))??;
+    let first = first
+        .map_err(|_| Status::deadline_exceeded("no `start` message arrived within 10 s"))??;
     first.ok_or_else(|| Error::from(Invalid::NotStarted).into())
 }
 
-/// The messages after the first; `input` is `None` for one that may not follow.
+/// The messages after the first. `input` returns `None` for a message that is not allowed there.
 fn inputs<T: Send + 'static>(requests: Streaming<T>, input: fn(T) -> Option<RunInput>) -> Inputs {
     requests.map(move |request| request.map(input)).boxed()
 }

@@ -1,9 +1,9 @@
 //! The same service for callers without gRPC: JSON over HTTP at the same listeners, with the
 //! same rules, and events as server-sent events. The messages are those of
-//! `polydev.runtime.v1`, in protobuf's JSON form. [`routes`] has every path; it is what is
-//! served, and what [`openapi`] describes. In reading order: [`guard`] keeps web pages away,
-//! [`handlers`] serve a request, [`body`] is what they read, [`events`] and [`json`] are what
-//! they answer, and [`error`] is how they refuse.
+//! `polydev.runtime.v1`, in protobuf's JSON form. [`routes`] has every path: the shim serves these
+//! paths, and [`openapi`] describes them. In reading order: [`guard`] keeps web pages away,
+//! [`handlers`] serve requests, [`body`] reads their bodies, [`events`] and [`json`] encode the
+//! answers, and [`error`] encodes the errors.
 
 mod guard;
 mod openapi;

@@ -1,4 +1,4 @@
-//! Who calls, if he shows a token, which says more than the connection.
+//! Identifies callers. A token overrides the name from the connection.
 
 use std::sync::Arc;
 
@@ -23,17 +23,17 @@ use crate::{
     token::{Refused, Tokens},
 };
 
-/// What is asked of whoever comes.
+/// What every caller must pass.
 #[derive(Clone)]
 pub(super) struct Door {
-    /// `None` takes no tokens.
+    /// `None` if the shim accepts no tokens.
     pub(super) tokens: Option<Arc<Tokens>>,
-    /// Of each caller.
+    /// The limit of each caller.
     pub(super) rate: Arc<Rate>,
 }
 
-/// Puts the [`Caller`] that a token names in place of the connection's. A request of nobody is
-/// answered here.
+/// Replaces the [`Caller`] of the connection with the caller that a token names. A request without
+/// a known caller is answered here.
 pub(super) async fn identify(State(door): State<Door>, request: Request, next: Next) -> Response {
     let (mut head, body) = request.into_parts();
     match caller(door.tokens.as_deref(), &head).await {
@@ -41,13 +41,13 @@ pub(super) async fn identify(State(door): State<Door>, request: Request, next: N
             if let Err(exceeded) = door.rate.check(&caller.0) {
                 return answer(&head.headers, Error::from(exceeded).into());
             }
-            // Nobody else needs it.
+            // No later layer needs the token.
             head.headers.remove(AUTHORIZATION);
             head.extensions.insert(caller);
             next.run(Request::from_parts(head, body)).await
         }
         Err(refused) => {
-            tracing::info!(%refused, "a caller is not known");
+            tracing::info!(%refused, "caller rejected");
             answer(&head.headers, refused.into())
         }
     }

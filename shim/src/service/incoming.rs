@@ -1,4 +1,4 @@
-//! Connections of callers, and who is at the other end of each.
+//! Connections of callers, and the name of the caller of each connection.
 
 use std::io;
 
@@ -7,7 +7,7 @@ use polydev_transport::{address::Listener, connection::Connection, tls};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
-/// Those that come to any of `listeners`.
+/// The connections that arrive at any of `listeners`.
 pub(super) fn incoming(
     listeners: Vec<Listener>,
 ) -> impl Stream<Item = io::Result<Connection>> + Send {

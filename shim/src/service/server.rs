@@ -1,5 +1,5 @@
 //! The server around the service: its listeners, limits of connections, health and reflection,
-//! and how it stops.
+//! and how the server stops.
 
 use std::{future::pending, sync::Arc, time::Duration};
 
@@ -30,43 +30,44 @@ use crate::{
     token::Tokens,
 };
 
-/// Between two pings to a caller, and until one that answers none is gone: one whose process
-/// is stopped for a while is not.
-const PING: Duration = Duration::from_secs(60);
-const GONE: Duration = Duration::from_secs(300);
-/// Then a caller connects anew, and shows anew who he is; what he has going goes on.
-const CONNECTION: Duration = Duration::from_secs(3600);
-/// For calls to be told that they are over, and for what is written to callers then.
-const FLUSH: Duration = Duration::from_secs(1);
+/// The interval between two pings to a caller, and how long the shim waits for an answer. A caller
+/// whose process is stopped for a while keeps the connection.
+const PING_INTERVAL: Duration = Duration::from_secs(60);
+const PING_TIMEOUT: Duration = Duration::from_secs(300);
+/// After this time a caller must connect again and identify themselves again. Streams on the old
+/// connection continue.
+const MAX_CONNECTION_AGE: Duration = Duration::from_secs(3600);
+/// How long calls may take to end after the hand-over, and the last events to reach callers.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a shim lets its callers have.
+/// The limits of a shim.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     pub per_user: PerUser,
     pub rates: Rates,
-    /// Slots that may be on order at a time.
+    /// How many slots of one provider may be on order at a time.
     pub on_demand: usize,
-    /// How long runs may go on once the shim is told to stop.
+    /// How long runs may continue after the shim is told to stop.
     pub stop: Duration,
 }
 
 /// What a shim serves with.
 pub struct Parts {
     pub view: View,
-    /// `None` with the embedded engine, whose pools are as they were started.
+    /// `None` with the embedded engine, whose pools keep their first sizes.
     pub nomad: Option<Nomad>,
     pub vault: Arc<Vault>,
     pub access: Access,
-    /// `None` takes no tokens.
+    /// `None` if the shim accepts no tokens.
     pub tokens: Option<Tokens>,
     pub limits: Limits,
 }
 
-/// Serves callers until `stop`, then lets runs end within a time; callers of those that do not
-/// are told to attach to them elsewhere.
+/// Serves callers until `stop`, then gives runs [`Limits::stop`] to end. After that, the callers of
+/// the remaining runs are told to attach through another shim.
 ///
 /// # Errors
-/// Whatever keeps it from serving.
+/// If the server cannot be built, or fails.
 pub async fn serve(
     parts: Parts,
     listeners: Vec<Listener>,
@@ -106,7 +107,7 @@ pub async fn serve(
         .add_service(health)
         .add_service(reflection)
         .add_service(grpc);
-    // After all of them: a browser can send what looks like gRPC as well.
+    // This layer covers all routes, because a browser can also send what looks like gRPC.
     let guarded = middleware::from_fn(http::no_browser);
     let tokens = tokens.map(Arc::new);
     let door = Door {
@@ -118,9 +119,9 @@ pub async fn serve(
     let routes = Routes::from(routes);
     let server = Server::builder()
         .accept_http1(true)
-        .http2_keepalive_interval(Some(PING))
-        .http2_keepalive_timeout(Some(GONE))
-        .max_connection_age(CONNECTION)
+        .http2_keepalive_interval(Some(PING_INTERVAL))
+        .http2_keepalive_timeout(Some(PING_TIMEOUT))
+        .max_connection_age(MAX_CONNECTION_AGE)
         .add_routes(routes);
 
     let stopped = stop.clone().cancelled_owned();
@@ -129,12 +130,12 @@ pub async fn serve(
         stop.cancelled().await;
         runs.close();
         if timeout(limits.stop, runs.wait()).await.is_err() {
-            tracing::info!(runs = runs.len(), "handing over what goes on");
+            tracing::info!(runs = runs.len(), "handing over the remaining runs");
             hand_over.cancel();
-            let _left = timeout(FLUSH, runs.wait()).await;
+            let _left = timeout(FLUSH_TIMEOUT, runs.wait()).await;
         }
-        // The last events are on their way.
-        sleep(FLUSH).await;
+        // The last events may still be on their way to callers.
+        sleep(FLUSH_TIMEOUT).await;
     };
     tokio::select! {
         served = serving => served?,

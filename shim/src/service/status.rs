@@ -1,5 +1,5 @@
-//! How errors are told to callers: the one mapping to gRPC codes, with details of
-//! `google.rpc` for programs. Every error has an `ErrorInfo` of the domain [`DOMAIN`].
+//! How callers receive errors: the only mapping to gRPC codes, with details of `google.rpc` for
+//! programs. Every error has an `ErrorInfo` of the domain [`DOMAIN`].
 
 use std::{collections::HashMap, time::Duration};
 
@@ -11,17 +11,17 @@ use crate::{
     pool::scale,
     run::{
         self, Error,
-        queue::{Full, WAITING_MOST},
+        queue::{Full, MAX_WAITING},
     },
     token::Refused,
 };
 
-/// Of a message, in bytes.
-const LONGEST: usize = 1000;
-/// Of every `ErrorInfo`.
+/// The longest message, in bytes.
+const MAX_MESSAGE: usize = 1000;
+/// The domain of every `ErrorInfo`.
 const DOMAIN: &str = "polydev.runtime.v1";
-/// After an error that may be gone by then.
-const AGAIN: Duration = Duration::from_secs(1);
+/// How long a caller should wait after an error that may pass.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 impl From<run::Error> for Status {
     fn from(error: run::Error) -> Self {
@@ -47,19 +47,19 @@ impl From<run::Error> for Status {
                 details.add_quota_failure_violation(short(subject), &message);
             }
             Error::Full(Full::Shim) => {
-                let most = format!("{WAITING_MOST} runs wait");
+                let most = format!("{MAX_WAITING} runs wait");
                 details.add_quota_failure_violation("shim", most);
             }
             _ => {}
         }
         match &error {
-            // In whole seconds, as HTTP tells them.
+            // In whole seconds, the unit of HTTP's `Retry-After`.
             Error::Rate(exceeded) => {
                 let seconds = exceeded.wait.as_secs() + 1;
                 details.set_retry_info(Some(Duration::from_secs(seconds)));
             }
             error if is_worth_another_try(error) => {
-                details.set_retry_info(Some(AGAIN));
+                details.set_retry_info(Some(RETRY_INTERVAL));
             }
             _ => {}
         }
@@ -75,7 +75,7 @@ impl From<Refused> for Status {
         };
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
         if code == Code::Unavailable {
-            details.set_retry_info(Some(AGAIN));
+            details.set_retry_info(Some(RETRY_INTERVAL));
         }
         Self::with_error_details(code, short(refused.to_string()), details)
     }
@@ -123,7 +123,7 @@ fn credential(error: &credentials::Error) -> (Code, &'static str) {
     }
 }
 
-/// The same call may succeed later, and does no harm.
+/// Whether the same call may succeed later and is safe to repeat.
 fn is_worth_another_try(error: &Error) -> bool {
     match error {
         Error::NoIdleSlot { .. }
@@ -153,10 +153,11 @@ fn is_worth_another_try(error: &Error) -> bool {
     }
 }
 
-/// Errors travel in headers, of which clients take some KiB; what they quote may be longer.
+/// Cuts a text. Errors travel in headers, of which clients accept some KiB, and may quote longer
+/// values.
 fn short(mut text: String) -> String {
-    if text.len() > LONGEST {
-        text.truncate(text.floor_char_boundary(LONGEST));
+    if text.len() > MAX_MESSAGE {
+        text.truncate(text.floor_char_boundary(MAX_MESSAGE));
         text.push_str(" ...");
     }
     text
@@ -177,7 +178,7 @@ impl From<scale::Error> for Status {
             details.add_bad_request_violation("size", &message);
         }
         if let scale::Error::Nomad(_) = error {
-            details.set_retry_info(Some(AGAIN));
+            details.set_retry_info(Some(RETRY_INTERVAL));
         }
         Self::with_error_details(code, message, details)
     }

@@ -1,4 +1,4 @@
-//! The caller's place in a trace, as W3C has it in headers.
+//! The caller's place in a trace, from W3C trace context headers.
 
 use axum::http::HeaderMap;
 use polydev_proto::node::TraceContext;

@@ -1,5 +1,5 @@
-//! The issuer's public keys: asked for at the start, every five minutes, and when a token names
-//! one that is not there.
+//! The issuer's public keys. They are fetched at the start, every five minutes, and when a token
+//! names an unknown key.
 
 use std::{
     sync::Arc,
@@ -20,25 +20,25 @@ use url::{Host, Url};
 
 use super::{Error, Refused};
 
-/// Between two times that it is asked.
-const LOOK: Duration = Duration::from_secs(5 * 60);
-/// Between two at least.
-const AGAIN: Duration = Duration::from_secs(5);
-/// Keys are good for so long after they were had: those that the issuer has withdrawn are too.
-const GOOD: Duration = Duration::from_secs(60 * 60);
-/// For one answer.
-const ANSWER: Duration = Duration::from_secs(5);
-const BODY_MOST: usize = 1 << 20;
-/// Callers who may wait for a key that is not there.
-const WAITING_MOST: usize = 256;
+/// The interval between two fetches.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(5 * 60);
+/// The shortest interval between two fetches, and the interval after a failed one.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// How long fetched keys stay valid, including keys that the issuer has since revoked.
+const MAX_AGE: Duration = Duration::from_secs(60 * 60);
+/// The timeout of one request.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+const MAX_BODY: usize = 1 << 20;
+/// How many callers may wait for an unknown key.
+const MAX_WAITING: usize = 256;
 /// Below an issuer's URL (OpenID Connect Discovery 1.0, section 4).
 const DISCOVERY: &str = "/.well-known/openid-configuration";
 
-/// Where they are.
+/// Where the keys are.
 #[derive(Debug)]
 enum Source {
     At(String),
-    /// Its configuration says where.
+    /// The issuer's configuration has the URL of the keys.
     Issuer(String),
 }
 
@@ -47,17 +47,17 @@ pub(super) struct Keys {
     source: Source,
     client: Client,
     had: watch::Sender<Had>,
-    /// Somebody waits for others than there are.
+    /// A caller waits for an unknown key.
     wanted: Notify,
-    /// For those who wait.
+    /// One permit per waiting caller.
     places: Semaphore,
 }
 
-/// What was had last.
+/// The result of the last fetches.
 #[derive(Debug, Default)]
 struct Had {
     keys: Option<(Arc<JwkSet>, Instant)>,
-    /// When it was asked for last, to whatever end.
+    /// When the last fetch began, successful or not.
     asked: Option<Instant>,
 }
 
@@ -68,7 +68,7 @@ struct Configuration {
 }
 
 /// # Errors
-/// [`Error::Url`] unless nobody on the way can put keys of his own there.
+/// [`Error::Url`] if somebody on the network could replace the keys.
 pub(super) fn check_url(option: &'static str, given: &str) -> Result<(), Error> {
     let refuse = || Error::Url {
         option,
@@ -104,9 +104,9 @@ impl Keys {
     }
 
     fn new(source: Source) -> Result<Self, Error> {
-        // A second call, as in tests, finds it done.
+        // In tests, an earlier call may have installed the provider.
         let _installed = rustls::crypto::ring::default_provider().install_default();
-        // Whoever answers in the clear on the way would be the issuer.
+        // A proxy for http could replace the keys, so the client uses a proxy for https only.
         let mut client = Client::builder().no_proxy();
         let of_environment = ["HTTPS_PROXY", "https_proxy"].map(std::env::var);
         if let Some(proxy) = of_environment.into_iter().find_map(Result::ok) {
@@ -115,7 +115,7 @@ impl Keys {
         }
         let client = client
             .redirect(reqwest::redirect::Policy::none())
-            .timeout(ANSWER)
+            .timeout(ANSWER_TIMEOUT)
             .build()
             .map_err(Error::Client)?;
         Ok(Self {
@@ -123,21 +123,21 @@ impl Keys {
             client,
             had: watch::Sender::default(),
             wanted: Notify::new(),
-            places: Semaphore::new(WAITING_MOST),
+            places: Semaphore::new(MAX_WAITING),
         })
     }
 
-    /// Asks for them again and again; nobody else does, so that no caller can have it asked
-    /// more often.
+    /// Fetches the keys again and again. Nothing else fetches them, so that callers cannot cause
+    /// more fetches.
     pub(super) async fn keep(&self) {
         loop {
             let asked = Instant::now();
             let keys = self.fetch().await;
             let again = match &keys {
-                Ok(_) => LOOK,
+                Ok(_) => REFRESH_INTERVAL,
                 Err(reason) => {
-                    tracing::warn!(reason, "the token issuer's keys are not to be had");
-                    AGAIN
+                    tracing::warn!(reason, "cannot fetch the token issuer's keys");
+                    RETRY_INTERVAL
                 }
             };
             self.had.send_modify(|had| {
@@ -146,7 +146,7 @@ impl Keys {
                     had.keys = Some((keys.into(), asked));
                 }
             });
-            let pause = AGAIN.mul_f64(rand::random_range(0.8..1.0));
+            let pause = RETRY_INTERVAL.mul_f64(rand::random_range(0.8..1.0));
             let wanted = async {
                 sleep_until((asked + pause).into()).await;
                 self.wanted.notified().await;
@@ -158,12 +158,12 @@ impl Keys {
         }
     }
 
-    /// The key of that name for that algorithm; without a name the only one there is for it.
-    /// Issuers make new ones: one that is not there is waited for, until the issuer has been asked
+    /// The key with this id for this algorithm; without an id, the only key for the algorithm.
+    /// Issuers make new keys: if a key is unknown, this call waits until the keys have been fetched
     /// once more.
     ///
     /// # Cancel safety
-    /// Loses nothing.
+    /// A cancelled call loses nothing.
     pub(super) async fn find(
         &self,
         kid: Option<&str>,
@@ -173,23 +173,27 @@ impl Keys {
             return Ok(key);
         }
         let _place = self.places.try_acquire().map_err(|_| Refused::NoKeys)?;
-        let come = timeout(AGAIN + 2 * ANSWER, self.come(kid, algorithm)).await;
+        let come = timeout(
+            RETRY_INTERVAL + 2 * ANSWER_TIMEOUT,
+            self.come(kid, algorithm),
+        )
+        .await;
         come.unwrap_or(Err(Refused::NoKeys))
     }
 
-    /// As soon as it is there; or refuses it once the issuer has been asked.
+    /// Waits until the key is there, or until a fetch shows that the issuer does not have it.
     async fn come(&self, kid: Option<&str>, algorithm: Algorithm) -> Result<DecodingKey, Refused> {
         let (came, mut had) = (Instant::now(), self.had.subscribe());
         self.wanted.notify_one();
         loop {
-            // Its sender is in `self`.
+            // This cannot fail: the sender is in `self`.
             let _changed = had.changed().await;
             if let Some(key) = self.known(kid, algorithm)? {
                 return Ok(key);
             }
             let had = had.borrow_and_update();
             if had.asked.is_some_and(|asked| asked >= came) {
-                // Whether there is such a key was found out, or was to be.
+                // A fetch since the call began has succeeded, or has failed.
                 let is_had = had.keys.as_ref().is_some_and(|(_, at)| *at >= came);
                 let kid = kid.unwrap_or_default().chars().take(100).collect();
                 return Err(match is_had {
@@ -207,7 +211,7 @@ impl Keys {
     ) -> Result<Option<DecodingKey>, Refused> {
         let keys = {
             let had = self.had.borrow();
-            let good = had.keys.as_ref().filter(|(_, at)| at.elapsed() < GOOD);
+            let good = had.keys.as_ref().filter(|(_, at)| at.elapsed() < MAX_AGE);
             good.map(|(keys, _)| keys.clone())
         };
         let fits = |key: &&Jwk| {
@@ -232,12 +236,13 @@ impl Keys {
                 let url = format!("{}{DISCOVERY}", issuer.trim_end_matches('/'));
                 let configuration: Configuration = self.get(&url).await?;
                 if configuration.issuer != *issuer {
-                    let words = format!("{url} is the configuration of `{}`", configuration.issuer);
+                    let words = format!("`issuer` in {url} is `{}`", configuration.issuer);
                     return Err(words);
                 }
                 if !is_safe(&configuration.jwks_uri) {
                     return Err(format!(
-                        "{url} has its keys at `{}`",
+                        "`jwks_uri` in {url} is `{}`: allowed are https URLs, and http URLs of \
+                         the loopback address",
                         configuration.jwks_uri
                     ));
                 }
@@ -262,8 +267,8 @@ impl Keys {
         }
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(reach).map_err(told)? {
-            if body.len() + chunk.len() > BODY_MOST {
-                return Err(told(format!("more than {BODY_MOST} bytes")));
+            if body.len() + chunk.len() > MAX_BODY {
+                return Err(told(format!("the answer is longer than {MAX_BODY} bytes")));
             }
             body.extend_from_slice(&chunk);
         }
@@ -271,7 +276,7 @@ impl Keys {
     }
 }
 
-/// Whether a key may check a signature of that algorithm, by what its issuer says of it.
+/// Whether the key is for signatures with this algorithm, as the issuer declares it.
 fn is_for(key: &Jwk, algorithm: Algorithm) -> bool {
     let named = key.common.key_algorithm.map(|named| named.to_string());
     let is_named = named.is_none_or(|named| named == format!("{algorithm:?}"));

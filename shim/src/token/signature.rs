@@ -1,4 +1,4 @@
-//! What issuers sign with, checked by ring, which TLS has here already.
+//! Checks the signatures of tokens with ring, which TLS uses already.
 
 use jsonwebtoken::{
     Algorithm, DecodingKey, DecodingKeyKind,
@@ -8,7 +8,7 @@ use jsonwebtoken::{
 };
 use ring::signature::{self, RsaParameters, RsaPublicKeyComponents, VerificationAlgorithm};
 
-/// Those with a public key (RFC 7518, RFC 8037); a key that is shared is no issuer's.
+/// Algorithms with a public key (RFC 7518, RFC 8037). Shared secrets are not accepted.
 pub(super) const ALGORITHMS: [Algorithm; 9] = [
     Algorithm::RS256,
     Algorithm::RS384,
@@ -27,9 +27,9 @@ static PROVIDER: CryptoProvider = CryptoProvider {
     key_utils: KeyUtils::new_unimplemented(),
 };
 
-/// Has the library check signatures here.
+/// Makes the library check signatures with this module.
 pub(super) fn install() {
-    // Another shim of this process, as in tests, has done it.
+    // In tests, another shim of this process may have installed the provider.
     let _installed = PROVIDER.install_default();
 }
 

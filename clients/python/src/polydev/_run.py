@@ -246,7 +246,7 @@ class Run:
             stream, output = _STREAMS[kind], getattr(event, kind)
             read, end = self._read[stream], output.offset + len(output.data)
             if output.offset > read:
-                raise DataLoss(f"the shim goes on at byte {output.offset} after byte {read}")
+                raise DataLoss(f"the shim continues at byte {output.offset} after byte {read}")
             if end <= read:
                 return None
             output.data = output.data[read - output.offset :]

@@ -122,7 +122,7 @@ fn whoever_writes_more_than_is_sent_waits() {
     drain(&input, call);
     assert!(input.write(vec![0; 1]).now_or_never().is_some());
 
-    // Also one who waits while the connection is broken, and the run has all of it.
+    // Also a writer that waits while the connection is broken, if the run has all of its input.
     let call = input.next_call();
     write(&input, vec![0; (1 << 20) - 1]).unwrap();
     let mut waiting = Box::pin(input.write(vec![0; 1]));

@@ -1,5 +1,6 @@
-//! A credential as the command line is given one: in files, or in the variable that the
-//! provider documents. Never in arguments, which every process of the machine can read.
+//! The credential that the command line gets: from a file, or from the variable that the
+//! provider documents. It never comes in an argument, which every process on the machine can
+//! read.
 
 use std::{
     fs,
@@ -16,26 +17,26 @@ use polydev_proto::{
     },
 };
 
-/// Where it is. Without any of them the provider's variable is read: OPENAI_API_KEY,
-/// ANTHROPIC_API_KEY or GOOGLE_API_KEY (and GOOGLE_PROJECT_ID).
+/// Where the credential is. Without any of these options the provider's variable is read:
+/// OPENAI_API_KEY, ANTHROPIC_API_KEY or GOOGLE_API_KEY (and GOOGLE_PROJECT_ID).
 #[derive(clap::Args)]
 #[group(multiple = false)]
 pub struct Given {
-    /// File with the API key; without it or another the provider's variable is read:
-    /// OPENAI_API_KEY, ANTHROPIC_API_KEY or GOOGLE_API_KEY (and GOOGLE_PROJECT_ID).
+    /// File with the API key. If no file with a credential is given, the provider's variable is
+    /// read: OPENAI_API_KEY, ANTHROPIC_API_KEY or GOOGLE_API_KEY (and GOOGLE_PROJECT_ID).
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
-    /// File that the provider's CLI keeps of an account that has signed in: ~/.codex/auth.json,
+    /// File in which the provider's CLI keeps an account that has signed in: ~/.codex/auth.json,
     /// ~/.claude/.credentials.json or ~/.gemini/oauth_creds.json.
     #[arg(long, value_name = "FILE")]
     oauth_file: Option<PathBuf>,
-    /// File with variables, NAME=VALUE a line, which the command gets as they are.
+    /// File with environment variables, one NAME=VALUE per line. The command gets them unchanged.
     #[arg(long, value_name = "FILE")]
     env_file: Option<PathBuf>,
-    /// File with what `credentials seal` printed.
+    /// File with the output of `credentials seal`.
     #[arg(long, value_name = "FILE")]
     sealed_file: Option<PathBuf>,
-    /// File with a record of an earlier system: a JSON object of `encrypted`, `iv`, `authTag`
+    /// File with a record of an earlier system: a JSON object with `encrypted`, `iv`, `authTag`
     /// and `salt`.
     #[arg(long, value_name = "FILE")]
     scrypt_file: Option<PathBuf>,
@@ -49,13 +50,13 @@ struct Scrypt {
     iv: String,
     auth_tag: String,
     salt: String,
-    /// Always the same.
+    /// Every record has the same value.
     #[serde(default, rename = "algorithm")]
     _algorithm: Option<String>,
 }
 
 impl Given {
-    /// Reads it; `None` if there is none.
+    /// Reads the credential; `None` if none is given.
     pub(crate) fn read(&self, provider: Provider) -> anyhow::Result<Option<Credential>> {
         let source = match self {
             Self {
@@ -63,7 +64,7 @@ impl Given {
                 ..
             } => {
                 let record = BASE64_STANDARD.decode(text("--sealed-file", path)?.trim());
-                let record = record.context("`--sealed-file` is not base64")?;
+                let record = record.context("`--sealed-file` must contain base64")?;
                 Some(Source::SealedRecord(record.into()))
             }
             Self {
@@ -77,7 +78,7 @@ impl Given {
                     auth_tag,
                     salt,
                     ..
-                } = record.context("`--scrypt-file` is no record")?;
+                } = record.context("`--scrypt-file` does not contain a valid record")?;
                 Some(Source::ScryptRecord(ScryptRecord {
                     encrypted,
                     iv,
@@ -92,16 +93,16 @@ impl Given {
         }))
     }
 
-    /// Whether it is a record.
+    /// Whether the credential is a sealed record.
     #[must_use]
     pub fn is_sealed(&self) -> bool {
         self.sealed_file.is_some() || self.scrypt_file.is_some()
     }
 
-    /// What is given in the clear; `None` if nothing is.
+    /// The secret that is given in the clear; `None` if none is.
     ///
     /// # Errors
-    /// If a file cannot be read or understood.
+    /// If a file cannot be read or parsed.
     pub fn secret(&self, provider: Provider) -> anyhow::Result<Option<Secret>> {
         let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         let api_key = |key: String| {
@@ -124,7 +125,7 @@ impl Given {
     }
 }
 
-/// Variable in which callers keep the key, as documented.
+/// The documented variable for the provider's API key.
 pub(super) fn key_variable(provider: Provider) -> &'static str {
     match provider {
         Provider::OpenAi => "OPENAI_API_KEY",
@@ -133,7 +134,7 @@ pub(super) fn key_variable(provider: Provider) -> &'static str {
     }
 }
 
-/// Variable in which callers keep the project, where there is one.
+/// The documented variable for the provider's project; `None` for providers without projects.
 fn project_variable(provider: Provider) -> Option<&'static str> {
     match provider {
         Provider::OpenAi | Provider::Anthropic => None,
@@ -146,7 +147,7 @@ fn text(option: &str, path: &Path) -> anyhow::Result<String> {
     text.with_context(|| format!("cannot read {option} `{}`", path.display()))
 }
 
-/// As `docker run --env-file` reads it, but for names without a value.
+/// Parses lines as `docker run --env-file` does, except that a name without a value is an error.
 fn environment(text: &str) -> anyhow::Result<SecretEnvironment> {
     let mut environment = SecretEnvironment::default();
     for (line, number) in text.lines().zip(1..) {

@@ -21,8 +21,9 @@ pub struct Put {
     name: Name,
     #[command(flatten)]
     given: Given,
-    /// Of an account that has signed in: keep what its tool refreshes of the file in a run, until
-    /// another is put. Whoever else has the file may have to sign in again then.
+    /// With `--oauth-file`: when the provider's CLI refreshes the file in a run, store the new
+    /// file for later runs, until another credential is put. Other holders of the old file may
+    /// then have to sign in again.
     #[arg(long)]
     keep_refreshed: bool,
     #[command(flatten)]
@@ -31,10 +32,10 @@ pub struct Put {
 
 #[derive(clap::Args)]
 pub struct List {
-    /// Only this user's.
+    /// Only credentials of this user.
     #[arg(long)]
     user: Option<String>,
-    /// Only this provider's: openai, anthropic or google.
+    /// Only credentials for this provider: openai, anthropic or google.
     #[arg(long)]
     provider: Option<Provider>,
     #[command(flatten)]
@@ -65,7 +66,7 @@ pub(super) async fn put(arguments: Put) -> anyhow::Result<ExitCode> {
     let credential = given.read(name.provider)?;
     let credential = credential.with_context(|| {
         let variable = key_variable(name.provider);
-        format!("no credential is given: {variable} is not set, and no file is named")
+        format!("no credential is given: set {variable}, or use an option such as --key-file")
     })?;
     let mut shim = options.connect().await?;
     let request = PutCredentialRequest {
@@ -79,7 +80,7 @@ pub(super) async fn put(arguments: Put) -> anyhow::Result<ExitCode> {
     print(&match options.output {
         Output::Json => format!("{}\n", to_json(&kept)),
         Output::Text => format!(
-            "kept {} of {} for {}, version {}\n",
+            "stored {} of {} for {}, version {}\n",
             kind(&kept),
             kept.user_id,
             kept.provider,
@@ -128,7 +129,10 @@ pub(super) async fn delete(arguments: Delete) -> anyhow::Result<ExitCode> {
     answer(shim.delete_credential(request)).await?;
     print(&match options.output {
         Output::Json => "{}\n".to_owned(),
-        Output::Text => format!("deleted that of {} for {}\n", name.user, name.provider),
+        Output::Text => format!(
+            "deleted the credential of {} for {}\n",
+            name.user, name.provider
+        ),
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -147,12 +151,12 @@ pub(super) async fn rotate(Rotate { options }: Rotate) -> anyhow::Result<ExitCod
                 provider,
                 reason,
             } = failure;
-            eprintln!("that of {user_id} for {provider} is as it was: {reason}");
+            eprintln!("the credential of {user_id} for {provider} is unchanged: {reason}");
         }
         let left = rotated.left;
         print(&match options.output {
             Output::Json => format!("{}\n", json!({ "sealed": sealed, "left": left })),
-            Output::Text => format!("sealed anew: {sealed}, left: {left}\n"),
+            Output::Text => format!("sealed again: {sealed}, left: {left}\n"),
         })?;
         request.page_token = rotated.next_page_token;
         if request.page_token.is_empty() {

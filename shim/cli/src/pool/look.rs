@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::{Options, Output, age, answer, print, told};
 
-/// Of an allocation's or a run's id, as Nomad shows it.
+/// Characters of an id in a table, as in Nomad's own tables.
 const SHORT: usize = 8;
 
 pub(super) async fn list(options: &Options) -> anyhow::Result<()> {
@@ -43,12 +43,12 @@ pub(super) async fn watch(options: &Options) -> anyhow::Result<()> {
     let mut changes = answer(shim.watch_pools(WatchPoolsRequest {})).await?;
     let redraws = options.output == Output::Text && std::io::stdout().is_terminal();
     while let Some(now) = changes.message().await.map_err(told)? {
-        // Over the last one, as `watch` does.
+        // Replaces the previous table, as `watch` does.
         let clear = if redraws { "\x1b[H\x1b[J" } else { "" };
         print(&format!("{clear}{}", pools(&now.pools, options.output)))?;
         unreachable_nodes(now.nodes_unreachable);
     }
-    anyhow::bail!("the shim has ended")
+    anyhow::bail!("the shim ended the stream")
 }
 
 fn unreachable_nodes(count: u32) {
@@ -129,7 +129,7 @@ fn slot_json(slot: &Slot) -> Value {
     })
 }
 
-/// The word that drivers, logs and metrics have for it.
+/// The state's name in drivers, logs and metrics.
 fn state(slot: &Slot) -> String {
     let name = SlotState::try_from(slot.state).map_or("", |state| state.as_str_name());
     name.trim_start_matches("SLOT_STATE_").to_lowercase()

@@ -1,4 +1,4 @@
-//! `polydev-shim pool scale|drain|resume`: each waits as long as the shim does, and says so.
+//! `polydev-shim pool scale|drain|resume`: each waits as long as the shim does, and prints why.
 
 use polydev_proto::runtime::{
     DrainPoolRequest, Draining, ResumePoolRequest, ScalePoolRequest, ScaleWaiting, Scaled,
@@ -71,7 +71,7 @@ pub(super) async fn drain(options: &Options, provider: String, detach: bool) -> 
 }
 
 fn wait(ScaleWaiting { reason }: &ScaleWaiting) {
-    eprintln!("waiting for Nomad to take a new size: {reason}");
+    eprintln!("waiting until Nomad accepts a new size: {reason}");
 }
 
 fn scaled_to(
@@ -91,5 +91,5 @@ fn tell(options: &Options, text: &str, line: &Value) -> anyhow::Result<()> {
 }
 
 fn broken_off() -> anyhow::Result<()> {
-    anyhow::bail!("the shim did not say whether Nomad has taken the size")
+    anyhow::bail!("the shim ended the stream before it reported the result")
 }

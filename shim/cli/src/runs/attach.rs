@@ -1,4 +1,4 @@
-//! `polydev-shim runs attach|cancel`: for a run that another call has started.
+//! `polydev-shim runs attach|cancel`: for runs that another call has started.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -17,16 +17,16 @@ pub struct Attach {
     name: Name,
     #[command(flatten)]
     client: Client,
-    /// First byte of stdout to print.
+    /// Offset of the first byte of stdout to print.
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     stdout_offset: u64,
-    /// First byte of stderr to print.
+    /// Offset of the first byte of stderr to print.
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     stderr_offset: u64,
-    /// Folder for the artifacts. With `--output json` they are events, and not written.
+    /// Folder for the artifacts. With `--output json` the artifacts are printed, not written.
     #[arg(long, value_name = "FOLDER", default_value = ".")]
     artifacts_to: PathBuf,
-    /// How to print the run: its output as it is, or every event as a JSON object.
+    /// How to print the run: the command's output, or every event as a JSON object.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
 }

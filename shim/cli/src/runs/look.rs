@@ -11,17 +11,17 @@ use serde_json::{Value, json};
 use super::Name;
 use crate::{Options, Output, age, answer, print, stream::reason, told};
 
-/// What a shim gives at once.
+/// The largest page that a shim returns.
 const PAGE: u32 = 1000;
 
 #[derive(clap::Args)]
 pub struct List {
     #[command(flatten)]
     of: Of,
-    /// Only runs that have come so far; may be repeated.
+    /// Only runs in this state; may be repeated.
     #[arg(long, value_enum)]
     state: Vec<State>,
-    /// Print no more than so many.
+    /// Print at most this number of runs.
     #[arg(long, value_name = "RUNS", default_value_t = 100)]
     limit: usize,
     #[command(flatten)]
@@ -39,10 +39,10 @@ pub struct Watch {
 /// Whose runs.
 #[derive(clap::Args)]
 struct Of {
-    /// Only this user's.
+    /// Only runs of this user.
     #[arg(long)]
     user: Option<String>,
-    /// Only this provider's: openai, anthropic or google.
+    /// Only runs of this provider: openai, anthropic or google.
     #[arg(long)]
     provider: Option<Provider>,
 }
@@ -68,11 +68,11 @@ pub struct Show {
 
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum State {
-    /// In a slot; the command does not run yet.
+    /// The run has a slot; its command has not started yet.
     Claimed,
     /// The command runs.
     Running,
-    /// It has ended, and its results are kept.
+    /// The run has ended; its results are kept.
     Ended,
 }
 
@@ -140,7 +140,7 @@ pub(super) async fn watch(Watch { of, options }: Watch) -> anyhow::Result<ExitCo
         print(&lines(&runs, options.output))?;
         for run_id in forgotten_run_ids {
             print(&match options.output {
-                Output::Text => format!("{run_id:<36}  came to nothing, or ended unseen\n"),
+                Output::Text => format!("{run_id:<36}  did not start, or its end was missed\n"),
                 Output::Json => format!("{}\n", json!({"run_id": run_id, "state": "forgotten"})),
             })?;
         }
@@ -149,13 +149,13 @@ pub(super) async fn watch(Watch { of, options }: Watch) -> anyhow::Result<ExitCo
             unreachable = nodes_unreachable;
         }
     }
-    anyhow::bail!("the shim has ended")
+    anyhow::bail!("the shim ended the stream")
 }
 
 fn missing(nodes: &[String]) {
     if !nodes.is_empty() {
         let nodes = nodes.join(", ");
-        eprintln!("runs are missing of nodes that cannot be reached: {nodes}");
+        eprintln!("runs of nodes that cannot be reached are missing: {nodes}");
     }
 }
 

@@ -14,7 +14,7 @@ use polydev_shim::{
         record::{Binding, Record},
     },
     provider::Cli,
-    run::request::check_user,
+    run::request::parse_user,
     secret::Credential,
 };
 use prost::Message;
@@ -25,25 +25,26 @@ pub(in crate::command) struct Seal {
     name: Name,
     #[command(flatten)]
     given: Given,
-    /// File with master keys, as `serve` has it: the first seals.
+    /// File with master keys, as for `serve`: the first key seals. [default: systemd's credential
+    /// polydev-master-keys, or ENCRYPTION_MASTER_KEY]
     #[arg(long, env = "POLYDEV_MASTER_KEY_FILE", value_name = "FILE")]
     master_key_file: Option<PathBuf>,
 }
 
 pub(super) fn seal(arguments: &Seal) -> anyhow::Result<ExitCode> {
     let Name { provider, user } = &arguments.name;
-    check_user(user)?;
+    let user_id = parse_user(user.clone())?;
     let keys = KeyRing::load(arguments.master_key_file.as_deref())?;
-    let keys = keys.context("there is no master key: --master-key-file names a file with one")?;
+    let keys = keys.context("no master key: --master-key-file must name a file with a key")?;
     if arguments.given.is_sealed() {
-        bail!("what is to be sealed is sealed already: `credentials put` takes records");
+        bail!("the credential is already sealed: store the record with `credentials put`");
     }
     let secret = arguments.given.secret(*provider)?;
-    let secret = secret.context("no credential is given in the clear: see --help")?;
+    let secret = secret.context("no credential given in the clear: see --help")?;
     let credential = Credential::parse(secret)?;
     provider.prepare(&credential)?;
     let binding = Binding {
-        user_id: user,
+        user_id: &user_id,
         provider: *provider,
     };
     let record = Record::seal(&credential, binding, 1, keys.first());

@@ -12,23 +12,23 @@ use polydev_shim::pool::apply::{Applied, Variable, plan};
 
 #[derive(clap::Args)]
 pub(in crate::command) struct Arguments {
-    /// A job's file, or a folder with `*.nomad.hcl`; may be repeated.
+    /// A job file, or a folder with `*.nomad.hcl` files; may be repeated.
     #[arg(long = "file", short, value_name = "PATH", required = true)]
     files: Vec<PathBuf>,
-    /// Set a variable of the files, as `nomad job run -var` does; may be repeated.
+    /// Set a variable of the job files, as `nomad job run -var` does; may be repeated.
     #[arg(long = "var", value_name = "NAME=VALUE", value_parser = Variable::parse)]
     variables: Vec<Variable>,
-    /// Submit without asking.
+    /// Submit without a confirmation.
     #[arg(long, short)]
     yes: bool,
-    /// Show what would change and submit nothing.
+    /// Show what would change, and submit nothing.
     #[arg(long, conflicts_with = "yes")]
     plan: bool,
     #[command(flatten)]
     nomad: super::super::Nomad,
 }
 
-/// Everything is planned before anything is submitted.
+/// Plans all jobs before it submits the first one.
 pub(super) async fn apply(arguments: &Arguments) -> anyhow::Result<()> {
     let nomad = arguments.nomad.connect()?;
     let mut planned = Vec::new();
@@ -36,7 +36,7 @@ pub(super) async fn apply(arguments: &Arguments) -> anyhow::Result<()> {
         let text = fs::read_to_string(&path);
         let text = text.with_context(|| format!("cannot read `{}`", path.display()))?;
         let job = plan(&nomad, &text, &arguments.variables).await;
-        let job = job.with_context(|| format!("in `{}`", path.display()))?;
+        let job = job.with_context(|| format!("cannot plan the job in `{}`", path.display()))?;
         print(&job.describe())?;
         planned.push(job);
     }
@@ -45,7 +45,7 @@ pub(super) async fn apply(arguments: &Arguments) -> anyhow::Result<()> {
         return Ok(());
     }
     if !arguments.yes && !agrees(changed.len())? {
-        bail!("nothing is submitted");
+        bail!("not confirmed: nothing submitted");
     }
     for job in changed {
         job.submit(&nomad).await?;
@@ -79,7 +79,7 @@ fn files(given: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
 
 fn agrees(jobs: usize) -> anyhow::Result<bool> {
     if !std::io::stdin().is_terminal() {
-        bail!("stdin is no terminal: --yes submits without asking");
+        bail!("stdin is not a terminal: --yes submits without a confirmation");
     }
     eprint!("Submit {jobs} jobs? [y/N] ");
     std::io::stderr().flush()?;

@@ -1,9 +1,9 @@
-//! Where the credential store is, and what goes without saying about it.
+//! The address of the credential store, and the defaults of its options.
 
 use std::{net::IpAddr, path::Path, str::FromStr};
 
-/// Where the store is: `postgres://USER@HOST/DATABASE` or `sqlite:///PATH`. A password
-/// is not part of it.
+/// The address of the store: `postgres://USER@HOST/DATABASE` or `sqlite:///PATH`, without a
+/// password.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address {
     url: url::Url,
@@ -16,14 +16,14 @@ pub(super) enum Kind {
     Sqlite,
 }
 
-/// Why an address is refused; never quotes it.
+/// Why an address is refused. Never quotes the address.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidAddress {
-    #[error("it is neither `postgres://USER@HOST/DATABASE` nor `sqlite:///PATH`")]
+    #[error("the address is neither `postgres://USER@HOST/DATABASE` nor `sqlite:///PATH`")]
     Form,
     #[error(
-        "it has a password, which every process of the machine could read: put it into \
-         PGPASSWORD or a file named by PGPASSFILE"
+        "the address contains a password, which every process of the machine could read: the \
+         password must be in PGPASSWORD or in a file that PGPASSFILE names"
     )]
     Password,
 }
@@ -58,11 +58,11 @@ impl Address {
         self.kind
     }
 
-    /// As the database's driver takes it, with what is not said.
+    /// The address for the database's driver, with the defaults of missing options.
     pub(super) fn url(&self) -> url::Url {
         let mut url = self.url.clone();
         match self.kind {
-            // Made if it is not there.
+            // SQLite creates the file if it is missing.
             Kind::Sqlite if url.query().is_none() => url.set_query(Some("mode=rwc")),
             Kind::Postgres if is_elsewhere(&url) && !says_sslmode(&url) => {
                 url.query_pairs_mut().append_pair("sslmode", "verify-full");
@@ -73,8 +73,8 @@ impl Address {
     }
 }
 
-/// Whether what goes there crosses a network. A host may be in the address, among its options
-/// or, if it is in neither, in the environment.
+/// Whether a connection to this address crosses a network. The host may be in the address or in
+/// the address's options; if it is in neither, it may be in the environment.
 fn is_elsewhere(url: &url::Url) -> bool {
     let options = url.query_pairs();
     let options = options.filter(|(name, _)| matches!(&**name, "host" | "hostaddr"));
@@ -91,7 +91,7 @@ fn is_elsewhere(url: &url::Url) -> bool {
 }
 
 fn is_another_machine(host: &str) -> bool {
-    // A folder has a socket in it.
+    // A path is the folder of a unix socket.
     if host.starts_with('/') || host.starts_with("%2F") {
         return false;
     }

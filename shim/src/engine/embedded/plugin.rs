@@ -1,5 +1,5 @@
-//! A go-plugin host for one driver: launch, handshake, configuration, end, each as
-//! a Nomad agent does it.
+//! A go-plugin host for one driver: launch, handshake, configuration and shutdown, as in a Nomad
+//! agent.
 
 use std::{
     io,
@@ -32,18 +32,18 @@ const COOKIE: (&str, &str) = (
     "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d857a8cec6e91a7255",
 );
 const API_VERSION: &str = "v0.1.0";
-/// As long as a Nomad agent waits.
-const HANDSHAKE: Duration = Duration::from_secs(60);
-const CALL: Duration = Duration::from_secs(10);
-const HEALTHY: Duration = Duration::from_secs(30);
-const EXIT: Duration = Duration::from_secs(2);
+/// How long to wait for the handshake: as long as a Nomad agent does.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(60);
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+const HEALTHY_TIMEOUT: Duration = Duration::from_secs(30);
+const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Why there is no driver.
+/// Why the driver cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot launch the driver `{path}`")]
     Launch { path: PathBuf, source: io::Error },
-    #[error("the driver gave no handshake: {reason}")]
+    #[error("the driver sent no valid handshake: {reason}")]
     Handshake { reason: String },
     #[error("cannot connect to the driver")]
     Connect(#[source] tonic::transport::Error),
@@ -59,13 +59,13 @@ pub enum Error {
 /// A driver process and the connection to it.
 pub struct Plugin {
     process: Child,
-    /// Kept open: a plugin whose stdout breaks may take it for its host's death.
+    /// Kept open: a plugin whose stdout breaks may assume that its host has died.
     _stdout: BufReader<ChildStdout>,
     channel: Channel,
 }
 
 impl Plugin {
-    /// Launches and configures it, with a state folder and otherwise no options.
+    /// Launches a driver and configures it with a state folder and no other options.
     ///
     /// # Errors
     /// [`Error`]; nothing is left running.
@@ -73,7 +73,7 @@ impl Plugin {
         let mut process = Command::new(driver)
             .env(COOKIE.0, COOKIE.1)
             .env("PLUGIN_PROTOCOL_VERSIONS", "2")
-            // What is the shim's alone.
+            // These secrets are only for the shim.
             .env_remove("ENCRYPTION_MASTER_KEY")
             .env_remove("PGPASSWORD")
             .env("PLUGIN_MIN_PORT", "10000")
@@ -88,7 +88,7 @@ impl Plugin {
                 source,
             })?;
         if let Some(stderr) = process.stderr.take() {
-            // Ends with the driver.
+            // The task ends with the driver.
             tokio::spawn(relay_log(BufReader::new(stderr)));
         }
         let missing = || Error::Handshake {
@@ -96,11 +96,11 @@ impl Plugin {
         };
         let mut stdout = BufReader::new(process.stdout.take().ok_or_else(missing)?);
         let mut line = String::new();
-        match timeout(HANDSHAKE, stdout.read_line(&mut line)).await {
+        match timeout(HANDSHAKE_TIMEOUT, stdout.read_line(&mut line)).await {
             Ok(Ok(count)) if count > 0 => {}
             Ok(Ok(_)) => {
                 return Err(Error::Handshake {
-                    reason: "it ended at once".into(),
+                    reason: "its output ended".into(),
                 });
             }
             Ok(Err(error)) => {
@@ -110,14 +110,14 @@ impl Plugin {
             }
             Err(_) => {
                 return Err(Error::Handshake {
-                    reason: "nothing in 60 s".into(),
+                    reason: "nothing within 60 s".into(),
                 });
             }
         }
         let address = socket(line.trim())?;
         let endpoint = Endpoint::from_shared(address).map_err(Error::Connect)?;
         let channel = endpoint
-            .connect_timeout(CALL)
+            .connect_timeout(CALL_TIMEOUT)
             .connect()
             .await
             .map_err(Error::Connect)?;
@@ -140,7 +140,7 @@ impl Plugin {
             .iter()
             .any(|version| version == API_VERSION)
         {
-            let reason = format!("`{}` has no API version {API_VERSION}", info.name);
+            let reason = format!("`{}` does not support API version {API_VERSION}", info.name);
             return Err(Error::Handshake { reason });
         }
         limited(base.config_schema(ConfigSchemaRequest {}))
@@ -156,7 +156,7 @@ impl Plugin {
         });
         let msgpack_config =
             rmp_serde::to_vec_named(&config).map_err(|error| Error::Handshake {
-                reason: format!("its configuration cannot be encoded: {error}"),
+                reason: format!("cannot encode its configuration: {error}"),
             })?;
         let mut request = SetConfigRequest {
             msgpack_config,
@@ -177,9 +177,9 @@ impl Plugin {
     /// Waits until the driver can run slots and returns its node service's address.
     ///
     /// # Errors
-    /// [`Error`] if it cannot within 30 s; why.
+    /// [`Error`] with the reason if it cannot within 30 s.
     pub async fn healthy(&mut self) -> Result<String, Error> {
-        let mut reason = "it has told nothing".to_owned();
+        let mut reason = "it has reported nothing".to_owned();
         let healthy = async {
             let refused = |status| Error::Refused {
                 operation: "Fingerprint",
@@ -207,7 +207,7 @@ impl Plugin {
                 reason: "its fingerprint ended".into(),
             })
         };
-        match timeout(HEALTHY, healthy).await {
+        match timeout(HEALTHY_TIMEOUT, healthy).await {
             Ok(result) => result,
             Err(_) => Err(Error::Unhealthy { reason }),
         }
@@ -226,12 +226,12 @@ impl Plugin {
         }
     }
 
-    /// Asks the driver to leave, and ends it if it does not.
+    /// Asks the driver to exit, and kills it if it does not.
     pub async fn shutdown(mut self) {
         let mut controller = GrpcControllerClient::new(self.channel.clone());
         let _ended_meanwhile = limited(controller.shutdown(Empty {})).await;
-        if timeout(EXIT, self.process.wait()).await.is_err() {
-            tracing::warn!("the driver did not leave, killing it");
+        if timeout(EXIT_TIMEOUT, self.process.wait()).await.is_err() {
+            tracing::warn!("the driver did not exit, killing it");
             if let Err(error) = self.process.kill().await {
                 tracing::warn!(%error, "cannot kill the driver");
             }
@@ -240,7 +240,7 @@ impl Plugin {
 }
 
 async fn limited<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
-    timeout(CALL, call)
+    timeout(CALL_TIMEOUT, call)
         .await
         .unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in 10 s")))
 }
@@ -250,7 +250,7 @@ fn socket(line: &str) -> Result<String, Error> {
     match line.split('|').map(str::trim).collect::<Vec<_>>()[..] {
         ["1", "2", "unix", path, "grpc", ..] => Ok(format!("unix://{path}")),
         _ => Err(Error::Handshake {
-            reason: format!("`{line}` is none"),
+            reason: format!("`{line}` must be `1|2|unix|PATH|grpc`"),
         }),
     }
 }
@@ -259,7 +259,7 @@ fn describe(status: ExitStatus) -> String {
     format!("the driver ended: {status}")
 }
 
-/// The driver's log lines, in the shim's log.
+/// Writes the driver's log lines to the shim's log.
 async fn relay_log(mut stderr: BufReader<tokio::process::ChildStderr>) {
     let mut line = String::new();
     while stderr

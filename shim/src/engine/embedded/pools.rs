@@ -1,5 +1,5 @@
-//! Slots kept in Nomad's place: each is one task that is started, waited for and,
-//! when it fails, started again.
+//! Keeps slots without Nomad: starts one task for each slot, waits for it, and starts it again when
+//! it fails.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// One under an allocation of its own.
+    /// A slot with its own allocation id.
     #[must_use]
     pub fn new(provider: Provider, node_id: &str) -> Self {
         Self {
@@ -76,7 +76,7 @@ impl Slot {
         }
     }
 
-    /// What Nomad would send for an allocation of `jobspecs/pool-*.nomad.hcl`.
+    /// The task that Nomad would send for an allocation of `jobspecs/pool-*.nomad.hcl`.
     ///
     /// # Panics
     /// Never.

@@ -3,47 +3,50 @@
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use polydev_proto::node::{Slot, slot::State};
+use polydev_proto::{
+    id::{Generation, RunId, SlotId},
+    node::{Slot, slot::State},
+};
 use tonic::transport::Channel;
 
 use super::{Clock, View};
 
-/// An idle slot, taken out of the view while it is tried.
+/// An idle slot, which is out of the view while the run tries it.
 #[derive(Debug)]
 pub struct Candidate {
     pub node_id: String,
     pub channel: Channel,
     pub start_id: String,
-    /// When its driver's journal was begun.
+    /// When the driver's journal was begun.
     pub since: SystemTime,
-    pub slot_id: String,
+    pub slot_id: SlotId,
     pub provider: String,
-    pub generation: u64,
-    /// Of its container: what secrets are sealed to.
+    pub generation: Generation,
+    /// The public key of the slot's container, for sealing secrets.
     pub public_key: Bytes,
-    /// It was made for one run.
+    /// Whether the slot was made for one run.
     pub on_demand: bool,
     pub(super) clock: Clock,
     pub(super) view: View,
 }
 
 impl Candidate {
-    /// The moment `after` from now, in the driver's clock.
+    /// The moment `after` from now, by the driver's clock.
     #[must_use]
     pub fn driver_time(&self, after: Duration) -> SystemTime {
         self.clock.told + self.clock.heard.elapsed() + after
     }
 
-    /// The driver has granted it: the view need not wait to be told.
+    /// Marks the slot as claimed in the view, before the driver reports it.
     pub fn granted(&self) {
         self.told(|slot| slot.set_state(State::Claimed));
     }
 
-    /// The driver has leased it.
-    pub fn leased(&self, run_id: &str) {
+    /// Marks the slot as leased in the view.
+    pub fn leased(&self, run_id: RunId) {
         self.told(|slot| {
             slot.set_state(State::Leased);
-            run_id.clone_into(&mut slot.run_id);
+            slot.run_id = run_id.into();
         });
     }
 
@@ -56,10 +59,10 @@ impl Candidate {
                 .claiming
                 .contains(&(self.slot_id.clone(), self.generation));
             let slot = node.slots.get_mut(&self.slot_id);
-            if let Some(slot) = slot.filter(|slot| slot.generation == self.generation) {
+            if let Some(slot) = slot.filter(|slot| slot.generation == self.generation.0) {
                 ready.remove(&self.node_id, slot);
                 change(slot);
-                // The driver has been away meanwhile, and told of it anew.
+                // The driver was away meanwhile, and has reported the slot again.
                 if is_free {
                     ready.insert(&self.node_id, slot);
                 }
@@ -70,8 +73,7 @@ impl Candidate {
 
 impl Drop for Candidate {
     fn drop(&mut self) {
-        let slot_id = std::mem::take(&mut self.slot_id);
-        let claimed = (slot_id, self.generation);
+        let claimed = (self.slot_id.clone(), self.generation);
         self.view.update(|inner| {
             let Some((node, ready)) = inner.connected(&self.node_id) else {
                 return;
@@ -80,7 +82,7 @@ impl Drop for Candidate {
                 return;
             }
             let slot = node.slots.get(&claimed.0);
-            if let Some(slot) = slot.filter(|slot| slot.generation == self.generation) {
+            if let Some(slot) = slot.filter(|slot| slot.generation == self.generation.0) {
                 ready.insert(&self.node_id, slot);
             }
         });

@@ -123,7 +123,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    /// What can be taken is what a look at every slot would find.
+    /// The slots that can be taken are those that a search of all slots finds.
     #[test]
     fn the_index_of_ready_slots_says_what_the_slots_say(
         steps in prop::collection::vec(step(), 0..60),
@@ -158,7 +158,7 @@ proptest! {
                 let slots = node.slots.values();
                 slots.filter(|slot| slot.state() == State::Idle && !node.is_claiming(slot))
             });
-            let mut idle: Vec<_> = idle.map(|slot| slot.slot_id.clone()).collect();
+            let mut idle: Vec<String> = idle.map(|slot| slot.slot_id.as_str().into()).collect();
             idle.sort();
             prop_assert_eq!(inner.ready.pool("openai"), idle);
         }
@@ -168,16 +168,17 @@ proptest! {
 #[tokio::test]
 async fn a_slot_on_demand_is_for_its_run_alone() {
     let view = View::new();
+    let run_id = RunId::now();
     let made = Slot {
-        for_run_id: "run".into(),
+        for_run_id: run_id.into(),
         ..slot("a", State::Idle, 1)
     };
     tell(&view, true, vec![made], &[]);
     tokio::select! {
         biased;
         _ = view.idle_slot("openai") => panic!("it is no slot of the pool"),
-        _ = view.slot_for("other") => panic!("it is another run's"),
-        slot = view.slot_for("run") => assert_eq!(slot.slot_id, "a"),
+        _ = view.slot_for(RunId::now()) => panic!("it is another run's"),
+        slot = view.slot_for(run_id) => assert_eq!(slot.slot_id.as_str(), "a"),
     }
     let counts = view.counts()["openai"];
     assert_eq!((counts.idle, counts.on_demand), (0, 1));
@@ -195,7 +196,7 @@ async fn a_run_waits_until_a_slot_is_idle() {
         () = tokio::task::yield_now() => {}
     }
     tell(&view, false, vec![slot("a", State::Idle, 1)], &[]);
-    assert_eq!(waiting.await.slot_id, "a");
+    assert_eq!(waiting.await.slot_id.as_str(), "a");
 }
 
 #[tokio::test]

@@ -1,14 +1,14 @@
-//! One claim at one driver, and what became of it.
+//! One claim at one driver, and its outcome.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use polydev_proto::{
+    id::RunId,
     node::{
         self, Ballot, ClaimRequest, RunInput, claim_request, fence_response::Answer,
         node_service_client::NodeServiceClient,
     },
-    run_id::made_at,
     sealed,
 };
 use prost_types::Timestamp;
@@ -20,11 +20,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, transport::Channel};
 use tracing::Instrument;
 
-use super::MAX_PAUSE;
+use super::MAX_RETRY_INTERVAL;
 use crate::{
     pool::{Candidate, View},
     run::{
-        Connection, Error, Events, INPUTS,
+        Connection, Error, Events, MAX_INPUTS,
         fence::{self, Announced, Fenced, Have, announce, fence},
         request::Request,
     },
@@ -33,30 +33,30 @@ use crate::{
 use polydev_transport::backoff::Backoff;
 
 /// A claim must start within this time. A driver grants one in about a millisecond.
-const START_BY: Duration = Duration::from_secs(5);
-/// Longer than [`START_BY`]: after it, the driver has refused or something is broken.
+const START_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longer than [`START_TIMEOUT`]: after it, the driver has refused or something is broken.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// For a driver that gave no clear answer to come back and answer: after it, the claim can
-/// start no more.
+/// How long the shim waits for a driver that gave no clear answer. After this time the claim can
+/// no longer start.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
-/// A node that left so long before a run was made had left for the other shims too.
-const LEFT: Duration = Duration::from_secs(60);
+/// If a node left the cluster this long before the run id was made, other shims knew it too.
+const LEFT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What became of a claim.
+/// The outcome of a claim.
 pub(super) enum Attempt {
     Granted(Box<Connection>),
-    /// The run is not in the slot, and nothing is wrong with the slot: its node cannot have the
-    /// run now.
+    /// The run is not in the slot. The slot itself is fine, but its node has no room for the run, or
+    /// the node is newer than the run and no other node can tell whether the command ran.
     NoRoom(String),
     /// The run is not in the slot.
     Refused(String),
 }
 
-/// What a driver answers.
+/// A driver's answer.
 enum Tried {
     /// The claim is settled.
     Clear(Attempt),
-    /// Another try of the run has fenced this one off.
+    /// Another try of the run has fenced off this try.
     Overtaken(String),
     /// The claim may have been granted.
     Unclear(String),
@@ -66,28 +66,26 @@ enum Tried {
 pub(super) struct Attempts<'a> {
     view: &'a View,
     accept_duplicate: bool,
-    /// When the run id was made.
-    made: Option<SystemTime>,
+    run_id: RunId,
     ballot: Ballot,
     claim: node::Claim,
-    /// Sealed to each container that is tried.
+    /// The secrets, which are sealed for each container that is tried.
     secrets: Prepared,
 }
 
 impl<'a> Attempts<'a> {
     pub(super) fn new(view: &'a View, request: Request) -> Self {
-        let run_id = request.run_id.to_string();
         Self {
             view,
             accept_duplicate: request.accept_duplicate,
-            made: made_at(&run_id),
+            run_id: request.run_id,
             ballot: Ballot {
                 attempt: request.attempt,
                 nonce: rand::random(),
             },
             claim: node::Claim {
-                run_id,
-                user_id: request.user_id,
+                run_id: request.run_id.into(),
+                user_id: request.user_id.into(),
                 spec: Some(request.spec),
                 trace: request.trace,
                 ..Default::default()
@@ -96,15 +94,10 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    /// Makes sure that no other try of the run can get a container any more. Returns the way to
-    /// the run if another try has got one.
+    /// Makes sure that no other try of the run can still get a container. If another try has got
+    /// one, returns the connection to the run.
     pub(super) async fn fence(&mut self) -> Result<Option<Connection>, Error> {
-        let fenced = fence(
-            self.view,
-            &self.claim.run_id,
-            self.ballot,
-            self.accept_duplicate,
-        );
+        let fenced = fence(self.view, self.run_id, self.ballot, self.accept_duplicate);
         match fenced.await? {
             Fenced::All(ballot) => {
                 self.ballot = ballot;
@@ -114,12 +107,12 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    /// Claims a slot, and finds out what became of the claim if that is not clear.
+    /// Claims a slot. If the driver's answer is not clear, finds out the outcome.
     pub(super) async fn at(&mut self, slot: &Candidate) -> Result<Attempt, Error> {
         let span = tracing::info_span!(
             "claim",
-            slot_id = slot.slot_id,
-            generation = slot.generation
+            slot_id = %slot.slot_id,
+            generation = %slot.generation
         );
         self.claim_at(slot).instrument(span).await
     }
@@ -150,15 +143,15 @@ impl<'a> Attempts<'a> {
     }
 
     async fn ask(&mut self, slot: &Candidate) -> Result<Tried, Error> {
-        let is_newer = self.made.is_none_or(|made| made < slot.since);
+        let is_newer = self.run_id.made_at() < slot.since;
         if is_newer && let Some(tried) = self.announce(slot).await? {
             return Ok(tried);
         }
         self.ballot.attempt += 1;
-        self.claim.slot_id.clone_from(&slot.slot_id);
+        self.claim.slot_id = slot.slot_id.clone().into();
         self.claim.start_id.clone_from(&slot.start_id);
-        self.claim.generation = slot.generation;
-        self.claim.start_by = Some(Timestamp::from(slot.driver_time(START_BY)));
+        self.claim.generation = slot.generation.0;
+        self.claim.start_by = Some(Timestamp::from(slot.driver_time(START_TIMEOUT)));
         if !self.secrets.is_empty() {
             let run_id = &self.claim.run_id;
             match sealed::seal(&slot.public_key, run_id, &self.secrets.secrets()) {
@@ -170,22 +163,22 @@ impl<'a> Attempts<'a> {
     }
 
     /// Reports to the other nodes that the run goes to a node that is newer than the run.
-    /// Returns what came of the claim, if the run may not go there.
+    /// Returns the outcome of the claim if the run may not go there.
     async fn announce(&self, slot: &Candidate) -> Result<Option<Tried>, Error> {
-        let (run_id, node_id) = (&self.claim.run_id, &slot.node_id);
-        let since = self.made.and_then(|made| made.checked_sub(LEFT));
+        let (run_id, node_id) = (self.run_id, &slot.node_id);
+        let since = run_id.made_at().checked_sub(LEFT_TIMEOUT);
         let others = self.view.channels_since(since);
         let tried = match announce(others, run_id, self.ballot.nonce, node_id).await {
             Announced::Have(have) => {
                 let connection = self.repeat(have).await?;
                 Tried::Clear(Attempt::Granted(Box::new(connection)))
             }
-            Announced::Overtaken => Tried::Overtaken("another try of the run was here".into()),
-            // Nothing is wrong with the slot: a lease stands, and another node may be older.
+            Announced::Overtaken => Tried::Overtaken("another try of the run came first".into()),
+            // The slot itself is fine: a lease stays valid, and another node may be older.
             Announced::Nobody { nodes } if !self.accept_duplicate => {
                 Tried::Clear(Attempt::NoRoom(format!(
-                    "node {node_id} is newer than the run, and none of the others can tell \
-                     whether it ran: {}",
+                    "node {node_id} is newer than the run, and no other node can tell whether the \
+                     command ran: {}",
                     nodes.join(", ")
                 )))
             }
@@ -194,7 +187,8 @@ impl<'a> Attempts<'a> {
         Ok(Some(tried))
     }
 
-    /// Claims what a node has already: it answers with its run, if this is the command.
+    /// Repeats the claim at a node that has the run: the node answers with the run if the command
+    /// is the same.
     async fn repeat(&self, have: Have) -> Result<Connection, Error> {
         let Have { node_id, channel } = have;
         match self.send(node_id.clone(), channel).await? {
@@ -207,21 +201,22 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    /// Asks the driver that gave no clear answer until it gives one: the run, or `None` once
-    /// the driver has not taken the claim and will not. Only this driver was sent the claim.
+    /// Asks a driver that gave no clear answer until it gives one. Returns the connection to the
+    /// run, or `None` if the driver has not granted the claim and never will. Only this driver got
+    /// the claim.
     async fn settle(&mut self, slot: &Candidate) -> Result<Option<Connection>, Error> {
-        let mut pauses = Backoff::steady(MAX_PAUSE);
+        let mut pauses = Backoff::steady(MAX_RETRY_INTERVAL);
         loop {
             let channel = self.view.channel(&slot.node_id).await;
             self.ballot.attempt += 1;
-            match fence::ask(channel.clone(), &self.claim.run_id, self.ballot, "").await {
+            match fence::ask(channel.clone(), self.run_id, self.ballot, "").await {
                 Ok((Answer::Have(_), _)) => {
                     let node_id = slot.node_id.clone();
                     return self.repeat(Have { node_id, channel }).await.map(Some);
                 }
                 Ok((Answer::Fenced(fence), _)) if fence == self.ballot => return Ok(None),
                 Ok((Answer::Fenced(_), _)) => return self.fence().await,
-                // It will not be able to answer later either.
+                // The driver cannot answer later either.
                 Ok((Answer::Unknown(_), _)) => std::future::pending().await,
                 Err(status) => tracing::debug!(%status, "not settled yet"),
             }
@@ -232,7 +227,7 @@ impl<'a> Attempts<'a> {
     async fn send(&self, node_id: String, channel: Channel) -> Result<Tried, Error> {
         let mut claim = self.claim.clone();
         claim.ballot = Some(self.ballot);
-        let (inputs, queue) = mpsc::channel::<RunInput>(INPUTS);
+        let (inputs, queue) = mpsc::channel::<RunInput>(MAX_INPUTS);
         let first = claim_request::Message::Claim(Box::new(claim));
         let rest = ReceiverStream::new(queue).map(claim_request::Message::Input);
         let requests = futures_util::stream::iter([first])

@@ -1,4 +1,4 @@
-//! What drivers tell of a run, as its caller is told it.
+//! Converts a driver's events to events for the caller.
 
 use bytes::Buf;
 use polydev_proto::{
@@ -24,8 +24,8 @@ pub(super) fn encode_artifacts(found: init::Artifacts) -> Artifacts {
     }
 }
 
-/// What of it comes after `known`, which it moves on: a driver that tells something twice is
-/// heard once.
+/// The part of the output after the offset `known`, which moves to the end of the output. So output
+/// that a driver repeats is sent only once.
 pub(super) fn new_part(known: &mut u64, mut output: node::Output) -> Option<node::Output> {
     let end = output.offset + output.data.len() as u64;
     let told = usize::try_from(known.saturating_sub(output.offset)).ok()?;

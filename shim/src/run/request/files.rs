@@ -1,4 +1,4 @@
-//! What a run finds in its workspace, what is wanted of it, and its terminal.
+//! The files of a run, its artifacts, and its terminal, as the caller asks for them.
 
 use bytes::Bytes;
 use polydev_proto::{
@@ -10,38 +10,42 @@ use polydev_proto::{
 
 use super::Invalid;
 
-/// Input that came with the run, for the shim to give: the content of its files, and a prompt
-/// too long for an argument.
+/// Input that came with the start message and that the shim gives to the run: the content of the
+/// run's files, and a prompt that is too long for an argument.
 #[derive(Debug, Clone)]
 pub struct Own {
-    /// Where in the stream it begins.
+    /// The offset in the input stream at which the bytes begin.
     pub from: u64,
     pub bytes: Bytes,
-    /// Nothing follows it.
+    /// Whether these bytes end the input.
     pub closes: bool,
 }
 
 impl Own {
-    /// Where in the stream it ends.
+    /// The offset in the input stream at which the bytes end.
     pub(in crate::run) fn end(&self) -> u64 {
         self.from + self.bytes.len() as u64
     }
 }
 
-/// Of files whose mode the caller does not say.
-const MODE: u32 = 0o644;
-/// Of artifacts, unless the caller says otherwise.
-const ARTIFACT_BYTES: u64 = 64 << 20;
-const ARTIFACTS: u64 = 100;
+/// Default mode of files.
+const DEFAULT_MODE: u32 = 0o644;
+/// Default limits of artifacts.
+const DEFAULT_ARTIFACT_BYTES: u64 = 64 << 20;
+const DEFAULT_ARTIFACTS: u64 = 100;
 
-/// The files of a run, and their bytes if they came with it.
+/// The files of a run, and their bytes if these came with the start message.
 pub(super) fn files(
     given: Vec<runtime::InputFile>,
 ) -> Result<(Vec<InputFile>, Vec<Bytes>), Invalid> {
     let (count, mut contents) = (given.len(), Vec::new());
     let file = |file: runtime::InputFile| InputFile {
         path: file.path,
-        mode: if file.mode == 0 { MODE } else { file.mode },
+        mode: if file.mode == 0 {
+            DEFAULT_MODE
+        } else {
+            file.mode
+        },
         size: match file.source {
             None => 0,
             Some(input_file::Source::Size(size)) => size,
@@ -57,7 +61,7 @@ pub(super) fn files(
         return Err(Invalid::Value {
             field: "files",
             given: format!("{} of {count} with their content", contents.len()),
-            allowed: "all or none with their `content`",
+            allowed: "all with their `content`, or none",
         });
     }
     Ok((files, contents))
@@ -84,8 +88,8 @@ pub(super) fn rules(rules: runtime::ArtifactRules) -> Result<ArtifactRules, exec
     let or = |given, default| if given == 0 { default } else { given };
     let rules = ArtifactRules {
         patterns: rules.patterns,
-        max_bytes: or(rules.max_bytes, ARTIFACT_BYTES),
-        max_files: u32::try_from(or(rules.max_files.into(), ARTIFACTS)).unwrap_or(u32::MAX),
+        max_bytes: or(rules.max_bytes, DEFAULT_ARTIFACT_BYTES),
+        max_files: u32::try_from(or(rules.max_files.into(), DEFAULT_ARTIFACTS)).unwrap_or(u32::MAX),
     };
     workspace::check_rules(&rules)?;
     Ok(rules)

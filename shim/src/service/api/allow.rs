@@ -1,4 +1,4 @@
-//! Whether callers may do what they ask for.
+//! Checks whether callers may make their calls.
 
 use super::Api;
 use crate::{
@@ -8,7 +8,8 @@ use crate::{
 use polydev_proto::provider::Provider;
 
 impl Api {
-    /// Whether the caller may. Calls that change something are logged with the caller's name.
+    /// Whether the caller may do this. Calls that need `scale` or `credentials` are logged with
+    /// the caller's name.
     pub(super) fn check(&self, caller: &Caller, action: Action) -> Result<(), Error> {
         if let Err(denied) = self.access.check(caller, action) {
             tracing::warn!(%denied, "denied");
@@ -23,11 +24,11 @@ impl Api {
         Ok(())
     }
 
-    /// Whether the caller may have a run that exists.
+    /// Whether the caller may have this existing run.
     pub(super) async fn check_run(&self, caller: &Caller, name: &Name) -> Result<(), Error> {
-        let providers = self.access.providers_of(caller, &name.user_id);
+        let providers = self.access.providers_of(caller, name.user_id.as_str());
         let run = |provider| Action::Run {
-            user_id: Some(&name.user_id),
+            user_id: Some(name.user_id.as_str()),
             provider,
         };
         if providers.len() == Provider::all().count() {
@@ -36,12 +37,13 @@ impl Api {
         if providers.is_empty() {
             return self.check(caller, run(None));
         }
-        // A run whose driver did not note the provider needs the right to all providers.
+        // If the driver did not record the run's provider, the caller needs the right to all
+        // providers.
         let found = listing::get(&self.view, name).await?;
         self.check(caller, run(found.run.provider.parse().ok()))
     }
 
-    /// Runs of a user for a provider; an empty name stands for all.
+    /// Whether the caller may have the runs of a user for a provider. Empty names stand for all.
     pub(super) fn check_runs(
         &self,
         caller: &Caller,
@@ -56,7 +58,8 @@ impl Api {
         self.check(caller, run)
     }
 
-    /// Credentials of a user for a provider; an empty name stands for all.
+    /// Whether the caller may manage the credentials of a user for a provider. Empty names stand
+    /// for all.
     pub(super) fn check_credentials(
         &self,
         caller: &Caller,

@@ -1,12 +1,14 @@
-//! A run of a call: admitted, connected, and carried beside the call.
+//! Admits a call's run, connects it, and relays it in a task beside the call.
 
 use std::time::{Duration, Instant};
 
 use futures_util::{Stream, StreamExt};
 use polydev_proto::{
+    id::{RunId, UserId},
     node::TraceContext,
     provider::Provider,
     runtime::{RunEvent, RunStart},
+    stream::PerStream,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,7 +30,7 @@ use crate::{
 };
 
 impl Api {
-    /// A run that may be tried, with its credential.
+    /// Checks a run before any driver is asked, and gets its credential.
     pub(super) async fn admit(
         &self,
         start: RunStart,
@@ -36,21 +38,21 @@ impl Api {
         caller: &Caller,
     ) -> Result<request::Request, Error> {
         let mut request = request::Request::parse(start, trace)?;
-        let (user_id, provider) = (request.user_id.as_str(), request.provider);
+        let (user_id, provider) = (&request.user_id, request.provider);
         let run = Action::Run {
-            user_id: Some(user_id),
+            user_id: Some(user_id.as_str()),
             provider: Some(provider),
         };
         self.check(caller, run)?;
-        self.user_rate.check(user_id)?;
+        self.user_rate.check(user_id.as_str())?;
         if let Some(source) = request.credential.take() {
             let binding = Binding { user_id, provider };
-            let run_id = request.run_id.to_string();
-            let secrets = self.vault.prepare(source, binding, &run_id).await?;
+            let secrets = self.vault.prepare(source, binding, request.run_id);
+            let secrets = secrets.await?;
             request.equip(secrets)?;
         }
         let run_id = request.run_id;
-        tracing::info!(%run_id, %caller, %provider, user_id = request.user_id, "run");
+        tracing::info!(%run_id, %caller, %provider, user_id = %request.user_id, "run");
         Ok(request)
     }
 
@@ -58,14 +60,14 @@ impl Api {
         &self,
         name: Name,
         received: Instant,
-        offsets: [u64; 3],
+        offsets: PerStream<u64>,
         own_input: Option<Own>,
         longest: Duration,
     ) -> (
         Relay,
         impl Stream<Item = Result<RunEvent, Status>> + Send + use<>,
     ) {
-        let (caller, events) = mpsc::channel(relay::EVENTS);
+        let (caller, events) = mpsc::channel(relay::MAX_EVENTS);
         let relay = Relay {
             view: self.view.clone(),
             name,
@@ -79,7 +81,7 @@ impl Api {
         (relay, events.map(|event| event.map_err(Status::from)))
     }
 
-    /// Gets a run its connection, and carries it.
+    /// Connects a run and relays it, in a task that a stopping shim waits for.
     pub(super) fn carry<F>(
         &self,
         relay: Relay,
@@ -89,32 +91,33 @@ impl Api {
     ) where
         F: Future<Output = Result<(Connection, Option<Running>), Error>> + Send + 'static,
     {
-        let (caller, run_id) = (relay.caller.clone(), relay.name.run_id.clone());
+        let (caller, run_id) = (relay.caller.clone(), relay.name.run_id);
         let connect = connect(caller.clone());
         let hand_over = self.hand_over.clone();
         let carry = async move {
             let carried = async {
                 let (connection, _running) = tokio::select! {
                     connected = connect => connected?,
-                    // Nothing of it runs, but for a claim that was granted just now.
+                    // Nothing of the run has started, except a claim that was granted just now.
                     () = caller.closed() => return Ok(()),
                 };
                 relay.run(connection, inputs).await
             };
             let carried = tokio::select! {
                 carried = carried => carried,
-                // Its run goes on, if it has begun.
+                // A run that has started continues.
                 () = hand_over.cancelled() => Err(Error::Stopping),
             };
             if let Err(error) = carried {
-                tracing::warn!(run_id, error = %crate::chain(&error), "run broken off");
+                tracing::warn!(%run_id, error = %crate::chain(&error), "the run's relay failed");
                 let _gone = caller.send(Err(error)).await;
             }
         };
         self.runs.spawn(carry.instrument(span));
     }
 
-    /// Does the work of a call that has no events. A shim that stops waits for it, for a time.
+    /// Does the work of a call that has no events. A stopping shim waits for this work, up to a
+    /// deadline.
     pub(super) async fn unless_stopping<T>(
         &self,
         work: impl Future<Output = Result<T, Error>>,
@@ -129,9 +132,9 @@ impl Api {
     }
 }
 
-/// The span of a run, in which everything is logged that is done for it. `provider` is `None`
-/// if only the driver knows it.
-pub(super) fn span(run_id: &str, user_id: &str, provider: Option<Provider>) -> Span {
+/// The span for all log lines about a run. `provider` is `None` if only the driver knows the
+/// provider.
+pub(super) fn span(run_id: RunId, user_id: &UserId, provider: Option<Provider>) -> Span {
     let provider = provider.map(Provider::name);
-    tracing::info_span!("run", run_id, user_id, provider)
+    tracing::info_span!("run", %run_id, %user_id, provider)
 }

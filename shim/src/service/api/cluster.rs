@@ -1,4 +1,4 @@
-//! The nodes: what each has, and how much of it is used.
+//! The nodes: the resources of each node, and how much of them is used.
 
 use futures_util::{StreamExt, stream};
 use polydev_proto::{
@@ -10,7 +10,7 @@ use super::Api;
 use crate::{
     access::{Action, Caller},
     pool::View,
-    run::{Error, answered, listing::ASKED},
+    run::{Error, answered, listing::MAX_ASKED},
 };
 
 impl Api {
@@ -31,12 +31,12 @@ async fn status(view: &View) -> GetClusterStatusResponse {
         match answered(client.get_node(GetNodeRequest {})).await {
             Ok(figures) => encode(node_id, figures.into_inner()),
             Err(status) => {
-                tracing::info!(node_id, %status, "a node does not tell of itself");
+                tracing::info!(node_id, %status, "a node does not answer `GetNode`");
                 silent(node_id)
             }
         }
     });
-    let mut nodes: Vec<Node> = asked.buffer_unordered(ASKED).collect().await;
+    let mut nodes: Vec<Node> = asked.buffer_unordered(MAX_ASKED).collect().await;
     nodes.extend(unreachable.into_iter().map(silent));
     nodes.sort_by(|a, b| a.node_id.cmp(&b.node_id));
     GetClusterStatusResponse {

@@ -1,6 +1,7 @@
 //! The calls about credentials.
 
 use polydev_proto::{
+    id::UserId,
     provider::Provider,
     runtime::{
         CredentialInfo, DeleteCredentialRequest, DeleteCredentialResponse, ListCredentialsRequest,
@@ -20,7 +21,7 @@ use crate::{
     },
     run::{
         Error,
-        request::{Invalid, check_user},
+        request::{Invalid, parse_user},
     },
     secret,
 };
@@ -32,7 +33,7 @@ impl Api {
         request: PutCredentialRequest,
     ) -> Result<PutCredentialResponse, Error> {
         self.check_credentials(caller, &request.user_id, &request.provider)?;
-        let provider = parse(&request.user_id, &request.provider)?;
+        let (user_id, provider) = parse(request.user_id, &request.provider)?;
         let credential = request.credential.ok_or_else(|| Invalid::Value {
             field: "credential",
             given: String::new(),
@@ -42,20 +43,21 @@ impl Api {
         if matches!(source, Source::Stored) {
             return Err(Error::Invalid(Invalid::Credential(secret::Invalid {
                 field: "stored".into(),
-                problem: "names what is in the store already: another source is needed",
+                problem: "is already in the store: allowed are `secret`, `sealed_record` and \
+                          `scrypt_record`",
             })));
         }
         let binding = Binding {
-            user_id: &request.user_id,
+            user_id: &user_id,
             provider,
         };
         let put = self.vault.put(source, binding, request.keep_refreshed);
         let info = put.await?;
         tracing::info!(
-            user_id = info.user_id,
+            user_id = %info.user_id,
             provider = info.provider,
             version = info.version,
-            "credential put"
+            "credential stored"
         );
         Ok(PutCredentialResponse {
             credential: Some(encode(info)),
@@ -73,7 +75,7 @@ impl Api {
         let has_more = infos.len() > most as usize;
         infos.truncate(most as usize);
         let last = infos.last().filter(|_| has_more);
-        let next = last.map(|info| token(&info.user_id, &info.provider));
+        let next = last.map(|info| token(info.user_id.as_str(), &info.provider));
         Ok(ListCredentialsResponse {
             next_page_token: next.unwrap_or_default(),
             credentials: infos.into_iter().map(encode).collect(),
@@ -87,13 +89,13 @@ impl Api {
     ) -> Result<DeleteCredentialResponse, Error> {
         let DeleteCredentialRequest { user_id, provider } = request;
         self.check_credentials(caller, &user_id, &provider)?;
-        let provider = parse(&user_id, &provider)?;
+        let (user_id, provider) = parse(user_id, &provider)?;
         let binding = Binding {
             user_id: &user_id,
             provider,
         };
         self.vault.delete(binding).await?;
-        tracing::info!(user_id, %provider, "credential deleted");
+        tracing::info!(%user_id, %provider, "credential deleted");
         Ok(DeleteCredentialResponse {})
     }
 
@@ -108,10 +110,10 @@ impl Api {
         tracing::info!(
             sealed = rotated.sealed,
             left = rotated.left,
-            "credentials sealed anew"
+            "credentials sealed with the first master key"
         );
         let next = rotated.next;
-        let next = next.map(|(user_id, provider)| token(&user_id, &provider));
+        let next = next.map(|(user_id, provider)| token(user_id.as_str(), &provider));
         Ok(RotateCredentialsResponse {
             sealed: rotated.sealed,
             left: rotated.left,
@@ -121,7 +123,7 @@ impl Api {
     }
 }
 
-/// Which credentials, and how many of them at a time.
+/// Which credentials to list, and how many per page.
 fn parse_list(request: ListCredentialsRequest) -> Result<(Filter, u32), Invalid> {
     let ListCredentialsRequest {
         user_id,
@@ -130,7 +132,7 @@ fn parse_list(request: ListCredentialsRequest) -> Result<(Filter, u32), Invalid>
         page_token,
     } = request;
     let user_id = Some(user_id).filter(|user_id| !user_id.is_empty());
-    user_id.as_deref().map_or(Ok(()), check_user)?;
+    let user_id = user_id.map(parse_user).transpose()?;
     let provider = match provider.as_str() {
         "" => None,
         name => Some(name.parse::<Provider>()?),
@@ -147,40 +149,39 @@ fn parse_list(request: ListCredentialsRequest) -> Result<(Filter, u32), Invalid>
 
 fn encode_failure((info, error): (Info, VaultError)) -> RotationFailure {
     RotationFailure {
-        user_id: info.user_id,
+        user_id: info.user_id.into(),
         provider: info.provider,
         reason: crate::chain(&error),
     }
 }
 
-/// Behind which credential a page begins: no provider's name has a slash.
+/// The page begins after this credential. The first slash ends the provider, whose name has none.
 fn token(user_id: &str, provider: &str) -> String {
     format!("{provider}/{user_id}")
 }
 
-fn parse_token(token: String) -> Result<Option<(String, String)>, Invalid> {
+fn parse_token(token: String) -> Result<Option<(UserId, String)>, Invalid> {
     if token.is_empty() {
         return Ok(None);
     }
     let parts = token.split_once('/').filter(|(provider, user_id)| {
         let is_name = |byte: u8| byte.is_ascii_graphic();
-        provider.bytes().all(is_name) && check_user(user_id).is_ok()
+        provider.bytes().all(is_name) && parse_user((*user_id).to_owned()).is_ok()
     });
     match parts {
-        Some((provider, user_id)) => Ok(Some((user_id.to_owned(), provider.to_owned()))),
+        Some((provider, user_id)) => Ok(Some((user_id.into(), provider.to_owned()))),
         None => Err(page::invalid_token(token)),
     }
 }
 
-fn parse(user_id: &str, provider: &str) -> Result<Provider, Invalid> {
+fn parse(user_id: String, provider: &str) -> Result<(UserId, Provider), Invalid> {
     let provider = provider.parse()?;
-    check_user(user_id)?;
-    Ok(provider)
+    Ok((parse_user(user_id)?, provider))
 }
 
 fn encode(info: Info) -> CredentialInfo {
     CredentialInfo {
-        user_id: info.user_id,
+        user_id: info.user_id.into(),
         provider: info.provider,
         kind: info.kind,
         version: info.version,

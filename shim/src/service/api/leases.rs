@@ -1,4 +1,4 @@
-//! The calls that keep a slot for a run to come: `Allocate` and `Release`.
+//! The calls that keep a slot for a later run: `Allocate` and `Release`.
 
 use polydev_proto::runtime::{AllocateRequest, AllocateResponse, ReleaseRequest, ReleaseResponse};
 
@@ -21,14 +21,14 @@ impl Api {
         let wanted = Wanted::parse(request)?;
         let (user_id, provider) = (wanted.user_id.clone(), wanted.provider);
         let run = Action::Run {
-            user_id: Some(&user_id),
+            user_id: Some(user_id.as_str()),
             provider: Some(provider),
         };
         self.check(caller, run)?;
-        self.user_rate.check(&user_id)?;
+        self.user_rate.check(user_id.as_str())?;
         let allocate = lease::allocate(&self.view, &self.queue, wanted);
         let lease = self.unless_stopping(allocate).await?;
-        tracing::info!(lease_id = lease.lease_id, %caller, %provider, user_id, "lease");
+        tracing::info!(lease_id = lease.lease_id, %caller, %provider, %user_id, "lease");
         let lease = Some(lease);
         Ok(AllocateResponse { lease })
     }
@@ -39,9 +39,9 @@ impl Api {
         ReleaseRequest { lease_id, user_id }: ReleaseRequest,
     ) -> Result<ReleaseResponse, Error> {
         let name = Name::parse_lease(&lease_id, user_id)?;
-        let kept = self.view.leased(&name.run_id);
+        let kept = self.view.leased(name.run_id);
         let run = Action::Run {
-            user_id: Some(&name.user_id),
+            user_id: Some(name.user_id.as_str()),
             provider: kept.as_ref().and_then(|kept| kept.provider.parse().ok()),
         };
         self.check(caller, run)?;

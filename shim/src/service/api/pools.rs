@@ -20,7 +20,7 @@ use crate::{
     run::{Error, request::Invalid},
 };
 
-/// Between two looks at pools that change all the time.
+/// The shortest interval between two reports on pools that change all the time.
 pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 
 impl Api {
@@ -113,7 +113,7 @@ fn watch(view: View) -> impl Stream<Item = WatchPoolsResponse> + Send {
                 return Some((now.clone(), (changes, view, Some(now))));
             }
             sleep(LOOK_INTERVAL).await;
-            // Its sender is in the view.
+            // This cannot fail: the sender is in the view.
             changes.changed().await.ok()?;
         }
     })

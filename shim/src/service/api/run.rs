@@ -1,15 +1,17 @@
-//! The calls that start runs, go back to them and end them: `Run`, `SubmitJob`, `Attach` and
+//! The calls that start runs, attach to them and end them: `Run`, `SubmitJob`, `Attach` and
 //! `CancelRun`.
 
 use std::{collections::VecDeque, time::Instant};
 
 use futures_util::{Stream, StreamExt, stream};
 use polydev_proto::{
+    id::RunId,
     node::TraceContext,
     runtime::{
         CancelRunRequest, CancelRunResponse, InputFile, RunEvent, RunStart, SubmitJobRequest,
         SubmitJobResponse, input_file,
     },
+    stream::PerStream,
 };
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -24,13 +26,13 @@ use crate::{
         claim,
         input::{self, Input},
         relay::{self, Inputs},
-        request::{Invalid, LONGEST},
+        request::{Invalid, MAX_RUN_TIME},
     },
 };
 
 impl Api {
-    /// Runs a command. Answers the run's id, and its events as they come. `inputs` is what the
-    /// caller sends to the command; `None` if the caller cannot send any.
+    /// Runs a command. Returns the run's id, and the run's events as they come. `inputs` is what
+    /// the caller sends to the command; `None` if the caller cannot send any.
     pub(in crate::service) async fn run(
         &self,
         caller: &Caller,
@@ -40,7 +42,7 @@ impl Api {
         inputs: Option<Inputs>,
     ) -> Result<
         (
-            String,
+            RunId,
             impl Stream<Item = Result<RunEvent, Status>> + Send + use<>,
         ),
         Error,
@@ -52,13 +54,13 @@ impl Api {
         let mut request = self.admit(start, trace, caller).await?;
         let longest = request.longest();
         let name = Name {
-            run_id: request.run_id.to_string(),
+            run_id: request.run_id,
             user_id: request.user_id.clone(),
         };
         let own = request.own_input.take();
-        let run_id = name.run_id.clone();
-        let span = span(&run_id, &name.user_id, Some(request.provider));
-        let (relay, events) = self.relay(name, received, [0; 3], own, longest);
+        let run_id = name.run_id;
+        let span = span(run_id, &name.user_id, Some(request.provider));
+        let (relay, events) = self.relay(name, received, PerStream::default(), own, longest);
         let (view, queue, on_demand) = (
             self.view.clone(),
             self.queue.clone(),
@@ -70,7 +72,7 @@ impl Api {
         Ok((run_id, events))
     }
 
-    /// Starts a command, with all that it reads.
+    /// Starts a command with all its input, and returns when a slot is claimed for the run.
     pub(in crate::service) async fn submit_job(
         &self,
         caller: &Caller,
@@ -80,11 +82,11 @@ impl Api {
         let start = without_stdin(start.unwrap_or_default())?;
         let claim = async {
             let mut request = self.admit(start, trace, caller).await?;
-            let run_id = request.run_id.to_string();
+            let run_id = request.run_id;
             let own = request.own_input.take();
-            // Nobody hears how many runs are before it.
+            // Nobody receives the run's place in the queue.
             let (told, _) = mpsc::channel(1);
-            let span = span(&run_id, &request.user_id, Some(request.provider));
+            let span = span(run_id, &request.user_id, Some(request.provider));
             let claim = claim::claim(&self.view, &self.queue, &self.on_demand, request, &told);
             let (mut connection, running) = claim.instrument(span.clone()).await?;
             let accepted = relay::accepted(run_id, &connection);
@@ -94,7 +96,7 @@ impl Api {
                     let _running = running;
                     input::feed(&mut connection, input, VecDeque::new()).await;
                 };
-                // Also if the caller does not wait for the answer.
+                // The input is sent even if the caller does not wait for the answer.
                 self.runs.spawn(feed.instrument(span));
             }
             Ok(accepted)
@@ -103,22 +105,22 @@ impl Api {
         Ok(SubmitJobResponse { accepted })
     }
 
-    /// Goes back to a run, from `offsets` of stdout, stderr and artifacts on. Answers its events
-    /// as they come. `inputs` is as in [`run`](Self::run).
+    /// Attaches to a run, from `offsets` of its streams on. Returns the run's
+    /// events as they come. `inputs` is as in [`run`](Self::run).
     pub(in crate::service) async fn attach(
         &self,
         caller: &Caller,
         name: Name,
-        offsets: [u64; 3],
+        offsets: PerStream<u64>,
         received: Instant,
         inputs: Option<Inputs>,
     ) -> Result<impl Stream<Item = Result<RunEvent, Status>> + Send + use<>, Error> {
         self.check_run(caller, &name).await?;
-        let span = span(&name.run_id, &name.user_id, None);
+        let span = span(name.run_id, &name.user_id, None);
         let attach = attach::attach(&self.view, &name, offsets);
         let connection = attach.instrument(span.clone()).await?;
         // Only the driver knows the run's deadline.
-        let (relay, events) = self.relay(name, received, offsets, None, LONGEST);
+        let (relay, events) = self.relay(name, received, offsets, None, MAX_RUN_TIME);
         let inputs = inputs.unwrap_or_else(silent);
         self.carry(relay, span, inputs, |_| async { Ok((connection, None)) });
         Ok(events)
@@ -136,18 +138,18 @@ impl Api {
     }
 }
 
-/// The inputs of a caller that cannot send any, and does not close its side either.
+/// The inputs of a caller that cannot send any and does not end its input either.
 fn silent() -> Inputs {
     stream::pending().boxed()
 }
 
-/// A run of a caller that sends nothing but its start.
+/// Checks a run whose caller sends only the start.
 fn without_stdin(start: RunStart) -> Result<RunStart, Invalid> {
     if start.stdin {
         return Err(Invalid::Value {
             field: "stdin",
             given: "true".into(),
-            allowed: "false: nobody would send any",
+            allowed: "false: this call cannot send stdin",
         });
     }
     let follows = |file: &InputFile| matches!(file.source, Some(input_file::Source::Size(1..)));
@@ -155,7 +157,7 @@ fn without_stdin(start: RunStart) -> Result<RunStart, Invalid> {
         return Err(Invalid::Value {
             field: "files",
             given: "some by their size".into(),
-            allowed: "files with their `content`: nobody would send any",
+            allowed: "files with their `content`: this call cannot send the content later",
         });
     }
     Ok(start)

@@ -13,7 +13,6 @@ use polydev_proto::{
 use prost_types::Timestamp;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use uuid::Uuid;
 
 use super::{Api, page};
 use crate::{
@@ -23,13 +22,13 @@ use crate::{
         attach::Name,
         listing::{self, Filter, Found},
         relay::encode_end,
-        request::{Invalid, check_user},
+        request::{Invalid, parse_user},
         watching::{self, Change},
     },
 };
 
-/// Changes that may wait for their caller, each with some runs.
-const CHANGES: usize = 16;
+/// How many changes may wait for their caller. Each contains some runs.
+const MAX_CHANGES: usize = 16;
 
 impl Api {
     pub(in crate::service) async fn get_run(
@@ -68,8 +67,7 @@ impl Api {
     ) -> Result<impl Stream<Item = WatchRunsResponse> + Send + use<>, Error> {
         let WatchRunsRequest { user_id, provider } = request;
         self.check_runs(caller, &user_id, &provider)?;
-        let user_id = given(user_id);
-        user_id.as_deref().map_or(Ok(()), check_user)?;
+        let user_id = given(user_id).map(parse_user).transpose()?;
         let filter = watching::Filter {
             user_id,
             provider: given(provider)
@@ -77,9 +75,9 @@ impl Api {
                 .transpose()
                 .map_err(Invalid::from)?,
         };
-        let (changes, told) = mpsc::channel(CHANGES);
+        let (changes, told) = mpsc::channel(MAX_CHANGES);
         let watch = watching::watch(self.view.clone(), filter, changes);
-        // It ends with its listener, or with the shim.
+        // The task ends when the caller disconnects or the shim stops.
         tokio::spawn(self.stop.clone().run_until_cancelled_owned(watch));
         let mut nodes_unreachable = Vec::new();
         Ok(ReceiverStream::new(told).map(move |change| {
@@ -109,8 +107,7 @@ fn parse(request: ListRunsRequest) -> Result<(Filter, u32), Invalid> {
         page_size,
         page_token,
     } = request;
-    let user_id = given(user_id);
-    user_id.as_deref().map_or(Ok(()), check_user)?;
+    let user_id = given(user_id).map(parse_user).transpose()?;
     let state = |state: i32| match RunState::try_from(state) {
         Ok(RunState::Claimed) => Ok(node::run::State::Claimed),
         Ok(RunState::Running) => Ok(node::run::State::Running),
@@ -122,10 +119,7 @@ fn parse(request: ListRunsRequest) -> Result<(Filter, u32), Invalid> {
         }),
     };
     let most = page::size(page_size)?;
-    let token = |token: String| match Uuid::parse_str(&token) {
-        Ok(run_id) => Ok(run_id.to_string()),
-        Err(_) => Err(page::invalid_token(token)),
-    };
+    let token = |token: String| token.parse().map_err(|_| page::invalid_token(token));
     let before = given(page_token).map(token).transpose()?;
     let filter = Filter {
         user_id,

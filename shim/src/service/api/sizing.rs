@@ -1,5 +1,5 @@
-//! The calls that change the size of a pool: `ScalePool`, `DrainPool` and `ResumePool`. Each
-//! works beside its call, and reports how far it has come.
+//! The calls that change the size of a pool: `ScalePool`, `DrainPool` and `ResumePool`. The work
+//! of each runs in a task beside the call, and reports its progress.
 
 use polydev_proto::{
     node,
@@ -26,10 +26,10 @@ use crate::{
     run::Error,
 };
 
-/// Events that may wait for their caller.
-const EVENTS: usize = 4;
+/// How many events may wait for their caller.
+const MAX_EVENTS: usize = 4;
 
-/// What a call answers, as it comes.
+/// The events that a call returns, as they come.
 type Events<T> = ReceiverStream<Result<T, Status>>;
 
 impl Api {
@@ -87,8 +87,8 @@ impl Api {
         )
     }
 
-    /// Starts the work of a call, if the caller may size the pool. The work ends when the caller
-    /// is gone or the shim stops; a size that Nomad has been given stays.
+    /// Starts the work of a call, if the caller may change the pool's size. The work ends when the
+    /// caller disconnects or the shim stops. A size that Nomad has received stays.
     fn size<T, F>(
         &self,
         caller: &Caller,
@@ -102,10 +102,11 @@ impl Api {
         let provider = pools::provider(provider)?;
         self.check(caller, Action::Scale { provider })?;
         let nomad = self.nomad.clone().ok_or_else(|| {
-            let reason = "without Nomad the pools are as `--pool` says";
+            let reason =
+                "this shim runs without Nomad: only its option `--pool` sets the sizes of pools";
             Status::unimplemented(reason)
         })?;
-        let (events, responses) = mpsc::channel(EVENTS);
+        let (events, responses) = mpsc::channel(MAX_EVENTS);
         let work = work(nomad, provider, Told(events.clone()));
         let stop = self.stop.clone();
         self.runs.spawn(async move {
@@ -122,14 +123,14 @@ impl Api {
     }
 }
 
-/// Reports what is left of a pool that is drained, until nothing is.
+/// Reports what is left of a pool that is being drained, until nothing is left.
 async fn emptied(view: &View, provider: Provider, told: &Told<DrainPoolResponse>) {
     let event = |event| DrainPoolResponse { event: Some(event) };
     let (mut changes, mut last) = (view.changes(), None);
     loop {
         changes.mark_unchanged();
         let left = left(view, provider);
-        // A node that cannot be asked, or that has left, may have some.
+        // A node that is unreachable or no longer known may still have slots.
         let (nodes, unreachable) = view.channels();
         if left.slots == 0 && !nodes.is_empty() && unreachable.is_empty() {
             told.send(event(draining::Event::Drained(Drained {}))).await;
@@ -146,7 +147,7 @@ async fn emptied(view: &View, provider: Provider, told: &Told<DrainPoolResponse>
     }
 }
 
-/// The slots of a pool, and the runs in them.
+/// The number of slots of a pool, and of the runs in them.
 fn left(view: &View, provider: Provider) -> Draining {
     let counts = view.counts();
     let counts = counts.get(provider.name()).copied().unwrap_or_default();
@@ -159,17 +160,17 @@ fn left(view: &View, provider: Provider) -> Draining {
     }
 }
 
-/// The caller of a call that sizes a pool.
+/// The caller of a call that changes the size of a pool.
 struct Told<T>(mpsc::Sender<Result<T, Status>>);
 
 impl<T: Sizing> Told<T> {
-    /// Nomad has to be waited for. This is the first of a call's events, for which there is room.
+    /// Reports that the call waits for Nomad. This is the call's first event, so there is room.
     fn waiting(&self, reason: String) {
         let waiting = T::waiting(ScaleWaiting { reason });
         let _gone = self.0.try_send(Ok(waiting));
     }
 
-    /// Nomad has the new size.
+    /// Reports that Nomad has the new size.
     async fn scaled(&self, from: u32, to: u32) {
         self.send(T::scaled(Scaled { from, to })).await;
     }
@@ -179,7 +180,7 @@ impl<T: Sizing> Told<T> {
     }
 }
 
-/// What such a call answers, whichever it is.
+/// The responses of these calls have these events in common.
 trait Sizing {
     fn waiting(waiting: ScaleWaiting) -> Self;
     fn scaled(scaled: Scaled) -> Self;

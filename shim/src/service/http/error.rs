@@ -1,5 +1,5 @@
-//! Errors in HTTP: a status of it, and in the body the one that gRPC would have told, with the
-//! same words and reasons.
+//! Errors over HTTP: an HTTP status, and in the body the gRPC status with the same message and
+//! reason.
 
 use std::error::Error as _;
 
@@ -15,7 +15,7 @@ use tonic_types::StatusExt;
 
 use crate::run::{Error, request::Invalid};
 
-/// An answer that is none.
+/// An error as the answer.
 #[derive(Debug)]
 pub(in crate::service) struct Problem {
     http: StatusCode,
@@ -32,7 +32,7 @@ impl Problem {
     }
 
     pub(super) fn too_large(given: usize, most: usize) -> Self {
-        let words = format!("the request has {given} bytes, at most {most} are taken");
+        let words = format!("the request has {given} bytes, allowed are at most {most}");
         Self {
             http: StatusCode::PAYLOAD_TOO_LARGE,
             status: Status::invalid_argument(words),
@@ -50,7 +50,7 @@ impl Problem {
                 status: Status::invalid_argument(words),
             };
         }
-        Status::invalid_argument(format!("the body did not come: {error}")).into()
+        Status::invalid_argument(format!("cannot read the body: {error}")).into()
     }
 
     pub(super) fn browser(words: String) -> Self {
@@ -60,18 +60,20 @@ impl Problem {
     pub(super) fn method() -> Self {
         Self {
             http: StatusCode::METHOD_NOT_ALLOWED,
-            status: Status::unimplemented("there is no such method of this path"),
+            status: Status::unimplemented(
+                "the path does not support this method; see /v1/openapi.json",
+            ),
         }
     }
 
     pub(super) fn nowhere() -> Self {
-        Status::not_found("there is no such path; see /v1/openapi.json").into()
+        Status::not_found("unknown path; see /v1/openapi.json").into()
     }
 
-    /// For a stream that has begun.
+    /// The error as the last event of a stream that has begun.
     pub(super) fn event(&self) -> sse::Event {
         let body = self.body_json().to_string();
-        // `error` is an `EventSource`'s own.
+        // An `EventSource` has an event `error` of its own.
         sse::Event::default().event("problem").data(body)
     }
 
@@ -103,7 +105,7 @@ impl Problem {
     }
 }
 
-/// As gRPC spells it.
+/// The code's name in gRPC.
 fn name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
@@ -126,7 +128,7 @@ fn name(code: Code) -> &'static str {
     }
 }
 
-/// As `google.rpc.Code` maps them.
+/// The mapping of `google.rpc.Code`.
 fn http(code: Code) -> StatusCode {
     match code {
         Code::Ok => StatusCode::OK,

@@ -1,6 +1,6 @@
-//! A run's events as server-sent events. The id of an event is how much of stdout, stderr and
-//! artifacts a caller has that has this event; a caller that comes back gives it as
-//! `Last-Event-ID`.
+//! A run's events as server-sent events. The id of an event says how many bytes of stdout, stderr
+//! and artifacts a caller has after this event. A caller that reconnects sends the id of their
+//! last event as `Last-Event-ID`.
 
 use std::convert::Infallible;
 
@@ -9,12 +9,15 @@ use axum::response::{
     sse::{KeepAlive, Sse},
 };
 use futures_util::{Stream, StreamExt, future, stream};
-use polydev_proto::runtime::{RunEvent, run_event::Event};
+use polydev_proto::{
+    runtime::{RunEvent, run_event::Event},
+    stream::{PerStream, Stream as Kind},
+};
 use tonic::Status;
 
 use super::{error::Problem, json};
 
-/// After the id of a run's last event.
+/// The suffix of the id of a run's last event.
 const END: &str = ".end";
 
 /// Whether the caller has the run's last event.
@@ -23,22 +26,22 @@ pub(super) fn is_last(id: &[u8]) -> bool {
 }
 
 /// The offsets in the id of an event.
-pub(super) fn offsets(id: &str) -> Result<[u64; 3], Status> {
+pub(super) fn offsets(id: &str) -> Result<PerStream<u64>, Status> {
     let parts: Result<Vec<u64>, _> = id.split('.').map(str::parse).collect();
     let parts = parts
         .ok()
         .and_then(|parts| <[u64; 3]>::try_from(parts).ok());
-    parts.ok_or_else(|| {
+    parts.map(PerStream::from).ok_or_else(|| {
         Status::invalid_argument(format!(
             "`Last-Event-ID` is `{id}`, allowed is the id of an event"
         ))
     })
 }
 
-/// The events as they come. What goes wrong before the first has a status of its own.
+/// The events as they come. An error before the first event becomes the status of the answer.
 pub(super) async fn answer(
     events: impl Stream<Item = Result<RunEvent, Status>> + Send + 'static,
-    offsets: [u64; 3],
+    offsets: PerStream<u64>,
 ) -> Result<Response, Status> {
     let mut events = Box::pin(events);
     let first = events.next().await.transpose()?;
@@ -47,6 +50,7 @@ pub(super) async fn answer(
         let event = match event {
             Ok(event) => {
                 advance(offsets, &event);
+                let offsets = offsets.into_array();
                 let mut id = offsets.map(|offset| offset.to_string()).join(".");
                 if let Some(Event::Exited(_)) = event.event {
                     id.push_str(END);
@@ -62,15 +66,17 @@ pub(super) async fn answer(
         .into_response())
 }
 
-/// Moves the offsets of stdout, stderr and artifacts on by an event.
-fn advance(offsets: &mut [u64; 3], event: &RunEvent) {
+/// Advances the offsets of stdout, stderr and artifacts by one event.
+fn advance(offsets: &mut PerStream<u64>, event: &RunEvent) {
     let (stream, end) = match &event.event {
-        Some(Event::Stdout(output)) => (0, output.offset + output.data.len() as u64),
-        Some(Event::Stderr(output)) => (1, output.offset + output.data.len() as u64),
-        Some(Event::ArtifactData(output)) => (2, output.offset + output.data.len() as u64),
-        Some(Event::Lost(lost)) => match lost.stream {
-            stream @ 1..=3 => (usize::try_from(stream - 1).unwrap_or(0), lost.to),
-            _ => return,
+        Some(Event::Stdout(output)) => (Kind::Stdout, output.offset + output.data.len() as u64),
+        Some(Event::Stderr(output)) => (Kind::Stderr, output.offset + output.data.len() as u64),
+        Some(Event::ArtifactData(output)) => {
+            (Kind::Artifacts, output.offset + output.data.len() as u64)
+        }
+        Some(Event::Lost(lost)) => match Kind::of_number(lost.stream) {
+            Some(stream) => (stream, lost.to),
+            None => return,
         },
         _ => return,
     };

@@ -1,6 +1,7 @@
-//! Keeps web pages away. A browser on the same machine reaches a listener that asks nobody for
-//! a name, and sends there what any page wants: a page of another site says where it is from,
-//! and one whose name is made to lead here says that name.
+//! Keeps web pages away. A browser on the same machine can reach a listener that does not identify
+//! callers, and sends whatever a page asks for. Requests of a page of another site have a header
+//! with the page's origin. Requests to a host name that an attacker points at this machine
+//! contain that name.
 
 use std::net::IpAddr;
 
@@ -15,7 +16,7 @@ use axum::{
 use super::error::Problem;
 use crate::access::Caller;
 
-/// As the listeners name whoever comes over the loopback address.
+/// The name that listeners give to callers on the loopback address.
 const LOOPBACK: &str = "loopback";
 
 pub(in crate::service) async fn no_browser(
@@ -35,16 +36,16 @@ fn refusal(caller: &Caller, request: &Request) -> Option<String> {
         Some(value.to_str().unwrap_or("?").to_owned())
     };
     if text("sec-fetch-site").is_some_and(|site| site != "none") {
-        return Some("pages are not served: this is for programs".into());
+        return Some("web pages cannot call this service, which is for programs".into());
     }
-    // Browsers speak HTTP/2 over TLS alone, and gRPC never speaks anything else.
+    // Browsers use HTTP/2 only over TLS. gRPC always uses HTTP/2.
     let is_old = request.version() < Version::HTTP_2;
     if is_old && !request.uri().path().starts_with("/v1/") {
-        return Some("over HTTP/1 there is nothing but /v1/".into());
+        return Some("over HTTP/1 only paths below /v1/ are served".into());
     }
     if let Some(origin) = text("origin") {
         return Some(format!(
-            "pages of `{origin}` are not served: this is for programs"
+            "pages of `{origin}` cannot call this service, which is for programs"
         ));
     }
     let host = request
@@ -55,13 +56,13 @@ fn refusal(caller: &Caller, request: &Request) -> Option<String> {
     let host = host.unwrap_or_default();
     if is_old && caller.0 == LOOPBACK && !is_loopback(&host) {
         return Some(format!(
-            "`{host}` is not a name of this shim on the loopback address"
+            "`Host` is `{host}`: allowed are localhost and loopback addresses"
         ));
     }
     None
 }
 
-/// Whether a host, maybe with a port, is what this machine calls itself.
+/// Whether a host, with or without a port, is this machine's own name or address.
 fn is_loopback(host: &str) -> bool {
     let name = match host.strip_prefix('[') {
         Some(v6) => v6.split(']').next().unwrap_or_default(),

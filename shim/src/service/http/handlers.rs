@@ -1,4 +1,4 @@
-//! What serves each path: decodes a request, asks [`Api`], and encodes the answer.
+//! The handlers of all paths: each decodes a request, asks [`Api`], and encodes the answer.
 
 use std::{sync::Arc, time::Instant};
 
@@ -11,9 +11,12 @@ use axum::{
     http::{HeaderMap, StatusCode, header::LOCATION},
     response::{IntoResponse, Response},
 };
-use polydev_proto::runtime::{
-    AllocateRequest, CancelRunRequest, GetPoolRequest, GetRunRequest, ListRunsRequest,
-    ReleaseRequest, SubmitJobRequest,
+use polydev_proto::{
+    runtime::{
+        AllocateRequest, CancelRunRequest, GetPoolRequest, GetRunRequest, ListRunsRequest,
+        ReleaseRequest, SubmitJobRequest,
+    },
+    stream::PerStream,
 };
 use serde::Deserialize;
 
@@ -30,7 +33,7 @@ use crate::{
 
 type Answer = Result<Response, Problem>;
 
-/// Whose run it is, of calls that name a run in their path.
+/// The user of the run, for calls that name a run in the path.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct OfUser {
@@ -62,8 +65,8 @@ pub(super) async fn start(
     let start = request.start.unwrap_or_default();
     let run = api.run(&caller, start, trace, received, None);
     let (run_id, events) = run.await?;
-    let answer = events::answer(events, [0; 3]).await?;
-    // Also for a caller whose stream breaks before it has received an event.
+    let answer = events::answer(events, PerStream::default()).await?;
+    // A caller whose stream breaks before the first event needs the run's id too.
     let location = [(LOCATION, format!("/v1/runs/{run_id}"))];
     Ok((location, answer).into_response())
 }
@@ -80,12 +83,12 @@ pub(super) async fn attach(
     let Query(OfUser { user_id }) = query?;
     let name = Name::parse(&run_id, user_id)?;
     let offsets = match headers.get("last-event-id") {
-        // The caller has all of it: an `EventSource` reconnects until it receives this answer.
+        // The caller has all events. An `EventSource` reconnects until it receives this answer.
         Some(id) if events::is_last(id.as_bytes()) => {
             return Ok(StatusCode::NO_CONTENT.into_response());
         }
         Some(id) => events::offsets(id.to_str().unwrap_or_default())?,
-        None => [0; 3],
+        None => PerStream::default(),
     };
     let run = api.attach(&caller, name, offsets, received, None);
     Ok(events::answer(run.await?, offsets).await?)

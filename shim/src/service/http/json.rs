@@ -1,5 +1,5 @@
-//! Messages in protobuf's JSON form, with the names of the fields as they are in the protocol;
-//! those in lowerCamelCase are taken too. What is not understood is refused.
+//! Messages in protobuf's JSON form, with the field names of the protocol. Requests may also use
+//! the names in lowerCamelCase. Unknown fields are refused.
 
 use std::{fmt, sync::LazyLock};
 
@@ -54,7 +54,7 @@ messages! {
     ReleaseRequest ReleaseResponse RunEvent SubmitJobRequest SubmitJobResponse
 }
 
-/// The words of a query.
+/// The names and values of a query.
 pub(super) type Fields = Vec<(String, String)>;
 
 pub(super) fn descriptor(name: &str) -> MessageDescriptor {
@@ -64,11 +64,11 @@ pub(super) fn descriptor(name: &str) -> MessageDescriptor {
 }
 
 /// # Errors
-/// [`Problem`], with where it is but nothing of what was given: it may be a secret.
+/// [`Problem`] with the place of the error. It quotes no value, because a value may be a secret.
 pub(super) fn from_slice<M: Message>(bytes: &[u8]) -> Result<M, Problem> {
     let mut count = Count(0);
     let mut json = serde_json::Deserializer::from_slice(bytes);
-    // Values are large beside the bytes that they take in JSON.
+    // Decoded values are much larger than their JSON, so their number needs a limit.
     let counted = count.deserialize(&mut json).and_then(|()| json.end());
     counted.map_err(|error| refused("", &error))?;
 
@@ -79,7 +79,7 @@ pub(super) fn from_slice<M: Message>(bytes: &[u8]) -> Result<M, Problem> {
     let message = DynamicMessage::deserialize_with_options(descriptor(M::NAME), tracked, &options);
     let message = message.map_err(|error| refused(&known(&track.path()), &error))?;
     let message: M = message.transcode_to().map_err(|_| {
-        let words = "the request is not understood";
+        let words = "the request is not valid";
         Problem::from(Status::invalid_argument(words))
     })?;
     match message.encoded_len() {
@@ -88,10 +88,10 @@ pub(super) fn from_slice<M: Message>(bytes: &[u8]) -> Result<M, Problem> {
     }
 }
 
-/// Values of all kinds that a request may have.
-const VALUES: usize = 50_000;
+/// The largest number of JSON values in a request.
+const MAX_VALUES: usize = 50_000;
 
-/// Counts the values in JSON, and keeps none of them.
+/// Counts the values in JSON without keeping them.
 struct Count(usize);
 
 impl<'de> DeserializeSeed<'de> for &mut Count {
@@ -99,7 +99,7 @@ impl<'de> DeserializeSeed<'de> for &mut Count {
 
     fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
         self.0 += 1;
-        if self.0 > VALUES {
+        if self.0 > MAX_VALUES {
             return Err(D::Error::custom("too many values"));
         }
         json.deserialize_any(self)
@@ -150,7 +150,7 @@ impl<'de> Visitor<'de> for &mut Count {
     }
 }
 
-/// Where in a message, in names of the protocol alone.
+/// The place in a message, with no names except those of the protocol.
 fn known(path: &serde_path_to_error::Path) -> String {
     let is_known = |name: &str| {
         let mut fields = POOL.all_messages().flat_map(|message| {
@@ -179,17 +179,19 @@ fn refused(path: &str, error: &serde_json::Error) -> Problem {
     let (line, column) = (error.line(), error.column());
     let words = match (path, error.classify()) {
         ("", Category::Syntax | Category::Eof | Category::Io) => {
-            format!("the body is no JSON from line {line}, column {column} on")
+            format!("the body is not valid JSON, at line {line}, column {column}")
         }
         ("", Category::Data) => {
-            format!("the request is not understood at line {line}, column {column}")
+            format!("the request is not valid, at line {line}, column {column}")
         }
-        _ => format!("`{path}` is not understood, at line {line}, column {column}"),
+        _ => format!(
+            "`{path}` is not valid (unknown field or wrong value), at line {line}, column {column}"
+        ),
     };
     Status::invalid_argument(words).into()
 }
 
-/// From a query, in which lists are separated by commas.
+/// The message in a query. Commas separate the items of lists.
 pub(super) fn from_fields<M: Message>(fields: Fields) -> Result<M, Problem> {
     let descriptor = descriptor(M::NAME);
     let mut json = serde_json::Map::new();
@@ -199,12 +201,12 @@ pub(super) fn from_fields<M: Message>(fields: Fields) -> Result<M, Problem> {
         match (json.get_mut(&name), is_list) {
             (Some(Value::Array(list)), true) => list.extend(text.split(',').map(Value::from)),
             (None, true) => drop(json.insert(name, text.split(',').map(Value::from).collect())),
-            // That there is no such field is found out below.
+            // `from_slice` refuses unknown fields.
             (None, false) => drop(json.insert(name, text.into())),
             (Some(_), _) => {
                 let known = descriptor.get_field_by_name(&name);
                 let name = known.map_or_else(|| "?".into(), |field| field.name().to_owned());
-                let words = format!("`{name}` comes more than once");
+                let words = format!("`{name}` is given more than once");
                 return Err(Status::invalid_argument(words).into());
             }
         }
@@ -232,7 +234,7 @@ pub(super) fn answer<M: Message>(message: &M) -> Response {
     Json(to_value(message)).into_response()
 }
 
-/// An event by its name, with what it says.
+/// A server-sent event: the event's name, and its content as data.
 pub(super) fn event(event: &RunEvent) -> sse::Event {
     let name = match &event.event {
         Some(Event::Queued(_)) => "queued",

@@ -1,5 +1,5 @@
-//! The OpenAPI document: made of the protocol's own descriptors and comments, so that it says
-//! what is served.
+//! The OpenAPI document. It is made from the protocol's descriptors and comments, so that it
+//! matches what is served.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,7 +20,7 @@ pub(super) fn describe(operations: &[Operation]) -> Value {
         let path = paths.entry(operation.path).or_default();
         path.insert(operation.method.name().into(), described);
     }
-    // What events are made of.
+    // Events refer to this message.
     schemas.reference(&descriptor("RunEvent"));
     schemas.made.insert("Problem".into(), problem());
     json!({
@@ -28,7 +28,7 @@ pub(super) fn describe(operations: &[Operation]) -> Value {
         "info": {
             "title": "polydev",
             "version": env!("CARGO_PKG_VERSION"),
-            "description": "Runs users' commands in warm, isolated containers. Messages are those of the gRPC API polydev.runtime.v1 in protobuf's JSON form: 64-bit numbers are strings, bytes are base64, durations are seconds with an `s`.",
+            "description": "Runs users' commands in warm, isolated containers. The messages are those of the gRPC API polydev.runtime.v1, in protobuf's JSON form: 64-bit numbers are strings, bytes are base64, durations are seconds with an `s`.",
         },
         "paths": paths,
         "components": { "schemas": schemas.made },
@@ -42,12 +42,12 @@ fn event() -> Value {
     let names: Vec<_> = names.chain(["problem".to_owned()]).collect();
     json!({
         "type": "object",
-        "description": "One event: its data is JSON, of the field of RunEvent that has its name, or a Problem that ends the stream.",
+        "description": "One event. Its data is JSON: the field of RunEvent with the event's name, or a Problem, which ends the stream.",
         "required": ["event", "data"],
         "properties": {
             "event": { "type": "string", "enum": names },
             "data": { "type": "string", "contentMediaType": "application/json" },
-            "id": { "type": "string", "description": "For Last-Event-ID." },
+            "id": { "type": "string", "description": "The value to send as Last-Event-ID." },
         },
     })
 }
@@ -60,16 +60,16 @@ fn problem() -> Value {
             "type": "object",
             "required": ["code", "message"],
             "properties": {
-                "code": { "type": "string", "description": "gRPC's name of the code." },
-                "message": { "type": "string", "description": "For people." },
-                "reason": { "type": "string", "description": "More than the code says." },
+                "code": { "type": "string", "description": "The name of the gRPC code." },
+                "message": { "type": "string", "description": "Text for people." },
+                "reason": { "type": "string", "description": "The stable reason, more exact than the code." },
                 "fields": {
                     "type": "array", "items": { "type": "string" },
-                    "description": "Those that are wrong.",
+                    "description": "The fields that are not valid.",
                 },
                 "retry_after_seconds": {
                     "type": "integer",
-                    "description": "The same call may succeed later, and does no harm.",
+                    "description": "The same call may succeed after this time, and is safe to repeat.",
                 },
             },
         } },
@@ -96,7 +96,7 @@ impl Operation {
         let in_header = matches!(self.answer, Answer::Events(None)).then(|| {
             json!({
                 "name": "Last-Event-ID", "in": "header", "required": false,
-                "description": "The id of an event, after which to go on.",
+                "description": "The id of the last event that the caller has. The stream continues after this event.",
                 "schema": { "type": "string", "pattern": "^[0-9]{1,18}([.][0-9]{1,18}){2}([.]end)?$" },
             })
         });
@@ -119,15 +119,16 @@ impl Operation {
             "summary": self.summary,
             "parameters": parameters,
             "responses": {
-                "200": { "description": "Done, or begun.", "content": content },
+                "200": { "description": "The result, or the beginning of the stream.", "content": content },
                 "default": {
-                    "description": "Why not.",
+                    "description": "The error.",
                     "content": json_of(json!({ "$ref": "#/components/schemas/Problem" })),
                 },
             },
         });
         if let Answer::Events(None) = self.answer {
-            described["responses"]["204"] = json!({ "description": "There is no more." });
+            described["responses"]["204"] =
+                json!({ "description": "The caller already has the last event." });
         }
         if let Some(name) = self.body {
             let body = json_of(schemas.reference(&descriptor(name)));
@@ -216,7 +217,7 @@ impl Schemas {
     }
 }
 
-/// What follows a run's start over gRPC cannot over HTTP.
+/// Whether only gRPC has the field: over HTTP, nothing can follow a run's start.
 fn is_grpcs(field: &FieldDescriptor) -> bool {
     matches!(
         field.full_name().trim_start_matches("polydev.runtime.v1."),
@@ -231,7 +232,7 @@ fn values(names: &EnumDescriptor) -> Vec<String> {
         .collect()
 }
 
-/// What the protocol says of it.
+/// The comment in the protocol.
 fn comment(file: &FileDescriptor, path: &[i32]) -> Option<String> {
     let source = file.file_descriptor_proto().source_code_info.as_ref()?;
     let location = source

@@ -1,4 +1,4 @@
-//! What an operation is: one method of one path.
+//! The type of an operation: one method of one path.
 
 use std::sync::Arc;
 
@@ -6,18 +6,18 @@ use axum::routing::{MethodFilter, MethodRouter};
 
 use crate::service::api::Api;
 
-/// One operation: what serves it, and what the OpenAPI document says of it.
+/// One operation: its handler, and its description in the OpenAPI document.
 pub(super) struct Operation {
     pub(super) method: Method,
     pub(super) path: &'static str,
     pub(super) name: &'static str,
     pub(super) summary: &'static str,
-    /// The message of `polydev.runtime.v1` that it takes.
+    /// The message of `polydev.runtime.v1` in the request's body.
     pub(super) body: Option<&'static str>,
-    /// Names of a query.
+    /// The parameters of the query.
     pub(super) query: &'static [(&'static str, Parameter)],
     pub(super) answer: Answer,
-    /// What serves requests of these methods.
+    /// The handler for requests with these methods.
     pub(super) handler: fn(MethodFilter) -> MethodRouter<Arc<Api>>,
 }
 
@@ -32,7 +32,7 @@ pub(super) enum Parameter {
     Needed,
     Text,
     Flag,
-    /// As the message of this name has it.
+    /// The type of the field with the same name in this message.
     Of(&'static str),
 }
 
@@ -45,14 +45,14 @@ pub(super) enum Answer {
 }
 
 impl Operation {
-    /// What serves it.
+    /// The route of the operation.
     pub(super) fn route(&self) -> MethodRouter<Arc<Api>> {
         (self.handler)(self.method.filter())
     }
 }
 
 impl Method {
-    /// As OpenAPI spells it.
+    /// The method's name in OpenAPI.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Get => "get",

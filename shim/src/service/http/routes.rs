@@ -1,4 +1,4 @@
-//! Every path: what serves it, and what the OpenAPI document says of it.
+//! All paths, with their handlers and their descriptions in the OpenAPI document.
 
 use std::sync::LazyLock;
 
@@ -16,13 +16,13 @@ use super::{
 
 const OF_USER: &[(&str, Parameter)] = &[("user_id", Parameter::Needed)];
 
-/// All operations, in the order in which the document has them.
+/// All operations, in the order of the document.
 pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         method: Method::Post,
         path: "/v1/runs",
         name: "startRun",
-        summary: "Run one command or prompt, and stream it as server-sent events, each a field of RunEvent by its name. A caller whose stream broke goes on with /v1/runs/{run_id}/events.",
+        summary: "Run one command or prompt, and stream its events as server-sent events. Each event has the name of a field of RunEvent. If the stream breaks, the caller continues with /v1/runs/{run_id}/events.",
         body: Some("SubmitJobRequest"),
         query: &[("detach", Parameter::Flag)],
         answer: Answer::Events(Some("SubmitJobResponse")),
@@ -32,7 +32,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         method: Method::Get,
         path: "/v1/runs",
         name: "listRuns",
-        summary: "The runs of all nodes, the last first, a page at a time; lists are separated by commas.",
+        summary: "The runs of all nodes in pages, the newest first. Commas separate the items of lists.",
         body: None,
         query: &[
             ("user_id", Parameter::Text),
@@ -48,7 +48,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         method: Method::Get,
         path: "/v1/runs/{run_id}",
         name: "getRun",
-        summary: "One run, with its end if it has ended.",
+        summary: "One run, with its result if the run has ended.",
         body: None,
         query: OF_USER,
         answer: Answer::Message("GetRunResponse"),
@@ -58,7 +58,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         method: Method::Get,
         path: "/v1/runs/{run_id}/events",
         name: "attachRun",
-        summary: "The events of a run that exists, from its beginning or after the event that the header Last-Event-ID names.",
+        summary: "The events of an existing run, from the beginning or after the event that the header Last-Event-ID names.",
         body: None,
         query: OF_USER,
         answer: Answer::Events(None),
@@ -68,7 +68,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         method: Method::Post,
         path: "/v1/runs/{run_id}/cancel",
         name: "cancelRun",
-        summary: "End a run: SIGTERM at once, SIGKILL after its kill timeout.",
+        summary: "End a run: SIGTERM at once, SIGKILL after the run's kill timeout.",
         body: Some("CancelRunRequest"),
         query: &[],
         answer: Answer::Message("CancelRunResponse"),
@@ -78,7 +78,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         method: Method::Post,
         path: "/v1/leases",
         name: "allocate",
-        summary: "Keep an idle slot for one run, whose command comes later.",
+        summary: "Keep an idle slot for one later run.",
         body: Some("AllocateRequest"),
         query: &[],
         answer: Answer::Message("AllocateResponse"),
@@ -88,7 +88,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         method: Method::Post,
         path: "/v1/leases/{lease_id}/release",
         name: "release",
-        summary: "Give a lease back before its time.",
+        summary: "Release a lease before it expires.",
         body: Some("ReleaseRequest"),
         query: &[],
         answer: Answer::Message("ReleaseResponse"),
@@ -118,7 +118,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         method: Method::Get,
         path: "/v1/status",
         name: "getStatus",
-        summary: "The nodes: what each has, and how much of it runs use.",
+        summary: "The nodes: the resources of each node, and how much of them is used.",
         body: None,
         query: &[],
         answer: Answer::Message("GetClusterStatusResponse"),
