@@ -1,6 +1,6 @@
 #!/bin/bash
-# make demo: one prompt for a real CLI, warm, and the same by `docker run`. With a
-# provider's key in the environment it talks to the provider, without to a stand-in.
+# make demo: one prompt for a real CLI in a warm slot, and the same with `docker run`. With a
+# provider's key in the environment, the CLI calls the provider. Otherwise it calls a stand-in.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts beside this one share. To be sourced, in the repository's root.
+# Functions for the other scripts, which source this file in the repository's root.
 
 step() { printf '==> %s\n' "$*" >&2; }
 fail() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }

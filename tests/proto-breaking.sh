@@ -1,6 +1,6 @@
 #!/bin/bash
-# Whether programs of the last release can still read our protocols: `proto/baseline.binpb` is
-# what they were then. RELEASING.md says when it is made anew.
+# Checks that programs of the last release can still read our protocols. `proto/baseline.binpb`
+# has the protocols of that release. RELEASING.md says when it is made again.
 set -euo pipefail
 cd "$(dirname "$0")/../proto"
 buf breaking --against baseline.binpb

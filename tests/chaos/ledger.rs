@@ -1,5 +1,5 @@
-//! Where runs say that they ran: a server outside the nodes, which writes each id it is told
-//! into a file before it answers.
+//! The ledger of runs that ran: a server outside the nodes. It writes each received id into a
+//! file before it answers.
 
 use std::{
     collections::HashMap,
@@ -15,12 +15,12 @@ use std::{
 use polydev_tests::{cluster::Cluster, folder::Folder, process::Process, program, wait_until};
 
 const PORT: u16 = 80;
-/// For a command that says nothing.
+/// How long the ledger waits for a silent command.
 const SILENCE: Duration = Duration::from_secs(10);
 /// Of an id.
-const LINE_MOST: u64 = 100;
+const MAX_LINE: u64 = 100;
 
-/// Dropping it ends it.
+/// Dropping the ledger ends its server.
 pub(crate) struct Ledger {
     pub(crate) address: SocketAddr,
     folder: Folder,
@@ -29,7 +29,7 @@ pub(crate) struct Ledger {
 
 impl Ledger {
     /// # Panics
-    /// If it does not start.
+    /// If the server does not start.
     pub(crate) fn start(cluster: &Cluster) -> Self {
         let folder = Folder::new("pdtest-");
         let file = folder.path().join("ledger");
@@ -61,7 +61,7 @@ impl Ledger {
     }
 }
 
-/// Serves for ever.
+/// Serves forever.
 pub(crate) fn serve(listen: SocketAddr, file: &Path) -> io::Result<()> {
     let listener = TcpListener::bind(listen)?;
     let file = OpenOptions::new().create(true).append(true).open(file)?;
@@ -76,10 +76,10 @@ pub(crate) fn serve(listen: SocketAddr, file: &Path) -> io::Result<()> {
 fn write_down(connection: &TcpStream, mut file: &fs::File) -> io::Result<()> {
     connection.set_read_timeout(Some(SILENCE))?;
     let mut line = String::new();
-    let mut reader = BufReader::new(io::Read::take(connection, LINE_MOST));
+    let mut reader = BufReader::new(io::Read::take(connection, MAX_LINE));
     reader.read_line(&mut line)?;
     if line.ends_with('\n') {
-        // One write appends it whole.
+        // One write appends the whole line.
         file.write_all(line.as_bytes())?;
         (&mut &*connection).write_all(b"written\n")?;
     }

@@ -1,11 +1,10 @@
-//! `make chaos MINUTES=n [SEED=s]`: two nodes, each with a Nomad agent, a dockerd and a driver,
-//! with a server and two shims before them, all real and under load, while
-//! parts of it are killed in an order that the seed gives. What counts is what commands
-//! wrote: each run puts its id into a ledger outside its container, and prints lines that
-//! only it would print. [`check`] compares that with what callers were told, and then looks
-//! for what is left on the machine.
+//! `make chaos MINUTES=n [SEED=s]`: kills parts of a real cluster under load, in an order that
+//! the seed gives. The cluster has a server, two shims and two nodes, each with a Nomad agent, a
+//! dockerd and a driver. Each run puts its id into a ledger outside its container, and prints
+//! lines that only this run prints. [`check`] compares these with what callers received, and then
+//! looks for leftovers on the machine.
 //!
-//! Ends with status 1 if a run ran twice, was lost without a word, or had a byte wrong, or if
+//! Ends with status 1 if a run ran twice, was lost without an error or had a wrong byte, or if
 //! something was left behind.
 
 mod caller;
@@ -37,9 +36,10 @@ use ledger::Ledger;
 
 const PROVIDER: &str = "anthropic";
 const SLOTS: u32 = 8;
-/// Findings that are printed; the others are counted.
+/// How many findings are printed. Further findings are only counted.
 const SHOWN: usize = 40;
-/// Callers at the same time; more than slots, so that some wait and some are on demand.
+/// Callers at the same time. They are more than the slots, so that some runs wait and some get
+/// slots on demand.
 const CALLERS: u64 = 10;
 
 #[derive(Parser)]
@@ -231,7 +231,7 @@ fn say(line: &str) {
     let _nobody_looks = writeln!(stderr(), "chaos: {line}");
 }
 
-/// A number up to `end`, more often a small one.
+/// A random number up to `end`. Small numbers are more frequent.
 fn small(rng: &mut StdRng, end: u32) -> u32 {
     (0..3).fold(end, |most, _| rng.random_range(0..=most))
 }

@@ -1,4 +1,4 @@
-//! What any gRPC client may ask of a shim besides runs.
+//! What any gRPC client may request of a shim beside runs.
 
 use std::time::Duration;
 
@@ -14,56 +14,7 @@ use polydev_tests::{
 };
 use serde_json::Value;
 use tonic::Code;
-use tonic_health::pb::{
-    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
-};
-use tonic_reflection::pb::v1::{
-    ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
-    server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
-};
 use tonic_types::StatusExt;
-
-#[test]
-fn health_and_reflection_answer() {
-    let shim = Shim::dev(&["anthropic=0"]);
-    let address = shim.address.clone();
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(async {
-        let endpoint = tonic::transport::Endpoint::from_shared(address).unwrap();
-        let channel = endpoint.connect().await.unwrap();
-
-        let service = "polydev.runtime.v1.RuntimeService".to_owned();
-        let health = HealthClient::new(channel.clone())
-            .check(HealthCheckRequest {
-                service: service.clone(),
-            })
-            .await
-            .unwrap();
-        assert_eq!(health.into_inner().status(), ServingStatus::Serving);
-
-        let request = ServerReflectionRequest {
-            host: String::new(),
-            message_request: Some(MessageRequest::FileContainingSymbol(service)),
-        };
-        let requests = tokio_stream::once(request);
-        let answers = ServerReflectionClient::new(channel)
-            .server_reflection_info(requests)
-            .await;
-        let answer = answers
-            .unwrap()
-            .into_inner()
-            .message()
-            .await
-            .unwrap()
-            .unwrap();
-        match answer.message_response {
-            Some(MessageResponse::FileDescriptorResponse(files)) => {
-                assert!(!files.file_descriptor_proto.is_empty());
-            }
-            other => panic!("{other:?}"),
-        }
-    });
-}
 
 #[test]
 fn runs_are_listed_page_by_page_and_shown() {
@@ -85,7 +36,7 @@ fn runs_are_listed_page_by_page_and_shown() {
     while !matches!(client.next(&mut going).unwrap(), Some(Event::Started(_))) {}
     expected.insert(0, going.accepted.run_id.clone());
 
-    // Whatever the size of the page, each run comes once, the last one first.
+    // With every page size, each run comes once, the newest first.
     for page_size in [1, 2, 3, 4, 0] {
         let request = ListRunsRequest {
             page_size,
@@ -115,7 +66,7 @@ fn runs_are_listed_page_by_page_and_shown() {
     assert_eq!((exited.reason(), exited.exit_code), (ExitReason::Exited, 3));
     let [claimed, started, ended] =
         [failed.claimed_at, failed.started_at, failed.ended_at].map(|at| {
-            let at = at.expect("it has ended");
+            let at = at.expect("an ended run");
             (at.seconds, at.nanos)
         });
     assert!(claimed <= started && started <= ended);
@@ -173,7 +124,7 @@ fn runs_are_watched_as_they_come_further() {
             },
         )
     };
-    // What goes on comes first, and what had ended is not told.
+    // Running runs come first. Runs that ended earlier are not reported.
     told(&going.accepted.run_id, "running");
     assert_eq!(watch.log().lines().count(), 1);
     client.send(&going, Input::CloseStdin(CloseStdin {}));
@@ -209,13 +160,13 @@ fn a_job_that_is_submitted_runs_without_a_caller() {
     };
     let accepted = submit(job.clone()).unwrap().accepted.unwrap();
     assert_eq!(accepted.run_id, run_id);
-    // As often as it is asked for, it is one.
+    // Any number of requests make only one run.
     let again = RunStart { attempt: 2, ..job };
     assert_eq!(submit(again).unwrap().accepted.unwrap(), accepted);
     let exited = wait_until("its end", Duration::from_secs(20), || {
         let run = client.get_run(&run_id);
         let run = run.map_err(|status| status.to_string())?;
-        run.exited.ok_or_else(|| "it goes on".to_owned())
+        run.exited.ok_or_else(|| "still running".to_owned())
     });
     assert_eq!(exited.exit_code, 3);
     let run = client.attach(&run_id, [0; 2]).unwrap();
@@ -317,7 +268,7 @@ fn what_cannot_be_listed_is_told_why() {
         outcome.accepted.run_id
     );
 
-    // However long the names of programs that are not there: all are listed.
+    // The list contains all names of missing programs, even long ones.
     let long = format!("/{}", "long/".repeat(25_000));
     for _ in 0..3 {
         client.wait_idle("anthropic", 1);
@@ -326,53 +277,6 @@ fn what_cannot_be_listed_is_told_why() {
         assert!(refused.exited.message.len() <= 1000);
     }
     assert_eq!(ids(&client, request()).len(), 4);
-}
-
-#[test]
-fn errors_have_details_for_programs() {
-    let shim = Shim::dev(&["anthropic=0"]);
-    let client = shim.client();
-    let zero = Some(prost_types::Duration::default());
-    let start = || RunStart {
-        queue_timeout: zero,
-        ..shell("anthropic", "true")
-    };
-    let details = |start: RunStart| {
-        let status = client.run(start).unwrap_err();
-        let details = status.get_error_details();
-        let info = details.error_info().expect("every error has it");
-        assert_eq!(info.domain, "polydev.runtime.v1");
-        (status.code(), info.reason.clone(), details)
-    };
-    let (code, reason, idle) = details(start());
-    assert_eq!((code, &*reason), (Code::ResourceExhausted, "NO_IDLE_SLOT"));
-    let retry = idle.retry_info().and_then(|retry| retry.retry_delay);
-    assert!(retry.is_some_and(|delay| !delay.is_zero()));
-
-    let mut wrong = start();
-    wrong.env.insert("LD_PRELOAD".into(), "x".into());
-    let (code, reason, invalid) = details(wrong);
-    assert_eq!((code, &*reason), (Code::InvalidArgument, "INVALID"));
-    let violations = &invalid.bad_request().unwrap().field_violations;
-    assert_eq!(violations[0].field, "env[\"LD_PRELOAD\"]");
-    assert!(invalid.retry_info().is_none());
-
-    // What an error quotes may be longer than the headers that it travels in.
-    let user_id = "a\u{20ac}".repeat(100_000);
-    let (code, ..) = details(RunStart { user_id, ..start() });
-    assert_eq!(code, Code::InvalidArgument);
-    let mut wrong = start();
-    wrong.env.insert("LD_".repeat(100_000), String::new());
-    let (code, ..) = details(wrong);
-    assert_eq!(code, Code::InvalidArgument);
-
-    // A name of the systems before is one of ours.
-    let provider = "claude_code".into();
-    let (code, ..) = details(RunStart {
-        provider,
-        ..start()
-    });
-    assert_eq!(code, Code::ResourceExhausted);
 }
 
 /// The ids of all runs that fit, by as many pages as it takes.

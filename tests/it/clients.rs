@@ -1,5 +1,5 @@
-//! The clients of `clients/`, as their users have them, and grpcurl: every call of the API, and
-//! runs that go on when their shim is killed.
+//! The clients of `clients/`, installed as users install them, and grpcurl: every call of the
+//! API, and runs that continue after their shim is killed.
 
 mod calls;
 
@@ -26,7 +26,7 @@ use crate::credentials::key_file;
 struct Installed {
     node: PathBuf,
     python: PathBuf,
-    /// Where scripts find the one for Node.
+    /// The folder in which scripts find the client for Node.
     scripts: Folder,
 }
 
@@ -44,7 +44,7 @@ impl Installed {
         }
     }
 
-    /// A script of either language, by its suffix, with `shim` to talk to.
+    /// A command for a script that calls `shim`. The script's suffix decides the language.
     fn command(&self, name: &str, text: &str, shim: &Shim) -> Command {
         let script = self.scripts.path().join(name);
         fs::write(&script, text).expect("a file of the tests");
@@ -126,7 +126,7 @@ fn every_call_is_made_by_each_of_them() {
     assert_eq!(calls::of_grpcurl(&shim), all);
 }
 
-/// A script that says how far it has come.
+/// A script that reports its progress.
 struct Talking {
     child: Child,
     lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
@@ -260,5 +260,5 @@ fn a_run_that_is_dropped_while_it_waits_is_given_up() {
     raw.cancel(&first.accepted.run_id).unwrap();
     raw.finish(first).unwrap();
     raw.wait_idle("anthropic", 1);
-    assert!(raw.get_run(&given_up).is_err(), "it has run");
+    assert!(raw.get_run(&given_up).is_err(), "the run exists");
 }

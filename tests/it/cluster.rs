@@ -21,7 +21,7 @@ use uuid::Uuid;
 use crate::newer;
 
 const SLOTS: u32 = 6;
-/// Where others continue the stdout and the stderr of a run.
+/// The offsets in stdout and stderr from which others continue a run.
 const OFFSETS: [usize; 2] = [1000, 2];
 
 #[test]
@@ -70,7 +70,7 @@ fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
     }
 }
 
-/// Each starts through another shim, and waits for a line in the middle of its output.
+/// Runs that each start through another shim, and wait for a line in the middle of their output.
 fn a_run_in_every_slot_of_both_nodes(clients: &[Client; 3]) -> Vec<Run> {
     let script = "trap '' TERM; echo error >&2; \
         seq 1 20000; read line; echo $line; seq 20001 40000";
@@ -89,7 +89,7 @@ fn a_run_in_every_slot_of_both_nodes(clients: &[Client; 3]) -> Vec<Run> {
     runs
 }
 
-/// To all runs but the first, in the middle of both streams.
+/// Attaches to all runs but the first, in the middle of both streams.
 fn others_attach_through_another_shim(clients: &[Client; 3], runs: &[Run]) -> Vec<Run> {
     let attach = |number: usize| {
         let run_id = &runs[number].accepted.run_id;
@@ -99,7 +99,7 @@ fn others_attach_through_another_shim(clients: &[Client; 3], runs: &[Run]) -> Ve
     (1..runs.len()).map(attach).collect()
 }
 
-/// The run does not want to end.
+/// The run ignores SIGTERM.
 fn a_run_is_cancelled_and_its_slot_refilled_without_a_server(
     cluster: &Cluster,
     clients: &[Client; 3],
@@ -109,7 +109,7 @@ fn a_run_is_cancelled_and_its_slot_refilled_without_a_server(
     let began = Instant::now();
     let cancelled = clients[1].cancel(&run.accepted.run_id);
     cancelled.expect("any shim may cancel it");
-    let outcome = clients[0].finish(run).expect("it ends");
+    let outcome = clients[0].finish(run).expect("a clean end");
     assert_eq!(outcome.exited.reason(), ExitReason::Cancelled);
     assert_eq!(outcome.exited.signal, 9);
     let took = began.elapsed();
@@ -123,7 +123,7 @@ fn a_run_is_cancelled_and_its_slot_refilled_without_a_server(
     cluster.server.signal(Signal::SIGCONT);
 }
 
-/// No dockerd lives, on either node.
+/// No dockerd runs on either node.
 fn runs_end_and_stream_without_dockerd(
     cluster: &mut Cluster,
     clients: &[Client; 3],
@@ -144,23 +144,23 @@ fn runs_end_and_stream_without_dockerd(
         let written = Input::Stdin(b"further\n".to_vec().into());
         clients[0].send(&run, written);
         run.close();
-        let outcome = clients[0].finish(run).expect("it ends");
+        let outcome = clients[0].finish(run).expect("a clean end");
         assert!(outcome.stdout() == expected, "{run_id}");
         assert_eq!(outcome.exited.exit_code, 0);
         let other = &clients[(number + 1) % 3];
         let again = other.attach(&run_id, [0; 2]).expect("any shim knows it");
-        let again = other.finish(again).expect("it has ended");
+        let again = other.finish(again).expect("an ended run");
         assert!(again.stdout() == expected, "{run_id} through another shim");
     }
     for (number, run) in attached.into_iter().enumerate() {
         let tail = clients[(number + 2) % 3].finish_from(run, OFFSETS);
-        let tail = tail.expect("it has ended");
+        let tail = tail.expect("an ended run");
         assert!(tail.stdout() == expected[OFFSETS[0]..]);
         assert_eq!(tail.stderr(), "error\n"[OFFSETS[1]..]);
     }
 }
 
-/// One to a page, from both nodes.
+/// The drivers of both nodes accept only the certificate of a shim.
 fn drivers_let_in_shims_and_nobody_else(cluster: &Cluster) {
     let nodes = cluster.get("/v1/nodes");
     let nodes = nodes.as_array().into_iter().flatten();
@@ -169,7 +169,7 @@ fn drivers_let_in_shims_and_nobody_else(cluster: &Cluster) {
         let address = address.as_str().unwrap_or_default();
         assert!(address.starts_with("https://10."), "{address}");
     }
-    // A caller's certificate is of the same authority.
+    // The same authority has signed the certificate of the caller.
     let caller = cluster.shim_as("controller");
     let client = caller.client();
     wait_until(
@@ -179,7 +179,7 @@ fn drivers_let_in_shims_and_nobody_else(cluster: &Cluster) {
             let request = ListPoolsRequest::default();
             let pools = client.call(async |mut shim| shim.list_pools(request).await);
             let pools = pools.map_err(|status| status.to_string())?;
-            assert_eq!(pools.nodes_connected, 0, "it is let in");
+            assert_eq!(pools.nodes_connected, 0, "accepted");
             match pools.nodes_unreachable {
                 2 => Ok(()),
                 nodes => Err(format!("{nodes}")),
@@ -187,14 +187,14 @@ fn drivers_let_in_shims_and_nobody_else(cluster: &Cluster) {
         },
     );
     wait_until("the reason", Duration::from_secs(20), || {
-        match caller.process.log().contains("a driver is out of reach") {
+        match caller.process.log().contains("cannot reach a driver") {
             true => Ok(()),
             false => Err(caller.process.log()),
         }
     });
 }
 
-/// Two nodes, three slots each, and what their runs have left of the headroom.
+/// Two nodes with three slots each, and the headroom that their runs leave.
 fn the_nodes_are_told_of(client: &Client, runs: u32) {
     let request = GetClusterStatusRequest {};
     let status = client.call(async |mut shim| shim.get_cluster_status(request).await);
@@ -226,7 +226,7 @@ fn all_are_listed_by_any_shim(clients: &[Client; 3], runs: &[Run]) {
     expected.sort_unstable_by(|a, b| b.cmp(a));
     for client in clients {
         let mut request = ListRunsRequest {
-            // That it is accepted does not say that its command runs already.
+            // The command of an accepted run may not have started yet.
             states: vec![RunState::Claimed.into(), RunState::Running.into()],
             page_size: 1,
             ..Default::default()
@@ -272,7 +272,7 @@ fn each_run_has_a_container_of_its_own(shims: &[Shim; 3]) {
     assert_eq!(names.iter().collect::<HashSet<_>>().len(), 24, "{names:?}");
 }
 
-/// Whoever is told anything of the command is told the same.
+/// All callers that learn the result of the command learn the same result.
 fn one_run_asked_for_three_times_at_once_runs_once(cluster: &Cluster, shims: &[Shim; 3]) {
     for _ in 0..3 {
         let run_id = Uuid::now_v7().to_string();

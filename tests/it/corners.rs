@@ -1,5 +1,5 @@
-//! Rare turns of plain tasks, most of them from what Nomad's Docker driver is tested for
-//! upstream (`tests/BEHAVIOURS.md`).
+//! Rare cases of plain tasks. Most are from the upstream tests of Nomad's Docker driver
+//! (`tests/BEHAVIOURS.md`).
 
 use std::{fs, process::Command, time::Duration};
 
@@ -28,11 +28,11 @@ fn container(alloc: &str) -> String {
 
 const FOREVER: &str = "while :; do sleep 1; done";
 
-/// C015, C078 and an image that has to be asked for: the start fails, in words.
+/// C015, C078 and an image that must be pulled: the start fails, and the error says why.
 #[test]
 fn starts_that_fail_say_why() {
     let nomad = Nomad::start();
-    // Nobody listens there, so that whoever asks this registry fails.
+    // Nothing listens at the registry's address, so a pull from there fails.
     let here = ["127.0.0.1:9/here:1", "127.0.0.1:9/here:latest"];
     for name in here {
         docker::docker(&["tag", IMAGE, name]);
@@ -49,7 +49,7 @@ fn starts_that_fail_say_why() {
             ),
             "Exit Code: 2",
         ),
-        // dockerd's own words show that it was asked for it, whatever the disk can do.
+        // dockerd's own error shows that dockerd got the option, whatever the disk supports.
         (
             "storage",
             batch(
@@ -86,7 +86,7 @@ fn starts_that_fail_say_why() {
     }
 }
 
-/// C013: somebody removes the container; the task has ended, and is told so.
+/// C013: somebody removes the container. The task has ended, and Nomad shows that.
 #[test]
 fn a_container_removed_by_somebody_else_ends_its_task() {
     let nomad = Nomad::start();
@@ -101,7 +101,7 @@ fn a_container_removed_by_somebody_else_ends_its_task() {
     assert_eq!(journal.count(), 0);
 }
 
-/// Every limit of a live container goes up and down, and traffic with it.
+/// Every limit of a live container can be raised and lowered, the bandwidth too.
 #[test]
 fn limits_are_raised_and_lowered_on_a_live_container() {
     let limits = [
@@ -115,7 +115,7 @@ fn limits_are_raised_and_lowered_on_a_live_container() {
     let id = id.trim();
     let pid = docker::inspect(id)["State"]["Pid"].as_u64().unwrap();
     let handle = Handle::open(u32::try_from(pid).unwrap(), &Limits::IDLE).unwrap();
-    // What is lowered is lowered before a command starts, what is raised beside it.
+    // The driver lowers limits before a command starts, and raises limits while it starts.
     let slower = Limits {
         mbits: Limits::IDLE.mbits - 1,
         ..Limits::RUN
@@ -155,7 +155,7 @@ fn limits_are_raised_and_lowered_on_a_live_container() {
     docker::docker(&["rm", "--force", id]);
 }
 
-/// Half a minute and more each: `make test-long`.
+/// Cases that take more than half a minute each: `make test-long`.
 mod long {
     use super::*;
 
@@ -197,7 +197,7 @@ mod long {
         assert_eq!(nomad.logs(job::id(&ended), "stdout"), b"");
     }
 
-    /// C180: what a script check calls, with a command that takes too long.
+    /// C180: the driver call of a script check, with a command that takes too long.
     #[test]
     fn a_script_that_hangs_is_ended_at_its_timeout() {
         let nomad = Nomad::start();
@@ -230,7 +230,7 @@ mod long {
         assert_eq!(nomad.wait_started("checked"), id, "the task goes on");
     }
 
-    /// C088, C089: names in a network of the user's own, and the host's network.
+    /// C088, C089: names in a user-defined network, and the host's network.
     #[test]
     fn networks_by_name_and_the_hosts_own() {
         let nomad = Nomad::start();
@@ -248,7 +248,7 @@ mod long {
         task(&mut serves)["Services"] = json!([{ "Name": "db", "Provider": "nomad" }]);
         nomad.submit(&serves);
         let alloc = nomad.wait_started("server");
-        // Its address there is what others in the network use.
+        // Other containers in the network use the address of the container there.
         let own =
         docker::inspect(&container(&alloc))["NetworkSettings"]["Networks"][&network]["IPAddress"]
             .clone();

@@ -1,5 +1,4 @@
-//! Credentials: from where callers keep them into the one container that may use them, past
-//! everybody else.
+//! Credentials reach the one container that may use them, and nobody else sees them.
 
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
@@ -43,7 +42,7 @@ pub(crate) fn put(user_id: &str, provider: &str, credential: Credential) -> PutC
     }
 }
 
-/// Code and reason of an error.
+/// The code and the reason of an error.
 pub(crate) fn why(status: &Status) -> (Code, String) {
     let details = status.get_error_details();
     let info = details.error_info().expect("every error has it");
@@ -58,7 +57,7 @@ pub(crate) fn key_file(folder: &Path, keys: &[[u8; 32]]) -> String {
     path.display().to_string()
 }
 
-/// Has `tester`'s key for Anthropic sealed by another process, and puts the record into the store.
+/// Puts `tester`'s key for Anthropic into the store, as a record that another process has sealed.
 pub(crate) fn put_sealed(shim: &Shim, folder: &Path, keys: &str, key: &str) {
     let mut seal = shim.command(&["credentials", "seal", "anthropic", "--user", "tester"]);
     seal.args(["--master-key-file", keys]);
@@ -67,11 +66,11 @@ pub(crate) fn put_sealed(shim: &Shim, folder: &Path, keys: &str, key: &str) {
     fs::write(&sealed, record).expect("a file can be written");
     let mut put = shim.command(&["credentials", "put", "anthropic", "--user", "tester"]);
     let told = succeed(put.arg("--sealed-file").arg(sealed));
-    assert_eq!(told, "kept api_key of tester for anthropic, version 1\n");
+    assert_eq!(told, "stored api_key of tester for anthropic, version 1\n");
 }
 
 /// A sealed credential goes from the store into the container. Neither the driver nor the
-/// shim has it in its memory, while the command has it and after.
+/// shim has it in memory, neither while the command has it nor afterwards.
 #[test]
 fn a_stored_key_is_in_the_container_and_in_nobody_elses_memory() {
     let folder = Folder::new("pdcred-");
@@ -82,7 +81,7 @@ fn a_stored_key_is_in_the_container_and_in_nobody_elses_memory() {
     let shim = Shim::dev_with(&["anthropic=1"], &options);
     let client = shim.client();
 
-    // Sealed by another process, so that the shim has seen it in no call.
+    // Another process seals the key, so that no call to the shim contains it.
     let key = fresh_key();
     put_sealed(&shim, folder.path(), &keys, &key);
 
@@ -99,7 +98,7 @@ fn a_stored_key_is_in_the_container_and_in_nobody_elses_memory() {
         match client.next(&mut run).unwrap() {
             Some(Event::Stdout(output)) => break output.data,
             Some(_) => {}
-            None => panic!("it ended"),
+            None => panic!("the stream ended"),
         }
     };
     assert!(hash.starts_with(hex::encode(Sha256::digest(&key)).as_bytes()));
@@ -136,11 +135,11 @@ fn a_stored_key_is_in_the_container_and_in_nobody_elses_memory() {
 
 /// A shim with master keys and without a store.
 struct Site {
-    // Dropped before the folder that holds its keys.
+    // Dropped before the folder with the shim's keys.
     shim: Shim,
     client: Client,
     keys: String,
-    /// What users have.
+    /// The credentials of users.
     token: String,
     folder: Folder,
 }
@@ -148,7 +147,7 @@ struct Site {
 impl Site {
     fn start(pools: &[&str]) -> Self {
         let folder = Folder::new("pdcred-");
-        // It opens the record of an earlier system.
+        // This key opens the record of an earlier system.
         let golden: [u8; 32] = std::array::from_fn(|at| u8::try_from(at).expect("it is small"));
         let keys = key_file(folder.path(), &[rand::random(), golden]);
         let shim = Shim::dev_with(pools, &["--master-key-file", &keys]);
@@ -161,31 +160,31 @@ impl Site {
         }
     }
 
-    /// What the command prints.
+    /// The output of the command.
     #[track_caller]
     fn run(&self, provider: &str, credential: Credential, script: &str) -> String {
         let start = RunStart {
             credential: Some(credential),
             ..shell(provider, script)
         };
-        let outcome = self.client.run(start).expect("it runs");
+        let outcome = self.client.run(start).expect("a whole run");
         assert_eq!(outcome.exited.exit_code, 0, "{}", outcome.stderr());
         outcome.stdout()
     }
 
-    /// Reason and message of the refusal, which never holds the token.
+    /// The reason and the message of the refusal. The message never contains the token.
     #[track_caller]
     fn refused(&self, provider: &str, credential: Credential) -> ((Code, String), String) {
         let start = RunStart {
             credential: Some(credential),
             ..shell(provider, "true")
         };
-        let status = self.client.run(start).expect_err("it is refused");
+        let status = self.client.run(start).expect_err("a refusal");
         assert!(!status.message().contains(&self.token), "{status}");
         (why(&status), status.message().to_owned())
     }
 
-    /// The token, sealed by another process.
+    /// The token, which another process has sealed.
     fn seal(&self, user: &str, provider: &str, master: &str) -> Credential {
         let mut seal = self.shim.command(&["credentials", "seal", provider]);
         seal.args(["--user", user, "--master-key-file", master]);
@@ -193,7 +192,7 @@ impl Site {
         let record = succeed(seal.env("ANTHROPIC_API_KEY", &self.token));
         let record = BASE64_STANDARD.decode(record.trim());
         Credential {
-            source: Some(Source::SealedRecord(record.expect("it is base64").into())),
+            source: Some(Source::SealedRecord(record.expect("valid base64").into())),
         }
     }
 }
@@ -267,7 +266,7 @@ fn a_record_of_an_earlier_system_opens_for_its_provider() {
         ..record.clone()
     };
     assert_eq!(site.refused("google", scrypt(changed)).0, not_opened());
-    // Its project is of no use to others.
+    // Other providers cannot use a project.
     let (reason, words) = site.refused("openai", scrypt(record));
     assert_eq!(reason, invalid());
     assert!(
@@ -439,13 +438,13 @@ fn the_real_clis_sign_in_with_their_users_accounts() {
     }
 }
 
-/// What a provider's CLI keeps of an account.
+/// The file in which a provider's CLI keeps an account.
 fn account(provider: &str, token: &str) -> Credential {
     let content = account_file(provider, token);
     in_the_clear(Kind::OauthFile(content.to_string().into()))
 }
 
-/// The file of one that was refreshed lately.
+/// The file of an account that was refreshed recently.
 pub(crate) fn account_file(provider: &str, token: &str) -> Value {
     let part = |json: Value| BASE64_URL_SAFE_NO_PAD.encode(json.to_string());
     match provider {

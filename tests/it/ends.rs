@@ -1,4 +1,4 @@
-//! How a run ends: by itself, by its deadline, by its caller, by the kernel.
+//! How a run ends: by itself, at its deadline, by its caller, by the kernel.
 
 use std::time::{Duration, Instant};
 
@@ -47,7 +47,7 @@ fn a_caller_that_stops_reading_cannot_keep_its_slot() {
         kill_timeout: seconds(1),
         ..shell("anthropic", "yes")
     };
-    // Accepted, and then not read at all.
+    // The run is accepted, and its caller never reads.
     let run = client.start(start).unwrap();
     let next = client.run(shell("anthropic", "echo next")).unwrap();
     assert_eq!(next.stdout(), "next\n");
@@ -127,7 +127,7 @@ fn a_deadline_is_kept_without_init() {
 fn what_a_command_leaves_behind_ends_with_it() {
     let shim = Shim::dev(&["anthropic=1"]);
     let client = shim.client();
-    // The orphan holds the pipe open; the run ends all the same, with its output.
+    // An orphan process keeps the pipe open. The run ends anyway, with its output.
     let outcome = client
         .run(shell(
             "anthropic",

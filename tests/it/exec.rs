@@ -1,4 +1,4 @@
-//! `nomad alloc exec` into plain tasks: Nomad's own conformance cases and worse.
+//! `nomad alloc exec` into plain tasks: Nomad's own conformance cases and harder ones.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use polydev_tests::{
 };
 use serde_json::json;
 
-/// One case: the command for `/bin/sh -c`, its input, and exactly what comes back.
+/// One case: the command for `/bin/sh -c`, its input, and its exact output.
 struct Case {
     name: &'static str,
     tty: bool,
@@ -128,7 +128,7 @@ fn the_conformance_cases_pass_through_the_agents_api() {
             assert_eq!(done.stderr, case.stderr, "{label}");
             assert_eq!(done.exit_code, case.exit_code, "{label}");
         }
-        // C179: what an exec writes is in the task, and not on the host.
+        // C179: a file that an exec writes is in the task, and not on the host.
         let script = "FILE=$(mktemp); echo \"$FILE\"; echo 'hello from the other side' >\"$FILE\"";
         let made = nomad.exec(&id, &["/bin/sh", "-c", script], false, b"");
         let path = made.stdout.trim();
@@ -147,7 +147,7 @@ fn the_conformance_cases_pass_through_the_agents_api() {
     }
 }
 
-/// C181: an archive through stdin, whose end must be seen.
+/// C181: an archive through stdin. The command must see the end of stdin.
 #[test]
 fn a_megabyte_goes_in_and_out_of_an_exec() {
     let nomad = Nomad::start();
@@ -175,7 +175,7 @@ fn a_megabyte_goes_in_and_out_of_an_exec() {
     );
 }
 
-/// Nomad's command line, `count` times; how many were cut short.
+/// Runs Nomad's command line `count` times. Returns how many outputs were cut short.
 pub(crate) fn truncated(nomad: &Nomad, id: &str, count: usize) -> usize {
     let expected: String = (1..=200_000).map(|line| format!("{line}\n")).collect();
     let run = |_: &usize| {

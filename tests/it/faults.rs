@@ -1,4 +1,4 @@
-//! What dies or fills up around plain tasks: a dockerd, a disk.
+//! Faults around plain tasks: a dockerd dies, a disk is full.
 
 use std::{
     fs,
@@ -35,7 +35,7 @@ fn offline(script: &str, options: Value) -> Value {
     config
 }
 
-/// Nomad tries again, and again.
+/// A task that Nomad restarts repeatedly.
 fn restarting(mut job: Value) -> Value {
     job["TaskGroups"][0]["RestartPolicy"] = json!({
         "Attempts": 20, "Interval": 600_000_000_000_u64, "Delay": 500_000_000, "Mode": "fail",
@@ -81,7 +81,7 @@ fn tasks_outlive_a_killed_dockerd_and_the_node_says_how_it_is() {
                 last => Err(format!("{last:?}")),
             }
         });
-        // An agent gathers such news for up to ten seconds.
+        // An agent collects such changes for up to ten seconds.
         wait_until("the node's", Duration::from_secs(20), || {
             let driver = nomad.driver();
             if driver["Healthy"] == healthy {
@@ -97,7 +97,7 @@ fn tasks_outlive_a_killed_dockerd_and_the_node_says_how_it_is() {
         let folder = nomad.folder().join("data/alloc").join(alloc).join("alloc");
         fs::write(folder.join("go"), "").unwrap();
     };
-    // Init knows how its command ended, and moved its output, without dockerd.
+    // Without dockerd, init knows how its command ended, and has moved the output.
     go(&allocs[0]);
     let ended = nomad.wait_dead("with-init");
     assert!(
@@ -116,7 +116,7 @@ fn tasks_outlive_a_killed_dockerd_and_the_node_says_how_it_is() {
         "{}",
         events(&ended)
     );
-    // What was read in dockerd's last second may come twice; nothing is lost.
+    // Output of dockerd's last second may come twice; nothing is lost.
     let output = String::from_utf8(nomad.logs(&allocs[1], "stdout")).unwrap();
     assert!(
         output == "one\ntwo\n" || output == "one\none\ntwo\n",
@@ -127,7 +127,7 @@ fn tasks_outlive_a_killed_dockerd_and_the_node_says_how_it_is() {
 
 /// A dockerd that is killed at a request of its driver.
 struct Killed {
-    // Dropped first: its end asks the dockerd.
+    // Dropped first: the agent's end needs the dockerd.
     nomad: Nomad,
     proxy: DockerProxy,
     engine: Arc<Mutex<Engine>>,
@@ -148,7 +148,7 @@ impl Killed {
         self.engine.lock().expect("nobody panics with it")
     }
 
-    /// Kills it at the next request of that kind about containers.
+    /// Kills dockerd at the next request of this kind about containers.
     fn kill_at(&self, when: When, method: &'static str, path_end: &'static str) {
         let is = move |request: &str| {
             request.starts_with(method)
@@ -165,7 +165,7 @@ impl Killed {
         });
     }
 
-    /// Waits until it is killed, and starts it again.
+    /// Waits until dockerd is killed, and starts it again.
     #[track_caller]
     fn revive(&self, at: &str) {
         let killed = format!("dockerd is killed at {at}");
@@ -173,7 +173,7 @@ impl Killed {
             if self.engine().is_killed() {
                 Ok(())
             } else {
-                Err("it lives".to_owned())
+                Err("still running".to_owned())
             }
         });
         self.engine().restart();
@@ -181,7 +181,7 @@ impl Killed {
     }
 }
 
-/// Takes over a minute: `long` has it as a test.
+/// Takes more than a minute, so `long` has the test.
 pub(crate) fn a_dockerd_is_killed_in_the_middle_of_calls() {
     let killed = Killed::start();
     tasks_end_as_they_would_with_another_dockerd(&killed);
@@ -215,7 +215,7 @@ fn tasks_end_as_they_would_with_another_dockerd(killed: &Killed) {
         ("wait", When::Asked, "GET", "/json", &without),
         ("logs", When::Asked, "GET", "/logs", &without),
     ] {
-        // The start asks in the same words as the wait.
+        // The start sends the same request as the wait.
         let at_end = name == "wait";
         if !at_end {
             killed.kill_at(when, method, path_end);
@@ -265,10 +265,10 @@ fn an_exec_fails_and_a_removal_is_made_again(killed: &Killed) {
     wait_nothing_left(&killed.engine());
 }
 
-/// The registry never answers, so that the pull is sure to be under way.
+/// The registry never answers, so that the pull is certainly under way.
 fn a_pull_is_tried_again(killed: &Killed) {
     let registry = TcpListener::bind("127.0.0.1:0").expect("a port is free");
-    let reference = format!("{}/never:1", registry.local_addr().expect("it listens"));
+    let reference = format!("{}/never:1", registry.local_addr().expect("a listener"));
     killed.kill_on(When::Asked, |request| request.ends_with("/images/create"));
     let mut job = restarting(batch(
         "pull",
@@ -288,7 +288,7 @@ fn a_pull_is_tried_again(killed: &Killed) {
     );
 }
 
-/// C023: Nomad asks again for a task whose start its driver did not survive.
+/// C023: Nomad starts a task again if the driver died during the first start.
 #[test]
 fn a_driver_killed_in_the_middle_of_a_start_starts_the_task_once() {
     let proxy = DockerProxy::start(Path::new("/var/run/docker.sock"));

@@ -1,4 +1,4 @@
-//! Files that a run gets, and artifacts that it leaves.
+//! Files that a run gets, and artifacts that a run leaves.
 
 use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
 
@@ -37,7 +37,7 @@ fn wanted(patterns: &[&str]) -> Option<ArtifactRules> {
     })
 }
 
-/// Bytes of which no two places are alike.
+/// Bytes that differ at all positions, so that a test sees a shifted or missing part.
 fn content(length: usize) -> Bytes {
     let blocks = (0_u64..).flat_map(|block| Sha256::digest(block.to_be_bytes()));
     blocks.take(length).collect()
@@ -74,7 +74,7 @@ pub(crate) fn gets(client: &Client) -> Gets {
 }
 
 impl Gets {
-    /// Gives it the rest, and looks what it read.
+    /// Sends the other half of the files, and checks what the run read.
     pub(crate) fn finish(self, client: &Client) {
         send(client, &self.run, &self.rest);
         let outcome = client.finish(self.run).expect("the run goes on");
@@ -82,7 +82,7 @@ impl Gets {
     }
 }
 
-/// A run whose artifacts are half fetched.
+/// A run whose caller has fetched half of its artifacts.
 pub(crate) struct Leaves {
     run: Run,
     data: Vec<u8>,
@@ -106,7 +106,7 @@ pub(crate) fn leaves(client: &Client) -> Leaves {
 }
 
 impl Leaves {
-    /// Fetches the rest.
+    /// Fetches the other half.
     pub(crate) fn finish(self, client: &Client) {
         let Self { mut run, mut data } = self;
         let exited = loop {
@@ -169,7 +169,7 @@ fn a_script_is_brought_and_what_it_makes_is_taken_home() {
     }
     assert_eq!(fs::read_dir(path("home/out")).unwrap().count(), 2);
 
-    // The next one has an empty workspace. What goes beyond a limit is named.
+    // The next run has an empty workspace. The report names artifacts beyond a limit.
     client.wait_idle("anthropic", 1);
     let limited = RunStart {
         artifacts: Some(ArtifactRules {
@@ -224,12 +224,12 @@ fn a_job_has_its_files_and_keeps_its_artifacts() {
     assert_eq!(outcome.artifact_data, b"edcba");
     assert_eq!(outcome.artifacts.files[0].path, "made");
 
-    // Once more, as it has ended meanwhile.
+    // Once more, because the run has ended meanwhile.
     let again = client.attach(&accepted.run_id, [0; 2]).unwrap();
     let again = client.finish(again).unwrap();
     assert_eq!(again.artifact_data, b"edcba");
 
-    // With a caller as well.
+    // The same with a caller.
     client.wait_idle("anthropic", 1);
     let outcome = client.run(start(files)).unwrap();
     assert_eq!(outcome.artifact_data, b"edcba");
@@ -256,7 +256,7 @@ fn a_job_has_its_files_and_keeps_its_artifacts() {
     assert_eq!(fs::read_to_string(path("out")).unwrap(), "detached\n");
 }
 
-/// Neither CLI is asked: what reads the prompt is named like one.
+/// No real CLI runs: the program that reads the prompt has the name of one.
 #[test]
 fn a_prompt_too_long_for_an_argument_is_the_commands_stdin() {
     let shim = Shim::dev(&["anthropic=1"]);
@@ -361,27 +361,27 @@ fn files_that_come_too_early_too_long_or_cut_short_start_nothing(client: &Client
         },
         vec![Input::Files("a".into()), Input::Stdin("b".into())],
     );
-    let early = early.expect_err("it is refused");
+    let early = early.expect_err("a refusal");
     assert!(
         early
             .message()
-            .starts_with("`stdin` is `some with 1 bytes of the files to come`"),
+            .starts_with("`stdin` is `sent with 1 bytes of the files missing`"),
         "{early}"
     );
     let many = gives(with(vec![file("a", 2)]), vec![Input::Files("abc".into())]);
-    let many = many.expect_err("it is refused");
+    let many = many.expect_err("a refusal");
     assert!(
         many.message()
-            .starts_with("`files` is `3 bytes, of which 2 are left`"),
+            .starts_with("`files` is `3 bytes, with 2 bytes missing`"),
         "{many}"
     );
 
-    // Its caller is gone; the files will not come.
+    // The caller is gone, so the files will not arrive.
     let few = gives(
         with(vec![file("a", 2)]),
         vec![Input::Files("a".into()), Input::CloseStdin(CloseStdin {})],
     );
-    let few = few.expect("it ends");
+    let few = few.expect("a clean end");
     assert_eq!(few.exited.reason(), ExitReason::NotStarted);
     assert_eq!(few.exited.message, "its files ended after 1 of 2 bytes");
 }
@@ -395,7 +395,7 @@ fn a_run_that_waits_for_its_files_can_be_ended_and_gone_back_to() {
     let ended = client.finish(waits).unwrap();
     assert_eq!(ended.exited.reason(), ExitReason::Cancelled);
 
-    // A caller that comes back continues where its files are.
+    // A caller that comes back continues its files at the run's offset.
     client.wait_idle("anthropic", 1);
     let start = RunStart {
         command: Some(Command::Argv(Argv {

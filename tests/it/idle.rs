@@ -1,4 +1,5 @@
-//! Idle containers outlive their driver, for a next one that would make them so.
+//! Idle containers outlive their driver. The next driver takes over those that it would make in
+//! the same way.
 
 use std::{fs, time::Duration};
 
@@ -13,7 +14,7 @@ use serde_json::Value;
 
 use crate::{leases, survive::kill_driver};
 
-/// Changes what is on record of idle containers, one field of each; which ones.
+/// Changes one field in the record of each of some idle containers. Returns those containers.
 fn alter_idle(nomad: &Nomad, fields: &[(&str, Value)]) -> Vec<String> {
     let records = fs::read_dir(nomad.state_dir().join("idle")).expect("a driver keeps records");
     let altered = records.zip(fields).map(|(file, (field, value))| {
@@ -30,11 +31,11 @@ fn alter_idle(nomad: &Nomad, fields: &[(&str, Value)]) -> Vec<String> {
     altered.collect()
 }
 
-/// Of a pool of five idle slots.
+/// Needs a pool of five idle slots.
 pub(crate) fn are_taken_up_if_they_would_be_made_so(nomad: &Nomad, client: &Client) {
-    // An idle container is the next driver's too, and is claimed once; then the slot has another.
+    // The next driver takes over an idle container. It serves one claim; then the slot has another.
     let label = instance_label(&nomad.state_dir());
-    // That of a lease is nobody's then: its key has been told to a caller.
+    // The next driver does not take over the container of a lease: a caller knows its public key.
     let idle = docker::wait_containers(&label, 5);
     leases::allocate(client, 300).expect("a slot is idle");
     kill_driver(nomad);
@@ -44,14 +45,14 @@ pub(crate) fn are_taken_up_if_they_would_be_made_so(nomad: &Nomad, client: &Clie
     assert_eq!(kept, 4, "of {idle:?} in {now:?}");
     let outcome = client
         .run(shell("anthropic", "echo again"))
-        .expect("it runs");
+        .expect("a whole run");
     assert_eq!(outcome.stdout(), "again\n");
     client.wait_idle("anthropic", 5);
     let still = docker::wait_containers(&label, 5);
     let kept = still.iter().filter(|id| now.contains(id)).count();
     assert_eq!(kept, 4, "of {now:?} in {still:?}");
 
-    // Not by one that would make it otherwise by now: another init.
+    // A driver with another init takes over no container.
     nomad.upgrade();
     kill_driver(nomad);
     let others = || {
@@ -65,7 +66,7 @@ pub(crate) fn are_taken_up_if_they_would_be_made_so(nomad: &Nomad, client: &Clie
     wait_until("other containers", Duration::from_secs(60), others);
     client.wait_idle("anthropic", 5);
 
-    // Nor if it was another version, or if names or limits are others now.
+    // Nor does a driver take over a container of another version, or with other names or limits.
     let altered = alter_idle(
         nomad,
         &[
@@ -89,6 +90,6 @@ pub(crate) fn are_taken_up_if_they_would_be_made_so(nomad: &Nomad, client: &Clie
     client.wait_idle("anthropic", 5);
     let outcome = client
         .run(shell("anthropic", "echo anew"))
-        .expect("it runs");
+        .expect("a whole run");
     assert_eq!(outcome.stdout(), "anew\n");
 }

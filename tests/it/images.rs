@@ -1,4 +1,4 @@
-//! The images, for people who `docker run` them: every documented command, as written.
+//! The images with `docker run`: every documented command, as written.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -138,7 +138,7 @@ fn a_warm_container_stays_up_without_a_key() {
     for image in IMAGES {
         let provider = format!("PROVIDER={}", image.provider);
         let tag = image.tag();
-        // As documented, with `--detach` added to get the prompt back.
+        // As documented, with `--detach` so that the command returns.
         let args = [
             "run",
             "--rm",
@@ -161,7 +161,7 @@ fn a_warm_container_stays_up_without_a_key() {
             }
         });
         assert_eq!(docker::inspect(&id)["State"]["Running"], true);
-        // It heeds SIGTERM, so that stopping it does not take ten seconds.
+        // The container ends at SIGTERM, so that its stop does not take ten seconds.
         docker(&["stop", "--time", "30", &id]);
     }
 }

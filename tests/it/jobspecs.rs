@@ -1,4 +1,4 @@
-//! The jobs of `jobspecs/` are ones that Nomad takes, and the images' copies agree.
+//! Nomad accepts the jobs of `jobspecs/`, and the images' copies are the same.
 
 use std::{fs, time::Duration};
 
@@ -59,7 +59,7 @@ fn what_the_images_share_is_the_same_in_each() {
     }
 }
 
-/// The examples of the documentation do what they say.
+/// The examples of the documentation do what the documentation says.
 #[test]
 fn the_examples_run_as_they_are() {
     let nomad = Nomad::start();

@@ -1,4 +1,4 @@
-//! Slots that are kept for a run before its command is known.
+//! Leases: a slot is kept for a run before the run's command is known.
 
 use std::time::Duration;
 
@@ -47,7 +47,7 @@ fn a_leased_slot_is_for_its_run_alone() {
     let listed = succeed(&mut shim.command(&["pool", "show", "anthropic"]));
     assert!(listed.contains("leased"), "{listed}");
 
-    // Another run gets the other slot, and a third none.
+    // Another run gets the other slot. A third run gets none.
     let other = client
         .start(RunStart {
             stdin: true,
@@ -67,7 +67,7 @@ fn a_leased_slot_is_for_its_run_alone() {
         Code::ResourceExhausted
     );
 
-    // Nor is it another user's.
+    // Another user cannot use the lease.
     let stranger = RunStart {
         user_id: "mallory".into(),
         ..on(&lease, "true")
@@ -91,7 +91,7 @@ fn a_leased_slot_is_for_its_run_alone() {
     };
     let refused = client.start(other_provider).map(drop).unwrap_err();
     assert!(
-        refused.message().contains("its slot is of `anthropic`"),
+        refused.message().contains("its slot is for `anthropic`"),
         "{refused}"
     );
 
@@ -110,7 +110,7 @@ fn a_leased_slot_is_for_its_run_alone() {
         ("here\n", 6)
     );
 
-    // It is used up: the same run is gone back to, and another is refused.
+    // The lease is used up: the same run is attached to, and another run is refused.
     let again = client
         .start(on(&lease, "echo here; exit 6"))
         .map(drop)
@@ -152,7 +152,7 @@ fn a_lease_that_ends_or_is_given_back_leaves_another_container() {
     ends(&|_| {}, 1);
     ends(&|lease| release(&client, lease, "tester").unwrap(), 300);
 
-    // A job may have one too.
+    // A job may use a lease too.
     client.wait_idle("anthropic", 1);
     let lease = allocate(&client, 300).unwrap();
     let start = Some(on(&lease, "echo job"));

@@ -1,4 +1,4 @@
-//! What takes minutes: `make test-long`.
+//! Tests that take minutes: `make test-long`.
 
 use std::{
     fs::{self, File},
@@ -49,8 +49,8 @@ fn forty_allocations_at_once_lose_no_line_ten_times_over() {
     }
 }
 
-/// Through the same agent, Nomad's Docker driver cut 35 of 100 such outputs short, and `docker
-/// exec` itself none: neither the agent nor dockerd is where they are lost.
+/// Through the same agent, Nomad's Docker driver cut 35 of 100 such outputs short. `docker exec`
+/// itself cut none. So neither the agent nor dockerd loses the output.
 #[test]
 fn nothing_is_cut_off_the_end_of_an_exec_two_hundred_times() {
     let nomad = Nomad::start();
@@ -59,8 +59,8 @@ fn nothing_is_cut_off_the_end_of_an_exec_two_hundred_times() {
     assert_eq!(truncated(&nomad, &id, 200), 0);
 }
 
-/// Nomad's Docker driver looks every five minutes for containers that are its own and in
-/// no task, and removes them; so does ours. Neither takes the other's.
+/// Every five minutes, Nomad's Docker driver removes its own containers that are in no task. Our
+/// driver does the same with its own. Neither removes containers of the other.
 #[test]
 fn beside_nomads_docker_driver_nothing_is_killed() {
     let nomad = Nomad::start_beside_docker("");
@@ -101,7 +101,8 @@ fn beside_nomads_docker_driver_nothing_is_killed() {
     }
 }
 
-/// What looks like ours and is in no book goes after the grace; what is not ours stays.
+/// After the grace period, the driver removes a container that has its labels and no record. It
+/// leaves other containers alone.
 #[test]
 fn what_belongs_to_nothing_is_removed_and_nothing_else() {
     let often = "gc {\n dangling_containers {\n period = \"1m\"\n creation_grace = \"1m\"\n }\n }";
@@ -234,7 +235,7 @@ fn slots_wait_for_a_dockerd_that_is_away_however_long() {
         engine.kill();
     }
     client.run(client::shell("anthropic", "true")).unwrap();
-    // Longer than a slot bears with failures of its own.
+    // Longer than a slot tolerates failures of its own.
     std::thread::park_timeout(Duration::from_secs(35));
     assert_eq!(client.pool("anthropic").failed, 0);
     for engine in &mut cluster.engines {
@@ -279,7 +280,7 @@ fn a_node_that_nomad_has_lost_keeps_its_runs_within_reach_of_every_shim() {
             Err(status.to_string())
         }
     });
-    // More than what a shim sleeps between two looks at the nodes, and than their answer takes.
+    // Longer than a shim's interval between two looks at the nodes, and the time for the answers.
     let looked = Instant::now();
     while looked.elapsed() < Duration::from_secs(3) {
         for client in &clients {
@@ -290,7 +291,7 @@ fn a_node_that_nomad_has_lost_keeps_its_runs_within_reach_of_every_shim() {
     let attached = clients[1].attach(&run.accepted.run_id, [0; 2]).unwrap();
     cluster.restart_agent(number, Signal::SIGKILL);
     cluster.wait_healthy();
-    // Nomad has placed the pool's slot anew, and stops the one that it had lost.
+    // Nomad has placed another slot for the pool, and stops the lost one.
     clients[0].send(&run, Input::Stdin(b"further\n".to_vec().into()));
     run.close();
     for (client, run) in clients.iter().zip([run, attached]) {
@@ -329,10 +330,11 @@ fn a_driver_that_does_not_answer_leaves_no_run_in_doubt_that_it_can_settle() {
         client.wait_idle("anthropic", 1);
         outcome
     };
-    // Longer than a claim's answer is waited for: it did not run, and runs after all.
+    // Longer than the shim waits for the answer to a claim. The run has not started, and starts
+    // later.
     let late = stopped("echo late", Some(Duration::from_secs(13))).unwrap();
     assert_eq!(late.stdout(), "late\n");
-    // For ever.
+    // The driver never answers.
     let told = stopped("echo never", None).unwrap_err();
     assert_eq!(told.code(), Code::Aborted, "{told}");
     let details = told.get_error_details();
@@ -355,7 +357,7 @@ fn a_claim_that_cannot_be_written_down_is_refused_and_its_slot_stays() {
         queue_timeout: Some(prost_types::Duration::default()),
         ..client::shell("anthropic", "true")
     };
-    // What is left of the journal's last page takes some.
+    // Some claims still fit into the last page of the journal.
     let refused = (0..50).find_map(|_| {
         client.wait_idle("anthropic", 1);
         client.run(at_once()).err()

@@ -1,6 +1,6 @@
-//! The whole system from outside, with real Docker, real Nomad and the real CLIs.
-//! They need root, and what `make test` installs. `.config/nextest.toml` says which run side by
-//! side.
+//! Tests of the whole system from outside, with real Docker, real Nomad and the real CLIs.
+//! The tests need root, and the programs that `make test` installs. `.config/nextest.toml` says
+//! which tests run in parallel.
 
 mod access;
 mod api;

@@ -1,4 +1,4 @@
-//! What a driver tells an OpenTelemetry Collector of its slots.
+//! The metrics of a driver's slots in an OpenTelemetry Collector.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ const STEPS: &str = "polydev_slot_steps_total";
 const COUNT: &str = "polydev_slot_state_duration_seconds_count";
 const TIMES: &str = "polydev_slot_state_duration_seconds_sum";
 
-/// Waits until the series with these labels come to that.
+/// Waits until the sum of the series with these labels has this value.
 #[track_caller]
 fn wait_for(collector: &Collector, name: &str, labels: &[&str], sum: f64) {
     wait_until("a figure", Duration::from_secs(30), || {
@@ -84,7 +84,7 @@ fn slots_their_states_and_every_step_with_its_cause_are_told_to_a_collector() {
     }
     let idle = ["state=\"warming\"", "next=\"idle\""];
     wait_for(&collector, COUNT, &idle, 3.0);
-    // The run was there until a figure that comes once a second had told so.
+    // The run lasted until the metric, which is sent once a second, had counted it.
     assert!(collector.sum(TIMES, &["state=\"claimed\""]) > 0.1);
 
     let show = ["pool", "show", "anthropic", "--output", "json"];
@@ -104,7 +104,7 @@ fn slots_their_states_and_every_step_with_its_cause_are_told_to_a_collector() {
     generations.sort_unstable();
     assert_eq!(generations, [Some(1), Some(2)]);
 
-    // One that dies is counted at its first death; those that are gone are in no state.
+    // A slot is counted as dead at its first death. A removed slot is in no state.
     let containers = docker::wait_containers(&instance_label(&nomad.state_dir()), 2);
     docker::docker(&["kill", &containers[0]]);
     wait_for(&collector, STEPS, &[PROVIDER, "cause=\"died\""], 1.0);

@@ -17,7 +17,7 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-/// GET from this machine; what a container of a task answers.
+/// The answer of a task's container to a GET from this machine.
 fn fetch(address: &str) -> Result<String, String> {
     let mut command = std::process::Command::new("curl");
     let answer = output(command.args([
@@ -43,7 +43,7 @@ const SERVER: &str =
 #[test]
 fn ports_are_published_and_the_groups_network_is_shared() {
     let nomad = Nomad::start();
-    // Docker's bridge, and a port of the host's.
+    // Docker's bridge, and a port of the host.
     let mut config = shell(SERVER);
     merge(
         &mut config,
@@ -122,7 +122,7 @@ fn container(id: &str) -> Value {
     docker::inspect(container)
 }
 
-/// Sends or fetches 2.5 MB, which take 2 s at 10 Mbit/s, less the burst of 64 KiB.
+/// Sends or fetches 2.5 MB. At 10 Mbit/s that takes 2 s, less the burst of 64 KiB.
 #[test]
 fn bandwidth_is_held_both_ways() {
     let nomad = Nomad::start();
@@ -165,7 +165,7 @@ fn bandwidth_is_held_both_ways() {
     assert_eq!(data.len(), 2_500_000);
     held("sent", begin);
 
-    // An interface that is not its own cannot be limited.
+    // The driver cannot limit an interface that the task does not own.
     let mut config = shell("true");
     merge(
         &mut config,
@@ -205,7 +205,7 @@ fn a_warm_slot_reaches_neither_the_hosts_services_nor_the_metadata_address() {
         );
         let outcome = client.run(run_shell("anthropic", &script)).unwrap();
         assert_eq!(outcome.stdout(), "0.000000", "{target} answered");
-        // Dropped, and not for want of a route: curl's status for a time out.
+        // curl's status for a time-out: the packets were dropped, so a route exists.
         assert_eq!(outcome.exited.exit_code, 28, "{target}");
     }
 }

@@ -1,4 +1,4 @@
-//! A run that is older than the node that it comes to: one try may have been elsewhere.
+//! A run that goes to a node that is newer than the run. An earlier try may have run elsewhere.
 
 use std::{
     collections::HashMap,
@@ -21,15 +21,15 @@ use crate::{once::fence, survive::driver};
 const OLDER: usize = 0;
 const NEWER: usize = 1;
 
-/// One node's driver begins without a journal, as a new node's does; runs that were made at the
-/// moment that is given back are older.
+/// Restarts one node's driver without a journal, as on a new node. Runs that were made at the
+/// returned time are older than the node.
 pub(crate) fn a_node_begins_anew(cluster: &Cluster) -> SystemTime {
     let state_dir = cluster.state_dir(NEWER);
     let journal = state_dir.join("runs.journal");
     fs::remove_file(&journal).expect("a driver has begun it");
     let made = SystemTime::now();
     let before = driver(&state_dir);
-    kill(before, Signal::SIGKILL).expect("it lives");
+    kill(before, Signal::SIGKILL).expect("a live process");
     wait_until("another driver", Duration::from_secs(60), || {
         match journal.exists() && driver(&state_dir) != before {
             true => Ok(()),
@@ -39,7 +39,7 @@ pub(crate) fn a_node_begins_anew(cluster: &Cluster) -> SystemTime {
     made
 }
 
-/// Every slot is idle before and after it.
+/// Every slot is idle before and after the test.
 pub(crate) fn a_run_that_is_older_than_its_node_runs_once(
     cluster: &Cluster,
     clients: &[Client; 3],
@@ -47,7 +47,7 @@ pub(crate) fn a_run_that_is_older_than_its_node_runs_once(
     slots: u32,
 ) {
     let made = made.duration_since(SystemTime::UNIX_EPOCH);
-    let made = made.expect("it is later");
+    let made = made.expect("a time after 1970");
     let older_id = || {
         let time = uuid::Timestamp::from_unix(NoContext, made.as_secs(), made.subsec_nanos());
         Uuid::new_v7(time).to_string()
@@ -59,7 +59,7 @@ pub(crate) fn a_run_that_is_older_than_its_node_runs_once(
         .collect();
     let newer = ids[format!("client{NEWER}").as_str()];
 
-    // Slots of the newer node alone are idle.
+    // Only slots of the newer node are idle.
     let start = RunStart {
         stdin: true,
         ..shell("anthropic", "read line")
@@ -72,7 +72,7 @@ pub(crate) fn a_run_that_is_older_than_its_node_runs_once(
     let end = |runs: Vec<Run>| {
         for mut run in runs {
             run.close();
-            clients[0].finish(run).expect("it ends");
+            clients[0].finish(run).expect("a clean end");
         }
     };
     end(ending);
@@ -87,16 +87,18 @@ pub(crate) fn a_run_that_is_older_than_its_node_runs_once(
     };
     let state_dir = cluster.state_dir(OLDER);
     let run_id = older_id();
-    let first = clients[0].run(once(&run_id, 1)).expect("it runs");
+    let first = clients[0].run(once(&run_id, 1)).expect("a whole run");
     assert_eq!(first.accepted.node_id, newer);
-    // Whoever would try it again is told by the other node, should it not know this one.
+    // A shim that does not know the newer node learns of the run from the older node.
     let told = fence(&state_dir, &run_id, 50);
     assert!(matches!(told.answer, Some(Answer::Fenced(_))), "{told:?}");
     assert_eq!(told.claims_on, [newer]);
-    let again = clients[1].run(once(&run_id, 2)).expect("it has run");
+    let again = clients[1]
+        .run(once(&run_id, 2))
+        .expect("the result of the run");
     assert_eq!(again.stdout(), first.stdout());
 
-    // Another try was at the other node, and may have been at one that is gone.
+    // Another try was at the older node, and may also have been at a node that is gone.
     let run_id = older_id();
     fence(&state_dir, &run_id, 50);
     let refused = clients[0].run(once(&run_id, 1));

@@ -1,4 +1,4 @@
-//! Under a real Nomad agent: the whole thread, and what Nomad sees of it.
+//! A run under a real Nomad agent from start to end, and what Nomad sees of the run.
 
 use std::{fs, process::Command, time::Duration};
 
@@ -40,7 +40,7 @@ fn the_real_clis_answer_with_their_users_keys_which_stay_nowhere() {
 
         let key = fresh_key();
         let text = format!("What is {}?", fresh_key());
-        // While the CLI runs with the key, everything around it is looked at.
+        // While the CLI runs with the key, the test searches everything around the CLI.
         let looked = seen.alive;
         let outcome = std::thread::scope(|scope| {
             let run = scope.spawn(|| shim.client().run(prompt(provider, &text, &key, &host.url)));
@@ -73,7 +73,7 @@ fn the_real_clis_answer_with_their_users_keys_which_stay_nowhere() {
         }
         keys.push(key);
 
-        // The container is gone, and its slot is warm again under the same allocation.
+        // The container is gone. Its slot is warm again, in the same allocation.
         client.wait_idle(provider, 2);
         let now = docker::wait_containers(&label, containers.len());
         assert_eq!(now.iter().filter(|id| !containers.contains(id)).count(), 1);
@@ -122,7 +122,7 @@ fn the_real_clis_answer_with_their_users_keys_which_stay_nowhere() {
     }
 }
 
-/// Plants a key in every place that is searched, and finds it in each.
+/// Plants a key in every place of the search, and finds it in each.
 fn prove_the_search(nomad: &Nomad, shim: &Shim) {
     let key = fresh_key();
     let planted = nomad.folder().join("data/planted");
@@ -149,7 +149,7 @@ fn prove_the_search(nomad: &Nomad, shim: &Shim) {
     sleeper.args(["-c", "sleep 1000; :", "sh", &key]);
     let _process = Process::start(&mut sleeper, &folder.path().join("log"));
 
-    // A process is there before it has its new command line.
+    // A process exists before it has its new command line.
     let places = wait_until("the planted keys", Duration::from_secs(20), || {
         let mut now = secrets::Seen::default();
         now.look(&instance_label(&nomad.state_dir()), &key);
@@ -183,7 +183,7 @@ fn slots_follow_nomad_and_are_their_users_alone() {
     let before = nomad.wait_running("polydev-pool-anthropic", 2);
     client.wait_idle("anthropic", 2);
 
-    // Exec and signals would open a user's container to anyone with the rights for it.
+    // Exec and signals would give every Nomad user with these rights access to a user's container.
     let alloc_id = before[0]["ID"].as_str().unwrap();
     for args in [
         &["alloc", "exec", "-t=false", alloc_id, "true"][..],
@@ -199,7 +199,7 @@ fn slots_follow_nomad_and_are_their_users_alone() {
     }
 
     let label = instance_label(&nomad.state_dir());
-    // Nomad refuses to scale a job while it has a deployment going.
+    // Nomad refuses to scale a job during a deployment of the job.
     wait_until("a pool that is scaled", Duration::from_secs(60), || {
         let args = [
             "job",

@@ -16,7 +16,7 @@ use tonic::Code;
 const JOB: &str = "polydev-on-demand-anthropic";
 const FILE: &str = "jobspecs/on-demand-anthropic.nomad.hcl";
 
-/// What was dispatched of the job, newest last.
+/// The dispatched jobs, the newest last.
 fn dispatched(nomad: &Nomad) -> Vec<Value> {
     let mut jobs = match nomad.get(&format!("/v1/jobs?prefix={JOB}/")) {
         Value::Array(jobs) => jobs,
@@ -59,7 +59,7 @@ fn a_run_that_finds_no_idle_slot_gets_one_of_its_own() {
     });
 }
 
-/// A run that waits for two seconds at most.
+/// A run that waits at most two seconds for a slot.
 fn short() -> RunStart {
     RunStart {
         queue_timeout: Some(prost_types::Duration {
@@ -76,7 +76,7 @@ fn without_the_job_its_caller_is_told(client: &Client) {
     assert!(
         refused
             .message()
-            .contains(&format!("without the job `{JOB}`")),
+            .contains(&format!("Nomad has no job `{JOB}`")),
         "{refused}"
     );
 }
@@ -106,7 +106,7 @@ fn an_order_that_nomad_cannot_place_is_told_and_withdrawn(nomad: &Nomad, client:
 
 fn a_run_gets_a_slot(client: &Client) -> Outcome {
     let outcome = client.run(shell("anthropic", "echo a-word-of-its-own"));
-    let outcome = outcome.expect("it gets a slot");
+    let outcome = outcome.expect("a run with a slot");
     assert_eq!(outcome.stdout(), "a-word-of-its-own\n");
     assert!(!outcome.accepted.warm && !outcome.exited.warm);
     let stages: Vec<&str> = outcome
@@ -145,11 +145,11 @@ fn nomad_knows_its_id_and_nothing_of_what_it_ran(nomad: &Nomad, child: &str, out
 
 fn stopping_a_slot_cancels_its_run(nomad: &Nomad, client: &Client) {
     let run = client.start(shell("anthropic", "sleep 100"));
-    let run = run.expect("it gets a slot");
+    let run = run.expect("a run with a slot");
     let job = dispatched(nomad).pop().expect("it was dispatched");
     let child = job["ID"].as_str().expect("a job has an id");
     nomad.run(&["job", "stop", "-detach", "-yes", child]);
-    let outcome = client.finish(run).expect("it ends");
+    let outcome = client.finish(run).expect("a clean end");
     assert_eq!(outcome.exited.reason(), ExitReason::Cancelled);
     assert_eq!(
         outcome.exited.message,

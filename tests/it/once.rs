@@ -1,4 +1,4 @@
-//! A run is started once: by its id, and against other tries of it.
+//! A run starts only once: its id identifies it, and other tries of the run are fenced off.
 
 use std::{
     path::Path,
@@ -20,7 +20,7 @@ use uuid::{NoContext, Uuid};
 
 use crate::survive::driver;
 
-/// What the shim gives a claim to start in.
+/// The time in which a claim must start, which the shim sets.
 const START_BY: Duration = Duration::from_secs(5);
 
 #[test]
@@ -63,7 +63,7 @@ fn a_run_is_started_once_however_often_it_is_asked_for() {
     for again in again {
         assert_eq!(client.finish(again).unwrap().stdout, first.stdout);
     }
-    // Its result is the answer to whoever asks again.
+    // A repeated request gets the result of the run.
     let again = client
         .run(RunStart {
             stdin: true,
@@ -72,7 +72,7 @@ fn a_run_is_started_once_however_often_it_is_asked_for() {
         .unwrap();
     assert_eq!(again.stdout, first.stdout);
 
-    // A driver that comes to a claim too late does not start it: the run is claimed again.
+    // A driver does not start a claim that it handles too late. The shim claims the run again.
     let holder = driver(&shim.state_dir());
     let late = std::thread::scope(|scope| {
         kill(holder, Signal::SIGSTOP).unwrap();
@@ -90,7 +90,7 @@ fn a_run_is_started_once_however_often_it_is_asked_for() {
 fn what_a_driver_may_have_forgotten_runs_again_only_if_its_caller_says_so() {
     let shim = Shim::dev(&["anthropic=1"]);
     let client = shim.client();
-    // Older than the driver's journal, which says nothing of it.
+    // The run is older than the driver's journal, which does not contain it.
     let before = SystemTime::now() - Duration::from_secs(30 * 60);
     let before = before.duration_since(SystemTime::UNIX_EPOCH).unwrap();
     let time = uuid::Timestamp::from_unix(NoContext, before.as_secs(), 0);
@@ -112,7 +112,7 @@ fn what_a_driver_may_have_forgotten_runs_again_only_if_its_caller_says_so() {
     assert_eq!(outcome.stdout(), "twice\n");
 }
 
-/// Closes a run at the driver of a state folder, as another try would.
+/// Closes a run at the driver of a state folder, as another try of the run would.
 pub(crate) fn fence(state_dir: &Path, run_id: &str, attempt: u64) -> FenceResponse {
     let request = FenceRequest {
         run_id: run_id.to_owned(),
@@ -136,7 +136,7 @@ fn a_try_that_another_has_fenced_off_asks_every_node_again() {
     let run_id = Uuid::now_v7().to_string();
     let fence = |attempt| fence(&shim.state_dir(), &run_id, attempt).answer.unwrap();
     assert!(matches!(fence(30), Answer::Fenced(ballot) if ballot.attempt == 30));
-    // Not above the highest: it is told which that is.
+    // The answer to a lower ballot contains the highest one.
     assert!(matches!(fence(20), Answer::Fenced(ballot) if ballot.attempt == 30));
     let start = RunStart {
         run_id: run_id.clone(),

@@ -1,4 +1,4 @@
-//! A plain task's output: every byte, whatever its way to Nomad and whoever dies meanwhile.
+//! The output of a plain task reaches Nomad completely, also if parts of the system die.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use polydev_tests::{
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-/// `count` allocations at once, each of which prints 20,000 lines to each stream and ends.
+/// `count` allocations at once. Each prints 20,000 lines to each stream and ends.
 pub(crate) fn every_line_of(nomad: &Nomad, id: &str, count: usize) {
     let script = "seq 1 20000; seq 1 20000 >&2";
     let mut job = batch(id, shell(script));
@@ -93,7 +93,7 @@ fn a_hundred_megabytes_at_full_speed_arrive_byte_for_byte_each_way() {
     let unrotated = json!({ "type": "json-file", "config": [{ "max-size": "1g" }] });
     for (id, bytes, options) in [
         ("init", 100_000_000, json!({})),
-        // dockerd throws away what it has rotated, read or not.
+        // dockerd deletes rotated logs, even if nobody has read them.
         (
             "docker",
             1_000_000,
@@ -132,11 +132,11 @@ fn a_terminal_has_one_stream_with_carriage_returns() {
     }
 }
 
-/// The agent is stopped and started, then killed with the reader of the output. The task
-/// goes on, and waits while nobody reads.
+/// The agent is stopped and started, then killed together with the reader of the output. The
+/// task continues, and waits while nobody reads.
 #[test]
 fn a_restarted_agent_finds_its_task_and_every_line() {
-    let mut nomad = Nomad::start();
+    let mut nomad = Nomad::start_lasting();
     let script =
         "seq 1 1000; until [ -e /alloc/again ]; do sleep 0.05; done; seq 1001 200000; exit 6";
     nomad.submit(&batch("long", shell(script)));
@@ -155,7 +155,7 @@ fn a_restarted_agent_finds_its_task_and_every_line() {
     collected(&nomad, &lines(1000));
     nomad.restart();
     nomad.wait_started("long");
-    // What a reader has read and not written is lost with it; this one has written all.
+    // Output that a killed reader has read and not written is lost. This reader has written all.
     collected(&nomad, &lines(1000));
     let (agent, readers) = (nomad.agent().pid(), nomad.log_readers());
     assert_eq!(readers.len(), 1, "Nomad has a process that reads logs");

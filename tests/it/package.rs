@@ -1,4 +1,4 @@
-//! What whoever packages the shim relies on: readiness, completions, manual pages.
+//! What packages of the shim need: readiness, completions, manual pages.
 
 use std::{
     fs,
@@ -28,7 +28,7 @@ fn systemd_is_told_when_a_shim_serves_and_when_it_stops() {
         String::from_utf8_lossy(&words[..length]).trim().to_owned()
     };
 
-    // It serves whether Nomad answers or not; a file says where.
+    // The shim serves even if Nomad does not answer. A file contains the addresses.
     let config = folder.path().join("shim.toml");
     let listen = format!("listen = [\"unix://{}\"]\n", socket.display());
     fs::write(&config, listen + "nomad_addr = \"http://127.0.0.1:1\"\n").unwrap();
@@ -69,7 +69,7 @@ fn a_configuration_is_checked_before_it_is_used() {
         command.arg(&config);
         command
     };
-    // Options go before the environment, and that before the file.
+    // Options override the environment, which overrides the file.
     let mut command = check();
     command
         .args(["--on-demand", "7"])
@@ -86,7 +86,10 @@ fn a_configuration_is_checked_before_it_is_used() {
     assert!(rows.iter().all(|row| row["key"] != "credential_store"));
 
     for (wrong, words) in [
-        ("rolez = \"x\"", "`rolez` is no key; there are listen,"),
+        (
+            "rolez = \"x\"",
+            "`rolez` is an unknown key; allowed are listen,",
+        ),
         ("user_queued = \"many\"", "--user-queued"),
         (
             "credential_store = \"postgres://a:hunter2@db/x\"",
@@ -124,11 +127,11 @@ fn every_command_has_a_manual_page_and_completions() {
     };
     assert!(page("polydev-shim").contains("isolated containers"));
     assert!(page("polydev-shim-runs-list").contains("\\-\\-limit"));
-    assert!(page("polydev-shim-pool-scale").contains("Warm slots to keep"));
+    assert!(page("polydev-shim-pool-scale").contains("Number of warm slots"));
 
     let script = folder.path().join("completions");
     fs::write(&script, succeed(shim().args(["completions", "bash"]))).unwrap();
-    // As bash asks for what may come after `polydev-shim runs `.
+    // The words that bash requests as completions of `polydev-shim runs `.
     let ask = "source $0; COMP_WORDS=(polydev-shim runs ''); COMP_CWORD=2; \
         _polydev-shim polydev-shim '' runs; echo ${COMPREPLY[@]}";
     let offered = succeed(Command::new("bash").args(["-c", ask]).arg(&script));

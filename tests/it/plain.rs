@@ -71,7 +71,7 @@ fn stop_sends_the_kill_signal_and_kills_after_the_timeout() {
         nomad.run(&["job", "stop", "-detach", "-yes", id]);
         let alloc = nomad.wait_dead(id);
         if id == "deaf" {
-            assert!(asked.elapsed() >= Duration::from_secs(2), "it had no time");
+            assert!(asked.elapsed() >= Duration::from_secs(2), "no time to end");
         }
         let told = events(&alloc);
         let expected = if id == "polite" {
@@ -158,11 +158,11 @@ fn a_killed_driver_loses_neither_tasks_nor_lines_nor_the_exit_status() {
     );
 }
 
-/// An agent that crashed and cannot attach to its driver again starts another, which
-/// takes the node and its tasks over.
+/// A crashed agent that cannot attach to its driver again starts another driver. The new driver
+/// takes over the node and its tasks.
 #[test]
 fn a_second_driver_takes_over_from_one_whose_agent_is_gone() {
-    let mut nomad = Nomad::start();
+    let mut nomad = Nomad::start_lasting();
     nomad.submit(&service("goes-on", shell("while :; do sleep 1; done")));
     let id = nomad.wait_started("goes-on");
     let lock = nomad.state_dir().join("driver.lock");
@@ -180,7 +180,7 @@ fn a_second_driver_takes_over_from_one_whose_agent_is_gone() {
     );
 }
 
-/// What a job asks for is what Docker and the kernel know of its container.
+/// Docker and the kernel show the container with the settings of its job.
 #[test]
 fn options_and_resources_are_what_docker_and_the_kernel_see() {
     let nomad = Nomad::start_with("pids_limit = 200\n extra_labels = [\"job_name\", \"task*\"]");
@@ -220,7 +220,7 @@ fn options_and_resources_are_what_docker_and_the_kernel_see() {
     assert_eq!(labels["own"], "label");
     assert_eq!(labels["com.hashicorp.nomad.job_name"], "seen");
     assert_eq!(labels["com.hashicorp.nomad.task_group_name"], "group");
-    // Of process 1: Docker 20.10's own exec was seen to raise its soft limit to the hard one.
+    // The limits of process 1: an exec of Docker 20.10 raised its own soft limit to the hard one.
     let script = "id -un; id -G; hostname; pwd; awk '/open files/ { print $4; print $5 }' /proc/1/limits; cat /proc/sys/net/core/somaxconn; \
         touch /x 2>/dev/null || echo read-only; ls -d /data /alloc /local /secrets /dev/hole; \
         grep NoNewPrivs /proc/self/status; ps -o pid,args | grep '^ *1 '; touch /alloc/logs/x 2>/dev/null || echo logs are ours; \
@@ -229,7 +229,7 @@ fn options_and_resources_are_what_docker_and_the_kernel_see() {
     let expected = "user\n1000 4242\nbox\n/tmp\n100\n200\n99\nread-only\n/alloc\n/data\n/dev/hole\n/local\n/secrets\n\
         NoNewPrivs:\t1\n    1 /.polydev/init /.polydev/link/init.sock\nlogs are ours\nsize=100k\n";
     assert_eq!(told, expected);
-    // CPU and memory figures come without dockerd.
+    // CPU and memory figures do not need dockerd.
     wait_until("figures", Duration::from_secs(10), || {
         let usage = nomad.get(&format!("/v1/client/allocation/{id}/stats"))["Tasks"]["task"]["ResourceUsage"].clone();
         if usage["MemoryStats"]["RSS"].as_u64() > Some(0) {
@@ -240,7 +240,7 @@ fn options_and_resources_are_what_docker_and_the_kernel_see() {
     });
 }
 
-/// Too much memory ends a task, or one of its children, and is told as that.
+/// A task or a child process that uses too much memory is killed, and the task's event says so.
 #[test]
 fn out_of_memory_is_told_as_such() {
     let nomad = Nomad::start();

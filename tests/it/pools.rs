@@ -1,4 +1,4 @@
-//! Pools under a real Nomad agent: what fills slots, and what keeps runs out of them.
+//! Pools under a real Nomad agent: how slots are filled, and when they take no runs.
 
 use std::{
     io::{BufRead, BufReader},
@@ -25,7 +25,7 @@ const FILE: &str = "jobspecs/pool-anthropic.nomad.hcl";
 
 #[test]
 fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
-    // What two runs take on top of their idle slots, and one idle container more.
+    // Headroom for two runs beside their idle slots, and for one more idle container.
     let nomad = Nomad::start_with("run_headroom {\n cpu = 900\n memory = 768\n}");
     let shim = Shim::serve(&nomad.address);
     let client = shim.client();
@@ -38,7 +38,7 @@ fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     };
     let before = docker::containers(&label);
     let mut first = client.start(open()).unwrap();
-    // Its next container, which is prepared ahead, has room.
+    // The slot's next container, which is prepared ahead, has room.
     docker::wait_containers(&label, 4);
     let mut second = client.start(open()).unwrap();
     let full = client.run(shell("anthropic", "true")).unwrap_err();
@@ -54,7 +54,7 @@ fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     let prepared = docker::containers(&label);
     let prepared: Vec<_> = prepared.iter().filter(|id| !before.contains(id)).collect();
     assert_eq!(prepared.len(), 1, "that of the second had no room");
-    // One that waits gets its turn when another has ended.
+    // A waiting run gets its turn when another run has ended.
     let refusals = || {
         shim.process
             .log()
@@ -82,7 +82,7 @@ fn a_run_that_the_node_has_no_room_for_waits_and_is_told_the_figures() {
     client.wait_idle("anthropic", 3);
     assert!(docker::wait_containers(&label, 3).contains(prepared[0]));
 
-    // What is prepared for a slot that is not wanted any more goes before its run ends.
+    // The container prepared for an unwanted slot is removed before the slot's run ends.
     let mut last = client.start(open()).unwrap();
     docker::wait_containers(&label, 4);
     nomad.run(&["job", "stop", "-detach", "-yes", JOB]);
@@ -114,7 +114,7 @@ impl Site {
         }
     }
 
-    /// `polydev-shim pool ARGS`.
+    /// Runs `polydev-shim pool ARGS`.
     fn pool(&self, args: &[&str]) -> Command {
         let mut command = self.shim.command(&["pool"]);
         command.args(args);
@@ -125,7 +125,7 @@ impl Site {
         output(&mut self.pool(&["scale", provider, &size.to_string()]))
     }
 
-    /// `polydev-shim pool apply` of [`FILE`], with a size in the environment.
+    /// Runs `polydev-shim pool apply` with [`FILE`], and with a size in the environment.
     fn apply(&self, size: Option<&str>, options: &[&str]) -> Output {
         let mut command = self.apply_file(FILE);
         command.args(options);
@@ -157,7 +157,7 @@ fn a_pool_is_scaled_by_the_shim_and_by_nomad_and_both_agree() {
 fn unknown_pools_and_wrong_sizes_are_refused(site: &Site) {
     for (provider, size, words) in [
         ("anthropic", 1, "Nomad has no job `polydev-pool-anthropic`"),
-        ("anthropic", 101, "`size` is `101`, allowed are 0 to 100"),
+        ("anthropic", 101, "`size` is `101`; must be 0 to 100"),
         ("codecs", 1, "`provider`"),
     ] {
         let refused = site.scale(provider, size);
@@ -193,7 +193,7 @@ fn wrong_sizes_in_the_environment_are_refused(site: &Site) {
     for (size, words) in [
         (
             "101",
-            "`WARM_POOL_ANTHROPIC_SIZE` is `101`, allowed are 0 to 100",
+            "`WARM_POOL_ANTHROPIC_SIZE` is `101`; must be 0 to 100",
         ),
         ("one", "`WARM_POOL_ANTHROPIC_SIZE` is `one`"),
     ] {
@@ -216,7 +216,7 @@ fn a_plan_is_shown_and_submitted_only_if_asked(site: &Site) {
         assert_eq!(text(&told.stdout), plan, "{}", text(&told.stderr));
     }
     let unasked = site.apply(None, &[]);
-    assert!(text(&unasked.stderr).contains("--yes submits without asking"));
+    assert!(text(&unasked.stderr).contains("--yes submits without a confirmation"));
     assert!(text(&unasked.stdout).contains("polydev-pool-anthropic: new\n  pool: 10 Place\n"));
     let applied = site.apply(Some("1"), &["--yes"]);
     let planned =
@@ -232,11 +232,11 @@ fn a_size_is_taken_after_the_deployment(site: &Site) {
         }
         .map_err(str::to_owned)
     });
-    // Nomad takes no size while its slot becomes warm.
+    // Nomad accepts no size while the pool's slot becomes warm.
     let scaled = site.scale("anthropic", 3);
     let (stdout, stderr) = (text(&scaled.stdout), text(&scaled.stderr));
     assert_eq!(stdout, "anthropic: 1 -> 3\n", "{stderr}");
-    assert!(stderr.contains("waiting for Nomad"), "{stderr}");
+    assert!(stderr.contains("waiting until Nomad"), "{stderr}");
     site.client.wait_idle("anthropic", 3);
 }
 
@@ -263,7 +263,7 @@ fn nomads_own_command_scales_within_the_same_bounds(site: &Site) {
     site.client.wait_idle("anthropic", 1);
 }
 
-/// Whatever size the environment or the file has for a new pool.
+/// With any size for a new pool in the environment or the file.
 fn a_plan_keeps_the_size_of_a_pool(site: &Site) {
     let applied = site.apply(Some("0"), &["--plan"]);
     let plan = text(&applied.stdout);
@@ -285,7 +285,7 @@ fn a_drain_waits_for_the_run_in_its_slot(site: &Site) {
     let refused = output(&mut site.pool(&["resume", "anthropic"]));
     let told = text(&refused.stderr);
     assert!(
-        told.contains("the pool of anthropic is not drained, it has 1 slots"),
+        told.contains("the pool of anthropic is not drained: it has 1 slots"),
         "{told}"
     );
     let open = RunStart {
@@ -295,7 +295,7 @@ fn a_drain_waits_for_the_run_in_its_slot(site: &Site) {
     let mut run = site.client.start(open).expect("a slot is idle");
     let mut draining = site.pool(&["drain", "anthropic"]);
     draining.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let draining = draining.spawn().expect("it is built");
+    let draining = draining.spawn().expect("a built program");
     wait_until("a slot that drains", Duration::from_secs(60), || {
         let shown = text(&output(&mut site.pool(&["show", "anthropic"])).stdout);
         let last = shown.lines().last().unwrap_or_default();
@@ -306,8 +306,8 @@ fn a_drain_waits_for_the_run_in_its_slot(site: &Site) {
         }
     });
     run.close();
-    site.client.finish(run).expect("it ends");
-    let drained = draining.wait_with_output().expect("it ends");
+    site.client.finish(run).expect("a clean end");
+    let drained = draining.wait_with_output().expect("a clean end");
     assert_eq!(
         text(&drained.stdout),
         "anthropic: 1 -> 0\nanthropic: drained\n"
@@ -320,15 +320,15 @@ fn a_drain_waits_for_the_run_in_its_slot(site: &Site) {
 fn a_drained_pool_is_resumed_and_watched(site: &Site) {
     let mut watching = site.pool(&["watch", "--output", "json"]);
     let watching = watching.stdout(Stdio::piped()).spawn();
-    let mut watching = watching.expect("it is built");
+    let mut watching = watching.expect("a built program");
     let resumed = output(&mut site.pool(&["resume", "anthropic"]));
     assert_eq!(text(&resumed.stdout), "anthropic: 0 -> 1\n");
     site.client.wait_idle("anthropic", 1);
     let lines = BufReader::new(watching.stdout.take().expect("it is piped")).lines();
     let is_idle = |line: &str| line.contains("anthropic") && line.contains("\"idle\":1");
     assert!(lines.map_while(Result::ok).any(|line| is_idle(&line)));
-    watching.kill().expect("it goes on");
-    watching.wait().expect("it ends");
+    watching.kill().expect("still running");
+    watching.wait().expect("a clean end");
     let scaled = site.scale("anthropic", 0);
     assert_eq!(text(&scaled.stdout), "anthropic: 1 -> 0\n");
     site.client.wait_idle("anthropic", 0);

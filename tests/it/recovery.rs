@@ -1,5 +1,5 @@
-//! What a driver does with a slot that its host recovers: the host is a test that does what a
-//! Nomad agent does, in the order that an agent does it only now and then.
+//! What a driver does with a slot that its host recovers. The host is a test that acts like a
+//! Nomad agent, in an order that is rare with a real agent.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -23,7 +23,7 @@ use uuid::Uuid;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A driver under this test.
+/// A driver that this test has launched.
 struct Host {
     plugin: Plugin,
     node: NodeServiceClient<Channel>,
@@ -42,7 +42,7 @@ impl Host {
         }
     }
 
-    /// Kills it, and launches another, which recovers the task.
+    /// Kills the driver and launches another one, which recovers the task.
     async fn recover(self, state_dir: &Path, handle: &TaskHandle) -> Self {
         drop(self);
         let host = Self::launch(state_dir).await;
@@ -55,13 +55,13 @@ impl Host {
         host
     }
 
-    /// The one slot, once it is as it should be, and the start id of the driver.
+    /// Waits until `is` is true for the one slot. Returns the slot and the driver's start id.
     async fn slot(&mut self, is: impl Fn(&Slot) -> bool) -> (Slot, String) {
         let watched = async {
             let slots = self.node.watch_slots(WatchSlotsRequest {}).await;
             let mut slots = slots.expect("the driver answers").into_inner();
             let mut start_id = String::new();
-            while let Some(told) = slots.message().await.expect("it goes on") {
+            while let Some(told) = slots.message().await.expect("another event") {
                 start_id = Some(told.start_id)
                     .filter(|id| !id.is_empty())
                     .unwrap_or(start_id);
@@ -85,7 +85,7 @@ impl Host {
         destroyed.expect("a task can be destroyed");
     }
 
-    /// Claims the slot for a command, and waits until it runs; its id.
+    /// Claims the slot for a command, and waits until the command runs. Returns the id of the run.
     async fn start(&mut self, script: &str) -> String {
         let (slot, start_id) = self.slot(|slot| slot.state() == State::Idle).await;
         let run_id = Uuid::now_v7().to_string();
@@ -131,7 +131,7 @@ impl Host {
         }
     }
 
-    /// Attaches to a run, gives it a line, and returns what it writes.
+    /// Attaches to a run, sends it a line, and returns its output.
     async fn answer(&mut self, run_id: &str, line: &'static str) -> Vec<u8> {
         let attach = attach_request::Message::Attach(Attach {
             run_id: run_id.into(),
@@ -147,7 +147,7 @@ impl Host {
         let messages = [attach, input].map(|message| AttachRequest {
             message: Some(message),
         });
-        // The caller says no more, and stays.
+        // The caller sends nothing more, and stays connected.
         let requests = tokio_stream::iter(messages).chain(tokio_stream::pending());
         let events = self.node.attach(requests).await.expect("the run is known");
         let mut events = events.into_inner();
@@ -196,7 +196,7 @@ fn a_recovered_slot_waits_for_nomad_and_its_destruction_ends_no_run() {
         let idle = docker::containers(&label);
         assert_eq!(idle.len(), 1);
 
-        // Its idle container is the slot's again once Nomad waits, and not before.
+        // The slot gets its idle container back when Nomad waits for the task, and not earlier.
         host = host.recover(&state, &handle).await;
         let (waits, _) = host.slot(|_| true).await;
         assert_eq!(waits.state(), State::Warming);
@@ -220,7 +220,7 @@ fn a_recovered_slot_waits_for_nomad_and_its_destruction_ends_no_run() {
         assert_eq!(host.answer(&run_id, "on\n").await, b"on\n");
         docker::wait_containers(&label, 0);
 
-        // Nothing is left of an idle one.
+        // Nothing is left of an idle slot.
         let handle = start(&host).await;
         docker::wait_containers(&label, 1);
         host = host.recover(&state, &handle).await;

@@ -1,4 +1,4 @@
-//! Accounts that have signed in: what a run refreshes of one is there for the runs that follow.
+//! Signed-in accounts: later runs get an account as an earlier run has refreshed it.
 
 use std::{fs, time::Duration};
 
@@ -32,7 +32,7 @@ fn shim(folder: &Folder, pools: &[&str]) -> Shim {
     Shim::dev_with(pools, &options)
 }
 
-/// Keeps an account of `tester`, and what runs refresh of it.
+/// Stores an account of `tester`. The store also keeps the account as runs refresh it.
 pub(crate) fn keep(client: &Client, provider: &str, content: &str) {
     let file = in_the_clear(Kind::OauthFile(content.to_owned().into()));
     let request = PutCredentialRequest {
@@ -43,7 +43,7 @@ pub(crate) fn keep(client: &Client, provider: &str, content: &str) {
     kept.expect("the store takes it");
 }
 
-/// What the store has of `tester`.
+/// The store's entry for `tester`.
 pub(crate) fn info(client: &Client) -> CredentialInfo {
     let request = ListCredentialsRequest {
         user_id: "tester".into(),
@@ -53,7 +53,7 @@ pub(crate) fn info(client: &Client) -> CredentialInfo {
     page.expect("the store answers").credentials.remove(0)
 }
 
-/// Waits until what the store has of `tester` has a version.
+/// Waits until the store's entry for `tester` has this version.
 pub(crate) fn wait_version(client: &Client, version: u64) -> CredentialInfo {
     let limit = Duration::from_secs(30);
     wait_until("the refreshed account", limit, || {
@@ -65,13 +65,13 @@ pub(crate) fn wait_version(client: &Client, version: u64) -> CredentialInfo {
     })
 }
 
-/// What a run finds as its account.
+/// The account that a run finds.
 fn found(client: &Client) -> String {
     let start = RunStart {
         credential: Some(stored()),
         ..shell("anthropic", "cat ~/.claude/.credentials.json")
     };
-    client.run(start).expect("it runs").stdout()
+    client.run(start).expect("a whole run").stdout()
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn a_refreshed_account_takes_the_place_of_the_one_its_run_got_and_of_no_other() 
     keep(&client, "anthropic", &account());
     client.wait_idle("anthropic", 2);
 
-    // While its run goes on, for the runs that begin beside it; and when it has ended.
+    // A refreshed account is kept while its run continues, and when its run has ended.
     let script = [written(&first), "echo; read line".into(), written(&second)];
     let mut long = client.start(run(script.join("; "))).unwrap();
     let run_id = long.accepted.run_id.clone();
@@ -133,7 +133,7 @@ fn a_refreshed_account_takes_the_place_of_the_one_its_run_got_and_of_no_other() 
     wait_version(&client, 3);
     assert_eq!(found(&client), second);
 
-    // Whoever puts another means that one.
+    // A new account of the user overrides a refreshed one.
     let script = format!("echo; read line; {}", written(&account()));
     let mut late = client.start(run(script)).unwrap();
     keep(&client, "anthropic", &other);
@@ -142,7 +142,7 @@ fn a_refreshed_account_takes_the_place_of_the_one_its_run_got_and_of_no_other() 
     let refused = |count: usize| {
         wait_until("it is refused", Duration::from_secs(10), || {
             let log = shim.process.log();
-            match log.matches("a refreshed account is not kept").count() >= count {
+            match log.matches("refreshed account rejected").count() >= count {
                 true => Ok(()),
                 false => Err(log),
             }
@@ -151,7 +151,7 @@ fn a_refreshed_account_takes_the_place_of_the_one_its_run_got_and_of_no_other() 
     };
     refused(1);
 
-    // Nor is what is no account kept, nor what nobody asked for.
+    // The store keeps nothing that is not an account, and nothing without the user's request.
     for (content, count) in [("{}", 2), (r#"{"claudeAiOauth":{}}"#, 3)] {
         client.run(run(written(content))).unwrap();
         refused(count);
@@ -176,7 +176,7 @@ fn a_refreshed_account_takes_the_place_of_the_one_its_run_got_and_of_no_other() 
     assert_eq!(violations[0].field, "keep_refreshed");
 }
 
-/// The command makes the token of what it is told, so that no shim has seen it in any call.
+/// The command computes the token from its input, so that no call to a shim contains it.
 #[test]
 fn what_a_run_refreshes_is_in_nobody_elses_memory() {
     let folder = Folder::new("pdfresh-");
@@ -201,7 +201,7 @@ fn what_a_run_refreshes_is_in_nobody_elses_memory() {
     };
     client.run(start(&script)).unwrap();
     wait_version(&client, 2);
-    // It is the one, and a shim has had it once more.
+    // The store has this account, and a shim has read it once more.
     let found = client.run(start("sha256sum < ~/.claude/.credentials.json"));
     let hash = hex::encode(Sha256::digest(content.to_string()));
     assert_eq!(found.unwrap().stdout(), format!("{hash}  -\n"));

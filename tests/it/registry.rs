@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-/// Kinds of manifests: of an image for several machines, and for one.
+/// Kinds of manifests: an image for several architectures, and an image for one.
 const LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const SINGLE: &str = "application/vnd.docker.distribution.manifest.v2+json";
 
@@ -89,13 +89,13 @@ impl Registry {
         registry
     }
 
-    /// Gives it the tests' image under this name.
+    /// Pushes the tests' image under this name.
     fn push(&self, image: &str) {
         docker::docker(&["tag", IMAGE, image]);
         self.push_tagged(image);
     }
 
-    /// Gives it what has this name here.
+    /// Pushes the image that has this name on this machine.
     fn push_tagged(&self, image: &str) {
         let client = self.folder.path().join("client");
         docker::docker(&[
@@ -112,7 +112,7 @@ impl Registry {
         format!("{}/tests/busybox:1", self.address)
     }
 
-    /// Another image, which is there for a machine that nobody has.
+    /// Another image, for an architecture that does not exist.
     fn image_for_another_machine(&self) -> String {
         let manifest = self.manifest("1");
         let digest = hex::encode(Sha256::digest(&manifest));
@@ -147,7 +147,7 @@ impl Registry {
         succeed(command.args(args).arg(url))
     }
 
-    /// How often the image was pulled: each pull begins with one such question.
+    /// How often the image was pulled: each pull starts with one such request.
     fn pulls(&self) -> usize {
         let log = self.process.log();
         log.lines()
@@ -181,13 +181,13 @@ fn wait_removed(image: &str) {
     });
 }
 
-/// An agent whose plugin asks a program of ours for credentials.
+/// An agent whose plugin gets credentials from a program of the tests.
 fn agent_with_helper(registry: &Registry, gc: &str) -> Nomad {
     let helper = registry.folder.path().join("docker-credential-polydevtest");
     let answer = json!({
         "ServerURL": registry.address, "Username": "user", "Secret": registry.password,
     });
-    // It gives them for the server that it is asked about on its standard input.
+    // The program prints credentials for the server that its standard input names.
     let script = format!(
         "#!/bin/sh\nread -r server\n[ \"$1 $server\" = \"get {}\" ] && echo '{answer}'\n",
         registry.address
@@ -213,18 +213,18 @@ pub(crate) fn a_helper_is_asked_and_a_used_image_stays() {
         assert!(told.contains("Exit Code: 0"), "{told}");
         assert!(here(image));
     }
-    // The first is due to go before the second, but for this.
+    // Without this task, the first image would be removed before the second.
     let mut config = shell("until [ -e /alloc/go ]; do sleep 0.05; done");
     merge(&mut config, json!({ "image": image }));
     nomad.submit(&batch("again", config));
     let alloc = nomad.wait_started("again");
     wait_removed(&other);
-    assert!(here(&image), "it was removed under a task");
+    assert!(here(&image), "the image was removed under a task");
     let folder = nomad.folder().join("data/alloc").join(alloc).join("alloc");
     fs::write(folder.join("go"), "").unwrap();
     wait_removed(&image);
 
-    // One whose name has gone over to another goes, too.
+    // An image whose name now belongs to another image is also removed.
     let latest = format!("{}/tests/busybox:latest", registry.address);
     let id = |image: &str| docker::docker(&["image", "inspect", "--format", "{{.Id}}", image]);
     let mut ids = Vec::new();
@@ -258,14 +258,14 @@ fn images_are_pulled_once_with_the_tasks_or_the_plugins_credentials() {
         auths.display()
     ));
     several_tasks_at_once_pull_once(&nomad, &registry);
-    // Nobody uses it any more: it goes after the delay.
+    // Nobody uses the image any more: it is removed after the delay.
     wait_removed(&registry.image());
     a_tasks_own_credentials_win_and_wrong_ones_are_told(&nomad, &registry);
     a_pull_that_fails_is_told_and_tried_again_unless_it_is_final(&nomad, &registry);
     assert!(!nomad.agent_log().contains(&registry.password));
 }
 
-/// A job with the registry's image, and whatever other options.
+/// A job with the registry's image and other options.
 fn from_registry(registry: &Registry, id: &str, options: Value) -> Value {
     let mut config = shell("echo pulled");
     merge(&mut config, json!({ "image": registry.image() }));
@@ -298,7 +298,7 @@ fn several_tasks_at_once_pull_once(nomad: &Nomad, registry: &Registry) {
         }
     });
     assert_eq!(registry.pulls() - before, 1);
-    // A task that came later found it there.
+    // A later task found the image on the node.
     let told: String = nomad.allocations("several").iter().map(events).collect();
     let image = registry.image();
     assert!(
@@ -322,13 +322,13 @@ fn a_tasks_own_credentials_win_and_wrong_ones_are_told(nomad: &Nomad, registry: 
     assert!(told.contains("Exit Code: 0"), "{told}");
 }
 
-/// An image that is not there, or for another machine, is final; a registry that is not there
-/// or does not do its work is not.
+/// A missing image, or an image for another architecture, is a final error. A registry that is
+/// missing or broken is not.
 fn a_pull_that_fails_is_told_and_tried_again_unless_it_is_final(
     nomad: &Nomad,
     registry: &Registry,
 ) {
-    // Registries that never answer, or with nonsense.
+    // Registries that never answer, and registries that answer with nonsense.
     let hanging = TcpListener::bind("127.0.0.1:0").unwrap();
     let nonsense = TcpListener::bind("127.0.0.1:0").unwrap();
     let reference =

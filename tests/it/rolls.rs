@@ -1,4 +1,4 @@
-//! Pools that are scaled, updated and drained under a real Nomad agent while runs go on.
+//! Pools that are scaled, updated and drained under a real Nomad agent while runs continue.
 
 use std::{
     collections::HashSet,
@@ -21,7 +21,7 @@ use serde_json::Value;
 
 const JOB: &str = "polydev-pool-anthropic";
 
-/// A run that goes on until its caller closes its side.
+/// A run that continues until its caller closes its side.
 fn open() -> RunStart {
     RunStart {
         stdin: true,
@@ -39,7 +39,7 @@ fn ends_by_itself(client: &Client, mut run: Run) {
     );
 }
 
-/// Ten runs in a pool of ten, asked for within a millisecond.
+/// Ten runs in a pool of ten, all requested within a millisecond.
 fn filled_within_a_millisecond(client: &Client) -> Vec<Run> {
     wait_until("ten requests at once", Duration::from_secs(60), || {
         client.wait_idle("anthropic", 10);
@@ -89,7 +89,7 @@ fn a_pool_that_is_scaled_in_and_updated_ends_no_run_and_is_never_empty() {
     image.wait_unused();
 }
 
-/// From ten slots to three under five runs, and to five.
+/// Scales from ten slots to three during five runs, and then to five.
 fn scaled_in_under_runs_and_out_again(shim: &Shim, client: &Client, runs: Vec<Run>) {
     let scale = |size: &str| {
         let mut command = Command::new(program("polydev-shim"));
@@ -113,7 +113,7 @@ fn scaled_in_under_runs_and_out_again(shim: &Shim, client: &Client, runs: Vec<Ru
     client.wait_idle("anthropic", 5);
 }
 
-/// An image for slots, other than the one that they have.
+/// Another image for slots.
 struct Image(String);
 
 impl Image {
@@ -125,7 +125,7 @@ impl Image {
         Self(image)
     }
 
-    /// Removes it, once no container has it.
+    /// Removes the image, once no container uses it.
     fn wait_unused(self) {
         wait_until(
             "the image's last container",
@@ -142,7 +142,7 @@ impl Image {
     }
 }
 
-/// While runs come as fast as this node refills beside an update, and the pool is looked at.
+/// Updates the pool while runs come as fast as this node refills, and watches the pool.
 fn updated_under_load(nomad: &Nomad, shim: &Shim, image: &Image) {
     let old: Vec<Value> = nomad.wait_running(JOB, 5);
     let old: Vec<&str> = old.iter().map(job::id).collect();
@@ -235,11 +235,11 @@ fn a_drained_node_waits_for_its_runs_until_the_deadline() {
     drain(&["-enable", "-deadline", "5s"]);
     let outcome = client.finish(run).unwrap();
     assert_eq!(outcome.exited.reason(), ExitReason::Cancelled);
-    let why = "it was cancelled: its node was drained, and the deadline has come";
+    let why = "it was cancelled: its node was drained, and the drain's deadline has passed";
     assert_eq!(outcome.exited.message, why);
     drained(Duration::from_secs(30));
 
-    // Closed for another reason, it keeps its runs.
+    // A node that is closed for another reason keeps its runs.
     nomad.run(&["node", "eligibility", "-self", "-enable"]);
     client.wait_idle("anthropic", 2);
     let run = client

@@ -1,4 +1,4 @@
-//! What a run is to its caller, with the embedded engine.
+//! What a caller sees of a run, with the embedded engine.
 
 use std::{process::Command, time::Duration};
 
@@ -165,7 +165,7 @@ fn traffic_is_held_to_the_run_class_both_ways() {
     let host = Host::start();
     let shim = Shim::dev(&["anthropic=1"]);
     let client = shim.client();
-    // 2.5 MB at 10 Mbit/s take 2 s, less the burst of 64 KiB; unshaped, a blink.
+    // 2.5 MB at 10 Mbit/s take 2 s, less the burst of 64 KiB. Without a limit they take far less.
     let script = format!(
         "head -c 2500000 /dev/zero | curl --silent --output /dev/null --data-binary @- \
          --write-out '%{{time_total}}' {}/v1/nothing",
@@ -227,7 +227,7 @@ fn a_reader_that_stops_stops_the_command() {
         .start(shell("anthropic", "seq 1 3000000; echo end >&2"))
         .unwrap();
     // Between the command and here: the pipe, init's megabyte, sockets, a few queues.
-    // 22 MB do not fit, so that the command cannot reach its end while nobody reads.
+    // 22 MB do not fit, so the command cannot reach its end while nobody reads.
     let [container] = &docker::containers(&shim.label())[..] else {
         panic!("one container")
     };
@@ -279,7 +279,7 @@ fn prompts_reach_the_command_byte_for_byte() {
         let letter = |n: u32| char::from(b'a' + u8::try_from(n % 26).unwrap());
         (0..count).map(letter).collect()
     };
-    // Within the kernel's limit for an argument, and beyond.
+    // Below the kernel's limit for an argument, and above it.
     let (long, longer) = (letters(100_000), letters(400_000));
     let awkward = [
         "$(id) `id` ${HOME}",
@@ -302,14 +302,14 @@ fn prompts_reach_the_command_byte_for_byte() {
             let key = fresh_key();
             let outcome = client
                 .run(prompt(provider, text, &key, &host.url))
-                .expect("it runs");
+                .expect("a whole run");
             assert_eq!(
                 outcome.exited.exit_code,
                 0,
                 "{provider}: {}",
                 outcome.stderr()
             );
-            // The key tells whose it is: others are on their way meanwhile.
+            // The key identifies the request: other requests arrive meanwhile.
             let heard = host.requests().iter().any(|request| {
                 let is_own = request
                     .credentials

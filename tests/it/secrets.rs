@@ -1,5 +1,5 @@
-//! A search for a key in every place where it must not be. It is shown to find one
-//! that is planted in each of them first.
+//! A search for a key in every place where the key must not be. A test plants a key in each of
+//! the places, and shows that the search finds it.
 
 use std::{
     fs,
@@ -12,17 +12,17 @@ use nix::unistd::Pid;
 use polydev_tests::{docker, nomad::Nomad, process::output, shim::Shim};
 use procfs::process::MMPermissions;
 
-/// What could be seen of running containers and processes, moment by moment.
+/// What others could see of running containers and processes, at several moments.
 #[derive(Default)]
 pub(crate) struct Seen {
-    /// Name of the place, and what stood there.
+    /// The name of the place, and its contents.
     places: Vec<(String, Vec<u8>)>,
-    /// How often a process had the key in its environment: the moments that count.
+    /// How often a process had the key in its environment. Only these moments count.
     pub(crate) alive: usize,
 }
 
 impl Seen {
-    /// Looks once, at what a run with `key` shows to others while it runs.
+    /// Records once what others can see of a run with `key` while it runs.
     pub(crate) fn look(&mut self, label: &str, key: &str) {
         for id in docker::containers(label) {
             let inspect = output(docker::command().args(["inspect", &id])).stdout;
@@ -58,7 +58,7 @@ fn processes() -> impl Iterator<Item = PathBuf> {
     entries.filter(numeric).map(|entry| entry.path())
 }
 
-/// Where `key` is, as plain text, base64 at any alignment, or hex: names of places.
+/// The names of the places that contain `key` as plain text, base64 at any alignment, or hex.
 pub(crate) fn find(key: &str, nomad: &Nomad, shim: &Shim, seen: &Seen) -> Vec<String> {
     let needles = needles(key);
     let mut places = Vec::new();
@@ -101,21 +101,21 @@ pub(crate) fn find(key: &str, nomad: &Nomad, shim: &Shim, seen: &Seen) -> Vec<St
     places
 }
 
-/// Whether `key` is in the bytes, in any of its disguises.
+/// Whether the bytes contain `key` in any of its encodings.
 pub(crate) fn holds(key: &str, bytes: &[u8]) -> bool {
     needles(key).iter().any(|needle| contains(bytes, needle))
 }
 
-/// Whether `key` is in what a process has written in its memory, in any of its disguises.
+/// Whether the written memory of a process contains `key` in any of its encodings.
 pub(crate) fn is_in_memory(key: &str, pid: Pid) -> bool {
-    let process = procfs::process::Process::new(pid.as_raw()).expect("it lives");
+    let process = procfs::process::Process::new(pid.as_raw()).expect("a live process");
     let memory = process.mem().expect("root may read it");
     let maps = process.maps().expect("root may read them");
     let written = maps
         .into_iter()
         .filter(|map| map.perms.contains(MMPermissions::WRITE));
     let needles = needles(key);
-    // What is left while it is read is nobody's.
+    // Memory that the process gives back during the read belongs to nobody.
     written.into_iter().any(|map| {
         let length = usize::try_from(map.address.1 - map.address.0).expect("it is 64-bit");
         let mut bytes = vec![0; length];
@@ -128,7 +128,7 @@ pub(crate) fn is_in_memory(key: &str, pid: Pid) -> bool {
     })
 }
 
-/// What the API shows of jobs, allocations, evaluations, variables, nodes, events.
+/// The API's answers about jobs, allocations, evaluations, variables, nodes and events.
 fn api_paths(nomad: &Nomad) -> Vec<String> {
     let mut paths: Vec<String> = [
         "/v1/jobs?meta=true",
@@ -171,8 +171,8 @@ pub(crate) fn files(folder: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The key as text, hex of both cases, and base64 at each of the three alignments,
-/// without the ends that depend on what stands beside it.
+/// The key as text, hex in upper and lower case, and base64 at each of the three alignments. The
+/// base64 lacks the ends that depend on the neighbouring bytes.
 fn needles(key: &str) -> Vec<Vec<u8>> {
     let hex = hex::encode(key);
     let mut needles = vec![key.to_owned(), hex.to_uppercase(), hex];

@@ -1,4 +1,4 @@
-//! The credential store: in SQLite and in PostgreSQL, with all that databases do.
+//! The credential store in SQLite and in PostgreSQL, also while a database fails.
 
 use std::{fs, time::Duration};
 
@@ -26,7 +26,7 @@ use crate::{
     refreshed, secrets,
 };
 
-/// A store, and what shims need to use it.
+/// A store, and what shims need for it.
 struct Store<'a> {
     folder: &'a Folder,
     url: String,
@@ -45,7 +45,7 @@ impl Store<'_> {
     }
 }
 
-/// Keeps a key, and says which version it is.
+/// Stores a key, and returns its version.
 fn keep(client: &Client, user: &str, provider: &str, key: &str) -> Result<u64, Status> {
     let request = put(user, provider, api_key(key));
     let kept = client.call(async |mut shim| shim.put_credential(request).await)?;
@@ -61,7 +61,7 @@ fn prints_its_key() -> RunStart {
     }
 }
 
-/// How a shim refuses what its store does not do.
+/// The refusal of a shim whose store fails.
 fn store_fails() -> (Code, String) {
     (Code::Unavailable, "STORE".into())
 }
@@ -103,7 +103,7 @@ fn a_full_store_refuses_more_and_loses_nothing_of_what_it_has() {
             Ok(_) => kept += 1,
             Err(status) => break status,
         }
-        assert!(kept < 100, "it is never full");
+        assert!(kept < 100, "the disk is never full");
     };
     assert_eq!(why(&refused), store_fails(), "{refused}");
     assert_eq!(list(&client, "", 0).len(), kept);
@@ -130,7 +130,7 @@ fn credentials_are_kept_in_postgresql() {
     drop(shim);
     tables_of_a_later_version_are_left_alone(&store, &postgres, &keys, &key);
 
-    // The database has been sent the key sealed only: no file of its holds the key.
+    // The database has received only the sealed key: no file of the database contains the key.
     assert!(
         !secrets::files(postgres.folder())
             .iter()
@@ -145,26 +145,26 @@ fn credentials_are_kept_in_postgresql() {
     assert_eq!(why(&refused), store_fails());
 }
 
-/// The database's processes that serve shims are stopped meanwhile.
+/// Meanwhile the database's processes for shims are paused.
 fn a_store_that_does_not_answer_is_told_in_time(client: &Client, postgres: &Postgres, key: &str) {
     let backends = postgres.sql(
         "polydev",
         "SELECT pid FROM pg_stat_activity WHERE usename = 'polydev'",
     );
-    let pid = |pid: &str| Pid::from_raw(pid.parse().expect("it is a number"));
+    let pid = |pid: &str| Pid::from_raw(pid.parse().expect("a number"));
     let backends: Vec<Pid> = backends.lines().map(pid).collect();
     assert!(!backends.is_empty());
     for backend in &backends {
-        kill(*backend, Signal::SIGSTOP).expect("it lives");
+        kill(*backend, Signal::SIGSTOP).expect("a live process");
     }
-    let refused = keep(client, "alice", "openai", key).expect_err("it is refused");
+    let refused = keep(client, "alice", "openai", key).expect_err("a refusal");
     for backend in &backends {
-        kill(*backend, Signal::SIGCONT).expect("it lives");
+        kill(*backend, Signal::SIGCONT).expect("a live process");
     }
     assert_eq!(why(&refused), store_fails(), "{refused}");
 }
 
-/// The store is away meanwhile. A run that brings its own credential needs no store.
+/// Meanwhile the store is down. A run that brings its own credential needs no store.
 fn what_a_run_refreshes_waits_for_its_store(shim: &Shim, postgres: &mut Postgres, key: &str) {
     let client = shim.client();
     let account = account_file("openai", key);
@@ -176,11 +176,11 @@ fn what_a_run_refreshes_waits_for_its_store(shim: &Shim, postgres: &mut Postgres
     };
     let mut refreshing = client.start(refreshing).expect("a slot is idle");
     postgres.stop();
-    let refused = keep(&client, "alice", "openai", key).expect_err("it is refused");
+    let refused = keep(&client, "alice", "openai", key).expect_err("a refusal");
     assert_eq!(why(&refused), store_fails(), "{refused}");
     assert!(!refused.message().contains(key));
     refreshing.close();
-    client.finish(refreshing).expect("it ends");
+    client.finish(refreshing).expect("a clean end");
     let own = RunStart {
         credential: Some(api_key(key)),
         ..shell("openai", "true")
@@ -218,15 +218,15 @@ fn tables_of_a_later_version_are_left_alone(
     let later = "INSERT INTO polydev_migrations VALUES (99, 'later', now(), true, '\\x00', 1)";
     postgres.sql("polydev", later);
     let shim = store.shim("openai=0", keys);
-    let refused = keep(&shim.client(), "alice", "openai", key).expect_err("it is refused");
+    let refused = keep(&shim.client(), "alice", "openai", key).expect_err("a refusal");
     assert_eq!(why(&refused), store_fails());
     assert!(
-        refused.message().contains("not this version's"),
+        refused.message().contains("do not fit this version"),
         "{refused}"
     );
 }
 
-/// The users and providers of what a store has, in order.
+/// The users and providers of a store's entries, in order.
 type Names = Vec<(String, String)>;
 
 /// What every store does.
@@ -274,7 +274,7 @@ fn credentials_are_counted_and_listed(shim: &Shim, key: &str) -> Names {
         "--output",
         "json",
     ]));
-    let info: Value = serde_json::from_str(&printed).expect("it is JSON");
+    let info: Value = serde_json::from_str(&printed).expect("valid JSON");
     assert_eq!(
         (&info["user_id"], &info["kind"]),
         (&"alice".into(), &"api_key".into())
@@ -283,7 +283,7 @@ fn credentials_are_counted_and_listed(shim: &Shim, key: &str) -> Names {
     expected
 }
 
-/// It is the last one of the list.
+/// Deletes the last entry of the list.
 fn a_credential_is_deleted_once(client: &Client, expected: &mut Names) {
     let delete = || {
         let request = DeleteCredentialRequest {
@@ -293,7 +293,7 @@ fn a_credential_is_deleted_once(client: &Client, expected: &mut Names) {
         client.call(async |mut shim| shim.delete_credential(request).await)
     };
     delete().expect("it is deleted");
-    let refused = delete().expect_err("it is refused");
+    let refused = delete().expect_err("a refusal");
     assert_eq!(why(&refused), (Code::NotFound, "NO_CREDENTIAL".into()));
     expected.pop();
     assert_eq!(list(client, "", 0), *expected);
@@ -323,7 +323,7 @@ fn the_old_master_key_may_go_after_a_rotation(
     let rotated = succeed(&mut shim.command(&["credentials", "rotate"]));
     assert_eq!(
         rotated,
-        format!("sealed anew: {}, left: 0\n", expected.len())
+        format!("sealed again: {}, left: 0\n", expected.len())
     );
     drop(shim);
     let shim = store.shim("anthropic=1", &store.keys(&[new]));
@@ -335,15 +335,15 @@ fn the_old_master_key_may_go_after_a_rotation(
         user_id: "nobody".into(),
         ..prints_its_key()
     };
-    let refused = client.run(nobodys).expect_err("it is refused");
+    let refused = client.run(nobodys).expect_err("a refusal");
     assert_eq!(why(&refused), (Code::NotFound, "NO_CREDENTIAL".into()));
 }
 
-/// A credential that is kept meanwhile is sealed with the key of `keys`.
+/// Meanwhile the shim seals new credentials with the key of `keys`.
 fn without_its_master_key_no_credential_opens(store: &Store<'_>, keys: &str, key: &str) {
     let shim = store.shim("anthropic=0", keys);
     let client = shim.client();
-    let refused = client.run(prints_its_key()).expect_err("it is refused");
+    let refused = client.run(prints_its_key()).expect_err("a refusal");
     assert_eq!(
         why(&refused),
         (Code::FailedPrecondition, "UNKNOWN_MASTER_KEY".into())
@@ -354,14 +354,14 @@ fn without_its_master_key_no_credential_opens(store: &Store<'_>, keys: &str, key
 /// One credential opens with the old master key; the others do not.
 fn a_rotation_leaves_what_does_not_open_as_it_is(shim: &Shim, left: usize) {
     let mut rotate = shim.command(&["credentials", "rotate"]);
-    let output = rotate.output().expect("it is built");
+    let output = rotate.output().expect("a built program");
     assert_eq!(output.status.code(), Some(125));
-    let told = format!("sealed anew: 1, left: {left}\n");
+    let told = format!("sealed again: 1, left: {left}\n");
     assert_eq!(String::from_utf8_lossy(&output.stdout), told);
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(words.lines().count(), left, "{words}");
     assert!(
-        words.starts_with("that of alice for anthropic is as it was: "),
+        words.starts_with("the credential of alice for anthropic is unchanged: "),
         "{words}"
     );
 }
@@ -373,12 +373,12 @@ fn page_tokens_that_are_none_are_refused(client: &Client) {
             ..Default::default()
         };
         let refused = client.call(async |mut shim| shim.list_credentials(request).await);
-        let refused = refused.expect_err("it is refused");
+        let refused = refused.expect_err("a refusal");
         assert_eq!(why(&refused), (Code::InvalidArgument, "INVALID".into()));
     }
 }
 
-/// The names of all that fit, by as many pages as it takes.
+/// The names of all entries that match, from as many pages as necessary.
 fn list(client: &Client, user_id: &str, page_size: u32) -> Names {
     let mut request = ListCredentialsRequest {
         user_id: user_id.into(),

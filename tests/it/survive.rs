@@ -26,7 +26,7 @@ use uuid::Uuid;
 
 use crate::{files, idle};
 
-/// Numbered lines: no two places of the stream are alike.
+/// Numbered lines, so that every part of the stream is different.
 fn lines(count: u32) -> String {
     (1..=count).map(|line| format!("{line}\n")).collect()
 }
@@ -61,7 +61,7 @@ fn a_caller_whose_connection_broke_finds_every_byte() {
     let mut text = read(&client, &mut run, 700_000);
     drop(run);
 
-    // More than was read had been on its way.
+    // More output than was read had been on its way.
     let run = client.attach(&run_id, [text.len(), 0]).unwrap();
     assert_eq!(
         run.accepted.stdin_offset, 0,
@@ -73,14 +73,14 @@ fn a_caller_whose_connection_broke_finds_every_byte() {
     assert!(text == (lines(400_000) + "the end\n").into_bytes());
     assert_eq!(outcome.exited.reason(), ExitReason::Exited);
 
-    // And once more, after its end.
+    // Once more, after the run's end.
     let run = client.attach(&run_id, [text.len() - 8, 0]).unwrap();
     let again = client.finish_from(run, [text.len() - 8, 0]).unwrap();
     assert_eq!(again.stdout(), "the end\n");
     assert_eq!(again.exited.reason(), ExitReason::Exited);
 }
 
-/// How much the command has written that the driver has.
+/// How many bytes of the command's output the driver has.
 fn written(client: &Client, run_id: &str) -> usize {
     let run = client.get_run(run_id).expect("the run is known");
     usize::try_from(run.stdout_bytes).expect("it fits into memory")
@@ -94,7 +94,7 @@ fn what_was_on_its_way_to_a_caller_that_went_away_is_kept() {
     let mut run = client.start(shell("anthropic", "seq 1 3000000")).unwrap();
     let run_id = run.accepted.run_id.clone();
     let mut text = read(&client, &mut run, 1 << 20);
-    // It is not read any more: everything on the way fills up, and the command waits.
+    // The caller no longer reads: all buffers on the way fill up, and the command waits.
     let (mut before, mut stood) = (0, 0);
     let full = wait_until("the command to wait", Duration::from_secs(60), || {
         let now = written(&client, &run_id);
@@ -158,7 +158,7 @@ fn what_cannot_be_attached_to_is_told_why() {
         "`stdout_offset` is 6, but the command has written only 5 bytes"
     );
     assert_eq!(refused("mallory", &run_id, 0).0, Code::PermissionDenied);
-    // To a driver nobody is the operator; a shim's callers are never that.
+    // For a driver, an empty user is the operator. A shim's caller is never the operator.
     let ended = |user| client.cancel_as(user, &run_id).unwrap_err().code();
     assert_eq!(ended("mallory"), Code::PermissionDenied);
     assert_eq!(ended(""), Code::InvalidArgument);
@@ -180,7 +180,7 @@ fn a_command_that_must_not_wait_loses_its_oldest_output_and_says_how_much() {
     };
     let run = client.start(start).unwrap();
     let run_id = run.accepted.run_id.clone();
-    // Nobody reads, and the command comes to its end all the same.
+    // Nobody reads, and the command still ends.
     let expected = lines(4_000_000).into_bytes();
     wait_until("the command's last line", Duration::from_secs(60), || {
         let written = written(&client, &run_id);
@@ -193,7 +193,7 @@ fn a_command_that_must_not_wait_loses_its_oldest_output_and_says_how_much() {
     drop(run);
     let mut run = client.attach(&run_id, [0, 0]).unwrap();
     let Some(Event::Started(_)) = client.next(&mut run).unwrap() else {
-        panic!("it has started")
+        panic!("the run has started")
     };
     let mut at = 0;
     while at < expected.len() {
@@ -250,7 +250,7 @@ pub(crate) fn driver(state_dir: &Path) -> Pid {
 
 pub(crate) fn kill_driver(nomad: &Nomad) {
     let killed = driver(&nomad.state_dir());
-    nix::sys::signal::kill(killed, Signal::SIGKILL).expect("it lives");
+    nix::sys::signal::kill(killed, Signal::SIGKILL).expect("a live process");
     wait_until("another driver", Duration::from_secs(60), || {
         if driver(&nomad.state_dir()) == killed {
             Err(killed.to_string())
@@ -276,7 +276,7 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     let first = client.run(result.clone()).unwrap();
     client.wait_idle("anthropic", 5);
 
-    // One prints all the time, one waits for input, one ends while nobody carries it;
+    // One run prints all the time, one waits for input, one ends while no driver runs;
     let script = "for part in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do \
         seq 1 20000; sleep 0.5; done";
     let mut printing = client.start(shell("anthropic", script)).unwrap();
@@ -288,12 +288,12 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     client.send(&echo, Input::Stdin("before ".into()));
     let ends = shell("anthropic", "echo begin; sleep 2; echo end; exit 7");
     let ends = client.start(ends).unwrap();
-    // one waits for the rest of its files, and of one the artifacts are being fetched.
+    // one waits for the rest of its files, and one's caller is fetching artifacts.
     let gets = files::gets(&client);
     let leaves = files::leaves(&client);
     let mut text = read(&client, &mut printing, 100_000);
 
-    // The next one is another version, with another init.
+    // The next driver is another version, with another init.
     nomad.upgrade();
     kill_driver(&nomad);
     client.send(&echo, Input::Stdin("and after".into()));
@@ -305,13 +305,13 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     gets.finish(&client);
     leaves.finish(&client);
 
-    // It is told of as before, by the driver that took it up.
+    // The driver that took over the run describes it as the previous driver did.
     let waits = client.get_run(&echo.accepted.run_id).unwrap();
     assert_eq!(waits.state(), RunState::Running);
     assert_eq!(waits.provider, "anthropic");
     assert_eq!((waits.started_at.is_some(), waits.cancelled), (true, false));
 
-    // The caller closes its side now; the second driver has not had the first's input.
+    // The caller closes its side now. The second driver does not have the first driver's input.
     let mut echo = echo;
     echo.close();
     let outcome = client.finish(echo).unwrap();
@@ -322,7 +322,7 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
         ("begin\nend\n", 7)
     );
 
-    // What ended before has its result, also through another shim, and a retry of it is it.
+    // A run that ended earlier keeps its result, also through another shim. A retry gets it too.
     let other = Shim::serve(&nomad.address);
     let other_client = other.client();
     other_client.wait_idle("anthropic", 5);
@@ -336,7 +336,7 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
         assert_eq!(outcome.accepted.generation, first.accepted.generation);
     }
 
-    // Nomad saw nothing of it, and the slots are warm again.
+    // Nomad saw nothing of the change of drivers, and the slots are warm again.
     client.wait_idle("anthropic", 5);
     let state = fs::read_dir(nomad.state_dir()).unwrap().flatten();
     let inits = state.filter(|file| file.file_name().to_string_lossy().starts_with("init-"));
@@ -350,17 +350,17 @@ fn a_killed_driver_loses_no_run_no_byte_and_no_result() {
     idle::are_taken_up_if_they_would_be_made_so(&nomad, &client);
 }
 
-/// The agent's clean stop ends the plugin: runs go on without it.
+/// The agent's clean stop ends the plugin. Runs continue without it.
 #[test]
 fn an_agent_that_is_stopped_or_killed_and_started_loses_no_run_and_no_byte() {
-    let mut nomad = Nomad::start();
+    let mut nomad = Nomad::start_lasting();
     let shim = Shim::serve(&nomad.address);
     let client = shim.client();
     nomad.submit_pool("anthropic", 1);
     nomad.wait_running("polydev-pool-anthropic", 1);
     client.wait_idle("anthropic", 1);
 
-    // All of Nomad, servers and agent, is silent: warm claims go on, and so do refills.
+    // All of Nomad, server and agent, is paused. Warm claims still work, and so do refills.
     nomad.agent().signal(Signal::SIGSTOP);
     for _ in 0..2 {
         let outcome = client.run(shell("anthropic", "echo on")).unwrap();
@@ -374,11 +374,11 @@ fn an_agent_that_is_stopped_or_killed_and_started_loses_no_run_and_no_byte() {
     let mut text = read(&client, &mut run, 100_000);
     let began = Instant::now();
     nomad.restart();
-    // Killed, an agent leaves its driver, and the next one finds it.
+    // A killed agent leaves its driver running, and the next agent finds it.
     let kept = driver(&nomad.state_dir());
     nomad.agent().end(Signal::SIGKILL);
-    // A server that begins again knows of no node before it is elected: the shim, which does,
-    // tells of the run all the time.
+    // A restarted server knows no nodes before its election. The shim knows them, and describes the
+    // run all the time.
     std::thread::scope(|scope| {
         let restarted = scope.spawn(|| nomad.restart());
         while !restarted.is_finished() {

@@ -57,13 +57,13 @@ fn a_command_at_a_terminal_is_typed_to_and_told_its_size() {
     );
     client.send(&run, Input::Stdin("stty size\n".into()));
     shown(&client, &mut run, "\r40 120\r\n");
-    // A key interrupts what is in the foreground, and only that.
+    // A key interrupts only the process in the foreground.
     client.send(&run, Input::Stdin("echo begins; sleep 1000\n".into()));
     shown(&client, &mut run, "\rbegins\r\n");
     client.send(&run, Input::Stdin(vec![3].into()));
     client.send(&run, Input::Stdin("echo status $?\n".into()));
     shown(&client, &mut run, "status 130\r\n");
-    // The end of input ends a shell that asks for a command.
+    // The end of input ends a shell that waits for a command.
     client.send(&run, Input::Stdin("PS1='ready: '; (exit 7)\n".into()));
     shown(&client, &mut run, "\u{1b}[?2004hready: ");
     client.send(&run, Input::CloseStdin(CloseStdin {}));
@@ -106,7 +106,7 @@ fn the_command_line_gives_its_terminal_and_takes_it_back_as_it_was() {
     let words: Vec<_> = words
         .map(|word| format!("'{}'", word.to_string_lossy().replace('\'', "'\\''")))
         .collect();
-    // A terminal of its own, whose settings are looked at before and afterwards.
+    // A separate terminal. The test compares the terminal's settings before and afterwards.
     let script = format!(
         "stty rows 30 cols 100; stty -g >before; {}; echo $? >status; stty -g >after",
         words.join(" ")
@@ -124,8 +124,8 @@ fn the_command_line_gives_its_terminal_and_takes_it_back_as_it_was() {
     assert_eq!(read("status"), "9\n");
     assert_eq!(read("before"), read("after"));
 
-    // Without one it is refused before anything runs.
+    // Without a terminal, the command line refuses before anything runs.
     let none = output(&mut shim.command(&["run", "-t", "anthropic", "--", "true"]));
     assert_eq!(none.status.code(), Some(125));
-    assert!(String::from_utf8_lossy(&none.stderr).contains("--tty: stdin is no terminal"));
+    assert!(String::from_utf8_lossy(&none.stderr).contains("--tty: stdin is not a terminal"));
 }

@@ -1,4 +1,4 @@
-//! The search for secrets over all paths that they take, while everything logs all that it can.
+//! The search for secrets on all their paths, while every part logs as much as it can.
 
 use std::{fs, time::Duration};
 
@@ -34,9 +34,9 @@ const HASHES: &str = r#"printf %s "$ANTHROPIC_API_KEY" | sha256sum"#;
 /// Prints the hash of the account that the command has.
 const READS: &str = "sha256sum < ~/.claude/.credentials.json";
 
-/// Runs to the end, with whatever credential, and says what the command found.
+/// Runs to the end with any credential, and returns what the command found.
 fn found(client: &Client, start: RunStart) -> String {
-    let outcome = client.run(start).expect("it runs");
+    let outcome = client.run(start).expect("a whole run");
     assert_eq!(outcome.exited.exit_code, 0, "{}", outcome.stderr());
     outcome.stdout()
 }
@@ -67,10 +67,10 @@ fn file(path: &str, content: &str) -> InputFile {
     }
 }
 
-/// All that a secret passes on its way. Each part logs all that it can.
+/// All parts of the system that a secret passes. Each part logs as much as it can.
 struct Traced {
     client: Client,
-    // Dropped before what it works with.
+    // Dropped before the parts that the shim uses.
     shim: Shim,
     postgres: Postgres,
     http: String,
@@ -107,7 +107,7 @@ impl Traced {
         }
     }
 
-    /// Names of the places where `secret` is. `next` is the shim that followed the first.
+    /// The names of the places that contain `secret`. `next` is the shim after the first one.
     fn places(&self, next: &Shim, secret: &str) -> Vec<String> {
         let mut places = secrets::find(secret, &self.nomad, &self.shim, &self.seen);
         let files = secrets::files(self.postgres.folder()).into_iter();
@@ -163,7 +163,7 @@ fn a_secret_is_nowhere_but_sealed_whatever_path_it_takes_and_whatever_is_logged(
     }
     let log = traced.shim.process.log();
     assert!(!secrets::holds(&traced.postgres.password, log.as_bytes()));
-    assert!(log.contains("TRACE"), "it does not log all it can");
+    assert!(log.contains("TRACE"), "the log lacks level TRACE");
     assert!(
         traced.nomad.agent_log().contains("[TRACE]"),
         "the agent does not log all it can"
@@ -181,24 +181,24 @@ fn a_sealed_key_is_stored_and_used(traced: &mut Traced) -> String {
         ..with(stored())
     };
     let mut run = client.start(waits).expect("it starts");
-    let mut next = || client.next(&mut run).expect("it goes on");
+    let mut next = || client.next(&mut run).expect("another event");
     while !matches!(next(), Some(Event::Stdout(_))) {}
     let label = instance_label(&traced.nomad.state_dir());
     traced.seen.look(&label, &key);
     assert!(traced.seen.alive > 0, "nobody has it");
     run.close();
     let rest = client.finish_from(run, [hash(&key).len(), 0]);
-    rest.expect("it ends");
+    rest.expect("a clean end");
 
     let submit = SubmitJobRequest {
         start: Some(with(stored())),
     };
     let job = client.call(async |mut shim| shim.submit_job(submit).await);
-    let accepted = job.expect("it is taken").accepted.expect("it is accepted");
+    let accepted = job.expect("it is taken").accepted.expect("an accepted run");
     let job = client
         .attach(&accepted.run_id, [0; 2])
         .expect("it is known");
-    let job = client.finish(job).expect("it ends");
+    let job = client.finish(job).expect("a clean end");
     assert_eq!(job.stdout(), hash(&key));
 
     let allocate = AllocateRequest {
@@ -239,7 +239,7 @@ fn a_key_comes_over_http(traced: &Traced) -> String {
             .post(format!("{}/v1/runs", traced.http))
             .json(&body);
         let answer = request.send().await.expect("the shim answers");
-        (answer.status(), answer.text().await.expect("it is text"))
+        (answer.status(), answer.text().await.expect("valid UTF-8"))
     });
     assert_eq!(status, StatusCode::OK);
     assert!(events.contains("event: exited"), "{events}");
@@ -264,14 +264,14 @@ fn secrets_are_refused(traced: &Traced) -> String {
     let variables = [("LD_PRELOAD".to_owned(), secret.clone())].into();
     let refused = in_the_clear(Kind::Environment(SecretEnvironment { variables }));
     let status = client.run(with(refused.clone())).map(drop);
-    let status = status.expect_err("it is refused");
+    let status = status.expect_err("a refusal");
     assert_eq!(status.code(), Code::InvalidArgument);
     let request = PutCredentialRequest {
         credential: Some(refused),
         ..put("tester", "anthropic", api_key("unused"))
     };
     let put_refused = client.call(async |mut shim| shim.put_credential(request).await);
-    let put_refused = put_refused.expect_err("it is refused");
+    let put_refused = put_refused.expect_err("a refusal");
     assert_eq!(put_refused.code(), Code::InvalidArgument);
     let words = status.to_string();
     assert!(!words.contains(&secret), "{words}");
@@ -279,7 +279,7 @@ fn secrets_are_refused(traced: &Traced) -> String {
         source: Some(credential::Source::SealedRecord(secret.clone().into())),
     };
     let refused = client.run(with(longer)).map(drop);
-    refused.expect_err("it is refused");
+    refused.expect_err("a refusal");
     secret
 }
 
@@ -314,7 +314,7 @@ fn a_job_refreshes_an_account_without_a_shim(traced: &mut Traced) -> ([String; 2
     wait_until("the driver is told", Duration::from_secs(20), || {
         fs::metadata(&kept).map_err(|error| error.to_string())
     });
-    kill(driver(&state), Signal::SIGKILL).expect("it lives");
+    kill(driver(&state), Signal::SIGKILL).expect("a live process");
 
     let next = serve(&traced.nomad, &traced.postgres, &traced.http, &traced.keys);
     let client = next.client();
@@ -338,7 +338,7 @@ fn submit_what_refreshes(client: &Client, [old, new]: &[String; 2]) -> String {
         }),
     };
     let job = client.call(async |mut shim| shim.submit_job(submit).await);
-    let accepted = job.expect("it is taken").accepted.expect("it is accepted");
+    let accepted = job.expect("it is taken").accepted.expect("an accepted run");
     wait_until("the job runs", Duration::from_secs(20), || {
         let run = client.get_run(&accepted.run_id).expect("it is known");
         match run.state() {
@@ -349,7 +349,7 @@ fn submit_what_refreshes(client: &Client, [old, new]: &[String; 2]) -> String {
     accepted.run_id
 }
 
-/// It is planted in the store as well.
+/// Plants the secret in the store too.
 fn the_search_finds_what_is_planted(traced: &Traced, next: &Shim, planted: &str) {
     let table = format!("CREATE TABLE planted AS SELECT '{planted}'");
     traced.postgres.sql("postgres", &table);

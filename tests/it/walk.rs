@@ -15,7 +15,7 @@ mod long {
         std::os::unix::fs::symlink(root().join("jobspecs"), folder.join("jobspecs")).unwrap();
         let text = fs::read_to_string(root().join("docs/walk.md")).unwrap();
         let steps: Vec<_> = text.split("```sh\n").skip(1).map(step).collect();
-        // One shell for all of it, which says where each step ends.
+        // One shell for all steps. It prints a mark at the end of each step.
         let script: String = steps
             .iter()
             .map(|(commands, _)| format!("{commands}echo '--- end of step'\n"))
@@ -59,7 +59,7 @@ mod long {
     }
 }
 
-/// The commands, and what they print.
+/// The commands, and their output.
 fn step(text: &str) -> (&str, &str) {
     let (commands, rest) = text.split_once("```\n").expect("a block ends");
     let expected = rest.strip_prefix("```text\n");

@@ -1,4 +1,4 @@
-//! What the files of a crate import from each other, as their `use` lines and paths say.
+//! The imports between the files of a crate, from their `use` lines and paths.
 
 use std::{
     collections::BTreeSet,
@@ -31,7 +31,7 @@ impl fmt::Display for Import {
     }
 }
 
-/// The modules of a crate, a file each, and their imports; without those of unit tests.
+/// The modules of a crate, one for each file, and their imports, without those of unit tests.
 #[derive(Debug)]
 pub(crate) struct Imports {
     pub(crate) modules: BTreeSet<String>,
@@ -83,7 +83,7 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 
 /// `slot/keeper.rs` is `slot::keeper`; `lib.rs` is the root, which is empty.
 fn module(source: &Path, file: &Path) -> String {
-    let inside = file.strip_prefix(source).expect("it was found there");
+    let inside = file.strip_prefix(source).expect("a file of the crate");
     let names = inside.with_extension("");
     let names: Vec<_> = names.iter().map(|name| name.to_string_lossy()).collect();
     match names.join("::") {
@@ -124,7 +124,7 @@ fn target(path: &[String], from: &str, modules: &BTreeSet<String>) -> Option<Str
 
 struct Reader {
     from: String,
-    /// As they are written, by segments.
+    /// The paths as written, by segments.
     paths: Vec<Vec<String>>,
 }
 

@@ -1,5 +1,5 @@
-//! Who may import whom. The compiler forbids circles between crates only; this is what keeps
-//! the modules within the driver and within the shim in layers.
+//! Which module may import which. The compiler only forbids circles between crates. This test
+//! keeps the modules of the driver and those of the shim in layers.
 
 mod imports;
 
@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use imports::{Import, Imports};
 
-/// The driver's modules, from those that nobody may import to those that import nothing.
+/// The driver's modules, from those that no module may import to those that import nothing.
 const DRIVER: &[&str] = &[
     "main",
     "plugin",

@@ -1,4 +1,4 @@
-//! Callers are held to their roles, whichever way they come.
+//! A caller may do only what its roles allow, over every listener.
 
 use std::{
     os::unix::fs::PermissionsExt,
@@ -23,7 +23,7 @@ use crate::{
     site::{LIMIT, Site, myself, reason, steps},
 };
 
-/// A controller may have runs of teams, and this user of the machine everything.
+/// The controller may have runs of teams. The test's user on this machine may do everything.
 fn roles(providers: &str) -> String {
     let myself = myself();
     format!(
@@ -47,7 +47,7 @@ fn site(tls: &Tls, pools: crate::site::Pools) -> Site {
     Site::start_with(pools, &words(&tls.options()))
 }
 
-/// `polydev-shim run PROVIDER --user USER -- true` of the controller.
+/// Runs `polydev-shim run PROVIDER --user USER -- true` as the controller.
 fn run(tls: &Tls, user: &str, provider: &str) -> Output {
     let controller = tls.files("controller");
     let mut command = Command::new(program("polydev-shim"));
@@ -65,7 +65,7 @@ fn stderr(output: &Output) -> String {
 
 #[track_caller]
 fn is_denied<T>(answer: Result<T, Status>) {
-    let status = answer.err().expect("it is denied");
+    let status = answer.err().expect("a denial");
     assert_eq!(status.code(), Code::PermissionDenied, "{status}");
     assert_eq!(reason(&status), "NOT_ALLOWED");
 }
@@ -83,14 +83,14 @@ fn the_command_line_says_who_calls() {
     assert_eq!(denied.status.code(), Some(125));
     let words = stderr(&denied);
     assert!(
-        words.contains("`spiffe://polydev.test/controller`"),
+        words.contains("`spiffe://polydev.test/controller` has no role"),
         "{words}"
     );
     assert_eq!(run(&tls, "team-a", "openai").status.code(), Some(125));
     assert_eq!(site.node().asked().claims.len(), 1);
 }
 
-/// Roles that are wrong change nothing.
+/// Roles that are not valid change nothing.
 #[test]
 fn roles_hold_as_their_file_is_now() {
     let tls = Tls::with_roles(&roles(ANTHROPIC));
@@ -105,14 +105,16 @@ fn roles_hold_as_their_file_is_now() {
         });
     };
     becomes(true);
-    // Nothing but what follows is warned of: what is allowed is not.
+    // Only the following calls cause warnings; allowed calls cause none.
     let warnings = || site.shim.process.log().matches(" WARN ").count();
     let before = warnings();
     tls.write_roles("[[role]]");
     wait_until("the warning", LIMIT, || {
         assert!(is_allowed(), "the old roles hold");
-        let log = || site.shim.process.log();
-        (warnings() > before).then_some(()).ok_or_else(log)
+        let log = site.shim.process.log();
+        let is_told = log.contains("cannot use the new roles");
+        let is_new = warnings() > before;
+        (is_told && is_new).then_some(()).ok_or(log)
     });
     tls.write_roles(&roles(ANTHROPIC));
     becomes(false);
@@ -161,7 +163,7 @@ fn every_call_is_denied_whom_no_role_lets_make_it() {
     assert!(site.node().asked().cancels.is_empty());
 }
 
-/// What anybody with a role may see: pools, and the runs that the role is for.
+/// Every caller with a role may see pools, and the runs that the role is for.
 #[test]
 fn a_role_lets_its_members_look() {
     let tls = Tls::with_roles(&roles(ANTHROPIC));
@@ -206,7 +208,7 @@ fn a_role_for_one_provider_is_none_for_runs_of_others() {
     client.cancel_as("team-a", &of_anthropic).unwrap();
 }
 
-/// Roles open the unix socket to every user of the machine, who is known by the user id.
+/// With roles, every user of the machine may use the unix socket. The user id identifies them.
 #[test]
 fn users_of_the_machine_are_held_to_their_roles() {
     let folder = Folder::new("pdroles-");

@@ -10,11 +10,11 @@ use tokio::runtime::Runtime;
 
 use crate::site::{Pools, Site, port};
 
-/// Until an answer begins, and for each piece of one.
+/// How long the start of an answer may take, and each later piece.
 const ANSWER: Duration = Duration::from_secs(60);
 
 pub(crate) struct Http {
-    // Before the runtime that it is used in.
+    // Dropped before its runtime.
     pub(crate) client: Client,
     runtime: Runtime,
     pub(crate) url: String,
@@ -31,7 +31,7 @@ pub(crate) struct Event {
 
 impl Http {
     pub(crate) fn start(pools: Pools) -> Self {
-        // One of another test may be installed.
+        // Another test may have installed its provider.
         let _installed = rustls::crypto::ring::default_provider().install_default();
         let url = format!("http://127.0.0.1:{}", port());
         let client = Client::builder().no_proxy().build();
@@ -57,15 +57,15 @@ impl Http {
         answer.expect("an answer")
     }
 
-    /// The answer's status and JSON.
+    /// The status and the JSON of the answer.
     pub(crate) fn ask(&self, request: RequestBuilder) -> (u16, Value) {
         let response = self.send(request);
         let status = response.status().as_u16();
         let body = self.runtime.block_on(response.json());
-        (status, body.expect("it is JSON"))
+        (status, body.expect("valid JSON"))
     }
 
-    /// The events of an answer, until `enough`.
+    /// The events of an answer, until `enough` is true.
     pub(crate) fn events(
         &self,
         request: RequestBuilder,
@@ -110,14 +110,14 @@ pub(crate) fn is_last(event: &Event) -> bool {
     event.name == "exited"
 }
 
-/// What the events of that name hold.
+/// The data of the events with this name.
 pub(crate) fn text(events: &[Event], name: &str) -> String {
     let named = events.iter().filter(|event| event.name == name);
     let bytes = named.flat_map(|event| {
-        let data = event.data["data"].as_str().expect("it has data");
-        BASE64_STANDARD.decode(data).expect("it is base64")
+        let data = event.data["data"].as_str().expect("an event has data");
+        BASE64_STANDARD.decode(data).expect("valid base64")
     });
-    String::from_utf8(bytes.collect()).expect("it is text")
+    String::from_utf8(bytes.collect()).expect("valid UTF-8")
 }
 
 /// A run whose arguments are steps of the simulated node.

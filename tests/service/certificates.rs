@@ -1,4 +1,4 @@
-//! Certificates of a shim's callers, and what a shim is told of them.
+//! Certificates of a shim and its callers, and the shim's options for TLS and roles.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ pub(crate) fn make(folder: &Path) {
     assert!(printed.contains("--roles"), "{printed}");
 }
 
-/// `name`'s certificate of one folder, which trusts the authority of another.
+/// The certificate of `name` from the folder `own`, with the authority of the folder `trusted`.
 pub(crate) fn files(own: &Path, name: &str, trusted: &Path) -> Files {
     Files {
         certificate: own.join(format!("{name}.pem")),
@@ -28,14 +28,14 @@ pub(crate) fn files(own: &Path, name: &str, trusted: &Path) -> Files {
     }
 }
 
-/// What a shim needs that lets in callers from elsewhere.
+/// The files of a shim that listens for remote callers.
 pub(crate) struct Tls {
     pub(crate) url: String,
     folder: Folder,
 }
 
 impl Tls {
-    /// With certificates, and these roles.
+    /// Makes certificates, and a file with these roles.
     pub(crate) fn with_roles(roles: &str) -> Self {
         let tls = Self {
             url: format!("https://127.0.0.1:{}", port()),
@@ -46,17 +46,17 @@ impl Tls {
         tls
     }
 
-    /// The folder of the certificates that the shim has and trusts.
+    /// The folder of the certificates that the shim uses and trusts.
     pub(crate) fn ours(&self) -> PathBuf {
         self.folder.path().join("ours")
     }
 
-    /// Another folder, which is not there yet.
+    /// A folder for other certificates. It does not exist yet.
     pub(crate) fn others(&self) -> PathBuf {
         self.folder.path().join("others")
     }
 
-    /// `name`'s certificate of ours.
+    /// The certificate of `name` that the shim trusts.
     pub(crate) fn files(&self, name: &str) -> Files {
         files(&self.ours(), name, &self.ours())
     }
@@ -81,17 +81,15 @@ impl Tls {
     }
 }
 
-/// Signs a certificate called `name` with the authority of a folder, as `change` wants it.
+/// Signs a certificate called `name` with the authority of a folder. `change` sets its contents.
 pub(crate) fn sign(folder: &Path, name: &str, change: impl FnOnce(&mut CertificateParams)) {
-    let read = |name: &str| fs::read_to_string(folder.join(name)).expect("it was written");
-    let key = KeyPair::from_pem(&read("ca-key.pem")).expect("it is a key");
-    let issuer = Issuer::from_ca_cert_pem(&read("ca.pem"), key).expect("it is an authority's");
-    let own = KeyPair::generate().expect("there is randomness");
+    let read = |name: &str| fs::read_to_string(folder.join(name)).expect("an existing file");
+    let key = KeyPair::from_pem(&read("ca-key.pem")).expect("a valid key");
+    let issuer = Issuer::from_ca_cert_pem(&read("ca.pem"), key).expect("an authority");
+    let own = KeyPair::generate().expect("a new key");
     let mut params = CertificateParams::default();
     change(&mut params);
-    let signed = params
-        .signed_by(&own, &issuer)
-        .expect("it is a certificate");
+    let signed = params.signed_by(&own, &issuer).expect("a certificate");
     let write = |name: String, text: String| fs::write(folder.join(name), text);
     write(format!("{name}.pem"), signed.pem()).expect("a file can be written");
     write(format!("{name}-key.pem"), own.serialize_pem()).expect("a file can be written");

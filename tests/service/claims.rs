@@ -1,5 +1,5 @@
-//! What a driver may answer to a claim, and what the shim makes of it: another slot after a
-//! definite refusal, a question to the same driver after an unclear answer.
+//! What the shim does after a driver's answer to a claim. After a definite refusal it claims
+//! another slot. After an unclear answer it asks the same driver again.
 
 use std::thread;
 
@@ -14,10 +14,10 @@ use uuid::Uuid;
 
 use crate::site::{LIMIT, Site, at_once, reason, seconds, steps};
 
-/// Reads events until the run is accepted: on which node.
+/// Reads events until the run is accepted. Returns the run's node.
 fn accepted(client: &Client, events: &mut Events) -> String {
     loop {
-        match client.next_of(events).expect("it goes on") {
+        match client.next_of(events).expect("another event") {
             Some(Event::Accepted(accepted)) => return accepted.node_id,
             Some(Event::Queued(_)) => {}
             other => panic!("{other:?}"),
@@ -25,7 +25,7 @@ fn accepted(client: &Client, events: &mut Events) -> String {
     }
 }
 
-/// A run whose first node refuses it with this code is had by the second one.
+/// If the first node refuses a run with this code, the second node gets the run.
 fn goes_elsewhere(code: Code) {
     let mut site = Site::start(&[("anthropic", 1)]);
     site.add_node(Default::default(), &[]);
@@ -37,7 +37,7 @@ fn goes_elsewhere(code: Code) {
     site.nodes[1].add_slots("anthropic", 1);
     assert_eq!(accepted(&client, &mut events), site.nodes[1].id());
 
-    // Each try stands above the one before.
+    // Each try has a higher ballot than the previous one.
     let [first, second] = [0, 1].map(|node| site.nodes[node].asked().claims);
     let tries: Vec<_> = first.iter().chain(&second).collect();
     let ballots: Vec<_> = tries.iter().flat_map(|claim| claim.ballot).collect();
@@ -72,8 +72,8 @@ fn a_run_that_is_refused_everywhere_is_told_the_nodes_reason() {
     }
 }
 
-/// In one turn, so that a run that waits for nothing is had by the other node whichever is tried
-/// first.
+/// The shim tries both nodes in one turn. A run that does not wait gets the other node, whichever
+/// node is tried first.
 #[test]
 fn a_run_that_one_node_has_no_room_for_is_tried_on_another_in_the_same_turn() {
     let mut site = Site::start(&[("anthropic", 1)]);
@@ -104,7 +104,7 @@ fn what_no_slot_would_take_is_not_tried_again() {
     }
 }
 
-/// The node has the run: it is gone back to, and not begun again.
+/// The node has the run: the shim attaches to the run and does not start it again.
 #[test]
 fn a_claim_that_was_taken_without_an_answer_is_gone_back_to() {
     let site = Site::start(&[("anthropic", 2)]);
@@ -114,12 +114,12 @@ fn a_claim_that_was_taken_without_an_answer_is_gone_back_to() {
     assert_eq!(outcome.stdout(), "once");
     let asked = site.node().asked();
     assert_eq!(asked.claims[0].slot_id, outcome.accepted.slot_id);
-    assert!(!asked.fences.is_empty(), "it was not asked for the run");
+    assert!(!asked.fences.is_empty(), "the shim did not ask for the run");
     let listed = client.list_runs(ListRunsRequest::default()).unwrap();
     assert_eq!(listed.runs.len(), 1);
 }
 
-/// The node has not got it, and will not: the fence keeps it out.
+/// The node does not have the run and cannot get it: the fence prevents that.
 #[test]
 fn a_claim_that_was_not_taken_is_made_again() {
     let site = Site::start(&[("anthropic", 2)]);
@@ -137,8 +137,8 @@ fn a_claim_that_was_not_taken_is_made_again() {
     assert!(lost.attempt < fence.attempt && fence.attempt < again.attempt);
 }
 
-/// A driver that stalls is asked what became of the claim as soon as it answers. Its claim came
-/// to nothing: the shim had given it up.
+/// The shim asks a stalled driver about the claim as soon as the driver answers again. The claim
+/// had no effect, because the shim had given it up.
 #[test]
 fn a_driver_that_stalls_is_asked_what_became_of_the_claim() {
     let site = Site::start(&[("anthropic", 1)]);
@@ -161,7 +161,7 @@ fn a_driver_that_stalls_is_asked_what_became_of_the_claim() {
     assert_eq!(listed.unwrap().runs.len(), 1);
 }
 
-/// A claim may be repeated as often as a caller likes.
+/// A caller may repeat a claim any number of times.
 #[test]
 fn a_run_is_begun_once_however_often_it_is_asked_for() {
     let site = Site::start(&[("anthropic", 3)]);

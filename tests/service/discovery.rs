@@ -1,4 +1,4 @@
-//! How the shim finds its nodes through Nomad, and what it makes of a Nomad that does not know.
+//! How the shim finds its nodes through Nomad, and what it does if Nomad does not know them.
 
 use polydev_proto::{
     node::slot::State,
@@ -11,7 +11,8 @@ use uuid::Uuid;
 
 use crate::site::{LIMIT, Site, at_once, reason, steps};
 
-/// Waits until the shim has acted on what Nomad says now: it has asked so often since.
+/// Waits until the shim has requested the nodes `times` more times: then it has acted on Nomad's
+/// present answer.
 fn wait_heard(site: &Site, times: usize) {
     let before = site.nomad().lists();
     wait_until("another question to Nomad", LIMIT, || {
@@ -62,7 +63,7 @@ fn a_node_is_followed_once_it_is_ready_and_says_where() {
     site.wait_nodes(2, 0);
 }
 
-/// Its runs go on, it gets no new ones, and it may come back.
+/// The node's runs continue. The node gets no new runs, and may come back.
 #[test]
 fn a_node_that_nomad_has_lost_keeps_its_runs_and_gets_no_new_ones() {
     let mut site = Site::start(&[]);
@@ -76,7 +77,7 @@ fn a_node_that_nomad_has_lost_keeps_its_runs_and_gets_no_new_ones() {
     assert_eq!(reason(&refused), "NO_IDLE_SLOT");
     client.cancel(&run.accepted.run_id).unwrap();
     client.finish(run).unwrap();
-    // It is not one of the cluster's any more.
+    // The node no longer belongs to the cluster.
     site.nodes[1].break_connections();
     site.wait_nodes(1, 0);
     site.nomad().set_nodes([lost]);
@@ -85,7 +86,7 @@ fn a_node_that_nomad_has_lost_keeps_its_runs_and_gets_no_new_ones() {
     client.run(at_once(steps(&["true"]))).unwrap();
 }
 
-/// A server that has just begun knows no node: what was known stands.
+/// A server that has just started knows no nodes: the shim keeps those that it knows.
 #[test]
 fn a_server_without_a_leader_takes_no_node_away() {
     let mut site = Site::start(&[("anthropic", 1)]);
@@ -93,7 +94,7 @@ fn a_server_without_a_leader_takes_no_node_away() {
     site.nomad().set_mood(Mood::Leaderless);
     wait_heard(&site, 2);
     client.run(steps(&["true"])).unwrap();
-    // One that had left would not be followed again.
+    // The shim would not follow a removed node again.
     site.node().leave();
     site.wait_nodes(0, 1);
     site.node().obey();
@@ -122,7 +123,7 @@ fn a_nomad_that_fails_or_is_silent_takes_no_node_away() {
     site.add_node(Options::default(), &[]);
 }
 
-/// A driver cannot see that its node's drain has come to the deadline.
+/// A driver cannot see that the drain of its node has reached the deadline.
 #[test]
 fn runs_that_are_left_on_a_drained_node_are_ended_by_the_shim() {
     let site = Site::start(&[("anthropic", 1)]);

@@ -6,11 +6,11 @@ use tonic::Code;
 
 use crate::caller::{Event, Http, is_last, start, text};
 
-/// The id that a caller is told of its run.
+/// The id of the run that the events report.
 fn run_id(events: &[Event]) -> String {
     let accepted = events.iter().find(|event| event.name == "accepted");
     let run_id = accepted.and_then(|event| event.data["run_id"].as_str());
-    run_id.expect("it is accepted").to_owned()
+    run_id.expect("an accepted run").to_owned()
 }
 
 fn events_of(run_id: &str) -> String {
@@ -64,7 +64,7 @@ fn a_run_is_gone_back_to_from_any_event() {
     let rest = http.events(http.get(&path).header("last-event-id", id), is_last);
     assert_eq!(text(&rest, "stdout"), text(after, "stdout"));
 
-    // After the last there is nothing: an `EventSource` stops coming back.
+    // Nothing follows the last event: an `EventSource` stops reconnecting.
     let last = &events.last().unwrap().id;
     let none = http.send(http.get(&path).header("last-event-id", last));
     assert_eq!(none.status(), 204);
@@ -143,6 +143,7 @@ fn leases_pools_and_nodes_are_had_without_grpc() {
     );
     let release = format!("/v1/leases/{lease_id}/release");
     assert_eq!(http.ask(http.post(&release, &user)), (200, json!({})));
+    assert_eq!(http.ask(http.post(&release, &user)).0, 404);
     http.site.shim.client().wait_idle("anthropic", 1);
     let (status, problem) = http.ask(http.post(&release, &user));
     assert_eq!(
@@ -157,7 +158,7 @@ fn leases_pools_and_nodes_are_had_without_grpc() {
     assert_eq!(status["nodes"][0]["node_id"], http.site.node().id());
 }
 
-/// What goes wrong before the first event has a status of its own, and afterwards an event.
+/// An error before the first event sets the HTTP status; a later error is an event.
 #[test]
 fn an_error_is_a_status_before_the_first_event_and_an_event_after_it() {
     let http = Http::start(&[("anthropic", 1)]);
@@ -176,7 +177,7 @@ fn an_error_is_a_status_before_the_first_event_and_an_event_after_it() {
 
     let is_problem = |event: &Event| {
         if is_output(event) {
-            // The attach below has its first events: now the node loses the run.
+            // The attach below has sent its first events. Now the node loses the run.
             http.site.node().forget(&run_id);
             http.site.node().break_connections();
         }

@@ -1,4 +1,4 @@
-//! What a caller sends to its run.
+//! The input that a caller sends to its run.
 
 use bytes::Bytes;
 use polydev_proto::runtime::{
@@ -92,7 +92,7 @@ fn all_of_a_long_input_arrives_in_order() {
     assert!(outcome.stdout() == lines);
 }
 
-/// The run goes on: its caller may come back.
+/// The run continues: its caller may come back.
 #[test]
 fn input_that_no_command_may_get_breaks_the_call_alone() {
     let site = Site::start(&[("anthropic", 4)]);
@@ -109,7 +109,7 @@ fn input_that_no_command_may_get_breaks_the_call_alone() {
     assert!(site.node().asked().cancels.is_empty());
 }
 
-/// A command whose files will not come need not be waited for.
+/// The shim does not wait for a command whose files will not arrive.
 #[test]
 fn a_run_whose_files_do_not_come_as_was_said_is_ended() {
     let site = Site::start(&[("anthropic", 2)]);

@@ -1,4 +1,4 @@
-//! An issuer of tokens, of which any token can be had.
+//! An issuer of tokens that makes any token, valid or not.
 
 use std::{
     net::TcpListener,
@@ -15,10 +15,10 @@ use ring::{
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-/// For whom its tokens are made out.
+/// The audience of the issuer's tokens.
 pub(crate) const AUDIENCE: &str = "polydev.test";
 
-/// One key of an issuer's.
+/// A key of an issuer.
 pub(crate) struct Key {
     kid: String,
     pub(crate) pair: EcdsaKeyPair,
@@ -35,7 +35,7 @@ impl Key {
         }
     }
 
-    /// As its issuer publishes it.
+    /// The public key as its issuer publishes it.
     fn public(&self) -> Value {
         let (x, y) = self.pair.public_key().as_ref()[1..].split_at(32);
         let text = |bytes: &[u8]| BASE64_URL_SAFE_NO_PAD.encode(bytes);
@@ -53,7 +53,7 @@ impl Key {
     pub(crate) fn sign_as(&self, header: &Value, claims: &Value) -> String {
         let text = unsigned(header, claims);
         let signature = self.pair.sign(&SystemRandom::new(), text.as_bytes());
-        let signature = signature.expect("it signs");
+        let signature = signature.expect("a signature");
         format!("{text}.{}", BASE64_URL_SAFE_NO_PAD.encode(signature))
     }
 }
@@ -64,11 +64,11 @@ pub(crate) fn unsigned(header: &Value, claims: &Value) -> String {
     format!("{}.{}", text(header), text(claims))
 }
 
-/// An issuer that can be asked for its keys.
+/// An issuer that serves its keys over HTTP.
 pub(crate) struct Issuer {
     pub(crate) url: String,
     keys: Arc<Mutex<Vec<Value>>>,
-    /// `None` once it has left.
+    /// `None` once the issuer has left.
     runtime: Option<Runtime>,
 }
 
@@ -76,7 +76,7 @@ impl Issuer {
     pub(crate) fn start() -> Self {
         let runtime = Runtime::new().expect("a runtime can be made");
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
-        let url = format!("http://{}", listener.local_addr().expect("it is bound"));
+        let url = format!("http://{}", listener.local_addr().expect("a bound socket"));
         let keys = Arc::new(Mutex::new(Vec::new()));
         let configuration = json!({ "issuer": url, "jwks_uri": format!("{url}/keys") });
         let router = Router::new()
@@ -95,7 +95,7 @@ impl Issuer {
         runtime.spawn(async move {
             listener.set_nonblocking(true).expect("it can be set");
             let listener = tokio::net::TcpListener::from_std(listener);
-            axum::serve(listener.expect("it listens"), router).await
+            axum::serve(listener.expect("a listener"), router).await
         });
         Self {
             url,
@@ -104,18 +104,18 @@ impl Issuer {
         }
     }
 
-    /// Publishes these keys in place of the last ones.
+    /// Publishes these keys instead of the previous ones.
     pub(crate) fn has(&self, keys: &[&Key]) {
         let keys = keys.iter().map(|key| key.public()).collect();
         *self.keys.lock().unwrap_or_else(PoisonError::into_inner) = keys;
     }
 
-    /// Answers nobody any more.
+    /// Stops serving.
     pub(crate) fn leave(&mut self) {
         drop(self.runtime.take());
     }
 
-    /// What a token of a subject says.
+    /// The claims of a token for a subject.
     pub(crate) fn claims(&self, subject: &str) -> Value {
         json!({
             "iss": self.url, "aud": [AUDIENCE, "another"], "sub": subject, "exp": now() + 600,
@@ -127,5 +127,5 @@ impl Issuer {
 /// Seconds since 1970.
 pub(crate) fn now() -> u64 {
     let now = SystemTime::UNIX_EPOCH.elapsed();
-    now.expect("it is later").as_secs()
+    now.expect("a time after 1970").as_secs()
 }

@@ -1,4 +1,4 @@
-//! Slots that are kept for a run before its command is known, as the shim sees them.
+//! Leases: the shim keeps a slot for a run before the run's command is known.
 
 use polydev_proto::runtime::{AllocateRequest, Lease, ReleaseRequest, RunStart, SubmitJobRequest};
 use polydev_tests::{
@@ -39,7 +39,7 @@ fn on(lease: &Lease, words: &[&str]) -> RunStart {
 
 #[track_caller]
 fn is_refused<T>(answer: Result<T, Status>, code: Code, expected: &str) {
-    let status = answer.err().expect("it is refused");
+    let status = answer.err().expect("a refusal");
     assert_eq!(status.code(), code, "{status}");
     assert_eq!(reason(&status), expected, "{status}");
 }
@@ -60,7 +60,7 @@ fn a_leased_slot_is_for_no_other_run() {
     is_refused(third, Code::ResourceExhausted, full);
     is_refused(allocate(&client, 1), Code::ResourceExhausted, full);
 
-    // Nor is it another user's, or another provider's.
+    // Another user cannot use the lease, nor can a run for another provider.
     let stranger = RunStart {
         user_id: "mallory".into(),
         ..on(&lease, &["true"])
@@ -124,7 +124,7 @@ fn a_job_may_have_a_lease() {
     assert_eq!(client.finish(run).unwrap().stdout(), "job\n");
 }
 
-/// The slot is idle again with another container, and the lease is of no more use.
+/// The slot is idle again with another container. The lease can no longer be used.
 #[test]
 fn a_lease_ends_with_its_time_or_when_its_user_gives_it_back() {
     let site = Site::start(&[("anthropic", 1)]);
@@ -172,7 +172,7 @@ fn the_run_of_a_lease_counts_as_its_users() {
     client.run(others).unwrap();
 }
 
-/// Nobody knows of it, and it would keep its slot.
+/// No caller knows of the lease, which would keep its slot.
 #[test]
 fn a_lease_whose_answer_does_not_come_is_given_back() {
     let site = Site::start(&[("anthropic", 1)]);

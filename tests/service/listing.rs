@@ -1,4 +1,4 @@
-//! What is told of runs and pools without their output.
+//! What the shim reports of runs and pools, without the output of runs.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use crate::site::{LIMIT, Site, steps};
 
-/// The ids of all runs that fit, by as many pages as it takes.
+/// The ids of all runs that match, from as many pages as necessary.
 fn ids(client: &Client, mut request: ListRunsRequest) -> Vec<String> {
     let mut ids = Vec::new();
     loop {
@@ -35,15 +35,15 @@ fn ids(client: &Client, mut request: ListRunsRequest) -> Vec<String> {
     }
 }
 
-/// Two nodes with three runs of `tester` that have ended, the second with status 3, and one of
-/// `other` that goes on: their ids, the last one first.
+/// Two nodes with four runs. Three runs of `tester` have ended, the second with status 3. A run
+/// of `other` is running. Returns the runs' ids, the newest first.
 fn with_runs() -> (Site, Client, polydev_tests::client::Run, Vec<String>) {
     let mut site = Site::start(&[("anthropic", 2)]);
     site.add_node(Options::default(), &[("anthropic", 2)]);
     let client = site.shim.client();
     let mut expected = Vec::new();
     for words in [&["out:some"][..], &["exit:3"], &["err:more"]] {
-        let outcome = client.run(steps(words)).expect("it runs");
+        let outcome = client.run(steps(words)).expect("a whole run");
         expected.insert(0, outcome.accepted.run_id);
     }
     let other = RunStart {
@@ -52,7 +52,7 @@ fn with_runs() -> (Site, Client, polydev_tests::client::Run, Vec<String>) {
         ..steps(&["cat"])
     };
     let mut going = client.start(other).expect("it begins");
-    let mut next = || client.next(&mut going).expect("it goes on");
+    let mut next = || client.next(&mut going).expect("still running");
     while !matches!(next().expect("it begins"), Event::Started(_)) {}
     expected.insert(0, going.accepted.run_id.clone());
     (site, client, going, expected)
@@ -63,7 +63,7 @@ fn runs_of_all_nodes_are_listed_page_by_page() {
     let empty = Site::start(&[]);
     assert!(ids(&empty.shim.client(), ListRunsRequest::default()).is_empty());
     let (_site, client, _going, expected) = with_runs();
-    // Whatever the size of the page, each run comes once, the last one first.
+    // With every page size, each run comes once, the newest first.
     for page_size in [1, 2, 3, 4, 0] {
         let request = ListRunsRequest {
             page_size,
@@ -97,14 +97,14 @@ fn a_run_is_shown_as_far_as_it_has_come() {
     assert_eq!((exited.reason(), exited.exit_code), (ExitReason::Exited, 3));
     let times = [failed.claimed_at, failed.started_at, failed.ended_at];
     let [claimed, started, ended] = times.map(|at| {
-        let at = at.expect("it has ended");
+        let at = at.expect("an ended run");
         (at.seconds, at.nanos)
     });
     assert!(claimed <= started && started <= ended);
     assert_eq!(failed.provider, "anthropic");
     let written = client.get_run(&expected[1]).unwrap();
     assert_eq!((written.stdout_bytes, written.stderr_bytes), (0, 4));
-    // In whatever spelling a UUID may have.
+    // A UUID may have upper case.
     let upper = client.get_run(&expected[1].to_uppercase()).unwrap();
     assert_eq!(upper.run_id, expected[1]);
 
@@ -157,7 +157,7 @@ fn runs_are_watched_as_they_come_further() {
     let told = |run_id: &str, state: &str| {
         wait_until(&format!("{run_id} {state}"), LIMIT, || {
             let log = watch.log();
-            // The last line may not be whole yet.
+            // The last line may still be incomplete.
             let mut told = log
                 .lines()
                 .filter_map(|line| serde_json::from_str(line).ok());
@@ -165,7 +165,7 @@ fn runs_are_watched_as_they_come_further() {
             told.find(is_it).ok_or(log.clone())
         })
     };
-    // What goes on comes first, and what had ended is not told.
+    // Running runs come first. Runs that ended earlier are not reported.
     told(&going.accepted.run_id, "running");
     assert_eq!(watch.log().lines().count(), 1);
     client.send(&going, Input::CloseStdin(CloseStdin {}));
@@ -178,7 +178,7 @@ fn runs_are_watched_as_they_come_further() {
         ..steps(&["true"])
     };
     let others = client.run(others).unwrap().accepted.run_id;
-    // Over a connection that broke as well.
+    // The report continues after a broken connection.
     site.node().break_connections();
     let next = client.start(waits).unwrap();
     told(&next.accepted.run_id, "running");
@@ -203,13 +203,13 @@ fn a_job_that_is_submitted_runs_without_a_caller() {
     };
     let accepted = submit(job.clone()).unwrap().accepted.unwrap();
     assert_eq!(accepted.run_id, run_id);
-    // As often as it is asked for, it is one.
+    // Any number of requests make only one run.
     let again = RunStart { attempt: 2, ..job };
     assert_eq!(submit(again).unwrap().accepted.unwrap(), accepted);
     let exited = wait_until("its end", LIMIT, || {
         let run = client.get_run(&run_id);
         let run = run.map_err(|status| status.to_string())?;
-        run.exited.ok_or_else(|| "it goes on".to_owned())
+        run.exited.ok_or_else(|| "still running".to_owned())
     });
     assert_eq!(exited.exit_code, 3);
     let run = client.attach(&run_id, [0; 2]).unwrap();
@@ -227,7 +227,7 @@ fn the_command_line_submits_a_job_and_has_its_output() {
     assert_eq!(succeed(&mut site.shim.command(&attached)), "over\n");
 }
 
-/// Every slot of every node, by its state, and none of a node that is away.
+/// The shim counts every slot of every node by state, but no slots of an absent node.
 #[test]
 fn pools_are_counted_by_the_states_of_their_slots() {
     let mut site = Site::start(&[("anthropic", 7)]);

@@ -1,8 +1,8 @@
-//! What the shim alone decides: the real `polydev-shim serve` in front of simulated drivers and
-//! a simulated Nomad. Neither root nor Docker nor Nomad is needed, and tests run beside each
-//! other: each has a shim, a folder and nodes of its own.
+//! Tests of what the shim alone decides: the real `polydev-shim serve` in front of simulated
+//! drivers and a simulated Nomad. The tests need neither root nor Docker nor Nomad. They run in
+//! parallel: each test has a shim, a folder and nodes of its own.
 //!
-//! That a real driver, Docker and Nomad do what is simulated here is shown in `tests/it`.
+//! The tests in `tests/it` show that a real driver, Docker and Nomad do what is simulated here.
 
 mod caller;
 mod certificates;

@@ -1,4 +1,4 @@
-//! Slots that the shim orders from Nomad for one run each.
+//! Slots on demand: the shim orders them from Nomad, each for one run.
 
 use std::thread;
 
@@ -62,7 +62,7 @@ fn an_order_that_is_not_needed_is_withdrawn() {
     });
 }
 
-/// So is that of a run whose caller waits no longer.
+/// The shim also withdraws the order of a run whose caller no longer waits.
 #[test]
 fn an_order_of_a_run_that_is_given_up_is_withdrawn() {
     let site = Site::start(&[]);
@@ -90,7 +90,7 @@ fn without_the_job_the_caller_is_told() {
     assert!(site.nomad().dispatched().is_empty());
 }
 
-/// The second order is made when the first run has its slot.
+/// The shim makes the second order when the first run has its slot.
 #[test]
 fn so_many_orders_wait_at_a_time_as_are_allowed() {
     let site = Site::start_with(&[], &["--on-demand", "1"]);

@@ -1,4 +1,4 @@
-//! Runs that wait for a slot: in whose order, how many, and how long.
+//! Runs that wait for a slot: their order among users, their number, and how long they wait.
 
 use std::time::{Duration, Instant};
 
@@ -57,8 +57,8 @@ fn users_take_turns_and_see_their_place() {
     served(&client, &mut bob);
     served(&client, &mut alice);
     client.finish(holder).unwrap();
-    // Whose turn it is after Alice's first run depends on what the shim hears first: that the run
-    // has ended, or that the slot is idle.
+    // The next turn after Alice's first run depends on the first event at the shim: the end of the
+    // run, or the idle slot.
     let claims = site.node().asked().claims;
     assert_eq!(claims.len(), 3);
 }
@@ -107,6 +107,16 @@ fn who_finds_none_idle_is_told_after_the_time_given() {
     assert!(refused.message().contains("claimed"), "{refused}");
     let at_once = client.run(at_once(steps(&["true"]))).unwrap_err();
     assert_eq!(reason(&at_once), "NO_IDLE_SLOT");
+
+    // Nor is one idle where there is none.
+    let waits = RunStart {
+        queue_timeout: seconds(1),
+        ..argv("google", &["true"])
+    };
+    let refused = client.run(waits).unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    let words = "the provider has no slots";
+    assert!(refused.message().contains(words), "{refused}");
 }
 
 #[track_caller]
@@ -126,7 +136,7 @@ fn a_user_has_no_more_runs_going_or_waiting_than_are_allowed() {
     let site = Site::start_with(&[("anthropic", 2)], &limits);
     let client = site.shim.client();
     let _holder = client.start(run_of("alice", "cat")).unwrap();
-    // A slot is idle, and it is not for her.
+    // A slot is idle, but Alice may not have it.
     let waits = RunStart {
         queue_timeout: seconds(1),
         ..run_of("alice", "true")
@@ -135,12 +145,14 @@ fn a_user_has_no_more_runs_going_or_waiting_than_are_allowed() {
     assert_eq!(before(&client, &mut waiting), 0);
     let refused = client.start(run_of("alice", "true")).err().unwrap();
     is_quota(&refused, "QUEUE_FULL", "user:alice");
+    let words = "user `alice` has 1 runs waiting already; this shim allows no more";
+    assert_eq!(refused.message(), words);
     let bob = Instant::now();
     let (_bob_input, mut events) = client.submit(run_of("bob", "true")).unwrap();
     served(&client, &mut events);
-    assert!(bob.elapsed() < LIMIT, "nobody held him up");
+    assert!(bob.elapsed() < LIMIT, "nobody held Bob up");
 
-    // Its place changed while Bob came and was served.
+    // The run's place changed while Bob came and was served.
     let refused = loop {
         match client.next_of(&mut waiting) {
             Ok(Some(Event::Queued(_))) => {}
@@ -148,6 +160,8 @@ fn a_user_has_no_more_runs_going_or_waiting_than_are_allowed() {
         }
     };
     is_quota(&refused, "USER_LIMIT", "user:alice");
+    let words = "user `alice` still had as many active runs as this shim allows after 1 s";
+    assert_eq!(refused.message(), words);
     assert_eq!(site.node().asked().claims.len(), 2);
 }
 
@@ -169,7 +183,7 @@ fn callers_and_users_have_rates() {
     let site = Site::start_with(&[("anthropic", 1)], &options);
     let client = site.shim.client();
     let is_limited = |status: &Status| reason(status) == "RATE_LIMIT";
-    // Runs that are refused for another reason count as well.
+    // Runs that are refused for another reason also count.
     let start = |user: &str| {
         let start = RunStart {
             user_id: user.into(),

@@ -1,4 +1,4 @@
-//! What is refused over HTTP: requests that are wrong, and pages in browsers.
+//! What the shim refuses over HTTP: wrong requests, and requests of web pages in browsers.
 
 use polydev_tests::fresh_key;
 use reqwest::RequestBuilder;
@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use crate::caller::{Http, start};
 
-/// Sends what is to be refused: the problem, which has that status and code and, in its message,
-/// these words.
+/// Sends a request that the shim must refuse with this status and code. The message must contain
+/// these words. Returns the problem.
 #[track_caller]
 fn refused(http: &Http, request: RequestBuilder, status: u16, code: &str, words: &str) -> String {
     let (told, problem) = http.ask(request);
@@ -32,15 +32,18 @@ fn a_start_that_is_wrong_is_refused_with_its_place() {
     let invalid = |change: &dyn Fn(&mut Value), words: &str| {
         refused(&http, changed(&http, change), 400, INVALID, words);
     };
-    invalid(&|start| start["proveder"] = json!("x"), "`start`");
-    invalid(&|start| start["provider"] = json!("x"), "`provider`");
+    let unknown = "`start` is not valid (unknown field or wrong value)";
+    invalid(&|start| start["proveder"] = json!("x"), unknown);
+    invalid(&|start| start["provider"] = json!("x"), "`provider` is `x`");
     invalid(&|start| start["timeout"] = json!("soon"), "`start.timeout`");
     invalid(&|start| start["stdin"] = json!(true), "`stdin`");
     let follows = json!([{ "path": "a", "size": "5" }]);
     invalid(&|start| start["files"] = follows.clone(), "`files`");
-    refused(&http, http.post("/v1/runs", &json!([])), 400, INVALID, "");
     let many = json!({ "start": { "files": vec![json!({}); 100_000] } });
-    refused(&http, http.post("/v1/runs", &many), 400, INVALID, "");
+    for body in [json!([]), many] {
+        let request = http.post("/v1/runs", &body);
+        refused(&http, request, 400, INVALID, "is not valid");
+    }
     let detach = http.post("/v1/runs?detach=maybe", &json!({}));
     refused(&http, detach, 400, INVALID, "detach");
     assert!(http.site.node().asked().claims.is_empty());
@@ -56,7 +59,8 @@ fn a_path_or_a_query_that_is_wrong_is_refused() {
     invalid("/v1/runs/%FF?user_id=tester", "UTF-8");
     invalid("/v1/runs/42", "user_id");
     invalid("/v1/runs?states=RUN_STATE_DONE", "`states[0]`");
-    invalid("/v1/runs?user_id=a&user_id=b", "`user_id`");
+    let twice = "`user_id` is given more than once";
+    invalid("/v1/runs?user_id=a&user_id=b", twice);
     invalid("/v1/pools/nobody", "`nobody`");
     refused(
         &http,
@@ -66,7 +70,13 @@ fn a_path_or_a_query_that_is_wrong_is_refused() {
         "/v1/openapi.json",
     );
     let method = http.post("/v1/pools", &json!({}));
-    refused(&http, method, 405, "UNIMPLEMENTED", "");
+    refused(
+        &http,
+        method,
+        405,
+        "UNIMPLEMENTED",
+        "does not support this method",
+    );
     let run_id = uuid::Uuid::now_v7();
     let path = format!("/v1/runs/{run_id}/events?user_id=tester");
     refused(
@@ -86,14 +96,18 @@ fn a_body_that_is_no_json_or_too_long_is_refused() {
     let post = || http.client.post(format!("{}/v1/runs", http.url));
     refused(&http, post().body("{}"), 415, INVALID, "`Content-Type`");
     let broken = post().body("{").header("content-type", "application/json");
-    refused(&http, broken, 400, INVALID, "line 1");
-    for (length, most) in [(13 << 20, "12582912"), (5 << 20, "4194304")] {
+    let place = "not valid JSON, at line 1, column 1";
+    refused(&http, broken, 400, INVALID, place);
+    for (length, most) in [
+        (13 << 20, "more than 12582912 bytes"),
+        (5 << 20, "bytes, allowed are at most 4194304"),
+    ] {
         let large = json!({ "start": { "prompt": { "text": "x".repeat(length) } } });
         refused(&http, http.post("/v1/runs", &large), 413, INVALID, most);
     }
 }
 
-/// Where something is that looks like a secret, it is not said.
+/// An error does not quote a value that looks like a secret.
 #[test]
 fn nothing_is_quoted_of_a_credential_that_is_wrong() {
     let http = Http::start(&[]);
@@ -115,18 +129,19 @@ fn pages_in_browsers_are_kept_away() {
     let denied = |request: RequestBuilder, words: &str| {
         refused(&http, request, 403, "PERMISSION_DENIED", words);
     };
-    // Of another site, or by a name that was made to lead here.
+    // Requests of another site, and requests to a DNS name that was pointed at this machine.
     let pools = || http.get("/v1/pools");
     denied(
         pools().header("origin", "https://example.org"),
         "example.org",
     );
-    denied(pools().header("sec-fetch-site", "cross-site"), "");
+    denied(pools().header("sec-fetch-site", "cross-site"), "pages");
     denied(pools().header("host", "example.org"), "example.org");
-    // What any page may send without being asked, to what is gRPC's.
+    // Requests to gRPC's paths that any web page may send without a preflight.
     for call in ["SubmitJob", "ListPools"] {
         let path = format!("{}/polydev.runtime.v1.RuntimeService/{call}", http.url);
         let request = http.client.post(path).body(vec![0; 5]);
-        denied(request.header("content-type", "text/plain"), "/v1/");
+        let request = request.header("content-type", "text/plain");
+        denied(request, "over HTTP/1 only paths below /v1/ are served");
     }
 }

@@ -1,4 +1,4 @@
-//! What may be asked: whatever is wrong is named, and no node hears of it.
+//! Wrong requests: the error names the wrong field, and no node receives the request.
 
 use bytes::Bytes;
 use polydev_proto::runtime::{
@@ -19,6 +19,8 @@ fn is_invalid<T>(answer: Result<T, Status>, named: &str) {
     assert_eq!(status.code(), Code::InvalidArgument, "{status}");
     assert_eq!(reason(&status), "INVALID");
     assert_eq!(field(&status), named);
+    let is_said = status.message().contains(&format!("`{named}`"));
+    assert!(is_said, "{status} does not say `{named}`");
     assert!(status.get_error_details().retry_info().is_none());
 }
 
@@ -48,7 +50,7 @@ fn file(path: &str, source: input_file::Source) -> InputFile {
     }
 }
 
-/// Runs that are wrong, with the field that is named.
+/// Wrong runs, with the field that the error names.
 fn wrong_commands() -> Vec<(RunStart, &'static str)> {
     let long = Bytes::from("x".repeat(131_072));
     vec![
@@ -130,6 +132,9 @@ fn a_wrong_field_of_a_run_is_named_and_takes_no_slot() {
     for (start, named) in wrong_commands().into_iter().chain(wrong_settings()) {
         is_invalid(client.run(start), named);
     }
+    let mistral = client.run(with(|start| start.provider = "mistral".into()));
+    let words = mistral.unwrap_err().message().to_owned();
+    assert!(words.contains("`provider` is `mistral`"), "{words}");
     assert!(site.node().asked().claims.is_empty());
     let after = client.run(steps(&["true"])).unwrap();
     assert_eq!(after.accepted.generation, 1);
@@ -235,13 +240,16 @@ fn errors_have_details_for_programs() {
     let retry = details.retry_info().and_then(|retry| retry.retry_delay);
     assert!(retry.is_some_and(|delay| !delay.is_zero()));
 
-    // What an error quotes may be longer than the headers that it travels in.
+    // An error may quote a value that is longer than the headers for errors may be.
     let user_id = "a\u{20ac}".repeat(100_000);
     is_invalid(client.run(with(|start| start.user_id = user_id)), "user_id");
     let wrong = client.run(with_env(&"LD_".repeat(100_000))).unwrap_err();
     assert_eq!(wrong.code(), Code::InvalidArgument);
+    assert_eq!(reason(&wrong), "INVALID");
 
-    // A name of earlier systems is one of ours.
+    // The shim accepts a provider's name in earlier systems.
     let start = at_once(with(|start| start.provider = "claude_code".into()));
-    assert_eq!(reason(&client.run(start).unwrap_err()), "NO_IDLE_SLOT");
+    let none_idle = client.run(start).unwrap_err();
+    assert_eq!(none_idle.code(), Code::ResourceExhausted);
+    assert_eq!(reason(&none_idle), "NO_IDLE_SLOT");
 }

@@ -1,4 +1,4 @@
-//! A run that is tried again, and one that goes to a node that is newer than it.
+//! Runs that are tried again, and runs that go to a node that is newer than the run.
 
 use std::time::{Duration, SystemTime};
 
@@ -27,13 +27,13 @@ fn new_id() -> String {
 
 #[track_caller]
 fn may_have_run<T>(answer: Result<T, Status>, node_id: &str) {
-    let status = answer.err().expect("it is refused");
+    let status = answer.err().expect("a refusal");
     assert_eq!(status.code(), Code::Unavailable, "{status}");
     assert_eq!(reason(&status), "MAY_HAVE_RUN");
     assert!(status.message().contains(node_id), "{status}");
 }
 
-/// Its result is the answer to whoever asks again.
+/// A repeated request gets the result of the run.
 #[test]
 fn a_retry_is_answered_with_the_run_that_there_was() {
     let mut site = Site::start(&[("anthropic", 1)]);
@@ -47,7 +47,7 @@ fn a_retry_is_answered_with_the_run_that_there_was() {
         assert_eq!(again.accepted.generation, first.accepted.generation);
         assert_eq!(again.stdout(), "once");
     }
-    // Every node was asked.
+    // The shim asked every node.
     assert!(site.nodes.iter().all(|node| node.asked().fences.len() == 3));
     let shown = client.get_run(&run_id).unwrap();
     assert_eq!(shown.node_id, first.accepted.node_id);
@@ -117,7 +117,7 @@ fn a_try_that_another_has_fenced_off_asks_every_node_again() {
     assert!(attempt_of(refused) < 30 && attempt_of(granted) > 30);
 }
 
-/// Newer than every run of these tests.
+/// Options of a node that is newer than every run of these tests.
 fn newer() -> Options {
     Options {
         since: Some(SystemTime::now() + Duration::from_secs(600)),
@@ -125,7 +125,7 @@ fn newer() -> Options {
     }
 }
 
-/// The older node is told where the run goes before it does.
+/// The older node learns where the run goes before the run goes there.
 #[test]
 fn a_claim_on_a_newer_node_is_announced_to_the_others() {
     let mut site = Site::start(&[]);
@@ -136,7 +136,7 @@ fn a_claim_on_a_newer_node_is_announced_to_the_others() {
     let told = site.node().asked().fences.remove(0);
     assert_eq!(told.claims_on, site.nodes[1].id());
     assert_eq!(told.run_id, outcome.accepted.run_id);
-    // It only asks.
+    // Attempt 0: the shim only asks.
     assert_eq!(told.ballot.unwrap().attempt, 0);
     assert!(site.nodes[1].asked().fences.is_empty());
 }

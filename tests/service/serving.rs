@@ -1,4 +1,4 @@
-//! What any gRPC client may ask of a shim, and how a shim ends.
+//! What any gRPC client may request of a shim, and how a shim ends.
 
 use nix::sys::signal::Signal;
 use polydev_proto::runtime::{RunStart, run_event::Event};
@@ -74,7 +74,7 @@ fn error_of(client: &polydev_tests::client::Client, events: &mut Events) -> Stat
     }
 }
 
-/// What goes on is for another shim to tell.
+/// Another shim reports the runs that continue.
 #[test]
 fn a_shim_that_stops_hands_over_what_goes_on() {
     let mut site = Site::start_with(&[("anthropic", 1)], &["--stop-timeout", "0"]);
@@ -95,7 +95,7 @@ fn a_shim_that_stops_hands_over_what_goes_on() {
         assert_eq!(reason(&status), "STOPPING");
     }
     let exited = wait_until("its end", LIMIT, || {
-        site.shim.process.exit().ok_or("it lives".to_owned())
+        site.shim.process.exit().ok_or("still running".to_owned())
     });
     assert!(exited.success());
     assert!(site.node().asked().cancels.is_empty());
@@ -110,7 +110,7 @@ fn a_shim_that_stops_hands_over_what_goes_on() {
     assert_eq!(client.finish(again).unwrap().stdout(), "before ");
 }
 
-/// It keeps nothing: its nodes know what goes on.
+/// A shim keeps nothing: its nodes know the runs.
 #[test]
 fn a_shim_that_is_killed_and_started_finds_its_runs() {
     let mut site = Site::start(&[("anthropic", 1)]);

@@ -20,20 +20,20 @@ use tokio::runtime::{Builder, Runtime};
 use tonic::Status;
 use tonic_types::StatusExt;
 
-/// Longer than anything takes that a test waits for, unless it says otherwise.
+/// How long tests wait, unless they have a limit of their own. Nothing takes longer.
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
-/// Providers, each with how many idle slots a node has.
+/// Providers, each with the number of idle slots of a node.
 pub(crate) type Pools<'a> = &'a [(&'a str, usize)];
 
-/// Dropping it kills the shim: it keeps nothing.
+/// Dropping the site kills the shim, which keeps nothing.
 pub(crate) struct Site {
     pub(crate) shim: Shim,
     pub(crate) nodes: Vec<FakeNode>,
     cluster: Cluster,
 }
 
-/// What nodes and Nomad are served with.
+/// The runtime, the folder and the Nomad that serve the simulated nodes.
 struct Cluster {
     nomad: FakeNomad,
     folder: Folder,
@@ -73,17 +73,17 @@ impl Cluster {
 }
 
 impl Site {
-    /// One node. Waits until the shim knows its slots.
+    /// A site with one node. Waits until the shim knows the node's slots.
     pub(crate) fn start(pools: Pools) -> Self {
         Self::start_with(pools, &[])
     }
 
-    /// As [`Site::start`], with options of the shim's.
+    /// As [`Site::start`], with options for the shim.
     pub(crate) fn start_with(pools: Pools, options: &[&str]) -> Self {
         Self::start_in(pools, options, &[])
     }
 
-    /// As [`Site::start_with`], with variables too.
+    /// As [`Site::start_with`], with environment variables.
     pub(crate) fn start_in(pools: Pools, options: &[&str], variables: &[(&str, &str)]) -> Self {
         // The shim finds the node in Nomad's first answer.
         let cluster = Cluster::new();
@@ -97,7 +97,7 @@ impl Site {
         site
     }
 
-    /// A cluster without nodes.
+    /// A site without nodes.
     pub(crate) fn empty(options: &[&str]) -> Self {
         Self::over(Cluster::new(), Vec::new(), options, &[])
     }
@@ -130,7 +130,7 @@ impl Site {
         &self.nodes[0]
     }
 
-    /// Waits until the shim follows so many nodes, and so many are out of reach.
+    /// Waits until so many nodes are connected to the shim, and so many are unreachable.
     #[track_caller]
     pub(crate) fn wait_nodes(&self, connected: usize, unreachable: usize) {
         let client = self.shim.client();
@@ -145,7 +145,7 @@ impl Site {
         });
     }
 
-    /// Waits until a node has been asked for something.
+    /// Waits until a node has received a certain request.
     #[track_caller]
     pub(crate) fn wait_asked<T>(&self, node: usize, what: impl Fn(Asked) -> Option<T>) -> T {
         wait_until("a node's question", LIMIT, || {
@@ -162,7 +162,7 @@ impl Drop for Site {
     }
 }
 
-/// Every pool, as the shim lists it.
+/// All pools, as the shim lists them.
 pub(crate) fn pools(client: &Client) -> ListPoolsResponse {
     let listed = client.call(async |mut shim| shim.list_pools(ListPoolsRequest {}).await);
     listed.expect("the shim lists its pools")
@@ -173,7 +173,7 @@ pub(crate) fn steps(words: &[&str]) -> RunStart {
     argv("anthropic", words)
 }
 
-/// The same for a run that waits for no slot.
+/// Changes a run so that it does not wait for a slot.
 pub(crate) fn at_once(start: RunStart) -> RunStart {
     RunStart {
         queue_timeout: Some(prost_types::Duration::default()),
@@ -202,19 +202,19 @@ pub(crate) fn field(status: &Status) -> String {
     bad.field_violations[0].field.clone()
 }
 
-/// How the shim knows these tests at its unix socket.
+/// The caller's name that the shim has for these tests at its unix socket.
 pub(crate) fn myself() -> String {
     format!("uid:{}", getuid())
 }
 
-/// A port that no other test of this process gets, below those that the kernel gives to clients.
+/// A port that no other test of this process gets, below the kernel's ports for clients.
 pub(crate) fn port() -> u16 {
     const FIRST: u16 = 20_000;
     const PORTS: u32 = 10_000;
     static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
         let number = u32::from(NEXT.fetch_add(1, Ordering::Relaxed)) + std::process::id();
-        let port = FIRST + u16::try_from(number % PORTS).expect("it is less than that");
+        let port = FIRST + u16::try_from(number % PORTS).expect("a number below 10,000");
         if TcpListener::bind(("127.0.0.1", port)).is_ok() {
             return port;
         }

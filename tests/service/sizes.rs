@@ -1,4 +1,4 @@
-//! Sizes of pools: what the shim takes, and what it makes of Nomad's answers.
+//! Sizes of pools: which sizes the shim accepts, and how it handles Nomad's answers.
 
 use std::{sync::Mutex, thread};
 
@@ -11,7 +11,7 @@ use tonic::{Code, Response, Status};
 
 use crate::site::{LIMIT, Site, field, reason};
 
-/// What a call to drain a pool has told so far.
+/// The events so far of a call to drain a pool.
 type Told = Mutex<Vec<draining::Event>>;
 
 fn scaled(client: &Client, provider: &str, size: u32) -> Result<Vec<scale::Event>, Status> {
@@ -33,7 +33,7 @@ fn drained(client: &Client, provider: &str) -> Result<Vec<draining::Event>, Stat
     Ok(events.into_inner().expect("nobody panicked"))
 }
 
-/// Puts what is told into `events`, as it comes.
+/// Drains a pool, and adds each event to `events` as it arrives.
 fn drain(client: &Client, provider: &str, events: &Told) -> Result<(), Status> {
     let provider = provider.to_owned();
     client.call(async |mut shim| {
@@ -62,7 +62,7 @@ fn resumed(client: &Client, provider: &str) -> Result<Vec<resume::Event>, Status
 
 #[track_caller]
 fn is_refused<T>(answer: Result<T, Status>, code: Code, expected: &str) {
-    let status = answer.err().expect("it is refused");
+    let status = answer.err().expect("a refusal");
     assert_eq!(status.code(), code, "{status}");
     assert_eq!(reason(&status), expected, "{status}");
 }
@@ -97,7 +97,8 @@ fn a_size_that_cannot_be_is_refused() {
     is_refused(scaled(&client, "anthropic", 2), Code::Unavailable, "NOMAD");
 }
 
-/// While Nomad acts on the last size it takes no other: that is waited for, and said so once.
+/// While Nomad deploys the previous size, it refuses another one. The shim waits for that, and
+/// reports it once.
 #[test]
 fn a_deployment_is_waited_for() {
     let site = Site::start(&[]);
@@ -118,7 +119,7 @@ fn a_deployment_is_waited_for() {
     });
 }
 
-/// The size that it had is with Nomad, for any shim.
+/// Nomad keeps the pool's previous size, for any shim.
 #[test]
 fn a_drained_pool_is_empty_and_gets_back_the_size_that_it_had() {
     let site = Site::start(&[("anthropic", 2)]);
@@ -130,7 +131,7 @@ fn a_drained_pool_is_empty_and_gets_back_the_size_that_it_had() {
             let (size, _) = site.nomad().pool("anthropic");
             (size == 0).then_some(()).ok_or(size.to_string())
         });
-        // As Nomad does then.
+        // Nomad removes the slots then.
         site.node().remove_slots("anthropic");
         let events = call.join().unwrap().unwrap();
         let (first, last) = (events.first(), events.last());
@@ -150,7 +151,7 @@ fn a_drained_pool_is_empty_and_gets_back_the_size_that_it_had() {
     assert_eq!(site.nomad().pool("anthropic").0, 2);
 }
 
-/// A node that cannot be asked may have slots of it.
+/// A node that is out of reach may have slots of the pool.
 #[test]
 fn a_pool_is_not_called_drained_while_a_node_is_away() {
     let mut site = Site::start(&[("anthropic", 1)]);

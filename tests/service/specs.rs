@@ -1,4 +1,4 @@
-//! What a node is asked to run: the caller's words, and nothing secret in the clear.
+//! What the shim sends to a node: the caller's command, and no secret in the clear.
 
 use polydev_proto::runtime::{RunStart, SubmitJobRequest};
 use polydev_tests::{

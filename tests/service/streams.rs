@@ -1,4 +1,4 @@
-//! A run's stream, when its node goes away and comes back, or does not know the run any more.
+//! The stream of a run whose node goes away and comes back, or no longer knows the run.
 
 use std::thread;
 
@@ -19,10 +19,10 @@ fn reads(words: &[&str]) -> RunStart {
     }
 }
 
-/// Reads until the run has printed something: how much.
+/// Reads until the run has printed something. Returns the number of bytes.
 fn first_output(client: &Client, run: &mut Run) -> usize {
     loop {
-        match client.next(run).expect("it goes on") {
+        match client.next(run).expect("another event") {
             Some(Event::Stdout(output)) => return output.data.len(),
             Some(_) => {}
             None => panic!("no output came"),
@@ -32,12 +32,12 @@ fn first_output(client: &Client, run: &mut Run) -> usize {
 
 #[track_caller]
 fn is_refused<T>(answer: Result<T, Status>, code: Code, expected: &str) {
-    let status = answer.err().expect("it is refused");
+    let status = answer.err().expect("a refusal");
     assert_eq!(status.code(), code, "{status}");
     assert_eq!(reason(&status), expected, "{status}");
 }
 
-/// Nothing is lost in either direction, and nothing comes twice.
+/// No byte is lost or arrives twice, in either direction.
 #[test]
 fn a_stream_that_breaks_is_taken_up_where_it_was() {
     let site = Site::start(&[("anthropic", 1)]);
@@ -55,7 +55,7 @@ fn a_stream_that_breaks_is_taken_up_where_it_was() {
     assert_eq!(whole, "before one two");
 }
 
-/// The node has lost it: how far it came is not known.
+/// The node has lost the run: nobody knows how far the run came.
 #[test]
 fn a_run_that_its_node_forgets_is_lost() {
     let site = Site::start(&[("anthropic", 1)]);
@@ -67,7 +67,7 @@ fn a_run_that_its_node_forgets_is_lost() {
     is_refused(client.finish(run), Code::Aborted, "CONNECTION_LOST");
 }
 
-/// Its claim came to nothing after all, and says so to every caller.
+/// The run's claim had no effect after all, and every caller learns that.
 #[test]
 fn a_run_that_was_not_begun_may_be_tried_again() {
     let site = Site::start(&[("anthropic", 1)]);
@@ -89,7 +89,7 @@ fn a_run_that_was_not_begun_may_be_tried_again() {
     is_refused(attached, Code::FailedPrecondition, "NOT_STARTED");
 }
 
-/// A caller that goes away leaves its run as it is.
+/// A caller that goes away does not change its run.
 #[test]
 fn a_caller_that_comes_back_finds_every_byte() {
     let site = Site::start(&[("anthropic", 1)]);
@@ -142,7 +142,7 @@ fn what_cannot_be_attached_to_is_told_why() {
     is_refused(attach(), Code::NotFound, "UNKNOWN_RUN");
     is_refused(client.cancel(&unknown), Code::NotFound, "UNKNOWN_RUN");
     is_refused(client.get_run(&unknown), Code::NotFound, "UNKNOWN_RUN");
-    // A node that is away may have it.
+    // An absent node may have the run.
     site.nodes[1].leave();
     site.wait_nodes(1, 1);
     is_refused(attach(), Code::Unavailable, "NODE_UNREACHABLE");
@@ -152,7 +152,7 @@ fn what_cannot_be_attached_to_is_told_why() {
     is_refused(attach(), Code::Unavailable, "NODE_UNREACHABLE");
 }
 
-/// A node that does not answer holds nobody else up for long, and is named.
+/// A node that does not answer delays others only briefly, and the shim names the node.
 #[test]
 fn a_node_that_stalls_is_named_beside_the_answers_of_the_others() {
     let mut site = Site::start(&[("anthropic", 1)]);
@@ -176,7 +176,7 @@ fn a_node_that_stalls_is_named_beside_the_answers_of_the_others() {
             let named = |node_id: &str| {
                 let mut nodes = status.nodes.iter();
                 let node = nodes.find(|node| node.node_id == node_id);
-                node.expect("it is listed").reachable
+                node.expect("the node is listed").reachable
             };
             assert!(named(site.node().id()) && !named(&stalled));
         });
@@ -184,6 +184,6 @@ fn a_node_that_stalls_is_named_beside_the_answers_of_the_others() {
         let shown = client.get_run(&unknown);
         is_refused(shown, Code::Unavailable, "NODE_UNREACHABLE");
     });
-    // One that has the run answers for all.
+    // The answer of the node that has the run is enough.
     client.get_run(&run_id).unwrap();
 }

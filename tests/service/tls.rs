@@ -1,4 +1,5 @@
-//! Who is let in from elsewhere, and which shims would let in anybody.
+//! Which remote callers the shim accepts, and which settings it refuses because they would
+//! accept anybody.
 
 use std::{
     fs,
@@ -25,7 +26,7 @@ fn roles() -> String {
     format!("[[role]]\nmembers = [\"{CONTROLLER}\", \"{myself}\"]\nmay = [\"run\"]\n")
 }
 
-/// Whether a caller gets an answer.
+/// Fails if a caller gets no answer.
 fn ask(connected: Result<Client, String>) -> Result<(), String> {
     let client = connected?;
     let pools = client.call(async |mut shim| shim.list_pools(ListPoolsRequest {}).await);
@@ -34,7 +35,7 @@ fn ask(connected: Result<Client, String>) -> Result<(), String> {
 
 #[track_caller]
 fn is_refused(connected: Result<Client, String>) {
-    assert!(ask(connected).is_err(), "it is let in");
+    assert!(ask(connected).is_err(), "the caller was accepted");
 }
 
 #[test]
@@ -51,11 +52,11 @@ fn nobody_is_let_in_whom_our_authority_does_not_know() {
     sign(&ours, "expired", |params| {
         params.not_before = yesterday - time::Duration::days(1);
         params.not_after = yesterday;
-        let uri = CONTROLLER.try_into().expect("it is a URI");
+        let uri = CONTROLLER.try_into().expect("a valid URI");
         params.subject_alt_names.push(SanType::URI(uri));
     });
     is_refused(connect(tls.files("expired")));
-    // It says nothing of whose it is.
+    // This certificate contains no name of its owner.
     sign(&ours, "nameless", |params| {
         params.distinguished_name = rcgen::DistinguishedName::new();
     });
@@ -80,7 +81,7 @@ fn who_says_nothing_keeps_nobody_out_and_is_shown_the_door() {
     }
 }
 
-/// New connections need the new ones, and old connections go on.
+/// New connections need the new certificates; existing connections continue.
 #[test]
 fn new_certificates_hold_without_a_restart() {
     let tls = Tls::with_roles(&roles());
@@ -99,24 +100,27 @@ fn new_certificates_hold_without_a_restart() {
     ));
     ask(Ok(client)).unwrap();
 
-    // Those that are of no use change nothing.
+    // Certificates that are not valid change nothing.
     let warnings = || site.shim.process.log().matches(" WARN ").count();
     let warned = warnings();
     fs::write(ours.join("shim.pem"), "nonsense").unwrap();
     wait_until("the warning", LIMIT, || {
-        ask(of_others()).expect("the last ones hold");
+        ask(of_others()).expect("the last certificates are in use");
         let log = || site.shim.process.log();
         (warnings() > warned).then_some(()).ok_or_else(log)
     });
 }
 
+/// Neither of the commands that serve does.
 #[track_caller]
 fn fails(options: &[&str], words: &str) {
-    let mut command = Command::new(program("polydev-shim"));
-    let output = output(command.arg("serve").args(options));
-    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
-    let is_so = !output.status.success() && printed.contains(words);
-    assert!(is_so, "{options:?}: {printed}");
+    for command in ["serve", "dev"] {
+        let mut shim = Command::new(program("polydev-shim"));
+        let output = output(shim.arg(command).args(options));
+        let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+        let is_so = !output.status.success() && printed.contains(words);
+        assert!(is_so, "{command} {options:?}: {printed}");
+    }
 }
 
 #[test]
@@ -132,6 +136,8 @@ fn a_shim_that_would_let_in_anybody_does_not_start() {
     ] {
         fails(&["--listen", address], address);
     }
+    let everywhere = ["--listen", "http://0.0.0.0:7070"];
+    fails(&everywhere, "not a loopback address");
     fails(&["--listen", &tls.url, "--roles", &roles], "--tls-cert");
     let certificate = path("shim.pem");
     fails(
@@ -140,10 +146,10 @@ fn a_shim_that_would_let_in_anybody_does_not_start() {
     );
     let mut options = tls.options();
     let without_roles = options.len() - 2;
-    fails(&words(&options[..without_roles]), "--roles");
+    fails(&words(&options[..without_roles]), "--roles must say");
     let authority = options.iter().position(|word| *word == path("ca.pem"));
     options[authority.unwrap()] = "/nowhere.pem".into();
-    fails(&words(&options), "`/nowhere.pem`");
+    fails(&words(&options), "cannot read `/nowhere.pem`");
     fs::write(&wrong, "[[role]]\nmembers = [\"a\"]\nmay = [\"fly\"]\n").unwrap();
     fails(&["--roles", &wrong], "fly");
 }

@@ -20,7 +20,7 @@ use crate::{
     site::{LIMIT, Site, myself, port, reason},
 };
 
-/// A shim that takes the tokens of an issuer, with TLS and over the loopback address.
+/// A shim that accepts the tokens of an issuer, over TLS and over the loopback address.
 struct Known {
     site: Site,
     issuer: Issuer,
@@ -32,7 +32,7 @@ struct Known {
 
 impl Known {
     fn start() -> Self {
-        // One of another test may be installed.
+        // Another test may have installed its provider.
         let _installed = rustls::crypto::ring::default_provider().install_default();
         let myself = myself();
         let tls = Tls::with_roles(&format!(
@@ -77,17 +77,17 @@ impl Known {
         self.tls.ours().join("ca.pem")
     }
 
-    /// What the shim says to a caller who shows that.
+    /// The shim's answer to a caller with this identity.
     fn list(&self, address: &str, identity: Identity) -> Result<(), Status> {
-        let address: Address = address.parse().expect("it is an address");
+        let address: Address = address.parse().expect("a valid address");
         self.runtime.block_on(async {
             let client = Client::connect(&address, identity).await;
-            let mut calls = client.expect("it connects").calls();
+            let mut calls = client.expect("a connection").calls();
             calls.list_pools(api::ListPoolsRequest {}).await.map(drop)
         })
     }
 
-    /// What it says to a token over TLS.
+    /// The shim's answer to a token over TLS.
     fn shown(&self, token: &str) -> Result<(), Status> {
         let identity = Identity {
             tls: Some(Trust::Server {
@@ -98,7 +98,7 @@ impl Known {
         self.list(&self.tls.url, identity)
     }
 
-    /// A token that is refused, with a reason that has these words.
+    /// Asserts that the shim refuses a token with a reason that contains these words.
     #[track_caller]
     fn refuses(&self, token: &str, words: &str) {
         let identity = Identity {
@@ -106,13 +106,13 @@ impl Known {
             token: fixed(token),
         };
         let status = self.list(&self.plain, identity);
-        let status = status.expect_err("it is refused");
+        let status = status.expect_err("a refusal");
         assert_eq!(status.code(), Code::Unauthenticated, "{status}");
         assert_eq!(reason(&status), "NOT_AUTHENTICATED");
         assert!(status.message().contains(words), "{status}, not {words}");
     }
 
-    /// `polydev-shim run anthropic --user USER` with a file of that token.
+    /// Runs `polydev-shim run anthropic --user USER` with this token in a file.
     fn run(&self, token: &str, user: &str) -> Output {
         let file = self.tls.ours().join("token");
         fs::write(&file, format!("{token}\n")).expect("a file can be written");
@@ -124,14 +124,22 @@ impl Known {
         output(command.args(["--", "out:done"]))
     }
 
+    /// Its signature is not in the log, though everything is logged.
+    #[track_caller]
+    fn has_not_logged(&self, token: &str) {
+        let log = self.site.shim.process.log();
+        let signature = token.rsplit('.').next().expect("the last part is one");
+        assert!(!log.contains(signature), "{log}");
+    }
+
     /// The status of a call over HTTP, and whether it says how to authenticate.
     fn get(&self, address: &str, authorization: &[&str]) -> (u16, bool) {
         self.runtime.block_on(async {
-            let authority = fs::read(self.authority()).expect("it was written");
+            let authority = fs::read(self.authority()).expect("an existing file");
             let authority = reqwest::Certificate::from_pem(&authority);
             let client = reqwest::Client::builder()
                 .no_proxy()
-                .tls_certs_merge([authority.expect("it is a certificate")])
+                .tls_certs_merge([authority.expect("a certificate")])
                 .build()
                 .expect("a client can be made");
             let mut request = client.get(format!("{address}/v1/pools"));
@@ -157,13 +165,17 @@ fn a_caller_is_the_subject_of_its_token() {
     assert_eq!(allowed.stdout, b"done", "{allowed:?}");
     let claim = known.site.node().asked().claims.remove(0);
     assert_eq!(claim.user_id, "team-a");
+    assert_eq!(claim.spec.unwrap().env["USER_ID"], "team-a");
     let denied = known.run(&token, "alice");
     let words = String::from_utf8_lossy(&denied.stderr).into_owned();
-    assert!(words.contains("`sub:team-a`"), "{words}");
+    assert!(words.contains("caller `sub:team-a` has no role"), "{words}");
     assert_eq!(known.site.node().asked().claims.len(), 1);
+    let log = known.site.shim.process.log();
+    assert!(log.contains("caller=sub:team-a"), "{log}");
+    known.has_not_logged(&token);
 }
 
-/// A token counts over HTTP too, in place of whatever else the connection says.
+/// A token is valid over HTTP too. It overrides any other identity of the connection.
 #[test]
 fn a_token_counts_over_http_and_nothing_else_does_beside_it() {
     let known = Known::start();
@@ -227,7 +239,7 @@ fn a_token_that_nobody_has_signed_is_refused() {
     known.refuses(&"a".repeat(13 << 10), "12288 bytes");
 }
 
-/// Before a key is said to be unknown, the issuer is asked once more.
+/// Before the shim refuses an unknown key, it asks the issuer once more.
 #[test]
 fn a_token_of_a_key_that_the_issuer_has_not_is_refused() {
     let known = Known::start();
@@ -241,8 +253,8 @@ fn a_token_of_a_key_that_the_issuer_has_not_is_refused() {
     });
 }
 
-/// An issuer's new keys hold within seconds, and its last ones while it is away. No token is in
-/// the log.
+/// The shim accepts an issuer's new keys within seconds, and the last ones while the issuer is
+/// away. The log contains no token.
 #[test]
 fn keys_hold_as_the_issuer_last_had_them() {
     let mut known = Known::start();
@@ -257,10 +269,8 @@ fn keys_hold_as_the_issuer_last_had_them() {
     known.refuses(&token, "\"first\"");
     known.issuer.leave();
     known.shown(&of_next).unwrap();
-    let log = known.site.shim.process.log();
     for secret in [&token, &of_next] {
-        let signature = secret.rsplit('.').next().unwrap();
-        assert!(!log.contains(signature), "{log}");
+        known.has_not_logged(secret);
     }
 }
 
@@ -273,14 +283,15 @@ fn settings_for_tokens_that_make_no_sense_are_refused() {
         assert!(!refused.status.success() && told.contains(words), "{told}");
     };
     let audience = ["--token-audience", "a"];
-    refused(&audience, "--token-issuer");
+    refused(&audience, "--token-issuer or --token-keys");
     refused(
         &["--token-issuer", "https://issuer.test"],
         "--token-audience",
     );
     for url in ["http://issuer.test", "issuer.test", "file:///keys"] {
         for option in ["--token-issuer", "--token-keys"] {
-            refused(&[&[option, url], &audience[..]].concat(), url);
+            let options = [&[option, url], &audience[..]].concat();
+            refused(&options, &format!("`{url}`: allowed are https URLs"));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A caller of the shim, as a master-controller is one.
+//! A caller of the shim, like a master-controller.
 
 mod starts;
 
@@ -30,7 +30,7 @@ use crate::wait_until;
 /// Longer than any run of the tests.
 const LIMIT: Duration = Duration::from_secs(180);
 
-/// A blocking client: tests read from top to bottom.
+/// A blocking client, so that tests read from top to bottom.
 pub struct Client {
     runtime: Runtime,
     service: RuntimeServiceClient<Channel>,
@@ -39,13 +39,13 @@ pub struct Client {
 /// A run that has been accepted.
 pub struct Run {
     pub accepted: Accepted,
-    // Dropped first: that breaks the call, while the end of the inputs would close stdin.
+    // Dropped first: that breaks the call. The end of the inputs would only close stdin.
     pub events: Events,
     /// `None` once the caller's side is closed.
     pub inputs: Option<mpsc::Sender<Input>>,
 }
 
-/// What a run tells, to whichever call.
+/// The events of a run, from any call that sends them.
 pub type Events = Pin<Box<dyn Stream<Item = Result<RunEvent, Status>> + Send>>;
 
 /// A run that has ended.
@@ -55,7 +55,7 @@ pub struct Outcome {
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
     pub artifacts: Artifacts,
-    /// What they hold, one file's bytes after the other's.
+    /// The contents of the artifacts, one file after the other.
     pub artifact_data: Vec<u8>,
     pub exited: Exited,
 }
@@ -91,25 +91,25 @@ impl Client {
     /// If no shim answers there.
     ///
     /// # Panics
-    /// If that is no address.
+    /// If `address` is not valid.
     pub fn try_connect(address: &str) -> Result<Self, String> {
         Self::open(address, None)
     }
 
-    /// With a certificate.
+    /// Connects with a certificate.
     ///
     /// # Errors
-    /// If no shim answers there, or lets nobody in who has that.
+    /// If no shim answers there, or the shim refuses the certificate.
     ///
     /// # Panics
-    /// If that is no address.
+    /// If `address` is not valid.
     pub fn connect_as(address: &str, files: Files) -> Result<Self, String> {
         Self::open(address, Some(Trust::Mutual(files)))
     }
 
     fn open(address: &str, trust: Option<Trust>) -> Result<Self, String> {
         let runtime = Runtime::new().expect("a runtime can be made");
-        let address: Address = address.parse().expect("it is an address");
+        let address: Address = address.parse().expect("the address is valid");
         let connect = address.connect(trust.as_ref(), |endpoint| endpoint);
         let channel = runtime.block_on(connect);
         Ok(Self {
@@ -127,7 +127,7 @@ impl Client {
         self.wait(accepted(inputs, events))
     }
 
-    /// Starts a run and waits for nothing.
+    /// Starts a run and does not wait.
     ///
     /// # Errors
     /// As the shim answers.
@@ -141,11 +141,11 @@ impl Client {
         })
     }
 
-    /// Starts runs at the same moment and waits until all are accepted. The time is that from
+    /// Starts runs at the same moment and waits until all are accepted. The returned time is from
     /// the first request to the last.
     ///
     /// # Errors
-    /// As the shim answers to the first that it refuses.
+    /// The shim's answer to the first run that it refuses.
     pub fn start_all(&self, starts: Vec<RunStart>) -> Result<(Vec<Run>, Duration), Status> {
         let calls = starts.into_iter().map(|start| {
             let (inputs, requests) = requests(start);
@@ -164,7 +164,7 @@ impl Client {
         Ok((runs, took.unwrap_or_default()))
     }
 
-    /// Goes back to a run of the user `tester`.
+    /// Attaches to a run of the user `tester`.
     ///
     /// # Errors
     /// As the shim answers.
@@ -226,7 +226,7 @@ impl Client {
         self.wait(async move { service.cancel_run(request).await.map(drop) })
     }
 
-    /// What is told of a run of the user `tester`.
+    /// The shim's description of a run of the user `tester`.
     ///
     /// # Errors
     /// As the shim answers.
@@ -258,7 +258,7 @@ impl Client {
         Ok(answer.into_inner().run.expect("an answer has a run"))
     }
 
-    /// Any call that is no stream.
+    /// Any call that is not a stream.
     ///
     /// # Errors
     /// As the shim answers.
@@ -291,7 +291,7 @@ impl Client {
         self.finish_from(run, [0; 2])
     }
 
-    /// Reads a run to its end, from the offsets that it was attached to at.
+    /// Reads a run to its end, from the offsets of its attach.
     ///
     /// # Errors
     /// As the shim answers.
@@ -310,7 +310,7 @@ impl Client {
             let [before_stdout, before_stderr] = offsets.map(|offset| offset as u64);
             loop {
                 let event = events.next().await.expect("the last event is `exited`")?;
-                match event.event.expect("every event is one") {
+                match event.event.expect("an event is not empty") {
                     Event::Stdout(output) => {
                         let expected = before_stdout + stdout.len() as u64;
                         assert_eq!(output.offset, expected, "a gap in stdout");
@@ -387,16 +387,16 @@ impl Client {
         inputs.try_send(input).expect("the queue has room");
     }
 
-    /// Sends messages to a run, as it takes them.
+    /// Sends messages to a run, each as soon as the run takes it.
     pub fn send_all(&self, run: &Run, inputs: Vec<Input>) {
         let sender = run.inputs.as_ref().expect("the side is open");
         let send = async {
             for input in inputs {
-                sender.send(input).await.expect("the run takes it");
+                sender.send(input).await.expect("the run takes input");
             }
             Ok(())
         };
-        self.wait(send).expect("nothing failed");
+        self.wait(send).expect("every message is sent");
     }
 
     /// The next event of a run.
@@ -431,7 +431,7 @@ impl Client {
         pool.expect("every provider has a pool")
     }
 
-    /// Waits until as many slots of a provider are idle.
+    /// Waits until `count` slots of a provider are idle.
     #[track_caller]
     pub fn wait_idle(&self, provider: &str, count: u32) {
         wait_until(
@@ -475,7 +475,7 @@ fn requests(
     (inputs, requests)
 }
 
-/// The first event of every run that has its turn.
+/// Waits until a run is accepted. Only `queued` may come earlier.
 async fn accepted(inputs: mpsc::Sender<Input>, mut events: Events) -> Result<Run, Status> {
     loop {
         let event = events.next().await.transpose()?;

@@ -1,6 +1,6 @@
-//! A Nomad server and two nodes, each in a network namespace of its own; a node has a client
-//! agent, a dockerd and a driver. A bridge in the server's joins them; shims and drivers speak
-//! mutual TLS over it.
+//! A Nomad server and two nodes, each in a network namespace of its own. A node has a client
+//! agent, a dockerd and a driver. A bridge in the server's namespace joins them. Shims and
+//! drivers use mutual TLS over the bridge.
 
 use std::{
     fs,
@@ -24,19 +24,19 @@ use crate::{
     wait_until,
 };
 
-/// How many there are.
+/// How many nodes the cluster has.
 pub const NODES: usize = 2;
 const SERVER: &str = "10.213.77.1";
 const ADDRESSES: [&str; NODES] = ["10.213.77.2", "10.213.77.3"];
-/// The bridge in the server's namespace, and each node's end of what leads there.
+/// The name of the bridge in the server's namespace, and of each node's interface to the bridge.
 const LINK: &str = "cluster";
-/// The agents of the nodes.
+/// Names of the nodes' agents.
 const CLIENTS: [&str; NODES] = ["client0", "client1"];
 const RPC: u16 = 4647;
-/// Of a node's agent.
+/// The HTTP port of a node's agent.
 const HTTP: u16 = 5646;
 
-/// Dropping it purges its jobs, and ends and removes everything.
+/// Dropping the cluster purges its jobs, ends its processes and removes what it made.
 pub struct Cluster {
     agents: Vec<Process>,
     pub server: Process,
@@ -48,11 +48,11 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts it all, with [`Engine::start_whole`]'s slot image in both engines, and waits until
-    /// both drivers are healthy.
+    /// Starts the server and both nodes, and waits until both drivers are healthy. Both engines
+    /// have the slot image of [`Engine::start_whole`].
     ///
     /// # Panics
-    /// Without root's rights, or if something does not start.
+    /// Without root's rights, or if a part does not start.
     #[must_use]
     pub fn start() -> Self {
         let folder = Folder::new("pdcluster-");
@@ -104,7 +104,7 @@ impl Cluster {
         &mut self.agents[number]
     }
 
-    /// Ends a node's agent with that signal, and starts another in its place; waits until that
+    /// Ends a node's agent with `signal`, starts another one, and waits until the new agent
     /// answers.
     #[track_caller]
     pub fn restart_agent(&mut self, number: usize, signal: Signal) {
@@ -120,7 +120,7 @@ impl Cluster {
         });
     }
 
-    /// Kills the server, and starts another in its place.
+    /// Kills the server and starts another one.
     pub fn restart_server(&mut self) {
         self.server.end(Signal::SIGKILL);
         self.server = agent(&self.folder, "server", &self.namespace);
@@ -132,7 +132,7 @@ impl Cluster {
         self.shim_as("shim")
     }
 
-    /// One that shows drivers the certificate of `name`.
+    /// A shim that presents the certificate of `name` to drivers.
     #[must_use]
     pub fn shim_as(&self, name: &str) -> Shim {
         let tls = self.folder.path().join("tls");
@@ -147,13 +147,13 @@ impl Cluster {
     /// The server's network, which containers of both nodes reach.
     #[must_use]
     pub fn outside(&self) -> (&Namespace, IpAddr) {
-        (&self.namespace, SERVER.parse().expect("it is an address"))
+        (&self.namespace, SERVER.parse().expect("a valid address"))
     }
 
-    /// A folder with the certificates in `certs`, as an operator may have one.
+    /// Makes a folder like an operator's, with the certificates in `certs`.
     ///
     /// # Panics
-    /// If it is there.
+    /// If the folder exists.
     #[must_use]
     pub fn walk_folder(&self) -> PathBuf {
         let folder = self.folder.path().join("walk");
@@ -163,7 +163,7 @@ impl Cluster {
         folder
     }
 
-    /// Runs the program that follows on the server.
+    /// A command that runs the program in its arguments in the server's namespace.
     #[must_use]
     pub fn inside(&self) -> Command {
         let mut command = self.namespace.inside();
@@ -171,7 +171,7 @@ impl Cluster {
         command
     }
 
-    /// `nomad ARGS`, which must succeed.
+    /// Runs `nomad ARGS`. The command must succeed.
     #[track_caller]
     pub fn run(&self, args: &[&str]) -> String {
         succeed(&mut self.command(args))
@@ -184,7 +184,7 @@ impl Cluster {
         command
     }
 
-    /// GET a path of the HTTP API; null while it fails.
+    /// The answer to a GET of a path of the HTTP API, or null if the request fails.
     #[must_use]
     pub fn get(&self, path: &str) -> Value {
         self.fetch(&format!("{}{path}", self.address))
@@ -196,13 +196,13 @@ impl Cluster {
         serde_json::from_slice(&answer.stdout).unwrap_or_default()
     }
 
-    /// A driver's own folder.
+    /// A driver's state folder.
     #[must_use]
     pub fn state_dir(&self, number: usize) -> PathBuf {
         self.folder.path().join(format!("state{number}"))
     }
 
-    /// A node's containers of slots: of each what `docker ps --format` makes of it.
+    /// A node's slot containers, each as `docker ps --format` prints it.
     #[must_use]
     pub fn containers(&self, number: usize, format: &str) -> Vec<String> {
         let filter = format!("label={}", instance_label(&self.state_dir(number)));
@@ -337,7 +337,7 @@ fn agent(folder: &Folder, name: &str, namespace: &Namespace) -> Process {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        // A server that a test has stopped hears nothing.
+        // A server that a test has paused does not answer.
         self.server.signal(Signal::SIGCONT);
         for engine in &mut self.engines {
             if engine.is_killed() {

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::Command};
 
 use crate::{folder::Folder, process::Process, root};
 
-/// Dropping it stops it.
+/// Dropping the collector stops it.
 pub struct Collector {
     _process: Process,
     figures: String,
@@ -19,7 +19,7 @@ fn program() -> PathBuf {
 }
 
 impl Collector {
-    /// Starts one that takes OTLP at a port of this machine, and waits for nothing.
+    /// Starts a collector that takes OTLP at a port of this machine. Does not wait for it.
     #[must_use]
     pub fn start(otlp: u16) -> Self {
         let folder = Folder::new("pdtest-");
@@ -32,7 +32,7 @@ impl Collector {
             .arg(root().join("ops/collector.yaml"))
             .arg(set("receivers::otlp::protocols::grpc", otlp))
             .arg(set("exporters::prometheus", prometheus))
-            // Its figures about itself are at a port that may be taken.
+            // The port of the collector's metrics about itself may be in use.
             .arg("--config=yaml:service::telemetry::metrics::level: none");
         Self {
             _process: Process::start(&mut command, &folder.path().join("log")),
@@ -41,7 +41,7 @@ impl Collector {
         }
     }
 
-    /// What it shows to Prometheus; empty while it does not answer.
+    /// The metrics that the collector shows to Prometheus; empty if it does not answer.
     ///
     /// # Panics
     /// Without `curl`.
@@ -60,10 +60,10 @@ impl Collector {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// The sum of the series of that name that have these labels, such as `state="idle"`.
+    /// The sum of the series with this name and these labels, such as `state="idle"`.
     ///
     /// # Panics
-    /// If a figure is no number.
+    /// If a value is not a number.
     #[must_use]
     pub fn sum(&self, name: &str, labels: &[&str]) -> f64 {
         let figures = self.figures();
@@ -71,7 +71,7 @@ impl Collector {
             let (series, value) = line.rsplit_once(' ')?;
             let (found, with) = series.split_once('{')?;
             let is_asked = found == name && labels.iter().all(|label| with.contains(label));
-            is_asked.then(|| value.parse::<f64>().expect("a figure is a number"))
+            is_asked.then(|| value.parse::<f64>().expect("a value is a number"))
         });
         series.sum()
     }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::process::succeed;
 
-/// The engine's own client: another one may stand before it in `PATH`.
+/// Docker's own client: `PATH` may name another `docker` first.
 #[must_use]
 pub fn command() -> Command {
     let debian = "/usr/bin/docker";
@@ -31,8 +31,8 @@ pub fn containers(label: &str) -> Vec<String> {
     ids.lines().map(str::to_owned).collect()
 }
 
-/// As [`containers`], once there are as many: a slot is idle again before Docker has cleared
-/// its last container away.
+/// Waits until `count` containers have the label, and returns their ids. A slot can be idle again
+/// before Docker has removed its previous container.
 #[track_caller]
 pub fn wait_containers(label: &str, count: usize) -> Vec<String> {
     let what = format!("{count} containers");
@@ -46,7 +46,7 @@ pub fn wait_containers(label: &str, count: usize) -> Vec<String> {
     })
 }
 
-/// What `docker inspect` says of a container.
+/// The output of `docker inspect` for a container.
 #[must_use]
 pub fn inspect(id: &str) -> Value {
     let text = docker(&["inspect", id]);

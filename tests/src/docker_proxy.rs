@@ -1,4 +1,4 @@
-//! Between a driver and dockerd: sees what is asked, and can act in the middle of it.
+//! A proxy between a driver and dockerd: records requests, and can act in the middle of one.
 
 use std::{
     fmt,
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 type Matches = Box<dyn Fn(&str) -> bool + Send>;
 type Action = Box<dyn FnOnce() + Send>;
 
-/// A socket like dockerd's. It ends with the process.
+/// A socket like dockerd's. It serves until the process ends.
 #[derive(Debug)]
 pub struct DockerProxy {
     folder: TempDir,
@@ -28,7 +28,7 @@ struct Shared {
     next: Mutex<Option<Next>>,
 }
 
-/// A request to come, and what is to be done about it.
+/// A request that the proxy waits for, and what to do then.
 struct Next {
     is: Matches,
     when: When,
@@ -38,9 +38,9 @@ struct Next {
 /// The moment at which a [`DockerProxy`] acts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum When {
-    /// dockerd has got the request.
+    /// dockerd has received the request.
     Asked,
-    /// dockerd has done it and has said so; nobody will hear it.
+    /// dockerd has done the request and has answered. The answer does not reach the driver.
     Done,
 }
 
@@ -53,10 +53,10 @@ impl fmt::Debug for Shared {
 }
 
 impl DockerProxy {
-    /// Stands before the dockerd of this socket.
+    /// Starts a proxy for the dockerd of this socket.
     ///
     /// # Panics
-    /// If no socket can be made.
+    /// If the proxy's socket cannot be made.
     #[must_use]
     pub fn start(docker: &Path) -> Self {
         let proxy = Self {
@@ -89,7 +89,8 @@ impl DockerProxy {
         std::mem::take(&mut *lock(&self.shared.seen))
     }
 
-    /// Once: acts at this moment of such a request, known by its method and path.
+    /// Runs `action` once, at this moment of the next request for which `request` is true.
+    /// `request` sees the method and the path.
     pub fn on(
         &self,
         when: When,
@@ -105,7 +106,7 @@ impl DockerProxy {
 }
 
 impl Drop for DockerProxy {
-    /// The listening thread stays; what it was to do does not.
+    /// The listening thread stays; the planned action is dropped.
     fn drop(&mut self) {
         *lock(&self.shared.next) = None;
     }
@@ -114,7 +115,7 @@ impl Drop for DockerProxy {
 fn serve(driver: UnixStream, shared: &Shared) -> Option<()> {
     let docker = UnixStream::connect(&shared.docker).ok()?;
     let (from_docker, to_driver) = (docker.try_clone().ok()?, driver.try_clone().ok()?);
-    // What is to be done in place of passing on an answer.
+    // What to do instead of passing on an answer.
     let at_answer = Arc::new(Mutex::new(None::<Action>));
     let action = at_answer.clone();
     thread::spawn(move || {
@@ -126,7 +127,7 @@ fn serve(driver: UnixStream, shared: &Shared) -> Option<()> {
             to.write_all(data)
         });
     });
-    // A request begins a write of the client's; its body never looks like one.
+    // A request is at the start of a write by the client; a body never looks like a request.
     copy(driver, docker, |data, to| {
         let action = see(data, shared).and_then(|Next { when, action, .. }| match when {
             When::Asked => Some(action),
@@ -144,7 +145,7 @@ fn serve(driver: UnixStream, shared: &Shared) -> Option<()> {
     Some(())
 }
 
-/// Notes what may be the beginning of a request; the answer is what is to be done about it.
+/// Records the start of a request, if `data` is one. Returns the action that waits for it.
 fn see(data: &[u8], shared: &Shared) -> Option<Next> {
     let line = data.split(|byte| *byte == b'\r').next().unwrap_or_default();
     let line = String::from_utf8_lossy(line);
@@ -153,7 +154,7 @@ fn see(data: &[u8], shared: &Shared) -> Option<Next> {
     lock(&shared.next).take_if(|next| (next.is)(request))
 }
 
-/// Passes on each piece until either side ends.
+/// Passes on each piece of data until either side closes.
 fn copy(
     mut from: UnixStream,
     mut to: UnixStream,
@@ -169,7 +170,7 @@ fn copy(
         }
     };
     let ended = all();
-    // The other direction goes on after an end, and not after an error.
+    // After an end of data the other direction continues; after an error it does not.
     let how = ended.map_or(Shutdown::Both, |()| Shutdown::Write);
     let _closed_already = to.shutdown(how);
 }

@@ -1,6 +1,6 @@
-//! A dockerd of a test's own, to be killed and filled up, with a containerd and a network
-//! namespace of its own: one without a bridge would take the machine's away, and two with one
-//! each other's.
+//! A dockerd for one test, which may kill it and fill its disk. It has a containerd and a network
+//! namespace of its own. Without the namespace, a dockerd without a bridge would remove the
+//! machine's bridge, and two dockerds with a bridge would remove each other's.
 
 use std::{
     fs,
@@ -28,30 +28,30 @@ use crate::{
     wait_until,
 };
 
-/// Dropping it removes its containers and stops it.
+/// Dropping the engine removes its containers and stops it.
 #[derive(Debug)]
 pub struct Engine {
     process: Option<Process>,
-    /// By itself, as distributions start it: it outlives dockerd.
+    /// A separate process, as distributions start it: containerd outlives dockerd.
     containerd: Option<Process>,
     folder: Folder,
-    // Removed after what lives in it.
+    // Removed after the processes in it.
     namespace: Namespace,
-    /// Of dockerd, besides the needed ones.
+    /// Options of dockerd beside the required ones.
     options: Vec<String>,
 }
 
 /// The image of the slots in an engine of [`Engine::start_whole`]: busybox alone.
 pub const SLOT_IMAGE: &str = "polydev-anthropic-runtime:latest";
 
-/// Without networks, of which plain faults need none.
+/// No networks: tests of faults of plain tasks need none.
 const BARE: [&str; 3] = ["--bridge=none", "--iptables=false", "--ip-forward=false"];
 
 impl Engine {
-    /// Starts it with [`IMAGE`] in it.
+    /// Starts an engine that has [`IMAGE`].
     ///
     /// # Panics
-    /// Without root's rights, or if it does not start.
+    /// Without root's rights, or if the engine does not start.
     #[must_use]
     pub fn start() -> Self {
         Self::start_with(Vec::new())
@@ -60,7 +60,7 @@ impl Engine {
     /// As [`Engine::start`], with options of dockerd.
     ///
     /// # Panics
-    /// As there.
+    /// As [`Engine::start`].
     #[must_use]
     pub fn start_with(options: Vec<String>) -> Self {
         let bare = BARE.map(str::to_owned);
@@ -68,7 +68,7 @@ impl Engine {
         Self::launch_new([&bare[..], &options].concat(), "size=64m")
     }
 
-    /// One with bridges and their rules, as a node has it, and with [`SLOT_IMAGE`] in it.
+    /// Starts an engine with bridges and their rules, as on a node. It has [`SLOT_IMAGE`].
     ///
     /// # Panics
     /// As [`Engine::start`].
@@ -81,7 +81,7 @@ impl Engine {
         engine.docker(&["export", "--output", path, container.trim()]);
         engine.docker(&["rm", container.trim()]);
         engine.docker(&["import", "--change", "USER 1000:1000", path, SLOT_IMAGE]);
-        fs::remove_file(archive).expect("it was written");
+        fs::remove_file(archive).expect("the archive was written");
         engine
     }
 
@@ -103,7 +103,7 @@ impl Engine {
         let path = archive.to_str().expect("a temporary folder's name is text");
         docker::docker(&["save", "--output", path, IMAGE]);
         engine.docker(&["load", "--input", path]);
-        fs::remove_file(archive).expect("it was written");
+        fs::remove_file(archive).expect("the archive was written");
         engine
     }
 
@@ -127,7 +127,7 @@ impl Engine {
         });
     }
 
-    /// Its network namespace.
+    /// The engine's network namespace.
     #[must_use]
     pub fn namespace(&self) -> &Namespace {
         &self.namespace
@@ -142,14 +142,14 @@ impl Engine {
         self.folder.path().join("docker.sock")
     }
 
-    /// Kills dockerd as a crash would; containers go on.
+    /// Kills dockerd as a crash would; its containers continue.
     pub fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {
             process.end(Signal::SIGKILL);
         }
     }
 
-    /// Whether [`Engine::kill`] was the last that happened to it.
+    /// Whether dockerd was killed by [`Engine::kill`] and not started again.
     #[must_use]
     pub fn is_killed(&self) -> bool {
         self.process.is_none()
@@ -158,7 +158,7 @@ impl Engine {
     /// Starts dockerd again, and waits until it answers.
     ///
     /// # Panics
-    /// If it does not.
+    /// If dockerd does not answer.
     #[track_caller]
     pub fn restart(&mut self) {
         self.launch();
@@ -192,23 +192,23 @@ impl Engine {
             .arg(format!("unix://{}", self.socket().display()))
             .args(&self.options);
         fs::write(path("daemon.json"), "{}").expect("a file can be written");
-        // The number it holds may be another process's by now.
+        // The process id in the file may belong to another process by now.
         let _first_start = fs::remove_file(path("pid"));
         self.process = Some(Process::start(&mut command, &path("log")));
     }
 
-    /// An address of this machine's from which connections go on to a port of dockerd's.
+    /// An address of this machine that forwards connections to a port of dockerd.
     ///
     /// # Panics
-    /// If there is none.
+    /// If no port is free.
     #[must_use]
     pub fn forward(&self, port: u16) -> SocketAddr {
         let namespace = fs::File::open(format!("/run/netns/{}", self.namespace.name()));
-        let namespace = namespace.expect("it was added at the start");
+        let namespace = namespace.expect("the namespace was added at the start");
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
-        let address = listener.local_addr().expect("it listens");
+        let address = listener.local_addr().expect("the listener has an address");
         thread::spawn(move || {
-            setns(namespace, CloneFlags::CLONE_NEWNET).expect("root may enter");
+            setns(namespace, CloneFlags::CLONE_NEWNET).expect("root may enter a namespace");
             for client in listener.incoming().flatten() {
                 let Ok(docker) = TcpStream::connect(("127.0.0.1", port)) else {
                     continue;
@@ -222,7 +222,8 @@ impl Engine {
         address
     }
 
-    /// A dockerd that is killed while it starts a container may never know of its shim.
+    /// Kills containerd's shims: a dockerd that is killed while it starts a container may never
+    /// know of the container's shim.
     fn end_shims(&self) {
         let address = self.folder.path().join("containerd.sock");
         let all = procfs::process::all_processes().into_iter().flatten();
@@ -234,13 +235,13 @@ impl Engine {
         }
     }
 
-    /// `docker ARGS` with this engine, which must succeed.
+    /// Runs `docker ARGS` with this engine. The command must succeed.
     #[track_caller]
     pub fn docker(&self, args: &[&str]) -> String {
         succeed(client(&self.socket()).args(args))
     }
 
-    /// Kills a container, if there is still one.
+    /// Kills a container, if it still exists.
     pub fn end(&self, container: &str) {
         output(client(&self.socket()).args(["kill", container]));
     }
@@ -253,13 +254,13 @@ impl Engine {
         ids.lines().map(str::to_owned).collect()
     }
 
-    /// Leaves no room for anything, until [`Engine::empty`].
+    /// Fills the engine's disk, until [`Engine::empty`].
     ///
     /// # Panics
-    /// If there is room all the same.
+    /// If the disk is not full afterwards.
     pub fn fill(&self) {
-        let filler = fs::File::create(self.data().join("filler")).expect("it is a folder");
-        let full = std::io::copy(&mut std::io::repeat(0), &mut &filler).expect_err("it is small");
+        let filler = fs::File::create(self.data().join("filler")).expect("a file can be made");
+        let full = std::io::copy(&mut std::io::repeat(0), &mut &filler).expect_err("a full disk");
         assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
     }
 

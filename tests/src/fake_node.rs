@@ -1,11 +1,14 @@
-//! A driver that runs nothing: the node API as shims see it, in this process, on a unix socket.
-//! Tests of what the shim alone decides run over it, and the benchmark puts one shim in front of
-//! a thousand of them. What a driver, Docker and Nomad do is tested with the real ones.
+//! A simulated driver that runs no containers. It serves the node API to shims, in the test's
+//! process, on a unix socket. Tests of what the shim alone decides use it. The benchmark puts one
+//! shim in front of a thousand simulated drivers. Tests of the driver, Docker and Nomad use the
+//! real ones.
 //!
-//! [`slots`] has the slots and reports them. [`book`] has the runs, and [`run`] is one of them:
-//! [`script`] reads its arguments, [`execute`] does what they say, [`follow`] reports it.
-//! [`service`] is the API, [`claim`] its answer to a claim, [`brief`] that of a node that keeps
-//! nothing. [`knobs`] make the node refuse, stall and go away.
+//! - [`slots`] has the slots and reports them.
+//! - [`book`] has the runs. A [`run`] is one of them: [`script`] reads its arguments, [`execute`]
+//!   does the steps, [`follow`] reports them.
+//! - [`service`] is the API. [`claim`] answers a claim; [`brief`] answers it on a node that keeps
+//!   nothing.
+//! - [`knobs`] make the node refuse, stall and go away.
 
 mod book;
 mod brief;
@@ -44,14 +47,14 @@ use slots::Slots;
 /// How a node is made.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Nomad's id of it.
+    /// The node's id in Nomad.
     pub id: String,
-    /// From a run's end until its slot is idle again.
+    /// The time from a run's end until its slot is idle again.
     pub refill: Duration,
-    /// Whether it keeps its runs, its connections and what it was asked. Without, a run ends as
-    /// soon as it is claimed; one whose program is `wait` never ends.
+    /// Whether the node keeps its runs, its connections and the requests. On a node that keeps
+    /// nothing, a run ends as soon as it is claimed; a run whose program is `wait` never ends.
     pub keeps: bool,
-    /// When its journal was begun: the node is newer than runs that were made before.
+    /// When the node's journal was started. The node is newer than runs that were made before that.
     pub since: Option<SystemTime>,
 }
 
@@ -66,7 +69,7 @@ impl Default for Options {
     }
 }
 
-/// What a node was asked, in the order in which it came.
+/// The requests that a node has received, each kind in the order of arrival.
 #[derive(Debug, Clone, Default)]
 pub struct Asked {
     pub claims: Vec<Claim>,
@@ -76,13 +79,13 @@ pub struct Asked {
     pub cancels: Vec<CancelRunRequest>,
 }
 
-/// A simulated driver. It serves until the runtime that it was started in ends.
+/// A simulated driver. It serves until the end of the runtime that started it.
 pub struct FakeNode {
     node: Arc<Node>,
     socket: PathBuf,
 }
 
-/// What its service has.
+/// The state of the node's service.
 struct Node {
     id: String,
     keeps: bool,
@@ -103,7 +106,7 @@ impl FakeNode {
     /// The kernel's, if the socket cannot be bound.
     ///
     /// # Panics
-    /// Outside of a runtime.
+    /// Outside a runtime.
     pub fn start(folder: &Path, options: Options) -> std::io::Result<Self> {
         let socket = folder.join(format!("{}.sock", options.id));
         let listener = UnixListener::bind(&socket)?;
@@ -154,34 +157,33 @@ impl FakeNode {
         self.node.slots.add_for(&self.node.id, provider, run_id);
     }
 
-    /// Changes every slot, and reports them.
+    /// Changes every slot, and reports the changes.
     pub fn change_slots(&self, change: impl FnMut(&mut Slot)) {
         self.node.slots.change_all(change);
     }
 
-    /// Removes every slot of a provider, whatever is in it.
+    /// Removes every slot of a provider, in any state.
     pub fn remove_slots(&self, provider: &str) {
         self.node.slots.remove(provider);
     }
 
-    /// Refuses claims and leases with this status, until [`FakeNode::obey`]. A claim that is
-    /// repeated has its answer all the same.
+    /// Refuses claims and leases with this status, until [`FakeNode::obey`]. A repeated claim still
+    /// gets its answer.
     pub fn refuse(&self, code: Code, words: &str) {
         self.node.knobs.refuse(Some(Status::new(code, words)));
     }
 
-    /// Answers nothing until [`FakeNode::obey`]: what arrives waits, for as long as the shim
-    /// does.
+    /// Answers nothing until [`FakeNode::obey`]. A request waits for as long as the shim waits.
     pub fn stall(&self) {
         self.node.knobs.stall(true);
     }
 
-    /// Breaks every connection and takes no new ones until [`FakeNode::obey`]. Its runs go on.
+    /// Breaks every connection and accepts no new ones until [`FakeNode::obey`]. Runs continue.
     pub fn leave(&self) {
         self.node.knobs.leave();
     }
 
-    /// Breaks every connection, and takes new ones.
+    /// Breaks every connection, and accepts new ones.
     pub fn break_connections(&self) {
         self.node.knobs.break_connections();
     }
@@ -191,27 +193,27 @@ impl FakeNode {
         self.node.knobs.lose(loss);
     }
 
-    /// Does again as a driver does.
+    /// Ends refusing, stalling and absence: the node behaves like a driver again.
     pub fn obey(&self) {
         self.node.knobs.obey();
     }
 
-    /// Forgets a run: an attach does not find it any more.
+    /// Forgets a run: an attach no longer finds the run.
     pub fn forget(&self, run_id: &str) {
         self.node.book.forget(run_id);
     }
 
-    /// From now on it cannot tell whether it had a run that it does not know.
+    /// From now on the node cannot know whether it had a run that it does not know.
     pub fn be_unsure(&self) {
         self.node.book.be_unsure();
     }
 
-    /// Gives up a run of which nothing has run yet: its claim came to nothing after all.
+    /// Gives up a run that has not started: its claim fails after all.
     pub fn give_up(&self, run_id: &str) {
         self.node.book.give_up(run_id);
     }
 
-    /// Closes a run, as another try of it does.
+    /// Closes a run, as another try of the run does.
     pub fn fence(&self, run_id: &str, ballot: Ballot) {
         self.node.book.fence(&FenceRequest {
             run_id: run_id.to_owned(),
@@ -220,7 +222,7 @@ impl FakeNode {
         });
     }
 
-    /// What it was asked so far.
+    /// The requests that the node has received so far.
     #[must_use]
     pub fn asked(&self) -> Asked {
         lock(&self.node.asked).clone()
@@ -229,17 +231,17 @@ impl FakeNode {
     /// All that a run has read so far: the bytes of its files, then its stdin.
     ///
     /// # Panics
-    /// If it has no such run.
+    /// If the node has no such run.
     #[must_use]
     pub fn input(&self, run_id: &str) -> Vec<u8> {
         let run = self.node.book.find(run_id, None);
         run.expect("the node has the run").read()
     }
 
-    /// The signals that a run was sent.
+    /// The signals that were sent to a run.
     ///
     /// # Panics
-    /// If it has no such run.
+    /// If the node has no such run.
     #[must_use]
     pub fn signals(&self, run_id: &str) -> Vec<i32> {
         let run = self.node.book.find(run_id, None);

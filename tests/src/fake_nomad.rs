@@ -1,6 +1,6 @@
-//! Nomad's HTTP API as far as the shim asks it, in this process: nodes with blocking queries,
-//! the sizes of pools, and dispatches of jobs on demand. Nothing is scheduled. Whoever tests what
-//! Nomad itself does takes the real one.
+//! The parts of Nomad's HTTP API that the shim uses, in the test's process: nodes with blocking
+//! queries, the sizes of pools, and dispatches of jobs on demand. It schedules nothing. Tests of
+//! Nomad itself use the real one.
 
 mod routes;
 
@@ -21,32 +21,32 @@ const GROUP: &str = "pool";
 pub enum Mood {
     #[default]
     Well,
-    /// Not at all.
+    /// Nomad does not answer.
     Stalled,
-    /// With status 500.
+    /// Nomad answers with status 500.
     Failing,
-    /// As a server that knows no leader, and no node either.
+    /// Nomad answers like a server that knows no leader and no nodes.
     Leaderless,
 }
 
-/// A job on demand that was dispatched.
+/// A dispatched job on demand.
 #[derive(Debug, Clone)]
 pub struct Dispatched {
-    /// The id of the child.
+    /// The id of the child job.
     pub job: String,
-    /// The run that it is for.
+    /// The run that the job is for.
     pub run_id: String,
     pub idempotency_token: String,
 }
 
-/// A simulated Nomad server. It serves until the runtime that it was started in ends.
+/// A simulated Nomad server. It serves until the end of the runtime that started it.
 pub struct FakeNomad {
     pub address: String,
     cluster: Arc<Cluster>,
 }
 
 struct Cluster {
-    /// Of the last change.
+    /// The index of the last change.
     index: watch::Sender<u64>,
     inner: Mutex<Inner>,
 }
@@ -61,7 +61,7 @@ struct Inner {
     on_demand: Vec<String>,
     dispatched: Vec<Dispatched>,
     stopped: Vec<String>,
-    /// Lists of nodes that were asked for.
+    /// How many lists of nodes were requested.
     lists: usize,
 }
 
@@ -69,11 +69,11 @@ struct Inner {
 #[derive(Default)]
 struct Pool {
     size: u32,
-    /// No other size is taken meanwhile.
+    /// During a deployment Nomad refuses another size.
     deploying: bool,
-    /// As Nomad tells them, the first ones first.
+    /// Scaling events as Nomad lists them, the oldest first.
     events: Vec<Value>,
-    /// Sizes that were refused.
+    /// How many sizes were refused.
     refused: usize,
 }
 
@@ -82,7 +82,7 @@ impl Cluster {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes what Nomad knows, and wakes whoever waits for that.
+    /// Changes what Nomad knows, and wakes waiting queries.
     fn change<T>(&self, change: impl FnOnce(&mut Inner) -> T) -> T {
         let changed = change(&mut self.lock());
         self.index.send_modify(|index| *index += 1);
@@ -91,13 +91,13 @@ impl Cluster {
 }
 
 impl FakeNomad {
-    /// Serves a cluster without nodes and jobs.
+    /// Serves a cluster without nodes or jobs.
     ///
     /// # Errors
     /// The kernel's, if no port can be bound.
     ///
     /// # Panics
-    /// Outside of a runtime.
+    /// Outside a runtime.
     pub fn start() -> std::io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         listener.set_nonblocking(true)?;
@@ -112,12 +112,12 @@ impl FakeNomad {
         Ok(Self { address, cluster })
     }
 
-    /// Adds nodes, or describes them anew, as [`FakeNode::description`] has them.
+    /// Adds nodes or replaces their descriptions, which are as [`FakeNode::description`] has them.
     ///
     /// [`FakeNode::description`]: crate::fake_node::FakeNode::description
     ///
     /// # Panics
-    /// If one has no id.
+    /// If a description has no id.
     pub fn set_nodes(&self, descriptions: impl IntoIterator<Item = Value>) {
         self.cluster.change(|inner| {
             for node in descriptions {
@@ -146,7 +146,7 @@ impl FakeNomad {
         self.cluster.change(|inner| inner.mood = mood);
     }
 
-    /// How often the nodes were asked for.
+    /// How often the list of nodes was requested.
     #[must_use]
     pub fn lists(&self) -> usize {
         self.cluster.lock().lists
@@ -162,7 +162,7 @@ impl FakeNomad {
         self.cluster.change(|inner| inner.pools.insert(job, pool));
     }
 
-    /// Begins or ends a deployment of a pool's job.
+    /// Starts or ends a deployment of a pool's job.
     ///
     /// # Panics
     /// If there is no such pool.
@@ -173,7 +173,7 @@ impl FakeNomad {
         });
     }
 
-    /// A pool's size, and how often it took no other.
+    /// A pool's size, and how many other sizes were refused.
     ///
     /// # Panics
     /// If there is no such pool.
@@ -191,13 +191,13 @@ impl FakeNomad {
         self.cluster.change(|inner| inner.on_demand.push(job));
     }
 
-    /// The jobs that were dispatched, the first ones first.
+    /// The dispatched jobs, the oldest first.
     #[must_use]
     pub fn dispatched(&self) -> Vec<Dispatched> {
         self.cluster.lock().dispatched.clone()
     }
 
-    /// Ids of the jobs that were stopped.
+    /// The ids of the stopped jobs.
     #[must_use]
     pub fn stopped(&self) -> Vec<String> {
         self.cluster.lock().stopped.clone()

@@ -1,18 +1,17 @@
-//! A temporary folder, short enough for the sockets below it, with whatever comes to be
-//! mounted there.
+//! A temporary folder, and the mounts below it. Its path is short enough for unix sockets.
 
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, umount2};
 use tempfile::TempDir;
 
-/// Removed, with its mounts, when dropped.
+/// Dropping the folder removes it and its mounts.
 #[derive(Debug)]
 pub struct Folder(TempDir);
 
 impl Folder {
     /// # Panics
-    /// If it cannot be made.
+    /// If the folder cannot be made.
     #[must_use]
     pub fn new(prefix: &str) -> Self {
         let folder = tempfile::Builder::new().prefix(prefix).tempdir_in("/tmp");
@@ -24,7 +23,7 @@ impl Folder {
         self.0.path()
     }
 
-    /// Takes away what is mounted below it.
+    /// Removes all mounts below the folder.
     pub fn unmount(&self) {
         let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
         let mut below: Vec<PathBuf> = mounts

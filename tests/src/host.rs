@@ -1,5 +1,5 @@
-//! A host outside: the stand-in model API, or another server, in a network namespace, joined
-//! to this machine by a veth pair, so that containers reach it as they reach any server.
+//! An outside host: a network namespace with the stand-in model API or another server. A veth
+//! pair joins it to this machine. Containers reach it as they reach any server.
 
 use std::{net::IpAddr, process::Command, time::Duration};
 
@@ -12,12 +12,12 @@ use crate::{
 };
 use polydev_stand_in::Received;
 
-/// Removed with its interfaces when dropped.
+/// Dropping the host removes it and its interfaces.
 #[derive(Debug)]
 pub struct Host {
     namespace: Namespace,
     pub address: IpAddr,
-    /// The stand-in's address, `http://` and an IP.
+    /// The stand-in's URL: `http://` and an IP address.
     pub url: String,
     server: Option<Process>,
     _folder: TempDir,
@@ -41,8 +41,8 @@ impl Host {
         host
     }
 
-    /// Makes the namespace and starts what `server` says for its address. The addresses are
-    /// from 198.18.0.0/15, which is set aside for tests between networks.
+    /// Makes the namespace and starts the command that `server` returns for its address. The
+    /// addresses are from 198.18.0.0/15, which is reserved for tests between networks.
     ///
     /// # Panics
     /// Without root's rights.
@@ -60,7 +60,7 @@ impl Host {
         let folder = tempfile::tempdir().expect("a folder can be made");
         let mut host = Self {
             namespace,
-            address: there.parse().expect("it is one"),
+            address: there.parse().expect("the address is valid"),
             url: format!("http://{there}"),
             server: None,
             _folder: folder,
@@ -86,7 +86,7 @@ impl Host {
         host
     }
 
-    /// What has arrived so far.
+    /// The requests that the stand-in has received so far.
     #[must_use]
     pub fn requests(&self) -> Vec<Received> {
         self.try_requests().expect("the stand-in answers")
@@ -113,7 +113,7 @@ fn ip(args: &[&str]) {
     succeed(Command::new("ip").args(args));
 }
 
-/// Removes the packet filter's rules of a driver that did not get to it.
+/// Removes the packet filter's rules of a driver that ended without removing them.
 pub fn remove_rules(instance: &str) {
     let rules = |args: &[&str]| crate::process::output(Command::new("iptables").args(args));
     let interface = format!("pd-{instance}");

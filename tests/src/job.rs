@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 /// The image of plain tasks: busybox, root and a user called `user`.
 pub const IMAGE: &str = "polydev-busybox:1";
 
-/// A job that runs once. Its one task is called `task`; `config` is added to its options.
+/// A job that runs once. Its one task is called `task`; the task's options include `config`.
 #[must_use]
 pub fn batch(id: &str, config: Value) -> Value {
     let mut job = service(id, config);
@@ -42,7 +42,7 @@ pub fn shell(script: &str) -> Value {
     json!({ "command": "sh", "args": ["-c", script] })
 }
 
-/// Adds options, and changes those that are there.
+/// Adds the options of `other`. They override existing ones.
 pub fn merge(into: &mut Value, other: Value) {
     match (into, other) {
         (Value::Object(into), Value::Object(other)) => {
@@ -54,7 +54,7 @@ pub fn merge(into: &mut Value, other: Value) {
     }
 }
 
-/// The task of a job made here.
+/// The task of a job that [`batch`] or [`service`] made.
 pub fn task(job: &mut Value) -> &mut Value {
     &mut job["TaskGroups"][0]["Tasks"][0]
 }
@@ -62,13 +62,13 @@ pub fn task(job: &mut Value) -> &mut Value {
 /// An allocation's id.
 ///
 /// # Panics
-/// Never with what the API gives.
+/// If `alloc` is not an allocation of the API.
 #[must_use]
 pub fn id(alloc: &Value) -> &str {
     alloc["ID"].as_str().expect("an allocation has an id")
 }
 
-/// What the operator reads of a task in its allocation: one line an event.
+/// The events of an allocation's tasks as the operator reads them: one line for each event.
 #[must_use]
 pub fn events(alloc: &Value) -> String {
     let tasks = alloc["TaskStates"].as_object();

@@ -1,5 +1,5 @@
-//! The harness: what it takes to show the whole system to itself, with the real
-//! parts. Every fixture takes away what it made when it is dropped.
+//! The test harness: fixtures that start the real parts of the whole system. A dropped fixture
+//! removes everything that it made.
 
 pub mod client;
 pub mod cluster;
@@ -26,8 +26,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The one way to wait: polls `check` until it answers, and otherwise fails with the
-/// last thing it said.
+/// The one way to wait: polls `check` until `check` returns a value. After `limit` the test fails
+/// with the last error of `check`.
 ///
 /// # Panics
 /// After `limit`.
@@ -53,7 +53,7 @@ pub fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("..")
         .canonicalize()
-        .expect("the crate is in it")
+        .expect("the crate is in the repository")
 }
 
 /// A program of this build, such as `polydev-shim`: beside the running one, or in the
@@ -73,18 +73,18 @@ pub fn program(name: &str) -> PathBuf {
     folder.join(name)
 }
 
-/// A key such as a user has, made now: none is written anywhere.
+/// A new random key, like a user's API key. The sources contain no key.
 #[must_use]
 pub fn fresh_key() -> String {
     format!("test-{:032x}", rand::random::<u128>())
 }
 
-/// Ports of the loopback address for servers of this test, as long as its process lives.
-/// Neither what connects from here gets one of them (Linux takes 32768 and above), nor a task
-/// of Nomad's (20000 to 32000), nor another test: each is locked by a file.
+/// Ports of the loopback address for the servers of this test, reserved until its process ends.
+/// Outgoing connections have other ports (Linux takes 32768 and above), and so have tasks of
+/// Nomad (20000 to 32000). A locked file for each port keeps other tests away.
 ///
 /// # Panics
-/// If there are none.
+/// If no port is free.
 #[must_use]
 pub fn free_ports<const N: usize>() -> [u16; N] {
     static HELD: Mutex<Vec<File>> = Mutex::new(Vec::new());
@@ -94,7 +94,7 @@ pub fn free_ports<const N: usize>() -> [u16; N] {
     std::fs::create_dir_all(&folder).expect("a folder can be made");
     let start = rand::random_range(0..COUNT);
     let mut ports = (0..COUNT).map(|next| FIRST + (start + next) % COUNT);
-    let mut held = HELD.lock().expect("nobody panics with it");
+    let mut held = HELD.lock().expect("nobody panics while holding the lock");
     [(); N].map(|()| {
         let port = ports.find(|port| {
             let lock = File::create(folder.join(port.to_string())).expect("a file can be made");

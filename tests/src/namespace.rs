@@ -1,15 +1,16 @@
-//! A network namespace of a test's own.
+//! A network namespace for one test.
 
 use std::process::Command;
 
 use crate::process::{output, succeed};
 
-/// Removed with its interfaces when dropped.
+/// Dropping the namespace removes it and its interfaces.
 #[derive(Debug)]
 pub struct Namespace(String);
 
 impl Namespace {
-    /// Makes one whose loopback is up. `prefix` is short: interfaces are named like it.
+    /// Makes a namespace whose loopback is up. `prefix` must be short, because the names of
+    /// interfaces contain it.
     ///
     /// # Panics
     /// Without root's rights.
@@ -27,7 +28,8 @@ impl Namespace {
         &self.0
     }
 
-    /// Runs the program that follows in it. (`ip netns exec` would hide the cgroups.)
+    /// A command that runs the program in its arguments inside the namespace. (`ip netns exec`
+    /// would hide the cgroups.)
     #[must_use]
     pub fn inside(&self) -> Command {
         let mut command = Command::new("nsenter");
@@ -35,7 +37,7 @@ impl Namespace {
         command
     }
 
-    /// `ip WORDS` in it, which must succeed.
+    /// Runs `ip WORDS` in the namespace. The command must succeed.
     #[track_caller]
     pub fn ip(&self, words: &[&str]) -> String {
         succeed(Command::new("ip").args(["-netns", &self.0]).args(words))

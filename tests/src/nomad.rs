@@ -1,8 +1,9 @@
-//! A real Nomad agent, server and client in one, with our driver in its plugin
-//! folder.
+//! A real Nomad agent, both server and client, with our driver in its plugin folder.
 
 pub(crate) mod clean;
 mod exec;
+mod jobs;
+mod start;
 
 pub use exec::Exec;
 
@@ -14,27 +15,26 @@ use std::{
     time::Duration,
 };
 
-use nix::{
-    mount::{MsFlags, mount},
-    unistd::Pid,
-};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::{
     folder::Folder,
     process::{Process, output, succeed},
-    program, root, wait_until,
+    root, wait_until,
 };
 
-/// Dropping it purges its jobs and stops it.
+/// Dropping the agent purges its jobs and stops it.
 pub struct Nomad {
     agent: Option<Process>,
     pub address: String,
     folder: Folder,
-    /// Where programs are looked for, this machine's own places apart.
+    /// A folder that comes first in the agent's `PATH`.
     programs: Option<PathBuf>,
-    /// The driver logs all that it can.
+    /// Agent and driver log at level `trace`.
     traced: bool,
+    /// The agent keeps its state on disk, for an agent after it.
+    lasting: bool,
 }
 
 /// The `nomad` program: `tests/test.sh` says where it is.
@@ -46,170 +46,6 @@ pub fn nomad_program() -> PathBuf {
 }
 
 impl Nomad {
-    /// Starts an agent and waits until the driver is healthy on its node.
-    #[must_use]
-    pub fn start() -> Self {
-        Self::start_with("")
-    }
-
-    /// As [`Nomad::start`], with `options` of the plugin beside the needed ones.
-    #[must_use]
-    pub fn start_with(options: &str) -> Self {
-        let nomad = Self::launch(options);
-        nomad.wait_healthy();
-        nomad
-    }
-
-    /// As [`Nomad::start_with`], with Nomad's own Docker driver beside ours.
-    #[must_use]
-    pub fn start_beside_docker(options: &str) -> Self {
-        let nomad = Self::launch_with(options, "polydev,docker");
-        nomad.wait_healthy();
-        nomad
-    }
-
-    /// As [`Nomad::start_with`], with the programs of a folder in its `PATH`.
-    #[must_use]
-    pub fn start_with_programs(options: &str, folder: &Path) -> Self {
-        let mut nomad = Self::configure(options, "polydev");
-        nomad.programs = Some(folder.to_owned());
-        let nomad = nomad.run_agent();
-        nomad.wait_healthy();
-        nomad
-    }
-
-    /// As [`Nomad::start`]; agent and driver log all that they can.
-    #[must_use]
-    pub fn start_traced() -> Self {
-        let mut nomad = Self::configure("", "polydev");
-        nomad.traced = true;
-        let nomad = nomad.run_agent();
-        nomad.wait_healthy();
-        nomad
-    }
-
-    /// As [`Nomad::start_with`], with 4 MB for the driver's own files.
-    ///
-    /// # Panics
-    /// Without root's rights.
-    #[must_use]
-    pub fn start_with_small_state(options: &str) -> Self {
-        let nomad = Self::configure(options, "polydev");
-        let state = nomad.state_dir();
-        fs::create_dir(&state).expect("a folder can be made");
-        let kind = Some("tmpfs");
-        mount(kind, &state, kind, MsFlags::empty(), Some("size=4m")).expect("root may mount");
-        let nomad = nomad.run_agent();
-        nomad.wait_healthy();
-        nomad
-    }
-
-    /// Starts an agent whose plugin has `options` besides the needed ones, and does
-    /// not wait for anything.
-    #[must_use]
-    pub fn launch(options: &str) -> Self {
-        Self::launch_with(options, "polydev")
-    }
-
-    fn launch_with(options: &str, drivers: &str) -> Self {
-        Self::configure(options, drivers).run_agent()
-    }
-
-    fn run_agent(mut self) -> Self {
-        self.agent = Some(self.spawn_agent());
-        self.wait_registered();
-        self
-    }
-
-    /// Waits until the agent's node is registered, or the agent has ended: whoever starts one
-    /// begins to count from there. A server refuses a node while its keyring is not there yet,
-    /// and the agent tries again 15 to 30 s later (Nomad 1.11.3, `client/client.go`).
-    #[track_caller]
-    fn wait_registered(&mut self) {
-        wait_until("a registered node", Duration::from_secs(120), || {
-            if self.agent().exit().is_some() {
-                return Ok(());
-            }
-            match self.get("/v1/nodes") {
-                Value::Array(nodes) if !nodes.is_empty() => Ok(()),
-                other => Err(other.to_string()),
-            }
-        });
-    }
-
-    fn configure(options: &str, drivers: &str) -> Self {
-        let folder = Folder::new("pdtest-");
-        let plugins = folder.path().join("plugins");
-        fs::create_dir(&plugins).expect("a folder can be made");
-        fs::copy(
-            program("nomad-driver-polydev"),
-            plugins.join("nomad-driver-polydev"),
-        )
-        .expect("the driver is built");
-        let init = folder.path().join("polydev-init");
-        fs::copy(program("polydev-init"), &init).expect("init is built");
-        let [http, rpc, serf] = crate::free_ports();
-        let config = format!(
-            r#"
-            data_dir   = "{data}"
-            plugin_dir = "{plugins}"
-            bind_addr  = "127.0.0.1"
-            log_level  = "DEBUG"
-            ports {{
-              http = {http}
-              rpc  = {rpc}
-              serf = {serf}
-            }}
-            advertise {{
-              http = "127.0.0.1"
-              rpc  = "127.0.0.1"
-              serf = "127.0.0.1"
-            }}
-            server {{
-              enabled          = true
-              bootstrap_expect = 1
-            }}
-            client {{
-              enabled           = true
-              network_interface = "lo"
-              cpu_total_compute = 8000
-              memory_total_mb   = 16384
-              # What has ended is looked at, however full this machine's disk is.
-              gc_max_allocs            = 1000
-              gc_disk_usage_threshold  = 99
-              gc_inode_usage_threshold = 99
-              cni_path          = "/usr/lib/cni"
-              options = {{
-                "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean"
-                "driver.allowlist"     = "{drivers}"
-              }}
-            }}
-            telemetry {{
-              publish_allocation_metrics = true
-            }}
-            plugin "nomad-driver-polydev" {{
-              config {{
-                state_dir = "{state}"
-                init_path = "{init}"
-                {options}
-              }}
-            }}
-            "#,
-            data = folder.path().join("data").display(),
-            plugins = plugins.display(),
-            state = folder.path().join("state").display(),
-            init = init.display(),
-        );
-        fs::write(folder.path().join("agent.hcl"), config).expect("a file can be written");
-        Self {
-            agent: None,
-            address: format!("http://127.0.0.1:{http}"),
-            folder,
-            programs: None,
-            traced: false,
-        }
-    }
-
     fn spawn_agent(&self) -> Process {
         let mut command = Command::new(nomad_program());
         let folder = self.folder.path();
@@ -222,24 +58,30 @@ impl Nomad {
             let path = std::env::join_paths(all).expect("a folder's name has no colon");
             command.env("PATH", path);
         }
+        if !self.lasting {
+            command.arg("-dev");
+        }
         if self.traced {
-            // Before what the file says.
+            // The option overrides the file.
             command.args(["-log-level", "TRACE"]);
             command.env("POLYDEV_LOG", "trace");
         }
         Process::start(&mut command, &folder.join("nomad.log"))
     }
 
-    /// Stops the agent, if it has not ended, and starts another in its place; waits
-    /// until the driver is healthy.
+    /// Stops the agent, if it still runs, and starts another one. Waits for a healthy driver.
+    ///
+    /// # Panics
+    /// If the agent is not [lasting](Nomad::start_lasting).
     pub fn restart(&mut self) {
+        assert!(self.lasting, "an agent in dev mode forgets its tasks");
         self.agent = None;
         self.agent = Some(self.spawn_agent());
         self.wait_healthy();
     }
 
-    /// Puts another driver and another init in the places of those that run, as a package
-    /// would: the next driver is the new one.
+    /// Replaces the files of driver and init with another version, as a package would. The next
+    /// driver that the agent starts is the new one.
     ///
     /// # Panics
     /// If the disk is full.
@@ -257,15 +99,15 @@ impl Nomad {
         }
     }
 
-    /// Makes an agent that is not running unable to attach to the driver it had: go-plugin
-    /// finds nobody at the address it knows.
+    /// Removes the plugin socket of the driver while the agent is stopped. The next agent cannot
+    /// attach to this driver, because go-plugin finds no socket at the recorded address.
     ///
     /// # Panics
     /// If no driver runs.
     pub fn forget_plugin(&self) {
         let lock = fs::read_to_string(self.state_dir().join("driver.lock"));
         let pid = lock.expect("a driver runs").trim().parse();
-        let driver = procfs::process::Process::new(pid.expect("a pid")).expect("it runs");
+        let driver = procfs::process::Process::new(pid.expect("a pid")).expect("a driver runs");
         let open = driver.fd().expect("root may look").flatten();
         let sockets: Vec<u64> = open
             .filter_map(|fd| match fd.target {
@@ -280,7 +122,7 @@ impl Nomad {
             folder.to_string_lossy().starts_with("polydev-plugin-")
         });
         let plugin = plugin.expect("a plugin listens for its agent");
-        fs::remove_file(plugin).expect("it is there");
+        fs::remove_file(plugin).expect("the socket exists");
     }
 
     /// Waits until the driver is healthy on the node.
@@ -296,7 +138,7 @@ impl Nomad {
         });
     }
 
-    /// Processes that read logs for this agent: of its data folder's FIFOs.
+    /// The processes that read logs for this agent, from FIFOs in its data folder.
     #[must_use]
     pub fn log_readers(&self) -> Vec<Pid> {
         let fifos = |process: &procfs::process::Process| {
@@ -323,7 +165,7 @@ impl Nomad {
             .collect()
     }
 
-    /// Everything the agent and the driver keep is below this folder.
+    /// The folder that contains all files of the agent and the driver.
     #[must_use]
     pub fn folder(&self) -> &Path {
         self.folder.path()
@@ -337,12 +179,12 @@ impl Nomad {
     /// The agent's process.
     ///
     /// # Panics
-    /// Never while the agent is not being dropped.
+    /// Only while the agent is being dropped.
     pub fn agent(&mut self) -> &mut Process {
-        self.agent.as_mut().expect("it lives as long as this")
+        self.agent.as_mut().expect("an agent until the drop")
     }
 
-    /// What the agent, and through it the driver, has logged.
+    /// The log of the agent, which contains the log of the driver.
     #[must_use]
     pub fn agent_log(&self) -> String {
         self.agent.as_ref().map(Process::log).unwrap_or_default()
@@ -359,35 +201,13 @@ impl Nomad {
         command
     }
 
-    /// `nomad ARGS`, which must succeed.
+    /// Runs `nomad ARGS`. The command must succeed.
     #[track_caller]
     pub fn run(&self, args: &[&str]) -> String {
         succeed(&mut self.command(args))
     }
 
-    /// Submits a file of `jobspecs/`.
-    #[track_caller]
-    pub fn submit_pool(&self, provider: &str, count: u32) {
-        self.submit_pool_with(provider, count, "prepare_ahead=false");
-    }
-
-    /// As [`Nomad::submit_pool`], with one more of the file's variables, `NAME=VALUE`.
-    #[track_caller]
-    pub fn submit_pool_with(&self, provider: &str, count: u32, variable: &str) {
-        let file = format!("jobspecs/pool-{provider}.nomad.hcl");
-        let count = format!("count={count}");
-        self.run(&[
-            "job", "run", "-detach", "-var", &count, "-var", variable, &file,
-        ]);
-    }
-
-    /// Submits a job given as the API's JSON.
-    #[track_caller]
-    pub fn submit(&self, job: &Value) {
-        self.put("/v1/jobs", &serde_json::json!({ "Job": job }));
-    }
-
-    /// PUT to a path of the HTTP API, which must succeed.
+    /// Sends a PUT to a path of the HTTP API. The request must succeed.
     #[track_caller]
     pub fn put(&self, path: &str, body: &Value) -> Value {
         let url = format!("{}{path}", self.address);
@@ -404,55 +224,7 @@ impl Nomad {
         serde_json::from_str(&answer).unwrap_or_default()
     }
 
-    /// The one allocation of a job, once it has a task whose state `is` as wanted.
-    #[track_caller]
-    pub fn wait_task(&self, job: &str, is: impl Fn(&Value) -> bool) -> Value {
-        let what = format!("the task of job {job}");
-        wait_until(&what, Duration::from_secs(90), || {
-            let allocations = self.allocations(job);
-            let Some(alloc) = allocations.last() else {
-                return Err(self.get(&format!("/v1/job/{job}/evaluations")).to_string());
-            };
-            if is(&alloc["TaskStates"]["task"]) {
-                Ok(alloc.clone())
-            } else {
-                Err(alloc["TaskStates"].to_string())
-            }
-        })
-    }
-
-    /// Waits until the task of a job runs; its allocation's id.
-    #[track_caller]
-    pub fn wait_started(&self, job: &str) -> String {
-        let alloc = self.wait_task(job, |task| task["State"] == "running");
-        alloc["ID"]
-            .as_str()
-            .expect("an allocation has an id")
-            .to_owned()
-    }
-
-    /// Waits until the task of a job has ended for good; its allocation.
-    #[track_caller]
-    pub fn wait_dead(&self, job: &str) -> Value {
-        self.wait_task(job, |task| task["State"] == "dead")
-    }
-
-    /// A task's collected output, once it ends as wanted or the time is up.
-    #[must_use]
-    pub fn logs(&self, alloc: &str, stream: &str) -> Vec<u8> {
-        self.get_raw(&format!(
-            "/v1/client/fs/logs/{alloc}?task=task&type={stream}&plain=true&origin=start"
-        ))
-    }
-
-    /// A command in a running task, over the agent's web socket: what Nomad's command
-    /// line does, with the sizes of its conformance suite for the terminal.
-    #[track_caller]
-    pub fn exec(&self, alloc: &str, command: &[&str], tty: bool, stdin: &[u8]) -> Exec {
-        exec::run(&self.address, alloc, command, tty, stdin)
-    }
-
-    /// GET a path of the HTTP API as it is; empty while it fails.
+    /// The raw answer to a GET of a path of the HTTP API, or nothing if the request fails.
     #[must_use]
     pub fn get_raw(&self, path: &str) -> Vec<u8> {
         let url = format!("{}{path}", self.address);
@@ -460,7 +232,7 @@ impl Nomad {
         output(command.args(["--silent", "--fail", "--noproxy", "*", &url])).stdout
     }
 
-    /// GET a path of the HTTP API; null while it fails.
+    /// The answer to a GET of a path of the HTTP API, or null if the request fails.
     #[must_use]
     pub fn get(&self, path: &str) -> Value {
         let url = format!("{}{path}", self.address);
@@ -469,42 +241,10 @@ impl Nomad {
         serde_json::from_slice(&answer.stdout).unwrap_or_default()
     }
 
-    /// Our driver as the node shows it.
+    /// The node's entry for our driver.
     #[must_use]
     pub fn driver(&self) -> Value {
         let nodes = self.get("/v1/nodes");
         nodes[0]["Drivers"]["polydev"].clone()
-    }
-
-    /// Allocations of a job, newest last.
-    #[must_use]
-    pub fn allocations(&self, job: &str) -> Vec<Value> {
-        let mut list = match self.get(&format!("/v1/job/{job}/allocations")) {
-            Value::Array(list) => list,
-            _ => vec![],
-        };
-        list.sort_by_key(|alloc| alloc["CreateIndex"].as_u64());
-        list
-    }
-
-    /// Waits until a job has as many running allocations.
-    #[track_caller]
-    pub fn wait_running(&self, job: &str, count: usize) -> Vec<Value> {
-        wait_until(
-            &format!("{count} running allocations"),
-            Duration::from_secs(90),
-            || {
-                let running = self.allocations(job);
-                let running: Vec<Value> = running
-                    .into_iter()
-                    .filter(|alloc| alloc["ClientStatus"] == "running")
-                    .collect();
-                if running.len() == count {
-                    Ok(running)
-                } else {
-                    Err(format!("{running:?}"))
-                }
-            },
-        )
     }
 }

@@ -1,4 +1,4 @@
-//! A PostgreSQL of a test's own, on loopback, with TLS and a password.
+//! A PostgreSQL server for one test, on loopback, with TLS and a password.
 
 use std::{
     fs,
@@ -22,12 +22,12 @@ use crate::{
 /// The database and its owner.
 const NAME: &str = "polydev";
 
-/// Dropping it stops it and removes what is in it.
+/// Dropping the server stops it and removes its data.
 #[derive(Debug)]
 pub struct Postgres {
     process: Option<Process>,
     port: u16,
-    /// Of the owner.
+    /// The password of the owner.
     pub password: String,
     authority: PathBuf,
     folder: Folder,
@@ -36,7 +36,7 @@ pub struct Postgres {
 
 impl Postgres {
     /// # Panics
-    /// Without root's rights, or if it does not start.
+    /// Without root's rights, or if the server does not start.
     #[must_use]
     pub fn start() -> Self {
         let (folder, certificates) = (Folder::new("pdpg-"), Certificates::make());
@@ -69,7 +69,7 @@ impl Postgres {
         let free = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
         let mut postgres = Self {
             process: None,
-            port: free.expect("there is a free port").port(),
+            port: free.expect("a port is free").port(),
             password: fresh_key(),
             authority: certificates.authority(),
             folder,
@@ -83,10 +83,10 @@ impl Postgres {
         postgres
     }
 
-    /// Starts it again.
+    /// Starts the server again.
     ///
     /// # Panics
-    /// If it does not.
+    /// If the server does not start.
     pub fn begin(&mut self) {
         let mut command = as_postgres("postgres");
         command.arg("-D").arg(self.folder.path().join("data"));
@@ -109,14 +109,14 @@ impl Postgres {
         });
     }
 
-    /// Stops it, with what is connected.
+    /// Stops the server and breaks its connections.
     pub fn stop(&mut self) {
         if let Some(mut process) = self.process.take() {
             process.end(Signal::SIGINT);
         }
     }
 
-    /// Where a shim finds it; the password is to be given apart.
+    /// The URL for a shim, without the password, which the shim gets separately.
     #[must_use]
     pub fn url(&self) -> String {
         format!(
@@ -126,10 +126,10 @@ impl Postgres {
         )
     }
 
-    /// Does something to the database as its superuser, and prints the rows.
+    /// Runs a statement in the database as its superuser, and returns the rows.
     ///
     /// # Panics
-    /// If it fails.
+    /// If the statement fails.
     pub fn sql(&self, database: &str, statement: &str) -> String {
         succeed(&mut self.psql(database, statement))
     }
@@ -149,7 +149,7 @@ impl Postgres {
         command
     }
 
-    /// Where its files are.
+    /// The folder of the server's files.
     #[must_use]
     pub fn folder(&self) -> &Path {
         self.folder.path()
@@ -164,10 +164,10 @@ impl Drop for Postgres {
 
 fn postgres() -> User {
     let user = User::from_name("postgres").expect("users can be looked up");
-    user.expect("there is PostgreSQL's user")
+    user.expect("PostgreSQL has its user")
 }
 
-/// One of its programs, which do not run as root.
+/// A command for one of PostgreSQL's programs, which do not run as root.
 fn as_postgres(program: &str) -> Command {
     let versions = fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL is installed");
     let found = versions

@@ -14,7 +14,7 @@ use nix::{
 
 use crate::wait_until;
 
-/// A process whose output goes to a file. Dropping it asks it to end, and waits.
+/// A process whose output goes to a file. Dropping it sends SIGTERM and waits for its end.
 #[derive(Debug)]
 pub struct Process {
     child: Child,
@@ -24,7 +24,7 @@ pub struct Process {
 
 impl Process {
     /// # Panics
-    /// If it cannot be started.
+    /// If the command cannot be started.
     pub fn start(command: &mut Command, log: &Path) -> Self {
         let name = command.get_program().to_string_lossy().into_owned();
         let file = File::create(log).expect("a log can be made");
@@ -46,7 +46,7 @@ impl Process {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// What it has printed so far.
+    /// The output of the process so far.
     #[must_use]
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
@@ -56,18 +56,18 @@ impl Process {
         let _gone = kill(self.pid(), signal);
     }
 
-    /// Ends it with that signal, unless it has ended, and waits until it has.
+    /// Sends `signal` to the process, unless it has ended, and waits for its end.
     pub fn end(&mut self, signal: Signal) {
         if self.exit().is_none() {
             self.signal(signal);
         }
         let what = format!("the end of {}", self.name);
         wait_until(&what, Duration::from_secs(60), || {
-            self.exit().ok_or_else(|| "it lives".to_owned())
+            self.exit().ok_or_else(|| "still running".to_owned())
         });
     }
 
-    /// Its status, if it has ended.
+    /// The exit status, if the process has ended.
     pub fn exit(&mut self) -> Option<std::process::ExitStatus> {
         self.child.try_wait().expect("a child can be waited for")
     }
@@ -75,7 +75,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Its number may be another process's once it has ended.
+        // After the process has ended, its id may belong to another process.
         if self.exit().is_none() {
             self.signal(Signal::SIGTERM);
         }
@@ -89,7 +89,7 @@ impl Drop for Process {
         }
         if std::thread::panicking() {
             let log = self.log();
-            // An agent logs each request of the harness.
+            // Without the agent's line for each request of the harness.
             let lines: Vec<&str> = log
                 .lines()
                 .filter(|line| !line.contains("http: request complete"))
@@ -103,7 +103,7 @@ impl Drop for Process {
 /// Runs a command to its end.
 ///
 /// # Panics
-/// If it cannot be started.
+/// If the command cannot be started.
 pub fn output(command: &mut Command) -> Output {
     let command = command.stdin(Stdio::null());
     command
@@ -114,7 +114,7 @@ pub fn output(command: &mut Command) -> Output {
 /// Runs a command that must succeed, and returns its stdout.
 ///
 /// # Panics
-/// If it fails, with what it said.
+/// If the command fails. The message contains the command's output.
 #[track_caller]
 pub fn succeed(command: &mut Command) -> String {
     let output = output(command);
@@ -128,7 +128,7 @@ pub fn succeed(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Waits for a file's text to hold `text`.
+/// Waits until the log of a process contains `text`.
 #[track_caller]
 pub fn wait_for_log(process: &Process, text: &str, limit: Duration) {
     wait_until(&format!("`{text}` in the log"), limit, || {

@@ -15,30 +15,30 @@ use uuid::Uuid;
 
 use crate::{client::Client, folder::Folder, process::Process, program, wait_until};
 
-/// A running shim. Dropping it stops it, and with it what it started.
+/// A running shim. Dropping it stops the shim and everything that the shim started.
 pub struct Shim {
-    // Dropped before the folder that its driver works in.
+    // Dropped before the folder in which the shim's driver works.
     pub process: Process,
     pub address: String,
-    /// Its command line.
+    /// The shim's command line.
     words: Vec<OsString>,
     folder: Folder,
 }
 
 impl Shim {
-    /// `polydev-shim dev` with `pools` such as `anthropic=2`, all of them warm.
+    /// Starts `polydev-shim dev` with `pools` such as `anthropic=2`, and waits until all are warm.
     #[must_use]
     pub fn dev(pools: &[&str]) -> Self {
         Self::dev_with(pools, &[])
     }
 
-    /// As [`Shim::dev`], with options of the shim's.
+    /// As [`Shim::dev`], with options for the shim.
     #[must_use]
     pub fn dev_with(pools: &[&str], options: &[&str]) -> Self {
         Self::dev_in(pools, options, &[])
     }
 
-    /// As [`Shim::dev_with`], with variables too.
+    /// As [`Shim::dev_with`], with environment variables.
     #[must_use]
     pub fn dev_in(pools: &[&str], options: &[&str], environment: &[(&str, &str)]) -> Self {
         let folder = Folder::new("pdtest-");
@@ -61,19 +61,19 @@ impl Shim {
         shim
     }
 
-    /// `polydev-shim serve` in front of the agent at `nomad`.
+    /// Starts `polydev-shim serve` in front of the agent at `nomad`.
     #[must_use]
     pub fn serve(nomad: &str) -> Self {
         Self::serve_with(nomad, &[])
     }
 
-    /// As [`Shim::serve`], with options of the shim's.
+    /// As [`Shim::serve`], with options for the shim.
     #[must_use]
     pub fn serve_with(nomad: &str, options: &[&str]) -> Self {
         Self::serve_in(nomad, options, &[])
     }
 
-    /// As [`Shim::serve_with`], with variables too.
+    /// As [`Shim::serve_with`], with environment variables.
     #[must_use]
     pub fn serve_in(nomad: &str, options: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut command = Command::new(program("polydev-shim"));
@@ -82,17 +82,17 @@ impl Shim {
         Self::start(command, Folder::new("pdtest-"))
     }
 
-    /// Starts it again, after it has ended.
+    /// Starts the shim again, after it has ended.
     ///
     /// # Panics
-    /// If it does not come up.
+    /// If the shim does not start.
     pub fn restart(&mut self) {
-        let (program, arguments) = self.words.split_first().expect("it has a program");
+        let (program, arguments) = self.words.split_first().expect("words of a command");
         let mut command = Command::new(program);
         self.process = launch(command.args(arguments), self.folder.path());
     }
 
-    /// As [`Shim::serve`], run by `command`: in a network namespace.
+    /// As [`Shim::serve`], run by `command`, which enters a network namespace.
     #[must_use]
     pub fn serve_from(mut command: Command, nomad: &str) -> Self {
         command.arg(program("polydev-shim"));
@@ -100,14 +100,14 @@ impl Shim {
         Self::start(command, Folder::new("pdtest-"))
     }
 
-    /// Kills it and its driver, and starts both again as if the machine had been restarted: with
-    /// another boot id.
+    /// Kills the shim and its driver, and starts both again with another boot id, as if the
+    /// machine had been restarted.
     ///
     /// # Panics
     /// Without root's rights, or with a shim that has no driver of its own.
     pub fn reboot(&mut self) {
         let driver = std::fs::read_to_string(self.state_dir().join("driver.lock"));
-        let driver = driver.expect("it has a driver").trim().parse();
+        let driver = driver.expect("the shim has a driver").trim().parse();
         self.process.end(Signal::SIGKILL);
         let _gone = kill(Pid::from_raw(driver.expect("a pid")), Signal::SIGKILL);
         let boot_id = self.folder.path().join("boot_id");
@@ -144,7 +144,7 @@ impl Shim {
         self.folder.path().join("s")
     }
 
-    /// The label of everything the embedded engine's driver has made in Docker.
+    /// The label of everything that the embedded engine's driver has made in Docker.
     #[must_use]
     pub fn label(&self) -> String {
         instance_label(&self.state_dir())
@@ -167,7 +167,7 @@ impl Shim {
     }
 }
 
-/// Starts a shim that listens in `folder`, and waits until it does.
+/// Starts a shim that listens in `folder`, and waits until it listens.
 fn launch(command: &mut Command, folder: &Path) -> Process {
     let socket = folder.join("shim.sock");
     let mut process = Process::start(command, &folder.join("shim.log"));

@@ -1,11 +1,11 @@
-//! Certificates for a dockerd that lets in by certificate only, made for one test.
+//! Certificates for one test, for a dockerd that accepts only clients with a certificate.
 
 use std::{fs, net::SocketAddr, path::PathBuf};
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tempfile::TempDir;
 
-/// An authority, and what it has signed.
+/// Two authorities, and the certificates that they have signed.
 #[derive(Debug)]
 pub struct Certificates {
     folder: TempDir,
@@ -20,22 +20,20 @@ impl Certificates {
         let write = |name: &str, text: String| {
             fs::write(folder.path().join(name), text).expect("a file can be written");
         };
-        let key = || KeyPair::generate().expect("there is randomness");
+        let key = || KeyPair::generate().expect("a key can be generated");
         for authority in ["ours", "anothers"] {
             let mut params = CertificateParams::default();
             params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
             params
                 .distinguished_name
                 .push(rcgen::DnType::CommonName, authority);
-            let issuer = CertifiedIssuer::self_signed(params, key()).expect("it is a certificate");
+            let issuer = CertifiedIssuer::self_signed(params, key()).expect("a certificate");
             write(&format!("{authority}-ca.pem"), issuer.pem());
             for name in ["server", "client"] {
                 let key = key();
                 let names = vec!["127.0.0.1".to_owned()];
                 let params = CertificateParams::new(names).expect("an address is a name");
-                let signed = params
-                    .signed_by(&key, &issuer)
-                    .expect("it is a certificate");
+                let signed = params.signed_by(&key, &issuer).expect("a certificate");
                 write(&format!("{authority}-{name}.pem"), signed.pem());
                 write(&format!("{authority}-{name}-key.pem"), key.serialize_pem());
             }
@@ -53,17 +51,17 @@ impl Certificates {
         self.path("ours-ca.pem").into()
     }
 
-    /// Certificate and key of its server at 127.0.0.1.
+    /// Certificate and key of the first authority's server at 127.0.0.1.
     ///
     /// # Panics
-    /// If somebody has removed them.
+    /// If the files have been removed.
     #[must_use]
     pub fn server(&self) -> [String; 2] {
         ["ours-server.pem", "ours-server-key.pem"]
-            .map(|name| fs::read_to_string(self.path(name)).expect("it was written"))
+            .map(|name| fs::read_to_string(self.path(name)).expect("the file was written"))
     }
 
-    /// Options of a dockerd that lets in whom the first authority knows, at this port.
+    /// Options of a dockerd that accepts clients of the first authority at this port.
     #[must_use]
     pub fn dockerd_options(&self, port: u16) -> Vec<String> {
         vec![
@@ -75,7 +73,7 @@ impl Certificates {
         ]
     }
 
-    /// Options of a plugin that trusts the first authority and is known to this one.
+    /// Options of a plugin that trusts the first authority and has a certificate of `authority`.
     #[must_use]
     pub fn plugin_options(&self, docker: SocketAddr, authority: &str) -> String {
         format!(

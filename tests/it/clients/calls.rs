@@ -1,5 +1,5 @@
-//! Every call of the API, made by the client for Rust and by grpcurl: the names of those that have
-//! answered as they should.
+//! Makes every call of the API with the client for Rust and with grpcurl. Collects the names of
+//! the calls that gave the expected answer.
 
 use std::{collections::BTreeSet, process::Command};
 
@@ -47,7 +47,7 @@ pub(super) fn of_rust(shim: &Shim) -> BTreeSet<String> {
 
 const USER: &str = "rust";
 const PROVIDER: &str = "anthropic";
-/// Its pool has no slots.
+/// A provider whose pool has no slots.
 const EMPTY: &str = "google";
 
 /// The client for Rust, and the names of the calls that it has made.
@@ -72,7 +72,7 @@ fn start(argv: &[&str]) -> api::RunStart {
 
 impl Rust {
     async fn connect(shim: &Shim) -> Self {
-        let address = shim.address.parse().expect("it is an address");
+        let address = shim.address.parse().expect("a valid address");
         let client = Client::connect(&address, Identity::default()).await;
         let client = client.expect("the shim answers");
         Self {
@@ -182,7 +182,7 @@ impl Rust {
         self.done("RotateCredentials");
     }
 
-    /// One run with the credential that is kept, until it is cancelled.
+    /// One run with the stored credential, until it is cancelled.
     async fn runs(&mut self) {
         let watch = api::WatchRunsRequest {
             user_id: USER.into(),
@@ -252,7 +252,7 @@ impl Rust {
         };
         let submitted = self.calls.submit_job(submit).await;
         let submitted = submitted.expect("the shim answers").into_inner();
-        let run_id = submitted.accepted.expect("it is accepted").run_id;
+        let run_id = submitted.accepted.expect("an accepted run").run_id;
         let job = ("job\n".to_owned(), api::ExitReason::Exited);
         assert_eq!(text(self.attach(&run_id)).await, job);
         self.done("SubmitJob");
@@ -289,7 +289,7 @@ impl Rust {
         })
     }
 
-    /// A lease's id.
+    /// The id of a lease.
     async fn allocate(&mut self) -> String {
         let request = api::AllocateRequest {
             user_id: USER.into(),
@@ -307,7 +307,7 @@ async fn next(run: &mut Run) -> api::run_event::Event {
     event.expect("the shim answers")
 }
 
-/// What a run writes, until it ends, and why it does.
+/// The output of a run until its end, and the reason for the end.
 async fn text(mut run: Run) -> (String, api::ExitReason) {
     let mut written = Vec::new();
     loop {
@@ -315,14 +315,14 @@ async fn text(mut run: Run) -> (String, api::ExitReason) {
             api::run_event::Event::Stdout(output) => written.extend_from_slice(&output.data),
             api::run_event::Event::Exited(exited) => {
                 let written = String::from_utf8(written);
-                return (written.expect("it is text"), exited.reason());
+                return (written.expect("valid UTF-8"), exited.reason());
             }
             _ => {}
         }
     }
 }
 
-/// Without the protocol's files: by reflection.
+/// Uses reflection instead of the protocol's files.
 pub(super) fn of_grpcurl(shim: &Shim) -> BTreeSet<String> {
     let program = succeed(&mut Command::new(root().join("tests/grpcurl.sh")));
     let mut grpcurl = Grpcurl {
@@ -348,7 +348,7 @@ struct Grpcurl {
     made: BTreeSet<String>,
 }
 
-/// For calls that do not end by themselves.
+/// The time limit of calls that do not end by themselves.
 const SHORT: [&str; 2] = ["-max-time", "2"];
 
 impl Grpcurl {
@@ -364,7 +364,7 @@ impl Grpcurl {
         self.made.insert(method.to_owned());
         let answers = serde_json::Deserializer::from_slice(&answered.stdout);
         let answers = answers.into_iter::<Value>();
-        answers.map(|answer| answer.expect("it is JSON")).collect()
+        answers.map(|answer| answer.expect("valid JSON")).collect()
     }
 
     /// The last message of the answer, or the only one.
@@ -373,7 +373,7 @@ impl Grpcurl {
         answers.pop().expect("an answer has a message")
     }
 
-    /// `what`, of a user and a provider.
+    /// A request with `what`, a user and a provider.
     fn with(mut what: Value) -> Value {
         what["user_id"] = "grpcurl".into();
         what["provider"] = PROVIDER.into();

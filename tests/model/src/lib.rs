@@ -1,11 +1,11 @@
-//! The claim protocol, checked: every order in which shims, drivers, inits, crashes and lost,
-//! late and repeated messages can come, for small numbers of each. What is decided is not
-//! modelled: `Standing`, `Life` and `settle` are those of the driver and the shim.
+//! A model check of the claim protocol: every order of steps of shims, drivers and inits, of
+//! crashes, and of lost, late and repeated messages, for small numbers of each. The model has no
+//! decisions of its own: `Standing`, `Life` and `settle` are those of the driver and the shim.
 //!
-//! Each run is tried by several shims, the first as a first try, the others as retries. There
-//! is no time: a request may be as late as it likes, which is more than `start_by` allows, and
-//! come again and again. An answer comes at once or never: a shim does nothing else while it
-//! waits, so that a late answer is the same as one to a request that came late.
+//! Several shims try each run. The first makes a first try, the others retry. The model has no
+//! time: a request may arrive at any time, also later than `start_by` allows, and any number of
+//! times. An answer comes at once or never. A shim does nothing else while it waits, so a late
+//! answer is the same as the answer to a late request.
 
 #![cfg(test)]
 
@@ -23,15 +23,14 @@ use parts::{Answer, Does, Driver, Init, Message, Shim, State};
 
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
-/// How much of everything there may be.
+/// The numbers of everything in the model.
 #[derive(Clone, Copy)]
 struct Bounds {
-    /// Tried by the shims in turn.
+    /// Runs, which the shims try in turn.
     runs: usize,
     shims: usize,
     drivers: usize,
-    /// So many of them join when the runs have been made; each shim sees them some time, or
-    /// never.
+    /// How many drivers join after the runs were made. A shim sees them at any time, or never.
     newer: usize,
     /// Of drivers, in all.
     crashes: u8,
@@ -48,29 +47,29 @@ impl Bounds {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Action {
-    /// A message arrives; its answer too, if there is one, or not.
+    /// A message arrives. Its answer, if there is one, arrives or is lost.
     Deliver {
         message: Message,
         answered: bool,
     },
-    /// A shim claims the slot of a driver, as it saw it.
+    /// A shim claims the slot of a driver in the state that the shim saw.
     Claim {
         shim: usize,
         driver: usize,
     },
-    /// It sees one driver more.
+    /// The shim sees one more driver.
     See {
         shim: usize,
     },
-    /// It gives up: nothing is idle.
+    /// The shim gives up: no slot is idle.
     GiveUp {
         shim: usize,
     },
-    /// It waits for its answer no more.
+    /// The shim no longer waits for an answer.
     TimeOut {
         shim: usize,
     },
-    /// A driver takes the step after its journal's record.
+    /// A driver takes the step after the record in its journal.
     Start {
         driver: usize,
         answered: bool,
@@ -84,14 +83,14 @@ enum Action {
     Exit {
         driver: usize,
     },
-    /// Its slot gets its next container.
+    /// The slot gets its next container.
     Refill {
         driver: usize,
     },
     Crash {
         driver: usize,
     },
-    /// An idle container is taken up, or not.
+    /// The driver takes over an idle container, or does not.
     Restart {
         driver: usize,
         adopts: bool,
@@ -105,7 +104,7 @@ impl Model for Bounds {
     fn init_states(&self) -> Vec<State> {
         let shims = (0..self.shims).map(|number| Shim {
             run: number % self.runs,
-            // The later a try the smaller its nonce: the order that is harder.
+            // A later try has a smaller nonce, which is the harder order.
             ballot: Ballot {
                 attempt: 0,
                 nonce: 9 - number as u64,
@@ -124,7 +123,7 @@ impl Model for Bounds {
         for driver in state.drivers.iter_mut().rev().take(self.newer) {
             driver.newer = true;
         }
-        // All but the first of each run are retries.
+        // All tries of a run but the first are retries.
         for shim in self.runs..self.shims {
             state.fence(shim);
         }
@@ -143,7 +142,7 @@ impl Model for Bounds {
         for (shim, it) in state.shims.iter().enumerate() {
             match it.does {
                 Does::Picks => {
-                    // An announcement is a call and no attempt.
+                    // An announcement is a call, but not an attempt.
                     let may = it.ballot.attempt < self.attempts(shim)
                         && (self.newer == 0 || it.call <= self.attempts(shim));
                     let idle =
@@ -302,7 +301,7 @@ impl Model for Bounds {
                     })
                 },
             ),
-            // Not `eventually`: it is not sound where ways meet, as they do here.
+            // Not `eventually`, which is not sound if paths meet, as they do here.
             Property::always(
                 "when nothing more happens everybody is told, and every slot is warm",
                 |model: &Bounds, state: &State| {

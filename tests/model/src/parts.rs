@@ -1,5 +1,5 @@
 //! The parts of the model, and what each does with a message: shims, drivers with one slot
-//! each, and what is on its way between them.
+//! each, and the messages between them.
 
 use std::collections::BTreeSet;
 
@@ -10,6 +10,7 @@ use polydev_driver::{
         standing::{OnClaim, OnFence, Standing},
     },
 };
+use polydev_proto::id::{Generation, RunId};
 use polydev_shim::run::fence::{Alone, Settled, Told, alone, settle};
 
 use super::NOW;
@@ -18,7 +19,7 @@ use super::NOW;
 pub(super) struct State {
     pub(super) drivers: Vec<Driver>,
     pub(super) shims: Vec<Shim>,
-    /// All that were ever sent: each may arrive at any time, again and again, or never.
+    /// All messages ever sent. Each may arrive at any time, any number of times, or never.
     pub(super) messages: BTreeSet<Message>,
     pub(super) crashes: u8,
     /// How often an init was told to start each run.
@@ -29,19 +30,19 @@ pub(super) struct State {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Driver {
     pub(super) up: bool,
-    /// It has joined after the runs were made: it cannot tell whether it has forgotten one.
+    /// The driver joined after the runs were made. It cannot know whether it has forgotten a run.
     pub(super) newer: bool,
-    /// Of each run, the newer ones that it was told it goes to.
+    /// For each run, the newer drivers to which the run goes, as this driver was told.
     pub(super) told_of: Vec<BTreeSet<usize>>,
     /// Renewed by each start.
     pub(super) start_id: u8,
-    /// What its journal says of each run; and which was claimed last, with its ballot.
+    /// What the journal says of each run, and the run that was claimed last, with its ballot.
     pub(super) standing: Vec<Option<Standing<()>>>,
     pub(super) claimed: Option<(usize, Ballot)>,
     pub(super) slot: Life,
     /// The runs that got the slot's container.
     pub(super) granted: Vec<usize>,
-    /// Of the slot's container.
+    /// The state of the slot's container.
     pub(super) init: Init,
     /// The try that waits for the answer to its claim.
     pub(super) answers: Option<Address>,
@@ -54,7 +55,7 @@ pub(super) enum Init {
     Exited,
 }
 
-/// Who is answered: a shim, and which of its calls.
+/// Who gets an answer: a shim, and the number of its call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Address {
     pub(super) shim: usize,
@@ -68,7 +69,7 @@ pub(super) enum Message {
         run: usize,
         driver: usize,
         start_id: u8,
-        generation: u64,
+        generation: Generation,
         ballot: (u64, u64),
     },
     Fence {
@@ -76,12 +77,17 @@ pub(super) enum Message {
         run: usize,
         driver: usize,
         ballot: (u64, u64),
-        /// The try goes to this newer one.
+        /// The try goes to this newer driver.
         claims_on: Option<usize>,
     },
 }
 
-/// What a driver answers.
+/// The id of a run.
+fn id(run: usize) -> RunId {
+    RunId::new(NOW, [u8::try_from(run).expect("there are few"); 10])
+}
+
+/// The answer of a driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
     Granted,
@@ -94,14 +100,14 @@ pub(super) enum Answer {
 pub(super) struct Shim {
     pub(super) run: usize,
     pub(super) ballot: Ballot,
-    /// How many drivers it knows; the newer are the last.
+    /// How many drivers the shim knows. The newer drivers are the last ones.
     pub(super) sees: usize,
-    /// Numbers its calls: an answer to an earlier one is nobody's.
+    /// The number of the shim's call. The shim ignores the answer to an earlier call.
     pub(super) call: u64,
     pub(super) does: Does,
 }
 
-/// What a shim has from a driver that it asked.
+/// What a shim knows from a driver that it asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Heard {
     Nothing,
@@ -117,22 +123,22 @@ pub(super) enum Does {
     Claims {
         driver: usize,
     },
-    /// Asks the driver that gave no clear answer.
+    /// Asks the driver whose answer was unclear.
     Settles {
         driver: usize,
     },
-    /// Asks all that it sees.
+    /// Asks all drivers that it sees.
     Fences {
         told: Vec<Heard>,
-        /// The newer ones that they know of tries to have gone to.
+        /// The newer drivers to which tries have gone, as the answers say.
         went_to: BTreeSet<usize>,
     },
-    /// Asks all but the newer one that it is to claim on.
+    /// Asks all drivers but the newer one on which it will claim.
     Announces {
         driver: usize,
         told: Vec<Heard>,
     },
-    /// It has the run, its own or another try's.
+    /// The shim has the run, which its own or another try started.
     Attached,
     /// The caller is told that the command did not run.
     NotRun,
@@ -142,7 +148,7 @@ pub(super) enum Does {
 
 impl Driver {
     pub(super) fn new(runs: usize) -> Self {
-        let mut slot = Life::new(1, None, NOW);
+        let mut slot = Life::new(Generation(1), None, NOW);
         slot.apply(Event::Warmed, NOW).expect("it is warming");
         Self {
             up: true,
@@ -164,7 +170,7 @@ impl Driver {
         from: Address,
         run: usize,
         start_id: u8,
-        generation: u64,
+        generation: Generation,
         ballot: Ballot,
     ) -> Option<Answer> {
         let refused = |fenced| Some(Answer::Refused { fenced });
@@ -181,8 +187,8 @@ impl Driver {
         }
         let claimed = Event::Claimed {
             generation,
-            run_id: run.to_string(),
-            user_id: String::new(),
+            run_id: id(run),
+            user_id: "alice".into(),
         };
         if self.slot.apply(claimed, NOW).is_err() {
             return refused(false);
@@ -216,15 +222,15 @@ impl Driver {
         }
     }
 
-    /// Its claim came to nothing.
+    /// The claim had no effect.
     pub(super) fn abort(&mut self) {
         let (run, ballot) = self.claimed.take().expect("it was claimed");
         self.standing[run] = Some(Standing::Fenced(ballot));
         let _drained = self.slot.apply(Event::RunEnded, NOW);
     }
 
-    /// As `recover` and the keeper: a run whose init waits was never started; an idle
-    /// container is taken up, or made anew.
+    /// Does as `recover` and the keeper do. A run whose init waits was never started. An idle
+    /// container is taken over or replaced.
     pub(super) fn restart(&mut self, adopts: bool) {
         self.up = true;
         self.start_id += 1;
@@ -270,7 +276,7 @@ impl Shim {
 }
 
 impl State {
-    /// A shim claims the slot of a driver, as it saw it.
+    /// A shim claims the slot of a driver in the state that the shim saw.
     pub(super) fn claim(&mut self, shim: usize, driver: usize) {
         let (from, ballot) = self.shims[shim].next(shim);
         self.shims[shim].does = Does::Claims { driver };
@@ -284,12 +290,12 @@ impl State {
         });
     }
 
-    /// It is about to claim the slot of a newer one.
+    /// The shim is about to claim the slot of a newer driver.
     pub(super) fn announce(&mut self, shim: usize, driver: usize) {
         let it = &mut self.shims[shim];
         it.call += 1;
         let mut told = vec![Heard::Nothing; it.sees];
-        // It is not asked.
+        // The shim does not ask this driver.
         told[driver] = Heard::Newer;
         it.does = Does::Announces { driver, told };
         let (from, run, nonce) = (it.address(shim), it.run, it.ballot.nonce);
@@ -334,7 +340,7 @@ impl State {
         });
     }
 
-    /// A message arrives; who is answered, and what.
+    /// A message arrives. Returns who gets an answer, and the answer.
     pub(super) fn deliver(&mut self, message: Message) -> Option<(Address, Answer)> {
         let (Message::Claim { driver, .. } | Message::Fence { driver, .. }) = message;
         let node = &mut self.drivers[driver];
@@ -366,7 +372,7 @@ impl State {
         }
     }
 
-    /// The shim that waits for it is answered.
+    /// The answer reaches the shim that waits for it.
     pub(super) fn answered(&mut self, (to, answer): (Address, Answer)) {
         let number = to.shim;
         let shim = &mut self.shims[number];
@@ -415,7 +421,7 @@ impl State {
         }
     }
 
-    /// All others have answered, or are not waited for.
+    /// All others have answered, or the shim no longer waits for them.
     pub(super) fn announced(&mut self, number: usize, timed_out: bool) {
         let shim = &mut self.shims[number];
         let Does::Announces { driver, told } = &shim.does else {
@@ -437,12 +443,12 @@ impl State {
             Alone::Yes => self.claim(number, driver),
             Alone::Have => shim.does = Does::Attached,
             Alone::Overtaken => self.fence(number),
-            // It is as if the slot were refused.
+            // The effect is the same as a refused slot.
             Alone::Unsure => shim.does = Does::Picks,
         }
     }
 
-    /// All have answered, or are not waited for.
+    /// All have answered, or the shim no longer waits for them.
     pub(super) fn fenced(&mut self, number: usize) {
         let shim = &mut self.shims[number];
         let Does::Fences { told, went_to } = &shim.does else {

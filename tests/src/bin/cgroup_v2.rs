@@ -1,6 +1,6 @@
-//! The limits of the driver on a kernel with cgroup v2 alone: `tests/cgroup-v2.sh` boots
-//! a small virtual machine with this as its init. Prints `PASSED` or why not, and
-//! switches the machine off.
+//! The limits of the driver on a kernel that has only cgroup v2. `tests/cgroup-v2.sh` boots a
+//! small virtual machine with this program as its init. The program prints `PASSED` or the
+//! error, and switches the machine off.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ const GROUP: &str = "/sys/fs/cgroup/task";
     reason = "the console is all that is seen of the machine"
 )]
 fn main() {
-    // As the command in the group: uses memory until it is killed, or waits.
+    // As the command in the group, this program uses memory until it is killed, or waits.
     match std::env::args().nth(1).as_deref() {
         Some("eat") => {
             let mut eaten = Vec::new();
@@ -98,7 +98,7 @@ fn run() -> anyhow::Result<()> {
     );
     ensure!(handle.oom_kills() == 0, "killed too early");
 
-    // A process that eats: the kernel kills it, and that is counted.
+    // The kernel kills a process that uses too much memory, and counts the kill.
     handle.set(&Limits {
         memory_mb: 64,
         ..Limits::IDLE
@@ -112,7 +112,7 @@ fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Starts this program again, in the group before it does anything.
+/// Starts this program again. The new process is in the group before it does anything.
 fn in_group(what: &str) -> anyhow::Result<std::process::Child> {
     let mut command = Command::new("/proc/self/exe");
     let child = spawn(command.arg0("task").arg(what))?;

@@ -1,4 +1,4 @@
-//! What tests start: commands and prompts, with a credential or without.
+//! The runs that tests start: commands and prompts, with or without a credential.
 
 use std::collections::BTreeMap;
 
@@ -26,7 +26,7 @@ pub fn shell(provider: &str, script: &str) -> RunStart {
     argv(provider, &["sh", "-c", script])
 }
 
-/// A prompt with a key, to be sent to the model API at `url`.
+/// A prompt with a key. The CLI sends the prompt to the model API at `url`.
 #[must_use]
 pub fn prompt(provider: &str, text: &str, key: &str, url: &str) -> RunStart {
     let (variable, url) = match provider {
@@ -46,7 +46,7 @@ pub fn prompt(provider: &str, text: &str, key: &str, url: &str) -> RunStart {
     }
 }
 
-/// A key of the provider's, in the clear.
+/// An API key of the provider, in the clear.
 #[must_use]
 pub fn api_key(key: &str) -> Credential {
     let api_key = secret::Kind::ApiKey(ApiKey {

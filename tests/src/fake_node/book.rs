@@ -1,5 +1,5 @@
-//! The runs of a node, and what it knows of other run ids. What becomes of a claim and of a fence
-//! is decided by the driver's own [`Standing`].
+//! The runs of a node, and what the node knows of other run ids. The driver's own [`Standing`]
+//! decides the result of a claim and of a fence.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -15,11 +15,11 @@ use polydev_driver::run::{
     standing::{OnClaim, OnFence, Standing},
 };
 use polydev_proto::{
+    id::RunId,
     node::{
         self, Claim, FenceRequest, FenceResponse, HaveRun, ListRunsRequest, Slot, Unknown,
         fence_response::Answer,
     },
-    run_id::made_at,
 };
 use prost::Message;
 use tokio::sync::broadcast;
@@ -27,10 +27,10 @@ use tonic::Status;
 
 use super::{lock, run::Run};
 
-/// Steps of runs that may wait for whoever watches them.
+/// How many steps of runs may wait for a watcher.
 const STEPS: usize = 64;
 
-/// What a claim wants run, and for whom.
+/// The command of a claim, and its user.
 type Spec = Vec<u8>;
 
 pub(super) struct Book {
@@ -49,14 +49,14 @@ enum Known {
 struct Fence {
     ballot: Ballot,
     claims_on: BTreeSet<String>,
-    /// A claim of it came to nothing.
+    /// A claim of the run was given up.
     aborted: bool,
 }
 
 /// The answer to a claim that is not refused.
 pub(super) enum Claimed {
     New(Arc<Run>),
-    /// It was claimed before.
+    /// The run was claimed before.
     Known(Arc<Run>),
 }
 
@@ -92,10 +92,10 @@ impl Book {
         }
     }
 
-    /// The run of a claim, in the slot that `take` has for it.
+    /// The run of a claim, in the slot that `take` returns.
     ///
     /// # Errors
-    /// The driver's, or what `take` says.
+    /// The driver's, or those of `take`.
     pub(super) fn claim(
         &self,
         claim: Claim,
@@ -119,7 +119,7 @@ impl Book {
         Ok(Claimed::New(run))
     }
 
-    /// Closes a run to all tries but one, unless it is here.
+    /// Closes a run to all tries but one, unless the node has the run.
     pub(super) fn fence(&self, request: &FenceRequest) -> FenceResponse {
         let mut known = lock(&self.known);
         let before = known.get(&request.run_id);
@@ -162,7 +162,7 @@ impl Book {
     }
 
     fn may_have_forgotten(&self, run_id: &str) -> Option<Unknown> {
-        let made = made_at(run_id);
+        let made = run_id.parse().map(RunId::made_at).ok();
         let is_newer = self
             .since
             .is_some_and(|since| made.is_none_or(|made| made < since));
@@ -218,7 +218,7 @@ impl Book {
         run.give_up();
     }
 
-    /// Those that fit, the last first.
+    /// The runs that match, the newest first.
     pub(super) fn list(&self, request: &ListRunsRequest) -> Vec<node::Run> {
         let ListRunsRequest {
             user_id,
@@ -239,7 +239,7 @@ impl Book {
         runs
     }
 
-    /// All of them, in no order.
+    /// All runs, in no order.
     pub(super) fn all(&self) -> Vec<node::Run> {
         let known = lock(&self.known);
         let runs = known.values().filter_map(|known| match known {
@@ -249,7 +249,7 @@ impl Book {
         runs.collect()
     }
 
-    /// The id of each run that comes further.
+    /// The id of each run that makes a step.
     pub(super) fn steps(&self) -> broadcast::Receiver<String> {
         self.steps.subscribe()
     }

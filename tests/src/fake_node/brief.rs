@@ -1,4 +1,4 @@
-//! The answer of a node that keeps nothing: one of a thousand that are to be cheap.
+//! The answer of a node that keeps nothing, so that a thousand nodes are cheap.
 
 use futures_util::{StreamExt, stream};
 use polydev_proto::node::{
@@ -8,7 +8,7 @@ use tonic::Status;
 
 use super::{Node, service::Responses, slots::not_idle};
 
-/// The program whose run does not end.
+/// The program of a run that never ends.
 const WAIT: &[u8] = b"wait";
 
 /// Grants a slot to a run that ends at once, or never.

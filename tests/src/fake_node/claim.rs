@@ -1,4 +1,4 @@
-//! A claim of a node that keeps its runs.
+//! A claim on a node that keeps its runs.
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -14,14 +14,14 @@ use super::{
 };
 
 impl Node {
-    /// Notes what it was asked, if it keeps that.
+    /// Records a request, if the node keeps requests.
     pub(super) fn note(&self, note: impl FnOnce(&mut Asked)) {
         if self.keeps {
             note(&mut lock(&self.asked));
         }
     }
 
-    /// The run of a claim, which begins if it is a new one.
+    /// The run of a claim. A new run starts.
     pub(super) fn claimed(&self, claim: Claim) -> Result<Arc<Run>, Status> {
         self.note(|asked| asked.claims.push(claim.clone()));
         let loss = self.knobs.loss();

@@ -1,4 +1,4 @@
-//! What a run does. No process is behind it, and nobody keeps its deadline.
+//! Executes the steps of a run. A run has no process, and its deadline has no effect.
 
 use std::future::pending;
 
@@ -16,7 +16,7 @@ use super::{
 const MODE: u32 = 0o644;
 
 impl Run {
-    /// Does what its arguments say, to the end.
+    /// Does the steps of the run's arguments, until the run ends.
     pub(super) async fn execute(&self) {
         let ended = tokio::select! {
             ended = self.perform() => ended,
@@ -102,7 +102,7 @@ impl Run {
         });
     }
 
-    /// Prints its stdin as it comes.
+    /// Prints stdin as it arrives.
     async fn cat(&self) {
         let mut changes = self.progress.subscribe();
         let mut at = usize::try_from(self.files_bytes()).unwrap_or(usize::MAX);
@@ -140,7 +140,7 @@ impl Run {
         });
     }
 
-    /// Every file that it left is one that was asked for, if any was.
+    /// Sends every file that the run left, if its caller asked for artifacts.
     fn send_artifacts(&self) {
         if self.wants_artifacts() {
             self.progress.send_modify(|progress| {

@@ -1,4 +1,4 @@
-//! What a shim is told of a run, from an offset of each stream on.
+//! Reports the events of a run to a shim, from an offset of each stream.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,14 +11,14 @@ use tonic::Status;
 
 use super::run::{Progress, Run, wire};
 
-/// When a claim is granted and its limits are raised, since it arrived.
+/// The time from a claim's arrival until it is granted and its limits are raised.
 const GRANTED: Duration = Duration::from_millis(1);
 
-/// How far one shim has been told of a run.
+/// The events of a run that one shim has received.
 pub(super) struct Follower {
     run: Arc<Run>,
     progress: watch::Receiver<Progress>,
-    /// Of stdout, stderr and the artifacts.
+    /// The offsets of stdout, stderr and the artifacts.
     offsets: [u64; 3],
     taken: u64,
     attached: bool,
@@ -59,7 +59,7 @@ impl Follower {
         })
     }
 
-    /// Where the run is, and then all that comes of it.
+    /// The events so far, and then all later ones.
     pub(super) fn events(self) -> impl Stream<Item = Result<RunEvent, Status>> + Send {
         stream::unfold(self, |mut follower| async move {
             loop {
@@ -70,13 +70,13 @@ impl Follower {
                     let event = event.map(|event| RunEvent { event: Some(event) });
                     return Some((event, follower));
                 }
-                // Its sender is in the run.
+                // The channel stays open: the run has the sender.
                 follower.progress.changed().await.ok()?;
             }
         })
     }
 
-    /// The next event, if there is one already.
+    /// The next event, if it has already happened.
     fn look(&mut self) -> Option<Result<Event, Status>> {
         let progress = self.progress.borrow_and_update();
         if progress.given_up {

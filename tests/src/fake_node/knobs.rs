@@ -1,4 +1,4 @@
-//! How a node is made to misbehave.
+//! Makes a node misbehave.
 
 use std::{
     io,
@@ -15,7 +15,7 @@ use tonic::Status;
 
 use super::lock;
 
-/// What becomes of a claim that gets no answer.
+/// The effect of a claim that gets no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Loss {
     /// The run is in its slot.
@@ -25,7 +25,7 @@ pub enum Loss {
 }
 
 pub(super) struct Knobs {
-    /// Whether connections are kept, to be broken.
+    /// Whether the node keeps connections, so that it can break them.
     keeps: bool,
     stalled: watch::Sender<bool>,
     away: AtomicBool,
@@ -46,7 +46,7 @@ impl Knobs {
         }
     }
 
-    /// A connection that comes in; `None` if the node is away.
+    /// An incoming connection; `None` if the node is away.
     pub(super) fn accept(&self, stream: io::Result<UnixStream>) -> Option<io::Result<UnixStream>> {
         if self.away.load(Ordering::SeqCst) {
             return None;
@@ -89,15 +89,15 @@ impl Knobs {
         self.away.store(false, Ordering::SeqCst);
     }
 
-    /// Waits while the node answers nothing.
+    /// Waits until the node answers requests.
     pub(super) async fn answers(&self) {
         let mut stalled = self.stalled.subscribe();
-        // Its sender is in `self`.
+        // The channel stays open: `self` has the sender.
         drop(stalled.wait_for(|stalled| !*stalled).await);
     }
 
     /// # Errors
-    /// The status that everything is refused with.
+    /// The status that the node refuses with.
     pub(super) fn refusal(&self) -> Result<(), Status> {
         match &*lock(&self.refusal) {
             Some(status) => Err(status.clone()),
@@ -105,7 +105,7 @@ impl Knobs {
         }
     }
 
-    /// What becomes of the claim that has just come.
+    /// The effect of the claim that has just arrived.
     pub(super) fn loss(&self) -> Option<Loss> {
         lock(&self.loss).take()
     }

@@ -16,7 +16,7 @@ pub(super) struct Run {
     claimed_at: SystemTime,
     pub(super) arrived: Instant,
     pub(super) progress: watch::Sender<Progress>,
-    /// Who watches the node's runs is told that this one has come further.
+    /// Reports each step of this run to the watchers of the node's runs.
     steps: broadcast::Sender<String>,
 }
 
@@ -31,11 +31,11 @@ pub(super) struct Progress {
     pub(super) output: [Vec<u8>; 3],
     pub(super) first_output_after: Option<Duration>,
     pub(super) files: Vec<Artifact>,
-    /// What it leaves, once that is known; only of a run that was asked for it.
+    /// The artifacts, once they are known and if the caller asked for them.
     pub(super) artifacts: Option<Artifacts>,
     pub(super) cancelled: Option<String>,
     pub(super) ended: Option<Ended>,
-    /// Its claim came to nothing.
+    /// The run's claim was given up.
     pub(super) given_up: bool,
 }
 
@@ -45,13 +45,13 @@ impl Progress {
     }
 }
 
-/// A duration of the wire.
+/// A duration in the wire format.
 pub(super) fn wire(duration: Duration) -> Option<prost_types::Duration> {
     duration.try_into().ok()
 }
 
 impl Run {
-    /// A run of which nothing has happened.
+    /// A run that has done nothing.
     pub(super) fn new(claim: Claim, slot: Slot, steps: broadcast::Sender<String>) -> Self {
         let reads = claim.spec.as_ref().is_some_and(|spec| spec.stdin);
         let progress = Progress {
@@ -93,7 +93,7 @@ impl Run {
             .send_modify(|progress| progress.given_up = true);
     }
 
-    /// Takes input that it has not got.
+    /// Takes input that the run does not have yet.
     pub(super) fn input(&self, input: RunInput) {
         self.progress.send_modify(|progress| match input.input {
             Some(Input::Stdin(Stdin { offset, data })) => {
@@ -107,14 +107,14 @@ impl Run {
         });
     }
 
-    /// Waits until nothing more comes of it.
+    /// Waits until the run sends nothing more.
     pub(super) async fn over(&self) {
         self.until(Progress::is_over).await;
     }
 
     pub(super) async fn until(&self, reached: impl FnMut(&Progress) -> bool) {
         let mut changes = self.progress.subscribe();
-        // Its sender is in `self`.
+        // The channel stays open: `self` has the sender.
         drop(changes.wait_for(reached).await);
     }
 
@@ -122,7 +122,7 @@ impl Run {
         let _nobody_watches = self.steps.send(self.claim.run_id.clone());
     }
 
-    /// As its node lists it.
+    /// The run as its node lists it.
     pub(super) fn describe(&self) -> node::Run {
         let progress = self.progress.borrow();
         let state = match (&progress.ended, progress.started_after) {
@@ -147,7 +147,7 @@ impl Run {
         }
     }
 
-    /// A piece of one of its streams, from an offset on; empty at the end.
+    /// A piece of one of the run's streams, from an offset; empty at the end.
     pub(super) fn piece(progress: &Progress, stream: usize, offset: u64) -> Bytes {
         let output = &progress.output[stream];
         let from = usize::try_from(offset).unwrap_or(usize::MAX);

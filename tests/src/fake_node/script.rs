@@ -1,4 +1,4 @@
-//! What a run's arguments make it do. Each argument is one step:
+//! Reads the arguments of a run. Each argument is one step:
 //!
 //! - `true` does nothing,
 //! - `out:TEXT` and `err:TEXT` print the text,
@@ -9,7 +9,7 @@
 //! - `wait` waits until the run is cancelled,
 //! - `exit:STATUS` ends the run.
 //!
-//! After the last step the run exits with 0. Anything else is a program that is missing.
+//! After the last step the run exits with 0. Any other argument is a missing program.
 
 use bytes::Bytes;
 
@@ -24,7 +24,7 @@ pub(super) enum Step {
     Exit(i32),
 }
 
-/// `None` if one of them is no step.
+/// `None` if an argument is not a step.
 pub(super) fn steps(argv: &[Bytes]) -> Option<Vec<Step>> {
     let mut steps = Vec::new();
     for word in argv {

@@ -1,4 +1,4 @@
-//! `polydev.node.v1` of a node that runs nothing.
+//! The API `polydev.node.v1` of a simulated node.
 
 use std::{pin::Pin, sync::Arc};
 
@@ -146,7 +146,7 @@ impl NodeService for Node {
         };
         let book = self.book.clone();
         let rest = steps.filter_map(move |step| {
-            // One that is behind misses steps.
+            // A watcher that is behind misses steps.
             let run = step.ok().and_then(|run_id| book.find(&run_id, None).ok());
             let run = run.map(|run| run.describe()).filter(&fits);
             std::future::ready(run.map(|run| {
@@ -173,7 +173,7 @@ impl NodeService for Node {
         request: Request<FenceRequest>,
     ) -> Result<Response<FenceResponse>, Status> {
         let request = request.into_inner();
-        // Also while it stalls: whoever waits for the shim to ask sees that it has.
+        // Also while the node stalls, so that a test sees the shim's request.
         self.note(|asked| asked.fences.push(request.clone()));
         self.knobs.answers().await;
         Ok(Response::new(self.book.fence(&request)))
@@ -228,7 +228,7 @@ fn user(user_id: &str) -> Option<&str> {
     Some(user_id).filter(|user_id| !user_id.is_empty())
 }
 
-/// Until the shim closes its side or goes away, or the run is over.
+/// Takes input until the shim closes its side or goes away, or the run is over.
 async fn take_input(inputs: impl Stream<Item = RunInput> + Send, run: Arc<Run>) {
     let mut inputs = std::pin::pin!(inputs);
     loop {

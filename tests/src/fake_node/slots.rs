@@ -1,4 +1,4 @@
-//! The slots of a node, and the shims that are told of them.
+//! The slots of a node, and the shims that watch them.
 
 mod lease;
 
@@ -20,9 +20,9 @@ use tonic::Status;
 
 use super::{Options, lock};
 
-/// Of the one life that a node has.
+/// The start id of a node, which starts only once.
 pub(super) const START_ID: &str = "start";
-/// Changes that may wait for a shim; it misses what comes then.
+/// How many changes may wait for a shim. The shim misses further changes.
 const CHANGES: usize = 1024;
 
 type Watcher = mpsc::Sender<WatchSlotsResponse>;
@@ -36,7 +36,7 @@ pub(super) struct Slots {
 #[derive(Default)]
 struct Inner {
     all: Vec<Slot>,
-    /// How many there ever were.
+    /// How many slots were ever made.
     made: usize,
     /// The users of leases, by the ids of their runs.
     holders: HashMap<String, String>,
@@ -101,7 +101,7 @@ impl Slots {
         self.report(watchers, &[], &gone);
     }
 
-    /// Gives a claim its slot, if it may have it.
+    /// Gives a claim its slot, if the claim may have the slot.
     pub(super) fn take(&self, claim: &Claim) -> bool {
         let mut inner = lock(&self.inner);
         let Inner {
@@ -135,8 +135,8 @@ impl Slots {
         slot.cloned()
     }
 
-    /// Makes a slot idle after a while, with another container. One that was made for a run
-    /// goes.
+    /// Makes a slot idle after the refill time, with another container. A slot that was made for a
+    /// run is removed instead.
     pub(super) fn refill(self: &Arc<Self>, slot_id: String) {
         let slots = self.clone();
         tokio::spawn(async move {
@@ -172,7 +172,7 @@ impl Slots {
         }
     }
 
-    /// All slots at once, and then every change.
+    /// All slots first, and then every change.
     pub(super) fn watch(
         &self,
     ) -> impl Stream<Item = Result<WatchSlotsResponse, Status>> + Send + use<> {
@@ -186,7 +186,7 @@ impl Slots {
         stream::iter([Ok(first)]).chain(ReceiverStream::new(changes).map(Ok))
     }
 
-    /// How many there are, and how many are in a state.
+    /// How many slots exist, and how many of them are in `state`.
     pub(super) fn count(&self, state: State) -> [u32; 2] {
         let inner = lock(&self.inner);
         let in_state = inner.all.iter().filter(|slot| slot.state() == state);

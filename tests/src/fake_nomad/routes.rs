@@ -1,4 +1,4 @@
-//! What the simulated Nomad answers.
+//! The answers of the simulated Nomad.
 
 use std::{
     sync::Arc,
@@ -18,7 +18,7 @@ use tokio::time::timeout;
 
 use super::{Cluster, Dispatched, GROUP, Inner, Mood};
 
-/// As long as the shim asks it to wait for a change.
+/// How long a query waits for a change, as the shim requests.
 const WAIT: Duration = Duration::from_secs(60);
 
 type Shared = State<Arc<Cluster>>;
@@ -47,7 +47,7 @@ struct Dispatching {
 }
 
 impl Cluster {
-    /// What Nomad knows, as soon as it answers; its mood was good then.
+    /// Waits until Nomad is not stalled. Fails if Nomad fails.
     async fn ask(&self) -> Result<(), Refusal> {
         let mut changes = self.index.subscribe();
         loop {
@@ -57,12 +57,12 @@ impl Cluster {
                 Mood::Failing => return Err((StatusCode::INTERNAL_SERVER_ERROR, "a server fails")),
                 Mood::Stalled => {}
             }
-            // Its sender is in `self`.
+            // The channel stays open: `self` has the sender.
             let _changed = changes.changed().await;
         }
     }
 
-    /// The same once something is newer than `index`, or after a minute.
+    /// As [`Cluster::ask`], once something is newer than `index`, or after a minute.
     async fn ask_after(&self, index: u64) -> Result<(), Refusal> {
         let mut changes = self.index.subscribe();
         let newer = async { drop(changes.wait_for(|now| *now > index).await) };
@@ -70,7 +70,7 @@ impl Cluster {
         self.ask().await
     }
 
-    /// An answer to a blocking query.
+    /// The answer to a blocking query.
     fn answer(&self, body: impl FnOnce(&Inner) -> Value) -> Response {
         let inner = self.lock();
         let index = self.index.borrow().to_string();
@@ -166,7 +166,7 @@ async fn stop(State(cluster): Shared, Path((job, child)): Path<(String, String)>
     Ok(Json(json!({})).into_response())
 }
 
-/// The nodes of the tests have slots without Nomad: each child has one that is to come.
+/// The nodes of the tests have slots without Nomad. Each child job has one pending allocation.
 async fn allocations(
     State(cluster): Shared,
     Path((job, child)): Path<(String, String)>,

@@ -1,4 +1,4 @@
-//! What an agent's end leaves, and its removal.
+//! Removes what a stopped agent leaves behind.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use nix::{
 use super::Nomad;
 use crate::process::output;
 
-/// Ends the driver of a state folder, whose program is below `folder`: one with live tasks
+/// Ends the driver of a state folder, if its program is below `folder`. A driver with live tasks
 /// outlives its agent.
 pub(crate) fn stop_driver(state_dir: &Path, folder: &Path) {
     let lock = fs::read_to_string(state_dir.join("driver.lock"));
@@ -36,7 +36,7 @@ pub(crate) fn stop_driver(state_dir: &Path, folder: &Path) {
 }
 
 impl Nomad {
-    /// Nomad keeps the secrets of ended tasks mounted until it collects them.
+    /// Unmounts the secrets of ended tasks. Nomad keeps them mounted until it collects the tasks.
     fn unmount(&self) {
         let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
         let mounts = mounts.map(|mounts| mounts.0).unwrap_or_default();
@@ -47,7 +47,7 @@ impl Nomad {
         }
     }
 
-    /// Whether the client has something to do for any allocation.
+    /// Whether any allocation is running or pending.
     fn has_live_allocations(&self) -> bool {
         let all = self.get("/v1/allocations");
         let mut all = all.as_array().into_iter().flatten();
@@ -67,7 +67,7 @@ impl Drop for Nomad {
         for job in jobs {
             output(&mut self.command(&["job", "stop", "-purge", "-yes", job]));
         }
-        // An agent that stops leaves tasks alone.
+        // A stopping agent does not end tasks.
         let limit = Instant::now() + Duration::from_secs(60);
         while self.has_live_allocations() && Instant::now() < limit {
             std::thread::park_timeout(Duration::from_millis(50));
@@ -76,7 +76,7 @@ impl Drop for Nomad {
         stop_driver(&self.state_dir(), self.folder.path());
         let instance = fs::read_to_string(self.state_dir().join("instance"));
         self.unmount();
-        // The agent leaves tasks alone when it stops; those of a failed test are left.
+        // A stopping agent does not end tasks: the containers of a failed test are still there.
         if let Ok(instance) = instance {
             let label = format!("dev.polydev.instance={instance}");
             for id in crate::docker::containers(&label) {

@@ -1,4 +1,4 @@
-//! A command in a task, over the agent's web socket.
+//! Runs a command in a task, over the agent's web socket.
 
 use std::{net::TcpStream, time::Duration};
 
@@ -12,11 +12,11 @@ pub struct Exec {
     pub stdout: String,
     pub stderr: String,
     pub exit_code: i64,
-    /// What the agent said instead of an exit.
+    /// The agent's error, if it reported no exit.
     pub error: String,
 }
 
-/// No case of the suite takes longer.
+/// No case of Nomad's conformance suite takes longer.
 const LIMIT: Duration = Duration::from_secs(30);
 
 #[track_caller]

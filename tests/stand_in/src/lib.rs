@@ -1,4 +1,4 @@
-//! What the stand-in model API keeps of a request.
+//! The parts of a request that the stand-in model API keeps.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ pub struct Received {
     pub texts: Vec<Text>,
 }
 
-/// A text, told apart without keeping it.
+/// A text's length and hash, which identify the text without keeping it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Text {
     pub bytes: usize,

@@ -1,8 +1,8 @@
 //! `stand-in ADDRESS`: a model API for tests and demos. It speaks enough of the
 //! OpenAI Responses, Anthropic Messages and Gemini protocols for the real CLIs to
 //! finish a prompt, answers with a text that depends on the prompt, and keeps what
-//! arrived: `GET /requests` lists it. `GET /zeros` is 2.5 MB to be measured by. It is a proxy
-//! too, that answers for every server by itself: Gemini CLI asks Google about an account.
+//! arrived: `GET /requests` lists it. `GET /zeros` returns 2.5 MB for measurements. The stand-in
+//! is also a proxy that answers for every server, because Gemini CLI asks Google about an account.
 
 mod tunnel;
 
@@ -26,8 +26,8 @@ use serde_json::{Value, json};
 
 /// Requests kept; a CLI makes a handful for a prompt.
 const KEPT: usize = 1000;
-/// A prompt of 100 KB and what a CLI tells its model besides.
-const BODY_MOST: usize = 8 << 20;
+/// Enough for a prompt of 100 KB and what a CLI sends to its model beside the prompt.
+const MAX_BODY: usize = 8 << 20;
 const CREDENTIAL_HEADERS: [&str; 3] = ["authorization", "x-api-key", "x-goog-api-key"];
 
 type Log = Arc<Mutex<Vec<Received>>>;
@@ -41,7 +41,7 @@ async fn main() -> anyhow::Result<()> {
         .route("/requests", get(list))
         .route("/zeros", get(async || vec![0; 2_500_000]))
         .fallback(answer)
-        .layer(DefaultBodyLimit::max(BODY_MOST))
+        .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(Log::default());
     let inner = app.clone();
     let app = app.layer(middleware::from_fn(move |request: Request, next: Next| {
@@ -70,7 +70,7 @@ async fn answer(
     body: Bytes,
 ) -> Response {
     let request: Value = serde_json::from_slice(&body).unwrap_or_default();
-    // For an account, Gemini CLI wraps what it asks, and what it is answered.
+    // With an account, Gemini CLI wraps requests, and expects wrapped answers.
     let is_wrapped = uri.path().starts_with("/v1internal:");
     let request = match is_wrapped {
         true => request["request"].clone(),
@@ -109,7 +109,7 @@ async fn answer(
         return Json(told).into_response();
     }
     if method != Method::POST {
-        // Codex asks for a WebSocket first, and does without at this answer.
+        // Codex first requests a WebSocket. After this answer it works without one.
         return StatusCode::UPGRADE_REQUIRED.into_response();
     }
     if path == "/oauth/token" {
@@ -126,7 +126,7 @@ async fn answer(
     } else if path.ends_with(":streamGenerateContent") {
         events(&[("", wrap(gemini(&text)))], false)
     } else if path.ends_with(":generateContent") {
-        // The CLI asks a small model which large one shall answer.
+        // The CLI asks a small model which large model should answer.
         let choice = json!({ "complexity_reasoning": "a stand-in", "complexity_score": 1 });
         Json(wrap(gemini(&choice.to_string()))).into_response()
     } else {
@@ -134,7 +134,7 @@ async fn answer(
     }
 }
 
-/// What Google tells of an account and of the project it belongs to.
+/// Google's answer about an account and its project.
 fn account(path: &str) -> Option<Value> {
     let (_, call) = path.rsplit_once(['/', ':'])?;
     Some(match call {

@@ -1,5 +1,5 @@
-//! The stand-in as a proxy that is every server itself: a CLI that asks a name of its
-//! vendor's through it gets the stand-in's answer, under a certificate of nobody's.
+//! The stand-in as a proxy that acts as every server. A CLI that calls a name of its vendor
+//! through the proxy gets the stand-in's answer. No authority has signed the certificate.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ fn acceptor(host: &str) -> anyhow::Result<TlsAcceptor> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// Answers what comes through a `CONNECT` with `app`.
+/// Answers requests through a `CONNECT` with `app`.
 pub(crate) fn open(request: Request, app: Router) {
     tokio::spawn(async move {
         if let Err(error) = serve(request, app).await {

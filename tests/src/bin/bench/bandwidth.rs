@@ -1,4 +1,4 @@
-//! Bandwidth of plain tasks: what passes a limit, and how fast a change of it takes effect.
+//! Bandwidth of plain tasks: the rate under a limit, and how fast a changed limit takes effect.
 
 use std::{
     fs,
@@ -20,12 +20,12 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-/// What the bucket lets through at once is gone by then.
+/// The time after which the burst of the bucket has passed.
 const SETTLE: Duration = Duration::from_secs(1);
 const WINDOW: Duration = Duration::from_secs(3);
-/// For a slow one longer: what passes at once is up to 64 KiB.
+/// A longer time for a slow limit, because the burst is up to 64 KiB.
 const WINDOW_MBITS: Duration = Duration::from_secs(20);
-/// Ethernet, IP and TCP with timestamps, of a frame of 1,514 bytes.
+/// Bytes of the Ethernet, IP and TCP headers with timestamps, in a frame of 1,514 bytes.
 const HEADERS: f64 = 66.0;
 const FRAME: f64 = 1514.0;
 
@@ -42,7 +42,7 @@ pub(super) fn figures(nomad: &Nomad) -> anyhow::Result<Vec<Value>> {
     Ok(figures)
 }
 
-/// A task that takes all it is sent at one port and sends all it can at another.
+/// A task that receives all data at one port, and sends as much as it can at another.
 struct Server {
     job: String,
     mbits: u32,
@@ -87,7 +87,7 @@ impl Server {
         })
     }
 
-    /// Megabits a second that pass, each way.
+    /// The rate in megabits per second, in each direction.
     fn rates(&self) -> anyhow::Result<Vec<Value>> {
         let mut upload = self.connect(9000);
         let sender = upload.try_clone()?;
@@ -113,18 +113,18 @@ impl Server {
         Ok(vec![figure("receives", received), figure("sends", sent)])
     }
 
-    /// Megabits a second on the wire, from the counters of the container's interface.
+    /// The rate on the wire in megabits per second, from the counters of the container's interface.
     fn passing(&self, direction: usize) -> anyhow::Result<f64> {
         thread::sleep(SETTLE);
         let (begin, before) = (Instant::now(), self.counters(direction)?);
         thread::sleep(WINDOW.max(WINDOW_MBITS / self.mbits));
         let (time, after) = (begin.elapsed(), self.counters(direction)?);
-        // Segments that pass as one packet are counted with the headers of one.
+        // The interface counts segments that pass as one packet with the headers of one packet.
         let payload = (after.0 - before.0) - (after.1 - before.1) * HEADERS;
         Ok(payload * FRAME / (FRAME - HEADERS) * 8.0 / 1e6 / time.as_secs_f64())
     }
 
-    /// Bytes and packets that have been received (0) or sent (1).
+    /// The number of bytes and packets received (direction 0) or sent (direction 1).
     fn counters(&self, direction: usize) -> anyhow::Result<(f64, f64)> {
         let text = fs::read_to_string(
             Path::new("/proc")
@@ -144,7 +144,7 @@ impl Server {
         Ok((numbers[at], numbers[at + 1]))
     }
 
-    /// A connection under way while its limit is raised tenfold, and lowered again.
+    /// Raises the limit tenfold during a connection, and lowers it again.
     fn changes(&self) -> anyhow::Result<Vec<Value>> {
         const LOOK: Duration = Duration::from_millis(5);
         let class = |mbits| Limits {
@@ -156,7 +156,7 @@ impl Server {
         let download = self.connect(9001);
         let receiver = download.try_clone()?;
         let reader = drain(download);
-        // Packets that no congestion control holds back; nobody reads them.
+        // Packets without congestion control. Nobody reads them.
         let sink = UdpSocket::bind((&*self.gateway, 0))?;
         let flood = format!(
             "nc -u {} {} </dev/zero",
@@ -164,8 +164,8 @@ impl Server {
             sink.local_addr()?.port()
         );
         docker::docker(&["exec", "--detach", &self.container, "sh", "-c", &flood]);
-        // What the container's interface sends from now, or from before `change`, until so
-        // long after it, in megabits a second.
+        // The rate of the container's interface in megabits per second, from now or from before
+        // `change` until so long after it.
         let sent =
             |change: &dyn Fn() -> anyhow::Result<()>, time: Duration| -> anyhow::Result<f64> {
                 let (begin, before) = (Instant::now(), self.counters(1)?.0);

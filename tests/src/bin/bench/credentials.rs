@@ -1,5 +1,5 @@
-//! What a credential costs a shim: opening a record, an earlier system's record, and sealing
-//! to a container.
+//! The cost of a credential for a shim: opening a record, opening an earlier system's record,
+//! and sealing to a container.
 
 use std::time::Instant;
 
@@ -22,12 +22,12 @@ const SAMPLES: usize = 2000;
 
 pub(crate) fn figures() -> anyhow::Result<Vec<Value>> {
     let file = tempfile::NamedTempFile::new()?;
-    // Of the record that earlier systems have been compared by.
+    // The key of the example record of earlier systems.
     std::fs::write(file.path(), hex::encode((0..32).collect::<Vec<u8>>()))?;
     let keys = KeyRing::load(Some(file.path()))?.context("there is a key")?;
     let provider: Provider = "anthropic".parse()?;
     let binding = Binding {
-        user_id: "bench",
+        user_id: &"bench".into(),
         provider,
     };
     let credential = Credential::ApiKey {

@@ -43,7 +43,7 @@ const PARTS: [&str; 10] = [
 ];
 const SLOTS: u32 = 8;
 const SAMPLES: usize = 100;
-/// What both sides run.
+/// The command of both sides.
 const COMMAND: [&str; 3] = ["sh", "-c", "echo hi"];
 const IMAGE: &str = "polydev-anthropic-runtime:latest";
 
@@ -92,7 +92,7 @@ fn warm_figures(folder: &Path) -> anyhow::Result<Vec<Value>> {
     let client = shim.client();
     let memory = memory(&shim)?;
 
-    // A container for `docker exec` with the limits of a run, its process as idle as init.
+    // A container for `docker exec` with the limits of a run. Its process is as idle as init.
     let limits = [
         "--cpus=0.5",
         "--memory=512m",
@@ -153,7 +153,7 @@ fn measure(
     let docker = runtime.block_on(docker.negotiate_version())?;
     let (mut warm, mut exec) = (Vec::new(), Vec::new());
     for sample in 0..SAMPLES {
-        // An idle machine: every slot is warm again, nothing is being refilled.
+        // The machine is idle: every slot is warm again, and none is being refilled.
         client.wait_idle("anthropic", SLOTS);
         warm.push(warm_claim(client)?);
         client.wait_idle("anthropic", SLOTS);
@@ -201,8 +201,8 @@ async fn docker_exec(docker: &bollard::Docker, container: &str) -> anyhow::Resul
     Ok(first)
 }
 
-/// Resident memory of driver, shim and the largest idle init, in MB (10^6), with the
-/// most each may take.
+/// Resident memory of driver, shim and the largest idle init, in MB (10^6), with the maximum
+/// for each.
 fn memory(shim: &Shim) -> anyhow::Result<Vec<(String, f64, f64)>> {
     let lock = fs::read_to_string(shim.state_dir().join("driver.lock"))?;
     let mut inits = BTreeMap::new();
@@ -248,7 +248,7 @@ impl Summary {
     fn of(samples: &[f64]) -> Self {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
-        // The smallest sample that so many percent do not exceed.
+        // The smallest sample that so many percent of the samples do not exceed.
         let at = |percent: usize| sorted[(sorted.len() * percent).div_ceil(100).max(1) - 1];
         Self {
             p50: at(50),

@@ -20,11 +20,11 @@ use super::{Summary, bandwidth, resident};
 const STARTS: usize = 30;
 const ROUNDS: usize = 10;
 const TASKS: usize = 100;
-/// How long a driver is watched. Nomad has each task sampled every second.
+/// How long the benchmark watches a driver. Nomad samples each task every second.
 const WATCH: Duration = Duration::from_secs(20);
 const DRIVERS: [&str; 2] = ["polydev", "docker"];
 
-/// The wanted figures of plain tasks.
+/// The requested figures of plain tasks.
 pub(super) fn figures(is_wanted: impl Fn(&str) -> bool) -> anyhow::Result<Vec<Value>> {
     let proxy = DockerProxy::start(Path::new("/var/run/docker.sock"));
     let endpoint = format!("endpoint = \"unix://{}\"", proxy.socket().display());
@@ -62,7 +62,7 @@ fn calls(nomad: &Nomad, proxy: &DockerProxy) -> Value {
     let _of_earlier_tasks = proxy.take();
     nomad.submit(&service("calls", shell("sleep 1000000")));
     nomad.wait_started("calls");
-    // The look at dockerd's health, every two seconds, may fall in between.
+    // The check of dockerd's health, every two seconds, may fall in between.
     let mut calls = proxy.take();
     calls.retain(|call| !call.ends_with("/info"));
     nomad.run(&["job", "stop", "-purge", "-yes", "calls"]);
@@ -99,10 +99,10 @@ fn starts(nomad: &Nomad, name: &str, rounds: usize, at_once: usize) -> anyhow::R
     Ok(against(&format!("batch job: {name}"), "ms", &samples, 0.8))
 }
 
-/// A dispatched job's allocation when its task has ended; asks no more than needed, not to
-/// take the CPU that is measured.
+/// Waits until the task of a dispatched job has ended, and returns its allocation. Sends few
+/// requests, because requests use the measured CPU.
 fn ended(nomad: &Nomad, job: &str) -> Value {
-    // A slash would be one of the path.
+    // An unescaped slash would be part of the path.
     let path = format!("/v1/job/{}/allocations", job.replace('/', "%2F"));
     let mut index = 0;
     loop {
@@ -111,14 +111,14 @@ fn ended(nomad: &Nomad, job: &str) -> Value {
         if alloc["TaskStates"]["task"]["State"] == "dead" {
             return alloc.clone();
         }
-        // Nothing there yet: the next answer comes with the first change.
+        // There is no allocation yet: the next answer comes with the first change.
         index = alloc["ModifyIndex"].as_u64().unwrap_or(index).max(1);
     }
 }
 
 /// Milliseconds for a task that prints 100 MB.
 fn logs(nomad: &Nomad) -> anyhow::Result<Value> {
-    // Lines as long as logs have.
+    // Lines of a length that is usual in logs.
     let script = format!("yes {} | head -c 100000000", "x".repeat(99));
     let mut samples = [Vec::new(), Vec::new()];
     for round in 0..3 {
@@ -146,7 +146,7 @@ fn logs(nomad: &Nomad) -> anyhow::Result<Value> {
     ))
 }
 
-/// What [`TASKS`] idle tasks cost in the driver: memory, and CPU time of a sample of all.
+/// The driver's cost of [`TASKS`] idle tasks: memory, and CPU time to sample all tasks.
 fn many(nomad: &Nomad) -> anyhow::Result<Vec<Value>> {
     let lock = fs::read_to_string(nomad.state_dir().join("driver.lock"))?;
     let pid: i64 = lock.trim().parse()?;
@@ -177,14 +177,14 @@ fn many(nomad: &Nomad) -> anyhow::Result<Vec<Value>> {
     ])
 }
 
-/// Milliseconds of CPU that a process uses in a second.
+/// The CPU time that a process uses in a second, in milliseconds.
 fn cpu_each_second(pid: i64) -> anyhow::Result<f64> {
     let (begin, before) = (Instant::now(), cpu(pid)?);
     std::thread::sleep(WATCH);
     Ok((cpu(pid)? - before).as_secs_f64() * 1e3 / begin.elapsed().as_secs_f64())
 }
 
-/// CPU time of a process so far, that of threads which have ended too.
+/// The CPU time of a process so far, including ended threads.
 fn cpu(pid: i64) -> anyhow::Result<Duration> {
     let clock = ClockId::pid_cpu_clock_id(Pid::from_raw(pid.try_into()?))?;
     Ok(clock.now()?.into())

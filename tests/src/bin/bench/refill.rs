@@ -1,4 +1,4 @@
-//! What comes after a run: its slot is filled again, while other runs are claimed.
+//! Refills: how long a slot's refill takes after a run, and what it costs other claims.
 
 use std::{
     collections::HashMap,
@@ -27,9 +27,9 @@ use super::{COMMAND, IMAGE, Summary, millis, warm_claim};
 
 const SLOTS: u32 = 8;
 const SAMPLES: usize = 20;
-/// Claims whose percentiles are compared.
+/// The number of claims whose percentiles are compared.
 const CLAIMS: usize = 200;
-/// From the end of a run to the next claim, while its slot is being refilled.
+/// The time from the end of a run to the next claim, while the run's slot is being refilled.
 const PAUSE: Duration = Duration::from_millis(100);
 const RATE_TIME: Duration = Duration::from_secs(20);
 
@@ -106,7 +106,7 @@ fn refill(client: &Client) -> anyhow::Result<f64> {
     Ok(millis(ended.elapsed()))
 }
 
-/// Milliseconds that Docker alone takes for a container as a slot has it.
+/// Milliseconds that Docker alone takes for a container like a slot's.
 async fn container(docker: &Docker) -> anyhow::Result<f64> {
     let begun = Instant::now();
     let tmpfs = ["/tmp", "/run", "/home/runtime"].map(|path| (path.to_owned(), String::new()));
@@ -140,8 +140,8 @@ async fn container(docker: &Docker) -> anyhow::Result<f64> {
     Ok(millis(begun.elapsed()))
 }
 
-/// Claims while nothing is being refilled, or a moment after another run has ended; and what
-/// the machine itself takes to start a program then.
+/// Claims while nothing is being refilled, or shortly after the end of another run. Also measures
+/// how long the machine itself takes to start a program at that moment.
 fn claims(client: &Client, is_refilling: bool) -> anyhow::Result<[Vec<f64>; 2]> {
     client.wait_idle("anthropic", SLOTS);
     warm_claim(client)?;
@@ -149,7 +149,7 @@ fn claims(client: &Client, is_refilling: bool) -> anyhow::Result<[Vec<f64>; 2]> 
     for _ in 0..CLAIMS {
         if is_refilling {
             std::thread::park_timeout(PAUSE);
-            // Refills take longer than the claims of one caller: they are let catch up.
+            // Refills take longer than the claims of one caller: wait until they catch up.
             while client.pool("anthropic").idle < SLOTS / 4 {
                 std::thread::park_timeout(PAUSE);
             }
@@ -159,7 +159,7 @@ fn claims(client: &Client, is_refilling: bool) -> anyhow::Result<[Vec<f64>; 2]> 
         } else {
             client.wait_idle("anthropic", SLOTS);
         }
-        // Whichever is first is nearer to the last run's end.
+        // The first of both is nearer to the end of the last run.
         if programs.len() % 2 == 0 {
             programs.push(program()?);
             claims.push(warm_claim(client)?);
@@ -171,7 +171,7 @@ fn claims(client: &Client, is_refilling: bool) -> anyhow::Result<[Vec<f64>; 2]> 
     Ok([claims, programs])
 }
 
-/// Milliseconds to the first byte of the same command outside of any container.
+/// Milliseconds to the first byte of the same command outside a container.
 fn program() -> anyhow::Result<f64> {
     let begun = Instant::now();
     let [program, arguments @ ..] = COMMAND;
@@ -186,7 +186,7 @@ fn program() -> anyhow::Result<f64> {
     Ok(first)
 }
 
-/// Runs a second, with a caller for each slot that starts the next run as one ends.
+/// Runs per second. Each slot has a caller that starts the next run when a run ends.
 fn rate_of_runs(shim: &Shim) -> anyhow::Result<f64> {
     let (over, ran) = (AtomicBool::new(false), AtomicUsize::new(0));
     shim.client().wait_idle("anthropic", SLOTS);
@@ -204,7 +204,7 @@ fn rate_of_runs(shim: &Shim) -> anyhow::Result<f64> {
                 })
             })
             .collect();
-        // The first ones find warm slots: they do not count.
+        // The first runs find warm slots, so they do not count.
         std::thread::park_timeout(RATE_TIME / 4);
         let (before, since) = (ran.load(Ordering::Relaxed), begun.elapsed());
         std::thread::park_timeout(RATE_TIME);

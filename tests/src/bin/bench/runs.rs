@@ -1,5 +1,5 @@
-//! Many slots and live runs on one node: what an idle slot costs, how soon streams go on after
-//! the driver is killed, and what is held for a caller that reads slowly.
+//! Many slots and live runs on one node: the cost of an idle slot, the time until streams
+//! continue after a kill of the driver, and the memory for a caller that reads slowly.
 
 use std::{
     fs,
@@ -33,7 +33,7 @@ use super::{Summary, millis, resident};
 const SLOTS: u32 = 50;
 /// Prints five lines a second, without a process for each.
 const TICKS: &str = "exec 3<> <(:); while :; do echo $EPOCHREALTIME; read -t 0.2 -u 3; done";
-/// What the slow caller reads a second.
+/// How many bytes the slow caller reads per second.
 const SLOWLY: usize = 1_000_000;
 const SLOW_TIME: Duration = Duration::from_secs(15);
 
@@ -94,8 +94,8 @@ fn memory(state: &Path, shim: &Shim) -> anyhow::Result<f64> {
     Ok(resident(driver(state)?.into())? + shim)
 }
 
-/// Kills the driver under a run in every slot: milliseconds from the moment the next one
-/// listens until each stream has gone on, at the byte it had come to.
+/// Kills the driver while every slot has a run. Returns the milliseconds from the moment when the
+/// next driver listens until each stream continues at its offset.
 fn resumed(client: &Client, state: &Path) -> anyhow::Result<Vec<f64>> {
     let (runs, _) = client.start_all(vec![shell_of_bash(TICKS); SLOTS as usize])?;
     let listening = Arc::new(Listening::new());
@@ -120,7 +120,7 @@ fn resumed(client: &Client, state: &Path) -> anyhow::Result<Vec<f64>> {
         let killed = driver(state)?;
         kill(Pid::from_raw(killed), Signal::SIGKILL)?;
         let limit = Instant::now() + Duration::from_secs(60);
-        // The dead one's socket may take a connection for a moment.
+        // The socket of the dead driver may accept a connection for a moment.
         while driver(state).is_ok_and(|now| now == killed) || UnixStream::connect(&socket).is_err()
         {
             if Instant::now() > limit {
@@ -138,7 +138,7 @@ fn resumed(client: &Client, state: &Path) -> anyhow::Result<Vec<f64>> {
     })
 }
 
-/// Reads until something comes that was written after the next driver listened.
+/// Reads until output arrives that was written after the next driver listened.
 fn first_after(
     client: &Client,
     mut run: Run,
@@ -179,8 +179,8 @@ fn shell_of_bash(script: &str) -> RunStart {
     argv("anthropic", &["bash", "-c", script])
 }
 
-/// MB that a command has written and its slow caller has not been given, at most, and MB by
-/// which driver, shim and the memory behind the window have grown.
+/// The largest number of MB that a command has written and its slow caller has not received, and
+/// the growth in MB of driver, shim and the memory behind the window.
 fn held(nomad: &Nomad, shim: &Shim, client: &Client) -> anyhow::Result<(f64, f64)> {
     let state = nomad.state_dir();
     let used = || -> anyhow::Result<f64> { Ok(memory(&state, shim)? + window(&state)?) };
@@ -208,14 +208,14 @@ fn held(nomad: &Nomad, shim: &Shim, client: &Client) -> anyhow::Result<(f64, f64
     Ok((held / 1e6, taken))
 }
 
-/// MB that the runs' output takes.
+/// The MB of the runs' output.
 fn window(state: &Path) -> anyhow::Result<f64> {
     let stat = nix::sys::statvfs::statvfs(&state.join("output"))?;
     let taken = stat.blocks() - stat.blocks_free();
     Ok((taken * stat.fragment_size()) as f64 / 1e6)
 }
 
-/// The process `head` of the one container that has it.
+/// The process `head`, which one container has.
 fn command(nomad: &Nomad) -> anyhow::Result<i32> {
     let label = instance_label(&nomad.state_dir());
     for id in docker::containers(&label) {

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 const BYTES: u64 = 500_000_000;
 const SAMPLES: usize = 5;
-/// Of both sides: half a core, as every run has.
+/// The limits of both sides: half a core, as every run has.
 const LIMITS: [&str; 3] = ["--cpus=0.5", "--memory=512m", "--memory-swap=512m"];
 
 fn command() -> [String; 4] {
@@ -124,7 +124,7 @@ async fn docker_exec(docker: &bollard::Docker, container: &str) -> anyhow::Resul
     Ok(start.elapsed())
 }
 
-/// CPU time that the processes have used so far.
+/// The CPU time of the processes so far.
 fn cpu_of(processes: [i32; 2]) -> anyhow::Result<Duration> {
     let mut ticks = 0;
     for pid in processes {

@@ -1,5 +1,5 @@
-//! One shim in front of a large cluster. Its drivers are simulated, over the real node API, and
-//! so is Nomad. Both, the callers and the shim share this machine's cores.
+//! One shim in front of a large cluster. The drivers and Nomad are simulated; the drivers use the
+//! real node API. They share this machine's cores with the callers and the shim.
 
 use std::{
     path::Path,
@@ -27,14 +27,14 @@ use super::{Summary, millis};
 
 const NODES: usize = 1000;
 const SLOTS: usize = 50;
-/// Callers at a time, each with one run after the other.
+/// Callers at the same time, each with one run after the other.
 const CALLERS: usize = 16;
 const MEASURED: Duration = Duration::from_secs(10);
-/// Runs that go on at the same time, and say nothing.
+/// Runs at the same time that print nothing.
 const STREAMS: usize = 1000;
-/// What a simulated run is asked to do for that.
+/// The program of these simulated runs.
 const WAIT: &str = "wait";
-/// From a run's end until its slot is idle again.
+/// The time from a run's end until its slot is idle again.
 const REFILL: Duration = Duration::from_millis(400);
 
 pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
@@ -134,7 +134,7 @@ async fn streams(address: &Address) -> anyhow::Result<Vec<Streaming<RunResponse>
     Ok(open)
 }
 
-/// A run of `program`, whose caller says no more.
+/// A run of `program`, whose caller sends nothing more.
 fn request(program: &str) -> impl Stream<Item = RunRequest> + Send + 'static {
     let start = argv("anthropic", &[program]);
     let start = run_request::Message::Start(Box::new(start));
@@ -156,7 +156,7 @@ async fn run(shim: &mut RuntimeServiceClient<tonic::transport::Channel>) -> anyh
     bail!("the stream ended before the run")
 }
 
-/// Starts every node, and a Nomad that knows them all.
+/// Starts every node, and a Nomad that knows all nodes.
 fn cluster(folder: &Path) -> anyhow::Result<FakeNomad> {
     let nomad = FakeNomad::start()?;
     let mut descriptions = Vec::new();

@@ -1,4 +1,4 @@
-//! Slots that are kept for a run to come.
+//! Leases: slots that are kept for one run to come.
 
 use std::{
     sync::Arc,
@@ -55,7 +55,7 @@ impl Slots {
     }
 
     /// # Errors
-    /// NOT_FOUND, and PERMISSION_DENIED if it is another user's.
+    /// NOT_FOUND if there is no such lease, and PERMISSION_DENIED if it is another user's.
     pub(in crate::fake_node) fn release(
         self: &Arc<Self>,
         request: &ReleaseRequest,
@@ -71,7 +71,7 @@ impl Slots {
         }
     }
 
-    /// Whether there was one that has not been used.
+    /// Ends the lease of a run. Returns whether there was an unused one.
     fn end_lease(self: &Arc<Self>, run_id: &str) -> bool {
         let inner = lock(&self.inner);
         let is_leased = |slot: &&Slot| slot.state() == State::Leased && slot.run_id == run_id;
