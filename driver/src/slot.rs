@@ -3,7 +3,8 @@
 //! Read in the order of a slot's life: [`crate::life`] is the pure state machine, [`fill`]
 //! makes a container unless [`breaker`] finds that its image fails too often, [`shelf`]
 //! records it and [`adopt`] recovers it after a restart of the driver, [`lease`] keeps it
-//! for one caller, [`claim`] grants it, [`crate::run`] is what runs in it, [`ahead`] makes
+//! for one caller, [`expected`] waits for the run of a slot on demand, [`claim`] grants it,
+//! [`crate::run`] is what runs in it, [`ahead`] makes
 //! the next container during the run, [`clear`] removes the old one, and [`keeper`] drives
 //! one slot through all these steps. [`book`] holds the node's slots for all others.
 
@@ -13,6 +14,7 @@ pub mod book;
 pub mod breaker;
 pub(crate) mod claim;
 mod clear;
+mod expected;
 mod fill;
 mod keeper;
 pub(crate) mod lease;

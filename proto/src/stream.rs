@@ -63,6 +63,11 @@ impl<T> PerStream<T> {
         Stream::ALL.into_iter().zip(&self.0)
     }
 
+    /// As [`PerStream::iter`], for values that change.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (Stream, &mut T)> {
+        Stream::ALL.into_iter().zip(&mut self.0)
+    }
+
     /// The values, in the order of [`Stream::ALL`].
     #[must_use]
     pub fn into_array(self) -> [T; 3] {

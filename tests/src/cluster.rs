@@ -17,7 +17,7 @@ use crate::{
     engine::Engine,
     folder::Folder,
     namespace::Namespace,
-    nomad::{clean::stop_driver, nomad_program},
+    nomad::{clean::stop_drivers, nomad_program},
     process::{Process, output, succeed},
     program, root,
     shim::{Shim, instance_label},
@@ -361,10 +361,7 @@ impl Drop for Cluster {
             std::thread::park_timeout(Duration::from_millis(100));
         }
         self.agents.clear();
-        for number in 0..NODES {
-            let state = self.state_dir(number);
-            stop_driver(&state, self.folder.path());
-        }
+        stop_drivers(self.folder.path());
         self.folder.unmount();
     }
 }

@@ -27,10 +27,9 @@ use nix::{
 };
 use polydev_proto::{
     frame::MAX_DATA,
-    init::{
-        Artifacts, Collected, Exited, NotStarted, Start, Stream, ToInit, exited, from_init, to_init,
-    },
+    init::{Artifacts, Collected, Exited, NotStarted, Start, ToInit, exited, from_init, to_init},
     sealed::PrivateKey,
+    stream::{PerStream, Stream},
 };
 
 use crate::{
@@ -44,9 +43,6 @@ use crate::{
 
 /// How often to check whether a plain task's output has been read.
 const READ_TIMEOUT: Duration = Duration::from_millis(5);
-const STREAMS: [Stream; 3] = [Stream::Stdout, Stream::Stderr, Stream::Artifacts];
-/// The index of the artifacts' stream.
-const ARTIFACTS: usize = 2;
 /// The largest buffer that a driver may request for one stream.
 const MAX_OUTPUT_BUFFER: usize = 8 << 20;
 /// Signals that are forwarded to the command.
@@ -100,7 +96,7 @@ pub(crate) struct Supervisor {
     key: Option<PrivateKey>,
     public_key: Bytes,
     /// Outlive the command, so that unacknowledged bytes can be sent again.
-    outputs: [Output; 3],
+    outputs: PerStream<Output>,
     /// For a plain task, instead of `outputs`; they may outlive the command too.
     drains: Vec<Drain>,
     left: Option<Left>,
@@ -127,7 +123,7 @@ impl Supervisor {
             public_key: key.public(),
             state: State::Waiting,
             key: Some(key),
-            outputs: Default::default(),
+            outputs: PerStream::default(),
             drains: Vec::new(),
             left: None,
             account: None,
@@ -222,7 +218,7 @@ impl Supervisor {
             if let Some(account) = &self.account {
                 wake(account.look_in(now));
             }
-            for (pipe, output) in command.pipes.iter().zip(&self.outputs) {
+            for (pipe, (_, output)) in command.pipes.iter().zip(self.outputs.iter()) {
                 if let Some(pipe) = pipe.as_ref().filter(|_| output.room() > 0) {
                     polled.push(PollFd::new(pipe.as_fd(), PollFlags::POLLIN));
                 }
@@ -252,7 +248,7 @@ impl Supervisor {
         let State::Running(command) = &mut self.state else {
             return Ok(());
         };
-        for (slot, output) in command.pipes.iter_mut().zip(&mut self.outputs) {
+        for (slot, (_, output)) in command.pipes.iter_mut().zip(self.outputs.iter_mut()) {
             let Some(pipe) = slot else { continue };
             let room = output.room().min(chunk.len());
             if room == 0 {
@@ -273,7 +269,7 @@ impl Supervisor {
 
     /// Unreadable bytes are missing, which the length reveals.
     fn read_artifacts(&mut self, chunk: &mut [u8]) {
-        let output = &mut self.outputs[ARTIFACTS];
+        let output = &mut self.outputs[Stream::Artifacts];
         let Some(left) = &mut self.left else { return };
         while let Some(outgoing) = &mut left.outgoing {
             let room = output.room().min(chunk.len());
@@ -361,8 +357,8 @@ impl Supervisor {
             deadline_exceeded: command
                 .deadline
                 .is_some_and(|deadline| deadline.has_passed()),
-            stdout_bytes: self.outputs[0].end(),
-            stderr_bytes: self.outputs[1].end(),
+            stdout_bytes: self.outputs[Stream::Stdout].end(),
+            stderr_bytes: self.outputs[Stream::Stderr].end(),
         };
         let artifacts = command.artifacts.take();
         // Nothing can change it any longer.
@@ -407,7 +403,7 @@ impl Supervisor {
 
     fn has_unsent(&self) -> bool {
         let is_left = |left: &Left| !left.is_told || left.outgoing.is_some();
-        !self.outputs.iter().all(Output::is_sent)
+        !self.is_all_sent()
             || self.left.as_ref().is_some_and(is_left)
             || self
                 .account
@@ -415,10 +411,13 @@ impl Supervisor {
                 .is_some_and(|account| !account.is_told())
     }
 
+    fn is_all_sent(&self) -> bool {
+        self.outputs.iter().all(|(_, output)| output.is_sent())
+    }
+
     /// Whether output waits only for the link, and not for an acknowledgement.
     fn can_send(&self) -> bool {
-        self.has_unsent()
-            && (self.outputs[ARTIFACTS].room() > 0 || !self.outputs.iter().all(Output::is_sent))
+        self.has_unsent() && (self.outputs[Stream::Artifacts].room() > 0 || !self.is_all_sent())
     }
 
     fn is_running(&self) -> bool {

@@ -20,6 +20,7 @@ use super::{
     Claim, Slot, Slots, adopt,
     ahead::{Ahead, LONG_RUN},
     clear::{self, BACKOFF},
+    expected,
     fill::{self, Container},
     shelf::Idle,
 };
@@ -39,12 +40,6 @@ use crate::{
 const MAX_FAILURES: u32 = 6;
 /// A container that idled for this long counts as good, however it ended.
 const MIN_IDLE_TIME: Duration = Duration::from_secs(60);
-
-/// How long a slot on demand waits for its run.
-const RUN_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// How often to check whether that run has found another slot.
-const RUN_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often to check whether a paused image has changed.
 const IMAGE_INTERVAL: Duration = Duration::from_secs(5);
@@ -407,7 +402,7 @@ impl Keeper {
     /// Waits until the container is claimed or no longer needed. If the container died,
     /// returns the reason.
     async fn idle(&mut self, container: &mut Container) -> (Option<Claim>, Option<String>) {
-        let not_needed = not_needed(&self.slots, &self.slot);
+        let not_needed = expected::not_needed(&self.slots, &self.slot);
         tokio::pin!(not_needed);
         let died = loop {
             tokio::select! {
@@ -488,20 +483,4 @@ impl Keeper {
         };
         self.slots.site.events.send(identity, message);
     }
-}
-
-/// Waits until it is clear that the run of a slot on demand will not come; returns the
-/// reason.
-async fn not_needed(slots: &Slots, slot: &Slot) -> String {
-    let Some(run_id) = slot.config.run_id else {
-        return std::future::pending().await;
-    };
-    let begun = Instant::now();
-    while begun.elapsed() < RUN_TIMEOUT {
-        if slots.runs.has_run(run_id) && !slot.is_claimed() {
-            return "Its run found another slot".into();
-        }
-        sleep(RUN_INTERVAL).await;
-    }
-    format!("Its run did not come within {} s", RUN_TIMEOUT.as_secs())
 }

@@ -1,6 +1,7 @@
 //! Removes what a stopped agent leaves behind.
 
 use std::{
+    collections::HashSet,
     fs,
     path::Path,
     process::Command,
@@ -11,34 +12,43 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use procfs::process::{Process, all_processes};
 
 use super::Nomad;
 use crate::process::output;
 
-/// Ends the driver of a state folder, if its program is below `folder`. A driver with live tasks
-/// outlives its agent.
-pub(crate) fn stop_driver(state_dir: &Path, folder: &Path) {
-    let lock = fs::read_to_string(state_dir.join("driver.lock"));
-    let Some(pid) = lock.ok().and_then(|pid| pid.trim().parse().ok()) else {
-        return;
+/// Ends the drivers whose program is below `folder`. A driver with live tasks outlives its
+/// agent, and so does for a moment one that the agent had just started.
+pub(crate) fn stop_drivers(folder: &Path) {
+    let is_ours = |process: &Process| {
+        let name = |program: &Path| {
+            let name = program.file_name().unwrap_or_default();
+            name.to_string_lossy().starts_with("nomad-driver-polydev")
+        };
+        let program = process.exe();
+        program.is_ok_and(|program| program.starts_with(folder) && name(&program))
     };
-    let is_ours = || {
-        let program = fs::read_link(format!("/proc/{pid}/exe"));
-        program.is_ok_and(|program| program.starts_with(folder))
-    };
-    if is_ours() {
-        let _gone = kill(Pid::from_raw(pid), Signal::SIGTERM);
-        let limit = Instant::now() + Duration::from_secs(30);
-        while is_ours() && Instant::now() < limit {
-            std::thread::park_timeout(Duration::from_millis(20));
+    let mut told = HashSet::new();
+    let limit = Instant::now() + Duration::from_secs(30);
+    while Instant::now() < limit {
+        let all = all_processes().expect("processes can be listed").flatten();
+        let ours: Vec<_> = all.filter(is_ours).map(|process| process.pid).collect();
+        if ours.is_empty() {
+            return;
         }
+        for pid in ours {
+            if told.insert(pid) {
+                let _gone = kill(Pid::from_raw(pid), Signal::SIGTERM);
+            }
+        }
+        std::thread::park_timeout(Duration::from_millis(20));
     }
 }
 
 impl Nomad {
     /// Unmounts the secrets of ended tasks. Nomad keeps them mounted until it collects the tasks.
     fn unmount(&self) {
-        let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
+        let mounts = Process::myself().and_then(|me| me.mountinfo());
         let mounts = mounts.map(|mounts| mounts.0).unwrap_or_default();
         let ours =
             |mount: &&procfs::process::MountInfo| mount.mount_point.starts_with(self.folder.path());
@@ -73,7 +83,7 @@ impl Drop for Nomad {
             std::thread::park_timeout(Duration::from_millis(50));
         }
         self.agent = None;
-        stop_driver(&self.state_dir(), self.folder.path());
+        stop_drivers(self.folder.path());
         let instance = fs::read_to_string(self.state_dir().join("instance"));
         self.unmount();
         // A stopping agent does not end tasks: the containers of a failed test are still there.

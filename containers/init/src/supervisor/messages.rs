@@ -3,11 +3,12 @@
 use std::time::Instant;
 
 use nix::sys::signal::Signal;
-use polydev_proto::init::{
-    NotStarted, Start, Started, Stdin, StdinAck, from_init, not_started::Reason, to_init,
+use polydev_proto::{
+    init::{NotStarted, Start, Started, Stdin, StdinAck, from_init, not_started::Reason, to_init},
+    stream::{PerStream, Stream},
 };
 
-use super::{ENDING, MAX_OUTPUT_BUFFER, Receiving, STREAMS, State, Supervisor};
+use super::{ENDING, MAX_OUTPUT_BUFFER, Receiving, State, Supervisor};
 use crate::{
     command::Command,
     output::Output,
@@ -19,7 +20,7 @@ impl Supervisor {
         match (message, &mut self.state) {
             (to_init::Message::Start(start), State::Waiting) => {
                 let capacity = MAX_OUTPUT_BUFFER.min(start.output_buffer_bytes as usize);
-                self.outputs = [(); 3].map(|()| Output::new(capacity));
+                self.outputs = PerStream::from_fn(|_| Output::new(capacity));
                 self.is_plain = start.task.is_some();
                 match Incoming::new(workspace::path(), &start.files) {
                     Ok(files) if files.is_complete() => self.start(*start, now),
@@ -36,10 +37,8 @@ impl Supervisor {
             // Only one Start is accepted; a second one is a driver's mistake, and is not run.
             (to_init::Message::Start(_), _) => self.link.disconnect(now),
             (to_init::Message::DataAck(ack), _) => {
-                for (output, stream) in self.outputs.iter_mut().zip(STREAMS) {
-                    if ack.stream == i32::from(stream) {
-                        output.acknowledge(ack.offset);
-                    }
+                if let Some(stream) = Stream::of_number(ack.stream) {
+                    self.outputs[stream].acknowledge(ack.offset);
                 }
             }
             (to_init::Message::Stdin(frame), State::Receiving(_)) => self.receive(&frame, now),

@@ -2,17 +2,18 @@
 
 use polydev_proto::{
     frame::MAX_DATA,
-    init::{Collected, Data, Hello, PROTOCOL_VERSION, Running, Stream, Waiting, from_init, hello},
+    init::{Collected, Data, Hello, PROTOCOL_VERSION, Running, Waiting, from_init, hello},
+    stream::Stream,
 };
 
-use super::{STREAMS, State, Supervisor};
+use super::{State, Supervisor};
 use crate::account::Account;
 
 impl Supervisor {
     /// Sends the first message of a connection, and the output that the driver may have
     /// missed.
     pub(super) fn greet(&mut self) {
-        for output in &mut self.outputs {
+        for (_, output) in self.outputs.iter_mut() {
             output.rewind();
         }
         let state = match &self.state {
@@ -48,7 +49,7 @@ impl Supervisor {
     /// Frames as much as the link has room for; the end follows the last byte.
     pub(super) fn send_output(&mut self) {
         self.send_account();
-        for (output, stream) in self.outputs.iter_mut().zip(STREAMS) {
+        for (stream, output) in self.outputs.iter_mut() {
             if stream == Stream::Artifacts
                 && self.link.has_room()
                 && let Some(left) = self.left.as_mut().filter(|left| !left.is_told)
@@ -65,7 +66,7 @@ impl Supervisor {
             while self.link.has_room()
                 && let Some((offset, data)) = output.take_unsent(MAX_DATA)
             {
-                let stream = stream.into();
+                let stream = stream.number();
                 self.link.send(from_init::Message::Data(Data {
                     stream,
                     offset,

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use polydev_proto::{
-    init::{self, Collected, Data, DataAck, to_init},
+    init::{Collected, Data, DataAck, to_init},
     stream::Stream,
 };
 
@@ -14,11 +14,7 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 impl Carrier<'_> {
     pub(super) async fn output(&mut self, data: Data) -> Result<(), Stop> {
-        let stream = match init::Stream::try_from(data.stream).unwrap_or_default() {
-            init::Stream::Stdout | init::Stream::Unspecified => Stream::Stdout,
-            init::Stream::Stderr => Stream::Stderr,
-            init::Stream::Artifacts => Stream::Artifacts,
-        };
+        let stream = Stream::of_number(data.stream).unwrap_or(Stream::Stdout);
         let window = &self.run.output[stream];
         if self.run.claimed.drop_oldest && stream != Stream::Artifacts {
             window.drop_oldest(data.data.len() as u64);
