@@ -23,7 +23,7 @@ variable "image" {
 variable "prepare_ahead" {
   type        = bool
   default     = false
-  description = "Whether a slot's next container is made while a run goes on in this one."
+  description = "Whether a slot's next container is made during the run in the current one."
 }
 
 job "polydev-pool-google" {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use uuid::{Builder, Uuid};
+use uuid::{Builder, Uuid, Version};
 
 /// The id of a run or of a lease: a UUID of version 7, which contains the time when it was
 /// made. It is read in every spelling of a UUID, and written in lower case with hyphens.
@@ -39,8 +39,9 @@ impl RunId {
     /// When it was made, by its maker's clock.
     #[must_use]
     pub fn made_at(self) -> SystemTime {
-        let made = self.0.get_timestamp().map(|made| made.to_unix());
-        let (seconds, nanos) = made.unwrap_or_default();
+        let made = self.0.get_timestamp();
+        let made = made.expect("a UUID of version 7 contains a time");
+        let (seconds, nanos) = made.to_unix();
         // 48 bits of milliseconds always fit.
         SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos)
     }
@@ -51,7 +52,7 @@ impl FromStr for RunId {
 
     fn from_str(text: &str) -> Result<Self, NotARunId> {
         let id = Uuid::parse_str(text).map_err(|_| NotARunId)?;
-        let is_one = id.get_version_num() == 7 && id.get_timestamp().is_some();
+        let is_one = id.get_version() == Some(Version::SortRand);
         is_one.then_some(Self(id)).ok_or(NotARunId)
     }
 }
@@ -123,7 +124,8 @@ opaque! {
 }
 
 opaque! {
-    /// The id of a user, chosen by the callers of the shim.
+    /// The id of a user, chosen by the callers of the shim. The shim checks it where a request
+    /// comes in (`parse_user`); the driver takes it as it is.
     UserId
 }
 

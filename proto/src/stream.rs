@@ -24,7 +24,8 @@ impl Stream {
         }
     }
 
-    /// Its number in `Lost.stream` of `polydev.node.v1` and `polydev.runtime.v1`.
+    /// Its number in `Lost.stream` of `polydev.node.v1` and `polydev.runtime.v1`, and in
+    /// `Data.stream` of `polydev.init.v1`.
     #[must_use]
     pub fn number(self) -> i32 {
         match self {
@@ -98,11 +99,15 @@ impl<T> IndexMut<Stream> for PerStream<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::init;
 
     #[test]
     fn a_stream_has_the_number_of_the_protocol() {
         for stream in Stream::ALL {
             assert_eq!(Stream::of_number(stream.number()), Some(stream));
+            let same =
+                init::Stream::from_str_name(&format!("STREAM_{}", stream.name().to_uppercase()));
+            assert_eq!(same.map(i32::from), Some(stream.number()));
         }
         for unknown in [-1, 0, 4] {
             assert_eq!(Stream::of_number(unknown), None);

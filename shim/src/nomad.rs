@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a query waits for a change; Nomad adds up to a sixteenth.
-const WATCH_TIMEOUT: &str = "60s";
+const WATCH_WAIT: &str = "60s";
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(75);
 /// Large enough for thousands of nodes: the stub of a node takes about 2 KB.
 const MAX_BODY: usize = 64 << 20;
@@ -117,7 +117,7 @@ impl Nomad {
         let known = index.to_string();
         let query = [
             ("index", known.as_str()),
-            ("wait", WATCH_TIMEOUT),
+            ("wait", WATCH_WAIT),
             ("stale", "true"),
         ];
         let request = self.client.get(self.url(path)).query(&query);

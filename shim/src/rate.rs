@@ -13,7 +13,7 @@ use governor::{
 };
 
 /// After so many checks, names without recent calls are forgotten.
-const TIDY_INTERVAL: u32 = 1024;
+const MAX_UNTIDIED: u32 = 1024;
 
 /// What one caller and one user may do per second.
 #[derive(Debug, Clone, Copy, Default, clap::Args)]
@@ -70,7 +70,7 @@ impl Rate {
         let Some((per_second, limiter)) = &self.limit else {
             return Ok(());
         };
-        if self.asked.fetch_add(1, Ordering::Relaxed) % TIDY_INTERVAL == TIDY_INTERVAL - 1 {
+        if self.asked.fetch_add(1, Ordering::Relaxed) % MAX_UNTIDIED == MAX_UNTIDIED - 1 {
             limiter.retain_recent();
             limiter.shrink_to_fit();
         }
@@ -110,10 +110,10 @@ mod tests {
     #[test]
     fn names_that_do_not_come_again_are_forgotten() {
         let rate = Rate::new("user", NonZeroU32::new(1_000_000));
-        for name in 0..2 * TIDY_INTERVAL {
+        for name in 0..2 * MAX_UNTIDIED {
             rate.check(&name.to_string()).unwrap();
         }
         let (_, limiter) = rate.limit.as_ref().unwrap();
-        assert!(limiter.len() <= TIDY_INTERVAL as usize, "{}", limiter.len());
+        assert!(limiter.len() <= MAX_UNTIDIED as usize, "{}", limiter.len());
     }
 }

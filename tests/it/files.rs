@@ -372,7 +372,7 @@ fn files_that_come_too_early_too_long_or_cut_short_start_nothing(client: &Client
     let many = many.expect_err("a refusal");
     assert!(
         many.message()
-            .starts_with("`files` is `3 bytes, with 2 bytes missing`"),
+            .starts_with("`files` is `3 bytes, of which only 2 are expected`"),
         "{many}"
     );
 

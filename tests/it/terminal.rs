@@ -57,8 +57,9 @@ fn a_command_at_a_terminal_is_typed_to_and_told_its_size() {
     );
     client.send(&run, Input::Stdin("stty size\n".into()));
     shown(&client, &mut run, "\r40 120\r\n");
-    // A key interrupts only the process in the foreground.
-    client.send(&run, Input::Stdin("echo begins; sleep 1000\n".into()));
+    // A key interrupts only the process in the foreground, which says that it is there itself.
+    let foreground = "sh -c 'echo begins; exec sleep 1000'\n";
+    client.send(&run, Input::Stdin(foreground.into()));
     shown(&client, &mut run, "\rbegins\r\n");
     client.send(&run, Input::Stdin(vec![3].into()));
     client.send(&run, Input::Stdin("echo status $?\n".into()));

@@ -100,7 +100,7 @@ fn a_body_that_is_no_json_or_too_long_is_refused() {
     refused(&http, broken, 400, INVALID, place);
     for (length, most) in [
         (13 << 20, "more than 12582912 bytes"),
-        (5 << 20, "bytes, allowed are at most 4194304"),
+        (5 << 20, "bytes; must be at most 4194304"),
     ] {
         let large = json!({ "start": { "prompt": { "text": "x".repeat(length) } } });
         refused(&http, http.post("/v1/runs", &large), 413, INVALID, most);

@@ -41,7 +41,7 @@ pub enum Error {
     Malformed { place: String, line: usize },
     #[error("line {line} of the master keys in {place} repeats a key")]
     Repeated { place: String, line: usize },
-    #[error("there are {count} master keys in {place}, allowed are 1 to {MAX_KEYS}")]
+    #[error("there are {count} master keys in {place}; must be 1 to {MAX_KEYS}")]
     Count { place: String, count: usize },
 }
 

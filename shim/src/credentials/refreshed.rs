@@ -37,7 +37,7 @@ use polydev_transport::backoff::Backoff;
 /// How long a driver may take to accept the call.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long after the making of a run's id a file of the run is accepted. Drivers accept an id for
-/// an hour; the longest run and the time for its results add about 24 hours.
+/// an hour; the longest run and the time for its results add about 24 hours; the rest is for clocks.
 const MAX_AGE: Duration = Duration::from_secs(26 * 3600);
 /// How far the clock that made an id may be ahead.
 const MAX_CLOCK_SKEW: Duration = Duration::from_secs(10 * 60);
@@ -79,7 +79,7 @@ impl Vault {
         if label.run_id.parse() != Ok(run_id) {
             return Err(Error::Label);
         }
-        label.check_age(SystemTime::now())?;
+        check_age(run_id, SystemTime::now())?;
         let (keys, store) = (self.keys()?, self.store()?);
         let key = keys.find(&label.key_id);
         let key = key.ok_or_else(|| vault::Error::UnknownKey {
@@ -138,20 +138,19 @@ enum Standing {
     Superseded,
 }
 
-impl Label {
-    /// Limits how long a node that once got a key can use the key.
-    fn check_age(&self, now: SystemTime) -> Result<(), Error> {
-        let run_id: RunId = self.run_id.parse().map_err(|_| Error::Label)?;
-        let made = run_id.made_at();
-        if made > now + MAX_CLOCK_SKEW {
-            return Err(Error::Label);
-        }
-        match now.duration_since(made) {
-            Ok(age) if age > MAX_AGE => Err(Error::TooOld),
-            _ => Ok(()),
-        }
+/// Limits how long a node that once got a key can use the key.
+fn check_age(run_id: RunId, now: SystemTime) -> Result<(), Error> {
+    let made = run_id.made_at();
+    if made > now + MAX_CLOCK_SKEW {
+        return Err(Error::Label);
     }
+    match now.duration_since(made) {
+        Ok(age) if age > MAX_AGE => Err(Error::TooOld),
+        _ => Ok(()),
+    }
+}
 
+impl Label {
     /// How a file that would get `version` relates to the credential in the store.
     fn standing(&self, info: &Info, version: u64) -> Standing {
         let is_ours = info.refreshed_by == self.run_id;
@@ -222,8 +221,7 @@ async fn follow_once(
         let ended = || Status::unavailable("the driver ended the stream");
         let message = message?.ok_or_else(ended)?;
         if let Some(refreshed) = message.refreshed
-            && let Ok(run_id) = message.run_id.parse()
-            && let Err(status) = take_back(vault, run_id, &refreshed).await
+            && let Err(status) = take_back(vault, &message.run_id, &refreshed).await
         {
             failed.get_or_insert((Instant::now(), status));
         }
@@ -232,8 +230,12 @@ async fn follow_once(
 
 /// # Errors
 /// If the store failed.
-async fn take_back(vault: &Vault, run_id: RunId, refreshed: &Refreshed) -> Result<(), Status> {
-    match vault.take_back(run_id, refreshed).await {
+async fn take_back(vault: &Vault, run_id: &str, refreshed: &Refreshed) -> Result<(), Status> {
+    let taken = match run_id.parse() {
+        Ok(run_id) => vault.take_back(run_id, refreshed).await,
+        Err(_) => Err(Error::Label),
+    };
+    match taken {
         Ok(Some(info)) => {
             let Info {
                 user_id,
@@ -241,17 +243,17 @@ async fn take_back(vault: &Vault, run_id: RunId, refreshed: &Refreshed) -> Resul
                 version,
                 ..
             } = info;
-            tracing::info!(%run_id, %user_id, provider, version, "account refreshed");
+            tracing::info!(run_id, %user_id, provider, version, "account refreshed");
         }
         Ok(None) => {}
         Err(Error::Vault(vault::Error::Store(error))) => {
             let reason = crate::chain(&error);
-            tracing::warn!(%run_id, reason, "a refreshed account waits for the store");
+            tracing::warn!(run_id, reason, "a refreshed account waits for the store");
             return Err(Status::unavailable(reason));
         }
         Err(error) => {
             let reason = crate::chain(&error);
-            tracing::info!(%run_id, reason, "refreshed account rejected");
+            tracing::info!(run_id, reason, "refreshed account rejected");
         }
     }
     Ok(())
@@ -345,24 +347,13 @@ mod tests {
 
     #[test]
     fn a_label_is_good_for_as_long_as_a_run_may_go_on() {
-        let label = Label {
-            run_id: RunId::now().into(),
-            ..label()
-        };
+        let run_id = RunId::now();
         let now = SystemTime::now();
-        assert!(
-            label
-                .check_age(now + MAX_AGE - Duration::from_secs(60))
-                .is_ok()
-        );
-        let later = now + MAX_AGE + Duration::from_secs(60);
-        assert!(matches!(label.check_age(later), Err(Error::TooOld)));
-        let before = now - MAX_CLOCK_SKEW - Duration::from_secs(60);
-        assert!(matches!(label.check_age(before), Err(Error::Label)));
-        let other = Label {
-            run_id: "run".into(),
-            ..label
-        };
-        assert!(matches!(other.check_age(now), Err(Error::Label)));
+        let minute = Duration::from_secs(60);
+        assert!(check_age(run_id, now + MAX_AGE - minute).is_ok());
+        let later = check_age(run_id, now + MAX_AGE + minute);
+        assert!(matches!(later, Err(Error::TooOld)));
+        let before = check_age(run_id, now - MAX_CLOCK_SKEW - minute);
+        assert!(matches!(before, Err(Error::Label)));
     }
 }

@@ -18,7 +18,7 @@ const DRAINED_FROM: &str = "polydev_drained_from";
 /// healthy.
 const DEPLOYMENT_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-const MAX_RETRY: Duration = Duration::from_secs(5);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Why the size of a pool was not changed.
 #[derive(Debug, thiserror::Error)]
@@ -147,7 +147,7 @@ async fn set(
     let job = job(provider);
     let message = format!("polydev-shim: from {from} to {to} warm slots");
     let end = Instant::now() + DEPLOYMENT_TIMEOUT;
-    let (mut pauses, mut is_told) = (Backoff::new(RETRY_INTERVAL, MAX_RETRY), false);
+    let (mut pauses, mut is_told) = (Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL), false);
     loop {
         match nomad.scale(&job, GROUP, to, &message, &meta).await {
             Ok(()) => {

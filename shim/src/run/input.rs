@@ -66,8 +66,8 @@ impl Input {
         if data.len() as u64 > left {
             return Err(Invalid::Value {
                 field: "files",
-                given: format!("{} bytes, with {left} bytes missing", data.len()),
-                allowed: "as many bytes as the sizes in `start.files` say",
+                given: format!("{} bytes, of which only {left} are expected", data.len()),
+                allowed: "no more bytes than the sizes in `start.files` say",
             });
         }
         Ok(self.keep(data))

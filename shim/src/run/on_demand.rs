@@ -24,7 +24,7 @@ use crate::{
 const POOL_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the run waits in addition to [`POOL_TIMEOUT`] while a slot is being filled for it: an
 /// order would only slow this down.
-const MAX_POOL_TIMEOUT: Duration = Duration::from_secs(3);
+const FILL_TIMEOUT: Duration = Duration::from_secs(3);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// How often the shim tries to stop a job that the run no longer needs, or to find out whether the
@@ -92,7 +92,7 @@ impl OnDemand {
                     drop(place.wait_for(may_run).await);
                     sleep(POOL_TIMEOUT).await;
                     let coming = none_coming(&view, provider, &place);
-                    let _enough = timeout(MAX_POOL_TIMEOUT, coming).await;
+                    let _enough = timeout(FILL_TIMEOUT, coming).await;
                     let turns = waiting
                         .get(provider.name())
                         .expect("every provider has some");

@@ -14,7 +14,8 @@ pub const MAX_WAITING: usize = 1000;
 /// Limits for each user of a shim.
 #[derive(Debug, Clone, Copy, Default, clap::Args)]
 pub struct PerUser {
-    /// Active runs of one user that this shim allows; further runs wait. [default: no limit]
+    /// Active runs of one user that this shim allows; further runs wait. A run with a lease does
+    /// not wait, but counts. [default: no limit]
     #[arg(long = "user-running", value_name = "RUNS", value_parser = clap::value_parser!(u32).range(1..))]
     pub running: Option<u32>,
     /// Waiting runs of one user that this shim allows; further ones are refused. [default: no
@@ -132,6 +133,7 @@ impl Queue {
         inner.next += 1;
         let number = inner.next;
         inner.serve(user_id);
+        inner.order();
         drop(inner);
         Running {
             queue: self.clone(),
@@ -310,14 +312,12 @@ mod tests {
     fn a_run_with_a_lease_passes_a_full_queue_and_counts() {
         let queue = Queue::new(PerUser {
             running: Some(1),
-            queued: Some(0),
+            queued: Some(1),
         });
-        enter(&queue, "openai", "alice").unwrap_err();
-        let running = queue.pass("openai", &"alice".into());
-        let mut inner = queue.lock();
-        inner.per_user.queued = None;
-        drop(inner);
         let waits = enter(&queue, "openai", "alice").unwrap();
+        enter(&queue, "openai", "alice").unwrap_err();
+        assert_eq!(place(&waits), Place::Next);
+        let running = queue.pass("openai", &"alice".into());
         assert_eq!(place(&waits), Place::Held(0));
         drop(running);
         assert_eq!(place(&waits), Place::Next);

@@ -301,6 +301,7 @@ impl Carried {
                 new.map(|output| run_event::Event::Stderr(encode_output(output)))
             }
             driver::Event::Lost(lost) => {
+                // A newer driver may have streams that this API does not.
                 let stream = Stream::of_number(lost.stream.cast_signed());
                 stream.and_then(|stream| {
                     let offset = &mut offsets[stream];

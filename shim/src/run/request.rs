@@ -39,7 +39,7 @@ const MAX_KILL_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_PATH: usize = 4096;
 const MAX_USER_ID: usize = 128;
 
-/// After this time from its claim, nothing is left of any run.
+/// Every run has ended after this time from its claim.
 pub const MAX_RUN_TIME: Duration = MAX_TIMEOUT
     .saturating_add(MAX_KILL_TIMEOUT)
     .saturating_add(TELL_TIMEOUT);

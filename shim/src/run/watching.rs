@@ -40,7 +40,7 @@ pub enum Change {
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 /// Bytes of a message with all runs of a node, about 300 bytes each.
 const MAX_ANSWER: usize = 64 << 20;
-/// How long a driver lists a run after its end.
+/// A driver lists an ended run for less than this: `RESULTS_TIMEOUT` of the driver.
 const LISTED_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
 /// Reports the nodes that cannot be reached, then the active runs, and then each change of a run.

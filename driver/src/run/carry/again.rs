@@ -41,22 +41,23 @@ impl Carrier<'_> {
         *link = Some(new);
         self.starved = None; // Init resends it.
         self.run.update(|progress| progress.connected = true);
-        let run_id = self.run.claimed.run_id.to_string();
+        let run_id = self.run.claimed.run_id;
+        let is_it = |text: &str| text.parse() == Ok(run_id);
         match state {
             hello::State::Waiting(_) => Err(Stop::End(End::NotStarted(Refusal::NotReached))),
-            hello::State::Receiving(receiving) if receiving.run_id == run_id => {
+            hello::State::Receiving(receiving) if is_it(&receiving.run_id) => {
                 self.go_on(receiving.stdin_offset).await
             }
-            hello::State::Running(running) if running.run_id == run_id => {
+            hello::State::Running(running) if is_it(&running.run_id) => {
                 self.started();
                 self.go_on(running.stdin_offset).await
             }
             // Init reports the end again, after the output.
-            hello::State::Exited(exited) if exited.run_id == run_id => {
+            hello::State::Exited(exited) if is_it(&exited.run_id) => {
                 self.started();
                 Ok(())
             }
-            hello::State::NotStarted(refused) if refused.run_id == run_id => Ok(()),
+            hello::State::NotStarted(refused) if is_it(&refused.run_id) => Ok(()),
             _ => Err(self.end(Reason::Lost, "its container has another run")),
         }
     }

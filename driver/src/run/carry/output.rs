@@ -46,8 +46,9 @@ impl Carrier<'_> {
             self.run
                 .update(|progress| progress.artifacts = Some(artifacts.into()));
         }
-        // Init repeats it on each new connection: the time goes on.
-        if self.collected.is_some() && self.ending == Ending::No {
+        // Init sends it before and after its search for artifacts, and again on each connection.
+        // The time counts from the first.
+        if self.collected.is_some() {
             return;
         }
         self.collected = exited;

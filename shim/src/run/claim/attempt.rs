@@ -40,7 +40,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// no longer start.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
 /// If a node left the cluster this long before the run id was made, other shims knew it too.
-const LEFT_TIMEOUT: Duration = Duration::from_secs(60);
+const LEFT_MARGIN: Duration = Duration::from_secs(60);
 
 /// The outcome of a claim.
 pub(super) enum Attempt {
@@ -166,7 +166,7 @@ impl<'a> Attempts<'a> {
     /// Returns the outcome of the claim if the run may not go there.
     async fn announce(&self, slot: &Candidate) -> Result<Option<Tried>, Error> {
         let (run_id, node_id) = (self.run_id, &slot.node_id);
-        let since = run_id.made_at().checked_sub(LEFT_TIMEOUT);
+        let since = run_id.made_at().checked_sub(LEFT_MARGIN);
         let others = self.view.channels_since(since);
         let tried = match announce(others, run_id, self.ballot.nonce, node_id).await {
             Announced::Have(have) => {

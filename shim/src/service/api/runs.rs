@@ -115,7 +115,7 @@ fn parse(request: ListRunsRequest) -> Result<(Filter, u32), Invalid> {
         Ok(RunState::Unspecified) | Err(_) => Err(Invalid::Value {
             field: "states",
             given: state.to_string(),
-            allowed: "RUN_STATE_CLAIMED, RUN_STATE_RUNNING and RUN_STATE_ENDED",
+            allowed: "RUN_STATE_CLAIMED, RUN_STATE_RUNNING or RUN_STATE_ENDED",
         }),
     };
     let most = page::size(page_size)?;

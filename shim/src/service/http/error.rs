@@ -24,7 +24,7 @@ pub(in crate::service) struct Problem {
 
 impl Problem {
     pub(super) fn media_type(given: &str) -> Self {
-        let words = format!("`Content-Type` is `{given}`, allowed is application/json");
+        let words = format!("`Content-Type` is `{given}`; must be application/json");
         Self {
             http: StatusCode::UNSUPPORTED_MEDIA_TYPE,
             status: Status::invalid_argument(words),
@@ -32,7 +32,7 @@ impl Problem {
     }
 
     pub(super) fn too_large(given: usize, most: usize) -> Self {
-        let words = format!("the request has {given} bytes, allowed are at most {most}");
+        let words = format!("the request has {given} bytes; must be at most {most}");
         Self {
             http: StatusCode::PAYLOAD_TOO_LARGE,
             status: Status::invalid_argument(words),

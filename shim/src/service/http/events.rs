@@ -33,7 +33,7 @@ pub(super) fn offsets(id: &str) -> Result<PerStream<u64>, Status> {
         .and_then(|parts| <[u64; 3]>::try_from(parts).ok());
     parts.map(PerStream::from).ok_or_else(|| {
         Status::invalid_argument(format!(
-            "`Last-Event-ID` is `{id}`, allowed is the id of an event"
+            "`Last-Event-ID` is `{id}`; must be the id of an event"
         ))
     })
 }
