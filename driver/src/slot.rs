@@ -4,9 +4,9 @@
 //! makes a container unless [`breaker`] finds that its image fails too often, [`shelf`]
 //! records it and [`adopt`] recovers it after a restart of the driver, [`lease`] keeps it
 //! for one caller, [`expected`] waits for the run of a slot on demand, [`claim`] grants it,
-//! [`crate::run`] is what runs in it, [`ahead`] makes
-//! the next container during the run, [`clear`] removes the old one, and [`keeper`] drives
-//! one slot through all these steps. [`book`] holds the node's slots for all others.
+//! [`crate::run`] is what runs in it, [`ahead`] makes the next container during the run,
+//! [`clear`] removes the old one, and [`keeper`] drives one slot through all these steps.
+//! [`book`] holds the node's slots for all others.
 
 pub mod adopt;
 mod ahead;

@@ -25,25 +25,19 @@ impl Nomad {
     pub fn start_lasting() -> Self {
         let mut nomad = Self::configure("", "polydev");
         nomad.lasting = true;
-        let nomad = nomad.run_agent();
-        nomad.wait_healthy();
-        nomad
+        nomad.run_healthy()
     }
 
     /// As [`Nomad::start`], with `options` of the plugin beside the required ones.
     #[must_use]
     pub fn start_with(options: &str) -> Self {
-        let nomad = Self::launch(options);
-        nomad.wait_healthy();
-        nomad
+        Self::configure(options, "polydev").run_healthy()
     }
 
     /// As [`Nomad::start_with`], with Nomad's own Docker driver beside ours.
     #[must_use]
     pub fn start_beside_docker(options: &str) -> Self {
-        let nomad = Self::launch_with(options, "polydev,docker");
-        nomad.wait_healthy();
-        nomad
+        Self::configure(options, "polydev,docker").run_healthy()
     }
 
     /// As [`Nomad::start_with`], with `folder` first in the agent's `PATH`.
@@ -51,9 +45,7 @@ impl Nomad {
     pub fn start_with_programs(options: &str, folder: &Path) -> Self {
         let mut nomad = Self::configure(options, "polydev");
         nomad.programs = Some(folder.to_owned());
-        let nomad = nomad.run_agent();
-        nomad.wait_healthy();
-        nomad
+        nomad.run_healthy()
     }
 
     /// As [`Nomad::start`]; agent and driver log at level `trace`.
@@ -61,9 +53,7 @@ impl Nomad {
     pub fn start_traced() -> Self {
         let mut nomad = Self::configure("", "polydev");
         nomad.traced = true;
-        let nomad = nomad.run_agent();
-        nomad.wait_healthy();
-        nomad
+        nomad.run_healthy()
     }
 
     /// As [`Nomad::start_with`], with 4 MB for the driver's own files.
@@ -77,20 +67,20 @@ impl Nomad {
         fs::create_dir(&state).expect("a folder can be made");
         let kind = Some("tmpfs");
         mount(kind, &state, kind, MsFlags::empty(), Some("size=4m")).expect("root may mount");
-        let nomad = nomad.run_agent();
-        nomad.wait_healthy();
-        nomad
+        nomad.run_healthy()
     }
 
     /// Starts an agent whose plugin has `options` beside the required ones. Waits for the node,
     /// but not for the driver.
     #[must_use]
     pub fn launch(options: &str) -> Self {
-        Self::launch_with(options, "polydev")
+        Self::configure(options, "polydev").run_agent()
     }
 
-    fn launch_with(options: &str, drivers: &str) -> Self {
-        Self::configure(options, drivers).run_agent()
+    fn run_healthy(self) -> Self {
+        let nomad = self.run_agent();
+        nomad.wait_healthy();
+        nomad
     }
 
     fn run_agent(mut self) -> Self {

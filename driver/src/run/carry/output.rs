@@ -46,12 +46,13 @@ impl Carrier<'_> {
             self.run
                 .update(|progress| progress.artifacts = Some(artifacts.into()));
         }
-        // Init sends it before and after its search for artifacts, and again on each connection.
-        // The time counts from the first.
-        if self.collected.is_some() {
+        // Init sends it before its search for artifacts, after it with their size, and again on
+        // each connection. The time counts from the first.
+        let is_first = self.collected.is_none();
+        self.collected = exited;
+        if !is_first {
             return;
         }
-        self.collected = exited;
         self.end_at = Instant::now()
             + match self.ending {
                 Ending::No => FETCH_TIMEOUT,
