@@ -22,8 +22,8 @@ demo: tools    ## Run a real CLI warm on this machine, with Docker alone.
 
 .PHONY: demo-programs
 demo-programs: init
-	cargo build --locked --release --package polydev-driver --package polydev-shim --package polydev-stand-in
-	@cp target/$(HOST)/init/polydev-init target/release/
+	cargo build --locked --profile demo --package polydev-driver --package polydev-shim --package polydev-stand-in
+	@cp target/$(HOST)/init/polydev-init target/demo/
 
 check:         ## What needs neither root nor Docker: two minutes, once it is built.
 	@tests/test.sh check

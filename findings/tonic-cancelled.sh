@@ -12,7 +12,7 @@
 #
 # Where it matters: a run's stdin ends when its caller closes its side, and stays open when
 # the caller is gone, which may attach again. The shim therefore passes an end on only
-# after a moment, if the call is still there (`CLOSES` in shim/src/run/relay.rs).
+# after a moment, if the call is still there (`CLOSE_TIMEOUT` in shim/src/run/relay.rs).
 set -euo pipefail
 
 work=$(mktemp -d)

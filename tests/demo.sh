@@ -13,7 +13,7 @@ tests/images.sh
 
 work=$(mktemp -d /tmp/pdtest-XXXXXX)
 export POLYDEV_ADDRESS=unix://$work/shim.sock POLYDEV_LISTEN=unix://$work/shim.sock
-bin=target/release
+bin=target/demo
 shim='' namespace=''
 clean() {
     if [ -n "$shim" ]; then

@@ -2,6 +2,7 @@
 //! use bollard; every call has a deadline.
 
 mod container;
+mod ended;
 mod exec;
 mod image;
 mod logs;
@@ -11,6 +12,7 @@ pub(crate) mod removal;
 mod sandbox;
 
 pub use container::ContainerSpec;
+pub use ended::Ended;
 pub use exec::{Exec, Input as ExecInput, Output as ExecOutput, Piece};
 pub use image::{Credentials, Image, Progress, TOKEN_USER, is_latest};
 pub use plain::{InitMounts, Network, PlainSpec, Published, Resources};

@@ -7,7 +7,7 @@ use super::{Docker, Error, PING_TIMEOUT, Piece, within};
 
 impl Docker {
     /// The last lines of a container's process 1, for an error message.
-    pub async fn last_words(&self, id: &str) -> String {
+    pub(super) async fn last_words(&self, id: &str) -> String {
         let options = LogsOptionsBuilder::new()
             .stdout(true)
             .stderr(true)

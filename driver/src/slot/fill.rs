@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use polydev_proto::{id::Generation, init::hello};
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 use super::{Slot, Slots, breaker};
 use crate::{
@@ -26,8 +26,6 @@ const LABEL_PROVIDER: &str = "dev.polydev.provider";
 /// Time from the container's start until init waits for a command. With the idle CPU limit
 /// it is usually well under a second; a busy node may need many.
 const INIT_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often to check whether the container has ended.
-const STATE_INTERVAL: Duration = Duration::from_millis(500);
 /// The user of a runtime image that names its user `runtime`.
 const RUNTIME_UID: u32 = 1000;
 
@@ -42,8 +40,8 @@ pub enum Error {
     RootImage { image: String, user: String },
     #[error("cannot run a container")]
     Docker(#[from] docker::Error),
-    #[error("init exited with status {exit_code} before it was ready: {words}")]
-    InitEnded { exit_code: i64, words: String },
+    #[error(transparent)]
+    InitEnded(#[from] docker::Ended),
     #[error("init was not ready within {} s", INIT_TIMEOUT.as_secs())]
     InitTimedOut,
     #[error("init cannot be used")]
@@ -67,7 +65,7 @@ impl Error {
             Self::Image(error) => error.is_recoverable(),
             Self::Docker(_)
             | Self::Open(_)
-            | Self::InitEnded { .. }
+            | Self::InitEnded(_)
             | Self::InitTimedOut
             | Self::Link(_)
             | Self::Gone(_)
@@ -88,7 +86,7 @@ impl Error {
     fn is_the_images(&self) -> bool {
         matches!(
             self,
-            Self::InitEnded { .. } | Self::InitTimedOut | Self::Link(_)
+            Self::InitEnded(_) | Self::InitTimedOut | Self::Link(_)
         )
     }
 }
@@ -230,15 +228,12 @@ async fn make(
 }
 
 async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted, Error> {
-    let state = docker.state(id).await?;
-    if state.pid == 0 {
-        let words = docker.last_words(id).await;
-        return Err(Error::InitEnded {
-            exit_code: state.exit_code,
-            words,
-        });
+    let pid = docker.state(id).await?.pid;
+    let ended = async { docker.ended(id).await.map_or_else(Error::from, Error::from) };
+    if pid == 0 {
+        return Err(ended.await);
     }
-    let accept = timeout(INIT_TIMEOUT, listener.accept(|pid| pid == state.pid));
+    let accept = timeout(INIT_TIMEOUT, listener.accept(|peer| peer == pid));
     tokio::select! {
         accepted = accept => match accepted {
             Ok(Ok(greeted)) if matches!(greeted.state, hello::State::Waiting(_)) => Ok(greeted),
@@ -246,25 +241,7 @@ async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(Error::InitTimedOut),
         },
-        error = died(docker, id) => Err(error),
-    }
-}
-
-/// Waits until the container has ended; returns the reason.
-async fn died(docker: &Docker, id: &str) -> Error {
-    loop {
-        sleep(STATE_INTERVAL).await;
-        match docker.state(id).await {
-            Ok(state) if state.pid == 0 => {
-                let words = docker.last_words(id).await;
-                return Error::InitEnded {
-                    exit_code: state.exit_code,
-                    words,
-                };
-            }
-            Ok(_) => {}
-            Err(error) => return Error::Docker(error),
-        }
+        error = ended => Err(error),
     }
 }
 

@@ -55,8 +55,8 @@ pub enum Error {
     Docker(#[from] docker::Error),
     #[error("a container named `{name}` already exists and does not belong to this driver")]
     Taken { name: String },
-    #[error("init exited with status {exit_code} before it was ready: {words}")]
-    InitEnded { exit_code: i64, words: String },
+    #[error(transparent)]
+    InitEnded(#[from] docker::Ended),
     #[error("init was not ready within {} s; an image that must be process 1 itself, or a runtime without Unix sockets, requires `init = false`", INIT_TIMEOUT.as_secs())]
     InitTimedOut,
     #[error("init cannot be used")]
@@ -81,7 +81,7 @@ impl Error {
             Self::Plan(_) | Self::Command { .. } | Self::Taken { .. } => false,
             Self::Image(error) => error.is_recoverable(),
             Self::Docker(error) => !error.is_refused(),
-            Self::InitEnded { .. }
+            Self::InitEnded(_)
             | Self::InitTimedOut
             | Self::Link(_)
             | Self::Log { .. }
@@ -219,7 +219,7 @@ async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result
                 started.expect("starting does not panic")?;
                 tokio::select! {
                     accepted = &mut accept => Ok(accepted),
-                    error = died(&site.docker, container) => Err(error),
+                    ended = site.docker.ended(container) => Err(ended?.into()),
                 }
             }
         }
@@ -236,22 +236,6 @@ async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result
         pid,
         link: Some((listener, link)),
     })
-}
-
-/// Waits until the container has ended; returns the reason.
-async fn died(docker: &docker::Docker, container: &str) -> Error {
-    loop {
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        match docker.state(container).await {
-            Ok(state) if state.pid == 0 => {
-                let words = docker.last_words(container).await;
-                let exit_code = state.exit_code;
-                return Error::InitEnded { exit_code, words };
-            }
-            Ok(_) => {}
-            Err(error) => return error.into(),
-        }
-    }
 }
 
 /// Sets up limits, address and journal, which must precede the command.
