@@ -21,9 +21,11 @@ demo: tools    ## Run a real CLI warm on this machine, with Docker alone.
 	@$(SUDO) tests/demo.sh
 
 .PHONY: demo-programs
-demo-programs: init
+demo-programs:
+	RUSTFLAGS="-C target-feature=+crt-static" \
+	    cargo build --locked --profile demo --package polydev-init --target $(HOST)
 	cargo build --locked --profile demo --package polydev-driver --package polydev-shim --package polydev-stand-in
-	@cp target/$(HOST)/init/polydev-init target/demo/
+	@cp target/$(HOST)/demo/polydev-init target/demo/
 
 check:         ## What needs neither root nor Docker: two minutes, once it is built.
 	@tests/test.sh check
