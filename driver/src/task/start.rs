@@ -219,7 +219,7 @@ async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result
                 started.expect("starting does not panic")?;
                 tokio::select! {
                     accepted = &mut accept => Ok(accepted),
-                    ended = site.docker.ended(container) => Err(ended?.into()),
+                    ended = site.docker.ended(container) => Err(Error::InitEnded(ended?)),
                 }
             }
         }
