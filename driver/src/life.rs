@@ -7,7 +7,7 @@
 //!                              | |                ^                   ^ ^
 //!                              | +--Leased--> Leased ---LeaseEnded----+ |
 //!                              +------------------+-------Died---------+
-//!   any but Failed --Drained--> Draining          any --GivenUp--> Failed
+//!   any but Failed --Drained--> Draining          Warming, Recycling --GivenUp--> Failed
 //! ```
 //!
 //! A slot on demand serves one run and has one container: a step to `Recycling` leads to
@@ -100,9 +100,9 @@ pub enum Event {
     Died { reason: String },
     /// Nothing runs in the old container any longer, and the next one is being made.
     Recycled,
-    /// Nomad stops the allocation.
+    /// Nomad stops the allocation, or the run of a slot on demand does not come.
     Drained,
-    /// Refilling the slot failed too often.
+    /// Refilling the slot failed too often, or its first filling failed.
     GivenUp { reason: String },
 }
 

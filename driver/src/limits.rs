@@ -12,7 +12,7 @@ pub use cgroup::{Usage, version as cgroup_version};
 
 use std::{sync::Arc, time::Duration};
 
-/// The CFS period of every container: Docker's default.
+/// The CFS period of every slot's container: Docker's default.
 pub const CPU_PERIOD: Duration = Duration::from_millis(100);
 
 /// A set of hard limits.

@@ -10,7 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::{config, docker::Docker, events::Events, images::Images};
 
-/// The node's resources, as this life of the driver found them.
+/// What the parts of the driver share.
 #[derive(Debug)]
 pub struct Site {
     pub config: config::Plugin,
@@ -21,7 +21,7 @@ pub struct Site {
     pub instance: String,
     /// Random, created at each start. A claim names the start that its shim saw.
     pub start_id: String,
-    /// Name of the Docker network, and prefix of every container's name.
+    /// Name of the Docker network, and prefix of the names of slots' containers.
     pub name: String,
     /// The init program, named after its content.
     pub init: PathBuf,
@@ -32,7 +32,7 @@ pub struct Site {
     pub compute: Compute,
     /// True once Docker has responded and the rules of the slots' bridge are active.
     pub ready: watch::Sender<bool>,
-    /// All background tasks.
+    /// Background tasks.
     pub background: TaskTracker,
 }
 

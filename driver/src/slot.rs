@@ -125,7 +125,8 @@ pub struct Slot {
     claims: mpsc::Sender<Claim>,
     /// Cancelled when Nomad wants the slot to run.
     wanted: CancellationToken,
-    /// Cancelled when Nomad wants the slot to end: no new claim, and an end after the run.
+    /// Cancelled when the slot should end: no new claim, and an end after the run. Nomad wants
+    /// it, or the run of a slot on demand does not come.
     drain: CancellationToken,
     /// Cancelled to end the slot at once, with its run.
     kill: CancellationToken,

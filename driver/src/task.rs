@@ -163,8 +163,8 @@ impl Task {
         self.ended().await;
     }
 
-    /// Ends the task and removes its container, journal entry and folder, and its image if
-    /// unused. What Docker cannot remove now is removed later.
+    /// Ends the task and removes its container (unless `gc.container` is false), journal entry
+    /// and folder, and its image if unused. What Docker cannot remove now is removed later.
     pub async fn destroy(&self, tasks: &Tasks) {
         self.kill().await;
         let Entry {

@@ -3,7 +3,7 @@
 //!
 //! This crate makes no decisions; the crate polydev-transport makes connections. Without
 //! the feature `grpc` it contains only [`init`], [`error`], [`exec`], [`frame`],
-//! [`provider`], [`workspace`] and `sealed`, because polydev-init must stay small.
+//! [`provider`], [`stream`], [`workspace`] and `sealed`, because polydev-init must stay small.
 
 #![cfg_attr(
     feature = "grpc",

@@ -56,7 +56,7 @@ pub struct Connection {
     pub on_demand: bool,
     /// When Nomad was asked to make the slot.
     pub dispatched: Option<Instant>,
-    /// When the claim was sent. The driver's times count from this moment.
+    /// When the granted claim, or the attach, was sent. The driver's times count from this moment.
     pub sent: Instant,
     pub inputs: mpsc::Sender<RunInput>,
     pub events: Events,

@@ -1,4 +1,5 @@
-//! Process 1 of every container that the driver starts: one thread, one `poll` loop.
+//! Process 1 of the containers of slots, and of plain tasks unless `init = false`: one
+//! thread, one `poll` loop.
 //!
 //! It fills the home, connects to the driver's socket and waits. Then it receives the files
 //! of one command, runs the command, carries its streams and enforces its deadline. At the
@@ -36,8 +37,8 @@ use nix::sys::{
     signal::{SigSet, Signal},
 };
 
-/// Serves one container until the driver releases it, or SIGTERM arrives while no command
-/// runs. Returns the exit status.
+/// Serves one container until the driver releases it or has removed its socket, or SIGTERM
+/// or SIGINT arrives while no command runs. Returns the exit status.
 ///
 /// # Errors
 /// An error that prevents process 1 from working at all; the container then ends.

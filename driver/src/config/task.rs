@@ -28,7 +28,7 @@ pub struct Task {
     pub image_pull_timeout: Option<Duration>,
     pub auth: Option<Auth>,
     pub auth_soft_fail: bool,
-    /// Path of an image archive, relative to the task's folder.
+    /// Path of an image archive, relative to the task's `local` folder.
     pub load: Option<String>,
 
     pub cpu_hard_limit: bool,

@@ -23,7 +23,8 @@ pub struct PlainSpec<'a> {
     /// Empty for the image's user.
     pub user: &'a str,
     pub capabilities: Capabilities,
-    /// Program and folder of polydev-init on the host; without them `argv` is process 1.
+    /// Program and folder of polydev-init on the host; without them the program of
+    /// the job or the image is process 1.
     pub init: Option<InitMounts<'a>>,
     pub resources: Resources,
     /// In Docker's short form: first Nomad's, then the job's.

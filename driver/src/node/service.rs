@@ -1,7 +1,7 @@
 //! `polydev.node.v1`: decodes, asks the book and the slots, encodes. [`slots`] is what a
 //! shim watches, [`claim`] and [`lease`] decode its requests, [`call`] is a run's stream in
-//! both directions and [`encode`] its events, [`fence`] closes runs, [`runs`] lists them,
-//! and [`figures`] sums up the node.
+//! both directions and [`encode`] its events, [`fence`] closes runs, [`runs`] lists them
+//! and sends their accounts, and [`figures`] sums up the node.
 
 mod call;
 mod claim;

@@ -141,6 +141,14 @@ impl Runs {
         Ok((runs, open))
     }
 
+    /// The run of a claim that was made before.
+    ///
+    /// # Errors
+    /// [`Refusal`] if the claim cannot get a slot.
+    pub(crate) fn repeated(&self, parsed: &Parsed) -> Result<Option<Arc<Run>>, Refusal> {
+        self.lock().repeated(parsed)
+    }
+
     /// Starts to admit a claim. No other claim is decided until the [`Admission`] is used
     /// or dropped.
     ///
@@ -153,14 +161,6 @@ impl Runs {
         }
         claim::check_age(parsed.run_id, SystemTime::now())?;
         Ok(Admit::New(Admission { runs: self, inner }))
-    }
-
-    /// The run of a claim that was made before.
-    ///
-    /// # Errors
-    /// [`Refusal`] if the claim cannot get a slot.
-    pub(crate) fn repeated(&self, parsed: &Parsed) -> Result<Option<Arc<Run>>, Refusal> {
-        self.lock().repeated(parsed)
     }
 
     /// A run with its results, for its own user or, with `None`, for the operator.

@@ -37,7 +37,7 @@ pub enum Event {
         from: u64,
         to: u64,
     },
-    /// How much of its stdin the command has taken.
+    /// How much of the input is taken.
     StdinTaken {
         offset: u64,
     },
@@ -66,7 +66,7 @@ pub struct Follower {
     granted: bool,
     started: bool,
     stdin_taken: u64,
-    /// Whether the list of artifacts is known.
+    /// Whether the list of artifacts was sent.
     artifacts: bool,
     /// The stream to try first: the streams take turns.
     turn: Stream,
@@ -109,7 +109,7 @@ impl Follower {
         })
     }
 
-    /// How much of its stdin the command has taken.
+    /// How much of the input is taken.
     #[must_use]
     pub fn stdin_taken(&self) -> u64 {
         self.progress.borrow().stdin_taken

@@ -1,5 +1,5 @@
-//! Idle containers across restarts of the driver. [`keep`] records each container as soon
-//! as it is made. After a restart the containers still wait, and [`adopt`] takes them over
+//! Idle containers across restarts of the driver. [`keep`] records each container before
+//! it is offered. After a restart the containers still wait, and [`adopt`] takes them over
 //! without asking Docker.
 //!
 //! A container that was ever granted to a run is not taken over, even if the run never

@@ -49,7 +49,7 @@ impl Slots {
         parsed: Parsed,
         arrived: Instant,
     ) -> Result<Arc<Run>, Refusal> {
-        // A repeated claim gets its previous answer, whatever has changed since.
+        // A claim whose run is known here gets that run, whatever has changed since.
         if let Some(run) = self.runs.repeated(&parsed)? {
             return Ok(run);
         }
@@ -82,16 +82,6 @@ impl Slots {
             .and_then(|until| until.duration_since(SystemTime::now()).ok())
             .ok_or(Refusal::TooLate)?;
         Ok((self.live(&target.slot_id)?, arrived + left))
-    }
-
-    /// From here on, the run reports its own progress.
-    fn hand_over(&self, slot: &Slot, run: Arc<Run>, order: Order, share: Share) {
-        let claim = Claim { run, order, share };
-        if let Err(unsent) = slot.claims.try_send(claim) {
-            let reason = "the slot has ended".into();
-            let run = unsent.into_inner().run;
-            self.runs.aborted(&run, Refusal::Broken { reason });
-        }
     }
 }
 
@@ -177,5 +167,17 @@ impl Grant<'_> {
         let share = self.share.or_else(|| self.slot.leased_share());
         self.slot.step(self.life, self.next);
         share.expect("a slot that is claimed has taken a share, or its lease has")
+    }
+}
+
+impl Slots {
+    /// From here on, the run reports its own progress.
+    fn hand_over(&self, slot: &Slot, run: Arc<Run>, order: Order, share: Share) {
+        let claim = Claim { run, order, share };
+        if let Err(unsent) = slot.claims.try_send(claim) {
+            let reason = "the slot has ended".into();
+            let run = unsent.into_inner().run;
+            self.runs.aborted(&run, Refusal::Broken { reason });
+        }
     }
 }

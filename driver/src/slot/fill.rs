@@ -140,7 +140,7 @@ pub(super) async fn fill(
     slot: &Slot,
     generation: Generation,
 ) -> Result<Container, Error> {
-    // Only the wait for a registry may be cancelled: Docker would still create a requested
+    // Only the waits before `make` may be cancelled: Docker would still create a requested
     // container, after nobody looks for it any longer.
     let mut ready = slots.site.ready.subscribe();
     tokio::select! {
@@ -166,6 +166,21 @@ pub(super) async fn fill(
         slots.breakers.failed(reference, &image_id, &reason, now);
     }
     made
+}
+
+/// Looks for the image on the node, and pulls it only if missing.
+async fn find_image(site: &Site, slot: &Slot) -> Result<(docker::Image, Use), Error> {
+    let reference = &slot.config.image;
+    let want = Want {
+        reference,
+        policy: Policy::IfMissing,
+        archive: None,
+        auth: None,
+        auth_soft_fail: false,
+        timeout: None,
+    };
+    let tell = |step: Step| site.events.send(&slot.identity, step.message(reference));
+    Ok(site.images.get(&want, tell).await?)
 }
 
 async fn make(
@@ -243,21 +258,6 @@ async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted
         },
         error = ended => Err(error),
     }
-}
-
-/// Looks for the image on the node, and pulls it only if missing.
-async fn find_image(site: &Site, slot: &Slot) -> Result<(docker::Image, Use), Error> {
-    let reference = &slot.config.image;
-    let want = Want {
-        reference,
-        policy: Policy::IfMissing,
-        archive: None,
-        auth: None,
-        auth_soft_fail: false,
-        timeout: None,
-    };
-    let tell = |step: Step| site.events.send(&slot.identity, step.message(reference));
-    Ok(site.images.get(&want, tell).await?)
 }
 
 /// Owner of the home folder; `None` for root and for unknown names.

@@ -175,6 +175,19 @@ impl Keeper {
         self.end(end);
     }
 
+    /// Whether Nomad wants the slot to run; otherwise it wants to destroy it.
+    async fn is_wanted(&self) -> bool {
+        if !self.slot.wanted.is_cancelled() {
+            let reason = "Nomad has recovered it and does not wait for it yet".into();
+            self.slot.apply(Event::Held { reason });
+        }
+        tokio::select! {
+            biased;
+            () = self.slot.wanted.cancelled() => true,
+            () = self.slot.drain.cancelled() => false,
+        }
+    }
+
     /// Handles what an earlier life of the driver, or this task's previous start, left.
     async fn take_up(&mut self, open: Option<Arc<Run>>, left: Option<Idle>) {
         if let Some(run) = open {
@@ -296,19 +309,6 @@ impl Keeper {
         match self.rest(wait).await {
             true => ControlFlow::Continue(()),
             false => ControlFlow::Break(Ended::Stopped),
-        }
-    }
-
-    /// Whether Nomad wants the slot to run; otherwise it wants to destroy it.
-    async fn is_wanted(&self) -> bool {
-        if !self.slot.wanted.is_cancelled() {
-            let reason = "Nomad has recovered it and does not wait for it yet".into();
-            self.slot.apply(Event::Held { reason });
-        }
-        tokio::select! {
-            biased;
-            () = self.slot.wanted.cancelled() => true,
-            () = self.slot.drain.cancelled() => false,
         }
     }
 

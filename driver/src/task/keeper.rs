@@ -31,7 +31,8 @@ const OOM_INTERVAL: Duration = Duration::from_secs(1);
 /// Time between requests to a dockerd that does not respond.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 /// How long the end of a task waits for an agent to read its last output, while somebody
-/// waits for the end. While nobody waits for the end, there is no limit.
+/// waits for the end. While nobody waits for the end, only a copy from Docker's log driver has
+/// a limit (`output::READ_TIMEOUT`).
 const UNREAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long process 1 of a plain task may take to end after SIGKILL, before the driver asks
 /// Docker to remove the container, and again after that.
@@ -316,7 +317,7 @@ impl Keeper {
 
     /// Waits until Nomad has read the task's output: init ends when its FIFOs are empty,
     /// and dockerd's stream ends after the container. The wait is limited if an agent does
-    /// not read, but not if the agent is away.
+    /// not read. If the agent is away, only a copy from Docker's log driver is limited.
     async fn output_is_read(&mut self, pump: Option<AbortOnDropHandle<()>>) {
         let (task, copied) = (self.task.clone(), self.copied.clone());
         let is_given_up = tokio::select! {

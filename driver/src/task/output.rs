@@ -67,10 +67,10 @@ pub(super) fn is_nowhere(path: &Path) -> bool {
 const NOWHERE: &str = "/dev/null";
 
 /// Copies a container's output from dockerd until the container has ended and Nomad has
-/// read everything. After an outage of dockerd or the driver, copying resumes at the second
-/// in which it stopped, so lines of that second may appear twice. `since` is that second,
-/// or `None` for a new container. `mark` is called after output was written, at most once a
-/// second.
+/// read everything, for which it has [`READ_TIMEOUT`]. After an outage of dockerd or the
+/// driver, copying resumes at the second in which it stopped, so lines of that second may
+/// appear twice. `since` is that second, or `None` for a new container. `mark` is called
+/// after output was written, at most once a second.
 pub(super) async fn pump(
     docker: Docker,
     container: String,

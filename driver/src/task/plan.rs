@@ -26,7 +26,7 @@ use crate::{
 /// Far larger than any seccomp profile.
 const MAX_PROFILE: u64 = 1 << 20;
 
-/// Why a task cannot start as its job describes it. Docker has not been asked for anything.
+/// Why a task cannot start as its job describes it. No container has been made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("invalid task config")]

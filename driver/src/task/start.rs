@@ -1,4 +1,4 @@
-//! Starts a plain task with three calls to Docker. With init, everything is in place before
+//! Starts a plain task. With init, everything is in place before
 //! the first instruction of the command.
 
 use std::{
@@ -238,7 +238,7 @@ async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result
     })
 }
 
-/// Sets up limits, address and journal, which must precede the command.
+/// Sets up limits, address and journal. With init, they precede the command.
 async fn prepare(
     tasks: &Tasks,
     plan: &Plan<'_>,

@@ -60,7 +60,7 @@ pub struct Relay {
     pub caller: mpsc::Sender<Result<RunEvent, Error>>,
 }
 
-/// The first event for a caller.
+/// Where the run is: for a caller, the event after `queued`.
 pub fn accepted(run_id: RunId, connection: &Connection) -> Accepted {
     Accepted {
         run_id: run_id.into(),
@@ -119,7 +119,7 @@ impl Relay {
 struct Carried {
     relay: Relay,
     connection: Connection,
-    /// When the run's first claim was sent.
+    /// When the granted claim, or the attach, was sent.
     claimed: Instant,
     timeline: Timeline,
     /// `None` when the caller has closed its side.

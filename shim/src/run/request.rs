@@ -1,4 +1,4 @@
-//! A caller's run, which is checked here once and nowhere later.
+//! A caller's run, checked before any driver is asked.
 
 mod files;
 

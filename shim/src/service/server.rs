@@ -115,6 +115,7 @@ pub async fn serve(
         rate: Rate::new("caller", limits.rates.caller).into(),
     };
     let identified = middleware::from_fn_with_state(door, identify);
+    // The layer that is added last is passed first.
     let routes = routes.into_axum_router().layer(identified).layer(guarded);
     let routes = Routes::from(routes);
     let server = Server::builder()

@@ -1,4 +1,4 @@
-//! Lists and watches runs, without their output.
+//! Lists and watches runs, without their output, and sends the accounts that they refresh.
 
 use std::{collections::VecDeque, sync::Arc};
 

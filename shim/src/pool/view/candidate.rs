@@ -11,7 +11,7 @@ use tonic::transport::Channel;
 
 use super::{Clock, View};
 
-/// An idle slot, which is out of the view while the run tries it.
+/// A slot that no other run of this shim is offered while the run tries it.
 #[derive(Debug)]
 pub struct Candidate {
     pub node_id: String,
