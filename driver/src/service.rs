@@ -256,7 +256,9 @@ impl Driver for Service {
         &self,
         request: Request<WaitTaskRequest>,
     ) -> Result<Response<WaitTaskResponse>, Status> {
-        let work = self.work(&request.into_inner().task_id)?;
+        let task_id = request.into_inner().task_id;
+        let work = self.work(&task_id)?;
+        tracing::info!(task = task_id, "Nomad waits for the task's end");
         Ok(Response::new(work.wait().await))
     }
 

@@ -6,6 +6,7 @@ use polydev_proto::{
     driver::{InspectTaskRequest, StopTaskRequest, WaitTaskRequest},
     init::ArtifactRules,
     node::{CancelRunRequest, GetRunRequest, Run, RunSpec, ended::Reason, run, run_event::Event},
+    workspace,
 };
 use polydev_shim::engine::embedded::pools;
 use polydev_tests::{folder::Folder, process::succeed};
@@ -78,6 +79,7 @@ async fn a_cancelled_run_tells_the_size_of_artifacts_that_nobody_fetched() {
             max_bytes: SIZE,
             max_files: 1,
         }),
+        work_dir: workspace::PATH.into(),
         ..shell(&format!("head -c {SIZE} /dev/zero > a"))
     };
     let is_found = |event: &Event| matches!(event, Event::Artifacts(_));

@@ -134,8 +134,9 @@ fn a_killed_driver_loses_neither_tasks_nor_lines_nor_the_exit_status() {
             Duration::from_secs(30),
             || {
                 let log = nomad.agent().log();
-                let count = log.matches("Nomad asked for a recovered task").count();
-                if count == life {
+                // Nomad gives up a task whose driver dies while it is being recovered.
+                let count = log.matches("Nomad waits for the task's end").count();
+                if count == life + 1 {
                     Ok(())
                 } else {
                     Err(format!("{count} of {life}"))
