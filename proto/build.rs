@@ -5,6 +5,7 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message;
 
 const INIT: &[&str] = &["polydev/init/v1/init.proto"];
+const BROKER: &[&str] = &["polydev/broker/v1/broker.proto"];
 const GRPC: &[&str] = &[
     "polydev/runtime/v1/runtime.proto",
     "polydev/node/v1/node.proto",
@@ -33,6 +34,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             .boxed(".polydev.init.v1.ToInit.message.start")
     };
     configure().compile_fds(protox::compile(INIT, ["."])?)?;
+    if env::var_os("CARGO_FEATURE_BROKER").is_some() {
+        configure().compile_fds(protox::compile(BROKER, ["."])?)?;
+    }
     if grpc {
         // The node's protocol uses init's messages, whose Rust module differs from their
         // package.

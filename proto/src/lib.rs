@@ -54,6 +54,18 @@ pub mod init {
     pub const MAX_LABEL: usize = 1024;
 }
 
+/// The protocol between the driver and the broker of its node, `polydev.broker.v1`.
+#[cfg(feature = "broker")]
+pub mod broker {
+    include!(concat!(env!("OUT_DIR"), "/polydev.broker.v1.rs"));
+
+    /// The protocol version of this build.
+    pub const PROTOCOL_VERSION: u32 = 1;
+
+    /// Most bytes of [`Keys`] before they are sealed: three keys of any provider.
+    pub const MAX_KEYS: usize = 16 << 10;
+}
+
 pub mod error;
 pub mod exec;
 pub mod frame;

@@ -5,7 +5,7 @@
 //! The wire format is the encapsulated key (32 bytes) followed by the ciphertext of one
 //! message with its tag. For [`Secrets`], `info` is [`SECRETS`] and the associated data is
 //! the run's id. For a [`RefreshedFile`], they are [`REFRESHED`] and the label that came
-//! with the key.
+//! with the key. For the keys of a broker, they are `KEYS` and the run's id.
 
 use bytes::Bytes;
 use hpke::{
@@ -15,12 +15,16 @@ use hpke::{
 use prost::Message;
 use zeroize::Zeroizing;
 
+#[cfg(feature = "broker")]
+use crate::broker::{Keys, MAX_KEYS};
 use crate::init::{MAX_REFRESHED, MAX_SECRETS, RefreshedFile, Secrets};
 
 type Kem = X25519HkdfSha256;
 
 const SECRETS: &[u8] = b"polydev.init.v1 secrets";
 const REFRESHED: &[u8] = b"polydev.init.v1 refreshed";
+#[cfg(feature = "broker")]
+const KEYS: &[u8] = b"polydev.broker.v1 keys";
 const ENCAPSULATED_KEY: usize = 32;
 
 /// Why secrets cannot be sealed or opened; never quotes them.
@@ -82,6 +86,16 @@ impl PrivateKey {
         self.open_message(REFRESHED, sealed, label)
     }
 
+    /// Opens what [`seal_keys`] made. The values are wiped when the last of them is dropped.
+    ///
+    /// # Errors
+    /// [`Error::NotForUs`] if they were sealed for another broker or run, or changed in
+    /// transit; [`Error::Malformed`].
+    #[cfg(feature = "broker")]
+    pub fn open_keys(&self, sealed: &[u8], run_id: &str) -> Result<Keys, Error> {
+        self.open_message(KEYS, sealed, run_id.as_bytes())
+    }
+
     fn open_message<M: Message + Default>(
         &self,
         info: &[u8],
@@ -136,6 +150,18 @@ pub fn seal_refreshed(
         return Err(Error::TooLong);
     }
     seal_message(public_key, REFRESHED, file, label)
+}
+
+/// Seals a run's keys to the broker with this public key.
+///
+/// # Errors
+/// [`Error::PublicKey`], [`Error::TooLong`]
+#[cfg(feature = "broker")]
+pub fn seal_keys(public_key: &[u8], run_id: &str, keys: &Keys) -> Result<Bytes, Error> {
+    if keys.encoded_len() > MAX_KEYS {
+        return Err(Error::TooLong);
+    }
+    seal_message(public_key, KEYS, keys, run_id.as_bytes())
 }
 
 fn seal_message(

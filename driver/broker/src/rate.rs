@@ -1,0 +1,153 @@
+//! How fast a container may send or receive through the broker, as a token bucket for each
+//! direction. The buckets of its network interface are beside these; `docs/limits.md` says
+//! which traffic counts where.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use parking_lot::Mutex;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// How far ahead of its rate a container may be after a pause.
+const BURST: Duration = Duration::from_millis(50);
+
+/// One direction of one container.
+#[derive(Debug)]
+pub(crate) struct Bucket {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    bytes_per_second: u64,
+    /// When everything that has passed would have passed at exactly the rate.
+    even_at: Instant,
+}
+
+impl Bucket {
+    pub(crate) fn new(bytes_per_second: u64) -> Self {
+        Self {
+            state: State {
+                bytes_per_second: bytes_per_second.max(1),
+                even_at: Instant::now(),
+            }
+            .into(),
+        }
+    }
+
+    /// Changes the rate of what passes from now on.
+    pub(crate) fn set_rate(&self, bytes_per_second: u64) {
+        self.state.lock().bytes_per_second = bytes_per_second.max(1);
+    }
+
+    /// Counts bytes that pass now. Returns when the next ones may.
+    pub(crate) fn pass(&self, bytes: usize) -> Instant {
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        let nanos = bytes as u128 * 1_000_000_000 / u128::from(state.bytes_per_second);
+        let took = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        let earliest = now.checked_sub(BURST).unwrap_or(now);
+        state.even_at = state.even_at.max(earliest) + took;
+        state.even_at
+    }
+}
+
+/// A body at the speed of a bucket. A piece passes at once, and the next one waits.
+pub(crate) struct Paced<B> {
+    body: B,
+    bucket: Arc<Bucket>,
+    pause: Option<Pin<Box<Sleep>>>,
+}
+
+impl<B> Paced<B> {
+    pub(crate) fn new(body: B, bucket: Arc<Bucket>) -> Self {
+        Self {
+            body,
+            bucket,
+            pause: None,
+        }
+    }
+}
+
+impl<B: Body<Data = Bytes> + Unpin> Body for Paced<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        if let Some(pause) = &mut self.pause {
+            std::task::ready!(pause.as_mut().poll(context));
+            self.pause = None;
+        }
+        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(context));
+        if let Some(Ok(frame)) = &frame
+            && let Some(data) = frame.data_ref()
+        {
+            let next = self.bucket.pass(data.len());
+            if next > Instant::now() {
+                self.pause = Some(Box::pin(sleep_until(next)));
+            }
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::{BodyExt, StreamBody};
+
+    /// How long a megabyte takes, in pieces of `size`, at one megabyte a second.
+    async fn megabyte(size: usize, bucket: Arc<Bucket>) -> Duration {
+        let pieces = (0..1_000_000 / size).map(move |_| {
+            let piece = Bytes::from(vec![0; size]);
+            Ok::<_, std::convert::Infallible>(Frame::data(piece))
+        });
+        let body = Paced::new(StreamBody::new(futures_util::stream::iter(pieces)), bucket);
+        let begun = Instant::now();
+        let passed = body.collect().await.expect("no piece fails").to_bytes();
+        assert_eq!(passed.len(), 1_000_000);
+        begun.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_rate_holds_for_pieces_of_any_size() {
+        for size in [100, 1000, 10_000, 50_000] {
+            let took = megabyte(size, Bucket::new(1_000_000).into()).await;
+            assert!(
+                (0.95..=1.05).contains(&took.as_secs_f64()),
+                "{size}: {took:?}"
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_bodies_share_a_bucket_and_a_new_rate_holds_at_once() {
+        let bucket = Arc::new(Bucket::new(1_000_000));
+        let (one, other) = tokio::join!(
+            megabyte(10_000, bucket.clone()),
+            megabyte(10_000, bucket.clone())
+        );
+        let both = one.max(other).as_secs_f64();
+        assert!((1.9..=2.1).contains(&both), "{both}");
+        bucket.set_rate(4_000_000);
+        let took = megabyte(10_000, bucket).await.as_secs_f64();
+        assert!((0.2..=0.27).contains(&took), "{took}");
+    }
+}

@@ -1,0 +1,102 @@
+//! A container's WebSocket to an API: bytes both ways, at the container's speed.
+
+use std::{io, sync::Arc};
+
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use http_body_util::{BodyExt, Empty};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split},
+    time::sleep_until,
+};
+
+use crate::{
+    answer::{self, AnswerBody},
+    container::Container,
+    grant::Grant,
+    rate::Bucket,
+    request::end_to_end,
+    upstream::Connections,
+};
+
+/// Most bytes that are read at once.
+const PIECE: usize = 16 << 10;
+
+/// Asks the API for a WebSocket. An API without one is answered for with 426: on any other
+/// status Codex 0.169 tries again for six seconds, on this one it uses requests at once.
+pub(crate) async fn open(
+    container: &Arc<Container>,
+    grant: &Arc<Grant>,
+    connections: &Connections,
+    mut outgoing: reqwest::Request,
+    upgrade: OnUpgrade,
+) -> reqwest::Result<Response<AnswerBody>> {
+    let headers = outgoing.headers_mut();
+    mark(headers);
+    let answered = connections.websockets.execute(outgoing).await?;
+    if answered.status() != StatusCode::SWITCHING_PROTOCOLS {
+        let message = format!(
+            "the API offers no WebSocket: it answered with {}",
+            answered.status()
+        );
+        return Ok(answer::error(StatusCode::UPGRADE_REQUIRED, &message));
+    }
+    let body = Empty::new().map_err(|never| match never {}).boxed_unsync();
+    let mut answer = Response::new(body);
+    *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    *answer.headers_mut() = end_to_end(answered.headers());
+    answer.headers_mut().remove(header::SET_COOKIE);
+    mark(answer.headers_mut());
+    let (container, grant) = (container.clone(), grant.clone());
+    tokio::spawn(async move {
+        let carried = async {
+            let api = answered.upgrade().await.map_err(io::Error::other)?;
+            let ours = upgrade.await.map_err(io::Error::other)?;
+            carry(TokioIo::new(ours), api, &container).await
+        };
+        tokio::select! {
+            carried = carried => if let Err(error) = carried {
+                tracing::debug!(container = container.name, %error, "a WebSocket broke");
+            },
+            () = grant.over().cancelled() => {}
+        }
+    });
+    Ok(answer)
+}
+
+fn mark(headers: &mut HeaderMap) {
+    headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+}
+
+/// Carries both directions until both have ended, or one breaks.
+async fn carry(
+    ours: impl AsyncRead + AsyncWrite,
+    api: impl AsyncRead + AsyncWrite,
+    container: &Container,
+) -> io::Result<()> {
+    let (mut from_us, mut to_us) = split(ours);
+    let (mut from_api, mut to_api) = split(api);
+    tokio::try_join!(
+        pass(&mut from_us, &mut to_api, &container.upload),
+        pass(&mut from_api, &mut to_us, &container.download),
+    )?;
+    Ok(())
+}
+
+async fn pass(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+    bucket: &Bucket,
+) -> io::Result<()> {
+    let mut piece = vec![0; PIECE];
+    loop {
+        let count = from.read(&mut piece).await?;
+        if count == 0 {
+            return to.shutdown().await;
+        }
+        to.write_all(&piece[..count]).await?;
+        sleep_until(bucket.pass(count)).await;
+    }
+}

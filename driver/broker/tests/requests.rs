@@ -1,0 +1,228 @@
+//! A container's requests through the broker, to an API of the test's own.
+
+mod api;
+
+use std::{net::SocketAddr, time::Duration};
+
+use api::Api;
+use polydev_broker::{broker::Broker, upstream::Upstreams};
+use polydev_proto::{
+    broker::{Grant, Key, Keys, Open, from_broker::Message},
+    provider::Provider,
+    sealed::seal_keys,
+};
+use reqwest::{Client, StatusCode};
+use rustls::RootCertStore;
+use tokio::{net::TcpListener, sync::mpsc, time::timeout};
+
+const RUN: &str = "0192d4e0-0000-7000-8000-000000000001";
+const FAST: u64 = 1 << 30;
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A broker before an API that answers for all three providers.
+struct Node {
+    broker: Broker,
+    told: mpsc::Receiver<Message>,
+    api: Api,
+}
+
+impl Node {
+    async fn new() -> Self {
+        let _installed = rustls::crypto::ring::default_provider().install_default();
+        let api = Api::serve().await;
+        let mut upstreams = Upstreams::new(RootCertStore::empty()).expect("TLS");
+        for provider in Provider::all() {
+            upstreams
+                .replace(provider, &format!("http://{}", api.address))
+                .expect("a loopback address");
+        }
+        let (broker, told) = Broker::new(upstreams);
+        Self { broker, told, api }
+    }
+
+    /// Opens a container; returns what it connects to.
+    async fn open(&self, container: &str) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let open = Open {
+            container: container.into(),
+            bytes_per_second: FAST,
+        };
+        self.broker.open(&open, listener).expect("it is opened");
+        address
+    }
+
+    fn grant(&self, container: &str, run_id: &str, keys: &[(&str, &str)]) {
+        let keys = Keys {
+            keys: keys
+                .iter()
+                .map(|(provider, value)| Key {
+                    provider: (*provider).into(),
+                    value: value.as_bytes().to_vec().into(),
+                })
+                .collect(),
+        };
+        let sealed_keys =
+            seal_keys(&self.broker.public_key(), run_id, &keys).expect("a key of the broker");
+        self.broker.grant(&Grant {
+            container: container.into(),
+            run_id: run_id.into(),
+            sealed_keys,
+            bytes_per_second: FAST,
+        });
+    }
+
+    async fn told(&mut self) -> Message {
+        let told = timeout(LIMIT, self.told.recv())
+            .await
+            .expect("it is told in time");
+        told.expect("the broker is there")
+    }
+}
+
+#[tokio::test]
+async fn the_users_key_takes_the_place_of_the_containers() {
+    let node = Node::new().await;
+    let address = node.open("one").await;
+    node.grant("one", RUN, &[("anthropic", "users"), ("openai", "users")]);
+    let client = Client::new();
+    for (path, name, value) in [
+        ("anthropic/v1/messages?beta=true", "x-api-key", "users"),
+        ("openai/v1/responses", "authorization", "Bearer users"),
+    ] {
+        let sent = client
+            .post(format!("http://{address}/{path}"))
+            .header("x-api-key", "placeholder")
+            .header("authorization", "Bearer placeholder")
+            .body("what it sends");
+        let answer = sent.send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK);
+        assert_eq!(answer.text().await.unwrap(), "what it sends");
+        let seen = node.api.last();
+        assert_eq!(seen.headers[name], value);
+        assert_eq!(format!("/{}", path.split_once('/').unwrap().1), seen.uri);
+        let all = format!("{:?}", seen.headers);
+        assert!(!all.contains("placeholder"), "{all}");
+    }
+}
+
+#[tokio::test]
+async fn without_a_run_with_its_key_nothing_reaches_an_api() {
+    let mut node = Node::new().await;
+    let address = node.open("one").await;
+    let ask = async |path: &str| {
+        let sent = Client::new().post(format!("http://{address}{path}"));
+        let answer = sent.send().await.unwrap();
+        let retry = answer.headers().get("x-should-retry").cloned();
+        assert_eq!(retry.unwrap(), "false");
+        (answer.status(), answer.text().await.unwrap())
+    };
+    let (status, text) = ask("/anthropic/v1/messages").await;
+    assert_eq!(status, StatusCode::FORBIDDEN);
+    assert!(text.contains("no run has this container"), "{text}");
+
+    // Keys of another run, or for another broker, give nothing.
+    let keys = Keys::default();
+    let sealed = seal_keys(&node.broker.public_key(), "another", &keys).unwrap();
+    node.broker.grant(&Grant {
+        container: "one".into(),
+        run_id: RUN.into(),
+        sealed_keys: sealed,
+        bytes_per_second: FAST,
+    });
+    let Message::Refused(refused) = node.told().await else {
+        panic!("the driver is not told");
+    };
+    assert_eq!(refused.run_id, RUN);
+    assert_eq!(ask("/anthropic/v1/messages").await.0, StatusCode::FORBIDDEN);
+
+    node.grant("one", RUN, &[("anthropic", "users")]);
+    let (_, text) = ask("/openai/v1/responses").await;
+    assert!(text.contains("this run has no key for openai"), "{text}");
+    let (_, text) = ask("/anthropic/v1/organizations").await;
+    assert!(text.contains("is not a path of anthropic"), "{text}");
+
+    // A container takes no second run.
+    node.grant(
+        "one",
+        "0192d4e0-0000-7000-8000-000000000002",
+        &[("openai", "others")],
+    );
+    assert!(matches!(node.told().await, Message::Refused(_)));
+    let (_, text) = ask("/openai/v1/responses").await;
+    assert!(text.contains("this run has no key for openai"), "{text}");
+    assert_eq!(node.api.count(), 0);
+}
+
+#[tokio::test]
+async fn a_stream_passes_piece_by_piece_and_breaks_with_its_run() {
+    let node = Node::new().await;
+    let address = node.open("one").await;
+    node.grant("one", RUN, &[("anthropic", "users")]);
+    let sent = Client::new().post(format!("http://{address}/anthropic/v1/messages"));
+    let mut answer = sent.header("x-test", "stream").send().await.unwrap();
+    for piece in ["one", "two"] {
+        node.api.say(piece);
+        let got = timeout(LIMIT, answer.chunk()).await.unwrap().unwrap();
+        assert_eq!(got.unwrap(), piece);
+    }
+    node.broker.revoke("one");
+    let broken = timeout(LIMIT, answer.chunk()).await.unwrap();
+    assert!(broken.is_err(), "{broken:?}");
+    timeout(LIMIT, node.api.unheard())
+        .await
+        .expect("the request to the API ends");
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_ends_its_request_to_the_api() {
+    let node = Node::new().await;
+    let address = node.open("one").await;
+    node.grant("one", RUN, &[("anthropic", "users")]);
+    let sent = Client::new().post(format!("http://{address}/anthropic/v1/messages"));
+    let mut answer = sent.header("x-test", "stream").send().await.unwrap();
+    node.api.say("one");
+    assert_eq!(answer.chunk().await.unwrap().unwrap(), "one");
+    drop(answer);
+    timeout(LIMIT, node.api.unheard())
+        .await
+        .expect("the request to the API ends");
+}
+
+#[tokio::test]
+async fn a_refused_key_is_told_and_not_tried_again() {
+    let mut node = Node::new().await;
+    let address = node.open("one").await;
+    node.grant("one", RUN, &[("anthropic", "users")]);
+    let sent = Client::new().post(format!("http://{address}/anthropic/v1/messages"));
+    let answer = sent.header("x-test", "401").send().await.unwrap();
+    assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(answer.headers()["x-should-retry"], "false");
+    let Message::Answered(answered) = node.told().await else {
+        panic!("the driver is not told");
+    };
+    assert_eq!((answered.status, &*answered.run_id), (401, RUN));
+    assert_eq!(answered.provider, "anthropic");
+}
+
+#[tokio::test]
+async fn redirects_and_missing_websockets_end_in_the_broker() {
+    let node = Node::new().await;
+    let address = node.open("one").await;
+    node.grant("one", RUN, &[("openai", "users")]);
+    let url = format!("http://{address}/openai/v1/responses");
+    let redirected = Client::new()
+        .get(&url)
+        .header("x-test", "302")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(redirected.status(), StatusCode::BAD_GATEWAY);
+    assert!(redirected.text().await.unwrap().contains("redirect"));
+    let upgrade = Client::new()
+        .get(&url)
+        .header("connection", "Upgrade")
+        .header("upgrade", "websocket");
+    let answer = upgrade.header("x-test", "404").send().await.unwrap();
+    assert_eq!(answer.status(), StatusCode::UPGRADE_REQUIRED);
+}
