@@ -134,7 +134,7 @@ fn a_killed_driver_loses_neither_tasks_nor_lines_nor_the_exit_status() {
             Duration::from_secs(30),
             || {
                 let log = nomad.agent().log();
-                // Nomad gives up a task whose driver dies while it is being recovered.
+                // Nomad may give up a task whose driver dies while it is being recovered.
                 let count = log.matches("Nomad waits for the task's end").count();
                 if count == life + 1 {
                     Ok(())

@@ -1,4 +1,4 @@
-//! What the broker itself answers, in a form that all three CLIs print.
+//! What the broker itself answers, and what it leaves of an API's answer.
 
 use std::{
     pin::Pin,
@@ -11,19 +11,18 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
-use crate::grant::Grant;
+use crate::{grant::Grant, request::end_to_end};
 
 /// The body of every answer.
 pub(crate) type AnswerBody = UnsyncBoxBody<Bytes, BoxError>;
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// A CLI that reads this header does not try again (Claude Code; Anthropic's and OpenAI's
-/// client libraries).
+/// With the value `false`, Claude Code 2.1.332 does not try again.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// An answer that is not the API's.
 pub(crate) fn error(status: StatusCode, message: &str) -> Response<AnswerBody> {
-    // Anthropic's form has `type` in it, Google's has `code`, and OpenAI's client shows `message`.
+    // Anthropic's form has `type`, Google's has `code`, and all three have `message`.
     let body = serde_json::json!({
         "type": "error",
         "error": {
@@ -49,6 +48,14 @@ pub(crate) fn error(status: StatusCode, message: &str) -> Response<AnswerBody> {
 /// Says that the same request would get the same answer.
 pub(crate) fn do_not_retry(headers: &mut HeaderMap) {
     headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+}
+
+/// The headers of an API's answer that the container gets.
+pub(crate) fn headers(of_the_api: &HeaderMap) -> HeaderMap {
+    let mut kept = end_to_end(of_the_api);
+    kept.remove(header::SET_COOKIE);
+    kept.remove(header::ALT_SVC);
+    kept
 }
 
 /// A body that breaks off when the run ends, so that its receiver does not take it for whole.

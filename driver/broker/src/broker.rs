@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use polydev_proto::{
-    broker::{Grant as GrantRequest, Open},
+    broker::{Grant as GrantRequest, Open, from_broker},
     sealed::PrivateKey,
 };
 use tokio::{net::TcpListener, sync::mpsc, task::AbortHandle};
@@ -57,12 +57,7 @@ enum Refused {
 impl Broker {
     /// A broker without containers, and what it tells the driver.
     #[must_use]
-    pub fn new(
-        upstreams: Upstreams,
-    ) -> (
-        Self,
-        mpsc::Receiver<polydev_proto::broker::from_broker::Message>,
-    ) {
+    pub fn new(upstreams: Upstreams) -> (Self, mpsc::Receiver<from_broker::Message>) {
         let (events, told) = Events::new();
         let broker = Self {
             key: PrivateKey::generate(),
@@ -94,9 +89,8 @@ impl Broker {
     /// # Panics
     /// Outside of a runtime.
     pub fn open(&self, request: &Open, listener: TcpListener) -> Result<(), upstream::Error> {
-        let mut open = self.open.lock();
-        if let Some(known) = open.get(&request.container) {
-            known.container.set_rate(request.bytes_per_second);
+        if let Some(known) = self.find(&request.container) {
+            known.set_rate(request.bytes_per_second);
             return Ok(());
         }
         let connections = self.upstreams.connections()?;
@@ -108,7 +102,8 @@ impl Broker {
         ));
         let serving = tokio::spawn(serve(listener, container.clone(), self.events.clone()));
         let serving = serving.abort_handle();
-        open.insert(request.container.clone(), Opened { container, serving });
+        let opened = Opened { container, serving };
+        self.open.lock().insert(request.container.clone(), opened);
         Ok(())
     }
 

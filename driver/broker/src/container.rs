@@ -15,7 +15,7 @@ use crate::{
     upstream::{Connections, Upstreams},
 };
 
-/// What everything that a container asks for needs.
+/// A container, for whoever serves its requests.
 #[derive(Debug)]
 pub(crate) struct Container {
     pub(crate) name: String,
@@ -99,12 +99,6 @@ impl Container {
     /// Ends the run: what is in progress breaks off, and its keys are wiped with the last of it.
     pub(crate) fn revoke(&self) {
         *self.state.lock() = State::Over;
-        self.over.cancel();
-    }
-}
-
-impl Drop for Container {
-    fn drop(&mut self) {
         self.over.cancel();
     }
 }

@@ -26,7 +26,7 @@ use crate::broker::Broker;
 /// Most descriptors that come with one read. The driver sends one with a frame.
 const MAX_DESCRIPTORS: usize = 8;
 /// Most bytes of one read.
-const READ: usize = 64 << 10;
+const MAX_READ: usize = 64 << 10;
 
 /// Why a connection of the driver cannot be used any longer.
 #[derive(Debug, thiserror::Error)]
@@ -126,7 +126,7 @@ impl Driver {
     async fn read(&mut self) -> io::Result<usize> {
         let (input, sockets) = (&mut self.input, &mut self.sockets);
         let read = || {
-            let mut piece = [0; READ];
+            let mut piece = [0; MAX_READ];
             let mut space =
                 [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);

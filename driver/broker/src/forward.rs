@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use http::{Request, Response, StatusCode, header};
+use http::{Request, Response, StatusCode};
 use http_body::Body as _;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -111,10 +111,7 @@ fn of_the_api(
         events.answered(container, grant, provider, status);
     }
     let (mut parts, body) = Response::<reqwest::Body>::from(answered).into_parts();
-    parts.headers = request::end_to_end(&parts.headers);
-    parts.headers.remove(header::ACCEPT_ENCODING);
-    parts.headers.remove(header::SET_COOKIE);
-    parts.headers.remove(header::ALT_SVC);
+    parts.headers = answer::headers(&parts.headers);
     parts.version = http::Version::HTTP_11;
     if [StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN].contains(&status) {
         answer::do_not_retry(&mut parts.headers);

@@ -1,6 +1,5 @@
 //! How fast a container may send or receive through the broker, as a token bucket for each
-//! direction. The buckets of its network interface are beside these; `docs/limits.md` says
-//! which traffic counts where.
+//! direction. The buckets of its network interface are beside these.
 
 use std::{
     pin::Pin,
@@ -15,7 +14,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// How far ahead of its rate a container may be after a pause.
-const BURST: Duration = Duration::from_millis(50);
+const MAX_BURST: Duration = Duration::from_millis(50);
 
 /// One direction of one container.
 #[derive(Debug)]
@@ -52,7 +51,7 @@ impl Bucket {
         let mut state = self.state.lock();
         let nanos = bytes as u128 * 1_000_000_000 / u128::from(state.bytes_per_second);
         let took = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-        let earliest = now.checked_sub(BURST).unwrap_or(now);
+        let earliest = now.checked_sub(MAX_BURST).unwrap_or(now);
         state.even_at = state.even_at.max(earliest) + took;
         state.even_at
     }

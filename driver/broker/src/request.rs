@@ -92,11 +92,17 @@ pub(crate) fn read(parts: &Parts) -> Result<Asked, Refusal> {
         return Err(Refusal::Method(parts.method.clone()));
     }
     let upgrade = parts.headers.get(header::UPGRADE);
+    let mut headers = end_to_end(&parts.headers);
+    // What it cannot read, the broker cannot count.
+    headers.insert(
+        header::ACCEPT_ENCODING,
+        HeaderValue::from_static("identity"),
+    );
     Ok(Asked {
         api,
         method: parts.method.clone(),
         path,
-        headers: end_to_end(&parts.headers),
+        headers,
         is_websocket: upgrade.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket")),
     })
 }
@@ -156,11 +162,6 @@ pub(crate) fn end_to_end(headers: &HeaderMap) -> HeaderMap {
     for name in named.iter().chain(&CONNECTION).chain(&CREDENTIALS) {
         kept.remove(name);
     }
-    // What it cannot read, the broker cannot count.
-    kept.insert(
-        header::ACCEPT_ENCODING,
-        HeaderValue::from_static("identity"),
-    );
     kept
 }
 

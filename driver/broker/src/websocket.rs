@@ -16,12 +16,11 @@ use crate::{
     container::Container,
     grant::Grant,
     rate::Bucket,
-    request::end_to_end,
     upstream::Connections,
 };
 
 /// Most bytes that are read at once.
-const PIECE: usize = 16 << 10;
+const MAX_PIECE: usize = 16 << 10;
 
 /// Asks the API for a WebSocket. An API without one is answered for with 426: on any other
 /// status Codex 0.169 tries again for six seconds, on this one it uses requests at once.
@@ -45,8 +44,7 @@ pub(crate) async fn open(
     let body = Empty::new().map_err(|never| match never {}).boxed_unsync();
     let mut answer = Response::new(body);
     *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-    *answer.headers_mut() = end_to_end(answered.headers());
-    answer.headers_mut().remove(header::SET_COOKIE);
+    *answer.headers_mut() = answer::headers(answered.headers());
     mark(answer.headers_mut());
     let (container, grant) = (container.clone(), grant.clone());
     tokio::spawn(async move {
@@ -90,7 +88,7 @@ async fn pass(
     to: &mut (impl AsyncWrite + Unpin),
     bucket: &Bucket,
 ) -> io::Result<()> {
-    let mut piece = vec![0; PIECE];
+    let mut piece = vec![0; MAX_PIECE];
     loop {
         let count = from.read(&mut piece).await?;
         if count == 0 {

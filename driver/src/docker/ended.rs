@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
-use super::{Docker, Error};
+use super::{Docker, Error, State};
 
 /// How often to check whether a container has ended.
 const STATE_INTERVAL: Duration = Duration::from_millis(500);
@@ -19,7 +19,8 @@ pub struct Ended {
 }
 
 impl Docker {
-    /// Waits until a started container has ended.
+    /// Waits until a started container has ended. Looks for the first time after half a
+    /// second, because most containers do not end.
     ///
     /// # Errors
     /// [`Error`] if dockerd does not say so.
@@ -28,14 +29,19 @@ impl Docker {
     /// Loses nothing.
     pub async fn ended(&self, id: &str) -> Result<Ended, Error> {
         loop {
+            sleep(STATE_INTERVAL).await;
             let state = self.state(id).await?;
             if state.pid == 0 {
-                return Ok(Ended {
-                    exit_code: state.exit_code,
-                    words: self.last_words(id).await,
-                });
+                return Ok(self.end(id, &state).await);
             }
-            sleep(STATE_INTERVAL).await;
+        }
+    }
+
+    /// How a container ended that has this state.
+    pub async fn end(&self, id: &str, state: &State) -> Ended {
+        Ended {
+            exit_code: state.exit_code,
+            words: self.last_words(id).await,
         }
     }
 }

@@ -243,12 +243,11 @@ async fn make(
 }
 
 async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted, Error> {
-    let pid = docker.state(id).await?.pid;
-    let ended = async { docker.ended(id).await.map_or_else(Error::from, Error::from) };
-    if pid == 0 {
-        return Err(ended.await);
+    let state = docker.state(id).await?;
+    if state.pid == 0 {
+        return Err(docker.end(id, &state).await.into());
     }
-    let accept = timeout(INIT_TIMEOUT, listener.accept(|peer| peer == pid));
+    let accept = timeout(INIT_TIMEOUT, listener.accept(|pid| pid == state.pid));
     tokio::select! {
         accepted = accept => match accepted {
             Ok(Ok(greeted)) if matches!(greeted.state, hello::State::Waiting(_)) => Ok(greeted),
@@ -256,7 +255,7 @@ async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(Error::InitTimedOut),
         },
-        error = ended => Err(error),
+        ended = docker.ended(id) => Err(ended?.into()),
     }
 }
 
