@@ -14,10 +14,10 @@ use tokio::{
 };
 
 use crate::{
-    chain, config,
+    chain, config, docker,
     events::Events,
     limits,
-    node::Node,
+    node::{self, Node},
     site::Compute,
     state::lock::{self, Lock},
 };
@@ -40,6 +40,10 @@ pub enum Health {
     },
 }
 
+/// How long a dockerd may be too busy to answer before the node is unhealthy: a busy machine
+/// should not lose its node.
+const PATIENCE: Duration = Duration::from_secs(15);
+
 /// Watches Docker and the state folder forever.
 pub async fn run(
     config: config::Plugin,
@@ -57,15 +61,29 @@ pub async fn run(
         taken: node,
         lock: None,
         prepared: None,
+        outages: 0,
     };
+    let mut answered = None;
     loop {
         ticks.tick().await;
-        let now = watcher
-            .check()
-            .await
-            .unwrap_or_else(|error| Health::Unhealthy {
-                reason: chain(&*error),
-            });
+        let now = match watcher.check().await {
+            Ok(healthy) => {
+                answered = Some(Instant::now());
+                healthy
+            }
+            Err(error)
+                if is_busy(&*error) && answered.is_some_and(|at| at.elapsed() < PATIENCE) =>
+            {
+                continue;
+            }
+            Err(error) => {
+                let was_healthy = matches!(*health.borrow(), Health::Healthy { .. });
+                watcher.outages += u32::from(was_healthy);
+                Health::Unhealthy {
+                    reason: chain(&*error),
+                }
+            }
+        };
         health.send_if_modified(|health| {
             let changed = *health != now;
             if changed {
@@ -77,6 +95,15 @@ pub async fn run(
     }
 }
 
+/// Whether dockerd is there, and has only not answered in time.
+fn is_busy(error: &(dyn Error + Send + Sync + 'static)) -> bool {
+    let asked = match error.downcast_ref() {
+        Some(node::Error::Docker(error)) => Some(error),
+        _ => error.downcast_ref(),
+    };
+    matches!(asked, Some(docker::Error::TimedOut { .. }))
+}
+
 struct Watcher {
     config: config::Plugin,
     compute: Compute,
@@ -86,6 +113,10 @@ struct Watcher {
     /// When the resources that slots need were last ensured; `None` after an outage of
     /// Docker.
     prepared: Option<Instant>,
+    /// How often the node has become unhealthy. Nomad 1.11.3 tries a job that found no node
+    /// again only on a node of another class, and a class is made of attributes, not of health
+    /// (`applyUpsertNode` in nomad/fsm.go): this one changes with each outage.
+    outages: u32,
 }
 
 impl Watcher {
@@ -117,6 +148,7 @@ impl Watcher {
                 attribute("privileged.enabled", config.allow.privileged.to_string()),
                 attribute("volumes.enabled", config.volumes.to_string()),
                 attribute("bandwidth", "1".into()),
+                attribute("outages", self.outages.to_string()),
                 attribute("node_address", node.address()),
             ]),
         })

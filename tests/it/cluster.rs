@@ -16,6 +16,7 @@ use polydev_tests::{
     shim::Shim,
     wait_until,
 };
+use serde_json::Value;
 use uuid::Uuid;
 
 use crate::newer;
@@ -162,13 +163,18 @@ fn runs_end_and_stream_without_dockerd(
 
 /// The drivers of both nodes accept only the certificate of a shim.
 fn drivers_let_in_shims_and_nobody_else(cluster: &Cluster) {
-    let nodes = cluster.get("/v1/nodes");
-    let nodes = nodes.as_array().into_iter().flatten();
-    for node in nodes {
-        let address = &node["Drivers"]["polydev"]["Attributes"]["driver.polydev.node_address"];
-        let address = address.as_str().unwrap_or_default();
-        assert!(address.starts_with("https://10."), "{address}");
-    }
+    // An agent collects changes of a driver that has begun anew for up to ten seconds.
+    wait_until("the drivers' addresses", Duration::from_secs(20), || {
+        let nodes = cluster.get("/v1/nodes");
+        let mut all = nodes.as_array().into_iter().flatten();
+        let has_address = |node: &Value| {
+            let told = &node["Drivers"]["polydev"]["Attributes"];
+            let address = told["driver.polydev.node_address"].as_str();
+            address.is_some_and(|address| address.starts_with("https://10."))
+        };
+        let is_told = all.all(has_address);
+        is_told.then_some(()).ok_or(nodes.to_string())
+    });
     // The same authority has signed the certificate of the caller.
     let caller = cluster.shim_as("controller");
     let client = caller.client();

@@ -93,6 +93,18 @@ fn tasks_outlive_a_killed_dockerd_and_the_node_says_how_it_is() {
     };
     engine.kill();
     wait_health(false);
+    // Nomad has no node for it now.
+    let meanwhile = "meanwhile";
+    nomad.submit(&batch(
+        meanwhile,
+        offline("echo here", json!({ "init": true })),
+    ));
+    wait_until("a blocked evaluation", Duration::from_secs(20), || {
+        let all = nomad.get(&format!("/v1/job/{meanwhile}/evaluations"));
+        let mut found = all.as_array().into_iter().flatten();
+        let is_blocked = found.any(|evaluation| evaluation["Status"] == "blocked");
+        is_blocked.then_some(()).ok_or(all.to_string())
+    });
     let go = |alloc: &str| {
         let folder = nomad.folder().join("data/alloc").join(alloc).join("alloc");
         fs::write(folder.join("go"), "").unwrap();
@@ -109,6 +121,12 @@ fn tasks_outlive_a_killed_dockerd_and_the_node_says_how_it_is() {
 
     engine.restart();
     wait_health(true);
+    let placed = nomad.wait_dead(meanwhile);
+    assert!(
+        events(&placed).contains("Exit Code: 0"),
+        "{}",
+        events(&placed)
+    );
     go(&allocs[1]);
     let ended = nomad.wait_dead("without-init");
     assert!(

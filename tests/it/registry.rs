@@ -254,7 +254,7 @@ fn images_are_pulled_once_with_the_tasks_or_the_plugins_credentials() {
     let registry = Registry::start();
     let auths = registry.folder.path().join("client/config.json");
     let nomad = Nomad::start_with(&format!(
-        "auth {{\n config = \"{}\"\n}}\n gc {{\n image_delay = \"1s\"\n}}",
+        "auth {{\n config = \"{}\"\n}}\n gc {{\n image_delay = \"5s\"\n}}",
         auths.display()
     ));
     several_tasks_at_once_pull_once(&nomad, &registry);
