@@ -64,6 +64,13 @@ pub mod broker {
 
     /// Most bytes of [`Keys`] before they are sealed: three keys of any provider.
     pub const MAX_KEYS: usize = 16 << 10;
+
+    /// Size of [`MAX_KEYS`] bytes when sealed: plus an encapsulated key of 32 bytes and a tag
+    /// of 16.
+    pub const MAX_SEALED: usize = MAX_KEYS + 48;
+
+    /// Where a container asks the broker, on its own 127.0.0.1.
+    pub const PORT: u16 = 8319;
 }
 
 pub mod error;
@@ -75,6 +82,8 @@ pub mod provider;
 #[cfg(feature = "sealed")]
 pub mod sealed;
 pub mod stream;
+#[cfg(feature = "broker")]
+pub mod upstream;
 pub mod workspace;
 
 /// Nomad's plugin protocols. Module paths mirror the packages, because generated code

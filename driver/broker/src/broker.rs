@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use polydev_proto::{
-    broker::{Grant as GrantRequest, Open, from_broker},
+    broker::{Grant as GrantRequest, Granted, Open, Refused, from_broker},
     sealed::PrivateKey,
 };
 use tokio::{net::TcpListener, sync::mpsc, task::AbortHandle};
@@ -22,7 +22,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Broker {
     key: PrivateKey,
-    upstreams: Arc<Upstreams>,
+    upstreams: Upstreams,
     events: Events,
     open: Mutex<HashMap<String, Opened>>,
 }
@@ -37,13 +37,13 @@ struct Opened {
 impl Drop for Opened {
     fn drop(&mut self) {
         self.serving.abort();
-        self.container.revoke();
+        self.container.close();
     }
 }
 
 /// Why a container cannot have a grant. Never quotes a key.
 #[derive(Debug, thiserror::Error)]
-enum Refused {
+enum NotGranted {
     #[error("the broker has no container of this name")]
     Unknown,
     #[error(transparent)]
@@ -55,13 +55,17 @@ enum Refused {
 }
 
 impl Broker {
-    /// A broker without containers, and what it tells the driver.
+    /// A broker without containers, which opens what was sealed to `key`, and what it tells the
+    /// driver.
     #[must_use]
-    pub fn new(upstreams: Upstreams) -> (Self, mpsc::Receiver<from_broker::Message>) {
+    pub fn new(
+        key: PrivateKey,
+        upstreams: Upstreams,
+    ) -> (Self, mpsc::Receiver<from_broker::Message>) {
         let (events, told) = Events::new();
         let broker = Self {
-            key: PrivateKey::generate(),
-            upstreams: upstreams.into(),
+            key,
+            upstreams,
             events,
             open: Mutex::default(),
         };
@@ -74,10 +78,27 @@ impl Broker {
         self.key.public()
     }
 
-    /// The names of the containers that are open.
+    /// The containers that are open, with the grants of their runs.
     #[must_use]
-    pub fn containers(&self) -> Vec<String> {
-        self.open.lock().keys().cloned().collect()
+    pub fn held(&self) -> Vec<Open> {
+        let open = self.open.lock();
+        let held = open.values().map(|Opened { container, .. }| {
+            let grant = container.granted().ok().map(|grant| grant.request.clone());
+            let open = container.request.clone();
+            Open {
+                bytes_per_second: (grant.as_ref())
+                    .map_or(open.bytes_per_second, |grant| grant.bytes_per_second),
+                grant,
+                ..open
+            }
+        });
+        held.collect()
+    }
+
+    /// Whether no container is open.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.open.lock().is_empty()
     }
 
     /// Serves what connects to `listener`, which is in the container. If a container of this
@@ -93,13 +114,15 @@ impl Broker {
             known.set_rate(request.bytes_per_second);
             return Ok(());
         }
-        let connections = self.upstreams.connections()?;
-        let container = Arc::new(Container::new(
-            request.container.clone(),
-            self.upstreams.clone(),
-            connections,
-            request.bytes_per_second,
-        ));
+        let upstreams = self.upstreams.with(&request.upstreams)?;
+        let container = Arc::new(Container::new(request.clone(), upstreams));
+        // Before the first request is read.
+        if let Some(grant) = &request.grant
+            && let Err(error) = self.give(&container, grant)
+        {
+            let error = polydev_proto::error::chain(&error);
+            tracing::error!(run_id = grant.run_id, error, "a run has lost its keys");
+        }
         let serving = tokio::spawn(serve(listener, container.clone(), self.events.clone()));
         let serving = serving.abort_handle();
         let opened = Opened { container, serving };
@@ -107,33 +130,38 @@ impl Broker {
         Ok(())
     }
 
-    /// Lets a run's requests pass. What cannot be done is told to the driver.
-    pub fn grant(&self, request: &GrantRequest) {
-        if let Err(refused) = self.try_grant(request) {
-            let message = polydev_proto::error::chain(&refused);
-            let (container, run_id) = (request.container.clone(), request.run_id.clone());
-            self.events.refused(container, run_id, message);
+    /// Lets a run's requests pass. Returns what the driver is told.
+    pub fn grant(&self, request: &GrantRequest) -> from_broker::Message {
+        let container = request.container.clone();
+        match self.try_grant(request) {
+            Ok(()) => from_broker::Message::Granted(Granted { container }),
+            Err(refused) => from_broker::Message::Refused(Refused {
+                container,
+                run_id: request.run_id.clone(),
+                message: polydev_proto::error::chain(&refused),
+            }),
         }
     }
 
-    fn try_grant(&self, request: &GrantRequest) -> Result<(), Refused> {
-        let container = self.find(&request.container).ok_or(Refused::Unknown)?;
-        let run_id = &request.run_id;
-        let keys = self.key.open_keys(&request.sealed_keys, run_id)?;
-        let grant = Grant::new(run_id.clone(), &keys, container.over().clone())?;
+    fn try_grant(&self, request: &GrantRequest) -> Result<(), NotGranted> {
+        let container = self.find(&request.container).ok_or(NotGranted::Unknown)?;
+        self.give(&container, request)
+    }
+
+    fn give(&self, container: &Container, request: &GrantRequest) -> Result<(), NotGranted> {
+        let keys = self.key.open_keys(&request.sealed_keys, &request.run_id)?;
+        let grant = Grant::new(
+            request.clone(),
+            &keys,
+            &container.upstreams,
+            container.over().clone(),
+        )?;
         container.grant(grant)?;
         container.set_rate(request.bytes_per_second);
         Ok(())
     }
 
-    /// Ends the run of a container.
-    pub fn revoke(&self, container: &str) {
-        if let Some(container) = self.find(container) {
-            container.revoke();
-        }
-    }
-
-    /// Forgets a container, and closes its socket.
+    /// Ends a container's run, and closes its socket.
     pub fn close(&self, container: &str) {
         self.open.lock().remove(container);
     }

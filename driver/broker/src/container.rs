@@ -1,4 +1,4 @@
-//! One container: its connections, its speed, and the run that has it.
+//! One container: its servers, its speed, and the run that has it.
 //!
 //! `Waiting -> Granted -> Over`, or `Waiting -> Over`; never backwards, because a container
 //! serves at most one run.
@@ -6,33 +6,38 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use polydev_proto::broker::Open;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    grant::Grant,
-    rate::Bucket,
-    request::Refusal,
-    upstream::{Connections, Upstreams},
-};
+use crate::{grant::Grant, rate::Bucket, request::Refusal, upstream::Upstreams};
+
+/// Most connections of one container; further ones wait in the kernel's queue.
+const MAX_CONNECTIONS: usize = 128;
+
+/// The right of one connection to be there, for as long as any of it is.
+pub(crate) type Place = Arc<OwnedSemaphorePermit>;
 
 /// A container, for whoever serves its requests.
 #[derive(Debug)]
 pub(crate) struct Container {
-    pub(crate) name: String,
-    pub(crate) upstreams: Arc<Upstreams>,
+    /// What the driver has sent, for the driver's next life.
+    pub(crate) request: Open,
+    pub(crate) upstreams: Upstreams,
     /// What the container sends.
     pub(crate) upload: Arc<Bucket>,
     /// What the container receives.
     pub(crate) download: Arc<Bucket>,
+    places: Arc<Semaphore>,
     state: Mutex<State>,
-    /// Cancelled when the run ends, or the container without one.
+    /// Cancelled when the container is closed, and its run ends with it.
     over: CancellationToken,
 }
 
 #[derive(Debug)]
 enum State {
-    Waiting(Connections),
-    Granted(Connections, Arc<Grant>),
+    Waiting,
+    Granted(Arc<Grant>),
     Over,
 }
 
@@ -42,25 +47,32 @@ enum State {
 pub(crate) struct Taken;
 
 impl Container {
-    pub(crate) fn new(
-        name: String,
-        upstreams: Arc<Upstreams>,
-        connections: Connections,
-        bytes_per_second: u64,
-    ) -> Self {
+    pub(crate) fn new(request: Open, upstreams: Upstreams) -> Self {
+        let bytes_per_second = request.bytes_per_second;
         Self {
-            name,
+            request,
             upstreams,
             upload: Bucket::new(bytes_per_second).into(),
             download: Bucket::new(bytes_per_second).into(),
-            state: State::Waiting(connections).into(),
+            places: Semaphore::new(MAX_CONNECTIONS).into(),
+            state: State::Waiting.into(),
             over: CancellationToken::new(),
         }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.request.container
     }
 
     pub(crate) fn set_rate(&self, bytes_per_second: u64) {
         self.upload.set_rate(bytes_per_second);
         self.download.set_rate(bytes_per_second);
+    }
+
+    /// Waits until there may be another connection. Cancel safe.
+    pub(crate) async fn place(&self) -> Place {
+        let place = self.places.clone().acquire_owned().await;
+        place.expect("it is never closed").into()
     }
 
     /// For a grant, and for whoever serves the container's connections.
@@ -75,12 +87,12 @@ impl Container {
     pub(crate) fn grant(&self, grant: Grant) -> Result<(), Taken> {
         let mut state = self.state.lock();
         match &*state {
-            State::Waiting(connections) => {
-                *state = State::Granted(connections.clone(), grant.into());
+            State::Waiting => {
+                *state = State::Granted(grant.into());
                 Ok(())
             }
-            State::Granted(_, known) if known.run_id == grant.run_id => Ok(()),
-            State::Granted(..) | State::Over => Err(Taken),
+            State::Granted(known) if known.run_id() == grant.run_id() => Ok(()),
+            State::Granted(_) | State::Over => Err(Taken),
         }
     }
 
@@ -88,16 +100,16 @@ impl Container {
     ///
     /// # Errors
     /// [`Refusal::NoRun`], [`Refusal::Over`]
-    pub(crate) fn granted(&self) -> Result<(Connections, Arc<Grant>), Refusal> {
+    pub(crate) fn granted(&self) -> Result<Arc<Grant>, Refusal> {
         match &*self.state.lock() {
-            State::Waiting(_) => Err(Refusal::NoRun),
-            State::Granted(connections, grant) => Ok((connections.clone(), grant.clone())),
+            State::Waiting => Err(Refusal::NoRun),
+            State::Granted(grant) => Ok(grant.clone()),
             State::Over => Err(Refusal::Over),
         }
     }
 
     /// Ends the run: what is in progress breaks off, and its keys are wiped with the last of it.
-    pub(crate) fn revoke(&self) {
+    pub(crate) fn close(&self) {
         *self.state.lock() = State::Over;
         self.over.cancel();
     }

@@ -3,30 +3,41 @@
 
 use std::{
     collections::VecDeque,
-    io::{self, IoSliceMut},
+    io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
-    os::fd::OwnedFd,
+    os::fd::{BorrowedFd, OwnedFd},
     sync::Arc,
+    time::Duration,
 };
 
-use bytes::BytesMut;
+use bytes::{Buf, BytesMut};
 use polydev_proto::{
     broker::{FromBroker, Hello, Open, PROTOCOL_VERSION, ToBroker, from_broker, to_broker},
     frame,
 };
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 use tokio::{
-    io::{AsyncWriteExt, Interest},
+    io::Interest,
     net::{TcpListener, UnixListener, UnixStream},
     sync::mpsc,
+    time::{sleep, timeout},
 };
 
-use crate::broker::Broker;
+use crate::{broker::Broker, seed::Seed};
 
 /// Most descriptors that come with one read. The driver sends one with a frame.
 const MAX_DESCRIPTORS: usize = 8;
 /// Most bytes of one read.
 const MAX_READ: usize = 64 << 10;
+
+/// How long a broker whose driver does not come back serves its containers: longer than the
+/// longest run, 24 hours.
+const DRIVER_TIMEOUT: Duration = Duration::from_secs(25 * 60 * 60);
+/// When no connection can be accepted, for example for want of descriptors.
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Why a connection of the driver cannot be used any longer.
 #[derive(Debug, thiserror::Error)]
@@ -41,25 +52,37 @@ enum Error {
     Closed,
 }
 
-/// Serves the driver, for ever.
-///
-/// # Errors
-/// If no connection can be accepted any longer.
+/// Serves the driver until there is none any longer.
 pub async fn serve(
     listener: UnixListener,
     broker: Arc<Broker>,
+    seed: Seed,
     mut told: mpsc::Receiver<from_broker::Message>,
-) -> io::Result<()> {
-    let (mut stream, _) = listener.accept().await?;
-    loop {
-        let next = tokio::select! {
-            error = drive(stream, &broker, &mut told) => {
+) {
+    let mut next = timeout(DRIVER_TIMEOUT, accept(&listener)).await.ok();
+    while let Some(stream) = next {
+        next = tokio::select! {
+            error = drive(stream, &broker, &seed, &mut told) => {
                 tracing::info!(error = polydev_proto::error::chain(&error), "the driver is away");
-                listener.accept().await?
+                // Without a container, there is nothing that the next one could miss.
+                let is_used = !broker.is_empty();
+                let wait = if is_used { DRIVER_TIMEOUT } else { Duration::ZERO };
+                timeout(wait, accept(&listener)).await.ok()
             }
-            next = listener.accept() => next?,
+            next = accept(&listener) => Some(next),
         };
-        stream = next.0;
+    }
+}
+
+async fn accept(listener: &UnixListener) -> UnixStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept the driver's connection");
+                sleep(RETRY_INTERVAL).await;
+            }
+        }
     }
 }
 
@@ -67,6 +90,7 @@ pub async fn serve(
 async fn drive(
     stream: UnixStream,
     broker: &Broker,
+    seed: &Seed,
     told: &mut mpsc::Receiver<from_broker::Message>,
 ) -> Error {
     let mut connection = Driver {
@@ -74,26 +98,25 @@ async fn drive(
         input: BytesMut::new(),
         sockets: VecDeque::new(),
     };
-    let hello = Hello {
-        protocol_version: PROTOCOL_VERSION,
-        public_key: broker.public_key(),
-        containers: broker.containers(),
-    };
-    let mut outgoing = from_broker::Message::Hello(hello);
+    if let Err(error) = connection.greet(broker, seed).await {
+        return error;
+    }
     loop {
-        if let Err(error) = connection.send(outgoing).await {
-            return error;
-        }
-        outgoing = loop {
+        let outgoing = loop {
             tokio::select! {
                 asked = connection.next() => {
-                    if let Err(error) = asked.and_then(|asked| connection.act(broker, asked)) {
-                        return error;
+                    match asked.and_then(|asked| connection.act(broker, asked)) {
+                        Ok(None) => {}
+                        Ok(Some(answer)) => break answer,
+                        Err(error) => return error,
                     }
                 }
                 Some(message) = told.recv() => break message,
             }
         };
+        if let Err(error) = connection.send(outgoing, None).await {
+            return error;
+        }
     }
 }
 
@@ -105,6 +128,23 @@ struct Driver {
 }
 
 impl Driver {
+    /// Says what the broker holds.
+    async fn greet(&mut self, broker: &Broker, seed: &Seed) -> Result<(), Error> {
+        let held = broker.held();
+        let hello = Hello {
+            protocol_version: PROTOCOL_VERSION,
+            public_key: broker.public_key(),
+            held: u32::try_from(held.len()).expect("a node has fewer containers"),
+        };
+        let hello = from_broker::Message::Hello(hello);
+        self.send(hello, Some(seed.memory())).await?;
+        for container in held {
+            self.send(from_broker::Message::Held(container), None)
+                .await?;
+        }
+        Ok(())
+    }
+
     /// Returns the driver's next message.
     ///
     /// # Cancel safety
@@ -133,6 +173,9 @@ impl Driver {
             let mut pieces = [IoSliceMut::new(&mut piece)];
             let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
             let received = recvmsg(&self.stream, &mut pieces, &mut ancillary, flags)?;
+            if received.flags.contains(ReturnFlags::CTRUNC) {
+                return Err(io::Error::other("a descriptor was lost"));
+            }
             for message in ancillary.drain() {
                 if let RecvAncillaryMessage::ScmRights(descriptors) = message {
                     sockets.extend(descriptors);
@@ -144,14 +187,18 @@ impl Driver {
         self.stream.async_io(Interest::READABLE, read).await
     }
 
-    fn act(&mut self, broker: &Broker, asked: to_broker::Message) -> Result<(), Error> {
+    /// Returns the answer.
+    fn act(
+        &mut self,
+        broker: &Broker,
+        asked: to_broker::Message,
+    ) -> Result<Option<from_broker::Message>, Error> {
         match asked {
             to_broker::Message::Open(open) => self.open(broker, &open)?,
-            to_broker::Message::Grant(grant) => broker.grant(&grant),
-            to_broker::Message::Revoke(revoke) => broker.revoke(&revoke.container),
+            to_broker::Message::Grant(grant) => return Ok(Some(broker.grant(&grant))),
             to_broker::Message::Close(close) => broker.close(&close.container),
         }
-        Ok(())
+        Ok(None)
     }
 
     fn open(&mut self, broker: &Broker, open: &Open) -> Result<(), Error> {
@@ -166,12 +213,32 @@ impl Driver {
         Ok(())
     }
 
-    async fn send(&mut self, message: from_broker::Message) -> Result<(), Error> {
-        let mut frame = BytesMut::new();
+    /// Sends one whole message, with a descriptor attached to its first byte.
+    async fn send(
+        &mut self,
+        message: from_broker::Message,
+        mut descriptor: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Error> {
+        let mut output = BytesMut::new();
         let message = FromBroker {
             message: Some(message),
         };
-        frame::encode(&message, &mut frame)?;
-        Ok(self.stream.write_all(&frame).await?)
+        frame::encode(&message, &mut output)?;
+        while !output.is_empty() {
+            let send = || {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut ancillary = SendAncillaryBuffer::new(&mut space);
+                let descriptors = descriptor.as_slice();
+                if !descriptors.is_empty() {
+                    ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+                }
+                let bytes = [IoSlice::new(&output)];
+                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                Ok(sendmsg(&self.stream, &bytes, &mut ancillary, flags)?)
+            };
+            output.advance(self.stream.async_io(Interest::WRITABLE, send).await?);
+            descriptor = None;
+        }
+        Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use http::StatusCode;
 use polydev_proto::{
-    broker::{Answered, Refused, from_broker::Message},
+    broker::{Answered, from_broker::Message},
     provider::Provider,
 };
 use tokio::sync::mpsc;
@@ -29,21 +29,14 @@ impl Events {
         grant: &Grant,
         provider: Provider,
         status: StatusCode,
+        credential_refused: bool,
     ) {
         self.send(Message::Answered(Answered {
-            container: container.name.clone(),
-            run_id: grant.run_id.clone(),
+            container: container.name().to_owned(),
+            run_id: grant.run_id().to_owned(),
             provider: provider.to_string(),
             status: status.as_u16().into(),
-        }));
-    }
-
-    /// A grant was not possible.
-    pub(crate) fn refused(&self, container: String, run_id: String, message: String) {
-        self.send(Message::Refused(Refused {
-            container,
-            run_id,
-            message,
+            credential_refused,
         }));
     }
 

@@ -2,19 +2,18 @@
 
 use std::sync::Arc;
 
-use http::{Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use http_body::Body as _;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
 use crate::{
     answer::{self, AnswerBody, OfRun},
-    container::Container,
+    container::{Container, Place},
     events::Events,
     grant::Grant,
     rate::Paced,
     request::{self, Asked, Refusal},
-    upstream::Connections,
     websocket,
 };
 
@@ -25,12 +24,14 @@ use crate::{
 pub(crate) async fn answer(
     container: &Arc<Container>,
     events: &Events,
+    place: &Place,
     request: Request<Incoming>,
 ) -> Response<AnswerBody> {
-    match forward(container, events, request).await {
+    match forward(container, events, place, request).await {
         Ok(answer) => answer,
         Err(refusal) => {
-            tracing::info!(container = container.name, %refusal, "refused a request");
+            // A command may ask as often as it likes, and somebody reads the log.
+            tracing::debug!(container = container.name(), %refusal, "refused a request");
             answer::error(refusal.status(), &refusal.to_string())
         }
     }
@@ -39,19 +40,23 @@ pub(crate) async fn answer(
 async fn forward(
     container: &Arc<Container>,
     events: &Events,
+    place: &Place,
     mut request: Request<Incoming>,
 ) -> Result<Response<AnswerBody>, Refusal> {
     let upgrade = hyper::upgrade::on(&mut request);
     let (parts, body) = request.into_parts();
     let asked = request::read(&parts)?;
-    let (connections, grant) = container.granted()?;
-    let outgoing = with_key(&asked, container, &grant)?;
+    let grant = container.granted()?;
+    let access = grant.access(asked.api.provider)?;
+    let outgoing = access.request(&asked)?;
 
     let answered = async {
         if asked.is_websocket {
-            return websocket::open(container, &grant, &connections, outgoing, upgrade).await;
+            let client = &access.connections.websockets;
+            let place = place.clone();
+            return websocket::open(container, &grant, client, outgoing, upgrade, place).await;
         }
-        let answered = send(&connections, outgoing, body, container).await?;
+        let answered = send(&access.connections.requests, outgoing, body, container).await?;
         Ok(of_the_api(answered, &asked, container, &grant, events))
     };
     tokio::select! {
@@ -60,27 +65,8 @@ async fn forward(
     }
 }
 
-/// The request to the API, with the key of the run that has the container.
-fn with_key(
-    asked: &Asked,
-    container: &Container,
-    grant: &Grant,
-) -> Result<reqwest::Request, Refusal> {
-    let provider = asked.api.provider;
-    let (name, key) = grant.credential(provider).ok_or(Refusal::NoKey(provider))?;
-    let url = format!("{}{}", container.upstreams.base_url(asked.api), asked.path);
-    let url = url.parse().map_err(|_| Refusal::Path {
-        provider,
-        path: asked.path.clone(),
-    })?;
-    let mut outgoing = reqwest::Request::new(asked.method.clone(), url);
-    *outgoing.headers_mut() = asked.headers.clone();
-    outgoing.headers_mut().insert(name, key.clone());
-    Ok(outgoing)
-}
-
 async fn send(
-    connections: &Connections,
+    client: &reqwest::Client,
     mut outgoing: reqwest::Request,
     body: Incoming,
     container: &Container,
@@ -89,7 +75,7 @@ async fn send(
         let body = Paced::new(body, container.upload.clone());
         *outgoing.body_mut() = Some(reqwest::Body::wrap(body));
     }
-    connections.requests.execute(outgoing).await
+    client.execute(outgoing).await
 }
 
 /// The API's answer, for the container.
@@ -102,18 +88,22 @@ fn of_the_api(
 ) -> Response<AnswerBody> {
     let status = answered.status();
     let provider = asked.api.provider;
-    if status.is_redirection() {
-        let message =
-            format!("{provider} answered with a redirect ({status}), which is not followed");
+    // 101 would end HTTP here, and nobody has asked for it.
+    if status.is_redirection() || status.is_informational() {
+        let message = format!("{provider} answered with {status}, which is not followed");
         return answer::error(StatusCode::BAD_GATEWAY, &message);
     }
-    if status.is_client_error() || status.is_server_error() {
-        events.answered(container, grant, provider, status);
+    // A key may be good for prompts, and still not for a list of models.
+    let credential_refused = status == StatusCode::UNAUTHORIZED
+        || (status == StatusCode::FORBIDDEN && asked.method == Method::POST);
+    let is_error = status.is_client_error() || status.is_server_error();
+    if is_error && grant.is_new(status, credential_refused) {
+        events.answered(container, grant, provider, status, credential_refused);
     }
     let (mut parts, body) = Response::<reqwest::Body>::from(answered).into_parts();
     parts.headers = answer::headers(&parts.headers);
     parts.version = http::Version::HTTP_11;
-    if [StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN].contains(&status) {
+    if credential_refused {
         answer::do_not_retry(&mut parts.headers);
     }
     let body = Paced::new(body, container.download.clone());

@@ -1,18 +1,23 @@
 //! Who has a container: a run with its keys, or nobody.
 
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
-use http::{HeaderName, HeaderValue};
+use http::{HeaderName, HeaderValue, StatusCode};
+use parking_lot::Mutex;
 use polydev_proto::{
-    broker::Keys,
+    broker::{Grant as Request, Keys},
     provider::{Provider, Unknown},
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::api::Api;
+use crate::{
+    api::Api,
+    request::{Asked, Refusal},
+    upstream::{self, Connections, Upstreams},
+};
 
 /// Why keys cannot be used. Never quotes them.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(transparent)]
     Provider(#[from] Unknown),
@@ -20,57 +25,112 @@ pub(crate) enum Error {
     Unusable(Provider),
     #[error("there are two keys for {0}")]
     Twice(Provider),
+    #[error(transparent)]
+    Upstream(#[from] upstream::Error),
 }
 
 /// The right of one run to use its keys, until it ends.
 pub(crate) struct Grant {
-    pub(crate) run_id: String,
+    /// What the driver has sent, for the driver's next life.
+    pub(crate) request: Request,
     /// At most one for each provider.
-    credentials: Vec<(Provider, HeaderName, HeaderValue)>,
+    access: Vec<Access>,
     /// Cancelled when the run ends, for everything that is in progress.
     over: CancellationToken,
+    /// The errors that APIs have answered with.
+    seen: Mutex<BTreeSet<(u16, bool)>>,
+}
+
+/// A key, and the server that it is for.
+pub(crate) struct Access {
+    provider: Provider,
+    key: (HeaderName, HeaderValue),
+    pub(crate) connections: Connections,
 }
 
 impl Grant {
     /// # Errors
     /// [`Error`]
-    pub(crate) fn new(run_id: String, keys: &Keys, over: CancellationToken) -> Result<Self, Error> {
-        let mut credentials: Vec<(Provider, _, _)> = Vec::new();
+    pub(crate) fn new(
+        request: Request,
+        keys: &Keys,
+        upstreams: &Upstreams,
+        over: CancellationToken,
+    ) -> Result<Self, Error> {
+        let mut access: Vec<Access> = Vec::new();
         for key in &keys.keys {
             let provider: Provider = key.provider.parse()?;
-            if credentials.iter().any(|(known, _, _)| *known == provider) {
+            if access.iter().any(|known| known.provider == provider) {
                 return Err(Error::Twice(provider));
             }
-            let (name, value) = Api::of(provider)
-                .credential(&key.value)
-                .ok_or(Error::Unusable(provider))?;
-            credentials.push((provider, name, value));
+            let api = Api::of(provider);
+            let key = api.credential(&key.value);
+            access.push(Access {
+                provider,
+                key: key.ok_or(Error::Unusable(provider))?,
+                connections: upstreams.connect(api)?,
+            });
         }
         Ok(Self {
-            run_id,
-            credentials,
+            request,
+            access,
             over,
+            seen: Mutex::default(),
         })
     }
 
-    /// The header with the run's key for the provider, if it has one.
-    pub(crate) fn credential(&self, provider: Provider) -> Option<(&HeaderName, &HeaderValue)> {
-        let mut all = self.credentials.iter();
-        let found = all.find(|(known, _, _)| *known == provider);
-        found.map(|(_, name, value)| (name, value))
+    pub(crate) fn run_id(&self) -> &str {
+        &self.request.run_id
     }
 
-    /// Waits until the run has ended. Cancel safe.
+    /// # Errors
+    /// [`Refusal::NoKey`]
+    pub(crate) fn access(&self, provider: Provider) -> Result<&Access, Refusal> {
+        let found = self.access.iter().find(|known| known.provider == provider);
+        found.ok_or(Refusal::NoKey(provider))
+    }
+
+    /// Whether the run has not had this answer before. The driver is told of each once, so that no
+    /// run keeps it from hearing of another.
+    pub(crate) fn is_new(&self, status: StatusCode, credential_refused: bool) -> bool {
+        self.seen
+            .lock()
+            .insert((status.as_u16(), credential_refused))
+    }
+
+    /// Cancelled when the run has ended.
     pub(crate) fn over(&self) -> &CancellationToken {
         &self.over
     }
 }
 
+impl Access {
+    /// What a container has asked for, with the key and without a body.
+    ///
+    /// # Errors
+    /// [`Refusal::Path`]
+    pub(crate) fn request(&self, asked: &Asked) -> Result<reqwest::Request, Refusal> {
+        let url = format!("{}{}", self.connections.base_url, asked.path);
+        let url = url.parse().map_err(|_| Refusal::Path {
+            provider: self.provider,
+            path: asked.path.clone(),
+        })?;
+        let mut request = reqwest::Request::new(asked.method.clone(), url);
+        let headers = request.headers_mut();
+        *headers = asked.headers.clone();
+        for (name, value) in &self.connections.headers {
+            headers.insert(name, value.clone());
+        }
+        let (name, key) = &self.key;
+        headers.insert(name, key.clone());
+        Ok(request)
+    }
+}
+
 impl fmt::Debug for Grant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { run_id, .. } = self;
         f.debug_struct("Grant")
-            .field("run_id", run_id)
+            .field("run_id", &self.run_id())
             .finish_non_exhaustive()
     }
 }

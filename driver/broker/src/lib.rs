@@ -7,8 +7,8 @@
 //! checks it against the [`api`], [`container`] says which [`grant`] it has, [`forward`]
 //! sends it through the connections of [`upstream`] and passes the answer back ([`answer`]),
 //! both at the speed of [`rate`]. [`websocket`] is the same for a WebSocket. [`control`]
-//! is the driver's connection, [`broker`] is what it may ask for, and [`events`] is what it
-//! is told.
+//! is the driver's connection, [`broker`] is what the driver may ask for, [`events`] is what
+//! it is told, and [`seed`] is what it keeps for the next broker.
 
 mod answer;
 mod api;
@@ -20,6 +20,7 @@ mod forward;
 mod grant;
 mod rate;
 mod request;
+pub mod seed;
 mod serve;
 pub mod upstream;
 mod websocket;

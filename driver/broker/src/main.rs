@@ -1,4 +1,5 @@
-//! `polydev-broker`: started by the driver, with a listening unix socket as its standard input.
+//! `polydev-broker`: started by the driver, with a listening unix socket as its standard input
+//! and the memory for its key as its standard output.
 
 use std::{
     io,
@@ -11,11 +12,11 @@ use clap::Parser;
 use nix::{
     sys::{
         prctl,
-        resource::{Resource, setrlimit},
+        resource::{Resource, getrlimit, setrlimit},
     },
     unistd::{Gid, Uid, setgid, setgroups, setuid},
 };
-use polydev_broker::{broker::Broker, control, upstream::Upstreams};
+use polydev_broker::{broker::Broker, control, seed::Seed, upstream::Upstreams};
 use rustls::RootCertStore;
 use tracing_subscriber::EnvFilter;
 use zeroizing_alloc::ZeroAlloc;
@@ -40,7 +41,14 @@ fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
         .with_writer(io::stderr)
+        .with_ansi(false)
+        .without_time() // The driver, which logs the lines, has one.
+        // Without its driver, nobody reads them: that must not end anything.
+        .log_internal_errors(false)
         .init();
+    // A stream has two descriptors.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot tell the limits")?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).context("cannot raise the limit of files")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -75,7 +83,10 @@ async fn serve() -> anyhow::Result<()> {
         tracing::warn!(%error, "cannot read a certificate of an authority");
     }
     roots.add_parsable_certificates(found.certs);
-    let (broker, told) = Broker::new(Upstreams::new(roots)?);
-    control::serve(listener, Arc::new(broker), told).await?;
+    let memory = io::stdout().as_fd().try_clone_to_owned();
+    let memory = memory.context("there is no memory for the key at standard output")?;
+    let seed = Seed::new(memory.into()).context("standard output is no memory for the key")?;
+    let (broker, told) = Broker::new(seed.key()?, Upstreams::new(roots)?);
+    control::serve(listener, Arc::new(broker), seed, told).await;
     Ok(())
 }

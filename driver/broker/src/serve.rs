@@ -6,14 +6,15 @@ use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
     time::sleep,
 };
 
-use crate::{container::Container, events::Events, forward};
+use crate::{
+    container::{Container, Place},
+    events::Events,
+    forward,
+};
 
-/// Most connections of one container; further ones wait in the kernel's queue.
-const MAX_CONNECTIONS: usize = 128;
 /// Most bytes of a request's headers.
 const MAX_HEADERS: usize = 64 << 10;
 /// Time for a connection to send the headers of its next request. An idle one is closed then.
@@ -26,34 +27,28 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// # Cancel safety
 /// Cancelling it lets connections go on.
 pub(crate) async fn serve(listener: TcpListener, container: Arc<Container>, events: Events) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let place = places.clone().acquire_owned().await;
-        let place = place.expect("it is never closed");
+        let place = container.place().await;
         match listener.accept().await {
             Ok((stream, _)) => {
-                let connection = connection(stream, container.clone(), events.clone());
-                tokio::spawn(async move {
-                    connection.await;
-                    drop(place);
-                });
+                tokio::spawn(connection(stream, container.clone(), events.clone(), place));
             }
             Err(error) => {
-                tracing::debug!(container = container.name, %error, "cannot accept");
+                tracing::debug!(container = container.name(), %error, "cannot accept");
                 sleep(RETRY_INTERVAL).await;
             }
         }
     }
 }
 
-async fn connection(stream: TcpStream, container: Arc<Container>, events: Events) {
+async fn connection(stream: TcpStream, container: Arc<Container>, events: Events, place: Place) {
     // A piece of a stream should not wait for the next one.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
     let service = service_fn(|request| {
-        let (container, events) = (&container, &events);
-        async move { Ok::<_, Infallible>(forward::answer(container, events, request).await) }
+        let (container, events, place) = (&container, &events, &place);
+        async move { Ok::<_, Infallible>(forward::answer(container, events, place, request).await) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -63,7 +58,7 @@ async fn connection(stream: TcpStream, container: Arc<Container>, events: Events
         .with_upgrades();
     tokio::select! {
         served = served => if let Err(error) = served {
-            tracing::debug!(container = container.name, %error, "a connection broke");
+            tracing::debug!(container = container.name(), %error, "a connection broke");
         },
         () = container.over().cancelled() => {}
     }

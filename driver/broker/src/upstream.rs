@@ -1,12 +1,24 @@
-//! Connections to the APIs. A container has its own, which are closed with its run: no two
-//! users share a connection, and no buffer of one outlives the run.
+//! Servers that requests go to. Each run has connections of its own, which are closed with it:
+//! no two users share a connection, and no buffer of one outlives the run.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use polydev_proto::provider::Provider;
-use reqwest::redirect;
-use rustls::{ClientConfig, RootCertStore, crypto::ring};
-use url::{Host, Url};
+use http::HeaderMap;
+use polydev_proto::{
+    broker::Upstream as Given,
+    provider::{Provider, Unknown},
+    upstream::{NotAllowed, base_url},
+};
+use reqwest::{Proxy, redirect};
+use rustls::{
+    ClientConfig, RootCertStore,
+    client::Resumption,
+    crypto::ring,
+    pki_types::{
+        CertificateDer,
+        pem::{self, PemObject},
+    },
+};
 
 use crate::api::Api;
 
@@ -14,144 +26,167 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection that is not used for so long is closed.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// Where the requests for each provider go, and whom the broker trusts there.
-#[derive(Debug, Clone)]
-pub struct Upstreams {
-    /// In place of the provider's own.
-    base_urls: BTreeMap<Provider, String>,
-    tls: Arc<ClientConfig>,
-}
-
-/// Why requests cannot go to an address.
+/// Why requests cannot go to a server.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error(
-        "the base URL of {provider} is `{given}`; must be https://HOST[:PORT][/PATH], or http:// to a loopback address"
-    )]
-    BaseUrl { provider: Provider, given: String },
+    #[error(transparent)]
+    Provider(#[from] Unknown),
+    #[error("the base URL of {provider} is `{given}`")]
+    BaseUrl {
+        provider: Provider,
+        given: String,
+        source: NotAllowed,
+    },
+    #[error("cannot read the certificates of the authorities for {provider}")]
+    Authorities {
+        provider: Provider,
+        source: pem::Error,
+    },
+    #[error("`{name}` is no header for {provider} that can be sent, or its value is not")]
+    Header { provider: Provider, name: String },
     #[error("cannot set up TLS")]
     Tls(#[from] rustls::Error),
     #[error("cannot set up connections")]
     Client(#[from] reqwest::Error),
 }
 
+/// The servers of one container: the providers' own, unless others take their place.
+#[derive(Debug, Clone)]
+pub struct Upstreams {
+    own: Arc<ClientConfig>,
+    others: BTreeMap<Provider, Upstream>,
+}
+
+#[derive(Debug, Clone)]
+struct Upstream {
+    base_url: String,
+    headers: HeaderMap,
+    tls: Arc<ClientConfig>,
+    proxy: Option<Proxy>,
+}
+
 impl Upstreams {
-    /// The providers' own APIs, with `roots` as the authorities that their certificates need.
+    /// The providers' own servers, with `roots` as the authorities that their certificates
+    /// need.
     ///
     /// # Errors
     /// [`Error::Tls`]
     pub fn new(roots: RootCertStore) -> Result<Self, Error> {
-        let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
         Ok(Self {
-            base_urls: BTreeMap::new(),
-            tls: tls.into(),
+            own: tls(roots)?,
+            others: BTreeMap::new(),
         })
     }
 
-    /// Sends the requests for a provider to another server.
+    /// The same, with other servers for some providers.
     ///
     /// # Errors
-    /// [`Error::BaseUrl`]
-    pub fn replace(&mut self, provider: Provider, base_url: &str) -> Result<(), Error> {
-        let url = Url::parse(base_url).ok().filter(is_allowed);
-        let url = url.ok_or_else(|| Error::BaseUrl {
-            provider,
-            given: base_url.to_owned(),
-        })?;
-        let url = url.as_str().trim_end_matches('/').to_owned();
-        self.base_urls.insert(provider, url);
-        Ok(())
+    /// [`Error`]
+    pub(crate) fn with(&self, given: &[Given]) -> Result<Self, Error> {
+        let mut all = self.clone();
+        for given in given {
+            let provider: Provider = given.provider.parse()?;
+            let upstream = Upstream::read(provider, given, &self.own)?;
+            all.others.insert(provider, upstream);
+        }
+        Ok(all)
     }
 
-    pub(crate) fn base_url(&self, api: &Api) -> &str {
-        let replaced = self.base_urls.get(&api.provider);
-        replaced.map_or(api.base_url, |url| url)
-    }
-
-    /// Connections for one container: for requests, and for WebSockets.
-    pub(crate) fn connections(&self) -> Result<Connections, Error> {
-        let client = |protocols: &[&str]| {
-            let mut tls = (*self.tls).clone();
-            tls.alpn_protocols = protocols.iter().map(|name| (*name).into()).collect();
-            let client = reqwest::Client::builder()
-                .tls_backend_preconfigured(tls)
-                .redirect(redirect::Policy::none())
-                .no_proxy()
-                .connect_timeout(CONNECT_TIMEOUT)
-                .pool_idle_timeout(IDLE_TIMEOUT);
-            // HTTP/2 has another form of WebSockets, which the APIs do not offer.
-            if protocols.contains(&"h2") {
-                client
-            } else {
-                client.http1_only()
-            }
-            .build()
+    /// New connections to the server for an API.
+    pub(crate) fn connect(&self, api: &Api) -> Result<Connections, Error> {
+        let other = self.others.get(&api.provider);
+        let (tls, proxy) = match other {
+            Some(other) => (&other.tls, other.proxy.as_ref()),
+            None => (&self.own, None),
         };
         Ok(Connections {
-            requests: client(&["h2", "http/1.1"])?,
-            websockets: client(&["http/1.1"])?,
+            base_url: other
+                .map_or(api.base_url, |other| &other.base_url)
+                .to_owned(),
+            headers: other.map(|other| other.headers.clone()).unwrap_or_default(),
+            requests: client(tls, proxy, &["h2", "http/1.1"])?,
+            // HTTP/2 has another form of WebSockets, which the APIs do not offer.
+            websockets: client(tls, proxy, &["http/1.1"])?,
         })
     }
 }
 
-/// The connections of one container.
-#[derive(Debug, Clone)]
+impl Upstream {
+    fn read(provider: Provider, given: &Given, own: &Arc<ClientConfig>) -> Result<Self, Error> {
+        let authorities = |source| Error::Authorities { provider, source };
+        let tls = if given.ca.is_empty() {
+            own.clone()
+        } else {
+            let mut roots = RootCertStore::empty();
+            for certificate in CertificateDer::pem_slice_iter(&given.ca) {
+                roots.add(certificate.map_err(authorities)?)?;
+            }
+            tls(roots)?
+        };
+        Ok(Self {
+            base_url: base_url(&given.base_url).map_err(|source| Error::BaseUrl {
+                provider,
+                given: given.base_url.clone(),
+                source,
+            })?,
+            headers: headers(provider, &given.headers)?,
+            tls,
+            proxy: match &*given.proxy {
+                "" => None,
+                proxy => Some(Proxy::https(proxy)?),
+            },
+        })
+    }
+}
+
+fn headers(provider: Provider, given: &BTreeMap<String, String>) -> Result<HeaderMap, Error> {
+    let read = |(name, value): (&String, &String)| {
+        let header = name.parse().ok().zip(value.parse().ok());
+        header.ok_or_else(|| Error::Header {
+            provider,
+            name: name.clone(),
+        })
+    };
+    given.iter().map(read).collect()
+}
+
+/// The connections of one run to one API.
 pub(crate) struct Connections {
+    pub(crate) base_url: String,
+    /// Added to every request.
+    pub(crate) headers: HeaderMap,
     pub(crate) requests: reqwest::Client,
     pub(crate) websockets: reqwest::Client,
 }
 
-/// A key goes to another machine by TLS only.
-fn is_allowed(url: &Url) -> bool {
-    let is_loopback = match url.host() {
-        Some(Host::Domain(name)) => name == "localhost",
-        Some(Host::Ipv4(address)) => IpAddr::from(address).is_loopback(),
-        Some(Host::Ipv6(address)) => IpAddr::from(address).is_loopback(),
-        None => false,
-    };
-    let scheme_fits = url.scheme() == "https" || (url.scheme() == "http" && is_loopback);
-    let is_bare = url.query().is_none() && url.fragment().is_none();
-    scheme_fits && is_bare && url.username().is_empty() && url.password().is_none()
+fn tls(roots: RootCertStore) -> Result<Arc<ClientConfig>, Error> {
+    let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(tls.into())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keys_go_by_tls_or_stay_on_the_machine() {
-        let mut upstreams = Upstreams::new(RootCertStore::empty()).unwrap();
-        let mut replace = |url| upstreams.replace(Provider::OpenAi, url);
-        for good in [
-            "https://gateway.example/openai",
-            "https://gateway.example:8443",
-            "http://127.0.0.1:4000/",
-            "http://[::1]:4000",
-            "http://localhost",
-        ] {
-            assert!(replace(good).is_ok(), "{good}");
-        }
-        for bad in [
-            "http://gateway.example",
-            "http://127.0.0.1.example",
-            "http://10.0.0.1",
-            "https://user:word@gateway.example",
-            "https://gateway.example?x=1",
-            "unix:///run/x.sock",
-            "gateway.example",
-            "",
-        ] {
-            let refused = replace(bad).unwrap_err().to_string();
-            assert!(refused.contains(&format!("is `{bad}`")), "{refused}");
-        }
-        assert_eq!(
-            upstreams.base_url(Api::of(Provider::OpenAi)),
-            "http://localhost"
-        );
-        let anthropic = Api::of(Provider::Anthropic);
-        assert_eq!(upstreams.base_url(anthropic), "https://api.anthropic.com");
+fn client(
+    tls: &ClientConfig,
+    proxy: Option<&Proxy>,
+    protocols: &[&str],
+) -> Result<reqwest::Client, Error> {
+    let mut tls = tls.clone();
+    // A session would outlive its run.
+    tls.resumption = Resumption::disabled();
+    tls.alpn_protocols = protocols.iter().map(|name| (*name).into()).collect();
+    let mut client = reqwest::Client::builder()
+        .tls_backend_preconfigured(tls)
+        .redirect(redirect::Policy::none())
+        .no_proxy()
+        .connect_timeout(CONNECT_TIMEOUT)
+        .pool_idle_timeout(IDLE_TIMEOUT);
+    if let Some(proxy) = proxy {
+        client = client.proxy(proxy.clone());
     }
+    if !protocols.contains(&"h2") {
+        client = client.http1_only();
+    }
+    Ok(client.build()?)
 }

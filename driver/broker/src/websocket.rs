@@ -13,10 +13,9 @@ use tokio::{
 
 use crate::{
     answer::{self, AnswerBody},
-    container::Container,
+    container::{Container, Place},
     grant::Grant,
     rate::Bucket,
-    upstream::Connections,
 };
 
 /// Most bytes that are read at once.
@@ -27,13 +26,14 @@ const MAX_PIECE: usize = 16 << 10;
 pub(crate) async fn open(
     container: &Arc<Container>,
     grant: &Arc<Grant>,
-    connections: &Connections,
+    client: &reqwest::Client,
     mut outgoing: reqwest::Request,
     upgrade: OnUpgrade,
+    place: Place,
 ) -> reqwest::Result<Response<AnswerBody>> {
     let headers = outgoing.headers_mut();
     mark(headers);
-    let answered = connections.websockets.execute(outgoing).await?;
+    let answered = client.execute(outgoing).await?;
     if answered.status() != StatusCode::SWITCHING_PROTOCOLS {
         let message = format!(
             "the API offers no WebSocket: it answered with {}",
@@ -48,6 +48,7 @@ pub(crate) async fn open(
     mark(answer.headers_mut());
     let (container, grant) = (container.clone(), grant.clone());
     tokio::spawn(async move {
+        let _until_it_ends = place;
         let carried = async {
             let api = answered.upgrade().await.map_err(io::Error::other)?;
             let ours = upgrade.await.map_err(io::Error::other)?;
@@ -55,7 +56,7 @@ pub(crate) async fn open(
         };
         tokio::select! {
             carried = carried => if let Err(error) = carried {
-                tracing::debug!(container = container.name, %error, "a WebSocket broke");
+                tracing::debug!(container = container.name(), %error, "a WebSocket broke");
             },
             () = grant.over().cancelled() => {}
         }

@@ -7,9 +7,9 @@ use std::{net::SocketAddr, time::Duration};
 use api::Api;
 use polydev_broker::{broker::Broker, upstream::Upstreams};
 use polydev_proto::{
-    broker::{Grant, Key, Keys, Open, from_broker::Message},
+    broker::{Grant, Key, Keys, Open, Upstream, from_broker::Message},
     provider::Provider,
-    sealed::seal_keys,
+    sealed::{PrivateKey, seal_keys},
 };
 use reqwest::{Client, StatusCode};
 use rustls::RootCertStore;
@@ -30,29 +30,31 @@ impl Node {
     async fn new() -> Self {
         let _installed = rustls::crypto::ring::default_provider().install_default();
         let api = Api::serve().await;
-        let mut upstreams = Upstreams::new(RootCertStore::empty()).expect("TLS");
-        for provider in Provider::all() {
-            upstreams
-                .replace(provider, &format!("http://{}", api.address))
-                .expect("a loopback address");
-        }
-        let (broker, told) = Broker::new(upstreams);
+        let upstreams = Upstreams::new(RootCertStore::empty()).expect("TLS");
+        let (broker, told) = Broker::new(PrivateKey::generate(), upstreams);
         Self { broker, told, api }
     }
 
     /// Opens a container; returns what it connects to.
     async fn open(&self, container: &str) -> SocketAddr {
+        let upstream = |provider: Provider| Upstream {
+            provider: provider.to_string(),
+            base_url: format!("http://{}", self.api.address),
+            ..Upstream::default()
+        };
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let open = Open {
             container: container.into(),
             bytes_per_second: FAST,
+            upstreams: Provider::all().map(upstream).collect(),
+            grant: None,
         };
         self.broker.open(&open, listener).expect("it is opened");
         address
     }
 
-    fn grant(&self, container: &str, run_id: &str, keys: &[(&str, &str)]) {
+    fn grant(&self, container: &str, run_id: &str, keys: &[(&str, &str)]) -> Message {
         let keys = Keys {
             keys: keys
                 .iter()
@@ -69,7 +71,12 @@ impl Node {
             run_id: run_id.into(),
             sealed_keys,
             bytes_per_second: FAST,
-        });
+        })
+    }
+
+    fn granted(&self, container: &str, run_id: &str, keys: &[(&str, &str)]) {
+        let told = self.grant(container, run_id, keys);
+        assert!(matches!(told, Message::Granted(_)), "{told:?}");
     }
 
     async fn told(&mut self) -> Message {
@@ -84,7 +91,7 @@ impl Node {
 async fn the_users_key_takes_the_place_of_the_containers() {
     let node = Node::new().await;
     let address = node.open("one").await;
-    node.grant("one", RUN, &[("anthropic", "users"), ("openai", "users")]);
+    node.granted("one", RUN, &[("anthropic", "users"), ("openai", "users")]);
     let client = Client::new();
     for (path, name, value) in [
         ("anthropic/v1/messages?beta=true", "x-api-key", "users"),
@@ -108,7 +115,7 @@ async fn the_users_key_takes_the_place_of_the_containers() {
 
 #[tokio::test]
 async fn without_a_run_with_its_key_nothing_reaches_an_api() {
-    let mut node = Node::new().await;
+    let node = Node::new().await;
     let address = node.open("one").await;
     let ask = async |path: &str| {
         let sent = Client::new().post(format!("http://{address}{path}"));
@@ -124,31 +131,31 @@ async fn without_a_run_with_its_key_nothing_reaches_an_api() {
     // Keys of another run, or for another broker, give nothing.
     let keys = Keys::default();
     let sealed = seal_keys(&node.broker.public_key(), "another", &keys).unwrap();
-    node.broker.grant(&Grant {
+    let told = node.broker.grant(&Grant {
         container: "one".into(),
         run_id: RUN.into(),
         sealed_keys: sealed,
         bytes_per_second: FAST,
     });
-    let Message::Refused(refused) = node.told().await else {
-        panic!("the driver is not told");
+    let Message::Refused(refused) = told else {
+        panic!("it is granted");
     };
     assert_eq!(refused.run_id, RUN);
     assert_eq!(ask("/anthropic/v1/messages").await.0, StatusCode::FORBIDDEN);
 
-    node.grant("one", RUN, &[("anthropic", "users")]);
+    node.granted("one", RUN, &[("anthropic", "users")]);
     let (_, text) = ask("/openai/v1/responses").await;
     assert!(text.contains("this run has no key for openai"), "{text}");
     let (_, text) = ask("/anthropic/v1/organizations").await;
     assert!(text.contains("is not a path of anthropic"), "{text}");
 
     // A container takes no second run.
-    node.grant(
+    let told = node.grant(
         "one",
         "0192d4e0-0000-7000-8000-000000000002",
         &[("openai", "others")],
     );
-    assert!(matches!(node.told().await, Message::Refused(_)));
+    assert!(matches!(told, Message::Refused(_)));
     let (_, text) = ask("/openai/v1/responses").await;
     assert!(text.contains("this run has no key for openai"), "{text}");
     assert_eq!(node.api.count(), 0);
@@ -158,7 +165,7 @@ async fn without_a_run_with_its_key_nothing_reaches_an_api() {
 async fn a_stream_passes_piece_by_piece_and_breaks_with_its_run() {
     let node = Node::new().await;
     let address = node.open("one").await;
-    node.grant("one", RUN, &[("anthropic", "users")]);
+    node.granted("one", RUN, &[("anthropic", "users")]);
     let sent = Client::new().post(format!("http://{address}/anthropic/v1/messages"));
     let mut answer = sent.header("x-test", "stream").send().await.unwrap();
     for piece in ["one", "two"] {
@@ -166,7 +173,7 @@ async fn a_stream_passes_piece_by_piece_and_breaks_with_its_run() {
         let got = timeout(LIMIT, answer.chunk()).await.unwrap().unwrap();
         assert_eq!(got.unwrap(), piece);
     }
-    node.broker.revoke("one");
+    node.broker.close("one");
     let broken = timeout(LIMIT, answer.chunk()).await.unwrap();
     assert!(broken.is_err(), "{broken:?}");
     timeout(LIMIT, node.api.unheard())
@@ -178,7 +185,7 @@ async fn a_stream_passes_piece_by_piece_and_breaks_with_its_run() {
 async fn a_caller_that_goes_away_ends_its_request_to_the_api() {
     let node = Node::new().await;
     let address = node.open("one").await;
-    node.grant("one", RUN, &[("anthropic", "users")]);
+    node.granted("one", RUN, &[("anthropic", "users")]);
     let sent = Client::new().post(format!("http://{address}/anthropic/v1/messages"));
     let mut answer = sent.header("x-test", "stream").send().await.unwrap();
     node.api.say("one");
@@ -193,7 +200,7 @@ async fn a_caller_that_goes_away_ends_its_request_to_the_api() {
 async fn a_refused_key_is_told_and_not_tried_again() {
     let mut node = Node::new().await;
     let address = node.open("one").await;
-    node.grant("one", RUN, &[("anthropic", "users")]);
+    node.granted("one", RUN, &[("anthropic", "users")]);
     let sent = Client::new().post(format!("http://{address}/anthropic/v1/messages"));
     let answer = sent.header("x-test", "401").send().await.unwrap();
     assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
@@ -209,7 +216,7 @@ async fn a_refused_key_is_told_and_not_tried_again() {
 async fn redirects_and_missing_websockets_end_in_the_broker() {
     let node = Node::new().await;
     let address = node.open("one").await;
-    node.grant("one", RUN, &[("openai", "users")]);
+    node.granted("one", RUN, &[("openai", "users")]);
     let url = format!("http://{address}/openai/v1/responses");
     let redirected = Client::new()
         .get(&url)
@@ -218,7 +225,7 @@ async fn redirects_and_missing_websockets_end_in_the_broker() {
         .await
         .unwrap();
     assert_eq!(redirected.status(), StatusCode::BAD_GATEWAY);
-    assert!(redirected.text().await.unwrap().contains("redirect"));
+    assert!(redirected.text().await.unwrap().contains("302"));
     let upgrade = Client::new()
         .get(&url)
         .header("connection", "Upgrade")
