@@ -9,6 +9,7 @@ mod shims;
 mod slot;
 mod task;
 mod telemetry;
+pub(crate) mod upstream;
 mod value;
 
 pub use allow::Capabilities;

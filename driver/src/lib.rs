@@ -24,6 +24,7 @@ pub mod run;
 pub mod sandbox;
 pub mod site;
 
+pub mod broker;
 pub mod images;
 pub mod link;
 pub mod metrics;

@@ -29,6 +29,12 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// Bytes per second, in each direction.
+    #[must_use]
+    pub fn bytes_per_second(&self) -> u64 {
+        u64::from(self.mbits) * 1_000_000 / 8
+    }
+
     /// The default limits of a run, unless the plugin configuration sets others.
     pub const RUN: Self = Self {
         cpu_mhz: 500,

@@ -2,15 +2,20 @@
 //! is the connection to one container, and how it ends.
 
 mod connection;
+mod first;
 
 pub(crate) use connection::Connection;
 pub use connection::Occupant;
+pub(crate) use first::{Unread, first};
 
 use std::{
     fs,
     io::{self, IoSlice},
     mem::MaybeUninit,
-    os::{fd::BorrowedFd, unix::fs::PermissionsExt},
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -48,8 +53,20 @@ pub enum Error {
     NotGreeted,
     #[error("init is not waiting for a command")]
     NotWaiting,
+    #[error("init does not listen for requests to the broker")]
+    NotListening,
     #[error("init closed the connection")]
     Closed,
+}
+
+impl From<Unread> for Error {
+    fn from(unread: Unread) -> Self {
+        match unread {
+            Unread::Broken(error) => Self::Broken(error),
+            Unread::Protocol(error) => Self::Protocol(error),
+            Unread::Closed => Self::Closed,
+        }
+    }
 }
 
 /// A socket in a folder that is made for one container and mounted into it. The parent
@@ -137,8 +154,10 @@ impl Listener {
                 );
                 continue;
             };
-            let mut link = Link::new(stream);
-            return match link.reader.next().await? {
+            let mut input = BytesMut::new();
+            let (FromInit { message }, requests) = first(&stream, &mut input).await?;
+            let link = Link::new(stream, input);
+            return match message.ok_or(Error::NotGreeted)? {
                 from_init::Message::Hello(Hello {
                     protocol_version: PROTOCOL_VERSION,
                     state: Some(state),
@@ -148,6 +167,7 @@ impl Listener {
                     link,
                     state,
                     public_key,
+                    requests,
                 }),
                 from_init::Message::Hello(hello) if hello.protocol_version != PROTOCOL_VERSION => {
                     Err(Error::Version {
@@ -168,6 +188,8 @@ pub(crate) struct Greeted {
     pub(crate) state: hello::State,
     /// The key to seal secrets with.
     pub(crate) public_key: Bytes,
+    /// Where the container listens for requests to the broker.
+    pub(crate) requests: Option<OwnedFd>,
 }
 
 /// Removed when dropped, unless it is kept.
@@ -195,12 +217,12 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    fn new(stream: UnixStream) -> Self {
+    fn new(stream: UnixStream, input: BytesMut) -> Self {
         let (reader, writer) = stream.into_split();
         Self {
             reader: Reader {
                 socket: reader,
-                input: BytesMut::new(),
+                input,
             },
             writer: Writer {
                 socket: writer,

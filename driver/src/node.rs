@@ -63,8 +63,10 @@ impl Node {
             config,
             docker,
             name,
+            broker,
             ..
         } = &*self.site;
+        broker.leave();
         let _gone = std::fs::remove_file(socket_path(config));
         let mut slots = self.slots.book.all().into_iter();
         if self.runs.going() > 0 || slots.any(|slot| slot.end().is_none()) {

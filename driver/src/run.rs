@@ -10,7 +10,7 @@
 
 mod beside;
 pub mod book;
-mod cancel;
+pub(crate) mod cancel;
 pub(crate) mod carry;
 pub mod claim;
 pub mod follow;

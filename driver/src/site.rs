@@ -8,7 +8,7 @@ use std::{path::PathBuf, sync::Arc};
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
-use crate::{config, docker::Docker, events::Events, images::Images};
+use crate::{broker::Broker, config, docker::Docker, events::Events, images::Images};
 
 /// What the parts of the driver share.
 #[derive(Debug)]
@@ -17,6 +17,7 @@ pub struct Site {
     pub docker: Docker,
     pub images: Arc<Images>,
     pub events: Events,
+    pub broker: Arc<Broker>,
     /// Random, created once per state folder. Containers and networks of this driver carry it.
     pub instance: String,
     /// Random, created at each start. A claim names the start that its shim saw.

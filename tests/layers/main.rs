@@ -20,6 +20,7 @@ const DRIVER: &[&str] = &[
     "run",
     "sandbox",
     "site",
+    "broker",
     "images",
     "link",
     "metrics",

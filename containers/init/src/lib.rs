@@ -30,7 +30,12 @@ mod supervisor;
 mod terminal;
 mod workspace;
 
-use std::{fs::OpenOptions, path::Path};
+use std::{
+    fs::OpenOptions,
+    net::{Ipv4Addr, TcpListener},
+    num::NonZeroU16,
+    path::Path,
+};
 
 use nix::sys::{
     prctl,
@@ -38,11 +43,12 @@ use nix::sys::{
 };
 
 /// Serves one container until the driver releases it or has removed its socket, or SIGTERM
-/// or SIGINT arrives while no command runs. Returns the exit status.
+/// or SIGINT arrives while no command runs. Returns the exit status. With a port, init
+/// listens there and hands the socket to the driver: it is the broker that accepts.
 ///
 /// # Errors
 /// An error that prevents process 1 from working at all; the container then ends.
-pub fn run(socket: &Path) -> std::io::Result<u8> {
+pub fn run(socket: &Path, port: Option<NonZeroU16>) -> std::io::Result<u8> {
     // Opened while it still belongs to this user: once a process is not dumpable, its files
     // in /proc/self belong to root.
     let oom_score = OpenOptions::new()
@@ -52,7 +58,9 @@ pub fn run(socket: &Path) -> std::io::Result<u8> {
         .ok();
     prctl::set_dumpable(false)?;
     home::seed(Path::new(home::SEED), home::path().as_deref())?;
-    supervisor::Supervisor::new(socket, oom_score)?.run()
+    let listen = |port: NonZeroU16| TcpListener::bind((Ipv4Addr::LOCALHOST, port.get()));
+    let requests = port.map(listen).transpose()?;
+    supervisor::Supervisor::new(socket, requests, oom_score)?.run()
 }
 
 /// Waits for SIGTERM or SIGINT, while others use this process's namespaces.

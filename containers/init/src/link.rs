@@ -3,10 +3,11 @@
 //! resends what was not acknowledged.
 
 use std::{
-    io::{self, ErrorKind, IoSliceMut, Write},
+    io::{self, ErrorKind, IoSlice, IoSliceMut, Write},
     mem::MaybeUninit,
+    net::TcpListener,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
@@ -22,7 +23,10 @@ use polydev_proto::{
     frame,
     init::{FromInit, ToInit, from_init},
 };
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 
 /// Most output that waits for the socket; beyond it nothing more is framed.
 const HIGH_WATER: usize = 128 << 10;
@@ -41,6 +45,10 @@ pub(crate) struct Link {
     /// Descriptors received with the input, until the message that announces them takes them.
     descriptors: Vec<OwnedFd>,
     output: BytesMut,
+    /// Goes with the first byte of every connection: where the container asks the broker.
+    requests: Option<TcpListener>,
+    /// Whether the first byte of this connection has been sent.
+    has_begun: bool,
     retry_at: Instant,
     retry_after: Duration,
     /// When the socket was first missing.
@@ -48,13 +56,15 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    pub(crate) fn new(path: &Path, now: Instant) -> Self {
+    pub(crate) fn new(path: &Path, requests: Option<TcpListener>, now: Instant) -> Self {
         Self {
             path: path.to_owned(),
             stream: None,
             input: BytesMut::new(),
             descriptors: Vec::new(),
             output: BytesMut::new(),
+            requests,
+            has_begun: false,
             retry_at: now,
             retry_after: RETRY_INTERVAL,
             missing_since: None,
@@ -80,6 +90,7 @@ impl Link {
         match open(&self.path) {
             Ok(stream) => {
                 self.stream = Some(stream);
+                self.has_begun = false;
                 self.retry_after = RETRY_INTERVAL;
                 self.missing_since = None;
                 true
@@ -143,8 +154,15 @@ impl Link {
             if self.output.is_empty() {
                 break;
             }
-            match stream.write(&self.output) {
-                Ok(count) => self.output.advance(count),
+            let written = match self.requests.as_ref().filter(|_| !self.has_begun) {
+                Some(requests) => send_with(stream, &self.output, requests.as_fd()),
+                None => stream.write(&self.output),
+            };
+            match written {
+                Ok(count) => {
+                    self.has_begun = true;
+                    self.output.advance(count);
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(_) => self.disconnect(now),
@@ -180,6 +198,21 @@ impl Link {
             self.input = BytesMut::new();
         }
     }
+}
+
+/// Writes bytes, with a descriptor attached to the first.
+fn send_with(stream: &UnixStream, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [descriptor];
+    ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+    let bytes = [IoSlice::new(bytes)];
+    Ok(sendmsg(
+        stream,
+        &bytes,
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )?)
 }
 
 /// Reads bytes and the descriptors that come with them.

@@ -9,6 +9,7 @@ mod telling;
 use std::{
     fs::File,
     io::{self, ErrorKind, Read},
+    net::TcpListener,
     os::fd::AsFd,
     path::Path,
     time::{Duration, Instant},
@@ -114,7 +115,11 @@ pub(crate) struct Supervisor {
 }
 
 impl Supervisor {
-    pub(crate) fn new(socket: &Path, oom_score: Option<File>) -> io::Result<Self> {
+    pub(crate) fn new(
+        socket: &Path,
+        requests: Option<TcpListener>,
+        oom_score: Option<File>,
+    ) -> io::Result<Self> {
         let mut caught: SigSet = FORWARDED.into_iter().collect();
         caught.add(Signal::SIGCHLD);
         caught.thread_block()?;
@@ -130,7 +135,7 @@ impl Supervisor {
             is_plain: false,
             released: false,
             end_is_told: false,
-            link: Link::new(socket, Instant::now()),
+            link: Link::new(socket, requests, Instant::now()),
             signals: SignalFd::with_flags(&caught, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?,
             oom_score,
         })

@@ -34,6 +34,10 @@ pub(super) const DEFAULT_CAPS: [&str; 13] = [
     "sys_chroot",
 ];
 
+/// Of no user on Debian, Fedora and their relatives: above what `adduser` and `useradd` give,
+/// and above systemd's dynamic users (61184 to 65519).
+const BROKER_UID: u32 = 66_319;
+
 /// Facts about a task that labels may show.
 pub const EXTRA_LABELS: [&str; 8] = [
     "job_id",
@@ -54,6 +58,10 @@ pub struct Plugin {
     pub state_dir: PathBuf,
     /// The `polydev-init` program.
     pub init_path: PathBuf,
+    /// The `polydev-broker` program.
+    pub broker_path: PathBuf,
+    /// The user that it runs as.
+    pub broker_uid: u32,
     /// Limits of a run.
     pub run: Limits,
     /// For all runs together, on top of what Nomad reserves for their slots.
@@ -153,6 +161,8 @@ pub(super) struct Raw {
     tls: Option<RawTls>,
     state_dir: Option<String>,
     init_path: Option<String>,
+    broker_path: Option<String>,
+    broker_uid: Option<Number>,
     run_class: Option<RawClass>,
     run_headroom: Option<RawHeadroom>,
     auth: Option<RawAuth>,
@@ -275,13 +285,19 @@ impl Raw {
             .allow_caps
             .map(|caps| caps.iter().map(|cap| cap_name(cap)).collect());
         let runtimes = self.allow_runtimes;
+        let init_path = match text(self.init_path) {
+            Some(path) => absolute("init_path", &path)?,
+            None => beside_this_program("polydev-init"),
+        };
         Ok(Plugin {
             endpoint: endpoint(text(self.endpoint), self.tls)?,
             state_dir: state_dir(text(self.state_dir))?,
-            init_path: match text(self.init_path) {
-                Some(path) => absolute("init_path", &path)?,
-                None => beside_this_program("polydev-init"),
+            broker_path: match text(self.broker_path) {
+                Some(path) => absolute("broker_path", &path)?,
+                None => init_path.with_file_name("polydev-broker"),
             },
+            init_path,
+            broker_uid: ranged("broker_uid", self.broker_uid, BROKER_UID, 1, u32::MAX - 1)?,
             run: self.run_class.unwrap_or_default().check()?,
             run_headroom: self.run_headroom.map(RawHeadroom::check).transpose()?,
             auth,

@@ -43,6 +43,8 @@ pub fn plugin() -> Spec {
         ),
         attr("state_dir", "string"),
         attr("init_path", "string"),
+        attr("broker_path", "string"),
+        attr("broker_uid", "number"),
         block(
             "run_class",
             vec![
@@ -114,6 +116,15 @@ pub fn task() -> Spec {
         attr("image", "string"),
         attr("run_id", "string"),
         attr("prepare_ahead", "bool"),
+        block(
+            "upstream",
+            vec![
+                attr("base_url", "string"),
+                attr("ca_file", "string"),
+                attr("headers", MAPS),
+                attr("proxy", "string"),
+            ],
+        ),
     ];
     object(vec![
         block("slot", slot),

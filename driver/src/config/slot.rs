@@ -3,7 +3,11 @@
 use polydev_proto::{id::RunId, provider::Provider};
 use serde::Deserialize;
 
-use super::{Error, value};
+use super::{
+    Error,
+    upstream::{self, Upstream},
+    value,
+};
 
 /// What the containers of a slot have in common.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, Deserialize)]
@@ -16,6 +20,9 @@ pub struct Slot {
     /// Whether the next container is made during a run, if the node has room.
     #[serde(default)] // Nomad may have stored the slot before the option existed.
     pub prepare_ahead: bool,
+    /// Where model requests go, in place of the provider's own API.
+    #[serde(default)] // As before.
+    pub upstream: Option<Upstream>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -25,6 +32,7 @@ pub(super) struct Raw {
     image: Option<String>,
     run_id: Option<String>,
     prepare_ahead: Option<bool>,
+    upstream: Option<upstream::Raw>,
 }
 
 impl Raw {
@@ -53,6 +61,7 @@ impl Raw {
             image,
             run_id,
             prepare_ahead,
+            upstream: self.upstream.map_or(Ok(None), upstream::Raw::check)?,
         })
     }
 }

@@ -45,6 +45,50 @@ fn a_slot_on_demand_is_for_the_run_of_an_id() {
 }
 
 #[test]
+fn an_upstream_gets_keys_by_tls_alone() {
+    let slot = |upstream: serde_json::Value| {
+        task(&json!({"slot": {"provider": "openai", "upstream": upstream}}))
+    };
+    match slot(json!({"base_url": "https://gateway.example/", "headers": [{"x-team": "a"}]})) {
+        Ok(Config::Slot(slot)) => {
+            let upstream = slot.upstream.expect("it is set");
+            assert_eq!(upstream.base_url, "https://gateway.example");
+            assert_eq!(upstream.headers["x-team"], "a");
+        }
+        other => panic!("{other:?}"),
+    }
+    let none = slot(json!({"base_url": "", "ca_file": "", "headers": [], "proxy": ""}));
+    assert!(matches!(none, Ok(Config::Slot(slot)) if slot.upstream.is_none()));
+    let proxy = "http://proxy.example:3128";
+    for (upstream, field) in [
+        (json!({"base_url": "http://gateway.example"}), "base_url"),
+        (json!({"proxy": proxy}), "base_url"),
+        (
+            json!({"base_url": "http://127.0.0.1:80", "proxy": proxy}),
+            "proxy",
+        ),
+        (
+            json!({"base_url": "https://a.example", "proxy": "proxy:3128"}),
+            "proxy",
+        ),
+        (
+            json!({"base_url": "https://a.example", "ca_file": "ca.pem"}),
+            "ca_file",
+        ),
+        (
+            json!({"base_url": "https://a.example", "headers": [{"a b": "c"}]}),
+            "headers",
+        ),
+    ] {
+        let refused = slot(upstream).unwrap_err().to_string();
+        assert!(
+            refused.starts_with(&format!("`slot.upstream.{field}` is ")),
+            "{refused}"
+        );
+    }
+}
+
+#[test]
 fn without_a_config_block_the_documented_defaults_hold() {
     let config = Plugin::parse(&[]).unwrap();
     assert_eq!(config.endpoint.address, "unix:///var/run/docker.sock");

@@ -7,7 +7,7 @@ use bollard::models::{
     RestartPolicyNameEnum,
 };
 
-use polydev_proto::workspace;
+use polydev_proto::{broker::PORT, workspace};
 
 use super::signed;
 use crate::limits::{CPU_PERIOD, Limits};
@@ -44,7 +44,7 @@ impl ContainerSpec {
         } = self;
         ContainerCreateBody {
             image: Some(self.image.clone()),
-            entrypoint: Some(vec![INIT.into(), SOCKET.into()]),
+            entrypoint: Some(vec![INIT.into(), SOCKET.into(), PORT.to_string()]),
             cmd: Some(vec![]),
             user: Some(format!("{uid}:{gid}")),
             labels: Some(self.labels.clone()),

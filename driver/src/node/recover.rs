@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use tracing::Instrument;
 
 use crate::{
+    broker::Opened,
     docker::removal,
     limits,
     link::{Connection, Listener},
@@ -21,10 +22,16 @@ pub(super) fn recover(slots: &Arc<Slots>, open: Vec<Open>) {
     for Open { run, inputs } in open {
         let share = slots.headroom.take_back(run.claimed.share);
         slots.idle.forget(&run.claimed.slot_id);
+        // Its connections go on, with the keys that the broker has.
+        let opened = slots.site.broker.keep(
+            &run.claimed.container,
+            slots.site.config.run.bytes_per_second(),
+        );
         let slots = slots.clone();
         let (site, span) = (slots.site.clone(), run.span());
         let resumed = async move {
-            resume(&slots, &run, inputs).await;
+            resume(&slots, &run, &opened, inputs).await;
+            drop(opened);
             drop(share);
             removal::remove(&slots.site.docker, &run.claimed.container).await;
             run.is_gone();
@@ -33,7 +40,7 @@ pub(super) fn recover(slots: &Arc<Slots>, open: Vec<Open>) {
     }
 }
 
-async fn resume(slots: &Slots, run: &Run, inputs: mpsc::Receiver<Input>) {
+async fn resume(slots: &Slots, run: &Run, opened: &Opened, inputs: mpsc::Receiver<Input>) {
     let claimed = &run.claimed;
     let runs = &slots.runs;
     let lost = |message: &str| runs.ended(run, run.end(Reason::Lost, message));
@@ -76,7 +83,7 @@ async fn resume(slots: &Slots, run: &Run, inputs: mpsc::Receiver<Input>) {
         pid,
         link: None,
     };
-    carry::resume(runs, run, &mut connection, limits.as_ref(), inputs).await;
+    carry::resume(runs, run, &mut connection, limits.as_ref(), opened, inputs).await;
     connection.end(&slots.site.docker, &claimed.container).await;
     connection.listener.let_go();
 }

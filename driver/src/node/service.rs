@@ -47,6 +47,7 @@ use super::Node;
 use crate::run::{
     Run,
     book::NotFound,
+    cancel::Cause,
     claim::Refusal,
     follow::{BeyondEnd, Follower},
 };
@@ -219,7 +220,7 @@ impl NodeService for Service {
         }
         let user_id = given(user_id).map(UserId::from);
         let run = self.find(&run_id, user_id.as_ref())?;
-        self.node.runs.cancel(&run, &reason);
+        self.node.runs.cancel(&run, Cause::Asked(reason.clone()));
         let user_id = user_id.as_ref().map(UserId::as_str);
         tracing::info!(run_id, user_id, reason, "cancelled");
         Ok(Response::new(CancelRunResponse {}))

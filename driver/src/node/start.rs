@@ -6,13 +6,14 @@ use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};
 use polydev_transport::tls::{self, Callers, Reloading};
 use tokio::{
     net::{TcpListener, UnixListener},
-    sync::watch,
+    sync::{mpsc, watch},
 };
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::task::TaskTracker;
 
 use super::{Node, interface, recover, service, socket_path};
 use crate::{
+    broker::{self, Broker},
     config,
     docker::{self, Docker},
     events::Events,
@@ -23,6 +24,7 @@ use crate::{
     run::{
         self,
         book::{Open, Runs},
+        cancel::Cause,
     },
     sandbox::Networks,
     site::{Compute, Site},
@@ -117,6 +119,7 @@ impl Prepared {
                 config,
                 docker,
                 events,
+                broker: Broker::new(),
                 start_id: uuid::Uuid::new_v4().to_string(),
                 name: format!("polydev-{instance}"),
                 instance,
@@ -166,7 +169,21 @@ impl Prepared {
         recover::recover(&node.slots, open);
         node.site.images.collect();
 
-        let background = &node.site.background;
+        let Site {
+            config,
+            background,
+            broker,
+            ..
+        } = &*node.site;
+        let (kept, seen) = broker::keep(
+            broker.clone(),
+            &config.broker_path,
+            &config.state_dir,
+            config.broker_uid,
+            node.slots.book.changes(),
+        );
+        background.spawn(kept);
+        background.spawn(seen_by_broker(node.runs.clone(), seen));
         let local = UnixListenerStream::new(listener);
         background.spawn(service::serve(node.clone(), local));
         if let (Some((listener, files)), Some(shims)) = (secured, &node.site.config.shims) {
@@ -181,6 +198,19 @@ impl Prepared {
             networks: node.networks.clone(),
         }));
         node
+    }
+}
+
+/// Does what follows from what the broker sees, for ever.
+async fn seen_by_broker(runs: Arc<Runs>, mut seen: mpsc::Receiver<broker::Event>) {
+    while let Some(event) = seen.recv().await {
+        let words = event.to_string();
+        tracing::info!(run_id = event.run_id, "{words}");
+        let run = event.run_id.parse().ok();
+        let run = run.and_then(|run_id| runs.find(run_id, None).ok());
+        if let Some(run) = run.filter(|_| event.credential_refused) {
+            runs.cancel(&run, Cause::CredentialRefused(words));
+        }
     }
 }
 

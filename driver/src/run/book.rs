@@ -29,6 +29,7 @@ use tokio::sync::broadcast;
 
 use super::{
     Ended, Outcome, Run,
+    cancel::Cause,
     claim::{self, MAX_ID_AGE, Parsed, Refusal},
     journal::{self, Journal, Record},
     standing::{OnClaim, Standing},
@@ -194,15 +195,12 @@ impl Runs {
 
     /// Asks a run to end: SIGTERM now, and SIGKILL after its kill timeout. A restarted
     /// driver remembers the request.
-    pub fn cancel(&self, run: &Run, reason: &str) {
-        if run.is_over() || run.cancel.reason().is_some() {
+    pub fn cancel(&self, run: &Run, cause: Cause) {
+        if run.is_over() || run.cancel.cause().is_some() {
             return;
         }
-        let record = Record::Cancelled {
-            run_id: run.claimed.run_id,
-            reason: reason.to_owned(),
-        };
-        self.remember(run, &record, |_| run.cancel.ask(reason));
+        let record = Record::cancelled(run.claimed.run_id, &cause);
+        self.remember(run, &record, |_| run.cancel.ask(cause));
     }
 
     /// The open run in a slot, if any.

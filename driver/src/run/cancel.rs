@@ -1,20 +1,47 @@
-//! A request to end a run early, and its reason.
+//! A request to end a run early, and its cause.
 
 use std::sync::OnceLock;
 
+use polydev_proto::node::ended::Reason;
 use tokio_util::sync::CancellationToken;
+
+/// Why a run should end early.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cause {
+    /// A caller or an operator wants it, with a sentence for people; may be empty.
+    Asked(String),
+    /// An API does not take the run's key, as the sentence says.
+    CredentialRefused(String),
+}
+
+impl Cause {
+    pub(super) fn reason(&self) -> Reason {
+        match self {
+            Self::Asked(_) => Reason::Cancelled,
+            Self::CredentialRefused(_) => Reason::CredentialRefused,
+        }
+    }
+
+    /// The message for the run's end.
+    pub(super) fn message(&self) -> String {
+        match self {
+            Self::Asked(words) if words.is_empty() => "it was cancelled".into(),
+            Self::Asked(words) => format!("it was cancelled: {words}"),
+            Self::CredentialRefused(words) => words.clone(),
+        }
+    }
+}
 
 /// The first request counts; later ones have no effect.
 #[derive(Debug, Default)]
 pub(super) struct Cancel {
-    reason: OnceLock<String>,
+    cause: OnceLock<Cause>,
     token: CancellationToken,
 }
 
 impl Cancel {
-    /// `reason` is a sentence for people; may be empty.
-    pub(super) fn ask(&self, reason: &str) {
-        let _earlier_stands = self.reason.set(reason.to_owned());
+    pub(super) fn ask(&self, cause: Cause) {
+        let _earlier_stands = self.cause.set(cause);
         self.token.cancel();
     }
 
@@ -23,16 +50,8 @@ impl Cancel {
         self.token.cancelled().await;
     }
 
-    /// The reason of the first request; `None` without a request.
-    pub(super) fn reason(&self) -> Option<&str> {
-        self.reason.get().map(String::as_str)
-    }
-
-    /// The message for the run's end.
-    pub(super) fn message(&self) -> String {
-        match self.reason() {
-            None | Some("") => "it was cancelled".into(),
-            Some(reason) => format!("it was cancelled: {reason}"),
-        }
+    /// The cause of the first request; `None` without a request.
+    pub(super) fn cause(&self) -> Option<&Cause> {
+        self.cause.get()
     }
 }

@@ -12,6 +12,7 @@ mod stdin;
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use polydev_proto::{
     frame::MAX_DATA,
     init::{Data, Exited, NotStarted, Signal, Start, TerminalSize, from_init, to_init},
@@ -28,6 +29,7 @@ use stdin::StdinWindow;
 
 use super::{Ended, Granted, Input, Run, book::Runs, claim::Refusal, window::MAX_WAITING};
 use crate::{
+    broker::Opened,
     limits::{self, Limits},
     link::{self, Connection},
 };
@@ -52,13 +54,15 @@ const SIGKILL: i32 = 9;
 #[derive(Debug)]
 pub(crate) struct Order {
     pub(crate) start: Start,
+    /// For the broker. Empty if the run has no keys there.
+    pub(crate) sealed_keys: Bytes,
     /// The command must not start after this time.
     pub(crate) start_by: Instant,
     pub(crate) inputs: mpsc::Receiver<Input>,
 }
 
-/// Raises the limits, starts the command and carries it to its end. Afterwards the
-/// container is no longer needed.
+/// Raises the limits, gives the keys to the broker, starts the command and carries it to its
+/// end. Afterwards the container is no longer needed.
 ///
 /// Bandwidth is raised during the start, but lowered before it. The change can take long,
 /// because the kernel holds the same lock while it creates or removes other containers'
@@ -68,25 +72,37 @@ pub(crate) async fn start(
     run: &Run,
     connection: &mut Connection,
     limits: &limits::Handle,
+    opened: &Opened,
     class: &Limits,
     order: Order,
 ) {
     let granted_after = run.arrived.elapsed();
+    // They are on their way while the limits are raised.
+    let keys = (!order.sealed_keys.is_empty()).then(|| {
+        let rate = class.bytes_per_second();
+        opened.grant(run.claimed.run_id, order.sealed_keys, rate)
+    });
     let mut shaping = Some(spawn_blocking(limits.shaping(class)));
     let lowered = match limits.is_lowered_by(class) {
         true => shaped(&mut shaping).await,
         false => Ok(()),
     };
-    let raise = || {
-        if Instant::now() >= order.start_by {
-            return Err(Refusal::TooLate);
-        }
+    let ready = async {
         let broken = |reason| Refusal::Broken { reason };
         lowered.map_err(broken)?;
         let set = limits.set(class);
-        set.map_err(|error| broken(crate::chain(&error)))
+        set.map_err(|error| broken(crate::chain(&error)))?;
+        if let Some(keys) = keys {
+            let granted = keys.done().await;
+            granted.map_err(|error| broken(crate::chain(&error)))?;
+        }
+        // Last, because all of this takes time.
+        if Instant::now() >= order.start_by {
+            return Err(Refusal::TooLate);
+        }
+        Ok(())
     };
-    if let Err(refusal) = raise() {
+    if let Err(refusal) = ready.await {
         tracing::warn!(
             run_id = %run.claimed.run_id,
             error = crate::chain(&refusal),
@@ -102,7 +118,7 @@ pub(crate) async fn start(
         progress.connected = true;
         progress.granted = Some(granted);
     });
-    let mut carrier = Carrier::new(runs, run, connection, Some(limits), order.inputs);
+    let mut carrier = Carrier::new(runs, run, connection, Some(limits), opened, order.inputs);
     carrier.shaping = shaping;
     // If the connection breaks, init reports whether the message arrived.
     let start = to_init::Message::Start(order.start.into());
@@ -116,9 +132,10 @@ pub(crate) async fn resume(
     run: &Run,
     connection: &mut Connection,
     limits: Option<&limits::Handle>,
+    opened: &Opened,
     inputs: mpsc::Receiver<Input>,
 ) {
-    Carrier::new(runs, run, connection, limits, inputs)
+    Carrier::new(runs, run, connection, limits, opened, inputs)
         .carry()
         .await;
 }
@@ -128,6 +145,7 @@ struct Carrier<'a> {
     run: &'a Run,
     connection: &'a mut Connection,
     limits: Option<&'a limits::Handle>,
+    opened: &'a Opened,
     /// Set until the run's bandwidth is in force.
     shaping: Option<JoinHandle<Result<(), limits::Error>>>,
     inputs: mpsc::Receiver<Input>,
@@ -194,6 +212,7 @@ impl<'a> Carrier<'a> {
         run: &'a Run,
         connection: &'a mut Connection,
         limits: Option<&'a limits::Handle>,
+        opened: &'a Opened,
         inputs: mpsc::Receiver<Input>,
     ) -> Self {
         Self {
@@ -201,6 +220,7 @@ impl<'a> Carrier<'a> {
             run,
             connection,
             limits,
+            opened,
             shaping: None,
             inputs,
             stdin: StdinWindow::default(),
@@ -341,9 +361,7 @@ impl<'a> Carrier<'a> {
             }
             _ if self.collected.is_some() => Err(self.lost()),
             Ending::No => Err(self.end(Reason::Deadline, "its deadline passed")),
-            Ending::Asked { .. } | Ending::Killed => {
-                Err(self.end(Reason::Cancelled, &self.run.cancel.message()))
-            }
+            Ending::Asked { .. } | Ending::Killed => Err(self.ended_early()),
         }
     }
 

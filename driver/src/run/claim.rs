@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use polydev_proto::{
-    exec,
+    broker, exec,
     id::{RunId, SlotId, UserId},
     init::{MAX_SEALED, Start, TraceContext, Variable},
     node, workspace,
@@ -88,6 +88,8 @@ pub struct Parsed {
     /// See [`spec_hash`].
     pub spec_hash: String,
     pub start: Start,
+    /// For the broker.
+    pub sealed_keys: Bytes,
     pub timeout: Duration,
     pub kill_timeout: Duration,
     pub drop_oldest: bool,
@@ -123,6 +125,15 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
             secrets.len()
         );
         return Err(invalid("sealed_secrets", problem));
+    }
+    let sealed_keys = claim.sealed_keys;
+    if sealed_keys.len() > broker::MAX_SEALED {
+        let problem = format!(
+            "has {} bytes; at most {} are allowed",
+            sealed_keys.len(),
+            broker::MAX_SEALED
+        );
+        return Err(invalid("sealed_keys", problem));
     }
     exec::check(
         spec.argv.iter().map(|arg| &arg[..]),
@@ -190,6 +201,7 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         ballot: ballot.into(),
         spec_hash,
         start,
+        sealed_keys,
         timeout,
         kill_timeout,
         drop_oldest: spec.drop_oldest,

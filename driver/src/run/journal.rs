@@ -10,6 +10,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{self, ErrorKind},
+    ops::Not,
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
@@ -24,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::{sync::Notify, time::sleep};
 
-use super::{Ballot, Ended};
+use super::{Ballot, Ended, cancel::Cause};
 use crate::headroom::Amount;
 
 const VERSION: u32 = 1;
@@ -52,6 +53,10 @@ pub enum Record {
         run_id: RunId,
         #[serde(default)]
         reason: String,
+        /// An API did not take its key. Omitted if not, so that older drivers can read the
+        /// record.
+        #[serde(default, skip_serializing_if = "Not::not")]
+        credential_refused: bool,
     },
     /// The run is over, with this result.
     Exited { run_id: RunId, ended: Ended },
@@ -122,6 +127,18 @@ pub struct Claimed {
 }
 
 impl Record {
+    pub(super) fn cancelled(run_id: RunId, cause: &Cause) -> Self {
+        let (reason, credential_refused) = match cause {
+            Cause::Asked(reason) => (reason, false),
+            Cause::CredentialRefused(reason) => (reason, true),
+        };
+        Self::Cancelled {
+            run_id,
+            reason: reason.clone(),
+            credential_refused,
+        }
+    }
+
     /// The run that the record is about; `None` for the format.
     #[must_use]
     pub fn run_id(&self) -> Option<RunId> {

@@ -88,7 +88,7 @@ impl Run {
         };
         let written = |stream| self.output[stream].end();
         let (stdout_bytes, stderr_bytes) = (written(Stream::Stdout), written(Stream::Stderr));
-        let cancelled = self.cancel.reason().is_some();
+        let cancelled = self.cancel.cause().is_some();
         Some(Summary {
             run: self,
             state,

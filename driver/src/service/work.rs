@@ -14,6 +14,7 @@ use prost_types::Timestamp;
 use crate::{
     limits::Usage,
     node::Node,
+    run::cancel::Cause,
     slot::{self, Slot},
     task::{Exit, Task},
 };
@@ -85,7 +86,8 @@ impl Work {
                 if slot.is_on_demand()
                     && let Some(run) = node.runs.open_in(&slot.identity.slot_id())
                 {
-                    node.runs.cancel(&run, "Nomad stopped its slot");
+                    let cause = Cause::Asked("Nomad stopped its slot".into());
+                    node.runs.cancel(&run, cause);
                 }
             }
             Self::Plain(task) => task.stop(signal, limit).await,

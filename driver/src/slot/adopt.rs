@@ -12,11 +12,11 @@ use tokio::time::timeout;
 
 use super::{
     Slot, Slots,
-    fill::Container,
+    fill::{Container, open},
     shelf::{Idle, Made},
 };
 use crate::{
-    limits,
+    config, limits,
     link::{self, Connection, Greeted, Listener},
     process::Held,
 };
@@ -35,6 +35,8 @@ enum Error {
     Link(#[from] link::Error),
     #[error("init did not reconnect within {} s", RETURN_TIMEOUT.as_secs())]
     Away,
+    #[error(transparent)]
+    Upstream(#[from] config::upstream::Unreadable),
     #[error("cannot open the container's limits")]
     Limits(#[from] limits::Error),
 }
@@ -95,11 +97,13 @@ async fn take_up(slots: &Slots, slot: &Slot, idle: &Idle) -> Result<Container, E
     let init = Held::find(pid, occupant.pid_start).ok_or(Error::Ended)?;
     let mut listener = Listener::bind_again(&occupant.link)?;
     let accept = timeout(RETURN_TIMEOUT, listener.accept(|peer| peer == pid));
-    let (link, public_key) = tokio::select! {
+    let (link, public_key, requests) = tokio::select! {
         biased;
         () = init.ended() => return Err(Error::Ended),
         accepted = accept => match accepted.map_err(|_| Error::Away)?? {
-            Greeted { state: hello::State::Waiting(_), link, public_key, .. } => (link, public_key),
+            Greeted { state: hello::State::Waiting(_), link, public_key, requests, .. } => {
+                (link, public_key, requests.ok_or(link::Error::NotListening)?)
+            }
             Greeted { .. } => return Err(link::Error::NotWaiting.into()),
         },
     };
@@ -108,7 +112,9 @@ async fn take_up(slots: &Slots, slot: &Slot, idle: &Idle) -> Result<Container, E
     let limits = limits.expect("opening limits does not panic")?;
     // Until it is kept again.
     listener.let_go();
+    let opened = open(&slots.site, slot, &occupant.container, requests)?;
     Ok(Container {
+        opened,
         id: occupant.container.clone(),
         connection: Connection {
             listener,

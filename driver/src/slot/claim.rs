@@ -66,6 +66,7 @@ impl Slots {
 
         let order = Order {
             start: parsed.start,
+            sealed_keys: parsed.sealed_keys,
             start_by,
             inputs,
         };

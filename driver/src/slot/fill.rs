@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    os::fd::OwnedFd,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -12,6 +13,8 @@ use tokio::time::timeout;
 
 use super::{Slot, Slots, breaker};
 use crate::{
+    broker::Opened,
+    config,
     docker::{self, ContainerSpec, Docker},
     identity::{LABEL_GENERATION, LABEL_INSTANCE, LABEL_SLOT, LABEL_START},
     images::{self, Policy, Step, Use, Want},
@@ -48,6 +51,8 @@ pub enum Error {
     Link(#[from] link::Error),
     #[error("the container ended as soon as it was ready")]
     Gone(#[source] std::io::Error),
+    #[error(transparent)]
+    Upstream(#[from] config::upstream::Unreadable),
     #[error("cannot open the container's limits")]
     Limits(#[from] limits::Error),
     #[error("not tried for now: {0}")]
@@ -69,6 +74,7 @@ impl Error {
             | Self::InitTimedOut
             | Self::Link(_)
             | Self::Gone(_)
+            | Self::Upstream(_)
             | Self::Limits(_) => true,
         }
     }
@@ -99,6 +105,8 @@ pub(super) struct Container {
     pub(super) limits: Arc<limits::Handle>,
     /// The public key of its init, to seal secrets with.
     pub(super) public_key: Bytes,
+    /// What the broker knows of it.
+    pub(super) opened: Opened,
     pub(super) image_id: String,
     pub(super) _image: Use,
 }
@@ -223,11 +231,13 @@ async fn make(
     site.docker.start(&id).await?;
     let greeted = greet(&site.docker, &listener, &id).await?;
     let (pid, public_key) = (greeted.pid, greeted.public_key);
+    let requests = greeted.requests.ok_or(link::Error::NotListening)?;
     let init = Held::open(pid).map_err(Error::Gone)?;
     let idle = slot.idle;
     let limits = tokio::task::spawn_blocking(move || limits::Handle::open(pid, &idle));
     let limits = limits.await.expect("opening limits does not panic")?;
     Ok(Container {
+        opened: open(site, slot, &id, requests)?,
         id,
         connection: Connection {
             listener,
@@ -240,6 +250,20 @@ async fn make(
         image_id: image.id,
         _image: held,
     })
+}
+
+/// Lets the broker serve the requests of a container, which come from `requests`.
+pub(super) fn open(
+    site: &Site,
+    slot: &Slot,
+    container: &str,
+    requests: OwnedFd,
+) -> Result<Opened, config::upstream::Unreadable> {
+    let upstream = slot.config.upstream.as_ref();
+    let upstream = upstream.map(|upstream| upstream.read(slot.config.provider));
+    let upstreams = upstream.transpose()?.into_iter().collect();
+    let rate = slot.idle.bytes_per_second();
+    Ok(site.broker.open(container, requests, rate, upstreams))
 }
 
 async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted, Error> {

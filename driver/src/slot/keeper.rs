@@ -385,6 +385,7 @@ impl Keeper {
         // The next container never runs next to it.
         let Container { id, connection, .. } = &mut container;
         connection.end(&self.slots.site.docker, id).await;
+        container.opened.close();
         // Its share is dropped here, because the room is free.
         let run = served.map(|(run, _share)| run);
         self.removed().await;
@@ -459,10 +460,13 @@ impl Keeper {
             }
         });
         let Container {
-            connection, limits, ..
+            connection,
+            limits,
+            opened,
+            ..
         } = container;
         let runs = &self.slots.runs;
-        carry::start(runs, run, connection, limits, &class, order)
+        carry::start(runs, run, connection, limits, opened, &class, order)
             .instrument(run.span())
             .await;
         update.abort();

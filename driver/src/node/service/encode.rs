@@ -49,6 +49,7 @@ pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
             State::Idle | State::Leased { .. } => slot.public_key(),
             _ => Bytes::new(),
         },
+        broker_key: Bytes::new(), // The node's, and no slot's.
     }
 }
 

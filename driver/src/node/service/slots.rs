@@ -50,8 +50,13 @@ impl Watcher {
         self.changes.mark_unchanged();
         let slots = self.slots.book.all();
         let slots = slots.iter().filter(|slot| slot.end().is_none());
+        let broker_key = self.slots.site.broker.public_key();
+        let encode = |slot| SlotMessage {
+            broker_key: broker_key.clone(),
+            ..encode_slot(slot)
+        };
         let now: HashMap<_, _> = slots
-            .map(|slot| (slot.identity.slot_id().into(), encode_slot(slot)))
+            .map(|slot| (slot.identity.slot_id().into(), encode(slot)))
             .collect();
         let snapshot = self.sent.is_none();
         let sent = self.sent.take().unwrap_or_default();

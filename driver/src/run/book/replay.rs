@@ -9,7 +9,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Known, Past, fence::Fence};
 use crate::run::{
-    Ended, Input, Outcome, Progress, Run, file_name,
+    Ended, Input, Outcome, Progress, Run,
+    cancel::Cause,
+    file_name,
     journal::{Claimed, Record},
     window::Window,
 };
@@ -57,7 +59,7 @@ enum Found {
 struct Traces {
     claimed: Claimed,
     started: Option<Duration>,
-    cancelled: Option<String>,
+    cancelled: Option<Cause>,
     ended: Option<Ended>,
 }
 
@@ -83,9 +85,18 @@ fn fold(records: Vec<Record>) -> HashMap<RunId, Found> {
                 run.into_iter().for_each(|run| run.started = Some(after));
                 continue;
             }
-            Record::Cancelled { reason, .. } => {
+            Record::Cancelled {
+                reason,
+                credential_refused,
+                ..
+            } => {
+                let cause = if credential_refused {
+                    Cause::CredentialRefused(reason)
+                } else {
+                    Cause::Asked(reason)
+                };
                 if let Some(run) = run {
-                    run.cancelled.get_or_insert(reason);
+                    run.cancelled.get_or_insert(cause);
                 }
                 continue;
             }
@@ -161,8 +172,8 @@ fn take_up(traces: Traces, windows: &Path) -> (Arc<Run>, mpsc::Receiver<Input>) 
         progress.artifacts = artifacts;
         progress.refreshed = refreshed;
     });
-    if let Some(reason) = cancelled {
-        run.cancel.ask(&reason);
+    if let Some(cause) = cancelled {
+        run.cancel.ask(cause);
     }
     if is_over {
         run.is_gone();
@@ -201,10 +212,8 @@ impl Known {
                     }),
                     Some(Outcome::Aborted(_)) | None => None,
                 };
-                let cancelled = run.cancel.reason().map(|reason| Record::Cancelled {
-                    run_id,
-                    reason: reason.to_owned(),
-                });
+                let cancelled = run.cancel.cause();
+                let cancelled = cancelled.map(|cause| Record::cancelled(run_id, cause));
                 [Record::Claimed(run.claimed.clone().into())]
                     .into_iter()
                     .chain(started)

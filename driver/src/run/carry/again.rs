@@ -33,11 +33,17 @@ impl Carrier<'_> {
             }
         };
         let Some(Greeted {
-            link: new, state, ..
+            link: new,
+            state,
+            requests,
+            ..
         }) = greeted
         else {
             return Err(self.lost());
         };
+        if let Some(requests) = requests {
+            self.opened.listens(requests);
+        }
         *link = Some(new);
         self.starved = None; // Init resends it.
         self.run.update(|progress| progress.connected = true);

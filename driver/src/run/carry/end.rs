@@ -9,7 +9,7 @@ use polydev_proto::{
 use super::{Carrier, End, Ending, SIGKILL, Stop};
 use crate::{
     limits,
-    run::{Ended, Run},
+    run::{Ended, Run, cancel::Cause},
 };
 
 impl Carrier<'_> {
@@ -20,8 +20,11 @@ impl Carrier<'_> {
             None => return self.end(Reason::Lost, "init did not report how the command ended"),
         };
         let killed = exit_code == 128 + SIGKILL;
-        let (reason, message) = if self.ending != Ending::No {
-            (Reason::Cancelled, self.run.cancel.message())
+        let cause = self.run.cancel.cause();
+        // Its command may see that its key is refused, and end, before it is asked to.
+        let is_refused = matches!(cause, Some(Cause::CredentialRefused(_)));
+        let (reason, message) = if self.ending != Ending::No || is_refused {
+            self.asked()
         } else if killed && self.oom_kills() > 0 {
             (
                 Reason::OutOfMemory,
@@ -46,7 +49,7 @@ impl Carrier<'_> {
 
     pub(super) fn not_started(&self, refused: &NotStarted) -> Stop {
         if self.ending != Ending::No {
-            return self.end(Reason::Cancelled, &self.run.cancel.message());
+            return self.ended_early();
         }
         let exit_code = match refused.reason() {
             not_started::Reason::NotFound => 127,
@@ -58,6 +61,18 @@ impl Carrier<'_> {
             exit_code,
             ..self.run.end(Reason::NotStarted, short(&refused.message))
         }))
+    }
+
+    /// The end of a run that was asked to end.
+    pub(super) fn ended_early(&self) -> Stop {
+        let (reason, message) = self.asked();
+        self.end(reason, &message)
+    }
+
+    fn asked(&self) -> (Reason, String) {
+        let cause = self.run.cancel.cause();
+        let cause = cause.expect("a run ends early only when somebody has asked for it");
+        (cause.reason(), cause.message())
     }
 
     /// The end of a run whose container has ended; its command may have ended before.

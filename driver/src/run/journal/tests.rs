@@ -44,6 +44,7 @@ fn records() -> Vec<Record> {
         Record::Cancelled {
             run_id: run_id(1),
             reason: "the node is drained".into(),
+            credential_refused: false,
         },
         Record::Exited {
             run_id: run_id(1),

@@ -55,6 +55,7 @@ pub(crate) fn encode_end(end: node::Ended, timeline: Vec<Stage>, warm: bool) -> 
         ended::Reason::Cancelled => ExitReason::Cancelled,
         ended::Reason::NotStarted => ExitReason::NotStarted,
         ended::Reason::Lost => ExitReason::Lost,
+        ended::Reason::CredentialRefused => ExitReason::CredentialRefused,
     };
     Exited {
         reason: reason.into(),

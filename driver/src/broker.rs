@@ -1,0 +1,336 @@
+//! The node's broker: what it should know of the node's containers, to tell it and the next
+//! one. [`mod@keep`] starts it, tells it, and hears what it sees.
+
+mod keep;
+mod process;
+mod wire;
+
+pub use keep::{Event, keep};
+
+use std::{collections::HashMap, mem, os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use polydev_proto::{
+    broker::{Close, Grant, Open, Upstream, to_broker},
+    id::RunId,
+};
+use tokio::{
+    sync::{Notify, oneshot},
+    time::timeout,
+};
+
+use wire::Greeted;
+
+/// The broker answers within a millisecond.
+const GRANT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What the broker should know. Changes are told to it as they come.
+#[derive(Debug)]
+pub struct Broker {
+    inner: Mutex<Inner>,
+    changed: Notify,
+    /// Notified when the broker has not answered: its connection is given up.
+    silent: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    containers: HashMap<String, Container>,
+    /// What the broker has not been told yet.
+    untold: Vec<Order>,
+    /// Who waits for the broker's answer to a grant, by container.
+    waiting: HashMap<String, oneshot::Sender<Result<(), String>>>,
+    /// What keys are sealed to. Empty without a broker.
+    public_key: Bytes,
+    /// The memory with the seed of its key, for the next broker.
+    seed: Option<OwnedFd>,
+    /// This process ends, and its runs go on.
+    has_left: bool,
+}
+
+impl Inner {
+    /// Without a connection there is nothing to keep: the next one is told everything.
+    fn say(&mut self, order: Order) {
+        if !self.public_key.is_empty() {
+            self.untold.push(order);
+        }
+    }
+}
+
+/// A container whose requests the broker serves.
+#[derive(Debug)]
+struct Container {
+    /// Where the container listens. `None` until its init has connected in this life of the
+    /// driver.
+    socket: Option<Arc<OwnedFd>>,
+    /// What the broker is told, with the grant of its run as the shim has sealed it.
+    open: Open,
+    /// Whether an earlier life of the driver has opened it, and its broker has not said how.
+    is_unheard: bool,
+}
+
+/// Something to tell the broker.
+#[derive(Debug)]
+enum Order {
+    Open(String),
+    Grant(String),
+    Close(String),
+}
+
+/// Why a run's keys are not at the broker.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the node has no broker")]
+    None,
+    #[error("the broker does not answer")]
+    Silent,
+    #[error("the broker refused the keys: {0}")]
+    Refused(String),
+}
+
+/// A container that the broker serves, until this is dropped.
+#[derive(Debug)]
+pub struct Opened {
+    broker: Arc<Broker>,
+    container: String,
+}
+
+impl Opened {
+    /// A run has the container, with these keys. They are on their way when this returns, and
+    /// there when the result has been waited for.
+    pub fn grant(&self, run_id: RunId, sealed_keys: Bytes, bytes_per_second: u64) -> Granting {
+        self.broker.grant(Grant {
+            container: self.container.clone(),
+            run_id: run_id.into(),
+            sealed_keys,
+            bytes_per_second,
+        })
+    }
+
+    /// Init has connected again, and has told where the container listens.
+    pub fn listens(&self, socket: OwnedFd) {
+        self.broker.listens(&self.container, socket);
+    }
+
+    /// The container is gone, and so is its run.
+    pub fn close(&self) {
+        self.broker.close(&self.container);
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// Keys on their way to the broker.
+#[derive(Debug)]
+pub struct Granting {
+    broker: Arc<Broker>,
+    answer: oneshot::Receiver<Result<(), String>>,
+}
+
+impl Granting {
+    /// Waits until the broker has the keys.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn done(self) -> Result<(), Error> {
+        let answered = timeout(GRANT_TIMEOUT, self.answer).await;
+        let answered = answered.map_err(|_| {
+            self.broker.silent.notify_one();
+            Error::Silent
+        })?;
+        answered.map_err(|_| Error::None)?.map_err(Error::Refused)
+    }
+}
+
+impl Broker {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            inner: Mutex::default(),
+            changed: Notify::new(),
+            silent: Notify::new(),
+        })
+    }
+
+    /// What a shim seals a run's keys to. Empty while there is no broker: then there are no runs
+    /// with keys outside.
+    pub fn public_key(&self) -> Bytes {
+        self.inner.lock().public_key.clone()
+    }
+
+    /// A container may connect until the result is dropped. Its requests are refused until
+    /// there is a grant.
+    pub fn open(
+        self: &Arc<Self>,
+        container: &str,
+        socket: OwnedFd,
+        bytes_per_second: u64,
+        upstreams: Vec<Upstream>,
+    ) -> Opened {
+        let open = Open {
+            container: container.to_owned(),
+            bytes_per_second,
+            upstreams,
+            grant: None,
+        };
+        let opened = Container {
+            socket: Some(socket.into()),
+            open,
+            is_unheard: false,
+        };
+        let mut inner = self.inner.lock();
+        inner.containers.insert(container.to_owned(), opened);
+        inner.say(Order::Open(container.to_owned()));
+        drop(inner);
+        self.changed.notify_one();
+        self.opened(container)
+    }
+
+    /// A container that an earlier life of the driver has opened stays so until the result is
+    /// dropped. If its broker is dead too, its run has no keys any more, and its requests are
+    /// refused at the given rate.
+    pub fn keep(self: &Arc<Self>, container: &str, bytes_per_second: u64) -> Opened {
+        let open = Open {
+            container: container.to_owned(),
+            bytes_per_second,
+            ..Open::default()
+        };
+        let kept = Container {
+            socket: None,
+            open,
+            is_unheard: true,
+        };
+        let mut inner = self.inner.lock();
+        inner.containers.insert(container.to_owned(), kept);
+        drop(inner);
+        self.opened(container)
+    }
+
+    fn opened(self: &Arc<Self>, container: &str) -> Opened {
+        Opened {
+            broker: self.clone(),
+            container: container.to_owned(),
+        }
+    }
+
+    fn grant(self: &Arc<Self>, grant: Grant) -> Granting {
+        let (told, answer) = oneshot::channel();
+        let mut inner = self.inner.lock();
+        // Without a broker, the sender is dropped here.
+        if !inner.public_key.is_empty()
+            && let Some(container) = inner.containers.get_mut(&grant.container)
+        {
+            let name = grant.container.clone();
+            container.open.bytes_per_second = grant.bytes_per_second;
+            container.open.grant = Some(grant);
+            inner.waiting.insert(name.clone(), told);
+            inner.say(Order::Grant(name));
+        }
+        drop(inner);
+        self.changed.notify_one();
+        Granting {
+            broker: self.clone(),
+            answer,
+        }
+    }
+
+    fn listens(&self, container: &str, socket: OwnedFd) {
+        let mut inner = self.inner.lock();
+        if let Some(known) = inner.containers.get_mut(container) {
+            known.socket = Some(socket.into());
+            inner.say(Order::Open(container.to_owned()));
+        }
+        drop(inner);
+        self.changed.notify_one();
+    }
+
+    fn close(&self, container: &str) {
+        let mut inner = self.inner.lock();
+        if inner.has_left || inner.containers.remove(container).is_none() {
+            return;
+        }
+        inner.waiting.remove(container);
+        inner.say(Order::Close(container.to_owned()));
+        drop(inner);
+        self.changed.notify_one();
+    }
+
+    /// What a new connection has to be told first, by what the broker says it has. What a
+    /// broker already knows changes nothing there.
+    fn meet(&self, greeted: Greeted) -> Vec<Order> {
+        let mut inner = self.inner.lock();
+        inner.public_key = greeted.public_key;
+        inner.seed = Some(greeted.seed);
+        let known = &mut inner.containers;
+        let mut orders = Vec::new();
+        for open in greeted.held {
+            match known.get_mut(&open.container) {
+                Some(container) if container.is_unheard => {
+                    container.is_unheard = false;
+                    container.open = open;
+                }
+                Some(_) => {}
+                None => orders.push(Order::Close(open.container)),
+            }
+        }
+        orders.extend(known.keys().cloned().map(Order::Open));
+        orders
+    }
+
+    fn seed(&self) -> Option<OwnedFd> {
+        let inner = self.inner.lock();
+        let seed = inner.seed.as_ref()?;
+        seed.try_clone()
+            .inspect_err(|error| tracing::warn!(%error, "the next broker has another key"))
+            .ok()
+    }
+
+    /// There is no broker any longer: nobody answers what it was asked.
+    fn lost(&self) {
+        let mut inner = self.inner.lock();
+        inner.public_key.clear();
+        inner.untold.clear();
+        inner.waiting.clear();
+    }
+
+    /// From now on the broker is told of no end: what ends is this process.
+    pub(crate) fn leave(&self) {
+        self.inner.lock().has_left = true;
+    }
+
+    /// The broker's answer to a grant.
+    fn answered(&self, container: &str, answer: Result<(), String>) {
+        if let Some(waits) = self.inner.lock().waiting.remove(container) {
+            let _gave_up = waits.send(answer);
+        }
+    }
+
+    fn untold(&self) -> Vec<Order> {
+        mem::take(&mut self.inner.lock().untold)
+    }
+
+    /// The order as a message, with the socket that goes with it. `None` if it no longer
+    /// matters.
+    fn message(&self, order: Order) -> Option<(to_broker::Message, Option<Arc<OwnedFd>>)> {
+        Some(match order {
+            Order::Open(container) => {
+                let inner = self.inner.lock();
+                let Container { socket, open, .. } = inner.containers.get(&container)?;
+                (
+                    to_broker::Message::Open(open.clone()),
+                    Some(socket.clone()?),
+                )
+            }
+            Order::Grant(container) => {
+                let inner = self.inner.lock();
+                let open = &inner.containers.get(&container)?.open;
+                (to_broker::Message::Grant(open.grant.clone()?), None)
+            }
+            Order::Close(container) => (to_broker::Message::Close(Close { container }), None),
+        })
+    }
+}

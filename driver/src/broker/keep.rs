@@ -1,0 +1,135 @@
+//! Keeps a broker and a connection to it: [`process`] starts it, or finds the one that an
+//! earlier life of the driver started, and [`wire`] is the connection.
+
+use std::{fmt, path::Path, sync::Arc, time::Duration};
+
+use polydev_proto::broker::{Answered, from_broker};
+use polydev_transport::backoff::Backoff;
+use tokio::{
+    sync::{mpsc, watch},
+    time::sleep,
+};
+
+use super::{
+    Broker, process,
+    wire::{self, Wire},
+};
+
+/// Between tries to start a broker.
+const BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+/// Most events that wait for whoever handles them; then the broker waits.
+const MAX_EVENTS: usize = 256;
+
+/// An API has answered a request of a run with an error.
+#[derive(Debug)]
+pub struct Event {
+    pub run_id: String,
+    provider: String,
+    status: u32,
+    /// The API does not take the run's key.
+    pub credential_refused: bool,
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            provider, status, ..
+        } = self;
+        write!(f, "the API of {provider} answered with status {status}")
+    }
+}
+
+impl From<Answered> for Event {
+    fn from(answered: Answered) -> Self {
+        Self {
+            run_id: answered.run_id,
+            provider: answered.provider,
+            status: answered.status,
+            credential_refused: answered.credential_refused,
+        }
+    }
+}
+
+/// Keeps a broker, and a connection to it, for ever. `program` is started in `state_dir` as
+/// the user `uid`. What it sees goes to the receiver; `changed` counts what shims are to see
+/// again, such as its public key.
+pub fn keep(
+    broker: Arc<Broker>,
+    program: &Path,
+    state_dir: &Path,
+    uid: u32,
+    changed: watch::Sender<u64>,
+) -> (
+    impl Future<Output = ()> + Send + use<>,
+    mpsc::Receiver<Event>,
+) {
+    let (events, seen) = mpsc::channel(MAX_EVENTS);
+    let (program, state_dir) = (program.to_owned(), state_dir.to_owned());
+    let kept = async move {
+        let mut backoff = BACKOFF;
+        loop {
+            let connected = process::connect(&program, &state_dir, uid, broker.seed());
+            let error = match connected.await {
+                Ok(stream) => {
+                    let served = serve(&broker, Wire::new(stream), &events, &mut backoff, &changed);
+                    let error = served.await;
+                    broker.lost();
+                    changed.send_modify(|version| *version += 1);
+                    crate::chain(&error)
+                }
+                Err(error) => crate::chain(&error),
+            };
+            tracing::warn!(error, "there is no broker");
+            sleep(backoff.next_wait()).await;
+        }
+    };
+    (kept, seen)
+}
+
+/// Serves one connection until it breaks; returns the reason.
+async fn serve(
+    broker: &Broker,
+    mut wire: Wire,
+    events: &mpsc::Sender<Event>,
+    backoff: &mut Backoff,
+    changed: &watch::Sender<u64>,
+) -> wire::Error {
+    let greeted = match wire.greeted().await {
+        Ok(greeted) => greeted,
+        Err(error) => return error,
+    };
+    backoff.reset();
+    let mut orders = broker.meet(greeted);
+    changed.send_modify(|version| *version += 1);
+    loop {
+        for (message, socket) in orders.into_iter().filter_map(|order| broker.message(order)) {
+            if let Err(error) = wire.send(message, socket.as_deref()).await {
+                return error;
+            }
+        }
+        orders = loop {
+            tokio::select! {
+                () = broker.changed.notified() => break broker.untold(),
+                () = broker.silent.notified() => return wire::Error::Hung,
+                told = wire.next() => match told {
+                    Ok(told) => hear(broker, told, events).await,
+                    Err(error) => return error,
+                },
+            }
+        };
+    }
+}
+
+async fn hear(broker: &Broker, told: from_broker::Message, events: &mpsc::Sender<Event>) {
+    match told {
+        from_broker::Message::Granted(granted) => broker.answered(&granted.container, Ok(())),
+        from_broker::Message::Refused(refused) => {
+            broker.answered(&refused.container, Err(refused.message));
+        }
+        from_broker::Message::Answered(answered) => {
+            let _nobody_handles_it = events.send(answered.into()).await;
+        }
+        // Only sent first.
+        from_broker::Message::Hello(_) | from_broker::Message::Held(_) => {}
+    }
+}
