@@ -22,6 +22,11 @@ pub enum Action<'a> {
         user_id: Option<&'a str>,
         provider: Option<Provider>,
     },
+    /// Have a credential of a user in a container. A run whose key is at the broker has none.
+    Inject {
+        user_id: &'a str,
+        provider: Provider,
+    },
     /// Set the size of a pool.
     Scale { provider: Provider },
     /// Put, see or delete credentials. `None` means the same as for runs.
@@ -53,6 +58,13 @@ struct Role {
     /// Any names of providers. An empty list means all providers.
     #[serde(default, deserialize_with = "providers")]
     providers: Vec<Provider>,
+    /// Whether credentials of the members' runs may be in containers.
+    #[serde(default = "yes")]
+    inject: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn all() -> Vec<String> {
@@ -190,6 +202,13 @@ impl Role {
             Action::Run { user_id, provider } => {
                 may(Right::Run) && self.is_for(user_id) && self.is_of(provider)
             }
+            Action::Inject { user_id, provider } => {
+                let run = Action::Run {
+                    user_id: Some(user_id),
+                    provider: Some(provider),
+                };
+                self.inject && self.allows(run)
+            }
             Action::Scale { provider } => may(Right::Scale) && self.is_of(Some(provider)),
             Action::Credentials { user_id, provider } => {
                 may(Right::Credentials) && self.is_for(user_id) && self.is_of(provider)
@@ -227,6 +246,10 @@ impl fmt::Display for Action<'_> {
         let (what, user_id, provider) = match self {
             Self::Look => return f.write_str("see pools and nodes"),
             Self::Run { user_id, provider } => ("start, see or end runs", user_id, provider),
+            Self::Inject { user_id, provider } => {
+                let what = "put credentials into containers";
+                return write!(f, "{what} (`inject`) for user `{user_id}` and `{provider}`");
+            }
             Self::Scale { provider } => {
                 return write!(f, "set the size of the pool of `{provider}`");
             }
@@ -264,6 +287,11 @@ mod tests {
         members = ["cn:admin"]
         may = ["scale"]
         providers = ["codex"]
+
+        [[role]]
+        members = ["cn:agents"]
+        may = ["run"]
+        inject = false
     "#;
 
     fn load(text: &str) -> Result<Access, Error> {
@@ -318,6 +346,20 @@ mod tests {
                 .check(&Caller("loopback".into()), everybodys)
                 .is_ok()
         );
+    }
+
+    #[test]
+    fn a_role_can_keep_credentials_out_of_containers() {
+        let access = load(FILE).unwrap();
+        let may = |caller: &str| {
+            let inject = Action::Inject {
+                user_id: "team-alice",
+                provider: Provider::OpenAi,
+            };
+            access.check(&Caller(caller.into()), inject).is_ok()
+        };
+        assert!(may("uid:0") && may("cn:team-a"));
+        assert!(!may("cn:agents") && !may("cn:admin"));
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod openai;
 
 use std::collections::BTreeMap;
 
+use polydev_proto::broker;
 use polydev_proto::exec;
 use polydev_proto::provider::Provider;
 use secrecy::SecretString;
@@ -20,6 +21,10 @@ struct Table {
     takes_project: bool,
     /// A key, with its project, in the form the CLI reads.
     prepare_key: fn(&SecretString, Option<&str>) -> Prepared,
+    /// What a CLI reads whose key is at the broker: where the broker is, and a placeholder.
+    prepare_outside: fn() -> Prepared,
+    /// The variable with which a caller names another server.
+    base_url: &'static str,
     /// Where the CLI keeps an account that has signed in, relative to the home folder.
     oauth_file: &'static str,
     /// Path of the refresh token in that file.
@@ -89,6 +94,14 @@ pub trait Cli {
     /// [`Invalid`] if the provider does not support such a credential.
     fn prepare(&self, credential: &Credential) -> Result<Prepared, Invalid>;
 
+    /// A key that stays outside of the container, and what the CLI reads in its place.
+    #[must_use]
+    fn prepare_outside(&self, key: &SecretString) -> Prepared;
+
+    /// The variable with which a caller names another server than the provider's.
+    #[must_use]
+    fn base_url(&self) -> &'static str;
+
     /// The argv for a prompt. The argv contains the prompt, unless the prompt is longer than
     /// [`exec::PROMPT_IN_ARGV`]: then the CLI reads it from stdin. No shell is involved.
     ///
@@ -148,6 +161,17 @@ impl Cli for Provider {
         })
     }
 
+    fn prepare_outside(&self, key: &SecretString) -> Prepared {
+        Prepared {
+            outside: Some((*self, key.clone())),
+            ..(table(*self).prepare_outside)()
+        }
+    }
+
+    fn base_url(&self) -> &'static str {
+        table(*self).base_url
+    }
+
     fn prompt(&self, prompt: &Prompt) -> Result<Vec<String>, InvalidPrompt> {
         if prompt.text.is_empty() {
             return Err(InvalidPrompt {
@@ -176,6 +200,16 @@ impl Cli for Provider {
         let text = Some(prompt.text).filter(|text| text.len() <= exec::PROMPT_IN_ARGV);
         (table(*self).prompt)(prompt, text)
     }
+}
+
+/// In place of a key that the container does not have.
+fn placeholder() -> SecretString {
+    "the-key-is-at-the-broker".into()
+}
+
+/// Where a container reaches a provider through the broker.
+fn at_the_broker(path: &str) -> SecretString {
+    format!("http://127.0.0.1:{}{path}", broker::PORT).into()
 }
 
 fn strings<const N: usize>(words: [&str; N]) -> Vec<String> {

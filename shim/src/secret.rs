@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use polydev_proto::{
+    broker::{Key, Keys},
     init::{File, MAX_REFRESHED, Refreshable, Secrets, Variable},
+    provider::Provider,
     runtime::{self, CredentialKind, secret},
 };
 use prost::Message;
@@ -43,6 +45,8 @@ pub enum Credential {
 pub struct Prepared {
     pub env: Vec<(String, SecretString)>,
     pub files: Vec<PreparedFile>,
+    /// A key for the node's broker. The container does not get it.
+    pub outside: Option<(Provider, SecretString)>,
     /// Which of the files the shim wants back when the CLI has refreshed it.
     pub refreshable: Option<Refreshable>,
 }
@@ -229,6 +233,17 @@ impl Prepared {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.env.is_empty() && self.files.is_empty()
+    }
+
+    /// The form that the broker reads; wiped when dropped. `None` without a key for it.
+    #[must_use]
+    pub fn keys(&self) -> Option<Keys> {
+        let (provider, key) = self.outside.as_ref()?;
+        let key = Key {
+            provider: provider.to_string(),
+            value: wiped(key.expose_secret().as_bytes().to_vec().into()),
+        };
+        Some(Keys { keys: vec![key] })
     }
 
     /// The form that init reads; wiped when dropped.

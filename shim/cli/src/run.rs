@@ -7,8 +7,8 @@ use polydev_client::Calls;
 use polydev_proto::{
     provider::Provider,
     runtime::{
-        Argv, ArtifactRules, Credential, Prompt, RunStart, StoredCredential, SubmitJobRequest,
-        credential, run_event::Event, run_start::Command,
+        Argv, ArtifactRules, Credential, CredentialMode, Prompt, RunStart, StoredCredential,
+        SubmitJobRequest, credential, run_event::Event, run_start::Command,
     },
 };
 use tonic::metadata::{MetadataMap, MetadataValue};
@@ -20,6 +20,15 @@ use super::{
     stream::{self, Signals, forward_stdin},
     terminal, told,
 };
+
+/// Where a credential is during a run.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Mode {
+    /// Outside of the container: the node's broker puts the API key into model requests.
+    Broker,
+    /// In the command's environment and files.
+    Inject,
+}
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -41,6 +50,10 @@ pub struct Arguments {
     /// Use the credential that the shim has stored for the user.
     #[arg(long, conflicts_with = "Given")]
     stored: bool,
+    /// Where the credential is during the run. [default: outside of the container if it is an
+    /// API key, else in it]
+    #[arg(long, value_name = "MODE", value_enum)]
+    credential_mode: Option<Mode>,
     /// Set an environment variable of the command; may be repeated.
     #[arg(long, short, value_name = "NAME=VALUE", value_parser = variable)]
     env: Vec<(String, String)>,
@@ -186,6 +199,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {
         command: Some(command),
         env: arguments.env.iter().cloned().collect(),
         credential: credential(arguments)?,
+        credential_mode: credential_mode(arguments.credential_mode).into(),
         work_dir: arguments.work_dir.clone(),
         stdin,
         artifacts: (!arguments.artifact.is_empty()).then(|| ArtifactRules {
@@ -205,6 +219,14 @@ fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {
 fn seconds(seconds: u32) -> Option<prost_types::Duration> {
     let seconds = seconds.into();
     Some(prost_types::Duration { seconds, nanos: 0 })
+}
+
+fn credential_mode(given: Option<Mode>) -> CredentialMode {
+    match given {
+        None => CredentialMode::Unspecified,
+        Some(Mode::Broker) => CredentialMode::Broker,
+        Some(Mode::Inject) => CredentialMode::Inject,
+    }
 }
 
 fn credential(arguments: &Arguments) -> anyhow::Result<Option<Credential>> {

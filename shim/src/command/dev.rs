@@ -3,7 +3,10 @@
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use polydev_proto::provider::{Provider, Unknown};
+use polydev_proto::{
+    provider::{Provider, Unknown},
+    upstream,
+};
 use polydev_shim::{
     engine::embedded::{Engine, Settings},
     pool::{View, follow},
@@ -19,6 +22,10 @@ pub(super) struct Arguments {
     /// Warm slots to keep, 0 to 100 per provider; may be repeated. [default: one of each provider]
     #[arg(long = "pool", value_name = "PROVIDER=COUNT", value_parser = pool)]
     pools: Vec<(Provider, u32)>,
+    /// Send a pool's model requests to another server than the provider's API: HTTPS, or HTTP
+    /// on this machine; may be repeated.
+    #[arg(long = "base-url", value_name = "PROVIDER=URL", value_parser = base_url)]
+    base_urls: Vec<(Provider, String)>,
     /// The driver's program. [default: nomad-driver-polydev in the folder of this program]
     #[arg(long)]
     driver: Option<PathBuf>,
@@ -51,6 +58,16 @@ fn pool(text: &str) -> Result<(Provider, u32), String> {
     Ok((provider, count))
 }
 
+fn base_url(text: &str) -> Result<(Provider, String), String> {
+    let form = "must have the form PROVIDER=URL, such as anthropic=https://gateway.example";
+    let (provider, url) = text.split_once('=').ok_or(format!("`{text}` {form}"))?;
+    let provider = provider
+        .parse()
+        .map_err(|error: Unknown| error.to_string())?;
+    let url = upstream::base_url(url).map_err(|error| format!("`{url}` {error}"))?;
+    Ok((provider, url))
+}
+
 pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let driver = match arguments.driver {
         Some(driver) => driver,
@@ -70,6 +87,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         driver,
         state_dir: arguments.state_dir,
         pools,
+        base_urls: arguments.base_urls.into_iter().collect(),
     };
     let mut engine = tokio::select! {
         engine = Engine::start(&settings) => engine.context("cannot start the engine")?,

@@ -2,7 +2,10 @@
 
 use std::{path::Path, time::SystemTime};
 
-use polydev_proto::id::{RunId, UserId};
+use polydev_proto::{
+    id::{RunId, UserId},
+    provider::Provider,
+};
 use prost::Message;
 
 use super::{
@@ -61,10 +64,39 @@ pub enum Error {
         "`keep_refreshed` is `true`: allowed only for an account that has signed in (`oauth_file`)"
     )]
     NoAccount,
+    #[error(
+        "`credential_mode` is CREDENTIAL_MODE_BROKER: allowed only for an API key without a project"
+    )]
+    NotForBroker,
     #[error(transparent)]
     Invalid(#[from] Invalid),
     #[error(transparent)]
     Store(#[from] store::Error),
+}
+
+/// Whether an API key stays outside of the container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Whatever can stay outside does.
+    Default,
+    /// Only then is there a run.
+    Broker,
+    /// Nothing does.
+    Inject,
+}
+
+fn prepare(credential: &Credential, provider: Provider, mode: Mode) -> Result<Prepared, Error> {
+    match (mode, credential) {
+        (
+            Mode::Default | Mode::Broker,
+            Credential::ApiKey {
+                key,
+                project_id: None,
+            },
+        ) => Ok(provider.prepare_outside(key)),
+        (Mode::Broker, _) => Err(Error::NotForBroker),
+        (Mode::Default | Mode::Inject, credential) => Ok(provider.prepare(credential)?),
+    }
 }
 
 /// Why the vault cannot be opened.
@@ -132,15 +164,16 @@ impl Vault {
         &self,
         source: Source,
         binding: Binding<'_>,
+        mode: Mode,
         run_id: RunId,
     ) -> Result<Prepared, Error> {
         let Source::Stored = source else {
             let credential = self.get(source, binding).await?;
-            return Ok(binding.provider.prepare(&credential)?);
+            return prepare(&credential, binding.provider, mode);
         };
         let row = self.stored(binding).await?;
         let credential = open(&row, binding, self.keys()?)?;
-        let mut prepared = binding.provider.prepare(&credential)?;
+        let mut prepared = prepare(&credential, binding.provider, mode)?;
         if row.info.keep_refreshed {
             let key = self.keys()?.first();
             let asked = label::refreshable(&row.info, binding, run_id, key);

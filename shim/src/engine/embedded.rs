@@ -27,6 +27,8 @@ pub struct Settings {
     pub state_dir: PathBuf,
     /// Warm slots of each provider.
     pub pools: Vec<(Provider, u32)>,
+    /// Where the model requests of a pool go, in place of the provider's own API.
+    pub base_urls: BTreeMap<Provider, String>,
 }
 
 /// A driver that this process has launched, with its pools.
@@ -61,7 +63,8 @@ impl Engine {
         };
         for (provider, count) in &settings.pools {
             for _ in 0..*count {
-                let slot = pools::Slot::new(*provider, &engine.node_id);
+                let base_url = settings.base_urls.get(provider).cloned();
+                let slot = pools::Slot::new(*provider, &engine.node_id, base_url);
                 let driver = engine.plugin.driver();
                 engine.slots.spawn(slot.keep(driver, engine.stop.clone()));
             }

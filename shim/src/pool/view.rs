@@ -167,6 +167,7 @@ impl View {
             provider: slot.provider.clone(),
             generation,
             public_key: slot.public_key.clone(),
+            broker_key: slot.broker_key.clone(),
             on_demand: !slot.for_run_id.is_empty(),
             clock: node.clock,
             view: self.clone(),

@@ -2,12 +2,14 @@
 
 use secrecy::SecretString;
 
-use super::{InvalidPrompt, Prompt, Table, strings, variable};
+use super::{InvalidPrompt, Prompt, Table, at_the_broker, placeholder, strings, variable};
 use crate::secret::Prepared;
 
 pub(super) const TABLE: Table = Table {
     takes_project: false,
     prepare_key,
+    prepare_outside,
+    base_url: "ANTHROPIC_BASE_URL",
     oauth_file: ".claude/.credentials.json",
     refresh_token: &["claudeAiOauth", "refreshToken"],
     oauth_settings: None,
@@ -16,6 +18,17 @@ pub(super) const TABLE: Table = Table {
 
 fn prepare_key(key: &SecretString, _project: Option<&str>) -> Prepared {
     let env = vec![variable("ANTHROPIC_API_KEY", key)];
+    Prepared {
+        env,
+        ..Prepared::default()
+    }
+}
+
+fn prepare_outside() -> Prepared {
+    let env = vec![
+        variable("ANTHROPIC_API_KEY", &placeholder()),
+        variable("ANTHROPIC_BASE_URL", &at_the_broker("/anthropic")),
+    ];
     Prepared {
         env,
         ..Prepared::default()

@@ -2,12 +2,16 @@
 
 use secrecy::SecretString;
 
-use super::{InvalidPrompt, PlainFile, Prompt, Table, strings, variable};
+use super::{
+    InvalidPrompt, PlainFile, Prompt, Table, at_the_broker, placeholder, strings, variable,
+};
 use crate::secret::Prepared;
 
 pub(super) const TABLE: Table = Table {
     takes_project: true,
     prepare_key,
+    prepare_outside,
+    base_url: "GOOGLE_GEMINI_BASE_URL",
     oauth_file: ".gemini/oauth_creds.json",
     refresh_token: &["refresh_token"],
     oauth_settings: Some(ACCOUNT),
@@ -45,6 +49,18 @@ fn prepare_key(key: &SecretString, project: Option<&str>) -> Prepared {
     Prepared {
         env,
         files: vec![settings.prepare()],
+        ..Prepared::default()
+    }
+}
+
+fn prepare_outside() -> Prepared {
+    let env = vec![
+        variable("GEMINI_API_KEY", &placeholder()),
+        variable("GOOGLE_GEMINI_BASE_URL", &at_the_broker("/google")),
+    ];
+    Prepared {
+        env,
+        files: vec![KEY.prepare()],
         ..Prepared::default()
     }
 }

@@ -12,7 +12,7 @@ use polydev_proto::{
     id::{RunId, UserId},
     node::{RunSpec, TraceContext},
     provider::{Provider, Unknown},
-    runtime::{RunStart, SlowReader, run_start::Command},
+    runtime::{CredentialMode, RunStart, SlowReader, run_start::Command},
     workspace,
 };
 use secrecy::ExposeSecret;
@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 use files::{files, own_input, rules, terminal};
 
 use crate::{
-    credentials::Source,
+    credentials::{Mode, Source},
     environment,
     provider::{Cli, InvalidPrompt, Prompt},
     secret::{self, Prepared},
@@ -67,6 +67,8 @@ pub struct Request {
     /// Input that came with the start message: files, and a prompt that is too long for an
     /// argument.
     pub own_input: Option<Own>,
+    /// Whether an API key stays outside of the container.
+    pub mode: Mode,
     /// The named credential, until the run is [equipped](Self::equip) with it.
     pub credential: Option<Source>,
     pub secrets: Prepared,
@@ -166,6 +168,21 @@ fn drops_oldest(on_slow_reader: i32) -> Result<bool, Invalid> {
     }
 }
 
+fn mode(given: i32, provider: Provider, env: &BTreeMap<String, String>) -> Result<Mode, Invalid> {
+    let names_a_server = env.contains_key(provider.base_url());
+    match CredentialMode::try_from(given) {
+        Ok(CredentialMode::Inject) => Ok(Mode::Inject),
+        Ok(CredentialMode::Unspecified) if names_a_server => Ok(Mode::Inject),
+        Ok(CredentialMode::Unspecified) => Ok(Mode::Default),
+        Ok(CredentialMode::Broker) => Ok(Mode::Broker),
+        Err(unknown) => Err(Invalid::Value {
+            field: "credential_mode",
+            given: unknown.to_string(),
+            allowed: "CREDENTIAL_MODE_BROKER or CREDENTIAL_MODE_INJECT",
+        }),
+    }
+}
+
 fn check_work_dir(given: &str) -> Result<(), Invalid> {
     let is_absolute = given.is_empty() || given.starts_with('/');
     if is_absolute && given.len() <= MAX_PATH {
@@ -234,6 +251,7 @@ impl Request {
         }
         let in_workspace = start.work_dir.is_empty() && (!files.is_empty() || artifacts.is_some());
         let credential = start.credential.take().map(Source::parse).transpose()?;
+        let mode = mode(start.credential_mode, provider, &start.env)?;
         let mut env = std::mem::take(&mut start.env);
         env.insert("PROVIDER".into(), provider.name().into());
         env.insert("USER_ID".into(), user_id.clone().into());
@@ -270,6 +288,7 @@ impl Request {
             spec,
             files_bytes,
             own_input,
+            mode,
             credential,
             secrets: Prepared::default(),
             trace,

@@ -39,6 +39,9 @@ impl From<run::Error> for Status {
             Error::Credential(credentials::Error::NoAccount) => {
                 details.add_bad_request_violation("keep_refreshed", &message);
             }
+            Error::Credential(credentials::Error::NotForBroker) => {
+                details.add_bad_request_violation("credential_mode", &message);
+            }
             Error::AtLimit { user_id, .. } | Error::Full(Full::User { user_id, .. }) => {
                 details.add_quota_failure_violation(format!("user:{user_id}"), &message);
             }
@@ -118,7 +121,9 @@ fn credential(error: &credentials::Error) -> (Code, &'static str) {
         Error::NotFound { .. } => (Code::NotFound, "NO_CREDENTIAL"),
         Error::Contended { .. } => (Code::Aborted, "CONTENDED"),
         Error::NotUnderstood => (Code::FailedPrecondition, "NOT_UNDERSTOOD"),
-        Error::NoAccount | Error::Invalid(_) => (Code::InvalidArgument, "INVALID"),
+        Error::NoAccount | Error::NotForBroker | Error::Invalid(_) => {
+            (Code::InvalidArgument, "INVALID")
+        }
         Error::Store(_) => (Code::Unavailable, "STORE"),
     }
 }

@@ -26,16 +26,20 @@ const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(15);
 /// One slot of a pool.
 pub struct Slot {
     provider: Provider,
+    /// Where its model requests go, in place of the provider's own API.
+    base_url: Option<String>,
     node_id: String,
     alloc_id: String,
 }
 
 impl Slot {
-    /// A slot with its own allocation id.
+    /// A slot with its own allocation id. Its model requests go to `base_url`, or else to the
+    /// provider's own API.
     #[must_use]
-    pub fn new(provider: Provider, node_id: &str) -> Self {
+    pub fn new(provider: Provider, node_id: &str, base_url: Option<String>) -> Self {
         Self {
             provider,
+            base_url,
             node_id: node_id.to_owned(),
             alloc_id: Uuid::new_v4().to_string(),
         }
@@ -84,7 +88,11 @@ impl Slot {
     pub fn task(&self) -> TaskConfig {
         let config = serde_json::json!({
             "image": null,
-            "slot": { "image": null, "provider": self.provider.name() },
+            "slot": {
+                "image": null,
+                "provider": self.provider.name(),
+                "upstream": { "base_url": self.base_url },
+            },
         });
         let name = "runtime";
         TaskConfig {

@@ -24,6 +24,8 @@ pub struct Candidate {
     pub generation: Generation,
     /// The public key of the slot's container, for sealing secrets.
     pub public_key: Bytes,
+    /// The key to seal keys for the node's broker with. Empty while there is no broker.
+    pub broker_key: Bytes,
     /// Whether the slot was made for one run.
     pub on_demand: bool,
     pub(super) clock: Clock,

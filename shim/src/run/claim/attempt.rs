@@ -45,8 +45,8 @@ const LEFT_MARGIN: Duration = Duration::from_secs(60);
 /// The outcome of a claim.
 pub(super) enum Attempt {
     Granted(Box<Connection>),
-    /// The run is not in the slot. The slot itself is fine, but its node has no room for the run, or
-    /// the node is newer than the run and no other node can tell whether the command ran.
+    /// The run is not in the slot. The slot itself is fine, but its node has no room or no broker
+    /// for the run, or the node is newer than the run and no other node can tell whether the command ran.
     NoRoom(String),
     /// The run is not in the slot.
     Refused(String),
@@ -156,6 +156,16 @@ impl<'a> Attempts<'a> {
             let run_id = &self.claim.run_id;
             match sealed::seal(&slot.public_key, run_id, &self.secrets.secrets()) {
                 Ok(sealed) => self.claim.sealed_secrets = sealed,
+                Err(error) => return Ok(Tried::Clear(Attempt::Refused(error.to_string()))),
+            }
+        }
+        if let Some(keys) = self.secrets.keys() {
+            if slot.broker_key.is_empty() {
+                let reason = "the node has no broker for the API key of the run";
+                return Ok(Tried::Clear(Attempt::NoRoom(reason.into())));
+            }
+            match sealed::seal_keys(&slot.broker_key, &self.claim.run_id, &keys) {
+                Ok(sealed) => self.claim.sealed_keys = sealed,
                 Err(error) => return Ok(Tried::Clear(Attempt::Refused(error.to_string()))),
             }
         }

@@ -19,7 +19,7 @@ impl Api {
             Action::Scale { .. } | Action::Credentials { .. } => {
                 tracing::info!(%caller, %action, "allowed");
             }
-            Action::Look | Action::Run { .. } => {}
+            Action::Look | Action::Run { .. } | Action::Inject { .. } => {}
         }
         Ok(())
     }

@@ -47,8 +47,14 @@ impl Api {
         self.user_rate.check(user_id.as_str())?;
         if let Some(source) = request.credential.take() {
             let binding = Binding { user_id, provider };
-            let secrets = self.vault.prepare(source, binding, request.run_id);
+            let secrets = self
+                .vault
+                .prepare(source, binding, request.mode, request.run_id);
             let secrets = secrets.await?;
+            if secrets.outside.is_none() {
+                let user_id = user_id.as_str();
+                self.check(caller, Action::Inject { user_id, provider })?;
+            }
             request.equip(secrets)?;
         }
         let run_id = request.run_id;
