@@ -24,7 +24,7 @@ demo: tools    ## Run a real CLI warm on this machine, with Docker alone.
 demo-programs:
 	RUSTFLAGS="-C target-feature=+crt-static" \
 	    cargo build --locked --profile demo --package polydev-init --target $(HOST)
-	cargo build --locked --profile demo --package polydev-driver --package polydev-shim --package polydev-stand-in
+	cargo build --locked --profile demo --package polydev-driver --package polydev-broker --package polydev-shim --package polydev-stand-in
 	@cp target/$(HOST)/demo/polydev-init target/demo/
 
 check:         ## What needs neither root nor Docker: two minutes, once it is built.
@@ -79,7 +79,7 @@ lint:          ## Formatting and clippy, warnings denied.
 
 # For whoever reads the code, so that private items are in it, and links to them are right.
 doc:           ## The documentation of the crates, warnings denied.
-	RUSTDOCFLAGS="--deny warnings --allow rustdoc::private_intra_doc_links" cargo doc --locked --workspace --no-deps --document-private-items
+	RUSTDOCFLAGS="--deny warnings --allow rustdoc::private_intra_doc_links" cargo doc --locked --workspace --features polydev-tests/as-in-tests --no-deps --document-private-items
 
 scripts:       ## shellcheck of all scripts.
 	git ls-files '*.sh' | xargs shellcheck --external-sources --source-path SCRIPTDIR --severity warning

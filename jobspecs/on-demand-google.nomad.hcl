@@ -14,6 +14,12 @@ variable "image" {
   description = "Image of the slots; pin it by version or digest in production."
 }
 
+variable "base_url" {
+  type        = string
+  default     = ""
+  description = "Where model requests go, in place of the provider's own API."
+}
+
 job "polydev-on-demand-google" {
   type        = "batch"
   priority    = 50
@@ -51,6 +57,10 @@ job "polydev-on-demand-google" {
           provider = "google"
           image    = var.image
           run_id   = "${NOMAD_META_run_id}"
+
+          upstream {
+            base_url = var.base_url
+          }
         }
       }
 

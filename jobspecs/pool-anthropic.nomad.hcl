@@ -26,6 +26,12 @@ variable "prepare_ahead" {
   description = "Whether a slot's next container is made during the run in the current one."
 }
 
+variable "base_url" {
+  type        = string
+  default     = ""
+  description = "Where model requests go, in place of the provider's own API."
+}
+
 job "polydev-pool-anthropic" {
   type        = "service"
   priority    = 40
@@ -93,6 +99,10 @@ job "polydev-pool-anthropic" {
           provider      = "anthropic"
           image         = var.image
           prepare_ahead = var.prepare_ahead
+
+          upstream {
+            base_url = var.base_url
+          }
         }
       }
 

@@ -12,6 +12,6 @@ DOCKER=$(docker_program)
 ip netns list | sed -n 's/^\(pdt\|pde\|pddemo\)/namespace &/p'
 ip -brief link | sed -n 's/^\(pd-\|pdt\|pddemo\)/interface &/p'
 iptables --list-rules 2>/dev/null | sed -n 's/^-N POLYDEV-/rules POLYDEV-/p'
-pgrep --list-full --full '^/\.polydev/init|(^|/)(nomad-driver-polydev|polydev-shim|stand-in)( |$)|/collector --config |/tmp/pdengine-' |
+pgrep --list-full --full '^/\.polydev/init|(^|/)(nomad-driver-polydev|polydev-broker|polydev-shim|stand-in)( |$)|/collector --config |/tmp/pdengine-' |
     sed 's/^[0-9]*/process/' || true
 find /tmp /var/lib /run -maxdepth 1 \( -name 'polydev-*' -o -name polydev -o -name 'pdtest-*' -o -name 'pdengine-*' \) -printf 'file %p\n'

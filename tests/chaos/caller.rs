@@ -23,6 +23,8 @@ use tonic::{
 };
 use uuid::Uuid;
 
+use polydev_tests::client::api_key;
+
 use crate::{PROVIDER, small};
 
 /// Longer than every step that is not broken for good.
@@ -46,12 +48,14 @@ pub(crate) struct Spec {
     leaves_at: Option<u64>,
 }
 
-/// Puts the run's id into the ledger, then prints lines that only this run prints.
+/// Puts the run's id into the ledger, then prints lines that only this run prints. After the
+/// pause, the broker still knows the run: it refuses another provider, and not the run.
 const SCRIPT: &str = r#"
 [ "$(echo "$3" | nc "$1" "$2")" = written ] || exit 97
 seq 1 "$4" | sed "s/^/$3 /"
 seq 1 "$5" | sed "s/^/$3 error /" >&2
 sleep "$6"
+curl -s -m 5 --retry 9 --retry-all-errors http://127.0.0.1:8319/openai/v1/models | grep -q 'no key for openai' || exit 98
 seq "$(($4 + 1))" "$(($4 + $4))" | sed "s/^/$3 /"
 exit "$7"
 "#;
@@ -107,6 +111,7 @@ impl Spec {
                 args: args.into(),
                 text: vec![],
             })),
+            credential: Some(api_key(&polydev_tests::fresh_key())),
             timeout: seconds(120),
             queue_timeout: seconds(60),
             ..Default::default()

@@ -11,6 +11,7 @@ use nix::{
     unistd::Pid,
 };
 use polydev_tests::{
+    broker::brokers,
     cluster::{Cluster, NODES},
     shim::Shim,
     wait_until,
@@ -41,12 +42,14 @@ pub(crate) enum Fault {
     Dockerd,
     /// Any container, with init and command.
     Container,
+    /// kill -9 of the broker, which the driver starts again.
+    Broker,
     /// The driver twice, as soon as there is another one.
     DriverTwice,
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Driver,
         Self::Shim,
         Self::AgentKilled,
@@ -54,6 +57,7 @@ impl Fault {
         Self::Server,
         Self::Dockerd,
         Self::Container,
+        Self::Broker,
         Self::DriverTwice,
     ];
 
@@ -70,6 +74,7 @@ impl Fault {
             Self::Server => "server killed",
             Self::Dockerd => "dockerd killed",
             Self::Container => "container killed",
+            Self::Broker => "broker killed",
             Self::DriverTwice => "driver, twice",
         }
     }
@@ -104,6 +109,7 @@ impl Parts {
         let node = rng.random_range(0..NODES);
         match fault {
             Fault::Driver => self.kill_driver(node),
+            Fault::Broker => self.kill_broker(node),
             Fault::DriverTwice => {
                 self.kill_driver(node);
                 self.kill_driver(node);
@@ -145,6 +151,19 @@ impl Parts {
         wait_until("another driver", BACK, || match self.driver(node) {
             Some(pid) if Some(pid) != before => Ok(()),
             same => Err(format!("{same:?}")),
+        });
+    }
+
+    fn kill_broker(&self, node: usize) {
+        let state_dir = self.cluster.state_dir(node);
+        let before = brokers(&state_dir);
+        for pid in &before {
+            let _gone = kill(*pid, Signal::SIGKILL);
+        }
+        wait_until("another broker", BACK, || {
+            let now = brokers(&state_dir);
+            let is_new = now.iter().any(|pid| !before.contains(pid));
+            is_new.then_some(()).ok_or(format!("{now:?}"))
         });
     }
 

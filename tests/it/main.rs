@@ -4,6 +4,7 @@
 
 mod access;
 mod api;
+mod broker;
 mod clients;
 mod cluster;
 mod corners;

@@ -2,7 +2,7 @@
 //! the places, and shows that the search finds it.
 
 use std::{
-    fs,
+    fs::{self, File},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
@@ -108,24 +108,60 @@ pub(crate) fn holds(key: &str, bytes: &[u8]) -> bool {
 
 /// Whether the written memory of a process contains `key` in any of its encodings.
 pub(crate) fn is_in_memory(key: &str, pid: Pid) -> bool {
-    let process = procfs::process::Process::new(pid.as_raw()).expect("a live process");
-    let memory = process.mem().expect("root may read it");
-    let maps = process.maps().expect("root may read them");
+    memory_holds(key, pid).expect("a live process, which root may read")
+}
+
+/// The same, or `None` for a process that has ended.
+pub(crate) fn memory_holds(key: &str, pid: Pid) -> Option<bool> {
+    let process = procfs::process::Process::new(pid.as_raw()).ok()?;
+    let memory = process.mem().ok()?;
+    let maps = process.maps().ok()?;
     let written = maps
         .into_iter()
         .filter(|map| map.perms.contains(MMPermissions::WRITE));
     let needles = needles(key);
+    let pages = File::open(format!("/proc/{pid}/pagemap")).ok()?;
+    let mut ranges = written.flat_map(|map| {
+        // A runtime may reserve far more than it uses.
+        let step = usize::try_from(RANGE).expect("it is 64-bit");
+        (map.address.0..map.address.1)
+            .step_by(step)
+            .map(move |from| {
+                let until = map.address.1.min(from + RANGE + OVERLAP);
+                (from, until)
+            })
+    });
     // Memory that the process gives back during the read belongs to nobody.
-    written.into_iter().any(|map| {
-        let length = usize::try_from(map.address.1 - map.address.0).expect("it is 64-bit");
-        let mut bytes = vec![0; length];
-        let read = memory
-            .read_at(&mut bytes, map.address.0)
-            .unwrap_or_default();
+    Some(ranges.any(|(from, until)| {
+        if !is_used(&pages, from, until) {
+            return false;
+        }
+        let mut bytes = vec![0; usize::try_from(until - from).expect("it is 64-bit")];
+        let read = memory.read_at(&mut bytes, from).unwrap_or_default();
         needles
             .iter()
             .any(|needle| contains(&bytes[..read], needle))
-    })
+    }))
+}
+
+/// How much of a process's memory is read at once.
+const RANGE: u64 = 4 << 20;
+/// More than any key has, for one that lies in two ranges.
+const OVERLAP: u64 = 4096;
+
+/// Whether any page of the range is in memory or swapped out
+/// (Documentation/admin-guide/mm/pagemap.rst).
+fn is_used(pages: &File, from: u64, until: u64) -> bool {
+    const PAGE: u64 = 4096;
+    const PRESENT_OR_SWAPPED: u8 = 0b1100_0000;
+    let count = usize::try_from((until - from).div_ceil(PAGE)).expect("it is small");
+    let mut entries = vec![0; count * 8];
+    let read = pages
+        .read_at(&mut entries, from / PAGE * 8)
+        .unwrap_or_default();
+    // The two highest bits of each number, which is in this machine's order.
+    let mut highest = entries[..read].iter().skip(7).step_by(8);
+    highest.any(|byte| byte & PRESENT_OR_SWAPPED != 0)
 }
 
 /// The API's answers about jobs, allocations, evaluations, variables, nodes and events.

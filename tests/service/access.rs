@@ -7,11 +7,12 @@ use std::{
 };
 
 use polydev_proto::runtime::{
-    DeleteCredentialRequest, ListCredentialsRequest, ListPoolsRequest, ListRunsRequest,
-    PutCredentialRequest, RotateCredentialsRequest, RunStart, ScalePoolRequest, SubmitJobRequest,
+    CredentialMode, DeleteCredentialRequest, ListCredentialsRequest, ListPoolsRequest,
+    ListRunsRequest, PutCredentialRequest, RotateCredentialsRequest, RunStart, ScalePoolRequest,
+    SubmitJobRequest, secret::Kind,
 };
 use polydev_tests::{
-    client::{Client, api_key, argv},
+    client::{Client, api_key, argv, in_the_clear},
     folder::Folder,
     process::output,
     program, wait_until,
@@ -118,6 +119,35 @@ fn roles_hold_as_their_file_is_now() {
     });
     tls.write_roles(&roles(ANTHROPIC));
     becomes(false);
+}
+
+#[test]
+fn a_role_without_inject_has_no_credential_in_a_container() {
+    let role = format!(
+        "[[role]]\nmembers = [\"{}\"]\nmay = [\"run\"]\ninject = false",
+        myself()
+    );
+    let tls = Tls::with_roles(&role);
+    let site = site(&tls, &[("anthropic", 1)]);
+    let client = site.shim.client();
+    let start = |credential, mode: CredentialMode| RunStart {
+        credential: Some(credential),
+        credential_mode: mode.into(),
+        ..argv("anthropic", &["true"])
+    };
+    client
+        .run(start(api_key("k"), CredentialMode::Unspecified))
+        .unwrap();
+    let account = in_the_clear(Kind::OauthFile("{}".into()));
+    for inside in [
+        start(api_key("k"), CredentialMode::Inject),
+        start(account, CredentialMode::Unspecified),
+    ] {
+        let status = client.run(inside).unwrap_err();
+        assert!(status.message().contains("(`inject`)"), "{status}");
+        is_denied::<()>(Err(status));
+    }
+    assert_eq!(site.node().asked().claims.len(), 1);
 }
 
 #[test]

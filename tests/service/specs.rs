@@ -1,14 +1,14 @@
 //! What the shim sends to a node: the caller's command, and no secret in the clear.
 
-use polydev_proto::runtime::{RunStart, SubmitJobRequest};
+use polydev_proto::runtime::{CredentialMode, RunStart, SubmitJobRequest, secret::Kind};
 use polydev_tests::{
-    client::{api_key, prompt},
+    client::{api_key, in_the_clear, prompt},
     fresh_key,
 };
 use prost::Message;
 use tonic::Request;
 
-use crate::site::{Site, seconds, steps};
+use crate::site::{Site, field, seconds, steps};
 
 #[test]
 fn a_claim_says_what_the_caller_asked_for() {
@@ -58,8 +58,58 @@ fn a_secret_reaches_its_node_sealed_alone() {
     let spec = claim.spec.as_ref().unwrap();
     assert_eq!(spec.secret_names, ["ANTHROPIC_API_KEY"]);
     assert!(!claim.sealed_secrets.is_empty());
+    assert!(claim.sealed_keys.is_empty());
     let bytes = claim.encode_to_vec();
     assert!(memchr::memmem::find(&bytes, key.as_bytes()).is_none());
+}
+
+#[test]
+fn a_key_is_sealed_to_the_broker_unless_the_caller_wants_it_in_the_container() {
+    let site = Site::start(&[("anthropic", 1)]);
+    let client = site.shim.client();
+    let key = fresh_key();
+    let run = |mode: CredentialMode, env: &[(&str, &str)]| {
+        let env = env
+            .iter()
+            .map(|(name, value)| (name.to_string(), value.to_string()));
+        let start = RunStart {
+            credential: Some(api_key(&key)),
+            credential_mode: mode.into(),
+            env: env.collect(),
+            ..steps(&["true"])
+        };
+        client.run(start).unwrap();
+        site.node().asked().claims.pop().unwrap()
+    };
+    let url = [("ANTHROPIC_BASE_URL", "https://gateway.example")];
+    let outside = [
+        run(CredentialMode::Unspecified, &[]),
+        run(CredentialMode::Broker, &[]),
+    ];
+    for claim in outside {
+        assert!(!claim.sealed_keys.is_empty());
+        let names = ["ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"];
+        assert_eq!(claim.spec.as_ref().unwrap().secret_names, names);
+        let bytes = claim.encode_to_vec();
+        assert!(memchr::memmem::find(&bytes, key.as_bytes()).is_none());
+    }
+    let inside = [
+        run(CredentialMode::Inject, &[]),
+        run(CredentialMode::Unspecified, &url),
+    ];
+    for claim in inside {
+        assert!(claim.sealed_keys.is_empty());
+        assert_eq!(claim.spec.unwrap().secret_names, ["ANTHROPIC_API_KEY"]);
+    }
+
+    let account = in_the_clear(Kind::OauthFile("{}".into()));
+    let start = RunStart {
+        credential: Some(account),
+        credential_mode: CredentialMode::Broker.into(),
+        ..steps(&["true"])
+    };
+    let refused = client.run(start).unwrap_err();
+    assert_eq!(field(&refused), "credential_mode");
 }
 
 #[test]

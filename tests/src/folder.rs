@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, umount2};
 use tempfile::TempDir;
 
-/// Dropping the folder removes it and its mounts.
+/// Dropping the folder removes it and its mounts, and ends drivers and brokers that are left in
+/// it.
 #[derive(Debug)]
 pub struct Folder(TempDir);
 
@@ -42,6 +43,7 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
+        crate::nomad::clean::stop_drivers(self.path());
         self.unmount();
     }
 }

@@ -95,10 +95,7 @@ impl Host {
     fn try_requests(&self) -> Result<Vec<Received>, String> {
         let url = format!("{}/requests", self.url);
         let mut command = self.namespace.inside();
-        command.args(["curl", "--silent", "--fail", "--noproxy", "*", &url]);
-        let output = crate::process::output(&mut command);
-        serde_json::from_slice(&output.stdout)
-            .map_err(|error| format!("{error}: {}", output.status))
+        list(command.args(["curl", "--silent", "--fail", "--noproxy", "*", &url]))
     }
 }
 
@@ -111,6 +108,55 @@ impl Drop for Host {
 #[track_caller]
 fn ip(args: &[&str]) {
     succeed(Command::new("ip").args(args));
+}
+
+/// The stand-in on this machine: brokers reach it without TLS, and containers not at all.
+#[derive(Debug)]
+pub struct Local {
+    /// `http://127.0.0.1:PORT`
+    pub url: String,
+    _server: Process,
+    _folder: TempDir,
+}
+
+impl Local {
+    /// Starts the stand-in.
+    ///
+    /// # Panics
+    /// If it does not answer.
+    #[must_use]
+    pub fn start() -> Self {
+        let [port] = crate::free_ports();
+        let address = format!("127.0.0.1:{port}");
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        let mut command = Command::new(program("stand-in"));
+        let log = folder.path().join("server.log");
+        let local = Self {
+            url: format!("http://{address}"),
+            _server: Process::start(command.arg(address), &log),
+            _folder: folder,
+        };
+        wait_until("the stand-in", Duration::from_secs(10), || {
+            local.try_requests()
+        });
+        local
+    }
+
+    /// The requests that the stand-in has received so far.
+    #[must_use]
+    pub fn requests(&self) -> Vec<Received> {
+        self.try_requests().expect("the stand-in answers")
+    }
+
+    fn try_requests(&self) -> Result<Vec<Received>, String> {
+        let url = format!("{}/requests", self.url);
+        list(Command::new("curl").args(["--silent", "--fail", "--noproxy", "*", &url]))
+    }
+}
+
+fn list(command: &mut Command) -> Result<Vec<Received>, String> {
+    let output = crate::process::output(command);
+    serde_json::from_slice(&output.stdout).map_err(|error| format!("{error}: {}", output.status))
 }
 
 /// Removes the packet filter's rules of a driver that ended without removing them.

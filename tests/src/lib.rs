@@ -1,6 +1,7 @@
 //! The test harness: fixtures that start the real parts of the whole system. A dropped fixture
 //! removes everything that it made.
 
+pub mod broker;
 pub mod client;
 pub mod cluster;
 pub mod collector;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use polydev_proto::runtime::{
-    ApiKey, Argv, Credential, Prompt, RunStart, Secret, credential, run_start::Command, secret,
+    ApiKey, Argv, Credential, CredentialMode, Prompt, RunStart, Secret, credential,
+    run_start::Command, secret,
 };
 
 /// A run of `argv` for the user `tester`.
@@ -16,6 +17,8 @@ pub fn argv(provider: &str, argv: &[&str]) -> RunStart {
         .collect();
     RunStart {
         command: Some(Command::Argv(Argv { args, text: vec![] })),
+        // It may look at a credential that it has.
+        credential_mode: CredentialMode::Inject.into(),
         ..start(provider)
     }
 }

@@ -231,6 +231,7 @@ fn idle(node_id: &str, provider: &str, number: usize) -> Slot {
         job_id: format!("polydev-pool-{provider}"),
         alloc_id,
         public_key: vec![7; 32].into(),
+        broker_key: vec![8; 32].into(),
         ..Slot::default()
     }
 }

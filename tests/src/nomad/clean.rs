@@ -15,10 +15,11 @@ use nix::{
 use procfs::process::{Process, all_processes};
 
 use super::Nomad;
-use crate::process::output;
+use crate::{broker::brokers, process::output};
 
-/// Ends the drivers whose program is below `folder`. A driver with live tasks outlives its
-/// agent, and so does for a moment one that the agent had just started.
+/// Ends the drivers whose program is below `folder`, and the brokers whose socket is. A driver with live tasks
+/// outlives its agent, and so does for a moment one that the agent had just started. A broker
+/// with containers outlives its driver.
 pub(crate) fn stop_drivers(folder: &Path) {
     let is_ours = |process: &Process| {
         let name = |program: &Path| {
@@ -32,7 +33,8 @@ pub(crate) fn stop_drivers(folder: &Path) {
     let limit = Instant::now() + Duration::from_secs(30);
     while Instant::now() < limit {
         let all = all_processes().expect("processes can be listed").flatten();
-        let ours: Vec<_> = all.filter(is_ours).map(|process| process.pid).collect();
+        let mut ours: Vec<_> = all.filter(is_ours).map(|process| process.pid).collect();
+        ours.extend(brokers(folder).iter().map(|pid| pid.as_raw()));
         if ours.is_empty() {
             return;
         }

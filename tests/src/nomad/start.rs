@@ -118,6 +118,8 @@ impl Nomad {
         .expect("the driver is built");
         let init = folder.path().join("polydev-init");
         fs::copy(program("polydev-init"), &init).expect("init is built");
+        let broker = folder.path().join("polydev-broker");
+        fs::copy(program("polydev-broker"), broker).expect("the broker is built");
         let [http, rpc, serf] = crate::free_ports();
         let config = format!(
             r#"

@@ -1,7 +1,7 @@
 //! `stand-in ADDRESS`: a model API for tests and demos. It speaks enough of the
 //! OpenAI Responses, Anthropic Messages and Gemini protocols for the real CLIs to
 //! finish a prompt, answers with a text that depends on the prompt, and keeps what
-//! arrived: `GET /requests` lists it. `GET /zeros` returns 2.5 MB for measurements. The stand-in
+//! arrived: `GET /requests` lists it. A key that ends with `-refused` is refused. `GET /zeros` returns 2.5 MB for measurements. The stand-in
 //! is also a proxy that answers for every server, because Gemini CLI asks Google about an account.
 
 mod tunnel;
@@ -107,6 +107,14 @@ async fn answer(
     let path = uri.path();
     if let Some(told) = account(path) {
         return Json(told).into_response();
+    }
+    if headers
+        .values()
+        .any(|value| value.as_bytes().ends_with(b"-refused"))
+    {
+        let error = json!({ "type": "authentication_error", "message": "invalid key" });
+        let told = Json(json!({ "type": "error", "error": error }));
+        return (StatusCode::UNAUTHORIZED, told).into_response();
     }
     if method != Method::POST {
         // Codex first requests a WebSocket. After this answer it works without one.

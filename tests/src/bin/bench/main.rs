@@ -1,9 +1,10 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
-//! one run; `bench PART...` measures `warm`, `credentials`, `swarm`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
+//! one run; `bench PART...` measures `warm`, `broker`, `credentials`, `swarm`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
 //! Prints a table; a whole run writes it to `target/bench/results.json`. Every sample of the
 //! warm slots goes to `target/bench/samples.json`.
 
 mod bandwidth;
+mod broker;
 mod credentials;
 mod plain;
 mod refill;
@@ -29,8 +30,9 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-const PARTS: [&str; 10] = [
+const PARTS: [&str; 11] = [
     "warm",
+    "broker",
     "credentials",
     "swarm",
     "refill",
@@ -59,6 +61,9 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("warm") {
         figures.extend(warm_figures(&folder)?);
     }
+    if is_wanted("broker") {
+        figures.extend(broker::figures()?);
+    }
     if is_wanted("credentials") {
         figures.extend(credentials::figures()?);
     }
@@ -74,7 +79,7 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("stream") {
         figures.extend(stream::figures(IMAGE)?);
     }
-    if PARTS[6..].iter().any(|part| is_wanted(part)) {
+    if PARTS[7..].iter().any(|part| is_wanted(part)) {
         figures.extend(plain::figures(is_wanted)?);
     }
     if parts.is_empty() {
