@@ -13,7 +13,12 @@ use polydev_proto::{
 };
 use reqwest::{Client, StatusCode};
 use rustls::RootCertStore;
-use tokio::{net::TcpListener, sync::mpsc, time::timeout};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+    time::timeout,
+};
 
 const RUN: &str = "0192d4e0-0000-7000-8000-000000000001";
 const FAST: u64 = 1 << 30;
@@ -70,7 +75,7 @@ impl Node {
             container: container.into(),
             run_id: run_id.into(),
             sealed_keys,
-            bytes_per_second: FAST,
+            bytes_per_second: 2 * FAST,
         })
     }
 
@@ -232,4 +237,86 @@ async fn redirects_and_missing_websockets_end_in_the_broker() {
         .header("upgrade", "websocket");
     let answer = upgrade.header("x-test", "404").send().await.unwrap();
     assert_eq!(answer.status(), StatusCode::UPGRADE_REQUIRED);
+}
+
+#[tokio::test]
+async fn a_websocket_passes_both_ways_and_breaks_with_its_run() {
+    let node = Node::new().await;
+    let address = node.open("one").await;
+    node.granted("one", RUN, &[("openai", "users")]);
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    let request = "GET /openai/v1/responses HTTP/1.1\r\nhost: broker\r\nx-test: websocket\r\n\
+                   connection: Upgrade\r\nupgrade: websocket\r\n\
+                   authorization: Bearer placeholder\r\n\r\n";
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let byte = timeout(LIMIT, socket.read_u8()).await;
+        head.push(byte.expect("in time").expect("an answer"));
+    }
+    let head = String::from_utf8(head).unwrap();
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+    assert_eq!(node.api.last().headers["authorization"], "Bearer users");
+    for said in ["one", "two"] {
+        socket.write_all(said.as_bytes()).await.unwrap();
+        let mut heard = [0; 3];
+        let read = timeout(LIMIT, socket.read_exact(&mut heard)).await;
+        read.expect("in time").expect("an echo");
+        assert_eq!(heard, said.as_bytes());
+    }
+    node.broker.close("one");
+    let end = timeout(LIMIT, socket.read_u8()).await.expect("it ends");
+    assert!(end.is_err(), "{end:?}");
+}
+
+#[tokio::test]
+async fn a_gateway_gets_its_headers_and_needs_a_certificate() {
+    let node = Node::new().await;
+    let gateway = async |scheme: &str, container: &str| {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let upstream = Upstream {
+            provider: "anthropic".into(),
+            base_url: format!("{scheme}://{}/team", node.api.address),
+            headers: [("x-team".to_owned(), "research".to_owned())].into(),
+            ..Upstream::default()
+        };
+        let open = Open {
+            container: container.into(),
+            bytes_per_second: FAST,
+            upstreams: vec![upstream],
+            grant: None,
+        };
+        node.broker.open(&open, listener).expect("it is opened");
+        node.granted(container, RUN, &[("anthropic", "users")]);
+        let sent = Client::new().post(format!("http://{address}/anthropic/v1/messages"));
+        sent.send().await.expect("an answer").status()
+    };
+    assert_eq!(gateway("http", "one").await, StatusCode::OK);
+    let seen = node.api.last();
+    assert_eq!(seen.uri, "/team/v1/messages");
+    assert_eq!(seen.headers["x-team"], "research");
+    // The API speaks no TLS, so the key stays here.
+    assert_eq!(gateway("https", "two").await, StatusCode::BAD_GATEWAY);
+    assert_eq!(node.api.count(), 1);
+}
+
+#[tokio::test]
+async fn what_is_held_is_what_the_next_broker_needs() {
+    let node = Node::new().await;
+    node.open("one").await;
+    assert_eq!(node.broker.held()[0].grant, None);
+    let told = node.grant("one", RUN, &[("openai", "users")]);
+    assert!(matches!(told, Message::Granted(_)), "{told:?}");
+    let held = node.broker.held().remove(0);
+    assert_eq!(held.bytes_per_second, 2 * FAST, "the run's rate");
+
+    // One with the same key serves the run from the first request on.
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    node.broker.close("one");
+    node.broker.open(&held, listener).expect("it is opened");
+    let sent = Client::new().post(format!("http://{address}/openai/v1/responses"));
+    assert_eq!(sent.send().await.unwrap().status(), StatusCode::OK);
+    assert_eq!(node.api.last().headers["authorization"], "Bearer users");
 }

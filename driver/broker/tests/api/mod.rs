@@ -59,7 +59,8 @@ impl Api {
                     async move { Ok::<_, Infallible>(answer(inner, request).await) }
                 });
                 let stream = TokioIo::new(stream);
-                tokio::spawn(http1::Builder::new().serve_connection(stream, service));
+                let connection = http1::Builder::new().serve_connection(stream, service);
+                tokio::spawn(connection.with_upgrades());
             }
         });
         Self { address, inner }
@@ -92,8 +93,9 @@ impl Api {
 
 async fn answer(
     inner: Arc<Inner>,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
 ) -> Response<UnsyncBoxBody<Bytes, hyper::Error>> {
+    let upgrade = hyper::upgrade::on(&mut request);
     let test = request.headers().get("x-test").cloned();
     inner.seen.lock().push(Seen {
         uri: request.uri().to_string(),
@@ -108,6 +110,18 @@ async fn answer(
             inner.heard.send_replace(true);
             let body = Said { said, inner };
             Response::new(body.map_err(|never| match never {}).boxed_unsync())
+        }
+        Some("websocket") => {
+            tokio::spawn(async move {
+                let upgraded = upgrade.await.expect("the broker switches");
+                let (mut from, mut to) = tokio::io::split(TokioIo::new(upgraded));
+                let _broken = tokio::io::copy(&mut from, &mut to).await;
+            });
+            let answer = Response::builder()
+                .status(StatusCode::SWITCHING_PROTOCOLS)
+                .header("connection", "upgrade")
+                .header("upgrade", "websocket");
+            answer.body(body.boxed_unsync()).expect("an answer")
         }
         Some(status) => {
             let status: StatusCode = status.parse().expect("a status");
