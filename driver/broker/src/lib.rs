@@ -19,7 +19,7 @@ mod events;
 mod forward;
 mod grant;
 mod rate;
-mod request;
+pub mod request;
 pub mod seed;
 mod serve;
 pub mod upstream;

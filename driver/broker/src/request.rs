@@ -40,7 +40,7 @@ static CONNECTION: [HeaderName; 10] = [
 
 /// Why a request goes nowhere.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Refusal {
+pub enum Refusal {
     #[error("no run has this container")]
     NoRun,
     #[error("the run has ended")]
@@ -72,12 +72,12 @@ impl Refusal {
 
 /// A request for an API, without a credential.
 #[derive(Debug)]
-pub(crate) struct Asked {
+pub struct Asked {
     pub(crate) api: &'static Api,
     pub(crate) method: Method,
     /// Below the API's base URL, with a query.
-    pub(crate) path: String,
-    pub(crate) headers: HeaderMap,
+    pub path: String,
+    pub headers: HeaderMap,
     /// Whether the container asks for a WebSocket.
     pub(crate) is_websocket: bool,
 }
@@ -86,7 +86,7 @@ pub(crate) struct Asked {
 ///
 /// # Errors
 /// [`Refusal`]
-pub(crate) fn read(parts: &Parts) -> Result<Asked, Refusal> {
+pub fn read(parts: &Parts) -> Result<Asked, Refusal> {
     let (api, path) = target(&parts.uri)?;
     if ![Method::GET, Method::POST].contains(&parts.method) {
         return Err(Refusal::Method(parts.method.clone()));
