@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     error::Error,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use tokio::{
@@ -61,7 +61,7 @@ pub async fn run(
         taken: node,
         lock: None,
         prepared: None,
-        outages: 0,
+        last_outage: None,
     };
     let mut answered = None;
     loop {
@@ -77,8 +77,9 @@ pub async fn run(
                 continue;
             }
             Err(error) => {
-                let was_healthy = matches!(*health.borrow(), Health::Healthy { .. });
-                watcher.outages += u32::from(was_healthy);
+                if !matches!(*health.borrow(), Health::Unhealthy { .. }) {
+                    watcher.last_outage = SystemTime::now().duration_since(UNIX_EPOCH).ok();
+                }
                 Health::Unhealthy {
                     reason: chain(&*error),
                 }
@@ -113,10 +114,10 @@ struct Watcher {
     /// When the resources that slots need were last ensured; `None` after an outage of
     /// Docker.
     prepared: Option<Instant>,
-    /// How often the node has become unhealthy. Nomad 1.11.3 tries a job that found no node
-    /// again only on a node of another class, and a class is made of attributes, not of health
-    /// (`applyUpsertNode` in nomad/fsm.go): this one changes with each outage.
-    outages: u32,
+    /// When the node last became unhealthy, since 1970. Nomad 1.11.3 tries a job that found no
+    /// node again only on a node of another class, and a class is made of attributes, not of
+    /// health (`applyUpsertNode` in nomad/fsm.go): this one changes with each outage.
+    last_outage: Option<Duration>,
 }
 
 impl Watcher {
@@ -148,7 +149,11 @@ impl Watcher {
                 attribute("privileged.enabled", config.allow.privileged.to_string()),
                 attribute("volumes.enabled", config.volumes.to_string()),
                 attribute("bandwidth", "1".into()),
-                attribute("outages", self.outages.to_string()),
+                attribute(
+                    "last_outage",
+                    self.last_outage
+                        .map_or("none".into(), |at| at.as_secs().to_string()),
+                ),
                 attribute("node_address", node.address()),
             ]),
         })

@@ -99,7 +99,7 @@ fn processes(label: &str) -> Vec<Pid> {
     listed.map(Pid::from_raw).collect()
 }
 
-/// Where the text is in a process: its environment, its memory, and the files of its home.
+/// Where the text is in a process: its environment, its memory, and files that it may write.
 fn places(text: &str, pid: Pid) -> Vec<String> {
     let root = format!("/proc/{pid}");
     let environ = fs::read(format!("{root}/environ")).unwrap_or_default();

@@ -97,7 +97,8 @@ fn of_the_api(
     let credential_refused = status == StatusCode::UNAUTHORIZED
         || (status == StatusCode::FORBIDDEN && asked.method == Method::POST);
     let is_error = status.is_client_error() || status.is_server_error();
-    if is_error && grant.is_new(status, credential_refused) {
+    // The driver ends the run at the first refusal, and may miss one while it is restarted.
+    if credential_refused || (is_error && grant.is_new(status)) {
         events.answered(container, grant, provider, status, credential_refused);
     }
     let (mut parts, body) = Response::<reqwest::Body>::from(answered).into_parts();

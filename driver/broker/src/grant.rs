@@ -38,7 +38,7 @@ pub(crate) struct Grant {
     /// Cancelled when the run ends, for everything that is in progress.
     over: CancellationToken,
     /// The errors that APIs have answered with.
-    seen: Mutex<BTreeSet<(u16, bool)>>,
+    seen: Mutex<BTreeSet<u16>>,
 }
 
 /// A key, and the server that it is for.
@@ -92,10 +92,8 @@ impl Grant {
 
     /// Whether the run has not had this answer before. The driver is told of each once, so that no
     /// run keeps it from hearing of another.
-    pub(crate) fn is_new(&self, status: StatusCode, credential_refused: bool) -> bool {
-        self.seen
-            .lock()
-            .insert((status.as_u16(), credential_refused))
+    pub(crate) fn is_new(&self, status: StatusCode) -> bool {
+        self.seen.lock().insert(status.as_u16())
     }
 
     /// Cancelled when the run has ended.

@@ -270,7 +270,7 @@ async fn a_websocket_passes_both_ways_and_breaks_with_its_run() {
 }
 
 #[tokio::test]
-async fn a_gateway_gets_its_headers_and_needs_a_certificate() {
+async fn a_gateway_gets_its_headers_and_no_key_without_tls() {
     let node = Node::new().await;
     let gateway = async |scheme: &str, container: &str| {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");

@@ -3,6 +3,7 @@
 
 use std::{fmt, path::Path, sync::Arc, time::Duration};
 
+use futures_util::FutureExt;
 use polydev_proto::broker::{Answered, from_broker};
 use polydev_transport::backoff::Backoff;
 use tokio::{
@@ -100,6 +101,8 @@ async fn serve(
     };
     backoff.reset();
     let mut orders = broker.meet(greeted);
+    // What was said of the connection before does not count.
+    let _silent_before = broker.silent.notified().now_or_never();
     changed.send_modify(|version| *version += 1);
     loop {
         for (message, socket) in orders.into_iter().filter_map(|order| broker.message(order)) {

@@ -7,12 +7,14 @@ use libfuzzer_sys::fuzz_target;
 use polydev_broker::request::read;
 use url::Url;
 
-const CREDENTIALS: [&str; 5] = [
+const CREDENTIALS: [&str; 7] = [
+    "api-key",
     "authorization",
     "cookie",
     "proxy-authorization",
     "x-api-key",
     "x-goog-api-key",
+    "x-goog-user-project",
 ];
 const OF_ONE_CONNECTION: [&str; 4] = ["connection", "host", "transfer-encoding", "upgrade"];
 const PARAMETERS: [&str; 4] = ["key", "api_key", "access_token", "oauth_token"];
