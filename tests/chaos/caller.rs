@@ -55,7 +55,12 @@ const SCRIPT: &str = r#"
 seq 1 "$4" | sed "s/^/$3 /"
 seq 1 "$5" | sed "s/^/$3 error /" >&2
 sleep "$6"
-curl -s -m 5 --retry 9 --retry-all-errors http://127.0.0.1:8319/openai/v1/models | grep -q 'no key for openai' || exit 98
+known=
+for try in 1 2 3 4 5 6 7 8 9; do
+    if { printf 'GET /openai/v1/models HTTP/1.1\r\nhost: broker\r\nconnection: close\r\n\r\n'; sleep 1; } |
+        nc 127.0.0.1 8319 | grep -q 'no key for openai'; then known=1; break; fi
+done
+[ "$known" ] || exit 98
 seq "$(($4 + 1))" "$(($4 + $4))" | sed "s/^/$3 /"
 exit "$7"
 "#;

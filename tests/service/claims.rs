@@ -115,7 +115,11 @@ fn a_claim_that_was_taken_without_an_answer_is_gone_back_to() {
     let asked = site.node().asked();
     assert_eq!(asked.claims[0].slot_id, outcome.accepted.slot_id);
     assert!(!asked.fences.is_empty(), "the shim did not ask for the run");
-    let listed = client.list_runs(ListRunsRequest::default()).unwrap();
+    // The connection that broke may not be back yet.
+    let listed = wait_until("the node", LIMIT, || {
+        let listed = client.list_runs(ListRunsRequest::default());
+        listed.map_err(|status| status.to_string())
+    });
     assert_eq!(listed.runs.len(), 1);
 }
 

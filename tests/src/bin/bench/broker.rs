@@ -50,6 +50,7 @@ pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
 }
 
 async fn measure() -> anyhow::Result<Vec<Value>> {
+    let _installed = rustls::crypto::ring::default_provider().install_default();
     let api = serve().await?;
     let node = Node::start(api).await?;
     let idle = resident(node.pid.into())?;
