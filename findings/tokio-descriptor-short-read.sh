@@ -10,7 +10,7 @@
 # `try_read` after `readable` returns the second message at once.
 #
 # Where it matters: driver and broker, and driver and init, send listening sockets over their
-# connection. The first message is therefore read with `recvmsg` (driver/src/link/first.rs).
+# connection. What may come with one is therefore read with `recvmsg` (proto/src/descriptors.rs).
 set -euo pipefail
 
 work=$(mktemp -d)

@@ -1,5 +1,5 @@
-//! The node's broker: what it should know of the node's containers, to tell it and the next
-//! one. [`mod@keep`] starts it, tells it, and hears what it sees.
+//! The node's broker: what it should know of the node's containers. [`mod@keep`] starts it,
+//! sends this to it and to the broker that takes its place, and receives what it reports.
 
 mod keep;
 mod process;
@@ -25,7 +25,7 @@ use wire::Greeted;
 /// The broker answers within a millisecond.
 const GRANT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What the broker should know. Changes are told to it as they come.
+/// What the broker should know. Changes are sent to it as they come.
 #[derive(Debug)]
 pub struct Broker {
     inner: Mutex<Inner>,
@@ -37,8 +37,8 @@ pub struct Broker {
 #[derive(Debug, Default)]
 struct Inner {
     containers: HashMap<String, Container>,
-    /// What the broker has not been told yet.
-    untold: Vec<Order>,
+    /// What has not been sent yet.
+    unsent: Vec<Order>,
     /// Who waits for the broker's answer to a grant, by container.
     waiting: HashMap<String, oneshot::Sender<Result<(), String>>>,
     /// What keys are sealed to. Empty without a broker.
@@ -50,10 +50,10 @@ struct Inner {
 }
 
 impl Inner {
-    /// Without a connection there is nothing to keep: the next one is told everything.
-    fn say(&mut self, order: Order) {
+    /// Without a connection there is nothing to keep: everything is sent on the next one.
+    fn queue(&mut self, order: Order) {
         if !self.public_key.is_empty() {
-            self.untold.push(order);
+            self.unsent.push(order);
         }
     }
 }
@@ -64,13 +64,13 @@ struct Container {
     /// Where the container listens. `None` until its init has connected in this life of the
     /// driver.
     socket: Option<Arc<OwnedFd>>,
-    /// What the broker is told, with the grant of its run as the shim has sealed it.
+    /// What is sent to the broker, with the grant of its run as the shim has sealed it.
     open: Open,
-    /// Whether an earlier life of the driver has opened it, and its broker has not said how.
-    is_unheard: bool,
+    /// Whether an earlier life of the driver has opened it, and no broker has reported how.
+    is_inherited: bool,
 }
 
-/// Something to tell the broker.
+/// Something to send to the broker.
 #[derive(Debug)]
 enum Order {
     Open(String),
@@ -108,7 +108,7 @@ impl Opened {
         })
     }
 
-    /// Init has connected again, and has told where the container listens.
+    /// Init has connected again, and has sent the socket on which the container listens.
     pub fn listens(&self, socket: OwnedFd) {
         self.broker.listens(&self.container, socket);
     }
@@ -180,11 +180,11 @@ impl Broker {
         let opened = Container {
             socket: Some(socket.into()),
             open,
-            is_unheard: false,
+            is_inherited: false,
         };
         let mut inner = self.inner.lock();
         inner.containers.insert(container.to_owned(), opened);
-        inner.say(Order::Open(container.to_owned()));
+        inner.queue(Order::Open(container.to_owned()));
         drop(inner);
         self.changed.notify_one();
         self.opened(container)
@@ -202,7 +202,7 @@ impl Broker {
         let kept = Container {
             socket: None,
             open,
-            is_unheard: true,
+            is_inherited: true,
         };
         let mut inner = self.inner.lock();
         inner.containers.insert(container.to_owned(), kept);
@@ -218,7 +218,7 @@ impl Broker {
     }
 
     fn grant(self: &Arc<Self>, grant: Grant) -> Granting {
-        let (told, answer) = oneshot::channel();
+        let (answers, answer) = oneshot::channel();
         let mut inner = self.inner.lock();
         // Without a broker, the sender is dropped here.
         if !inner.public_key.is_empty()
@@ -227,8 +227,8 @@ impl Broker {
             let name = grant.container.clone();
             container.open.bytes_per_second = grant.bytes_per_second;
             container.open.grant = Some(grant);
-            inner.waiting.insert(name.clone(), told);
-            inner.say(Order::Grant(name));
+            inner.waiting.insert(name.clone(), answers);
+            inner.queue(Order::Grant(name));
         }
         drop(inner);
         self.changed.notify_one();
@@ -242,7 +242,7 @@ impl Broker {
         let mut inner = self.inner.lock();
         if let Some(known) = inner.containers.get_mut(container) {
             known.socket = Some(socket.into());
-            inner.say(Order::Open(container.to_owned()));
+            inner.queue(Order::Open(container.to_owned()));
         }
         drop(inner);
         self.changed.notify_one();
@@ -254,14 +254,14 @@ impl Broker {
             return;
         }
         inner.waiting.remove(container);
-        inner.say(Order::Close(container.to_owned()));
+        inner.queue(Order::Close(container.to_owned()));
         drop(inner);
         self.changed.notify_one();
     }
 
-    /// What a new connection has to be told first, by what the broker says it has. What a
+    /// What to send first on a new connection, by what the broker reports that it has. What a
     /// broker already knows changes nothing there.
-    fn meet(&self, greeted: Greeted) -> Vec<Order> {
+    fn connected(&self, greeted: Greeted) -> Vec<Order> {
         let mut inner = self.inner.lock();
         inner.public_key = greeted.public_key;
         inner.seed = Some(greeted.seed);
@@ -269,8 +269,8 @@ impl Broker {
         let mut orders = Vec::new();
         for open in greeted.held {
             match known.get_mut(&open.container) {
-                Some(container) if container.is_unheard => {
-                    container.is_unheard = false;
+                Some(container) if container.is_inherited => {
+                    container.is_inherited = false;
                     container.open = open;
                 }
                 Some(_) => {}
@@ -293,11 +293,11 @@ impl Broker {
     fn lost(&self) {
         let mut inner = self.inner.lock();
         inner.public_key.clear();
-        inner.untold.clear();
+        inner.unsent.clear();
         inner.waiting.clear();
     }
 
-    /// From now on the broker is told of no end: what ends is this process.
+    /// From now on no end is reported to the broker: what ends is this process.
     pub(crate) fn leave(&self) {
         self.inner.lock().has_left = true;
     }
@@ -309,8 +309,8 @@ impl Broker {
         }
     }
 
-    fn untold(&self) -> Vec<Order> {
-        mem::take(&mut self.inner.lock().untold)
+    fn unsent(&self) -> Vec<Order> {
+        mem::take(&mut self.inner.lock().unsent)
     }
 
     /// The order as a message, with the socket that goes with it. `None` if it no longer

@@ -26,6 +26,9 @@ const HEALTH_INTERVAL: Duration = Duration::from_secs(2);
 /// How often the bridge and its firewall rules are checked, because other programs may
 /// remove them.
 const RULES_INTERVAL: Duration = Duration::from_secs(30);
+/// How long a dockerd may be too busy to answer before the node is unhealthy: a busy machine
+/// should not lose its node.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// What the driver reports to Nomad about itself on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,10 +42,6 @@ pub enum Health {
         attributes: BTreeMap<String, String>,
     },
 }
-
-/// How long a dockerd may be too busy to answer before the node is unhealthy: a busy machine
-/// should not lose its node.
-const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Watches Docker and the state folder forever.
 pub async fn run(
@@ -72,7 +71,7 @@ pub async fn run(
                 healthy
             }
             Err(error)
-                if is_busy(&*error) && answered.is_some_and(|at| at.elapsed() < PATIENCE) =>
+                if is_busy(&*error) && answered.is_some_and(|at| at.elapsed() < BUSY_TIMEOUT) =>
             {
                 continue;
             }

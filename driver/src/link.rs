@@ -2,16 +2,12 @@
 //! is the connection to one container, and how it ends.
 
 mod connection;
-mod first;
 
 pub(crate) use connection::Connection;
 pub use connection::Occupant;
-pub(crate) use first::{Unread, first};
 
 use std::{
-    fs,
-    io::{self, IoSlice},
-    mem::MaybeUninit,
+    fs, io,
     os::{
         fd::{BorrowedFd, OwnedFd},
         unix::fs::PermissionsExt,
@@ -22,10 +18,9 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use polydev_proto::{
-    frame,
+    descriptors, frame,
     init::{FromInit, Hello, PROTOCOL_VERSION, ToInit, from_init, hello, to_init},
 };
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, Interest},
     net::{
@@ -57,16 +52,6 @@ pub enum Error {
     NotListening,
     #[error("init closed the connection")]
     Closed,
-}
-
-impl From<Unread> for Error {
-    fn from(unread: Unread) -> Self {
-        match unread {
-            Unread::Broken(error) => Self::Broken(error),
-            Unread::Protocol(error) => Self::Protocol(error),
-            Unread::Closed => Self::Closed,
-        }
-    }
 }
 
 /// A socket in a folder that is made for one container and mounted into it. The parent
@@ -154,8 +139,20 @@ impl Listener {
                 );
                 continue;
             };
-            let mut input = BytesMut::new();
-            let (FromInit { message }, requests) = first(&stream, &mut input).await?;
+            let (mut input, mut sockets) = (BytesMut::new(), Vec::new());
+            let FromInit { message } = loop {
+                if let Some(first) = frame::decode(&mut input).map_err(Error::Protocol)? {
+                    break first;
+                }
+                let mut piece = [0; 4096];
+                let receive = || descriptors::receive(&stream, &mut piece, &mut sockets);
+                let received = stream.async_io(Interest::READABLE, receive).await;
+                match received.map_err(Error::Broken)? {
+                    0 => return Err(Error::Closed),
+                    count => input.extend_from_slice(&piece[..count]),
+                }
+            };
+            let requests = sockets.pop();
             let link = Link::new(stream, input);
             return match message.ok_or(Error::NotGreeted)? {
                 from_init::Message::Hello(Hello {
@@ -295,14 +292,7 @@ impl Writer {
         };
         frame::encode(&message, &mut self.output).map_err(Error::Protocol)?;
         let stream: &UnixStream = self.socket.as_ref();
-        let send = || {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
-            let mut ancillary = SendAncillaryBuffer::new(&mut space);
-            ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
-            let bytes = [IoSlice::new(&self.output)];
-            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            sendmsg(stream, &bytes, &mut ancillary, flags).map_err(io::Error::from)
-        };
+        let send = || descriptors::send(stream, &self.output, descriptors);
         let sent = timeout(SEND_TIMEOUT, stream.async_io(Interest::WRITABLE, send)).await;
         match sent {
             Ok(sent) => self.write(sent.map_err(Error::Broken)?).await,

@@ -73,6 +73,8 @@ pub mod broker {
     pub const PORT: u16 = 8319;
 }
 
+#[cfg(feature = "descriptors")]
+pub mod descriptors;
 pub mod error;
 pub mod exec;
 pub mod frame;

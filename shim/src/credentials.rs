@@ -13,7 +13,7 @@ pub mod scrypt;
 pub mod store;
 mod vault;
 
-pub use vault::{Error, Mode, Vault};
+pub use vault::{Error, Vault};
 
 use bytes::Bytes;
 use polydev_proto::runtime::{self, credential};

@@ -3,11 +3,10 @@
 //! resends what was not acknowledged.
 
 use std::{
-    io::{self, ErrorKind, IoSlice, IoSliceMut, Write},
-    mem::MaybeUninit,
+    io::{self, ErrorKind, Write},
     net::TcpListener,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
@@ -20,12 +19,8 @@ use nix::{
     sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
 };
 use polydev_proto::{
-    frame,
+    descriptors, frame,
     init::{FromInit, ToInit, from_init},
-};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
 /// Most output that waits for the socket; beyond it nothing more is framed.
@@ -155,7 +150,7 @@ impl Link {
                 break;
             }
             let written = match self.requests.as_ref().filter(|_| !self.has_begun) {
-                Some(requests) => send_with(stream, &self.output, requests.as_fd()),
+                Some(requests) => descriptors::send(&*stream, &self.output, &[requests.as_fd()]),
                 None => stream.write(&self.output),
             };
             match written {
@@ -174,7 +169,7 @@ impl Link {
     pub(crate) fn receive(&mut self, now: Instant, frames: &mut Vec<ToInit>) {
         let mut chunk = [0; 16 << 10];
         while let Some(stream) = &mut self.stream {
-            match receive(stream, &mut chunk, &mut self.descriptors) {
+            match descriptors::receive(stream, &mut chunk, &mut self.descriptors) {
                 Ok(0) => self.disconnect(now),
                 Ok(count) => {
                     self.input.extend_from_slice(&chunk[..count]);
@@ -198,39 +193,6 @@ impl Link {
             self.input = BytesMut::new();
         }
     }
-}
-
-/// Writes bytes, with a descriptor attached to the first.
-fn send_with(stream: &UnixStream, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let descriptors = [descriptor];
-    ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
-    let bytes = [IoSlice::new(bytes)];
-    Ok(sendmsg(
-        stream,
-        &bytes,
-        &mut ancillary,
-        SendFlags::NOSIGNAL,
-    )?)
-}
-
-/// Reads bytes and the descriptors that come with them.
-fn receive(
-    stream: &UnixStream,
-    chunk: &mut [u8],
-    descriptors: &mut Vec<OwnedFd>,
-) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    let received = recvmsg(stream, &mut [IoSliceMut::new(chunk)], &mut ancillary, flags)?;
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(received) = message {
-            descriptors.extend(received);
-        }
-    }
-    Ok(received.bytes)
 }
 
 /// Connects without blocking: a driver with a full backlog must not delay the command's

@@ -5,8 +5,7 @@
 
 use std::{
     fs::OpenOptions,
-    io::{IoSlice, Read, Write},
-    mem::MaybeUninit,
+    io::{Read, Write},
     os::{
         fd::{AsFd, BorrowedFd},
         unix::{
@@ -25,7 +24,7 @@ use nix::{
     unistd::Pid,
 };
 use polydev_proto::{
-    frame,
+    descriptors, frame,
     init::{
         ArtifactRules, DataAck, Exited, File, FromInit, Hello, PlainTask, Refreshable, Release,
         Secrets, Start, Stdin, Stream, ToInit, exited, from_init, hello, not_started, plain_task,
@@ -33,7 +32,6 @@ use polydev_proto::{
     },
     sealed::{self, PrivateKey},
 };
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tempfile::TempDir;
 
 const O_NONBLOCK: i32 = nix::fcntl::OFlag::O_NONBLOCK.bits();
@@ -115,11 +113,7 @@ impl Link {
         };
         let mut bytes = BytesMut::new();
         frame::encode(&message, &mut bytes).unwrap();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
-        let bytes = [IoSlice::new(&bytes)];
-        sendmsg(&self.stream, &bytes, &mut ancillary, SendFlags::empty()).unwrap();
+        descriptors::send(&self.stream, &bytes, &descriptors).unwrap();
     }
 
     fn send(&mut self, message: to_init::Message) {

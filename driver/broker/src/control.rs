@@ -3,8 +3,7 @@
 
 use std::{
     collections::VecDeque,
-    io::{self, IoSlice, IoSliceMut},
-    mem::MaybeUninit,
+    io,
     os::fd::{BorrowedFd, OwnedFd},
     sync::Arc,
     time::Duration,
@@ -13,11 +12,7 @@ use std::{
 use bytes::{Buf, BytesMut};
 use polydev_proto::{
     broker::{FromBroker, Hello, Open, PROTOCOL_VERSION, ToBroker, from_broker, to_broker},
-    frame,
-};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    descriptors, frame,
 };
 use tokio::{
     io::Interest,
@@ -28,10 +23,8 @@ use tokio::{
 
 use crate::{broker::Broker, seed::Seed};
 
-/// Most descriptors that come with one read. The driver sends one with a frame.
-const MAX_DESCRIPTORS: usize = 8;
 /// Most bytes of one read.
-const MAX_READ: usize = 64 << 10;
+const MAX_READ: usize = 4096;
 
 /// How long a broker whose driver does not come back serves its containers: longer than the
 /// longest run, 24 hours.
@@ -157,34 +150,13 @@ impl Driver {
                     None => continue, // From a newer driver.
                 }
             }
-            if self.read().await? == 0 {
-                return Err(Error::Closed);
+            let mut piece = [0; MAX_READ];
+            let receive = || descriptors::receive(&self.stream, &mut piece, &mut self.sockets);
+            match self.stream.async_io(Interest::READABLE, receive).await? {
+                0 => return Err(Error::Closed),
+                count => self.input.extend_from_slice(&piece[..count]),
             }
         }
-    }
-
-    async fn read(&mut self) -> io::Result<usize> {
-        let (input, sockets) = (&mut self.input, &mut self.sockets);
-        let read = || {
-            let mut piece = [0; MAX_READ];
-            let mut space =
-                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-            let mut pieces = [IoSliceMut::new(&mut piece)];
-            let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-            let received = recvmsg(&self.stream, &mut pieces, &mut ancillary, flags)?;
-            if received.flags.contains(ReturnFlags::CTRUNC) {
-                return Err(io::Error::other("a descriptor was lost"));
-            }
-            for message in ancillary.drain() {
-                if let RecvAncillaryMessage::ScmRights(descriptors) = message {
-                    sockets.extend(descriptors);
-                }
-            }
-            input.extend_from_slice(&piece[..received.bytes]);
-            Ok(received.bytes)
-        };
-        self.stream.async_io(Interest::READABLE, read).await
     }
 
     /// Returns the answer.
@@ -225,17 +197,7 @@ impl Driver {
         };
         frame::encode(&message, &mut output)?;
         while !output.is_empty() {
-            let send = || {
-                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-                let mut ancillary = SendAncillaryBuffer::new(&mut space);
-                let descriptors = descriptor.as_slice();
-                if !descriptors.is_empty() {
-                    ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
-                }
-                let bytes = [IoSlice::new(&output)];
-                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-                Ok(sendmsg(&self.stream, &bytes, &mut ancillary, flags)?)
-            };
+            let send = || descriptors::send(&self.stream, &output, descriptor.as_slice());
             output.advance(self.stream.async_io(Interest::WRITABLE, send).await?);
             descriptor = None;
         }

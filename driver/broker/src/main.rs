@@ -21,6 +21,9 @@ use rustls::RootCertStore;
 use tracing_subscriber::EnvFilter;
 use zeroizing_alloc::ZeroAlloc;
 
+/// A tracing filter, from the driver.
+const LOG: &str = "POLYDEV_LOG";
+
 /// A key may be in any buffer of a request: what is freed is wiped.
 #[global_allocator]
 static ALLOCATOR: ZeroAlloc<std::alloc::System> = ZeroAlloc(std::alloc::System);
@@ -39,7 +42,7 @@ fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     give_up_rights(args.uid)?;
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
+        .with_env_filter(EnvFilter::try_from_env(LOG).unwrap_or_else(|_| "info".into()))
         .with_writer(io::stderr)
         .with_ansi(false)
         .without_time() // The driver, which logs the lines, has one.

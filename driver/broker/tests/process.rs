@@ -2,8 +2,7 @@
 
 use std::{
     fs,
-    io::{ErrorKind, IoSlice},
-    mem::MaybeUninit,
+    io::ErrorKind,
     net::TcpListener,
     os::{
         fd::{AsFd, OwnedFd},
@@ -19,12 +18,9 @@ use polydev_proto::{
     broker::{
         Close, FromBroker, Grant, Hello, Open, PROTOCOL_VERSION, ToBroker, from_broker, to_broker,
     },
-    frame,
+    descriptors, frame,
 };
-use rustix::{
-    fs::{MemfdFlags, memfd_create},
-    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
-};
+use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::{net::UnixStream, task::spawn_blocking, time::timeout};
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -128,14 +124,8 @@ impl Driver {
         };
         let mut output = BytesMut::new();
         frame::encode(&message, &mut output).expect("a short message");
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
         let sockets: Vec<_> = socket.iter().map(|socket| socket.as_fd()).collect();
-        if !sockets.is_empty() {
-            ancillary.push(SendAncillaryMessage::ScmRights(&sockets));
-        }
-        let bytes = [IoSlice::new(&output)];
-        let sent = sendmsg(&self.stream, &bytes, &mut ancillary, SendFlags::NOSIGNAL);
+        let sent = descriptors::send(&self.stream, &output, &sockets);
         assert_eq!(sent.expect("the broker reads"), output.len());
     }
 

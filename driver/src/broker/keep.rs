@@ -51,8 +51,8 @@ impl From<Answered> for Event {
     }
 }
 
-/// Keeps a broker, and a connection to it, for ever. `program` is started in `state_dir` as
-/// the user `uid`. What it sees goes to the receiver; `changed` counts what shims are to see
+/// Keeps a broker and a connection to it; never returns. `program` is started in `state_dir` as
+/// the user `uid`. What it reports goes to the receiver; `changed` counts what shims are to see
 /// again, such as its public key.
 pub fn keep(
     broker: Arc<Broker>,
@@ -100,8 +100,8 @@ async fn serve(
         Err(error) => return error,
     };
     backoff.reset();
-    let mut orders = broker.meet(greeted);
-    // What was said of the connection before does not count.
+    let mut orders = broker.connected(greeted);
+    // The last connection's silence does not count.
     let _silent_before = broker.silent.notified().now_or_never();
     changed.send_modify(|version| *version += 1);
     loop {
@@ -112,10 +112,10 @@ async fn serve(
         }
         orders = loop {
             tokio::select! {
-                () = broker.changed.notified() => break broker.untold(),
+                () = broker.changed.notified() => break broker.unsent(),
                 () = broker.silent.notified() => return wire::Error::Hung,
-                told = wire.next() => match told {
-                    Ok(told) => hear(broker, told, events).await,
+                message = wire.next() => match message {
+                    Ok(message) => receive(broker, message, events).await,
                     Err(error) => return error,
                 },
             }
@@ -123,8 +123,8 @@ async fn serve(
     }
 }
 
-async fn hear(broker: &Broker, told: from_broker::Message, events: &mpsc::Sender<Event>) {
-    match told {
+async fn receive(broker: &Broker, message: from_broker::Message, events: &mpsc::Sender<Event>) {
+    match message {
         from_broker::Message::Granted(granted) => broker.answered(&granted.container, Ok(())),
         from_broker::Message::Refused(refused) => {
             broker.answered(&refused.container, Err(refused.message));

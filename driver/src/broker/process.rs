@@ -2,7 +2,7 @@
 //! driver connects to it at a path.
 
 use std::{
-    fs,
+    env, fs,
     io::{self, BufRead, BufReader, ErrorKind},
     os::{fd::OwnedFd, unix::process::CommandExt},
     path::{Path, PathBuf},
@@ -16,6 +16,8 @@ use tokio::{
     time::{error::Elapsed, timeout},
 };
 
+/// The filter of this program's log, which is the broker's too.
+const LOG: &str = "POLYDEV_LOG";
 /// A broker answers a new connection within moments.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -84,6 +86,7 @@ fn start(program: &Path, path: &Path, uid: u32, seed: OwnedFd) -> Result<(), Err
         // (findings/go-plugin-exited.sh).
         .stderr(Stdio::piped())
         .env_clear()
+        .envs(env::var_os(LOG).map(|filter| (LOG, filter)))
         .current_dir("/")
         .process_group(0)
         .spawn();
@@ -107,6 +110,7 @@ fn follow(mut child: Child) {
             Some(("ERROR", words)) => tracing::error!("broker: {words}"),
             Some(("WARN", words)) => tracing::warn!("broker: {words}"),
             Some(("INFO", words)) => tracing::info!("broker: {words}"),
+            Some(("DEBUG" | "TRACE", words)) => tracing::debug!("broker: {words}"),
             // A panic, and where it happened.
             _ => tracing::error!("broker: {line}"),
         }

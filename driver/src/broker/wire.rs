@@ -1,8 +1,7 @@
 //! A connection to the broker.
 
 use std::{
-    io::{self, IoSlice},
-    mem::MaybeUninit,
+    io,
     os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
@@ -10,16 +9,13 @@ use std::{
 use bytes::{Buf, Bytes, BytesMut};
 use polydev_proto::{
     broker::{FromBroker, Open, PROTOCOL_VERSION, ToBroker, from_broker, to_broker},
-    frame,
+    descriptors, frame,
 };
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tokio::{
-    io::{AsyncReadExt, Interest},
+    io::Interest,
     net::UnixStream,
     time::{error::Elapsed, timeout},
 };
-
-use crate::link::{Unread, first};
 
 /// The broker always reads; one that does not for this long is dead.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
@@ -44,16 +40,6 @@ pub(super) enum Error {
     Closed,
 }
 
-impl From<Unread> for Error {
-    fn from(unread: Unread) -> Self {
-        match unread {
-            Unread::Broken(error) => Self::Broken(error),
-            Unread::Protocol(error) => Self::Protocol(error),
-            Unread::Closed => Self::Closed,
-        }
-    }
-}
-
 /// What a broker says first.
 pub(super) struct Greeted {
     pub(super) public_key: Bytes,
@@ -64,6 +50,8 @@ pub(super) struct Greeted {
 pub(super) struct Wire {
     stream: UnixStream,
     input: BytesMut,
+    /// Those that have come.
+    descriptors: Vec<OwnedFd>,
 }
 
 impl Wire {
@@ -71,6 +59,7 @@ impl Wire {
         Self {
             stream,
             input: BytesMut::new(),
+            descriptors: Vec::new(),
         }
     }
 
@@ -81,8 +70,7 @@ impl Wire {
     }
 
     async fn greeting(&mut self) -> Result<Greeted, Error> {
-        let (FromBroker { message }, seed) = first(&self.stream, &mut self.input).await?;
-        let Some(from_broker::Message::Hello(hello)) = message else {
+        let from_broker::Message::Hello(hello) = self.next().await? else {
             return Err(Error::NotGreeted);
         };
         let version = hello.protocol_version;
@@ -99,7 +87,7 @@ impl Wire {
         Ok(Greeted {
             public_key: hello.public_key,
             held,
-            seed: seed.ok_or(Error::NotGreeted)?,
+            seed: self.descriptors.pop().ok_or(Error::NotGreeted)?,
         })
     }
 
@@ -113,8 +101,11 @@ impl Wire {
                     None => continue, // From a newer broker.
                 }
             }
-            if self.stream.read_buf(&mut self.input).await? == 0 {
-                return Err(Error::Closed);
+            let mut piece = [0; 4096];
+            let receive = || descriptors::receive(&self.stream, &mut piece, &mut self.descriptors);
+            match self.stream.async_io(Interest::READABLE, receive).await? {
+                0 => return Err(Error::Closed),
+                count => self.input.extend_from_slice(&piece[..count]),
             }
         }
     }
@@ -133,17 +124,7 @@ impl Wire {
         frame::encode(&message, &mut output)?;
         let mut socket = socket.map(AsFd::as_fd);
         while !output.is_empty() {
-            let send = || {
-                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-                let mut ancillary = SendAncillaryBuffer::new(&mut space);
-                let descriptors = socket.as_slice();
-                if !descriptors.is_empty() {
-                    ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
-                }
-                let bytes = [IoSlice::new(&output)];
-                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-                Ok(sendmsg(&self.stream, &bytes, &mut ancillary, flags)?)
-            };
+            let send = || descriptors::send(&self.stream, &output, socket.as_slice());
             let sent = self.stream.async_io(Interest::WRITABLE, send);
             output.advance(timeout(SEND_TIMEOUT, sent).await??);
             socket = None;

@@ -201,7 +201,7 @@ impl Prepared {
     }
 }
 
-/// Does what follows from what the broker sees, for ever.
+/// Acts on what the broker reports, as long as there is one.
 async fn seen_by_broker(runs: Arc<Runs>, mut seen: mpsc::Receiver<broker::Event>) {
     while let Some(event) = seen.recv().await {
         let words = event.to_string();

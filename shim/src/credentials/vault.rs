@@ -5,6 +5,7 @@ use std::{path::Path, time::SystemTime};
 use polydev_proto::{
     id::{RunId, UserId},
     provider::Provider,
+    runtime::CredentialMode,
 };
 use prost::Message;
 
@@ -74,28 +75,21 @@ pub enum Error {
     Store(#[from] store::Error),
 }
 
-/// Whether an API key stays outside of the container.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// Whatever can stay outside does.
-    Default,
-    /// Only then is there a run.
-    Broker,
-    /// Nothing does.
-    Inject,
-}
-
-fn prepare(credential: &Credential, provider: Provider, mode: Mode) -> Result<Prepared, Error> {
+fn prepare(
+    credential: &Credential,
+    provider: Provider,
+    mode: CredentialMode,
+) -> Result<Prepared, Error> {
     match (mode, credential) {
         (
-            Mode::Default | Mode::Broker,
+            CredentialMode::Unspecified | CredentialMode::Broker,
             Credential::ApiKey {
                 key,
                 project_id: None,
             },
         ) => Ok(provider.prepare_outside(key)),
-        (Mode::Broker, _) => Err(Error::NotForBroker),
-        (Mode::Default | Mode::Inject, credential) => Ok(provider.prepare(credential)?),
+        (CredentialMode::Broker, _) => Err(Error::NotForBroker),
+        (_, credential) => Ok(provider.prepare(credential)?),
     }
 }
 
@@ -164,7 +158,7 @@ impl Vault {
         &self,
         source: Source,
         binding: Binding<'_>,
-        mode: Mode,
+        mode: CredentialMode,
         run_id: RunId,
     ) -> Result<Prepared, Error> {
         let Source::Stored = source else {

@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 use files::{files, own_input, rules, terminal};
 
 use crate::{
-    credentials::{Mode, Source},
+    credentials::Source,
     environment,
     provider::{Cli, InvalidPrompt, Prompt},
     secret::{self, Prepared},
@@ -67,8 +67,8 @@ pub struct Request {
     /// Input that came with the start message: files, and a prompt that is too long for an
     /// argument.
     pub own_input: Option<Own>,
-    /// Whether an API key stays outside of the container.
-    pub mode: Mode,
+    /// Where the credential is during the run. Unspecified: outside of the container if it can be.
+    pub mode: CredentialMode,
     /// The named credential, until the run is [equipped](Self::equip) with it.
     pub credential: Option<Source>,
     pub secrets: Prepared,
@@ -168,13 +168,16 @@ fn drops_oldest(on_slow_reader: i32) -> Result<bool, Invalid> {
     }
 }
 
-fn mode(given: i32, provider: Provider, env: &BTreeMap<String, String>) -> Result<Mode, Invalid> {
+/// A caller that names another server for the model gives it the key itself.
+fn mode(
+    given: i32,
+    provider: Provider,
+    env: &BTreeMap<String, String>,
+) -> Result<CredentialMode, Invalid> {
     let names_a_server = env.contains_key(provider.base_url());
     match CredentialMode::try_from(given) {
-        Ok(CredentialMode::Inject) => Ok(Mode::Inject),
-        Ok(CredentialMode::Unspecified) if names_a_server => Ok(Mode::Inject),
-        Ok(CredentialMode::Unspecified) => Ok(Mode::Default),
-        Ok(CredentialMode::Broker) => Ok(Mode::Broker),
+        Ok(CredentialMode::Unspecified) if names_a_server => Ok(CredentialMode::Inject),
+        Ok(mode) => Ok(mode),
         Err(unknown) => Err(Invalid::Value {
             field: "credential_mode",
             given: unknown.to_string(),
