@@ -6,4 +6,5 @@ cd "$(dirname "$0")/../.."
 . tests/lib.sh
 
 if command -v otelcol-contrib; then exit; fi
-go_program collector tests/collector . "install Go 1.26 or newer, or put otelcol-contrib into PATH"
+go_program collector tests/collector . "install Go 1.26 or newer, or put otelcol-contrib into PATH" \
+    -gcflags=all='-dwarf=false -N -l' # It has little to do: not optimized, it is there in half the time.
