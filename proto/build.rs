@@ -35,13 +35,24 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     configure().compile_fds(protox::compile(INIT, ["."])?)?;
     if env::var_os("CARGO_FEATURE_BROKER").is_some() {
-        configure().compile_fds(protox::compile(BROKER, ["."])?)?;
+        let mut broker = configure();
+        if grpc {
+            // They are in the driver's journal too.
+            for counted in ["ModelUsage", "ApiError"] {
+                broker = broker.type_attribute(
+                    format!(".polydev.broker.v1.{counted}"),
+                    "#[derive(serde::Serialize, serde::Deserialize)]",
+                );
+            }
+        }
+        broker.compile_fds(protox::compile(BROKER, ["."])?)?;
     }
     if grpc {
-        // The node's protocol uses init's messages, whose Rust module differs from their
-        // package.
+        // The node's protocol uses these messages, whose Rust modules differ from their
+        // packages.
         configure()
             .extern_path(".polydev.init.v1", "crate::init")
+            .extern_path(".polydev.broker.v1", "crate::broker")
             .compile_fds(descriptors)?;
     }
     Ok(())

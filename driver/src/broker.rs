@@ -5,14 +5,14 @@ mod keep;
 mod process;
 mod wire;
 
-pub use keep::{Event, keep};
+pub use keep::keep;
 
 use std::{collections::HashMap, mem, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use polydev_proto::{
-    broker::{Close, Grant, Open, Upstream, to_broker},
+    broker::{Close, Closed, Grant, Open, Seen, Upstream, to_broker},
     id::RunId,
 };
 use tokio::{
@@ -24,6 +24,8 @@ use wire::Greeted;
 
 /// The broker answers within a millisecond.
 const GRANT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the end of a run may wait for the last that the broker has seen.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What the broker should know. Changes are sent to it as they come.
 #[derive(Debug)]
@@ -41,6 +43,8 @@ struct Inner {
     unsent: Vec<Order>,
     /// Who waits for the broker's answer to a grant, by container.
     waiting: HashMap<String, oneshot::Sender<Result<(), String>>>,
+    /// Who waits for the last of a container's run.
+    closing: HashMap<String, oneshot::Sender<Closed>>,
     /// What keys are sealed to. Empty without a broker.
     public_key: Bytes,
     /// The memory with the seed of its key, for the next broker.
@@ -105,6 +109,7 @@ impl Opened {
             run_id: run_id.into(),
             sealed_keys,
             bytes_per_second,
+            seen: None,
         })
     }
 
@@ -115,7 +120,19 @@ impl Opened {
 
     /// The container is gone, and so is its run.
     pub fn close(&self) {
-        self.broker.close(&self.container);
+        let _nobody_waits = self.broker.close(&self.container);
+    }
+
+    /// The container's run has ended: nothing of it passes any longer. Returns the last that
+    /// the broker has seen of the run; `None` if the run had no keys there, or the broker has
+    /// seen nothing.
+    pub async fn finish(&self) -> Option<Seen> {
+        let (known, last) = self.broker.close(&self.container)?;
+        match timeout(CLOSE_TIMEOUT, last).await {
+            Ok(Ok(closed)) => closed.seen,
+            // There is no broker any longer, or it is too busy.
+            Ok(Err(_)) | Err(_) => known,
+        }
     }
 }
 
@@ -248,15 +265,40 @@ impl Broker {
         self.changed.notify_one();
     }
 
-    fn close(&self, container: &str) {
+    /// Returns what the broker has told of the container's run, and where the last of it comes.
+    fn close(&self, container: &str) -> Option<(Option<Seen>, oneshot::Receiver<Closed>)> {
         let mut inner = self.inner.lock();
-        if inner.has_left || inner.containers.remove(container).is_none() {
-            return;
+        if inner.has_left {
+            return None;
         }
+        let known = inner.containers.remove(container)?;
         inner.waiting.remove(container);
+        let (tells, last) = oneshot::channel();
+        // Without a broker, the sender is dropped here.
+        if known.open.grant.is_some() && !inner.public_key.is_empty() {
+            inner.closing.insert(container.to_owned(), tells);
+        }
         inner.queue(Order::Close(container.to_owned()));
         drop(inner);
         self.changed.notify_one();
+        Some((known.open.grant?.seen, last))
+    }
+
+    /// Remembers what the broker has seen of a run, for the next broker.
+    fn saw(&self, seen: &Seen) {
+        let mut inner = self.inner.lock();
+        let known = inner.containers.get_mut(&seen.container);
+        let grant = known.and_then(|known| known.open.grant.as_mut());
+        if let Some(grant) = grant.filter(|grant| grant.run_id == seen.run_id) {
+            grant.seen = Some(seen.clone());
+        }
+    }
+
+    /// The broker has closed a container.
+    fn closed(&self, closed: Closed) {
+        if let Some(waits) = self.inner.lock().closing.remove(&closed.container) {
+            let _gave_up = waits.send(closed);
+        }
     }
 
     /// What to send first on a new connection, by what the broker reports that it has. What a
@@ -295,6 +337,7 @@ impl Broker {
         inner.public_key.clear();
         inner.unsent.clear();
         inner.waiting.clear();
+        inner.closing.clear();
     }
 
     /// From now on no end is reported to the broker: what ends is this process.

@@ -43,5 +43,6 @@ mod netlink;
 mod process;
 pub mod state;
 mod ticks;
+mod tokens;
 
 use polydev_proto::error::chain;

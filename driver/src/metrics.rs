@@ -29,6 +29,7 @@ use crate::{
     chain,
     config::Telemetry,
     life::{Event, Life, State},
+    tokens::Used,
 };
 
 const SERVICE: &str = "nomad-driver-polydev";
@@ -88,6 +89,40 @@ impl Metrics {
             .i64_observable_up_down_counter("polydev.slots")
             .with_unit("{slot}")
             .with_description("Slots of the node.")
+            .with_callback(observe)
+            .build();
+    }
+
+    /// From now on, reports the tokens that `used` returns, by provider and model.
+    pub(crate) fn watch_tokens(
+        &self,
+        used: impl Fn() -> Option<BTreeMap<(String, String), Used>> + Send + Sync + 'static,
+    ) {
+        let Some(Told { provider, .. }) = &self.0 else {
+            return;
+        };
+        let observe = move |observer: &dyn AsyncInstrument<u64>| {
+            for ((provider, model), used) in used().unwrap_or_default() {
+                for (kind, number) in [
+                    ("input", used.input),
+                    ("cached_input", used.cached_input),
+                    ("output", used.output),
+                ] {
+                    let attributes = [
+                        KeyValue::new("provider", provider.clone()),
+                        KeyValue::new("model", model.clone()),
+                        KeyValue::new("type", kind),
+                    ];
+                    observer.observe(number, &attributes);
+                }
+            }
+        };
+        // The result is only a name: the provider keeps the callback.
+        let _tokens = provider
+            .meter(SERVICE)
+            .u64_observable_counter("polydev.tokens")
+            .with_unit("{token}")
+            .with_description("Tokens of models that runs have used, as the APIs count them.")
             .with_callback(observe)
             .build();
     }

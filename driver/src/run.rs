@@ -5,9 +5,10 @@
 //! about it, [`book`] knows every run of the node, [`journal`] keeps runs across restarts
 //! of this process, [`carry`] starts the command and carries its streams, [`window`] holds
 //! its output, [`beside`] holds what else is kept, [`refreshed`] is for the credential
-//! store, [`follow`] sends events to a caller, and [`listing`] lists runs.
-//! `node/recover.rs` recovers runs after a restart.
+//! store, [`api`] is what the APIs have answered, [`follow`] sends events to a caller, and
+//! [`listing`] lists runs. `node/recover.rs` recovers runs after a restart.
 
+pub(crate) mod api;
 mod beside;
 pub mod book;
 pub(crate) mod cancel;
@@ -28,6 +29,7 @@ use std::{
 
 use bytes::Bytes;
 use polydev_proto::{
+    broker::{ApiError, ModelUsage},
     init::{Artifacts, Refreshed, TerminalSize},
     node::{self, ended::Reason},
     stream::PerStream,
@@ -36,6 +38,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use api::Answers;
 use beside::Beside;
 use cancel::Cancel;
 use claim::Refusal;
@@ -91,6 +94,8 @@ pub struct Run {
     inputs: mpsc::Sender<Input>,
     /// Notified when the caller has read output: there may be room for more.
     room: Notify,
+    /// Notified when an API has answered.
+    answered: Notify,
     cancel: Cancel,
     /// Cancelled to end the run at once.
     kill: CancellationToken,
@@ -110,6 +115,8 @@ pub(crate) struct Progress {
     artifacts: Option<Arc<Artifacts>>,
     /// The last refreshed account that init reported.
     refreshed: Option<Refreshed>,
+    /// `None` in a run of an earlier life of the driver, until the broker has reported.
+    answers: Option<Arc<Answers>>,
     outcome: Option<Outcome>,
 }
 
@@ -142,6 +149,12 @@ pub struct Ended {
     pub stderr_bytes: u64,
     #[serde(default)]
     pub artifact_bytes: u64,
+    /// Omitted if empty, so that older drivers can read the record.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub usage: Vec<ModelUsage>,
+    /// As with `usage`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub api_errors: Vec<ApiError>,
 }
 
 impl Ended {
@@ -172,7 +185,10 @@ impl Run {
         let output = PerStream::from_fn(|stream| {
             Window::new(windows.join(file_name(&claimed, stream.name())))
         });
-        let progress = Progress::default();
+        let progress = Progress {
+            answers: Some(Arc::default()),
+            ..Progress::default()
+        };
         Self::with(claimed, arrived, windows, output, kill, progress)
     }
 
@@ -194,6 +210,7 @@ impl Run {
             output,
             inputs,
             room: Notify::new(),
+            answered: Notify::new(),
             cancel: Cancel::default(),
             kill,
             gone: CancellationToken::new(),

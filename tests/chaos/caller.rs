@@ -345,7 +345,11 @@ async fn follow<T>(
             Some(Event::Exited(exited)) => return Stop::Exited(exited),
             // The run requests no artifacts.
             Some(
-                Event::Started(_) | Event::Queued(_) | Event::Artifacts(_) | Event::ArtifactData(_),
+                Event::Started(_)
+                | Event::Queued(_)
+                | Event::Artifacts(_)
+                | Event::ArtifactData(_)
+                | Event::ApiErrors(_),
             )
             | None => {}
         }

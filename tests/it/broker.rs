@@ -155,6 +155,15 @@ fn the_real_clis_work_with_their_keys_outside() {
         assert_eq!(outcome.exited.exit_code, 0, "{}", outcome.stderr());
         let answer = format!("sha256 {}", Text::of(&text).sha256);
         assert!(outcome.stdout().contains(&answer), "{}", outcome.stdout());
+        let used = &outcome.exited.usage;
+        assert!(used.len() == 1 && used[0].provider == provider, "{used:?}");
+        // Of each answer, the stand-in states one token for what it was sent, and one for itself.
+        let tokens = (used[0].input_tokens, used[0].output_tokens);
+        let requests = used[0].requests;
+        assert!(requests > 0 && tokens == (requests, requests), "{used:?}");
+        let listed = site.client.get_run(&outcome.accepted.run_id);
+        let listed = listed.expect("the run is known").usage;
+        assert_eq!(&listed, used, "the run's end and the list agree");
         assert!(keys.is_empty(), "{provider}: {keys:?}");
         assert!(placeholders > 0, "{provider}: the search finds nothing");
         assert!(is_at_the_broker, "{provider}: nobody had the key");
@@ -301,6 +310,34 @@ fn a_refused_key_ends_its_run_at_once() {
         .run(outside("anthropic", script, &key))
         .expect("a whole run");
     assert_eq!(outcome.exited.reason(), ExitReason::CredentialRefused);
+}
+
+#[test]
+fn an_overloaded_api_is_told_and_ends_a_run_that_does_not_wait() {
+    let site = Site::start(&["anthropic"]);
+    let key = format!("{}-busy", fresh_key());
+    let script = "curl -s -X POST http://127.0.0.1:8319/anthropic/v1/messages; sleep 60";
+    let start = RunStart {
+        max_api_wait: Some(prost_types::Duration {
+            seconds: 1,
+            nanos: 0,
+        }),
+        ..outside("anthropic", script, &key)
+    };
+    let exited = site.client.run(start).expect("a whole run").exited;
+    assert_eq!(exited.reason(), ExitReason::ApiUnavailable, "{exited:?}");
+    assert_eq!(
+        exited.message,
+        "an API was overloaded for 1s: anthropic answered with status 503 (1)"
+    );
+    // The events had the same, as they have in every run.
+    let errors: Vec<_> = exited
+        .api_errors
+        .iter()
+        .map(|error| (&*error.provider, error.status, error.count))
+        .collect();
+    assert_eq!(errors, [("anthropic", 503, 1)]);
+    assert!(exited.usage.is_empty());
 }
 
 /// Sends a request for each line of stdin, and prints the statuses.

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use polydev_proto::runtime::RunStart;
+use polydev_proto::runtime::{CredentialMode, RunStart};
 use polydev_tests::{
-    client::shell,
+    client::{api_key, shell},
     collector::Collector,
-    docker, free_ports,
+    docker, free_ports, fresh_key,
+    host::Local,
     nomad::Nomad,
     process::succeed,
     shim::{Shim, instance_label},
@@ -18,7 +19,12 @@ const PROVIDER: &str = "provider=\"anthropic\"";
 const SLOTS: &str = "polydev_slots";
 const STEPS: &str = "polydev_slot_steps_total";
 const COUNT: &str = "polydev_slot_state_duration_seconds_count";
+/// Tokens that a collector's Prometheus exporter reports.
+const TOKENS: &str = "polydev_tokens_total";
 const TIMES: &str = "polydev_slot_state_duration_seconds_sum";
+
+/// Asks the model, as a CLI would.
+const ASK: &str = "curl -s -X POST -d '{}' http://127.0.0.1:8319/anthropic/v1/messages";
 
 /// Waits until the sum of the series with these labels has this value.
 #[track_caller]
@@ -46,7 +52,8 @@ fn slots_their_states_and_every_step_with_its_cause_are_told_to_a_collector() {
             log.contains(what).then_some(()).ok_or(log)
         });
     };
-    nomad.submit_pool("anthropic", 2);
+    let model = Local::start();
+    nomad.submit_pool_with("anthropic", 2, &format!("base_url={}", model.url));
     let shim = Shim::serve(&nomad.address);
     let client = shim.client();
     client.wait_idle("anthropic", 2);
@@ -58,7 +65,9 @@ fn slots_their_states_and_every_step_with_its_cause_are_told_to_a_collector() {
 
     let start = RunStart {
         stdin: true,
-        ..shell("anthropic", "read line")
+        credential: Some(api_key(&fresh_key())),
+        credential_mode: CredentialMode::Broker.into(),
+        ..shell("anthropic", &format!("read line; {ASK}; exit 1"))
     };
     let mut run = client.start(start).unwrap();
     let run_id = run.accepted.run_id.clone();
@@ -81,6 +90,11 @@ fn slots_their_states_and_every_step_with_its_cause_are_told_to_a_collector() {
             &[PROVIDER, &format!("cause=\"{cause}\"")],
             count,
         );
+    }
+    // The stand-in states one token for each side.
+    for kind in ["input", "output"] {
+        let labels = [PROVIDER, "model=\"stand-in\"", &format!("type=\"{kind}\"")];
+        wait_for(&collector, TOKENS, &labels, 1.0);
     }
     let idle = ["state=\"warming\"", "next=\"idle\""];
     wait_for(&collector, COUNT, &idle, 3.0);

@@ -37,6 +37,7 @@ const DRIVER: &[&str] = &[
     "process",
     "state",
     "ticks",
+    "tokens",
 ];
 
 /// The shim's, in the same way.

@@ -307,6 +307,7 @@ impl Client {
         self.wait(async move {
             let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
             let (mut artifacts, mut artifact_data) = (Artifacts::default(), Vec::new());
+            let mut api_errors = Vec::new();
             let [before_stdout, before_stderr] = offsets.map(|offset| offset as u64);
             loop {
                 let event = events.next().await.expect("the last event is `exited`")?;
@@ -332,6 +333,7 @@ impl Client {
                         let stderr_bytes = before_stderr + stderr.len() as u64;
                         assert_eq!(exited.stdout_bytes, stdout_bytes);
                         assert_eq!(exited.stderr_bytes, stderr_bytes);
+                        assert_eq!(exited.api_errors, api_errors);
                         return Ok(Outcome {
                             accepted,
                             stdout,
@@ -342,6 +344,7 @@ impl Client {
                         });
                     }
                     Event::Lost(lost) => panic!("output is lost: {lost:?}"),
+                    Event::ApiErrors(errors) => api_errors = errors.errors,
                     Event::Accepted(_) | Event::Started(_) | Event::Queued(_) => {}
                 }
             }

@@ -92,6 +92,7 @@ export class Run implements AsyncIterable<Event> {
   #accepted = false;
   #started = false;
   #toldArtifacts = false;
+  #toldApiErrors = 0n;
   /** How many bytes of stdout, stderr and artifacts the caller has. */
   #read: [bigint, bigint, bigint] = [0n, 0n, 0n];
   /** Time since which the shim does not answer. */
@@ -283,6 +284,12 @@ export class Run implements AsyncIterable<Event> {
         const isFirst = !this.#toldArtifacts;
         this.#toldArtifacts = true;
         return isFirst ? event : undefined;
+      }
+      case "apiErrors": {
+        const count = event.value.errors.reduce((sum, error) => sum + error.count, 0n);
+        const isNew = count > this.#toldApiErrors;
+        this.#toldApiErrors = count;
+        return isNew ? event : undefined;
       }
       case "stdout":
         return this.#hasMore(0, event.value) ? event : undefined;

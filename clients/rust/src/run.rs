@@ -105,6 +105,7 @@ impl Run {
             accepted: false,
             started: false,
             told_artifacts: false,
+            told_api_errors: 0,
             read,
             broken: None,
             retry: Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL),
@@ -168,6 +169,8 @@ struct Session {
     /// The caller has got `started`.
     started: bool,
     told_artifacts: bool,
+    /// How many.
+    told_api_errors: u64,
     /// How much of stdout, stderr and artifacts the caller has.
     read: PerStream<u64>,
     /// Since when the shim has not answered.
@@ -319,6 +322,11 @@ impl Session {
                 is_first.then_some(Event::Artifacts(artifacts))
             }
             Event::Lost(lost) => self.lost(lost).map(Event::Lost),
+            Event::ApiErrors(errors) => {
+                let count: u64 = errors.errors.iter().map(|error| error.count).sum();
+                let is_new = count > std::mem::replace(&mut self.told_api_errors, count);
+                is_new.then_some(Event::ApiErrors(errors))
+            }
             event @ (Event::Queued(_) | Event::Exited(_)) => Some(event),
         })
     }

@@ -5,14 +5,14 @@ use std::{collections::HashMap, sync::Arc};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use polydev_proto::{
-    broker::{Grant as GrantRequest, Granted, Open, Refused, from_broker},
+    broker::{Closed, Grant as GrantRequest, Granted, Open, Refused, from_broker},
     sealed::PrivateKey,
 };
-use tokio::{net::TcpListener, sync::mpsc, task::AbortHandle};
+use tokio::{net::TcpListener, task::AbortHandle};
 
 use crate::{
+    changes::Changes,
     container::Container,
-    events::Events,
     grant::Grant,
     serve::serve,
     upstream::{self, Upstreams},
@@ -23,7 +23,7 @@ use crate::{
 pub struct Broker {
     key: PrivateKey,
     upstreams: Upstreams,
-    events: Events,
+    changes: Arc<Changes>,
     open: Mutex<HashMap<String, Opened>>,
 }
 
@@ -55,21 +55,15 @@ enum NotGranted {
 }
 
 impl Broker {
-    /// A broker without containers, which opens what was sealed to `key`, and what it tells the
-    /// driver.
+    /// A broker without containers, which opens what was sealed to `key`.
     #[must_use]
-    pub fn new(
-        key: PrivateKey,
-        upstreams: Upstreams,
-    ) -> (Self, mpsc::Receiver<from_broker::Message>) {
-        let (events, told) = Events::new();
-        let broker = Self {
+    pub fn new(key: PrivateKey, upstreams: Upstreams) -> Self {
+        Self {
             key,
             upstreams,
-            events,
+            changes: Arc::default(),
             open: Mutex::default(),
-        };
-        (broker, told)
+        }
     }
 
     /// What keys are sealed to, 32 bytes.
@@ -83,7 +77,10 @@ impl Broker {
     pub fn held(&self) -> Vec<Open> {
         let open = self.open.lock();
         let held = open.values().map(|Opened { container, .. }| {
-            let grant = container.granted().ok().map(|grant| grant.request.clone());
+            let grant = container.granted().ok().map(|grant| GrantRequest {
+                seen: container.seen(),
+                ..grant.request.clone()
+            });
             let open = container.request.clone();
             Open {
                 bytes_per_second: (grant.as_ref())
@@ -115,7 +112,11 @@ impl Broker {
             return Ok(());
         }
         let upstreams = self.upstreams.with(&request.upstreams)?;
-        let container = Arc::new(Container::new(request.clone(), upstreams));
+        let container = Arc::new(Container::new(
+            request.clone(),
+            upstreams,
+            self.changes.clone(),
+        ));
         // Before the first request is read.
         if let Some(grant) = &request.grant
             && let Err(error) = self.give(&container, grant)
@@ -123,7 +124,7 @@ impl Broker {
             let error = polydev_proto::error::chain(&error);
             tracing::error!(run_id = grant.run_id, error, "a run has lost its keys");
         }
-        let serving = tokio::spawn(serve(listener, container.clone(), self.events.clone()));
+        let serving = tokio::spawn(serve(listener, container.clone()));
         let serving = serving.abort_handle();
         let opened = Opened { container, serving };
         self.open.lock().insert(request.container.clone(), opened);
@@ -161,9 +162,26 @@ impl Broker {
         Ok(())
     }
 
-    /// Ends a container's run, and closes its socket.
-    pub fn close(&self, container: &str) {
-        self.open.lock().remove(container);
+    /// Ends a container's run, and closes its socket. Returns what the driver is told.
+    pub fn close(&self, container: &str) -> from_broker::Message {
+        let opened = self.open.lock().remove(container);
+        from_broker::Message::Closed(Closed {
+            container: container.to_owned(),
+            seen: opened.and_then(|opened| opened.container.seen()),
+        })
+    }
+
+    /// What is new of a run, for the driver. One caller at a time.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    pub async fn news(&self) -> from_broker::Message {
+        loop {
+            let container = self.changes.next().await;
+            if let Some(seen) = self.find(&container).and_then(|known| known.seen()) {
+                return from_broker::Message::Seen(seen);
+            }
+        }
     }
 
     fn find(&self, name: &str) -> Option<Arc<Container>> {

@@ -6,11 +6,11 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use polydev_proto::broker::Open;
+use polydev_proto::broker::{Open, Seen};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::{grant::Grant, rate::Bucket, request::Refusal, upstream::Upstreams};
+use crate::{changes::Changes, grant::Grant, rate::Bucket, request::Refusal, upstream::Upstreams};
 
 /// Most connections of one container; further ones wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 128;
@@ -30,6 +30,7 @@ pub(crate) struct Container {
     pub(crate) download: Arc<Bucket>,
     places: Arc<Semaphore>,
     state: Mutex<State>,
+    changes: Arc<Changes>,
     /// Cancelled when the container is closed, and its run ends with it.
     over: CancellationToken,
 }
@@ -47,7 +48,7 @@ enum State {
 pub(crate) struct Taken;
 
 impl Container {
-    pub(crate) fn new(request: Open, upstreams: Upstreams) -> Self {
+    pub(crate) fn new(request: Open, upstreams: Upstreams, changes: Arc<Changes>) -> Self {
         let bytes_per_second = request.bytes_per_second;
         Self {
             request,
@@ -56,6 +57,7 @@ impl Container {
             download: Bucket::new(bytes_per_second).into(),
             places: Semaphore::new(MAX_CONNECTIONS).into(),
             state: State::Waiting.into(),
+            changes,
             over: CancellationToken::new(),
         }
     }
@@ -106,6 +108,21 @@ impl Container {
             State::Granted(grant) => Ok(grant.clone()),
             State::Over => Err(Refusal::Over),
         }
+    }
+
+    /// There is something new for the driver.
+    pub(crate) fn changed(&self) {
+        self.changes.add(self.name());
+    }
+
+    /// What has been seen of the container's run; `None` if it has had none.
+    pub(crate) fn seen(&self) -> Option<Seen> {
+        let grant = self.granted().ok()?;
+        Some(Seen {
+            container: self.name().to_owned(),
+            run_id: grant.run_id().to_owned(),
+            ..grant.seen.message()
+        })
     }
 
     /// Ends the run: what is in progress breaks off, and its keys are wiped with the last of it.

@@ -17,7 +17,6 @@ use polydev_proto::{
 use tokio::{
     io::Interest,
     net::{TcpListener, UnixListener, UnixStream},
-    sync::mpsc,
     time::{sleep, timeout},
 };
 
@@ -46,16 +45,11 @@ enum Error {
 }
 
 /// Serves the driver until there is none any longer.
-pub async fn serve(
-    listener: UnixListener,
-    broker: Arc<Broker>,
-    seed: Seed,
-    mut told: mpsc::Receiver<from_broker::Message>,
-) {
+pub async fn serve(listener: UnixListener, broker: Arc<Broker>, seed: Seed) {
     let mut next = timeout(DRIVER_TIMEOUT, accept(&listener)).await.ok();
     while let Some(stream) = next {
         next = tokio::select! {
-            error = drive(stream, &broker, &seed, &mut told) => {
+            error = drive(stream, &broker, &seed) => {
                 tracing::info!(error = polydev_proto::error::chain(&error), "the driver is away");
                 // Without a container, there is nothing that the next one could miss.
                 let is_used = !broker.is_empty();
@@ -80,12 +74,7 @@ async fn accept(listener: &UnixListener) -> UnixStream {
 }
 
 /// Does what the driver asks until the connection ends; returns the reason.
-async fn drive(
-    stream: UnixStream,
-    broker: &Broker,
-    seed: &Seed,
-    told: &mut mpsc::Receiver<from_broker::Message>,
-) -> Error {
+async fn drive(stream: UnixStream, broker: &Broker, seed: &Seed) -> Error {
     let mut connection = Driver {
         stream,
         input: BytesMut::new(),
@@ -104,7 +93,7 @@ async fn drive(
                         Err(error) => return error,
                     }
                 }
-                Some(message) = told.recv() => break message,
+                message = broker.news() => break message,
             }
         };
         if let Err(error) = connection.send(outgoing, None).await {
@@ -168,7 +157,9 @@ impl Driver {
         match asked {
             to_broker::Message::Open(open) => self.open(broker, &open)?,
             to_broker::Message::Grant(grant) => return Ok(Some(broker.grant(&grant))),
-            to_broker::Message::Close(close) => broker.close(&close.container),
+            to_broker::Message::Close(close) => {
+                return Ok(Some(broker.close(&close.container)));
+            }
         }
         Ok(None)
     }

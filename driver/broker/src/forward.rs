@@ -10,8 +10,8 @@ use hyper::body::Incoming;
 use crate::{
     answer::{self, AnswerBody, OfRun},
     container::{Container, Place},
-    events::Events,
     grant::Grant,
+    meter::{Meter, Metered},
     rate::Paced,
     request::{self, Asked, Refusal},
     websocket,
@@ -23,11 +23,10 @@ use crate::{
 /// Cancelling ends the request to the API.
 pub(crate) async fn answer(
     container: &Arc<Container>,
-    events: &Events,
     place: &Place,
     request: Request<Incoming>,
 ) -> Response<AnswerBody> {
-    match forward(container, events, place, request).await {
+    match forward(container, place, request).await {
         Ok(answer) => answer,
         Err(refusal) => {
             // A command may ask as often as it likes, and somebody reads the log.
@@ -39,7 +38,6 @@ pub(crate) async fn answer(
 
 async fn forward(
     container: &Arc<Container>,
-    events: &Events,
     place: &Place,
     mut request: Request<Incoming>,
 ) -> Result<Response<AnswerBody>, Refusal> {
@@ -54,13 +52,19 @@ async fn forward(
         if asked.is_websocket {
             let client = &access.connections.websockets;
             let place = place.clone();
-            return websocket::open(container, &grant, client, outgoing, upgrade, place).await;
+            let meter = Meter::new(asked.api.provider, container, &grant);
+            return websocket::open(container, &grant, client, outgoing, upgrade, place, meter)
+                .await;
         }
         let answered = send(&access.connections.requests, outgoing, body, container).await?;
-        Ok(of_the_api(answered, &asked, container, &grant, events))
+        Ok(of_the_api(answered, &asked, container, &grant))
     };
     tokio::select! {
-        answered = answered => Ok(answered.unwrap_or_else(|error| unreachable_api(&asked, error))),
+        answered = answered => Ok(answered.unwrap_or_else(|error| {
+            grant.seen.unreached(asked.api.provider);
+            container.changed();
+            unreachable_api(&asked, error)
+        })),
         () = grant.over().cancelled() => Err(Refusal::Over),
     }
 }
@@ -82,9 +86,8 @@ async fn send(
 fn of_the_api(
     answered: reqwest::Response,
     asked: &Asked,
-    container: &Container,
-    grant: &Grant,
-    events: &Events,
+    container: &Arc<Container>,
+    grant: &Arc<Grant>,
 ) -> Response<AnswerBody> {
     let status = answered.status();
     let provider = asked.api.provider;
@@ -96,10 +99,8 @@ fn of_the_api(
     // A key may be good for prompts, and still not for a list of models.
     let credential_refused = status == StatusCode::UNAUTHORIZED
         || (status == StatusCode::FORBIDDEN && asked.method == Method::POST);
-    let is_error = status.is_client_error() || status.is_server_error();
-    // The driver ends the run at the first refusal, and may miss one while it is restarted.
-    if credential_refused || (is_error && grant.is_new(status)) {
-        events.answered(container, grant, provider, status, credential_refused);
+    if grant.seen.answered(provider, status, credential_refused) {
+        container.changed();
     }
     let (mut parts, body) = Response::<reqwest::Body>::from(answered).into_parts();
     parts.headers = answer::headers(&parts.headers);
@@ -107,6 +108,7 @@ fn of_the_api(
     if credential_refused {
         answer::do_not_retry(&mut parts.headers);
     }
+    let body = Metered::new(body, Meter::new(provider, container, grant));
     let body = Paced::new(body, container.download.clone());
     Response::from_parts(parts, OfRun::new(body, grant).boxed_unsync())
 }

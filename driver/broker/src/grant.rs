@@ -1,9 +1,8 @@
 //! Who has a container: a run with its keys, or nobody.
 
-use std::{collections::BTreeSet, fmt};
+use std::fmt;
 
-use http::{HeaderName, HeaderValue, StatusCode};
-use parking_lot::Mutex;
+use http::{HeaderName, HeaderValue};
 use polydev_proto::{
     broker::{Grant as Request, Keys},
     provider::{Provider, Unknown},
@@ -13,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     api::Api,
     request::{Asked, Refusal},
+    seen::Seen,
     upstream::{self, Connections, Upstreams},
 };
 
@@ -37,8 +37,7 @@ pub(crate) struct Grant {
     access: Vec<Access>,
     /// Cancelled when the run ends, for everything that is in progress.
     over: CancellationToken,
-    /// The errors that APIs have answered with.
-    seen: Mutex<BTreeSet<u16>>,
+    pub(crate) seen: Seen,
 }
 
 /// A key, and the server that it is for.
@@ -71,11 +70,12 @@ impl Grant {
                 connections: upstreams.connect(api)?,
             });
         }
+        let seen = Seen::new(request.seen.as_ref());
         Ok(Self {
             request,
             access,
             over,
-            seen: Mutex::default(),
+            seen,
         })
     }
 
@@ -88,12 +88,6 @@ impl Grant {
     pub(crate) fn access(&self, provider: Provider) -> Result<&Access, Refusal> {
         let found = self.access.iter().find(|known| known.provider == provider);
         found.ok_or(Refusal::NoKey(provider))
-    }
-
-    /// Whether the run has not had this answer before. The driver is told of each once, so that no
-    /// run keeps it from hearing of another.
-    pub(crate) fn is_new(&self, status: StatusCode) -> bool {
-        self.seen.lock().insert(status.as_u16())
     }
 
     /// Cancelled when the run has ended.

@@ -6,21 +6,25 @@
 //! A request, in the order in which it happens: [`serve`] accepts its connection, [`request`]
 //! checks it against the [`api`], [`container`] says which [`grant`] it has, [`forward`]
 //! sends it through the connections of [`upstream`] and passes the answer back ([`answer`]),
-//! both at the speed of [`rate`]. [`websocket`] is the same for a WebSocket. [`control`]
-//! is the driver's connection, [`broker`] is what the driver may ask for, [`events`] is what
-//! it is told, and [`seed`] is what it keeps for the next broker.
+//! both at the speed of [`rate`]. [`websocket`] is the same for a WebSocket. [`meter`] finds the
+//! tokens that an answer states ([`usage`]), and [`seen`] counts them and the errors of each
+//! run. [`control`] is the driver's connection, [`broker`] is what the driver may ask for,
+//! [`changes`] is what it hears of, and [`seed`] is what it keeps for the next broker.
 
 mod answer;
 mod api;
 pub mod broker;
+mod changes;
 mod container;
 pub mod control;
-mod events;
 mod forward;
 mod grant;
+mod meter;
 mod rate;
 pub mod request;
 pub mod seed;
+mod seen;
 mod serve;
 pub mod upstream;
+pub mod usage;
 mod websocket;

@@ -89,7 +89,7 @@ async fn serve() -> anyhow::Result<()> {
     let memory = io::stdout().as_fd().try_clone_to_owned();
     let memory = memory.context("there is no memory for the key at standard output")?;
     let seed = Seed::new(memory.into()).context("standard output is no memory for the key")?;
-    let (broker, told) = Broker::new(seed.key()?, Upstreams::new(roots)?);
-    control::serve(listener, Arc::new(broker), seed, told).await;
+    let broker = Broker::new(seed.key()?, Upstreams::new(roots)?);
+    control::serve(listener, Arc::new(broker), seed).await;
     Ok(())
 }

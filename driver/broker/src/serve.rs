@@ -11,7 +11,6 @@ use tokio::{
 
 use crate::{
     container::{Container, Place},
-    events::Events,
     forward,
 };
 
@@ -26,12 +25,12 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 ///
 /// # Cancel safety
 /// Cancelling it lets connections go on.
-pub(crate) async fn serve(listener: TcpListener, container: Arc<Container>, events: Events) {
+pub(crate) async fn serve(listener: TcpListener, container: Arc<Container>) {
     loop {
         let place = container.place().await;
         match listener.accept().await {
             Ok((stream, _)) => {
-                tokio::spawn(connection(stream, container.clone(), events.clone(), place));
+                tokio::spawn(connection(stream, container.clone(), place));
             }
             Err(error) => {
                 tracing::debug!(container = container.name(), %error, "cannot accept");
@@ -41,14 +40,14 @@ pub(crate) async fn serve(listener: TcpListener, container: Arc<Container>, even
     }
 }
 
-async fn connection(stream: TcpStream, container: Arc<Container>, events: Events, place: Place) {
+async fn connection(stream: TcpStream, container: Arc<Container>, place: Place) {
     // A piece of a stream should not wait for the next one.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
     let service = service_fn(|request| {
-        let (container, events, place) = (&container, &events, &place);
-        async move { Ok::<_, Infallible>(forward::answer(container, events, place, request).await) }
+        let (container, place) = (&container, &place);
+        async move { Ok::<_, Infallible>(forward::answer(container, place, request).await) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())

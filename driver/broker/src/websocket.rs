@@ -15,6 +15,7 @@ use crate::{
     answer::{self, AnswerBody},
     container::{Container, Place},
     grant::Grant,
+    meter::{Messages, Meter},
     rate::Bucket,
 };
 
@@ -30,9 +31,12 @@ pub(crate) async fn open(
     mut outgoing: reqwest::Request,
     upgrade: OnUpgrade,
     place: Place,
+    meter: Meter,
 ) -> reqwest::Result<Response<AnswerBody>> {
     let headers = outgoing.headers_mut();
     mark(headers);
+    // Compressed messages state no tokens that the broker could read.
+    headers.remove(header::SEC_WEBSOCKET_EXTENSIONS);
     let answered = client.execute(outgoing).await?;
     if answered.status() != StatusCode::SWITCHING_PROTOCOLS {
         let message = format!(
@@ -52,7 +56,7 @@ pub(crate) async fn open(
         let carried = async {
             let api = answered.upgrade().await.map_err(io::Error::other)?;
             let ours = upgrade.await.map_err(io::Error::other)?;
-            carry(TokioIo::new(ours), api, &container).await
+            carry(TokioIo::new(ours), api, &container, Messages::new(meter)).await
         };
         tokio::select! {
             carried = carried => if let Err(error) = carried {
@@ -74,12 +78,15 @@ async fn carry(
     ours: impl AsyncRead + AsyncWrite,
     api: impl AsyncRead + AsyncWrite,
     container: &Container,
+    mut messages: Messages,
 ) -> io::Result<()> {
     let (mut from_us, mut to_us) = split(ours);
     let (mut from_api, mut to_api) = split(api);
     tokio::try_join!(
-        pass(&mut from_us, &mut to_api, &container.upload),
-        pass(&mut from_api, &mut to_us, &container.download),
+        pass(&mut from_us, &mut to_api, &container.upload, |_| {}),
+        pass(&mut from_api, &mut to_us, &container.download, |piece| {
+            messages.read(piece)
+        }),
     )?;
     Ok(())
 }
@@ -88,6 +95,7 @@ async fn pass(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWrite + Unpin),
     bucket: &Bucket,
+    mut see: impl FnMut(&[u8]),
 ) -> io::Result<()> {
     let mut piece = vec![0; MAX_PIECE];
     loop {
@@ -95,6 +103,7 @@ async fn pass(
         if count == 0 {
             return to.shutdown().await;
         }
+        see(&piece[..count]);
         to.write_all(&piece[..count]).await?;
         sleep_until(bucket.pass(count)).await;
     }

@@ -190,6 +190,7 @@ async fn containers_come_with_their_sockets_and_stay_without_a_driver() {
         run_id: "run".into(),
         sealed_keys: vec![0; 64].into(),
         bytes_per_second: 1 << 20,
+        seen: None,
     };
     driver.send(to_broker::Message::Grant(grant), None);
     match driver.next().await {

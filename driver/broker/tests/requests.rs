@@ -7,7 +7,7 @@ use std::{net::SocketAddr, time::Duration};
 use api::Api;
 use polydev_broker::{broker::Broker, upstream::Upstreams};
 use polydev_proto::{
-    broker::{Grant, Key, Keys, Open, Upstream, from_broker::Message},
+    broker::{Grant, Key, Keys, ModelUsage, Open, Seen, Upstream, from_broker::Message},
     provider::Provider,
     sealed::{PrivateKey, seal_keys},
 };
@@ -16,7 +16,6 @@ use rustls::RootCertStore;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::mpsc,
     time::timeout,
 };
 
@@ -27,7 +26,6 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// A broker before an API that answers for all three providers.
 struct Node {
     broker: Broker,
-    told: mpsc::Receiver<Message>,
     api: Api,
 }
 
@@ -36,8 +34,8 @@ impl Node {
         let _installed = rustls::crypto::ring::default_provider().install_default();
         let api = Api::serve().await;
         let upstreams = Upstreams::new(RootCertStore::empty()).expect("TLS");
-        let (broker, told) = Broker::new(PrivateKey::generate(), upstreams);
-        Self { broker, told, api }
+        let broker = Broker::new(PrivateKey::generate(), upstreams);
+        Self { broker, api }
     }
 
     /// Opens a container; returns what it connects to.
@@ -76,6 +74,7 @@ impl Node {
             run_id: run_id.into(),
             sealed_keys,
             bytes_per_second: 2 * FAST,
+            seen: None,
         })
     }
 
@@ -84,11 +83,20 @@ impl Node {
         assert!(matches!(told, Message::Granted(_)), "{told:?}");
     }
 
-    async fn told(&mut self) -> Message {
-        let told = timeout(LIMIT, self.told.recv())
-            .await
-            .expect("it is told in time");
-        told.expect("the broker is there")
+    async fn news(&self) -> Seen {
+        let news = timeout(LIMIT, self.broker.news()).await;
+        match news.expect("it is told in time") {
+            Message::Seen(seen) => seen,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Ends the container; returns what was seen of its run.
+    fn close(&self, container: &str) -> Seen {
+        match self.broker.close(container) {
+            Message::Closed(closed) => closed.seen.expect("it had a run"),
+            other => panic!("{other:?}"),
+        }
     }
 }
 
@@ -141,6 +149,7 @@ async fn without_a_run_with_its_key_nothing_reaches_an_api() {
         run_id: RUN.into(),
         sealed_keys: sealed,
         bytes_per_second: FAST,
+        seen: None,
     });
     let Message::Refused(refused) = told else {
         panic!("it is granted");
@@ -203,18 +212,71 @@ async fn a_caller_that_goes_away_ends_its_request_to_the_api() {
 
 #[tokio::test]
 async fn a_refused_key_is_told_and_not_tried_again() {
-    let mut node = Node::new().await;
+    let node = Node::new().await;
     let address = node.open("one").await;
     node.granted("one", RUN, &[("anthropic", "users")]);
     let sent = Client::new().post(format!("http://{address}/anthropic/v1/messages"));
     let answer = sent.header("x-test", "401").send().await.unwrap();
     assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
     assert_eq!(answer.headers()["x-should-retry"], "false");
-    let Message::Answered(answered) = node.told().await else {
-        panic!("the driver is not told");
+    let seen = node.news().await;
+    assert_eq!((&*seen.container, &*seen.run_id), ("one", RUN));
+    let refused = seen.refused.expect("the key is refused");
+    assert_eq!((&*refused.provider, refused.status), ("anthropic", 401));
+}
+
+#[tokio::test]
+async fn errors_are_counted_and_an_overload_ends_with_an_answer() {
+    let node = Node::new().await;
+    let address = node.open("one").await;
+    node.granted("one", RUN, &[("openai", "users")]);
+    let ask = async |status: Option<&str>| {
+        let mut sent = Client::new().post(format!("http://{address}/openai/v1/responses"));
+        if let Some(status) = status {
+            sent = sent.header("x-test", status);
+        }
+        sent.send().await.unwrap();
     };
-    assert_eq!((answered.status, &*answered.run_id), (401, RUN));
-    assert_eq!(answered.provider, "anthropic");
+    ask(Some("429")).await;
+    ask(Some("503")).await;
+    ask(Some("429")).await;
+    let seen = node.news().await;
+    let errors: Vec<_> = seen
+        .errors
+        .iter()
+        .map(|error| (error.status, error.count))
+        .collect();
+    assert_eq!(errors, [(429, 2), (503, 1)]);
+    assert!(seen.overloaded_ms.is_some() && seen.refused.is_none());
+    ask(None).await;
+    assert_eq!(node.news().await.overloaded_ms, None);
+    assert_eq!(node.close("one").errors, seen.errors);
+}
+
+#[tokio::test]
+async fn tokens_are_counted_and_the_next_broker_counts_on() {
+    let node = Node::new().await;
+    let address = node.open("one").await;
+    node.granted("one", RUN, &[("anthropic", "users")]);
+    let ask = async |address: SocketAddr| {
+        let said = r#"{"model": "claude-x", "usage": {"input_tokens": 7, "output_tokens": 3}}"#;
+        let sent = Client::new().post(format!("http://{address}/anthropic/v1/messages"));
+        let answer = sent.body(said).send().await.unwrap();
+        assert_eq!(answer.text().await.unwrap(), said, "nothing is lost");
+    };
+    ask(address).await;
+    ask(address).await;
+    assert_eq!(node.news().await.usage[0].model, "claude-x");
+    let held = node.broker.held().remove(0);
+    let used = &node.close("one").usage[0];
+    let figures = |used: &ModelUsage| (used.requests, used.input_tokens, used.output_tokens);
+    assert_eq!(figures(used), (2, 14, 6));
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    node.broker.open(&held, listener).expect("it is opened");
+    ask(address).await;
+    assert_eq!(figures(&node.close("one").usage[0]), (3, 21, 9));
 }
 
 #[tokio::test]
@@ -239,23 +301,33 @@ async fn redirects_and_missing_websockets_end_in_the_broker() {
     assert_eq!(answer.status(), StatusCode::UPGRADE_REQUIRED);
 }
 
-#[tokio::test]
-async fn a_websocket_passes_both_ways_and_breaks_with_its_run() {
-    let node = Node::new().await;
-    let address = node.open("one").await;
-    node.granted("one", RUN, &[("openai", "users")]);
-    let mut socket = TcpStream::connect(address).await.unwrap();
+/// A container's WebSocket, which the API has accepted.
+async fn websocket(address: SocketAddr) -> TcpStream {
+    let mut socket = TcpStream::connect(address)
+        .await
+        .expect("the broker listens");
     let request = "GET /openai/v1/responses HTTP/1.1\r\nhost: broker\r\nx-test: websocket\r\n\
                    connection: Upgrade\r\nupgrade: websocket\r\n\
+                   sec-websocket-extensions: permessage-deflate\r\n\
                    authorization: Bearer placeholder\r\n\r\n";
-    socket.write_all(request.as_bytes()).await.unwrap();
+    let sent = socket.write_all(request.as_bytes()).await;
+    sent.expect("the broker reads");
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         let byte = timeout(LIMIT, socket.read_u8()).await;
         head.push(byte.expect("in time").expect("an answer"));
     }
-    let head = String::from_utf8(head).unwrap();
+    let head = String::from_utf8(head).expect("headers are text");
     assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+    socket
+}
+
+#[tokio::test]
+async fn a_websocket_passes_both_ways_and_breaks_with_its_run() {
+    let node = Node::new().await;
+    let address = node.open("one").await;
+    node.granted("one", RUN, &[("openai", "users")]);
+    let mut socket = websocket(address).await;
     assert_eq!(node.api.last().headers["authorization"], "Bearer users");
     for said in ["one", "two"] {
         socket.write_all(said.as_bytes()).await.unwrap();
@@ -267,6 +339,60 @@ async fn a_websocket_passes_both_ways_and_breaks_with_its_run() {
     node.broker.close("one");
     let end = timeout(LIMIT, socket.read_u8()).await.expect("it ends");
     assert!(end.is_err(), "{end:?}");
+}
+
+/// A server's frame (RFC 6455, section 5.2).
+fn frame(opcode: u8, is_last: bool, text: &str) -> Vec<u8> {
+    let mut frame = vec![u8::from(is_last) << 7 | opcode];
+    match u16::try_from(text.len()).expect("a short text") {
+        length @ ..126 => frame.extend(u8::try_from(length)),
+        length => {
+            frame.push(126);
+            frame.extend(length.to_be_bytes());
+        }
+    }
+    frame.extend_from_slice(text.as_bytes());
+    frame
+}
+
+#[tokio::test]
+async fn tokens_of_every_answer_on_a_websocket_are_counted() {
+    let node = Node::new().await;
+    let address = node.open("one").await;
+    node.granted("one", RUN, &[("openai", "users")]);
+    let mut socket = websocket(address).await;
+    assert!(
+        !node
+            .api
+            .last()
+            .headers
+            .contains_key("sec-websocket-extensions")
+    );
+    // Lengths that look like brackets, a message in parts, and a ping between them.
+    let delta = format!(r#"{{"type":"d","delta":"{}"}}"#, "x".repeat(100));
+    assert_eq!(delta.len(), usize::from(b'{'));
+    let completed = r#"{"type":"response.completed","response":{"model":"gpt-x","usage":{"input_tokens":5,"output_tokens":2}}}"#;
+    let (first, second) = completed.split_at(70);
+    let said = [
+        frame(1, true, &delta),
+        frame(1, false, first),
+        frame(9, true, "{\"[["),
+        frame(0, true, second),
+        frame(1, true, &delta),
+        frame(1, true, completed),
+    ]
+    .concat();
+    for piece in said.chunks(7) {
+        socket.write_all(piece).await.unwrap();
+    }
+    let mut heard = vec![0; said.len()];
+    let read = timeout(LIMIT, socket.read_exact(&mut heard)).await;
+    read.expect("in time").expect("an echo");
+    assert_eq!(heard, said);
+    let used = &node.close("one").usage[0];
+    assert_eq!(used.model, "gpt-x");
+    let figures = (used.requests, used.input_tokens, used.output_tokens);
+    assert_eq!(figures, (2, 10, 4));
 }
 
 #[tokio::test]

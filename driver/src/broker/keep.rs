@@ -1,10 +1,10 @@
 //! Keeps a broker and a connection to it: [`process`] starts it, or finds the one that an
 //! earlier life of the driver started, and [`wire`] is the connection.
 
-use std::{fmt, path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
-use polydev_proto::broker::{Answered, from_broker};
+use polydev_proto::broker::{Seen, from_broker};
 use polydev_transport::backoff::Backoff;
 use tokio::{
     sync::{mpsc, watch},
@@ -21,36 +21,6 @@ const BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_
 /// Most events that wait for whoever handles them; then the broker waits.
 const MAX_EVENTS: usize = 256;
 
-/// An API has answered a request of a run with an error.
-#[derive(Debug)]
-pub struct Event {
-    pub run_id: String,
-    provider: String,
-    status: u32,
-    /// The API does not take the run's key.
-    pub credential_refused: bool,
-}
-
-impl fmt::Display for Event {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            provider, status, ..
-        } = self;
-        write!(f, "the API of {provider} answered with status {status}")
-    }
-}
-
-impl From<Answered> for Event {
-    fn from(answered: Answered) -> Self {
-        Self {
-            run_id: answered.run_id,
-            provider: answered.provider,
-            status: answered.status,
-            credential_refused: answered.credential_refused,
-        }
-    }
-}
-
 /// Keeps a broker and a connection to it; never returns. `program` is started in `state_dir` as
 /// the user `uid`. What it reports goes to the receiver; `changed` counts what shims are to see
 /// again, such as its public key.
@@ -62,7 +32,7 @@ pub fn keep(
     changed: watch::Sender<u64>,
 ) -> (
     impl Future<Output = ()> + Send + use<>,
-    mpsc::Receiver<Event>,
+    mpsc::Receiver<Seen>,
 ) {
     let (events, seen) = mpsc::channel(MAX_EVENTS);
     let (program, state_dir) = (program.to_owned(), state_dir.to_owned());
@@ -91,7 +61,7 @@ pub fn keep(
 async fn serve(
     broker: &Broker,
     mut wire: Wire,
-    events: &mpsc::Sender<Event>,
+    events: &mpsc::Sender<Seen>,
     backoff: &mut Backoff,
     changed: &watch::Sender<u64>,
 ) -> wire::Error {
@@ -100,10 +70,15 @@ async fn serve(
         Err(error) => return error,
     };
     backoff.reset();
+    let held = greeted.held.iter().filter_map(|open| open.grant.as_ref());
+    let before: Vec<Seen> = held.filter_map(|grant| grant.seen.clone()).collect();
     let mut orders = broker.connected(greeted);
     // The last connection's silence does not count.
     let _silent_before = broker.silent.notified().now_or_never();
     changed.send_modify(|version| *version += 1);
+    for seen in before {
+        saw(broker, seen, events).await;
+    }
     loop {
         for (message, socket) in orders.into_iter().filter_map(|order| broker.message(order)) {
             if let Err(error) = wire.send(message, socket.as_deref()).await {
@@ -123,16 +98,20 @@ async fn serve(
     }
 }
 
-async fn receive(broker: &Broker, message: from_broker::Message, events: &mpsc::Sender<Event>) {
+async fn receive(broker: &Broker, message: from_broker::Message, events: &mpsc::Sender<Seen>) {
     match message {
         from_broker::Message::Granted(granted) => broker.answered(&granted.container, Ok(())),
         from_broker::Message::Refused(refused) => {
             broker.answered(&refused.container, Err(refused.message));
         }
-        from_broker::Message::Answered(answered) => {
-            let _nobody_handles_it = events.send(answered.into()).await;
-        }
+        from_broker::Message::Seen(seen) => saw(broker, seen, events).await,
+        from_broker::Message::Closed(closed) => broker.closed(closed),
         // Only sent first.
         from_broker::Message::Hello(_) | from_broker::Message::Held(_) => {}
     }
+}
+
+async fn saw(broker: &Broker, seen: Seen, events: &mpsc::Sender<Seen>) {
+    broker.saw(&seen);
+    let _nobody_handles_it = events.send(seen).await;
 }

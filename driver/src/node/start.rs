@@ -3,6 +3,7 @@
 
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};
 
+use polydev_proto::broker::Seen;
 use polydev_transport::tls::{self, Callers, Reloading};
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -24,7 +25,6 @@ use crate::{
     run::{
         self,
         book::{Open, Runs},
-        cancel::Cause,
     },
     sandbox::Networks,
     site::{Compute, Site},
@@ -165,6 +165,9 @@ impl Prepared {
         let counted = Arc::downgrade(&node.slots);
         let counts = move || counted.upgrade().map(|slots| slots.counts());
         node.metrics.watch(counts);
+        let used = Arc::downgrade(&node.runs);
+        let used = move || used.upgrade().map(|runs| runs.tokens.all());
+        node.metrics.watch_tokens(used);
         task::recover(&node.tasks);
         recover::recover(&node.slots, open);
         node.site.images.collect();
@@ -201,15 +204,13 @@ impl Prepared {
     }
 }
 
-/// Acts on what the broker reports, as long as there is one.
-async fn seen_by_broker(runs: Arc<Runs>, mut seen: mpsc::Receiver<broker::Event>) {
-    while let Some(event) = seen.recv().await {
-        let words = event.to_string();
-        tracing::info!(run_id = event.run_id, "{words}");
-        let run = event.run_id.parse().ok();
-        let run = run.and_then(|run_id| runs.find(run_id, None).ok());
-        if let Some(run) = run.filter(|_| event.credential_refused) {
-            runs.cancel(&run, Cause::CredentialRefused(words));
+/// Gives what the broker reports to its runs, as long as there is one.
+async fn seen_by_broker(runs: Arc<Runs>, mut reports: mpsc::Receiver<Seen>) {
+    while let Some(seen) = reports.recv().await {
+        tracing::debug!(run_id = seen.run_id, errors = ?seen.errors, "the APIs have answered");
+        let run = seen.run_id.parse().ok();
+        if let Some(run) = run.and_then(|run_id| runs.find(run_id, None).ok()) {
+            runs.answered(&run, seen);
         }
     }
 }

@@ -34,6 +34,7 @@ use super::{
     journal::{self, Journal, Record},
     standing::{OnClaim, Standing},
 };
+use crate::tokens::Tokens;
 use fence::Fence;
 use memory::Memory;
 
@@ -76,6 +77,8 @@ pub struct Runs {
     steps: broadcast::Sender<RunId>,
     /// The id of each run with a newly refreshed account.
     pub(super) refreshed: broadcast::Sender<RunId>,
+    /// Used by the runs of this life of the driver.
+    pub(crate) tokens: Tokens,
 }
 
 #[derive(Debug)]
@@ -138,6 +141,7 @@ impl Runs {
             begun,
             steps: broadcast::Sender::new(MAX_STEPS),
             refreshed: broadcast::Sender::new(MAX_STEPS),
+            tokens: Tokens::default(),
         };
         Ok((runs, open))
     }

@@ -12,6 +12,8 @@ pub enum Cause {
     Asked(String),
     /// An API does not take the run's key, as the sentence says.
     CredentialRefused(String),
+    /// An API was overloaded for longer than the run waits, as the sentence says.
+    ApiUnavailable(String),
 }
 
 impl Cause {
@@ -19,6 +21,7 @@ impl Cause {
         match self {
             Self::Asked(_) => Reason::Cancelled,
             Self::CredentialRefused(_) => Reason::CredentialRefused,
+            Self::ApiUnavailable(_) => Reason::ApiUnavailable,
         }
     }
 
@@ -27,7 +30,7 @@ impl Cause {
         match self {
             Self::Asked(words) if words.is_empty() => "it was cancelled".into(),
             Self::Asked(words) => format!("it was cancelled: {words}"),
-            Self::CredentialRefused(words) => words.clone(),
+            Self::CredentialRefused(words) | Self::ApiUnavailable(words) => words.clone(),
         }
     }
 }

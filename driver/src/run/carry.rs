@@ -179,6 +179,8 @@ enum Wake {
     Input(Input),
     Shaped(Result<(), String>),
     Room,
+    /// An API has answered.
+    Answered,
     /// Memory may be available again.
     Memory,
     /// Init has ended while its remaining output could not be read.
@@ -245,8 +247,14 @@ impl<'a> Carrier<'a> {
                 }
             }
         };
+        if let Some(seen) = self.opened.finish().await {
+            self.runs.answered(self.run, seen);
+        }
         match end {
-            End::Ended(ended) => self.runs.ended(self.run, ended),
+            End::Ended(ended) => {
+                let ended = self.with_answers(ended);
+                self.runs.ended(self.run, ended);
+            }
             End::NotStarted(refusal) => self.runs.aborted(self.run, refusal),
         }
     }
@@ -258,7 +266,7 @@ impl<'a> Carrier<'a> {
         match self.wait().await {
             Wake::FromInit(message) => self.on_message(message?).await,
             Wake::Input(input) => self.on_input(input).await,
-            Wake::Shaped(Ok(())) | Wake::Room => Ok(()),
+            Wake::Shaped(Ok(())) | Wake::Room | Wake::Answered => Ok(()),
             Wake::Shaped(Err(error)) => Err(self.broken(&error)),
             Wake::Memory => match self.starved.take() {
                 Some(data) => self.output(data).await,
@@ -285,7 +293,10 @@ impl<'a> Carrier<'a> {
     async fn wait(&mut self) -> Wake {
         let wake_at = match self.ending {
             Ending::Asked { kill_at } => kill_at.min(self.end_at),
-            Ending::No | Ending::Killed => self.end_at,
+            Ending::No => self
+                .api_deadline()
+                .map_or(self.end_at, |at| at.min(self.end_at)),
+            Ending::Killed => self.end_at,
         };
         let most = match self.ending {
             Ending::No => MAX_WAITING,
@@ -312,6 +323,7 @@ impl<'a> Carrier<'a> {
             () = self.run.cancel.asked(), if !is_asked => Wake::Cancel,
             message = message, if has_room => Wake::FromInit(message),
             () = self.run.room.notified(), if !has_room => Wake::Room,
+            () = self.run.answered.notified() => Wake::Answered,
             () = sleep(MEMORY_INTERVAL), if is_starved => Wake::Memory,
             () = init.ended(), if !has_room && !self.overdraft => Wake::Died,
             shaped = shaped(&mut self.shaping) => Wake::Shaped(shaped),
@@ -346,6 +358,11 @@ impl<'a> Carrier<'a> {
                 self.end_at = self.end_at.min(now + GRACE_TIMEOUT);
                 self.signal(SIGKILL).await
             }
+            // Asked to end now, it wakes up as one that is cancelled.
+            Ending::No if self.api_deadline().is_some_and(|at| at <= now) => {
+                self.runs.cancel(self.run, self.run.api_unavailable());
+                Ok(())
+            }
             Ending::No if self.waits_for_files() => Err(self.not_started(&NotStarted {
                 message: format!(
                     "its files did not arrive within {} s",
@@ -370,6 +387,13 @@ impl<'a> Carrier<'a> {
             self.runs.started(self.run);
             self.end_at = end_at(self.run);
         }
+    }
+
+    /// When the run should end because of an API; never while the files of a command that has
+    /// ended are fetched.
+    fn api_deadline(&self) -> Option<Instant> {
+        let deadline = self.run.api_deadline();
+        deadline.filter(|_| self.collected.is_none())
     }
 
     fn waits_for_files(&self) -> bool {

@@ -92,6 +92,8 @@ pub struct Parsed {
     pub sealed_keys: Bytes,
     pub timeout: Duration,
     pub kill_timeout: Duration,
+    /// How long an API may be overloaded; `None` for no limit.
+    pub max_api_wait: Option<Duration>,
     pub drop_oldest: bool,
     /// How much of its input is files.
     pub files_bytes: u64,
@@ -171,6 +173,11 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         Duration::ZERO,
         MAX_KILL_TIMEOUT,
     )?;
+    let max_api_wait = spec.max_api_wait.map(|given| {
+        let least = Duration::from_millis(1);
+        bounded("spec.max_api_wait", Some(given), least, MAX_TIMEOUT)
+    });
+    let max_api_wait = max_api_wait.transpose()?;
 
     let variable = |(name, value): (&String, &String)| Variable {
         name: Bytes::copy_from_slice(name.as_bytes()),
@@ -204,6 +211,7 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         sealed_keys,
         timeout,
         kill_timeout,
+        max_api_wait,
         drop_oldest: spec.drop_oldest,
         files_bytes,
     })

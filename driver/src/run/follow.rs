@@ -6,6 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use polydev_proto::{
+    broker::ApiError,
     frame::MAX_DATA,
     init::Artifacts,
     node::ended::Reason,
@@ -17,7 +18,7 @@ use super::{Ended, Granted, Outcome, Progress, Run, claim::Refusal, window::Piec
 
 /// An event of one run. `Granted` comes first, then `Started`, then output of stdout and
 /// stderr, then `Artifacts` and their output, then `Ended`. `Lost` takes the place of output
-/// that is not kept. `StdinTaken` comes at any time after `Granted`.
+/// that is not kept. `StdinTaken` and `ApiErrors` come at any time after `Granted`.
 #[derive(Debug)]
 pub enum Event {
     Granted(Granted),
@@ -37,6 +38,8 @@ pub enum Event {
         from: u64,
         to: u64,
     },
+    /// All errors of APIs so far; sent when there is a new one.
+    ApiErrors(Vec<ApiError>),
     /// How much of the input is taken.
     StdinTaken {
         offset: u64,
@@ -66,6 +69,8 @@ pub struct Follower {
     granted: bool,
     started: bool,
     stdin_taken: u64,
+    /// How many errors of APIs were sent.
+    api_errors: u64,
     /// Whether the list of artifacts was sent.
     artifacts: bool,
     /// The stream to try first: the streams take turns.
@@ -103,6 +108,7 @@ impl Follower {
             granted: false,
             started: false,
             stdin_taken: 0,
+            api_errors: 0,
             artifacts: false,
             turn: Stream::Stdout,
             over: false,
@@ -153,6 +159,13 @@ impl Follower {
             self.stdin_taken = progress.stdin_taken;
             let offset = self.stdin_taken;
             return Some(Event::StdinTaken { offset });
+        }
+        let answers = progress.answers();
+        let errors = &answers.errors;
+        let count = errors.iter().map(|error| error.count).sum();
+        if count > self.api_errors {
+            self.api_errors = count;
+            return Some(Event::ApiErrors(errors.clone()));
         }
         let last = self.turn;
         self.turn = match last {

@@ -57,6 +57,9 @@ pub enum Record {
         /// record.
         #[serde(default, skip_serializing_if = "Not::not")]
         credential_refused: bool,
+        /// An API was overloaded for too long. Omitted if not, too.
+        #[serde(default, skip_serializing_if = "Not::not")]
+        api_unavailable: bool,
     },
     /// The run is over, with this result.
     Exited { run_id: RunId, ended: Ended },
@@ -106,6 +109,10 @@ pub struct Claimed {
     pub uptime: Duration,
     pub timeout: Duration,
     pub kill_timeout: Duration,
+    /// How long an API may be overloaded. Omitted without a limit, so that older drivers can
+    /// read the record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_api_wait: Option<Duration>,
     pub drop_oldest: bool,
     /// How much of its input is files; the command starts only once they are complete.
     #[serde(default)]
@@ -128,14 +135,14 @@ pub struct Claimed {
 
 impl Record {
     pub(super) fn cancelled(run_id: RunId, cause: &Cause) -> Self {
-        let (reason, credential_refused) = match cause {
-            Cause::Asked(reason) => (reason, false),
-            Cause::CredentialRefused(reason) => (reason, true),
-        };
+        let (Cause::Asked(reason)
+        | Cause::CredentialRefused(reason)
+        | Cause::ApiUnavailable(reason)) = cause;
         Self::Cancelled {
             run_id,
             reason: reason.clone(),
-            credential_refused,
+            credential_refused: matches!(cause, Cause::CredentialRefused(_)),
+            api_unavailable: matches!(cause, Cause::ApiUnavailable(_)),
         }
     }
 

@@ -7,7 +7,7 @@ use polydev_proto::{
     stream::Stream,
 };
 
-use super::{Ended, Outcome, Run, book::Runs, journal::Claimed};
+use super::{Ended, Outcome, Run, api::Answers, book::Runs, journal::Claimed};
 
 /// One run at one moment.
 #[derive(Debug)]
@@ -22,6 +22,8 @@ pub struct Summary {
     /// So far.
     pub stderr_bytes: u64,
     pub cancelled: bool,
+    /// So far.
+    pub(crate) answers: Arc<Answers>,
 }
 
 /// The progress of a run.
@@ -72,14 +74,14 @@ impl Runs {
 impl Run {
     /// A summary; `None` if the command never ran.
     pub fn summary(self: Arc<Self>) -> Option<Summary> {
-        let (started, ended) = {
+        let (started, ended, answers) = {
             let progress = self.progress.borrow();
             let ended = match &progress.outcome {
                 Some(Outcome::Ended(ended)) => Some(ended.clone()),
                 Some(Outcome::Aborted(_)) => return None,
                 None => None,
             };
-            (progress.started, ended)
+            (progress.started, ended, progress.answers())
         };
         let state = match (&ended, started) {
             (Some(_), _) => State::Ended,
@@ -97,6 +99,7 @@ impl Run {
             stdout_bytes,
             stderr_bytes,
             cancelled,
+            answers,
         })
     }
 }

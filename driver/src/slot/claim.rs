@@ -150,6 +150,7 @@ impl Grant<'_> {
             uptime: uptime(),
             timeout: parsed.timeout,
             kill_timeout: parsed.kill_timeout,
+            max_api_wait: parsed.max_api_wait,
             drop_oldest: parsed.drop_oldest,
             files_bytes: parsed.files_bytes,
             on_demand: slot.is_on_demand(),

@@ -66,6 +66,10 @@ pub struct Arguments {
     /// Seconds until the command gets SIGTERM, 1 to 86400.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u32,
+    /// Seconds that the provider's API may be overloaded or out of reach before the run is ended,
+    /// 1 to 86400. Needs a key outside of the container. [default: no limit]
+    #[arg(long, value_name = "SECONDS")]
+    max_api_wait: Option<u32>,
     /// Give the command a terminal with this one's size and keys, as `docker run -it` does.
     #[arg(long, short, conflicts_with_all = ["detach", "output", "prompt"])]
     tty: bool,
@@ -207,6 +211,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {
             ..ArtifactRules::default()
         }),
         timeout: seconds(arguments.timeout),
+        max_api_wait: arguments.max_api_wait.and_then(seconds),
         queue_timeout: seconds(arguments.queue_timeout),
         ..Default::default()
     })

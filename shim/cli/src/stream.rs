@@ -12,7 +12,7 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use polydev_client::{Input, Run};
-use polydev_proto::runtime::{self, ExitReason, Exited, run_event::Event};
+use polydev_proto::runtime::{self, ApiError, ExitReason, Exited, ModelUsage, run_event::Event};
 use serde_json::json;
 use tokio::{
     io::AsyncReadExt,
@@ -179,6 +179,10 @@ pub(super) fn print_event(event: &Event, output: Output) -> anyhow::Result<()> {
             let (stream, bytes) = (stream(lost), lost.to - lost.from);
             writeln!(stderr, "polydev-shim: {bytes} bytes of {stream} are lost")?;
         }
+        (Output::Text, Event::ApiErrors(errors)) => {
+            let errors: Vec<String> = errors.errors.iter().map(api_error).collect();
+            writeln!(stderr, "polydev-shim: {}", errors.join("; "))?;
+        }
         (
             Output::Text,
             Event::Accepted(_)
@@ -236,6 +240,10 @@ fn to_json(event: &Event) -> serde_json::Value {
             "left_out_count": artifacts.left_out_count,
         }),
         Event::ArtifactData(output) => bytes("artifact_data", output),
+        Event::ApiErrors(errors) => json!({
+            "event": "api_errors",
+            "errors": api_errors_json(&errors.errors),
+        }),
         Event::Exited(exited) => {
             let timeline: serde_json::Map<_, _> = stages(exited)
                 .map(|(name, at)| (name.to_owned(), json!(at.as_secs_f64() * 1e3)))
@@ -250,10 +258,49 @@ fn to_json(event: &Event) -> serde_json::Value {
                 "stdout_bytes": exited.stdout_bytes,
                 "stderr_bytes": exited.stderr_bytes,
                 "artifact_bytes": exited.artifact_bytes,
+                "usage": usage_json(&exited.usage),
+                "api_errors": api_errors_json(&exited.api_errors),
                 "timeline_ms": timeline,
             })
         }
     }
+}
+
+pub(super) fn api_error(error: &ApiError) -> String {
+    let ApiError {
+        provider,
+        status,
+        count,
+    } = error;
+    let times = if *count == 1 {
+        ""
+    } else {
+        &format!(" ({count} times)")
+    };
+    match status {
+        0 => format!("the API of {provider} could not be reached{times}"),
+        _ => format!("the API of {provider} answered with status {status}{times}"),
+    }
+}
+
+pub(super) fn api_errors_json(errors: &[ApiError]) -> serde_json::Value {
+    let error = |error: &ApiError| json!({ "provider": error.provider, "status": error.status, "count": error.count });
+    errors.iter().map(error).collect()
+}
+
+pub(super) fn usage_json(usage: &[ModelUsage]) -> serde_json::Value {
+    let used = |used: &ModelUsage| {
+        json!({
+            "provider": used.provider,
+            "model": used.model,
+            "requests": used.requests,
+            "input_tokens": used.input_tokens,
+            "cached_input_tokens": used.cached_input_tokens,
+            "cache_write_tokens": used.cache_write_tokens,
+            "output_tokens": used.output_tokens,
+        })
+    };
+    usage.iter().map(used).collect()
 }
 
 /// The reason for a run's end, in one word.

@@ -18,7 +18,7 @@ use super::{
     attach::Name,
     claim::{backoff, none_idle},
     queue::{Place, Queue},
-    request::{DEFAULT_QUEUE_TIMEOUT, Invalid, MAX_QUEUE_TIMEOUT, MIN_TIME, bounded, parse_user},
+    request::{Invalid, MIN_TIME, bounded, parse_user, queue_timeout},
 };
 use crate::pool::{Candidate, Kept, View};
 
@@ -44,13 +44,7 @@ impl Wanted {
             provider: request.provider.parse()?,
             user_id,
             time: bounded("time", request.time, DEFAULT_TIME, TIMES, "1 ms to 30 min")?,
-            queue_timeout: bounded(
-                "queue_timeout",
-                request.queue_timeout,
-                DEFAULT_QUEUE_TIMEOUT,
-                Duration::ZERO..=MAX_QUEUE_TIMEOUT,
-                "0 s to 30 min",
-            )?,
+            queue_timeout: queue_timeout(request.queue_timeout)?,
         })
     }
 }

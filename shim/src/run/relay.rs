@@ -4,7 +4,7 @@
 
 mod encode;
 
-pub(crate) use encode::encode_end;
+pub(crate) use encode::{encode_end, encode_errors, encode_usage};
 
 use std::{
     collections::VecDeque,
@@ -16,7 +16,7 @@ use polydev_proto::{
     id::RunId,
     init::TerminalSize,
     node::{self, RunInput, run_event as driver, run_input},
-    runtime::{self, Accepted, Lost, RunEvent, Stage, Started, run_event},
+    runtime::{self, Accepted, ApiErrors, Lost, RunEvent, Stage, Started, run_event},
     stream::{PerStream, Stream},
     workspace,
 };
@@ -96,6 +96,7 @@ impl Relay {
             to_driver: VecDeque::new(),
             started: false,
             artifacts: false,
+            api_errors: 0,
             relay: self,
             connection,
             requests: Some(requests),
@@ -132,6 +133,8 @@ struct Carried {
     to_driver: VecDeque<run_input::Input>,
     started: bool,
     artifacts: bool,
+    /// How many the caller was told of: the driver repeats them after each attach.
+    api_errors: u64,
 }
 
 enum Wake {
@@ -324,6 +327,15 @@ impl Carried {
             driver::Event::ArtifactData(output) => {
                 let new = new_part(&mut offsets[Stream::Artifacts], output);
                 new.map(|output| run_event::Event::ArtifactData(encode_output(output)))
+            }
+            driver::Event::ApiErrors(errors) => {
+                let count: u64 = errors.errors.iter().map(|error| error.count).sum();
+                let is_new = count > std::mem::replace(&mut self.api_errors, count);
+                is_new.then(|| {
+                    run_event::Event::ApiErrors(ApiErrors {
+                        errors: encode_errors(errors.errors),
+                    })
+                })
             }
             driver::Event::Ended(ended) => {
                 self.timeline

@@ -1,10 +1,13 @@
 //! A caller's run, checked before any driver is asked.
 
 mod files;
+mod times;
 
 pub use files::Own;
+pub use times::MAX_RUN_TIME;
+pub(super) use times::{MIN_TIME, bounded, queue_timeout};
 
-use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use polydev_proto::{
@@ -19,6 +22,7 @@ use secrecy::ExposeSecret;
 use sha2::{Digest, Sha256};
 
 use files::{files, own_input, rules, terminal};
+use times::TELL_TIMEOUT;
 
 use crate::{
     credentials::Source,
@@ -27,25 +31,9 @@ use crate::{
     secret::{self, Prepared},
 };
 
-pub(super) const MIN_TIME: Duration = Duration::from_millis(1);
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10 * 60);
-pub(super) const DEFAULT_QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Well below the largest age of a run id that drivers accept.
-pub(super) const MAX_QUEUE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
-const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
-/// The default kill timeout, and the largest.
-const MAX_KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// The kernel's `PATH_MAX`.
 const MAX_PATH: usize = 4096;
 const MAX_USER_ID: usize = 128;
-
-/// Every run has ended after this time from its claim.
-pub const MAX_RUN_TIME: Duration = MAX_TIMEOUT
-    .saturating_add(MAX_KILL_TIMEOUT)
-    .saturating_add(TELL_TIMEOUT);
-/// How long files may take to arrive, artifacts to be fetched, and a driver to come back and
-/// report the end.
-const TELL_TIMEOUT: Duration = Duration::from_secs(8 * 60);
 
 /// A checked run.
 #[derive(Debug)]
@@ -198,22 +186,6 @@ fn check_work_dir(given: &str) -> Result<(), Invalid> {
     })
 }
 
-fn timeout(given: Option<prost_types::Duration>) -> Result<Duration, Invalid> {
-    let allowed = MIN_TIME..=MAX_TIMEOUT;
-    bounded("timeout", given, DEFAULT_TIMEOUT, allowed, "1 ms to 24 h")
-}
-
-fn kill_timeout(given: Option<prost_types::Duration>) -> Result<Duration, Invalid> {
-    let allowed = MIN_TIME..=MAX_KILL_TIMEOUT;
-    bounded(
-        "kill_timeout",
-        given,
-        MAX_KILL_TIMEOUT,
-        allowed,
-        "1 ms to 30 s",
-    )
-}
-
 impl Request {
     /// # Errors
     /// [`Invalid`] for the first field that is wrong.
@@ -224,13 +196,7 @@ impl Request {
         let is_retry = !start.run_id.is_empty() && start.attempt != 1;
         let drop_oldest = drops_oldest(start.on_slow_reader)?;
         check_work_dir(&start.work_dir)?;
-        let queue_timeout = bounded(
-            "queue_timeout",
-            start.queue_timeout,
-            DEFAULT_QUEUE_TIMEOUT,
-            Duration::ZERO..=MAX_QUEUE_TIMEOUT,
-            "0 s to 30 min",
-        )?;
+        let queue_timeout = times::queue_timeout(start.queue_timeout)?;
         environment::check(&start.env)?;
         let (argv, stdin) = argv(provider, start.command.take(), &start.env)?;
         if stdin.is_some() && start.stdin {
@@ -266,8 +232,8 @@ impl Request {
                 false => start.work_dir,
             },
             stdin: start.stdin || stdin.is_some(),
-            timeout: timeout(start.timeout)?.try_into().ok(),
-            kill_timeout: kill_timeout(start.kill_timeout)?.try_into().ok(),
+            timeout: times::timeout(start.timeout)?.try_into().ok(),
+            kill_timeout: times::kill_timeout(start.kill_timeout)?.try_into().ok(),
             drop_oldest,
             secret_names: Vec::new(),
             terminal,
@@ -277,6 +243,7 @@ impl Request {
                 .as_ref()
                 .map(|own| Sha256::digest(&own.bytes).to_vec().into())
                 .unwrap_or_default(),
+            max_api_wait: times::max_api_wait(start.max_api_wait)?,
         };
         check(&spec, &Prepared::default())?;
         Ok(Self {
@@ -374,26 +341,6 @@ fn argv(
             allowed: "an argv or a prompt",
         }),
     }
-}
-
-pub(super) fn bounded(
-    field: &'static str,
-    given: Option<prost_types::Duration>,
-    default: Duration,
-    range: RangeInclusive<Duration>,
-    allowed: &'static str,
-) -> Result<Duration, Invalid> {
-    let Some(given) = given else {
-        return Ok(default);
-    };
-    let value = Duration::try_from(given).ok();
-    value
-        .filter(|value| range.contains(value))
-        .ok_or_else(|| Invalid::Value {
-            field,
-            given: given.to_string(),
-            allowed,
-        })
 }
 
 #[cfg(test)]

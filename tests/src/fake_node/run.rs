@@ -144,6 +144,8 @@ impl Run {
             stdout_bytes: progress.output[0].len() as u64,
             stderr_bytes: progress.output[1].len() as u64,
             cancelled: progress.cancelled.is_some(),
+            usage: Vec::new(),
+            api_errors: Vec::new(),
         }
     }
 

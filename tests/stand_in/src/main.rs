@@ -1,7 +1,7 @@
 //! `stand-in ADDRESS`: a model API for tests and demos. It speaks enough of the
 //! OpenAI Responses, Anthropic Messages and Gemini protocols for the real CLIs to
 //! finish a prompt, answers with a text that depends on the prompt, and keeps what
-//! arrived: `GET /requests` lists it. A key that ends with `-refused` is refused. `GET /zeros` returns 2.5 MB for measurements. The stand-in
+//! arrived: `GET /requests` lists it. A key that ends with `-refused` is refused, and one that ends with `-busy` has come too often. `GET /zeros` returns 2.5 MB for measurements. The stand-in
 //! is also a proxy that answers for every server, because Gemini CLI asks Google about an account.
 
 mod tunnel;
@@ -108,10 +108,15 @@ async fn answer(
     if let Some(told) = account(path) {
         return Json(told).into_response();
     }
-    if headers
-        .values()
-        .any(|value| value.as_bytes().ends_with(b"-refused"))
-    {
+    let has_key = |end: &[u8]| {
+        headers
+            .values()
+            .any(|value| value.as_bytes().ends_with(end))
+    };
+    if has_key(b"-busy") {
+        return StatusCode::SERVICE_UNAVAILABLE.into_response();
+    }
+    if has_key(b"-refused") {
         let error = json!({ "type": "authentication_error", "message": "invalid key" });
         let told = Json(json!({ "type": "error", "error": error }));
         return (StatusCode::UNAUTHORIZED, told).into_response();
@@ -196,7 +201,7 @@ fn openai(text: &str) -> Vec<(&'static str, Value)> {
         ("response.output_item.added", json!({ "output_index": 0, "item": item })),
         ("response.output_text.delta", json!({ "item_id": "msg_1", "output_index": 0, "content_index": 0, "delta": text })),
         ("response.output_item.done", json!({ "output_index": 0, "item": item })),
-        ("response.completed", json!({ "response": { "id": "resp_1", "status": "completed", "output": [item], "usage": usage } })),
+        ("response.completed", json!({ "response": { "id": "resp_1", "model": "stand-in", "status": "completed", "output": [item], "usage": usage } })),
     ]
     .map(|(name, mut data)| {
         data["type"] = name.into();
@@ -248,6 +253,7 @@ fn gemini(text: &str) -> Value {
             "finishReason": "STOP", "index": 0,
         }],
         "usageMetadata": { "promptTokenCount": 1, "candidatesTokenCount": 1, "totalTokenCount": 2 },
+        "modelVersion": "stand-in",
     })
 }
 

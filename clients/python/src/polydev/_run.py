@@ -91,6 +91,7 @@ class Run:
         # None for a run that the client has attached to.
         self._request: api.RunStart | None = None
         self._accepted = self._started = self._told_artifacts = False
+        self._told_api_errors = 0
         # How many bytes of stdout, stderr and artifacts the caller has.
         self._read = [0, 0, 0]
         self._broken_since: float | None = None
@@ -242,6 +243,10 @@ class Run:
         if kind == "artifacts":
             is_first, self._told_artifacts = not self._told_artifacts, True
             return event if is_first else None
+        if kind == "api_errors":
+            count = sum(error.count for error in event.api_errors.errors)
+            is_new, self._told_api_errors = count > self._told_api_errors, count
+            return event if is_new else None
         if kind in _STREAMS:
             stream, output = _STREAMS[kind], getattr(event, kind)
             read, end = self._read[stream], output.offset + len(output.data)

@@ -5,8 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use polydev_proto::{
     node::{
-        Ended, Granted, Lost, Output, RunEvent, Slot as SlotMessage, Started, StdinTaken,
-        run_event, slot,
+        ApiErrors, Ended, Granted, Lost, Output, RunEvent, Slot as SlotMessage, Started,
+        StdinTaken, run_event, slot,
     },
     stream::Stream,
 };
@@ -81,6 +81,7 @@ pub(super) fn encode_event(event: Event) -> Result<RunEvent, Status> {
             to,
         }),
         Event::Artifacts(artifacts) => run_event::Event::Artifacts((*artifacts).clone()),
+        Event::ApiErrors(errors) => run_event::Event::ApiErrors(ApiErrors { errors }),
         Event::StdinTaken { offset } => run_event::Event::StdinTaken(StdinTaken { offset }),
         Event::Ended(ended) => run_event::Event::Ended(encode_ended(ended)),
         Event::Aborted(refusal) => return Err(refuse(&refusal)),
@@ -99,6 +100,8 @@ pub(super) fn encode_ended(ended: run::Ended) -> Ended {
         stdout_bytes: ended.stdout_bytes,
         stderr_bytes: ended.stderr_bytes,
         artifact_bytes: ended.artifact_bytes,
+        usage: ended.usage,
+        api_errors: ended.api_errors,
     }
 }
 

@@ -168,5 +168,7 @@ pub(super) fn encode(summary: Summary) -> node::Run {
         stdout_bytes: summary.stdout_bytes,
         stderr_bytes: summary.stderr_bytes,
         cancelled: summary.cancelled,
+        usage: summary.answers.usage.clone(),
+        api_errors: summary.answers.errors.clone(),
     }
 }

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Known, Past, fence::Fence};
 use crate::run::{
     Ended, Input, Outcome, Progress, Run,
+    api::Answers,
     cancel::Cause,
     file_name,
     journal::{Claimed, Record},
@@ -88,12 +89,13 @@ fn fold(records: Vec<Record>) -> HashMap<RunId, Found> {
             Record::Cancelled {
                 reason,
                 credential_refused,
+                api_unavailable,
                 ..
             } => {
-                let cause = if credential_refused {
-                    Cause::CredentialRefused(reason)
-                } else {
-                    Cause::Asked(reason)
+                let cause = match (credential_refused, api_unavailable) {
+                    (true, _) => Cause::CredentialRefused(reason),
+                    (_, true) => Cause::ApiUnavailable(reason),
+                    (false, false) => Cause::Asked(reason),
                 };
                 if let Some(run) = run {
                     run.cancelled.get_or_insert(cause);
@@ -159,8 +161,10 @@ fn take_up(traces: Traces, windows: &Path) -> (Arc<Run>, mpsc::Receiver<Input>) 
     });
     let arrived = Run::arrival(&claimed);
     let is_over = ended.is_some();
+    let answers = ended.as_ref().map(|ended| Answers::of(ended).into());
     let progress = Progress {
         started,
+        answers,
         outcome: ended.map(Outcome::Ended),
         ..Progress::default()
     };

@@ -20,10 +20,7 @@ impl Carrier<'_> {
             None => return self.end(Reason::Lost, "init did not report how the command ended"),
         };
         let killed = exit_code == 128 + SIGKILL;
-        let cause = self.run.cancel.cause();
-        // Its command may see that its key is refused, and end, before it is asked to.
-        let is_refused = matches!(cause, Some(Cause::CredentialRefused(_)));
-        let (reason, message) = if self.ending != Ending::No || is_refused {
+        let (reason, message) = if self.ending != Ending::No {
             self.asked()
         } else if killed && self.oom_kills() > 0 {
             (
@@ -45,6 +42,22 @@ impl Carrier<'_> {
             artifact_bytes: exited.artifact_bytes,
             ..self.run.end(reason, &message)
         }))
+    }
+
+    /// The end, with what the APIs have answered.
+    pub(super) fn with_answers(&self, mut ended: Ended) -> Ended {
+        // A command may see that its key is refused, and end, before it is asked to.
+        if let Some(cause @ Cause::CredentialRefused(_)) = self.run.cancel.cause()
+            && matches!(ended.reason, Reason::Exited | Reason::Signaled)
+        {
+            (ended.reason, ended.message) = (cause.reason(), cause.message());
+        }
+        let answers = self.run.progress.borrow().answers();
+        Ended {
+            usage: answers.usage.clone(),
+            api_errors: answers.errors.clone(),
+            ..ended
+        }
     }
 
     pub(super) fn not_started(&self, refused: &NotStarted) -> Stop {
@@ -122,6 +135,9 @@ impl Run {
             stdout_bytes: self.output[Stream::Stdout].end(),
             stderr_bytes: self.output[Stream::Stderr].end(),
             artifact_bytes: artifacts.map(|file| file.size).sum(),
+            // Filled in when the broker has told the last of it.
+            usage: Vec::new(),
+            api_errors: Vec::new(),
         }
     }
 }

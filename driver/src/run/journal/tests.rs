@@ -21,6 +21,7 @@ pub(in crate::run) fn claimed(run_id: RunId) -> Claimed {
         uptime: Duration::from_secs(5),
         timeout: Duration::from_secs(60),
         kill_timeout: Duration::from_secs(30),
+        max_api_wait: None,
         drop_oldest: false,
         files_bytes: 0,
         provider: "anthropic".into(),
@@ -45,6 +46,7 @@ fn records() -> Vec<Record> {
             run_id: run_id(1),
             reason: "the node is drained".into(),
             credential_refused: false,
+            api_unavailable: false,
         },
         Record::Exited {
             run_id: run_id(1),

@@ -4,12 +4,19 @@ use std::{collections::BTreeSet, process::ExitCode};
 
 use polydev_proto::{
     provider::Provider,
-    runtime::{GetRunRequest, ListRunsRequest, Run, RunState, WatchRunsRequest, WatchRunsResponse},
+    runtime::{
+        GetRunRequest, ListRunsRequest, ModelUsage, Run, RunState, WatchRunsRequest,
+        WatchRunsResponse,
+    },
 };
 use serde_json::{Value, json};
 
 use super::Name;
-use crate::{Options, Output, age, answer, print, stream::reason, told};
+use crate::{
+    Options, Output, age, answer, print,
+    stream::{api_error, api_errors_json, reason, usage_json},
+    told,
+};
 
 /// The largest page that a shim returns.
 const PAGE: u32 = 1000;
@@ -225,6 +232,12 @@ fn details(run: &Run) -> String {
         ("stdout", format!("{} bytes", run.stdout_bytes)),
         ("stderr", format!("{} bytes", run.stderr_bytes)),
     ];
+    for used in &run.usage {
+        rows.push(("tokens", tokens(used)));
+    }
+    for error in &run.api_errors {
+        rows.push(("API error", api_error(error)));
+    }
     if let Some(exited) = &run.exited {
         rows.push(("end", reason(exited)));
         rows.push(("exit code", exited.exit_code.to_string()));
@@ -235,6 +248,17 @@ fn details(run: &Run) -> String {
     rows.iter()
         .map(|(name, value)| format!("{name:<10}  {value}\n"))
         .collect()
+}
+
+fn tokens(used: &ModelUsage) -> String {
+    let ModelUsage {
+        model,
+        input_tokens,
+        cached_input_tokens,
+        output_tokens,
+        ..
+    } = used;
+    format!("{model}: {input_tokens} in ({cached_input_tokens} from a cache), {output_tokens} out")
 }
 
 fn to_json(run: &Run) -> Value {
@@ -251,7 +275,8 @@ fn to_json(run: &Run) -> Value {
         "generation": run.generation, "warm": run.warm, "claimed_at": time(&run.claimed_at),
         "started_at": time(&run.started_at), "ended_at": time(&run.ended_at),
         "cancelled": run.cancelled, "stdout_bytes": run.stdout_bytes,
-        "stderr_bytes": run.stderr_bytes, "exited": end,
+        "stderr_bytes": run.stderr_bytes, "exited": end, "usage": usage_json(&run.usage),
+        "api_errors": api_errors_json(&run.api_errors),
     })
 }
 

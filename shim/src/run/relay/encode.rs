@@ -2,9 +2,11 @@
 
 use bytes::Buf;
 use polydev_proto::{
-    init,
+    broker, init,
     node::{self, ended},
-    runtime::{Artifact, Artifacts, ExitReason, Exited, LeftOut, Output, Stage},
+    runtime::{
+        ApiError, Artifact, Artifacts, ExitReason, Exited, LeftOut, ModelUsage, Output, Stage,
+    },
 };
 
 pub(super) fn encode_artifacts(found: init::Artifacts) -> Artifacts {
@@ -56,6 +58,7 @@ pub(crate) fn encode_end(end: node::Ended, timeline: Vec<Stage>, warm: bool) -> 
         ended::Reason::NotStarted => ExitReason::NotStarted,
         ended::Reason::Lost => ExitReason::Lost,
         ended::Reason::CredentialRefused => ExitReason::CredentialRefused,
+        ended::Reason::ApiUnavailable => ExitReason::ApiUnavailable,
     };
     Exited {
         reason: reason.into(),
@@ -67,7 +70,31 @@ pub(crate) fn encode_end(end: node::Ended, timeline: Vec<Stage>, warm: bool) -> 
         stdout_bytes: end.stdout_bytes,
         stderr_bytes: end.stderr_bytes,
         artifact_bytes: end.artifact_bytes,
+        usage: encode_usage(end.usage),
+        api_errors: encode_errors(end.api_errors),
     }
+}
+
+pub(crate) fn encode_usage(usage: Vec<broker::ModelUsage>) -> Vec<ModelUsage> {
+    let encode = |used: broker::ModelUsage| ModelUsage {
+        provider: used.provider,
+        model: used.model,
+        requests: used.requests,
+        input_tokens: used.input_tokens,
+        cached_input_tokens: used.cached_input_tokens,
+        cache_write_tokens: used.cache_write_tokens,
+        output_tokens: used.output_tokens,
+    };
+    usage.into_iter().map(encode).collect()
+}
+
+pub(crate) fn encode_errors(errors: Vec<broker::ApiError>) -> Vec<ApiError> {
+    let encode = |error: broker::ApiError| ApiError {
+        provider: error.provider,
+        status: error.status,
+        count: error.count,
+    };
+    errors.into_iter().map(encode).collect()
 }
 
 #[cfg(test)]

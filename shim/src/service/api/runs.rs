@@ -21,7 +21,7 @@ use crate::{
         Error,
         attach::Name,
         listing::{self, Filter, Found},
-        relay::encode_end,
+        relay::{encode_end, encode_errors, encode_usage},
         request::{Invalid, parse_user},
         watching::{self, Change},
     },
@@ -159,5 +159,7 @@ fn encode(Found { node_id, run }: Found) -> Run {
         cancelled: run.cancelled,
         stdout_bytes: run.stdout_bytes,
         stderr_bytes: run.stderr_bytes,
+        usage: encode_usage(run.usage),
+        api_errors: encode_errors(run.api_errors),
     }
 }

@@ -245,6 +245,7 @@ pub(super) fn event(event: &RunEvent) -> sse::Event {
         Some(Event::Lost(_)) => "lost",
         Some(Event::Artifacts(_)) => "artifacts",
         Some(Event::ArtifactData(_)) => "artifact_data",
+        Some(Event::ApiErrors(_)) => "api_errors",
         Some(Event::Exited(_)) => "exited",
         None => "unknown",
     };

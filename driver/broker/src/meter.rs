@@ -1,0 +1,183 @@
+//! Counts the tokens of one answer, or of a WebSocket with many, for its run.
+
+use std::{
+    io::Cursor,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use http_body::{Body, Frame, SizeHint};
+use polydev_proto::provider::Provider;
+use tungstenite::protocol::frame::{
+    FrameHeader,
+    coding::{Data, OpCode},
+};
+
+use crate::{
+    container::Container,
+    grant::Grant,
+    usage::{Scanner, Tokens},
+};
+
+/// Longest header of a WebSocket's frame (RFC 6455, section 5.2).
+const MAX_HEADER: usize = 14;
+
+/// The tokens of one answer.
+pub(crate) struct Meter {
+    provider: Provider,
+    scanner: Scanner,
+    counted: Option<Tokens>,
+    container: Arc<Container>,
+    grant: Arc<Grant>,
+}
+
+impl Meter {
+    pub(crate) fn new(provider: Provider, container: &Arc<Container>, grant: &Arc<Grant>) -> Self {
+        Self {
+            provider,
+            scanner: Scanner::new(provider),
+            counted: None,
+            container: container.clone(),
+            grant: grant.clone(),
+        }
+    }
+
+    fn read(&mut self, piece: &[u8]) {
+        self.scanner.read(piece);
+        let Some((model, stated)) = self.scanner.stated() else {
+            return;
+        };
+        if self.counted == Some(stated) {
+            return;
+        }
+        let (seen, known) = (&self.grant.seen, self.counted.unwrap_or_default());
+        seen.used(self.provider, model, known, stated, self.counted.is_none());
+        self.counted = Some(stated);
+    }
+
+    /// Another answer follows.
+    fn next_answer(&mut self) {
+        self.scanner.next_answer();
+        if self.counted.take().is_some() {
+            self.container.changed();
+        }
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        if self.counted.is_some() {
+            self.container.changed();
+        }
+    }
+}
+
+/// The body of one answer, counted as it passes.
+pub(crate) struct Metered<B> {
+    body: B,
+    meter: Meter,
+}
+
+impl<B> Metered<B> {
+    pub(crate) fn new(body: B, meter: Meter) -> Self {
+        Self { body, meter }
+    }
+}
+
+impl<B: Body<Data = Bytes> + Unpin> Body for Metered<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(context));
+        if let Some(Ok(frame)) = &frame
+            && let Some(data) = frame.data_ref()
+        {
+            self.meter.read(data);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// What an API sends through a WebSocket: each answer is one message, or several.
+pub(crate) struct Messages {
+    meter: Meter,
+    /// The beginning of a header.
+    header: BytesMut,
+    /// How much of the current frame is to come.
+    left: u64,
+    is_text: bool,
+    is_last: bool,
+    /// It does not speak the protocol.
+    is_lost: bool,
+}
+
+impl Messages {
+    pub(crate) fn new(meter: Meter) -> Self {
+        Self {
+            meter,
+            header: BytesMut::new(),
+            left: 0,
+            is_text: false,
+            is_last: false,
+            is_lost: false,
+        }
+    }
+
+    /// Reads the next piece. Without extensions, which the broker does not let the container ask
+    /// for, a server's text is as it is.
+    pub(crate) fn read(&mut self, mut piece: &[u8]) {
+        while !piece.is_empty() && !self.is_lost {
+            if self.left == 0 {
+                self.begin(&mut piece);
+                continue;
+            }
+            let count =
+                usize::try_from(self.left).map_or(piece.len(), |left| left.min(piece.len()));
+            if self.is_text {
+                self.meter.read(&piece[..count]);
+            }
+            piece.advance(count);
+            self.left -= count as u64;
+            if self.left == 0 && self.is_text && self.is_last && self.meter.counted.is_some() {
+                self.meter.next_answer();
+            }
+        }
+    }
+
+    /// Reads a frame's header, as far as it has come.
+    fn begin(&mut self, piece: &mut &[u8]) {
+        let known = self.header.len();
+        let most = piece.len().min(MAX_HEADER - known);
+        self.header.extend_from_slice(&piece[..most]);
+        let mut header = Cursor::new(&self.header);
+        match FrameHeader::parse(&mut header) {
+            Ok(Some((frame, length))) => {
+                let read = usize::try_from(header.position()).unwrap_or(MAX_HEADER);
+                piece.advance(read.saturating_sub(known));
+                self.header.clear();
+                self.left = length;
+                self.is_last = frame.is_final;
+                self.is_text = match frame.opcode {
+                    OpCode::Data(data) => matches!(data, Data::Text | Data::Continue),
+                    OpCode::Control(_) => false,
+                };
+            }
+            Ok(None) => piece.advance(most),
+            Err(_) => self.is_lost = true,
+        }
+    }
+}

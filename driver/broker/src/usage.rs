@@ -1,0 +1,415 @@
+//! How many tokens an answer states, read while it passes: from its JSON, or from the JSON of
+//! its server-sent events. Nothing of an answer is kept but the few bytes that state it.
+//!
+//! The APIs state it in `usage` or `usageMetadata`, and the model in `model` or
+//! `modelVersion`, of an object at the top or one level below: in Anthropic's `message`,
+//! OpenAI's `response`, or an element of Google's array.
+
+use polydev_proto::provider::Provider;
+use serde::Deserialize;
+
+/// Levels of brackets that the names are looked for in.
+const MAX_DEPTH: u32 = 2;
+/// Longest of the names.
+const MAX_NAME: usize = "usageMetadata".len();
+/// Most bytes of what they name; the longest known one has 600.
+const MAX_VALUE: usize = 8 << 10;
+/// Most bytes of a model's name.
+const MAX_MODEL: usize = 100;
+
+/// Tokens of one answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tokens {
+    /// All of what was sent.
+    pub input: u64,
+    /// Those that were read from a cache.
+    pub cached_input: u64,
+    /// Those that were written to a cache.
+    pub cache_write: u64,
+    pub output: u64,
+}
+
+impl Tokens {
+    /// The larger of each: an API repeats in later events what it has stated before.
+    fn max(self, other: Self) -> Self {
+        Self {
+            input: self.input.max(other.input),
+            cached_input: self.cached_input.max(other.cached_input),
+            cache_write: self.cache_write.max(other.cache_write),
+            output: self.output.max(other.output),
+        }
+    }
+}
+
+/// Reads one answer, in pieces of any size.
+#[derive(Debug)]
+pub struct Scanner {
+    provider: Provider,
+    depth: u32,
+    place: Place,
+    /// The last string, if it may be one of the names.
+    name: Vec<u8>,
+    value: Option<Value>,
+    model: Option<String>,
+    tokens: Option<Tokens>,
+}
+
+/// Where the next byte is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Place {
+    Outside,
+    String,
+    /// After a backslash in a string.
+    Escaped,
+}
+
+/// The value of one of the names, until it ends.
+#[derive(Debug)]
+struct Value {
+    is_model: bool,
+    depth: u32,
+    bytes: Vec<u8>,
+}
+
+impl Scanner {
+    #[must_use]
+    pub fn new(provider: Provider) -> Self {
+        Self {
+            provider,
+            depth: 0,
+            place: Place::Outside,
+            name: Vec::new(),
+            value: None,
+            model: None,
+            tokens: None,
+        }
+    }
+
+    /// What the answer has stated so far, and for which model.
+    #[must_use]
+    pub fn stated(&self) -> Option<(&str, Tokens)> {
+        Some((self.model.as_deref().unwrap_or("unknown"), self.tokens?))
+    }
+
+    /// Another answer follows, on the same connection.
+    pub fn next_answer(&mut self) {
+        *self = Self::new(self.provider);
+    }
+
+    /// Reads the next piece.
+    pub fn read(&mut self, mut piece: &[u8]) {
+        while let Some(&byte) = piece.first() {
+            let skipped = self.skip(piece);
+            if skipped > 0 {
+                piece = &piece[skipped..];
+                continue;
+            }
+            piece = &piece[1..];
+            match self.place {
+                Place::Outside => self.outside(byte),
+                Place::String | Place::Escaped => self.in_string(byte),
+            }
+        }
+    }
+
+    /// How many of the next bytes change nothing: most of an answer is text.
+    fn skip(&self, piece: &[u8]) -> usize {
+        let found = match self.place {
+            _ if self.value.is_some() => return 0,
+            Place::String if self.depth > MAX_DEPTH => memchr::memchr3(b'"', b'\\', b'\n', piece),
+            Place::Outside if self.depth == 0 => memchr::memchr2(b'{', b'[', piece),
+            _ => return 0,
+        };
+        found.unwrap_or(piece.len())
+    }
+
+    fn in_string(&mut self, byte: u8) {
+        self.keep(byte);
+        self.place = match (self.place, byte) {
+            // No string has a line's end: this is no JSON, and an event may begin after it.
+            (_, b'\n') => return self.lost(),
+            (Place::String, b'"') => Place::Outside,
+            (Place::String, b'\\') => Place::Escaped,
+            _ => Place::String,
+        };
+        // One that is longer, or has an escape, is none of the names.
+        if self.place != Place::Outside && self.depth <= MAX_DEPTH && self.name.len() <= MAX_NAME {
+            self.name.push(byte);
+        }
+    }
+
+    fn outside(&mut self, byte: u8) {
+        let ends_a_value = matches!(byte, b',' | b'}' | b']');
+        let is_its_end = |value: &mut Value| ends_a_value && value.depth == self.depth;
+        match self.value.take_if(is_its_end) {
+            Some(value) => self.take(&value),
+            None => self.keep(byte),
+        }
+        match byte {
+            b'"' if self.depth > 0 => {
+                self.place = Place::String;
+                self.name.clear();
+            }
+            b'{' | b'[' => self.depth = self.depth.saturating_add(1),
+            b'}' | b']' => self.depth = self.depth.saturating_sub(1),
+            b':' if self.value.is_none() && (1..=MAX_DEPTH).contains(&self.depth) => {
+                let is_model = match &*self.name {
+                    b"model" | b"modelVersion" => true,
+                    b"usage" | b"usageMetadata" => false,
+                    _ => return,
+                };
+                self.value = Some(Value {
+                    is_model,
+                    depth: self.depth,
+                    bytes: Vec::new(),
+                });
+            }
+            _ => {}
+        }
+    }
+
+    fn keep(&mut self, byte: u8) {
+        if let Some(value) = &mut self.value {
+            value.bytes.push(byte);
+            // Nothing that states tokens is so long.
+            self.value.take_if(|value| value.bytes.len() > MAX_VALUE);
+        }
+    }
+
+    fn take(&mut self, value: &Value) {
+        if value.is_model {
+            let model: Option<String> = serde_json::from_slice(&value.bytes).ok();
+            let is_plain = |model: &String| {
+                (1..=MAX_MODEL).contains(&model.len())
+                    && model.bytes().all(|byte| byte.is_ascii_graphic())
+            };
+            self.model = model.filter(is_plain).or(self.model.take());
+        } else if let Some(tokens) = tokens(self.provider, &value.bytes) {
+            self.tokens = Some(self.tokens.unwrap_or_default().max(tokens));
+        }
+    }
+
+    fn lost(&mut self) {
+        self.depth = 0;
+        self.place = Place::Outside;
+        self.value = None;
+    }
+}
+
+/// What `usage` or `usageMetadata` says; `None` if it is null or says nothing.
+fn tokens(provider: Provider, json: &[u8]) -> Option<Tokens> {
+    match provider {
+        Provider::OpenAi => serde_json::from_slice(json).ok().map(OpenAi::tokens),
+        Provider::Anthropic => serde_json::from_slice(json).ok().map(Anthropic::tokens),
+        Provider::Google => serde_json::from_slice(json).ok().map(Google::tokens),
+    }
+}
+
+/// Of responses and, by other names, of chat completions.
+#[derive(Deserialize)]
+struct OpenAi {
+    #[serde(alias = "prompt_tokens")]
+    input_tokens: u64,
+    #[serde(alias = "completion_tokens", default)]
+    output_tokens: u64,
+    #[serde(alias = "prompt_tokens_details")]
+    input_tokens_details: Option<Cached>,
+}
+
+#[derive(Deserialize)]
+struct Cached {
+    cached_tokens: Option<u64>,
+}
+
+impl OpenAi {
+    fn tokens(self) -> Tokens {
+        let cached = self.input_tokens_details;
+        Tokens {
+            input: self.input_tokens,
+            cached_input: cached.and_then(|of| of.cached_tokens).unwrap_or(0),
+            cache_write: 0,
+            output: self.output_tokens,
+        }
+    }
+}
+
+/// Tokens that a cache had or got are not among `input_tokens`. The last event of a stream may
+/// have `output_tokens` alone.
+#[derive(Deserialize)]
+struct Anthropic {
+    input_tokens: Option<u64>,
+    cache_creation_input_tokens: Option<u64>,
+    cache_read_input_tokens: Option<u64>,
+    output_tokens: Option<u64>,
+}
+
+impl Anthropic {
+    fn tokens(self) -> Tokens {
+        let cached_input = self.cache_read_input_tokens.unwrap_or(0);
+        let cache_write = self.cache_creation_input_tokens.unwrap_or(0);
+        let others = self.input_tokens.unwrap_or(0);
+        Tokens {
+            input: others
+                .saturating_add(cached_input)
+                .saturating_add(cache_write),
+            cached_input,
+            cache_write,
+            output: self.output_tokens.unwrap_or(0),
+        }
+    }
+}
+
+/// Thoughts are not among `candidatesTokenCount`.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Google {
+    prompt_token_count: Option<u64>,
+    tool_use_prompt_token_count: Option<u64>,
+    cached_content_token_count: Option<u64>,
+    candidates_token_count: Option<u64>,
+    thoughts_token_count: Option<u64>,
+}
+
+impl Google {
+    fn tokens(self) -> Tokens {
+        let sum = |one: Option<u64>, other: Option<u64>| {
+            one.unwrap_or(0).saturating_add(other.unwrap_or(0))
+        };
+        Tokens {
+            input: sum(self.prompt_token_count, self.tool_use_prompt_token_count),
+            cached_input: self.cached_content_token_count.unwrap_or(0),
+            cache_write: 0,
+            output: sum(self.candidates_token_count, self.thoughts_token_count),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const RESPONSE: &str = concat!(
+        "event: response.created\n",
+        r#"data: {"type":"response.created","response":{"id":"r1","model":"gpt-x","usage":null}}"#,
+        "\n\nevent: response.output_text.delta\n",
+        r#"data: {"type":"response.output_text.delta","delta":"\"usage\":{\"input_tokens\":7} [{"}"#,
+        "\n\nevent: response.completed\n",
+        r#"data: {"type":"response.completed","response":{"id":"r1","model":"gpt-x-2","output":[{"content":[{"text":"}]","usage":{"input_tokens":9}}]}],"usage":{"input_tokens":100,"input_tokens_details":{"cached_tokens":60},"output_tokens":20,"output_tokens_details":{"reasoning_tokens":5},"total_tokens":120}}}"#,
+        "\n\n",
+    );
+    const COMPLETION: &str = r#"{"id": "c1", "model": "gpt-y", "choices": [{"message": {"content": "hi"}}],
+        "usage": {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15,
+                  "prompt_tokens_details": {"cached_tokens": 4, "audio_tokens": 0}}}"#;
+    const MESSAGE: &str = concat!(
+        "event: message_start\n",
+        r#"data: {"type":"message_start","message":{"id":"m1","type":"message","role":"assistant","content":[],"model":"claude-x","usage":{"input_tokens":25,"cache_creation_input_tokens":10,"cache_read_input_tokens":5,"output_tokens":1}}}"#,
+        "\n\nevent: ping\ndata: {\"type\": \"ping\"}\n\nevent: message_delta\n",
+        r#"data: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":15}}"#,
+        "\n\n",
+    );
+    const CHUNKS: &str = r#"[{"candidates":[{"content":{"parts":[{"text":"a"}]}}],
+        "usageMetadata":{"promptTokenCount":8,"totalTokenCount":8},"modelVersion":"gemini-x"},
+        {"candidates":[{"content":{"parts":[{"functionCall":{"args":{"usageMetadata":{"promptTokenCount":900}}}}]}}],
+        "usageMetadata":{"promptTokenCount":8,"candidatesTokenCount":4,"thoughtsTokenCount":6,"cachedContentTokenCount":2,"totalTokenCount":18,
+        "promptTokensDetails":[{"modality":"TEXT","tokenCount":8}]},"modelVersion":"gemini-x"}]"#;
+
+    const ANSWERS: [(Provider, &str, &str, [u64; 4]); 4] = [
+        (Provider::OpenAi, RESPONSE, "gpt-x-2", [100, 60, 0, 20]),
+        (Provider::OpenAi, COMPLETION, "gpt-y", [12, 4, 0, 3]),
+        (Provider::Anthropic, MESSAGE, "claude-x", [40, 5, 10, 15]),
+        (Provider::Google, CHUNKS, "gemini-x", [8, 2, 0, 10]),
+    ];
+
+    fn tokens([input, cached_input, cache_write, output]: [u64; 4]) -> Tokens {
+        Tokens {
+            input,
+            cached_input,
+            cache_write,
+            output,
+        }
+    }
+
+    #[test]
+    fn each_apis_tokens_are_read_from_answers_and_streams() {
+        for (provider, answer, model, stated) in ANSWERS {
+            let mut scanner = Scanner::new(provider);
+            scanner.read(answer.as_bytes());
+            assert_eq!(scanner.stated(), Some((model, tokens(stated))));
+            assert_eq!(scanner.depth, 0);
+        }
+    }
+
+    #[test]
+    fn what_states_nothing_counts_nothing() {
+        for answer in [
+            "",
+            "not JSON, \"usage\": {\"input_tokens\": 3}",
+            r#"{"input_tokens": 14}"#,
+            r#"{"usage": null}"#,
+            r#"{"usage": "a lot"}"#,
+            r#"{"usage": {"input_tokens": -1}}"#,
+            r#"{"a": {"b": {"usage": {"input_tokens": 3}}}}"#,
+            r#"{"content": "usage", "b": {"input_tokens": 3}}"#,
+            r#"{"error": {"type": "overloaded_error", "message": "usage"}}"#,
+        ] {
+            let mut scanner = Scanner::new(Provider::OpenAi);
+            scanner.read(answer.as_bytes());
+            assert_eq!(scanner.stated(), None, "{answer}");
+        }
+    }
+
+    #[test]
+    fn an_event_that_is_no_json_does_not_hide_the_next_one() {
+        let mut scanner = Scanner::new(Provider::Anthropic);
+        scanner.read(b"data: {\"text\": \"{[{ cut\n\n");
+        scanner.read(MESSAGE.as_bytes());
+        let stated = scanner.stated();
+        assert_eq!(stated, Some(("claude-x", tokens([40, 5, 10, 15]))));
+    }
+
+    #[test]
+    fn a_long_value_is_not_kept() {
+        let mut scanner = Scanner::new(Provider::OpenAi);
+        scanner.read(b"{\"usage\": {\"text\": \"");
+        for _ in 0..100 {
+            scanner.read(&[b'x'; 1000]);
+            let kept = scanner.value.as_ref().map_or(0, |value| value.bytes.len());
+            assert!(kept <= MAX_VALUE, "{kept}");
+        }
+        scanner.read(b"\", \"input_tokens\": 1}}");
+        assert_eq!(scanner.stated(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_of_any_size_state_the_same(
+            which in 0..ANSWERS.len(),
+            sizes in prop::collection::vec(1usize..40, 1..20),
+        ) {
+            let (provider, answer, model, stated) = ANSWERS[which];
+            let (mut scanner, mut left) = (Scanner::new(provider), answer.as_bytes());
+            for size in sizes.iter().cycle() {
+                let (piece, rest) = left.split_at(left.len().min(*size));
+                scanner.read(piece);
+                left = rest;
+                if left.is_empty() {
+                    break;
+                }
+            }
+            prop_assert_eq!(scanner.stated(), Some((model, tokens(stated))));
+        }
+
+        #[test]
+        fn what_a_model_says_counts_nothing(text in ".*", stated in 0u64..1000) {
+            let answer = serde_json::json!({
+                "content": [{ "text": text, "input": { "usage": { "input_tokens": 5000 } } }],
+                "usage": { "input_tokens": stated },
+            });
+            let mut scanner = Scanner::new(Provider::Anthropic);
+            scanner.read(answer.to_string().as_bytes());
+            let (_, tokens) = scanner.stated().expect("it is stated");
+            prop_assert_eq!(tokens.input, stated);
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! What the APIs have answered to a run whose key is at the broker: tokens, errors, and whether
+//! the run should end because of them.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use polydev_proto::broker::{ApiError, ModelUsage, Seen};
+
+use super::{Ended, Progress, Run, book::Runs, cancel::Cause};
+
+/// All of it, from the start of the run.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Answers {
+    pub(crate) usage: Vec<ModelUsage>,
+    pub(crate) errors: Vec<ApiError>,
+    /// Since when an API has been overloaded, or not reached.
+    overloaded: Option<Instant>,
+}
+
+impl Answers {
+    /// All that a run has had.
+    pub(super) fn of(ended: &Ended) -> Self {
+        Self {
+            usage: ended.usage.clone(),
+            errors: ended.api_errors.clone(),
+            overloaded: None,
+        }
+    }
+}
+
+impl Runs {
+    /// Takes over what the broker has seen of a run.
+    pub(crate) fn answered(&self, run: &Run, seen: Seen) {
+        let refused = seen.refused;
+        let overloaded = seen.overloaded_ms.map(Duration::from_millis);
+        let answers = Answers {
+            usage: seen.usage,
+            errors: seen.errors,
+            overloaded: overloaded.and_then(|ago| Instant::now().checked_sub(ago)),
+        };
+        // What an earlier life of the driver has counted is not counted again.
+        let before = run.progress.borrow().answers.clone();
+        if let Some(before) = before {
+            self.tokens.add(&before.usage, &answers.usage);
+        }
+        run.update(|progress| progress.answers = Some(answers.into()));
+        run.answered.notify_one();
+        if let Some(ApiError {
+            provider, status, ..
+        }) = refused
+        {
+            let words = format!("the API of {provider} answered with status {status}");
+            self.cancel(run, Cause::CredentialRefused(words));
+        }
+    }
+}
+
+impl Progress {
+    /// As far as they are known.
+    pub(super) fn answers(&self) -> Arc<Answers> {
+        self.answers.clone().unwrap_or_default()
+    }
+}
+
+impl Run {
+    /// When the run should end because an API is overloaded; `None` if none is, or the run has
+    /// no limit.
+    pub(super) fn api_deadline(&self) -> Option<Instant> {
+        let overloaded = self.progress.borrow().answers.as_ref()?.overloaded?;
+        overloaded.checked_add(self.claimed.max_api_wait?)
+    }
+
+    /// The end of a run that has waited too long for an API.
+    pub(super) fn api_unavailable(&self) -> Cause {
+        let waited = self.claimed.max_api_wait.unwrap_or_default();
+        let answers = self.progress.borrow().answers();
+        let errors = answers.errors.iter().map(words);
+        let errors: Vec<String> = errors.collect();
+        Cause::ApiUnavailable(format!(
+            "an API was overloaded for {}: {}",
+            humantime::format_duration(waited),
+            errors.join(", ")
+        ))
+    }
+}
+
+fn words(error: &ApiError) -> String {
+    let ApiError {
+        provider,
+        status,
+        count,
+    } = error;
+    match status {
+        0 => format!("{provider} could not be reached ({count})"),
+        _ => format!("{provider} answered with status {status} ({count})"),
+    }
+}
