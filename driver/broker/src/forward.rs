@@ -108,7 +108,10 @@ fn of_the_api(
     if credential_refused {
         answer::do_not_retry(&mut parts.headers);
     }
-    let body = Metered::new(body, Meter::new(provider, container, grant));
+    // Who asks again for an answer that was stored has not used its tokens again.
+    let is_counted = asked.method == Method::POST;
+    let meter = is_counted.then(|| Meter::new(provider, container, grant));
+    let body = Metered::new(body, meter);
     let body = Paced::new(body, container.download.clone());
     Response::from_parts(parts, OfRun::new(body, grant).boxed_unsync())
 }

@@ -77,11 +77,12 @@ impl Drop for Meter {
 /// The body of one answer, counted as it passes.
 pub(crate) struct Metered<B> {
     body: B,
-    meter: Meter,
+    /// `None` if it is not counted.
+    meter: Option<Meter>,
 }
 
 impl<B> Metered<B> {
-    pub(crate) fn new(body: B, meter: Meter) -> Self {
+    pub(crate) fn new(body: B, meter: Option<Meter>) -> Self {
         Self { body, meter }
     }
 }
@@ -97,8 +98,9 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Metered<B> {
         let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(context));
         if let Some(Ok(frame)) = &frame
             && let Some(data) = frame.data_ref()
+            && let Some(meter) = &mut self.meter
         {
-            self.meter.read(data);
+            meter.read(data);
         }
         Poll::Ready(frame)
     }

@@ -198,22 +198,23 @@ impl Scanner {
 
 /// What `usage` or `usageMetadata` says; `None` if it is null or says nothing.
 fn tokens(provider: Provider, json: &[u8]) -> Option<Tokens> {
-    match provider {
+    let tokens = match provider {
         Provider::OpenAi => serde_json::from_slice(json).ok().map(OpenAi::tokens),
         Provider::Anthropic => serde_json::from_slice(json).ok().map(Anthropic::tokens),
         Provider::Google => serde_json::from_slice(json).ok().map(Google::tokens),
-    }
+    };
+    tokens.filter(|tokens| *tokens != Tokens::default())
 }
 
-/// Of responses and, by other names, of chat completions.
+/// Of responses and, by other names, of chat completions. A gateway may send both.
 #[derive(Deserialize)]
 struct OpenAi {
-    #[serde(alias = "prompt_tokens")]
-    input_tokens: u64,
-    #[serde(alias = "completion_tokens", default)]
-    output_tokens: u64,
-    #[serde(alias = "prompt_tokens_details")]
+    input_tokens: Option<u64>,
+    prompt_tokens: Option<u64>,
+    output_tokens: Option<u64>,
+    completion_tokens: Option<u64>,
     input_tokens_details: Option<Cached>,
+    prompt_tokens_details: Option<Cached>,
 }
 
 #[derive(Deserialize)]
@@ -223,12 +224,12 @@ struct Cached {
 
 impl OpenAi {
     fn tokens(self) -> Tokens {
-        let cached = self.input_tokens_details;
+        let cached = self.input_tokens_details.or(self.prompt_tokens_details);
         Tokens {
-            input: self.input_tokens,
+            input: self.input_tokens.or(self.prompt_tokens).unwrap_or(0),
             cached_input: cached.and_then(|of| of.cached_tokens).unwrap_or(0),
             cache_write: 0,
-            output: self.output_tokens,
+            output: self.output_tokens.or(self.completion_tokens).unwrap_or(0),
         }
     }
 }
@@ -348,6 +349,8 @@ mod tests {
             r#"{"input_tokens": 14}"#,
             r#"{"usage": null}"#,
             r#"{"usage": "a lot"}"#,
+            r#"{"usage": [3]}"#,
+            r#"{"usage": {"prompt_characters": 3}}"#,
             r#"{"usage": {"input_tokens": -1}}"#,
             r#"{"a": {"b": {"usage": {"input_tokens": 3}}}}"#,
             r#"{"content": "usage", "b": {"input_tokens": 3}}"#,
@@ -401,7 +404,7 @@ mod tests {
         }
 
         #[test]
-        fn what_a_model_says_counts_nothing(text in ".*", stated in 0u64..1000) {
+        fn what_a_model_says_counts_nothing(text in ".*", stated in 1u64..1000) {
             let answer = serde_json::json!({
                 "content": [{ "text": text, "input": { "usage": { "input_tokens": 5000 } } }],
                 "usage": { "input_tokens": stated },
