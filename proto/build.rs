@@ -41,7 +41,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             for counted in ["ModelUsage", "ApiError"] {
                 broker = broker.type_attribute(
                     format!(".polydev.broker.v1.{counted}"),
-                    "#[derive(serde::Serialize, serde::Deserialize)]",
+                    "#[derive(serde::Serialize, serde::Deserialize)] #[serde(default)]",
                 );
             }
         }

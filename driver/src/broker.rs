@@ -7,7 +7,13 @@ mod wire;
 
 pub use keep::keep;
 
-use std::{collections::HashMap, mem, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    mem,
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -72,6 +78,31 @@ struct Container {
     open: Open,
     /// Whether an earlier life of the driver has opened it, and no broker has reported how.
     is_inherited: bool,
+    /// When the broker reported what the grant has of it.
+    seen_at: Instant,
+}
+
+impl Container {
+    /// Remembers what the broker has seen of the run, for the next broker.
+    fn saw(&mut self, seen: &Seen) {
+        let grant = self.open.grant.as_mut();
+        if let Some(grant) = grant.filter(|grant| grant.run_id == seen.run_id) {
+            grant.seen = Some(seen.clone());
+            self.seen_at = Instant::now();
+        }
+    }
+
+    /// What a broker is told. An overload has gone on since it was reported.
+    fn order(&self) -> Open {
+        let mut open = self.open.clone();
+        let grant = open.grant.as_mut();
+        let seen = grant.and_then(|grant| grant.seen.as_mut());
+        if let Some(overloaded) = seen.and_then(|seen| seen.overloaded_ms.as_mut()) {
+            let since = u64::try_from(self.seen_at.elapsed().as_millis()).unwrap_or(u64::MAX);
+            *overloaded = overloaded.saturating_add(since);
+        }
+        open
+    }
 }
 
 /// Something to send to the broker.
@@ -124,15 +155,12 @@ impl Opened {
     }
 
     /// The container's run has ended: nothing of it passes any longer. Returns the last that
-    /// the broker has seen of the run; `None` if the run had no keys there, or the broker has
-    /// seen nothing.
+    /// the broker has seen of the run; `None` if the run had no keys there, or the broker does
+    /// not answer.
     pub async fn finish(&self) -> Option<Seen> {
-        let (known, last) = self.broker.close(&self.container)?;
-        match timeout(CLOSE_TIMEOUT, last).await {
-            Ok(Ok(closed)) => closed.seen,
-            // There is no broker any longer, or it is too busy.
-            Ok(Err(_)) | Err(_) => known,
-        }
+        let last = self.broker.close(&self.container)?;
+        // Without a broker, or with one that is too busy, what it has reported is all there is.
+        timeout(CLOSE_TIMEOUT, last).await.ok()?.ok()?.seen
     }
 }
 
@@ -198,6 +226,7 @@ impl Broker {
             socket: Some(socket.into()),
             open,
             is_inherited: false,
+            seen_at: Instant::now(),
         };
         let mut inner = self.inner.lock();
         inner.containers.insert(container.to_owned(), opened);
@@ -220,6 +249,7 @@ impl Broker {
             socket: None,
             open,
             is_inherited: true,
+            seen_at: Instant::now(),
         };
         let mut inner = self.inner.lock();
         inner.containers.insert(container.to_owned(), kept);
@@ -265,8 +295,8 @@ impl Broker {
         self.changed.notify_one();
     }
 
-    /// Returns what the broker has told of the container's run, and where the last of it comes.
-    fn close(&self, container: &str) -> Option<(Option<Seen>, oneshot::Receiver<Closed>)> {
+    /// Returns where the last of the container's run comes, if it has keys there.
+    fn close(&self, container: &str) -> Option<oneshot::Receiver<Closed>> {
         let mut inner = self.inner.lock();
         if inner.has_left {
             return None;
@@ -281,16 +311,13 @@ impl Broker {
         inner.queue(Order::Close(container.to_owned()));
         drop(inner);
         self.changed.notify_one();
-        Some((known.open.grant?.seen, last))
+        known.open.grant.map(|_| last)
     }
 
-    /// Remembers what the broker has seen of a run, for the next broker.
+    /// The broker has reported what it has seen of a run.
     fn saw(&self, seen: &Seen) {
-        let mut inner = self.inner.lock();
-        let known = inner.containers.get_mut(&seen.container);
-        let grant = known.and_then(|known| known.open.grant.as_mut());
-        if let Some(grant) = grant.filter(|grant| grant.run_id == seen.run_id) {
-            grant.seen = Some(seen.clone());
+        if let Some(known) = self.inner.lock().containers.get_mut(&seen.container) {
+            known.saw(seen);
         }
     }
 
@@ -314,8 +341,13 @@ impl Broker {
                 Some(container) if container.is_inherited => {
                     container.is_inherited = false;
                     container.open = open;
+                    container.seen_at = Instant::now();
                 }
-                Some(_) => {}
+                Some(container) => {
+                    if let Some(seen) = open.grant.and_then(|grant| grant.seen) {
+                        container.saw(&seen);
+                    }
+                }
                 None => orders.push(Order::Close(open.container)),
             }
         }
@@ -362,11 +394,9 @@ impl Broker {
         Some(match order {
             Order::Open(container) => {
                 let inner = self.inner.lock();
-                let Container { socket, open, .. } = inner.containers.get(&container)?;
-                (
-                    to_broker::Message::Open(open.clone()),
-                    Some(socket.clone()?),
-                )
+                let known = inner.containers.get(&container)?;
+                let socket = known.socket.clone()?;
+                (to_broker::Message::Open(known.order()), Some(socket))
             }
             Order::Grant(container) => {
                 let inner = self.inner.lock();

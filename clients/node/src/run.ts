@@ -287,9 +287,11 @@ export class Run implements AsyncIterable<Event> {
       }
       case "apiErrors": {
         const count = event.value.errors.reduce((sum, error) => sum + error.count, 0n);
-        const isNew = count > this.#toldApiErrors;
+        if (count <= this.#toldApiErrors) {
+          return undefined;
+        }
         this.#toldApiErrors = count;
-        return isNew ? event : undefined;
+        return event;
       }
       case "stdout":
         return this.#hasMore(0, event.value) ? event : undefined;

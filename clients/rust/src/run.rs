@@ -324,7 +324,8 @@ impl Session {
             Event::Lost(lost) => self.lost(lost).map(Event::Lost),
             Event::ApiErrors(errors) => {
                 let count: u64 = errors.errors.iter().map(|error| error.count).sum();
-                let is_new = count > std::mem::replace(&mut self.told_api_errors, count);
+                let is_new = count > self.told_api_errors;
+                self.told_api_errors = count.max(self.told_api_errors);
                 is_new.then_some(Event::ApiErrors(errors))
             }
             event @ (Event::Queued(_) | Event::Exited(_)) => Some(event),

@@ -2,21 +2,25 @@
 //! nothing is lost while the driver is away, and however much happens, there is one message for
 //! each container.
 
-use std::collections::BTreeSet;
+use std::collections::VecDeque;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-/// The names of the containers.
+/// The names of the containers, in the order in which they came; each once.
 #[derive(Debug, Default)]
 pub(crate) struct Changes {
-    names: Mutex<BTreeSet<String>>,
+    names: Mutex<VecDeque<String>>,
     added: Notify,
 }
 
 impl Changes {
     pub(crate) fn add(&self, container: &str) {
-        self.names.lock().insert(container.to_owned());
+        let mut names = self.names.lock();
+        if !names.iter().any(|known| known == container) {
+            names.push_back(container.to_owned());
+        }
+        drop(names);
         self.added.notify_one();
     }
 
@@ -26,7 +30,7 @@ impl Changes {
     /// Loses nothing.
     pub(crate) async fn next(&self) -> String {
         loop {
-            if let Some(container) = self.names.lock().pop_first() {
+            if let Some(container) = self.names.lock().pop_front() {
                 return container;
             }
             self.added.notified().await;

@@ -1,6 +1,6 @@
 //! One request of a container, from the check to the last byte of the API's answer.
 
-use std::sync::Arc;
+use std::{error::Error, sync::Arc};
 
 use http::{Method, Request, Response, StatusCode};
 use http_body::Body as _;
@@ -61,8 +61,10 @@ async fn forward(
     };
     tokio::select! {
         answered = answered => Ok(answered.unwrap_or_else(|error| {
-            grant.seen.unreached(asked.api.provider);
-            container.changed();
+            if !is_the_containers(&error) {
+                grant.seen.unreached(asked.api.provider);
+                container.changed();
+            }
             unreachable_api(&asked, error)
         })),
         () = grant.over().cancelled() => Err(Refusal::Over),
@@ -108,12 +110,22 @@ fn of_the_api(
     if credential_refused {
         answer::do_not_retry(&mut parts.headers);
     }
-    // Who asks again for an answer that was stored has not used its tokens again.
-    let is_counted = asked.method == Method::POST;
+    // An answer that was stored states its tokens again.
+    let path = asked.path.split('?').next().unwrap_or_default();
+    let is_counted = asked.method == Method::POST && !path.ends_with("/cancel");
     let meter = is_counted.then(|| Meter::new(provider, container, grant));
     let body = Metered::new(body, meter);
     let body = Paced::new(body, container.download.clone());
     Response::from_parts(parts, OfRun::new(body, grant).boxed_unsync())
+}
+
+/// Whether the container has broken off its own request.
+fn is_the_containers(error: &reqwest::Error) -> bool {
+    let mut causes = std::iter::successors(error.source(), |cause| (*cause).source());
+    causes.any(|cause| {
+        let cause = cause.downcast_ref::<hyper::Error>();
+        cause.is_some_and(hyper::Error::is_user)
+    })
 }
 
 fn unreachable_api(asked: &Asked, error: reqwest::Error) -> Response<AnswerBody> {

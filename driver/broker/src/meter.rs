@@ -8,6 +8,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes, BytesMut};
+use http::StatusCode;
 use http_body::{Body, Frame, SizeHint};
 use polydev_proto::provider::Provider;
 use tungstenite::protocol::frame::{
@@ -23,6 +24,8 @@ use crate::{
 
 /// Longest header of a WebSocket's frame (RFC 6455, section 5.2).
 const MAX_HEADER: usize = 14;
+/// Stands for a model that an answer does not name.
+const UNKNOWN: &str = "unknown";
 
 /// The tokens of one answer.
 pub(crate) struct Meter {
@@ -44,21 +47,34 @@ impl Meter {
         }
     }
 
+    /// The API has accepted a WebSocket.
+    pub(crate) fn answered(&self, status: StatusCode) {
+        if self.grant.seen.answered(self.provider, status, false) {
+            self.container.changed();
+        }
+    }
+
     fn read(&mut self, piece: &[u8]) {
         self.scanner.read(piece);
+        self.count(None);
+    }
+
+    /// Counts what is new, if the model or a name for it is known.
+    fn count(&mut self, unnamed: Option<&str>) {
         let Some((model, stated)) = self.scanner.stated() else {
             return;
         };
-        if self.counted == Some(stated) {
+        let Some(model) = model.or(unnamed).filter(|_| self.counted != Some(stated)) else {
             return;
-        }
+        };
         let (seen, known) = (&self.grant.seen, self.counted.unwrap_or_default());
         seen.used(self.provider, model, known, stated, self.counted.is_none());
         self.counted = Some(stated);
     }
 
-    /// Another answer follows.
-    fn next_answer(&mut self) {
+    /// The answer has ended; another one may follow.
+    fn end(&mut self) {
+        self.count(Some(UNKNOWN));
         self.scanner.next_answer();
         if self.counted.take().is_some() {
             self.container.changed();
@@ -68,9 +84,7 @@ impl Meter {
 
 impl Drop for Meter {
     fn drop(&mut self) {
-        if self.counted.is_some() {
-            self.container.changed();
-        }
+        self.end();
     }
 }
 
@@ -144,24 +158,27 @@ impl Messages {
     pub(crate) fn read(&mut self, mut piece: &[u8]) {
         while !piece.is_empty() && !self.is_lost {
             if self.left == 0 {
-                self.begin(&mut piece);
-                continue;
+                let has_begun = self.begin(&mut piece);
+                if !has_begun {
+                    continue;
+                }
+            } else {
+                let left = usize::try_from(self.left).unwrap_or(usize::MAX);
+                let (payload, rest) = piece.split_at(left.min(piece.len()));
+                if self.is_text {
+                    self.meter.read(payload);
+                }
+                self.left -= payload.len() as u64;
+                piece = rest;
             }
-            let count =
-                usize::try_from(self.left).map_or(piece.len(), |left| left.min(piece.len()));
-            if self.is_text {
-                self.meter.read(&piece[..count]);
-            }
-            piece.advance(count);
-            self.left -= count as u64;
-            if self.left == 0 && self.is_text && self.is_last && self.meter.counted.is_some() {
-                self.meter.next_answer();
+            if self.left == 0 && self.is_text && self.is_last {
+                self.meter.end();
             }
         }
     }
 
-    /// Reads a frame's header, as far as it has come.
-    fn begin(&mut self, piece: &mut &[u8]) {
+    /// Reads a frame's header, as far as it has come. Returns whether that was all of it.
+    fn begin(&mut self, piece: &mut &[u8]) -> bool {
         let known = self.header.len();
         let most = piece.len().min(MAX_HEADER - known);
         self.header.extend_from_slice(&piece[..most]);
@@ -177,9 +194,16 @@ impl Messages {
                     OpCode::Data(data) => matches!(data, Data::Text | Data::Continue),
                     OpCode::Control(_) => false,
                 };
+                true
             }
-            Ok(None) => piece.advance(most),
-            Err(_) => self.is_lost = true,
+            Ok(None) => {
+                piece.advance(most);
+                false
+            }
+            Err(_) => {
+                self.is_lost = true;
+                false
+            }
         }
     }
 }

@@ -50,7 +50,8 @@ pub struct Scanner {
     /// The last string, if it may be one of the names.
     name: Vec<u8>,
     value: Option<Value>,
-    model: Option<String>,
+    /// With its depth: an object below the answer may have a `model` too.
+    model: Option<(u32, String)>,
     tokens: Option<Tokens>,
 }
 
@@ -85,10 +86,12 @@ impl Scanner {
         }
     }
 
-    /// What the answer has stated so far, and for which model.
+    /// What the answer has stated so far, and for which model. Google names it after the first
+    /// tokens.
     #[must_use]
-    pub fn stated(&self) -> Option<(&str, Tokens)> {
-        Some((self.model.as_deref().unwrap_or("unknown"), self.tokens?))
+    pub fn stated(&self) -> Option<(Option<&str>, Tokens)> {
+        let model = self.model.as_ref().map(|(_, model)| model.as_str());
+        Some((model, self.tokens?))
     }
 
     /// Another answer follows, on the same connection.
@@ -183,7 +186,13 @@ impl Scanner {
                 (1..=MAX_MODEL).contains(&model.len())
                     && model.bytes().all(|byte| byte.is_ascii_graphic())
             };
-            self.model = model.filter(is_plain).or(self.model.take());
+            let is_outer = self
+                .model
+                .as_ref()
+                .is_none_or(|(depth, _)| value.depth <= *depth);
+            if let Some(model) = model.filter(is_plain).filter(|_| is_outer) {
+                self.model = Some((value.depth, model));
+            }
         } else if let Some(tokens) = tokens(self.provider, &value.bytes) {
             self.tokens = Some(self.tokens.unwrap_or_default().max(tokens));
         }
@@ -336,7 +345,7 @@ mod tests {
         for (provider, answer, model, stated) in ANSWERS {
             let mut scanner = Scanner::new(provider);
             scanner.read(answer.as_bytes());
-            assert_eq!(scanner.stated(), Some((model, tokens(stated))));
+            assert_eq!(scanner.stated(), Some((Some(model), tokens(stated))));
             assert_eq!(scanner.depth, 0);
         }
     }
@@ -363,12 +372,30 @@ mod tests {
     }
 
     #[test]
-    fn an_event_that_is_no_json_does_not_hide_the_next_one() {
+    fn an_event_that_ends_in_a_string_does_not_hide_the_next_one() {
         let mut scanner = Scanner::new(Provider::Anthropic);
         scanner.read(b"data: {\"text\": \"{[{ cut\n\n");
         scanner.read(MESSAGE.as_bytes());
         let stated = scanner.stated();
-        assert_eq!(stated, Some(("claude-x", tokens([40, 5, 10, 15]))));
+        assert_eq!(stated, Some((Some("claude-x"), tokens([40, 5, 10, 15]))));
+    }
+
+    #[test]
+    fn a_command_does_not_choose_the_model_that_is_counted() {
+        let own = r#""model": "gpt-x", "usage": {"input_tokens": 3}"#;
+        let repeated = r#""metadata": {"model": "x", "usage": "5"}"#;
+        for answer in [
+            format!("{{{own}, {repeated}}}"),
+            format!("{{{repeated}, {own}}}"),
+            format!(r#"data: {{"type": "t", "response": {{{own}, {repeated}}}}}"#),
+        ] {
+            let mut scanner = Scanner::new(Provider::OpenAi);
+            scanner.read(answer.as_bytes());
+            assert_eq!(
+                scanner.stated(),
+                Some((Some("gpt-x"), tokens([3, 0, 0, 0])))
+            );
+        }
     }
 
     #[test]
@@ -400,7 +427,7 @@ mod tests {
                     break;
                 }
             }
-            prop_assert_eq!(scanner.stated(), Some((model, tokens(stated))));
+            prop_assert_eq!(scanner.stated(), Some((Some(model), tokens(stated))));
         }
 
         #[test]

@@ -45,6 +45,7 @@ pub(crate) async fn open(
         );
         return Ok(answer::error(StatusCode::UPGRADE_REQUIRED, &message));
     }
+    meter.answered(answered.status());
     let body = Empty::new().map_err(|never| match never {}).boxed_unsync();
     let mut answer = Response::new(body);
     *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;

@@ -254,6 +254,18 @@ async fn errors_are_counted_and_an_overload_ends_with_an_answer() {
 }
 
 #[tokio::test]
+async fn a_websocket_ends_an_overload_too() {
+    let node = Node::new().await;
+    let address = node.open("one").await;
+    node.granted("one", RUN, &[("openai", "users")]);
+    let sent = Client::new().post(format!("http://{address}/openai/v1/responses"));
+    sent.header("x-test", "503").send().await.unwrap();
+    assert!(node.news().await.overloaded_ms.is_some());
+    let _socket = websocket(address).await;
+    assert_eq!(node.news().await.overloaded_ms, None);
+}
+
+#[tokio::test]
 async fn tokens_are_counted_and_the_next_broker_counts_on() {
     let node = Node::new().await;
     let address = node.open("one").await;
@@ -377,7 +389,9 @@ async fn tokens_of_every_answer_on_a_websocket_are_counted() {
         frame(1, true, &delta),
         frame(1, false, first),
         frame(9, true, "{\"[["),
-        frame(0, true, second),
+        frame(0, false, second),
+        frame(0, true, ""),
+        frame(1, true, "{ cut [["),
         frame(1, true, &delta),
         frame(1, true, completed),
     ]

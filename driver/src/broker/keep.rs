@@ -1,15 +1,12 @@
 //! Keeps a broker and a connection to it: [`process`] starts it, or finds the one that an
 //! earlier life of the driver started, and [`wire`] is the connection.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
 use polydev_proto::broker::{Seen, from_broker};
 use polydev_transport::backoff::Backoff;
-use tokio::{
-    sync::{mpsc, watch},
-    time::sleep,
-};
+use tokio::{sync::watch, time::sleep};
 
 use super::{
     Broker, process,
@@ -18,50 +15,41 @@ use super::{
 
 /// Between tries to start a broker.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
-/// Most events that wait for whoever handles them; then the broker waits.
-const MAX_EVENTS: usize = 256;
 
 /// Keeps a broker and a connection to it; never returns. `program` is started in `state_dir` as
-/// the user `uid`. What it reports goes to the receiver; `changed` counts what shims are to see
-/// again, such as its public key.
-pub fn keep(
+/// the user `uid`. `report` gets what it has seen of runs, in its order; `changed` counts what
+/// shims are to see again, such as its public key.
+pub async fn keep(
     broker: Arc<Broker>,
-    program: &Path,
-    state_dir: &Path,
+    program: PathBuf,
+    state_dir: PathBuf,
     uid: u32,
     changed: watch::Sender<u64>,
-) -> (
-    impl Future<Output = ()> + Send + use<>,
-    mpsc::Receiver<Seen>,
+    report: impl Fn(Seen),
 ) {
-    let (events, seen) = mpsc::channel(MAX_EVENTS);
-    let (program, state_dir) = (program.to_owned(), state_dir.to_owned());
-    let kept = async move {
-        let mut backoff = BACKOFF;
-        loop {
-            let connected = process::connect(&program, &state_dir, uid, broker.seed());
-            let error = match connected.await {
-                Ok(stream) => {
-                    let served = serve(&broker, Wire::new(stream), &events, &mut backoff, &changed);
-                    let error = served.await;
-                    broker.lost();
-                    changed.send_modify(|version| *version += 1);
-                    crate::chain(&error)
-                }
-                Err(error) => crate::chain(&error),
-            };
-            tracing::warn!(error, "there is no broker");
-            sleep(backoff.next_wait()).await;
-        }
-    };
-    (kept, seen)
+    let mut backoff = BACKOFF;
+    loop {
+        let connected = process::connect(&program, &state_dir, uid, broker.seed());
+        let error = match connected.await {
+            Ok(stream) => {
+                let served = serve(&broker, Wire::new(stream), &report, &mut backoff, &changed);
+                let error = served.await;
+                broker.lost();
+                changed.send_modify(|version| *version += 1);
+                crate::chain(&error)
+            }
+            Err(error) => crate::chain(&error),
+        };
+        tracing::warn!(error, "there is no broker");
+        sleep(backoff.next_wait()).await;
+    }
 }
 
 /// Serves one connection until it breaks; returns the reason.
 async fn serve(
     broker: &Broker,
     mut wire: Wire,
-    events: &mpsc::Sender<Seen>,
+    report: &impl Fn(Seen),
     backoff: &mut Backoff,
     changed: &watch::Sender<u64>,
 ) -> wire::Error {
@@ -76,9 +64,7 @@ async fn serve(
     // The last connection's silence does not count.
     let _silent_before = broker.silent.notified().now_or_never();
     changed.send_modify(|version| *version += 1);
-    for seen in before {
-        saw(broker, seen, events).await;
-    }
+    before.into_iter().for_each(report);
     loop {
         for (message, socket) in orders.into_iter().filter_map(|order| broker.message(order)) {
             if let Err(error) = wire.send(message, socket.as_deref()).await {
@@ -90,7 +76,7 @@ async fn serve(
                 () = broker.changed.notified() => break broker.unsent(),
                 () = broker.silent.notified() => return wire::Error::Hung,
                 message = wire.next() => match message {
-                    Ok(message) => receive(broker, message, events).await,
+                    Ok(message) => receive(broker, message, report),
                     Err(error) => return error,
                 },
             }
@@ -98,20 +84,18 @@ async fn serve(
     }
 }
 
-async fn receive(broker: &Broker, message: from_broker::Message, events: &mpsc::Sender<Seen>) {
+fn receive(broker: &Broker, message: from_broker::Message, report: &impl Fn(Seen)) {
     match message {
         from_broker::Message::Granted(granted) => broker.answered(&granted.container, Ok(())),
         from_broker::Message::Refused(refused) => {
             broker.answered(&refused.container, Err(refused.message));
         }
-        from_broker::Message::Seen(seen) => saw(broker, seen, events).await,
+        from_broker::Message::Seen(seen) => {
+            broker.saw(&seen);
+            report(seen);
+        }
         from_broker::Message::Closed(closed) => broker.closed(closed),
         // Only sent first.
         from_broker::Message::Hello(_) | from_broker::Message::Held(_) => {}
     }
-}
-
-async fn saw(broker: &Broker, seen: Seen, events: &mpsc::Sender<Seen>) {
-    broker.saw(&seen);
-    let _nobody_handles_it = events.send(seen).await;
 }

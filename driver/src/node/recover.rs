@@ -43,18 +43,23 @@ pub(super) fn recover(slots: &Arc<Slots>, open: Vec<Open>) {
 async fn resume(slots: &Slots, run: &Run, opened: &Opened, inputs: mpsc::Receiver<Input>) {
     let claimed = &run.claimed;
     let runs = &slots.runs;
-    let lost = |message: &str| runs.ended(run, run.end(Reason::Lost, message));
+    let lost = async |message: &str| {
+        if let Some(seen) = opened.finish().await {
+            runs.answered(run, seen);
+        }
+        runs.ended(run, run.with_answers(run.end(Reason::Lost, message)));
+    };
     if claimed.boot_id != runs.boot_id {
-        return lost("the machine was restarted");
+        return lost("the machine was restarted").await;
     }
     let Some(init) = Held::find(claimed.pid, claimed.pid_start) else {
-        return lost("its container ended while the driver was away");
+        return lost("its container ended while the driver was away").await;
     };
     let listener = match Listener::bind_again(&claimed.link) {
         Ok(listener) => listener,
         Err(error) => {
             init.kill();
-            return lost(&crate::chain(&error));
+            return lost(&crate::chain(&error)).await;
         }
     };
     // The limits show why the kernel ended a run; the run continues without them.

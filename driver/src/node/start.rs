@@ -3,11 +3,10 @@
 
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};
 
-use polydev_proto::broker::Seen;
 use polydev_transport::tls::{self, Callers, Reloading};
 use tokio::{
     net::{TcpListener, UnixListener},
-    sync::{mpsc, watch},
+    sync::watch,
 };
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::task::TaskTracker;
@@ -178,15 +177,15 @@ impl Prepared {
             broker,
             ..
         } = &*node.site;
-        let (kept, seen) = broker::keep(
+        let runs = node.runs.clone();
+        background.spawn(broker::keep(
             broker.clone(),
-            &config.broker_path,
-            &config.state_dir,
+            config.broker_path.clone(),
+            config.state_dir.clone(),
             config.broker_uid,
             node.slots.book.changes(),
-        );
-        background.spawn(kept);
-        background.spawn(seen_by_broker(node.runs.clone(), seen));
+            move |seen| runs.seen(seen),
+        ));
         let local = UnixListenerStream::new(listener);
         background.spawn(service::serve(node.clone(), local));
         if let (Some((listener, files)), Some(shims)) = (secured, &node.site.config.shims) {
@@ -201,17 +200,6 @@ impl Prepared {
             networks: node.networks.clone(),
         }));
         node
-    }
-}
-
-/// Gives what the broker reports to its runs, as long as there is one.
-async fn seen_by_broker(runs: Arc<Runs>, mut reports: mpsc::Receiver<Seen>) {
-    while let Some(seen) = reports.recv().await {
-        tracing::debug!(run_id = seen.run_id, errors = ?seen.errors, "the APIs have answered");
-        let run = seen.run_id.parse().ok();
-        if let Some(run) = run.and_then(|run_id| runs.find(run_id, None).ok()) {
-            runs.answered(&run, seen);
-        }
     }
 }
 

@@ -8,7 +8,10 @@ use std::{
 
 use polydev_proto::broker::{ApiError, ModelUsage, Seen};
 
-use super::{Ended, Progress, Run, book::Runs, cancel::Cause};
+use super::{Ended, Progress, Run, cancel::Cause};
+
+/// Most errors that a message names.
+const MAX_ERRORS: usize = 10;
 
 /// All of it, from the start of the run.
 #[derive(Debug, Clone, Default)]
@@ -30,29 +33,13 @@ impl Answers {
     }
 }
 
-impl Runs {
-    /// Takes over what the broker has seen of a run.
-    pub(crate) fn answered(&self, run: &Run, seen: Seen) {
-        let refused = seen.refused;
+impl From<Seen> for Answers {
+    fn from(seen: Seen) -> Self {
         let overloaded = seen.overloaded_ms.map(Duration::from_millis);
-        let answers = Answers {
+        Self {
             usage: seen.usage,
             errors: seen.errors,
             overloaded: overloaded.and_then(|ago| Instant::now().checked_sub(ago)),
-        };
-        // What an earlier life of the driver has counted is not counted again.
-        let before = run.progress.borrow().answers.clone();
-        if let Some(before) = before {
-            self.tokens.add(&before.usage, &answers.usage);
-        }
-        run.update(|progress| progress.answers = Some(answers.into()));
-        run.answered.notify_one();
-        if let Some(ApiError {
-            provider, status, ..
-        }) = refused
-        {
-            let words = format!("the API of {provider} answered with status {status}");
-            self.cancel(run, Cause::CredentialRefused(words));
         }
     }
 }
@@ -76,7 +63,7 @@ impl Run {
     pub(super) fn api_unavailable(&self) -> Cause {
         let waited = self.claimed.max_api_wait.unwrap_or_default();
         let answers = self.progress.borrow().answers();
-        let errors = answers.errors.iter().map(words);
+        let errors = answers.errors.iter().take(MAX_ERRORS).map(words);
         let errors: Vec<String> = errors.collect();
         Cause::ApiUnavailable(format!(
             "an API was overloaded for {}: {}",

@@ -1,13 +1,14 @@
 //! Every run of the node that somebody may ask about, and the decision about a claim: this
 //! is the only place where a run id gets a run. [`admission`] is that decision in its
-//! phases, [`replay`] converts between book and journal, [`memory`] is where output is
-//! kept, [`tidy`] discards what is no longer kept, and [`fence`] closes a run to all tries
-//! but one.
+//! phases, [`replay`] converts between book and journal, [`reports`] is for what the broker
+//! has seen, [`memory`] is where output is kept, [`tidy`] discards what is no longer kept,
+//! and [`fence`] closes a run to all tries but one.
 
 mod admission;
 mod fence;
 mod memory;
 mod replay;
+mod reports;
 mod tidy;
 
 pub(crate) use admission::{Admission, Admit};

@@ -252,7 +252,7 @@ impl<'a> Carrier<'a> {
         }
         match end {
             End::Ended(ended) => {
-                let ended = self.with_answers(ended);
+                let ended = self.run.with_answers(ended);
                 self.runs.ended(self.run, ended);
             }
             End::NotStarted(refusal) => self.runs.aborted(self.run, refusal),
@@ -363,6 +363,8 @@ impl<'a> Carrier<'a> {
                 self.runs.cancel(self.run, self.run.api_unavailable());
                 Ok(())
             }
+            // The API has answered in the meantime.
+            Ending::No if now < self.end_at => Ok(()),
             Ending::No if self.waits_for_files() => Err(self.not_started(&NotStarted {
                 message: format!(
                     "its files did not arrive within {} s",

@@ -330,7 +330,8 @@ impl Carried {
             }
             driver::Event::ApiErrors(errors) => {
                 let count: u64 = errors.errors.iter().map(|error| error.count).sum();
-                let is_new = count > std::mem::replace(&mut self.api_errors, count);
+                let is_new = count > self.api_errors;
+                self.api_errors = count.max(self.api_errors);
                 is_new.then(|| {
                     run_event::Event::ApiErrors(ApiErrors {
                         errors: encode_errors(errors.errors),

@@ -221,6 +221,14 @@ impl Request {
         let in_workspace = start.work_dir.is_empty() && (!files.is_empty() || artifacts.is_some());
         let credential = start.credential.take().map(Source::parse).transpose()?;
         let mode = mode(start.credential_mode, provider, &start.env)?;
+        let max_api_wait = times::max_api_wait(start.max_api_wait)?;
+        if max_api_wait.is_some() && (credential.is_none() || mode == CredentialMode::Inject) {
+            return Err(Invalid::Value {
+                field: "max_api_wait",
+                given: "set".into(),
+                allowed: "absent, because the run has no key outside of its container",
+            });
+        }
         let mut env = std::mem::take(&mut start.env);
         env.insert("PROVIDER".into(), provider.name().into());
         env.insert("USER_ID".into(), user_id.clone().into());
@@ -243,7 +251,7 @@ impl Request {
                 .as_ref()
                 .map(|own| Sha256::digest(&own.bytes).to_vec().into())
                 .unwrap_or_default(),
-            max_api_wait: times::max_api_wait(start.max_api_wait)?,
+            max_api_wait,
         };
         check(&spec, &Prepared::default())?;
         Ok(Self {
@@ -402,6 +410,11 @@ mod tests {
         refused(|run| run.timeout = seconds(90_000), "timeout");
         refused(|run| run.kill_timeout = seconds(31), "kill_timeout");
         refused(|run| run.queue_timeout = seconds(1801), "queue_timeout");
+        refused(|run| run.max_api_wait = seconds(0), "max_api_wait` is `0s`");
+        refused(
+            |run| run.max_api_wait = seconds(5),
+            "max_api_wait` is `set`",
+        );
         refused(
             |run| run.credential = Some(runtime::Credential::default()),
             "credential.source",

@@ -245,8 +245,10 @@ class Run:
             return event if is_first else None
         if kind == "api_errors":
             count = sum(error.count for error in event.api_errors.errors)
-            is_new, self._told_api_errors = count > self._told_api_errors, count
-            return event if is_new else None
+            if count <= self._told_api_errors:
+                return None
+            self._told_api_errors = count
+            return event
         if kind in _STREAMS:
             stream, output = _STREAMS[kind], getattr(event, kind)
             read, end = self._read[stream], output.offset + len(output.data)

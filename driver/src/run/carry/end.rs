@@ -44,22 +44,6 @@ impl Carrier<'_> {
         }))
     }
 
-    /// The end, with what the APIs have answered.
-    pub(super) fn with_answers(&self, mut ended: Ended) -> Ended {
-        // A command may see that its key is refused, and end, before it is asked to.
-        if let Some(cause @ Cause::CredentialRefused(_)) = self.run.cancel.cause()
-            && matches!(ended.reason, Reason::Exited | Reason::Signaled)
-        {
-            (ended.reason, ended.message) = (cause.reason(), cause.message());
-        }
-        let answers = self.run.progress.borrow().answers();
-        Ended {
-            usage: answers.usage.clone(),
-            api_errors: answers.errors.clone(),
-            ..ended
-        }
-    }
-
     pub(super) fn not_started(&self, refused: &NotStarted) -> Stop {
         if self.ending != Ending::No {
             return self.ended_early();
@@ -120,6 +104,22 @@ fn short(message: &str) -> &str {
 }
 
 impl Run {
+    /// The end, with what the APIs have answered.
+    pub(crate) fn with_answers(&self, mut ended: Ended) -> Ended {
+        // A command may see that its key is refused, and end, before it is asked to.
+        if let Some(cause @ Cause::CredentialRefused(_)) = self.cancel.cause()
+            && matches!(ended.reason, Reason::Exited | Reason::Signaled)
+        {
+            (ended.reason, ended.message) = (cause.reason(), cause.message());
+        }
+        let answers = self.progress.borrow().answers();
+        Ended {
+            usage: answers.usage.clone(),
+            api_errors: answers.errors.clone(),
+            ..ended
+        }
+    }
+
     /// An end that init did not report.
     pub(crate) fn end(&self, reason: Reason, message: &str) -> Ended {
         let artifacts = self.progress.borrow().artifacts.clone();

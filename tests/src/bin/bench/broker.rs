@@ -106,11 +106,9 @@ impl Node {
         let program = polydev_tests::program("polydev-broker");
         let changed = tokio::sync::watch::Sender::new(0);
         let mut changes = changed.subscribe();
-        let (kept, seen) = broker::keep(broker.clone(), &program, folder.path(), UID, changed);
-        let keeps = tokio::spawn(async move {
-            let _nobody_reads_them = seen;
-            kept.await;
-        });
+        let state_dir = folder.path().to_owned();
+        let kept = broker::keep(broker.clone(), program, state_dir, UID, changed, |_seen| {});
+        let keeps = tokio::spawn(kept);
         timeout(Duration::from_secs(10), changes.changed()).await??;
         let is_ours = |process: &Process| {
             let command = process.cmdline().unwrap_or_default();

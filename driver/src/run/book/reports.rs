@@ -1,0 +1,38 @@
+//! What the broker reports of runs.
+
+use polydev_proto::broker::{ApiError, Seen};
+
+use super::Runs;
+use crate::run::{Run, api::Answers, cancel::Cause};
+
+impl Runs {
+    /// The broker has reported what it has seen of a run, which may have ended long ago.
+    pub(crate) fn seen(&self, seen: Seen) {
+        tracing::debug!(run_id = seen.run_id, errors = ?seen.errors, "the APIs have answered");
+        let run_id = seen.run_id.parse().ok();
+        if let Some(run) = run_id.and_then(|run_id| self.find(run_id, None).ok()) {
+            self.answered(&run, seen);
+        }
+    }
+
+    /// Takes over what the broker has seen of a run.
+    pub(crate) fn answered(&self, run: &Run, seen: Seen) {
+        let refused = seen.refused.clone();
+        let answers = Answers::from(seen);
+        run.update(|progress| {
+            // What an earlier life of the driver has counted is not counted again.
+            if let Some(before) = &progress.answers {
+                self.tokens.add(&before.usage, &answers.usage);
+            }
+            progress.answers = Some(answers.into());
+        });
+        run.answered.notify_one();
+        if let Some(ApiError {
+            provider, status, ..
+        }) = refused
+        {
+            let words = format!("the API of {provider} answered with status {status}");
+            self.cancel(run, Cause::CredentialRefused(words));
+        }
+    }
+}
