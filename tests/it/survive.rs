@@ -243,19 +243,22 @@ fn a_journal_of_a_newer_driver_is_left_as_it_is_and_said_to_be() {
 
 /// The driver that has the node of a state folder.
 pub(crate) fn driver(state_dir: &Path) -> Pid {
-    let holder = fs::read_to_string(state_dir.join("driver.lock"));
-    let pid = holder.expect("a driver has the node").trim().parse();
-    Pid::from_raw(pid.expect("a pid"))
+    holder(state_dir).expect("a driver has the node")
+}
+
+/// `None` also while a driver writes its name.
+fn holder(state_dir: &Path) -> Option<Pid> {
+    let holder = fs::read_to_string(state_dir.join("driver.lock")).ok()?;
+    holder.trim().parse().ok().map(Pid::from_raw)
 }
 
 pub(crate) fn kill_driver(nomad: &Nomad) {
     let killed = driver(&nomad.state_dir());
     nix::sys::signal::kill(killed, Signal::SIGKILL).expect("a live process");
     wait_until("another driver", Duration::from_secs(60), || {
-        if driver(&nomad.state_dir()) == killed {
-            Err(killed.to_string())
-        } else {
-            Ok(())
+        match holder(&nomad.state_dir()) {
+            Some(next) if next != killed => Ok(()),
+            other => Err(format!("{other:?}")),
         }
     });
 }
