@@ -17,7 +17,8 @@ use tokio::{
     time::{error::Elapsed, timeout},
 };
 
-/// The broker always reads; one that does not for this long is dead.
+/// A broker that does not read for this long is given up. It reads at once, but not while it
+/// sends.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
