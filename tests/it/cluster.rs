@@ -29,6 +29,7 @@ const OFFSETS: [usize; 2] = [1000, 2];
 fn three_shims_over_two_nodes_give_each_run_one_container_whatever_dies() {
     let mut cluster = Cluster::start();
     let before = newer::a_node_begins_anew(&cluster);
+    cluster.wait_healthy();
     let shims: [Shim; 3] = std::array::from_fn(|_| cluster.shim());
     let count = format!("count={SLOTS}");
     let file = "jobspecs/pool-anthropic.nomad.hcl";

@@ -85,15 +85,17 @@ impl Cluster {
         cluster
     }
 
-    /// Waits until both drivers are healthy.
+    /// Waits until both nodes are ready, with healthy drivers: a job that is submitted before is
+    /// placed on one of them alone.
     #[track_caller]
     pub fn wait_healthy(&self) {
         wait_until("two healthy drivers", Duration::from_secs(90), || {
             let nodes = self.get("/v1/nodes");
-            let drivers = nodes.as_array().into_iter().flatten();
-            let drivers = drivers.map(|node| &node["Drivers"]["polydev"]);
-            match drivers.filter(|driver| driver["Healthy"] == true).count() {
-                2 => Ok(()),
+            let is_up = |node: &&Value| {
+                node["Status"] == "ready" && node["Drivers"]["polydev"]["Healthy"] == true
+            };
+            match nodes.as_array().into_iter().flatten().filter(is_up).count() {
+                NODES => Ok(()),
                 _ => Err(nodes.to_string()),
             }
         });
