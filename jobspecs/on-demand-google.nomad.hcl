@@ -20,6 +20,12 @@ variable "base_url" {
   description = "Where model requests go, in place of the provider's own API."
 }
 
+variable "egress" {
+  type        = list(string)
+  default     = ["internet"]
+  description = "What the slots may reach beside their model: `internet`, or a list of hosts; `[]` for nothing."
+}
+
 job "polydev-on-demand-google" {
   type        = "batch"
   priority    = 50
@@ -60,6 +66,10 @@ job "polydev-on-demand-google" {
 
           upstream {
             base_url = var.base_url
+          }
+
+          egress {
+            allow = var.egress
           }
         }
       }

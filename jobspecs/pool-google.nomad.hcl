@@ -32,6 +32,12 @@ variable "base_url" {
   description = "Where model requests go, in place of the provider's own API."
 }
 
+variable "egress" {
+  type        = list(string)
+  default     = ["internet"]
+  description = "What the slots may reach beside their model: `internet`, or a list of hosts; `[]` for nothing."
+}
+
 job "polydev-pool-google" {
   type        = "service"
   priority    = 40
@@ -102,6 +108,10 @@ job "polydev-pool-google" {
 
           upstream {
             base_url = var.base_url
+          }
+
+          egress {
+            allow = var.egress
           }
         }
       }

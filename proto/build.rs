@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut broker = configure();
         if grpc {
             // They are in the driver's journal too.
-            for counted in ["ModelUsage", "ApiError"] {
+            for counted in ["ModelUsage", "ApiError", "Destination"] {
                 broker = broker.type_attribute(
                     format!(".polydev.broker.v1.{counted}"),
                     "#[derive(serde::Serialize, serde::Deserialize)] #[serde(default)]",

@@ -18,7 +18,7 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 use polydev_proto::{
-    broker::{Close, Closed, Grant, Open, Seen, Upstream, to_broker},
+    broker::{Close, Closed, Grant, Open, Seen, to_broker},
     id::RunId,
 };
 use tokio::{
@@ -113,14 +113,14 @@ enum Order {
     Close(String),
 }
 
-/// Why a run's keys are not at the broker.
+/// Why the broker has no grant for a run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("the node has no broker")]
     None,
     #[error("the broker does not answer")]
     Silent,
-    #[error("the broker refused the keys: {0}")]
+    #[error("the broker refused the run: {0}")]
     Refused(String),
 }
 
@@ -129,19 +129,30 @@ pub enum Error {
 pub struct Opened {
     broker: Arc<Broker>,
     container: String,
+    /// Whether the broker is the container's way to the network.
+    is_proxied: bool,
 }
 
 impl Opened {
     /// A run has the container, with these keys. They are on their way when this returns, and
-    /// there when the result has been waited for.
-    pub fn grant(&self, run_id: RunId, sealed_keys: Bytes, bytes_per_second: u64) -> Granting {
-        self.broker.grant(Grant {
+    /// there when the result has been waited for. `None` if the run has no keys, and its
+    /// container reaches nothing through the broker.
+    pub fn grant(
+        &self,
+        run_id: RunId,
+        sealed_keys: Bytes,
+        bytes_per_second: u64,
+    ) -> Option<Granting> {
+        if sealed_keys.is_empty() && !self.is_proxied {
+            return None;
+        }
+        Some(self.broker.grant(Grant {
             container: self.container.clone(),
             run_id: run_id.into(),
             sealed_keys,
             bytes_per_second,
             seen: None,
-        })
+        }))
     }
 
     /// Init has connected again, and has sent the socket on which the container listens.
@@ -155,7 +166,7 @@ impl Opened {
     }
 
     /// The container's run has ended: nothing of it passes any longer. Returns the last that
-    /// the broker has seen of the run; `None` if the run had no keys there, or the broker does
+    /// the broker has seen of the run; `None` if the run had no grant there, or the broker does
     /// not answer.
     pub async fn finish(&self) -> Option<Seen> {
         let last = self.broker.close(&self.container)?;
@@ -170,7 +181,7 @@ impl Drop for Opened {
     }
 }
 
-/// Keys on their way to the broker.
+/// A grant on its way to the broker.
 #[derive(Debug)]
 pub struct Granting {
     broker: Arc<Broker>,
@@ -178,7 +189,7 @@ pub struct Granting {
 }
 
 impl Granting {
-    /// Waits until the broker has the keys.
+    /// Waits until the broker has the grant.
     ///
     /// # Errors
     /// [`Error`]
@@ -209,19 +220,8 @@ impl Broker {
 
     /// A container may connect until the result is dropped. Its requests are refused until
     /// there is a grant.
-    pub fn open(
-        self: &Arc<Self>,
-        container: &str,
-        socket: OwnedFd,
-        bytes_per_second: u64,
-        upstreams: Vec<Upstream>,
-    ) -> Opened {
-        let open = Open {
-            container: container.to_owned(),
-            bytes_per_second,
-            upstreams,
-            grant: None,
-        };
+    pub fn open(self: &Arc<Self>, open: Open, socket: OwnedFd) -> Opened {
+        let (container, is_proxied) = (open.container.clone(), open.egress.is_some());
         let opened = Container {
             socket: Some(socket.into()),
             open,
@@ -229,11 +229,15 @@ impl Broker {
             seen_at: Instant::now(),
         };
         let mut inner = self.inner.lock();
-        inner.containers.insert(container.to_owned(), opened);
-        inner.queue(Order::Open(container.to_owned()));
+        inner.containers.insert(container.clone(), opened);
+        inner.queue(Order::Open(container.clone()));
         drop(inner);
         self.changed.notify_one();
-        self.opened(container)
+        Opened {
+            broker: self.clone(),
+            container,
+            is_proxied,
+        }
     }
 
     /// A container that an earlier life of the driver has opened stays so until the result is
@@ -254,13 +258,10 @@ impl Broker {
         let mut inner = self.inner.lock();
         inner.containers.insert(container.to_owned(), kept);
         drop(inner);
-        self.opened(container)
-    }
-
-    fn opened(self: &Arc<Self>, container: &str) -> Opened {
         Opened {
             broker: self.clone(),
             container: container.to_owned(),
+            is_proxied: false, // There is no further grant.
         }
     }
 
@@ -295,7 +296,7 @@ impl Broker {
         self.changed.notify_one();
     }
 
-    /// Returns where the last of the container's run comes, if it has keys there.
+    /// Returns where the last of the container's run comes, if it has a grant there.
     fn close(&self, container: &str) -> Option<oneshot::Receiver<Closed>> {
         let mut inner = self.inner.lock();
         if inner.has_left {

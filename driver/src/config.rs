@@ -2,6 +2,7 @@
 //! against the schemas; this module parses and checks the values that Nomad sends.
 
 mod allow;
+mod egress;
 mod mount;
 mod plugin;
 pub mod schema;
@@ -13,6 +14,7 @@ pub(crate) mod upstream;
 mod value;
 
 pub use allow::Capabilities;
+pub use egress::Egress;
 pub use mount::{Device, Mount, MountKind, Volume};
 pub use plugin::{Auth, EXTRA_LABELS, Endpoint, Gc, Plugin, Tls};
 pub use shims::Shims;

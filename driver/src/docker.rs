@@ -57,6 +57,10 @@ pub enum Error {
     TimedOut { operation: String, after: Duration },
     #[error("cannot {operation}: no progress for {} s", after.as_secs())]
     Stalled { operation: String, after: Duration },
+    #[error(
+        "network `{name}` has IPv6, for which the driver has no firewall rules; remove it, and the driver creates it again"
+    )]
+    HasIpv6 { name: String },
 }
 
 impl Error {

@@ -1,18 +1,18 @@
 //! What the containers of warm slots cannot reach: the host's own services, including Nomad
-//! and the node service, and the clouds' metadata address. (The bridge already prevents
-//! traffic between slots.)
+//! and the node service, and all addresses that are not public, among them the clouds'
+//! metadata address. (The bridge already prevents traffic between slots, and has no IPv6.)
 //!
 //! The rules are in two chains of this driver, which it writes as a whole. Jumps lead to
 //! the chains from INPUT and from Docker's chain for user rules.
 
 use std::{fmt::Write as _, io, process::Stdio, time::Duration};
 
+use ipnet::Ipv4Net;
+use polydev_proto::egress::CLOSED_V4;
 use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
 
 /// Another program may hold the lock of the tables for a while.
 const IPTABLES_TIMEOUT: Duration = Duration::from_secs(10);
-/// Link-local, where clouds publish an instance's metadata.
-const METADATA: &str = "169.254.0.0/16";
 
 /// Why the rules are not active.
 #[derive(Debug, thiserror::Error)]
@@ -41,12 +41,15 @@ pub struct Firewall {
     forward: String,
     /// Name servers that containers use, on this host or elsewhere.
     servers: Vec<String>,
+    /// Networks that are not public, and may be reached.
+    open: Vec<Ipv4Net>,
 }
 
 impl Firewall {
-    /// `resolv_conf` is the content of the containers' file.
+    /// `resolv_conf` is the content of the containers' file. They may reach the networks in
+    /// `open` although they are not public.
     #[must_use]
-    pub fn new(instance: &str, interface: &str, resolv_conf: &str) -> Self {
+    pub fn new(instance: &str, interface: &str, resolv_conf: &str, open: &[Ipv4Net]) -> Self {
         let servers = resolv_conf.lines().filter_map(|line| {
             let server = line.strip_prefix("nameserver")?.trim();
             server
@@ -59,6 +62,7 @@ impl Firewall {
             input: format!("POLYDEV-{instance}-IN"),
             forward: format!("POLYDEV-{instance}-FWD"),
             servers: servers.collect(),
+            open: open.to_vec(),
         }
     }
 
@@ -107,6 +111,7 @@ impl Firewall {
             input,
             forward,
             servers,
+            open,
             ..
         } = self;
         let mut rules = format!("*filter\n:{input} - [0:0]\n:{forward} - [0:0]\n");
@@ -122,11 +127,16 @@ impl Firewall {
         }
         rules += &format!(
             "-A {input} -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN\n\
-             -A {input} -j DROP\n\
-             -A {forward} -d {METADATA} -j DROP\n\
-             COMMIT\n"
+             -A {input} -j DROP\n"
         );
-        rules
+        for network in open {
+            let _infallible = writeln!(rules, "-A {forward} -d {network} -j RETURN");
+        }
+        // A program should hear at once that there is no way, and not wait for an answer.
+        for network in CLOSED_V4 {
+            let _infallible = writeln!(rules, "-A {forward} -d {network} -j REJECT");
+        }
+        rules + "COMMIT\n"
     }
 }
 
@@ -192,6 +202,7 @@ mod tests {
             "0123abcd",
             "pd-0123abcd",
             "nameserver 10.0.0.2\nnameserver fd00::1\n",
+            &["10.1.0.0/16".parse().unwrap()],
         );
         let expected = "*filter\n:POLYDEV-0123abcd-IN - [0:0]\n:POLYDEV-0123abcd-FWD - [0:0]\n\
             -A POLYDEV-0123abcd-IN -d 10.0.0.2/32 -p udp --dport 53 -j RETURN\n\
@@ -200,8 +211,14 @@ mod tests {
             -A POLYDEV-0123abcd-FWD -d 10.0.0.2/32 -p tcp --dport 53 -j RETURN\n\
             -A POLYDEV-0123abcd-IN -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN\n\
             -A POLYDEV-0123abcd-IN -j DROP\n\
-            -A POLYDEV-0123abcd-FWD -d 169.254.0.0/16 -j DROP\nCOMMIT\n";
-        assert_eq!(firewall.rules(), expected);
+            -A POLYDEV-0123abcd-FWD -d 10.1.0.0/16 -j RETURN\n\
+            -A POLYDEV-0123abcd-FWD -d 0.0.0.0/8 -j REJECT\n";
+        let rules = firewall.rules();
+        assert!(rules.starts_with(expected), "{rules}");
+        for closed in ["10.0.0.0/8", "169.254.0.0/16", "192.168.0.0/16"] {
+            let rule = format!("-A POLYDEV-0123abcd-FWD -d {closed} -j REJECT\n");
+            assert!(rules.contains(&rule), "{rules}");
+        }
         // A chain's name has at most 28 letters.
         assert!(firewall.forward.len() <= 28 && firewall.input.len() <= 28);
     }

@@ -151,6 +151,18 @@ impl Handle {
         Self::open_shaped(pid, Some(&limits.rates()))
     }
 
+    /// Like [`Handle::open`], for a container that may have no network interface: then there is
+    /// no traffic to shape.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn open_again(pid: u32, limits: &Limits) -> Result<Self, Error> {
+        match Self::open(pid, limits) {
+            Err(Error::NoInterface { .. }) => Self::open_shaped(pid, None),
+            opened => opened,
+        }
+    }
+
     /// Like [`Handle::open`], for a container with `rates` or without a limit on its
     /// traffic.
     ///
@@ -184,9 +196,8 @@ impl Handle {
     /// Whether the bandwidth of `limits` is lower than when it was opened.
     #[must_use]
     pub fn is_lowered_by(&self, limits: &Limits) -> bool {
-        self.rates
-            .and_then(|rates| rates.ingress_mbits)
-            .is_none_or(|mbits| limits.mbits < mbits)
+        let set = self.rates.and_then(|rates| rates.ingress_mbits);
+        self.traffic.is_some() && set.is_none_or(|mbits| limits.mbits < mbits)
     }
 
     /// Returns a function that sets the bandwidth to the one of `limits`. The function

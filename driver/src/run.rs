@@ -29,7 +29,7 @@ use std::{
 
 use bytes::Bytes;
 use polydev_proto::{
-    broker::{ApiError, ModelUsage},
+    broker::{ApiError, Destination, ModelUsage},
     init::{Artifacts, Refreshed, TerminalSize},
     node::{self, ended::Reason},
     stream::PerStream,
@@ -155,6 +155,10 @@ pub struct Ended {
     /// As with `usage`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub api_errors: Vec<ApiError>,
+    /// What it has connected to through the broker, and what it was not allowed to. Omitted if
+    /// empty, too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub egress: Vec<Destination>,
 }
 
 impl Ended {

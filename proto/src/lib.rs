@@ -60,7 +60,7 @@ pub mod broker {
     include!(concat!(env!("OUT_DIR"), "/polydev.broker.v1.rs"));
 
     /// The protocol version of this build.
-    pub const PROTOCOL_VERSION: u32 = 2;
+    pub const PROTOCOL_VERSION: u32 = 3;
 
     /// Most bytes of [`Keys`] before they are sealed: three keys of any provider.
     pub const MAX_KEYS: usize = 16 << 10;
@@ -75,6 +75,8 @@ pub mod broker {
 
 #[cfg(feature = "descriptors")]
 pub mod descriptors;
+#[cfg(feature = "broker")]
+pub mod egress;
 pub mod error;
 pub mod exec;
 pub mod frame;

@@ -17,7 +17,7 @@ use nix::sys::{
     prctl,
     resource::{Resource, getrlimit, setrlimit},
 };
-use polydev_cli::{FAILED, Options, run, runs, status, tls_files};
+use polydev_cli::{FAILED, Options, egress, run, runs, status, tls_files};
 use polydev_shim::{access::Access, credentials::store, token};
 use polydev_transport::{
     address::{Address, DEFAULT, Listener},
@@ -47,6 +47,9 @@ enum Command {
     /// List and watch runs, attach to their streams, cancel them.
     #[command(subcommand)]
     Runs(runs::Command),
+    /// Show what runs have connected to, and what they were not allowed to.
+    #[command(subcommand)]
+    Egress(egress::Command),
     /// Show the warm pools, and set their sizes.
     #[command(subcommand)]
     Pool(pool::Command),
@@ -275,6 +278,7 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Dev(arguments) => dev::execute(arguments).await,
         Command::Run(arguments) => run::execute(arguments).await,
         Command::Runs(command) => runs::execute(command).await,
+        Command::Egress(command) => egress::execute(command).await,
         Command::Pool(command) => pool::execute(command).await,
         Command::Credentials(command) => credentials::execute(command).await,
         Command::Status(options) => status::execute(options).await,

@@ -349,7 +349,8 @@ async fn follow<T>(
                 | Event::Queued(_)
                 | Event::Artifacts(_)
                 | Event::ArtifactData(_)
-                | Event::ApiErrors(_),
+                | Event::ApiErrors(_)
+                | Event::EgressDenied(_),
             )
             | None => {}
         }

@@ -346,7 +346,7 @@ const ASK_FOR_EACH_LINE: &str = "while read line; do \
         http://127.0.0.1:8319/anthropic/v1/messages; done";
 
 /// Has the run ask its model; returns the answer's status.
-fn ask(client: &Client, run: &mut Run) -> String {
+pub(crate) fn ask(client: &Client, run: &mut Run) -> String {
     client.send(run, Input::Stdin("\n".into()));
     loop {
         match client.next(run).expect("the run goes on") {

@@ -15,7 +15,7 @@ use tonic::Code;
 use crate::host::{Host, id_of, shell};
 
 fn slot() -> pools::Slot {
-    pools::Slot::new("anthropic".parse().expect("a provider"), "node", None)
+    pools::Slot::new("anthropic".parse().expect("a provider"), "node", None, None)
 }
 
 /// Waits until the run has ended.

@@ -9,6 +9,7 @@ mod clients;
 mod cluster;
 mod corners;
 mod credentials;
+mod egress;
 mod ends;
 mod exec;
 mod faults;

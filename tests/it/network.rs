@@ -3,15 +3,18 @@
 use std::{
     io::{Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
+    process::Command,
     time::{Duration, Instant},
 };
 
 use polydev_tests::{
     client::shell as run_shell,
     docker,
+    host::Host,
     job::{self, merge, service, shell},
     nomad::Nomad,
     process::output,
+    program,
     shim::Shim,
     wait_until,
 };
@@ -19,7 +22,7 @@ use serde_json::{Value, json};
 
 /// The answer of a task's container to a GET from this machine.
 fn fetch(address: &str) -> Result<String, String> {
-    let mut command = std::process::Command::new("curl");
+    let mut command = Command::new("curl");
     let answer = output(command.args([
         "--silent",
         "--show-error",
@@ -195,17 +198,44 @@ fn a_warm_slot_reaches_neither_the_hosts_services_nor_the_metadata_address() {
         TcpStream::connect((gateway, port)).is_ok(),
         "the service is there"
     );
-    for target in [
-        format!("{gateway}:{port}"),
-        format!("{gateway}:22"),
-        "169.254.169.254:80".into(),
+    for (target, end) in [
+        // curl's status for a time-out: the packets were dropped, so a route exists.
+        (format!("{gateway}:{port}"), 28),
+        (format!("{gateway}:22"), 28),
+        // The rules answer for what is beyond the host.
+        ("169.254.169.254:80".into(), 7),
     ] {
         let script = format!(
             "curl --silent --noproxy '*' --connect-timeout 2 --max-time 3 --output /dev/null --write-out '%{{time_connect}}' http://{target}/"
         );
         let outcome = client.run(run_shell("anthropic", &script)).unwrap();
         assert_eq!(outcome.stdout(), "0.000000", "{target} answered");
-        // curl's status for a time-out: the packets were dropped, so a route exists.
-        assert_eq!(outcome.exited.exit_code, 28, "{target}");
+        assert_eq!(outcome.exited.exit_code, end, "{target}");
     }
+}
+
+#[test]
+fn a_warm_slot_reaches_a_private_network_only_if_the_operator_opens_it() {
+    let serve = |second| {
+        Host::serve_in([10, second], |address| {
+            let mut command = Command::new(program("stand-in"));
+            command.arg(format!("{address}:80"));
+            command
+        })
+    };
+    let (closed, open) = (serve(98), serve(99));
+    let nomad = Nomad::start_with("private_networks = [\"10.99.0.0/16\"]");
+    nomad.submit_pool("anthropic", 1);
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    client.wait_idle("anthropic", 1);
+    let script = format!(
+        "curl --silent --max-time 10 --output /dev/null --write-out '%{{http_code}} ' {}/requests; \
+         curl --silent --max-time 2 --output /dev/null --write-out '%{{time_connect}}' {}/requests",
+        open.url, closed.url
+    );
+    let outcome = client.run(run_shell("anthropic", &script)).unwrap();
+    assert_eq!(outcome.stdout(), "200 0.000000");
+    // curl's status for a connection that is refused.
+    assert_eq!(outcome.exited.exit_code, 7);
 }

@@ -12,10 +12,10 @@ use std::{
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use polydev_proto::runtime::{
-    Accepted, Artifacts, AttachRequest, AttachStart, CancelRunRequest, CloseStdin, Exited,
-    GetRunRequest, ListPoolsRequest, ListRunsRequest, ListRunsResponse, Pool, RunEvent, RunInput,
-    RunRequest, RunStart, attach_request, run_event::Event, run_input::Input, run_request,
-    runtime_service_client::RuntimeServiceClient,
+    Accepted, Artifacts, AttachRequest, AttachStart, CancelRunRequest, CloseStdin, Destination,
+    Exited, GetRunRequest, ListPoolsRequest, ListRunsRequest, ListRunsResponse, Pool, RunEvent,
+    RunInput, RunRequest, RunStart, attach_request, run_event::Event, run_input::Input,
+    run_request, runtime_service_client::RuntimeServiceClient,
 };
 use polydev_transport::{
     address::Address,
@@ -57,6 +57,8 @@ pub struct Outcome {
     pub artifacts: Artifacts,
     /// The contents of the artifacts, one file after the other.
     pub artifact_data: Vec<u8>,
+    /// What it was not allowed to connect to.
+    pub denied: Vec<Destination>,
     pub exited: Exited,
 }
 
@@ -307,7 +309,7 @@ impl Client {
         self.wait(async move {
             let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
             let (mut artifacts, mut artifact_data) = (Artifacts::default(), Vec::new());
-            let mut api_errors = Vec::new();
+            let (mut api_errors, mut denied) = (Vec::new(), Vec::new());
             let [before_stdout, before_stderr] = offsets.map(|offset| offset as u64);
             loop {
                 let event = events.next().await.expect("the last event is `exited`")?;
@@ -340,11 +342,13 @@ impl Client {
                             stderr,
                             artifacts,
                             artifact_data,
+                            denied,
                             exited,
                         });
                     }
                     Event::Lost(lost) => panic!("output is lost: {lost:?}"),
                     Event::ApiErrors(errors) => api_errors = errors.errors,
+                    Event::EgressDenied(destinations) => denied = destinations.destinations,
                     Event::Accepted(_) | Event::Started(_) | Event::Queued(_) => {}
                 }
             }

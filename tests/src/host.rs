@@ -48,12 +48,21 @@ impl Host {
     /// Without root's rights.
     #[must_use]
     pub fn serve(server: impl FnOnce(IpAddr) -> Command) -> Self {
+        Self::serve_in([198, 18], server)
+    }
+
+    /// As [`Host::serve`], in the network with these first two bytes.
+    ///
+    /// # Panics
+    /// Without root's rights.
+    #[must_use]
+    pub fn serve_in([first, second]: [u8; 2], server: impl FnOnce(IpAddr) -> Command) -> Self {
         let nonce = rand::random::<u16>();
         let namespace = Namespace::new("pdt");
         let [high, low] = (nonce & 0xfffc).to_be_bytes();
         let (here, there) = (
-            format!("198.18.{high}.{}", low + 1),
-            format!("198.18.{high}.{}", low + 2),
+            format!("{first}.{second}.{high}.{}", low + 1),
+            format!("{first}.{second}.{high}.{}", low + 2),
         );
         let name = namespace.name();
         let (outer, inner) = (format!("{name}h"), format!("{name}n"));

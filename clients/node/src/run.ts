@@ -93,6 +93,7 @@ export class Run implements AsyncIterable<Event> {
   #started = false;
   #toldArtifacts = false;
   #toldApiErrors = 0n;
+  #toldDenied = 0;
   /** How many bytes of stdout, stderr and artifacts the caller has. */
   #read: [bigint, bigint, bigint] = [0n, 0n, 0n];
   /** Time since which the shim does not answer. */
@@ -292,6 +293,11 @@ export class Run implements AsyncIterable<Event> {
         }
         this.#toldApiErrors = count;
         return event;
+      }
+      case "egressDenied": {
+        event.value.destinations.splice(0, this.#toldDenied);
+        this.#toldDenied += event.value.destinations.length;
+        return event.value.destinations.length > 0 ? event : undefined;
       }
       case "stdout":
         return this.#hasMore(0, event.value) ? event : undefined;

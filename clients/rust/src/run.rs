@@ -106,6 +106,7 @@ impl Run {
             started: false,
             told_artifacts: false,
             told_api_errors: 0,
+            told_denied: 0,
             read,
             broken: None,
             retry: Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL),
@@ -171,6 +172,8 @@ struct Session {
     told_artifacts: bool,
     /// How many.
     told_api_errors: u64,
+    /// Destinations that are not allowed.
+    told_denied: usize,
     /// How much of stdout, stderr and artifacts the caller has.
     read: PerStream<u64>,
     /// Since when the shim has not answered.
@@ -327,6 +330,13 @@ impl Session {
                 let is_new = count > self.told_api_errors;
                 self.told_api_errors = count.max(self.told_api_errors);
                 is_new.then_some(Event::ApiErrors(errors))
+            }
+            Event::EgressDenied(mut denied) => {
+                let told = self.told_denied.min(denied.destinations.len());
+                denied.destinations.drain(..told);
+                self.told_denied += denied.destinations.len();
+                let is_new = !denied.destinations.is_empty();
+                is_new.then_some(Event::EgressDenied(denied))
             }
             event @ (Event::Queued(_) | Event::Exited(_)) => Some(event),
         })

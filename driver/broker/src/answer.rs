@@ -8,7 +8,8 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
-use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
+use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
+use hyper::ext::ReasonPhrase;
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use crate::{grant::Grant, request::end_to_end};
@@ -43,6 +44,21 @@ pub(crate) fn error(status: StatusCode, message: &str) -> Response<AnswerBody> {
         do_not_retry(headers);
     }
     answer
+}
+
+/// An error for a program that uses the broker as its proxy. Many show the status line alone,
+/// so the message is in it too.
+pub(crate) fn proxy_error(status: StatusCode, message: &str) -> Response<AnswerBody> {
+    let mut answer = error(status, message);
+    if let Ok(reason) = ReasonPhrase::try_from(message.as_bytes().to_vec()) {
+        answer.extensions_mut().insert(reason);
+    }
+    answer
+}
+
+/// A body without bytes.
+pub(crate) fn empty() -> AnswerBody {
+    Empty::new().map_err(|never| match never {}).boxed_unsync()
 }
 
 /// Says that the same request would get the same answer.

@@ -5,7 +5,8 @@ use std::{collections::HashMap, sync::Arc};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use polydev_proto::{
-    broker::{Closed, Grant as GrantRequest, Granted, Open, Refused, from_broker},
+    broker::{Closed, Grant as GrantRequest, Granted, Keys, Open, Refused, from_broker},
+    egress::NotARule,
     sealed::PrivateKey,
 };
 use tokio::{net::TcpListener, task::AbortHandle};
@@ -13,6 +14,7 @@ use tokio::{net::TcpListener, task::AbortHandle};
 use crate::{
     changes::Changes,
     container::Container,
+    egress::Egress,
     grant::Grant,
     serve::serve,
     upstream::{self, Upstreams},
@@ -39,6 +41,15 @@ impl Drop for Opened {
         self.serving.abort();
         self.container.close();
     }
+}
+
+/// Why a container cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Upstream(#[from] upstream::Error),
+    #[error("a rule of `egress.allow`")]
+    Egress(#[from] NotARule),
 }
 
 /// Why a container cannot have a grant. Never quotes a key.
@@ -102,19 +113,24 @@ impl Broker {
     /// name is open, it stays, with the new rate.
     ///
     /// # Errors
-    /// [`upstream::Error`]
+    /// [`Error`]
     ///
     /// # Panics
     /// Outside of a runtime.
-    pub fn open(&self, request: &Open, listener: TcpListener) -> Result<(), upstream::Error> {
+    pub fn open(&self, request: &Open, listener: TcpListener) -> Result<(), Error> {
         if let Some(known) = self.find(&request.container) {
             known.set_rate(request.bytes_per_second);
             return Ok(());
         }
         let upstreams = self.upstreams.with(&request.upstreams)?;
+        let egress = request.egress.as_ref();
+        let egress = egress
+            .map(|egress| Egress::new(&egress.allow))
+            .transpose()?;
         let container = Arc::new(Container::new(
             request.clone(),
             upstreams,
+            egress,
             self.changes.clone(),
         ));
         // Before the first request is read.
@@ -122,7 +138,11 @@ impl Broker {
             && let Err(error) = self.give(&container, grant)
         {
             let error = polydev_proto::error::chain(&error);
-            tracing::error!(run_id = grant.run_id, error, "a run has lost its keys");
+            tracing::error!(
+                run_id = grant.run_id,
+                error,
+                "a run has lost its keys and its connections"
+            );
         }
         let serving = tokio::spawn(serve(listener, container.clone()));
         let serving = serving.abort_handle();
@@ -150,7 +170,10 @@ impl Broker {
     }
 
     fn give(&self, container: &Container, request: &GrantRequest) -> Result<(), NotGranted> {
-        let keys = self.key.open_keys(&request.sealed_keys, &request.run_id)?;
+        let keys = match request.sealed_keys.is_empty() {
+            true => Keys::default(),
+            false => self.key.open_keys(&request.sealed_keys, &request.run_id)?,
+        };
         let grant = Grant::new(
             request.clone(),
             &keys,

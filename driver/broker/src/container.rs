@@ -10,10 +10,15 @@ use polydev_proto::broker::{Open, Seen};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::{changes::Changes, grant::Grant, rate::Bucket, request::Refusal, upstream::Upstreams};
+use crate::{
+    changes::Changes, egress::Egress, grant::Grant, rate::Bucket, request::Refusal,
+    upstream::Upstreams,
+};
 
 /// Most connections of one container; further ones wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 128;
+/// Most tunnels of one container: some connections stay for its model.
+const MAX_TUNNELS: usize = 96;
 
 /// The right of one connection to be there, for as long as any of it is.
 pub(crate) type Place = Arc<OwnedSemaphorePermit>;
@@ -24,11 +29,14 @@ pub(crate) struct Container {
     /// What the driver has sent, for the driver's next life.
     pub(crate) request: Open,
     pub(crate) upstreams: Upstreams,
+    /// `None` if the container has a network interface, and needs no proxy.
+    pub(crate) egress: Option<Egress>,
     /// What the container sends.
     pub(crate) upload: Arc<Bucket>,
     /// What the container receives.
     pub(crate) download: Arc<Bucket>,
     places: Arc<Semaphore>,
+    tunnels: Arc<Semaphore>,
     state: Mutex<State>,
     changes: Arc<Changes>,
     /// Cancelled when the container is closed, and its run ends with it.
@@ -48,14 +56,21 @@ enum State {
 pub(crate) struct Taken;
 
 impl Container {
-    pub(crate) fn new(request: Open, upstreams: Upstreams, changes: Arc<Changes>) -> Self {
+    pub(crate) fn new(
+        request: Open,
+        upstreams: Upstreams,
+        egress: Option<Egress>,
+        changes: Arc<Changes>,
+    ) -> Self {
         let bytes_per_second = request.bytes_per_second;
         Self {
             request,
             upstreams,
+            egress,
             upload: Bucket::new(bytes_per_second).into(),
             download: Bucket::new(bytes_per_second).into(),
             places: Semaphore::new(MAX_CONNECTIONS).into(),
+            tunnels: Semaphore::new(MAX_TUNNELS).into(),
             state: State::Waiting.into(),
             changes,
             over: CancellationToken::new(),
@@ -75,6 +90,15 @@ impl Container {
     pub(crate) async fn place(&self) -> Place {
         let place = self.places.clone().acquire_owned().await;
         place.expect("it is never closed").into()
+    }
+
+    /// The right to a tunnel.
+    ///
+    /// # Errors
+    /// [`Refusal::Tunnels`] if there are too many.
+    pub(crate) fn tunnel(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+        let tunnel = self.tunnels.clone().try_acquire_owned();
+        tunnel.map_err(|_| Refusal::Tunnels { most: MAX_TUNNELS })
     }
 
     /// For a grant, and for whoever serves the container's connections.
@@ -121,6 +145,7 @@ impl Container {
         Some(Seen {
             container: self.name().to_owned(),
             run_id: grant.run_id().to_owned(),
+            destinations: grant.reached.message(),
             ..grant.seen.message()
         })
     }

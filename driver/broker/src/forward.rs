@@ -12,6 +12,7 @@ use crate::{
     container::{Container, Place},
     grant::Grant,
     meter::{Meter, Metered},
+    proxy,
     rate::Paced,
     request::{self, Asked, Refusal},
     websocket,
@@ -41,6 +42,10 @@ async fn forward(
     place: &Place,
     mut request: Request<Incoming>,
 ) -> Result<Response<AnswerBody>, Refusal> {
+    let egress = container.egress.as_ref();
+    if let Some(egress) = egress.filter(|_| proxy::is_asked(&request)) {
+        return proxy::answer(container, egress, place, request).await;
+    }
     let upgrade = hyper::upgrade::on(&mut request);
     let (parts, body) = request.into_parts();
     let asked = request::read(&parts)?;

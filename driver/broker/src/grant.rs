@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     api::Api,
+    reached::Reached,
     request::{Asked, Refusal},
     seen::Seen,
     upstream::{self, Connections, Upstreams},
@@ -38,6 +39,7 @@ pub(crate) struct Grant {
     /// Cancelled when the run ends, for everything that is in progress.
     over: CancellationToken,
     pub(crate) seen: Seen,
+    pub(crate) reached: Reached,
 }
 
 /// A key, and the server that it is for.
@@ -70,8 +72,11 @@ impl Grant {
                 connections: upstreams.connect(api)?,
             });
         }
-        let seen = Seen::new(request.seen.as_ref());
+        let before = request.seen.as_ref();
+        let reached = before.map(|seen| seen.destinations.clone());
+        let (seen, reached) = (Seen::new(before), reached.unwrap_or_default());
         Ok(Self {
+            reached: Reached::new(reached),
             request,
             access,
             over,

@@ -8,23 +8,33 @@
 //! sends it through the connections of [`upstream`] and passes the answer back ([`answer`]),
 //! both at the speed of [`rate`]. [`websocket`] is the same for a WebSocket. [`meter`] finds the
 //! tokens that an answer states ([`usage`]), and [`seen`] counts them and the errors of each
-//! run. [`control`] is the driver's connection, [`broker`] is what the driver may ask for,
+//! run.
+//!
+//! In a pool with a list of what its containers may reach ([`egress`]), [`proxy`] connects them
+//! to it, through a [`tunnel`]. Each [`attempt`] is in the record, which is [`reached`].
+//!
+//! [`control`] is the driver's connection, [`broker`] is what the driver may ask for,
 //! [`changes`] is what it hears of, and [`seed`] is what it keeps for the next broker.
 
 mod answer;
 mod api;
+mod attempt;
 pub mod broker;
 mod changes;
 mod container;
 pub mod control;
+mod egress;
 mod forward;
 mod grant;
 mod meter;
+mod proxy;
 mod rate;
+mod reached;
 pub mod request;
 pub mod seed;
 mod seen;
 mod serve;
+mod tunnel;
 pub mod upstream;
 pub mod usage;
 mod websocket;

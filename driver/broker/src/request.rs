@@ -11,10 +11,9 @@ const MAX_PATH: usize = 4096;
 
 /// Headers that may carry a credential, of any provider. The container's are removed,
 /// whatever is in them.
-static CREDENTIALS: [HeaderName; 7] = [
+static CREDENTIALS: [HeaderName; 6] = [
     header::AUTHORIZATION,
     header::COOKIE,
-    header::PROXY_AUTHORIZATION,
     HeaderName::from_static("api-key"),
     HeaderName::from_static("x-api-key"),
     HeaderName::from_static("x-goog-api-key"),
@@ -25,9 +24,11 @@ const CREDENTIAL_PARAMETERS: [&str; 4] = ["key", "api_key", "access_token", "oau
 
 /// Headers that are for one connection only (RFC 9110, section 7.6.1), and those that name
 /// another host than the one of the connection.
-static CONNECTION: [HeaderName; 10] = [
+static CONNECTION: [HeaderName; 12] = [
     header::CONNECTION,
     header::HOST,
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
     header::TE,
     header::TRAILER,
     header::TRANSFER_ENCODING,
@@ -57,6 +58,10 @@ pub enum Refusal {
     Method(Method),
     #[error("the path has more than {MAX_PATH} bytes")]
     TooLong,
+    #[error("`{0}` is neither HOST:PORT nor a URL with http://")]
+    Target(String),
+    #[error("the container has {most} tunnels, which is the most")]
+    Tunnels { most: usize },
 }
 
 impl Refusal {
@@ -66,6 +71,8 @@ impl Refusal {
             Self::NotOurs(_) => StatusCode::NOT_FOUND,
             Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLong => StatusCode::URI_TOO_LONG,
+            Self::Target(_) => StatusCode::BAD_REQUEST,
+            Self::Tunnels { .. } => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 }
@@ -151,6 +158,15 @@ fn without_credentials(query: &str) -> String {
 
 /// The headers for the other side of the broker, without a credential.
 pub(crate) fn end_to_end(headers: &HeaderMap) -> HeaderMap {
+    let mut kept = without_hops(headers);
+    for name in &CREDENTIALS {
+        kept.remove(name);
+    }
+    kept
+}
+
+/// The headers for the other side of the broker.
+pub(crate) fn without_hops(headers: &HeaderMap) -> HeaderMap {
     let named: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
         .iter()
@@ -159,7 +175,7 @@ pub(crate) fn end_to_end(headers: &HeaderMap) -> HeaderMap {
         .filter_map(|name| name.trim().parse().ok())
         .collect();
     let mut kept = headers.clone();
-    for name in named.iter().chain(&CONNECTION).chain(&CREDENTIALS) {
+    for name in named.iter().chain(&CONNECTION) {
         kept.remove(name);
     }
     kept

@@ -3,24 +3,16 @@
 use std::{io, sync::Arc};
 
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
-use http_body_util::{BodyExt, Empty};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split},
-    time::sleep_until,
-};
 
 use crate::{
     answer::{self, AnswerBody},
     container::{Container, Place},
     grant::Grant,
     meter::{Messages, Meter},
-    rate::Bucket,
+    tunnel::carry,
 };
-
-/// Most bytes that are read at once.
-const MAX_PIECE: usize = 16 << 10;
 
 /// Asks the API for a WebSocket. An API without one is answered for with 426: on any other
 /// status Codex 0.169 tries again for six seconds, on this one it uses requests at once.
@@ -46,18 +38,21 @@ pub(crate) async fn open(
         return Ok(answer::error(StatusCode::UPGRADE_REQUIRED, &message));
     }
     meter.answered(answered.status());
-    let body = Empty::new().map_err(|never| match never {}).boxed_unsync();
-    let mut answer = Response::new(body);
+    let mut answer = Response::new(answer::empty());
     *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     *answer.headers_mut() = answer::headers(answered.headers());
     mark(answer.headers_mut());
     let (container, grant) = (container.clone(), grant.clone());
     tokio::spawn(async move {
         let _until_it_ends = place;
+        let mut messages = Messages::new(meter);
         let carried = async {
             let api = answered.upgrade().await.map_err(io::Error::other)?;
             let ours = upgrade.await.map_err(io::Error::other)?;
-            carry(TokioIo::new(ours), api, &container, Messages::new(meter)).await
+            carry(TokioIo::new(ours), api, &container, |piece| {
+                messages.read(piece)
+            })
+            .await
         };
         tokio::select! {
             carried = carried => if let Err(error) = carried {
@@ -72,40 +67,4 @@ pub(crate) async fn open(
 fn mark(headers: &mut HeaderMap) {
     headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-}
-
-/// Carries both directions until both have ended, or one breaks.
-async fn carry(
-    ours: impl AsyncRead + AsyncWrite,
-    api: impl AsyncRead + AsyncWrite,
-    container: &Container,
-    mut messages: Messages,
-) -> io::Result<()> {
-    let (mut from_us, mut to_us) = split(ours);
-    let (mut from_api, mut to_api) = split(api);
-    tokio::try_join!(
-        pass(&mut from_us, &mut to_api, &container.upload, |_| {}),
-        pass(&mut from_api, &mut to_us, &container.download, |piece| {
-            messages.read(piece)
-        }),
-    )?;
-    Ok(())
-}
-
-async fn pass(
-    from: &mut (impl AsyncRead + Unpin),
-    to: &mut (impl AsyncWrite + Unpin),
-    bucket: &Bucket,
-    mut see: impl FnMut(&[u8]),
-) -> io::Result<()> {
-    let mut piece = vec![0; MAX_PIECE];
-    loop {
-        let count = from.read(&mut piece).await?;
-        if count == 0 {
-            return to.shutdown().await;
-        }
-        see(&piece[..count]);
-        to.write_all(&piece[..count]).await?;
-        sleep_until(bucket.pass(count)).await;
-    }
 }

@@ -51,7 +51,7 @@ impl Node {
             container: container.into(),
             bytes_per_second: FAST,
             upstreams: Provider::all().map(upstream).collect(),
-            grant: None,
+            ..Open::default()
         };
         self.broker.open(&open, listener).expect("it is opened");
         address
@@ -425,7 +425,7 @@ async fn a_gateway_gets_its_headers_and_no_key_without_tls() {
             container: container.into(),
             bytes_per_second: FAST,
             upstreams: vec![upstream],
-            grant: None,
+            ..Open::default()
         };
         node.broker.open(&open, listener).expect("it is opened");
         node.granted(container, RUN, &[("anthropic", "users")]);

@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::Ipv4Net;
 use serde::Deserialize;
 
 use super::{
@@ -37,6 +38,14 @@ pub(super) const DEFAULT_CAPS: [&str; 13] = [
 /// Of no user on Debian, Fedora and their relatives: above what `adduser` and `useradd` give,
 /// and above systemd's dynamic users (61184 to 65519).
 const BROKER_UID: u32 = 66_319;
+
+/// Where `private_networks` may be: private and shared addresses (RFC 1918, RFC 6598).
+const PRIVATE_NETWORKS: [&str; 4] = [
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "172.16.0.0/12",
+    "192.168.0.0/16",
+];
 
 /// Facts about a task that labels may show.
 pub const EXTRA_LABELS: [&str; 8] = [
@@ -82,6 +91,8 @@ pub struct Plugin {
     /// A pull without progress is cancelled after this time.
     pub pull_activity_timeout: Duration,
     pub disable_log_collection: bool,
+    /// Networks that are not public, and that slots with a network interface may reach.
+    pub private_networks: Vec<Ipv4Net>,
     pub shims: Option<Shims>,
     pub telemetry: Option<Telemetry>,
 }
@@ -179,6 +190,7 @@ pub(super) struct Raw {
     image_pull_timeout: Option<String>,
     pull_activity_timeout: Option<String>,
     disable_log_collection: Option<bool>,
+    private_networks: Option<Vec<String>>,
     shims: Option<RawShims>,
     telemetry: Option<RawTelemetry>,
 }
@@ -343,6 +355,7 @@ impl Raw {
                 MINUTE,
             )?,
             disable_log_collection: self.disable_log_collection.unwrap_or_default(),
+            private_networks: private_networks(self.private_networks)?,
             shims: self.shims.map(RawShims::check).transpose()?,
             telemetry: self.telemetry.map(RawTelemetry::check).transpose()?,
         })
@@ -412,6 +425,28 @@ impl RawGc {
             },
         })
     }
+}
+
+fn private_networks(given: Option<Vec<String>>) -> Result<Vec<Ipv4Net>, Error> {
+    let is_inside = |network: &Ipv4Net| {
+        let private = PRIVATE_NETWORKS
+            .iter()
+            .map(|private| private.parse::<Ipv4Net>());
+        let mut private = private.map(|private| private.expect("they are networks"));
+        private.any(|private| private.contains(network))
+    };
+    let network = |text: String| {
+        let network = text.parse::<Ipv4Net>().ok();
+        let network = network.filter(|network| *network == network.trunc() && is_inside(network));
+        network.ok_or_else(|| {
+            let allowed = format!(
+                "must be an IPv4 network, ADDRESS/PREFIX, within {}",
+                PRIVATE_NETWORKS.join(", ")
+            );
+            refused("private_networks", &text, allowed)
+        })
+    };
+    given.into_iter().flatten().map(network).collect()
 }
 
 /// `CAP_NET_ADMIN` and `net_admin` are the same.

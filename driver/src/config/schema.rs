@@ -105,6 +105,7 @@ pub fn plugin() -> Spec {
         attr("image_pull_timeout", "string"),
         attr("pull_activity_timeout", "string"),
         attr("disable_log_collection", "bool"),
+        attr("private_networks", STRINGS),
     ])
 }
 
@@ -125,6 +126,7 @@ pub fn task() -> Spec {
                 attr("proxy", "string"),
             ],
         ),
+        block("egress", vec![attr("allow", STRINGS)]),
     ];
     object(vec![
         block("slot", slot),

@@ -5,6 +5,7 @@ use serde::Deserialize;
 
 use super::{
     Error,
+    egress::{self, Egress},
     upstream::{self, Upstream},
     value,
 };
@@ -23,6 +24,9 @@ pub struct Slot {
     /// Where model requests go, in place of the provider's own API.
     #[serde(default)] // As before.
     pub upstream: Option<Upstream>,
+    /// What its containers may reach beside their model.
+    #[serde(default)] // As before.
+    pub egress: Egress,
 }
 
 #[derive(Debug, Deserialize)]
@@ -33,6 +37,7 @@ pub(super) struct Raw {
     run_id: Option<String>,
     prepare_ahead: Option<bool>,
     upstream: Option<upstream::Raw>,
+    egress: Option<egress::Raw>,
 }
 
 impl Raw {
@@ -62,6 +67,9 @@ impl Raw {
             run_id,
             prepare_ahead,
             upstream: self.upstream.map_or(Ok(None), upstream::Raw::check)?,
+            egress: self
+                .egress
+                .map_or(Ok(Egress::default()), egress::Raw::check)?,
         })
     }
 }

@@ -89,6 +89,46 @@ fn an_upstream_gets_keys_by_tls_alone() {
 }
 
 #[test]
+fn a_slots_egress_is_the_internet_or_a_list_and_closed_without_one() {
+    let slot = |egress: Value| {
+        let config = json!({"slot": {"provider": "anthropic", "egress": egress}});
+        match Config::parse(&msgpack(&config)) {
+            Ok(Config::Slot(slot)) => Ok(slot.egress),
+            Ok(Config::Plain(_)) => panic!("it is a slot"),
+            Err(error) => Err(error.to_string()),
+        }
+    };
+    assert_eq!(slot(Value::Null), Ok(Egress::Internet));
+    assert_eq!(slot(json!({"allow": ["internet"]})), Ok(Egress::Internet));
+    for closed in [json!({}), json!({"allow": null}), json!({"allow": []})] {
+        assert_eq!(slot(closed), Ok(Egress::Listed(Vec::new())));
+    }
+    let rules = ["*.github.com:443".to_owned(), "10.1.0.0/16".to_owned()];
+    assert_eq!(
+        slot(json!({"allow": rules})),
+        Ok(Egress::Listed(rules.into()))
+    );
+    for (rule, words) in [
+        (
+            json!(["internet", "10.0.0.0/8"]),
+            "`internet`: must be `internet` alone",
+        ),
+        (
+            json!(["https://github.com"]),
+            "`https://github.com`: must be",
+        ),
+        (json!(["10.1.2.3/8"]), "the network is 10.0.0.0/8"),
+        (json!(vec!["a.example"; 201]), "at most 200"),
+    ] {
+        let refused = slot(json!({"allow": rule})).unwrap_err();
+        assert!(
+            refused.starts_with("`slot.egress.allow` is ") && refused.contains(words),
+            "{refused}"
+        );
+    }
+}
+
+#[test]
 fn without_a_config_block_the_documented_defaults_hold() {
     let config = Plugin::parse(&[]).unwrap();
     assert_eq!(config.endpoint.address, "unix:///var/run/docker.sock");
@@ -119,6 +159,15 @@ fn plugin_values_out_of_range_are_refused_by_name() {
         assert!(error.contains(&format!("`{field}`")), "{error}");
     };
     check(json!({"endpoint": "ssh://1.2.3.4"}), "endpoint");
+    for network in [
+        "10.1.2.3/8",
+        "10.0.0.0",
+        "fd00::/8",
+        "0.0.0.0/0",
+        "169.254.0.0/16",
+    ] {
+        check(json!({"private_networks": [network]}), "private_networks");
+    }
     let shims = |name: &str, value: Value| {
         let mut shims = json!({
             "listen": "192.0.2.1:7646", "cert": "/a", "key": "/b", "ca": "/c", "allow": ["cn:shim"],

@@ -28,8 +28,9 @@ pub struct ContainerSpec {
     /// The host folder of the socket that init connects to.
     pub link: PathBuf,
     pub resolv_conf: PathBuf,
-    /// The Docker network.
-    pub network: String,
+    /// The Docker network. `None` for loopback alone: what the container reaches, it reaches
+    /// through the broker.
+    pub network: Option<String>,
     pub limits: Limits,
     /// Numeric owner of the home folder.
     pub uid: u32,
@@ -47,12 +48,13 @@ impl ContainerSpec {
             entrypoint: Some(vec![INIT.into(), SOCKET.into(), PORT.to_string()]),
             cmd: Some(vec![]),
             user: Some(format!("{uid}:{gid}")),
+            env: self.network.is_none().then(proxy_variables),
             labels: Some(self.labels.clone()),
             host_config: Some(HostConfig {
                 cap_drop: Some(vec!["ALL".into()]),
                 security_opt: Some(vec!["no-new-privileges:true".into()]),
                 readonly_rootfs: Some(true),
-                network_mode: Some(self.network.clone()),
+                network_mode: Some(self.network.clone().unwrap_or_else(|| "none".into())),
                 ipc_mode: Some("private".into()),
                 init: Some(false),
                 memory: signed(limits.memory_bytes()),
@@ -104,6 +106,24 @@ impl ContainerSpec {
     }
 }
 
+/// Programs read them in either case; curl reads `http_proxy` in lower case alone.
+fn proxy_variables() -> Vec<String> {
+    let proxy = format!("http://127.0.0.1:{PORT}");
+    let direct = "127.0.0.1,localhost,::1";
+    let variables = [
+        ("HTTP_PROXY", &*proxy),
+        ("HTTPS_PROXY", &proxy),
+        ("NO_PROXY", direct),
+    ];
+    let both = |(name, value): (&str, &str)| {
+        [
+            format!("{name}={value}"),
+            format!("{}={value}", name.to_lowercase()),
+        ]
+    };
+    variables.into_iter().flat_map(both).collect()
+}
+
 /// A read-only mount of a host folder or file. The `-v` syntax cannot be used, because it
 /// cannot escape a colon.
 pub(super) fn bind(source: &std::path::Path, target: &str) -> Mount {
@@ -124,22 +144,27 @@ fn tmpfs(path: &str, options: &str) -> (String, String) {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_slots_container_is_hardened() {
-        let spec = ContainerSpec {
+    fn spec() -> ContainerSpec {
+        ContainerSpec {
             name: "polydev-1".into(),
             image: "polydev-openai-runtime:latest".into(),
             labels: HashMap::new(),
             init: "/state/init".into(),
             link: "/state/link:1".into(),
             resolv_conf: "/state/resolv.conf".into(),
-            network: "polydev-1".into(),
+            network: Some("polydev-1".into()),
             limits: Limits::IDLE,
             uid: 1000,
             gid: 1000,
             home: "/home/runtime".into(),
-        };
-        let host = spec.body().host_config.unwrap();
+        }
+    }
+
+    #[test]
+    fn a_slots_container_is_hardened() {
+        let body = spec().body();
+        assert_eq!(body.env, None);
+        let host = body.host_config.unwrap();
         assert_eq!(host.cap_drop, Some(vec!["ALL".into()]));
         assert_eq!(
             host.security_opt,
@@ -151,12 +176,35 @@ mod tests {
         assert_eq!(host.memory_swap, host.memory, "no swap");
         assert_eq!(host.cpu_quota, Some(10_000));
         assert_eq!(host.pids_limit, Some(64));
+        assert_eq!(host.network_mode.as_deref(), Some("polydev-1"));
         assert!(host.binds.is_none() && host.cap_add.is_none() && host.devices.is_none());
         assert!(
             host.mounts
                 .unwrap()
                 .iter()
                 .all(|mount| mount.read_only == Some(true))
+        );
+    }
+
+    #[test]
+    fn without_a_network_the_broker_is_the_proxy() {
+        let spec = ContainerSpec {
+            network: None,
+            ..spec()
+        };
+        let body = spec.body();
+        assert_eq!(
+            body.host_config.unwrap().network_mode.as_deref(),
+            Some("none")
+        );
+        let env = body.env.unwrap();
+        assert!(
+            env.contains(&"https_proxy=http://127.0.0.1:8319".to_owned()),
+            "{env:?}"
+        );
+        assert!(
+            env.contains(&"NO_PROXY=127.0.0.1,localhost,::1".to_owned()),
+            "{env:?}"
         );
     }
 }

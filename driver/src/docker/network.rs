@@ -22,6 +22,10 @@ impl Docker {
             .api()?
             .inspect_network(name, None::<InspectNetworkOptions>);
         match within(CALL_TIMEOUT, format!("inspect network `{name}`"), inspect).await {
+            // An earlier driver left it to dockerd's default.
+            Ok(network) if network.enable_ipv6 == Some(true) => {
+                return Err(Error::HasIpv6 { name: name.into() });
+            }
             Ok(_) => return Ok(()),
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(error),
@@ -35,6 +39,8 @@ impl Docker {
                 option("bridge.enable_icc", "false"),
             ])),
             labels: Some(labels.clone()),
+            // No rule of the firewall is for it, whatever dockerd's default is.
+            enable_ipv6: Some(false),
             ..Default::default()
         };
         let create = self.api()?.create_network(request);

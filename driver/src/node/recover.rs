@@ -64,7 +64,7 @@ async fn resume(slots: &Slots, run: &Run, opened: &Opened, inputs: mpsc::Receive
     };
     // The limits show why the kernel ended a run; the run continues without them.
     let (pid, class) = (claimed.pid, slots.site.config.run);
-    let limits = tokio::task::spawn_blocking(move || limits::Handle::open(pid, &class)).await;
+    let limits = tokio::task::spawn_blocking(move || limits::Handle::open_again(pid, &class)).await;
     let limits = limits.ok().and_then(|opened| {
         opened
             .inspect_err(|error| {

@@ -268,7 +268,7 @@ impl NodeService for Service {
             Status::failed_precondition(aborted.to_string())
         })?;
         Ok(Response::new(GetRunResponse {
-            run: Some(runs::encode(summary)),
+            run: Some(runs::encode_whole(summary)),
         }))
     }
 
@@ -365,7 +365,7 @@ fn refuse(refusal: &Refusal) -> Status {
         | Refusal::UnknownSlot { .. }
         | Refusal::Broken { .. }
         | Refusal::NotReached => Status::failed_precondition(message),
-        Refusal::Full(_) | Refusal::NoOutput { .. } | Refusal::Journal(_) => {
+        Refusal::Full(_) | Refusal::NoOutput { .. } | Refusal::NoBroker | Refusal::Journal(_) => {
             Status::resource_exhausted(message)
         }
         Refusal::OtherCommand { .. } | Refusal::Released { .. } => Status::already_exists(message),

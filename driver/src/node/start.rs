@@ -152,7 +152,12 @@ impl Prepared {
         let text = std::fs::read_to_string(&site.resolv_conf).unwrap_or_default();
         let slots = Slots::new(site.clone(), runs.clone(), idle, metrics.steps());
         let node = Arc::new(Node {
-            firewall: Firewall::new(&site.instance, &interface(&site.instance), &text),
+            firewall: Firewall::new(
+                &site.instance,
+                &interface(&site.instance),
+                &text,
+                &site.config.private_networks,
+            ),
             networks: Networks::open(&site.config.state_dir).into(),
             slots: slots.into(),
             tasks: Tasks::new(site.clone(), journal).into(),

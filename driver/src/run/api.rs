@@ -1,12 +1,12 @@
-//! What the APIs have answered to a run whose key is at the broker: tokens, errors, and whether
-//! the run should end because of them.
+//! What the broker has seen of a run: tokens and errors of APIs, whether the run should end
+//! because of them, and what else it has connected to.
 
 use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use polydev_proto::broker::{ApiError, ModelUsage, Seen};
+use polydev_proto::broker::{ApiError, Destination, ModelUsage, Seen};
 
 use super::{Ended, Progress, Run, cancel::Cause};
 
@@ -18,6 +18,8 @@ const MAX_ERRORS: usize = 10;
 pub(crate) struct Answers {
     pub(crate) usage: Vec<ModelUsage>,
     pub(crate) errors: Vec<ApiError>,
+    /// What it has connected to, and what it was not allowed to.
+    pub(crate) egress: Vec<Destination>,
     /// Since when an API has been overloaded, or not reached.
     overloaded: Option<Instant>,
 }
@@ -28,6 +30,7 @@ impl Answers {
         Self {
             usage: ended.usage.clone(),
             errors: ended.api_errors.clone(),
+            egress: ended.egress.clone(),
             overloaded: None,
         }
     }
@@ -39,6 +42,7 @@ impl From<Seen> for Answers {
         Self {
             usage: seen.usage,
             errors: seen.errors,
+            egress: seen.destinations,
             overloaded: overloaded.and_then(|ago| Instant::now().checked_sub(ago)),
         }
     }

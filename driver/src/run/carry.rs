@@ -78,10 +78,8 @@ pub(crate) async fn start(
 ) {
     let granted_after = run.arrived.elapsed();
     // They are on their way while the limits are raised.
-    let keys = (!order.sealed_keys.is_empty()).then(|| {
-        let rate = class.bytes_per_second();
-        opened.grant(run.claimed.run_id, order.sealed_keys, rate)
-    });
+    let rate = class.bytes_per_second();
+    let keys = opened.grant(run.claimed.run_id, order.sealed_keys, rate);
     let mut shaping = Some(spawn_blocking(limits.shaping(class)));
     let lowered = match limits.is_lowered_by(class) {
         true => shaped(&mut shaping).await,

@@ -38,6 +38,8 @@ pub enum Refusal {
     Full(#[from] headroom::Full),
     #[error("this node has no room for another run: {held} runs use up its memory for output")]
     NoOutput { held: usize },
+    #[error("this node's broker is away, and containers of this pool need it for every connection")]
+    NoBroker,
     #[error("this node cannot record another run")]
     Journal(#[from] journal::Error),
     #[error("another try of the run has precedence, with attempt {}", fence.attempt)]

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use polydev_proto::{
-    broker::ApiError,
+    broker::{ApiError, Destination},
     frame::MAX_DATA,
     init::Artifacts,
     node::ended::Reason,
@@ -18,7 +18,8 @@ use super::{Ended, Granted, Outcome, Progress, Run, claim::Refusal, window::Piec
 
 /// An event of one run. `Granted` comes first, then `Started`, then output of stdout and
 /// stderr, then `Artifacts` and their output, then `Ended`. `Lost` takes the place of output
-/// that is not kept. `StdinTaken` and `ApiErrors` come at any time after `Granted`.
+/// that is not kept. `StdinTaken`, `ApiErrors` and `EgressDenied` come at any time after
+/// `Granted`.
 #[derive(Debug)]
 pub enum Event {
     Granted(Granted),
@@ -40,6 +41,8 @@ pub enum Event {
     },
     /// All errors of APIs so far; sent when there is a new one.
     ApiErrors(Vec<ApiError>),
+    /// All destinations that the run was not allowed; sent when there is a new one.
+    EgressDenied(Vec<Destination>),
     /// How much of the input is taken.
     StdinTaken {
         offset: u64,
@@ -71,6 +74,8 @@ pub struct Follower {
     stdin_taken: u64,
     /// How many errors of APIs were sent.
     api_errors: u64,
+    /// How many destinations that are not allowed were sent.
+    egress_denied: usize,
     /// Whether the list of artifacts was sent.
     artifacts: bool,
     /// The stream to try first: the streams take turns.
@@ -109,6 +114,7 @@ impl Follower {
             started: false,
             stdin_taken: 0,
             api_errors: 0,
+            egress_denied: 0,
             artifacts: false,
             turn: Stream::Stdout,
             over: false,
@@ -166,6 +172,15 @@ impl Follower {
         if count > self.api_errors {
             self.api_errors = count;
             return Some(Event::ApiErrors(errors.clone()));
+        }
+        let denied = answers
+            .egress
+            .iter()
+            .filter(|known| !known.denied.is_empty());
+        let count = denied.clone().count();
+        if count > self.egress_denied {
+            self.egress_denied = count;
+            return Some(Event::EgressDenied(denied.cloned().collect()));
         }
         let last = self.turn;
         self.turn = match last {

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::{
     Slot, Slots,
-    fill::{Container, open},
+    fill::{Container, open, open_limits},
     shelf::{Idle, Made},
 };
 use crate::{
@@ -107,9 +107,7 @@ async fn take_up(slots: &Slots, slot: &Slot, idle: &Idle) -> Result<Container, E
             Greeted { .. } => return Err(link::Error::NotWaiting.into()),
         },
     };
-    let limits = slot.idle;
-    let limits = tokio::task::spawn_blocking(move || limits::Handle::open(pid, &limits)).await;
-    let limits = limits.expect("opening limits does not panic")?;
+    let limits = open_limits(slot, pid).await?;
     // Until it is kept again.
     listener.let_go();
     let opened = open(&slots.site, slot, &occupant.container, requests)?;

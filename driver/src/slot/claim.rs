@@ -10,6 +10,7 @@ use polydev_proto::id::{Generation, SlotId};
 
 use super::{Claim, Slot, Slots};
 use crate::{
+    config::Egress,
     headroom::{Amount, Share},
     life::{Event, Life},
     link::Occupant,
@@ -108,6 +109,10 @@ impl Slot {
         generation: Generation,
         parsed: &Parsed,
     ) -> Result<Grant<'_>, Refusal> {
+        let needs_broker = matches!(self.config.egress, Egress::Listed(_));
+        if needs_broker && slots.site.broker.public_key().is_empty() {
+            return Err(Refusal::NoBroker);
+        }
         let claimed = Event::Claimed {
             generation,
             run_id: parsed.run_id,

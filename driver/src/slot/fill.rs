@@ -8,13 +8,17 @@ use std::{
 };
 
 use bytes::Bytes;
-use polydev_proto::{id::Generation, init::hello};
+use polydev_proto::{
+    broker::{self, Open},
+    id::Generation,
+    init::hello,
+};
 use tokio::time::timeout;
 
 use super::{Slot, Slots, breaker};
 use crate::{
     broker::Opened,
-    config,
+    config::{self, Egress},
     docker::{self, ContainerSpec, Docker},
     identity::{LABEL_GENERATION, LABEL_INSTANCE, LABEL_SLOT, LABEL_START},
     images::{self, Policy, Step, Use, Want},
@@ -221,7 +225,10 @@ async fn make(
             init: site.init.clone(),
             link: listener.folder().to_owned(),
             resolv_conf: site.resolv_conf.clone(),
-            network: site.name.clone(),
+            network: match &slot.config.egress {
+                Egress::Internet => Some(site.name.clone()),
+                Egress::Listed(_) => None,
+            },
             limits: slot.idle,
             uid,
             gid,
@@ -233,9 +240,7 @@ async fn make(
     let (pid, public_key) = (greeted.pid, greeted.public_key);
     let requests = greeted.requests.ok_or(link::Error::NotListening)?;
     let init = Held::open(pid).map_err(Error::Gone)?;
-    let idle = slot.idle;
-    let limits = tokio::task::spawn_blocking(move || limits::Handle::open(pid, &idle));
-    let limits = limits.await.expect("opening limits does not panic")?;
+    let limits = open_limits(slot, pid).await?;
     Ok(Container {
         opened: open(site, slot, &id, requests)?,
         id,
@@ -252,6 +257,18 @@ async fn make(
     })
 }
 
+/// Opens the limits of a container of the slot.
+pub(super) async fn open_limits(slot: &Slot, pid: u32) -> Result<limits::Handle, limits::Error> {
+    let (idle, egress) = (slot.idle, slot.config.egress.clone());
+    let open = move || match egress {
+        Egress::Internet => limits::Handle::open(pid, &idle),
+        // Its traffic is the broker's, which has the rate.
+        Egress::Listed(_) => limits::Handle::open_shaped(pid, None),
+    };
+    let opened = tokio::task::spawn_blocking(open).await;
+    opened.expect("opening limits does not panic")
+}
+
 /// Lets the broker serve the requests of a container, which come from `requests`.
 pub(super) fn open(
     site: &Site,
@@ -261,9 +278,20 @@ pub(super) fn open(
 ) -> Result<Opened, config::upstream::Unreadable> {
     let upstream = slot.config.upstream.as_ref();
     let upstream = upstream.map(|upstream| upstream.read(slot.config.provider));
-    let upstreams = upstream.transpose()?.into_iter().collect();
-    let rate = slot.idle.bytes_per_second();
-    Ok(site.broker.open(container, requests, rate, upstreams))
+    let egress = match &slot.config.egress {
+        Egress::Internet => None,
+        Egress::Listed(allow) => Some(broker::Egress {
+            allow: allow.clone(),
+        }),
+    };
+    let open = Open {
+        container: container.to_owned(),
+        bytes_per_second: slot.idle.bytes_per_second(),
+        upstreams: upstream.transpose()?.into_iter().collect(),
+        egress,
+        grant: None,
+    };
+    Ok(site.broker.open(open, requests))
 }
 
 async fn greet(docker: &Docker, listener: &Listener, id: &str) -> Result<Greeted, Error> {

@@ -11,6 +11,7 @@ use polydev_proto::id::{Generation, SlotId};
 
 use super::Slot;
 use crate::{
+    config::Egress,
     limits::Limits,
     link::Occupant,
     process::Held,
@@ -44,6 +45,9 @@ pub struct Made {
     /// The text of the file, which the container keeps.
     pub resolv_conf: String,
     pub limits: Limits,
+    /// What it may reach.
+    #[serde(default)] // The record may have been written before the option existed.
+    pub egress: Egress,
 }
 
 impl Made {
@@ -53,6 +57,7 @@ impl Made {
             init: site.init.clone(),
             resolv_conf: std::fs::read_to_string(&site.resolv_conf).unwrap_or_default(),
             limits: slot.idle,
+            egress: slot.config.egress.clone(),
         }
     }
 }
@@ -200,6 +205,7 @@ mod tests {
                 init: "/state/init-1".into(),
                 resolv_conf: "nameserver 192.0.2.1\n".into(),
                 limits: Limits::IDLE,
+                egress: Egress::default(),
             },
         }
     }

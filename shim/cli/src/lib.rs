@@ -2,6 +2,7 @@
 //! package polydev-shim has the commands that serve, and those that need parts of the shim.
 
 pub mod credentials;
+pub mod egress;
 pub mod pool;
 pub mod run;
 pub mod runs;

@@ -7,12 +7,12 @@ use std::process::ExitCode;
 
 /// A run, and its user.
 #[derive(clap::Args)]
-struct Name {
+pub(crate) struct Name {
     /// The run's UUID, as `runs list` and `run --output json` print it.
-    run_id: String,
+    pub(crate) run_id: String,
     /// User that the run belongs to.
     #[arg(long, default_value = "local")]
-    user: String,
+    pub(crate) user: String,
 }
 
 #[derive(clap::Subcommand)]

@@ -21,6 +21,7 @@ use tokio::{
 
 use super::{
     FAILED, Output,
+    egress::{self, host_and_port},
     files::Receiver,
     terminal::{self, Raw},
     told,
@@ -183,6 +184,12 @@ pub(super) fn print_event(event: &Event, output: Output) -> anyhow::Result<()> {
             let errors: Vec<String> = errors.errors.iter().map(api_error).collect();
             writeln!(stderr, "polydev-shim: {}", errors.join("; "))?;
         }
+        (Output::Text, Event::EgressDenied(denied)) => {
+            for destination in &denied.destinations {
+                let (target, reason) = (host_and_port(destination), &destination.denied);
+                writeln!(stderr, "polydev-shim: no connection to {target}: {reason}")?;
+            }
+        }
         (
             Output::Text,
             Event::Accepted(_)
@@ -243,6 +250,10 @@ fn to_json(event: &Event) -> serde_json::Value {
         Event::ApiErrors(errors) => json!({
             "event": "api_errors",
             "errors": api_errors_json(&errors.errors),
+        }),
+        Event::EgressDenied(denied) => json!({
+            "event": "egress_denied",
+            "destinations": denied.destinations.iter().map(egress::to_json).collect::<Vec<_>>(),
         }),
         Event::Exited(exited) => {
             let timeline: serde_json::Map<_, _> = stages(exited)

@@ -4,6 +4,7 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use polydev_proto::{
+    egress::{INTERNET, Rule},
     provider::{Provider, Unknown},
     upstream,
 };
@@ -26,6 +27,11 @@ pub(super) struct Arguments {
     /// on this machine; may be repeated.
     #[arg(long = "base-url", value_name = "PROVIDER=URL", value_parser = base_url)]
     base_urls: Vec<(Provider, String)>,
+    /// What a pool's containers may reach beside their model: HOST or HOST:PORT, with a name,
+    /// `*.NAME`, an address or a network; nothing after `=` allows nothing; may be repeated.
+    /// [default: all public addresses]
+    #[arg(long, value_name = "PROVIDER=HOST,...", value_parser = egress)]
+    egress: Vec<(Provider, Vec<String>)>,
     /// The driver's program. [default: nomad-driver-polydev in the folder of this program]
     #[arg(long)]
     driver: Option<PathBuf>,
@@ -68,6 +74,25 @@ fn base_url(text: &str) -> Result<(Provider, String), String> {
     Ok((provider, url))
 }
 
+fn egress(text: &str) -> Result<(Provider, Vec<String>), String> {
+    let form = "must have the form PROVIDER=HOST,..., such as anthropic=*.github.com:443";
+    let (provider, hosts) = text.split_once('=').ok_or(format!("`{text}` {form}"))?;
+    let provider = provider
+        .parse()
+        .map_err(|error: Unknown| error.to_string())?;
+    let hosts: Vec<String> = (hosts.split(','))
+        .filter(|host| !host.is_empty())
+        .map(str::to_owned)
+        .collect();
+    if hosts != [INTERNET] {
+        for host in &hosts {
+            let rule = host.parse::<Rule>();
+            rule.map_err(|error| format!("`{host}` {error}"))?;
+        }
+    }
+    Ok((provider, hosts))
+}
+
 pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let driver = match arguments.driver {
         Some(driver) => driver,
@@ -88,6 +113,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         state_dir: arguments.state_dir,
         pools,
         base_urls: arguments.base_urls.into_iter().collect(),
+        egress: arguments.egress.into_iter().collect(),
     };
     let mut engine = tokio::select! {
         engine = Engine::start(&settings) => engine.context("cannot start the engine")?,

@@ -29,6 +29,8 @@ pub struct Settings {
     pub pools: Vec<(Provider, u32)>,
     /// Where the model requests of a pool go, in place of the provider's own API.
     pub base_urls: BTreeMap<Provider, String>,
+    /// What the containers of a pool may reach, if not all public addresses.
+    pub egress: BTreeMap<Provider, Vec<String>>,
 }
 
 /// A driver that this process has launched, with its pools.
@@ -64,7 +66,8 @@ impl Engine {
         for (provider, count) in &settings.pools {
             for _ in 0..*count {
                 let base_url = settings.base_urls.get(provider).cloned();
-                let slot = pools::Slot::new(*provider, &engine.node_id, base_url);
+                let egress = settings.egress.get(provider).cloned();
+                let slot = pools::Slot::new(*provider, &engine.node_id, base_url, egress);
                 let driver = engine.plugin.driver();
                 engine.slots.spawn(slot.keep(driver, engine.stop.clone()));
             }

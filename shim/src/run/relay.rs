@@ -4,7 +4,7 @@
 
 mod encode;
 
-pub(crate) use encode::{encode_end, encode_errors, encode_usage};
+pub(crate) use encode::{encode_destinations, encode_end, encode_errors, encode_usage};
 
 use std::{
     collections::VecDeque,
@@ -16,7 +16,7 @@ use polydev_proto::{
     id::RunId,
     init::TerminalSize,
     node::{self, RunInput, run_event as driver, run_input},
-    runtime::{self, Accepted, ApiErrors, Lost, RunEvent, Stage, Started, run_event},
+    runtime::{self, Accepted, ApiErrors, EgressDenied, Lost, RunEvent, Stage, Started, run_event},
     stream::{PerStream, Stream},
     workspace,
 };
@@ -97,6 +97,7 @@ impl Relay {
             started: false,
             artifacts: false,
             api_errors: 0,
+            egress_denied: 0,
             relay: self,
             connection,
             requests: Some(requests),
@@ -135,6 +136,8 @@ struct Carried {
     artifacts: bool,
     /// How many the caller was told of: the driver repeats them after each attach.
     api_errors: u64,
+    /// The same for destinations that are not allowed.
+    egress_denied: usize,
 }
 
 enum Wake {
@@ -335,6 +338,16 @@ impl Carried {
                 is_new.then(|| {
                     run_event::Event::ApiErrors(ApiErrors {
                         errors: encode_errors(errors.errors),
+                    })
+                })
+            }
+            driver::Event::EgressDenied(denied) => {
+                let count = denied.destinations.len();
+                let is_new = count > self.egress_denied;
+                self.egress_denied = count.max(self.egress_denied);
+                is_new.then(|| {
+                    run_event::Event::EgressDenied(EgressDenied {
+                        destinations: encode_destinations(denied.destinations),
                     })
                 })
             }

@@ -146,6 +146,7 @@ impl Run {
             cancelled: progress.cancelled.is_some(),
             usage: Vec::new(),
             api_errors: Vec::new(),
+            egress: Vec::new(),
         }
     }
 

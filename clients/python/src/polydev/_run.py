@@ -92,6 +92,7 @@ class Run:
         self._request: api.RunStart | None = None
         self._accepted = self._started = self._told_artifacts = False
         self._told_api_errors = 0
+        self._told_denied = 0
         # How many bytes of stdout, stderr and artifacts the caller has.
         self._read = [0, 0, 0]
         self._broken_since: float | None = None
@@ -249,6 +250,11 @@ class Run:
                 return None
             self._told_api_errors = count
             return event
+        if kind == "egress_denied":
+            destinations = event.egress_denied.destinations
+            del destinations[: self._told_denied]
+            self._told_denied += len(destinations)
+            return event if destinations else None
         if kind in _STREAMS:
             stream, output = _STREAMS[kind], getattr(event, kind)
             read, end = self._read[stream], output.offset + len(output.data)

@@ -5,8 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use polydev_proto::{
     node::{
-        ApiErrors, Ended, Granted, Lost, Output, RunEvent, Slot as SlotMessage, Started,
-        StdinTaken, run_event, slot,
+        ApiErrors, EgressDenied, Ended, Granted, Lost, Output, RunEvent, Slot as SlotMessage,
+        Started, StdinTaken, run_event, slot,
     },
     stream::Stream,
 };
@@ -82,6 +82,9 @@ pub(super) fn encode_event(event: Event) -> Result<RunEvent, Status> {
         }),
         Event::Artifacts(artifacts) => run_event::Event::Artifacts((*artifacts).clone()),
         Event::ApiErrors(errors) => run_event::Event::ApiErrors(ApiErrors { errors }),
+        Event::EgressDenied(destinations) => {
+            run_event::Event::EgressDenied(EgressDenied { destinations })
+        }
         Event::StdinTaken { offset } => run_event::Event::StdinTaken(StdinTaken { offset }),
         Event::Ended(ended) => run_event::Event::Ended(encode_ended(ended)),
         Event::Aborted(refusal) => return Err(refuse(&refusal)),

@@ -147,6 +147,15 @@ pub(super) fn watch_refreshed(
     )
 }
 
+/// With what is too much for a list.
+pub(super) fn encode_whole(summary: Summary) -> node::Run {
+    let egress = summary.answers.egress.clone();
+    node::Run {
+        egress,
+        ..encode(summary)
+    }
+}
+
 pub(super) fn encode(summary: Summary) -> node::Run {
     let claimed = &summary.run.claimed;
     let state = match summary.state {
@@ -170,5 +179,6 @@ pub(super) fn encode(summary: Summary) -> node::Run {
         cancelled: summary.cancelled,
         usage: summary.answers.usage.clone(),
         api_errors: summary.answers.errors.clone(),
+        egress: Vec::new(),
     }
 }

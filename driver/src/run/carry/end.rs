@@ -116,6 +116,7 @@ impl Run {
         Ended {
             usage: answers.usage.clone(),
             api_errors: answers.errors.clone(),
+            egress: answers.egress.clone(),
             ..ended
         }
     }
@@ -138,6 +139,7 @@ impl Run {
             // Filled in when the broker has told the last of it.
             usage: Vec::new(),
             api_errors: Vec::new(),
+            egress: Vec::new(),
         }
     }
 }

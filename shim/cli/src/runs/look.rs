@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::Name;
 use crate::{
-    Options, Output, age, answer, print,
+    Options, Output, age, answer, egress, print,
     stream::{api_error, api_errors_json, reason, usage_json},
     told,
 };
@@ -277,6 +277,7 @@ fn to_json(run: &Run) -> Value {
         "cancelled": run.cancelled, "stdout_bytes": run.stdout_bytes,
         "stderr_bytes": run.stderr_bytes, "exited": end, "usage": usage_json(&run.usage),
         "api_errors": api_errors_json(&run.api_errors),
+        "egress": run.egress.iter().map(egress::to_json).collect::<Vec<_>>(),
     })
 }
 

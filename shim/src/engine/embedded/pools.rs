@@ -28,18 +28,27 @@ pub struct Slot {
     provider: Provider,
     /// Where its model requests go, in place of the provider's own API.
     base_url: Option<String>,
+    /// What its containers may reach, if not all public addresses.
+    egress: Option<Vec<String>>,
     node_id: String,
     alloc_id: String,
 }
 
 impl Slot {
     /// A slot with its own allocation id. Its model requests go to `base_url`, or else to the
-    /// provider's own API.
+    /// provider's own API, and its containers reach what is in `egress`, or else all public
+    /// addresses.
     #[must_use]
-    pub fn new(provider: Provider, node_id: &str, base_url: Option<String>) -> Self {
+    pub fn new(
+        provider: Provider,
+        node_id: &str,
+        base_url: Option<String>,
+        egress: Option<Vec<String>>,
+    ) -> Self {
         Self {
             provider,
             base_url,
+            egress,
             node_id: node_id.to_owned(),
             alloc_id: Uuid::new_v4().to_string(),
         }
@@ -92,6 +101,7 @@ impl Slot {
                 "image": null,
                 "provider": self.provider.name(),
                 "upstream": { "base_url": self.base_url },
+                "egress": self.egress.as_ref().map(|allow| serde_json::json!({ "allow": allow })),
             },
         });
         let name = "runtime";

@@ -5,7 +5,8 @@ use polydev_proto::{
     broker, init,
     node::{self, ended},
     runtime::{
-        ApiError, Artifact, Artifacts, ExitReason, Exited, LeftOut, ModelUsage, Output, Stage,
+        ApiError, Artifact, Artifacts, Destination, ExitReason, Exited, LeftOut, ModelUsage,
+        Output, Stage,
     },
 };
 
@@ -95,6 +96,20 @@ pub(crate) fn encode_errors(errors: Vec<broker::ApiError>) -> Vec<ApiError> {
         count: error.count,
     };
     errors.into_iter().map(encode).collect()
+}
+
+pub(crate) fn encode_destinations(destinations: Vec<broker::Destination>) -> Vec<Destination> {
+    let encode = |destination: broker::Destination| Destination {
+        host: destination.host,
+        port: destination.port,
+        address: destination.address,
+        denied: destination.denied,
+        connections: destination.connections,
+        sent_bytes: destination.sent_bytes,
+        received_bytes: destination.received_bytes,
+        failed: destination.failed,
+    };
+    destinations.into_iter().map(encode).collect()
 }
 
 #[cfg(test)]

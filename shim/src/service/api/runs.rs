@@ -21,7 +21,7 @@ use crate::{
         Error,
         attach::Name,
         listing::{self, Filter, Found},
-        relay::{encode_end, encode_errors, encode_usage},
+        relay::{encode_destinations, encode_end, encode_errors, encode_usage},
         request::{Invalid, parse_user},
         watching::{self, Change},
     },
@@ -161,5 +161,6 @@ fn encode(Found { node_id, run }: Found) -> Run {
         stderr_bytes: run.stderr_bytes,
         usage: encode_usage(run.usage),
         api_errors: encode_errors(run.api_errors),
+        egress: encode_destinations(run.egress),
     }
 }

@@ -246,6 +246,7 @@ pub(super) fn event(event: &RunEvent) -> sse::Event {
         Some(Event::Artifacts(_)) => "artifacts",
         Some(Event::ArtifactData(_)) => "artifact_data",
         Some(Event::ApiErrors(_)) => "api_errors",
+        Some(Event::EgressDenied(_)) => "egress_denied",
         Some(Event::Exited(_)) => "exited",
         None => "unknown",
     };

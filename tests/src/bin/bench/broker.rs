@@ -15,7 +15,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt, future::try_join_all, stream};
 use polydev_driver::broker::{self, Broker, Opened};
 use polydev_proto::{
-    broker::{Key, Keys, Upstream},
+    broker::{Key, Keys, Open, Upstream},
     id::RunId,
     sealed::seal_keys,
 };
@@ -139,9 +139,13 @@ impl Node {
             base_url: format!("http://{}", self.api),
             ..Upstream::default()
         };
-        let opened = self
-            .broker
-            .open(name, OwnedFd::from(socket), FAST, vec![upstream]);
+        let open = Open {
+            container: name.to_owned(),
+            bytes_per_second: FAST,
+            upstreams: vec![upstream],
+            ..Open::default()
+        };
+        let opened = self.broker.open(open, OwnedFd::from(socket));
         let key = Key {
             provider: "anthropic".into(),
             value: polydev_tests::fresh_key().into_bytes().into(),
@@ -149,7 +153,8 @@ impl Node {
         let run_id = RunId::new(std::time::SystemTime::now(), rand::random());
         let keys = Keys { keys: vec![key] };
         let sealed = seal_keys(&self.broker.public_key(), &run_id.to_string(), &keys)?;
-        opened.grant(run_id, sealed, FAST).done().await?;
+        let granting = opened.grant(run_id, sealed, FAST);
+        granting.context("the run has a key")?.done().await?;
         Ok(Container {
             address,
             _opened: opened,

@@ -44,9 +44,10 @@ pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
 
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..SAMPLES {
-        ours.push(refill(&client)?);
+        ours.push(refill(&client, SLOTS)?);
         theirs.push(runtime.block_on(container(&docker))?);
     }
+    let [connected, unconnected] = networks()?;
     let [idle, idle_programs] = claims(&client, false)?;
     let [busy, busy_programs] = claims(&client, true)?;
     let (runs, containers) = (rate_of_runs(&shim)?, rate_of_containers(&runtime, &docker)?);
@@ -66,6 +67,16 @@ pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
                 "p50": their.p50, "p90": their.p90, "p99": their.p99,
             },
             "ratio": ratio, "bound": "ratio <= 1.2", "holds": ratio <= 1.2,
+        }),
+        json!({
+            "name": "refill of a slot without a network", "unit": "ms", "n": SAMPLES,
+            "p50": unconnected.p50, "p90": unconnected.p90, "p99": unconnected.p99,
+            "against": {
+                "name": "of a slot with one", "unit": "ms", "n": SAMPLES,
+                "p50": connected.p50, "p90": connected.p90, "p99": connected.p99,
+            },
+            "ratio": unconnected.p50 / connected.p50, "bound": "ratio <= 0.75",
+            "holds": unconnected.p50 <= 0.75 * connected.p50,
         }),
         json!({
             "name": "runs a second, as many callers as slots", "unit": "/s",
@@ -98,12 +109,27 @@ pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
 }
 
 /// Milliseconds from the end of a run until its slot is idle again.
-fn refill(client: &Client) -> anyhow::Result<f64> {
-    client.wait_idle("anthropic", SLOTS);
+fn refill(client: &Client, slots: u32) -> anyhow::Result<f64> {
+    client.wait_idle("anthropic", slots);
     client.run(argv("anthropic", &["true"]))?;
     let ended = Instant::now();
-    client.wait_idle("anthropic", SLOTS);
+    client.wait_idle("anthropic", slots);
     Ok(millis(ended.elapsed()))
+}
+
+/// Refills of a slot with a network interface, and of one without.
+fn networks() -> anyhow::Result<[Summary; 2]> {
+    let shims = [&[][..], &["--egress=anthropic="]].map(|egress| {
+        let shim = Shim::dev_with(&["anthropic=1"], egress);
+        (shim.client(), shim)
+    });
+    let mut samples = [Vec::new(), Vec::new()];
+    for _ in 0..SAMPLES {
+        for ((client, _), samples) in shims.iter().zip(&mut samples) {
+            samples.push(refill(client, 1)?);
+        }
+    }
+    Ok(samples.map(|samples| Summary::of(&samples)))
 }
 
 /// Milliseconds that Docker alone takes for a container like a slot's.

@@ -1,0 +1,96 @@
+//! One connection of a run beside those to its model, from the try to its end, on record.
+
+use std::{net::IpAddr, sync::Arc};
+
+use polydev_proto::broker::Destination;
+
+use crate::{
+    container::Container,
+    egress::{Denied, Target},
+    grant::Grant,
+};
+
+/// A try to connect. Unless it ends otherwise, it has failed.
+pub(crate) struct Attempt {
+    container: Arc<Container>,
+    grant: Arc<Grant>,
+    target: Target,
+    is_settled: bool,
+}
+
+impl Attempt {
+    pub(crate) fn new(container: &Arc<Container>, grant: &Arc<Grant>, target: &Target) -> Self {
+        Self {
+            container: container.clone(),
+            grant: grant.clone(),
+            target: target.clone(),
+            is_settled: false,
+        }
+    }
+
+    /// The target is not allowed. The driver hears of the first such try at once, and of the
+    /// number of further ones with the next report.
+    pub(crate) fn denied(mut self, reason: &Denied) {
+        self.is_settled = true;
+        if self.grant.reached.denied(&self.target, reason) {
+            self.container.changed();
+        }
+    }
+
+    pub(crate) fn connected(mut self, address: IpAddr) -> Connection {
+        self.is_settled = true;
+        self.grant.reached.allowed(&self.target, |destination| {
+            destination.address = address.to_string();
+            destination.connections += 1;
+        });
+        self.container.changed();
+        Connection {
+            container: self.container.clone(),
+            grant: self.grant.clone(),
+            target: self.target.clone(),
+        }
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        if !self.is_settled {
+            self.grant
+                .reached
+                .allowed(&self.target, |destination| destination.failed += 1);
+            self.container.changed();
+        }
+    }
+}
+
+/// A connection of a run, while it lasts. What passes it is counted.
+pub(crate) struct Connection {
+    container: Arc<Container>,
+    grant: Arc<Grant>,
+    target: Target,
+}
+
+impl Connection {
+    /// Counts what the run has sent.
+    pub(crate) fn sent(&self, bytes: usize) {
+        self.count(|destination| &mut destination.sent_bytes, bytes);
+    }
+
+    /// Counts what the run has received.
+    pub(crate) fn received(&self, bytes: usize) {
+        self.count(|destination| &mut destination.received_bytes, bytes);
+    }
+
+    fn count(&self, figure: impl FnOnce(&mut Destination) -> &mut u64, bytes: usize) {
+        self.grant.reached.allowed(&self.target, |destination| {
+            let figure = figure(destination);
+            *figure = figure.saturating_add(bytes as u64);
+        });
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.container.changed();
+    }
+}

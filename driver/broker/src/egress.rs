@@ -1,0 +1,215 @@
+//! What a container may connect to beside its model, and the connections that this allows.
+
+use std::{
+    fmt, io,
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::{ifaddrs::getifaddrs, sys::socket::SockaddrStorage};
+use polydev_proto::egress::{Host, NotARule, Rule, is_closed};
+use tokio::{net::TcpStream, sync::Semaphore, task::spawn_blocking, time::timeout};
+
+/// Most names that are looked up for one container at the same time: each takes a thread, of
+/// which model requests need some too.
+const MAX_LOOKUPS: usize = 4;
+/// Most addresses of one name that are tried.
+const MAX_ADDRESSES: usize = 4;
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
+/// For each address.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a container's pool allows.
+#[derive(Debug)]
+pub(crate) struct Egress {
+    rules: Vec<Rule>,
+    lookups: Arc<Semaphore>,
+}
+
+/// What a container asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Target {
+    pub(crate) host: Host,
+    pub(crate) port: u16,
+}
+
+/// Why a connection is not allowed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Denied {
+    #[error("not in the pool's egress.allow")]
+    NotListed,
+    #[error("the address {0} is not public, and not in the pool's egress.allow")]
+    Closed(IpAddr),
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    #[error("cannot look up the name")]
+    Lookup(#[source] io::Error),
+    #[error("the name has no address")]
+    NoAddress,
+    #[error("cannot connect")]
+    Connect(#[source] io::Error),
+}
+
+impl Egress {
+    /// # Errors
+    /// [`NotARule`]
+    pub(crate) fn new(allow: &[String]) -> Result<Self, NotARule> {
+        let rules = allow.iter().map(|rule| rule.parse());
+        Ok(Self {
+            rules: rules.collect::<Result<_, _>>()?,
+            lookups: Semaphore::new(MAX_LOOKUPS).into(),
+        })
+    }
+
+    /// Connects to what a container asks for, if it is allowed. Returns the address too.
+    ///
+    /// # Errors
+    /// [`Error`]
+    ///
+    /// # Cancel safety
+    /// Cancelling closes the connection.
+    pub(crate) async fn connect(&self, target: &Target) -> Result<(TcpStream, IpAddr), Error> {
+        let mut refused = Error::NoAddress;
+        for address in self.addresses(target).await? {
+            let address = SocketAddr::new(address, target.port);
+            match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
+                Ok(Ok(stream)) => return Ok((stream, address.ip())),
+                Ok(Err(error)) => refused = Error::Connect(error),
+                Err(elapsed) => refused = Error::Connect(elapsed.into()),
+            }
+        }
+        Err(refused)
+    }
+
+    /// The addresses of the target that are allowed.
+    async fn addresses(&self, target: &Target) -> Result<Vec<IpAddr>, Error> {
+        let port = target.port;
+        let name = match &target.host {
+            Host::Address(address) if self.opens(*address, port) => return Ok(vec![*address]),
+            Host::Address(_) => return Err(Denied::NotListed.into()),
+            Host::Name(name) => name,
+        };
+        if !self.rules.iter().any(|rule| rule.names(name, port)) {
+            return Err(Denied::NotListed.into());
+        }
+        let found = self.look_up(name).await.map_err(Error::Lookup)?;
+        // Whoever answers for the name chooses its addresses.
+        let allowed = |address: &IpAddr| match is_closed(*address) || is_own(*address) {
+            true => self.opens(*address, port),
+            false => true,
+        };
+        let (allowed, closed): (Vec<_>, Vec<_>) = found.into_iter().partition(allowed);
+        match (allowed.first(), closed.first()) {
+            (None, Some(closed)) => Err(Denied::Closed(*closed).into()),
+            _ => Ok(allowed),
+        }
+    }
+
+    /// Whether a rule opens the address. An address of this machine needs a rule for itself:
+    /// the node's services are there, and a rule for a network is hardly meant for them.
+    fn opens(&self, address: IpAddr, port: u16) -> bool {
+        let is_own = is_own(address);
+        let opens = |rule: &Rule| rule.covers(address, port) && (!is_own || rule.is_one_address());
+        self.rules.iter().any(opens)
+    }
+
+    async fn look_up(&self, name: &str) -> io::Result<Vec<IpAddr>> {
+        let turn = self.lookups.clone().acquire_owned();
+        let host = (name.to_owned(), 0);
+        let found = async {
+            let turn = turn.await.map_err(io::Error::other)?;
+            let found = spawn_blocking(move || {
+                // Until the thread is done, whoever waits for it.
+                let _turn = turn;
+                host.to_socket_addrs()
+            });
+            let mut addresses: Vec<IpAddr> = found.await??.map(|address| address.ip()).collect();
+            addresses.truncate(MAX_ADDRESSES);
+            Ok(addresses)
+        };
+        timeout(LOOKUP_TIMEOUT, found).await?
+    }
+}
+
+/// Whether an address is one of this machine's. If the kernel does not say, it is.
+fn is_own(address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    if address.is_loopback() || address.is_unspecified() {
+        return true;
+    }
+    let Ok(mut interfaces) = getifaddrs() else {
+        return true;
+    };
+    let is = |found: SockaddrStorage| match (found.as_sockaddr_in(), found.as_sockaddr_in6()) {
+        (Some(v4), _) => IpAddr::from(v4.ip()) == address,
+        (_, Some(v6)) => IpAddr::from(v6.ip()) == address,
+        (None, None) => false,
+    };
+    interfaces.any(|interface| interface.address.is_some_and(is))
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Host::Name(name) => write!(f, "{name}:{}", self.port),
+            Host::Address(address) => SocketAddr::new(*address, self.port).fmt(f),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn addresses(allow: &[&str], host: &str, port: u16) -> Result<Vec<IpAddr>, String> {
+        let allow: Vec<String> = allow.iter().map(ToString::to_string).collect();
+        let egress = Egress::new(&allow).expect("rules");
+        let host = Host::read(host).expect("a host");
+        let found = egress.addresses(&Target { host, port }).await;
+        found.map_err(|error| error.to_string())
+    }
+
+    #[tokio::test]
+    async fn an_address_needs_a_network_and_a_name_a_name() {
+        let not_listed = || Err("not in the pool's egress.allow".to_owned());
+        assert_eq!(addresses(&[], "10.0.0.1", 80).await, not_listed());
+        assert_eq!(addresses(&["*"], "10.0.0.1", 80).await, not_listed());
+        assert_eq!(
+            addresses(&["0.0.0.0/0"], "example.org", 80).await,
+            not_listed()
+        );
+        let ten = || "10.0.0.1".parse().expect("an address");
+        assert_eq!(
+            addresses(&["10.0.0.0/8:80"], "10.0.0.1", 80).await,
+            Ok(vec![ten()])
+        );
+        assert_eq!(
+            addresses(&["10.0.0.0/8:80"], "10.0.0.1", 81).await,
+            not_listed()
+        );
+    }
+
+    #[tokio::test]
+    async fn a_name_opens_no_address_that_is_not_public() {
+        let refused = addresses(&["localhost"], "localhost", 80)
+            .await
+            .unwrap_err();
+        assert!(
+            refused.ends_with(" is not public, and not in the pool's egress.allow"),
+            "{refused}"
+        );
+        let found = addresses(&["localhost", "127.0.0.1"], "localhost", 80).await;
+        assert_eq!(found, Ok(vec!["127.0.0.1".parse().expect("an address")]));
+        let network = addresses(&["localhost", "127.0.0.0/8"], "localhost", 80).await;
+        assert!(
+            network.is_err(),
+            "the node's own address needs a rule for itself"
+        );
+    }
+}
