@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     str::FromStr,
+    sync::LazyLock,
 };
 
 use ipnet::IpNet;
@@ -93,8 +94,8 @@ impl Rule {
         let Hosts::Network(network) = &self.hosts else {
             return false;
         };
-        let opens = closed(address).is_none_or(|closed| closed.contains(network));
-        network.contains(&address) && opens && self.has(port)
+        let opens = || closed(address).is_none_or(|closed| closed.contains(network));
+        self.has(port) && network.contains(&address) && opens()
     }
 
     /// Whether the rule is for one address alone.
@@ -205,18 +206,21 @@ pub fn is_closed(address: IpAddr) -> bool {
 
 /// The closed network that an address is in.
 fn closed(address: IpAddr) -> Option<IpNet> {
-    let networks: &[&str] = match address {
-        IpAddr::V4(_) => &CLOSED_V4,
-        IpAddr::V6(_) => &CLOSED_V6,
-    };
-    let networks = networks.iter().map(|network| network.parse::<IpNet>());
-    let mut networks = networks.map(|network| network.expect("they are networks"));
-    networks.find(|network| network.contains(&address))
+    static CLOSED: LazyLock<Vec<IpNet>> = LazyLock::new(|| {
+        let networks = CLOSED_V4.iter().chain(&CLOSED_V6);
+        let networks = networks.map(|network| network.parse());
+        networks
+            .collect::<Result<_, _>>()
+            .expect("they are networks")
+    });
+    let mut networks = CLOSED.iter();
+    networks.find(|network| network.contains(&address)).copied()
 }
 
 /// The IPv4 address that an IPv6 address stands for (RFC 4291, section 2.5.5.2; RFC 6052,
 /// section 2.1), or the address itself.
-fn canonical(address: IpAddr) -> IpAddr {
+#[must_use]
+pub fn canonical(address: IpAddr) -> IpAddr {
     const NAT64: Ipv6Addr = Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, 0, 0);
     match address.to_canonical() {
         IpAddr::V6(v6) if v6.octets()[..12] == NAT64.octets()[..12] => {

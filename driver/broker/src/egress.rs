@@ -7,8 +7,9 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use nix::{ifaddrs::getifaddrs, sys::socket::SockaddrStorage};
-use polydev_proto::egress::{Host, NotARule, Rule, is_closed};
+use polydev_proto::egress::{Host, NotARule, Rule, canonical, is_closed};
 use tokio::{net::TcpStream, sync::Semaphore, task::spawn_blocking, time::timeout};
 
 /// Most names that are looked up for one container at the same time: each takes a thread, of
@@ -16,6 +17,8 @@ use tokio::{net::TcpStream, sync::Semaphore, task::spawn_blocking, time::timeout
 const MAX_LOOKUPS: usize = 4;
 /// Most addresses of one name that are tried.
 const MAX_ADDRESSES: usize = 4;
+/// How the names of bridges begin that containers are on: the driver's, and Docker's own.
+const CONTAINERS: [&str; 3] = ["pd-", "docker", "br-"];
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// For each address.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -107,16 +110,20 @@ impl Egress {
         let (allowed, closed): (Vec<_>, Vec<_>) = found.into_iter().partition(allowed);
         match (allowed.first(), closed.first()) {
             (None, Some(closed)) => Err(Denied::Closed(*closed).into()),
-            _ => Ok(allowed),
+            _ => Ok(of_both_kinds(allowed)),
         }
     }
 
-    /// Whether a rule opens the address. An address of this machine needs a rule for itself:
-    /// the node's services are there, and a rule for a network is hardly meant for them.
+    /// Whether a rule opens the address. The node's own networks need a rule for the single
+    /// address: its services and other containers are there, and a rule for a wider network is
+    /// hardly meant for them.
     fn opens(&self, address: IpAddr, port: u16) -> bool {
-        let is_own = is_own(address);
-        let opens = |rule: &Rule| rule.covers(address, port) && (!is_own || rule.is_one_address());
-        self.rules.iter().any(opens)
+        let mut covering = self.rules.iter().filter(|rule| rule.covers(address, port));
+        match covering.next() {
+            None => false,
+            Some(first) if first.is_one_address() => true,
+            Some(_) => covering.any(Rule::is_one_address) || !is_own(address),
+        }
     }
 
     async fn look_up(&self, name: &str) -> io::Result<Vec<IpAddr>> {
@@ -129,29 +136,46 @@ impl Egress {
                 let _turn = turn;
                 host.to_socket_addrs()
             });
-            let mut addresses: Vec<IpAddr> = found.await??.map(|address| address.ip()).collect();
-            addresses.truncate(MAX_ADDRESSES);
-            Ok(addresses)
+            Ok(found.await??.map(|address| address.ip()).collect())
         };
         timeout(LOOKUP_TIMEOUT, found).await?
     }
 }
 
-/// Whether an address is one of this machine's. If the kernel does not say, it is.
+/// The addresses to try, in turns of IPv6 and IPv4: one of the two may lead nowhere here.
+fn of_both_kinds(addresses: Vec<IpAddr>) -> Vec<IpAddr> {
+    let (v6, v4): (Vec<_>, Vec<_>) = addresses.into_iter().partition(IpAddr::is_ipv6);
+    let turns = v6.len().max(v4.len());
+    let turns = (0..turns).flat_map(|turn| [v6.get(turn), v4.get(turn)]);
+    turns.flatten().copied().take(MAX_ADDRESSES).collect()
+}
+
+/// Whether an address is one of this machine's, or in the network of a bridge of Docker's. If
+/// the kernel does not say, it is.
 fn is_own(address: IpAddr) -> bool {
-    let address = address.to_canonical();
+    let address = canonical(address);
     if address.is_loopback() || address.is_unspecified() {
         return true;
     }
     let Ok(mut interfaces) = getifaddrs() else {
         return true;
     };
-    let is = |found: SockaddrStorage| match (found.as_sockaddr_in(), found.as_sockaddr_in6()) {
-        (Some(v4), _) => IpAddr::from(v4.ip()) == address,
-        (_, Some(v6)) => IpAddr::from(v6.ip()) == address,
-        (None, None) => false,
-    };
-    interfaces.any(|interface| interface.address.is_some_and(is))
+    interfaces.any(|interface| {
+        let Some(own) = interface.address.and_then(ip) else {
+            return false;
+        };
+        let has_containers = CONTAINERS
+            .iter()
+            .any(|name| interface.interface_name.starts_with(name));
+        let mask = interface.netmask.and_then(ip).filter(|_| has_containers);
+        let network = mask.and_then(|mask| IpNet::with_netmask(own, mask).ok());
+        own == address || network.is_some_and(|network| network.contains(&address))
+    })
+}
+
+fn ip(address: SockaddrStorage) -> Option<IpAddr> {
+    let v4 = address.as_sockaddr_in().map(|v4| v4.ip().into());
+    v4.or_else(|| address.as_sockaddr_in6().map(|v6| v6.ip().into()))
 }
 
 impl fmt::Display for Target {
@@ -211,5 +235,31 @@ mod tests {
             network.is_err(),
             "the node's own address needs a rule for itself"
         );
+    }
+
+    #[test]
+    fn an_address_is_own_in_whatever_form() {
+        let own = [
+            "127.0.0.1",
+            "0.0.0.0",
+            "::1",
+            "::ffff:127.0.0.1",
+            "64:ff9b::7f00:1",
+        ];
+        for address in own {
+            assert!(is_own(address.parse().expect("an address")), "{address}");
+        }
+        assert!(!is_own("93.184.216.34".parse().expect("an address")));
+    }
+
+    #[test]
+    fn both_kinds_of_addresses_are_tried() {
+        let address = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let v6: Vec<_> = (1..=5)
+            .map(|n| address(&format!("2001:db8::{n}")))
+            .collect();
+        let all = [&v6[..], &[address("192.0.2.1")]].concat();
+        let tried = of_both_kinds(all);
+        assert_eq!(tried, [v6[0], address("192.0.2.1"), v6[1], v6[2]]);
     }
 }

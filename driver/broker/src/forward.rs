@@ -66,11 +66,12 @@ async fn forward(
     };
     tokio::select! {
         answered = answered => Ok(answered.unwrap_or_else(|error| {
-            if !is_the_containers(&error) {
+            let is_the_apis = !is_the_containers(&error);
+            if is_the_apis {
                 grant.seen.unreached(asked.api.provider);
                 container.changed();
             }
-            unreachable_api(&asked, error)
+            unreachable_api(&asked, error, is_the_apis)
         })),
         () = grant.over().cancelled() => Err(Refusal::Over),
     }
@@ -133,10 +134,18 @@ fn is_the_containers(error: &reqwest::Error) -> bool {
     })
 }
 
-fn unreachable_api(asked: &Asked, error: reqwest::Error) -> Response<AnswerBody> {
+fn unreachable_api(
+    asked: &Asked,
+    error: reqwest::Error,
+    is_the_apis: bool,
+) -> Response<AnswerBody> {
     let provider = asked.api.provider;
     let reason = polydev_proto::error::chain(&error.without_url());
-    tracing::warn!(%provider, reason, "cannot reach an API");
+    // A container may break off as often as it likes, and somebody reads the log.
+    match is_the_apis {
+        true => tracing::warn!(%provider, reason, "cannot reach an API"),
+        false => tracing::debug!(%provider, reason, "a container broke off its request"),
+    }
     let message = format!("cannot reach the API of {provider}: {reason}");
     answer::error(StatusCode::BAD_GATEWAY, &message)
 }

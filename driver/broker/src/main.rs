@@ -53,7 +53,7 @@ fn main() -> anyhow::Result<()> {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot tell the limits")?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most).context("cannot raise the limit of files")?;
     // One thread: a request wakes several tasks, and waking another thread costs more than the
-    // rest of the request. It moves a gigabyte a second, what 800 runs may have.
+    // rest of the request. Without TLS it moves a gigabyte a second.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
