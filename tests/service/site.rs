@@ -1,10 +1,6 @@
 //! A shim in front of simulated drivers and a simulated Nomad, for one test.
 
-use std::{
-    net::TcpListener,
-    sync::atomic::{AtomicU16, Ordering},
-    time::Duration,
-};
+use std::time::Duration;
 
 use nix::{sys::signal::Signal, unistd::getuid};
 use polydev_proto::runtime::{ListPoolsRequest, ListPoolsResponse, RunStart};
@@ -207,16 +203,8 @@ pub(crate) fn myself() -> String {
     format!("uid:{}", getuid())
 }
 
-/// A port that no other test of this process gets, below the kernel's ports for clients.
+/// A port that no other test gets.
 pub(crate) fn port() -> u16 {
-    const FIRST: u16 = 20_000;
-    const PORTS: u32 = 10_000;
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    loop {
-        let number = u32::from(NEXT.fetch_add(1, Ordering::Relaxed)) + std::process::id();
-        let port = FIRST + u16::try_from(number % PORTS).expect("a number below 10,000");
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
+    let [port] = polydev_tests::free_ports();
+    port
 }
