@@ -1,7 +1,9 @@
 //! A caller of the shim, like a master-controller.
 
+mod outcome;
 mod starts;
 
+pub use outcome::Outcome;
 pub use starts::{api_key, argv, in_the_clear, prompt, shell};
 
 use std::{
@@ -12,10 +14,10 @@ use std::{
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use polydev_proto::runtime::{
-    Accepted, Artifacts, AttachRequest, AttachStart, CancelRunRequest, CloseStdin, Destination,
-    Exited, GetRunRequest, ListPoolsRequest, ListRunsRequest, ListRunsResponse, Pool, RunEvent,
-    RunInput, RunRequest, RunStart, attach_request, run_event::Event, run_input::Input,
-    run_request, runtime_service_client::RuntimeServiceClient,
+    Accepted, Artifacts, AttachRequest, AttachStart, CancelRunRequest, CloseStdin, GetRunRequest,
+    ListPoolsRequest, ListRunsRequest, ListRunsResponse, Pool, RunEvent, RunInput, RunRequest,
+    RunStart, attach_request, run_event::Event, run_input::Input, run_request,
+    runtime_service_client::RuntimeServiceClient,
 };
 use polydev_transport::{
     address::Address,
@@ -48,36 +50,10 @@ pub struct Run {
 /// The events of a run, from any call that sends them.
 pub type Events = Pin<Box<dyn Stream<Item = Result<RunEvent, Status>> + Send>>;
 
-/// A run that has ended.
-#[derive(Debug)]
-pub struct Outcome {
-    pub accepted: Accepted,
-    pub stdout: Vec<u8>,
-    pub stderr: Vec<u8>,
-    pub artifacts: Artifacts,
-    /// The contents of the artifacts, one file after the other.
-    pub artifact_data: Vec<u8>,
-    /// What it was not allowed to connect to.
-    pub denied: Vec<Destination>,
-    pub exited: Exited,
-}
-
 impl Run {
     /// Closes the caller's side.
     pub fn close(&mut self) {
         self.inputs = None;
-    }
-}
-
-impl Outcome {
-    #[must_use]
-    pub fn stdout(&self) -> String {
-        String::from_utf8_lossy(&self.stdout).into_owned()
-    }
-
-    #[must_use]
-    pub fn stderr(&self) -> String {
-        String::from_utf8_lossy(&self.stderr).into_owned()
     }
 }
 

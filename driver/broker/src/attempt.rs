@@ -39,7 +39,7 @@ impl Attempt {
 
     pub(crate) fn connected(mut self, address: IpAddr) -> Connection {
         self.is_settled = true;
-        self.grant.reached.allowed(&self.target, |destination| {
+        let at = self.grant.reached.allowed(&self.target, |destination| {
             destination.address = address.to_string();
             destination.connections += 1;
         });
@@ -47,7 +47,7 @@ impl Attempt {
         Connection {
             container: self.container.clone(),
             grant: self.grant.clone(),
-            target: self.target.clone(),
+            at,
         }
     }
 }
@@ -67,7 +67,8 @@ impl Drop for Attempt {
 pub(crate) struct Connection {
     container: Arc<Container>,
     grant: Arc<Grant>,
-    target: Target,
+    /// Where it is counted: looking for that with each piece would take longer than the rest.
+    at: usize,
 }
 
 impl Connection {
@@ -82,7 +83,7 @@ impl Connection {
     }
 
     fn count(&self, figure: impl FnOnce(&mut Destination) -> &mut u64, bytes: usize) {
-        self.grant.reached.allowed(&self.target, |destination| {
+        self.grant.reached.change(self.at, |destination| {
             let figure = figure(destination);
             *figure = figure.saturating_add(bytes as u64);
         });

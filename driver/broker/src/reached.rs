@@ -30,23 +30,27 @@ impl Reached {
     pub(crate) fn denied(&self, target: &Target, reason: &Denied) -> bool {
         let mut all = self.0.lock();
         let before = all.len();
-        let destination = find(&mut all, target, Some(reason));
-        destination.connections += 1;
+        let at = find(&mut all, target, Some(reason));
+        all[at].connections += 1;
         all.len() > before
     }
 
-    /// Changes the figures of a target that is allowed.
-    pub(crate) fn allowed(&self, target: &Target, change: impl FnOnce(&mut Destination)) {
-        change(find(&mut self.0.lock(), target, None));
+    /// Changes the figures of a target that is allowed. Returns where they are, for good.
+    pub(crate) fn allowed(&self, target: &Target, change: impl FnOnce(&mut Destination)) -> usize {
+        let mut all = self.0.lock();
+        let at = find(&mut all, target, None);
+        change(&mut all[at]);
+        at
+    }
+
+    /// Changes the figures at a place that [`Self::allowed`] has returned.
+    pub(crate) fn change(&self, at: usize, change: impl FnOnce(&mut Destination)) {
+        change(&mut self.0.lock()[at]);
     }
 }
 
 /// Where a target is counted.
-fn find<'a>(
-    all: &'a mut Vec<Destination>,
-    target: &Target,
-    denied: Option<&Denied>,
-) -> &'a mut Destination {
+fn find(all: &mut Vec<Destination>, target: &Target, denied: Option<&Denied>) -> usize {
     let host = match &target.host {
         Host::Name(name) => name.clone(),
         Host::Address(address) => address.to_string(),
@@ -69,7 +73,7 @@ fn find<'a>(
         }
         known => (known, host, port),
     };
-    let at = at.unwrap_or_else(|| {
+    at.unwrap_or_else(|| {
         all.push(Destination {
             host,
             port,
@@ -77,8 +81,7 @@ fn find<'a>(
             ..Destination::default()
         });
         all.len() - 1
-    });
-    &mut all[at]
+    })
 }
 
 #[cfg(test)]

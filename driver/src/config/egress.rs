@@ -1,5 +1,6 @@
 //! What the containers of a pool may reach beside their model.
 
+use ipnet::Ipv4Net;
 use polydev_proto::egress::{INTERNET, Rule};
 use serde::{Deserialize, Serialize};
 
@@ -7,6 +8,14 @@ use super::{Error, value};
 
 /// Most rules of one pool.
 const MAX_RULES: usize = 200;
+
+/// Where `private_networks` may be: private and shared addresses (RFC 1918, RFC 6598).
+const PRIVATE_NETWORKS: [&str; 4] = [
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "172.16.0.0/12",
+    "192.168.0.0/16",
+];
 
 /// A `slot.egress` block.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +25,17 @@ pub enum Egress {
     Internet,
     /// No interface: these destinations, through the broker.
     Listed(Vec<String>),
+}
+
+impl Egress {
+    /// What is listed; `None` for the internet.
+    #[must_use]
+    pub fn listed(&self) -> Option<&[String]> {
+        match self {
+            Self::Internet => None,
+            Self::Listed(allow) => Some(allow),
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -46,4 +66,27 @@ impl Raw {
         }
         Ok(Egress::Listed(allow))
     }
+}
+
+/// The plugin's `private_networks`.
+pub(super) fn private_networks(given: Option<Vec<String>>) -> Result<Vec<Ipv4Net>, Error> {
+    let is_inside = |network: &Ipv4Net| {
+        let private = PRIVATE_NETWORKS
+            .iter()
+            .map(|private| private.parse::<Ipv4Net>());
+        let mut private = private.map(|private| private.expect("they are networks"));
+        private.any(|private| private.contains(network))
+    };
+    let network = |text: String| {
+        let network = text.parse::<Ipv4Net>().ok();
+        let network = network.filter(|network| *network == network.trunc() && is_inside(network));
+        network.ok_or_else(|| {
+            let allowed = format!(
+                "must be an IPv4 network, ADDRESS/PREFIX, within {}",
+                PRIVATE_NETWORKS.join(", ")
+            );
+            value::refused("private_networks", &text, allowed)
+        })
+    };
+    given.into_iter().flatten().map(network).collect()
 }

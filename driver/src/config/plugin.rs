@@ -10,6 +10,7 @@ use serde::Deserialize;
 
 use super::{
     Error,
+    egress::private_networks,
     shims::{RawShims, Shims},
     task::Logging,
     telemetry::{RawTelemetry, Telemetry},
@@ -38,14 +39,6 @@ pub(super) const DEFAULT_CAPS: [&str; 13] = [
 /// Of no user on Debian, Fedora and their relatives: above what `adduser` and `useradd` give,
 /// and above systemd's dynamic users (61184 to 65519).
 const BROKER_UID: u32 = 66_319;
-
-/// Where `private_networks` may be: private and shared addresses (RFC 1918, RFC 6598).
-const PRIVATE_NETWORKS: [&str; 4] = [
-    "10.0.0.0/8",
-    "100.64.0.0/10",
-    "172.16.0.0/12",
-    "192.168.0.0/16",
-];
 
 /// Facts about a task that labels may show.
 pub const EXTRA_LABELS: [&str; 8] = [
@@ -425,28 +418,6 @@ impl RawGc {
             },
         })
     }
-}
-
-fn private_networks(given: Option<Vec<String>>) -> Result<Vec<Ipv4Net>, Error> {
-    let is_inside = |network: &Ipv4Net| {
-        let private = PRIVATE_NETWORKS
-            .iter()
-            .map(|private| private.parse::<Ipv4Net>());
-        let mut private = private.map(|private| private.expect("they are networks"));
-        private.any(|private| private.contains(network))
-    };
-    let network = |text: String| {
-        let network = text.parse::<Ipv4Net>().ok();
-        let network = network.filter(|network| *network == network.trunc() && is_inside(network));
-        network.ok_or_else(|| {
-            let allowed = format!(
-                "must be an IPv4 network, ADDRESS/PREFIX, within {}",
-                PRIVATE_NETWORKS.join(", ")
-            );
-            refused("private_networks", &text, allowed)
-        })
-    };
-    given.into_iter().flatten().map(network).collect()
 }
 
 /// `CAP_NET_ADMIN` and `net_admin` are the same.

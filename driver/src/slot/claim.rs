@@ -10,7 +10,6 @@ use polydev_proto::id::{Generation, SlotId};
 
 use super::{Claim, Slot, Slots};
 use crate::{
-    config::Egress,
     headroom::{Amount, Share},
     life::{Event, Life},
     link::Occupant,
@@ -109,7 +108,7 @@ impl Slot {
         generation: Generation,
         parsed: &Parsed,
     ) -> Result<Grant<'_>, Refusal> {
-        let needs_broker = matches!(self.config.egress, Egress::Listed(_));
+        let needs_broker = self.config.egress.listed().is_some();
         if needs_broker && slots.site.broker.public_key().is_empty() {
             return Err(Refusal::NoBroker);
         }

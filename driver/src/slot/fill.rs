@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use super::{Slot, Slots, breaker};
 use crate::{
     broker::Opened,
-    config::{self, Egress},
+    config,
     docker::{self, ContainerSpec, Docker},
     identity::{LABEL_GENERATION, LABEL_INSTANCE, LABEL_SLOT, LABEL_START},
     images::{self, Policy, Step, Use, Want},
@@ -225,9 +225,9 @@ async fn make(
             init: site.init.clone(),
             link: listener.folder().to_owned(),
             resolv_conf: site.resolv_conf.clone(),
-            network: match &slot.config.egress {
-                Egress::Internet => Some(site.name.clone()),
-                Egress::Listed(_) => None,
+            network: match slot.config.egress.listed() {
+                Some(_) => None,
+                None => Some(site.name.clone()),
             },
             limits: slot.idle,
             uid,
@@ -259,11 +259,11 @@ async fn make(
 
 /// Opens the limits of a container of the slot.
 pub(super) async fn open_limits(slot: &Slot, pid: u32) -> Result<limits::Handle, limits::Error> {
-    let (idle, egress) = (slot.idle, slot.config.egress.clone());
-    let open = move || match egress {
-        Egress::Internet => limits::Handle::open(pid, &idle),
+    let (idle, has_network) = (slot.idle, slot.config.egress.listed().is_none());
+    let open = move || match has_network {
+        true => limits::Handle::open(pid, &idle),
         // Its traffic is the broker's, which has the rate.
-        Egress::Listed(_) => limits::Handle::open_shaped(pid, None),
+        false => limits::Handle::open_shaped(pid, None),
     };
     let opened = tokio::task::spawn_blocking(open).await;
     opened.expect("opening limits does not panic")
@@ -278,17 +278,12 @@ pub(super) fn open(
 ) -> Result<Opened, config::upstream::Unreadable> {
     let upstream = slot.config.upstream.as_ref();
     let upstream = upstream.map(|upstream| upstream.read(slot.config.provider));
-    let egress = match &slot.config.egress {
-        Egress::Internet => None,
-        Egress::Listed(allow) => Some(broker::Egress {
-            allow: allow.clone(),
-        }),
-    };
+    let allow = slot.config.egress.listed().map(<[String]>::to_vec);
     let open = Open {
         container: container.to_owned(),
         bytes_per_second: slot.idle.bytes_per_second(),
         upstreams: upstream.transpose()?.into_iter().collect(),
-        egress,
+        egress: allow.map(|allow| broker::Egress { allow }),
         grant: None,
     };
     Ok(site.broker.open(open, requests))

@@ -2,10 +2,10 @@
 
 use std::process::ExitCode;
 
-use polydev_proto::runtime::{Destination, GetRunRequest};
+use polydev_proto::runtime::Destination;
 use serde_json::json;
 
-use crate::{Options, Output, answer, print, runs::Name};
+use crate::{Options, Output, print, runs::Name};
 
 /// What a run has connected to.
 #[derive(clap::Subcommand)]
@@ -27,12 +27,7 @@ pub struct Show {
 /// If the shim cannot be reached, or refuses the call.
 pub async fn execute(Command::Show(arguments): Command) -> anyhow::Result<ExitCode> {
     let Show { name, options } = arguments;
-    let mut shim = options.connect().await?;
-    let request = GetRunRequest {
-        run_id: name.run_id,
-        user_id: name.user,
-    };
-    let run = answer(shim.get_run(request)).await?.run.unwrap_or_default();
+    let run = name.get(&options).await?;
     let lines = run.egress.iter().map(|destination| match options.output {
         Output::Text => line(destination),
         Output::Json => format!("{}\n", to_json(destination)),

@@ -5,6 +5,10 @@ mod look;
 
 use std::process::ExitCode;
 
+use polydev_proto::runtime::{GetRunRequest, Run};
+
+use crate::{Options, answer};
+
 /// A run, and its user.
 #[derive(clap::Args)]
 pub(crate) struct Name {
@@ -13,6 +17,19 @@ pub(crate) struct Name {
     /// User that the run belongs to.
     #[arg(long, default_value = "local")]
     pub(crate) user: String,
+}
+
+impl Name {
+    /// Asks the shim for the run.
+    pub(crate) async fn get(self, options: &Options) -> anyhow::Result<Run> {
+        let request = GetRunRequest {
+            run_id: self.run_id,
+            user_id: self.user,
+        };
+        let mut shim = options.connect().await?;
+        let run = answer(shim.get_run(request)).await?.run;
+        Ok(run.unwrap_or_default())
+    }
 }
 
 #[derive(clap::Subcommand)]

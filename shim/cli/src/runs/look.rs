@@ -4,10 +4,7 @@ use std::{collections::BTreeSet, process::ExitCode};
 
 use polydev_proto::{
     provider::Provider,
-    runtime::{
-        GetRunRequest, ListRunsRequest, ModelUsage, Run, RunState, WatchRunsRequest,
-        WatchRunsResponse,
-    },
+    runtime::{ListRunsRequest, ModelUsage, Run, RunState, WatchRunsRequest, WatchRunsResponse},
 };
 use serde_json::{Value, json};
 
@@ -175,12 +172,7 @@ fn lines(runs: &[Run], output: Output) -> String {
 }
 
 pub(super) async fn show(Show { name, options }: Show) -> anyhow::Result<ExitCode> {
-    let mut shim = options.connect().await?;
-    let request = GetRunRequest {
-        run_id: name.run_id,
-        user_id: name.user,
-    };
-    let run = answer(shim.get_run(request)).await?.run.unwrap_or_default();
+    let run = name.get(&options).await?;
     print(&match options.output {
         Output::Json => format!("{}\n", to_json(&run)),
         Output::Text => details(&run),
