@@ -32,6 +32,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             .boxed(".polydev.runtime.v1.RunRequest.message.start")
             .boxed(".polydev.node.v1.ClaimRequest.message.claim")
             .boxed(".polydev.init.v1.ToInit.message.start")
+            .boxed(".polydev.broker.v1.FromBroker.message.held")
+            .boxed(".polydev.broker.v1.ToBroker.message.open")
+            .boxed(".polydev.broker.v1.ToBroker.message.grant")
     };
     configure().compile_fds(protox::compile(INIT, ["."])?)?;
     if env::var_os("CARGO_FEATURE_BROKER").is_some() {

@@ -17,10 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use polydev_proto::{
-    broker::{Close, Closed, Grant, Open, Seen, to_broker},
-    id::RunId,
-};
+use polydev_proto::broker::{Close, Closed, Grant, Open, Policy, Seen, to_broker};
 use tokio::{
     sync::{Notify, oneshot},
     time::timeout,
@@ -134,13 +131,14 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// A run has the container, with these keys. They are on their way when this returns, and
+    /// A run or a plain task has the container, with these keys. They are on their way when this returns, and
     /// there when the result has been waited for. `None` if the run has no keys, and its
     /// container reaches nothing through the broker.
     pub fn grant(
         &self,
-        run_id: RunId,
+        run_id: impl Into<String>,
         sealed_keys: Bytes,
+        policy: Option<Policy>,
         bytes_per_second: u64,
     ) -> Option<Granting> {
         if sealed_keys.is_empty() && !self.is_proxied {
@@ -152,6 +150,7 @@ impl Opened {
             sealed_keys,
             bytes_per_second,
             seen: None,
+            policy,
         }))
     }
 
@@ -397,12 +396,12 @@ impl Broker {
                 let inner = self.inner.lock();
                 let known = inner.containers.get(&container)?;
                 let socket = known.socket.clone()?;
-                (to_broker::Message::Open(known.order()), Some(socket))
+                (to_broker::Message::Open(known.order().into()), Some(socket))
             }
             Order::Grant(container) => {
                 let inner = self.inner.lock();
                 let open = &inner.containers.get(&container)?.open;
-                (to_broker::Message::Grant(open.grant.clone()?), None)
+                (to_broker::Message::Grant(open.grant.clone()?.into()), None)
             }
             Order::Close(container) => (to_broker::Message::Close(Close { container }), None),
         })

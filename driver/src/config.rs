@@ -2,6 +2,7 @@
 //! against the schemas; this module parses and checks the values that Nomad sends.
 
 mod allow;
+mod broker;
 mod egress;
 mod mount;
 mod plugin;
@@ -10,10 +11,11 @@ mod shims;
 mod slot;
 mod task;
 mod telemetry;
-pub(crate) mod upstream;
+mod upstream;
 mod value;
 
 pub use allow::Capabilities;
+pub use broker::Broker;
 pub use egress::Egress;
 pub use mount::{Device, Mount, MountKind, Volume};
 pub use plugin::{Auth, EXTRA_LABELS, Endpoint, Gc, Plugin, Tls};

@@ -41,6 +41,7 @@ pub mod limits;
 pub mod logging;
 mod netlink;
 mod process;
+mod spent;
 pub mod state;
 mod ticks;
 mod tokens;

@@ -2,7 +2,7 @@
 //!
 //! Read in the order of a task's life: [`plan`] works out its container from the job
 //! ([`resources`], [`mounts`], [`network`]), [`mod@start`] makes it, [`journal`] records it,
-//! [`keeper`] follows it to its end, [`output`] copies its output if init does not,
+//! [`outside`] is what it has at the broker, [`keeper`] follows it to its end, [`output`] copies its output if init does not,
 //! [`exec`] runs another command next to it. [`book`] holds the node's tasks for all
 //! others.
 
@@ -13,6 +13,7 @@ mod keeper;
 mod mounts;
 mod network;
 mod output;
+mod outside;
 pub mod plan;
 mod resources;
 mod start;

@@ -11,6 +11,9 @@ use ipnet::IpNet;
 /// Stands for a network interface, with which a container reaches all public addresses.
 pub const INTERNET: &str = "internet";
 
+/// Most rules of one list.
+pub const MAX_RULES: usize = 200;
+
 /// Longest name of a host (RFC 1035, section 2.3.4).
 const MAX_NAME: usize = 253;
 const MAX_LABEL: usize = 63;

@@ -60,7 +60,7 @@ pub mod broker {
     include!(concat!(env!("OUT_DIR"), "/polydev.broker.v1.rs"));
 
     /// The protocol version of this build.
-    pub const PROTOCOL_VERSION: u32 = 3;
+    pub const PROTOCOL_VERSION: u32 = 4;
 
     /// Most bytes of [`Keys`] before they are sealed: three keys of any provider.
     pub const MAX_KEYS: usize = 16 << 10;

@@ -1,15 +1,21 @@
 //! Who may do what: the names of callers, and the roles that a file gives to these names.
 
+mod policy;
+
 use std::{
+    collections::BTreeMap,
     fmt, fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use polydev_proto::provider::{Provider, Unknown};
 pub use polydev_transport::connection::Caller;
-use polydev_transport::reload::Reloaded;
+use polydev_transport::{reload::Reloaded, upstream::Upstream};
 use serde::{Deserialize, Deserializer};
 use wildmatch::WildMatch;
+
+pub use policy::{Exhausted, Policy, Used};
 
 /// What a caller wants to do.
 #[derive(Debug, Clone, Copy)]
@@ -61,6 +67,19 @@ struct Role {
     /// Whether credentials of the members' runs may be in containers.
     #[serde(default = "yes")]
     inject: bool,
+    budget: Option<policy::Budget>,
+    /// Rules for what the members' runs may reach beside their model.
+    egress: Option<Vec<String>>,
+    /// By the name of a provider.
+    #[serde(default)]
+    upstream: BTreeMap<String, Upstream>,
+}
+
+/// A role, and what it says about runs.
+#[derive(Debug)]
+struct Checked {
+    role: Role,
+    policy: Arc<Policy>,
 }
 
 fn yes() -> bool {
@@ -98,7 +117,7 @@ struct File {
 #[derive(Debug)]
 pub struct Access {
     /// `None` allows everything to every caller who can connect.
-    roles: Option<(PathBuf, Reloaded<Vec<Role>>)>,
+    roles: Option<(PathBuf, Reloaded<Vec<Checked>>)>,
 }
 
 /// Why the roles cannot be used.
@@ -113,6 +132,13 @@ pub enum Error {
     Malformed {
         path: String,
         source: toml::de::Error,
+    },
+    #[error("role {number} in `{path}` is not valid")]
+    Policy {
+        path: String,
+        /// From 1, in the order of the file.
+        number: usize,
+        source: policy::Invalid,
     },
 }
 
@@ -142,7 +168,7 @@ impl Access {
         })
     }
 
-    fn read(path: &Path) -> Result<Vec<Role>, Error> {
+    fn read(path: &Path) -> Result<Vec<Checked>, Error> {
         let shown = || path.display().to_string();
         let text = fs::read_to_string(path).map_err(|source| Error::Unreadable {
             path: shown(),
@@ -152,7 +178,20 @@ impl Access {
             path: shown(),
             source,
         })?;
-        Ok(file.role)
+        let check = |(at, mut role): (usize, Role)| {
+            let upstream = std::mem::take(&mut role.upstream);
+            let policy = Policy::check(role.inject, role.budget, role.egress.take(), upstream);
+            let policy = policy.map_err(|source| Error::Policy {
+                path: shown(),
+                number: at + 1,
+                source,
+            })?;
+            Ok(Checked {
+                role,
+                policy: policy.into(),
+            })
+        };
+        file.role.into_iter().enumerate().map(check).collect()
     }
 
     /// The providers for which the caller may have runs of the user.
@@ -171,22 +210,30 @@ impl Access {
     /// # Errors
     /// [`Denied`]
     pub fn check(&self, caller: &Caller, action: Action) -> Result<(), Denied> {
+        self.policy(caller, action).map(drop)
+    }
+
+    /// What the first of the caller's roles that allows the action says about runs.
+    ///
+    /// # Errors
+    /// [`Denied`]
+    pub fn policy(&self, caller: &Caller, action: Action) -> Result<Arc<Policy>, Denied> {
         let Some((path, roles)) = &self.roles else {
-            return Ok(());
+            return Ok(Arc::default());
         };
         let (roles, refused) = roles.get(|| Self::read(path));
         if let Some(error) = refused {
             let error = crate::chain(&error);
             tracing::warn!(error, "cannot use the new roles, keeping the previous ones");
         }
-        let mut own = roles.iter().filter(|role| role.has(caller));
-        if own.any(|role| role.allows(action)) {
-            return Ok(());
-        }
-        Err(Denied {
-            caller: caller.to_string(),
-            what: action.to_string(),
-        })
+        let mut own = roles.iter().filter(|checked| checked.role.has(caller));
+        let found = own.find(|checked| checked.role.allows(action));
+        found
+            .map(|checked| checked.policy.clone())
+            .ok_or_else(|| Denied {
+                caller: caller.to_string(),
+                what: action.to_string(),
+            })
     }
 }
 
@@ -269,123 +316,4 @@ impl fmt::Display for Action<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const FILE: &str = r#"
-        [[role]]
-        members = ["spiffe://acme/controller", "uid:0"]
-        may = ["run", "credentials"]
-
-        [[role]]
-        members = ["cn:team-?"]
-        may = ["run"]
-        users = ["team-*"]
-        providers = ["openai"]
-
-        [[role]]
-        members = ["cn:admin"]
-        may = ["scale"]
-        providers = ["codex"]
-
-        [[role]]
-        members = ["cn:agents"]
-        may = ["run"]
-        inject = false
-    "#;
-
-    fn load(text: &str) -> Result<Access, Error> {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), text).unwrap();
-        Access::load(file.path())
-    }
-
-    #[test]
-    fn callers_may_do_what_a_role_of_theirs_says_and_nothing_else() {
-        let access = load(FILE).unwrap();
-        let provider = |name: &str| name.parse::<Provider>().unwrap();
-        let may = |caller: &str, action| access.check(&Caller(caller.into()), action).is_ok();
-        let run = |user_id, name| Action::Run {
-            user_id: Some(user_id),
-            provider: Some(provider(name)),
-        };
-        let everybodys = Action::Run {
-            user_id: None,
-            provider: None,
-        };
-        let credentials = |user_id| Action::Credentials {
-            user_id: Some(user_id),
-            provider: None,
-        };
-        let of = |user_id| Action::Run {
-            user_id: Some(user_id),
-            provider: None,
-        };
-        let scale = |name| Action::Scale {
-            provider: provider(name),
-        };
-        for name in ["spiffe://acme/controller", "uid:0"] {
-            assert!(may(name, run("alice", "google")) && may(name, everybodys));
-            assert!(may(name, credentials("alice")) && may(name, Action::Look));
-            assert!(!may(name, scale("openai")));
-        }
-        assert!(may("cn:team-a", run("team-alice", "openai")));
-        assert!(!may("cn:team-a", run("team-alice", "google")));
-        assert!(!may("cn:team-a", of("team-alice")), "of all providers");
-        let providers = access.providers_of(&Caller("cn:team-a".into()), "team-alice");
-        assert_eq!(providers, [provider("openai")]);
-        assert!(!may("cn:team-a", run("alice", "openai")));
-        assert!(!may("cn:team-a", everybodys) && !may("cn:team-a", credentials("team-alice")));
-        assert!(may("cn:admin", scale("openai")) && !may("cn:admin", scale("google")));
-        assert!(may("cn:admin", Action::Look) && !may("cn:admin", run("alice", "openai")));
-        for name in ["cn:team-", "cn:team-ab", "uid:00", "loopback", ""] {
-            assert!(!may(name, Action::Look), "{name}");
-        }
-        assert!(
-            Access::everything()
-                .check(&Caller("loopback".into()), everybodys)
-                .is_ok()
-        );
-    }
-
-    #[test]
-    fn a_role_can_keep_credentials_out_of_containers() {
-        let access = load(FILE).unwrap();
-        let may = |caller: &str| {
-            let inject = Action::Inject {
-                user_id: "team-alice",
-                provider: Provider::OpenAi,
-            };
-            access.check(&Caller(caller.into()), inject).is_ok()
-        };
-        assert!(may("uid:0") && may("cn:team-a"));
-        assert!(!may("cn:agents") && !may("cn:admin"));
-    }
-
-    #[test]
-    fn what_was_denied_is_said() {
-        let access = load(FILE).unwrap();
-        let run = Action::Run {
-            user_id: Some("bob"),
-            provider: Some("google".parse().unwrap()),
-        };
-        let denied = access.check(&Caller("cn:team-a".into()), run).unwrap_err();
-        let words = "caller `cn:team-a` has no role that allows them to start, see or end runs of \
-                     user `bob` for `google`";
-        assert_eq!(denied.to_string(), words);
-    }
-
-    #[test]
-    fn roles_that_are_not_understood_are_refused() {
-        for wrong in [
-            "",
-            "[[role]]\nmembers = [\"cn:a\"]",
-            "[[role]]\nmembers = [\"cn:a\"]\nmay = [\"fly\"]",
-            "[[role]]\nmembers = [\"cn:a\"]\nmay = [\"run\"]\nuser = [\"a\"]",
-            "[[role]]\nmembers = [\"cn:a\"]\nmay = [\"run\"]\nproviders = [\"openia\"]",
-        ] {
-            assert!(load(wrong).is_err(), "{wrong}");
-        }
-        assert!(Access::load(Path::new("/nowhere")).is_err());
-    }
-}
+mod tests;

@@ -117,6 +117,8 @@ pub enum Error {
     #[error(transparent)]
     Denied(#[from] access::Denied),
     #[error(transparent)]
+    Budget(#[from] access::Exhausted),
+    #[error(transparent)]
     Credential(#[from] credentials::Error),
     #[error("no `{provider}` slot became idle within {} s; {pool}", waited.as_secs_f64())]
     NoIdleSlot {

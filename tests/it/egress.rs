@@ -189,3 +189,26 @@ fn the_real_clis_work_without_a_network() {
     }
     assert!(unknown.is_empty(), "not in the table: {unknown:?}");
 }
+
+#[test]
+fn what_passes_the_broker_has_the_runs_rate_within_five_percent() {
+    let host = Host::start();
+    let shim = with_egress("anthropic", &format!("{}:80", host.address), &[]);
+    // 2.5 MB in, and 5 MB out.
+    let script = format!(
+        "curl -s -o /dev/null -w '%{{time_total}} ' {0}/zeros; \
+         head -c 5000000 /dev/zero | \
+         curl -s -o /dev/null -w '%{{time_total}}' --data-binary @- {0}/v1/nothing",
+        host.url
+    );
+    let outcome = run(&shim, &script);
+    let took: Vec<f64> = (outcome.stdout().split(' '))
+        .map(|time| time.parse().expect("seconds"))
+        .collect();
+    // 10 Mbit/s, as of a run on an interface.
+    for (megabytes, took) in [2.5, 5.0].into_iter().zip(&took) {
+        let mbits = 8.0 * megabytes / took;
+        assert!((9.5..10.5).contains(&mbits), "{mbits} Mbit/s: {took} s");
+    }
+    assert_eq!(took.len(), 2);
+}

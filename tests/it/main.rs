@@ -31,6 +31,7 @@ mod once;
 mod output;
 mod package;
 mod plain;
+mod policy;
 mod pools;
 mod queue;
 mod recovery;

@@ -35,6 +35,7 @@ const DRIVER: &[&str] = &[
     "logging",
     "netlink",
     "process",
+    "spent",
     "state",
     "ticks",
     "tokens",

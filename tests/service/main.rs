@@ -17,6 +17,7 @@ mod input;
 mod leases;
 mod listing;
 mod orders;
+mod policy;
 mod queue;
 mod refused_http;
 mod requests;

@@ -29,7 +29,7 @@ use std::{
 
 use futures_util::StreamExt;
 use polydev_proto::node::{
-    Ballot, CancelRunRequest, Claim, FenceRequest, LeaseRequest, ReleaseRequest, Slot,
+    Ballot, CancelRunRequest, Claim, FenceRequest, LeaseRequest, ReleaseRequest, Slot, Spent,
     node_service_server::NodeServiceServer,
 };
 use serde_json::{Value, json};
@@ -160,6 +160,20 @@ impl FakeNode {
     /// Changes every slot, and reports the changes.
     pub fn change_slots(&self, change: impl FnMut(&mut Slot)) {
         self.node.slots.change_all(change);
+    }
+
+    /// Reports what a user has used today.
+    ///
+    /// # Panics
+    /// If it is before 1970.
+    pub fn spend(&self, user_id: &str, requests: u64, tokens: u64) {
+        let since = SystemTime::UNIX_EPOCH.elapsed().expect("it is later");
+        self.node.slots.spend(&Spent {
+            user_id: user_id.into(),
+            day: since.as_secs() / (24 * 60 * 60),
+            requests,
+            tokens,
+        });
     }
 
     /// Removes every slot of a provider, in any state.

@@ -1,13 +1,20 @@
 //! One connection of a run beside those to its model, from the try to its end, on record.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+};
 
-use polydev_proto::broker::Destination;
+use polydev_proto::{
+    broker::{Destination, PORT},
+    egress::Host,
+};
 
 use crate::{
     container::Container,
     egress::{Denied, Target},
     grant::Grant,
+    request::Refusal,
 };
 
 /// A try to connect. Unless it ends otherwise, it has failed.
@@ -60,6 +67,24 @@ impl Drop for Attempt {
                 .allowed(&self.target, |destination| destination.failed += 1);
             self.container.changed();
         }
+    }
+}
+
+/// A request to the broker itself that was refused is on record too, as a destination that the
+/// run was not allowed. Returns whether that is new for the driver.
+pub(crate) fn refused(grant: &Grant, refusal: &Refusal) -> bool {
+    match refusal {
+        Refusal::NoKey(_)
+        | Refusal::NotOurs(_)
+        | Refusal::Path { .. }
+        | Refusal::Method(_)
+        | Refusal::TooLong
+        | Refusal::Target(_) => {
+            let host = Host::Address(Ipv4Addr::LOCALHOST.into());
+            grant.reached.denied(&Target { host, port: PORT }, refusal)
+        }
+        // A budget ends the run; the others are no denials.
+        Refusal::OverBudget(_) | Refusal::NoRun | Refusal::Over | Refusal::Tunnels { .. } => false,
     }
 }
 

@@ -174,12 +174,7 @@ impl Broker {
             true => Keys::default(),
             false => self.key.open_keys(&request.sealed_keys, &request.run_id)?,
         };
-        let grant = Grant::new(
-            request.clone(),
-            &keys,
-            &container.upstreams,
-            container.over().clone(),
-        )?;
+        let grant = Grant::new(request.clone(), &keys, container)?;
         container.grant(grant)?;
         container.set_rate(request.bytes_per_second);
         Ok(())

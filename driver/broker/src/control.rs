@@ -121,7 +121,7 @@ impl Driver {
         let hello = from_broker::Message::Hello(hello);
         self.send(hello, Some(seed.memory())).await?;
         for container in held {
-            self.send(from_broker::Message::Held(container), None)
+            self.send(from_broker::Message::Held(container.into()), None)
                 .await?;
         }
         Ok(())

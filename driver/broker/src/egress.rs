@@ -23,11 +23,18 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// For each address.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a container's pool allows.
-#[derive(Debug)]
+/// What a container may reach: what each of the lists allows.
+#[derive(Debug, Clone)]
 pub(crate) struct Egress {
-    rules: Vec<Rule>,
+    lists: Vec<List>,
     lookups: Arc<Semaphore>,
+}
+
+#[derive(Debug, Clone)]
+struct List {
+    rules: Vec<Rule>,
+    /// How a message names it.
+    name: &'static str,
 }
 
 /// What a container asks for.
@@ -40,10 +47,10 @@ pub(crate) struct Target {
 /// Why a connection is not allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Denied {
-    #[error("not in the pool's egress.allow")]
-    NotListed,
-    #[error("the address {0} is not public, and not in the pool's egress.allow")]
-    Closed(IpAddr),
+    #[error("not in {list}")]
+    NotListed { list: &'static str },
+    #[error("the address {address} is not public, and not in {list}")]
+    Closed { address: IpAddr, list: &'static str },
 }
 
 /// Why there is no connection.
@@ -60,14 +67,25 @@ pub(crate) enum Error {
 }
 
 impl Egress {
+    /// What the pool allows.
+    ///
     /// # Errors
     /// [`NotARule`]
     pub(crate) fn new(allow: &[String]) -> Result<Self, NotARule> {
-        let rules = allow.iter().map(|rule| rule.parse());
         Ok(Self {
-            rules: rules.collect::<Result<_, _>>()?,
+            lists: vec![List::read("the pool's egress.allow", allow)?],
             lookups: Semaphore::new(MAX_LOOKUPS).into(),
         })
+    }
+
+    /// What a role allows as well.
+    ///
+    /// # Errors
+    /// [`NotARule`]
+    pub(crate) fn and(&self, allow: &[String]) -> Result<Self, NotARule> {
+        let mut both = self.clone();
+        both.lists.push(List::read("the role's egress", allow)?);
+        Ok(both)
     }
 
     /// Connects to what a container asks for, if it is allowed. Returns the address too.
@@ -94,35 +112,35 @@ impl Egress {
     async fn addresses(&self, target: &Target) -> Result<Vec<IpAddr>, Error> {
         let port = target.port;
         let name = match &target.host {
-            Host::Address(address) if self.opens(*address, port) => return Ok(vec![*address]),
-            Host::Address(_) => return Err(Denied::NotListed.into()),
+            Host::Address(address) => {
+                return match self.lists.iter().find(|list| !list.opens(*address, port)) {
+                    None => Ok(vec![*address]),
+                    Some(List { name: list, .. }) => Err(Denied::NotListed { list }.into()),
+                };
+            }
             Host::Name(name) => name,
         };
-        if !self.rules.iter().any(|rule| rule.names(name, port)) {
-            return Err(Denied::NotListed.into());
+        if let Some(List { name: list, .. }) =
+            self.lists.iter().find(|list| !list.names(name, port))
+        {
+            return Err(Denied::NotListed { list }.into());
         }
         let found = self.look_up(name).await.map_err(Error::Lookup)?;
-        // Whoever answers for the name chooses its addresses.
-        let allowed = |address: &IpAddr| match is_closed(*address) || is_own(*address) {
-            true => self.opens(*address, port),
-            false => true,
-        };
-        let (allowed, closed): (Vec<_>, Vec<_>) = found.into_iter().partition(allowed);
-        match (allowed.first(), closed.first()) {
-            (None, Some(closed)) => Err(Denied::Closed(*closed).into()),
-            _ => Ok(of_both_kinds(allowed)),
+        let (mut allowed, mut closed) = (Vec::new(), None);
+        for address in found {
+            // Whoever answers for the name chooses its addresses.
+            let needs_rule = is_closed(address) || is_own(address);
+            let mut lists = self.lists.iter().filter(|_| needs_rule);
+            match lists.find(|list| !list.opens(address, port)) {
+                None => allowed.push(address),
+                Some(list) => closed = closed.or(Some((address, list.name))),
+            }
         }
-    }
-
-    /// Whether a rule opens the address. The node's own networks need a rule for the single
-    /// address: its services and other containers are there, and a rule for a wider network is
-    /// hardly meant for them.
-    fn opens(&self, address: IpAddr, port: u16) -> bool {
-        let mut covering = self.rules.iter().filter(|rule| rule.covers(address, port));
-        match covering.next() {
-            None => false,
-            Some(first) if first.is_one_address() => true,
-            Some(_) => covering.any(Rule::is_one_address) || !is_own(address),
+        match closed {
+            Some((address, list)) if allowed.is_empty() => {
+                Err(Denied::Closed { address, list }.into())
+            }
+            _ => Ok(of_both_kinds(allowed)),
         }
     }
 
@@ -139,6 +157,32 @@ impl Egress {
             Ok(found.await??.map(|address| address.ip()).collect())
         };
         timeout(LOOKUP_TIMEOUT, found).await?
+    }
+}
+
+impl List {
+    fn read(name: &'static str, allow: &[String]) -> Result<Self, NotARule> {
+        let rules = allow.iter().map(|rule| rule.parse());
+        Ok(Self {
+            rules: rules.collect::<Result<_, _>>()?,
+            name,
+        })
+    }
+
+    fn names(&self, name: &str, port: u16) -> bool {
+        self.rules.iter().any(|rule| rule.names(name, port))
+    }
+
+    /// Whether a rule opens the address. The node's own networks need a rule for the single
+    /// address: its services and other containers are there, and a rule for a wider network is
+    /// hardly meant for them.
+    fn opens(&self, address: IpAddr, port: u16) -> bool {
+        let mut covering = self.rules.iter().filter(|rule| rule.covers(address, port));
+        match covering.next() {
+            None => false,
+            Some(first) if first.is_one_address() => true,
+            Some(_) => covering.any(Rule::is_one_address) || !is_own(address),
+        }
     }
 }
 
@@ -234,6 +278,30 @@ mod tests {
         assert!(
             network.is_err(),
             "the node's own address needs a rule for itself"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_role_takes_away_and_adds_nothing() {
+        let list = |rules: &[&str]| rules.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let pool = Egress::new(&list(&["10.0.0.0/8", "localhost", "127.0.0.1"])).expect("rules");
+        let both = pool.and(&list(&["10.1.0.0/16", "localhost", "192.0.2.1"]));
+        let both = both.expect("rules");
+        let denied = async |host: &str| {
+            let host = Host::read(host).expect("a host");
+            let found = both.addresses(&Target { host, port: 80 }).await;
+            found.err().map(|error| error.to_string())
+        };
+        assert_eq!(denied("10.1.2.3").await, None);
+        let of_role = Some("not in the role's egress".to_owned());
+        assert_eq!(denied("10.2.0.1").await, of_role);
+        let of_pool = Some("not in the pool's egress.allow".to_owned());
+        assert_eq!(denied("192.0.2.1").await, of_pool);
+        let closed = denied("localhost").await.expect("it is denied");
+        assert!(
+            closed.ends_with(" is not public, and not in the role's egress")
+                || closed.ends_with(" is not public, and not in the pool's egress.allow"),
+            "{closed}"
         );
     }
 

@@ -9,6 +9,7 @@ use hyper::body::Incoming;
 
 use crate::{
     answer::{self, AnswerBody, OfRun},
+    attempt,
     container::{Container, Place},
     grant::Grant,
     meter::{Meter, Metered},
@@ -27,42 +28,56 @@ pub(crate) async fn answer(
     place: &Place,
     request: Request<Incoming>,
 ) -> Response<AnswerBody> {
-    match forward(container, place, request).await {
-        Ok(answer) => answer,
-        Err(refusal) => {
-            // A command may ask as often as it likes, and somebody reads the log.
-            tracing::debug!(container = container.name(), %refusal, "refused a request");
-            answer::error(refusal.status(), &refusal.to_string())
-        }
-    }
+    let refusal = match container.granted() {
+        Err(refusal) => refusal,
+        Ok(grant) => match forward(container, &grant, place, request).await {
+            Ok(answer) => return answer,
+            Err(refusal) => {
+                if attempt::refused(&grant, &refusal) {
+                    container.changed();
+                }
+                refusal
+            }
+        },
+    };
+    // A command may ask as often as it likes, and somebody reads the log.
+    tracing::debug!(container = container.name(), %refusal, "refused a request");
+    answer::error(refusal.status(), &refusal.to_string())
 }
 
 async fn forward(
     container: &Arc<Container>,
+    grant: &Arc<Grant>,
     place: &Place,
     mut request: Request<Incoming>,
 ) -> Result<Response<AnswerBody>, Refusal> {
-    let egress = container.egress.as_ref();
+    let egress = grant.egress.as_ref();
     if let Some(egress) = egress.filter(|_| proxy::is_asked(&request)) {
-        return proxy::answer(container, egress, place, request).await;
+        return proxy::answer(container, grant, egress, place, request).await;
     }
     let upgrade = hyper::upgrade::on(&mut request);
     let (parts, body) = request.into_parts();
     let asked = request::read(&parts)?;
-    let grant = container.granted()?;
     let access = grant.access(asked.api.provider)?;
     let outgoing = access.request(&asked)?;
+    if asked.is_charged() || asked.is_websocket {
+        let checked = grant.check_budget();
+        checked.inspect_err(|_| container.changed())?;
+    }
 
     let answered = async {
         if asked.is_websocket {
             let client = &access.connections.websockets;
             let place = place.clone();
-            let meter = Meter::new(asked.api.provider, container, &grant);
-            return websocket::open(container, &grant, client, outgoing, upgrade, place, meter)
+            let meter = Meter::new(asked.api.provider, container, grant);
+            return websocket::open(container, grant, client, outgoing, upgrade, place, meter)
                 .await;
         }
+        if asked.is_charged() {
+            grant.seen.asked();
+        }
         let answered = send(&access.connections.requests, outgoing, body, container).await?;
-        Ok(of_the_api(answered, &asked, container, &grant))
+        Ok(of_the_api(answered, &asked, container, grant))
     };
     tokio::select! {
         answered = answered => Ok(answered.unwrap_or_else(|error| {
@@ -116,10 +131,8 @@ fn of_the_api(
     if credential_refused {
         answer::do_not_retry(&mut parts.headers);
     }
-    // An answer that was stored states its tokens again.
-    let path = asked.path.split('?').next().unwrap_or_default();
-    let is_counted = asked.method == Method::POST && !path.ends_with("/cancel");
-    let meter = is_counted.then(|| Meter::new(provider, container, grant));
+    let is_charged = asked.is_charged();
+    let meter = is_charged.then(|| Meter::new(provider, container, grant));
     let body = Metered::new(body, meter);
     let body = Paced::new(body, container.download.clone());
     Response::from_parts(parts, OfRun::new(body, grant).boxed_unsync())

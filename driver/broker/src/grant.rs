@@ -5,16 +5,20 @@ use std::fmt;
 use http::{HeaderName, HeaderValue};
 use polydev_proto::{
     broker::{Grant as Request, Keys},
+    egress::NotARule,
     provider::{Provider, Unknown},
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     api::Api,
+    budget::OverBudget,
+    container::Container,
+    egress::Egress,
     reached::Reached,
     request::{Asked, Refusal},
     seen::Seen,
-    upstream::{self, Connections, Upstreams},
+    upstream::{self, Connections},
 };
 
 /// Why keys cannot be used. Never quotes them.
@@ -28,6 +32,10 @@ pub(crate) enum Error {
     Twice(Provider),
     #[error(transparent)]
     Upstream(#[from] upstream::Error),
+    #[error("a rule of the role's `egress`")]
+    Egress(#[from] NotARule),
+    #[error("the role says what the run may reach, and its container has a network")]
+    HasNetwork,
 }
 
 /// The right of one run to use its keys, until it ends.
@@ -36,6 +44,9 @@ pub(crate) struct Grant {
     pub(crate) request: Request,
     /// At most one for each provider.
     access: Vec<Access>,
+    /// What the run may reach through the broker beside its model. `None` if its container has a
+    /// network interface.
+    pub(crate) egress: Option<Egress>,
     /// Cancelled when the run ends, for everything that is in progress.
     over: CancellationToken,
     pub(crate) seen: Seen,
@@ -52,12 +63,14 @@ pub(crate) struct Access {
 impl Grant {
     /// # Errors
     /// [`Error`]
-    pub(crate) fn new(
-        request: Request,
-        keys: &Keys,
-        upstreams: &Upstreams,
-        over: CancellationToken,
-    ) -> Result<Self, Error> {
+    pub(crate) fn new(request: Request, keys: &Keys, container: &Container) -> Result<Self, Error> {
+        let policy = request.policy.clone().unwrap_or_default();
+        let upstreams = container.upstreams.with(&policy.upstreams)?;
+        let egress = match (&container.egress, &policy.egress) {
+            (None, Some(_)) => return Err(Error::HasNetwork),
+            (of_pool, None) => of_pool.clone(),
+            (Some(of_pool), Some(of_role)) => Some(of_pool.and(&of_role.allow)?),
+        };
         let mut access: Vec<Access> = Vec::new();
         for key in &keys.keys {
             let provider: Provider = key.provider.parse()?;
@@ -79,7 +92,8 @@ impl Grant {
             reached: Reached::new(reached),
             request,
             access,
-            over,
+            egress,
+            over: container.over().clone(),
             seen,
         })
     }
@@ -93,6 +107,18 @@ impl Grant {
     pub(crate) fn access(&self, provider: Provider) -> Result<&Access, Refusal> {
         let found = self.access.iter().find(|known| known.provider == provider);
         found.ok_or(Refusal::NoKey(provider))
+    }
+
+    /// Checks whether the run may ask for more of a model.
+    ///
+    /// # Errors
+    /// [`OverBudget`]
+    pub(crate) fn check_budget(&self) -> Result<(), OverBudget> {
+        let policy = self.request.policy.as_ref();
+        match policy.and_then(|policy| policy.budget.as_ref()) {
+            Some(budget) => self.seen.check(budget),
+            None => Ok(()),
+        }
     }
 
     /// Cancelled when the run has ended.

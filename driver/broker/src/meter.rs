@@ -72,13 +72,15 @@ impl Meter {
         self.counted = Some(stated);
     }
 
-    /// The answer has ended; another one may follow.
-    fn end(&mut self) {
+    /// The answer has ended; another one may follow. Returns whether it stated tokens.
+    fn end(&mut self) -> bool {
         self.count(Some(UNKNOWN));
         self.scanner.next_answer();
-        if self.counted.take().is_some() {
+        let is_counted = self.counted.take().is_some();
+        if is_counted {
             self.container.changed();
         }
+        is_counted
     }
 }
 
@@ -171,8 +173,9 @@ impl Messages {
                 self.left -= payload.len() as u64;
                 piece = rest;
             }
-            if self.left == 0 && self.is_text && self.is_last {
-                self.meter.end();
+            if self.left == 0 && self.is_text && self.is_last && self.meter.end() {
+                // Requests on a WebSocket are not read.
+                self.meter.grant.seen.asked();
             }
         }
     }

@@ -51,16 +51,16 @@ pub(crate) fn is_asked<B>(request: &Request<B>) -> bool {
 /// Cancelling closes the connection to the server, unless it is a tunnel that is open.
 pub(crate) async fn answer(
     container: &Arc<Container>,
+    grant: &Arc<Grant>,
     egress: &Egress,
     place: &Place,
     request: Request<Incoming>,
 ) -> Result<Response<AnswerBody>, Refusal> {
-    let grant = container.granted()?;
     let target = target(request.method(), request.uri())?;
     let is_tunnel = request.method() == Method::CONNECT;
     let right = is_tunnel.then(|| container.tunnel()).transpose()?;
     let passed = async {
-        let attempt = Attempt::new(container, &grant, &target);
+        let attempt = Attempt::new(container, grant, &target);
         let (stream, address) = match egress.connect(&target).await {
             Ok(connected) => connected,
             Err(error) => {
@@ -74,9 +74,9 @@ pub(crate) async fn answer(
         match right {
             Some(right) => {
                 let rights = (place.clone(), right);
-                Ok(tunnel(container, &grant, rights, request, stream))
+                Ok(tunnel(container, grant, rights, request, stream))
             }
-            None => Ok(send(container, &grant, request, stream).await?),
+            None => Ok(send(container, grant, request, stream).await?),
         }
     };
     tokio::select! {
@@ -147,7 +147,7 @@ fn tunnel(
         let _until_it_ends = rights;
         let carried = async {
             let ours = upgrade.await.map_err(std::io::Error::other)?;
-            carry(TokioIo::new(ours), server, &container, |_| {}).await
+            carry(TokioIo::new(ours), server, &container, |_| Ok(()), |_| {}).await
         };
         tokio::select! {
             carried = carried => if let Err(error) = carried {

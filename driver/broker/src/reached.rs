@@ -4,7 +4,7 @@
 use parking_lot::Mutex;
 use polydev_proto::{broker::Destination, egress::Host};
 
-use crate::egress::{Denied, Target};
+use crate::egress::Target;
 
 /// Most destinations of one run that have figures of their own, of each kind: it may name as
 /// many as it likes, and what it was not allowed must not hide what it has reached.
@@ -26,11 +26,11 @@ impl Reached {
         self.0.lock().clone()
     }
 
-    /// Returns whether the target was not denied before.
-    pub(crate) fn denied(&self, target: &Target, reason: &Denied) -> bool {
+    /// Returns whether the target was not denied before, for this reason.
+    pub(crate) fn denied(&self, target: &Target, reason: &impl ToString) -> bool {
         let mut all = self.0.lock();
         let before = all.len();
-        let at = find(&mut all, target, Some(reason));
+        let at = find(&mut all, target, reason.to_string());
         all[at].connections += 1;
         all.len() > before
     }
@@ -38,7 +38,7 @@ impl Reached {
     /// Changes the figures of a target that is allowed. Returns where they are, for good.
     pub(crate) fn allowed(&self, target: &Target, change: impl FnOnce(&mut Destination)) -> usize {
         let mut all = self.0.lock();
-        let at = find(&mut all, target, None);
+        let at = find(&mut all, target, String::new());
         change(&mut all[at]);
         at
     }
@@ -49,27 +49,24 @@ impl Reached {
     }
 }
 
-/// Where a target is counted.
-fn find(all: &mut Vec<Destination>, target: &Target, denied: Option<&Denied>) -> usize {
+/// Where a target is counted. `denied` is empty if it is allowed.
+fn find(all: &mut Vec<Destination>, target: &Target, denied: String) -> usize {
     let host = match &target.host {
         Host::Name(name) => name.clone(),
         Host::Address(address) => address.to_string(),
     };
-    let is_kind = |known: &&Destination| known.denied.is_empty() == denied.is_none();
-    let most = if denied.is_some() {
-        MAX_DENIED
-    } else {
-        MAX_ALLOWED
-    };
-    let position = |all: &[Destination], host: &str, port: u32| {
-        let is = |known: &Destination| known.host == host && known.port == port && is_kind(&known);
-        all.iter().position(is)
+    let is_kind = |known: &&Destination| known.denied.is_empty() == denied.is_empty();
+    let most = match denied.is_empty() {
+        true => MAX_ALLOWED,
+        false => MAX_DENIED,
     };
     let port = target.port.into();
-    let known = position(all, &host, port);
+    let is = |known: &Destination| known.host == host && known.port == port;
+    let known = (all.iter()).position(|known| is(known) && known.denied == denied);
     let (at, host, port) = match known {
         None if all.iter().filter(is_kind).count() >= most => {
-            (position(all, OTHER, 0), OTHER.to_owned(), 0)
+            let is_other = |known: &Destination| known.host == OTHER && is_kind(&known);
+            (all.iter().position(is_other), OTHER.to_owned(), 0)
         }
         known => (known, host, port),
     };
@@ -77,7 +74,7 @@ fn find(all: &mut Vec<Destination>, target: &Target, denied: Option<&Denied>) ->
         all.push(Destination {
             host,
             port,
-            denied: denied.map(ToString::to_string).unwrap_or_default(),
+            denied,
             ..Destination::default()
         });
         all.len() - 1
@@ -87,6 +84,8 @@ fn find(all: &mut Vec<Destination>, target: &Target, denied: Option<&Denied>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const NOT_LISTED: &str = "not in a list";
 
     fn target(name: &str, port: u16) -> Target {
         let host = Host::Name(name.into());
@@ -99,7 +98,7 @@ mod tests {
         for number in 0..200 {
             reached.denied(
                 &target(&format!("denied-{number}.example"), 443),
-                &Denied::NotListed,
+                &NOT_LISTED,
             );
         }
         for number in 0..200 {
@@ -118,11 +117,11 @@ mod tests {
     fn what_was_denied_is_apart_from_what_was_allowed() {
         let reached = Reached::default();
         let (secure, plain) = (target("a.example", 443), target("a.example", 80));
-        assert!(reached.denied(&plain, &Denied::NotListed));
+        assert!(reached.denied(&plain, &NOT_LISTED));
         reached.allowed(&secure, |destination| destination.failed += 1);
-        assert!(!reached.denied(&plain, &Denied::NotListed));
+        assert!(!reached.denied(&plain, &NOT_LISTED));
         let next = Reached::new(reached.message());
-        assert!(!next.denied(&plain, &Denied::NotListed));
+        assert!(!next.denied(&plain, &NOT_LISTED));
         let all: Vec<_> = (next.message().into_iter())
             .map(|known| {
                 (

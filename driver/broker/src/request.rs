@@ -4,7 +4,7 @@
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header, request::Parts};
 use polydev_proto::provider::Provider;
 
-use crate::api::Api;
+use crate::{api::Api, budget::OverBudget};
 
 /// Most bytes of a path with its query.
 const MAX_PATH: usize = 4096;
@@ -62,6 +62,8 @@ pub enum Refusal {
     Target(String),
     #[error("the container has {most} tunnels, which is the most")]
     Tunnels { most: usize },
+    #[error(transparent)]
+    OverBudget(#[from] OverBudget),
 }
 
 impl Refusal {
@@ -73,6 +75,7 @@ impl Refusal {
             Self::TooLong => StatusCode::URI_TOO_LONG,
             Self::Target(_) => StatusCode::BAD_REQUEST,
             Self::Tunnels { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::OverBudget(_) => StatusCode::TOO_MANY_REQUESTS,
         }
     }
 }
@@ -87,6 +90,14 @@ pub struct Asked {
     pub headers: HeaderMap,
     /// Whether the container asks for a WebSocket.
     pub(crate) is_websocket: bool,
+}
+
+impl Asked {
+    /// Whether its answer states what it costs. An answer that was stored states it again.
+    pub(crate) fn is_charged(&self) -> bool {
+        let path = self.path.split('?').next().unwrap_or_default();
+        self.method == Method::POST && !path.ends_with("/cancel")
+    }
 }
 
 /// Reads a container's request.

@@ -9,11 +9,14 @@ use std::{
 use http::StatusCode;
 use parking_lot::Mutex;
 use polydev_proto::{
-    broker::{ApiError, ModelUsage, Seen as Message},
+    broker::{ApiError, Budget, ModelUsage, Seen as Message},
     provider::Provider,
 };
 
-use crate::usage::Tokens;
+use crate::{
+    budget::{self, OverBudget},
+    usage::Tokens,
+};
 
 /// Most models of one run that have figures of their own. A gateway may name as many as it likes.
 const MAX_MODELS: usize = 20;
@@ -32,6 +35,8 @@ struct State {
     errors: BTreeMap<(String, u32), u64>,
     overloaded: Option<Instant>,
     refused: Option<ApiError>,
+    requests: u64,
+    over_budget: String,
 }
 
 impl Seen {
@@ -49,6 +54,8 @@ impl Seen {
                 .collect(),
             overloaded: overloaded.and_then(|ago| Instant::now().checked_sub(ago)),
             refused: before.refused,
+            requests: before.requests,
+            over_budget: before.over_budget,
         };
         Self(state.into())
     }
@@ -69,8 +76,30 @@ impl Seen {
             errors: errors.map(error).collect(),
             overloaded_ms: state.overloaded.map(overloaded_ms),
             refused: state.refused.clone(),
+            requests: state.requests,
+            over_budget: state.over_budget.clone(),
             ..Message::default()
         }
+    }
+
+    /// Checks whether there may be another request.
+    ///
+    /// # Errors
+    /// [`OverBudget`], which is for the driver too.
+    pub(crate) fn check(&self, budget: &Budget) -> Result<(), OverBudget> {
+        let mut state = self.0.lock();
+        let tokens = |used: &ModelUsage| used.input_tokens.saturating_add(used.output_tokens);
+        let tokens = state.usage.iter().map(tokens).fold(0, u64::saturating_add);
+        let checked = budget::check(budget, state.requests, tokens);
+        if let Err(over) = &checked {
+            state.over_budget = over.to_string();
+        }
+        checked
+    }
+
+    /// There is another request, on its way to an API.
+    pub(crate) fn asked(&self) {
+        self.0.lock().requests += 1;
     }
 
     /// An API has answered; `is_refusal` if it does not take the key. Returns whether that is new

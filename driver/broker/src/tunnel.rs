@@ -16,8 +16,8 @@ const MAX_PIECE: usize = 16 << 10;
 /// never say so.
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
-/// Carries both directions until both have ended, or one breaks. `see` gets what the server
-/// sends.
+/// Carries both directions until both have ended, or one breaks. `up` gets what the container
+/// sends and may stop it, `down` what the server sends.
 ///
 /// # Cancel safety
 /// Cancelling closes both connections.
@@ -25,21 +25,20 @@ pub(crate) async fn carry(
     container: impl AsyncRead + AsyncWrite,
     server: impl AsyncRead + AsyncWrite,
     rates: &Container,
-    see: impl FnMut(&[u8]),
+    up: impl FnMut(&[u8]) -> io::Result<()>,
+    mut down: impl FnMut(&[u8]),
 ) -> io::Result<()> {
     let (mut from_container, mut to_container) = split(container);
     let (mut from_server, mut to_server) = split(server);
-    let mut up = pin!(pass(
-        &mut from_container,
-        &mut to_server,
-        &rates.upload,
-        |_| {}
-    ));
+    let mut up = pin!(pass(&mut from_container, &mut to_server, &rates.upload, up));
     let mut down = pin!(pass(
         &mut from_server,
         &mut to_container,
         &rates.download,
-        see
+        |piece| {
+            down(piece);
+            Ok(())
+        }
     ));
     tokio::select! {
         ended = &mut up => {
@@ -57,7 +56,7 @@ async fn pass(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWrite + Unpin),
     bucket: &Bucket,
-    mut see: impl FnMut(&[u8]),
+    mut see: impl FnMut(&[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut piece = vec![0; MAX_PIECE];
     loop {
@@ -65,7 +64,7 @@ async fn pass(
         if count == 0 {
             return to.shutdown().await;
         }
-        see(&piece[..count]);
+        see(&piece[..count])?;
         to.write_all(&piece[..count]).await?;
         sleep_until(bucket.pass(count)).await;
     }

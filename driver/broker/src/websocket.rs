@@ -49,10 +49,15 @@ pub(crate) async fn open(
         let carried = async {
             let api = answered.upgrade().await.map_err(io::Error::other)?;
             let ours = upgrade.await.map_err(io::Error::other)?;
-            carry(TokioIo::new(ours), api, &container, |piece| {
-                messages.read(piece)
-            })
-            .await
+            let more = |piece: &[u8]| match is_control(piece) || grant.check_budget().is_ok() {
+                true => Ok(()),
+                false => {
+                    container.changed();
+                    Err(io::ErrorKind::QuotaExceeded.into())
+                }
+            };
+            let read = |piece: &[u8]| messages.read(piece);
+            carry(TokioIo::new(ours), api, &container, more, read).await
         };
         tokio::select! {
             carried = carried => if let Err(error) = carried {
@@ -62,6 +67,12 @@ pub(crate) async fn open(
         }
     });
     Ok(answer)
+}
+
+/// Whether what the container sends next is no message (RFC 6455, section 5.5). Once a budget is
+/// used up, the answer to the last message has come, so that this is the beginning of a frame.
+fn is_control(piece: &[u8]) -> bool {
+    piece.first().is_some_and(|first| first & 0x08 != 0)
 }
 
 fn mark(headers: &mut HeaderMap) {

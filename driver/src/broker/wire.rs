@@ -83,7 +83,7 @@ impl Wire {
             let from_broker::Message::Held(container) = self.next().await? else {
                 return Err(Error::NotGreeted);
             };
-            held.push(container);
+            held.push(*container);
         }
         Ok(Greeted {
             public_key: hello.public_key,

@@ -1,13 +1,10 @@
 //! What the containers of a pool may reach beside their model.
 
 use ipnet::Ipv4Net;
-use polydev_proto::egress::{INTERNET, Rule};
+use polydev_proto::egress::{INTERNET, MAX_RULES, Rule};
 use serde::{Deserialize, Serialize};
 
 use super::{Error, value};
-
-/// Most rules of one pool.
-const MAX_RULES: usize = 200;
 
 /// Where `private_networks` may be: private and shared addresses (RFC 1918, RFC 6598).
 const PRIVATE_NETWORKS: [&str; 4] = [
@@ -17,7 +14,7 @@ const PRIVATE_NETWORKS: [&str; 4] = [
     "192.168.0.0/16",
 ];
 
-/// A `slot.egress` block.
+/// An `egress` block of a slot or a plain task.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Egress {
     /// A network interface, and all public addresses.
@@ -45,11 +42,11 @@ pub(super) struct Raw {
 }
 
 impl Raw {
-    /// A block without a list allows nothing.
-    pub(super) fn check(self) -> Result<Egress, Error> {
+    /// `field` is the name of the block. A block without a list allows nothing.
+    pub(super) fn check(self, field: &str) -> Result<Egress, Error> {
         let allow = self.allow.unwrap_or_default();
         let refused =
-            |given: &str, allowed: String| value::refused("slot.egress.allow", given, allowed);
+            |given: &str, allowed: String| value::refused(format!("{field}.allow"), given, allowed);
         if allow == [INTERNET] {
             return Ok(Egress::Internet);
         }

@@ -112,24 +112,35 @@ pub fn plugin() -> Spec {
 /// Options of `task { config { ... } }`.
 #[must_use]
 pub fn task() -> Spec {
+    let upstream = || {
+        let options = vec![
+            attr("base_url", "string"),
+            attr("ca_file", "string"),
+            attr("headers", MAPS),
+            attr("proxy", "string"),
+        ];
+        block("upstream", options)
+    };
     let slot = vec![
         required("provider", "string"),
         attr("image", "string"),
         attr("run_id", "string"),
         attr("prepare_ahead", "bool"),
-        block(
-            "upstream",
-            vec![
-                attr("base_url", "string"),
-                attr("ca_file", "string"),
-                attr("headers", MAPS),
-                attr("proxy", "string"),
-            ],
-        ),
+        attr("end_on_refused_key", "bool"),
+        upstream(),
         block("egress", vec![attr("allow", STRINGS)]),
     ];
     object(vec![
         block("slot", slot),
+        block(
+            "broker",
+            vec![
+                required("provider", "string"),
+                required("credential_file", "string"),
+                upstream(),
+            ],
+        ),
+        block("egress", vec![attr("allow", STRINGS)]),
         attr("image", "string"),
         attr("command", "string"),
         attr("args", STRINGS),

@@ -2,12 +2,12 @@
 
 use std::net::SocketAddr;
 
-use polydev_transport::tls::Files;
+use polydev_transport::{address::is_url, tls::Files};
 use serde::Deserialize;
 
 use super::{
     Error,
-    value::{absolute, is_url, refused, text},
+    value::{absolute, refused, text},
 };
 
 /// The address of the node service for shims on other machines, and which shims it accepts.

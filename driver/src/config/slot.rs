@@ -1,13 +1,13 @@
 //! A warm slot, as described in its job.
 
 use polydev_proto::{id::RunId, provider::Provider};
+use polydev_transport::upstream::Upstream;
 use serde::Deserialize;
 
 use super::{
     Error,
     egress::{self, Egress},
-    upstream::{self, Upstream},
-    value,
+    upstream, value,
 };
 
 /// What the containers of a slot have in common.
@@ -21,12 +21,19 @@ pub struct Slot {
     /// Whether the next container is made during a run, if the node has room.
     #[serde(default)] // Nomad may have stored the slot before the option existed.
     pub prepare_ahead: bool,
+    /// Whether a run ends if an API does not take its key.
+    #[serde(default = "yes")] // As before.
+    pub end_on_refused_key: bool,
     /// Where model requests go, in place of the provider's own API.
     #[serde(default)] // As before.
     pub upstream: Option<Upstream>,
     /// What its containers may reach beside their model.
     #[serde(default)] // As before.
     pub egress: Egress,
+}
+
+fn yes() -> bool {
+    true
 }
 
 #[derive(Debug, Deserialize)]
@@ -36,6 +43,7 @@ pub(super) struct Raw {
     image: Option<String>,
     run_id: Option<String>,
     prepare_ahead: Option<bool>,
+    end_on_refused_key: Option<bool>,
     upstream: Option<upstream::Raw>,
     egress: Option<egress::Raw>,
 }
@@ -66,10 +74,11 @@ impl Raw {
             image,
             run_id,
             prepare_ahead,
-            upstream: self.upstream.map_or(Ok(None), upstream::Raw::check)?,
+            end_on_refused_key: self.end_on_refused_key.unwrap_or_else(yes),
+            upstream: (self.upstream).map_or(Ok(None), |upstream| upstream.check("slot"))?,
             egress: self
                 .egress
-                .map_or(Ok(Egress::default()), egress::Raw::check)?,
+                .map_or(Ok(Egress::default()), |egress| egress.check("slot.egress"))?,
         })
     }
 }

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 use serde::Deserialize;
 
 use super::{
-    Error,
+    Broker, Egress, Error, broker, egress,
     mount::{self, Device, Mount, Volume},
     value::{self, Maps, Number, OneOrMany, merged, refused, text},
 };
@@ -67,6 +67,10 @@ pub struct Task {
     pub mounts: Vec<Mount>,
     pub devices: Vec<Device>,
 
+    /// A key for a model that stays outside.
+    pub broker: Option<Broker>,
+    /// What it may reach through the broker, in place of a network. `None` for a network.
+    pub egress: Option<Vec<String>>,
     pub network_mode: Option<String>,
     pub network_aliases: Vec<String>,
     pub ports: Vec<String>,
@@ -166,6 +170,8 @@ pub(super) struct Raw {
     volumes: Option<Vec<String>>,
     mount: Option<Vec<mount::RawMount>>,
     devices: Option<Vec<mount::RawDevice>>,
+    broker: Option<broker::Raw>,
+    egress: Option<egress::Raw>,
     network_mode: Option<String>,
     network_aliases: Option<Vec<String>>,
     ports: Option<Vec<String>>,
@@ -207,6 +213,14 @@ struct RawLogging {
 #[serde(deny_unknown_fields)]
 struct RawHealthchecks {
     disable: Option<bool>,
+}
+
+impl Task {
+    /// Whether its container has a way to the broker.
+    #[must_use]
+    pub fn is_brokered(&self) -> bool {
+        self.broker.is_some() || self.egress.is_some()
+    }
 }
 
 impl Raw {
@@ -268,6 +282,15 @@ impl Raw {
             volumes: each(self.volumes, |spec| Volume::parse(&spec))?,
             mounts: each(self.mount, mount::RawMount::check)?,
             devices: each(self.devices, mount::RawDevice::check)?,
+            broker: self.broker.map(broker::Raw::check).transpose()?,
+            egress: match self
+                .egress
+                .map(|egress| egress.check("egress"))
+                .transpose()?
+            {
+                Some(Egress::Listed(allow)) => Some(allow),
+                Some(Egress::Internet) | None => None,
+            },
             network_mode: text(self.network_mode),
             network_aliases: self.network_aliases.unwrap_or_default(),
             ports: self.ports.unwrap_or_default(),
@@ -284,7 +307,37 @@ impl Raw {
                 .unwrap_or_default(),
         };
         mount::check_targets(&task)?;
+        check_broker(&task)?;
         Ok(task)
+    }
+}
+
+/// A task's own loopback is its way to the broker, and init listens there.
+fn check_broker(task: &Task) -> Result<(), Error> {
+    let field = match (&task.egress, &task.broker) {
+        (Some(_), _) => "egress",
+        (None, Some(_)) => "broker",
+        (None, None) => return Ok(()),
+    };
+    if !task.init {
+        let allowed = format!("must be `true` beside `{field}`");
+        return Err(refused("init", "false", allowed));
+    }
+    let mode = task.network_mode.as_deref();
+    if task.egress.is_some() && !task.ports.is_empty() {
+        let allowed = "must be empty beside `egress`: nothing can connect to the task";
+        return Err(refused("ports", task.ports.join(","), allowed));
+    }
+    match mode {
+        Some(mode) if task.egress.is_some() && mode != "none" => {
+            let allowed = "must be `none`, or absent, beside `egress`";
+            Err(refused("network_mode", mode, allowed))
+        }
+        Some(mode) if mode == "host" || mode.starts_with("container:") => {
+            let allowed = "must be a network of the task's own beside `broker`";
+            Err(refused("network_mode", mode, allowed))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use polydev_transport::address::is_url;
 use serde::Deserialize;
 
 use super::{
     Error,
-    value::{duration_within, is_url, refused, text},
+    value::{duration_within, refused, text},
 };
 
 /// The collector, and how often the driver exports to it.

@@ -3,7 +3,6 @@
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
-use http::Uri;
 use serde::{Deserialize, Deserializer, de, de::DeserializeOwned};
 
 use super::Error;
@@ -169,16 +168,6 @@ pub(super) fn absolute(field: &str, given: &str) -> Result<PathBuf, Error> {
         return Ok(path);
     }
     Err(refused(field, given, "must be an absolute path"))
-}
-
-/// `SCHEME://HOST:PORT` and nothing more; an IPv6 address must be in brackets.
-pub(super) fn is_url(scheme: &str, given: &str) -> bool {
-    let uri = given.parse::<Uri>().unwrap_or_default();
-    uri.authority().is_some_and(|authority| {
-        let is_whole = format!("{scheme}://{authority}") == given;
-        let is_bare = !authority.as_str().contains('@') && !authority.host().is_empty();
-        is_whole && is_bare && authority.port_u16().is_some()
-    })
 }
 
 /// Checks that the value is one of a few words.

@@ -107,7 +107,7 @@ impl ContainerSpec {
 }
 
 /// Programs read them in either case; curl reads `http_proxy` in lower case alone.
-fn proxy_variables() -> Vec<String> {
+pub(super) fn proxy_variables() -> Vec<String> {
     let proxy = format!("http://127.0.0.1:{PORT}");
     let direct = "127.0.0.1,localhost,::1";
     let variables = [

@@ -10,7 +10,9 @@ use bollard::models::{
     RestartPolicyNameEnum,
 };
 
-use super::container::{INIT, LINK, SOCKET, bind};
+use polydev_proto::broker::PORT;
+
+use super::container::{INIT, LINK, SOCKET, bind, proxy_variables};
 use crate::config::{Capabilities, Device, Logging, Mount, MountKind, Task};
 
 /// A plain task's container: its options, and what follows from the rest of the job.
@@ -85,7 +87,11 @@ impl PlainSpec<'_> {
         } = self;
         // With init, the driver has init start the image's program.
         let (entrypoint, command) = match self.init {
-            Some(_) => (Some(vec![INIT.into(), SOCKET.into()]), Some(vec![])),
+            Some(_) => {
+                let port = options.is_brokered().then(|| PORT.to_string());
+                let init = [INIT.into(), SOCKET.into()].into_iter().chain(port);
+                (Some(init.collect()), Some(vec![]))
+            }
             None => {
                 let command: Vec<String> = options
                     .command
@@ -99,11 +105,14 @@ impl PlainSpec<'_> {
                 )
             }
         };
-        let env: Vec<String> = self
-            .env
-            .iter()
-            .map(|(name, value)| format!("{name}={value}"))
-            .collect();
+        // The job's own variables hold.
+        let is_given = |name: &str| self.env.contains_key(name);
+        let proxy = options.egress.as_ref().map(|_| proxy_variables());
+        let proxy = proxy.into_iter().flatten();
+        let proxy = proxy.filter(|variable| !variable.split('=').next().is_some_and(is_given));
+        let own = self.env.iter();
+        let own = own.map(|(name, value)| format!("{name}={value}"));
+        let env: Vec<String> = proxy.chain(own).collect();
         let is_docker_tty = options.tty && self.init.is_none();
         ContainerCreateBody {
             image: Some(options.image.clone()),

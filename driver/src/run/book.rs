@@ -35,7 +35,7 @@ use super::{
     journal::{self, Journal, Record},
     standing::{OnClaim, Standing},
 };
-use crate::tokens::Tokens;
+use crate::{spent::Spent, state::files, tokens::Tokens};
 use fence::Fence;
 use memory::Memory;
 
@@ -55,6 +55,8 @@ const MAX_CLOCK_SKEW: Duration = Duration::from_secs(60);
 pub enum Error {
     #[error(transparent)]
     Journal(#[from] journal::Error),
+    #[error(transparent)]
+    Files(#[from] files::Error),
     #[error("cannot keep output in memory at `{path}`")]
     Windows {
         path: PathBuf,
@@ -80,6 +82,7 @@ pub struct Runs {
     pub(super) refreshed: broadcast::Sender<RunId>,
     /// Used by the runs of this life of the driver.
     pub(crate) tokens: Tokens,
+    pub(crate) spent: Spent,
 }
 
 #[derive(Debug)]
@@ -143,6 +146,7 @@ impl Runs {
             steps: broadcast::Sender::new(MAX_STEPS),
             refreshed: broadcast::Sender::new(MAX_STEPS),
             tokens: Tokens::default(),
+            spent: Spent::open(state_dir)?,
         };
         Ok((runs, open))
     }
@@ -271,6 +275,7 @@ impl Runs {
             run_id: run.claimed.run_id,
             ended: ended.clone(),
         };
+        self.spent.over(run.claimed.run_id);
         let outcome = Some(Outcome::Ended(ended));
         self.remember(run, &record, |_| {
             run.update(|progress| progress.outcome = outcome);

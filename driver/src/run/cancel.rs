@@ -14,6 +14,8 @@ pub enum Cause {
     CredentialRefused(String),
     /// An API was overloaded for longer than the run waits, as the sentence says.
     ApiUnavailable(String),
+    /// The user's budget for the day is used up, as the sentence says.
+    BudgetExhausted(String),
 }
 
 impl Cause {
@@ -22,6 +24,7 @@ impl Cause {
             Self::Asked(_) => Reason::Cancelled,
             Self::CredentialRefused(_) => Reason::CredentialRefused,
             Self::ApiUnavailable(_) => Reason::ApiUnavailable,
+            Self::BudgetExhausted(_) => Reason::BudgetExhausted,
         }
     }
 
@@ -30,7 +33,9 @@ impl Cause {
         match self {
             Self::Asked(words) if words.is_empty() => "it was cancelled".into(),
             Self::Asked(words) => format!("it was cancelled: {words}"),
-            Self::CredentialRefused(words) | Self::ApiUnavailable(words) => words.clone(),
+            Self::CredentialRefused(words)
+            | Self::ApiUnavailable(words)
+            | Self::BudgetExhausted(words) => words.clone(),
         }
     }
 }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use polydev_proto::{
+    broker::Policy,
     frame::MAX_DATA,
     init::{Data, Exited, NotStarted, Signal, Start, TerminalSize, from_init, to_init},
     node::ended::Reason,
@@ -56,6 +57,7 @@ pub(crate) struct Order {
     pub(crate) start: Start,
     /// For the broker. Empty if the run has no keys there.
     pub(crate) sealed_keys: Bytes,
+    pub(crate) policy: Option<Policy>,
     /// The command must not start after this time.
     pub(crate) start_by: Instant,
     pub(crate) inputs: mpsc::Receiver<Input>,
@@ -79,7 +81,7 @@ pub(crate) async fn start(
     let granted_after = run.arrived.elapsed();
     // They are on their way while the limits are raised.
     let rate = class.bytes_per_second();
-    let keys = opened.grant(run.claimed.run_id, order.sealed_keys, rate);
+    let keys = opened.grant(run.claimed.run_id, order.sealed_keys, order.policy, rate);
     let mut shaping = Some(spawn_blocking(limits.shaping(class)));
     let lowered = match limits.is_lowered_by(class) {
         true => shaped(&mut shaping).await,

@@ -4,7 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use polydev_proto::{
-    broker, exec,
+    broker::{self, Policy},
+    exec,
     id::{RunId, SlotId, UserId},
     init::{MAX_SEALED, Start, TraceContext, Variable},
     node, workspace,
@@ -92,6 +93,8 @@ pub struct Parsed {
     pub start: Start,
     /// For the broker.
     pub sealed_keys: Bytes,
+    /// For the broker too.
+    pub policy: Option<Policy>,
     pub timeout: Duration,
     pub kill_timeout: Duration,
     /// How long an API may be overloaded; `None` for no limit.
@@ -211,12 +214,20 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         spec_hash,
         start,
         sealed_keys,
+        policy: claim.policy,
         timeout,
         kill_timeout,
         max_api_wait,
         drop_oldest: spec.drop_oldest,
         files_bytes,
     })
+}
+
+/// A role restricts what a run reaches, and nothing in this pool could.
+pub(crate) fn not_restricted() -> Invalid {
+    let problem = "is what the caller's role says, and needs a pool with a list in \
+                   `egress.allow`: this one has the internet";
+    invalid("policy.egress", problem)
 }
 
 /// The id of a run, in the field `run_id`.

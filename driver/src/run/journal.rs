@@ -60,6 +60,9 @@ pub enum Record {
         /// An API was overloaded for too long. Omitted if not, too.
         #[serde(default, skip_serializing_if = "Not::not")]
         api_unavailable: bool,
+        /// The user's budget is used up. Omitted if not, too.
+        #[serde(default, skip_serializing_if = "Not::not")]
+        budget_exhausted: bool,
     },
     /// The run is over, with this result.
     Exited { run_id: RunId, ended: Ended },
@@ -113,6 +116,9 @@ pub struct Claimed {
     /// read the record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_api_wait: Option<Duration>,
+    /// Whether it goes on if an API does not take its key. Omitted if not, too.
+    #[serde(default, skip_serializing_if = "Not::not")]
+    pub keeps_on: bool,
     pub drop_oldest: bool,
     /// How much of its input is files; the command starts only once they are complete.
     #[serde(default)]
@@ -137,12 +143,14 @@ impl Record {
     pub(super) fn cancelled(run_id: RunId, cause: &Cause) -> Self {
         let (Cause::Asked(reason)
         | Cause::CredentialRefused(reason)
-        | Cause::ApiUnavailable(reason)) = cause;
+        | Cause::ApiUnavailable(reason)
+        | Cause::BudgetExhausted(reason)) = cause;
         Self::Cancelled {
             run_id,
             reason: reason.clone(),
             credential_refused: matches!(cause, Cause::CredentialRefused(_)),
             api_unavailable: matches!(cause, Cause::ApiUnavailable(_)),
+            budget_exhausted: matches!(cause, Cause::BudgetExhausted(_)),
         }
     }
 

@@ -8,6 +8,7 @@
 use std::{sync::Arc, time::Duration};
 
 use polydev_proto::init::hello;
+use polydev_transport::upstream::Unreadable;
 use tokio::time::timeout;
 
 use super::{
@@ -16,7 +17,7 @@ use super::{
     shelf::{Idle, Made},
 };
 use crate::{
-    config, limits,
+    limits,
     link::{self, Connection, Greeted, Listener},
     process::Held,
 };
@@ -36,7 +37,7 @@ enum Error {
     #[error("init did not reconnect within {} s", RETURN_TIMEOUT.as_secs())]
     Away,
     #[error(transparent)]
-    Upstream(#[from] config::upstream::Unreadable),
+    Upstream(#[from] Unreadable),
     #[error("cannot open the container's limits")]
     Limits(#[from] limits::Error),
 }

@@ -17,7 +17,7 @@ use crate::{
         Run,
         book::Admit,
         carry::Order,
-        claim::{Parsed, Refusal},
+        claim::{self, Parsed, Refusal},
         journal::Claimed,
         uptime,
     },
@@ -67,6 +67,7 @@ impl Slots {
         let order = Order {
             start: parsed.start,
             sealed_keys: parsed.sealed_keys,
+            policy: parsed.policy,
             start_by,
             inputs,
         };
@@ -109,6 +110,10 @@ impl Slot {
         parsed: &Parsed,
     ) -> Result<Grant<'_>, Refusal> {
         let needs_broker = self.config.egress.listed().is_some();
+        let policy = parsed.policy.as_ref();
+        if !needs_broker && policy.is_some_and(|policy| policy.egress.is_some()) {
+            return Err(claim::not_restricted().into());
+        }
         if needs_broker && slots.site.broker.public_key().is_empty() {
             return Err(Refusal::NoBroker);
         }
@@ -155,6 +160,7 @@ impl Grant<'_> {
             timeout: parsed.timeout,
             kill_timeout: parsed.kill_timeout,
             max_api_wait: parsed.max_api_wait,
+            keeps_on: !slot.config.end_on_refused_key,
             drop_oldest: parsed.drop_oldest,
             files_bytes: parsed.files_bytes,
             on_demand: slot.is_on_demand(),

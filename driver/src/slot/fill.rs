@@ -13,12 +13,12 @@ use polydev_proto::{
     id::Generation,
     init::hello,
 };
+use polydev_transport::upstream::Unreadable;
 use tokio::time::timeout;
 
 use super::{Slot, Slots, breaker};
 use crate::{
     broker::Opened,
-    config,
     docker::{self, ContainerSpec, Docker},
     identity::{LABEL_GENERATION, LABEL_INSTANCE, LABEL_SLOT, LABEL_START},
     images::{self, Policy, Step, Use, Want},
@@ -56,7 +56,7 @@ pub enum Error {
     #[error("the container ended as soon as it was ready")]
     Gone(#[source] std::io::Error),
     #[error(transparent)]
-    Upstream(#[from] config::upstream::Unreadable),
+    Upstream(#[from] Unreadable),
     #[error("cannot open the container's limits")]
     Limits(#[from] limits::Error),
     #[error("not tried for now: {0}")]
@@ -275,7 +275,7 @@ pub(super) fn open(
     slot: &Slot,
     container: &str,
     requests: OwnedFd,
-) -> Result<Opened, config::upstream::Unreadable> {
+) -> Result<Opened, Unreadable> {
     let upstream = slot.config.upstream.as_ref();
     let upstream = upstream.map(|upstream| upstream.read(slot.config.provider));
     let allow = slot.config.egress.listed().map(<[String]>::to_vec);

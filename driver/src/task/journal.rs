@@ -31,6 +31,9 @@ pub struct Entry {
     pub started: SystemTime,
     /// Folder of init's socket; `None` without init.
     pub link: Option<PathBuf>,
+    /// The rate of what passes the broker, in bytes per second; `None` if nothing does.
+    #[serde(default)]
+    pub broker_rate: Option<u64>,
     pub output: OutputPath,
     pub stdout: PathBuf,
     pub stderr: PathBuf,
@@ -113,6 +116,7 @@ pub(crate) mod tests {
             pid_start: 2,
             started: SystemTime::UNIX_EPOCH,
             link: None,
+            broker_rate: None,
             output: OutputPath::Init,
             stdout: "/dev/null".into(),
             stderr: "/dev/null".into(),

@@ -18,6 +18,7 @@ use tracing::Instrument;
 
 use super::{Exit, Task, Tasks, journal::Entry, output, plan::OutputPath};
 use crate::{
+    broker::Opened,
     images::Use,
     limits,
     link::{Greeted, Link, Listener},
@@ -51,6 +52,8 @@ pub(super) struct Live {
     pub(super) listener: Option<Listener>,
     /// `None` until init has connected.
     pub(super) link: Option<Link>,
+    /// Until the task has ended.
+    pub(super) outside: Option<Opened>,
 }
 
 /// Adds a task to the book and follows it to its end.
@@ -97,6 +100,8 @@ pub(crate) fn recover(tasks: &Arc<Tasks>) {
                 .ok(),
             _ => None,
         };
+        let rate = entry.broker_rate.filter(|_| process.is_some());
+        let outside = rate.map(|rate| tasks.site.broker.keep(&entry.container, rate));
         let held = tasks.site.images.hold(&entry.image);
         tracing::info!(
             task = entry.identity.task_id,
@@ -109,6 +114,7 @@ pub(crate) fn recover(tasks: &Arc<Tasks>) {
             limits: limits.map(Arc::new),
             listener,
             link: None,
+            outside,
         };
         keep(tasks, live, held);
     }
@@ -193,6 +199,7 @@ impl Keeper {
                 listener,
                 link,
                 entry,
+                outside,
                 ..
             } = &mut self.live;
             let Some(process) = process else {
@@ -200,7 +207,7 @@ impl Keeper {
             };
             tokio::select! {
                 biased;
-                word = listen(listener, link, entry.pid) => match word {
+                word = listen(listener, link, outside.as_ref(), entry.pid) => match word {
                     Word::Exited(exited) => return self.exited(&exited),
                     Word::Nothing => {}
                     // The driver died between the start of the container and of the
@@ -360,8 +367,11 @@ impl Keeper {
             listener,
             link,
             entry,
+            outside,
             ..
         } = &mut self.live;
+        // Its command has ended.
+        *outside = None;
         let mut is_released = false;
         while let Some(process) = process {
             if !is_released && let Some(link) = link {
@@ -371,7 +381,7 @@ impl Keeper {
             tokio::select! {
                 () = process.ended() => break,
                 // Each new connection gets the message again.
-                _ = listen(listener, link, entry.pid) => is_released &= link.is_some(),
+                _ = listen(listener, link, None, entry.pid) => is_released &= link.is_some(),
             }
         }
         if let Some(pump) = pump {
@@ -409,7 +419,12 @@ enum Word {
 ///
 /// # Cancel safety
 /// Loses nothing that init would not resend.
-async fn listen(listener: &Option<Listener>, link: &mut Option<Link>, pid: u32) -> Word {
+async fn listen(
+    listener: &Option<Listener>,
+    link: &mut Option<Link>,
+    outside: Option<&Opened>,
+    pid: u32,
+) -> Word {
     if let Some(connected) = link {
         return match connected.reader.next().await {
             Ok(from_init::Message::Exited(exited)) => Word::Exited(exited),
@@ -429,9 +444,15 @@ async fn listen(listener: &Option<Listener>, link: &mut Option<Link>, pid: u32) 
     };
     match listener.accept(|peer| peer == pid).await {
         Ok(Greeted {
-            state, link: new, ..
+            state,
+            link: new,
+            requests,
+            ..
         }) => {
             *link = Some(new);
+            if let (Some(outside), Some(requests)) = (outside, requests) {
+                outside.listens(requests);
+            }
             match state {
                 hello::State::Exited(exited) => Word::Exited(exited),
                 hello::State::Running(_) => Word::Nothing,

@@ -87,6 +87,20 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
         bind(&source, &volume.target, &volume.options)?;
     }
     let mut mounts = Vec::new();
+    if let Some(broker) = &options.broker {
+        // The key is for the broker alone: the command finds an empty file.
+        let secrets = inside("NOMAD_SECRETS_DIR", "/secrets");
+        let below = Path::new(&broker.credential_file).strip_prefix("secrets");
+        let target = Path::new(&secrets).join(below.unwrap_or(Path::new("")));
+        mounts.push(Mount {
+            target: target.to_string_lossy().into_owned(),
+            readonly: true,
+            kind: MountKind::Bind {
+                source: "/dev/null".into(),
+                propagation: None,
+            },
+        });
+    }
     for NomadMount {
         task_path,
         host_path,
@@ -184,6 +198,13 @@ impl Folders {
             held.join(missing)
         };
         is_inside.then_some(held)
+    }
+
+    /// A file in the task's `secrets` folder, by its path below the task's folder.
+    pub(super) fn secret(&self, given: &str) -> Option<PathBuf> {
+        let secrets = self.secrets.canonicalize().ok()?;
+        let held = self.hold(&self.task.join(given))?;
+        (held.starts_with(secrets) && held.is_file()).then_some(held)
     }
 
     /// An image archive in the task's `local` folder.

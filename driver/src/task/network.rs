@@ -29,6 +29,10 @@ pub enum Error {
     Aliases { mode: String },
     #[error("`{field}` is set, but the group's network already has its own")]
     Shared { field: &'static str },
+    #[error(
+        "`{field}` is set, and the group has a network: must be a task with a network of its own"
+    )]
+    Outside { field: &'static str },
     #[error("`extra_hosts` contains `host-gateway`, but a group's network has no Docker gateway")]
     Gateway,
     #[error("cannot write `{path}`")]
@@ -40,7 +44,10 @@ pub enum Error {
 pub(super) struct Place {
     pub(super) network: Network,
     pub(super) ports: Vec<Published>,
+    /// Of its interface.
     pub(super) rates: Option<Rates>,
+    /// Of what passes the broker, each way.
+    pub(super) broker_rate: u64,
     /// Network files that a shared namespace does not provide.
     pub(super) files: Vec<Mount>,
     /// Whether its address is its own, for services with `address_mode = "driver"`.
@@ -61,7 +68,16 @@ pub(super) fn place(
         spec.mode() == NetworkIsolationMode::Group || spec.mode() == NetworkIsolationMode::None
     });
     let sandbox = group.and_then(|spec| spec.labels.get(LABEL_SANDBOX));
+    let field = match (&options.egress, &options.broker) {
+        (Some(_), _) => Some("egress"),
+        (None, Some(_)) => Some("broker"),
+        (None, None) => None,
+    };
+    if let Some(field) = field.filter(|_| sandbox.is_some()) {
+        return Err(Error::Outside { field });
+    }
     let mode = match (&options.network_mode, sandbox) {
+        _ if options.egress.is_some() => "none".into(),
         (Some(mode), _) => mode.clone(),
         (None, Some(container)) => format!("container:{container}"),
         (None, None) => "bridge".into(),
@@ -77,6 +93,9 @@ pub(super) fn place(
     }
     let is_group = is_shared && options.network_mode.is_none();
     let rates = rates(task, options);
+    let broker_rate = broker_rate(rates.as_ref());
+    // There is no interface, and the broker has the rate.
+    let rates = rates.filter(|_| options.egress.is_none());
     if rates.is_some() && !is_published && !is_group {
         let field = if options.bandwidth == Bandwidth::default() {
             "resources.network.mbits"
@@ -133,8 +152,18 @@ pub(super) fn place(
         is_users_own,
         network,
         rates,
+        broker_rate,
         files,
     })
+}
+
+/// The lower of the two rates in bytes per second; practically unlimited without one.
+fn broker_rate(rates: Option<&Rates>) -> u64 {
+    const UNLIMITED: u64 = 1 << 40;
+    let mbits = rates.into_iter();
+    let mbits = mbits.flat_map(|rates| [rates.ingress_mbits, rates.egress_mbits]);
+    let least = mbits.flatten().min();
+    least.map_or(UNLIMITED, |mbits| u64::from(mbits) * 125_000)
 }
 
 /// From the `bandwidth` block, or from `mbits` in the task's own network block.

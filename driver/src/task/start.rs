@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -21,7 +21,7 @@ use super::{
     Task, Tasks,
     journal::Entry,
     keeper::{self, Live},
-    output,
+    output, outside,
     plan::{self, OutputPath, Plan},
 };
 use crate::{
@@ -69,6 +69,8 @@ pub enum Error {
     Limits(#[from] limits::Error),
     #[error("the container ended at once")]
     Gone(#[source] io::Error),
+    #[error(transparent)]
+    Outside(#[from] outside::Error),
     #[error("cannot record the task")]
     Journal(#[from] files::Error),
 }
@@ -87,6 +89,7 @@ impl Error {
             | Self::Log { .. }
             | Self::Limits(_)
             | Self::Gone(_)
+            | Self::Outside(_)
             | Self::Journal(_) => true,
         }
     }
@@ -189,6 +192,8 @@ async fn create_once(site: &Site, spec: &docker::PlainSpec<'_>) -> Result<String
 struct Running {
     pid: u32,
     link: Option<(Listener, Link)>,
+    /// Where the container asks the broker.
+    requests: Option<OwnedFd>,
 }
 
 async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result<Running, Error> {
@@ -203,6 +208,7 @@ async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result
         return Ok(Running {
             pid: state.pid,
             link: None,
+            requests: None,
         });
     };
     let accept = async {
@@ -227,7 +233,11 @@ async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result
     let accepted = accept.await?;
     let greeted = accepted.map_err(|_| Error::InitTimedOut)?;
     let Greeted {
-        pid, link, state, ..
+        pid,
+        link,
+        state,
+        requests,
+        ..
     } = greeted?;
     if !matches!(state, hello::State::Waiting(_)) {
         return Err(link::Error::NotWaiting.into());
@@ -235,6 +245,7 @@ async fn run(site: &Site, container: &str, listener: Option<Listener>) -> Result
     Ok(Running {
         pid,
         link: Some((listener, link)),
+        requests,
     })
 }
 
@@ -247,7 +258,11 @@ async fn prepare(
     stop_signal: &str,
     running: Running,
 ) -> Result<Live, Error> {
-    let Running { pid, link } = running;
+    let Running {
+        pid,
+        link,
+        requests,
+    } = running;
     let (rates, has_address) = (plan.place.rates, plan.place.has_address);
     let look = spawn_blocking(move || {
         let process = Held::open(pid);
@@ -274,6 +289,15 @@ async fn prepare(
         (Err(_), false) => (None, None),
         (Err(error), true) => return Err(Error::Gone(error)),
     };
+    let outside = match plan.options.is_brokered() {
+        true => {
+            let requests = requests.ok_or(link::Error::NotListening)?;
+            let (broker, rate) = (&tasks.site.broker, plan.place.broker_rate);
+            let opened = outside::open(broker, task, &plan.options, container, rate, requests);
+            Some(opened.await?)
+        }
+        false => None,
+    };
     let off = tasks.site.config.disable_log_collection;
     let log = |path: &str| {
         if off || path.is_empty() {
@@ -295,6 +319,7 @@ async fn prepare(
         link: listener
             .as_ref()
             .map(|listener| listener.folder().to_owned()),
+        broker_rate: outside.is_some().then_some(plan.place.broker_rate),
         output: plan.output,
         stdout: log(&task.stdout_path),
         stderr: log(&task.stderr_path),
@@ -321,6 +346,7 @@ async fn prepare(
         limits,
         listener,
         link,
+        outside,
     })
 }
 

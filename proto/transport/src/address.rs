@@ -203,6 +203,17 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
+/// `SCHEME://HOST:PORT` and nothing more; an IPv6 address must be in brackets.
+#[must_use]
+pub fn is_url(scheme: &str, given: &str) -> bool {
+    let uri = given.parse::<Uri>().unwrap_or_default();
+    uri.authority().is_some_and(|authority| {
+        let is_whole = format!("{scheme}://{authority}") == given;
+        let is_bare = !authority.as_str().contains('@') && !authority.host().is_empty();
+        is_whole && is_bare && authority.port_u16().is_some()
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,12 +12,13 @@ use std::{
 
 use parking_lot::{Mutex, MutexGuard};
 use polydev_proto::{
-    id::{Generation, RunId, SlotId},
-    node::{Slot, WatchSlotsResponse, slot::State},
+    id::{Generation, RunId, SlotId, UserId},
+    node::{Slot, Spent, WatchSlotsResponse, slot::State},
 };
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
+use crate::access::Used;
 pub use candidate::Candidate;
 use ready::{Key, Ready};
 
@@ -42,6 +43,8 @@ struct Node {
     connected: Option<Connected>,
     /// Since when the node is no longer part of the cluster. It may still have runs for a while.
     left: Option<Instant>,
+    /// What users have used on it, as it last reported, even if it cannot be reached any more.
+    spent: HashMap<UserId, Spent>,
 }
 
 /// How long a node that has left is remembered: as long as a driver remembers its runs.
@@ -168,6 +171,7 @@ impl View {
             generation,
             public_key: slot.public_key.clone(),
             broker_key: slot.broker_key.clone(),
+            broker_version: slot.broker_version,
             on_demand: !slot.for_run_id.is_empty(),
             clock: node.clock,
             view: self.clone(),
@@ -309,6 +313,20 @@ impl View {
         (connected.len(), ours.count())
     }
 
+    /// What a user has used today on all nodes, as far as they have reported it.
+    #[must_use]
+    pub fn used(&self, user_id: &UserId) -> Used {
+        let today = days_since_epoch(SystemTime::now());
+        let nodes = &self.lock().nodes;
+        let spent = nodes.values().filter_map(|node| node.spent.get(user_id));
+        let mut used = Used::default();
+        for spent in spent.filter(|spent| spent.day == today) {
+            used.requests = used.requests.saturating_add(spent.requests);
+            used.tokens = used.tokens.saturating_add(spent.tokens);
+        }
+        used
+    }
+
     /// Adds a node to the cluster.
     pub(super) fn expect(&self, node_id: &str) {
         let is_ours = |node: &Node| node.left.is_none();
@@ -336,6 +354,12 @@ impl View {
                 inner.disconnect(node_id);
             }
             let node = inner.nodes.entry(node_id.to_owned()).or_default();
+            if told.snapshot {
+                node.spent.clear();
+            }
+            for spent in told.spent {
+                node.spent.insert(spent.user_id.as_str().into(), spent);
+            }
             let node = node.connected.get_or_insert_with(|| Connected {
                 channel: channel.clone(),
                 start_id: told.start_id,
@@ -472,3 +496,9 @@ impl Default for View {
 
 #[cfg(test)]
 mod tests;
+
+fn days_since_epoch(time: SystemTime) -> u64 {
+    const DAY: u64 = 24 * 60 * 60;
+    let since = time.duration_since(SystemTime::UNIX_EPOCH);
+    since.unwrap_or_default().as_secs() / DAY
+}

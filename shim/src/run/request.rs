@@ -11,6 +11,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use polydev_proto::{
+    broker::Policy,
     exec,
     id::{RunId, UserId},
     node::{RunSpec, TraceContext},
@@ -60,6 +61,8 @@ pub struct Request {
     /// The named credential, until the run is [equipped](Self::equip) with it.
     pub credential: Option<Source>,
     pub secrets: Prepared,
+    /// What the caller's role says, for the broker.
+    pub policy: Option<Policy>,
     pub trace: Option<TraceContext>,
 }
 
@@ -269,6 +272,7 @@ impl Request {
             mode,
             credential,
             secrets: Prepared::default(),
+            policy: None,
             trace,
         })
     }

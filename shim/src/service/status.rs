@@ -45,6 +45,10 @@ impl From<run::Error> for Status {
             Error::AtLimit { user_id, .. } | Error::Full(Full::User { user_id, .. }) => {
                 details.add_quota_failure_violation(format!("user:{user_id}"), &message);
             }
+            Error::Budget(exhausted) => {
+                let subject = format!("user:{}", exhausted.user_id);
+                details.add_quota_failure_violation(short(subject), &message);
+            }
             Error::Rate(exceeded) => {
                 let subject = format!("{}:{}", exceeded.whose, exceeded.name);
                 details.add_quota_failure_violation(short(subject), &message);
@@ -89,6 +93,7 @@ fn kind(error: &Error) -> (Code, &'static str) {
         Error::Invalid(_) => (Code::InvalidArgument, "INVALID"),
         Error::Refused { .. } => (Code::InvalidArgument, "REFUSED"),
         Error::Denied(_) => (Code::PermissionDenied, "NOT_ALLOWED"),
+        Error::Budget(_) => (Code::ResourceExhausted, "BUDGET_EXHAUSTED"),
         Error::Credential(error) => credential(error),
         Error::OtherCommand { .. } => (Code::AlreadyExists, "OTHER_COMMAND"),
         Error::NoIdleSlot { .. } => (Code::ResourceExhausted, "NO_IDLE_SLOT"),
@@ -145,6 +150,7 @@ fn is_worth_another_try(error: &Error) -> bool {
         Error::Invalid(_)
         | Error::Refused { .. }
         | Error::Denied(_)
+        | Error::Budget(_)
         | Error::Credential(_)
         | Error::OtherCommand { .. }
         | Error::Unclear { .. }

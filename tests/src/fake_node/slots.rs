@@ -9,7 +9,10 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt, stream};
-use polydev_proto::node::{Claim, Slot, WatchSlotsResponse, slot::State};
+use polydev_proto::{
+    broker::PROTOCOL_VERSION,
+    node::{Claim, Slot, Spent, WatchSlotsResponse, slot::State},
+};
 use prost_types::Timestamp;
 use tokio::{
     sync::mpsc::{self, error::TrySendError},
@@ -172,6 +175,17 @@ impl Slots {
         }
     }
 
+    /// Reports what a user has used; to those who watch now.
+    pub(super) fn spend(&self, spent: &Spent) {
+        for watcher in &lock(&self.inner).watchers {
+            let message = WatchSlotsResponse {
+                spent: vec![spent.clone()],
+                ..self.message(Vec::new(), Vec::new())
+            };
+            let _gone = watcher.try_send(message);
+        }
+    }
+
     /// All slots first, and then every change.
     pub(super) fn watch(
         &self,
@@ -210,6 +224,7 @@ impl Slots {
             snapshot: false,
             slots,
             removed,
+            spent: Vec::new(),
         }
     }
 }
@@ -232,6 +247,7 @@ fn idle(node_id: &str, provider: &str, number: usize) -> Slot {
         alloc_id,
         public_key: vec![7; 32].into(),
         broker_key: vec![8; 32].into(),
+        broker_version: PROTOCOL_VERSION,
         ..Slot::default()
     }
 }

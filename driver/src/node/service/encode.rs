@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use polydev_proto::{
+    broker::PROTOCOL_VERSION,
     node::{
         ApiErrors, EgressDenied, Ended, Granted, Lost, Output, RunEvent, Slot as SlotMessage,
         Started, StdinTaken, run_event, slot,
@@ -49,7 +50,9 @@ pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
             State::Idle | State::Leased { .. } => slot.public_key(),
             _ => Bytes::new(),
         },
-        broker_key: Bytes::new(), // The node's, and no slot's.
+        // The node's, and no slot's.
+        broker_key: Bytes::new(),
+        broker_version: PROTOCOL_VERSION,
     }
 }
 

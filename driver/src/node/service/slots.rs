@@ -1,18 +1,21 @@
 //! The node's slots for a shim that watches: first all of them, then each change.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use futures_util::{Stream, stream};
-use polydev_proto::node::{Slot as SlotMessage, WatchSlotsResponse};
+use polydev_proto::{
+    id::UserId,
+    node::{Slot as SlotMessage, Spent as SpentMessage, WatchSlotsResponse},
+};
 use prost_types::Timestamp;
 use tokio::{sync::watch, time::timeout};
 
 use super::encode_slot;
-use crate::slot::Slots;
+use crate::{slot::Slots, spent::Figures};
 
 /// How often a shim receives the time if nothing else happens. Claims are dated by this
 /// driver's clock, and the shim's own clock may stop while the machine sleeps.
@@ -24,6 +27,7 @@ pub(super) fn watch(slots: Arc<Slots>) -> impl Stream<Item = WatchSlotsResponse>
         changes: slots.book.changes().subscribe(),
         slots,
         sent: None,
+        spent: Default::default(),
     };
     stream::unfold(watcher, |mut watcher| async move {
         let response = watcher.next().await?;
@@ -37,6 +41,8 @@ struct Watcher {
     /// What the shim already has, so that only differences are sent; `None` before the
     /// snapshot.
     sent: Option<HashMap<String, SlotMessage>>,
+    /// What it knows of what users have used, and of which day.
+    spent: (u64, BTreeMap<UserId, Figures>),
 }
 
 impl Watcher {
@@ -74,8 +80,27 @@ impl Watcher {
                 .into_keys()
                 .filter(|id| !now.contains_key(id))
                 .collect(),
+            spent: self.spent(),
         };
         self.sent = Some(now);
         Some(response)
+    }
+
+    /// What users have used, as far as the shim does not know it.
+    fn spent(&mut self) -> Vec<SpentMessage> {
+        let (day, now) = self.slots.runs.spent.today();
+        let (of, told) = &self.spent;
+        let is_new = |(user_id, figures): &(&UserId, &Figures)| {
+            *of != day || told.get(*user_id) != Some(*figures)
+        };
+        let encode = |(user_id, figures): (&UserId, &Figures)| SpentMessage {
+            user_id: user_id.clone().into(),
+            day,
+            requests: figures.requests,
+            tokens: figures.tokens,
+        };
+        let new = now.iter().filter(is_new).map(encode).collect();
+        self.spent = (day, now);
+        new
     }
 }

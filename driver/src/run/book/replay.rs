@@ -90,12 +90,14 @@ fn fold(records: Vec<Record>) -> HashMap<RunId, Found> {
                 reason,
                 credential_refused,
                 api_unavailable,
+                budget_exhausted,
                 ..
             } => {
-                let cause = match (credential_refused, api_unavailable) {
-                    (true, _) => Cause::CredentialRefused(reason),
-                    (_, true) => Cause::ApiUnavailable(reason),
-                    (false, false) => Cause::Asked(reason),
+                let cause = match (credential_refused, api_unavailable, budget_exhausted) {
+                    (true, ..) => Cause::CredentialRefused(reason),
+                    (_, true, _) => Cause::ApiUnavailable(reason),
+                    (.., true) => Cause::BudgetExhausted(reason),
+                    (false, false, false) => Cause::Asked(reason),
                 };
                 if let Some(run) = run {
                     run.cancelled.get_or_insert(cause);

@@ -3,7 +3,7 @@
 use polydev_proto::broker::{ApiError, Seen};
 
 use super::Runs;
-use crate::run::{Run, api::Answers, cancel::Cause};
+use crate::run::{Run, api::Answers, cancel::Cause, journal::Claimed};
 
 impl Runs {
     /// The broker has reported what it has seen of a run, which may have ended long ago.
@@ -17,7 +17,13 @@ impl Runs {
 
     /// Takes over what the broker has seen of a run.
     pub(crate) fn answered(&self, run: &Run, seen: Seen) {
-        let refused = seen.refused.clone();
+        let (refused, over_budget) = (seen.refused.clone(), seen.over_budget.clone());
+        if !run.is_over() {
+            let Claimed {
+                run_id, user_id, ..
+            } = &run.claimed;
+            self.spent.saw(*run_id, user_id, &seen);
+        }
         let answers = Answers::from(seen);
         run.update(|progress| {
             // What an earlier life of the driver has counted is not counted again.
@@ -29,10 +35,13 @@ impl Runs {
         run.answered.notify_one();
         if let Some(ApiError {
             provider, status, ..
-        }) = refused
+        }) = refused.filter(|_| !run.claimed.keeps_on)
         {
             let words = format!("the API of {provider} answered with status {status}");
             self.cancel(run, Cause::CredentialRefused(words));
+        }
+        if !over_budget.is_empty() {
+            self.cancel(run, Cause::BudgetExhausted(over_budget));
         }
     }
 }

@@ -107,7 +107,8 @@ impl Run {
     /// The end, with what the APIs have answered.
     pub(crate) fn with_answers(&self, mut ended: Ended) -> Ended {
         // A command may see that its key is refused, and end, before it is asked to.
-        if let Some(cause @ Cause::CredentialRefused(_)) = self.cancel.cause()
+        if let Some(cause @ (Cause::CredentialRefused(_) | Cause::BudgetExhausted(_))) =
+            self.cancel.cause()
             && matches!(ended.reason, Reason::Exited | Reason::Signaled)
         {
             (ended.reason, ended.message) = (cause.reason(), cause.message());

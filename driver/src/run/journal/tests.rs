@@ -22,6 +22,7 @@ pub(in crate::run) fn claimed(run_id: RunId) -> Claimed {
         timeout: Duration::from_secs(60),
         kill_timeout: Duration::from_secs(30),
         max_api_wait: None,
+        keeps_on: false,
         drop_oldest: false,
         files_bytes: 0,
         provider: "anthropic".into(),
@@ -47,6 +48,7 @@ fn records() -> Vec<Record> {
             reason: "the node is drained".into(),
             credential_refused: false,
             api_unavailable: false,
+            budget_exhausted: false,
         },
         Record::Exited {
             run_id: run_id(1),

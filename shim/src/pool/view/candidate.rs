@@ -26,6 +26,8 @@ pub struct Candidate {
     pub public_key: Bytes,
     /// The key to seal keys for the node's broker with. Empty while there is no broker.
     pub broker_key: Bytes,
+    /// Version of the protocol between the node's driver and its broker.
+    pub broker_version: u32,
     /// Whether the slot was made for one run.
     pub on_demand: bool,
     pub(super) clock: Clock,

@@ -24,10 +24,45 @@ fn tell_of(node: &str, view: &View, snapshot: bool, slots: Vec<Slot>, removed: &
         slots,
         removed,
         start_id: "s".into(),
-        now: None,
-        since: None,
+        ..WatchSlotsResponse::default()
     };
     view.apply(node, &channel, told);
+}
+
+#[tokio::test]
+async fn what_a_user_has_used_is_the_sum_of_the_nodes_of_today() {
+    let view = View::new();
+    let today = days_since_epoch(SystemTime::now());
+    let tell = |node: &str, snapshot, day, requests| {
+        let channel = Endpoint::from_static("unix:///nowhere").connect_lazy();
+        let spent = Spent {
+            user_id: "alice".into(),
+            day,
+            requests,
+            tokens: 10 * requests,
+        };
+        let told = WatchSlotsResponse {
+            snapshot,
+            spent: vec![spent],
+            ..WatchSlotsResponse::default()
+        };
+        view.apply(node, &channel, told);
+    };
+    let used = || view.used(&"alice".into()).requests;
+    tell("a", true, today, 1);
+    tell("b", true, today, 2);
+    tell("b", false, today, 5);
+    assert_eq!(used(), 6);
+    assert_eq!(view.used(&"alice".into()).tokens, 60);
+    assert_eq!(view.used(&"bob".into()), Used::default());
+    view.disconnect("b");
+    assert_eq!(
+        used(),
+        6,
+        "what a node has reported counts while it is away"
+    );
+    tell("a", true, today - 1, 9);
+    assert_eq!(used(), 5);
 }
 
 #[tokio::test]

@@ -39,6 +39,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the shim waits for a driver that gave no clear answer. After this time the claim can
 /// no longer start.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Since this version of the protocol between driver and broker, both know what roles say.
+const POLICY_VERSION: u32 = 4;
 /// If a node left the cluster this long before the run id was made, other shims knew it too.
 const LEFT_MARGIN: Duration = Duration::from_secs(60);
 
@@ -88,6 +90,7 @@ impl<'a> Attempts<'a> {
                 user_id: request.user_id.into(),
                 spec: Some(request.spec),
                 trace: request.trace,
+                policy: request.policy,
                 ..Default::default()
             },
             secrets: request.secrets,
@@ -143,6 +146,10 @@ impl<'a> Attempts<'a> {
     }
 
     async fn ask(&mut self, slot: &Candidate) -> Result<Tried, Error> {
+        if self.claim.policy.is_some() && slot.broker_version < POLICY_VERSION {
+            let reason = "the node's driver is older than what the caller's role says about runs";
+            return Ok(Tried::Clear(Attempt::NoRoom(reason.into())));
+        }
         let is_newer = self.run_id.made_at() < slot.since;
         if is_newer && let Some(tried) = self.announce(slot).await? {
             return Ok(tried);

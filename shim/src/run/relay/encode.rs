@@ -60,6 +60,7 @@ pub(crate) fn encode_end(end: node::Ended, timeline: Vec<Stage>, warm: bool) -> 
         ended::Reason::Lost => ExitReason::Lost,
         ended::Reason::CredentialRefused => ExitReason::CredentialRefused,
         ended::Reason::ApiUnavailable => ExitReason::ApiUnavailable,
+        ended::Reason::BudgetExhausted => ExitReason::BudgetExhausted,
     };
     Exited {
         reason: reason.into(),

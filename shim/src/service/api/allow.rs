@@ -1,8 +1,10 @@
 //! Checks whether callers may make their calls.
 
+use std::sync::Arc;
+
 use super::Api;
 use crate::{
-    access::{Action, Caller},
+    access::{Action, Caller, Policy},
     run::{Error, attach::Name, listing},
 };
 use polydev_proto::provider::Provider;
@@ -11,17 +13,21 @@ impl Api {
     /// Whether the caller may do this. Calls that need `scale` or `credentials` are logged with
     /// the caller's name.
     pub(super) fn check(&self, caller: &Caller, action: Action) -> Result<(), Error> {
-        if let Err(denied) = self.access.check(caller, action) {
+        self.policy(caller, action).map(drop)
+    }
+
+    /// As [`Self::check`]; returns what the caller's role says about runs.
+    pub(super) fn policy(&self, caller: &Caller, action: Action) -> Result<Arc<Policy>, Error> {
+        let policy = self.access.policy(caller, action).inspect_err(|denied| {
             tracing::warn!(%denied, "denied");
-            return Err(denied.into());
-        }
+        })?;
         match action {
             Action::Scale { .. } | Action::Credentials { .. } => {
                 tracing::info!(%caller, %action, "allowed");
             }
             Action::Look | Action::Run { .. } | Action::Inject { .. } => {}
         }
-        Ok(())
+        Ok(policy)
     }
 
     /// Whether the caller may have this existing run.

@@ -17,7 +17,7 @@ use tracing::{Instrument, Span};
 
 use super::Api;
 use crate::{
-    access::{Action, Caller},
+    access::{Action, Caller, Used},
     credentials::record::Binding,
     run::{
         Connection, Error,
@@ -43,8 +43,9 @@ impl Api {
             user_id: Some(user_id.as_str()),
             provider: Some(provider),
         };
-        self.check(caller, run)?;
+        let mut role = self.policy(caller, run)?;
         self.user_rate.check(user_id.as_str())?;
+        let mut used = Used::default();
         if let Some(source) = request.credential.take() {
             let binding = Binding { user_id, provider };
             let secrets = self
@@ -53,10 +54,13 @@ impl Api {
             let secrets = secrets.await?;
             if secrets.outside.is_none() {
                 let user_id = user_id.as_str();
-                self.check(caller, Action::Inject { user_id, provider })?;
+                role = self.policy(caller, Action::Inject { user_id, provider })?;
+            } else if role.has_budget() {
+                used = self.view.used(user_id);
             }
             request.equip(secrets)?;
         }
+        request.policy = role.of_run(&request.user_id, used)?;
         let run_id = request.run_id;
         tracing::info!(%run_id, %caller, %provider, user_id = %request.user_id, "run");
         Ok(request)

@@ -153,7 +153,7 @@ impl Node {
         let run_id = RunId::new(std::time::SystemTime::now(), rand::random());
         let keys = Keys { keys: vec![key] };
         let sealed = seal_keys(&self.broker.public_key(), &run_id.to_string(), &keys)?;
-        let granting = opened.grant(run_id, sealed, FAST);
+        let granting = opened.grant(run_id, sealed, None, FAST);
         granting.context("the run has a key")?.done().await?;
         Ok(Container {
             address,

@@ -15,10 +15,12 @@ use http_body_util::{BodyExt, combinators::UnsyncBoxBody};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
+use rustls::ServerConfig;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
 };
+use tokio_rustls::TlsAcceptor;
 
 /// A request that has arrived.
 #[derive(Clone)]
@@ -41,7 +43,9 @@ struct Inner {
 }
 
 impl Api {
-    pub(crate) async fn serve() -> Self {
+    /// With TLS if there is a configuration for it.
+    pub(crate) async fn serve(tls: Option<ServerConfig>) -> Self {
+        let tls = tls.map(|tls| TlsAcceptor::from(Arc::new(tls)));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let inner = Arc::new(Inner {
@@ -58,9 +62,19 @@ impl Api {
                     let inner = inner.clone();
                     async move { Ok::<_, Infallible>(answer(inner, request).await) }
                 });
-                let stream = TokioIo::new(stream);
-                let connection = http1::Builder::new().serve_connection(stream, service);
-                tokio::spawn(connection.with_upgrades());
+                let tls = tls.clone();
+                tokio::spawn(async move {
+                    let server = http1::Builder::new();
+                    let Some(tls) = tls else {
+                        let served = server.serve_connection(TokioIo::new(stream), service);
+                        return served.with_upgrades().await.unwrap_or_default();
+                    };
+                    // A client that does not trust it goes away.
+                    if let Ok(stream) = tls.accept(stream).await {
+                        let served = server.serve_connection(TokioIo::new(stream), service);
+                        served.await.unwrap_or_default();
+                    }
+                });
             }
         });
         Self { address, inner }

@@ -1,51 +1,38 @@
 //! What a container reaches through the broker beside its model, on servers of the test's own.
 
-use std::{net::SocketAddr, time::Duration};
+use std::net::SocketAddr;
 
-use polydev_broker::{broker::Broker, upstream::Upstreams};
-use polydev_proto::{
-    broker::{Destination, Egress, Grant, Open, from_broker::Message},
-    sealed::PrivateKey,
-};
+use polydev_proto::broker::{Destination, Egress, Grant, Open, from_broker::Message};
 use reqwest::{Client, Proxy, StatusCode};
-use rustls::RootCertStore;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     time::{Instant, timeout},
 };
 
-const RUN: &str = "0192d4e0-0000-7000-8000-000000000001";
-const FAST: u64 = 1 << 30;
-const LIMIT: Duration = Duration::from_secs(20);
+use crate::node::{self, FAST, LIMIT, RUN};
 
 /// A broker with one container.
 struct Node {
-    broker: Broker,
+    node: node::Node,
     container: SocketAddr,
 }
 
 impl Node {
     async fn new(allow: &[&str]) -> Self {
-        let _installed = rustls::crypto::ring::default_provider().install_default();
-        let upstreams = Upstreams::new(RootCertStore::empty()).expect("TLS");
-        let broker = Broker::new(PrivateKey::generate(), upstreams);
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let container = listener.local_addr().expect("an address");
+        let node = node::Node::new().await;
         let allow = allow.iter().map(ToString::to_string).collect();
         let open = Open {
-            container: "one".into(),
-            bytes_per_second: FAST,
             egress: Some(Egress { allow }),
             ..Open::default()
         };
-        broker.open(&open, listener).expect("it is opened");
-        Self { broker, container }
+        let container = node.open_with("one", open).await;
+        Self { node, container }
     }
 
     /// A run without keys has the container.
     fn grant(&self, bytes_per_second: u64) {
-        let told = self.broker.grant(&Grant {
+        let told = self.node.broker.grant(&Grant {
             container: "one".into(),
             run_id: RUN.into(),
             bytes_per_second,
@@ -78,10 +65,7 @@ impl Node {
 
     /// Ends the container; returns the record of its run.
     fn close(&self) -> Vec<Destination> {
-        match self.broker.close("one") {
-            Message::Closed(closed) => closed.seen.expect("it had a run").destinations,
-            other => panic!("{other:?}"),
-        }
+        self.node.close("one").destinations
     }
 }
 
@@ -210,14 +194,8 @@ async fn what_is_not_allowed_is_told_to_the_program_and_the_driver() {
         status,
         format!("HTTP/1.1 403 {target}: not in the pool's egress.allow")
     );
-    let Message::Seen(seen) = timeout(LIMIT, node.broker.news())
-        .await
-        .expect("it is told")
-    else {
-        panic!("it is something else");
-    };
     assert_eq!(
-        seen.destinations[0].denied,
+        node.node.news().await.destinations[0].denied,
         "not in the pool's egress.allow"
     );
 
@@ -243,7 +221,7 @@ async fn what_is_not_allowed_is_told_to_the_program_and_the_driver() {
         .unwrap();
     assert_eq!(plain.status(), StatusCode::FORBIDDEN);
     let record = node.close();
-    assert_eq!(record.len(), 6, "{record:?}");
+    assert_eq!(record.len(), 8, "{record:?}");
     assert!(
         record
             .iter()

@@ -136,7 +136,7 @@ impl Driver {
             bytes_per_second: 1 << 20,
             ..Open::default()
         };
-        self.send(to_broker::Message::Open(open), Some(&socket));
+        self.send(to_broker::Message::Open(open.into()), Some(&socket));
         socket
     }
 }
@@ -190,9 +190,9 @@ async fn containers_come_with_their_sockets_and_stay_without_a_driver() {
         run_id: "run".into(),
         sealed_keys: vec![0; 64].into(),
         bytes_per_second: 1 << 20,
-        seen: None,
+        ..Grant::default()
     };
-    driver.send(to_broker::Message::Grant(grant), None);
+    driver.send(to_broker::Message::Grant(grant.into()), None);
     match driver.next().await {
         from_broker::Message::Refused(refused) => assert_eq!(refused.run_id, "run"),
         other => panic!("{other:?}"),

@@ -1,104 +1,19 @@
 //! A container's requests through the broker, to an API of the test's own.
 
-mod api;
+use std::net::SocketAddr;
 
-use std::{net::SocketAddr, time::Duration};
-
-use api::Api;
-use polydev_broker::{broker::Broker, upstream::Upstreams};
 use polydev_proto::{
-    broker::{Grant, Key, Keys, ModelUsage, Open, Seen, Upstream, from_broker::Message},
-    provider::Provider,
-    sealed::{PrivateKey, seal_keys},
+    broker::{Grant, Keys, ModelUsage, Open, Upstream, from_broker::Message},
+    sealed::seal_keys,
 };
 use reqwest::{Client, StatusCode};
-use rustls::RootCertStore;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     time::timeout,
 };
 
-const RUN: &str = "0192d4e0-0000-7000-8000-000000000001";
-const FAST: u64 = 1 << 30;
-const LIMIT: Duration = Duration::from_secs(20);
-
-/// A broker before an API that answers for all three providers.
-struct Node {
-    broker: Broker,
-    api: Api,
-}
-
-impl Node {
-    async fn new() -> Self {
-        let _installed = rustls::crypto::ring::default_provider().install_default();
-        let api = Api::serve().await;
-        let upstreams = Upstreams::new(RootCertStore::empty()).expect("TLS");
-        let broker = Broker::new(PrivateKey::generate(), upstreams);
-        Self { broker, api }
-    }
-
-    /// Opens a container; returns what it connects to.
-    async fn open(&self, container: &str) -> SocketAddr {
-        let upstream = |provider: Provider| Upstream {
-            provider: provider.to_string(),
-            base_url: format!("http://{}", self.api.address),
-            ..Upstream::default()
-        };
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let address = listener.local_addr().expect("an address");
-        let open = Open {
-            container: container.into(),
-            bytes_per_second: FAST,
-            upstreams: Provider::all().map(upstream).collect(),
-            ..Open::default()
-        };
-        self.broker.open(&open, listener).expect("it is opened");
-        address
-    }
-
-    fn grant(&self, container: &str, run_id: &str, keys: &[(&str, &str)]) -> Message {
-        let keys = Keys {
-            keys: keys
-                .iter()
-                .map(|(provider, value)| Key {
-                    provider: (*provider).into(),
-                    value: value.as_bytes().to_vec().into(),
-                })
-                .collect(),
-        };
-        let sealed_keys =
-            seal_keys(&self.broker.public_key(), run_id, &keys).expect("a key of the broker");
-        self.broker.grant(&Grant {
-            container: container.into(),
-            run_id: run_id.into(),
-            sealed_keys,
-            bytes_per_second: 2 * FAST,
-            seen: None,
-        })
-    }
-
-    fn granted(&self, container: &str, run_id: &str, keys: &[(&str, &str)]) {
-        let told = self.grant(container, run_id, keys);
-        assert!(matches!(told, Message::Granted(_)), "{told:?}");
-    }
-
-    async fn news(&self) -> Seen {
-        let news = timeout(LIMIT, self.broker.news()).await;
-        match news.expect("it is told in time") {
-            Message::Seen(seen) => seen,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    /// Ends the container; returns what was seen of its run.
-    fn close(&self, container: &str) -> Seen {
-        match self.broker.close(container) {
-            Message::Closed(closed) => closed.seen.expect("it had a run"),
-            other => panic!("{other:?}"),
-        }
-    }
-}
+use crate::node::{FAST, LIMIT, Node, RUN};
 
 #[tokio::test]
 async fn the_users_key_takes_the_place_of_the_containers() {
@@ -149,7 +64,7 @@ async fn without_a_run_with_its_key_nothing_reaches_an_api() {
         run_id: RUN.into(),
         sealed_keys: sealed,
         bytes_per_second: FAST,
-        seen: None,
+        ..Grant::default()
     });
     let Message::Refused(refused) = told else {
         panic!("it is granted");
@@ -314,7 +229,7 @@ async fn redirects_and_missing_websockets_end_in_the_broker() {
 }
 
 /// A container's WebSocket, which the API has accepted.
-async fn websocket(address: SocketAddr) -> TcpStream {
+pub(crate) async fn websocket(address: SocketAddr) -> TcpStream {
     let mut socket = TcpStream::connect(address)
         .await
         .expect("the broker listens");
@@ -354,7 +269,7 @@ async fn a_websocket_passes_both_ways_and_breaks_with_its_run() {
 }
 
 /// A server's frame (RFC 6455, section 5.2).
-fn frame(opcode: u8, is_last: bool, text: &str) -> Vec<u8> {
+pub(crate) fn frame(opcode: u8, is_last: bool, text: &str) -> Vec<u8> {
     let mut frame = vec![u8::from(is_last) << 7 | opcode];
     match u16::try_from(text.len()).expect("a short text") {
         length @ ..126 => frame.extend(u8::try_from(length)),

@@ -1,0 +1,165 @@
+//! What a role says about the runs of its members, for the broker.
+
+use std::collections::BTreeMap;
+
+use polydev_proto::{
+    broker::{self, Egress},
+    egress::{MAX_RULES, NotARule, Rule},
+    id::UserId,
+    provider::{Provider, Unknown},
+};
+use polydev_transport::upstream::{self, Unreadable, Upstream};
+use serde::Deserialize;
+
+/// The part of a `[[role]]` that is about its members' runs.
+#[derive(Debug, Default)]
+pub struct Policy {
+    budget: Option<Budget>,
+    /// Rules. `None` if the pool alone decides.
+    egress: Option<Vec<String>>,
+    upstreams: Vec<broker::Upstream>,
+}
+
+/// What each user may use in a day (UTC), over all providers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Budget {
+    requests: Option<u64>,
+    tokens: Option<u64>,
+}
+
+/// What a user has used today.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Used {
+    pub requests: u64,
+    /// Input and output.
+    pub tokens: u64,
+}
+
+/// The user has used up a budget.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the budget of user `{user_id}` for today (UTC) is used up: {used} of {most} {unit}; the next day begins at 00:00 UTC"
+)]
+pub struct Exhausted {
+    pub user_id: UserId,
+    pub used: u64,
+    pub most: u64,
+    pub unit: &'static str,
+}
+
+/// What is wrong in a role.
+#[derive(Debug, thiserror::Error)]
+pub enum Invalid {
+    #[error("`{0}` needs `inject = false`: nothing would hold it for a key that is in a container")]
+    NeedsBroker(&'static str),
+    #[error("`budget.{0}` is 0; must be 1 or more, or absent for no limit")]
+    NoBudget(&'static str),
+    #[error("`budget` must have `requests`, `tokens` or both")]
+    EmptyBudget,
+    #[error("`egress` has `{rule}`")]
+    Rule { rule: String, source: NotARule },
+    #[error("`egress` has {0} rules; must have at most {MAX_RULES}")]
+    TooManyRules(usize),
+    #[error("a name under `upstream`")]
+    Provider(#[from] Unknown),
+    #[error(transparent)]
+    Upstream(#[from] upstream::Invalid),
+    #[error(transparent)]
+    Unreadable(#[from] Unreadable),
+}
+
+impl Policy {
+    /// Checks what a role says. `inject` is whether it allows credentials in containers.
+    ///
+    /// # Errors
+    /// [`Invalid`]
+    pub(super) fn check(
+        inject: bool,
+        budget: Option<Budget>,
+        egress: Option<Vec<String>>,
+        upstream: BTreeMap<String, Upstream>,
+    ) -> Result<Self, Invalid> {
+        if inject && budget.is_some() {
+            return Err(Invalid::NeedsBroker("budget"));
+        }
+        if inject && !upstream.is_empty() {
+            return Err(Invalid::NeedsBroker("upstream"));
+        }
+        if let Some(Budget { requests, tokens }) = budget {
+            for (name, most) in [("requests", requests), ("tokens", tokens)] {
+                if most == Some(0) {
+                    return Err(Invalid::NoBudget(name));
+                }
+            }
+            if requests.is_none() && tokens.is_none() {
+                return Err(Invalid::EmptyBudget);
+            }
+        }
+        let rules = egress.as_deref().unwrap_or_default();
+        if rules.len() > MAX_RULES {
+            return Err(Invalid::TooManyRules(rules.len()));
+        }
+        for rule in rules {
+            rule.parse::<Rule>().map_err(|source| Invalid::Rule {
+                rule: rule.clone(),
+                source,
+            })?;
+        }
+        let read = |(provider, upstream): (String, Upstream)| {
+            let provider: Provider = provider.parse()?;
+            Ok(upstream.check()?.read(provider)?)
+        };
+        let upstreams = upstream.into_iter().map(read);
+        Ok(Self {
+            budget,
+            egress,
+            upstreams: upstreams.collect::<Result<_, Invalid>>()?,
+        })
+    }
+
+    /// Whether what a user has used matters.
+    #[must_use]
+    pub fn has_budget(&self) -> bool {
+        self.budget.is_some()
+    }
+
+    /// What the broker is told about a run of a user who has used so much. `None` if the role says
+    /// nothing.
+    ///
+    /// # Errors
+    /// [`Exhausted`]
+    pub fn of_run(
+        &self,
+        user_id: &UserId,
+        used: Used,
+    ) -> Result<Option<broker::Policy>, Exhausted> {
+        let budget = self.budget.map(|Budget { requests, tokens }| {
+            for (used, most, unit) in [
+                (used.requests, requests, "requests"),
+                (used.tokens, tokens, "tokens"),
+            ] {
+                if let Some(most) = most.filter(|most| used >= *most) {
+                    return Err(Exhausted {
+                        user_id: user_id.clone(),
+                        used,
+                        most,
+                        unit,
+                    });
+                }
+            }
+            Ok(broker::Budget {
+                requests: requests.unwrap_or_default(),
+                tokens: tokens.unwrap_or_default(),
+                used_requests: used.requests,
+                used_tokens: used.tokens,
+            })
+        });
+        let policy = broker::Policy {
+            budget: budget.transpose()?,
+            egress: self.egress.clone().map(|allow| Egress { allow }),
+            upstreams: self.upstreams.clone(),
+        };
+        Ok((policy != broker::Policy::default()).then_some(policy))
+    }
+}

@@ -1,0 +1,206 @@
+use polydev_proto::id::UserId;
+
+use super::*;
+
+const FILE: &str = r#"
+    [[role]]
+    members = ["spiffe://acme/controller", "uid:0"]
+    may = ["run", "credentials"]
+
+    [[role]]
+    members = ["cn:team-?"]
+    may = ["run"]
+    users = ["team-*"]
+    providers = ["openai"]
+
+    [[role]]
+    members = ["cn:admin"]
+    may = ["scale"]
+    providers = ["codex"]
+
+    [[role]]
+    members = ["cn:agents"]
+    may = ["run"]
+    inject = false
+"#;
+
+fn load(text: &str) -> Result<Access, Error> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), text).unwrap();
+    Access::load(file.path())
+}
+
+#[test]
+fn callers_may_do_what_a_role_of_theirs_says_and_nothing_else() {
+    let access = load(FILE).unwrap();
+    let provider = |name: &str| name.parse::<Provider>().unwrap();
+    let may = |caller: &str, action| access.check(&Caller(caller.into()), action).is_ok();
+    let run = |user_id, name| Action::Run {
+        user_id: Some(user_id),
+        provider: Some(provider(name)),
+    };
+    let everybodys = Action::Run {
+        user_id: None,
+        provider: None,
+    };
+    let credentials = |user_id| Action::Credentials {
+        user_id: Some(user_id),
+        provider: None,
+    };
+    let of = |user_id| Action::Run {
+        user_id: Some(user_id),
+        provider: None,
+    };
+    let scale = |name| Action::Scale {
+        provider: provider(name),
+    };
+    for name in ["spiffe://acme/controller", "uid:0"] {
+        assert!(may(name, run("alice", "google")) && may(name, everybodys));
+        assert!(may(name, credentials("alice")) && may(name, Action::Look));
+        assert!(!may(name, scale("openai")));
+    }
+    assert!(may("cn:team-a", run("team-alice", "openai")));
+    assert!(!may("cn:team-a", run("team-alice", "google")));
+    assert!(!may("cn:team-a", of("team-alice")), "of all providers");
+    let providers = access.providers_of(&Caller("cn:team-a".into()), "team-alice");
+    assert_eq!(providers, [provider("openai")]);
+    assert!(!may("cn:team-a", run("alice", "openai")));
+    assert!(!may("cn:team-a", everybodys) && !may("cn:team-a", credentials("team-alice")));
+    assert!(may("cn:admin", scale("openai")) && !may("cn:admin", scale("google")));
+    assert!(may("cn:admin", Action::Look) && !may("cn:admin", run("alice", "openai")));
+    for name in ["cn:team-", "cn:team-ab", "uid:00", "loopback", ""] {
+        assert!(!may(name, Action::Look), "{name}");
+    }
+    assert!(
+        Access::everything()
+            .check(&Caller("loopback".into()), everybodys)
+            .is_ok()
+    );
+}
+
+#[test]
+fn a_role_can_keep_credentials_out_of_containers() {
+    let access = load(FILE).unwrap();
+    let may = |caller: &str| {
+        let inject = Action::Inject {
+            user_id: "team-alice",
+            provider: Provider::OpenAi,
+        };
+        access.check(&Caller(caller.into()), inject).is_ok()
+    };
+    assert!(may("uid:0") && may("cn:team-a"));
+    assert!(!may("cn:agents") && !may("cn:admin"));
+}
+
+#[test]
+fn the_first_role_that_allows_a_run_says_what_holds_for_it() {
+    let access = load(
+        r#"
+        [[role]]
+        members = ["cn:agents"]
+        may = ["run"]
+        providers = ["openai"]
+        inject = false
+        egress = ["github.com:443"]
+        budget = { requests = 10, tokens = 1000 }
+        upstream.openai = { base_url = "https://gateway.example/v1/", headers = { x-team = "a" } }
+
+        [[role]]
+        members = ["cn:*"]
+        may = ["run"]
+        "#,
+    )
+    .unwrap();
+    let (alice, used) = (UserId::from("alice"), |requests, tokens| Used {
+        requests,
+        tokens,
+    });
+    let policy = |caller: &str, provider| {
+        let run = Action::Run {
+            user_id: Some("alice"),
+            provider: Some(provider),
+        };
+        access.policy(&Caller(caller.into()), run).unwrap()
+    };
+    let policy_of_run = policy("cn:agents", Provider::OpenAi);
+    let told = policy_of_run.of_run(&alice, used(9, 999)).unwrap().unwrap();
+    assert_eq!(told.egress.unwrap().allow, ["github.com:443"]);
+    assert_eq!(told.upstreams[0].base_url, "https://gateway.example/v1");
+    let budget = told.budget.unwrap();
+    assert_eq!((budget.requests, budget.used_tokens), (10, 999));
+    for (used, words) in [
+        (used(10, 0), "10 of 10 requests"),
+        (used(0, 1234), "1234 of 1000 tokens"),
+    ] {
+        let refused = policy_of_run.of_run(&alice, used).unwrap_err().to_string();
+        let begin = "the budget of user `alice` for today (UTC) is used up: ";
+        assert!(
+            refused.starts_with(&format!("{begin}{words};")),
+            "{refused}"
+        );
+    }
+    let others = policy("cn:agents", Provider::Google);
+    assert_eq!(others.of_run(&alice, used(99, 99999)), Ok(None));
+}
+
+#[test]
+fn a_role_that_could_not_hold_is_refused() {
+    for (wrong, words) in [
+        (
+            "budget = { requests = 1 }",
+            "`budget` needs `inject = false`",
+        ),
+        ("inject = false\nbudget = {}", "`budget` must have"),
+        (
+            "inject = false\nbudget = { tokens = 0 }",
+            "`budget.tokens` is 0",
+        ),
+        ("egress = [\"a b\"]", "`egress` has `a b`"),
+        (
+            "upstream.openai = { base_url = \"https://a.example\" }",
+            "`upstream` needs `inject = false`",
+        ),
+        (
+            "inject = false\nupstream.openai = { base_url = \"http://a.example\" }",
+            "`upstream.base_url` is `http://a.example`",
+        ),
+        (
+            "inject = false\nupstream.open = { base_url = \"https://a.example\" }",
+            "a name under `upstream`",
+        ),
+    ] {
+        let file = format!("[[role]]\nmembers = [\"cn:a\"]\nmay = [\"run\"]\n{wrong}");
+        let error = crate::chain(&load(&file).unwrap_err());
+        assert!(
+            error.contains("role 1 in ") && error.contains(words),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn what_was_denied_is_said() {
+    let access = load(FILE).unwrap();
+    let run = Action::Run {
+        user_id: Some("bob"),
+        provider: Some("google".parse().unwrap()),
+    };
+    let denied = access.check(&Caller("cn:team-a".into()), run).unwrap_err();
+    let words = "caller `cn:team-a` has no role that allows them to start, see or end runs of \
+                 user `bob` for `google`";
+    assert_eq!(denied.to_string(), words);
+}
+
+#[test]
+fn roles_that_are_not_understood_are_refused() {
+    for wrong in [
+        "",
+        "[[role]]\nmembers = [\"cn:a\"]",
+        "[[role]]\nmembers = [\"cn:a\"]\nmay = [\"fly\"]",
+        "[[role]]\nmembers = [\"cn:a\"]\nmay = [\"run\"]\nuser = [\"a\"]",
+        "[[role]]\nmembers = [\"cn:a\"]\nmay = [\"run\"]\nproviders = [\"openia\"]",
+    ] {
+        assert!(load(wrong).is_err(), "{wrong}");
+    }
+    assert!(Access::load(Path::new("/nowhere")).is_err());
+}

@@ -1,0 +1,128 @@
+//! What a role says about runs: refused by the shim, or told to the driver for the broker.
+
+use std::time::Duration;
+
+use polydev_proto::runtime::{CredentialMode, RunStart};
+use polydev_tests::{client::api_key, folder::Folder, wait_until};
+use tonic::Code;
+use tonic_types::StatusExt;
+
+use crate::site::{LIMIT, Site, myself, reason, steps};
+
+/// A site whose callers have one role, with these lines.
+fn site(lines: &str) -> (Site, Folder) {
+    let folder = Folder::new("pdroles-");
+    let path = folder.path().join("roles.toml");
+    let myself = myself();
+    let role = format!("[[role]]\nmembers = [\"{myself}\"]\nmay = [\"run\"]\n{lines}");
+    std::fs::write(&path, role).expect("a file can be written");
+    let options = ["--roles", &path.display().to_string()];
+    (Site::start_with(&[("anthropic", 2)], &options), folder)
+}
+
+/// A run of alice with a key for the broker.
+fn outside() -> RunStart {
+    RunStart {
+        user_id: "alice".into(),
+        credential: Some(api_key("key")),
+        ..steps(&["true"])
+    }
+}
+
+#[test]
+fn a_run_beyond_its_users_budget_is_refused_with_the_figures() {
+    let (site, _folder) =
+        site("inject = false\nbudget = { requests = 10, tokens = 1000 }\negress = []");
+    let client = site.shim.client();
+    client.run(outside()).unwrap();
+    let policy = |site: &Site| site.node().asked().claims.pop().unwrap().policy.unwrap();
+    let told = policy(&site);
+    assert!(told.egress.unwrap().allow.is_empty());
+    let budget = told.budget.unwrap();
+    assert_eq!((budget.requests, budget.used_requests), (10, 0));
+
+    site.node().spend("bob", 99, 9999);
+    site.node().spend("alice", 9, 999);
+    wait_until("the figures", LIMIT, || {
+        client.run(outside()).unwrap();
+        let budget = policy(&site).budget.unwrap();
+        let used = (budget.used_requests, budget.used_tokens);
+        (used == (9, 999)).then_some(()).ok_or(format!("{used:?}"))
+    });
+
+    site.node().spend("alice", 9, 1234);
+    let refused = wait_until("the refusal", LIMIT, || {
+        let refused = client.run(outside()).err();
+        refused.ok_or_else(|| "it runs".to_owned())
+    });
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    assert_eq!(reason(&refused), "BUDGET_EXHAUSTED");
+    let words = "the budget of user `alice` for today (UTC) is used up: 1234 of 1000 tokens";
+    assert!(refused.message().starts_with(words), "{refused}");
+    let details = refused.get_error_details();
+    assert_eq!(
+        details.quota_failure().unwrap().violations[0].subject,
+        "user:alice"
+    );
+    assert!(details.retry_info().is_none(), "trying again does not help");
+    // Others go on, and a run without a key needs no budget.
+    let others = RunStart {
+        user_id: "carol".into(),
+        ..outside()
+    };
+    client.run(others).unwrap();
+    let without = RunStart {
+        user_id: "alice".into(),
+        ..steps(&["true"])
+    };
+    client.run(without).unwrap();
+}
+
+#[test]
+fn a_role_with_a_gateway_lets_no_key_pass_it() {
+    let gateway = "inject = false\n[role.upstream.anthropic]\nbase_url = \"https://a.example/v1/\"";
+    let (site, _folder) = site(gateway);
+    let client = site.shim.client();
+    client.run(outside()).unwrap();
+    let claim = site.node().asked().claims.remove(0);
+    let upstream = claim.policy.unwrap().upstreams.remove(0);
+    assert_eq!(
+        (&*upstream.provider, &*upstream.base_url),
+        ("anthropic", "https://a.example/v1")
+    );
+    let elsewhere = RunStart {
+        env: [(
+            "ANTHROPIC_BASE_URL".to_owned(),
+            "https://b.example".to_owned(),
+        )]
+        .into(),
+        ..outside()
+    };
+    let inside = RunStart {
+        credential_mode: CredentialMode::Inject.into(),
+        ..outside()
+    };
+    for run in [elsewhere, inside] {
+        let refused = client.run(run).map(drop).expect_err("it is refused");
+        assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
+    }
+}
+
+#[test]
+fn a_driver_that_does_not_know_roles_gets_no_run_of_one() {
+    let (site, _folder) = site("egress = []");
+    site.node().change_slots(|slot| slot.broker_version = 3);
+    let run = RunStart {
+        queue_timeout: Some(Duration::from_millis(300).try_into().unwrap()),
+        ..steps(&["true"])
+    };
+    let refused = site
+        .shim
+        .client()
+        .run(run)
+        .map(drop)
+        .expect_err("it has no slot");
+    let words = "the node's driver is older than what the caller's role says";
+    assert!(refused.message().contains(words), "{refused}");
+    assert!(site.node().asked().claims.is_empty());
+}
