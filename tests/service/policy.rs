@@ -25,6 +25,7 @@ fn outside() -> RunStart {
     RunStart {
         user_id: "alice".into(),
         credential: Some(api_key("key")),
+        credential_mode: CredentialMode::Broker.into(),
         ..steps(&["true"])
     }
 }
@@ -96,6 +97,7 @@ fn a_role_with_a_gateway_lets_no_key_pass_it() {
             "https://b.example".to_owned(),
         )]
         .into(),
+        credential_mode: CredentialMode::Unspecified.into(),
         ..outside()
     };
     let inside = RunStart {

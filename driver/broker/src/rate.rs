@@ -16,6 +16,10 @@ use tokio::time::{Instant, Sleep, sleep_until};
 /// How far ahead of its rate a container may be after a pause.
 const MAX_BURST: Duration = Duration::from_millis(50);
 
+/// What passes at once takes about this time at the rate, and has at least so many bytes.
+const PIECE: Duration = Duration::from_millis(20);
+const MIN_PIECE: usize = 4096;
+
 /// One direction of one container.
 #[derive(Debug)]
 pub(crate) struct Bucket {
@@ -45,6 +49,13 @@ impl Bucket {
         self.state.lock().bytes_per_second = bytes_per_second.max(1);
     }
 
+    /// Most bytes that pass at once.
+    fn longest_piece(&self) -> usize {
+        let rate = self.state.lock().bytes_per_second;
+        let bytes = u128::from(rate) * PIECE.as_millis() / 1000;
+        usize::try_from(bytes).map_or(usize::MAX, |bytes| bytes.max(MIN_PIECE))
+    }
+
     /// Counts bytes that pass now. Returns when the next ones may.
     pub(crate) fn pass(&self, bytes: usize) -> Instant {
         let now = Instant::now();
@@ -57,11 +68,14 @@ impl Bucket {
     }
 }
 
-/// A body at the speed of a bucket. A piece passes at once, and the next one waits.
+/// A body at the speed of a bucket. A piece passes at once, and the next one waits: so a long
+/// piece, of which nobody waits for the end, is cut.
 pub(crate) struct Paced<B> {
     body: B,
     bucket: Arc<Bucket>,
     pause: Option<Pin<Box<Sleep>>>,
+    /// What has come and may not pass yet.
+    rest: Bytes,
 }
 
 impl<B> Paced<B> {
@@ -70,6 +84,7 @@ impl<B> Paced<B> {
             body,
             bucket,
             pause: None,
+            rest: Bytes::new(),
         }
     }
 }
@@ -86,24 +101,37 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Paced<B> {
             std::task::ready!(pause.as_mut().poll(context));
             self.pause = None;
         }
-        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(context));
-        if let Some(Ok(frame)) = &frame
-            && let Some(data) = frame.data_ref()
-        {
-            let next = self.bucket.pass(data.len());
-            if next > Instant::now() {
-                self.pause = Some(Box::pin(sleep_until(next)));
+        if self.rest.is_empty() {
+            let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(context));
+            match frame {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => self.rest = data,
+                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                },
+                end => return Poll::Ready(end),
             }
         }
-        Poll::Ready(frame)
+        let most = self.bucket.longest_piece().min(self.rest.len());
+        let piece = self.rest.split_to(most);
+        let next = self.bucket.pass(piece.len());
+        if next > Instant::now() {
+            self.pause = Some(Box::pin(sleep_until(next)));
+        }
+        Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let (of_body, rest) = (self.body.size_hint(), self.rest.len() as u64);
+        let mut hint = SizeHint::new();
+        hint.set_lower(of_body.lower() + rest);
+        if let Some(upper) = of_body.upper() {
+            hint.set_upper(upper + rest);
+        }
+        hint
     }
 }
 
@@ -127,7 +155,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_rate_holds_for_pieces_of_any_size() {
-        for size in [100, 1000, 10_000, 50_000] {
+        for size in [100, 1000, 10_000, 50_000, 250_000, 1_000_000] {
             let took = megabyte(size, Bucket::new(1_000_000).into()).await;
             assert!(
                 (0.95..=1.05).contains(&took.as_secs_f64()),
