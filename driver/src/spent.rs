@@ -1,16 +1,16 @@
-//! What users have used today of models, for the budgets that shims enforce. What runs that are
-//! over have used is in a file for each user, because the next life of the driver needs it; what
-//! the others have used so far, the broker reports again.
+//! What users have used of models today, for the budgets that shims enforce. The figures are in a
+//! file for each user too, because the broker does not report again what it reported to an earlier
+//! life of the driver and lost since.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     path::Path,
-    time::SystemTime,
 };
 
 use parking_lot::{Mutex, MutexGuard};
 use polydev_proto::{
     broker::Seen,
+    budget::{Used, today},
     id::{RunId, UserId},
 };
 use serde::{Deserialize, Serialize};
@@ -28,16 +28,16 @@ pub(crate) struct Spent {
 #[derive(Debug, Default)]
 struct Inner {
     day: u64,
-    over: BTreeMap<UserId, Figures>,
-    open: HashMap<RunId, (UserId, Figures)>,
+    users: BTreeMap<UserId, Figures>,
 }
 
-/// How much of models was used.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Figures {
-    pub(crate) requests: u64,
-    /// Input and output.
-    pub(crate) tokens: u64,
+/// The figures of a user.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Figures {
+    /// Of runs that are over.
+    over: Used,
+    /// Of each other run, from its start.
+    open: HashMap<RunId, Used>,
 }
 
 /// The file of a user.
@@ -45,91 +45,103 @@ pub(crate) struct Figures {
 struct Record {
     user_id: UserId,
     day: u64,
-    #[serde(flatten)]
     figures: Figures,
 }
 
 impl Spent {
-    /// Reads what an earlier life of the driver has counted today, and removes the rest.
+    /// Reads what an earlier life of the driver has counted today, and removes the rest. `open` are
+    /// the runs that continue.
     ///
     /// # Errors
     /// [`files::Error`]
-    pub(crate) fn open(state_dir: &Path) -> Result<Self, files::Error> {
+    pub(crate) fn open(state_dir: &Path, open: &HashSet<RunId>) -> Result<Self, files::Error> {
         let records = Records::<Record>::open(state_dir.join("spent"))?;
         let day = today();
-        let mut over = BTreeMap::new();
+        let mut users = BTreeMap::new();
         for found in records.read() {
             let Record {
                 user_id,
                 day: of,
-                figures,
+                mut figures,
             } = found.record;
+            if of != day {
+                figures.over = Used::default();
+            }
+            let (open, over): (HashMap<_, _>, HashMap<_, _>) =
+                (figures.open.drain()).partition(|(run_id, _)| open.contains(run_id));
+            figures.open = open;
             if of == day {
-                over.insert(user_id, figures);
-            } else {
+                over.into_values().for_each(|used| figures.over.add(used));
+            }
+            if figures.is_empty() {
                 records.remove(&name(&user_id));
+            } else {
+                users.insert(user_id, figures);
             }
         }
-        let inner = Inner {
-            day,
-            over,
-            ..Inner::default()
-        };
         Ok(Self {
             records,
-            inner: inner.into(),
+            inner: Inner { day, users }.into(),
         })
     }
 
-    /// The broker has reported what a run has used from its start.
+    /// The broker has reported what a run that is not over has used from its start.
     pub(crate) fn saw(&self, run_id: RunId, user_id: &UserId, seen: &Seen) {
-        let mut figures = Figures {
+        let mut used = Used {
             requests: seen.requests,
             tokens: 0,
         };
-        for used in &seen.usage {
-            figures.add(Figures {
-                requests: 0,
-                tokens: used.input_tokens.saturating_add(used.output_tokens),
-            });
+        for model in &seen.usage {
+            used.tokens = used.tokens.saturating_add(model.input_tokens);
+            used.tokens = used.tokens.saturating_add(model.output_tokens);
         }
-        if figures != Figures::default() {
-            let mut inner = self.lock();
-            inner.open.insert(run_id, (user_id.clone(), figures));
+        let mut inner = self.lock();
+        let known = inner.users.get(user_id);
+        let known = known.and_then(|figures| figures.open.get(&run_id));
+        if used != known.copied().unwrap_or_default() {
+            let figures = inner.users.entry(user_id.clone()).or_default();
+            figures.open.insert(run_id, used);
+            self.write(&inner, user_id);
         }
     }
 
-    /// A run is over.
-    pub(crate) fn over(&self, run_id: RunId) {
+    /// A run is over: nothing is reported of it from now on.
+    pub(crate) fn over(&self, run_id: RunId, user_id: &UserId) {
         let mut inner = self.lock();
-        let Some((user_id, figures)) = inner.open.remove(&run_id) else {
-            return;
-        };
-        let day = inner.day;
-        let of_user = inner.over.entry(user_id.clone()).or_default();
-        of_user.add(figures);
-        let record = Record {
-            figures: *of_user,
-            day,
-            user_id,
-        };
-        // Another run of the user may end meanwhile: the later figures must win.
-        let written = self.records.write(&name(&record.user_id), &record);
-        drop(inner);
-        if let Err(error) = written {
-            let error = crate::chain(&error);
-            tracing::error!(%run_id, error, "a restarted driver will not count what a run has used");
+        let figures = inner.users.get_mut(user_id);
+        let used = figures.and_then(|figures| {
+            let used = figures.open.remove(&run_id)?;
+            figures.over.add(used);
+            Some(used)
+        });
+        if used.is_some() {
+            self.write(&inner, user_id);
         }
     }
 
     /// The day, in days since 1970-01-01 (UTC), and what each user has used of it.
-    pub(crate) fn today(&self) -> (u64, BTreeMap<UserId, Figures>) {
+    pub(crate) fn today(&self) -> (u64, BTreeMap<UserId, Used>) {
         let inner = self.lock();
-        let mut all = inner.over.clone();
-        for (user_id, figures) in inner.open.values() {
-            all.entry(user_id.clone()).or_default().add(*figures);
+        let users = inner.users.iter();
+        let users = users.map(|(user_id, figures)| (user_id.clone(), figures.sum()));
+        (inner.day, users.collect())
+    }
+
+    /// With the lock held, so that the last figures win.
+    fn write(&self, inner: &Inner, user_id: &UserId) {
+        let record = Record {
+            user_id: user_id.clone(),
+            day: inner.day,
+            figures: inner.users.get(user_id).cloned().unwrap_or_default(),
+        };
+        if let Err(error) = self.records.write(&name(user_id), &record) {
+            let error = crate::chain(&error);
+            tracing::error!(
+                %user_id,
+                error,
+                "a restarted driver will not know what a user has used"
+            );
         }
-        (inner.day, all)
     }
 
     /// The figures of today, whatever day it was before.
@@ -138,25 +150,28 @@ impl Spent {
         let day = today();
         if inner.day != day {
             inner.day = day;
-            for user_id in std::mem::take(&mut inner.over).into_keys() {
-                self.records.remove(&name(&user_id));
-            }
+            inner.users.retain(|user_id, figures| {
+                figures.over = Used::default();
+                if figures.is_empty() {
+                    self.records.remove(&name(user_id));
+                }
+                !figures.is_empty()
+            });
         }
         inner
     }
 }
 
 impl Figures {
-    fn add(&mut self, other: Self) {
-        self.requests = self.requests.saturating_add(other.requests);
-        self.tokens = self.tokens.saturating_add(other.tokens);
+    fn is_empty(&self) -> bool {
+        self.open.is_empty() && self.over == Used::default()
     }
-}
 
-fn today() -> u64 {
-    const DAY: u64 = 24 * 60 * 60;
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    since.unwrap_or_default().as_secs() / DAY
+    fn sum(&self) -> Used {
+        let mut sum = self.over;
+        self.open.values().for_each(|used| sum.add(*used));
+        sum
+    }
 }
 
 /// A user's id may have any bytes.
@@ -185,42 +200,48 @@ mod tests {
     #[test]
     fn what_a_user_has_used_is_the_sum_of_the_runs_and_outlives_the_driver() {
         let folder = tempfile::tempdir().unwrap();
-        let user = |name: &str| UserId::from(name);
+        let (alice, bob) = (UserId::from("alice"), UserId::from("../bob"));
         let runs: Vec<RunId> = (0..3).map(|_| RunId::now()).collect();
-        let of = |spent: &Spent, name: &str| spent.today().1.get(&user(name)).copied();
-        let spent = Spent::open(folder.path()).unwrap();
-        spent.saw(runs[0], &user("alice"), &seen(1, 9));
-        spent.saw(runs[0], &user("alice"), &seen(2, 19));
-        spent.saw(runs[1], &user("alice"), &seen(5, 99));
-        spent.saw(runs[2], &user("../bob"), &seen(1, 0));
-        let figures = |requests, tokens| Some(Figures { requests, tokens });
-        assert_eq!(of(&spent, "alice"), figures(7, 120));
-        spent.over(runs[0]);
-        spent.over(runs[0]);
-        spent.over(runs[2]);
-        assert_eq!(of(&spent, "alice"), figures(7, 120));
+        let of = |spent: &Spent, user: &UserId| spent.today().1.get(user).copied();
+        let used = |requests, tokens| Some(Used { requests, tokens });
+        let spent = Spent::open(folder.path(), &HashSet::new()).unwrap();
+        spent.saw(runs[0], &alice, &seen(1, 9));
+        spent.saw(runs[0], &alice, &seen(2, 19));
+        spent.saw(runs[1], &alice, &seen(5, 99));
+        spent.saw(runs[2], &bob, &seen(1, 0));
+        assert_eq!(of(&spent, &alice), used(7, 120));
+        spent.over(runs[0], &alice);
+        spent.over(runs[0], &alice);
+        spent.over(runs[2], &bob);
+        assert_eq!(of(&spent, &alice), used(7, 120));
 
-        // What was open, the broker reports again.
-        let next = Spent::open(folder.path()).unwrap();
-        assert_eq!(of(&next, "alice"), figures(2, 20));
-        assert_eq!(of(&next, "../bob"), figures(1, 1));
-        next.saw(runs[1], &user("alice"), &seen(6, 99));
-        assert_eq!(of(&next, "alice"), figures(8, 120));
+        let next = Spent::open(folder.path(), &[runs[1]].into()).unwrap();
+        assert_eq!(of(&next, &alice), used(7, 120));
+        assert_eq!(of(&next, &bob), used(1, 1));
+        next.saw(runs[1], &alice, &seen(6, 99));
+        assert_eq!(of(&next, &alice), used(8, 120));
+
+        // One that ended meanwhile counts as it was, and is not open for ever.
+        let last = Spent::open(folder.path(), &HashSet::new()).unwrap();
+        assert_eq!(of(&last, &alice), used(8, 120));
+        assert!(last.inner.lock().users[&alice].open.is_empty());
     }
 
     #[test]
     fn yesterdays_figures_are_gone() {
         let folder = tempfile::tempdir().unwrap();
-        let spent = Spent::open(folder.path()).unwrap();
-        let alice = UserId::from("alice");
+        let spent = Spent::open(folder.path(), &HashSet::new()).unwrap();
+        let (alice, bob) = (UserId::from("alice"), UserId::from("bob"));
         let (ended, open) = (RunId::now(), RunId::now());
-        spent.saw(ended, &alice, &seen(1, 1));
-        spent.over(ended);
+        for (run, user) in [(ended, &alice), (RunId::now(), &bob)] {
+            spent.saw(run, user, &seen(1, 1));
+            spent.over(run, user);
+        }
         spent.saw(open, &alice, &seen(3, 1));
         spent.inner.lock().day -= 1;
         let (day, all) = spent.today();
         assert_eq!(day, today());
         assert_eq!(all[&alice].requests, 3, "a run that goes on counts");
-        assert!(spent.records.read().is_empty());
+        assert_eq!(all.get(&bob), None);
     }
 }

@@ -73,6 +73,8 @@ pub mod broker {
     pub const PORT: u16 = 8319;
 }
 
+#[cfg(feature = "broker")]
+pub mod budget;
 #[cfg(feature = "descriptors")]
 pub mod descriptors;
 #[cfg(feature = "broker")]

@@ -15,7 +15,7 @@ use polydev_transport::{reload::Reloaded, upstream::Upstream};
 use serde::{Deserialize, Deserializer};
 use wildmatch::WildMatch;
 
-pub use policy::{Exhausted, Policy, Used};
+pub use policy::{OverBudget, Policy};
 
 /// What a caller wants to do.
 #[derive(Debug, Clone, Copy)]

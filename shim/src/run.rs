@@ -1,4 +1,5 @@
-//! One run, in the order it happens. [`request`] checks what the caller wants. [`fence`] makes
+//! One run, in the order it happens. [`request`] checks what the caller wants, and [`terms`] is
+//! what the caller's role says. [`fence`] makes
 //! sure that the run is nowhere else. [`queue`] keeps the runs that wait, and [`on_demand`]
 //! orders a slot for one of them when none is idle. [`claim`] gets the run its container, and
 //! [`relay`] carries it to its end; [`input`] is what the run reads. [`lease`] keeps a slot for
@@ -15,6 +16,7 @@ pub mod on_demand;
 pub mod queue;
 pub mod relay;
 pub mod request;
+pub mod terms;
 pub mod watching;
 
 use std::time::{Duration, Instant};
@@ -117,7 +119,7 @@ pub enum Error {
     #[error(transparent)]
     Denied(#[from] access::Denied),
     #[error(transparent)]
-    Budget(#[from] access::Exhausted),
+    Budget(#[from] access::OverBudget),
     #[error(transparent)]
     Credential(#[from] credentials::Error),
     #[error("no `{provider}` slot became idle within {} s; {pool}", waited.as_secs_f64())]

@@ -405,9 +405,17 @@ fn a_run_keeps_its_key_if_driver_or_broker_dies_and_loses_it_if_both_do() {
         assert_eq!(found.len(), 1, "{found:?}");
         found[0]
     };
-    let mut run = asks_for_each_line(&client, &fresh_key());
+    let key = fresh_key();
+    let mut run = asks_for_each_line(&client, &key);
     let first = the_broker();
     assert_eq!(ask(&client, &mut run), "200 ");
+    let is_nowhere = || {
+        let places = secrets::find(&key, &nomad, &shim, &secrets::Seen::default());
+        assert!(places.is_empty(), "{places:?}");
+        assert!(!secrets::is_in_memory(&key, driver(&nomad.state_dir())));
+    };
+    is_nowhere();
+    assert!(secrets::is_in_memory(&key, first));
     kill_driver(&nomad);
     assert_eq!(ask(&client, &mut run), "200 ", "without its first driver");
     assert_eq!(the_broker(), first);
@@ -421,4 +429,6 @@ fn a_run_keeps_its_key_if_driver_or_broker_dies_and_loses_it_if_both_do() {
     assert_eq!(ask(&client, &mut run), "403 ");
     run.close();
     client.finish_from(run, [16, 0]).expect("a whole run");
+    is_nowhere();
+    assert!(!secrets::is_in_memory(&key, the_broker()));
 }

@@ -57,7 +57,7 @@ fn a_container_of_a_pool_that_allows_nothing_has_loopback_alone() {
     );
     let expected = ["198.51.100.1:80", "example.org:443"];
     assert_eq!(asked(&outcome.denied), expected);
-    let reason = "not in the pool's egress.allow";
+    let reason = "not in the job's egress.allow";
     assert!(outcome.denied.iter().all(|to| to.denied == reason));
     let run = shim.client().get_run(&outcome.accepted.run_id);
     assert_eq!(run.expect("the run is known").egress, outcome.denied);
@@ -103,7 +103,7 @@ fn what_is_listed_is_reached_through_the_broker_and_on_record() {
     );
     assert!(lines[1].starts_with(&format!("{}:80 ", host.address)) && lines[1].ends_with("yes"));
     assert!(
-        lines[2].ends_with("no: not in the pool's egress.allow"),
+        lines[2].ends_with("no: not in the job's egress.allow"),
         "{shown}"
     );
 }

@@ -88,7 +88,7 @@ fn a_users_budget_ends_a_run_and_refuses_the_next_with_the_figures() {
 fn a_plain_task_has_its_key_at_the_broker_and_no_network() {
     let (model, nomad, key) = (Local::start(), Nomad::start(), fresh_key());
     let mut config = shell(
-        "wc -c </secrets/key; ls /sys/class/net; wget -O- http://192.0.2.1/ 2>&1 | tail -n 1; \
+        "cat /private/key || find / -xdev -name key -path '*private*'; ls /sys/class/net; wget -O- http://192.0.2.1/ 2>&1 | tail -n 1; \
          while :; do wget -q -Y off -O /dev/null --post-data '{}' \
          http://127.0.0.1:8319/anthropic/v1/messages && echo ok || echo no; sleep 0.2; done",
     );
@@ -96,7 +96,7 @@ fn a_plain_task_has_its_key_at_the_broker_and_no_network() {
         &mut config,
         json!({
             "broker": [{
-                "provider": "anthropic", "credential_file": "secrets/key",
+                "provider": "anthropic", "credential_file": "private/key",
                 "upstream": [{ "base_url": model.url }],
             }],
             "egress": [{ "allow": ["example.org:443"] }],
@@ -104,7 +104,7 @@ fn a_plain_task_has_its_key_at_the_broker_and_no_network() {
     );
     let mut job = service("outside", config);
     job::task(&mut job)["Templates"] =
-        json!([{ "EmbeddedTmpl": format!("{key}\n"), "DestPath": "secrets/key" }]);
+        json!([{ "EmbeddedTmpl": format!("{key}\n"), "DestPath": "private/key" }]);
     nomad.submit(&job);
     let id = nomad.wait_started("outside");
     let lines = |least: usize| {
@@ -115,13 +115,13 @@ fn a_plain_task_has_its_key_at_the_broker_and_no_network() {
         })
     };
     let seen = lines(5);
-    assert_eq!(seen[..2], ["0", "lo"]);
-    assert!(seen[2].contains("403"), "{seen:?}");
+    assert_eq!(seen[0], "lo");
+    assert!(seen[1].contains("403"), "{seen:?}");
     // The next driver goes on with the socket that init sends again.
     kill_driver(&nomad);
     let before = lines(5).len();
     let seen = lines(before + 5);
-    assert!(seen[3..].iter().all(|line| line == "ok"), "{seen:?}");
+    assert!(seen[2..].iter().all(|line| line == "ok"), "{seen:?}");
     let asked = model.requests();
     let mut shown = asked
         .iter()

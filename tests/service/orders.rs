@@ -2,7 +2,11 @@
 
 use std::thread;
 
-use polydev_proto::runtime::{RunStart, run_event::Event};
+use polydev_proto::{
+    broker::Egress,
+    node::slot::State,
+    runtime::{RunStart, run_event::Event},
+};
 use polydev_tests::{fake_nomad::Dispatched, wait_until};
 
 use crate::site::{LIMIT, Site, reason, seconds, steps};
@@ -131,4 +135,40 @@ fn a_shim_that_may_order_none_orders_none() {
     let refused = site.shim.client().run(waits(2)).unwrap_err();
     assert_eq!(reason(&refused), "NO_IDLE_SLOT");
     assert!(site.nomad().dispatched().is_empty());
+}
+
+/// The default of its job is the internet.
+#[test]
+fn a_slot_on_demand_that_reaches_more_than_its_pool_gets_no_run() {
+    let site = Site::start(&[("anthropic", 1)]);
+    let list = |rules: &[&str]| {
+        let allow = rules.iter().map(ToString::to_string).collect();
+        Some(Egress { allow })
+    };
+    site.nomad().add_on_demand("anthropic");
+    site.node().change_slots(|slot| {
+        slot.egress = list(&["a.example", "b.example"]);
+        slot.set_state(State::Claimed);
+    });
+    let run = |egress: Option<Egress>| {
+        thread::scope(|scope| {
+            let before = site.nomad().dispatched().len();
+            let run = scope.spawn(|| site.shim.client().run(waits(2)));
+            let order = wait_until("an order", LIMIT, || {
+                let dispatched = site.nomad().dispatched();
+                dispatched.into_iter().nth(before).ok_or("none".to_owned())
+            });
+            site.node()
+                .add_slot_for_with("anthropic", &order.run_id, egress.clone());
+            run.join().unwrap()
+        })
+    };
+    for more in [None, list(&["a.example", "c.example"])] {
+        let refused = run(more).map(drop).unwrap_err();
+        assert!(
+            refused.message().contains("may reach more than the pool"),
+            "{refused}"
+        );
+    }
+    assert_eq!(run(list(&["a.example"])).unwrap().stdout(), "here");
 }

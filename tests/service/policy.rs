@@ -2,7 +2,12 @@
 
 use std::time::Duration;
 
-use polydev_proto::runtime::{CredentialMode, RunStart};
+use polydev_proto::{
+    broker::Egress,
+    id::RunId,
+    node::Slot,
+    runtime::{CredentialMode, GetPoolRequest, RunStart, run_event::Event},
+};
 use polydev_tests::{client::api_key, folder::Folder, wait_until};
 use tonic::Code;
 use tonic_types::StatusExt;
@@ -17,7 +22,21 @@ fn site(lines: &str) -> (Site, Folder) {
     let role = format!("[[role]]\nmembers = [\"{myself}\"]\nmay = [\"run\"]\n{lines}");
     std::fs::write(&path, role).expect("a file can be written");
     let options = ["--roles", &path.display().to_string()];
-    (Site::start_with(&[("anthropic", 2)], &options), folder)
+    let site = Site::start_with(&[("anthropic", 2)], &options);
+    let has_list = |slot: &mut Slot| slot.egress = Some(Egress::default());
+    site.node().change_slots(has_list);
+    // The shim hears of everything in order.
+    wait_until("the change", LIMIT, || {
+        site.node()
+            .change_slots(|slot| slot.image = "changed".into());
+        let provider = "anthropic".to_owned();
+        let client = site.shim.client();
+        let pool = client.call(async |mut shim| shim.get_pool(GetPoolRequest { provider }).await);
+        let pool = pool.expect("the pool is known");
+        let is_told = pool.slots.iter().all(|slot| slot.image == "changed");
+        is_told.then_some(()).ok_or(format!("{pool:?}"))
+    });
+    (site, folder)
 }
 
 /// A run of alice with a key for the broker.
@@ -58,7 +77,7 @@ fn a_run_beyond_its_users_budget_is_refused_with_the_figures() {
     });
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
     assert_eq!(reason(&refused), "BUDGET_EXHAUSTED");
-    let words = "the budget of user `alice` for today (UTC) is used up: 1234 of 1000 tokens";
+    let words = "user `alice`: the user's budget for today (UTC) is used up: 1234 of 1000 tokens";
     assert!(refused.message().starts_with(words), "{refused}");
     let details = refused.get_error_details();
     assert_eq!(
@@ -124,7 +143,69 @@ fn a_driver_that_does_not_know_roles_gets_no_run_of_one() {
         .run(run)
         .map(drop)
         .expect_err("it has no slot");
-    let words = "the node's driver is older than what the caller's role says";
+    let words = "upgrade the node's driver: it does not know `budget`";
     assert!(refused.message().contains(words), "{refused}");
     assert!(site.node().asked().claims.is_empty());
+}
+
+#[test]
+fn a_run_that_has_waited_is_held_to_what_was_used_meanwhile() {
+    let (site, _folder) = site("inject = false\nbudget = { requests = 10 }");
+    site.node().remove_slots("anthropic");
+    let client = site.shim.client();
+    let mut run = client.start(outside()).unwrap();
+    let first = client.next(&mut run).unwrap();
+    assert!(matches!(first, Some(Event::Queued(_))), "{first:?}");
+    site.node().spend("alice", 10, 0);
+    site.node().add_slots("anthropic", 1);
+    let refused = client
+        .finish(run)
+        .map(drop)
+        .expect_err("the budget is used up");
+    assert_eq!(reason(&refused), "BUDGET_EXHAUSTED", "{refused}");
+    assert!(site.node().asked().claims.is_empty());
+}
+
+#[test]
+fn a_run_that_exists_is_found_again_whatever_its_user_has_used() {
+    let (site, _folder) = site("inject = false\nbudget = { requests = 10 }");
+    let client = site.shim.client();
+    let again = |run_id: String| RunStart {
+        run_id,
+        attempt: 2,
+        ..outside()
+    };
+    let run_id = client.run(outside()).unwrap().accepted.run_id;
+    site.node().spend("alice", 10, 0);
+    wait_until("the refusal", LIMIT, || {
+        let refused = client.run(outside()).err();
+        refused.ok_or_else(|| "it runs".to_owned())
+    });
+    let found = client.run(again(run_id.clone())).unwrap();
+    assert_eq!(found.accepted.run_id, run_id);
+    let fresh = again(RunId::now().into());
+    let refused = client
+        .run(fresh)
+        .map(drop)
+        .expect_err("the budget is used up");
+    assert_eq!(reason(&refused), "BUDGET_EXHAUSTED", "{refused}");
+}
+
+#[test]
+fn a_role_with_a_list_gets_no_slot_with_a_network() {
+    let (site, _folder) = site("egress = []");
+    let mut odd = false;
+    site.node().change_slots(|slot| {
+        odd = !odd;
+        slot.egress = (!odd).then(Egress::default);
+    });
+    let client = site.shim.client();
+    client.run(steps(&["true"])).unwrap();
+    site.node().change_slots(|slot| slot.egress = None);
+    let refused = wait_until("the refusal", LIMIT, || {
+        let refused = client.run(steps(&["true"])).err();
+        refused.ok_or_else(|| "it runs".to_owned())
+    });
+    assert_eq!(reason(&refused), "REFUSED", "{refused}");
+    assert!(refused.message().contains("`egress.allow`"), "{refused}");
 }

@@ -28,9 +28,12 @@ use std::{
 };
 
 use futures_util::StreamExt;
-use polydev_proto::node::{
-    Ballot, CancelRunRequest, Claim, FenceRequest, LeaseRequest, ReleaseRequest, Slot, Spent,
-    node_service_server::NodeServiceServer,
+use polydev_proto::{
+    broker::Egress,
+    node::{
+        Ballot, CancelRunRequest, Claim, FenceRequest, LeaseRequest, ReleaseRequest, Slot, Spent,
+        node_service_server::NodeServiceServer,
+    },
 };
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
@@ -154,7 +157,13 @@ impl FakeNode {
 
     /// Adds an idle slot that was made on demand for a run.
     pub fn add_slot_for(&self, provider: &str, run_id: &str) {
-        self.node.slots.add_for(&self.node.id, provider, run_id);
+        self.add_slot_for_with(provider, run_id, None);
+    }
+
+    /// The same; its container reaches what is in the list.
+    pub fn add_slot_for_with(&self, provider: &str, run_id: &str, egress: Option<Egress>) {
+        let slots = &self.node.slots;
+        slots.add_for(&self.node.id, provider, run_id, egress);
     }
 
     /// Changes every slot, and reports the changes.

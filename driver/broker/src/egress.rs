@@ -73,7 +73,7 @@ impl Egress {
     /// [`NotARule`]
     pub(crate) fn new(allow: &[String]) -> Result<Self, NotARule> {
         Ok(Self {
-            lists: vec![List::read("the pool's egress.allow", allow)?],
+            lists: vec![List::read("the job's egress.allow", allow)?],
             lookups: Semaphore::new(MAX_LOOKUPS).into(),
         })
     }
@@ -245,7 +245,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_address_needs_a_network_and_a_name_a_name() {
-        let not_listed = || Err("not in the pool's egress.allow".to_owned());
+        let not_listed = || Err("not in the job's egress.allow".to_owned());
         assert_eq!(addresses(&[], "10.0.0.1", 80).await, not_listed());
         assert_eq!(addresses(&["*"], "10.0.0.1", 80).await, not_listed());
         assert_eq!(
@@ -269,7 +269,7 @@ mod tests {
             .await
             .unwrap_err();
         assert!(
-            refused.ends_with(" is not public, and not in the pool's egress.allow"),
+            refused.ends_with(" is not public, and not in the job's egress.allow"),
             "{refused}"
         );
         let found = addresses(&["localhost", "127.0.0.1"], "localhost", 80).await;
@@ -295,12 +295,12 @@ mod tests {
         assert_eq!(denied("10.1.2.3").await, None);
         let of_role = Some("not in the role's egress".to_owned());
         assert_eq!(denied("10.2.0.1").await, of_role);
-        let of_pool = Some("not in the pool's egress.allow".to_owned());
+        let of_pool = Some("not in the job's egress.allow".to_owned());
         assert_eq!(denied("192.0.2.1").await, of_pool);
         let closed = denied("localhost").await.expect("it is denied");
         assert!(
             closed.ends_with(" is not public, and not in the role's egress")
-                || closed.ends_with(" is not public, and not in the pool's egress.allow"),
+                || closed.ends_with(" is not public, and not in the job's egress.allow"),
             "{closed}"
         );
     }

@@ -60,9 +60,9 @@ async fn forward(
     let asked = request::read(&parts)?;
     let access = grant.access(asked.api.provider)?;
     let outgoing = access.request(&asked)?;
-    if asked.is_charged() || asked.is_websocket {
-        let checked = grant.check_budget();
-        checked.inspect_err(|_| container.changed())?;
+    // On a WebSocket, each message asks.
+    if asked.is_charged() {
+        grant.ask().inspect_err(|_| container.changed())?;
     }
 
     let answered = async {
@@ -72,9 +72,6 @@ async fn forward(
             let meter = Meter::new(asked.api.provider, container, grant);
             return websocket::open(container, grant, client, outgoing, upgrade, place, meter)
                 .await;
-        }
-        if asked.is_charged() {
-            grant.seen.asked();
         }
         let answered = send(&access.connections.requests, outgoing, body, container).await?;
         Ok(of_the_api(answered, &asked, container, grant))

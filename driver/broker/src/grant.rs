@@ -5,6 +5,7 @@ use std::fmt;
 use http::{HeaderName, HeaderValue};
 use polydev_proto::{
     broker::{Grant as Request, Keys},
+    budget::Exhausted,
     egress::NotARule,
     provider::{Provider, Unknown},
 };
@@ -12,7 +13,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     api::Api,
-    budget::OverBudget,
     container::Container,
     egress::Egress,
     reached::Reached,
@@ -109,16 +109,14 @@ impl Grant {
         found.ok_or(Refusal::NoKey(provider))
     }
 
-    /// Checks whether the run may ask for more of a model.
+    /// Counts another request to a model, if the run's budget allows it.
     ///
     /// # Errors
-    /// [`OverBudget`]
-    pub(crate) fn check_budget(&self) -> Result<(), OverBudget> {
+    /// [`Exhausted`]
+    pub(crate) fn ask(&self) -> Result<(), Exhausted> {
         let policy = self.request.policy.as_ref();
-        match policy.and_then(|policy| policy.budget.as_ref()) {
-            Some(budget) => self.seen.check(budget),
-            None => Ok(()),
-        }
+        self.seen
+            .ask(policy.and_then(|policy| policy.budget.as_ref()))
     }
 
     /// Cancelled when the run has ended.

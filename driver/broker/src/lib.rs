@@ -8,7 +8,7 @@
 //! sends it through the connections of [`upstream`] and passes the answer back ([`answer`]),
 //! both at the speed of [`rate`]. [`websocket`] is the same for a WebSocket. [`meter`] finds the
 //! tokens that an answer states ([`usage`]), and [`seen`] counts them and the errors of each
-//! run, for its [`budget`] too.
+//! run, and holds it to its budget. [`frames`] reads the messages of a WebSocket.
 //!
 //! In a pool with a list of what its containers may reach ([`egress`]), [`proxy`] connects them
 //! to it, through a [`tunnel`]. Each [`attempt`] is in the record, which is [`reached`].
@@ -20,12 +20,12 @@ mod answer;
 mod api;
 mod attempt;
 pub mod broker;
-mod budget;
 mod changes;
 mod container;
 pub mod control;
 mod egress;
 mod forward;
+mod frames;
 mod grant;
 mod meter;
 mod proxy;

@@ -1,29 +1,23 @@
 //! Counts the tokens of one answer, or of a WebSocket with many, for its run.
 
 use std::{
-    io::Cursor,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
 };
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::Bytes;
 use http::StatusCode;
 use http_body::{Body, Frame, SizeHint};
 use polydev_proto::provider::Provider;
-use tungstenite::protocol::frame::{
-    FrameHeader,
-    coding::{Data, OpCode},
-};
 
 use crate::{
     container::Container,
+    frames::{Frames, NoFrames, Part},
     grant::Grant,
     usage::{Scanner, Tokens},
 };
 
-/// Longest header of a WebSocket's frame (RFC 6455, section 5.2).
-const MAX_HEADER: usize = 14;
 /// Stands for a model that an answer does not name.
 const UNKNOWN: &str = "unknown";
 
@@ -72,15 +66,13 @@ impl Meter {
         self.counted = Some(stated);
     }
 
-    /// The answer has ended; another one may follow. Returns whether it stated tokens.
-    fn end(&mut self) -> bool {
+    /// The answer has ended; another one may follow.
+    fn end(&mut self) {
         self.count(Some(UNKNOWN));
         self.scanner.next_answer();
-        let is_counted = self.counted.take().is_some();
-        if is_counted {
+        if self.counted.take().is_some() {
             self.container.changed();
         }
-        is_counted
     }
 }
 
@@ -133,12 +125,7 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Metered<B> {
 /// What an API sends through a WebSocket: each answer is one message, or several.
 pub(crate) struct Messages {
     meter: Meter,
-    /// The beginning of a header.
-    header: BytesMut,
-    /// How much of the current frame is to come.
-    left: u64,
-    is_text: bool,
-    is_last: bool,
+    frames: Frames,
     /// It does not speak the protocol.
     is_lost: bool,
 }
@@ -147,66 +134,26 @@ impl Messages {
     pub(crate) fn new(meter: Meter) -> Self {
         Self {
             meter,
-            header: BytesMut::new(),
-            left: 0,
-            is_text: false,
-            is_last: false,
+            frames: Frames::default(),
             is_lost: false,
         }
     }
 
     /// Reads the next piece. Without extensions, which the broker does not let the container ask
     /// for, a server's text is as it is.
-    pub(crate) fn read(&mut self, mut piece: &[u8]) {
-        while !piece.is_empty() && !self.is_lost {
-            if self.left == 0 {
-                let has_begun = self.begin(&mut piece);
-                if !has_begun {
-                    continue;
-                }
-            } else {
-                let left = usize::try_from(self.left).unwrap_or(usize::MAX);
-                let (payload, rest) = piece.split_at(left.min(piece.len()));
-                if self.is_text {
-                    self.meter.read(payload);
-                }
-                self.left -= payload.len() as u64;
-                piece = rest;
-            }
-            if self.left == 0 && self.is_text && self.is_last && self.meter.end() {
-                // Requests on a WebSocket are not read.
-                self.meter.grant.seen.asked();
-            }
+    pub(crate) fn read(&mut self, piece: &[u8]) {
+        if self.is_lost {
+            return;
         }
-    }
-
-    /// Reads a frame's header, as far as it has come. Returns whether that was all of it.
-    fn begin(&mut self, piece: &mut &[u8]) -> bool {
-        let known = self.header.len();
-        let most = piece.len().min(MAX_HEADER - known);
-        self.header.extend_from_slice(&piece[..most]);
-        let mut header = Cursor::new(&self.header);
-        match FrameHeader::parse(&mut header) {
-            Ok(Some((frame, length))) => {
-                let read = usize::try_from(header.position()).unwrap_or(MAX_HEADER);
-                piece.advance(read.saturating_sub(known));
-                self.header.clear();
-                self.left = length;
-                self.is_last = frame.is_final;
-                self.is_text = match frame.opcode {
-                    OpCode::Data(data) => matches!(data, Data::Text | Data::Continue),
-                    OpCode::Control(_) => false,
-                };
-                true
+        let meter = &mut self.meter;
+        let read = self.frames.read(piece, |part| {
+            match part {
+                Part::Begin => {}
+                Part::Text(text) => meter.read(text),
+                Part::End => meter.end(),
             }
-            Ok(None) => {
-                piece.advance(most);
-                false
-            }
-            Err(_) => {
-                self.is_lost = true;
-                false
-            }
-        }
+            Ok::<_, NoFrames>(())
+        });
+        self.is_lost = read.is_err();
     }
 }

@@ -2,15 +2,22 @@
 //! to.
 
 use parking_lot::Mutex;
-use polydev_proto::{broker::Destination, egress::Host};
+use polydev_proto::{
+    broker::{Destination, PORT},
+    egress::Host,
+};
 
 use crate::egress::Target;
 
 /// Most destinations of one run that have figures of their own, of each kind: it may name as
 /// many as it likes, and what it was not allowed must not hide what it has reached.
-const MAX_ALLOWED: usize = 68;
-const MAX_DENIED: usize = 30;
+const MAX_ALLOWED: usize = 60;
+const MAX_DENIED: usize = 27;
+/// Most requests to the broker itself that were refused.
+const MAX_REFUSED: usize = 10;
 const OTHER: &str = "other";
+/// How a container reaches the broker, with its port.
+const BROKER: &str = "127.0.0.1";
 
 /// All of them, in the order of the first tries.
 #[derive(Debug, Default)]
@@ -49,34 +56,76 @@ impl Reached {
     }
 }
 
+/// What a line of the record is about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Allowed,
+    Denied,
+    /// A request to the broker itself.
+    Refused,
+}
+
+impl Kind {
+    fn of(destination: &Destination) -> Self {
+        let is_broker = destination.host == BROKER && destination.port == u32::from(PORT);
+        match (destination.denied.is_empty(), is_broker) {
+            (true, _) => Self::Allowed,
+            (false, false) => Self::Denied,
+            (false, true) => Self::Refused,
+        }
+    }
+
+    /// Most lines with figures of their own.
+    fn most(self) -> usize {
+        match self {
+            Self::Allowed => MAX_ALLOWED,
+            Self::Denied => MAX_DENIED,
+            Self::Refused => MAX_REFUSED,
+        }
+    }
+
+    /// The line for all further ones.
+    fn further(self) -> Destination {
+        let (host, port, denied) = match self {
+            Self::Allowed => (OTHER, 0, ""),
+            Self::Denied => (OTHER, 0, "further hosts that are not allowed"),
+            Self::Refused => (BROKER, PORT.into(), "further requests that were refused"),
+        };
+        Destination {
+            host: host.into(),
+            port,
+            denied: denied.into(),
+            ..Destination::default()
+        }
+    }
+}
+
 /// Where a target is counted. `denied` is empty if it is allowed.
 fn find(all: &mut Vec<Destination>, target: &Target, denied: String) -> usize {
-    let host = match &target.host {
-        Host::Name(name) => name.clone(),
-        Host::Address(address) => address.to_string(),
+    let mut wanted = Destination {
+        host: match &target.host {
+            Host::Name(name) => name.clone(),
+            Host::Address(address) => address.to_string(),
+        },
+        port: target.port.into(),
+        denied,
+        ..Destination::default()
     };
-    let is_kind = |known: &&Destination| known.denied.is_empty() == denied.is_empty();
-    let most = match denied.is_empty() {
-        true => MAX_ALLOWED,
-        false => MAX_DENIED,
+    let find = |all: &[Destination], wanted: &Destination| {
+        let is = |known: &Destination| {
+            known.host == wanted.host && known.port == wanted.port && known.denied == wanted.denied
+        };
+        all.iter().position(is)
     };
-    let port = target.port.into();
-    let is = |known: &Destination| known.host == host && known.port == port;
-    let known = (all.iter()).position(|known| is(known) && known.denied == denied);
-    let (at, host, port) = match known {
-        None if all.iter().filter(is_kind).count() >= most => {
-            let is_other = |known: &Destination| known.host == OTHER && is_kind(&known);
-            (all.iter().position(is_other), OTHER.to_owned(), 0)
-        }
-        known => (known, host, port),
-    };
+    let mut at = find(all, &wanted);
+    let kind = Kind::of(&wanted);
+    let has_kind = |known: &&Destination| Kind::of(known) == kind;
+    if at.is_none() && all.iter().filter(has_kind).count() >= kind.most() {
+        wanted = kind.further();
+        at = find(all, &wanted);
+    }
     at.unwrap_or_else(|| {
-        all.push(Destination {
-            host,
-            port,
-            denied,
-            ..Destination::default()
-        });
+        all.push(wanted);
         all.len() - 1
     })
 }
@@ -101,13 +150,21 @@ mod tests {
                 &NOT_LISTED,
             );
         }
+        let broker = Target {
+            host: Host::Address([127, 0, 0, 1].into()),
+            port: PORT,
+        };
+        for number in 0..200 {
+            reached.denied(&broker, &format!("path {number}"));
+        }
         for number in 0..200 {
             let allowed = target(&format!("allowed-{number}.example"), 443);
             reached.allowed(&allowed, |destination| destination.connections += 1);
         }
         let all = reached.message();
         assert_eq!(all.len(), 100);
-        assert_eq!(all.iter().map(|known| known.connections).sum::<u64>(), 400);
+        assert_eq!(all.iter().map(|known| known.connections).sum::<u64>(), 600);
+        assert!(all.iter().any(|known| known.host == "denied-20.example"));
         let others = all.iter().filter(|known| known.host == OTHER);
         assert_eq!(others.map(|known| known.port).collect::<Vec<_>>(), [0, 0]);
         assert!(all.iter().any(|known| known.host == "allowed-50.example"));

@@ -2,9 +2,9 @@
 //! in this file waits or knows a key.
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header, request::Parts};
-use polydev_proto::provider::Provider;
+use polydev_proto::{budget::Exhausted, provider::Provider};
 
-use crate::{api::Api, budget::OverBudget};
+use crate::api::Api;
 
 /// Most bytes of a path with its query.
 const MAX_PATH: usize = 4096;
@@ -63,7 +63,7 @@ pub enum Refusal {
     #[error("the container has {most} tunnels, which is the most")]
     Tunnels { most: usize },
     #[error(transparent)]
-    OverBudget(#[from] OverBudget),
+    OverBudget(#[from] Exhausted),
 }
 
 impl Refusal {
@@ -93,7 +93,7 @@ pub struct Asked {
 }
 
 impl Asked {
-    /// Whether its answer states what it costs. An answer that was stored states it again.
+    /// Whether it asks for something that costs. An answer that was stored states it again.
     pub(crate) fn is_charged(&self) -> bool {
         let path = self.path.split('?').next().unwrap_or_default();
         self.method == Method::POST && !path.ends_with("/cancel")

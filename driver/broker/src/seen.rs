@@ -10,13 +10,11 @@ use http::StatusCode;
 use parking_lot::Mutex;
 use polydev_proto::{
     broker::{ApiError, Budget, ModelUsage, Seen as Message},
+    budget::{Exhausted, Used},
     provider::Provider,
 };
 
-use crate::{
-    budget::{self, OverBudget},
-    usage::Tokens,
-};
+use crate::usage::Tokens;
 
 /// Most models of one run that have figures of their own. A gateway may name as many as it likes.
 const MAX_MODELS: usize = 20;
@@ -82,24 +80,26 @@ impl Seen {
         }
     }
 
-    /// Checks whether there may be another request.
+    /// Counts another request, if the budget allows it.
     ///
     /// # Errors
-    /// [`OverBudget`], which is for the driver too.
-    pub(crate) fn check(&self, budget: &Budget) -> Result<(), OverBudget> {
+    /// [`Exhausted`], which is for the driver too.
+    pub(crate) fn ask(&self, budget: Option<&Budget>) -> Result<(), Exhausted> {
         let mut state = self.0.lock();
-        let tokens = |used: &ModelUsage| used.input_tokens.saturating_add(used.output_tokens);
-        let tokens = state.usage.iter().map(tokens).fold(0, u64::saturating_add);
-        let checked = budget::check(budget, state.requests, tokens);
-        if let Err(over) = &checked {
-            state.over_budget = over.to_string();
+        let mut own = Used {
+            requests: state.requests,
+            tokens: 0,
+        };
+        for used in &state.usage {
+            own.tokens = own.tokens.saturating_add(used.input_tokens);
+            own.tokens = own.tokens.saturating_add(used.output_tokens);
+        }
+        let checked = budget.map_or(Ok(()), |budget| budget.check(own));
+        match &checked {
+            Ok(()) => state.requests += 1,
+            Err(exhausted) => state.over_budget = exhausted.to_string(),
         }
         checked
-    }
-
-    /// There is another request, on its way to an API.
-    pub(crate) fn asked(&self) {
-        self.0.lock().requests += 1;
     }
 
     /// An API has answered; `is_refusal` if it does not take the key. Returns whether that is new

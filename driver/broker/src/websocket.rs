@@ -9,6 +9,7 @@ use hyper_util::rt::TokioIo;
 use crate::{
     answer::{self, AnswerBody},
     container::{Container, Place},
+    frames::{Frames, Part},
     grant::Grant,
     meter::{Messages, Meter},
     tunnel::carry,
@@ -49,15 +50,17 @@ pub(crate) async fn open(
         let carried = async {
             let api = answered.upgrade().await.map_err(io::Error::other)?;
             let ours = upgrade.await.map_err(io::Error::other)?;
-            let more = |piece: &[u8]| match is_control(piece) || grant.check_budget().is_ok() {
-                true => Ok(()),
-                false => {
+            let mut frames = Frames::default();
+            let ask = |part: Part| match part {
+                Part::Begin => grant.ask().map_err(|exhausted| {
                     container.changed();
-                    Err(io::ErrorKind::QuotaExceeded.into())
-                }
+                    io::Error::new(io::ErrorKind::QuotaExceeded, exhausted)
+                }),
+                Part::Text(_) | Part::End => Ok(()),
             };
+            let ask = |piece: &[u8]| frames.read(piece, ask);
             let read = |piece: &[u8]| messages.read(piece);
-            carry(TokioIo::new(ours), api, &container, more, read).await
+            carry(TokioIo::new(ours), api, &container, ask, read).await
         };
         tokio::select! {
             carried = carried => if let Err(error) = carried {
@@ -67,12 +70,6 @@ pub(crate) async fn open(
         }
     });
     Ok(answer)
-}
-
-/// Whether what the container sends next is no message (RFC 6455, section 5.5). Once a budget is
-/// used up, the answer to the last message has come, so that this is the beginning of a frame.
-fn is_control(piece: &[u8]) -> bool {
-    piece.first().is_some_and(|first| first & 0x08 != 0)
 }
 
 fn mark(headers: &mut HeaderMap) {

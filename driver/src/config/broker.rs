@@ -13,7 +13,7 @@ use super::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Broker {
     pub provider: Provider,
-    /// Relative to the task's folder, and in `secrets`.
+    /// Relative to the task's folder, and in `private`, which no container has.
     pub credential_file: String,
     /// Where model requests go, in place of the provider's own API.
     pub upstream: Option<Upstream>,
@@ -35,9 +35,9 @@ impl Raw {
         let parsed = Provider::named(&provider);
         let provider = parsed.ok_or_else(|| refused("broker.provider", &provider, allowed))?;
         let file = text(self.credential_file).unwrap_or_default();
-        let below = file.strip_prefix("secrets/").unwrap_or_default();
+        let below = file.strip_prefix("private/").unwrap_or_default();
         if below.is_empty() || below.split('/').any(|part| ["", ".", ".."].contains(&part)) {
-            let allowed = "must be a file in the task's `secrets` folder, such as `secrets/key`";
+            let allowed = "must be a file in the task's `private` folder, such as `private/key`";
             return Err(refused("broker.credential_file", &file, allowed));
         }
         Ok(Broker {

@@ -323,6 +323,10 @@ fn check_broker(task: &Task) -> Result<(), Error> {
         let allowed = format!("must be `true` beside `{field}`");
         return Err(refused("init", "false", allowed));
     }
+    if task.privileged {
+        let allowed = format!("must be `false` beside `{field}`: it could undo that");
+        return Err(refused("privileged", "true", allowed));
+    }
     let mode = task.network_mode.as_deref();
     if task.egress.is_some() && !task.ports.is_empty() {
         let allowed = "must be empty beside `egress`: nothing can connect to the task";

@@ -137,6 +137,8 @@ impl Runs {
         })?;
         let begun = journal.begun();
         let (known, open) = replay::replay(records, windows.path());
+        let continued = open.iter().map(|open| open.run.claimed.run_id);
+        let spent = Spent::open(state_dir, &continued.collect())?;
         let runs = Self {
             inner: Inner { known, journal }.into(),
             windows,
@@ -146,7 +148,7 @@ impl Runs {
             steps: broadcast::Sender::new(MAX_STEPS),
             refreshed: broadcast::Sender::new(MAX_STEPS),
             tokens: Tokens::default(),
-            spent: Spent::open(state_dir)?,
+            spent,
         };
         Ok((runs, open))
     }
@@ -275,11 +277,12 @@ impl Runs {
             run_id: run.claimed.run_id,
             ended: ended.clone(),
         };
-        self.spent.over(run.claimed.run_id);
         let outcome = Some(Outcome::Ended(ended));
         self.remember(run, &record, |_| {
             run.update(|progress| progress.outcome = outcome);
         });
+        // After the outcome, with which reports of the run no longer count.
+        self.spent.over(run.claimed.run_id, &run.claimed.user_id);
     }
 
     /// Records that a claim failed before the start. The same try may claim again, above

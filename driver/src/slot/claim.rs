@@ -111,6 +111,7 @@ impl Slot {
     ) -> Result<Grant<'_>, Refusal> {
         let needs_broker = self.config.egress.listed().is_some();
         let policy = parsed.policy.as_ref();
+        // Shims choose other slots for such runs.
         if !needs_broker && policy.is_some_and(|policy| policy.egress.is_some()) {
             return Err(claim::not_restricted().into());
         }

@@ -16,6 +16,8 @@ pub enum Error {
     VolumesDisabled { field: &'static str, given: String },
     #[error("`mount.type` is `volume`: volumes are not enabled; cannot use Docker volumes")]
     DockerVolume,
+    #[error("`{field}` is `{given}`: must not show the task's `private` folder beside `broker`")]
+    Private { field: &'static str, given: String },
     #[error("`load` is `{given}`: must be an image archive in the task's `local` folder")]
     Archive { given: String },
     #[error("`{path}` is not the folder that Nomad made")]
@@ -74,6 +76,13 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
         })?;
         bind(&source, &target, options)?;
     }
+    let refuse_private = |field, source: &Path, given: &str| {
+        if options.broker.is_some() && folders.shows_private(source) {
+            let given = given.to_owned();
+            return Err(Error::Private { field, given });
+        }
+        Ok(())
+    };
     for volume in &options.volumes {
         let is_relative = Path::new(&volume.source).is_relative();
         let mut source = folders.resolve(&volume.source);
@@ -84,23 +93,10 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
                 given: volume.source.clone(),
             })?;
         }
+        refuse_private("volumes", &source, &volume.source)?;
         bind(&source, &volume.target, &volume.options)?;
     }
     let mut mounts = Vec::new();
-    if let Some(broker) = &options.broker {
-        // The key is for the broker alone: the command finds an empty file.
-        let secrets = inside("NOMAD_SECRETS_DIR", "/secrets");
-        let below = Path::new(&broker.credential_file).strip_prefix("secrets");
-        let target = Path::new(&secrets).join(below.unwrap_or(Path::new("")));
-        mounts.push(Mount {
-            target: target.to_string_lossy().into_owned(),
-            readonly: true,
-            kind: MountKind::Bind {
-                source: "/dev/null".into(),
-                propagation: None,
-            },
-        });
-    }
     for NomadMount {
         task_path,
         host_path,
@@ -134,6 +130,7 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
                         given: source.clone(),
                     })?;
                 }
+                refuse_private("mount.source", &path, source)?;
                 *source = path.to_string_lossy().into_owned();
             }
             MountKind::Volume { .. } if !plugin.volumes => return Err(Error::DockerVolume),
@@ -200,11 +197,19 @@ impl Folders {
         is_inside.then_some(held)
     }
 
-    /// A file in the task's `secrets` folder, by its path below the task's folder.
-    pub(super) fn secret(&self, given: &str) -> Option<PathBuf> {
-        let secrets = self.secrets.canonicalize().ok()?;
+    /// A file in the task's `private` folder, by its path below the task's folder.
+    pub(super) fn private(&self, given: &str) -> Option<PathBuf> {
+        let private = self.task.join("private").canonicalize().ok()?;
         let held = self.hold(&self.task.join(given))?;
-        (held.starts_with(secrets) && held.is_file()).then_some(held)
+        (held.starts_with(private) && held.is_file()).then_some(held)
+    }
+
+    /// Whether a mount of the path would show the task's `private` folder.
+    fn shows_private(&self, path: &Path) -> bool {
+        let private = self.task.join("private");
+        let held = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let (path, private) = (held(path), held(&private));
+        private.starts_with(&path) || path.starts_with(&private)
     }
 
     /// An image archive in the task's `local` folder.

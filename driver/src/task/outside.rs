@@ -6,8 +6,10 @@ use std::{
     io::{self, Read},
     os::fd::OwnedFd,
     path::PathBuf,
+    sync::Arc,
 };
 
+use bytes::Bytes;
 use polydev_proto::{
     broker::{self, Key, Keys, Open},
     driver::TaskConfig,
@@ -34,7 +36,7 @@ pub enum Error {
         "`{path}`, given in `broker.credential_file`, must have a key of 1 to {MAX_KEY} visible characters"
     )]
     NoKey { path: PathBuf },
-    #[error("the node has no broker for `broker` or `egress`")]
+    #[error("the node has no broker, which `broker` and `egress` need")]
     NoBroker,
     #[error(transparent)]
     Upstream(#[from] Unreadable),
@@ -44,50 +46,81 @@ pub enum Error {
     Broker(#[from] BrokerError),
 }
 
-/// Opens a container at the broker, with its key. Its requests come from `requests`.
-///
-/// # Errors
-/// [`Error`]; the container is not open then.
-pub(super) async fn open(
-    broker: &std::sync::Arc<Broker>,
-    task: &TaskConfig,
-    options: &Task,
-    container: &str,
-    bytes_per_second: u64,
-    requests: OwnedFd,
-) -> Result<Opened, Error> {
-    let egress = options.egress.clone();
-    let given = options.broker.as_ref();
-    let upstream = given.and_then(|given| Some(given.upstream.as_ref()?.read(given.provider)));
-    let opened = broker.open(
-        Open {
+/// What is needed to open a container at the broker.
+#[derive(Debug)]
+pub(super) struct Outside {
+    task_id: String,
+    upstream: Option<broker::Upstream>,
+    egress: Option<broker::Egress>,
+    key: Option<Key>,
+}
+
+impl Outside {
+    /// Reads the key. `None` if the task needs no broker.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub(super) fn make(task: &TaskConfig, options: &Task) -> Result<Option<Self>, Error> {
+        if !options.is_brokered() {
+            return Ok(None);
+        }
+        let given = options.broker.as_ref();
+        let upstream = given.and_then(|given| Some(given.upstream.as_ref()?.read(given.provider)));
+        let key = given.map(|given| {
+            Ok::<_, Error>(Key {
+                provider: given.provider.to_string(),
+                value: Bytes::from_owner(read(task, &given.credential_file)?),
+            })
+        });
+        let allow = options.egress.clone();
+        Ok(Some(Self {
+            task_id: task.id.clone(),
+            upstream: upstream.transpose()?,
+            egress: allow.map(|allow| broker::Egress { allow }),
+            key: key.transpose()?,
+        }))
+    }
+
+    /// Opens the container at the broker, with the key. Its requests come from `requests`.
+    ///
+    /// # Errors
+    /// [`Error`]; the container is not open then.
+    pub(super) async fn open(
+        &self,
+        broker: &Arc<Broker>,
+        container: &str,
+        bytes_per_second: u64,
+        requests: OwnedFd,
+    ) -> Result<Opened, Error> {
+        let public_key = broker.public_key();
+        if public_key.is_empty() {
+            return Err(Error::NoBroker);
+        }
+        let keys = self.key.clone().map(|key| {
+            let keys = Keys { keys: vec![key] };
+            sealed::seal_keys(&public_key, &self.task_id, &keys)
+        });
+        let keys = keys.transpose()?.unwrap_or_default();
+        let open = Open {
             container: container.to_owned(),
             bytes_per_second,
-            upstreams: upstream.transpose()?.into_iter().collect(),
-            egress: egress.map(|allow| broker::Egress { allow }),
-            ..Open::default()
-        },
-        requests,
-    );
-    let keys = match given {
-        None => bytes::Bytes::new(),
-        Some(given) => {
-            let key = read(task, &given.credential_file)?;
-            let key = Key {
-                provider: given.provider.to_string(),
-                value: bytes::Bytes::from_owner(key),
-            };
-            let public_key = broker.public_key();
-            if public_key.is_empty() {
-                return Err(Error::NoBroker);
-            }
-            sealed::seal_keys(&public_key, &task.id, &Keys { keys: vec![key] })?
+            upstreams: self.upstream.clone().into_iter().collect(),
+            egress: self.egress.clone(),
+            grant: None,
+        };
+        let opened = broker.open(open, requests);
+        if let Some(granting) = opened.grant(&*self.task_id, keys, None, bytes_per_second) {
+            granting.done().await?;
         }
-    };
-    if let Some(granting) = opened.grant(task.id.clone(), keys, None, bytes_per_second) {
-        granting.done().await?;
+        Ok(opened)
     }
-    Ok(opened)
+}
+
+impl Error {
+    /// Whether the task may start without a change of its job.
+    pub(super) fn is_recoverable(&self) -> bool {
+        matches!(self, Self::NoBroker | Self::Sealed(_) | Self::Broker(_))
+    }
 }
 
 /// The key, without white space around it.
@@ -97,7 +130,7 @@ fn read(task: &TaskConfig, given: &str) -> Result<Zeroizing<Vec<u8>>, Error> {
         path: path.clone(),
         source,
     };
-    let held = Folders::of(task).secret(given);
+    let held = Folders::of(task).private(given);
     let held = held.ok_or_else(|| unreadable(io::ErrorKind::NotFound.into()))?;
     // It does not grow: what it left behind would not be wiped.
     let mut key = Zeroizing::new(Vec::with_capacity(2 * MAX_KEY));
@@ -119,26 +152,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_one_line_of_a_file_in_the_tasks_secrets() {
+    fn a_key_is_one_word_in_a_file_that_no_container_has() {
         let folder = tempfile::tempdir().unwrap();
-        let secrets = folder.path().join("web/secrets");
-        fs::create_dir_all(&secrets).unwrap();
+        let private = folder.path().join("web/private");
+        fs::create_dir_all(&private).unwrap();
         let task = TaskConfig {
             name: "web".into(),
             alloc_dir: folder.path().display().to_string(),
             ..TaskConfig::default()
         };
         let read = |text: &str| {
-            fs::write(secrets.join("key"), text).unwrap();
-            read(&task, "secrets/key").map(|key| String::from_utf8(key.to_vec()).unwrap())
+            fs::write(private.join("key"), text).unwrap();
+            read(&task, "private/key").map(|key| String::from_utf8(key.to_vec()).unwrap())
         };
         assert_eq!(read("hunter2\n").unwrap(), "hunter2");
         for wrong in ["", "\n", "two words", "two\nlines", &"x".repeat(4097)] {
             let error = read(wrong).unwrap_err().to_string();
             assert!(error.contains("`broker.credential_file`"), "{error}");
         }
-        std::os::unix::fs::symlink("/etc/hostname", secrets.join("link")).unwrap();
-        for elsewhere in ["secrets/link", "secrets/none"] {
+        std::os::unix::fs::symlink("/etc/hostname", private.join("link")).unwrap();
+        for elsewhere in ["private/link", "private/none"] {
             let error = super::read(&task, elsewhere).unwrap_err();
             assert!(matches!(error, Error::Unreadable { .. }), "{error}");
         }

@@ -13,6 +13,7 @@ use super::{
     Tasks,
     mounts::{self, Folders},
     network::{self, Place},
+    outside::{self, Outside},
     resources,
 };
 use crate::{
@@ -37,6 +38,8 @@ pub enum Error {
     Mounts(#[from] mounts::Error),
     #[error("invalid task config")]
     Network(#[from] network::Error),
+    #[error("invalid task config")]
+    Outside(#[from] outside::Error),
     #[error("cannot use the seccomp profile `{path}` given in `security_opt`")]
     Profile { path: PathBuf, source: io::Error },
     #[error("the image `{image}` has no default program; set `command` or `entrypoint`")]
@@ -59,6 +62,8 @@ pub(super) struct Plan<'a> {
     pub(super) options: Task,
     pub(super) identity: Identity,
     pub(super) place: Place,
+    /// `None` if it needs no broker.
+    pub(super) outside: Option<Outside>,
     pub(super) output: OutputPath,
     capabilities: Capabilities,
     resources: Resources,
@@ -116,6 +121,7 @@ impl<'a> Plan<'a> {
                 (OutputPath::Docker, None) => plugin.logging.clone(),
             },
             place,
+            outside: Outside::make(task, &options)?,
             output,
             task,
             options,

@@ -89,8 +89,8 @@ impl Error {
             | Self::Log { .. }
             | Self::Limits(_)
             | Self::Gone(_)
-            | Self::Outside(_)
             | Self::Journal(_) => true,
+            Self::Outside(error) => error.is_recoverable(),
         }
     }
 }
@@ -289,14 +289,13 @@ async fn prepare(
         (Err(_), false) => (None, None),
         (Err(error), true) => return Err(Error::Gone(error)),
     };
-    let outside = match plan.options.is_brokered() {
-        true => {
+    let outside = match &plan.outside {
+        Some(outside) => {
             let requests = requests.ok_or(link::Error::NotListening)?;
             let (broker, rate) = (&tasks.site.broker, plan.place.broker_rate);
-            let opened = outside::open(broker, task, &plan.options, container, rate, requests);
-            Some(opened.await?)
+            Some(outside.open(broker, container, rate, requests).await?)
         }
-        false => None,
+        None => None,
     };
     let off = tasks.site.config.disable_log_collection;
     let log = |path: &str| {

@@ -9,6 +9,10 @@ use std::{
 
 use http::{HeaderName, HeaderValue};
 use polydev_proto::{broker, provider::Provider, upstream::base_url};
+use rustls::{
+    RootCertStore,
+    pki_types::{CertificateDer, pem::PemObject},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::address::is_url;
@@ -73,7 +77,9 @@ impl Upstream {
                 return Err(refused("proxy", proxy, allowed));
             }
             if !is_url("http", proxy) {
-                return Err(refused("proxy", proxy, "must be http://HOST:PORT"));
+                // It may have a password.
+                let shown = if proxy.contains('@') { "..." } else { proxy };
+                return Err(refused("proxy", shown, "must be http://HOST:PORT"));
             }
         }
         for (name, value) in &self.headers {
@@ -114,8 +120,10 @@ fn certificates(path: &Path) -> Result<Vec<u8>, Unreadable> {
         path: path.to_owned(),
         source,
     })?;
-    let begins = String::from_utf8_lossy(&content).find("-----BEGIN CERTIFICATE-----");
-    if size as u64 > MAX_CA || begins.is_none() {
+    let mut roots = RootCertStore::empty();
+    let all_trusted = CertificateDer::pem_slice_iter(&content)
+        .all(|certificate| certificate.is_ok_and(|known| roots.add(known).is_ok()));
+    if size as u64 > MAX_CA || !all_trusted || roots.is_empty() {
         return Err(Unreadable::Content {
             path: path.to_owned(),
         });

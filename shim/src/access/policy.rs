@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use polydev_proto::{
     broker::{self, Egress},
+    budget::{Exhausted, Used, today},
     egress::{MAX_RULES, NotARule, Rule},
     id::UserId,
     provider::{Provider, Unknown},
@@ -28,24 +29,12 @@ pub(super) struct Budget {
     tokens: Option<u64>,
 }
 
-/// What a user has used today.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Used {
-    pub requests: u64,
-    /// Input and output.
-    pub tokens: u64,
-}
-
 /// The user has used up a budget.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "the budget of user `{user_id}` for today (UTC) is used up: {used} of {most} {unit}; the next day begins at 00:00 UTC"
-)]
-pub struct Exhausted {
+#[error("user `{user_id}`: {exhausted}; the next day begins at 00:00 UTC")]
+pub struct OverBudget {
     pub user_id: UserId,
-    pub used: u64,
-    pub most: u64,
-    pub unit: &'static str,
+    exhausted: Exhausted,
 }
 
 /// What is wrong in a role.
@@ -63,10 +52,16 @@ pub enum Invalid {
     TooManyRules(usize),
     #[error("a name under `upstream`")]
     Provider(#[from] Unknown),
-    #[error(transparent)]
-    Upstream(#[from] upstream::Invalid),
-    #[error(transparent)]
-    Unreadable(#[from] Unreadable),
+    #[error("`upstream.{provider}`")]
+    Upstream {
+        provider: Provider,
+        source: upstream::Invalid,
+    },
+    #[error("`upstream.{provider}`")]
+    Unreadable {
+        provider: Provider,
+        source: Unreadable,
+    },
 }
 
 impl Policy {
@@ -108,7 +103,10 @@ impl Policy {
         }
         let read = |(provider, upstream): (String, Upstream)| {
             let provider: Provider = provider.parse()?;
-            Ok(upstream.check()?.read(provider)?)
+            let checked = upstream.check();
+            let checked = checked.map_err(|source| Invalid::Upstream { provider, source })?;
+            let read = checked.read(provider);
+            read.map_err(|source| Invalid::Unreadable { provider, source })
         };
         let upstreams = upstream.into_iter().map(read);
         Ok(Self {
@@ -118,41 +116,41 @@ impl Policy {
         })
     }
 
-    /// Whether what a user has used matters.
+    /// Whether anything of it must be told to the broker.
     #[must_use]
-    pub fn has_budget(&self) -> bool {
-        self.budget.is_some()
+    pub fn says_anything(&self) -> bool {
+        self.budget.is_some() || self.egress.is_some() || !self.upstreams.is_empty()
+    }
+
+    /// Whether runs may not reach all that their pools allow.
+    #[must_use]
+    pub fn restricts_egress(&self) -> bool {
+        self.egress.is_some()
     }
 
     /// What the broker is told about a run of a user who has used so much. `None` if the role says
     /// nothing.
     ///
     /// # Errors
-    /// [`Exhausted`]
+    /// [`OverBudget`]
     pub fn of_run(
         &self,
         user_id: &UserId,
-        used: Used,
-    ) -> Result<Option<broker::Policy>, Exhausted> {
+        used: impl FnOnce() -> Used,
+    ) -> Result<Option<broker::Policy>, OverBudget> {
         let budget = self.budget.map(|Budget { requests, tokens }| {
-            for (used, most, unit) in [
-                (used.requests, requests, "requests"),
-                (used.tokens, tokens, "tokens"),
-            ] {
-                if let Some(most) = most.filter(|most| used >= *most) {
-                    return Err(Exhausted {
-                        user_id: user_id.clone(),
-                        used,
-                        most,
-                        unit,
-                    });
-                }
-            }
-            Ok(broker::Budget {
+            let used = used();
+            let budget = broker::Budget {
                 requests: requests.unwrap_or_default(),
                 tokens: tokens.unwrap_or_default(),
                 used_requests: used.requests,
                 used_tokens: used.tokens,
+                day: today(),
+            };
+            let checked = budget.check(Used::default());
+            checked.map(|()| budget).map_err(|exhausted| OverBudget {
+                user_id: user_id.clone(),
+                exhausted,
             })
         });
         let policy = broker::Policy {

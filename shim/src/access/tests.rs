@@ -1,4 +1,4 @@
-use polydev_proto::id::UserId;
+use polydev_proto::{budget::Used, id::UserId};
 
 use super::*;
 
@@ -123,7 +123,10 @@ fn the_first_role_that_allows_a_run_says_what_holds_for_it() {
         access.policy(&Caller(caller.into()), run).unwrap()
     };
     let policy_of_run = policy("cn:agents", Provider::OpenAi);
-    let told = policy_of_run.of_run(&alice, used(9, 999)).unwrap().unwrap();
+    let told = policy_of_run
+        .of_run(&alice, || used(9, 999))
+        .unwrap()
+        .unwrap();
     assert_eq!(told.egress.unwrap().allow, ["github.com:443"]);
     assert_eq!(told.upstreams[0].base_url, "https://gateway.example/v1");
     let budget = told.budget.unwrap();
@@ -132,7 +135,10 @@ fn the_first_role_that_allows_a_run_says_what_holds_for_it() {
         (used(10, 0), "10 of 10 requests"),
         (used(0, 1234), "1234 of 1000 tokens"),
     ] {
-        let refused = policy_of_run.of_run(&alice, used).unwrap_err().to_string();
+        let refused = policy_of_run
+            .of_run(&alice, || used)
+            .unwrap_err()
+            .to_string();
         let begin = "the budget of user `alice` for today (UTC) is used up: ";
         assert!(
             refused.starts_with(&format!("{begin}{words};")),
@@ -140,7 +146,7 @@ fn the_first_role_that_allows_a_run_says_what_holds_for_it() {
         );
     }
     let others = policy("cn:agents", Provider::Google);
-    assert_eq!(others.of_run(&alice, used(99, 99999)), Ok(None));
+    assert_eq!(others.of_run(&alice, || used(99, 99999)), Ok(None));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 mod candidate;
 mod ready;
+mod used;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -12,15 +13,15 @@ use std::{
 
 use parking_lot::{Mutex, MutexGuard};
 use polydev_proto::{
-    id::{Generation, RunId, SlotId, UserId},
-    node::{Slot, Spent, WatchSlotsResponse, slot::State},
+    id::{Generation, RunId, SlotId},
+    node::{Slot, WatchSlotsResponse, slot::State},
 };
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
-use crate::access::Used;
 pub use candidate::Candidate;
 use ready::{Key, Ready};
+use used::OnNodes;
 
 /// The slots that drivers have reported; clones share them.
 #[derive(Debug, Clone)]
@@ -34,6 +35,7 @@ struct Inner {
     nodes: HashMap<String, Node>,
     /// The slots of connected nodes that may be taken.
     ready: Ready,
+    used: OnNodes,
 }
 
 /// A node that is or was connected.
@@ -43,8 +45,6 @@ struct Node {
     connected: Option<Connected>,
     /// Since when the node is no longer part of the cluster. It may still have runs for a while.
     left: Option<Instant>,
-    /// What users have used on it, as it last reported, even if it cannot be reached any more.
-    spent: HashMap<UserId, Spent>,
 }
 
 /// How long a node that has left is remembered: as long as a driver remembers its runs.
@@ -156,7 +156,7 @@ impl View {
     /// Takes the `chosen` slot, if there is one, out of the ready slots.
     fn take(&self, chosen: impl FnOnce(&Ready) -> Option<&Key>) -> Option<Candidate> {
         let mut inner = self.lock();
-        let Inner { nodes, ready } = &mut *inner;
+        let Inner { nodes, ready, .. } = &mut *inner;
         let key = chosen(ready)?.clone();
         let node = nodes.get_mut(&key.node_id)?.connected.as_mut()?;
         let slot = node.slots.get(&key.slot_id)?;
@@ -172,6 +172,7 @@ impl View {
             public_key: slot.public_key.clone(),
             broker_key: slot.broker_key.clone(),
             broker_version: slot.broker_version,
+            egress: slot.egress.clone(),
             on_demand: !slot.for_run_id.is_empty(),
             clock: node.clock,
             view: self.clone(),
@@ -313,20 +314,6 @@ impl View {
         (connected.len(), ours.count())
     }
 
-    /// What a user has used today on all nodes, as far as they have reported it.
-    #[must_use]
-    pub fn used(&self, user_id: &UserId) -> Used {
-        let today = days_since_epoch(SystemTime::now());
-        let nodes = &self.lock().nodes;
-        let spent = nodes.values().filter_map(|node| node.spent.get(user_id));
-        let mut used = Used::default();
-        for spent in spent.filter(|spent| spent.day == today) {
-            used.requests = used.requests.saturating_add(spent.requests);
-            used.tokens = used.tokens.saturating_add(spent.tokens);
-        }
-        used
-    }
-
     /// Adds a node to the cluster.
     pub(super) fn expect(&self, node_id: &str) {
         let is_ours = |node: &Node| node.left.is_none();
@@ -350,16 +337,11 @@ impl View {
             .since
             .and_then(|since| SystemTime::try_from(since).ok());
         self.update(|inner| {
+            inner.used.apply(node_id, told.spent, told.snapshot);
             if told.snapshot {
                 inner.disconnect(node_id);
             }
             let node = inner.nodes.entry(node_id.to_owned()).or_default();
-            if told.snapshot {
-                node.spent.clear();
-            }
-            for spent in told.spent {
-                node.spent.insert(spent.user_id.as_str().into(), spent);
-            }
             let node = node.connected.get_or_insert_with(|| Connected {
                 channel: channel.clone(),
                 start_id: told.start_id,
@@ -411,7 +393,7 @@ impl View {
                 node.left = Some(Instant::now());
             }
             inner.set_lost(node_id, true);
-            let Inner { nodes, ready } = inner;
+            let Inner { nodes, ready, .. } = inner;
             nodes.retain(|node_id, node| {
                 let is_known = node.connected.is_some() || node.is_remembered();
                 if !is_known {
@@ -447,7 +429,7 @@ impl Node {
 impl Inner {
     /// Sets whether the cluster has lost the node: pool slots of a lost node get no new runs.
     fn set_lost(&mut self, node_id: &str, lost: bool) {
-        let Self { nodes, ready } = self;
+        let Self { nodes, ready, .. } = self;
         let connected = nodes.get(node_id).and_then(|node| node.connected.as_ref());
         let free = |node: &Connected| -> Vec<Slot> {
             let pools = node.slots.values().filter(|slot| ready::is_pools(slot));
@@ -496,9 +478,3 @@ impl Default for View {
 
 #[cfg(test)]
 mod tests;
-
-fn days_since_epoch(time: SystemTime) -> u64 {
-    const DAY: u64 = 24 * 60 * 60;
-    let since = time.duration_since(SystemTime::UNIX_EPOCH);
-    since.unwrap_or_default().as_secs() / DAY
-}

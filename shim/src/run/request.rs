@@ -7,11 +7,10 @@ pub use files::Own;
 pub use times::MAX_RUN_TIME;
 pub(super) use times::{MIN_TIME, bounded, queue_timeout};
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use polydev_proto::{
-    broker::Policy,
     exec,
     id::{RunId, UserId},
     node::{RunSpec, TraceContext},
@@ -25,7 +24,9 @@ use sha2::{Digest, Sha256};
 use files::{files, own_input, rules, terminal};
 use times::TELL_TIMEOUT;
 
+use super::terms::Terms;
 use crate::{
+    access::Policy,
     credentials::Source,
     environment,
     provider::{Cli, InvalidPrompt, Prompt},
@@ -61,8 +62,8 @@ pub struct Request {
     /// The named credential, until the run is [equipped](Self::equip) with it.
     pub credential: Option<Source>,
     pub secrets: Prepared,
-    /// What the caller's role says, for the broker.
-    pub policy: Option<Policy>,
+    /// What the caller's role says.
+    pub role: Arc<Policy>,
     pub trace: Option<TraceContext>,
 }
 
@@ -272,7 +273,7 @@ impl Request {
             mode,
             credential,
             secrets: Prepared::default(),
-            policy: None,
+            role: Arc::default(),
             trace,
         })
     }
@@ -295,6 +296,16 @@ impl Request {
         self.spec.secret_names = secrets.names().map(str::to_owned).collect();
         self.secrets = secrets;
         Ok(())
+    }
+
+    /// What holds for the run by its caller's role.
+    #[must_use]
+    pub fn terms(&self) -> Terms {
+        Terms {
+            role: self.role.clone(),
+            user_id: self.user_id.clone(),
+            has_outside_key: self.secrets.outside.is_some(),
+        }
     }
 
     /// How long it may take until the run's end is reported.

@@ -10,7 +10,7 @@ use std::{
 
 use futures_util::{Stream, StreamExt, stream};
 use polydev_proto::{
-    broker::PROTOCOL_VERSION,
+    broker::{Egress, PROTOCOL_VERSION},
     node::{Claim, Slot, Spent, WatchSlotsResponse, slot::State},
 };
 use prost_types::Timestamp;
@@ -71,7 +71,13 @@ impl Slots {
     }
 
     /// Adds an idle slot for one run.
-    pub(super) fn add_for(&self, node_id: &str, provider: &str, run_id: &str) {
+    pub(super) fn add_for(
+        &self,
+        node_id: &str,
+        provider: &str,
+        run_id: &str,
+        egress: Option<Egress>,
+    ) {
         let mut inner = lock(&self.inner);
         let Inner {
             all,
@@ -82,6 +88,7 @@ impl Slots {
         let slot = Slot {
             job_id: format!("polydev-on-demand-{provider}"),
             for_run_id: run_id.into(),
+            egress,
             ..idle(node_id, provider, *made)
         };
         *made += 1;

@@ -192,11 +192,11 @@ async fn what_is_not_allowed_is_told_to_the_program_and_the_driver() {
     let (status, _) = node.connect(&target).await;
     assert_eq!(
         status,
-        format!("HTTP/1.1 403 {target}: not in the pool's egress.allow")
+        format!("HTTP/1.1 403 {target}: not in the job's egress.allow")
     );
     assert_eq!(
         node.node.news().await.destinations[0].denied,
-        "not in the pool's egress.allow"
+        "not in the job's egress.allow"
     );
 
     // A name that is allowed does not open what it leads to.

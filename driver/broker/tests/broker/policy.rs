@@ -2,8 +2,9 @@
 
 use std::net::SocketAddr;
 
-use polydev_proto::broker::{
-    Budget, Destination, Egress, Open, Policy, Upstream, from_broker::Message,
+use polydev_proto::{
+    broker::{Budget, Destination, Egress, Open, Policy, Upstream, from_broker::Message},
+    budget::today,
 };
 use rcgen::{CertifiedKey, generate_simple_self_signed};
 use reqwest::{Client, StatusCode};
@@ -36,6 +37,7 @@ fn budget(requests: u64, tokens: u64) -> Policy {
         tokens,
         used_requests: 7,
         used_tokens: 70,
+        day: today(),
     };
     Policy {
         budget: Some(budget),
@@ -106,14 +108,16 @@ async fn a_websocket_has_no_further_message_beyond_the_budget() {
     socket.write_all(&said).await.unwrap();
     let read = timeout(LIMIT, socket.read_exact(&mut heard)).await;
     read.expect("in time").expect("an answer");
-    // A ping is no message.
-    let ping = frame(9, true, "");
+    // A ping is no message, and hides none.
+    let ping = frame(9, true, "\u{1}");
     socket.write_all(&ping).await.unwrap();
     let mut heard = vec![0; ping.len()];
     let read = timeout(LIMIT, socket.read_exact(&mut heard)).await;
     read.expect("in time").expect("an answer");
-
-    socket.write_all(&said).await.unwrap();
+    socket
+        .write_all(&[&ping[..], &said].concat())
+        .await
+        .unwrap();
     let end = timeout(LIMIT, socket.read_u8()).await.expect("it ends");
     assert!(end.is_err(), "{end:?}");
     let seen = node.close("one");
@@ -123,6 +127,29 @@ async fn a_websocket_has_no_further_message_beyond_the_budget() {
         "{}",
         seen.over_budget
     );
+}
+
+#[tokio::test]
+async fn a_websocket_that_hears_no_answer_counts_too() {
+    let node = Node::new().await;
+    let address = with_policy(&node, Open::default(), budget(9, 0)).await;
+    let said = frame(2, true, "two messages in one piece");
+    let mut socket = websocket(address).await;
+    socket.write_all(&said).await.unwrap();
+    let mut heard = vec![0; said.len()];
+    let read = timeout(LIMIT, socket.read_exact(&mut heard)).await;
+    read.expect("in time").expect("an echo");
+    drop(socket);
+    let mut socket = websocket(address).await;
+    socket
+        .write_all(&[&said[..], &said].concat())
+        .await
+        .unwrap();
+    let end = timeout(LIMIT, socket.read_u8()).await.expect("it ends");
+    assert!(end.is_err(), "{end:?}");
+    let seen = node.close("one");
+    assert_eq!(seen.requests, 2);
+    assert!(seen.over_budget.ends_with("9 of 9 requests"));
 }
 
 #[tokio::test]
@@ -160,10 +187,7 @@ async fn a_role_reaches_less_than_its_pool_and_never_more() {
     let answer = connect(address, &target(2)).await;
     assert!(answer.contains("not in the role's egress"), "{answer}");
     let answer = connect(address, &target(3)).await;
-    assert!(
-        answer.contains("not in the pool's egress.allow"),
-        "{answer}"
-    );
+    assert!(answer.contains("not in the job's egress.allow"), "{answer}");
 
     // What has a network of its own cannot be kept from it.
     node.open("two").await;

@@ -256,13 +256,18 @@ async fn a_websocket_passes_both_ways_and_breaks_with_its_run() {
     node.granted("one", RUN, &[("openai", "users")]);
     let mut socket = websocket(address).await;
     assert_eq!(node.api.last().headers["authorization"], "Bearer users");
-    for said in ["one", "two"] {
-        socket.write_all(said.as_bytes()).await.unwrap();
-        let mut heard = [0; 3];
+    for said in [frame(1, true, "one"), frame(2, true, "two")] {
+        socket.write_all(&said).await.unwrap();
+        let mut heard = vec![0; said.len()];
         let read = timeout(LIMIT, socket.read_exact(&mut heard)).await;
         read.expect("in time").expect("an echo");
-        assert_eq!(heard, said.as_bytes());
+        assert_eq!(heard, said);
     }
+    // What is no message could not be counted.
+    socket.write_all(b"one").await.unwrap();
+    let end = timeout(LIMIT, socket.read_u8()).await.expect("it ends");
+    assert!(end.is_err(), "{end:?}");
+    let mut socket = websocket(address).await;
     node.broker.close("one");
     let end = timeout(LIMIT, socket.read_u8()).await.expect("it ends");
     assert!(end.is_err(), "{end:?}");

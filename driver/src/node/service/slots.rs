@@ -8,6 +8,7 @@ use std::{
 
 use futures_util::{Stream, stream};
 use polydev_proto::{
+    budget::Used,
     id::UserId,
     node::{Slot as SlotMessage, Spent as SpentMessage, WatchSlotsResponse},
 };
@@ -15,7 +16,7 @@ use prost_types::Timestamp;
 use tokio::{sync::watch, time::timeout};
 
 use super::encode_slot;
-use crate::{slot::Slots, spent::Figures};
+use crate::slot::Slots;
 
 /// How often a shim receives the time if nothing else happens. Claims are dated by this
 /// driver's clock, and the shim's own clock may stop while the machine sleeps.
@@ -42,7 +43,7 @@ struct Watcher {
     /// snapshot.
     sent: Option<HashMap<String, SlotMessage>>,
     /// What it knows of what users have used, and of which day.
-    spent: (u64, BTreeMap<UserId, Figures>),
+    spent: (u64, BTreeMap<UserId, Used>),
 }
 
 impl Watcher {
@@ -90,14 +91,13 @@ impl Watcher {
     fn spent(&mut self) -> Vec<SpentMessage> {
         let (day, now) = self.slots.runs.spent.today();
         let (of, told) = &self.spent;
-        let is_new = |(user_id, figures): &(&UserId, &Figures)| {
-            *of != day || told.get(*user_id) != Some(*figures)
-        };
-        let encode = |(user_id, figures): (&UserId, &Figures)| SpentMessage {
+        let is_new =
+            |(user_id, used): &(&UserId, &Used)| *of != day || told.get(*user_id) != Some(*used);
+        let encode = |(user_id, used): (&UserId, &Used)| SpentMessage {
             user_id: user_id.clone().into(),
             day,
-            requests: figures.requests,
-            tokens: figures.tokens,
+            requests: used.requests,
+            tokens: used.tokens,
         };
         let new = now.iter().filter(is_new).map(encode).collect();
         self.spent = (day, now);

@@ -18,14 +18,14 @@ impl Runs {
     /// Takes over what the broker has seen of a run.
     pub(crate) fn answered(&self, run: &Run, seen: Seen) {
         let (refused, over_budget) = (seen.refused.clone(), seen.over_budget.clone());
-        if !run.is_over() {
+        run.update(|progress| {
             let Claimed {
                 run_id, user_id, ..
             } = &run.claimed;
-            self.spent.saw(*run_id, user_id, &seen);
-        }
-        let answers = Answers::from(seen);
-        run.update(|progress| {
+            if progress.outcome.is_none() {
+                self.spent.saw(*run_id, user_id, &seen);
+            }
+            let answers = Answers::from(seen);
             // What an earlier life of the driver has counted is not counted again.
             if let Some(before) = &progress.answers {
                 self.tokens.add(&before.usage, &answers.usage);

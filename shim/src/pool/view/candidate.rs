@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use polydev_proto::{
+    broker::Egress,
     id::{Generation, RunId, SlotId},
     node::{Slot, slot::State},
 };
@@ -28,6 +29,8 @@ pub struct Candidate {
     pub broker_key: Bytes,
     /// Version of the protocol between the node's driver and its broker.
     pub broker_version: u32,
+    /// What its container may reach; `None` with a network interface.
+    pub egress: Option<Egress>,
     /// Whether the slot was made for one run.
     pub on_demand: bool,
     pub(super) clock: Clock,
@@ -39,6 +42,29 @@ impl Candidate {
     #[must_use]
     pub fn driver_time(&self, after: Duration) -> SystemTime {
         self.clock.told + self.clock.heard.elapsed() + after
+    }
+
+    /// Whether it reaches more than the slots of its pool. Its job has a list of its own, and the
+    /// default of that is the internet.
+    #[must_use]
+    pub fn exceeds_pool(&self) -> bool {
+        let pool = self.view.slots(&self.provider).into_iter();
+        let mut pool = pool
+            .filter(|(_, slot)| slot.for_run_id.is_empty())
+            .peekable();
+        let covers = |pool: &Option<Egress>| match (pool, &self.egress) {
+            (None, _) => true,
+            (Some(_), None) => false,
+            (Some(pool), Some(own)) => own.allow.iter().all(|rule| pool.allow.contains(rule)),
+        };
+        pool.peek().is_some() && !pool.any(|(_, slot)| covers(&slot.egress))
+    }
+
+    /// Whether a slot of its pool has a list, and no network.
+    #[must_use]
+    pub fn has_listed_peer(&self) -> bool {
+        let mut pool = self.view.slots(&self.provider).into_iter();
+        pool.any(|(_, slot)| slot.egress.is_some())
     }
 
     /// Marks the slot as claimed in the view, before the driver reports it.

@@ -1,4 +1,5 @@
 use super::*;
+use polydev_proto::node::Spent;
 use proptest::prelude::*;
 use tonic::transport::Endpoint;
 
@@ -32,7 +33,7 @@ fn tell_of(node: &str, view: &View, snapshot: bool, slots: Vec<Slot>, removed: &
 #[tokio::test]
 async fn what_a_user_has_used_is_the_sum_of_the_nodes_of_today() {
     let view = View::new();
-    let today = days_since_epoch(SystemTime::now());
+    let today = polydev_proto::budget::today();
     let tell = |node: &str, snapshot, day, requests| {
         let channel = Endpoint::from_static("unix:///nowhere").connect_lazy();
         let spent = Spent {
@@ -48,21 +49,21 @@ async fn what_a_user_has_used_is_the_sum_of_the_nodes_of_today() {
         };
         view.apply(node, &channel, told);
     };
-    let used = || view.used(&"alice".into()).requests;
+    let requests = || view.used(&"alice".into()).requests;
     tell("a", true, today, 1);
     tell("b", true, today, 2);
     tell("b", false, today, 5);
-    assert_eq!(used(), 6);
+    assert_eq!(requests(), 6);
     assert_eq!(view.used(&"alice".into()).tokens, 60);
-    assert_eq!(view.used(&"bob".into()), Used::default());
+    assert_eq!(view.used(&"bob".into()).requests, 0);
     view.disconnect("b");
     assert_eq!(
-        used(),
+        requests(),
         6,
         "what a node has reported counts while it is away"
     );
     tell("a", true, today - 1, 9);
-    assert_eq!(used(), 5);
+    assert_eq!(requests(), 5);
 }
 
 #[tokio::test]

@@ -27,6 +27,7 @@ use crate::{
         Connection, Error, Events, MAX_INPUTS,
         fence::{self, Announced, Fenced, Have, announce, fence},
         request::Request,
+        terms::Terms,
     },
     secret::Prepared,
 };
@@ -39,16 +40,14 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the shim waits for a driver that gave no clear answer. After this time the claim can
 /// no longer start.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Since this version of the protocol between driver and broker, both know what roles say.
-const POLICY_VERSION: u32 = 4;
 /// If a node left the cluster this long before the run id was made, other shims knew it too.
 const LEFT_MARGIN: Duration = Duration::from_secs(60);
 
 /// The outcome of a claim.
 pub(super) enum Attempt {
     Granted(Box<Connection>),
-    /// The run is not in the slot. The slot itself is fine, but its node has no room or no broker
-    /// for the run, or the node is newer than the run and no other node can tell whether the command ran.
+    /// The run is not in the slot. The slot itself is fine, but is not for this run, its node has no
+    /// room or no broker for the run, or the node is newer than the run and no other node can tell whether the command ran.
     NoRoom(String),
     /// The run is not in the slot.
     Refused(String),
@@ -67,6 +66,7 @@ enum Tried {
 /// The claims of one run by this shim, each with a ballot of its own.
 pub(super) struct Attempts<'a> {
     view: &'a View,
+    terms: Terms,
     accept_duplicate: bool,
     run_id: RunId,
     ballot: Ballot,
@@ -79,6 +79,7 @@ impl<'a> Attempts<'a> {
     pub(super) fn new(view: &'a View, request: Request) -> Self {
         Self {
             view,
+            terms: request.terms(),
             accept_duplicate: request.accept_duplicate,
             run_id: request.run_id,
             ballot: Ballot {
@@ -90,7 +91,6 @@ impl<'a> Attempts<'a> {
                 user_id: request.user_id.into(),
                 spec: Some(request.spec),
                 trace: request.trace,
-                policy: request.policy,
                 ..Default::default()
             },
             secrets: request.secrets,
@@ -146,10 +146,10 @@ impl<'a> Attempts<'a> {
     }
 
     async fn ask(&mut self, slot: &Candidate) -> Result<Tried, Error> {
-        if self.claim.policy.is_some() && slot.broker_version < POLICY_VERSION {
-            let reason = "the node's driver is older than what the caller's role says about runs";
+        if let Some(reason) = self.terms.misfit(slot)? {
             return Ok(Tried::Clear(Attempt::NoRoom(reason.into())));
         }
+        self.claim.policy = self.terms.policy(self.view)?;
         let is_newer = self.run_id.made_at() < slot.since;
         if is_newer && let Some(tried) = self.announce(slot).await? {
             return Ok(tried);

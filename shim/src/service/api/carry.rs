@@ -17,7 +17,7 @@ use tracing::{Instrument, Span};
 
 use super::Api;
 use crate::{
-    access::{Action, Caller, Used},
+    access::{Action, Caller},
     credentials::record::Binding,
     run::{
         Connection, Error,
@@ -45,7 +45,6 @@ impl Api {
         };
         let mut role = self.policy(caller, run)?;
         self.user_rate.check(user_id.as_str())?;
-        let mut used = Used::default();
         if let Some(source) = request.credential.take() {
             let binding = Binding { user_id, provider };
             let secrets = self
@@ -55,12 +54,14 @@ impl Api {
             if secrets.outside.is_none() {
                 let user_id = user_id.as_str();
                 role = self.policy(caller, Action::Inject { user_id, provider })?;
-            } else if role.has_budget() {
-                used = self.view.used(user_id);
             }
             request.equip(secrets)?;
         }
-        request.policy = role.of_run(&request.user_id, used)?;
+        request.role = role;
+        if !request.is_retry {
+            // It would wait for nothing. A run that exists already is found by its claim.
+            request.terms().policy(&self.view)?;
+        }
         let run_id = request.run_id;
         tracing::info!(%run_id, %caller, %provider, user_id = %request.user_id, "run");
         Ok(request)
