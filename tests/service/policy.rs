@@ -153,14 +153,17 @@ fn a_run_that_has_waited_is_held_to_what_was_used_meanwhile() {
     let (site, _folder) = site("inject = false\nbudget = { requests = 10 }");
     site.node().remove_slots("anthropic");
     let client = site.shim.client();
-    let mut run = client.start(outside()).unwrap();
-    let first = client.next(&mut run).unwrap();
+    let waits = RunStart {
+        stdin: true,
+        ..outside()
+    };
+    let (_input, mut events) = client.submit(waits).unwrap();
+    let first = client.next_of(&mut events).unwrap();
     assert!(matches!(first, Some(Event::Queued(_))), "{first:?}");
     site.node().spend("alice", 10, 0);
     site.node().add_slots("anthropic", 1);
     let refused = client
-        .finish(run)
-        .map(drop)
+        .next_of(&mut events)
         .expect_err("the budget is used up");
     assert_eq!(reason(&refused), "BUDGET_EXHAUSTED", "{refused}");
     assert!(site.node().asked().claims.is_empty());

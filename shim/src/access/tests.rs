@@ -139,7 +139,7 @@ fn the_first_role_that_allows_a_run_says_what_holds_for_it() {
             .of_run(&alice, || used)
             .unwrap_err()
             .to_string();
-        let begin = "the budget of user `alice` for today (UTC) is used up: ";
+        let begin = "user `alice`: the user's budget for today (UTC) is used up: ";
         assert!(
             refused.starts_with(&format!("{begin}{words};")),
             "{refused}"
