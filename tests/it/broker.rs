@@ -270,6 +270,11 @@ fn nothing_but_the_api_of_its_key_is_reached_from_a_container() {
     for ((what, _, expected), status) in ATTACKS.iter().zip(printed.lines()) {
         assert_eq!(status, *expected, "{what}: {printed}");
     }
+    // What is no HTTP is not on record.
+    let refused: Vec<_> = (outcome.denied.iter())
+        .map(|to| (&*to.host, to.port, to.connections))
+        .collect();
+    assert_eq!(refused, [("127.0.0.1", 8319, 1); 8], "{:?}", outcome.denied);
     let seen = site.model.requests();
     let places: Vec<_> = seen
         .iter()

@@ -13,7 +13,7 @@ const MAX_HEADER: usize = 14;
 
 /// Where in a message the reader is.
 #[derive(Debug, Default)]
-pub(crate) struct Frames {
+pub struct Frames {
     /// The beginning of a header.
     header: BytesMut,
     /// How much of the current frame is to come.
@@ -28,7 +28,7 @@ pub(crate) struct Frames {
 
 /// What a piece has.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Part<'a> {
+pub enum Part<'a> {
     /// A message begins.
     Begin,
     /// Of a text message, as it was sent: a client's is masked.
@@ -40,7 +40,7 @@ pub(crate) enum Part<'a> {
 /// The peer does not speak the protocol.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("these are no frames of a WebSocket")]
-pub(crate) struct NoFrames;
+pub struct NoFrames;
 
 impl From<NoFrames> for io::Error {
     fn from(error: NoFrames) -> Self {
@@ -53,7 +53,7 @@ impl Frames {
     ///
     /// # Errors
     /// [`NoFrames`], and the error of `see`. There is no next piece then.
-    pub(crate) fn read<E: From<NoFrames>>(
+    pub fn read<E: From<NoFrames>>(
         &mut self,
         mut piece: &[u8],
         mut see: impl FnMut(Part) -> Result<(), E>,

@@ -25,7 +25,7 @@ mod container;
 pub mod control;
 mod egress;
 mod forward;
-mod frames;
+pub mod frames;
 mod grant;
 mod meter;
 mod proxy;

@@ -149,9 +149,10 @@ fn target(uri: &Uri) -> Result<(&'static Api, String), Refusal> {
     Ok((api, format!("{below}{mark}{query}")))
 }
 
-/// A URL for a message.
+/// A URL for a message, without what may be secret.
 fn short(uri: &Uri) -> String {
-    uri.path().chars().take(200).collect()
+    let host = uri.host().unwrap_or_default();
+    host.chars().chain(uri.path().chars()).take(200).collect()
 }
 
 fn without_credentials(query: &str) -> String {
