@@ -7,6 +7,8 @@ SUDO       := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env env PATH="$(P
 # The programs that tests start: of this build, and init as it is shipped.
 POLYDEV_BIN := $(CURDIR)/target/under-test
 export POLYDEV_CACHE POLYDEV_BIN MAKECMDGOALS
+# These measure programs for use, not programs for tests.
+bench chaos: POLYDEV_BIN := $(CURDIR)/target/release
 
 .PHONY: help demo check docker nomad test test-long bench chaos build release images fmt lint doc scripts deny advisories proto-lint proto-breaking unit fuzz it long agent clean-all
 

@@ -85,8 +85,10 @@ impl Spent {
         })
     }
 
-    /// The broker has reported what a run that is not over has used from its start.
-    pub(crate) fn saw(&self, run_id: RunId, user_id: &UserId, seen: &Seen) {
+    /// The broker has reported what a run that is not over has used from its start. Returns whether
+    /// that is new, and should be [written](Self::write).
+    #[must_use]
+    pub(crate) fn saw(&self, run_id: RunId, user_id: &UserId, seen: &Seen) -> bool {
         let mut used = Used {
             requests: seen.requests,
             tokens: 0,
@@ -98,11 +100,12 @@ impl Spent {
         let mut inner = self.lock();
         let known = inner.users.get(user_id);
         let known = known.and_then(|figures| figures.open.get(&run_id));
-        if used != known.copied().unwrap_or_default() {
+        let is_new = used != known.copied().unwrap_or_default();
+        if is_new {
             let figures = inner.users.entry(user_id.clone()).or_default();
             figures.open.insert(run_id, used);
-            self.write(&inner, user_id);
         }
+        is_new
     }
 
     /// A run is over: nothing is reported of it from now on.
@@ -114,8 +117,9 @@ impl Spent {
             figures.over.add(used);
             Some(used)
         });
+        drop(inner);
         if used.is_some() {
-            self.write(&inner, user_id);
+            self.write(user_id);
         }
     }
 
@@ -127,8 +131,10 @@ impl Spent {
         (inner.day, users.collect())
     }
 
-    /// With the lock held, so that the last figures win.
-    fn write(&self, inner: &Inner, user_id: &UserId) {
+    /// Writes the figures of a user for the next life of the driver.
+    pub(crate) fn write(&self, user_id: &UserId) {
+        // It stays locked, so that the last figures win.
+        let inner = self.lock();
         let record = Record {
             user_id: user_id.clone(),
             day: inner.day,
@@ -197,6 +203,12 @@ mod tests {
         }
     }
 
+    fn saw(spent: &Spent, run_id: RunId, user: &UserId, seen: &Seen) {
+        assert!(spent.saw(run_id, user, seen));
+        assert!(!spent.saw(run_id, user, seen), "that is known");
+        spent.write(user);
+    }
+
     #[test]
     fn what_a_user_has_used_is_the_sum_of_the_runs_and_outlives_the_driver() {
         let folder = tempfile::tempdir().unwrap();
@@ -205,10 +217,10 @@ mod tests {
         let of = |spent: &Spent, user: &UserId| spent.today().1.get(user).copied();
         let used = |requests, tokens| Some(Used { requests, tokens });
         let spent = Spent::open(folder.path(), &HashSet::new()).unwrap();
-        spent.saw(runs[0], &alice, &seen(1, 9));
-        spent.saw(runs[0], &alice, &seen(2, 19));
-        spent.saw(runs[1], &alice, &seen(5, 99));
-        spent.saw(runs[2], &bob, &seen(1, 0));
+        saw(&spent, runs[0], &alice, &seen(1, 9));
+        saw(&spent, runs[0], &alice, &seen(2, 19));
+        saw(&spent, runs[1], &alice, &seen(5, 99));
+        saw(&spent, runs[2], &bob, &seen(1, 0));
         assert_eq!(of(&spent, &alice), used(7, 120));
         spent.over(runs[0], &alice);
         spent.over(runs[0], &alice);
@@ -218,7 +230,7 @@ mod tests {
         let next = Spent::open(folder.path(), &[runs[1]].into()).unwrap();
         assert_eq!(of(&next, &alice), used(7, 120));
         assert_eq!(of(&next, &bob), used(1, 1));
-        next.saw(runs[1], &alice, &seen(6, 99));
+        saw(&next, runs[1], &alice, &seen(6, 99));
         assert_eq!(of(&next, &alice), used(8, 120));
 
         // One that ended meanwhile counts as it was, and is not open for ever.
@@ -234,10 +246,10 @@ mod tests {
         let (alice, bob) = (UserId::from("alice"), UserId::from("bob"));
         let (ended, open) = (RunId::now(), RunId::now());
         for (run, user) in [(ended, &alice), (RunId::now(), &bob)] {
-            spent.saw(run, user, &seen(1, 1));
+            saw(&spent, run, user, &seen(1, 1));
             spent.over(run, user);
         }
-        spent.saw(open, &alice, &seen(3, 1));
+        saw(&spent, open, &alice, &seen(3, 1));
         spent.inner.lock().day -= 1;
         let (day, all) = spent.today();
         assert_eq!(day, today());

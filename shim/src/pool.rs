@@ -8,4 +8,4 @@ pub mod scale;
 mod view;
 
 pub use follow::follow;
-pub use view::{Candidate, Counts, Kept, View};
+pub use view::{Candidate, Counts, Kept, POLICY_VERSION, View};

@@ -12,7 +12,7 @@ use polydev_tests::{client::api_key, folder::Folder, wait_until};
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use crate::site::{LIMIT, Site, myself, reason, steps};
+use crate::site::{LIMIT, Site, myself, reason, seconds, steps};
 
 /// A site whose callers have one role, with these lines.
 fn site(lines: &str) -> (Site, Folder) {
@@ -204,11 +204,15 @@ fn a_role_with_a_list_gets_no_slot_with_a_network() {
     });
     let client = site.shim.client();
     client.run(steps(&["true"])).unwrap();
+    let waits = || RunStart {
+        queue_timeout: seconds(1),
+        ..steps(&["true"])
+    };
     site.node().change_slots(|slot| slot.egress = None);
     let refused = wait_until("the refusal", LIMIT, || {
-        let refused = client.run(steps(&["true"])).err();
+        let refused = client.run(waits()).err();
         refused.ok_or_else(|| "it runs".to_owned())
     });
-    assert_eq!(reason(&refused), "REFUSED", "{refused}");
+    assert_eq!(reason(&refused), "NO_IDLE_SLOT", "{refused}");
     assert!(refused.message().contains("`egress.allow`"), "{refused}");
 }

@@ -27,6 +27,8 @@ use crate::{
 /// How many nodes the cluster has.
 pub const NODES: usize = 2;
 const SERVER: &str = "10.213.77.1";
+/// Containers reach the server, as they would a service of the operator's.
+const NETWORK: &str = "10.213.77.0/24";
 const ADDRESSES: [&str; NODES] = ["10.213.77.2", "10.213.77.3"];
 /// The name of the bridge in the server's namespace, and of each node's interface to the bridge.
 const LINK: &str = "cluster";
@@ -300,6 +302,7 @@ fn client(folder: &Folder, number: usize, engine: &Engine) -> String {
             endpoint  = "unix://{}"
             state_dir = "{}"
             init_path = "{}"
+            private_networks = ["{NETWORK}"]
             shims {{
               listen = "{}:7646"
               cert   = "{tls}/node.pem"

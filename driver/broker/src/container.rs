@@ -6,7 +6,10 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use polydev_proto::broker::{Open, Seen};
+use polydev_proto::{
+    broker::{Open, Seen},
+    budget::Exhausted,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
@@ -137,6 +140,19 @@ impl Container {
     /// There is something new for the driver.
     pub(crate) fn changed(&self) {
         self.changes.add(self.name());
+    }
+
+    /// Counts another request of a run to a model, if its budget allows it.
+    ///
+    /// # Errors
+    /// [`Exhausted`]
+    pub(crate) fn ask(&self, grant: &Grant) -> Result<(), Exhausted> {
+        let asked = grant.ask();
+        match &asked {
+            Ok(()) => self.changes.add_soon(self.name()),
+            Err(_) => self.changed(),
+        }
+        asked
     }
 
     /// What has been seen of the container's run; `None` if it has had none.

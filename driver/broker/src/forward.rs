@@ -62,7 +62,7 @@ async fn forward(
     let outgoing = access.request(&asked)?;
     // On a WebSocket, each message asks.
     if asked.is_charged() {
-        grant.ask().inspect_err(|_| container.changed())?;
+        container.ask(grant)?;
     }
 
     let answered = async {

@@ -122,7 +122,8 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Metered<B> {
     }
 }
 
-/// What an API sends through a WebSocket: each answer is one message, or several.
+/// What an API sends through a WebSocket. The message that states an answer's tokens has all of
+/// them.
 pub(crate) struct Messages {
     meter: Meter,
     frames: Frames,

@@ -15,6 +15,8 @@ const MAX_ALLOWED: usize = 60;
 const MAX_DENIED: usize = 27;
 /// Most requests to the broker itself that were refused.
 const MAX_REFUSED: usize = 10;
+/// Most characters of a reason, which may quote what a command has sent.
+const MAX_REASON: usize = 300;
 const OTHER: &str = "other";
 /// How a container reaches the broker, with its port.
 const BROKER: &str = "127.0.0.1";
@@ -37,7 +39,8 @@ impl Reached {
     pub(crate) fn denied(&self, target: &Target, reason: &impl ToString) -> bool {
         let mut all = self.0.lock();
         let before = all.len();
-        let at = find(&mut all, target, reason.to_string());
+        let reason = reason.to_string().chars().take(MAX_REASON).collect();
+        let at = find(&mut all, target, reason);
         all[at].connections += 1;
         all.len() > before
     }

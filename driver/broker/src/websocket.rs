@@ -52,10 +52,8 @@ pub(crate) async fn open(
             let ours = upgrade.await.map_err(io::Error::other)?;
             let mut frames = Frames::default();
             let ask = |part: Part| match part {
-                Part::Begin => grant.ask().map_err(|exhausted| {
-                    container.changed();
-                    io::Error::new(io::ErrorKind::QuotaExceeded, exhausted)
-                }),
+                Part::Begin => (container.ask(&grant))
+                    .map_err(|exhausted| io::Error::new(io::ErrorKind::QuotaExceeded, exhausted)),
                 Part::Text(_) | Part::End => Ok(()),
             };
             let ask = |piece: &[u8]| frames.read(piece, ask);

@@ -52,6 +52,8 @@ pub enum Invalid {
     TooManyRules(usize),
     #[error("a name under `upstream`")]
     Provider(#[from] Unknown),
+    #[error("`upstream` names {0} twice")]
+    Twice(Provider),
     #[error("`upstream.{provider}`")]
     Upstream {
         provider: Provider,
@@ -106,13 +108,25 @@ impl Policy {
             let checked = upstream.check();
             let checked = checked.map_err(|source| Invalid::Upstream { provider, source })?;
             let read = checked.read(provider);
-            read.map_err(|source| Invalid::Unreadable { provider, source })
+            let read = read.map_err(|source| Invalid::Unreadable { provider, source })?;
+            Ok::<_, Invalid>((provider, read))
         };
-        let upstreams = upstream.into_iter().map(read);
+        let mut upstreams: Vec<broker::Upstream> = Vec::new();
+        for named in upstream {
+            let (provider, upstream) = read(named)?;
+            // One has several names.
+            if upstreams
+                .iter()
+                .any(|known| known.provider == upstream.provider)
+            {
+                return Err(Invalid::Twice(provider));
+            }
+            upstreams.push(upstream);
+        }
         Ok(Self {
             budget,
             egress,
-            upstreams: upstreams.collect::<Result<_, Invalid>>()?,
+            upstreams,
         })
     }
 

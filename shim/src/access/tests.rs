@@ -174,6 +174,11 @@ fn a_role_that_could_not_hold_is_refused() {
             "inject = false\nupstream.open = { base_url = \"https://a.example\" }",
             "a name under `upstream`",
         ),
+        (
+            "inject = false\nupstream.openai = { base_url = \"https://a.example\" }\n\
+             upstream.codex = { base_url = \"https://b.example\" }",
+            "`upstream` names openai twice",
+        ),
     ] {
         let file = format!("[[role]]\nmembers = [\"cn:a\"]\nmay = [\"run\"]\n{wrong}");
         let error = crate::chain(&load(&file).unwrap_err());

@@ -22,6 +22,8 @@ const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 256 << 20;
 /// Large enough for a piece of output.
 const MAX_FRAME: u32 = 128 << 10;
+/// Most bytes of a driver's report: thousands of slots with long lists of what they may reach.
+const MAX_SNAPSHOT: usize = 64 << 20;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time between two pings, and for the answer to a ping.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
@@ -136,7 +138,8 @@ async fn follow_once(
     let channel = connect
         .map_err(|_| Status::deadline_exceeded("no connection in 5 s"))?
         .map_err(|error| Status::unavailable(crate::chain(&*error)))?;
-    let mut client = NodeServiceClient::new(channel.clone());
+    let client = NodeServiceClient::new(channel.clone());
+    let mut client = client.max_decoding_message_size(MAX_SNAPSHOT);
     let watching = timeout(CONNECT_TIMEOUT, client.watch_slots(WatchSlotsRequest {})).await;
     let mut slots = watching
         .map_err(|_| Status::deadline_exceeded("no answer in 5 s"))??

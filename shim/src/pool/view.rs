@@ -19,7 +19,7 @@ use polydev_proto::{
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
-pub use candidate::Candidate;
+pub use candidate::{Candidate, POLICY_VERSION};
 use ready::{Key, Ready};
 use used::OnNodes;
 

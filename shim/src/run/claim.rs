@@ -140,14 +140,20 @@ impl Waiting<'_> {
             let slot = self.slot(&mut ticket).await?;
             // The next run in the queue may claim another slot meanwhile.
             let running = ticket.served();
-            // From now on the run may be in the slot, whatever the answer is. If the order were
-            // withdrawn, the run would end.
-            if let Some(order) = self.order.take_if(|_| slot.on_demand) {
-                self.dispatched = order.used();
-            }
             // This run keeps the slot until after the pause: no other run of this shim claims
             // a slot that was refused just now.
-            let (attempt, _slot) = self.in_turn(slot, attempts).await?;
+            let (attempt, _slot) = match attempts.terms.fitting(self.view, slot) {
+                Ok(slot) => {
+                    // From now on the run may be in the slot, whatever the answer is. If the order
+                    // were withdrawn, the run would end.
+                    if let Some(order) = self.order.take_if(|_| slot.on_demand) {
+                        self.dispatched = order.used();
+                    }
+                    let (attempt, slot) = self.in_turn(slot, attempts).await?;
+                    (attempt, Some(slot))
+                }
+                Err(reason) => (Attempt::Refused(reason.into()), None),
+            };
             match attempt {
                 Attempt::Granted(mut connection) => {
                     if connection.on_demand {
@@ -210,7 +216,8 @@ impl Waiting<'_> {
                 // A slot on demand comes out of turn: the pool's slots are for the next run in
                 // the queue.
                 Attempt::NoRoom(_) if !slot.on_demand && full.len() < MAX_NODES => {
-                    self.view.idle_beyond(&slot.provider, &full)
+                    let next = self.view.idle_beyond(&slot.provider, &full);
+                    next.and_then(|next| attempts.terms.fitting(self.view, next).ok())
                 }
                 _ => None,
             };

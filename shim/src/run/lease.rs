@@ -2,7 +2,7 @@
 //! in two steps. A lease has the id that its run will have, so the caller finds the slot through
 //! any shim.
 
-use std::{ops::RangeInclusive, time::Duration};
+use std::{ops::RangeInclusive, sync::Arc, time::Duration};
 
 use polydev_proto::{
     id::{RunId, UserId},
@@ -19,8 +19,12 @@ use super::{
     claim::{backoff, none_idle},
     queue::{Place, Queue},
     request::{Invalid, MIN_TIME, bounded, parse_user, queue_timeout},
+    terms::Terms,
 };
-use crate::pool::{Candidate, Kept, View};
+use crate::{
+    access::Policy,
+    pool::{Candidate, Kept, View},
+};
 
 const DEFAULT_TIME: Duration = Duration::from_secs(60);
 /// Well below the largest age of a run id that drivers accept.
@@ -53,7 +57,12 @@ impl Wanted {
 ///
 /// # Errors
 /// [`Error`]; a lease that a driver may have granted without an answer is released.
-pub async fn allocate(view: &View, queue: &Queue, wanted: Wanted) -> Result<Lease, Error> {
+pub async fn allocate(
+    view: &View,
+    queue: &Queue,
+    wanted: Wanted,
+    role: Arc<Policy>,
+) -> Result<Lease, Error> {
     let Wanted {
         provider,
         user_id,
@@ -62,6 +71,11 @@ pub async fn allocate(view: &View, queue: &Queue, wanted: Wanted) -> Result<Leas
     } = wanted;
     let give_up = Instant::now() + queue_timeout;
     let mut ticket = queue.enter(provider.name(), &user_id)?;
+    let terms = Terms {
+        role,
+        user_id: user_id.clone(),
+        has_outside_key: false, // The run will say.
+    };
     let (mut refused, mut pauses) = (None, backoff());
     loop {
         let slot = async {
@@ -78,12 +92,15 @@ pub async fn allocate(view: &View, queue: &Queue, wanted: Wanted) -> Result<Leas
             });
         };
         let running = ticket.served();
-        match lease(&slot, &user_id, time).await {
-            Ok(lease) => return Ok(lease),
-            Err(reason) => {
-                tracing::info!(slot = %slot.slot_id, reason, "a lease was refused");
-                refused = Some(reason);
-            }
+        match terms.fitting(view, slot) {
+            Ok(slot) => match lease(&slot, &user_id, time).await {
+                Ok(lease) => return Ok(lease),
+                Err(reason) => {
+                    tracing::info!(slot = %slot.slot_id, reason, "a lease was refused");
+                    refused = Some(reason);
+                }
+            },
+            Err(reason) => refused = Some(reason.to_owned()),
         }
         if Instant::now() >= give_up {
             return Err(none_idle(

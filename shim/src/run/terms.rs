@@ -1,17 +1,16 @@
 //! What holds for a run by the role of its caller, and which slots it can have.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use polydev_proto::{broker, budget::Used, id::UserId};
 
-use super::Error;
 use crate::{
     access::{OverBudget, Policy},
-    pool::{Candidate, View},
+    pool::{Candidate, POLICY_VERSION, View},
 };
 
-/// Since this version of the protocol between driver and broker, both know what roles say.
-const POLICY_VERSION: u32 = 4;
+/// Most slots that are looked at for one that is for the run.
+const MAX_UNFIT: usize = 64;
 
 /// The terms of a run, which may wait for its slot for long.
 #[derive(Debug, Clone)]
@@ -35,34 +34,44 @@ impl Terms {
         self.role.of_run(&self.user_id, used)
     }
 
-    /// Why a slot is not for this run, although another one may be; `None` if it is.
+    /// The slot, or another idle one of the pool, that is for this run.
     ///
     /// # Errors
-    /// [`Error::Refused`] if no slot of the pool is.
-    pub(super) fn misfit(&self, slot: &Candidate) -> Result<Option<&'static str>, Error> {
+    /// Why the slot is not, if a short search finds no other.
+    pub(super) fn fitting(&self, view: &View, slot: Candidate) -> Result<Candidate, &'static str> {
+        let Some(reason) = self.misfit(&slot) else {
+            return Ok(slot);
+        };
+        // While it is kept, it is not offered again.
+        let mut unfit = vec![slot];
+        while unfit.len() < MAX_UNFIT {
+            let next = view.idle_beyond(&unfit[0].provider, &BTreeSet::new());
+            match next.ok_or(reason)? {
+                next if self.misfit(&next).is_none() => return Ok(next),
+                next => unfit.push(next),
+            }
+        }
+        Err(reason)
+    }
+
+    /// Why a slot is not for this run, although another one may be; `None` if it is.
+    pub(super) fn misfit(&self, slot: &Candidate) -> Option<&'static str> {
         if slot.on_demand && slot.exceeds_pool() {
-            return Ok(Some(
+            return Some(
                 "the slot on demand may reach more than the pool: set `egress` of its job, too",
-            ));
+            );
         }
-        if !self.role.says_anything() {
-            return Ok(None);
-        }
-        if slot.broker_version < POLICY_VERSION {
-            return Ok(Some(
+        if self.role.says_anything() && slot.broker_version < POLICY_VERSION {
+            return Some(
                 "upgrade the node's driver: it does not know `budget`, `egress` and `upstream` of roles",
-            ));
+            );
         }
         if self.role.restricts_egress() && slot.egress.is_none() {
-            let reason = "the caller's role has `egress`, and the slot has a network: its job must \
-                          have a list in `egress.allow`";
-            return match slot.has_listed_peer() {
-                true => Ok(Some(reason)),
-                false => Err(Error::Refused {
-                    reason: reason.into(),
-                }),
-            };
+            return Some(
+                "the caller's role has `egress`, and the slot has a network: its job must have a list \
+                 in `egress.allow`",
+            );
         }
-        Ok(None)
+        None
     }
 }

@@ -18,13 +18,13 @@ impl Runs {
     /// Takes over what the broker has seen of a run.
     pub(crate) fn answered(&self, run: &Run, seen: Seen) {
         let (refused, over_budget) = (seen.refused.clone(), seen.over_budget.clone());
+        let Claimed {
+            run_id, user_id, ..
+        } = &run.claimed;
+        let mut has_spent = false;
         run.update(|progress| {
-            let Claimed {
-                run_id, user_id, ..
-            } = &run.claimed;
-            if progress.outcome.is_none() {
-                self.spent.saw(*run_id, user_id, &seen);
-            }
+            // What is reported after the end is of no day.
+            has_spent = progress.outcome.is_none() && self.spent.saw(*run_id, user_id, &seen);
             let answers = Answers::from(seen);
             // What an earlier life of the driver has counted is not counted again.
             if let Some(before) = &progress.answers {
@@ -32,6 +32,9 @@ impl Runs {
             }
             progress.answers = Some(answers.into());
         });
+        if has_spent {
+            self.spent.write(user_id);
+        }
         run.answered.notify_one();
         if let Some(ApiError {
             provider, status, ..

@@ -12,6 +12,10 @@ use tonic::transport::Channel;
 
 use super::{Clock, View};
 
+/// Since this version of the protocol between driver and broker, both know what roles say, and
+/// drivers report what slots may reach.
+pub const POLICY_VERSION: u32 = 4;
+
 /// A slot that no other run of this shim is offered while the run tries it.
 #[derive(Debug)]
 pub struct Candidate {
@@ -44,27 +48,28 @@ impl Candidate {
         self.clock.told + self.clock.heard.elapsed() + after
     }
 
-    /// Whether it reaches more than the slots of its pool. Its job has a list of its own, and the
-    /// default of that is the internet.
+    /// Whether it reaches more than each slot of its pool that is known. Its job has a list of its
+    /// own, and the default of that is the internet.
     #[must_use]
     pub fn exceeds_pool(&self) -> bool {
-        let pool = self.view.slots(&self.provider).into_iter();
-        let mut pool = pool
-            .filter(|(_, slot)| slot.for_run_id.is_empty())
-            .peekable();
-        let covers = |pool: &Option<Egress>| match (pool, &self.egress) {
+        let covers = |pool: &Slot| match (&pool.egress, &self.egress) {
             (None, _) => true,
             (Some(_), None) => false,
             (Some(pool), Some(own)) => own.allow.iter().all(|rule| pool.allow.contains(rule)),
         };
-        pool.peek().is_some() && !pool.any(|(_, slot)| covers(&slot.egress))
-    }
-
-    /// Whether a slot of its pool has a list, and no network.
-    #[must_use]
-    pub fn has_listed_peer(&self) -> bool {
-        let mut pool = self.view.slots(&self.provider).into_iter();
-        pool.any(|(_, slot)| slot.egress.is_some())
+        let inner = self.view.lock();
+        let connected = inner
+            .nodes
+            .values()
+            .filter_map(|node| node.connected.as_ref());
+        let slots = connected.flat_map(|node| node.slots.values());
+        // An earlier driver does not say what its slots reach.
+        let of_pool = |slot: &&Slot| {
+            let is_known = slot.broker_version >= POLICY_VERSION;
+            is_known && slot.provider == self.provider && slot.for_run_id.is_empty()
+        };
+        let mut pool = slots.filter(of_pool).peekable();
+        pool.peek().is_some() && !pool.any(covers)
     }
 
     /// Marks the slot as claimed in the view, before the driver reports it.

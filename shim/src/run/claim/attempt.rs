@@ -46,8 +46,9 @@ const LEFT_MARGIN: Duration = Duration::from_secs(60);
 /// The outcome of a claim.
 pub(super) enum Attempt {
     Granted(Box<Connection>),
-    /// The run is not in the slot. The slot itself is fine, but is not for this run, its node has no
-    /// room or no broker for the run, or the node is newer than the run and no other node can tell whether the command ran.
+    /// The run is not in the slot. The slot itself is fine, but its node has no room or no broker
+    /// for the run, or the node is newer than the run and no other node can tell whether the
+    /// command ran.
     NoRoom(String),
     /// The run is not in the slot.
     Refused(String),
@@ -66,7 +67,7 @@ enum Tried {
 /// The claims of one run by this shim, each with a ballot of its own.
 pub(super) struct Attempts<'a> {
     view: &'a View,
-    terms: Terms,
+    pub(super) terms: Terms,
     accept_duplicate: bool,
     run_id: RunId,
     ballot: Ballot,
@@ -146,8 +147,8 @@ impl<'a> Attempts<'a> {
     }
 
     async fn ask(&mut self, slot: &Candidate) -> Result<Tried, Error> {
-        if let Some(reason) = self.terms.misfit(slot)? {
-            return Ok(Tried::Clear(Attempt::NoRoom(reason.into())));
+        if let Some(reason) = self.terms.misfit(slot) {
+            return Ok(Tried::Clear(Attempt::Refused(reason.into())));
         }
         self.claim.policy = self.terms.policy(self.view)?;
         let is_newer = self.run_id.made_at() < slot.since;

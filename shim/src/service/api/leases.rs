@@ -24,9 +24,9 @@ impl Api {
             user_id: Some(user_id.as_str()),
             provider: Some(provider),
         };
-        self.check(caller, run)?;
+        let role = self.policy(caller, run)?;
         self.user_rate.check(user_id.as_str())?;
-        let allocate = lease::allocate(&self.view, &self.queue, wanted);
+        let allocate = lease::allocate(&self.view, &self.queue, wanted, role);
         let lease = self.unless_stopping(allocate).await?;
         tracing::info!(lease_id = lease.lease_id, %caller, %provider, %user_id, "lease");
         let lease = Some(lease);
