@@ -89,6 +89,41 @@ fn an_upstream_gets_keys_by_tls_alone() {
 }
 
 #[test]
+fn what_a_plain_task_leaves_to_the_broker_needs_init_and_a_network_of_its_own() {
+    let broker = json!({"provider": "anthropic", "credential_file": "private/key"});
+    let given = plain(json!({"broker": broker, "egress": {"allow": []}})).unwrap();
+    assert!(given.is_brokered() && given.egress == Some(vec![]));
+    let internet = plain(json!({"egress": {"allow": ["internet"]}})).unwrap();
+    assert!(!internet.is_brokered());
+    for (beside, field) in [
+        (json!({"init": false}), "init"),
+        (json!({"privileged": true}), "privileged"),
+        (json!({"network_mode": "host"}), "network_mode"),
+        (
+            json!({"network_mode": "bridge", "egress": {"allow": []}}),
+            "network_mode",
+        ),
+        (json!({"ports": ["http"], "egress": {"allow": []}}), "ports"),
+        (json!({"egress": {"allow": ["a b"]}}), "egress.allow"),
+        (
+            json!({"broker": {"provider": "anthropic", "credential_file": "secrets/key"}}),
+            "broker.credential_file",
+        ),
+        (
+            json!({"broker": {"provider": "a", "credential_file": "private/key"}}),
+            "broker.provider",
+        ),
+    ] {
+        let mut options = json!({"broker": broker});
+        for (name, value) in beside.as_object().expect("options") {
+            options[name] = value.clone();
+        }
+        let refused = plain(options).unwrap_err().to_string();
+        assert!(refused.starts_with(&format!("`{field}` is ")), "{refused}");
+    }
+}
+
+#[test]
 fn a_slots_egress_is_the_internet_or_a_list_and_closed_without_one() {
     let slot = |egress: Value| {
         let config = json!({"slot": {"provider": "anthropic", "egress": egress}});
