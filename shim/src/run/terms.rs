@@ -34,7 +34,7 @@ impl Terms {
         self.role.of_run(&self.user_id, used)
     }
 
-    /// The slot, or another idle one of the pool, that is for this run.
+    /// The slot, or another idle one of the same pool, that is for this run.
     ///
     /// # Errors
     /// Why the slot is not, if a short search finds no other.
@@ -42,7 +42,11 @@ impl Terms {
         let Some(reason) = self.misfit(&slot) else {
             return Ok(slot);
         };
-        // While it is kept, it is not offered again.
+        // It came out of turn: the pool's slots are for the next run in the queue.
+        if slot.on_demand {
+            return Err(reason);
+        }
+        // While they are kept, they are not offered again.
         let mut unfit = vec![slot];
         while unfit.len() < MAX_UNFIT {
             let next = view.idle_beyond(&unfit[0].provider, &BTreeSet::new());
