@@ -1,6 +1,5 @@
-//! What users have used of models today, for the budgets that shims enforce. The figures are in a
-//! file for each user too, because the broker does not report again what it reported to an earlier
-//! life of the driver and lost since.
+//! What users have used of models today, for the budgets of roles. The figures are in a file for
+//! each user too: a run may end while the driver is away, and then nobody reports it again.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -89,14 +88,7 @@ impl Spent {
     /// that is new, and should be [written](Self::write).
     #[must_use]
     pub(crate) fn saw(&self, run_id: RunId, user_id: &UserId, seen: &Seen) -> bool {
-        let mut used = Used {
-            requests: seen.requests,
-            tokens: 0,
-        };
-        for model in &seen.usage {
-            used.tokens = used.tokens.saturating_add(model.input_tokens);
-            used.tokens = used.tokens.saturating_add(model.output_tokens);
-        }
+        let used = Used::of(seen.requests, &seen.usage);
         let mut inner = self.lock();
         let known = inner.users.get(user_id);
         let known = known.and_then(|figures| figures.open.get(&run_id));

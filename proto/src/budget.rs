@@ -3,12 +3,13 @@
 
 use std::time::SystemTime;
 
-use crate::broker::Budget;
+use crate::broker::{Budget, ModelUsage};
 
 /// How much of models was used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "grpc", derive(serde::Serialize, serde::Deserialize))]
 pub struct Used {
+    /// Requests to models.
     pub requests: u64,
     /// Input and output.
     pub tokens: u64,
@@ -32,6 +33,17 @@ pub fn today() -> u64 {
 }
 
 impl Used {
+    /// So many requests, and the tokens of these models.
+    #[must_use]
+    pub fn of(requests: u64, models: &[ModelUsage]) -> Self {
+        let tokens = models.iter().fold(0, |sum: u64, model| {
+            sum.saturating_add(model.input_tokens)
+                .saturating_add(model.output_tokens)
+        });
+        Self { requests, tokens }
+    }
+
+    /// Adds what was used elsewhere.
     pub fn add(&mut self, other: Self) {
         self.requests = self.requests.saturating_add(other.requests);
         self.tokens = self.tokens.saturating_add(other.tokens);

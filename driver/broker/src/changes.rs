@@ -13,7 +13,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// How long something may wait that nobody waits for.
+/// The longest wait of what is not urgent.
 const SOON: Duration = Duration::from_secs(1);
 
 /// The names of the containers, in the order in which they came; each once.

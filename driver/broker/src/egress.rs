@@ -26,11 +26,11 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a container may reach: what each of the lists allows.
 #[derive(Debug, Clone)]
 pub(crate) struct Egress {
-    lists: Vec<List>,
+    lists: Vec<Arc<List>>,
     lookups: Arc<Semaphore>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct List {
     rules: Vec<Rule>,
     /// How a message names it.
@@ -67,24 +67,25 @@ pub(crate) enum Error {
 }
 
 impl Egress {
-    /// What the pool allows.
+    /// What the job of the container allows.
     ///
     /// # Errors
     /// [`NotARule`]
     pub(crate) fn new(allow: &[String]) -> Result<Self, NotARule> {
         Ok(Self {
-            lists: vec![List::read("the job's egress.allow", allow)?],
+            lists: vec![List::read("the job's egress.allow", allow)?.into()],
             lookups: Semaphore::new(MAX_LOOKUPS).into(),
         })
     }
 
-    /// What a role allows as well.
+    /// What is allowed here and in the list of a role, too.
     ///
     /// # Errors
     /// [`NotARule`]
     pub(crate) fn and(&self, allow: &[String]) -> Result<Self, NotARule> {
         let mut both = self.clone();
-        both.lists.push(List::read("the role's egress", allow)?);
+        both.lists
+            .push(List::read("the role's egress", allow)?.into());
         Ok(both)
     }
 
@@ -115,15 +116,13 @@ impl Egress {
             Host::Address(address) => {
                 return match self.lists.iter().find(|list| !list.opens(*address, port)) {
                     None => Ok(vec![*address]),
-                    Some(List { name: list, .. }) => Err(Denied::NotListed { list }.into()),
+                    Some(list) => Err(Denied::NotListed { list: list.name }.into()),
                 };
             }
             Host::Name(name) => name,
         };
-        if let Some(List { name: list, .. }) =
-            self.lists.iter().find(|list| !list.names(name, port))
-        {
-            return Err(Denied::NotListed { list }.into());
+        if let Some(list) = self.lists.iter().find(|list| !list.names(name, port)) {
+            return Err(Denied::NotListed { list: list.name }.into());
         }
         let found = self.look_up(name).await.map_err(Error::Lookup)?;
         let (mut allowed, mut closed) = (Vec::new(), None);

@@ -86,14 +86,7 @@ impl Seen {
     /// [`Exhausted`], which is for the driver too.
     pub(crate) fn ask(&self, budget: Option<&Budget>) -> Result<(), Exhausted> {
         let mut state = self.0.lock();
-        let mut own = Used {
-            requests: state.requests,
-            tokens: 0,
-        };
-        for used in &state.usage {
-            own.tokens = own.tokens.saturating_add(used.input_tokens);
-            own.tokens = own.tokens.saturating_add(used.output_tokens);
-        }
+        let own = Used::of(state.requests, &state.usage);
         let checked = budget.map_or(Ok(()), |budget| budget.check(own));
         match &checked {
             Ok(()) => state.requests += 1,

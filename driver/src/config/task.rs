@@ -219,7 +219,14 @@ impl Task {
     /// Whether its container has a way to the broker.
     #[must_use]
     pub fn is_brokered(&self) -> bool {
-        self.broker.is_some() || self.egress.is_some()
+        self.brokered_by().is_some()
+    }
+
+    /// The option for which it has one.
+    #[must_use]
+    pub fn brokered_by(&self) -> Option<&'static str> {
+        let broker = self.broker.as_ref().map(|_| "broker");
+        self.egress.as_ref().map(|_| "egress").or(broker)
     }
 }
 
@@ -314,10 +321,8 @@ impl Raw {
 
 /// A task's own loopback is its way to the broker, and init listens there.
 fn check_broker(task: &Task) -> Result<(), Error> {
-    let field = match (&task.egress, &task.broker) {
-        (Some(_), _) => "egress",
-        (None, Some(_)) => "broker",
-        (None, None) => return Ok(()),
+    let Some(field) = task.brokered_by() else {
+        return Ok(());
     };
     if !task.init {
         let allowed = format!("must be `true` beside `{field}`");

@@ -68,12 +68,7 @@ pub(super) fn place(
         spec.mode() == NetworkIsolationMode::Group || spec.mode() == NetworkIsolationMode::None
     });
     let sandbox = group.and_then(|spec| spec.labels.get(LABEL_SANDBOX));
-    let field = match (&options.egress, &options.broker) {
-        (Some(_), _) => Some("egress"),
-        (None, Some(_)) => Some("broker"),
-        (None, None) => None,
-    };
-    if let Some(field) = field.filter(|_| sandbox.is_some()) {
+    if let Some(field) = options.brokered_by().filter(|_| sandbox.is_some()) {
         return Err(Error::Outside { field });
     }
     let mode = match (&options.network_mode, sandbox) {

@@ -125,12 +125,13 @@ impl Error {
 
 /// The key, without white space around it.
 fn read(task: &TaskConfig, given: &str) -> Result<Zeroizing<Vec<u8>>, Error> {
-    let path = Folders::of(task).task.join(given);
+    let folders = Folders::of(task);
+    let path = folders.task.join(given);
     let unreadable = |source| Error::Unreadable {
         path: path.clone(),
         source,
     };
-    let held = Folders::of(task).private(given);
+    let held = folders.private(given);
     let held = held.ok_or_else(|| unreadable(io::ErrorKind::NotFound.into()))?;
     // It does not grow: what it left behind would not be wiped.
     let mut key = Zeroizing::new(Vec::with_capacity(2 * MAX_KEY));
