@@ -15,11 +15,11 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # Use the ordinary base if possible; without a registry, the base made from packages.
-base=node:20-slim
+base=node:22-slim
 if ! "$DOCKER" image inspect "$base" >/dev/null 2>&1 && ! timeout 300 "$DOCKER" pull --quiet "$base" >/dev/null 2>&1; then
-    base=polydev-node:20-slim
+    base=polydev-node:22-slim
     if ! "$DOCKER" image inspect "$base" >/dev/null 2>&1; then
-        echo "images: node:20-slim cannot be pulled, building $base in its place"
+        echo "images: node:22-slim cannot be pulled, building $base in its place"
         base/build.sh
     fi
 fi

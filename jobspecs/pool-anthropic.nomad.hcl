@@ -26,6 +26,12 @@ variable "prepare_ahead" {
   description = "Whether a slot's next container is made during the run in the current one."
 }
 
+variable "agent" {
+  type        = bool
+  default     = true
+  description = "Whether the CLI is started in every idle slot, and waits there for a prompt."
+}
+
 variable "base_url" {
   type        = string
   default     = ""
@@ -105,6 +111,7 @@ job "polydev-pool-anthropic" {
           provider      = "anthropic"
           image         = var.image
           prepare_ahead = var.prepare_ahead
+          agent         = var.agent
 
           upstream {
             base_url = var.base_url

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh
 DOCKER=$(docker_program)
-if ! "$DOCKER" image inspect node:20-slim >/dev/null 2>&1 && ! timeout 300 "$DOCKER" pull --quiet node:20-slim >/dev/null 2>&1; then
+if ! "$DOCKER" image inspect node:22-slim >/dev/null 2>&1 && ! timeout 300 "$DOCKER" pull --quiet node:22-slim >/dev/null 2>&1; then
     packages mmdebstrap=mmdebstrap npm=npm
 fi
 containers/build.sh

@@ -1,13 +1,13 @@
 #!/bin/sh
-# Builds polydev-node:20-slim, a replacement for node:20-slim, only from Debian
+# Builds polydev-node:22-slim, a replacement for node:22-slim, only from Debian
 # packages and npm packages. Usage: containers/base/build.sh
 set -eu
 
 DOCKER=${DOCKER:-docker}
 DEBIAN=polydev-debian:bookworm
-TAG=polydev-node:20-slim
-NODE_VERSION=20.20.2
-NPM_VERSION=10.8.2
+TAG=polydev-node:22-slim
+NODE_VERSION=22.23.5
+NPM_VERSION=10.9.9
 
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)

@@ -30,7 +30,7 @@ use std::{
 use bytes::Bytes;
 use polydev_proto::{
     broker::{ApiError, Destination, ModelUsage},
-    init::{Artifacts, Refreshed, TerminalSize},
+    init::{Artifacts, Form, Refreshed, TerminalSize},
     node::{self, ended::Reason},
     stream::PerStream,
 };
@@ -110,6 +110,8 @@ pub(crate) struct Progress {
     connected: bool,
     granted: Option<Granted>,
     started: Option<Duration>,
+    /// For a prompt, in this life of the driver.
+    form: Option<Form>,
     first_output: Option<Duration>,
     stdin_taken: u64,
     artifacts: Option<Arc<Artifacts>>,

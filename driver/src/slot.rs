@@ -9,6 +9,7 @@
 //! [`book`] holds the node's slots for all others.
 
 pub mod adopt;
+pub mod agent;
 mod ahead;
 pub mod book;
 pub mod breaker;

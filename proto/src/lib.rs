@@ -3,7 +3,7 @@
 //!
 //! This crate makes no decisions; the crate polydev-transport makes connections. Without
 //! the feature `grpc` it contains only [`init`], [`error`], [`exec`], [`frame`],
-//! [`provider`], [`stream`], [`workspace`] and `sealed`, because polydev-init must stay small.
+//! [`outside`], [`provider`], [`stream`], [`workspace`] and `sealed`, because polydev-init must stay small.
 
 #![cfg_attr(
     feature = "grpc",
@@ -60,7 +60,7 @@ pub mod broker {
     include!(concat!(env!("OUT_DIR"), "/polydev.broker.v1.rs"));
 
     /// The protocol version of this build.
-    pub const PROTOCOL_VERSION: u32 = 4;
+    pub const PROTOCOL_VERSION: u32 = 5;
 
     /// Most bytes of [`Keys`] before they are sealed: three keys of any provider.
     pub const MAX_KEYS: usize = 16 << 10;
@@ -69,8 +69,7 @@ pub mod broker {
     /// of 16.
     pub const MAX_SEALED: usize = MAX_KEYS + 48;
 
-    /// Where a container asks the broker, on its own 127.0.0.1.
-    pub const PORT: u16 = 8319;
+    pub use crate::outside::PORT;
 }
 
 #[cfg(feature = "broker")]
@@ -84,6 +83,7 @@ pub mod exec;
 pub mod frame;
 #[cfg(feature = "grpc")]
 pub mod id;
+pub mod outside;
 pub mod provider;
 #[cfg(feature = "sealed")]
 pub mod sealed;

@@ -7,8 +7,8 @@ mod openai;
 
 use std::collections::BTreeMap;
 
-use polydev_proto::broker;
 use polydev_proto::exec;
+use polydev_proto::outside::Outside;
 use polydev_proto::provider::Provider;
 use secrecy::SecretString;
 use serde_json::value::RawValue;
@@ -21,8 +21,6 @@ struct Table {
     takes_project: bool,
     /// A key, with its project, in the form the CLI reads.
     prepare_key: fn(&SecretString, Option<&str>) -> Prepared,
-    /// What a CLI reads whose key is at the broker: where the broker is, and a placeholder.
-    prepare_outside: fn() -> Prepared,
     /// The variable with which a caller names another server.
     base_url: &'static str,
     /// Where the CLI keeps an account that has signed in, relative to the home folder.
@@ -102,6 +100,14 @@ pub trait Cli {
     #[must_use]
     fn base_url(&self) -> &'static str;
 
+    /// A prompt's text, changed so that the CLI does not take it for a command of its own.
+    #[must_use]
+    fn as_text(&self, text: String) -> String;
+
+    /// Whether a CLI that waits would take the text for a command of its own.
+    #[must_use]
+    fn is_command_to_agent(&self, text: &str) -> bool;
+
     /// The argv for a prompt. The argv contains the prompt, unless the prompt is longer than
     /// [`exec::PROMPT_IN_ARGV`]: then the CLI reads it from stdin. No shell is involved.
     ///
@@ -162,14 +168,36 @@ impl Cli for Provider {
     }
 
     fn prepare_outside(&self, key: &SecretString) -> Prepared {
+        let Outside { env, file } = Outside::of(*self);
+        let variable = |(name, value): (&str, String)| (name.to_owned(), value.into());
+        let file = file.map(|file| PreparedFile {
+            path: file.path,
+            content: file.content.into_bytes().into(),
+        });
         Prepared {
+            env: env.into_iter().map(variable).collect(),
+            files: file.into_iter().collect(),
             outside: Some((*self, key.clone())),
-            ..(table(*self).prepare_outside)()
+            ..Prepared::default()
         }
     }
 
     fn base_url(&self) -> &'static str {
         table(*self).base_url
+    }
+
+    fn as_text(&self, text: String) -> String {
+        match self {
+            // Claude Code 2.1.332 does what `/clear` says, in each of its forms, but not what
+            // ` /clear` says.
+            Self::Anthropic if text.starts_with('/') => format!(" {text}"),
+            _ => text,
+        }
+    }
+
+    fn is_command_to_agent(&self, text: &str) -> bool {
+        // Gemini CLI 0.61 does what `/memory show` and `$memory show` say, but only with `--acp`.
+        *self == Self::Google && text.trim_start().starts_with(['/', '$'])
     }
 
     fn prompt(&self, prompt: &Prompt) -> Result<Vec<String>, InvalidPrompt> {
@@ -200,16 +228,6 @@ impl Cli for Provider {
         let text = Some(prompt.text).filter(|text| text.len() <= exec::PROMPT_IN_ARGV);
         (table(*self).prompt)(prompt, text)
     }
-}
-
-/// In place of a key that the container does not have.
-fn placeholder() -> SecretString {
-    "the-key-is-at-the-broker".into()
-}
-
-/// Where a container reaches a provider through the broker.
-fn at_the_broker(path: &str) -> SecretString {
-    format!("http://127.0.0.1:{}{path}", broker::PORT).into()
 }
 
 fn strings<const N: usize>(words: [&str; N]) -> Vec<String> {
@@ -290,14 +308,25 @@ mod tests {
 
     #[test]
     fn one_shot_forms_are_those_of_the_clis() {
-        assert_eq!(argv("anthropic", "hi", None), ["claude", "-p", "--", "hi"]);
+        assert_eq!(
+            argv("anthropic", "hi", None),
+            ["claude", "-p", "--dangerously-skip-permissions", "--", "hi"]
+        );
         assert_eq!(
             argv("anthropic", "hi", Some("opus")),
-            ["claude", "-p", "--model", "opus", "--", "hi"]
+            [
+                "claude",
+                "-p",
+                "--dangerously-skip-permissions",
+                "--model",
+                "opus",
+                "--",
+                "hi"
+            ]
         );
         assert_eq!(
             argv("google", "hi", None),
-            ["gemini", "--skip-trust", "--prompt=hi"]
+            ["gemini", "--skip-trust", "--yolo", "--prompt=hi"]
         );
         assert_eq!(
             argv("openai", "hi", None),

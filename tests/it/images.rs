@@ -211,7 +211,9 @@ fn entry_point_and_shim_prepare_credentials_alike() {
 
             let with_key = |line: &&str| {
                 let name = line.split('=').next().unwrap_or_default();
-                line.contains(&key) || name.starts_with("GOOGLE_") || name.starts_with("GEMINI_")
+                line.contains(&key)
+                    || name.starts_with("GOOGLE_")
+                    || name.starts_with("GEMINI_") && name != "GEMINI_CLI_NO_RELAUNCH"
             };
             let container: BTreeMap<String, String> = stdout
                 .lines()

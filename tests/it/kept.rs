@@ -15,7 +15,11 @@ use tonic::Code;
 use crate::host::{Host, id_of, shell};
 
 fn slot() -> pools::Slot {
-    pools::Slot::new("anthropic".parse().expect("a provider"), "node", None, None)
+    pools::Slot::new(
+        "anthropic".parse().expect("a provider"),
+        "node",
+        pools::Options::default(),
+    )
 }
 
 /// Waits until the run has ended.

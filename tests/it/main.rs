@@ -3,6 +3,7 @@
 //! which tests run in parallel.
 
 mod access;
+mod agents;
 mod api;
 mod broker;
 mod clients;

@@ -17,7 +17,11 @@ fn a_recovered_slot_waits_for_nomad_and_its_destruction_ends_no_run() {
     let state = folder.path().join("s");
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let slot = pools::Slot::new("anthropic".parse().unwrap(), "node", None, None);
+        let slot = pools::Slot::new(
+            "anthropic".parse().unwrap(),
+            "node",
+            pools::Options::default(),
+        );
         let mut host = Host::launch(&state).await;
         let label = instance_label(&state);
         let handle = host.start_slot(&slot).await;

@@ -16,7 +16,7 @@ use futures_util::{Stream, StreamExt};
 use polydev_proto::runtime::{
     Accepted, Artifacts, AttachRequest, AttachStart, CancelRunRequest, CloseStdin, GetRunRequest,
     ListPoolsRequest, ListRunsRequest, ListRunsResponse, Pool, RunEvent, RunInput, RunRequest,
-    RunStart, attach_request, run_event::Event, run_input::Input, run_request,
+    RunStart, Started, attach_request, run_event::Event, run_input::Input, run_request,
     runtime_service_client::RuntimeServiceClient,
 };
 use polydev_transport::{
@@ -286,6 +286,7 @@ impl Client {
             let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
             let (mut artifacts, mut artifact_data) = (Artifacts::default(), Vec::new());
             let (mut api_errors, mut denied) = (Vec::new(), Vec::new());
+            let mut started = Started::default();
             let [before_stdout, before_stderr] = offsets.map(|offset| offset as u64);
             loop {
                 let event = events.next().await.expect("the last event is `exited`")?;
@@ -314,6 +315,7 @@ impl Client {
                         assert_eq!(exited.api_errors, api_errors);
                         return Ok(Outcome {
                             accepted,
+                            started,
                             stdout,
                             stderr,
                             artifacts,
@@ -325,7 +327,8 @@ impl Client {
                     Event::Lost(lost) => panic!("output is lost: {lost:?}"),
                     Event::ApiErrors(errors) => api_errors = errors.errors,
                     Event::EgressDenied(destinations) => denied = destinations.destinations,
-                    Event::Accepted(_) | Event::Started(_) | Event::Queued(_) => {}
+                    Event::Started(how) => started = how,
+                    Event::Accepted(_) | Event::Queued(_) => {}
                 }
             }
         })

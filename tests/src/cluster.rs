@@ -184,6 +184,8 @@ impl Cluster {
     fn command(&self, args: &[&str]) -> Command {
         let mut command = self.inside();
         command.arg(nomad_program()).args(args);
+        // As with `Shim::dev`.
+        command.env("NOMAD_VAR_agent", "false");
         command.current_dir(root());
         command
     }

@@ -197,6 +197,8 @@ impl Nomad {
         command
             .args(args)
             .env("NOMAD_ADDR", &self.address)
+            // As with `Shim::dev`.
+            .env("NOMAD_VAR_agent", "false")
             .current_dir(root());
         command
     }

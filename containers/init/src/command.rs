@@ -24,13 +24,15 @@ use nix::{
 };
 use polydev_proto::{
     init::{
-        ArtifactRules, NotStarted, PlainTask, Secrets, Start, TerminalSize, not_started::Reason,
-        plain_task::Output as OutputKind,
+        ArtifactRules, Form, NotStarted, PlainTask, Secrets, Start, TerminalSize,
+        not_started::Reason, plain_task::Output as OutputKind,
     },
     sealed::PrivateKey,
 };
 
-use crate::{account::Account, deadline::Deadline, drain::Drain, home, stdin::Input, terminal};
+use crate::{
+    account::Account, agent::Agent, deadline::Deadline, drain::Drain, home, stdin::Input, terminal,
+};
 
 /// Added to the command's OOM score, so that the kernel kills it rather than init.
 const OOM_SCORE: &[u8] = b"500";
@@ -55,6 +57,8 @@ pub(crate) struct Command {
     alone: bool,
     /// Set once the command's own process has ended.
     pub(crate) status: Option<WaitStatus>,
+    /// For a prompt.
+    pub(crate) form: Option<Form>,
 }
 
 impl Command {
@@ -140,13 +144,8 @@ impl Command {
             }
             (None, None) => pipes,
         };
-        let taken = start.files.iter().map(|file| file.size).sum();
-        let deadline = || {
-            let [timeout, kill_timeout] =
-                [start.timeout_ms, start.kill_timeout_ms].map(Duration::from_millis);
-            Deadline::new(now, timeout, kill_timeout)
-        };
-        let mut input = Input::new(stdin, has_terminal, taken);
+        let deadline = deadline(&start, now);
+        let mut input = Input::new(stdin, has_terminal, files_bytes(&start));
         if has_terminal && !start.stdin {
             input.close();
         }
@@ -157,11 +156,39 @@ impl Command {
             pid: Pid::from_raw(child.id().cast_signed()),
             pipes,
             input,
-            deadline: (start.timeout_ms > 0).then(deadline),
+            deadline,
             has_terminal,
             alone: task.is_some(),
             status: None,
+            form: None,
         })
+    }
+
+    /// The command of a run whose prompt an agent has taken.
+    pub(crate) fn parked(agent: Agent, start: Start, now: Instant) -> Self {
+        let deadline = deadline(&start, now);
+        let (pid, mut agent) = (agent.pid, agent);
+        let pipes = std::mem::take(&mut agent.pipes);
+        let mut input = Input::new(Some(agent.into_input()), false, files_bytes(&start));
+        if !start.stdin {
+            input.close();
+        }
+        Self {
+            run_id: start.run_id,
+            pid,
+            pipes,
+            input,
+            artifacts: start.artifacts,
+            account: None,
+            deadline,
+            has_terminal: false,
+            alone: false,
+            status: None,
+            form: Some(Form {
+                parked: true,
+                reason: String::new(),
+            }),
+        }
     }
 
     /// Sends `signal` to the command, and for a run to its process group; does nothing if
@@ -190,6 +217,18 @@ impl Command {
     pub(crate) fn is_drained(&self) -> bool {
         self.pipes.iter().all(Option::is_none)
     }
+}
+
+/// When the command must end; `None` for one that may go on.
+fn deadline(start: &Start, now: Instant) -> Option<Deadline> {
+    let [timeout, kill_timeout] =
+        [start.timeout_ms, start.kill_timeout_ms].map(Duration::from_millis);
+    (start.timeout_ms > 0).then(|| Deadline::new(now, timeout, kill_timeout))
+}
+
+/// How much of the input is not for the command.
+fn files_bytes(start: &Start) -> u64 {
+    start.files.iter().map(|file| file.size).sum()
 }
 
 /// The run's secrets; empty if none were sent.
@@ -272,14 +311,14 @@ pub(crate) fn kill_everything(command: Pid) {
     };
 }
 
-fn set_nonblocking(pipe: &impl AsFd) {
+pub(crate) fn set_nonblocking(pipe: &impl AsFd) {
     fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
         .expect("setting O_NONBLOCK on a pipe of our own cannot fail");
 }
 
 /// Runs `spawn` with the raised score, which the child inherits, and then restores it. A
 /// process may return to its original score without the right to lower it.
-fn with_oom_score<T>(score: Option<&mut File>, spawn: impl FnOnce() -> T) -> T {
+pub(crate) fn with_oom_score<T>(score: Option<&mut File>, spawn: impl FnOnce() -> T) -> T {
     let Some(score) = score else { return spawn() };
     let mut own = String::new();
     let raised = score.read_to_string(&mut own).is_ok() && score.write_all(OOM_SCORE).is_ok();
@@ -296,7 +335,7 @@ fn with_oom_score<T>(score: Option<&mut File>, spawn: impl FnOnce() -> T) -> T {
 /// Runs `spawn` with an empty signal mask, which the child inherits. Init blocks the
 /// signals that it reads from a descriptor, and a command that inherits the mask could only
 /// be killed. A SIGCHLD at this moment is lost, so the caller reaps afterwards.
-fn with_no_signal_blocked<T>(spawn: impl FnOnce() -> T) -> T {
+pub(crate) fn with_no_signal_blocked<T>(spawn: impl FnOnce() -> T) -> T {
     let blocked = SigSet::thread_get_mask().and_then(|mask| {
         SigSet::empty().thread_set_mask()?;
         Ok(mask)

@@ -19,6 +19,7 @@
 //! has the same user, cannot trace or read it.
 
 mod account;
+mod agent;
 mod command;
 mod deadline;
 mod drain;

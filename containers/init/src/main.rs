@@ -1,26 +1,27 @@
 //! `polydev-init SOCKET [PORT]`: process 1 of a container, see the library. With a port, init
 //! listens there for requests to the broker.
 //! `polydev-init pause`: holds a network namespace until SIGTERM.
+//! `polydev-init agent PROVIDER`: a CLI that waits for a prompt, see polydev-agent.
 
 use std::{ffi::OsString, num::NonZeroU16, path::PathBuf, process::ExitCode};
 
+use polydev_proto::provider::Provider;
+
 fn main() -> ExitCode {
-    let mut args = std::env::args_os().skip(1);
-    let port = |text: OsString| text.to_str()?.parse::<NonZeroU16>().ok();
-    let (argument, port) = (args.next(), args.next().map(port));
-    let (Some(argument), None, None | Some(Some(_))) = (argument, args.next(), port) else {
+    let given: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let Some(wanted) = wanted(&given) else {
         eprintln!(
             "polydev-init {}: process 1 of a polydev container\n\
-             usage: polydev-init SOCKET [PORT] | pause\n\
+             usage: polydev-init SOCKET [PORT] | pause | agent PROVIDER\n\
              nomad-driver-polydev starts it; it does nothing useful when started by hand.",
             env!("CARGO_PKG_VERSION")
         );
         return ExitCode::from(2);
     };
-    let served = if argument == "pause" {
-        polydev_init::pause().map(|()| 0)
-    } else {
-        polydev_init::run(&PathBuf::from(argument), port.flatten())
+    let served = match wanted {
+        Wanted::Agent(provider) => Ok(polydev_agent::run(provider)),
+        Wanted::Pause => polydev_init::pause().map(|()| 0),
+        Wanted::Init(socket, port) => polydev_init::run(&socket, port),
     };
     match served {
         Ok(status) => ExitCode::from(status),
@@ -28,5 +29,25 @@ fn main() -> ExitCode {
             eprintln!("polydev-init: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+enum Wanted {
+    Agent(Provider),
+    Pause,
+    Init(PathBuf, Option<NonZeroU16>),
+}
+
+/// What the arguments ask for; `None` if they make no sense.
+fn wanted(given: &[OsString]) -> Option<Wanted> {
+    match given {
+        [first] if first == "pause" => Some(Wanted::Pause),
+        [first, name] if first == "agent" => Provider::named(name.to_str()?).map(Wanted::Agent),
+        [socket] => Some(Wanted::Init(socket.into(), None)),
+        [socket, port] => Some(Wanted::Init(
+            socket.into(),
+            Some(port.to_str()?.parse().ok()?),
+        )),
+        _ => None,
     }
 }

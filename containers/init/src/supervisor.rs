@@ -35,6 +35,7 @@ use polydev_proto::{
 
 use crate::{
     account::Account,
+    agent::Agent,
     command::{Command, kill_everything},
     drain::Drain,
     link::Link,
@@ -93,6 +94,8 @@ struct Left {
 /// Owns everything in the container that changes.
 pub(crate) struct Supervisor {
     state: State,
+    /// Waits for a prompt, while there is no command.
+    agent: Option<Agent>,
     /// Opens the secrets of the one run; `None` afterwards.
     key: Option<PrivateKey>,
     public_key: Bytes,
@@ -127,6 +130,7 @@ impl Supervisor {
         Ok(Self {
             public_key: key.public(),
             state: State::Waiting,
+            agent: None,
             key: Some(key),
             outputs: PerStream::default(),
             drains: Vec::new(),
@@ -178,6 +182,11 @@ impl Supervisor {
                     return Ok(self.status());
                 }
             }
+            if let Some(agent) = &mut self.agent
+                && agent.receive()
+            {
+                self.link.send(from_init::Message::Agent(agent.told()));
+            }
             self.read_output(&mut chunk)?;
             for drain in &mut self.drains {
                 drain.advance();
@@ -216,6 +225,8 @@ impl Supervisor {
             );
             polled.push(PollFd::new(stream.as_fd(), events));
         }
+        let agent = self.agent.as_ref().and_then(Agent::speaks);
+        polled.extend(agent.map(|agent| PollFd::new(agent, PollFlags::POLLIN)));
         if let State::Running(command) = &self.state {
             if let Some(deadline) = command.deadline.filter(|_| command.status.is_none()) {
                 wake(deadline.remaining(now));

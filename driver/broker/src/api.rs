@@ -2,7 +2,7 @@
 //! carries its key.
 //!
 //! Hosts, paths and headers are those of the providers' documentation, and of the requests of
-//! Claude Code 2.1.332, Codex 0.169 and Gemini CLI 0.61.
+//! Claude Code 2.1.332, Codex 0.171 and Gemini CLI 0.61.
 
 use http::{HeaderName, HeaderValue, header};
 use polydev_proto::provider::Provider;

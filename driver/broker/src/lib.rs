@@ -8,7 +8,8 @@
 //! sends it through the connections of [`upstream`] and passes the answer back ([`answer`]),
 //! both at the speed of [`rate`]. [`websocket`] is the same for a WebSocket. [`meter`] finds the
 //! tokens that an answer states ([`usage`]), and [`seen`] counts them and the errors of each
-//! run, and holds it to its budget. [`frames`] reads the messages of a WebSocket.
+//! run, and holds it to its budget. [`frames`] reads the messages of a WebSocket. Before a run,
+//! an agent that waits gets its answers from [`rehearsal`].
 //!
 //! In a pool with a list of what its containers may reach ([`egress`]), [`proxy`] connects them
 //! to it, through a [`tunnel`]. Each [`attempt`] is in the record, which is [`reached`].
@@ -31,6 +32,7 @@ mod meter;
 mod proxy;
 mod rate;
 mod reached;
+mod rehearsal;
 pub mod request;
 pub mod seed;
 mod seen;

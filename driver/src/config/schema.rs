@@ -127,6 +127,7 @@ pub fn task() -> Spec {
         attr("run_id", "string"),
         attr("prepare_ahead", "bool"),
         attr("end_on_refused_key", "bool"),
+        attr("agent", "bool"),
         upstream(),
         block("egress", vec![attr("allow", STRINGS)]),
     ];

@@ -24,6 +24,9 @@ pub struct Slot {
     /// Whether a run ends if an API does not take its key.
     #[serde(default = "yes")] // As before.
     pub end_on_refused_key: bool,
+    /// Whether the provider's CLI is started in an idle container, and waits there for a prompt.
+    #[serde(default)] // As before.
+    pub agent: bool,
     /// Where model requests go, in place of the provider's own API.
     #[serde(default)] // As before.
     pub upstream: Option<Upstream>,
@@ -44,6 +47,7 @@ pub(super) struct Raw {
     run_id: Option<String>,
     prepare_ahead: Option<bool>,
     end_on_refused_key: Option<bool>,
+    agent: Option<bool>,
     upstream: Option<upstream::Raw>,
     egress: Option<egress::Raw>,
 }
@@ -75,6 +79,7 @@ impl Raw {
             run_id,
             prepare_ahead,
             end_on_refused_key: self.end_on_refused_key.unwrap_or_else(yes),
+            agent: self.agent.unwrap_or(false),
             upstream: (self.upstream).map_or(Ok(None), |upstream| upstream.check("slot"))?,
             egress: self
                 .egress

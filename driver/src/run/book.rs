@@ -24,7 +24,10 @@ use std::{
 };
 
 use parking_lot::{Mutex, MutexGuard};
-use polydev_proto::id::{Generation, RunId, SlotId, UserId};
+use polydev_proto::{
+    id::{Generation, RunId, SlotId, UserId},
+    init::Form,
+};
 use procfs::sys::kernel::random::boot_id;
 use tokio::sync::broadcast;
 
@@ -260,14 +263,17 @@ impl Runs {
         self.lock().runs().filter(|run| !run.is_over()).count()
     }
 
-    pub(super) fn started(&self, run: &Run) {
+    pub(super) fn started(&self, run: &Run, form: Option<Form>) {
         let after = run.arrived.elapsed();
         let record = Record::Started {
             run_id: run.claimed.run_id,
             after,
         };
         self.remember(run, &record, |_| {
-            run.update(|progress| progress.started = Some(after));
+            run.update(|progress| {
+                progress.started = Some(after);
+                progress.form = form;
+            });
         });
     }
 

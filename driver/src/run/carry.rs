@@ -16,7 +16,7 @@ use bytes::Bytes;
 use polydev_proto::{
     broker::Policy,
     frame::MAX_DATA,
-    init::{Data, Exited, NotStarted, Signal, Start, TerminalSize, from_init, to_init},
+    init::{Data, Exited, Form, NotStarted, Signal, Start, TerminalSize, from_init, to_init},
     node::ended::Reason,
     stream::Stream,
 };
@@ -335,7 +335,7 @@ impl<'a> Carrier<'a> {
     async fn on_message(&mut self, message: from_init::Message) -> Result<(), Stop> {
         match message {
             from_init::Message::Data(data) => return self.output(data).await,
-            from_init::Message::Started(_) => self.started(),
+            from_init::Message::Started(started) => self.started(started.form),
             from_init::Message::StdinAck(ack) => self.taken(ack.offset, ack.closed),
             from_init::Message::Exited(exited) => return Err(self.exited(&exited)),
             from_init::Message::Collected(collected) => self.collected(collected),
@@ -345,6 +345,8 @@ impl<'a> Carrier<'a> {
             from_init::Message::NotStarted(refused) => return Err(self.not_started(&refused)),
             // Only sent first on a connection, and handled there.
             from_init::Message::Hello(_) => {}
+            // It has ended before the claim arrived, and init starts the command itself.
+            from_init::Message::Agent(_) => {}
         }
         Ok(())
     }
@@ -384,9 +386,9 @@ impl<'a> Carrier<'a> {
         }
     }
 
-    fn started(&mut self) {
+    fn started(&mut self, form: Option<Form>) {
         if self.run.progress.borrow().started.is_none() {
-            self.runs.started(self.run);
+            self.runs.started(self.run, form);
             self.end_at = end_at(self.run);
         }
     }

@@ -206,6 +206,7 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         files: spec.files,
         terminal: spec.terminal,
         artifacts: spec.artifacts,
+        prompt: spec.prompt,
     };
     Ok(Parsed {
         run_id,

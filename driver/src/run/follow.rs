@@ -8,7 +8,7 @@ use bytes::Bytes;
 use polydev_proto::{
     broker::{ApiError, Destination},
     frame::MAX_DATA,
-    init::Artifacts,
+    init::{Artifacts, Form},
     node::ended::Reason,
     stream::{PerStream, Stream},
 };
@@ -25,6 +25,8 @@ pub enum Event {
     Granted(Granted),
     Started {
         after: Duration,
+        /// For a prompt.
+        form: Option<Form>,
     },
     /// Comes before the first output of the artifacts' stream.
     Artifacts(Arc<Artifacts>),
@@ -159,7 +161,8 @@ impl Follower {
         if let Some(after) = progress.started
             && !std::mem::replace(&mut self.started, true)
         {
-            return Some(Event::Started { after });
+            let form = progress.form.clone();
+            return Some(Event::Started { after, form });
         }
         if progress.stdin_taken > self.stdin_taken {
             self.stdin_taken = progress.stdin_taken;

@@ -12,7 +12,7 @@ use polydev_transport::upstream::Unreadable;
 use tokio::time::timeout;
 
 use super::{
-    Slot, Slots,
+    Slot, Slots, agent,
     fill::{Container, open, open_limits},
     shelf::{Idle, Made},
 };
@@ -36,6 +36,8 @@ enum Error {
     Link(#[from] link::Error),
     #[error("init did not reconnect within {} s", RETURN_TIMEOUT.as_secs())]
     Away,
+    #[error("its agent is not ready")]
+    NoAgent,
     #[error(transparent)]
     Upstream(#[from] Unreadable),
     #[error("cannot open the container's limits")]
@@ -102,7 +104,10 @@ async fn take_up(slots: &Slots, slot: &Slot, idle: &Idle) -> Result<Container, E
         biased;
         () = init.ended() => return Err(Error::Ended),
         accepted = accept => match accepted.map_err(|_| Error::Away)?? {
-            Greeted { state: hello::State::Waiting(_), link, public_key, requests, .. } => {
+            Greeted { state: hello::State::Waiting(waiting), link, public_key, requests, .. } => {
+                if slot.config.agent && !agent::is_ready(waiting.agent.as_ref()) {
+                    return Err(Error::NoAgent);
+                }
                 (link, public_key, requests.ok_or(link::Error::NotListening)?)
             }
             Greeted { .. } => return Err(link::Error::NotWaiting.into()),

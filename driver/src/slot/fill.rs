@@ -11,12 +11,12 @@ use bytes::Bytes;
 use polydev_proto::{
     broker::{self, Open},
     id::Generation,
-    init::hello,
+    init::{from_init, hello},
 };
 use polydev_transport::upstream::Unreadable;
 use tokio::time::timeout;
 
-use super::{Slot, Slots, breaker};
+use super::{Slot, Slots, agent, breaker};
 use crate::{
     broker::Opened,
     docker::{self, ContainerSpec, Docker},
@@ -59,6 +59,8 @@ pub enum Error {
     Upstream(#[from] Unreadable),
     #[error("cannot open the container's limits")]
     Limits(#[from] limits::Error),
+    #[error(transparent)]
+    Agent(#[from] agent::Error),
     #[error("not tried for now: {0}")]
     Open(#[from] breaker::Open),
     #[error("the slot was stopped while it was being filled")]
@@ -79,6 +81,7 @@ impl Error {
             | Self::Link(_)
             | Self::Gone(_)
             | Self::Upstream(_)
+            | Self::Agent(_)
             | Self::Limits(_) => true,
         }
     }
@@ -96,7 +99,7 @@ impl Error {
     fn is_the_images(&self) -> bool {
         matches!(
             self,
-            Self::InitEnded(_) | Self::InitTimedOut | Self::Link(_)
+            Self::InitEnded(_) | Self::InitTimedOut | Self::Link(_) | Self::Agent(_)
         )
     }
 }
@@ -132,11 +135,12 @@ impl Container {
     pub(super) async fn dies(&mut self) -> String {
         let link = self.connection.link.as_mut();
         let link = link.expect("a slot is filled with its init connected");
-        // A waiting init sends no messages.
-        link.reader.next().await.err().map_or_else(
-            || "init sent an unexpected message".to_owned(),
-            |error| crate::chain(&error),
-        )
+        // A waiting init sends no messages but the end of its agent.
+        match link.reader.next().await {
+            Ok(from_init::Message::Agent(agent)) => format!("its agent is gone: {}", agent.reason),
+            Ok(_) => "init sent an unexpected message".to_owned(),
+            Err(error) => crate::chain(&error),
+        }
     }
 }
 
@@ -241,7 +245,7 @@ async fn make(
     let requests = greeted.requests.ok_or(link::Error::NotListening)?;
     let init = Held::open(pid).map_err(Error::Gone)?;
     let limits = open_limits(slot, pid).await?;
-    Ok(Container {
+    let mut container = Container {
         opened: open(site, slot, &id, requests)?,
         id,
         connection: Connection {
@@ -254,7 +258,11 @@ async fn make(
         public_key,
         image_id: image.id,
         _image: held,
-    })
+    };
+    if slot.config.agent {
+        agent::park(slot, &mut container, &site.config.run).await?;
+    }
+    Ok(container)
 }
 
 /// Opens the limits of a container of the slot.
@@ -285,6 +293,7 @@ pub(super) fn open(
         upstreams: upstream.transpose()?.into_iter().collect(),
         egress: allow.map(|allow| broker::Egress { allow }),
         grant: None,
+        rehearses: slot.config.agent,
     };
     Ok(site.broker.open(open, requests))
 }

@@ -48,6 +48,9 @@ pub struct Made {
     /// What it may reach.
     #[serde(default)] // The record may have been written before the option existed.
     pub egress: Egress,
+    /// Whether an agent waits in it.
+    #[serde(default)] // As before.
+    pub agent: bool,
 }
 
 impl Made {
@@ -58,6 +61,7 @@ impl Made {
             resolv_conf: std::fs::read_to_string(&site.resolv_conf).unwrap_or_default(),
             limits: slot.idle,
             egress: slot.config.egress.clone(),
+            agent: slot.config.agent,
         }
     }
 }
@@ -206,6 +210,7 @@ mod tests {
                 resolv_conf: "nameserver 192.0.2.1\n".into(),
                 limits: Limits::IDLE,
                 egress: Egress::default(),
+                agent: false,
             },
         }
     }

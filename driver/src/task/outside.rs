@@ -107,6 +107,7 @@ impl Outside {
             upstreams: self.upstream.clone().into_iter().collect(),
             egress: self.egress.clone(),
             grant: None,
+            rehearses: false,
         };
         let opened = broker.open(open, requests);
         if let Some(granting) = opened.grant(&*self.task_id, keys, None, bytes_per_second) {

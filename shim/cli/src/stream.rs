@@ -12,7 +12,9 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use polydev_client::{Input, Run};
-use polydev_proto::runtime::{self, ApiError, ExitReason, Exited, ModelUsage, run_event::Event};
+use polydev_proto::runtime::{
+    self, ApiError, ExitReason, Exited, ModelUsage, Started, run_event::Event, started,
+};
 use serde_json::json;
 use tokio::{
     io::AsyncReadExt,
@@ -40,7 +42,7 @@ pub(super) async fn print(
     timeline: bool,
 ) -> anyhow::Result<ExitCode> {
     let (input, mut reached) = (run.input(), run.reached());
-    let mut is_accepted = false;
+    let (mut is_accepted, mut started) = (false, Started::default());
     // While the run waits for a slot, keys are for this program.
     let mut raw = None;
     loop {
@@ -77,9 +79,13 @@ pub(super) async fn print(
             bail!("the shim ended the stream before the run's end")
         };
         let event = event.map_err(told)?;
-        if matches!(event, Event::Accepted(_)) {
-            is_accepted = true;
-            raw = signals.resize.is_some().then(Raw::new).transpose()?;
+        match &event {
+            Event::Accepted(_) => {
+                is_accepted = true;
+                raw = signals.resize.is_some().then(Raw::new).transpose()?;
+            }
+            Event::Started(with) => started = with.clone(),
+            _ => {}
         }
         print_event(&event, output)?;
         if output == Output::Text {
@@ -87,7 +93,7 @@ pub(super) async fn print(
         }
         if let Event::Exited(exited) = event {
             drop(raw.take());
-            let code = finish(&exited, output, timeline);
+            let code = finish(&exited, &started, output, timeline);
             if !artifacts.is_complete() {
                 bail!("some artifacts are missing");
             }
@@ -223,7 +229,14 @@ fn to_json(event: &Event) -> serde_json::Value {
             "node_id": accepted.node_id,
             "warm": accepted.warm,
         }),
-        Event::Started(_) => json!({ "event": "started" }),
+        Event::Started(started) => match agent(started) {
+            None => json!({ "event": "started" }),
+            Some(agent) => json!({
+                "event": "started",
+                "agent": agent,
+                "cold_reason": started.cold_reason,
+            }),
+        },
         Event::Queued(queued) => json!({ "event": "queued", "before": queued.before }),
         Event::Lost(lost) => json!({
             "event": "lost",
@@ -314,6 +327,15 @@ pub(super) fn usage_json(usage: &[ModelUsage]) -> serde_json::Value {
     usage.iter().map(used).collect()
 }
 
+/// What became of a prompt's agent, in one word. `None` for an argv.
+fn agent(started: &Started) -> Option<&'static str> {
+    match started.agent() {
+        started::Agent::Unspecified => None,
+        started::Agent::Parked => Some("parked"),
+        started::Agent::Cold => Some("cold"),
+    }
+}
+
 /// The reason for a run's end, in one word.
 pub(super) fn reason(exited: &Exited) -> String {
     let name = exited.reason().as_str_name();
@@ -335,8 +357,13 @@ fn stages(exited: &Exited) -> impl Iterator<Item = (&str, Duration)> {
     })
 }
 
-fn finish(exited: &Exited, output: Output, timeline: bool) -> ExitCode {
+fn finish(exited: &Exited, started: &Started, output: Output, timeline: bool) -> ExitCode {
     if timeline {
+        if let Some(agent) = agent(started) {
+            let reason = Some(&started.cold_reason).filter(|reason| !reason.is_empty());
+            let reason = reason.map(|reason| format!(": {reason}"));
+            eprintln!("{:>14}  {agent}{}", "agent", reason.unwrap_or_default());
+        }
         for (name, at) in stages(exited) {
             eprintln!("{name:>14}  {:>10.3} ms", at.as_secs_f64() * 1e3);
         }

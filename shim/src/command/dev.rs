@@ -32,6 +32,9 @@ pub(super) struct Arguments {
     /// [default: all public addresses]
     #[arg(long, value_name = "PROVIDER=HOST,...", value_parser = egress)]
     egress: Vec<(Provider, Vec<String>)>,
+    /// Start the provider's CLI in every idle slot, where it waits for a prompt.
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    agents: bool,
     /// The driver's program. [default: nomad-driver-polydev in the folder of this program]
     #[arg(long)]
     driver: Option<PathBuf>,
@@ -114,6 +117,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         pools,
         base_urls: arguments.base_urls.into_iter().collect(),
         egress: arguments.egress.into_iter().collect(),
+        agents: arguments.agents,
     };
     let mut engine = tokio::select! {
         engine = Engine::start(&settings) => engine.context("cannot start the engine")?,

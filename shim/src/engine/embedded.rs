@@ -31,6 +31,8 @@ pub struct Settings {
     pub base_urls: BTreeMap<Provider, String>,
     /// What the containers of a pool may reach, if not all public addresses.
     pub egress: BTreeMap<Provider, Vec<String>>,
+    /// Whether the CLIs wait in the slots for prompts.
+    pub agents: bool,
 }
 
 /// A driver that this process has launched, with its pools.
@@ -65,9 +67,12 @@ impl Engine {
         };
         for (provider, count) in &settings.pools {
             for _ in 0..*count {
-                let base_url = settings.base_urls.get(provider).cloned();
-                let egress = settings.egress.get(provider).cloned();
-                let slot = pools::Slot::new(*provider, &engine.node_id, base_url, egress);
+                let options = pools::Options {
+                    base_url: settings.base_urls.get(provider).cloned(),
+                    egress: settings.egress.get(provider).cloned(),
+                    agent: settings.agents,
+                };
+                let slot = pools::Slot::new(*provider, &engine.node_id, options);
                 let driver = engine.plugin.driver();
                 engine.slots.spawn(slot.keep(driver, engine.stop.clone()));
             }

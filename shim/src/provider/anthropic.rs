@@ -2,13 +2,12 @@
 
 use secrecy::SecretString;
 
-use super::{InvalidPrompt, Prompt, Table, at_the_broker, placeholder, strings, variable};
+use super::{InvalidPrompt, Prompt, Table, strings, variable};
 use crate::secret::Prepared;
 
 pub(super) const TABLE: Table = Table {
     takes_project: false,
     prepare_key,
-    prepare_outside,
     base_url: "ANTHROPIC_BASE_URL",
     oauth_file: ".claude/.credentials.json",
     refresh_token: &["claudeAiOauth", "refreshToken"],
@@ -24,19 +23,9 @@ fn prepare_key(key: &SecretString, _project: Option<&str>) -> Prepared {
     }
 }
 
-fn prepare_outside() -> Prepared {
-    let env = vec![
-        variable("ANTHROPIC_API_KEY", &placeholder()),
-        variable("ANTHROPIC_BASE_URL", &at_the_broker("/anthropic")),
-    ];
-    Prepared {
-        env,
-        ..Prepared::default()
-    }
-}
-
 fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPrompt> {
-    let mut argv = strings(["claude", "-p"]);
+    // The container is the sandbox.
+    let mut argv = strings(["claude", "-p", "--dangerously-skip-permissions"]);
     if let Some(model) = prompt.model {
         argv.extend(strings(["--model", model]));
     }

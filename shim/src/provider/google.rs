@@ -1,16 +1,14 @@
 //! Gemini CLI.
 
+use polydev_proto::outside::GEMINI_KEY;
 use secrecy::SecretString;
 
-use super::{
-    InvalidPrompt, PlainFile, Prompt, Table, at_the_broker, placeholder, strings, variable,
-};
+use super::{InvalidPrompt, PlainFile, Prompt, Table, strings, variable};
 use crate::secret::Prepared;
 
 pub(super) const TABLE: Table = Table {
     takes_project: true,
     prepare_key,
-    prepare_outside,
     base_url: "GOOGLE_GEMINI_BASE_URL",
     oauth_file: ".gemini/oauth_creds.json",
     refresh_token: &["refresh_token"],
@@ -24,8 +22,7 @@ const fn settings(content: &'static str) -> PlainFile {
     PlainFile { path, content }
 }
 
-const KEY: PlainFile =
-    settings("{\"security\":{\"auth\":{\"selectedType\":\"gemini-api-key\"}}}\n");
+const KEY: PlainFile = settings(GEMINI_KEY);
 const VERTEX: PlainFile = settings("{\"security\":{\"auth\":{\"selectedType\":\"vertex-ai\"}}}\n");
 const ACCOUNT: PlainFile =
     settings("{\"security\":{\"auth\":{\"selectedType\":\"oauth-personal\"}}}\n");
@@ -53,20 +50,9 @@ fn prepare_key(key: &SecretString, project: Option<&str>) -> Prepared {
     }
 }
 
-fn prepare_outside() -> Prepared {
-    let env = vec![
-        variable("GEMINI_API_KEY", &placeholder()),
-        variable("GOOGLE_GEMINI_BASE_URL", &at_the_broker("/google")),
-    ];
-    Prepared {
-        env,
-        files: vec![KEY.prepare()],
-        ..Prepared::default()
-    }
-}
-
 fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPrompt> {
-    let mut argv = strings(["gemini", "--skip-trust"]);
+    // The container is the sandbox.
+    let mut argv = strings(["gemini", "--skip-trust", "--yolo"]);
     if let Some(model) = prompt.model {
         argv.extend(strings(["-m", model]));
     }

@@ -1,14 +1,13 @@
 //! Codex CLI.
 
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 
-use super::{InvalidPrompt, Prompt, Table, at_the_broker, placeholder, strings, variable};
-use crate::secret::{Prepared, PreparedFile};
+use super::{InvalidPrompt, Prompt, Table, strings, variable};
+use crate::secret::Prepared;
 
 pub(super) const TABLE: Table = Table {
     takes_project: false,
     prepare_key,
-    prepare_outside,
     base_url: "OPENAI_BASE_URL",
     oauth_file: ".codex/auth.json",
     refresh_token: &["tokens", "refresh_token"],
@@ -24,25 +23,6 @@ fn prepare_key(key: &SecretString, _project: Option<&str>) -> Prepared {
     ];
     Prepared {
         env,
-        ..Prepared::default()
-    }
-}
-
-/// Codex reads another server only from its configuration.
-fn prepare_outside() -> Prepared {
-    let url = at_the_broker("/openai/v1");
-    let config = format!("openai_base_url = \"{}\"\n", url.expose_secret());
-    let env = vec![
-        variable("OPENAI_API_KEY", &placeholder()),
-        variable("CODEX_API_KEY", &placeholder()),
-        variable("OPENAI_BASE_URL", &url),
-    ];
-    Prepared {
-        env,
-        files: vec![PreparedFile {
-            path: ".codex/config.toml",
-            content: config.into_bytes().into(),
-        }],
         ..Prepared::default()
     }
 }

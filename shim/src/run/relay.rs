@@ -16,7 +16,7 @@ use polydev_proto::{
     id::RunId,
     init::TerminalSize,
     node::{self, RunInput, run_event as driver, run_input},
-    runtime::{self, Accepted, ApiErrors, EgressDenied, Lost, RunEvent, Stage, Started, run_event},
+    runtime::{self, Accepted, ApiErrors, EgressDenied, Lost, RunEvent, Stage, run_event},
     stream::{PerStream, Stream},
     workspace,
 };
@@ -33,7 +33,7 @@ use super::{
     request::{Invalid, Own},
 };
 use crate::pool::View;
-use encode::{encode_artifacts, encode_output, new_part};
+use encode::{encode_artifacts, encode_output, encode_started, new_part};
 
 /// Events that may wait for a caller; each at most 64 KiB. When that many wait, the relay stops
 /// reading from the driver, and finally the command waits.
@@ -291,7 +291,7 @@ impl Carried {
                 let first = !std::mem::replace(&mut self.started, true);
                 first.then(|| {
                     self.timeline.driver("started", started.after);
-                    run_event::Event::Started(Started {})
+                    run_event::Event::Started(encode_started(started.form))
                 })
             }
             driver::Event::StdinTaken(taken) => {

@@ -1,5 +1,6 @@
 //! A caller's run, checked before any driver is asked.
 
+mod command;
 mod files;
 mod times;
 
@@ -9,18 +10,18 @@ pub(super) use times::{MIN_TIME, bounded, queue_timeout};
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use polydev_proto::{
     exec,
     id::{RunId, UserId},
     node::{RunSpec, TraceContext},
     provider::{Provider, Unknown},
-    runtime::{CredentialMode, RunStart, SlowReader, run_start::Command},
+    runtime::{CredentialMode, RunStart, SlowReader},
     workspace,
 };
 use secrecy::ExposeSecret;
 use sha2::{Digest, Sha256};
 
+use command::Asked;
 use files::{files, own_input, rules, terminal};
 use times::TELL_TIMEOUT;
 
@@ -29,7 +30,7 @@ use crate::{
     access::Policy,
     credentials::Source,
     environment,
-    provider::{Cli, InvalidPrompt, Prompt},
+    provider::{Cli, InvalidPrompt},
     secret::{self, Prepared},
 };
 
@@ -202,7 +203,11 @@ impl Request {
         check_work_dir(&start.work_dir)?;
         let queue_timeout = times::queue_timeout(start.queue_timeout)?;
         environment::check(&start.env)?;
-        let (argv, stdin) = argv(provider, start.command.take(), &start.env)?;
+        let Asked {
+            argv,
+            stdin,
+            prompt,
+        } = command::read(provider, &mut start)?;
         if stdin.is_some() && start.stdin {
             return Err(Invalid::Value {
                 field: "stdin",
@@ -222,7 +227,8 @@ impl Request {
                 allowed: "absent, because a prompt of this length is the command's stdin",
             });
         }
-        let in_workspace = start.work_dir.is_empty() && (!files.is_empty() || artifacts.is_some());
+        let in_workspace = start.work_dir.is_empty()
+            && (prompt.is_some() || !files.is_empty() || artifacts.is_some());
         let credential = start.credential.take().map(Source::parse).transpose()?;
         let mode = mode(start.credential_mode, provider, &start.env)?;
         let max_api_wait = times::max_api_wait(start.max_api_wait)?;
@@ -256,6 +262,7 @@ impl Request {
                 .map(|own| Sha256::digest(&own.bytes).to_vec().into())
                 .unwrap_or_default(),
             max_api_wait,
+            prompt,
         };
         check(&spec, &Prepared::default())?;
         Ok(Self {
@@ -293,6 +300,9 @@ impl Request {
             }));
         }
         check(&self.spec, &secrets)?;
+        if secrets.outside.is_some() {
+            command::has_outside_key(&mut self.spec);
+        }
         self.spec.secret_names = secrets.names().map(str::to_owned).collect();
         self.secrets = secrets;
         Ok(())
@@ -332,45 +342,12 @@ fn check(spec: &RunSpec, secrets: &Prepared) -> Result<(), Invalid> {
     Ok(())
 }
 
-fn argv(
-    provider: Provider,
-    command: Option<Command>,
-    env: &BTreeMap<String, String>,
-) -> Result<(Vec<Bytes>, Option<Bytes>), Invalid> {
-    match command {
-        Some(Command::Argv(argv)) if argv.text.is_empty() => Ok((argv.args, None)),
-        Some(Command::Argv(argv)) if argv.args.is_empty() => {
-            Ok((argv.text.into_iter().map(Bytes::from).collect(), None))
-        }
-        Some(Command::Argv(_)) => Err(Invalid::Value {
-            field: "argv",
-            given: "both `args` and `text`".into(),
-            allowed: "only one of them",
-        }),
-        Some(Command::Prompt(prompt)) => {
-            let model = Some(prompt.model.as_str()).filter(|model| !model.is_empty());
-            let argv = provider.prompt(&Prompt {
-                text: &prompt.text,
-                model,
-                env,
-            })?;
-            let argv = argv.into_iter().map(Bytes::from).collect();
-            let is_long = prompt.text.len() > exec::PROMPT_IN_ARGV;
-            Ok((argv, is_long.then(|| prompt.text.into())))
-        }
-        None => Err(Invalid::Value {
-            field: "command",
-            given: String::new(),
-            allowed: "an argv or a prompt",
-        }),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::secret::Credential;
-    use polydev_proto::runtime::{self, Argv};
+    use bytes::Bytes;
+    use polydev_proto::runtime::{self, Argv, run_start::Command};
 
     fn start() -> RunStart {
         RunStart {

@@ -1,11 +1,12 @@
 //! What a run leaves.
 
-use polydev_proto::runtime::{Accepted, Artifacts, Destination, Exited};
+use polydev_proto::runtime::{Accepted, Artifacts, Destination, Exited, Started};
 
 /// A run that has ended.
 #[derive(Debug)]
 pub struct Outcome {
     pub accepted: Accepted,
+    pub started: Started,
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
     pub artifacts: Artifacts,

@@ -107,7 +107,7 @@ impl Follower {
         if let (Some(after), false) = (progress.started_after, self.started) {
             self.started = true;
             let after = wire(after);
-            return Some(Ok(Event::Started(Started { after })));
+            return Some(Ok(Event::Started(Started { after, form: None })));
         }
         for (stream, wrap) in [Event::Stdout, Event::Stderr].into_iter().enumerate() {
             if let Some(output) = next(&progress, stream, &mut self.offsets) {

@@ -2,17 +2,22 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// One request that arrived.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Received {
     pub method: String,
+    /// When its headers and body had arrived, in milliseconds since 1970.
+    pub at_ms: f64,
     pub path: String,
     /// Credential headers, lower-case name to value.
     pub credentials: BTreeMap<String, String>,
     /// What the user said, in order.
     pub texts: Vec<Text>,
+    /// The whole request, for the last few; null for earlier ones.
+    pub body: Value,
 }
 
 /// A text's length and hash, which identify the text without keeping it.

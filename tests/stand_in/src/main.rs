@@ -9,6 +9,7 @@ mod tunnel;
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
+    time::SystemTime,
 };
 
 use anyhow::Context;
@@ -26,6 +27,8 @@ use serde_json::{Value, json};
 
 /// Requests kept; a CLI makes a handful for a prompt.
 const KEPT: usize = 1000;
+/// Requests kept whole.
+const KEPT_BODIES: usize = 20;
 /// Enough for a prompt of 100 KB and what a CLI sends to its model beside the prompt.
 const MAX_BODY: usize = 8 << 20;
 const CREDENTIAL_HEADERS: [&str; 3] = ["authorization", "x-api-key", "x-goog-api-key"];
@@ -83,6 +86,12 @@ async fn answer(
     let mut texts = Vec::new();
     user_texts(&request, &mut texts);
     let received = Received {
+        at_ms: SystemTime::UNIX_EPOCH
+            .elapsed()
+            .unwrap_or_default()
+            .as_secs_f64()
+            * 1e3,
+        body: request.clone(),
         method: method.to_string(),
         path: uri.path().to_owned(),
         credentials: CREDENTIAL_HEADERS
@@ -95,6 +104,10 @@ async fn answer(
         let mut log = log.lock().unwrap_or_else(PoisonError::into_inner);
         if log.len() < KEPT {
             log.push(received);
+        }
+        let past = log.len().checked_sub(KEPT_BODIES + 1);
+        if let Some(past) = past {
+            log[past].body = Value::Null;
         }
     }
     // The prompt is what the user said last.

@@ -4,12 +4,15 @@ use std::time::Instant;
 
 use nix::sys::signal::Signal;
 use polydev_proto::{
-    init::{NotStarted, Start, Started, Stdin, StdinAck, from_init, not_started::Reason, to_init},
+    init::{
+        Form, NotStarted, Start, Started, Stdin, StdinAck, from_init, not_started::Reason, to_init,
+    },
     stream::{PerStream, Stream},
 };
 
 use super::{ENDING, MAX_OUTPUT_BUFFER, Receiving, State, Supervisor};
 use crate::{
+    agent::Agent,
     command::Command,
     output::Output,
     workspace::{self, Incoming},
@@ -33,6 +36,15 @@ impl Supervisor {
                     }
                     Err(message) => self.refuse(start.run_id, message),
                 }
+            }
+            (to_init::Message::Park(park), State::Waiting) if self.agent.is_none() => {
+                let started = Agent::start(&park, self.oom_score.as_mut());
+                let agent = match started {
+                    Ok(agent) => self.agent.insert(agent).told(),
+                    Err(reason) => Agent::none(reason),
+                };
+                self.link.send(from_init::Message::Agent(agent));
+                self.reap();
             }
             // Only one Start is accepted; a second one is a driver's mistake, and is not run.
             (to_init::Message::Start(_), _) => self.link.disconnect(now),
@@ -73,6 +85,7 @@ impl Supervisor {
                 to_init::Message::Stdin(_)
                 | to_init::Message::Signal(_)
                 | to_init::Message::Resize(_)
+                | to_init::Message::Park(_)
                 | to_init::Message::Release(_),
                 _,
             ) => {}
@@ -117,19 +130,51 @@ impl Supervisor {
     }
 
     fn start(&mut self, start: Start, now: Instant) {
-        let key = self.key.take().expect("only one Start is accepted");
-        let descriptors = self.link.take_descriptors();
-        let (oom_score, drains) = (self.oom_score.as_mut(), &mut self.drains);
-        match Command::start(start, &key, descriptors, drains, oom_score, now) {
+        match self.start_in_some_form(start, now) {
             Ok(mut command) => {
                 self.account = command.account.take();
-                let pid = command.pid.as_raw().cast_unsigned();
-                self.link.send(from_init::Message::Started(Started { pid }));
+                self.link.send(from_init::Message::Started(Started {
+                    pid: command.pid.as_raw().cast_unsigned(),
+                    form: command.form.clone(),
+                }));
                 self.state = State::Running(Box::new(command));
                 self.reap();
             }
             Err(refused) => self.state = State::NotStarted(refused),
         }
+    }
+
+    /// Gives a prompt to the agent. If that is not possible, or the run is no prompt, ends the
+    /// agent and starts the argv.
+    fn start_in_some_form(&mut self, start: Start, now: Instant) -> Result<Command, NotStarted> {
+        let key = self.key.take().expect("only one Start is accepted");
+        let mut form = None;
+        let mut agent = self.agent.take();
+        if let Some(prompt) = &start.prompt {
+            let given = match (prompt.cold_reason.as_str(), &mut agent) {
+                ("", Some(agent)) => agent.give(prompt),
+                ("", None) => Err(String::new()),
+                (reason, _) => Err(reason.to_owned()),
+            };
+            match given {
+                Err(reason) => {
+                    let parked = false;
+                    form = Some(Form { parked, reason });
+                }
+                Ok(()) => {
+                    let agent = agent.expect("it has taken the prompt");
+                    return Ok(Command::parked(agent, start, now));
+                }
+            }
+        }
+        if let Some(agent) = agent {
+            agent.end();
+        }
+        let descriptors = self.link.take_descriptors();
+        let (oom_score, drains) = (self.oom_score.as_mut(), &mut self.drains);
+        let mut command = Command::start(start, &key, descriptors, drains, oom_score, now)?;
+        command.form = form;
+        Ok(command)
     }
 
     /// Records that the command does not run.

@@ -7,7 +7,7 @@ use polydev_proto::{
 };
 
 use super::{State, Supervisor};
-use crate::account::Account;
+use crate::{account::Account, agent::Agent};
 
 impl Supervisor {
     /// Sends the first message of a connection, and the output that the driver may have
@@ -17,7 +17,9 @@ impl Supervisor {
             output.rewind();
         }
         let state = match &self.state {
-            State::Waiting => hello::State::Waiting(Waiting {}),
+            State::Waiting => hello::State::Waiting(Waiting {
+                agent: self.agent.as_ref().map(Agent::told),
+            }),
             State::Receiving(receiving) => {
                 hello::State::Receiving(polydev_proto::init::Receiving {
                     run_id: receiving.start.run_id.clone(),
@@ -27,6 +29,7 @@ impl Supervisor {
             State::Running(command) => hello::State::Running(Running {
                 run_id: command.run_id.clone(),
                 stdin_offset: command.input.offset(),
+                form: command.form.clone(),
             }),
             State::Exited(exited) => hello::State::Exited(exited.clone()),
             State::NotStarted(not_started) => hello::State::NotStarted(not_started.clone()),

@@ -56,6 +56,7 @@ pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
         egress: slot.config.egress.listed().map(|allow| Egress {
             allow: allow.to_vec(),
         }),
+        agent: slot.config.agent,
     }
 }
 
@@ -66,8 +67,9 @@ pub(super) fn encode_event(event: Event) -> Result<RunEvent, Status> {
             granted_after: duration(granted.granted_after),
             limits_raised_after: duration(granted.limits_raised_after),
         }),
-        Event::Started { after } => run_event::Event::Started(Started {
+        Event::Started { after, form } => run_event::Event::Started(Started {
             after: duration(after),
+            form,
         }),
         Event::Output {
             stream,

@@ -55,12 +55,12 @@ impl Carrier<'_> {
                 self.go_on(receiving.stdin_offset).await
             }
             hello::State::Running(running) if is_it(&running.run_id) => {
-                self.started();
+                self.started(running.form);
                 self.go_on(running.stdin_offset).await
             }
             // Init reports the end again, after the output.
             hello::State::Exited(exited) if is_it(&exited.run_id) => {
-                self.started();
+                self.started(None);
                 Ok(())
             }
             hello::State::NotStarted(refused) if is_it(&refused.run_id) => Ok(()),

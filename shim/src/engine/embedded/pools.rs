@@ -23,32 +23,32 @@ const MEMORY_MB: i64 = 256;
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(15);
 
+/// What the slots of a pool have in common.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Where their model requests go, in place of the provider's own API.
+    pub base_url: Option<String>,
+    /// What their containers may reach, if not all public addresses.
+    pub egress: Option<Vec<String>>,
+    /// Whether the provider's CLI waits in them for a prompt.
+    pub agent: bool,
+}
+
 /// One slot of a pool.
 pub struct Slot {
     provider: Provider,
-    /// Where its model requests go, in place of the provider's own API.
-    base_url: Option<String>,
-    /// What its containers may reach, if not all public addresses.
-    egress: Option<Vec<String>>,
+    options: Options,
     node_id: String,
     alloc_id: String,
 }
 
 impl Slot {
-    /// A slot with its own allocation id. Its model requests go to `base_url`, or else to the
-    /// provider's own API, and its containers reach what is in `egress`, or else all public
-    /// addresses.
+    /// A slot with its own allocation id.
     #[must_use]
-    pub fn new(
-        provider: Provider,
-        node_id: &str,
-        base_url: Option<String>,
-        egress: Option<Vec<String>>,
-    ) -> Self {
+    pub fn new(provider: Provider, node_id: &str, options: Options) -> Self {
         Self {
             provider,
-            base_url,
-            egress,
+            options,
             node_id: node_id.to_owned(),
             alloc_id: Uuid::new_v4().to_string(),
         }
@@ -95,13 +95,19 @@ impl Slot {
     /// Never.
     #[must_use]
     pub fn task(&self) -> TaskConfig {
+        let Options {
+            base_url,
+            egress,
+            agent,
+        } = &self.options;
         let config = serde_json::json!({
             "image": null,
             "slot": {
                 "image": null,
                 "provider": self.provider.name(),
-                "upstream": { "base_url": self.base_url },
-                "egress": self.egress.as_ref().map(|allow| serde_json::json!({ "allow": allow })),
+                "agent": agent,
+                "upstream": { "base_url": base_url },
+                "egress": egress.as_ref().map(|allow| serde_json::json!({ "allow": allow })),
             },
         });
         let name = "runtime";

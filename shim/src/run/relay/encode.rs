@@ -6,7 +6,7 @@ use polydev_proto::{
     node::{self, ended},
     runtime::{
         ApiError, Artifact, Artifacts, Destination, ExitReason, Exited, LeftOut, ModelUsage,
-        Output, Stage,
+        Output, Stage, Started, started,
     },
 };
 
@@ -24,6 +24,18 @@ pub(super) fn encode_artifacts(found: init::Artifacts) -> Artifacts {
         files: found.files.into_iter().map(file).collect(),
         left_out: found.left_out.into_iter().map(left_out).collect(),
         left_out_count: found.left_out_count,
+    }
+}
+
+pub(super) fn encode_started(form: Option<init::Form>) -> Started {
+    let (agent, cold_reason) = match form {
+        None => (started::Agent::Unspecified, String::new()),
+        Some(form) if form.parked => (started::Agent::Parked, String::new()),
+        Some(form) => (started::Agent::Cold, form.reason),
+    };
+    Started {
+        agent: agent.into(),
+        cold_reason,
     }
 }
 

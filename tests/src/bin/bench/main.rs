@@ -7,6 +7,7 @@ mod bandwidth;
 mod broker;
 mod credentials;
 mod plain;
+mod prompt;
 mod refill;
 mod runs;
 mod stream;
@@ -30,8 +31,9 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-const PARTS: [&str; 11] = [
+const PARTS: [&str; 12] = [
     "warm",
+    "prompt",
     "broker",
     "credentials",
     "swarm",
@@ -61,6 +63,9 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("warm") {
         figures.extend(warm_figures(&folder)?);
     }
+    if is_wanted("prompt") {
+        figures.extend(prompt::figures()?);
+    }
     if is_wanted("broker") {
         figures.extend(broker::figures()?);
     }
@@ -79,7 +84,7 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("stream") {
         figures.extend(stream::figures(IMAGE)?);
     }
-    if PARTS[7..].iter().any(|part| is_wanted(part)) {
+    if PARTS[8..].iter().any(|part| is_wanted(part)) {
         figures.extend(plain::figures(is_wanted)?);
     }
     if parts.is_empty() {

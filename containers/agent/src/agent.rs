@@ -1,0 +1,363 @@
+//! The life of an agent, in the order in which it happens.
+
+use std::{
+    io::{self, Write},
+    os::fd::AsFd,
+    time::{Duration, Instant, SystemTime},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        signal::Signal,
+        signalfd::{SfdFlags, SignalFd},
+    },
+};
+use polydev_proto::{
+    init::{Failed, Prompt, Ready, Taken, from_agent::Message},
+    provider::Provider,
+};
+
+use crate::{
+    End,
+    cli::{self, Cli, Event},
+    control::Control,
+    process::{Process, awaited_signals},
+};
+
+/// From the start to the answer to the rehearsal. Gemini CLI 0.61 takes 3 s on half a core, and
+/// 17 s on a tenth.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// For the answer of a CLI that was stopped. It takes a millisecond, or some more if its memory
+/// has to be read again.
+const CHECK_TIMEOUT: Duration = Duration::from_millis(750);
+/// For another session of a CLI that was stopped.
+const RENEW_TIMEOUT: Duration = Duration::from_secs(2);
+/// Bytes of the CLI's complaints that are kept until they are needed.
+const MAX_COMPLAINTS: usize = 2000;
+
+/// Why an agent cannot go on.
+enum Stop {
+    /// The CLI has ended.
+    Ended(End),
+    /// The CLI is of no use; the reason is for people.
+    Failed(String),
+    /// Init is gone, and the container with it.
+    Alone,
+}
+
+impl From<io::Error> for Stop {
+    fn from(_: io::Error) -> Self {
+        Self::Alone
+    }
+}
+
+pub(crate) fn run(provider: Provider) -> End {
+    let Ok(mut control) = Control::of_stdin() else {
+        return End::Code(1);
+    };
+    let agent = Agent::start(provider);
+    let mut agent = match agent {
+        Ok(agent) => agent,
+        Err(error) => {
+            let reason = format!("cannot start the CLI: {error}");
+            let _alone = control.tell(Message::Failed(Failed { reason }));
+            return End::Code(1);
+        }
+    };
+    let prompt = agent.wait_for_prompt(&mut control);
+    let answered = match prompt {
+        Ok(prompt) => agent.answer(prompt, &mut control),
+        Err(stop) => {
+            let reason = agent.reason(&stop);
+            let _alone = control.tell(Message::Failed(Failed { reason }));
+            return End::Code(1);
+        }
+    };
+    match answered {
+        Ok(code) => End::Code(code),
+        // A signal that was passed on has ended it, though it may call that a success.
+        Err(Stop::Ended(End::Code(0))) => match agent.passed_on {
+            Some(signal) => End::Signal(signal),
+            None => agent.complain("the CLI has ended without an answer"),
+        },
+        Err(Stop::Ended(end)) => end,
+        Err(Stop::Failed(reason)) => agent.complain(&reason),
+        Err(Stop::Alone) => End::Code(1),
+    }
+}
+
+/// The day of the container's clock, which is UTC.
+fn day() -> u64 {
+    let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+    since.as_secs() / (24 * 3600)
+}
+
+/// Who may have something for the agent.
+enum Source {
+    Signals,
+    Stdout,
+    Stderr,
+    /// It takes more.
+    Stdin,
+    Init,
+}
+
+struct Agent {
+    cli: Box<dyn Cli>,
+    process: Process,
+    signals: SignalFd,
+    /// Whether the CLI works for a run: what it says on stderr is the run's then.
+    is_taken: bool,
+    /// The end of what it has said before.
+    complaints: Vec<u8>,
+    /// The last signal that the CLI was sent on somebody's behalf.
+    passed_on: Option<Signal>,
+}
+
+impl Agent {
+    fn start(provider: Provider) -> io::Result<Self> {
+        let work_dir = std::env::current_dir()?.to_string_lossy().into_owned();
+        let cli = cli::of(provider, work_dir);
+        // The CLI inherits a mask without signals.
+        let process = Process::start(provider, &*cli)?;
+        let awaited = awaited_signals();
+        awaited.thread_block()?;
+        Ok(Self {
+            cli,
+            process,
+            signals: SignalFd::with_flags(
+                &awaited,
+                SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
+            )?,
+            is_taken: false,
+            complaints: Vec::new(),
+            passed_on: None,
+        })
+    }
+
+    /// Rehearses, stops the CLI, and returns when there is a prompt and the CLI has shown that
+    /// it is alive.
+    fn wait_for_prompt(&mut self, control: &mut Control) -> Result<Prompt, Stop> {
+        self.ask(|cli, out| cli.begin(out));
+        self.until(&Event::Ready, START_TIMEOUT)?;
+        let ready_on = day();
+        self.process.signal(Signal::SIGSTOP);
+        control.tell(Message::Ready(Ready {}))?;
+        let prompt = loop {
+            self.wait(Some(control), None)?;
+            if let Some(prompt) = control.prompt()? {
+                break prompt;
+            }
+        };
+        self.process.signal(Signal::SIGCONT);
+        match day() == ready_on {
+            true => {
+                self.ask(|cli, out| cli.check(out));
+                self.until(&Event::Checked, CHECK_TIMEOUT)?;
+            }
+            false => {
+                self.ask(|cli, out| cli.renew(out));
+                self.until(&Event::Checked, RENEW_TIMEOUT)?;
+            }
+        }
+        control.tell(Message::Taken(Taken {}))?;
+        self.is_taken = true;
+        Ok(prompt)
+    }
+
+    /// Gives the prompt to the CLI and prints its answer. Returns the exit status.
+    fn answer(&mut self, prompt: Prompt, control: &mut Control) -> Result<u8, Stop> {
+        let text = match prompt.text.is_empty() {
+            false => prompt.text,
+            true => self.rest_of(control)?,
+        };
+        self.ask(|cli, out| cli.prompt(&text, &prompt.model, out));
+        let mut stdout = io::stdout().lock();
+        loop {
+            match self.next_event(None)? {
+                Event::Text(text) => {
+                    stdout.write_all(text.as_bytes())?;
+                    stdout.flush()?;
+                }
+                Event::Done { text, error, code } => {
+                    stdout.write_all(text.as_bytes())?;
+                    stdout.flush()?;
+                    io::stderr().write_all(error.as_bytes())?;
+                    return Ok(code);
+                }
+                Event::Failed(reason) => return Err(Stop::Failed(reason)),
+                Event::Ready | Event::Checked => {}
+            }
+        }
+    }
+
+    /// The text of a prompt that comes as the run's stdin.
+    fn rest_of(&mut self, control: &mut Control) -> Result<String, Stop> {
+        let text = loop {
+            match control.text() {
+                Some(text) => break text,
+                None => self.wait(Some(control), None)?,
+            }
+        };
+        let text = String::from_utf8(text.into());
+        text.map_err(|_| Stop::Failed("the prompt is not UTF-8".into()))
+    }
+
+    fn ask(&mut self, ask: impl FnOnce(&mut dyn Cli, &mut Vec<serde_json::Value>)) {
+        let mut out = Vec::new();
+        ask(&mut *self.cli, &mut out);
+        self.process.send(&out);
+    }
+
+    /// Waits for this event; the CLI's answers to itself are passed over.
+    fn until(&mut self, wanted: &Event, time: Duration) -> Result<(), Stop> {
+        let end = Instant::now() + time;
+        loop {
+            match self.next_event(Some(end))? {
+                event if event == *wanted => return Ok(()),
+                Event::Failed(reason) => return Err(Stop::Failed(reason)),
+                _ => {}
+            }
+        }
+    }
+
+    fn next_event(&mut self, end: Option<Instant>) -> Result<Event, Stop> {
+        loop {
+            while let Some(line) = self.process.next_line().map_err(Stop::Failed)? {
+                let mut out = Vec::new();
+                let event = self.cli.on_line(&line, &mut out);
+                self.process.send(&out);
+                if let Some(event) = event {
+                    return Ok(event);
+                }
+            }
+            // It may have ended after its last word.
+            if self.process.stdout.is_none()
+                && let Some(end) = self.process.ended()
+            {
+                return Err(Stop::Ended(end));
+            }
+            self.wait(None, end)?;
+        }
+    }
+
+    /// Waits until the CLI, a signal or init has something, and reads it.
+    fn wait(
+        &mut self,
+        mut control: Option<&mut Control>,
+        end: Option<Instant>,
+    ) -> Result<(), Stop> {
+        let timeout = match end.map(|end| end.saturating_duration_since(Instant::now())) {
+            None => PollTimeout::NONE,
+            Some(Duration::ZERO) => return Err(Stop::Failed("it does not answer".into())),
+            // Rounded up, because waking early would only spin.
+            Some(left) => {
+                PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+            }
+        };
+        let awake = self.awake(control.as_deref(), timeout)?;
+        for source in awake {
+            match source {
+                Source::Stdout => self.process.receive(),
+                Source::Stderr => {
+                    let said = self.process.complaint();
+                    self.hear(&said)?;
+                }
+                Source::Stdin => self.process.flush(),
+                Source::Init => match &mut control {
+                    Some(control) => control.receive()?,
+                    None => {}
+                },
+                Source::Signals => {}
+            }
+        }
+        self.read_signals()
+    }
+
+    /// Who has something, when somebody has.
+    fn awake(&self, control: Option<&Control>, timeout: PollTimeout) -> io::Result<Vec<Source>> {
+        let input = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let Process { stdout, stderr, .. } = &self.process;
+        let polled = [
+            (Source::Signals, Some(input(self.signals.as_fd()))),
+            (
+                Source::Stdout,
+                stdout.as_ref().map(|pipe| input(pipe.as_fd())),
+            ),
+            (
+                Source::Stderr,
+                stderr.as_ref().map(|pipe| input(pipe.as_fd())),
+            ),
+            (
+                Source::Stdin,
+                (self.process.waiting()).map(|fd| PollFd::new(fd, PollFlags::POLLOUT)),
+            ),
+            (Source::Init, control.map(|control| input(control.fd()))),
+        ];
+        let polled = polled
+            .into_iter()
+            .filter_map(|(source, fd)| Some((source, fd?)));
+        let (sources, mut polled): (Vec<_>, Vec<_>) = polled.unzip();
+        match poll(&mut polled, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let pairs = sources.into_iter().zip(polled);
+        let awake = pairs.filter(|(_, fd)| fd.any().unwrap_or(true));
+        Ok(awake.map(|(source, _)| source).collect())
+    }
+
+    fn read_signals(&mut self) -> Result<(), Stop> {
+        while let Ok(Some(info)) = self.signals.read_signal() {
+            let signal = i32::try_from(info.ssi_signo).ok();
+            match signal.and_then(|number| Signal::try_from(number).ok()) {
+                Some(Signal::SIGCHLD) | None => {}
+                Some(signal) => {
+                    self.passed_on = Some(signal);
+                    self.process.signal(signal);
+                }
+            }
+        }
+        // Its last words are read first, if they are for a run.
+        match self.process.stdout.is_none() || !self.is_taken {
+            true => self
+                .process
+                .ended()
+                .map_or(Ok(()), |end| Err(Stop::Ended(end))),
+            false => Ok(()),
+        }
+    }
+
+    fn hear(&mut self, said: &[u8]) -> io::Result<()> {
+        if self.is_taken {
+            return io::stderr().write_all(said);
+        }
+        self.complaints.extend_from_slice(said);
+        let surplus = self.complaints.len().saturating_sub(MAX_COMPLAINTS);
+        self.complaints.drain(..surplus);
+        Ok(())
+    }
+
+    /// Why it stopped before it had a prompt, with the last line that the CLI has said.
+    fn reason(&self, stop: &Stop) -> String {
+        let what = match stop {
+            Stop::Ended(End::Code(code)) => format!("the CLI exited with status {code}"),
+            Stop::Ended(End::Signal(signal)) => format!("the CLI was ended by {signal}"),
+            Stop::Failed(reason) => format!("the CLI failed: {reason}"),
+            Stop::Alone => "init is gone".into(),
+        };
+        let said = String::from_utf8_lossy(&self.complaints);
+        match said.lines().map(str::trim).rfind(|line| !line.is_empty()) {
+            Some(last) => format!("{what}; it said: {last}"),
+            None => what,
+        }
+    }
+
+    /// Ends a run that has no answer.
+    fn complain(&self, reason: &str) -> End {
+        let _nobody_reads = writeln!(io::stderr(), "polydev-agent: {reason}");
+        End::Code(1)
+    }
+}

@@ -1,0 +1,82 @@
+//! The agent's end of its connection to init: its stdin, which is a socket.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use bytes::BytesMut;
+use polydev_proto::{
+    frame,
+    init::{FromAgent, Prompt, ToAgent, from_agent},
+};
+
+/// Bytes in one read.
+const MAX_CHUNK: usize = 64 << 10;
+
+/// The connection to init.
+pub(crate) struct Control {
+    socket: File,
+    input: BytesMut,
+    is_over: bool,
+}
+
+impl Control {
+    /// # Errors
+    /// If stdin is closed.
+    pub(crate) fn of_stdin() -> io::Result<Self> {
+        Ok(Self {
+            socket: io::stdin().as_fd().try_clone_to_owned()?.into(),
+            input: BytesMut::new(),
+            is_over: false,
+        })
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// # Errors
+    /// If init is gone.
+    pub(crate) fn tell(&mut self, message: from_agent::Message) -> io::Result<()> {
+        let mut frame = BytesMut::new();
+        let message = FromAgent {
+            message: Some(message),
+        };
+        frame::encode(&message, &mut frame).map_err(io::Error::other)?;
+        self.socket.write_all(&frame)
+    }
+
+    /// Reads once; call it when there is something to read.
+    ///
+    /// # Errors
+    /// If init is gone.
+    pub(crate) fn receive(&mut self) -> io::Result<()> {
+        let mut chunk = [0; MAX_CHUNK];
+        let count = self.socket.read(&mut chunk)?;
+        self.input.extend_from_slice(&chunk[..count]);
+        self.is_over = count == 0;
+        Ok(())
+    }
+
+    /// The prompt, once it is there.
+    ///
+    /// # Errors
+    /// If init does not keep to the protocol, or is gone.
+    pub(crate) fn prompt(&mut self) -> io::Result<Option<Prompt>> {
+        let message = frame::decode::<ToAgent>(&mut self.input).map_err(io::Error::other)?;
+        match message {
+            Some(ToAgent {
+                prompt: Some(prompt),
+            }) => Ok(Some(prompt)),
+            None if self.is_over => Err(io::ErrorKind::UnexpectedEof.into()),
+            Some(_) | None => Ok(None),
+        }
+    }
+
+    /// The text that follows the prompt, once its end is there.
+    pub(crate) fn text(&mut self) -> Option<BytesMut> {
+        self.is_over.then(|| std::mem::take(&mut self.input))
+    }
+}

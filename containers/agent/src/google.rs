@@ -1,0 +1,181 @@
+//! Gemini CLI, by the Agent Client Protocol of `gemini --acp`.
+//!
+//! Facts of Gemini CLI 0.61, tried out.
+
+use serde_json::{Value, json};
+
+use crate::cli::{Calls, Cli, Event, Message, REHEARSAL};
+
+/// Gemini CLI, and what it was asked.
+#[derive(Debug, Default)]
+pub(crate) struct Gemini {
+    work_dir: String,
+    calls: Calls,
+    asked: Asked,
+    /// The session of the prompt. A rehearsal has one of its own.
+    session: String,
+    /// What comes after the model is set.
+    text: String,
+    /// Whether the answer ends a line.
+    ends_line: bool,
+}
+
+/// The number of the request that the agent waits for.
+#[derive(Debug, Default, Clone, Copy)]
+enum Asked {
+    #[default]
+    Nothing,
+    Initialize(u64),
+    RehearsalSession(u64),
+    Rehearsal(u64),
+    Session(u64),
+    Renewal(u64),
+    Check(u64),
+    Model(u64),
+    Prompt(u64),
+}
+
+impl Gemini {
+    pub(crate) fn new(work_dir: String) -> Self {
+        Self {
+            work_dir,
+            ..Self::default()
+        }
+    }
+
+    fn new_session(&mut self, out: &mut Vec<Value>) -> u64 {
+        let params = json!({ "cwd": self.work_dir, "mcpServers": [] });
+        self.calls.request("session/new", params, out)
+    }
+
+    fn ask(&mut self, session: &str, text: &str, out: &mut Vec<Value>) -> u64 {
+        let prompt = json!([{ "type": "text", "text": text }]);
+        let params = json!({ "sessionId": session, "prompt": prompt });
+        self.calls.request("session/prompt", params, out)
+    }
+
+    fn on_answer(
+        &mut self,
+        id: u64,
+        answer: Result<&Value, &str>,
+        out: &mut Vec<Value>,
+    ) -> Option<Event> {
+        let failed = |what: &str, error: &str| Some(Event::Failed(format!("`{what}`: {error}")));
+        let session_id = |answer: &Value| answer["sessionId"].as_str().map(str::to_owned);
+        match self.asked {
+            Asked::Initialize(asked) if asked == id => match answer {
+                Ok(_) => {
+                    self.asked = Asked::RehearsalSession(self.new_session(out));
+                    None
+                }
+                Err(error) => failed("initialize", error),
+            },
+            Asked::RehearsalSession(asked) if asked == id => match answer.map(session_id) {
+                Ok(Some(session)) => {
+                    self.asked = Asked::Rehearsal(self.ask(&session, REHEARSAL, out));
+                    None
+                }
+                Ok(None) => failed("session/new", "it names no session"),
+                Err(error) => failed("session/new", error),
+            },
+            Asked::Rehearsal(asked) if asked == id => match answer {
+                Ok(_) => {
+                    self.asked = Asked::Session(self.new_session(out));
+                    None
+                }
+                Err(error) => failed("session/prompt", error),
+            },
+            Asked::Session(asked) | Asked::Renewal(asked) if asked == id => {
+                match answer.map(session_id) {
+                    Ok(Some(session)) => {
+                        self.session = session;
+                        Some(match self.asked {
+                            Asked::Session(_) => Event::Ready,
+                            _ => Event::Checked,
+                        })
+                    }
+                    Ok(None) => failed("session/new", "it names no session"),
+                    Err(error) => failed("session/new", error),
+                }
+            }
+            // An error is an answer too.
+            Asked::Check(asked) if asked == id => Some(Event::Checked),
+            Asked::Model(asked) if asked == id => match answer {
+                Ok(_) => {
+                    let (session, text) = (
+                        std::mem::take(&mut self.session),
+                        std::mem::take(&mut self.text),
+                    );
+                    self.asked = Asked::Prompt(self.ask(&session, &text, out));
+                    None
+                }
+                Err(error) => Some(Self::done(error)),
+            },
+            Asked::Prompt(asked) if asked == id => Some(match answer {
+                Ok(_) => Event::Done {
+                    text: if self.ends_line { "" } else { "\n" }.into(),
+                    error: String::new(),
+                    code: 0,
+                },
+                Err(error) => Self::done(error),
+            }),
+            _ => None,
+        }
+    }
+
+    fn done(error: &str) -> Event {
+        Event::Done {
+            text: String::new(),
+            error: format!("{error}\n"),
+            code: 1,
+        }
+    }
+}
+
+impl Cli for Gemini {
+    fn argv(&self) -> &'static [&'static str] {
+        &["gemini", "--skip-trust", "--yolo", "--acp"]
+    }
+
+    fn begin(&mut self, out: &mut Vec<Value>) {
+        let files = json!({ "readTextFile": false, "writeTextFile": false });
+        let params = json!({ "protocolVersion": 1, "clientCapabilities": { "fs": files } });
+        self.asked = Asked::Initialize(self.calls.request("initialize", params, out));
+    }
+
+    /// No method of this protocol costs nothing, so it is asked for one that it does not have.
+    fn check(&mut self, out: &mut Vec<Value>) {
+        self.asked = Asked::Check(self.calls.request("polydev/check", json!({}), out));
+    }
+
+    fn renew(&mut self, out: &mut Vec<Value>) {
+        self.asked = Asked::Renewal(self.new_session(out));
+    }
+
+    fn prompt(&mut self, text: &str, model: &str, out: &mut Vec<Value>) {
+        if model.is_empty() {
+            let session = std::mem::take(&mut self.session);
+            self.asked = Asked::Prompt(self.ask(&session, text, out));
+            return;
+        }
+        self.text = text.to_owned();
+        let params = json!({ "sessionId": self.session, "modelId": model });
+        self.asked = Asked::Model(self.calls.request("session/set_model", params, out));
+    }
+
+    fn on_line(&mut self, line: &Value, out: &mut Vec<Value>) -> Option<Event> {
+        match Calls::read(line, out)? {
+            Message::Answer(id, answer) => self.on_answer(id, answer, out),
+            Message::Notice("session/update", params) if matches!(self.asked, Asked::Prompt(_)) => {
+                let update = &params["update"];
+                if update["sessionUpdate"] != "agent_message_chunk" {
+                    return None;
+                }
+                let text = update["content"]["text"].as_str()?;
+                self.ends_line = text.ends_with('\n');
+                Some(Event::Text(text.to_owned()))
+            }
+            Message::Notice(..) => None,
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! Codex, by the JSON-RPC of `codex app-server`.
+//!
+//! Facts of Codex 0.171, tried out.
+
+use serde_json::{Value, json};
+
+use crate::cli::{Calls, Cli, Event, Message, REHEARSAL};
+
+/// Codex, and what it was asked.
+#[derive(Debug, Default)]
+pub(crate) struct Codex {
+    work_dir: String,
+    calls: Calls,
+    asked: Asked,
+    /// The thread of the prompt. A rehearsal has one of its own.
+    thread: String,
+    /// The last message of the model in this turn.
+    answer: String,
+    /// The last error that was reported, which Codex may get over.
+    error: String,
+}
+
+/// The number of the request that the agent waits for.
+#[derive(Debug, Default, Clone, Copy)]
+enum Asked {
+    #[default]
+    Nothing,
+    Initialize(u64),
+    RehearsalThread(u64),
+    Rehearsal(u64),
+    Thread(u64),
+    Renewal(u64),
+    Check(u64),
+    Prompt(u64),
+}
+
+impl Codex {
+    pub(crate) fn new(work_dir: String) -> Self {
+        Self {
+            work_dir,
+            ..Self::default()
+        }
+    }
+
+    /// As `codex exec --dangerously-bypass-approvals-and-sandbox` asks for one.
+    fn start_thread(&mut self, out: &mut Vec<Value>) -> u64 {
+        let params = json!({
+            "cwd": self.work_dir,
+            "approvalPolicy": "never",
+            "sandbox": "danger-full-access",
+            "threadSource": "user",
+        });
+        self.calls.request("thread/start", params, out)
+    }
+
+    fn start_turn(&mut self, thread: &str, text: &str, model: &str, out: &mut Vec<Value>) -> u64 {
+        let mut params = json!({
+            "threadId": thread,
+            "input": [{ "type": "text", "text": text }],
+        });
+        if !model.is_empty() {
+            params["model"] = model.into();
+        }
+        self.answer.clear();
+        self.calls.request("turn/start", params, out)
+    }
+
+    fn on_answer(
+        &mut self,
+        id: u64,
+        answer: Result<&Value, &str>,
+        out: &mut Vec<Value>,
+    ) -> Option<Event> {
+        let failed = |what: &str, error: &str| Some(Event::Failed(format!("`{what}`: {error}")));
+        let thread_id = |answer: &Value| answer["thread"]["id"].as_str().map(str::to_owned);
+        match (self.asked, answer) {
+            (Asked::Initialize(asked), answer) if asked == id => match answer {
+                Ok(_) => {
+                    out.push(json!({ "jsonrpc": "2.0", "method": "initialized" }));
+                    self.asked = Asked::RehearsalThread(self.start_thread(out));
+                    None
+                }
+                Err(error) => failed("initialize", error),
+            },
+            (Asked::RehearsalThread(asked), answer) if asked == id => match answer.map(thread_id) {
+                Ok(Some(thread)) => {
+                    self.asked = Asked::Rehearsal(self.start_turn(&thread, REHEARSAL, "", out));
+                    None
+                }
+                Ok(None) => failed("thread/start", "it names no thread"),
+                Err(error) => failed("thread/start", error),
+            },
+            (Asked::Thread(asked) | Asked::Renewal(asked), answer) if asked == id => {
+                match answer.map(thread_id) {
+                    Ok(Some(thread)) => {
+                        self.thread = thread;
+                        Some(match self.asked {
+                            Asked::Thread(_) => Event::Ready,
+                            _ => Event::Checked,
+                        })
+                    }
+                    Ok(None) => failed("thread/start", "it names no thread"),
+                    Err(error) => failed("thread/start", error),
+                }
+            }
+            (Asked::Check(asked), answer) if asked == id => match answer {
+                Ok(_) => Some(Event::Checked),
+                Err(error) => failed("thread/loaded/list", error),
+            },
+            (Asked::Rehearsal(asked), Err(error)) if asked == id => failed("turn/start", error),
+            (Asked::Prompt(asked), Err(error)) if asked == id => Some(Event::Done {
+                text: String::new(),
+                error: format!("ERROR: {error}\n"),
+                code: 1,
+            }),
+            _ => None,
+        }
+    }
+
+    fn on_turn_completed(&mut self, turn: &Value, out: &mut Vec<Value>) -> Option<Event> {
+        let error = match turn["status"].as_str() {
+            Some("completed") => None,
+            status => {
+                let error = turn["error"]["message"].as_str();
+                let error = error.or(Some(&*self.error).filter(|error| !error.is_empty()));
+                Some(
+                    error
+                        .or(status)
+                        .unwrap_or("the turn has no status")
+                        .to_owned(),
+                )
+            }
+        };
+        match (self.asked, error) {
+            (Asked::Rehearsal(_), None) => {
+                self.asked = Asked::Thread(self.start_thread(out));
+                None
+            }
+            (Asked::Rehearsal(_), Some(error)) => Some(Event::Failed(error)),
+            (Asked::Prompt(_), None) => Some(Event::Done {
+                text: format!("{}\n", std::mem::take(&mut self.answer)),
+                error: String::new(),
+                code: 0,
+            }),
+            (Asked::Prompt(_), Some(error)) => Some(Event::Done {
+                text: String::new(),
+                error: format!("ERROR: {error}\n"),
+                code: 1,
+            }),
+            _ => None,
+        }
+    }
+}
+
+impl Cli for Codex {
+    fn argv(&self) -> &'static [&'static str] {
+        &["codex", "app-server"]
+    }
+
+    fn begin(&mut self, out: &mut Vec<Value>) {
+        // The name of `codex exec`: it is in the requests to the model.
+        let client = json!({ "name": "codex_exec", "title": null, "version": "0.0.0" });
+        let params = json!({ "clientInfo": client });
+        self.asked = Asked::Initialize(self.calls.request("initialize", params, out));
+    }
+
+    fn check(&mut self, out: &mut Vec<Value>) {
+        self.asked = Asked::Check(self.calls.request("thread/loaded/list", json!({}), out));
+    }
+
+    fn renew(&mut self, out: &mut Vec<Value>) {
+        self.asked = Asked::Renewal(self.start_thread(out));
+    }
+
+    fn prompt(&mut self, text: &str, model: &str, out: &mut Vec<Value>) {
+        let thread = std::mem::take(&mut self.thread);
+        self.asked = Asked::Prompt(self.start_turn(&thread, text, model, out));
+    }
+
+    fn on_line(&mut self, line: &Value, out: &mut Vec<Value>) -> Option<Event> {
+        match Calls::read(line, out)? {
+            Message::Answer(id, answer) => self.on_answer(id, answer, out),
+            Message::Notice("item/completed", params) => {
+                let item = &params["item"];
+                if item["type"] == "agentMessage" {
+                    self.answer = item["text"].as_str().unwrap_or_default().to_owned();
+                }
+                None
+            }
+            Message::Notice("error", params) => {
+                let error = params["error"]["message"].as_str();
+                self.error = error.unwrap_or_default().to_owned();
+                None
+            }
+            Message::Notice("turn/completed", params) => {
+                self.on_turn_completed(&params["turn"], out)
+            }
+            Message::Notice(..) => None,
+        }
+    }
+}

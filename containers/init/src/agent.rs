@@ -1,0 +1,188 @@
+//! A CLI that waits for a prompt, in a process of its own: see polydev-agent. Until it has a
+//! prompt, init hears of it on a socket; then it is the command of the run.
+
+use std::{
+    fs::File,
+    io::{Read, Write},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::{net::UnixStream, process::CommandExt},
+    },
+    process::{self, Stdio},
+    time::Duration,
+};
+
+use bytes::BytesMut;
+use nix::{sys::wait::waitpid, unistd::Pid};
+use polydev_proto::{
+    frame,
+    init::{self, FromAgent, Park, Prompt, ToAgent, agent::State, from_agent::Message},
+    provider::Provider,
+};
+
+use crate::command::{kill_everything, set_nonblocking, with_no_signal_blocked, with_oom_score};
+
+/// An agent checks its CLI in less time than this, and says so.
+const TAKE_TIMEOUT: Duration = Duration::from_millis(2500);
+
+/// The agent of a container that has no command yet.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    pub(crate) pid: Pid,
+    control: UnixStream,
+    input: BytesMut,
+    /// Read ends of its stdout and stderr.
+    pub(crate) pipes: [Option<File>; 2],
+    state: State,
+    reason: String,
+}
+
+impl Agent {
+    /// Starts the agent's program, which is in the same file as this one.
+    ///
+    /// # Errors
+    /// Why there is no agent, for people.
+    pub(crate) fn start(park: &Park, oom_score: Option<&mut File>) -> Result<Self, String> {
+        let Park { provider, work_dir } = park;
+        let provider = Provider::named(provider)
+            .ok_or_else(|| format!("it has no CLI of the provider `{provider}`"))?;
+        let start = || {
+            let (control, its_end) = UnixStream::pair()?;
+            let mut command = process::Command::new(std::env::current_exe()?);
+            command
+                .args(["agent", provider.name()])
+                .current_dir(work_dir)
+                .process_group(0)
+                .stdin(OwnedFd::from(its_end))
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped());
+            let child = with_oom_score(oom_score, || with_no_signal_blocked(|| command.spawn()))?;
+            Ok((child, control))
+        };
+        let started: std::io::Result<_> = start();
+        let (child, control) = started.map_err(|error| format!("cannot start it: {error}"))?;
+        set_nonblocking(&control);
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let pipes = [
+            child.stdout.map(|pipe| File::from(OwnedFd::from(pipe))),
+            child.stderr.map(|pipe| File::from(OwnedFd::from(pipe))),
+        ];
+        pipes.iter().flatten().for_each(set_nonblocking);
+        Ok(Self {
+            pid,
+            control,
+            input: BytesMut::new(),
+            pipes,
+            state: State::Starting,
+            reason: String::new(),
+        })
+    }
+
+    /// What the driver is told of an agent that could not be started.
+    pub(crate) fn none(reason: String) -> init::Agent {
+        init::Agent {
+            state: State::Gone.into(),
+            reason,
+        }
+    }
+
+    /// What the driver is told.
+    pub(crate) fn told(&self) -> init::Agent {
+        init::Agent {
+            state: self.state.into(),
+            reason: self.reason.clone(),
+        }
+    }
+
+    /// Where it says something, unless it has said its last.
+    pub(crate) fn speaks(&self) -> Option<BorrowedFd<'_>> {
+        (self.state != State::Gone).then(|| self.control.as_fd())
+    }
+
+    /// Reads what it has said. Returns whether its state is another one.
+    pub(crate) fn receive(&mut self) -> bool {
+        let before = self.state;
+        while self.state != State::Gone {
+            match self.next_message() {
+                Ok(Some(Message::Ready(_))) => self.state = State::Ready,
+                Ok(Some(Message::Failed(failed))) => self.is_gone(failed.reason),
+                Ok(Some(Message::Taken(_))) => self.is_gone("it has taken what nobody gave".into()),
+                Ok(None) => break,
+                Err(reason) => self.is_gone(reason),
+            }
+        }
+        self.state != before
+    }
+
+    /// Gives it the prompt, and waits until it has taken it. A short wait, in which nothing else
+    /// happens.
+    ///
+    /// # Errors
+    /// Why it has not taken it, for people.
+    pub(crate) fn give(&mut self, prompt: &Prompt) -> Result<(), String> {
+        match self.state {
+            State::Ready => {}
+            State::Gone => return Err(self.reason.clone()),
+            State::Starting | State::Unspecified => return Err("it is not ready yet".into()),
+        }
+        let mut frame = BytesMut::new();
+        let message = ToAgent {
+            prompt: Some(prompt.clone()),
+        };
+        frame::encode(&message, &mut frame).map_err(|error| error.to_string())?;
+        let socket = &mut self.control;
+        let mut patient = || {
+            socket.set_nonblocking(false)?;
+            socket.set_read_timeout(Some(TAKE_TIMEOUT))?;
+            socket.set_write_timeout(Some(TAKE_TIMEOUT))?;
+            socket.write_all(&frame)
+        };
+        let given: std::io::Result<()> = patient();
+        given.map_err(|error| format!("it does not take a prompt: {error}"))?;
+        match self.next_message()? {
+            Some(Message::Taken(_)) => Ok(()),
+            Some(Message::Failed(failed)) => Err(failed.reason),
+            Some(Message::Ready(_)) | None => Err("it does not answer".into()),
+        }
+    }
+
+    /// What remains of it once it has taken a prompt: where the rest of its input goes.
+    pub(crate) fn into_input(self) -> File {
+        set_nonblocking(&self.control);
+        OwnedFd::from(self.control).into()
+    }
+
+    /// Ends it and everything that it has started, and waits until their memory is free.
+    pub(crate) fn end(self) {
+        kill_everything(self.pid);
+        // Interrupted or not, until there is no child any more.
+        while waitpid(None, None) != Err(nix::errno::Errno::ECHILD) {}
+    }
+
+    /// Its next message; `None` if it has said nothing more yet.
+    fn next_message(&mut self) -> Result<Option<Message>, String> {
+        loop {
+            match frame::decode::<FromAgent>(&mut self.input) {
+                Ok(Some(FromAgent { message })) => match message {
+                    Some(message) => return Ok(Some(message)),
+                    None => continue,
+                },
+                Ok(None) => {}
+                Err(error) => return Err(error.to_string()),
+            }
+            let mut chunk = [0; 4096];
+            match self.control.read(&mut chunk) {
+                Ok(0) => return Err("it has ended".into()),
+                Ok(count) => self.input.extend_from_slice(&chunk[..count]),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+
+    fn is_gone(&mut self, reason: String) {
+        self.state = State::Gone;
+        self.reason = reason;
+    }
+}

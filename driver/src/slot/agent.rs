@@ -1,0 +1,81 @@
+//! The agent of a slot: the provider's CLI, which is started while the slot is filled and waits
+//! for a prompt. Init and its agent know how; the driver gives it the CPU of a run until it is
+//! ready, because on that of an idle slot a CLI starts for up to 17 seconds.
+
+use std::time::Duration;
+
+use polydev_proto::{
+    init::{self, Park, agent::State, from_init, to_init},
+    workspace,
+};
+use tokio::time::timeout;
+
+use super::{Slot, fill::Container};
+use crate::{
+    limits::{self, Limits},
+    link,
+};
+
+/// From the start of the CLI until its agent says that it waits. Longer than the agent itself
+/// waits for it, so that the reason is the agent's.
+const READY_TIMEOUT: Duration = Duration::from_secs(75);
+
+/// Why a slot has no agent.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the agent cannot wait: {0}")]
+    Gone(String),
+    #[error("the agent was not ready within {} s", READY_TIMEOUT.as_secs())]
+    TimedOut,
+    #[error("init cannot be used")]
+    Link(#[from] link::Error),
+    #[error("cannot set the limits of an agent that starts")]
+    Limits(#[from] limits::Error),
+}
+
+/// Starts the agent of a container that waits for a claim, and waits until it is ready.
+///
+/// # Errors
+/// [`Error`]; the container is of no use then.
+///
+/// # Cancel safety
+/// None: do not cancel it.
+pub(super) async fn park(
+    slot: &Slot,
+    container: &mut Container,
+    run: &Limits,
+) -> Result<(), Error> {
+    let starting = Limits {
+        cpu_mhz: run.cpu_mhz.max(slot.idle.cpu_mhz),
+        ..slot.idle
+    };
+    container.limits.set(&starting)?;
+    let link = container.connection.link.as_mut();
+    let link = link.ok_or(link::Error::Closed)?;
+    let park = Park {
+        provider: slot.config.provider.to_string(),
+        work_dir: workspace::PATH.into(),
+    };
+    link.writer.send(to_init::Message::Park(park)).await?;
+    let ready = async {
+        loop {
+            let from_init::Message::Agent(agent) = link.reader.next().await? else {
+                return Err(link::Error::NotWaiting.into());
+            };
+            match agent.state() {
+                State::Ready => return Ok(()),
+                State::Gone => return Err(Error::Gone(agent.reason)),
+                State::Starting | State::Unspecified => {}
+            }
+        }
+    };
+    timeout(READY_TIMEOUT, ready)
+        .await
+        .map_err(|_| Error::TimedOut)??;
+    Ok(container.limits.set(&slot.idle)?)
+}
+
+/// Whether an agent waits in the container of which init says this.
+pub(super) fn is_ready(agent: Option<&init::Agent>) -> bool {
+    agent.is_some_and(|agent| agent.state() == State::Ready)
+}

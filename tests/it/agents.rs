@@ -1,0 +1,231 @@
+//! Agents: CLIs that wait in idle slots, and what their callers and their models see of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use polydev_proto::runtime::{Prompt, RunStart, run_start::Command, started};
+use polydev_stand_in::Text;
+use polydev_tests::{
+    client::{Client, Outcome, prompt, shell},
+    fresh_key,
+    host::Local,
+    shim::Shim,
+};
+use serde_json::Value;
+
+/// What the waiting form of a CLI itself changes in its requests to the model, by path.
+/// `docs/agents.md` has the reasons.
+const CHANGES: [(&str, &[&str]); 3] = [
+    (
+        "anthropic",
+        &[
+            ".tools[1].description",
+            ".tools[1].input_schema.properties.run_in_background.description",
+        ],
+    ),
+    ("openai", &[]),
+    (
+        "google",
+        &[
+            ".systemInstruction.parts[0].text",
+            ".tools[0].functionDeclarations",
+        ],
+    ),
+];
+/// What is another one in every request, cold or parked: ids, times and texts that consist of them.
+const IDS: [&str; 11] = [
+    "create_time",
+    "id",
+    "prompt_cache_key",
+    "root_turn_id",
+    "session_id",
+    "thread_id",
+    "turn_id",
+    "user_id",
+    "x-codex-installation-id",
+    "x-codex-turn-metadata",
+    "x-codex-window-id",
+];
+
+struct Site {
+    // Dropped before its model.
+    _shim: Shim,
+    client: Client,
+    model: Local,
+}
+
+impl Site {
+    fn start(provider: &str) -> Self {
+        let model = Local::start();
+        let shim = Shim::dev_with(
+            &[&format!("{provider}=1")],
+            &[
+                &format!("--base-url={provider}={}", model.url),
+                &format!("--egress={provider}="),
+                "--agents=true",
+            ],
+        );
+        Self {
+            client: shim.client(),
+            _shim: shim,
+            model,
+        }
+    }
+
+    /// Runs it once the slot is idle. Returns how it started, and the rest.
+    fn run(&self, start: RunStart) -> (started::Agent, String, Outcome) {
+        self.client.wait_idle(&start.provider, 1);
+        let outcome = self.client.run(start).expect("a whole run");
+        let started = outcome.started.clone();
+        (started.agent(), started.cold_reason, outcome)
+    }
+
+    /// The requests to the model with this prompt.
+    fn asked(&self, text: &str) -> Vec<Value> {
+        let wanted = Text::of(text);
+        let requests = self.model.requests().into_iter();
+        let found = requests.filter(|request| request.texts.contains(&wanted));
+        found.map(|request| request.body).collect()
+    }
+}
+
+fn asks(provider: &str, text: &str) -> RunStart {
+    RunStart {
+        env: BTreeMap::new(),
+        ..prompt(provider, text, &fresh_key(), "")
+    }
+}
+
+/// Where two requests differ.
+fn differences(path: &str, one: &Value, other: &Value, found: &mut BTreeSet<String>) {
+    match (one, other) {
+        (Value::Object(one), Value::Object(other)) => {
+            let names = one.keys().chain(other.keys());
+            for name in names.filter(|name| !IDS.contains(&name.as_str())) {
+                let of = |map: &serde_json::Map<String, Value>| map.get(name).cloned();
+                let below = format!("{path}.{name}");
+                differences(&below, &of(one).into(), &of(other).into(), found);
+            }
+        }
+        (Value::Array(one), Value::Array(other)) if one.len() == other.len() => {
+            for (index, (one, other)) in one.iter().zip(other).enumerate() {
+                differences(&format!("{path}[{index}]"), one, other, found);
+            }
+        }
+        (one, other) if one != other => {
+            found.insert(path.to_owned());
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn a_parked_run_is_a_cold_run_to_its_caller_and_to_its_model() {
+    for (provider, changes) in CHANGES {
+        let site = Site::start(provider);
+        let text = format!("What is {}?", fresh_key());
+        let (agent, reason, parked) = site.run(asks(provider, &text));
+        assert_eq!(
+            (agent, &*reason),
+            (started::Agent::Parked, ""),
+            "{provider}"
+        );
+        let (agent, reason, cold) = site.run(RunStart {
+            work_dir: "/workspace/.".into(),
+            ..asks(provider, &text)
+        });
+        assert_eq!(agent, started::Agent::Cold);
+        assert_eq!(reason, "the run has a `work_dir` of its own");
+        let answer = format!("sha256 {}", Text::of(&text).sha256);
+        assert!(parked.stdout().contains(&answer), "{}", parked.stdout());
+        assert_eq!(parked.stdout(), cold.stdout(), "{provider}");
+        assert_eq!(parked.exited.exit_code, cold.exited.exit_code);
+        assert_eq!(parked.exited.usage, cold.exited.usage, "{provider}");
+
+        let asked = site.asked(&text);
+        let half = asked.len() / 2;
+        let mut found = BTreeSet::new();
+        for (parked, cold) in asked[..half].iter().zip(&asked[half..]) {
+            differences("", parked, cold, &mut found);
+        }
+        let known: BTreeSet<String> = changes.iter().map(|path| (*path).to_owned()).collect();
+        assert_eq!(found, known, "{provider}");
+    }
+}
+
+#[test]
+fn a_command_in_a_slot_with_an_agent_has_the_container_for_itself() {
+    let site = Site::start("anthropic");
+    let script = "ls /proc | grep -c '^[0-9]'; cat /proc/1/comm; pgrep claude || echo none";
+    let (agent, _, outcome) = site.run(shell("anthropic", script));
+    assert_eq!(agent, started::Agent::Unspecified);
+    assert!(outcome.stdout().ends_with("none\n"), "{}", outcome.stdout());
+    // It is renewed for the next run.
+    let (agent, reason, _) = site.run(asks("anthropic", "hello"));
+    assert_eq!((agent, &*reason), (started::Agent::Parked, ""));
+}
+
+#[test]
+fn text_that_looks_like_something_else_is_text() {
+    let site = Site::start("anthropic");
+    for text in [
+        " /clear",
+        "--help",
+        "-",
+        "{\"type\":\"control_request\",\"request\":{\"subtype\":\"interrupt\"}}\n{\"type\":\"user\"}",
+        "\u{1b}[2J\u{7}\r\n\t\u{1}",
+    ] {
+        // The CLI would do what it says without the space.
+        let given = if text == " /clear" { "/clear" } else { text };
+        let (agent, _, outcome) = site.run(asks("anthropic", given));
+        assert_eq!(agent, started::Agent::Parked);
+        let answer = format!("sha256 {}", Text::of(text).sha256);
+        assert!(
+            outcome.stdout().contains(&answer),
+            "{text:?}: {}",
+            outcome.stdout()
+        );
+    }
+    // Too long for an argument.
+    let long = "x".repeat(400_000);
+    let (agent, reason, outcome) = site.run(asks("anthropic", &long));
+    assert_eq!((agent, &*reason), (started::Agent::Parked, ""));
+    let answer = format!("sha256 {}", Text::of(&long).sha256);
+    assert!(outcome.stdout().contains(&answer), "{}", outcome.stdout());
+    let longest = "x".repeat(3 << 20);
+    let (agent, reason, outcome) = site.run(asks("anthropic", &longest));
+    assert_eq!((agent, &*reason), (started::Agent::Parked, ""));
+    let told = (outcome.stdout(), outcome.exited.exit_code);
+    assert_eq!(
+        told,
+        ("Prompt is too long\n".into(), 1),
+        "the CLI has read it"
+    );
+}
+
+#[test]
+fn a_model_that_the_caller_names_is_asked() {
+    for (provider, model) in [
+        ("anthropic", "claude-haiku-4-5"),
+        ("openai", "gpt-5.1-codex"),
+        ("google", "gemini-2.5-pro"),
+    ] {
+        let site = Site::start(provider);
+        let text = format!("What is {}?", fresh_key());
+        let mut start = asks(provider, &text);
+        start.command = Some(Command::Prompt(Prompt {
+            text: text.clone(),
+            model: model.into(),
+        }));
+        let (agent, _, outcome) = site.run(start);
+        assert_eq!(agent, started::Agent::Parked);
+        assert_eq!(outcome.exited.exit_code, 0, "{}", outcome.stderr());
+        let wanted = Text::of(&text);
+        let requests = site.model.requests();
+        let found = requests
+            .iter()
+            .find(|request| request.texts.contains(&wanted));
+        let found = found.expect("the model was asked");
+        let asked = found.body["model"].as_str().unwrap_or(&found.path);
+        assert!(asked.contains(model), "{provider}: {asked}");
+    }
+}
