@@ -14,12 +14,13 @@ tests/images.sh
 work=$(mktemp -d /tmp/pdtest-XXXXXX)
 export POLYDEV_ADDRESS=unix://$work/shim.sock POLYDEV_LISTEN=unix://$work/shim.sock
 bin=target/demo
-shim='' namespace=''
+shim='' namespace='' stand_in=''
 clean() {
     if [ -n "$shim" ]; then
         step "stopping"
         kill "$shim" 2>/dev/null && wait "$shim" || true
     fi
+    if [ -n "$stand_in" ]; then kill "$stand_in" 2>/dev/null || true; fi
     if [ -n "$namespace" ]; then
         ip netns pids "$namespace" | xargs --no-run-if-empty kill
         ip netns delete "$namespace"
@@ -29,7 +30,7 @@ clean() {
 trap clean EXIT
 
 prompt="In one sentence: what is a warm container?"
-run=() docker_run=()
+dev=() docker_run=()
 if [ -n "${ANTHROPIC_API_KEY:-}" ]; then
     provider=anthropic key=ANTHROPIC_API_KEY cli=(claude -p "$prompt")
 elif [ -n "${OPENAI_API_KEY:-}" ]; then
@@ -52,13 +53,16 @@ else
     ip -n "$namespace" link set pddemon up
     ip -n "$namespace" link set lo up
     ip -n "$namespace" route add default via 198.19.255.1
+    # One that containers reach, and one that the broker reaches.
     ip netns exec "$namespace" "$bin/stand-in" 198.19.255.2:80 &
-    run=(--env ANTHROPIC_BASE_URL=http://198.19.255.2)
+    "$bin/stand-in" 127.0.0.1:8318 &
+    stand_in=$!
+    dev=(--base-url "$provider=http://127.0.0.1:8318")
     docker_run=(--env ANTHROPIC_BASE_URL=http://198.19.255.2)
 fi
 
-step "starting the embedded engine with one warm $provider slot"
-"$bin/polydev-shim" dev --state-dir "$work/state" --pool "$provider=1" 2>"$work/shim.log" &
+step "starting the embedded engine with one warm $provider slot, in which the CLI waits"
+"$bin/polydev-shim" dev --state-dir "$work/state" --pool "$provider=1" "${dev[@]}" 2>"$work/shim.log" &
 shim=$!
 idle() {
     for _ in $(seq 600); do
@@ -74,26 +78,46 @@ idle
 limits=(--cpus 0.5 --memory 512m --memory-swap 512m --pids-limit 256)
 image=polydev-$provider-runtime:latest
 now() { date +%s%N; }
-since() { echo $((($(now) - $1) / 1000000)); }
-
-step "polydev-shim run $provider --prompt \"$prompt\""
-start=$(now)
-"$bin/polydev-shim" run "$provider" --prompt "$prompt" "${run[@]}" --timeline
-warm=$(since "$start")
-idle
+# first COMMAND...: runs it, prints its output, and sets `took` to the milliseconds to its first byte.
+first() {
+    local start
+    start=$(now)
+    "$@" </dev/null | {
+        IFS= read -rn1 byte
+        echo $((($(now) - start) / 1000000)) >"$work/took"
+        printf '%s' "$byte"
+        cat
+    }
+    took=$(<"$work/took")
+}
+by_docker() { "$DOCKER" run --rm "${limits[@]}" --env "$key" "${docker_run[@]}" "$image" "$@" 2>/dev/null; }
 
 step "docker run $image ${cli[*]}"
-start=$(now)
-"$DOCKER" run --rm "${limits[@]}" --env "$key" "${docker_run[@]}" "$image" "${cli[@]}" 2>/dev/null
-cold=$(since "$start")
+first by_docker "${cli[@]}"
+docker_took=$took
+
+# An agent that waits cannot have a variable any more, so that this run starts the CLI.
+step "polydev-shim run $provider --prompt \"$prompt\" --env LANG=C.UTF-8 --timeline"
+first "$bin/polydev-shim" run "$provider" --prompt "$prompt" --env LANG=C.UTF-8 --timeline
+cold_took=$took
+idle
+
+step "polydev-shim run $provider --prompt \"$prompt\" --timeline"
+first "$bin/polydev-shim" run "$provider" --prompt "$prompt" --timeline
+parked_took=$took
+idle
 
 step "the same for \`true\`, which does nothing but start"
 start=$(now)
 "$bin/polydev-shim" run "$provider" -- true </dev/null
-warm_true=$(since "$start")
+warm_true=$((($(now) - start) / 1000000))
 start=$(now)
-"$DOCKER" run --rm "${limits[@]}" --env "$key" "$image" true 2>/dev/null
-cold_true=$(since "$start")
+by_docker true
+docker_true=$((($(now) - start) / 1000000))
 
-printf '\n%-22s %12s %12s\n' '' 'the prompt' '`true`'
-printf '%-22s %9s ms %9s ms\n' 'polydev-shim run' "$warm" "$warm_true" 'docker run' "$cold" "$cold_true"
+printf '\n%-44s %14s\n' '' 'to first word'
+printf '%-44s %11s ms\n' 'the prompt: docker run' "$docker_took" \
+    'the prompt: cold, in a warm container' "$cold_took" \
+    'the prompt: parked, the CLI was waiting' "$parked_took"
+printf '\n%-44s %14s\n' '' 'to its end'
+printf '%-44s %11s ms\n' '`true`: docker run' "$docker_true" '`true`: polydev-shim run' "$warm_true"

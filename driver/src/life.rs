@@ -7,6 +7,7 @@
 //!                              | |                ^                   ^ ^
 //!                              | +--Leased--> Leased ---LeaseEnded----+ |
 //!                              +------------------+-------Died---------+
+//!                              +-------------------------Renewed-------+
 //!   any but Failed --Drained--> Draining          Warming, Recycling --GivenUp--> Failed
 //! ```
 //!
@@ -98,6 +99,8 @@ pub enum Event {
     RunEnded,
     /// The idle container is gone.
     Died { reason: String },
+    /// The idle container has waited for long, and another one takes its place.
+    Renewed,
     /// Nothing runs in the old container any longer, and the next one is being made.
     Recycled,
     /// Nomad stops the allocation, or the run of a slot on demand does not come.
@@ -108,7 +111,7 @@ pub enum Event {
 
 impl Event {
     /// All names that [`Event::name`] returns.
-    pub const NAMES: [&str; 10] = [
+    pub const NAMES: [&str; 11] = [
         "held",
         "warmed",
         "claimed",
@@ -116,6 +119,7 @@ impl Event {
         "lease_ended",
         "run_ended",
         "died",
+        "renewed",
         "recycled",
         "drained",
         "given_up",
@@ -132,6 +136,7 @@ impl Event {
             Self::LeaseEnded => "lease_ended",
             Self::RunEnded => "run_ended",
             Self::Died { .. } => "died",
+            Self::Renewed => "renewed",
             Self::Recycled => "recycled",
             Self::Drained => "drained",
             Self::GivenUp { .. } => "given_up",
@@ -261,6 +266,7 @@ impl Life {
             (State::Idle | State::Leased { .. }, Event::Died { reason }) => {
                 (self.after_container(), reason)
             }
+            (State::Idle, Event::Renewed) => (self.after_container(), String::new()),
             (State::Recycling, Event::Recycled) => {
                 self.generation = self.generation.next();
                 (State::Warming, std::mem::take(&mut self.reason))
@@ -348,6 +354,7 @@ mod tests {
             Just(Event::Died {
                 reason: "gone".into()
             }),
+            Just(Event::Renewed),
             Just(Event::Recycled),
             Just(Event::Drained),
             Just(Event::GivenUp {

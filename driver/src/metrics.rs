@@ -21,7 +21,7 @@ use opentelemetry_sdk::{
         exporter::PushMetricExporter,
     },
 };
-use polydev_proto::provider::Provider;
+use polydev_proto::{init::Form, provider::Provider};
 use tokio::{sync::oneshot, time::timeout};
 use tonic::transport::Endpoint;
 
@@ -226,6 +226,7 @@ fn pools() -> impl Iterator<Item = (Provider, bool)> {
 struct Instruments {
     steps: Counter<u64>,
     times: Histogram<f64>,
+    prompts: Counter<u64>,
 }
 
 impl Instruments {
@@ -248,7 +249,22 @@ impl Instruments {
             .with_description("How long slots were in a state, and which one followed.")
             .with_boundaries(TIMES.into())
             .build();
-        Self { steps, times }
+        let prompts = meter
+            .u64_counter("polydev.prompts")
+            .with_unit("{prompt}")
+            .with_description("Prompts that were started, by whether an agent had waited for them.")
+            .build();
+        for provider in Provider::all() {
+            for agent in ["parked", "cold"] {
+                let provider = KeyValue::new("provider", provider.name());
+                prompts.add(0, &[provider, KeyValue::new("agent", agent)]);
+            }
+        }
+        Self {
+            steps,
+            times,
+            prompts,
+        }
     }
 }
 
@@ -259,7 +275,7 @@ pub struct Steps(Option<Instruments>);
 impl Steps {
     /// Records a step of a slot from `last` to `next`.
     pub fn taken(&self, provider: Provider, on_demand: bool, last: &Life, next: &Life) {
-        let Some(Instruments { steps, times }) = &self.0 else {
+        let Some(Instruments { steps, times, .. }) = &self.0 else {
             return;
         };
         let [provider, on_demand] = of(provider, on_demand);
@@ -278,6 +294,18 @@ impl Steps {
         // If the clock was set back, the time counts as zero.
         let time = next.since().duration_since(last.since());
         times.record(time.unwrap_or_default().as_secs_f64(), &attributes);
+    }
+}
+
+impl Steps {
+    /// Counts a prompt that has started in this form.
+    pub fn prompted(&self, provider: Provider, form: &Form) {
+        let Some(Instruments { prompts, .. }) = &self.0 else {
+            return;
+        };
+        let agent = if form.parked { "parked" } else { "cold" };
+        let provider = KeyValue::new("provider", provider.name());
+        prompts.add(1, &[provider, KeyValue::new("agent", agent)]);
     }
 }
 

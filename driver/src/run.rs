@@ -235,6 +235,11 @@ impl Run {
         tracing::info_span!("run", %run_id, %user_id, %slot_id)
     }
 
+    /// In which form its prompt was started, in this life of the driver; `None` for an argv.
+    pub(crate) fn form(&self) -> Option<Form> {
+        self.progress.borrow().form.clone()
+    }
+
     /// Ends the run at once.
     pub(crate) fn kill(&self) {
         self.kill.cancel();

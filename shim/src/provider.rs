@@ -104,6 +104,10 @@ pub trait Cli {
     #[must_use]
     fn as_text(&self, text: String) -> String;
 
+    /// Names in the workspace that the CLI reads only when it starts.
+    #[must_use]
+    fn reads_at_start(&self) -> &'static [&'static str];
+
     /// Whether a CLI that waits would take the text for a command of its own.
     #[must_use]
     fn is_command_to_agent(&self, text: &str) -> bool;
@@ -192,6 +196,23 @@ impl Cli for Provider {
             // ` /clear` says.
             Self::Anthropic if text.starts_with('/') => format!(" {text}"),
             _ => text,
+        }
+    }
+
+    fn reads_at_start(&self) -> &'static [&'static str] {
+        match self {
+            // Claude Code 2.1.332 has none of them in its requests if they come after it has
+            // rehearsed. Codex 0.171 and Gemini CLI 0.61 read the others with each session.
+            Self::Anthropic => &[
+                "AGENTS.md",
+                "CLAUDE.local.md",
+                "CLAUDE.md",
+                ".claude",
+                ".git",
+                ".mcp.json",
+            ],
+            Self::OpenAi => &[".codex"],
+            Self::Google => &[".env", ".gemini"],
         }
     }
 

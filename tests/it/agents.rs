@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use polydev_proto::runtime::{Prompt, RunStart, run_start::Command, started};
+use polydev_proto::runtime::{
+    InputFile, Prompt, RunStart, input_file, run_start::Command, started,
+};
 use polydev_stand_in::Text;
 use polydev_tests::{
     client::{Client, Outcome, prompt, shell},
@@ -149,6 +151,45 @@ fn a_parked_run_is_a_cold_run_to_its_caller_and_to_its_model() {
         }
         let known: BTreeSet<String> = changes.iter().map(|path| (*path).to_owned()).collect();
         assert_eq!(found, known, "{provider}");
+    }
+}
+
+#[test]
+fn files_that_come_with_a_prompt_are_read_as_by_a_cli_that_starts() {
+    for (provider, read_in_a_session, read_at_the_start) in [
+        ("openai", "AGENTS.md", ".codex/config.toml"),
+        ("google", "GEMINI.md", ".env"),
+        ("anthropic", "notes/CLAUDE.md", "CLAUDE.md"),
+    ] {
+        let site = Site::start(provider);
+        let with = |path: &str, text: &str| {
+            let mut start = asks(provider, text);
+            let content = "# The marker is swordfish.\n".into();
+            start.files = vec![InputFile {
+                path: path.into(),
+                source: Some(input_file::Source::Content(content)),
+                ..InputFile::default()
+            }];
+            start
+        };
+        let text = format!("What is {}?", fresh_key());
+        let (agent, reason, outcome) = site.run(with(read_in_a_session, &text));
+        assert_eq!(
+            (agent, &*reason),
+            (started::Agent::Parked, ""),
+            "{provider}"
+        );
+        assert_eq!(outcome.exited.exit_code, 0, "{}", outcome.stderr());
+        let is_read = site.asked(&text)[0].to_string().contains("swordfish");
+        // Claude Code reads it when it works in its folder.
+        assert_eq!(is_read, provider != "anthropic", "{provider}");
+        let text = format!("What is {}?", fresh_key());
+        let (agent, reason, _) = site.run(with(read_at_the_start, &text));
+        assert_eq!(agent, started::Agent::Cold, "{provider}");
+        let (first, _) = read_at_the_start
+            .split_once('/')
+            .unwrap_or((read_at_the_start, ""));
+        assert_eq!(reason, format!("the CLI reads `{first}` when it starts"));
     }
 }
 

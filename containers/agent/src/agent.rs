@@ -15,7 +15,7 @@ use nix::{
     },
 };
 use polydev_proto::{
-    init::{Failed, Prompt, Ready, Taken, from_agent::Message},
+    init::{Failed, Prompt, Ready, Taken, ToAgent, from_agent::Message},
     provider::Provider,
 };
 
@@ -88,6 +88,46 @@ pub(crate) fn run(provider: Provider) -> End {
     }
 }
 
+/// A CLI that is ready has something to do for some time yet. Done after the claim, it would
+/// delay the prompt: Claude Code 2.1.332 sent its first request after 170 to 200 ms of half a core
+/// if it was stopped a second later, and after 350 to 400 ms if it was stopped at once.
+struct Quiet {
+    cpu_time: Duration,
+    next_look: Instant,
+    give_up: Instant,
+}
+
+/// How long a CLI must do almost nothing.
+const QUIET_TIME: Duration = Duration::from_secs(1);
+/// Almost nothing: in 45 s, an idle Claude Code uses 340 ms.
+const QUIET_CPU: Duration = Duration::from_millis(20);
+/// A CLI that never rests is stopped all the same.
+const QUIET_TIMEOUT: Duration = Duration::from_secs(20);
+
+impl Quiet {
+    fn new(process: &Process) -> Self {
+        let now = Instant::now();
+        Self {
+            cpu_time: process.cpu_time(),
+            next_look: now + QUIET_TIME,
+            give_up: now + QUIET_TIMEOUT,
+        }
+    }
+
+    /// Whether it has done almost nothing since the last look, or never will.
+    fn is_reached(&mut self, process: &Process) -> bool {
+        let now = Instant::now();
+        if now < self.next_look {
+            return false;
+        }
+        let cpu_time = process.cpu_time();
+        let used = cpu_time.saturating_sub(self.cpu_time);
+        self.cpu_time = cpu_time;
+        self.next_look = now + QUIET_TIME;
+        used <= QUIET_CPU || now >= self.give_up
+    }
+}
+
 /// The day of the container's clock, which is UTC.
 fn day() -> u64 {
     let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
@@ -137,27 +177,35 @@ impl Agent {
         })
     }
 
-    /// Rehearses, stops the CLI, and returns when there is a prompt and the CLI has shown that
+    /// Rehearses, stops the CLI once it is quiet, and returns when there is a prompt and the CLI has shown that
     /// it is alive.
     fn wait_for_prompt(&mut self, control: &mut Control) -> Result<Prompt, Stop> {
         self.ask(|cli, out| cli.begin(out));
         self.until(&Event::Ready, START_TIMEOUT)?;
         let ready_on = day();
-        self.process.signal(Signal::SIGSTOP);
         control.tell(Message::Ready(Ready {}))?;
-        let prompt = loop {
-            self.wait(Some(control), None)?;
-            if let Some(prompt) = control.prompt()? {
-                break prompt;
+        let mut quiet = Some(Quiet::new(&self.process));
+        let ToAgent { prompt, has_files } = loop {
+            self.wait(Some(control), quiet.as_ref().map(|quiet| quiet.next_look))?;
+            if let Some(message) = control.next_message()? {
+                break message;
+            }
+            if quiet
+                .as_mut()
+                .is_some_and(|quiet| quiet.is_reached(&self.process))
+            {
+                self.process.signal(Signal::SIGSTOP);
+                quiet = None;
             }
         };
+        let prompt = prompt.unwrap_or_default();
         self.process.signal(Signal::SIGCONT);
-        match day() == ready_on {
-            true => {
+        match has_files || day() != ready_on {
+            false => {
                 self.ask(|cli, out| cli.check(out));
                 self.until(&Event::Checked, CHECK_TIMEOUT)?;
             }
-            false => {
+            true => {
                 self.ask(|cli, out| cli.renew(out));
                 self.until(&Event::Checked, RENEW_TIMEOUT)?;
             }
@@ -225,6 +273,9 @@ impl Agent {
 
     fn next_event(&mut self, end: Option<Instant>) -> Result<Event, Stop> {
         loop {
+            if end.is_some_and(|end| Instant::now() >= end) {
+                return Err(Stop::Failed("it does not answer".into()));
+            }
             while let Some(line) = self.process.next_line().map_err(Stop::Failed)? {
                 let mut out = Vec::new();
                 let event = self.cli.on_line(&line, &mut out);
@@ -243,7 +294,7 @@ impl Agent {
         }
     }
 
-    /// Waits until the CLI, a signal or init has something, and reads it.
+    /// Waits until the CLI, a signal or init has something, and reads it; or until `end`.
     fn wait(
         &mut self,
         mut control: Option<&mut Control>,
@@ -251,7 +302,6 @@ impl Agent {
     ) -> Result<(), Stop> {
         let timeout = match end.map(|end| end.saturating_duration_since(Instant::now())) {
             None => PollTimeout::NONE,
-            Some(Duration::ZERO) => return Err(Stop::Failed("it does not answer".into())),
             // Rounded up, because waking early would only spin.
             Some(left) => {
                 PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
@@ -266,10 +316,11 @@ impl Agent {
                     self.hear(&said)?;
                 }
                 Source::Stdin => self.process.flush(),
-                Source::Init => match &mut control {
-                    Some(control) => control.receive()?,
-                    None => {}
-                },
+                Source::Init => {
+                    if let Some(control) = &mut control {
+                        control.receive()?;
+                    }
+                }
                 Source::Signals => {}
             }
         }

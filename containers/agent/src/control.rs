@@ -9,7 +9,7 @@ use std::{
 use bytes::BytesMut;
 use polydev_proto::{
     frame,
-    init::{FromAgent, Prompt, ToAgent, from_agent},
+    init::{FromAgent, ToAgent, from_agent},
 };
 
 /// Bytes in one read.
@@ -64,14 +64,11 @@ impl Control {
     ///
     /// # Errors
     /// If init does not keep to the protocol, or is gone.
-    pub(crate) fn prompt(&mut self) -> io::Result<Option<Prompt>> {
-        let message = frame::decode::<ToAgent>(&mut self.input).map_err(io::Error::other)?;
+    pub(crate) fn next_message(&mut self) -> io::Result<Option<ToAgent>> {
+        let message = frame::decode(&mut self.input).map_err(io::Error::other)?;
         match message {
-            Some(ToAgent {
-                prompt: Some(prompt),
-            }) => Ok(Some(prompt)),
             None if self.is_over => Err(io::ErrorKind::UnexpectedEof.into()),
-            Some(_) | None => Ok(None),
+            message => Ok(message),
         }
     }
 

@@ -13,6 +13,7 @@ use std::{
     },
     path::Path,
     process::{Child, ExitStatus, Stdio},
+    time::Duration,
 };
 
 use nix::{
@@ -153,6 +154,20 @@ impl Process {
     pub(crate) fn signal(&self, signal: Signal) {
         let group = Pid::from_raw(self.child.id().cast_signed());
         let _gone = killpg(group, signal);
+    }
+
+    /// The CPU time of all its threads; zero if it is not known.
+    pub(crate) fn cpu_time(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).ok();
+        // After the name, in brackets, `utime` and `stime` are the 12th and 13th field (proc(5)).
+        let ticks = stat.and_then(|stat| {
+            let (_, fields) = stat.rsplit_once(')')?;
+            let mut times = fields.split_whitespace().skip(11);
+            let mut next = || times.next()?.parse::<u64>().ok();
+            Some(next()? + next()?)
+        });
+        // Linux has 100 ticks a second for programs (USER_HZ).
+        Duration::from_millis(ticks.unwrap_or_default() * 10)
     }
 
     /// How it has ended, if it has.

@@ -119,7 +119,7 @@ impl Agent {
     ///
     /// # Errors
     /// Why it has not taken it, for people.
-    pub(crate) fn give(&mut self, prompt: &Prompt) -> Result<(), String> {
+    pub(crate) fn give(&mut self, prompt: &Prompt, has_files: bool) -> Result<(), String> {
         match self.state {
             State::Ready => {}
             State::Gone => return Err(self.reason.clone()),
@@ -128,6 +128,7 @@ impl Agent {
         let mut frame = BytesMut::new();
         let message = ToAgent {
             prompt: Some(prompt.clone()),
+            has_files,
         };
         frame::encode(&message, &mut frame).map_err(|error| error.to_string())?;
         let socket = &mut self.control;

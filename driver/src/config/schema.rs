@@ -128,6 +128,7 @@ pub fn task() -> Spec {
         attr("prepare_ahead", "bool"),
         attr("end_on_refused_key", "bool"),
         attr("agent", "bool"),
+        attr("agent_max_age", "string"),
         upstream(),
         block("egress", vec![attr("allow", STRINGS)]),
     ];

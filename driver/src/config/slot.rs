@@ -1,5 +1,7 @@
 //! A warm slot, as described in its job.
 
+use std::time::Duration;
+
 use polydev_proto::{id::RunId, provider::Provider};
 use polydev_transport::upstream::Upstream;
 use serde::Deserialize;
@@ -9,6 +11,9 @@ use super::{
     egress::{self, Egress},
     upstream, value,
 };
+
+/// A renewal takes seconds of half a core.
+const MIN_AGE: Duration = Duration::from_secs(60);
 
 /// What the containers of a slot have in common.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, Deserialize)]
@@ -27,6 +32,9 @@ pub struct Slot {
     /// Whether the provider's CLI is started in an idle container, and waits there for a prompt.
     #[serde(default)] // As before.
     pub agent: bool,
+    /// How long it may wait until another one takes its place.
+    #[serde(default = "default_max_age")] // As before.
+    pub agent_max_age: Duration,
     /// Where model requests go, in place of the provider's own API.
     #[serde(default)] // As before.
     pub upstream: Option<Upstream>,
@@ -39,6 +47,10 @@ fn yes() -> bool {
     true
 }
 
+fn default_max_age() -> Duration {
+    Duration::from_secs(3600)
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Raw {
@@ -48,6 +60,7 @@ pub(super) struct Raw {
     prepare_ahead: Option<bool>,
     end_on_refused_key: Option<bool>,
     agent: Option<bool>,
+    agent_max_age: Option<String>,
     upstream: Option<upstream::Raw>,
     egress: Option<egress::Raw>,
 }
@@ -80,6 +93,12 @@ impl Raw {
             prepare_ahead,
             end_on_refused_key: self.end_on_refused_key.unwrap_or_else(yes),
             agent: self.agent.unwrap_or(false),
+            agent_max_age: value::duration(
+                "slot.agent_max_age",
+                value::text(self.agent_max_age),
+                default_max_age(),
+                MIN_AGE,
+            )?,
             upstream: (self.upstream).map_or(Ok(None), |upstream| upstream.check("slot"))?,
             egress: self
                 .egress

@@ -8,10 +8,11 @@ use polydev_proto::{
     init::{self, Park, agent::State, from_init, to_init},
     workspace,
 };
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::{Slot, fill::Container};
 use crate::{
+    life::Event,
     limits::{self, Limits},
     link,
 };
@@ -73,6 +74,22 @@ pub(super) async fn park(
         .await
         .map_err(|_| Error::TimedOut)??;
     Ok(container.limits.set(&slot.idle)?)
+}
+
+/// Waits until the agent of an idle slot has waited for long enough; a claim of its container is
+/// then impossible. Slots that were filled at the same time are not renewed at the same time.
+///
+/// # Cancel safety
+/// Cancelling starts the time again.
+pub(super) async fn renewed(slot: &Slot) {
+    let Some(age) = slot.config.agent.then_some(slot.config.agent_max_age) else {
+        return std::future::pending().await;
+    };
+    sleep(age.mul_f64(rand::random_range(0.8..1.0))).await;
+    // Fails in a slot that is leased or claimed: its container ends with that.
+    if slot.try_apply(Event::Renewed).is_err() {
+        std::future::pending().await
+    }
 }
 
 /// Whether an agent waits in the container of which init says this.

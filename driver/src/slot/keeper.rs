@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::{
-    Claim, Slot, Slots, adopt,
+    Claim, Slot, Slots, adopt, agent,
     ahead::{Ahead, LONG_RUN},
     clear::{self, BACKOFF},
     expected,
@@ -404,12 +404,14 @@ impl Keeper {
     /// returns the reason.
     async fn idle(&mut self, container: &mut Container) -> (Option<Claim>, Option<String>) {
         let not_needed = expected::not_needed(&self.slots, &self.slot);
-        tokio::pin!(not_needed);
+        let renewed = agent::renewed(&self.slot);
+        tokio::pin!(not_needed, renewed);
         let died = loop {
             tokio::select! {
                 biased;
                 Some(claim) = self.granted.recv() => return (Some(claim), None),
                 () = self.slot.lease_ends() => return (None, None),
+                () = &mut renewed => return (None, None),
                 reason = container.dies() => break format!("its idle container died: {reason}"),
                 () = self.slot.drain.cancelled() => {
                     // A claim that was granted just before the drain is still served.
@@ -470,6 +472,9 @@ impl Keeper {
             .instrument(run.span())
             .await;
         update.abort();
+        if let Some(form) = run.form() {
+            self.slot.steps.prompted(self.slot.config.provider, &form);
+        }
         self.slot.apply(Event::RunEnded);
     }
 

@@ -152,7 +152,7 @@ impl Supervisor {
         let mut agent = self.agent.take();
         if let Some(prompt) = &start.prompt {
             let given = match (prompt.cold_reason.as_str(), &mut agent) {
-                ("", Some(agent)) => agent.give(prompt),
+                ("", Some(agent)) => agent.give(prompt, !start.files.is_empty()),
                 ("", None) => Err(String::new()),
                 (reason, _) => Err(reason.to_owned()),
             };

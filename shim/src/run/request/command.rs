@@ -47,8 +47,8 @@ pub(super) fn read(provider: Provider, start: &mut RunStart) -> Result<Asked, In
                 env: &start.env,
             })?;
             let cold_reason = match provider.is_command_to_agent(&text) {
-                true => "the CLI would take the text for a command",
-                false => cold_reason(start).unwrap_or(NO_KEY),
+                true => "the CLI would take the text for a command".to_owned(),
+                false => cold_reason(provider, start).unwrap_or_else(|| NO_KEY.to_owned()),
             };
             let (text, stdin) = match text.len() > exec::PROMPT_IN_ARGV {
                 true => (String::new(), Some(text.into())),
@@ -60,7 +60,7 @@ pub(super) fn read(provider: Provider, start: &mut RunStart) -> Result<Asked, In
                 prompt: Some(init::Prompt {
                     text,
                     model: prompt.model,
-                    cold_reason: cold_reason.to_owned(),
+                    cold_reason,
                 }),
             });
         }
@@ -80,13 +80,17 @@ pub(super) fn read(provider: Provider, start: &mut RunStart) -> Result<Asked, In
 }
 
 /// What an agent cannot have any more, because its CLI has started.
-fn cold_reason(start: &RunStart) -> Option<&'static str> {
+fn cold_reason(provider: Provider, start: &RunStart) -> Option<String> {
+    let read = start.files.iter().find_map(|file| {
+        let names = provider.reads_at_start();
+        let first = file.path.split('/').next()?;
+        names.contains(&first).then_some(first)
+    });
+    if let Some(name) = read {
+        return Some(format!("the CLI reads `{name}` when it starts"));
+    }
     let reasons = [
         (!start.env.is_empty(), "the run has variables in `env`"),
-        (
-            !start.files.is_empty(),
-            "the run has `files`, which a CLI may read when it starts",
-        ),
         (start.terminal.is_some(), "the run has a `terminal`"),
         (start.stdin, "the run has `stdin`"),
         (
@@ -95,7 +99,7 @@ fn cold_reason(start: &RunStart) -> Option<&'static str> {
         ),
     ];
     let found = reasons.into_iter().find(|(is_so, _)| *is_so);
-    found.map(|(_, reason)| reason)
+    found.map(|(_, reason)| reason.to_owned())
 }
 
 /// The run's key is at the broker: nothing else keeps an agent from having the prompt.

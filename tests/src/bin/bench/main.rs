@@ -1,5 +1,5 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
-//! one run; `bench PART...` measures `warm`, `broker`, `credentials`, `swarm`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
+//! one run; `bench PART...` measures `warm`, `prompt`, `broker`, `credentials`, `swarm`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
 //! Prints a table; a whole run writes it to `target/bench/results.json`. Every sample of the
 //! warm slots goes to `target/bench/samples.json`.
 
@@ -23,9 +23,9 @@ use std::{
 use anyhow::{Context, bail};
 use bollard::exec::{CreateExecOptions, StartExecResults};
 use futures_util::StreamExt;
-use polydev_proto::runtime::run_event::Event;
+use polydev_proto::runtime::{CredentialMode, RunStart, run_event::Event};
 use polydev_tests::{
-    client::{Client, argv},
+    client::{Client, api_key, argv},
     docker, root,
     shim::Shim,
 };
@@ -116,9 +116,11 @@ fn warm_figures(folder: &Path) -> anyhow::Result<Vec<Value>> {
     ]
     .concat();
     let container = docker::docker(&start).trim().to_owned();
+    let keys = keys(&client);
     let measured = measure(&client, &runtime, &container);
     docker::docker(&["rm", "--force", &container]);
     let (warm, exec) = measured?;
+    let [inside, outside] = keys?;
 
     let (warm_summary, exec_summary) = (Summary::of(&warm), Summary::of(&exec));
     let ratio = exec_summary.p50 / warm_summary.p50;
@@ -137,6 +139,17 @@ fn warm_figures(folder: &Path) -> anyhow::Result<Vec<Value>> {
         "bound": "p50 <= 5 ms, p99 <= 20 ms, ratio >= 8",
         "holds": warm_summary.p50 <= 5.0 && warm_summary.p99 <= 20.0 && ratio >= 8.0,
     })];
+    let (inside, outside) = (Summary::of(&inside), Summary::of(&outside));
+    let ratio = outside.p50 / inside.p50;
+    figures.push(json!({
+        "name": "warm claim with a key at the broker", "unit": "ms", "n": SAMPLES,
+        "p50": outside.p50, "p90": outside.p90, "p99": outside.p99,
+        "against": {
+            "name": "with a key in the container", "unit": "ms", "n": SAMPLES,
+            "p50": inside.p50, "p90": inside.p90, "p99": inside.p99,
+        },
+        "ratio": ratio, "bound": "ratio <= 1.05", "holds": ratio <= 1.05,
+    }));
     for (name, value, most) in memory {
         figures.push(json!({
             "name": name, "unit": "MB", "n": 1, "value": value,
@@ -175,9 +188,36 @@ fn measure(
     Ok((warm, exec))
 }
 
+/// Milliseconds from request to first byte of claims with a credential, in the container and at
+/// the broker in turn.
+fn keys(client: &Client) -> anyhow::Result<[Vec<f64>; 2]> {
+    let (mut inside, mut outside) = (Vec::new(), Vec::new());
+    for _ in 0..SAMPLES {
+        for (mode, samples) in [
+            (CredentialMode::Inject, &mut inside),
+            (CredentialMode::Broker, &mut outside),
+        ] {
+            client.wait_idle("anthropic", SLOTS);
+            samples.push(claim(
+                client,
+                RunStart {
+                    credential: Some(api_key("placeholder")),
+                    credential_mode: mode.into(),
+                    ..argv("anthropic", &COMMAND)
+                },
+            )?);
+        }
+    }
+    Ok([inside, outside])
+}
+
 fn warm_claim(client: &Client) -> anyhow::Result<f64> {
+    claim(client, argv("anthropic", &COMMAND))
+}
+
+fn claim(client: &Client, run: RunStart) -> anyhow::Result<f64> {
     let start = Instant::now();
-    let mut run = client.start(argv("anthropic", &COMMAND))?;
+    let mut run = client.start(run)?;
     let mut first = None;
     loop {
         match client.next(&mut run)? {
