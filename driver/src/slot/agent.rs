@@ -10,11 +10,11 @@ use polydev_proto::{
 };
 use tokio::time::{sleep, timeout};
 
-use super::{Slot, fill::Container};
+use super::Slot;
 use crate::{
     life::Event,
     limits::{self, Limits},
-    link,
+    link::{self, Connection},
 };
 
 /// From the start of the CLI until its agent says that it waits. Longer than the agent itself
@@ -43,16 +43,16 @@ pub enum Error {
 /// None: do not cancel it.
 pub(super) async fn park(
     slot: &Slot,
-    container: &mut Container,
+    connection: &mut Connection,
+    limits: &limits::Handle,
     run: &Limits,
 ) -> Result<(), Error> {
     let starting = Limits {
         cpu_mhz: run.cpu_mhz.max(slot.idle.cpu_mhz),
         ..slot.idle
     };
-    container.limits.set(&starting)?;
-    let link = container.connection.link.as_mut();
-    let link = link.ok_or(link::Error::Closed)?;
+    limits.set(&starting)?;
+    let link = connection.link.as_mut().ok_or(link::Error::Closed)?;
     let park = Park {
         provider: slot.config.provider.to_string(),
         work_dir: workspace::PATH.into(),
@@ -73,7 +73,7 @@ pub(super) async fn park(
     timeout(READY_TIMEOUT, ready)
         .await
         .map_err(|_| Error::TimedOut)??;
-    Ok(container.limits.set(&slot.idle)?)
+    Ok(limits.set(&slot.idle)?)
 }
 
 /// Waits until the agent of an idle slot has waited for long enough; a claim of its container is

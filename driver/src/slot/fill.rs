@@ -260,7 +260,10 @@ async fn make(
         _image: held,
     };
     if slot.config.agent {
-        agent::park(slot, &mut container, &site.config.run).await?;
+        let Container {
+            connection, limits, ..
+        } = &mut container;
+        agent::park(slot, connection, limits, &site.config.run).await?;
     }
     Ok(container)
 }

@@ -177,7 +177,7 @@ fn an_argv_ends_the_agent_and_so_does_a_prompt_that_is_not_for_it() {
     let (_init, mut link, _) = parked("");
     let (form, stdout, _) = run(
         &mut link,
-        shell("pgrep -P $PPID -f 'agent anthropic' || echo gone"),
+        shell("pgrep -P $PPID -f '[a]gent anthropic' || echo gone"),
     );
     assert_eq!((form, &*stdout), (None, "gone\n"));
 
