@@ -167,6 +167,16 @@ impl Patterns {
         let wants = |pattern: &Pattern| pattern.matches_with(path, MATCHING);
         self.0.iter().any(wants)
     }
+
+    /// The patterns that match none of these paths.
+    pub fn unmatched(&self, paths: &[&str]) -> impl Iterator<Item = &str> {
+        let is_matched = |pattern: &&Pattern| {
+            let mut paths = paths.iter();
+            paths.any(|path| pattern.matches_with(path, MATCHING))
+        };
+        let unmatched = self.0.iter().filter(move |pattern| !is_matched(pattern));
+        unmatched.map(Pattern::as_str)
+    }
 }
 
 #[cfg(test)]

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use polydev_proto::runtime::{
-    InputFile, Prompt, RunStart, input_file, run_start::Command, started,
+    ExitReason, InputFile, Prompt, RunStart, input_file, run_start::Command, started,
 };
 use polydev_stand_in::Text;
 use polydev_tests::{
-    client::{Client, Outcome, prompt, shell},
+    client::{Client, Outcome, api_key, prompt, shell},
     fresh_key,
     host::Local,
     shim::Shim,
@@ -191,6 +191,64 @@ fn files_that_come_with_a_prompt_are_read_as_by_a_cli_that_starts() {
             .unwrap_or((read_at_the_start, ""));
         assert_eq!(reason, format!("the CLI reads `{first}` when it starts"));
     }
+}
+
+#[test]
+fn trouble_ends_a_parked_run_as_it_ends_a_cold_one() {
+    let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+    for provider in ["anthropic", "openai", "google"] {
+        let site = Site::start(provider);
+        let refused = with_key(provider, "-refused");
+        let busy = RunStart {
+            max_api_wait: seconds(2),
+            ..with_key(provider, "-busy")
+        };
+        let late = RunStart {
+            timeout: seconds(3),
+            ..with_key(provider, "-slow")
+        };
+        for (start, reason) in [
+            (refused, ExitReason::CredentialRefused),
+            (busy, ExitReason::ApiUnavailable),
+            (late, ExitReason::Deadline),
+        ] {
+            let (agent, why, parked) = site.run(start.clone());
+            assert_eq!((agent, &*why), (started::Agent::Parked, ""), "{provider}");
+            let (agent, _, cold) = site.run(RunStart {
+                work_dir: "/workspace/.".into(),
+                ..start
+            });
+            assert_eq!(agent, started::Agent::Cold);
+            let of = |outcome: &Outcome| {
+                let exited = &outcome.exited;
+                (exited.reason(), exited.exit_code, outcome.stdout())
+            };
+            assert_eq!(of(&parked).0, reason, "{provider}: {:?}", parked.exited);
+            // Gemini CLI exits with 0 when it is terminated, which no parked run does.
+            match (provider, of(&cold)) {
+                ("google", (reason, 0, stdout)) => {
+                    assert_eq!(of(&parked), (reason, 143, stdout), "{reason:?}");
+                }
+                (_, cold) => assert_eq!(of(&parked), cold, "{provider}"),
+            }
+        }
+    }
+}
+
+/// A prompt whose key makes the stand-in do what the end of the key says.
+fn with_key(provider: &str, end: &str) -> RunStart {
+    RunStart {
+        credential: Some(api_key(&format!("{}{end}", fresh_key()))),
+        ..asks(provider, "hello")
+    }
+}
+
+#[test]
+fn what_a_cli_installs_in_its_home_can_be_started() {
+    let site = Site::start("anthropic");
+    let script = "cd; printf '#!/bin/sh\\necho made\\n' > tool; chmod +x tool; ./tool; pwd";
+    let (_, _, outcome) = site.run(shell("anthropic", script));
+    assert_eq!(outcome.stdout(), "made\n/home/runtime\n", "{}", outcome.stderr());
 }
 
 #[test]

@@ -133,7 +133,16 @@ impl Outgoing {
     /// Looks for the requested artifacts.
     pub(crate) fn collect(root: &Path, rules: &ArtifactRules) -> (Artifacts, Self) {
         let artifacts = match Patterns::new(rules) {
-            Ok(patterns) => choose(root, find(root, &patterns), rules),
+            Ok(patterns) => {
+                let found = find(root, &patterns);
+                let paths: Vec<&str> = found.iter().map(|(path, _)| path.as_str()).collect();
+                let missing: Vec<&str> = patterns.unmatched(&paths).collect();
+                let mut artifacts = choose(root, &found, rules);
+                for pattern in missing {
+                    leave_out(&mut artifacts, pattern.to_owned(), "there is no such file");
+                }
+                artifacts
+            }
             // The driver has checked the rules.
             Err(invalid) => {
                 let mut none = Artifacts::default();
@@ -233,13 +242,13 @@ fn relative(root: &Path, path: &Path) -> String {
     relative.to_string_lossy().into_owned()
 }
 
-fn choose(root: &Path, found: Vec<Found>, rules: &ArtifactRules) -> Artifacts {
+fn choose(root: &Path, found: &[Found], rules: &ArtifactRules) -> Artifacts {
     let mut artifacts = Artifacts::default();
     let (mut left, most) = (rules.max_bytes, rules.max_files as usize);
     for (path, metadata) in found {
-        let taken = metadata.and_then(|metadata| {
+        let taken = metadata.as_ref().map_err(String::clone).and_then(|metadata| {
             let size = metadata.len();
-            match kind(&metadata) {
+            match kind(metadata) {
                 Some(kind) => Err(format!("it is a {kind}")),
                 None if artifacts.files.len() >= most => {
                     Err(format!("there are more than {most} artifacts"))
@@ -254,12 +263,12 @@ fn choose(root: &Path, found: Vec<Found>, rules: &ArtifactRules) -> Artifacts {
             Ok(metadata) => {
                 left -= metadata.len();
                 artifacts.files.push(Artifact {
-                    path,
+                    path: path.clone(),
                     mode: metadata.permissions().mode() & 0o777,
                     size: metadata.len(),
                 });
             }
-            Err(reason) => leave_out(&mut artifacts, path, &reason),
+            Err(reason) => leave_out(&mut artifacts, path.clone(), &reason),
         }
     }
     artifacts

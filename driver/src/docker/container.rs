@@ -73,9 +73,11 @@ impl ContainerSpec {
                         "/run",
                         &format!("noexec,mode=0755,size=16m,uid={uid},gid={gid}"),
                     ),
+                    // What a CLI installs for itself and starts is below the home: npm's cache
+                    // with MCP servers, `.local/bin`, scripts.
                     tmpfs(
                         &self.home,
-                        &format!("noexec,mode=0700,size=128m,uid={uid},gid={gid}"),
+                        &format!("exec,mode=0700,size=128m,uid={uid},gid={gid}"),
                     ),
                     // A caller's files may be programs, so execution is allowed.
                     tmpfs(
