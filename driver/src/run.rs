@@ -151,6 +151,9 @@ pub struct Ended {
     pub stderr_bytes: u64,
     #[serde(default)]
     pub artifact_bytes: u64,
+    /// Of what an agent has done. Omitted if zero, so that older drivers can read the record.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub event_bytes: u64,
     /// Omitted if empty, so that older drivers can read the record.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub usage: Vec<ModelUsage>,
@@ -163,10 +166,23 @@ pub struct Ended {
     pub egress: Vec<Destination>,
 }
 
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+fn is_zero(value: &u64) -> bool {
+    *value == 0
+}
+
 impl Ended {
     /// Length of each stream.
     fn lengths(&self) -> PerStream<u64> {
-        PerStream::new(self.stdout_bytes, self.stderr_bytes, self.artifact_bytes)
+        PerStream::new(
+            self.stdout_bytes,
+            self.stderr_bytes,
+            self.artifact_bytes,
+            self.event_bytes,
+        )
     }
 }
 

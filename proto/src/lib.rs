@@ -2,7 +2,7 @@
 //! plugins and of go-plugin, restated from their published names and numbers.
 //!
 //! This crate makes no decisions; the crate polydev-transport makes connections. Without
-//! the feature `grpc` it contains only [`init`], [`error`], [`exec`], [`frame`],
+//! the feature `grpc` it contains only [`agent`], [`init`], [`error`], [`exec`], [`frame`],
 //! [`outside`], [`provider`], [`stream`], [`workspace`] and `sealed`, because polydev-init must stay small.
 
 #![cfg_attr(
@@ -72,6 +72,7 @@ pub mod broker {
     pub use crate::outside::PORT;
 }
 
+pub mod agent;
 #[cfg(feature = "broker")]
 pub mod budget;
 #[cfg(feature = "descriptors")]

@@ -9,10 +9,12 @@ pub enum Stream {
     Stderr,
     /// The contents of the run's artifacts, one after the other.
     Artifacts,
+    /// What the agent of a prompt does, in lines: see [`crate::agent`].
+    Events,
 }
 
 impl Stream {
-    pub const ALL: [Self; 3] = [Self::Stdout, Self::Stderr, Self::Artifacts];
+    pub const ALL: [Self; 4] = [Self::Stdout, Self::Stderr, Self::Artifacts, Self::Events];
 
     /// Its name in file names, logs and events.
     #[must_use]
@@ -21,6 +23,7 @@ impl Stream {
             Self::Stdout => "stdout",
             Self::Stderr => "stderr",
             Self::Artifacts => "artifacts",
+            Self::Events => "events",
         }
     }
 
@@ -32,6 +35,7 @@ impl Stream {
             Self::Stdout => 1,
             Self::Stderr => 2,
             Self::Artifacts => 3,
+            Self::Events => 4,
         }
     }
 
@@ -46,12 +50,12 @@ impl Stream {
 
 /// A value for each stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct PerStream<T>([T; 3]);
+pub struct PerStream<T>([T; 4]);
 
 impl<T> PerStream<T> {
     #[must_use]
-    pub const fn new(stdout: T, stderr: T, artifacts: T) -> Self {
-        Self([stdout, stderr, artifacts])
+    pub const fn new(stdout: T, stderr: T, artifacts: T, events: T) -> Self {
+        Self([stdout, stderr, artifacts, events])
     }
 
     /// Builds a value for each stream.
@@ -71,13 +75,13 @@ impl<T> PerStream<T> {
 
     /// The values, in the order of [`Stream::ALL`].
     #[must_use]
-    pub fn into_array(self) -> [T; 3] {
+    pub fn into_array(self) -> [T; 4] {
         self.0
     }
 }
 
-impl<T> From<[T; 3]> for PerStream<T> {
-    fn from(values: [T; 3]) -> Self {
+impl<T> From<[T; 4]> for PerStream<T> {
+    fn from(values: [T; 4]) -> Self {
         Self(values)
     }
 }
@@ -109,18 +113,18 @@ mod tests {
                 init::Stream::from_str_name(&format!("STREAM_{}", stream.name().to_uppercase()));
             assert_eq!(same.map(i32::from), Some(stream.number()));
         }
-        for unknown in [-1, 0, 4] {
+        for unknown in [-1, 0, 5] {
             assert_eq!(Stream::of_number(unknown), None);
         }
     }
 
     #[test]
     fn each_stream_has_a_value_of_its_own() {
-        let mut lengths = PerStream::new(1, 2, 3);
+        let mut lengths = PerStream::new(1, 2, 3, 4);
         lengths[Stream::Stderr] = 5;
-        assert_eq!(lengths, PerStream::from([1, 5, 3]));
+        assert_eq!(lengths, PerStream::from([1, 5, 3, 4]));
         assert_eq!(lengths, PerStream::from_fn(|stream| lengths[stream]));
         let named: Vec<_> = lengths.iter().map(|(stream, _)| stream.name()).collect();
-        assert_eq!(named, ["stdout", "stderr", "artifacts"]);
+        assert_eq!(named, ["stdout", "stderr", "artifacts", "events"]);
     }
 }

@@ -292,6 +292,7 @@ async fn attach(
             stdout_offset,
             stderr_offset,
             artifact_offset: 0,
+            event_offset: 0,
         })),
     };
     let mut service = match connect(address).await {
@@ -350,7 +351,8 @@ async fn follow<T>(
                 | Event::Artifacts(_)
                 | Event::ArtifactData(_)
                 | Event::ApiErrors(_)
-                | Event::EgressDenied(_),
+                | Event::EgressDenied(_)
+                | Event::AgentEvents(_),
             )
             | None => {}
         }

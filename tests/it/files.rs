@@ -281,7 +281,7 @@ fn a_prompt_too_long_for_an_argument_is_the_commands_stdin() {
     send(&client, &run, &claude.into());
     let outcome = client.finish(run).unwrap();
     assert!(
-        outcome.stdout() == format!("-p --model opus\n{text}"),
+        outcome.stdout() == format!("-p --dangerously-skip-permissions --model opus\n{text}"),
         "{:?}",
         outcome.exited
     );

@@ -167,6 +167,7 @@ impl Client {
             stdout_offset: stdout as u64,
             stderr_offset: stderr as u64,
             artifact_offset: 0,
+            event_offset: 0,
         });
         let rest = ReceiverStream::new(queue)
             .map(|input| attach_request::Message::Input(RunInput { input: Some(input) }));
@@ -287,6 +288,7 @@ impl Client {
             let (mut artifacts, mut artifact_data) = (Artifacts::default(), Vec::new());
             let (mut api_errors, mut denied) = (Vec::new(), Vec::new());
             let mut started = Started::default();
+            let (mut agent, mut event_offset) = (Vec::new(), 0);
             let [before_stdout, before_stderr] = offsets.map(|offset| offset as u64);
             loop {
                 let event = events.next().await.expect("the last event is `exited`")?;
@@ -316,6 +318,7 @@ impl Client {
                         return Ok(Outcome {
                             accepted,
                             started,
+                            agent,
                             stdout,
                             stderr,
                             artifacts,
@@ -328,6 +331,11 @@ impl Client {
                     Event::ApiErrors(errors) => api_errors = errors.errors,
                     Event::EgressDenied(destinations) => denied = destinations.destinations,
                     Event::Started(how) => started = how,
+                    Event::AgentEvents(told) => {
+                        assert!(told.end_offset > event_offset, "told twice");
+                        event_offset = told.end_offset;
+                        agent.extend(told.events.into_iter().filter_map(|event| event.event));
+                    }
                     Event::Accepted(_) | Event::Queued(_) => {}
                 }
             }

@@ -94,8 +94,8 @@ export class Run implements AsyncIterable<Event> {
   #toldArtifacts = false;
   #toldApiErrors = 0n;
   #toldDenied = 0;
-  /** How many bytes of stdout, stderr and artifacts the caller has. */
-  #read: [bigint, bigint, bigint] = [0n, 0n, 0n];
+  /** How many bytes of stdout, stderr, artifacts and agent events the caller has. */
+  #read: [bigint, bigint, bigint, bigint] = [0n, 0n, 0n, 0n];
   /** Time since which the shim does not answer. */
   #broken?: number;
   #retry = RETRY;
@@ -135,7 +135,12 @@ export class Run implements AsyncIterable<Event> {
     start: AttachStart,
   ): Run {
     const run = new Run(calls, closed, start.runId, start.userId, new Input(0, "attached"));
-    run.#read = [start.stdoutOffset, start.stderrOffset, start.artifactOffset];
+    run.#read = [
+      start.stdoutOffset,
+      start.stderrOffset,
+      start.artifactOffset,
+      start.eventOffset,
+    ];
     return run;
   }
 
@@ -249,8 +254,8 @@ export class Run implements AsyncIterable<Event> {
       }
       return this.#calls.run(requests(), { signal });
     }
-    const [stdoutOffset, stderrOffset, artifactOffset] = this.#read;
-    const offsets = { stdoutOffset, stderrOffset, artifactOffset };
+    const [stdoutOffset, stderrOffset, artifactOffset, eventOffset] = this.#read;
+    const offsets = { stdoutOffset, stderrOffset, artifactOffset, eventOffset };
     const start = { runId: this.runId, userId: this.#userId, ...offsets };
     async function* requests() {
       yield create(AttachRequestSchema, { message: { case: "start", value: start } });
@@ -305,6 +310,15 @@ export class Run implements AsyncIterable<Event> {
         return this.#hasMore(1, event.value) ? event : undefined;
       case "artifactData":
         return this.#hasMore(2, event.value) ? event : undefined;
+      case "agentEvents": {
+        // A caller gets whole ones, and continues after the last.
+        const end = event.value.endOffset;
+        if (end <= this.#read[3]) {
+          return undefined;
+        }
+        this.#read[3] = end;
+        return event;
+      }
       case "lost":
         return this.#isLost(event.value) ? event : undefined;
       case "exited":
@@ -331,8 +345,8 @@ export class Run implements AsyncIterable<Event> {
   }
 
   #isLost(lost: Lost): boolean {
-    const known = [Stream.STDOUT, Stream.STDERR, Stream.ARTIFACTS];
-    const stream = known.indexOf(lost.stream) as -1 | 0 | 1 | 2;
+    const known = [Stream.STDOUT, Stream.STDERR, Stream.ARTIFACTS, Stream.EVENTS];
+    const stream = known.indexOf(lost.stream) as -1 | 0 | 1 | 2 | 3;
     if (stream === -1) {
       return true;
     }

@@ -80,8 +80,9 @@ impl Run {
             stdout_offset,
             stderr_offset,
             artifact_offset,
+            event_offset,
         } = start;
-        let offsets = PerStream::new(stdout_offset, stderr_offset, artifact_offset);
+        let offsets = PerStream::new(stdout_offset, stderr_offset, artifact_offset, event_offset);
         Self::new(calls, run_id, Input::of_attach(), offsets, None, user_id)
     }
 
@@ -275,6 +276,7 @@ impl Session {
             stdout_offset: self.read[Which::Stdout],
             stderr_offset: self.read[Which::Stderr],
             artifact_offset: self.read[Which::Artifacts],
+            event_offset: self.read[Which::Events],
         });
         let inputs = inputs.map(attach_request::Message::Input);
         let requests = stream::iter([first])
@@ -323,6 +325,13 @@ impl Session {
             Event::Artifacts(artifacts) => {
                 let is_first = !std::mem::replace(&mut self.told_artifacts, true);
                 is_first.then_some(Event::Artifacts(artifacts))
+            }
+            // A caller gets whole ones, and continues after the last.
+            Event::AgentEvents(told) => {
+                let read = &mut self.read[Which::Events];
+                let is_new = told.end_offset > *read;
+                *read = told.end_offset.max(*read);
+                is_new.then_some(Event::AgentEvents(told))
             }
             Event::Lost(lost) => self.lost(lost).map(Event::Lost),
             Event::ApiErrors(errors) => {

@@ -21,9 +21,14 @@ use polydev_proto::{
 
 use crate::{
     End,
-    cli::{self, Cli, Event},
+    anthropic::Claude,
+    cli::{Cli, Event, Out},
     control::Control,
+    google::Gemini,
+    openai::Codex,
     process::{Process, awaited_signals},
+    quiet::Quiet,
+    told::Told,
 };
 
 /// From the start to the answer to the rehearsal. Gemini CLI 0.61 takes 3 s on half a core, and
@@ -57,74 +62,58 @@ pub(crate) fn run(provider: Provider) -> End {
     let Ok(mut control) = Control::of_stdin() else {
         return End::Code(1);
     };
-    let agent = Agent::start(provider);
-    let mut agent = match agent {
-        Ok(agent) => agent,
+    let mut agent = match start(provider) {
+        Ok((cli, process, signals)) => Agent::new(control, cli, process, signals),
         Err(error) => {
             let reason = format!("cannot start the CLI: {error}");
             let _alone = control.tell(Message::Failed(Failed { reason }));
             return End::Code(1);
         }
     };
-    let prompt = agent.wait_for_prompt(&mut control);
-    let answered = match prompt {
-        Ok(prompt) => agent.answer(prompt, &mut control),
+    let prompt = match agent.wait_for_prompt() {
+        Ok(prompt) => prompt,
         Err(stop) => {
             let reason = agent.reason(&stop);
-            let _alone = control.tell(Message::Failed(Failed { reason }));
+            let _alone = agent.control.tell(Message::Failed(Failed { reason }));
             return End::Code(1);
         }
     };
-    match answered {
+    match agent.answer(prompt) {
         Ok(code) => End::Code(code),
         // A signal that was passed on has ended it, though it may call that a success.
         Err(Stop::Ended(End::Code(0))) => match agent.passed_on {
             Some(signal) => End::Signal(signal),
-            None => agent.complain("the CLI has ended without an answer"),
+            None => complain("the CLI has ended without an answer"),
         },
         Err(Stop::Ended(end)) => end,
-        Err(Stop::Failed(reason)) => agent.complain(&reason),
+        Err(Stop::Failed(reason)) => complain(&reason),
         Err(Stop::Alone) => End::Code(1),
     }
 }
 
-/// A CLI that is ready has something to do for some time yet. Done after the claim, it would
-/// delay the prompt: Claude Code 2.1.332 sent its first request after 170 to 200 ms of half a core
-/// if it was stopped a second later, and after 350 to 400 ms if it was stopped at once.
-struct Quiet {
-    cpu_time: Duration,
-    next_look: Instant,
-    give_up: Instant,
+/// Ends a run that has no answer.
+fn complain(reason: &str) -> End {
+    let _nobody_reads = writeln!(io::stderr(), "polydev-agent: {reason}");
+    End::Code(1)
 }
 
-/// How long a CLI must do almost nothing.
-const QUIET_TIME: Duration = Duration::from_secs(1);
-/// Almost nothing: in 45 s, an idle Claude Code uses 340 ms.
-const QUIET_CPU: Duration = Duration::from_millis(20);
-/// A CLI that never rests is stopped all the same.
-const QUIET_TIMEOUT: Duration = Duration::from_secs(20);
+/// Starts the CLI. It inherits a mask without signals.
+fn start(provider: Provider) -> io::Result<(Box<dyn Cli>, Process, SignalFd)> {
+    let work_dir = std::env::current_dir()?.to_string_lossy().into_owned();
+    let cli = cli_of(provider, work_dir);
+    let process = Process::start(provider, &*cli)?;
+    let awaited = awaited_signals();
+    awaited.thread_block()?;
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    Ok((cli, process, SignalFd::with_flags(&awaited, flags)?))
+}
 
-impl Quiet {
-    fn new(process: &Process) -> Self {
-        let now = Instant::now();
-        Self {
-            cpu_time: process.cpu_time(),
-            next_look: now + QUIET_TIME,
-            give_up: now + QUIET_TIMEOUT,
-        }
-    }
-
-    /// Whether it has done almost nothing since the last look, or never will.
-    fn is_reached(&mut self, process: &Process) -> bool {
-        let now = Instant::now();
-        if now < self.next_look {
-            return false;
-        }
-        let cpu_time = process.cpu_time();
-        let used = cpu_time.saturating_sub(self.cpu_time);
-        self.cpu_time = cpu_time;
-        self.next_look = now + QUIET_TIME;
-        used <= QUIET_CPU || now >= self.give_up
+/// The provider's CLI, which works in the folder `work_dir`.
+pub(crate) fn cli_of(provider: Provider, work_dir: String) -> Box<dyn Cli> {
+    match provider {
+        Provider::Anthropic => Box::new(Claude::default()),
+        Provider::OpenAi => Box::new(Codex::new(work_dir)),
+        Provider::Google => Box::new(Gemini::new(work_dir)),
     }
 }
 
@@ -132,6 +121,13 @@ impl Quiet {
 fn day() -> u64 {
     let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
     since.as_secs() / (24 * 3600)
+}
+
+/// Whether the agent reads what init sends.
+#[derive(Clone, Copy, PartialEq)]
+enum Heeds {
+    Cli,
+    Init,
 }
 
 /// Who may have something for the agent.
@@ -145,6 +141,7 @@ enum Source {
 }
 
 struct Agent {
+    control: Control,
     cli: Box<dyn Cli>,
     process: Process,
     signals: SignalFd,
@@ -157,43 +154,34 @@ struct Agent {
 }
 
 impl Agent {
-    fn start(provider: Provider) -> io::Result<Self> {
-        let work_dir = std::env::current_dir()?.to_string_lossy().into_owned();
-        let cli = cli::of(provider, work_dir);
-        // The CLI inherits a mask without signals.
-        let process = Process::start(provider, &*cli)?;
-        let awaited = awaited_signals();
-        awaited.thread_block()?;
-        Ok(Self {
+    fn new(control: Control, cli: Box<dyn Cli>, process: Process, signals: SignalFd) -> Self {
+        Self {
+            control,
             cli,
             process,
-            signals: SignalFd::with_flags(
-                &awaited,
-                SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
-            )?,
+            signals,
             is_taken: false,
             complaints: Vec::new(),
             passed_on: None,
-        })
+        }
     }
 
-    /// Rehearses, stops the CLI once it is quiet, and returns when there is a prompt and the CLI has shown that
-    /// it is alive.
-    fn wait_for_prompt(&mut self, control: &mut Control) -> Result<Prompt, Stop> {
-        self.ask(|cli, out| cli.begin(out));
+    /// Rehearses, stops the CLI once it is quiet, and returns when there is a prompt and the CLI
+    /// has shown that it is alive.
+    fn wait_for_prompt(&mut self) -> Result<Prompt, Stop> {
+        self.ask(|cli, out| cli.begin(out))?;
         self.until(&Event::Ready, START_TIMEOUT)?;
         let ready_on = day();
-        control.tell(Message::Ready(Ready {}))?;
+        self.control.tell(Message::Ready(Ready {}))?;
         let mut quiet = Some(Quiet::new(&self.process));
         let ToAgent { prompt, has_files } = loop {
-            self.wait(Some(control), quiet.as_ref().map(|quiet| quiet.next_look))?;
-            if let Some(message) = control.next_message()? {
+            let next_look = quiet.as_ref().map(|quiet| quiet.next_look);
+            self.wait(Heeds::Init, next_look)?;
+            if let Some(message) = self.control.next_message()? {
                 break message;
             }
-            if quiet
-                .as_mut()
-                .is_some_and(|quiet| quiet.is_reached(&self.process))
-            {
+            let is_quiet = |quiet: &mut Quiet| quiet.is_reached(&self.process);
+            if quiet.as_mut().is_some_and(is_quiet) {
                 self.process.signal(Signal::SIGSTOP);
                 quiet = None;
             }
@@ -202,30 +190,30 @@ impl Agent {
         self.process.signal(Signal::SIGCONT);
         match has_files || day() != ready_on {
             false => {
-                self.ask(|cli, out| cli.check(out));
+                self.ask(|cli, out| cli.check(out))?;
                 self.until(&Event::Checked, CHECK_TIMEOUT)?;
             }
             true => {
-                self.ask(|cli, out| cli.renew(out));
+                self.ask(|cli, out| cli.renew(out))?;
                 self.until(&Event::Checked, RENEW_TIMEOUT)?;
             }
         }
-        control.tell(Message::Taken(Taken {}))?;
+        self.control.tell(Message::Taken(Taken {}))?;
         self.is_taken = true;
         Ok(prompt)
     }
 
     /// Gives the prompt to the CLI and prints its answer. Returns the exit status.
-    fn answer(&mut self, prompt: Prompt, control: &mut Control) -> Result<u8, Stop> {
-        let text = match prompt.text.is_empty() {
-            false => prompt.text,
-            true => self.rest_of(control)?,
+    fn answer(&mut self, prompt: Prompt) -> Result<u8, Stop> {
+        let text = match prompt.stdin_bytes {
+            0 => prompt.text,
+            length => self.rest_of_input(length)?,
         };
-        self.ask(|cli, out| cli.prompt(&text, &prompt.model, out));
+        self.ask(|cli, out| cli.prompt(&text, &prompt.model, out))?;
         let mut stdout = io::stdout().lock();
         loop {
             match self.next_event(None)? {
-                Event::Text(text) => {
+                Event::Print(text) => {
                     stdout.write_all(text.as_bytes())?;
                     stdout.flush()?;
                 }
@@ -242,21 +230,33 @@ impl Agent {
     }
 
     /// The text of a prompt that comes as the run's stdin.
-    fn rest_of(&mut self, control: &mut Control) -> Result<String, Stop> {
+    fn rest_of_input(&mut self, length: u64) -> Result<String, Stop> {
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
         let text = loop {
-            match control.text() {
+            match self.control.text(length)? {
                 Some(text) => break text,
-                None => self.wait(Some(control), None)?,
+                None => self.wait(Heeds::Init, None)?,
             }
         };
         let text = String::from_utf8(text.into());
         text.map_err(|_| Stop::Failed("the prompt is not UTF-8".into()))
     }
 
-    fn ask(&mut self, ask: impl FnOnce(&mut dyn Cli, &mut Vec<serde_json::Value>)) {
-        let mut out = Vec::new();
+    fn ask(&mut self, ask: impl FnOnce(&mut dyn Cli, &mut Out)) -> Result<(), Stop> {
+        let mut out = Out::default();
         ask(&mut *self.cli, &mut out);
-        self.process.send(&out);
+        self.put(out)
+    }
+
+    /// Sends to the CLI, and to the run's caller.
+    fn put(&mut self, out: Out) -> Result<(), Stop> {
+        self.process.send(&out.lines);
+        // What it did before is nobody's.
+        let told = out.told.iter().filter(|_| self.is_taken);
+        for line in told.flat_map(Told::lines) {
+            self.control.tell(Message::Event(line.into()))?;
+        }
+        Ok(())
     }
 
     /// Waits for this event; the CLI's answers to itself are passed over.
@@ -277,9 +277,9 @@ impl Agent {
                 return Err(Stop::Failed("it does not answer".into()));
             }
             while let Some(line) = self.process.next_line().map_err(Stop::Failed)? {
-                let mut out = Vec::new();
+                let mut out = Out::default();
                 let event = self.cli.on_line(&line, &mut out);
-                self.process.send(&out);
+                self.put(out)?;
                 if let Some(event) = event {
                     return Ok(event);
                 }
@@ -290,16 +290,12 @@ impl Agent {
             {
                 return Err(Stop::Ended(end));
             }
-            self.wait(None, end)?;
+            self.wait(Heeds::Cli, end)?;
         }
     }
 
     /// Waits until the CLI, a signal or init has something, and reads it; or until `end`.
-    fn wait(
-        &mut self,
-        mut control: Option<&mut Control>,
-        end: Option<Instant>,
-    ) -> Result<(), Stop> {
+    fn wait(&mut self, heeds: Heeds, end: Option<Instant>) -> Result<(), Stop> {
         let timeout = match end.map(|end| end.saturating_duration_since(Instant::now())) {
             None => PollTimeout::NONE,
             // Rounded up, because waking early would only spin.
@@ -307,7 +303,7 @@ impl Agent {
                 PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
             }
         };
-        let awake = self.awake(control.as_deref(), timeout)?;
+        let awake = self.awake(heeds, timeout)?;
         for source in awake {
             match source {
                 Source::Stdout => self.process.receive(),
@@ -316,11 +312,7 @@ impl Agent {
                     self.hear(&said)?;
                 }
                 Source::Stdin => self.process.flush(),
-                Source::Init => {
-                    if let Some(control) = &mut control {
-                        control.receive()?;
-                    }
-                }
+                Source::Init => self.control.receive()?,
                 Source::Signals => {}
             }
         }
@@ -328,7 +320,7 @@ impl Agent {
     }
 
     /// Who has something, when somebody has.
-    fn awake(&self, control: Option<&Control>, timeout: PollTimeout) -> io::Result<Vec<Source>> {
+    fn awake(&self, heeds: Heeds, timeout: PollTimeout) -> io::Result<Vec<Source>> {
         let input = |fd| PollFd::new(fd, PollFlags::POLLIN);
         let Process { stdout, stderr, .. } = &self.process;
         let polled = [
@@ -345,7 +337,10 @@ impl Agent {
                 Source::Stdin,
                 (self.process.waiting()).map(|fd| PollFd::new(fd, PollFlags::POLLOUT)),
             ),
-            (Source::Init, control.map(|control| input(control.fd()))),
+            (
+                Source::Init,
+                (heeds == Heeds::Init).then(|| input(self.control.fd())),
+            ),
         ];
         let polled = polled
             .into_iter()
@@ -404,11 +399,5 @@ impl Agent {
             Some(last) => format!("{what}; it said: {last}"),
             None => what,
         }
-    }
-
-    /// Ends a run that has no answer.
-    fn complain(&self, reason: &str) -> End {
-        let _nobody_reads = writeln!(io::stderr(), "polydev-agent: {reason}");
-        End::Code(1)
     }
 }

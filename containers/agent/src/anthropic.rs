@@ -4,7 +4,10 @@
 
 use serde_json::{Value, json};
 
-use crate::cli::{Cli, Event, REHEARSAL};
+use crate::{
+    cli::{Cli, Event, Out, REHEARSAL},
+    told::Told,
+};
 
 /// Claude Code, and what it was asked.
 #[derive(Debug, Default)]
@@ -19,8 +22,8 @@ const CHECK: &str = "check";
 const MODEL: &str = "model";
 
 impl Claude {
-    fn control(name: &str, request: Value, out: &mut Vec<Value>) {
-        out.push(json!({ "type": "control_request", "request_id": name, "request": request }));
+    fn control(name: &str, request: Value, out: &mut Out) {
+        out.send(json!({ "type": "control_request", "request_id": name, "request": request }));
     }
 }
 
@@ -38,6 +41,7 @@ impl Cli for Claude {
             "--thinking-display",
             "omitted",
             "--dangerously-skip-permissions",
+            "--include-partial-messages",
         ]
     }
 
@@ -45,21 +49,21 @@ impl Cli for Claude {
         &[("CLAUDE_CODE_THINKING_DISPLAY_UPDATES", "0")]
     }
 
-    fn begin(&mut self, out: &mut Vec<Value>) {
+    fn begin(&mut self, out: &mut Out) {
         Self::control(INITIALIZE, json!({ "subtype": "initialize" }), out);
     }
 
     /// It is answered within a millisecond, without a request to the model.
-    fn check(&mut self, out: &mut Vec<Value>) {
+    fn check(&mut self, out: &mut Out) {
         Self::control(CHECK, json!({ "subtype": "mcp_status" }), out);
     }
 
     /// It takes the day when it makes a request.
-    fn renew(&mut self, out: &mut Vec<Value>) {
+    fn renew(&mut self, out: &mut Out) {
         self.check(out);
     }
 
-    fn prompt(&mut self, text: &str, model: &str, out: &mut Vec<Value>) {
+    fn prompt(&mut self, text: &str, model: &str, out: &mut Out) {
         self.is_taken = true;
         if !model.is_empty() {
             Self::control(
@@ -68,7 +72,7 @@ impl Cli for Claude {
                 out,
             );
         }
-        out.push(json!({
+        out.send(json!({
             "type": "user",
             "message": { "role": "user", "content": text },
             "parent_tool_use_id": null,
@@ -76,7 +80,7 @@ impl Cli for Claude {
         }));
     }
 
-    fn on_line(&mut self, line: &Value, out: &mut Vec<Value>) -> Option<Event> {
+    fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event> {
         match line["type"].as_str()? {
             "control_response" => {
                 let response = &line["response"];
@@ -102,13 +106,41 @@ impl Cli for Claude {
                 let response = json!({
                     "subtype": "error", "request_id": line["request_id"], "error": error,
                 });
-                out.push(json!({ "type": "control_response", "response": response }));
+                out.send(json!({ "type": "control_response", "response": response }));
                 None
             }
-            "result" if self.is_taken => {
+            _ if !self.is_taken => None,
+            "stream_event" => {
+                tell_piece(&line["event"], out);
+                None
+            }
+            "assistant" => {
+                tell_calls(&line["message"]["content"], out);
+                None
+            }
+            "user" => {
+                tell_results(&line["message"]["content"], out);
+                None
+            }
+            "system" if line["subtype"] == "api_retry" => {
+                let error = line["error"].as_str().unwrap_or("the API has failed");
+                out.tell(Told::Retry(error.to_owned()));
+                None
+            }
+            "result" => {
                 let is_error = line["is_error"].as_bool().unwrap_or(true);
+                let usage = |name: &str| line["usage"][name].as_u64().unwrap_or_default();
+                out.tell(Told::Usage {
+                    input_tokens: usage("input_tokens")
+                        + usage("cache_creation_input_tokens")
+                        + usage("cache_read_input_tokens"),
+                    output_tokens: usage("output_tokens"),
+                });
                 let text = line["result"].as_str();
                 let text = text.map_or_else(|| "Execution error".to_owned(), str::to_owned);
+                if is_error {
+                    out.tell(Told::Error(text.clone()));
+                }
                 Some(Event::Done {
                     text: format!("{text}\n"),
                     error: String::new(),
@@ -118,4 +150,47 @@ impl Cli for Claude {
             _ => None,
         }
     }
+}
+
+/// A piece of an answer, in the form of the API's own events.
+fn tell_piece(event: &Value, out: &mut Out) {
+    let delta = &event["delta"];
+    if let Some(text) = delta["text"].as_str() {
+        out.tell(Told::Text(text.to_owned()));
+    }
+    if let Some(thinking) = delta["thinking"].as_str() {
+        out.tell(Told::Thinking(thinking.to_owned()));
+    }
+}
+
+fn tell_calls(content: &Value, out: &mut Out) {
+    for block in content.as_array().into_iter().flatten() {
+        if block["type"] == "tool_use" {
+            out.tell(Told::ToolCall {
+                id: text_of(&block["id"]),
+                name: text_of(&block["name"]),
+                arguments: block["input"].to_string(),
+            });
+        }
+    }
+}
+
+fn tell_results(content: &Value, out: &mut Out) {
+    for block in content.as_array().into_iter().flatten() {
+        if block["type"] == "tool_result" {
+            let parts = block["content"].as_array();
+            let texts = parts.into_iter().flatten();
+            let texts: String = texts.filter_map(|part| part["text"].as_str()).collect();
+            let output = block["content"].as_str().map_or(texts, str::to_owned);
+            out.tell(Told::ToolResult {
+                id: text_of(&block["tool_use_id"]),
+                output,
+                is_error: block["is_error"] == true,
+            });
+        }
+    }
+}
+
+fn text_of(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
 }

@@ -1,9 +1,8 @@
 //! What an agent knows of a provider's CLI: how it waits, and the protocol of its lines.
 
-use polydev_proto::provider::Provider;
 use serde_json::Value;
 
-use crate::{anthropic::Claude, google::Gemini, openai::Codex};
+use crate::told::Told;
 
 /// What an agent asks before it knows a user. The broker answers it.
 pub(crate) const REHEARSAL: &str = "Reply with the word ready.";
@@ -16,7 +15,7 @@ pub(crate) enum Event {
     /// It has answered [`Cli::check`].
     Checked,
     /// A part of the answer, as the one-shot form prints it.
-    Text(String),
+    Print(String),
     /// The prompt is done: the rest of the answer, a message for stderr, and the exit status.
     Done {
         text: String,
@@ -27,8 +26,25 @@ pub(crate) enum Event {
     Failed(String),
 }
 
+/// What comes of a line: lines to send to the CLI, and what its caller hears.
+#[derive(Debug, Default)]
+pub(crate) struct Out {
+    pub(crate) lines: Vec<Value>,
+    pub(crate) told: Vec<Told>,
+}
+
+impl Out {
+    pub(crate) fn send(&mut self, line: Value) {
+        self.lines.push(line);
+    }
+
+    pub(crate) fn tell(&mut self, told: Told) {
+        self.told.push(told);
+    }
+}
+
 /// One provider's CLI in the form in which it waits. Knows what it has asked, and sends nothing
-/// itself: `out` gets the lines to send.
+/// itself.
 pub(crate) trait Cli {
     /// Its program and arguments.
     fn argv(&self) -> &'static [&'static str];
@@ -39,29 +55,20 @@ pub(crate) trait Cli {
     }
 
     /// Sends what leads to [`Event::Ready`].
-    fn begin(&mut self, out: &mut Vec<Value>);
+    fn begin(&mut self, out: &mut Out);
 
     /// Asks something that costs it nothing, to see that it lives.
-    fn check(&mut self, out: &mut Vec<Value>);
+    fn check(&mut self, out: &mut Out);
 
     /// As [`Cli::check`], and forgets what it took from the day and from its folder when its
     /// session began. Leads to [`Event::Checked`] too.
-    fn renew(&mut self, out: &mut Vec<Value>);
+    fn renew(&mut self, out: &mut Out);
 
     /// Sends the prompt. An empty model is the CLI's choice.
-    fn prompt(&mut self, text: &str, model: &str, out: &mut Vec<Value>);
+    fn prompt(&mut self, text: &str, model: &str, out: &mut Out);
 
     /// Reads a line.
-    fn on_line(&mut self, line: &Value, out: &mut Vec<Value>) -> Option<Event>;
-}
-
-/// The provider's CLI, which works in the folder `work_dir`.
-pub(crate) fn of(provider: Provider, work_dir: String) -> Box<dyn Cli> {
-    match provider {
-        Provider::Anthropic => Box::new(Claude::default()),
-        Provider::OpenAi => Box::new(Codex::new(work_dir)),
-        Provider::Google => Box::new(Gemini::new(work_dir)),
-    }
+    fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event>;
 }
 
 /// JSON-RPC, as Codex and Gemini CLI speak it: requests with numbers.
@@ -72,23 +79,23 @@ pub(crate) struct Calls {
 
 impl Calls {
     /// Sends a request; returns its number.
-    pub(crate) fn request(&mut self, method: &str, params: Value, out: &mut Vec<Value>) -> u64 {
+    pub(crate) fn request(&mut self, method: &str, params: Value, out: &mut Out) -> u64 {
         self.last += 1;
         let id = self.last;
-        out.push(
+        out.send(
             serde_json::json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }),
         );
         id
     }
 
     /// What a line is. Something that the CLI asks is refused, because nobody is there to answer.
-    pub(crate) fn read<'a>(line: &'a Value, out: &mut Vec<Value>) -> Option<Message<'a>> {
+    pub(crate) fn read<'a>(line: &'a Value, out: &mut Out) -> Option<Message<'a>> {
         let id = line.get("id").filter(|id| !id.is_null());
         match (line["method"].as_str(), id) {
             (Some(method), Some(id)) => {
                 let message = format!("polydev-agent does not answer `{method}`");
                 let error = serde_json::json!({ "code": -32601, "message": message });
-                out.push(serde_json::json!({ "jsonrpc": "2.0", "id": id, "error": error }));
+                out.send(serde_json::json!({ "jsonrpc": "2.0", "id": id, "error": error }));
                 None
             }
             (Some(method), None) => Some(Message::Notice(method, &line["params"])),

@@ -72,8 +72,15 @@ impl Control {
         }
     }
 
-    /// The text that follows the prompt, once its end is there.
-    pub(crate) fn text(&mut self) -> Option<BytesMut> {
-        self.is_over.then(|| std::mem::take(&mut self.input))
+    /// The text of so many bytes that follows the prompt, once all of it is there.
+    ///
+    /// # Errors
+    /// If init is gone.
+    pub(crate) fn text(&mut self, length: usize) -> io::Result<Option<BytesMut>> {
+        match self.input.len() >= length {
+            true => Ok(Some(self.input.split_to(length))),
+            false if self.is_over => Err(io::ErrorKind::UnexpectedEof.into()),
+            false => Ok(None),
+        }
     }
 }

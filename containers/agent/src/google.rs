@@ -4,7 +4,10 @@
 
 use serde_json::{Value, json};
 
-use crate::cli::{Calls, Cli, Event, Message, REHEARSAL};
+use crate::{
+    cli::{Calls, Cli, Event, Message, Out, REHEARSAL},
+    told::Told,
+};
 
 /// Gemini CLI, and what it was asked.
 #[derive(Debug, Default)]
@@ -43,23 +46,18 @@ impl Gemini {
         }
     }
 
-    fn new_session(&mut self, out: &mut Vec<Value>) -> u64 {
+    fn new_session(&mut self, out: &mut Out) -> u64 {
         let params = json!({ "cwd": self.work_dir, "mcpServers": [] });
         self.calls.request("session/new", params, out)
     }
 
-    fn ask(&mut self, session: &str, text: &str, out: &mut Vec<Value>) -> u64 {
+    fn ask(&mut self, session: &str, text: &str, out: &mut Out) -> u64 {
         let prompt = json!([{ "type": "text", "text": text }]);
         let params = json!({ "sessionId": session, "prompt": prompt });
         self.calls.request("session/prompt", params, out)
     }
 
-    fn on_answer(
-        &mut self,
-        id: u64,
-        answer: Result<&Value, &str>,
-        out: &mut Vec<Value>,
-    ) -> Option<Event> {
+    fn on_answer(&mut self, id: u64, answer: Result<&Value, &str>, out: &mut Out) -> Option<Event> {
         let failed = |what: &str, error: &str| Some(Event::Failed(format!("`{what}`: {error}")));
         let session_id = |answer: &Value| answer["sessionId"].as_str().map(str::to_owned);
         match self.asked {
@@ -109,21 +107,72 @@ impl Gemini {
                     self.asked = Asked::Prompt(self.ask(&session, &text, out));
                     None
                 }
-                Err(error) => Some(Self::done(error)),
+                Err(error) => Some(Self::done(error, out)),
             },
             Asked::Prompt(asked) if asked == id => Some(match answer {
-                Ok(_) => Event::Done {
-                    text: if self.ends_line { "" } else { "\n" }.into(),
-                    error: String::new(),
-                    code: 0,
-                },
-                Err(error) => Self::done(error),
+                Ok(answer) => {
+                    let used = &answer["_meta"]["quota"]["token_count"];
+                    let tokens = |name: &str| used[name].as_u64().unwrap_or_default();
+                    out.tell(Told::Usage {
+                        input_tokens: tokens("input_tokens"),
+                        output_tokens: tokens("output_tokens"),
+                    });
+                    Event::Done {
+                        text: if self.ends_line { "" } else { "\n" }.into(),
+                        error: String::new(),
+                        code: 0,
+                    }
+                }
+                Err(error) => Self::done(error, out),
             }),
             _ => None,
         }
     }
 
-    fn done(error: &str) -> Event {
+    fn on_update(&mut self, update: &Value, out: &mut Out) -> Option<Event> {
+        let text = || update["content"]["text"].as_str().map(str::to_owned);
+        let id = || update["toolCallId"].as_str().unwrap_or_default().to_owned();
+        match update["sessionUpdate"].as_str()? {
+            "agent_message_chunk" => {
+                let text = text()?;
+                self.ends_line = text.ends_with('\n');
+                out.tell(Told::Text(text.clone()));
+                return Some(Event::Print(text));
+            }
+            "agent_thought_chunk" => out.tell(Told::Thinking(text()?)),
+            "tool_call" => {
+                let name = update["kind"].as_str().unwrap_or("tool");
+                let arguments = match update.get("rawInput") {
+                    Some(arguments) => arguments.clone(),
+                    None => json!({ "title": update["title"] }),
+                };
+                out.tell(Told::ToolCall {
+                    id: id(),
+                    name: name.to_owned(),
+                    arguments: arguments.to_string(),
+                });
+            }
+            "tool_call_update" => {
+                let is_error = update["status"] == "failed";
+                if is_error || update["status"] == "completed" {
+                    let parts = update["content"].as_array().into_iter().flatten();
+                    let texts = parts.filter_map(|part| part["content"]["text"].as_str());
+                    let output: String = texts.collect();
+                    let id = id();
+                    out.tell(Told::ToolResult {
+                        id,
+                        output,
+                        is_error,
+                    });
+                }
+            }
+            _ => {}
+        }
+        None
+    }
+
+    fn done(error: &str, out: &mut Out) -> Event {
+        out.tell(Told::Error(error.to_owned()));
         Event::Done {
             text: String::new(),
             error: format!("{error}\n"),
@@ -137,22 +186,22 @@ impl Cli for Gemini {
         &["gemini", "--skip-trust", "--yolo", "--acp"]
     }
 
-    fn begin(&mut self, out: &mut Vec<Value>) {
+    fn begin(&mut self, out: &mut Out) {
         let files = json!({ "readTextFile": false, "writeTextFile": false });
         let params = json!({ "protocolVersion": 1, "clientCapabilities": { "fs": files } });
         self.asked = Asked::Initialize(self.calls.request("initialize", params, out));
     }
 
     /// No method of this protocol costs nothing, so it is asked for one that it does not have.
-    fn check(&mut self, out: &mut Vec<Value>) {
+    fn check(&mut self, out: &mut Out) {
         self.asked = Asked::Check(self.calls.request("polydev/check", json!({}), out));
     }
 
-    fn renew(&mut self, out: &mut Vec<Value>) {
+    fn renew(&mut self, out: &mut Out) {
         self.asked = Asked::Renewal(self.new_session(out));
     }
 
-    fn prompt(&mut self, text: &str, model: &str, out: &mut Vec<Value>) {
+    fn prompt(&mut self, text: &str, model: &str, out: &mut Out) {
         if model.is_empty() {
             let session = std::mem::take(&mut self.session);
             self.asked = Asked::Prompt(self.ask(&session, text, out));
@@ -163,17 +212,11 @@ impl Cli for Gemini {
         self.asked = Asked::Model(self.calls.request("session/set_model", params, out));
     }
 
-    fn on_line(&mut self, line: &Value, out: &mut Vec<Value>) -> Option<Event> {
+    fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event> {
         match Calls::read(line, out)? {
             Message::Answer(id, answer) => self.on_answer(id, answer, out),
             Message::Notice("session/update", params) if matches!(self.asked, Asked::Prompt(_)) => {
-                let update = &params["update"];
-                if update["sessionUpdate"] != "agent_message_chunk" {
-                    return None;
-                }
-                let text = update["content"]["text"].as_str()?;
-                self.ends_line = text.ends_with('\n');
-                Some(Event::Text(text.to_owned()))
+                self.on_update(&params["update"], out)
             }
             Message::Notice(..) => None,
         }

@@ -18,11 +18,36 @@ mod google;
 mod lines;
 mod openai;
 mod process;
+mod quiet;
+mod told;
 
 use nix::sys::signal::{Signal, raise};
 use polydev_proto::provider::Provider;
 
 pub use lines::{Lines, MAX_LINE, TooLong};
+
+/// What a caller hears of an agent whose CLI writes these bytes, from its start to the end of its
+/// prompt. For the fuzz target.
+#[doc(hidden)]
+#[must_use]
+pub fn rehearsed(provider: Provider, said: &[u8]) -> Vec<Vec<u8>> {
+    let mut cli = agent::cli_of(provider, "/workspace".into());
+    let (mut out, mut lines) = (cli::Out::default(), Lines::default());
+    cli.begin(&mut out);
+    lines.push(said);
+    while let Ok(Some(line)) = lines.next_line() {
+        let Ok(line) = serde_json::from_slice(&line) else {
+            continue;
+        };
+        match cli.on_line(&line, &mut out) {
+            Some(cli::Event::Ready) => cli.check(&mut out),
+            Some(cli::Event::Checked) => cli.prompt("hello", "", &mut out),
+            Some(cli::Event::Done { .. }) => break,
+            _ => {}
+        }
+    }
+    out.told.iter().flat_map(told::Told::lines).collect()
+}
 
 /// How an agent ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +68,41 @@ pub fn run(provider: Provider) -> u8 {
             // A signal that does not end a process has not ended the CLI.
             let _ended = raise(signal);
             128 + u8::try_from(signal as i32).unwrap_or_default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The same lines are the seeds of the fuzz target.
+    #[test]
+    fn every_cli_is_understood_from_its_start_to_its_answer() {
+        for (provider, said, kinds) in [
+            (
+                Provider::Anthropic,
+                include_bytes!("../../../tests/fuzz/seeds/agent/anthropic").as_slice(),
+                vec!["text", "tool_call", "tool_result", "retry", "usage"],
+            ),
+            (
+                Provider::OpenAi,
+                include_bytes!("../../../tests/fuzz/seeds/agent/openai"),
+                vec!["text", "tool_call", "tool_result", "usage", "retry"],
+            ),
+            (
+                Provider::Google,
+                include_bytes!("../../../tests/fuzz/seeds/agent/google"),
+                vec!["text", "tool_call", "tool_result", "usage"],
+            ),
+        ] {
+            let told = rehearsed(provider, said);
+            let kind = |line: &Vec<u8>| {
+                let line: serde_json::Value = serde_json::from_slice(line).unwrap();
+                line.as_object().unwrap().keys().next().unwrap().clone()
+            };
+            let heard: Vec<String> = told.iter().map(kind).collect();
+            assert_eq!(heard, kinds, "{provider}");
         }
     }
 }

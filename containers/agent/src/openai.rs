@@ -4,7 +4,10 @@
 
 use serde_json::{Value, json};
 
-use crate::cli::{Calls, Cli, Event, Message, REHEARSAL};
+use crate::{
+    cli::{Calls, Cli, Event, Message, Out, REHEARSAL},
+    told::Told,
+};
 
 /// Codex, and what it was asked.
 #[derive(Debug, Default)]
@@ -43,7 +46,7 @@ impl Codex {
     }
 
     /// As `codex exec --dangerously-bypass-approvals-and-sandbox` asks for one.
-    fn start_thread(&mut self, out: &mut Vec<Value>) -> u64 {
+    fn start_thread(&mut self, out: &mut Out) -> u64 {
         let params = json!({
             "cwd": self.work_dir,
             "approvalPolicy": "never",
@@ -53,7 +56,7 @@ impl Codex {
         self.calls.request("thread/start", params, out)
     }
 
-    fn start_turn(&mut self, thread: &str, text: &str, model: &str, out: &mut Vec<Value>) -> u64 {
+    fn start_turn(&mut self, thread: &str, text: &str, model: &str, out: &mut Out) -> u64 {
         let mut params = json!({
             "threadId": thread,
             "input": [{ "type": "text", "text": text }],
@@ -65,18 +68,13 @@ impl Codex {
         self.calls.request("turn/start", params, out)
     }
 
-    fn on_answer(
-        &mut self,
-        id: u64,
-        answer: Result<&Value, &str>,
-        out: &mut Vec<Value>,
-    ) -> Option<Event> {
+    fn on_answer(&mut self, id: u64, answer: Result<&Value, &str>, out: &mut Out) -> Option<Event> {
         let failed = |what: &str, error: &str| Some(Event::Failed(format!("`{what}`: {error}")));
         let thread_id = |answer: &Value| answer["thread"]["id"].as_str().map(str::to_owned);
         match (self.asked, answer) {
             (Asked::Initialize(asked), answer) if asked == id => match answer {
                 Ok(_) => {
-                    out.push(json!({ "jsonrpc": "2.0", "method": "initialized" }));
+                    out.send(json!({ "jsonrpc": "2.0", "method": "initialized" }));
                     self.asked = Asked::RehearsalThread(self.start_thread(out));
                     None
                 }
@@ -117,7 +115,40 @@ impl Codex {
         }
     }
 
-    fn on_turn_completed(&mut self, turn: &Value, out: &mut Vec<Value>) -> Option<Event> {
+    fn on_notice(&mut self, name: &str, params: &Value, out: &mut Out) {
+        let text = |name: &str| params[name].as_str().unwrap_or_default().to_owned();
+        let item = &params["item"];
+        match name {
+            "item/agentMessage/delta" => out.tell(Told::Text(text("delta"))),
+            "item/reasoning/summaryTextDelta" | "item/reasoning/textDelta" => {
+                out.tell(Told::Thinking(text("delta")));
+            }
+            "item/started" => tell_call(item, out),
+            "item/completed" if item["type"] == "agentMessage" => {
+                self.answer = item["text"].as_str().unwrap_or_default().to_owned();
+            }
+            "item/completed" => tell_result(item, out),
+            "thread/tokenUsage/updated" => {
+                let last = &params["tokenUsage"]["last"];
+                let tokens = |name: &str| last[name].as_u64().unwrap_or_default();
+                out.tell(Told::Usage {
+                    input_tokens: tokens("inputTokens"),
+                    output_tokens: tokens("outputTokens"),
+                });
+            }
+            "error" => {
+                let error = params["error"]["message"].as_str();
+                self.error = error.unwrap_or_default().to_owned();
+                out.tell(match params["willRetry"] == true {
+                    true => Told::Retry(self.error.clone()),
+                    false => Told::Error(self.error.clone()),
+                });
+            }
+            _ => {}
+        }
+    }
+
+    fn on_turn_completed(&mut self, turn: &Value, out: &mut Out) -> Option<Event> {
         let error = match turn["status"].as_str() {
             Some("completed") => None,
             status => {
@@ -157,45 +188,80 @@ impl Cli for Codex {
         &["codex", "app-server"]
     }
 
-    fn begin(&mut self, out: &mut Vec<Value>) {
+    fn begin(&mut self, out: &mut Out) {
         // The name of `codex exec`: it is in the requests to the model.
         let client = json!({ "name": "codex_exec", "title": null, "version": "0.0.0" });
         let params = json!({ "clientInfo": client });
         self.asked = Asked::Initialize(self.calls.request("initialize", params, out));
     }
 
-    fn check(&mut self, out: &mut Vec<Value>) {
+    fn check(&mut self, out: &mut Out) {
         self.asked = Asked::Check(self.calls.request("thread/loaded/list", json!({}), out));
     }
 
-    fn renew(&mut self, out: &mut Vec<Value>) {
+    fn renew(&mut self, out: &mut Out) {
         self.asked = Asked::Renewal(self.start_thread(out));
     }
 
-    fn prompt(&mut self, text: &str, model: &str, out: &mut Vec<Value>) {
+    fn prompt(&mut self, text: &str, model: &str, out: &mut Out) {
         let thread = std::mem::take(&mut self.thread);
         self.asked = Asked::Prompt(self.start_turn(&thread, text, model, out));
     }
 
-    fn on_line(&mut self, line: &Value, out: &mut Vec<Value>) -> Option<Event> {
+    fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event> {
         match Calls::read(line, out)? {
             Message::Answer(id, answer) => self.on_answer(id, answer, out),
-            Message::Notice("item/completed", params) => {
-                let item = &params["item"];
-                if item["type"] == "agentMessage" {
-                    self.answer = item["text"].as_str().unwrap_or_default().to_owned();
-                }
-                None
-            }
-            Message::Notice("error", params) => {
-                let error = params["error"]["message"].as_str();
-                self.error = error.unwrap_or_default().to_owned();
-                None
-            }
             Message::Notice("turn/completed", params) => {
                 self.on_turn_completed(&params["turn"], out)
             }
-            Message::Notice(..) => None,
+            Message::Notice(name, params) => {
+                self.on_notice(name, params, out);
+                None
+            }
         }
     }
+}
+
+/// The items of a turn that are no uses of tools.
+const WORDS: [&str; 3] = ["agentMessage", "reasoning", "userMessage"];
+
+fn tell_call(item: &Value, out: &mut Out) {
+    let kind = item["type"].as_str().unwrap_or_default();
+    if WORDS.contains(&kind) {
+        return;
+    }
+    let (name, arguments) = match kind {
+        "commandExecution" => (kind.to_owned(), json!({ "command": item["command"] })),
+        "mcpToolCall" => {
+            let name = |part: &str| item[part].as_str().unwrap_or_default().to_owned();
+            (
+                format!("{}/{}", name("server"), name("tool")),
+                item["arguments"].clone(),
+            )
+        }
+        _ => (kind.to_owned(), item.clone()),
+    };
+    out.tell(Told::ToolCall {
+        id: item["id"].as_str().unwrap_or_default().to_owned(),
+        name,
+        arguments: arguments.to_string(),
+    });
+}
+
+fn tell_result(item: &Value, out: &mut Out) {
+    let kind = item["type"].as_str().unwrap_or_default();
+    if WORDS.contains(&kind) {
+        return;
+    }
+    let output = match item["aggregatedOutput"].as_str() {
+        Some(output) => output.to_owned(),
+        None => item.to_string(),
+    };
+    out.tell(Told::ToolResult {
+        id: item["id"].as_str().unwrap_or_default().to_owned(),
+        output,
+        is_error: ["failed", "declined"]
+            .iter()
+            .any(|status| item["status"] == *status),
+    });
 }

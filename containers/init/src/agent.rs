@@ -3,7 +3,7 @@
 
 use std::{
     fs::File,
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{net::UnixStream, process::CommandExt},
@@ -15,12 +15,16 @@ use std::{
 use bytes::BytesMut;
 use nix::{sys::wait::waitpid, unistd::Pid};
 use polydev_proto::{
+    agent::MAX_LINE,
     frame,
     init::{self, FromAgent, Park, Prompt, ToAgent, agent::State, from_agent::Message},
     provider::Provider,
 };
 
-use crate::command::{kill_everything, set_nonblocking, with_no_signal_blocked, with_oom_score};
+use crate::{
+    command::{kill_everything, set_nonblocking, with_no_signal_blocked, with_oom_score},
+    output::Output,
+};
 
 /// An agent checks its CLI in less time than this, and says so.
 const TAKE_TIMEOUT: Duration = Duration::from_millis(2500);
@@ -106,7 +110,9 @@ impl Agent {
             match self.next_message() {
                 Ok(Some(Message::Ready(_))) => self.state = State::Ready,
                 Ok(Some(Message::Failed(failed))) => self.is_gone(failed.reason),
-                Ok(Some(Message::Taken(_))) => self.is_gone("it has taken what nobody gave".into()),
+                Ok(Some(Message::Taken(_) | Message::Event(_))) => {
+                    self.is_gone("it has taken what nobody gave".into());
+                }
                 Ok(None) => break,
                 Err(reason) => self.is_gone(reason),
             }
@@ -143,14 +149,20 @@ impl Agent {
         match self.next_message()? {
             Some(Message::Taken(_)) => Ok(()),
             Some(Message::Failed(failed)) => Err(failed.reason),
-            Some(Message::Ready(_)) | None => Err("it does not answer".into()),
+            Some(Message::Ready(_) | Message::Event(_)) | None => Err("it does not answer".into()),
         }
     }
 
-    /// What remains of it once it has taken a prompt: where the rest of its input goes.
-    pub(crate) fn into_input(self) -> File {
+    /// What remains of it once it has taken a prompt: where the rest of its input goes, and
+    /// where what it does comes from.
+    pub(crate) fn into_run(self) -> (Option<File>, Events) {
         set_nonblocking(&self.control);
-        OwnedFd::from(self.control).into()
+        let input = self.control.try_clone().ok();
+        let events = Events {
+            socket: self.control,
+            input: self.input,
+        };
+        (input.map(|input| OwnedFd::from(input).into()), events)
     }
 
     /// Ends it and everything that it has started, and waits until their memory is free.
@@ -162,28 +174,60 @@ impl Agent {
 
     /// Its next message; `None` if it has said nothing more yet.
     fn next_message(&mut self) -> Result<Option<Message>, String> {
-        loop {
-            match frame::decode::<FromAgent>(&mut self.input) {
-                Ok(Some(FromAgent { message })) => match message {
-                    Some(message) => return Ok(Some(message)),
-                    None => continue,
-                },
-                Ok(None) => {}
-                Err(error) => return Err(error.to_string()),
-            }
-            let mut chunk = [0; 4096];
-            match self.control.read(&mut chunk) {
-                Ok(0) => return Err("it has ended".into()),
-                Ok(count) => self.input.extend_from_slice(&chunk[..count]),
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(None),
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.to_string()),
-            }
-        }
+        next_message(&mut self.control, &mut self.input)
     }
 
     fn is_gone(&mut self, reason: String) {
         self.state = State::Gone;
         self.reason = reason;
+    }
+}
+
+/// What an agent with a prompt does. Init does not read it, and passes it on like output.
+#[derive(Debug)]
+pub(crate) struct Events {
+    socket: UnixStream,
+    input: BytesMut,
+}
+
+impl Events {
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Passes on what is there and what there is room for. Returns whether more may come.
+    pub(crate) fn receive(&mut self, output: &mut Output) -> bool {
+        while output.room() >= MAX_LINE {
+            match next_message(&mut self.socket, &mut self.input) {
+                Ok(Some(Message::Event(line))) if line.len() <= MAX_LINE => output.push(&line),
+                Ok(Some(_)) => {}
+                Ok(None) => return true,
+                // It has ended. Its exit status says the rest.
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+}
+
+/// The next message from an agent; `None` if it has said nothing more yet.
+fn next_message(socket: &mut UnixStream, input: &mut BytesMut) -> Result<Option<Message>, String> {
+    loop {
+        match frame::decode::<FromAgent>(input) {
+            Ok(Some(FromAgent { message })) => match message {
+                Some(message) => return Ok(Some(message)),
+                None => continue,
+            },
+            Ok(None) => {}
+            Err(error) => return Err(error.to_string()),
+        }
+        let mut chunk = [0; 4096];
+        match socket.read(&mut chunk) {
+            Ok(0) => return Err("it has ended".into()),
+            Ok(count) => input.extend_from_slice(&chunk[..count]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.to_string()),
+        }
     }
 }

@@ -31,7 +31,13 @@ use polydev_proto::{
 };
 
 use crate::{
-    account::Account, agent::Agent, deadline::Deadline, drain::Drain, home, stdin::Input, terminal,
+    account::Account,
+    agent::{Agent, Events},
+    deadline::Deadline,
+    drain::Drain,
+    home,
+    stdin::Input,
+    terminal,
 };
 
 /// Added to the command's OOM score, so that the kernel kills it rather than init.
@@ -44,6 +50,8 @@ pub(crate) struct Command {
     pub(crate) pid: Pid,
     /// Read ends of a run's output pipes, or its terminal; `None` after end of file.
     pub(crate) pipes: [Option<File>; 2],
+    /// What an agent does; `None` for an argv, and after its end.
+    pub(crate) events: Option<Events>,
     pub(crate) input: Input,
     /// Which of its files to collect when it has ended.
     pub(crate) artifacts: Option<ArtifactRules>,
@@ -155,6 +163,7 @@ impl Command {
             run_id: start.run_id,
             pid: Pid::from_raw(child.id().cast_signed()),
             pipes,
+            events: None,
             input,
             deadline,
             has_terminal,
@@ -169,7 +178,8 @@ impl Command {
         let deadline = deadline(&start, now);
         let (pid, mut agent) = (agent.pid, agent);
         let pipes = std::mem::take(&mut agent.pipes);
-        let mut input = Input::new(Some(agent.into_input()), false, files_bytes(&start));
+        let (input, events) = agent.into_run();
+        let mut input = Input::new(input, false, files_bytes(&start));
         if !start.stdin {
             input.close();
         }
@@ -177,6 +187,7 @@ impl Command {
             run_id: start.run_id,
             pid,
             pipes,
+            events: Some(events),
             input,
             artifacts: start.artifacts,
             account: None,
@@ -215,7 +226,7 @@ impl Command {
 
     /// Whether the output is complete.
     pub(crate) fn is_drained(&self) -> bool {
-        self.pipes.iter().all(Option::is_none)
+        self.pipes.iter().all(Option::is_none) && self.events.is_none()
     }
 }
 

@@ -27,6 +27,7 @@ use nix::{
     unistd::Pid,
 };
 use polydev_proto::{
+    agent::MAX_LINE,
     frame::MAX_DATA,
     init::{Artifacts, Collected, Exited, NotStarted, Start, ToInit, exited, from_init, to_init},
     sealed::PrivateKey,
@@ -239,6 +240,11 @@ impl Supervisor {
                     polled.push(PollFd::new(pipe.as_fd(), PollFlags::POLLIN));
                 }
             }
+            if let Some(events) = &command.events
+                && self.outputs[Stream::Events].room() >= MAX_LINE
+            {
+                polled.push(PollFd::new(events.fd(), PollFlags::POLLIN));
+            }
             if let Some(pipe) = command.input.pending() {
                 polled.push(PollFd::new(pipe.as_fd(), PollFlags::POLLOUT));
             }
@@ -264,6 +270,11 @@ impl Supervisor {
         let State::Running(command) = &mut self.state else {
             return Ok(());
         };
+        if let Some(events) = &mut command.events
+            && !events.receive(&mut self.outputs[Stream::Events])
+        {
+            command.events = None;
+        }
         for (slot, (_, output)) in command.pipes.iter_mut().zip(self.outputs.iter_mut()) {
             let Some(pipe) = slot else { continue };
             let room = output.room().min(chunk.len());
@@ -375,6 +386,7 @@ impl Supervisor {
                 .is_some_and(|deadline| deadline.has_passed()),
             stdout_bytes: self.outputs[Stream::Stdout].end(),
             stderr_bytes: self.outputs[Stream::Stderr].end(),
+            event_bytes: self.outputs[Stream::Events].end(),
         };
         let artifacts = command.artifacts.take();
         // Nothing can change it any longer.

@@ -246,19 +246,22 @@ fn choose(root: &Path, found: &[Found], rules: &ArtifactRules) -> Artifacts {
     let mut artifacts = Artifacts::default();
     let (mut left, most) = (rules.max_bytes, rules.max_files as usize);
     for (path, metadata) in found {
-        let taken = metadata.as_ref().map_err(String::clone).and_then(|metadata| {
-            let size = metadata.len();
-            match kind(metadata) {
-                Some(kind) => Err(format!("it is a {kind}")),
-                None if artifacts.files.len() >= most => {
-                    Err(format!("there are more than {most} artifacts"))
+        let taken = metadata
+            .as_ref()
+            .map_err(String::clone)
+            .and_then(|metadata| {
+                let size = metadata.len();
+                match kind(metadata) {
+                    Some(kind) => Err(format!("it is a {kind}")),
+                    None if artifacts.files.len() >= most => {
+                        Err(format!("there are more than {most} artifacts"))
+                    }
+                    None if size > left => Err(format!(
+                        "its {size} bytes exceed the limit, of which {left} bytes are left"
+                    )),
+                    None => readable(&root.join(path), size).map(|()| metadata),
                 }
-                None if size > left => Err(format!(
-                    "its {size} bytes exceed the limit, of which {left} bytes are left"
-                )),
-                None => readable(&root.join(&path), size).map(|()| metadata),
-            }
-        });
+            });
         match taken {
             Ok(metadata) => {
                 left -= metadata.len();
@@ -428,6 +431,7 @@ mod tests {
                     "n",
                     "its 5 bytes exceed the limit, of which 3 bytes are left"
                 ),
+                ("etc/*", "there is no such file"),
             ]
         );
         let (artifacts, _) = Outgoing::collect(root.path(), &rules(&["?"], 100, 2));

@@ -187,6 +187,7 @@ impl NodeService for Service {
             attach.stdout_offset,
             attach.stderr_offset,
             attach.artifact_offset,
+            attach.event_offset,
         );
         let follower = Follower::new(run.clone(), offsets).map_err(beyond_end)?;
         let inputs = requests.filter_map(|request| async {

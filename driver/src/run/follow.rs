@@ -64,6 +64,9 @@ pub struct BeyondEnd {
     end: u64,
 }
 
+/// The streams that take turns: a long one does not keep a caller from the others.
+const TURNS: [Stream; 3] = [Stream::Stdout, Stream::Stderr, Stream::Events];
+
 /// One caller's progress through a run.
 #[derive(Debug)]
 pub struct Follower {
@@ -80,8 +83,8 @@ pub struct Follower {
     egress_denied: usize,
     /// Whether the list of artifacts was sent.
     artifacts: bool,
-    /// The stream to try first: the streams take turns.
-    turn: Stream,
+    /// The last of [`TURNS`].
+    turn: usize,
     over: bool,
 }
 
@@ -92,7 +95,7 @@ impl Follower {
         let lengths = match &run.progress.borrow().outcome {
             // The length of its output is unknown.
             Some(Outcome::Ended(ended)) if ended.reason == Reason::Lost => {
-                PerStream::from([u64::MAX; 3])
+                PerStream::from([u64::MAX; 4])
             }
             Some(Outcome::Ended(ended)) => ended.lengths(),
             _ => PerStream::default(),
@@ -104,6 +107,7 @@ impl Follower {
                     Stream::Stdout => "stdout_offset",
                     Stream::Stderr => "stderr_offset",
                     Stream::Artifacts => "artifact_offset",
+                    Stream::Events => "event_offset",
                 };
                 return Err(BeyondEnd { field, given, end });
             }
@@ -118,7 +122,7 @@ impl Follower {
             api_errors: 0,
             egress_denied: 0,
             artifacts: false,
-            turn: Stream::Stdout,
+            turn: 0,
             over: false,
         })
     }
@@ -185,13 +189,11 @@ impl Follower {
             self.egress_denied = count;
             return Some(Event::EgressDenied(denied.cloned().collect()));
         }
-        let last = self.turn;
-        self.turn = match last {
-            Stream::Stdout => Stream::Stderr,
-            Stream::Stderr | Stream::Artifacts => Stream::Stdout,
-        };
-        if let Some(event) = self.output(self.turn).or_else(|| self.output(last)) {
-            return Some(event);
+        for _ in 0..TURNS.len() {
+            self.turn = (self.turn + 1) % TURNS.len();
+            if let Some(event) = self.output(TURNS[self.turn]) {
+                return Some(event);
+            }
         }
         if let Some(artifacts) = &progress.artifacts {
             if !std::mem::replace(&mut self.artifacts, true) {

@@ -8,6 +8,7 @@ pub mod run;
 pub mod runs;
 pub mod status;
 
+mod agent;
 mod files;
 mod stream;
 mod terminal;

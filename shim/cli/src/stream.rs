@@ -22,7 +22,7 @@ use tokio::{
 };
 
 use super::{
-    FAILED, Output,
+    FAILED, Output, agent,
     egress::{self, host_and_port},
     files::Receiver,
     terminal::{self, Raw},
@@ -43,6 +43,7 @@ pub(super) async fn print(
 ) -> anyhow::Result<ExitCode> {
     let (input, mut reached) = (run.input(), run.reached());
     let (mut is_accepted, mut started) = (false, Started::default());
+    let mut screen = agent::Screen::new(output);
     // While the run waits for a slot, keys are for this program.
     let mut raw = None;
     loop {
@@ -87,7 +88,10 @@ pub(super) async fn print(
             Event::Started(with) => started = with.clone(),
             _ => {}
         }
-        print_event(&event, output)?;
+        match &mut screen {
+            Some(screen) => screen.print(&event)?,
+            None => print_event(&event, output)?,
+        }
         if output == Output::Text {
             artifacts.on(&event)?;
         }
@@ -202,7 +206,9 @@ pub(super) fn print_event(event: &Event, output: Output) -> anyhow::Result<()> {
             | Event::Started(_)
             | Event::Exited(_)
             | Event::Artifacts(_)
-            | Event::ArtifactData(_),
+            | Event::ArtifactData(_)
+            // See `agent::Screen`.
+            | Event::AgentEvents(_),
         ) => {}
         (Output::Json, event) => {
             writeln!(stdout, "{}", to_json(event))?;
@@ -229,7 +235,7 @@ fn to_json(event: &Event) -> serde_json::Value {
             "node_id": accepted.node_id,
             "warm": accepted.warm,
         }),
-        Event::Started(started) => match agent(started) {
+        Event::Started(started) => match form(started) {
             None => json!({ "event": "started" }),
             Some(agent) => json!({
                 "event": "started",
@@ -260,6 +266,11 @@ fn to_json(event: &Event) -> serde_json::Value {
             "left_out_count": artifacts.left_out_count,
         }),
         Event::ArtifactData(output) => bytes("artifact_data", output),
+        Event::AgentEvents(told) => json!({
+            "event": "agent_events",
+            "events": told.events.iter().filter_map(agent::to_json).collect::<Vec<_>>(),
+            "end_offset": told.end_offset,
+        }),
         Event::ApiErrors(errors) => json!({
             "event": "api_errors",
             "errors": api_errors_json(&errors.errors),
@@ -328,7 +339,7 @@ pub(super) fn usage_json(usage: &[ModelUsage]) -> serde_json::Value {
 }
 
 /// What became of a prompt's agent, in one word. `None` for an argv.
-fn agent(started: &Started) -> Option<&'static str> {
+fn form(started: &Started) -> Option<&'static str> {
     match started.agent() {
         started::Agent::Unspecified => None,
         started::Agent::Parked => Some("parked"),
@@ -346,6 +357,7 @@ fn stream(lost: &runtime::Lost) -> &'static str {
     match lost.stream() {
         runtime::Stream::Stderr => "stderr",
         runtime::Stream::Artifacts => "artifacts",
+        runtime::Stream::Events => "agent_events",
         runtime::Stream::Stdout | runtime::Stream::Unspecified => "stdout",
     }
 }
@@ -359,7 +371,7 @@ fn stages(exited: &Exited) -> impl Iterator<Item = (&str, Duration)> {
 
 fn finish(exited: &Exited, started: &Started, output: Output, timeline: bool) -> ExitCode {
     if timeline {
-        if let Some(agent) = agent(started) {
+        if let Some(agent) = form(started) {
             let reason = Some(&started.cold_reason).filter(|reason| !reason.is_empty());
             let reason = reason.map(|reason| format!(": {reason}"));
             eprintln!("{:>14}  {agent}{}", "agent", reason.unwrap_or_default());

@@ -72,6 +72,7 @@ async fn attach_at(
         stdout_offset: offsets[Stream::Stdout],
         stderr_offset: offsets[Stream::Stderr],
         artifact_offset: offsets[Stream::Artifacts],
+        event_offset: offsets[Stream::Events],
     });
     let rest = ReceiverStream::new(queue).map(attach_request::Message::Input);
     let requests = futures_util::stream::iter([first])

@@ -2,6 +2,7 @@
 //! and comes back, the relay attaches to the run again where its stream broke. When the caller
 //! goes away, the run continues.
 
+mod agent;
 mod encode;
 
 pub(crate) use encode::{encode_destinations, encode_end, encode_errors, encode_usage};
@@ -96,6 +97,7 @@ impl Relay {
             to_driver: VecDeque::new(),
             started: false,
             artifacts: false,
+            agent: agent::Reader::default(),
             api_errors: 0,
             egress_denied: 0,
             relay: self,
@@ -134,6 +136,7 @@ struct Carried {
     to_driver: VecDeque<run_input::Input>,
     started: bool,
     artifacts: bool,
+    agent: agent::Reader,
     /// How many the caller was told of: the driver repeats them after each attach.
     api_errors: u64,
     /// The same for destinations that are not allowed.
@@ -312,6 +315,9 @@ impl Carried {
                 stream.and_then(|stream| {
                     let offset = &mut offsets[stream];
                     let is_new = lost.to > *offset;
+                    if is_new && stream == Stream::Events {
+                        self.agent.lost();
+                    }
                     *offset = lost.to.max(*offset);
                     is_new.then(|| {
                         run_event::Event::Lost(Lost {
@@ -330,6 +336,11 @@ impl Carried {
             driver::Event::ArtifactData(output) => {
                 let new = new_part(&mut offsets[Stream::Artifacts], output);
                 new.map(|output| run_event::Event::ArtifactData(encode_output(output)))
+            }
+            driver::Event::AgentEvents(output) => {
+                let new = new_part(&mut offsets[Stream::Events], output);
+                let told = new.and_then(|output| self.agent.read(&output));
+                told.map(run_event::Event::AgentEvents)
             }
             driver::Event::ApiErrors(errors) => {
                 let count: u64 = errors.errors.iter().map(|error| error.count).sum();

@@ -85,6 +85,7 @@ impl RuntimeService for Grpc {
             start.stdout_offset,
             start.stderr_offset,
             start.artifact_offset,
+            start.event_offset,
         );
         let inputs = inputs(requests, |request: AttachRequest| match request.message {
             Some(attach_request::Message::Input(input)) => Some(input),

@@ -1,12 +1,14 @@
 //! What a run leaves.
 
-use polydev_proto::runtime::{Accepted, Artifacts, Destination, Exited, Started};
+use polydev_proto::runtime::{Accepted, Artifacts, Destination, Exited, Started, agent_event};
 
 /// A run that has ended.
 #[derive(Debug)]
 pub struct Outcome {
     pub accepted: Accepted,
     pub started: Started,
+    /// What the agent has done.
+    pub agent: Vec<agent_event::Event>,
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
     pub artifacts: Artifacts,

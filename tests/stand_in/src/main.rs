@@ -1,9 +1,10 @@
 //! `stand-in ADDRESS`: a model API for tests and demos. It speaks enough of the
 //! OpenAI Responses, Anthropic Messages and Gemini protocols for the real CLIs to
 //! finish a prompt, answers with a text that depends on the prompt, and keeps what
-//! arrived: `GET /requests` lists it. A key that ends with `-refused` is refused, one that ends with `-busy` has come too often, and one that ends with `-slow` waits a minute. `GET /zeros` returns 2.5 MB for measurements. The stand-in
+//! arrived. If the prompt is `Please run: CMD`, it first asks Claude Code or Gemini CLI to do so. What arrived: `GET /requests` lists it. A key that ends with `-refused` is refused, one that ends with `-busy` has come too often, and one that ends with `-slow` waits a minute. `GET /zeros` returns 2.5 MB for measurements. The stand-in
 //! is also a proxy that answers for every server, because Gemini CLI asks Google about an account.
 
+mod tools;
 mod tunnel;
 
 use std::{
@@ -118,6 +119,9 @@ async fn answer(
         Text::of(prompt).sha256
     );
     let path = uri.path();
+    if let Some(steps) = tools::call(path, &texts, &request) {
+        return events(&steps, path.ends_with("/messages"));
+    }
     if let Some(told) = account(path) {
         return Json(told).into_response();
     }

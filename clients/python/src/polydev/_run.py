@@ -37,7 +37,12 @@ _BROKEN = {
     grpc.StatusCode.CANCELLED,
 }
 _STREAMS = {"stdout": 0, "stderr": 1, "artifact_data": 2}
-_LOST = {api.STREAM_STDOUT: 0, api.STREAM_STDERR: 1, api.STREAM_ARTIFACTS: 2}
+_LOST = {
+    api.STREAM_STDOUT: 0,
+    api.STREAM_STDERR: 1,
+    api.STREAM_ARTIFACTS: 2,
+    api.STREAM_EVENTS: 3,
+}
 
 
 class DataLoss(Exception):
@@ -94,7 +99,7 @@ class Run:
         self._told_api_errors = 0
         self._told_denied = 0
         # How many bytes of stdout, stderr and artifacts the caller has.
-        self._read = [0, 0, 0]
+        self._read = [0, 0, 0, 0]
         self._broken_since: float | None = None
         self._retry = _RETRY
         self._events = self._follow()
@@ -120,7 +125,12 @@ class Run:
     ) -> Run:
         input = Input(0, is_new=False, is_attached=True)
         run = cls(calls, is_closed, start.run_id, start.user_id, input)
-        run._read = [start.stdout_offset, start.stderr_offset, start.artifact_offset]
+        run._read = [
+            start.stdout_offset,
+            start.stderr_offset,
+            start.artifact_offset,
+            start.event_offset,
+        ]
         return run
 
     async def write(self, data: bytes) -> None:
@@ -210,13 +220,14 @@ class Run:
             # Whatever happens to this call, the next call is another try.
             request.attempt += 1
             return self._calls.Run(self._requests(first, api.RunRequest, number))
-        stdout, stderr, artifacts = self._read
+        stdout, stderr, artifacts, events = self._read
         start = api.AttachStart(
             run_id=self.run_id,
             user_id=self._user_id,
             stdout_offset=stdout,
             stderr_offset=stderr,
             artifact_offset=artifacts,
+            event_offset=events,
         )
         first = api.AttachRequest(start=start)
         return self._calls.Attach(self._requests(first, api.AttachRequest, number))
@@ -266,6 +277,11 @@ class Run:
             output.offset = read
             self._read[stream] = end
             return event
+        if kind == "agent_events":
+            # A caller gets whole ones, and continues after the last.
+            end, read = event.agent_events.end_offset, self._read[3]
+            self._read[3] = max(end, read)
+            return event if end > read else None
         if kind == "lost" and event.lost.stream in _LOST:
             lost, stream = event.lost, _LOST[event.lost.stream]
             if lost.to <= self._read[stream]:

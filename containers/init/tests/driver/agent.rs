@@ -150,10 +150,11 @@ fn while_it_waits_the_cli_is_stopped() {
 fn a_prompt_too_long_for_an_argument_comes_as_stdin() {
     let (_init, mut link, _) = parked("");
     let text = "x".repeat(100_000);
-    let start = Start {
+    let mut start = Start {
         stdin: true,
         ..prompt("")
     };
+    start.prompt.as_mut().unwrap().stdin_bytes = 100_000;
     link.send(to_init::Message::Start(start.into()));
     for (number, piece) in text.as_bytes().chunks(50_000).enumerate() {
         link.send(to_init::Message::Stdin(init::Stdin {

@@ -81,6 +81,7 @@ pub(super) fn encode_event(event: Event) -> Result<RunEvent, Status> {
                 Stream::Stdout => run_event::Event::Stdout(output),
                 Stream::Stderr => run_event::Event::Stderr(output),
                 Stream::Artifacts => run_event::Event::ArtifactData(output),
+                Stream::Events => run_event::Event::AgentEvents(output),
             }
         }
         Event::Lost { stream, from, to } => run_event::Event::Lost(Lost {
@@ -111,6 +112,7 @@ pub(super) fn encode_ended(ended: run::Ended) -> Ended {
         stdout_bytes: ended.stdout_bytes,
         stderr_bytes: ended.stderr_bytes,
         artifact_bytes: ended.artifact_bytes,
+        event_bytes: ended.event_bytes,
         usage: ended.usage,
         api_errors: ended.api_errors,
     }

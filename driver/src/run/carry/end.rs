@@ -40,6 +40,7 @@ impl Carrier<'_> {
             stdout_bytes: exited.stdout_bytes,
             stderr_bytes: exited.stderr_bytes,
             artifact_bytes: exited.artifact_bytes,
+            event_bytes: exited.event_bytes,
             ..self.run.end(reason, &message)
         }))
     }
@@ -137,6 +138,7 @@ impl Run {
             stdout_bytes: self.output[Stream::Stdout].end(),
             stderr_bytes: self.output[Stream::Stderr].end(),
             artifact_bytes: artifacts.map(|file| file.size).sum(),
+            event_bytes: self.output[Stream::Events].end(),
             // Filled in when the broker has told the last of it.
             usage: Vec::new(),
             api_errors: Vec::new(),

@@ -16,7 +16,13 @@ impl Carrier<'_> {
     pub(super) async fn output(&mut self, data: Data) -> Result<(), Stop> {
         let stream = Stream::of_number(data.stream).unwrap_or(Stream::Stdout);
         let window = &self.run.output[stream];
-        if self.run.claimed.drop_oldest && stream != Stream::Artifacts {
+        // What an agent does must not slow it, and not even if nobody listens.
+        let drops = match stream {
+            Stream::Stdout | Stream::Stderr => self.run.claimed.drop_oldest,
+            Stream::Artifacts => false,
+            Stream::Events => true,
+        };
+        if drops {
             window.drop_oldest(data.data.len() as u64);
         }
         if let Err(error) = window.append(data.offset, &data.data) {
@@ -28,7 +34,7 @@ impl Carrier<'_> {
         }
         let after = self.run.arrived.elapsed();
         self.run.update(|progress| {
-            if stream != Stream::Artifacts {
+            if matches!(stream, Stream::Stdout | Stream::Stderr) {
                 progress.first_output.get_or_insert(after);
             }
         });

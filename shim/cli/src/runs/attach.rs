@@ -47,6 +47,7 @@ pub(super) async fn attach(arguments: Attach) -> anyhow::Result<ExitCode> {
         stdout_offset: arguments.stdout_offset,
         stderr_offset: arguments.stderr_offset,
         artifact_offset: 0,
+        event_offset: 0,
     });
     let signals = Signals::new(false)?;
     let artifacts = Receiver::new(&arguments.artifacts_to);

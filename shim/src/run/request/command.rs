@@ -50,6 +50,10 @@ pub(super) fn read(provider: Provider, start: &mut RunStart) -> Result<Asked, In
                 true => "the CLI would take the text for a command".to_owned(),
                 false => cold_reason(provider, start).unwrap_or_else(|| NO_KEY.to_owned()),
             };
+            let stdin_bytes = match text.len() > exec::PROMPT_IN_ARGV {
+                true => text.len() as u64,
+                false => 0,
+            };
             let (text, stdin) = match text.len() > exec::PROMPT_IN_ARGV {
                 true => (String::new(), Some(text.into())),
                 false => (text, None),
@@ -61,6 +65,7 @@ pub(super) fn read(provider: Provider, start: &mut RunStart) -> Result<Asked, In
                     text,
                     model: prompt.model,
                     cold_reason,
+                    stdin_bytes,
                 }),
             });
         }

@@ -28,10 +28,13 @@ pub(super) fn is_last(id: &[u8]) -> bool {
 /// The offsets in the id of an event.
 pub(super) fn offsets(id: &str) -> Result<PerStream<u64>, Status> {
     let parts: Result<Vec<u64>, _> = id.split('.').map(str::parse).collect();
-    let parts = parts
-        .ok()
-        .and_then(|parts| <[u64; 3]>::try_from(parts).ok());
-    parts.map(PerStream::from).ok_or_else(|| {
+    let offsets = match parts.as_deref() {
+        Ok(&[stdout, stderr, artifacts, events]) => Some([stdout, stderr, artifacts, events]),
+        // Of an earlier shim.
+        Ok(&[stdout, stderr, artifacts]) => Some([stdout, stderr, artifacts, 0]),
+        _ => None,
+    };
+    offsets.map(PerStream::from).ok_or_else(|| {
         Status::invalid_argument(format!(
             "`Last-Event-ID` is `{id}`; must be the id of an event"
         ))
@@ -66,7 +69,7 @@ pub(super) async fn answer(
         .into_response())
 }
 
-/// Advances the offsets of stdout, stderr and artifacts by one event.
+/// Advances the offsets of the streams by one event.
 fn advance(offsets: &mut PerStream<u64>, event: &RunEvent) {
     let (stream, end) = match &event.event {
         Some(Event::Stdout(output)) => (Kind::Stdout, output.offset + output.data.len() as u64),
@@ -74,6 +77,7 @@ fn advance(offsets: &mut PerStream<u64>, event: &RunEvent) {
         Some(Event::ArtifactData(output)) => {
             (Kind::Artifacts, output.offset + output.data.len() as u64)
         }
+        Some(Event::AgentEvents(told)) => (Kind::Events, told.end_offset),
         Some(Event::Lost(lost)) => match Kind::of_number(lost.stream) {
             Some(stream) => (stream, lost.to),
             None => return,

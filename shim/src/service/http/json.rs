@@ -247,6 +247,7 @@ pub(super) fn event(event: &RunEvent) -> sse::Event {
         Some(Event::ArtifactData(_)) => "artifact_data",
         Some(Event::ApiErrors(_)) => "api_errors",
         Some(Event::EgressDenied(_)) => "egress_denied",
+        Some(Event::AgentEvents(_)) => "agent_events",
         Some(Event::Exited(_)) => "exited",
         None => "unknown",
     };

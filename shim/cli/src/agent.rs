@@ -1,0 +1,114 @@
+//! What the agent of a prompt does, on a screen and as JSON.
+
+use std::io::{IsTerminal, Write};
+
+use polydev_proto::runtime::{AgentEvent, agent_event, run_event::Event};
+use serde_json::json;
+
+use super::{Output, stream};
+
+/// An answer that is shown as it comes. Elsewhere than at a terminal, only what the CLI prints is
+/// shown.
+pub(super) struct Screen {
+    /// The text that is shown already.
+    shown: String,
+    /// What the CLI has printed meanwhile: the same text, or the last part of it.
+    printed: Vec<u8>,
+}
+
+impl Screen {
+    /// `None` if stdout is not a screen for people.
+    pub(super) fn new(output: Output) -> Option<Self> {
+        let is_screen = output == Output::Text && std::io::stdout().is_terminal();
+        is_screen.then(|| Self {
+            shown: String::new(),
+            printed: Vec::new(),
+        })
+    }
+
+    pub(super) fn print(&mut self, event: &Event) -> anyhow::Result<()> {
+        match event {
+            Event::AgentEvents(told) => self.show(told.events.iter())?,
+            Event::Stdout(output) if !self.shown.is_empty() => {
+                self.printed.extend_from_slice(&output.data);
+            }
+            Event::Exited(_) => {
+                std::io::stdout().write_all(self.rest())?;
+                stream::print_event(event, Output::Text)?;
+            }
+            event => stream::print_event(event, Output::Text)?,
+        }
+        Ok(())
+    }
+
+    fn show<'a>(&mut self, events: impl Iterator<Item = &'a AgentEvent>) -> anyhow::Result<()> {
+        let (mut stdout, mut stderr) = (std::io::stdout().lock(), std::io::stderr().lock());
+        for event in events {
+            match &event.event {
+                Some(agent_event::Event::Text(text)) => {
+                    stdout.write_all(text.as_bytes())?;
+                    stdout.flush()?;
+                    self.shown.push_str(text);
+                }
+                Some(agent_event::Event::ToolCall(call)) => {
+                    writeln!(stderr, "[{}] {:.200}", call.name, call.arguments)?;
+                }
+                Some(agent_event::Event::Retry(reason)) => {
+                    writeln!(stderr, "polydev-shim: the CLI tries again: {reason}")?;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// What of the CLI's output is not shown yet.
+    fn rest(&self) -> &[u8] {
+        let printed = self.printed.trim_ascii();
+        match self.shown.trim_end().as_bytes().ends_with(printed) {
+            true if self.printed.ends_with(b"\n") && !self.shown.ends_with('\n') => b"\n",
+            true => b"",
+            false => &self.printed,
+        }
+    }
+}
+
+/// `None` for what a newer shim knows.
+pub(super) fn to_json(event: &AgentEvent) -> Option<serde_json::Value> {
+    use agent_event::Event as Told;
+    Some(match event.event.as_ref()? {
+        Told::Text(text) => json!({ "text": text }),
+        Told::Thinking(text) => json!({ "thinking": text }),
+        Told::ToolCall(call) => json!({ "tool_call": {
+            "id": call.id, "name": call.name, "arguments": call.arguments,
+        } }),
+        Told::ToolResult(result) => json!({ "tool_result": {
+            "id": result.id, "output": result.output, "is_error": result.is_error,
+        } }),
+        Told::Usage(usage) => json!({ "usage": {
+            "input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens,
+        } }),
+        Told::Error(error) => json!({ "error": error }),
+        Told::Retry(reason) => json!({ "retry": reason }),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shown_is_not_printed_again() {
+        let rest = |shown: &str, printed: &str| {
+            let screen = Screen {
+                shown: shown.into(),
+                printed: printed.into(),
+            };
+            String::from_utf8(screen.rest().to_vec()).unwrap()
+        };
+        assert_eq!(rest("hello", "hello\n"), "\n");
+        assert_eq!(rest("hello\n", "hello\n"), "");
+        assert_eq!(rest("I look.The answer", "The answer\n"), "\n");
+        assert_eq!(rest("I look", "API Error\n"), "API Error\n");
+    }
+}
