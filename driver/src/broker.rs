@@ -126,8 +126,9 @@ pub enum Error {
 pub struct Opened {
     broker: Arc<Broker>,
     container: String,
-    /// Whether the broker is the container's way to the network.
-    is_proxied: bool,
+    /// Whether the broker must hear of every run, with keys or not: it is the container's way to
+    /// the network, or answers in place of a model until there is a run.
+    needs_grant: bool,
 }
 
 impl Opened {
@@ -141,7 +142,7 @@ impl Opened {
         policy: Option<Policy>,
         bytes_per_second: u64,
     ) -> Option<Granting> {
-        if sealed_keys.is_empty() && !self.is_proxied {
+        if sealed_keys.is_empty() && !self.needs_grant {
             return None;
         }
         Some(self.broker.grant(Grant {
@@ -220,7 +221,8 @@ impl Broker {
     /// A container may connect until the result is dropped. Its requests are refused until
     /// there is a grant.
     pub fn open(self: &Arc<Self>, open: Open, socket: OwnedFd) -> Opened {
-        let (container, is_proxied) = (open.container.clone(), open.egress.is_some());
+        let container = open.container.clone();
+        let needs_grant = open.egress.is_some() || open.rehearses;
         let opened = Container {
             socket: Some(socket.into()),
             open,
@@ -235,7 +237,7 @@ impl Broker {
         Opened {
             broker: self.clone(),
             container,
-            is_proxied,
+            needs_grant,
         }
     }
 
@@ -260,7 +262,7 @@ impl Broker {
         Opened {
             broker: self.clone(),
             container: container.to_owned(),
-            is_proxied: false, // There is no further grant.
+            needs_grant: false, // There is no further grant.
         }
     }
 

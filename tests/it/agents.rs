@@ -58,15 +58,14 @@ struct Site {
 
 impl Site {
     fn start(provider: &str) -> Self {
+        Self::start_with(provider, &[&format!("--egress={provider}=")])
+    }
+
+    fn start_with(provider: &str, options: &[&str]) -> Self {
         let model = Local::start();
-        let shim = Shim::dev_with(
-            &[&format!("{provider}=1")],
-            &[
-                &format!("--base-url={provider}={}", model.url),
-                &format!("--egress={provider}="),
-                "--agents=true",
-            ],
-        );
+        let url = format!("--base-url={provider}={}", model.url);
+        let options = [options, &[&url, "--agents=true"]].concat();
+        let shim = Shim::dev_with(&[&format!("{provider}=1")], &options);
         Self {
             client: shim.client(),
             _shim: shim,
@@ -328,6 +327,38 @@ fn a_command_in_a_slot_with_an_agent_has_the_container_for_itself() {
     // It is renewed for the next run.
     let (agent, reason, _) = site.run(asks("anthropic", "hello"));
     assert_eq!((agent, &*reason), (started::Agent::Parked, ""));
+}
+
+#[test]
+fn a_run_with_its_key_in_the_container_has_nothing_of_the_agent() {
+    for (provider, ask) in [
+        ("anthropic", "http://127.0.0.1:8319/anthropic/v1/messages"),
+        ("openai", "http://127.0.0.1:8319/openai/v1/responses"),
+        (
+            "google",
+            "http://127.0.0.1:8319/google/v1beta/models/m:generateContent",
+        ),
+    ] {
+        let site = Site::start_with(provider, &[]);
+        let script = format!(
+            "find ~ -type f | xargs --no-run-if-empty cat; env; \
+             curl --silent --show-error --noproxy '*' --data '{{}}' {ask}"
+        );
+        let (agent, _, outcome) = site.run(RunStart {
+            credential: Some(api_key(&fresh_key())),
+            ..shell(provider, &script)
+        });
+        assert_eq!(agent, started::Agent::Unspecified);
+        let said = outcome.stdout();
+        assert!(
+            !said.contains("the-key-is-at-the-broker"),
+            "{provider}: {said}"
+        );
+        assert!(!said.contains("8319/openai"), "{provider}: {said}");
+        assert!(said.contains("this run has no key"), "{provider}: {said}");
+        // An image's own settings are there.
+        assert_eq!(said.contains("[analytics]"), provider == "openai", "{said}");
+    }
 }
 
 #[test]

@@ -15,7 +15,9 @@ use nix::{
     },
 };
 use polydev_proto::{
-    init::{Failed, Prompt, Ready, Taken, ToAgent, from_agent::Message},
+    init::{
+        Failed, Offer, Prompt, Ready, Taken, from_agent::Message, to_agent::Message as FromInit,
+    },
     provider::Provider,
 };
 
@@ -39,6 +41,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 const CHECK_TIMEOUT: Duration = Duration::from_millis(750);
 /// For another session of a CLI that was stopped.
 const RENEW_TIMEOUT: Duration = Duration::from_secs(2);
+/// For what a CLI has written before its end.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(1);
 /// Bytes of the CLI's complaints that are kept until they are needed.
 const MAX_COMPLAINTS: usize = 2000;
 
@@ -73,6 +77,7 @@ pub(crate) fn run(provider: Provider) -> End {
     let prompt = match agent.wait_for_prompt() {
         Ok(prompt) => prompt,
         Err(stop) => {
+            agent.process.signal(Signal::SIGKILL);
             let reason = agent.reason(&stop);
             let _alone = agent.control.tell(Message::Failed(Failed { reason }));
             return End::Code(1);
@@ -151,6 +156,8 @@ struct Agent {
     complaints: Vec<u8>,
     /// The last signal that the CLI was sent on somebody's behalf.
     passed_on: Option<Signal>,
+    /// When what the CLI has written is read; set once it has ended.
+    silent_at: Option<Instant>,
 }
 
 impl Agent {
@@ -163,6 +170,7 @@ impl Agent {
             is_taken: false,
             complaints: Vec::new(),
             passed_on: None,
+            silent_at: None,
         }
     }
 
@@ -174,11 +182,11 @@ impl Agent {
         let ready_on = day();
         self.control.tell(Message::Ready(Ready {}))?;
         let mut quiet = Some(Quiet::new(&self.process));
-        let ToAgent { prompt, has_files } = loop {
+        let Offer { prompt, has_files } = loop {
             let next_look = quiet.as_ref().map(|quiet| quiet.next_look);
             self.wait(Heeds::Init, next_look)?;
-            if let Some(message) = self.control.next_message()? {
-                break message;
+            if let Some(FromInit::Offer(offer)) = self.control.next_message()? {
+                break offer;
             }
             let is_quiet = |quiet: &mut Quiet| quiet.is_reached(&self.process);
             if quiet.as_mut().is_some_and(is_quiet) {
@@ -199,6 +207,9 @@ impl Agent {
             }
         }
         self.control.tell(Message::Taken(Taken {}))?;
+        while !matches!(self.control.next_message()?, Some(FromInit::Go(_))) {
+            self.wait(Heeds::Init, None)?;
+        }
         self.is_taken = true;
         Ok(prompt)
     }
@@ -284,13 +295,14 @@ impl Agent {
                     return Ok(event);
                 }
             }
-            // It may have ended after its last word.
-            if self.process.stdout.is_none()
-                && let Some(end) = self.process.ended()
-            {
+            // It may have ended after its last words, which are read first. A process that it has
+            // started may hold its stdout open.
+            let has_said_all = self.process.stdout.is_none()
+                || (self.silent_at).is_some_and(|silent_at| Instant::now() >= silent_at);
+            if has_said_all && let Some(end) = self.process.ended() {
                 return Err(Stop::Ended(end));
             }
-            self.wait(Heeds::Cli, end)?;
+            self.wait(Heeds::Cli, end.or(self.silent_at))?;
         }
     }
 
@@ -366,13 +378,14 @@ impl Agent {
                 }
             }
         }
-        // Its last words are read first, if they are for a run.
-        match self.process.stdout.is_none() || !self.is_taken {
-            true => self
-                .process
-                .ended()
-                .map_or(Ok(()), |end| Err(Stop::Ended(end))),
-            false => Ok(()),
+        match self.process.ended() {
+            Some(end) if !self.is_taken => Err(Stop::Ended(end)),
+            Some(_) if self.silent_at.is_none() => {
+                self.process.signal(Signal::SIGKILL);
+                self.silent_at = Some(Instant::now() + LAST_WORDS_TIMEOUT);
+                Ok(())
+            }
+            _ => Ok(()),
         }
     }
 

@@ -110,6 +110,8 @@ impl Cli for Claude {
                 None
             }
             _ if !self.is_taken => None,
+            // Of an agent that the model has started: its result is the result of a tool.
+            "stream_event" | "assistant" | "user" if !line["parent_tool_use_id"].is_null() => None,
             "stream_event" => {
                 tell_piece(&line["event"], out);
                 None

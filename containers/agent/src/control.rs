@@ -9,7 +9,7 @@ use std::{
 use bytes::BytesMut;
 use polydev_proto::{
     frame,
-    init::{FromAgent, ToAgent, from_agent},
+    init::{FromAgent, ToAgent, from_agent, to_agent},
 };
 
 /// Bytes in one read.
@@ -60,15 +60,15 @@ impl Control {
         Ok(())
     }
 
-    /// The prompt, once it is there.
+    /// What init has sent, once it is there.
     ///
     /// # Errors
     /// If init does not keep to the protocol, or is gone.
-    pub(crate) fn next_message(&mut self) -> io::Result<Option<ToAgent>> {
-        let message = frame::decode(&mut self.input).map_err(io::Error::other)?;
+    pub(crate) fn next_message(&mut self) -> io::Result<Option<to_agent::Message>> {
+        let message = frame::decode::<ToAgent>(&mut self.input).map_err(io::Error::other)?;
         match message {
             None if self.is_over => Err(io::ErrorKind::UnexpectedEof.into()),
-            message => Ok(message),
+            message => Ok(message.and_then(|message| message.message)),
         }
     }
 

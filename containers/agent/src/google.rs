@@ -100,10 +100,7 @@ impl Gemini {
             Asked::Check(asked) if asked == id => Some(Event::Checked),
             Asked::Model(asked) if asked == id => match answer {
                 Ok(_) => {
-                    let (session, text) = (
-                        std::mem::take(&mut self.session),
-                        std::mem::take(&mut self.text),
-                    );
+                    let (session, text) = (self.session.clone(), std::mem::take(&mut self.text));
                     self.asked = Asked::Prompt(self.ask(&session, &text, out));
                     None
                 }
@@ -203,7 +200,7 @@ impl Cli for Gemini {
 
     fn prompt(&mut self, text: &str, model: &str, out: &mut Out) {
         if model.is_empty() {
-            let session = std::mem::take(&mut self.session);
+            let session = self.session.clone();
             self.asked = Asked::Prompt(self.ask(&session, text, out));
             return;
         }
@@ -215,7 +212,10 @@ impl Cli for Gemini {
     fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event> {
         match Calls::read(line, out)? {
             Message::Answer(id, answer) => self.on_answer(id, answer, out),
-            Message::Notice("session/update", params) if matches!(self.asked, Asked::Prompt(_)) => {
+            Message::Notice("session/update", params)
+                if matches!(self.asked, Asked::Prompt(_))
+                    && params["sessionId"] == self.session.as_str() =>
+            {
                 self.on_update(&params["update"], out)
             }
             Message::Notice(..) => None,

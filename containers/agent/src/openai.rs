@@ -15,7 +15,8 @@ pub(crate) struct Codex {
     work_dir: String,
     calls: Calls,
     asked: Asked,
-    /// The thread of the prompt. A rehearsal has one of its own.
+    /// The thread that is listened to. A rehearsal has one of its own, and so have agents of the
+    /// model's.
     thread: String,
     /// The last message of the model in this turn.
     answer: String,
@@ -56,9 +57,9 @@ impl Codex {
         self.calls.request("thread/start", params, out)
     }
 
-    fn start_turn(&mut self, thread: &str, text: &str, model: &str, out: &mut Out) -> u64 {
+    fn start_turn(&mut self, text: &str, model: &str, out: &mut Out) -> u64 {
         let mut params = json!({
-            "threadId": thread,
+            "threadId": self.thread,
             "input": [{ "type": "text", "text": text }],
         });
         if !model.is_empty() {
@@ -82,7 +83,8 @@ impl Codex {
             },
             (Asked::RehearsalThread(asked), answer) if asked == id => match answer.map(thread_id) {
                 Ok(Some(thread)) => {
-                    self.asked = Asked::Rehearsal(self.start_turn(&thread, REHEARSAL, "", out));
+                    self.thread = thread;
+                    self.asked = Asked::Rehearsal(self.start_turn(REHEARSAL, "", out));
                     None
                 }
                 Ok(None) => failed("thread/start", "it names no thread"),
@@ -204,13 +206,13 @@ impl Cli for Codex {
     }
 
     fn prompt(&mut self, text: &str, model: &str, out: &mut Out) {
-        let thread = std::mem::take(&mut self.thread);
-        self.asked = Asked::Prompt(self.start_turn(&thread, text, model, out));
+        self.asked = Asked::Prompt(self.start_turn(text, model, out));
     }
 
     fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event> {
         match Calls::read(line, out)? {
             Message::Answer(id, answer) => self.on_answer(id, answer, out),
+            Message::Notice(_, params) if params["threadId"] != self.thread.as_str() => None,
             Message::Notice("turn/completed", params) => {
                 self.on_turn_completed(&params["turn"], out)
             }

@@ -9,15 +9,22 @@ use std::{
         unix::{net::UnixStream, process::CommandExt},
     },
     process::{self, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::BytesMut;
-use nix::{sys::wait::waitpid, unistd::Pid};
+use nix::{
+    errno::Errno,
+    sys::wait::{WaitPidFlag, waitpid},
+    unistd::Pid,
+};
 use polydev_proto::{
     agent::MAX_LINE,
     frame,
-    init::{self, FromAgent, Park, Prompt, ToAgent, agent::State, from_agent::Message},
+    init::{
+        self, FromAgent, Go, Offer, Park, Prompt, ToAgent, agent::State, from_agent::Message,
+        to_agent,
+    },
     provider::Provider,
 };
 
@@ -26,6 +33,10 @@ use crate::{
     output::Output,
 };
 
+/// A process that the kernel does not let go is left to it.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often to look for the ends of processes that were killed.
+const END_INTERVAL: Duration = Duration::from_micros(500);
 /// An agent checks its CLI in less time than this, and says so.
 const TAKE_TIMEOUT: Duration = Duration::from_millis(2500);
 
@@ -131,26 +142,33 @@ impl Agent {
             State::Gone => return Err(self.reason.clone()),
             State::Starting | State::Unspecified => return Err("it is not ready yet".into()),
         }
-        let mut frame = BytesMut::new();
-        let message = ToAgent {
+        let patient = || {
+            self.control.set_nonblocking(false)?;
+            self.control.set_read_timeout(Some(TAKE_TIMEOUT))?;
+            self.control.set_write_timeout(Some(TAKE_TIMEOUT))
+        };
+        let patient: std::io::Result<()> = patient();
+        patient.map_err(|error| error.to_string())?;
+        self.send(to_agent::Message::Offer(Offer {
             prompt: Some(prompt.clone()),
             has_files,
-        };
-        frame::encode(&message, &mut frame).map_err(|error| error.to_string())?;
-        let socket = &mut self.control;
-        let mut patient = || {
-            socket.set_nonblocking(false)?;
-            socket.set_read_timeout(Some(TAKE_TIMEOUT))?;
-            socket.set_write_timeout(Some(TAKE_TIMEOUT))?;
-            socket.write_all(&frame)
-        };
-        let given: std::io::Result<()> = patient();
-        given.map_err(|error| format!("it does not take a prompt: {error}"))?;
+        }))?;
         match self.next_message()? {
-            Some(Message::Taken(_)) => Ok(()),
+            // Until it has heard this, the CLI does not have the prompt.
+            Some(Message::Taken(_)) => self.send(to_agent::Message::Go(Go {})),
             Some(Message::Failed(failed)) => Err(failed.reason),
             Some(Message::Ready(_) | Message::Event(_)) | None => Err("it does not answer".into()),
         }
+    }
+
+    fn send(&mut self, message: to_agent::Message) -> Result<(), String> {
+        let mut frame = BytesMut::new();
+        let message = ToAgent {
+            message: Some(message),
+        };
+        frame::encode(&message, &mut frame).map_err(|error| error.to_string())?;
+        let sent = self.control.write_all(&frame);
+        sent.map_err(|error| format!("it does not take a prompt: {error}"))
     }
 
     /// What remains of it once it has taken a prompt: where the rest of its input goes, and
@@ -168,8 +186,12 @@ impl Agent {
     /// Ends it and everything that it has started, and waits until their memory is free.
     pub(crate) fn end(self) {
         kill_everything(self.pid);
-        // Interrupted or not, until there is no child any more.
-        while waitpid(None, None) != Err(nix::errno::Errno::ECHILD) {}
+        let give_up = Instant::now() + END_TIMEOUT;
+        while waitpid(None, Some(WaitPidFlag::WNOHANG)) != Err(Errno::ECHILD)
+            && Instant::now() < give_up
+        {
+            std::thread::sleep(END_INTERVAL);
+        }
     }
 
     /// Its next message; `None` if it has said nothing more yet.

@@ -30,6 +30,19 @@ pub(crate) fn seed(seed: &Path, home: Option<&Path>) -> io::Result<()> {
     }
 }
 
+/// Makes `home` what it was at the start.
+pub(crate) fn reset(seed_from: &Path, home: Option<&Path>) -> io::Result<()> {
+    let Some(home) = home else { return Ok(()) };
+    for entry in fs::read_dir(home)? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            true => fs::remove_dir_all(entry.path())?,
+            false => fs::remove_file(entry.path())?,
+        }
+    }
+    seed(seed_from, Some(home))
+}
+
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
     for entry in fs::read_dir(from)? {
         let entry = entry?;
@@ -150,5 +163,23 @@ mod tests {
             "{}"
         );
         seed(&image.path().join("missing"), Some(home.path())).unwrap();
+    }
+
+    #[test]
+    fn nothing_is_left_of_what_was_in_the_home() {
+        let (image, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::create_dir(image.path().join(".codex")).unwrap();
+        fs::write(image.path().join(".codex/config.toml"), "of the image").unwrap();
+        fs::create_dir(home.path().join(".codex")).unwrap();
+        fs::write(home.path().join(".codex/config.toml"), "of an agent").unwrap();
+        fs::write(home.path().join(".codex/state"), "").unwrap();
+        std::os::unix::fs::symlink(image.path(), home.path().join("link")).unwrap();
+
+        reset(image.path(), Some(home.path())).unwrap();
+        let content = fs::read_to_string(home.path().join(".codex/config.toml"));
+        assert_eq!(content.unwrap(), "of the image");
+        assert!(!home.path().join(".codex/state").exists());
+        assert!(!home.path().join("link").exists() && image.path().exists());
+        reset(image.path(), None).unwrap();
     }
 }

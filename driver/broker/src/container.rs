@@ -84,6 +84,11 @@ impl Container {
         &self.request.container
     }
 
+    /// Whether nobody has had it yet: not even a run whose grant cannot be read any more.
+    pub(crate) fn rehearses(&self) -> bool {
+        self.request.rehearses && self.request.grant.is_none()
+    }
+
     pub(crate) fn set_rate(&self, bytes_per_second: u64) {
         self.upload.set_rate(bytes_per_second);
         self.download.set_rate(bytes_per_second);

@@ -30,12 +30,10 @@ pub(crate) async fn answer(
     request: Request<Incoming>,
 ) -> Response<AnswerBody> {
     let refusal = match container.granted() {
-        Err(Refusal::NoRun) if container.request.rehearses => {
-            match rehearsal::answer(request).await {
-                Ok(answer) => return answer,
-                Err(refusal) => refusal,
-            }
-        }
+        Err(Refusal::NoRun) if container.rehearses() => match rehearsal::answer(request).await {
+            Ok(answer) => return answer,
+            Err(refusal) => refusal,
+        },
         Err(refusal) => refusal,
         Ok(grant) => match forward(container, &grant, place, request).await {
             Ok(answer) => return answer,

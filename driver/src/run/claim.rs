@@ -114,6 +114,11 @@ pub fn spec_hash(user_id: &str, spec: &node::RunSpec) -> String {
         hash.update(bytes);
     };
     add(user_id.as_bytes());
+    let mut spec = spec.clone();
+    if let Some(prompt) = &mut spec.prompt {
+        // Words, which another shim may choose differently.
+        prompt.cold_reason.clear();
+    }
     // Maps are sorted, so the same spec has the same bytes.
     add(&spec.encode_to_vec());
     hex::encode(hash.finalize())

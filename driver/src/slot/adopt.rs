@@ -5,7 +5,10 @@
 //! A container that was ever granted to a run is not taken over, even if the run never
 //! reached it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use polydev_proto::init::hello;
 use polydev_transport::upstream::Unreadable;
@@ -129,6 +132,7 @@ async fn take_up(slots: &Slots, slot: &Slot, idle: &Idle) -> Result<Container, E
         limits: Arc::new(limits),
         public_key,
         image_id: image_id.clone(),
+        ready: Instant::now(),
         _image: slots.site.images.hold(image),
     })
 }

@@ -2,13 +2,13 @@
 //! for a prompt. Init and its agent know how; the driver gives it the CPU of a run until it is
 //! ready, because on that of an idle slot a CLI starts for up to 17 seconds.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use polydev_proto::{
     init::{self, Park, agent::State, from_init, to_init},
     workspace,
 };
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep_until, timeout};
 
 use super::Slot;
 use crate::{
@@ -28,6 +28,8 @@ pub enum Error {
     Gone(String),
     #[error("the agent was not ready within {} s", READY_TIMEOUT.as_secs())]
     TimedOut,
+    #[error("the slot was stopped while its agent started")]
+    Stopped,
     #[error("init cannot be used")]
     Link(#[from] link::Error),
     #[error("cannot set the limits of an agent that starts")]
@@ -70,22 +72,25 @@ pub(super) async fn park(
             }
         }
     };
-    timeout(READY_TIMEOUT, ready)
-        .await
-        .map_err(|_| Error::TimedOut)??;
-    Ok(limits.set(&slot.idle)?)
+    let parked = tokio::select! {
+        parked = timeout(READY_TIMEOUT, ready) => parked.map_err(|_| Error::TimedOut)?,
+        () = slot.drain.cancelled() => return Err(Error::Stopped),
+    };
+    limits.set(&slot.idle)?;
+    parked
 }
 
 /// Waits until the agent of an idle slot has waited for long enough; a claim of its container is
 /// then impossible. Slots that were filled at the same time are not renewed at the same time.
 ///
 /// # Cancel safety
-/// Cancelling starts the time again.
-pub(super) async fn renewed(slot: &Slot) {
+/// Loses nothing but the part of the time that is left to chance.
+pub(super) async fn renewed(slot: &Slot, since: Instant) {
     let Some(age) = slot.config.agent.then_some(slot.config.agent_max_age) else {
         return std::future::pending().await;
     };
-    sleep(age.mul_f64(rand::random_range(0.8..1.0))).await;
+    let until = since + age.mul_f64(rand::random_range(0.8..1.0));
+    sleep_until(until.into()).await;
     // Fails in a slot that is leased or claimed: its container ends with that.
     if slot.try_apply(Event::Renewed).is_err() {
         std::future::pending().await

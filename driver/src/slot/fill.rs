@@ -99,7 +99,7 @@ impl Error {
     fn is_the_images(&self) -> bool {
         matches!(
             self,
-            Self::InitEnded(_) | Self::InitTimedOut | Self::Link(_) | Self::Agent(_)
+            Self::InitEnded(_) | Self::InitTimedOut | Self::Link(_)
         )
     }
 }
@@ -115,6 +115,8 @@ pub(super) struct Container {
     /// What the broker knows of it.
     pub(super) opened: Opened,
     pub(super) image_id: String,
+    /// When it was ready, in this life of the driver.
+    pub(super) ready: Instant,
     pub(super) _image: Use,
 }
 
@@ -257,13 +259,22 @@ async fn make(
         limits: Arc::new(limits),
         public_key,
         image_id: image.id,
+        ready: Instant::now(),
         _image: held,
     };
     if slot.config.agent {
         let Container {
             connection, limits, ..
         } = &mut container;
-        agent::park(slot, connection, limits, &site.config.run).await?;
+        match agent::park(slot, connection, limits, &site.config.run).await {
+            // Commands have their container all the same, and prompts start cold.
+            Err(agent::Error::Gone(reason)) => {
+                let slot_id = slot.identity.slot_id();
+                tracing::warn!(%slot_id, reason, "no agent waits in the slot");
+            }
+            Err(agent::Error::Stopped) => return Err(Error::Stopped),
+            parked => parked?,
+        }
     }
     Ok(container)
 }

@@ -404,7 +404,7 @@ impl Keeper {
     /// returns the reason.
     async fn idle(&mut self, container: &mut Container) -> (Option<Claim>, Option<String>) {
         let not_needed = expected::not_needed(&self.slots, &self.slot);
-        let renewed = agent::renewed(&self.slot);
+        let renewed = agent::renewed(&self.slot, container.ready);
         tokio::pin!(not_needed, renewed);
         let died = loop {
             tokio::select! {

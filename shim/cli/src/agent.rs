@@ -2,7 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 
-use polydev_proto::runtime::{AgentEvent, agent_event, run_event::Event};
+use polydev_proto::runtime::{AgentEvent, agent_event, run_event::Event, started::Agent};
 use serde_json::json;
 
 use super::{Output, stream};
@@ -10,6 +10,8 @@ use super::{Output, stream};
 /// An answer that is shown as it comes. Elsewhere than at a terminal, only what the CLI prints is
 /// shown.
 pub(super) struct Screen {
+    /// Whether there are events: what the CLI prints is shown after them, as far as it is new.
+    has_agent: bool,
     /// The text that is shown already.
     shown: String,
     /// What the CLI has printed meanwhile: the same text, or the last part of it.
@@ -21,6 +23,7 @@ impl Screen {
     pub(super) fn new(output: Output) -> Option<Self> {
         let is_screen = output == Output::Text && std::io::stdout().is_terminal();
         is_screen.then(|| Self {
+            has_agent: false,
             shown: String::new(),
             printed: Vec::new(),
         })
@@ -29,7 +32,8 @@ impl Screen {
     pub(super) fn print(&mut self, event: &Event) -> anyhow::Result<()> {
         match event {
             Event::AgentEvents(told) => self.show(told.events.iter())?,
-            Event::Stdout(output) if !self.shown.is_empty() => {
+            Event::Started(started) => self.has_agent = started.agent() == Agent::Parked,
+            Event::Stdout(output) if self.has_agent => {
                 self.printed.extend_from_slice(&output.data);
             }
             Event::Exited(_) => {
@@ -101,6 +105,7 @@ mod tests {
     fn what_is_shown_is_not_printed_again() {
         let rest = |shown: &str, printed: &str| {
             let screen = Screen {
+                has_agent: true,
                 shown: shown.into(),
                 printed: printed.into(),
             };

@@ -1,6 +1,6 @@
 //! Messages from the driver: the command's start, its files and stdin, signals.
 
-use std::time::Instant;
+use std::{path::Path, time::Instant};
 
 use nix::sys::signal::Signal;
 use polydev_proto::{
@@ -14,6 +14,7 @@ use super::{ENDING, MAX_OUTPUT_BUFFER, Receiving, State, Supervisor};
 use crate::{
     agent::Agent,
     command::Command,
+    home,
     output::Output,
     workspace::{self, Incoming},
 };
@@ -169,6 +170,14 @@ impl Supervisor {
         }
         if let Some(agent) = agent {
             agent.end();
+            // The CLI has left its settings, with the broker's address, and its sessions.
+            home::reset(Path::new(home::SEED), home::path().as_deref()).map_err(|error| {
+                NotStarted {
+                    run_id: start.run_id.clone(),
+                    reason: Reason::Invalid.into(),
+                    message: format!("cannot clear the home of what an agent left: {error}"),
+                }
+            })?;
         }
         let descriptors = self.link.take_descriptors();
         let (oom_score, drains) = (self.oom_score.as_mut(), &mut self.drains);

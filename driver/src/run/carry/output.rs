@@ -14,7 +14,14 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 impl Carrier<'_> {
     pub(super) async fn output(&mut self, data: Data) -> Result<(), Stop> {
-        let stream = Stream::of_number(data.stream).unwrap_or(Stream::Stdout);
+        let ack = DataAck {
+            stream: data.stream,
+            offset: data.offset + data.data.len() as u64,
+        };
+        let ack = to_init::Message::DataAck(ack);
+        let Some(stream) = Stream::of_number(data.stream) else {
+            return self.send(ack).await; // Of a newer init.
+        };
         let window = &self.run.output[stream];
         // What an agent does must not slow it, and not even if nobody listens.
         let drops = match stream {
@@ -38,11 +45,7 @@ impl Carrier<'_> {
                 progress.first_output.get_or_insert(after);
             }
         });
-        let ack = DataAck {
-            stream: data.stream,
-            offset: data.offset + data.data.len() as u64,
-        };
-        self.send(to_init::Message::DataAck(ack)).await
+        self.send(ack).await
     }
 
     /// The command is dead, and its artifacts are read now, which has a time limit of its own.
