@@ -248,6 +248,10 @@ struct Idle {
     memory: f64,
 }
 
+/// A stopped CLI uses nothing in this time.
+const QUIET_TIME: Duration = Duration::from_secs(2);
+/// A CLI that is never stopped is measured all the same.
+const QUIET_TIMEOUT: Duration = Duration::from_secs(60);
 /// Over this time.
 const IDLE_TIME: Duration = Duration::from_secs(20);
 
@@ -255,6 +259,15 @@ fn idle_cost(shim: &Shim) -> anyhow::Result<Idle> {
     let ids = docker::containers(&shim.label());
     let id = ids.first().context("a slot has a container")?;
     let cpu = || cgroup(id, "cpuacct", "cpuacct.usage").or_else(|_| cgroup_v2_cpu(id));
+    // A CLI that is ready works for some time yet, and is stopped then.
+    let give_up = Instant::now() + QUIET_TIMEOUT;
+    loop {
+        let before = cpu()?;
+        std::thread::sleep(QUIET_TIME);
+        if cpu()? == before || Instant::now() > give_up {
+            break;
+        }
+    }
     let before = cpu()?;
     std::thread::sleep(IDLE_TIME);
     let used = cpu()? - before;
