@@ -25,6 +25,7 @@ use nix::sys::signal::{Signal, raise};
 use polydev_proto::provider::Provider;
 
 pub use lines::{Lines, MAX_LINE, TooLong};
+pub use process::FORWARDED;
 
 /// What a caller hears of an agent whose CLI writes these bytes, from its start to the end of its
 /// prompt. For the fuzz target.

@@ -29,8 +29,8 @@ use serde_json::Value;
 
 use crate::{End, cli::Cli, lines::Lines};
 
-/// Signals that the agent passes on to the CLI.
-pub(crate) const FORWARDED: [Signal; 6] = [
+/// Signals that init and an agent pass on to a command.
+pub const FORWARDED: [Signal; 6] = [
     Signal::SIGTERM,
     Signal::SIGINT,
     Signal::SIGHUP,

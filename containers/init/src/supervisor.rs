@@ -26,6 +26,7 @@ use nix::{
     },
     unistd::Pid,
 };
+use polydev_agent::FORWARDED;
 use polydev_proto::{
     agent::MAX_LINE,
     frame::MAX_DATA,
@@ -48,16 +49,6 @@ use crate::{
 const READ_TIMEOUT: Duration = Duration::from_millis(5);
 /// The largest buffer that a driver may request for one stream.
 const MAX_OUTPUT_BUFFER: usize = 8 << 20;
-/// Signals that are forwarded to the command.
-const FORWARDED: [Signal; 6] = [
-    Signal::SIGTERM,
-    Signal::SIGINT,
-    Signal::SIGHUP,
-    Signal::SIGQUIT,
-    Signal::SIGUSR1,
-    Signal::SIGUSR2,
-];
-
 /// Signals that end a run whose command has not started.
 const ENDING: [Signal; 5] = [
     Signal::SIGHUP,

@@ -56,7 +56,6 @@ pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
         egress: slot.config.egress.listed().map(|allow| Egress {
             allow: allow.to_vec(),
         }),
-        agent: slot.config.agent,
     }
 }
 
