@@ -6,6 +6,7 @@ mod ended;
 mod exec;
 mod image;
 mod logs;
+pub(crate) mod name;
 mod network;
 mod plain;
 pub(crate) mod removal;

@@ -10,9 +10,13 @@ use std::{
 };
 
 use parking_lot::{Mutex, MutexGuard};
+use tokio::time::sleep;
 
 use crate::{
-    docker::{self, SandboxSpec},
+    docker::{
+        self, SandboxSpec,
+        name::{self, Holder},
+    },
     identity::{LABEL_INSTANCE, LABEL_NETWORK, LABEL_SANDBOX},
     site::Site,
     state::files,
@@ -146,23 +150,7 @@ async fn make(site: &Site, alloc_id: &str, hostname: &str) -> Result<Network, Er
         ]),
         hostname: hostname.to_owned(),
     };
-    let mut created = true;
-    match site.docker.create_sandbox(&spec).await {
-        Ok(_) => {}
-        Err(error) if error.is_conflict() => {
-            if site.docker.labels(&spec.name).await?.get(LABEL_INSTANCE) != Some(&site.instance) {
-                return Err(Error::Taken { name: spec.name });
-            }
-            created = false;
-            // After a restart of dockerd or of the host, the container exists but does not run.
-            if site.docker.sandbox(&spec.name).await?.is_none() {
-                site.docker.remove(&spec.name).await?;
-                site.docker.create_sandbox(&spec).await?;
-                created = true;
-            }
-        }
-        Err(error) => return Err(error.into()),
-    }
+    let created = create(site, &spec).await?;
     if created {
         site.docker.start(&spec.name).await?;
     }
@@ -175,6 +163,31 @@ async fn make(site: &Site, alloc_id: &str, hostname: &str) -> Result<Network, Er
         ]),
         created,
     })
+}
+
+/// Creates the container, or says that it already runs.
+async fn create(site: &Site, spec: &SandboxSpec) -> Result<bool, Error> {
+    for wait in name::waits() {
+        match site.docker.create_sandbox(spec).await {
+            Ok(_) => return Ok(true),
+            Err(error) if error.is_conflict() => {}
+            Err(error) => return Err(error.into()),
+        }
+        match site.docker.holder(&spec.name, &site.instance).await? {
+            Holder::Other => {
+                return Err(Error::Taken {
+                    name: spec.name.clone(),
+                });
+            }
+            Holder::Ours if site.docker.sandbox(&spec.name).await?.is_some() => return Ok(false),
+            // After a restart of dockerd or of the host, the container exists but does not run.
+            Holder::Ours => site.docker.remove(&spec.name).await?,
+            Holder::Nobody => {}
+        }
+        sleep(wait).await;
+    }
+    site.docker.create_sandbox(spec).await?;
+    Ok(true)
 }
 
 /// An image of init alone, named after its content.

@@ -341,6 +341,25 @@ fn a_driver_killed_in_the_middle_of_a_start_starts_the_task_once() {
     }
 }
 
+/// Docker reserves a name before the container exists: an inspect does not find it yet.
+#[test]
+fn a_name_that_no_container_has_yet_is_waited_for() {
+    let proxy = DockerProxy::start(Path::new("/var/run/docker.sock"));
+    let nomad = agent(&proxy.socket());
+    let group = json!([{ "Mode": "bridge" }]);
+    for (name, networks) in [("task", json!(null)), ("group", group)] {
+        let (refused, is_refused) = std::sync::mpsc::channel();
+        let is = |request: &str| request.ends_with("/containers/create");
+        proxy.on(When::Conflict, is, move || refused.send(()).unwrap());
+        let mut job = batch(name, shell("true"));
+        job["TaskGroups"][0]["Networks"] = networks;
+        nomad.submit(&job);
+        is_refused.recv_timeout(Duration::from_secs(30)).unwrap();
+        let told = events(&nomad.wait_dead(name));
+        assert!(told.contains("Exit Code: 0"), "{name}: {told}");
+    }
+}
+
 #[test]
 fn a_full_disk_is_told_and_leaves_nothing() {
     let engine = Engine::start();

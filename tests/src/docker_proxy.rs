@@ -42,7 +42,13 @@ pub enum When {
     Asked,
     /// dockerd has done the request and has answered. The answer does not reach the driver.
     Done,
+    /// The request does not reach dockerd. The driver learns that the name is in use.
+    Conflict,
 }
+
+/// What dockerd answers if the name of a container is in use.
+const CONFLICT: &[u8] = b"HTTP/1.1 409 Conflict\r\nContent-Type: application/json\r\n\
+Content-Length: 28\r\n\r\n{\"message\":\"name is in use\"}";
 
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -115,6 +121,7 @@ impl Drop for DockerProxy {
 fn serve(driver: UnixStream, shared: &Shared) -> Option<()> {
     let docker = UnixStream::connect(&shared.docker).ok()?;
     let (from_docker, to_driver) = (docker.try_clone().ok()?, driver.try_clone().ok()?);
+    let mut answer = driver.try_clone().ok()?;
     // What to do instead of passing on an answer.
     let at_answer = Arc::new(Mutex::new(None::<Action>));
     let action = at_answer.clone();
@@ -129,16 +136,23 @@ fn serve(driver: UnixStream, shared: &Shared) -> Option<()> {
     });
     // A request is at the start of a write by the client; a body never looks like a request.
     copy(driver, docker, |data, to| {
-        let action = see(data, shared).and_then(|Next { when, action, .. }| match when {
-            When::Asked => Some(action),
+        let (when, action) = match see(data, shared) {
+            Some(Next { when, action, .. }) => (when, action),
+            None => return to.write_all(data),
+        };
+        match when {
+            When::Asked => {
+                to.write_all(data)?;
+                action();
+            }
             When::Done => {
                 *lock(&at_answer) = Some(action);
-                None
+                to.write_all(data)?;
             }
-        });
-        to.write_all(data)?;
-        if let Some(action) = action {
-            action();
+            When::Conflict => {
+                action();
+                answer.write_all(CONFLICT)?;
+            }
         }
         Ok(())
     });

@@ -14,7 +14,7 @@ use polydev_proto::{
 };
 use tokio::{
     task::{JoinHandle, spawn_blocking},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use super::{
@@ -26,8 +26,12 @@ use super::{
 };
 use crate::{
     config,
-    docker::{self, InitMounts, removal},
-    identity::{Identity, LABEL_INSTANCE},
+    docker::{
+        self, InitMounts,
+        name::{self, Holder},
+        removal,
+    },
+    identity::Identity,
     images, limits,
     link::{self, Greeted, Link, Listener},
     netlink,
@@ -166,17 +170,23 @@ async fn make(
 
 /// Creates the container, and replaces one of the same name that a failed attempt left.
 async fn create(site: &Site, spec: &docker::PlainSpec<'_>) -> Result<String, Error> {
-    match create_once(site, spec).await {
-        Err(error) if error.is_conflict() => {}
-        created => return Ok(created?),
+    for wait in name::waits() {
+        match create_once(site, spec).await {
+            Err(error) if error.is_conflict() => {}
+            created => return Ok(created?),
+        }
+        match site.docker.holder(&spec.name, &site.instance).await? {
+            Holder::Other => {
+                return Err(Error::Taken {
+                    name: spec.name.clone(),
+                });
+            }
+            Holder::Ours => site.docker.remove(&spec.name).await?,
+            Holder::Nobody => {}
+        }
+        // A removal that had already begun goes on.
+        sleep(wait).await;
     }
-    let labels = site.docker.labels(&spec.name).await?;
-    if labels.get(LABEL_INSTANCE) != Some(&site.instance) {
-        return Err(Error::Taken {
-            name: spec.name.clone(),
-        });
-    }
-    site.docker.remove(&spec.name).await?;
     Ok(create_once(site, spec).await?)
 }
 
