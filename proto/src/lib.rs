@@ -86,6 +86,7 @@ pub mod frame;
 #[cfg(feature = "grpc")]
 pub mod id;
 pub mod outside;
+pub mod prompt;
 pub mod provider;
 #[cfg(feature = "sealed")]
 pub mod sealed;

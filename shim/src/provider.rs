@@ -7,9 +7,12 @@ mod openai;
 
 use std::collections::BTreeMap;
 
-use polydev_proto::exec;
-use polydev_proto::outside::Outside;
-use polydev_proto::provider::Provider;
+use polydev_proto::{
+    exec,
+    outside::Outside,
+    prompt::{self, Invalid as InvalidPrompt},
+    provider::Provider,
+};
 use secrecy::SecretString;
 use serde_json::value::RawValue;
 
@@ -48,9 +51,6 @@ impl PlainFile {
     }
 }
 
-/// Largest number of bytes in a prompt: with the rest of a run it fits into one message.
-const MAX_PROMPT: usize = 3 << 20;
-
 /// One prompt for the provider's CLI.
 pub struct Prompt<'a> {
     pub text: &'a str,
@@ -58,14 +58,6 @@ pub struct Prompt<'a> {
     pub model: Option<&'a str>,
     /// The caller's environment, for settings that a CLI accepts only as an argument.
     pub env: &'a BTreeMap<String, String>,
-}
-
-/// A prompt that the CLI would not accept.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{field}` {problem}")]
-pub struct InvalidPrompt {
-    pub field: &'static str,
-    pub problem: &'static str,
 }
 
 fn table(provider: Provider) -> &'static Table {
@@ -100,17 +92,9 @@ pub trait Cli {
     #[must_use]
     fn base_url(&self) -> &'static str;
 
-    /// A prompt's text, changed so that the CLI does not take it for a command of its own.
-    #[must_use]
-    fn as_text(&self, text: String) -> String;
-
     /// Names in the workspace that the CLI reads only when it starts.
     #[must_use]
     fn reads_at_start(&self) -> &'static [&'static str];
-
-    /// Whether a CLI that waits would take the text for a command of its own.
-    #[must_use]
-    fn is_command_to_agent(&self, text: &str) -> bool;
 
     /// The argv for a prompt. The argv contains the prompt, unless the prompt is longer than
     /// [`exec::PROMPT_IN_ARGV`]: then the CLI reads it from stdin. No shell is involved.
@@ -190,15 +174,6 @@ impl Cli for Provider {
         table(*self).base_url
     }
 
-    fn as_text(&self, text: String) -> String {
-        match self {
-            // Claude Code 2.1.332 does what `/clear` says, in each of its forms, but not what
-            // ` /clear` says.
-            Self::Anthropic if text.starts_with('/') => format!(" {text}"),
-            _ => text,
-        }
-    }
-
     fn reads_at_start(&self) -> &'static [&'static str] {
         match self {
             // Claude Code 2.1.332 has none of them in its requests if they come after it has
@@ -216,36 +191,8 @@ impl Cli for Provider {
         }
     }
 
-    fn is_command_to_agent(&self, text: &str) -> bool {
-        // Gemini CLI 0.61 does what `/memory show` and `$memory show` say, but only with `--acp`.
-        *self == Self::Google && text.trim_start().starts_with(['/', '$'])
-    }
-
     fn prompt(&self, prompt: &Prompt) -> Result<Vec<String>, InvalidPrompt> {
-        if prompt.text.is_empty() {
-            return Err(InvalidPrompt {
-                field: "prompt.text",
-                problem: "is empty",
-            });
-        }
-        if prompt.text.len() > MAX_PROMPT {
-            return Err(InvalidPrompt {
-                field: "prompt.text",
-                problem: "is longer than 3 MiB",
-            });
-        }
-        if prompt.text.contains('\0') {
-            return Err(InvalidPrompt {
-                field: "prompt.text",
-                problem: "has a NUL byte",
-            });
-        }
-        if prompt.model.is_some_and(|model| model.starts_with('-')) {
-            return Err(InvalidPrompt {
-                field: "prompt.model",
-                problem: "begins with `-`",
-            });
-        }
+        prompt::check(prompt.text, prompt.model.unwrap_or_default())?;
         let text = Some(prompt.text).filter(|text| text.len() <= exec::PROMPT_IN_ARGV);
         (table(*self).prompt)(prompt, text)
     }

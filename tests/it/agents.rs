@@ -49,26 +49,27 @@ const IDS: [&str; 11] = [
     "x-codex-window-id",
 ];
 
-struct Site {
+pub(crate) struct Site {
     // Dropped before its model.
-    _shim: Shim,
-    client: Client,
+    pub(crate) shim: Shim,
+    pub(crate) client: Client,
     model: Local,
 }
 
 impl Site {
-    fn start(provider: &str) -> Self {
-        Self::start_with(provider, &[&format!("--egress={provider}=")])
+    pub(crate) fn start(provider: &str) -> Self {
+        let closed = format!("--egress={provider}=");
+        Self::start_with(provider, &[&closed, "--agents=true"])
     }
 
-    fn start_with(provider: &str, options: &[&str]) -> Self {
+    pub(crate) fn start_with(provider: &str, options: &[&str]) -> Self {
         let model = Local::start();
         let url = format!("--base-url={provider}={}", model.url);
-        let options = [options, &[&url, "--agents=true"]].concat();
+        let options = [options, &[&url]].concat();
         let shim = Shim::dev_with(&[&format!("{provider}=1")], &options);
         Self {
             client: shim.client(),
-            _shim: shim,
+            shim,
             model,
         }
     }
@@ -82,7 +83,7 @@ impl Site {
     }
 
     /// The requests to the model with this prompt.
-    fn asked(&self, text: &str) -> Vec<Value> {
+    pub(crate) fn asked(&self, text: &str) -> Vec<Value> {
         let wanted = Text::of(text);
         let requests = self.model.requests().into_iter();
         let found = requests.filter(|request| request.texts.contains(&wanted));
@@ -90,7 +91,7 @@ impl Site {
     }
 }
 
-fn asks(provider: &str, text: &str) -> RunStart {
+pub(crate) fn asks(provider: &str, text: &str) -> RunStart {
     RunStart {
         env: BTreeMap::new(),
         ..prompt(provider, text, &fresh_key(), "")
@@ -339,7 +340,7 @@ fn a_run_with_its_key_in_the_container_has_nothing_of_the_agent() {
             "http://127.0.0.1:8319/google/v1beta/models/m:generateContent",
         ),
     ] {
-        let site = Site::start_with(provider, &[]);
+        let site = Site::start_with(provider, &["--agents=true"]);
         let script = format!(
             "find ~ -type f | xargs --no-run-if-empty cat; env; \
              curl --silent --show-error --noproxy '*' --data '{{}}' {ask}"
@@ -412,6 +413,7 @@ fn a_model_that_the_caller_names_is_asked() {
         start.command = Some(Command::Prompt(Prompt {
             text: text.clone(),
             model: model.into(),
+            ..Prompt::default()
         }));
         let (agent, _, outcome) = site.run(start);
         assert_eq!(agent, started::Agent::Parked);

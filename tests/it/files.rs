@@ -268,6 +268,7 @@ fn a_prompt_too_long_for_an_argument_is_the_commands_stdin() {
         command: Some(Command::Prompt(polydev_proto::runtime::Prompt {
             text: text.clone(),
             model: "opus".into(),
+            ..Default::default()
         })),
         files: vec![InputFile {
             mode: 0o755,

@@ -8,6 +8,7 @@ mod api;
 mod broker;
 mod clients;
 mod cluster;
+mod conversations;
 mod corners;
 mod credentials;
 mod egress;

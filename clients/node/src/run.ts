@@ -157,6 +157,19 @@ export class Run implements AsyncIterable<Event> {
     return this.#input.write(typeof data === "string" ? new TextEncoder().encode(data) : data);
   }
 
+  /**
+   * Writes the next prompt of a conversation to its stdin. An empty model is that of the prompt
+   * before.
+   */
+  prompt(text: string, model = ""): Promise<void> {
+    return this.write(`${JSON.stringify({ prompt: { text, model } })}\n`);
+  }
+
+  /** Ends the answer to the prompt before. */
+  cancelTurn(): Promise<void> {
+    return this.write('{"cancel_turn":{}}\n');
+  }
+
   /** Closes the input: the command reads end of file. */
   closeStdin(): void {
     this.#input.close();

@@ -7,6 +7,7 @@ use parking_lot::{Mutex, MutexGuard};
 use polydev_proto::runtime::{
     Accepted, CloseStdin, RunInput, Signal, TerminalSize, run_input::Input as Message,
 };
+use serde_json::json;
 use tokio::sync::Notify;
 
 /// The largest number of bytes in one message of the API.
@@ -150,6 +151,27 @@ impl Input {
     /// Closes the input: the command reads end of file.
     pub fn close(&self) {
         self.change(|state| state.closed = true);
+    }
+
+    /// Writes the next prompt of a conversation to its stdin. An empty model is that of the prompt
+    /// before.
+    ///
+    /// # Errors
+    /// As with [`write`](Self::write).
+    ///
+    /// # Cancel safety
+    /// A part of the prompt may have been accepted: write nothing more.
+    pub async fn prompt(&self, text: &str, model: &str) -> Result<(), Closed> {
+        let prompt = json!({ "prompt": { "text": text, "model": model } });
+        self.write(format!("{prompt}\n")).await
+    }
+
+    /// Ends the answer to the prompt before.
+    ///
+    /// # Errors
+    /// As with [`write`](Self::write).
+    pub async fn cancel_turn(&self) -> Result<(), Closed> {
+        self.write("{\"cancel_turn\":{}}\n").await
     }
 
     /// Sends a signal to the command, such as 2 (SIGINT), before any unsent stdin. At most 64

@@ -26,6 +26,7 @@ use crate::{
     anthropic::Claude,
     cli::{Cli, Event, Out},
     control::Control,
+    conversation::{self, Conversation, Next},
     google::Gemini,
     openai::Codex,
     process::{Process, awaited_signals},
@@ -43,6 +44,10 @@ const CHECK_TIMEOUT: Duration = Duration::from_millis(750);
 const RENEW_TIMEOUT: Duration = Duration::from_secs(2);
 /// For what a CLI has written before its end.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(1);
+/// The exit status of a turn that its caller has ended, as by SIGINT.
+const CANCELLED: u8 = 130;
+/// The exit status of what is no prompt.
+const NO_PROMPT: u8 = 2;
 /// Bytes of the CLI's complaints that are kept until they are needed.
 const MAX_COMPLAINTS: usize = 2000;
 
@@ -67,7 +72,7 @@ pub(crate) fn run(provider: Provider) -> End {
         return End::Code(1);
     };
     let mut agent = match start(provider) {
-        Ok((cli, process, signals)) => Agent::new(control, cli, process, signals),
+        Ok((cli, process, signals)) => Agent::new(provider, control, cli, process, signals),
         Err(error) => {
             let reason = format!("cannot start the CLI: {error}");
             let _alone = control.tell(Message::Failed(Failed { reason }));
@@ -83,7 +88,7 @@ pub(crate) fn run(provider: Provider) -> End {
             return End::Code(1);
         }
     };
-    match agent.answer(prompt) {
+    match agent.answer_all(prompt) {
         Ok(code) => End::Code(code),
         // A signal that was passed on has ended it, though it may call that a success.
         Err(Stop::Ended(End::Code(0))) => match agent.passed_on {
@@ -146,6 +151,7 @@ enum Source {
 }
 
 struct Agent {
+    provider: Provider,
     control: Control,
     cli: Box<dyn Cli>,
     process: Process,
@@ -158,11 +164,24 @@ struct Agent {
     passed_on: Option<Signal>,
     /// When what the CLI has written is read; set once it has ended.
     silent_at: Option<Instant>,
+    /// Where more prompts come from.
+    conversation: Option<Conversation>,
+    /// Whether the CLI has a prompt that it has not answered.
+    is_asked: bool,
+    /// Bytes of answers.
+    printed: u64,
 }
 
 impl Agent {
-    fn new(control: Control, cli: Box<dyn Cli>, process: Process, signals: SignalFd) -> Self {
+    fn new(
+        provider: Provider,
+        control: Control,
+        cli: Box<dyn Cli>,
+        process: Process,
+        signals: SignalFd,
+    ) -> Self {
         Self {
+            provider,
             control,
             cli,
             process,
@@ -171,6 +190,9 @@ impl Agent {
             complaints: Vec::new(),
             passed_on: None,
             silent_at: None,
+            conversation: None,
+            is_asked: false,
+            printed: 0,
         }
     }
 
@@ -214,29 +236,127 @@ impl Agent {
         Ok(prompt)
     }
 
-    /// Gives the prompt to the CLI and prints its answer. Returns the exit status.
-    fn answer(&mut self, prompt: Prompt) -> Result<u8, Stop> {
+    /// Answers the prompt, and in a conversation those that follow. Returns the exit status of the
+    /// last turn.
+    fn answer_all(&mut self, prompt: Prompt) -> Result<u8, Stop> {
         let text = match prompt.stdin_bytes {
             0 => prompt.text,
             length => self.rest_of_input(length)?,
         };
-        self.ask(|cli, out| cli.prompt(&text, &prompt.model, out))?;
-        let mut stdout = io::stdout().lock();
+        if !prompt.conversation {
+            return self.answer(&text, &prompt.model);
+        }
+        self.conversation = Some(Conversation::new(self.provider));
+        let mut code = match text.is_empty() {
+            true => 0,
+            false => self.answer(&text, &prompt.model)?,
+        };
+        while let Some(next) = self.next_prompt()? {
+            code = match next {
+                Next::Prompt(conversation::Prompt { text, model }) => self.answer(&text, &model)?,
+                Next::Cancelled => self.end_turn(CANCELLED, true)?,
+                Next::Wrong(reason) => {
+                    let told = [Told::Error(reason)].into();
+                    self.put(Out {
+                        told,
+                        ..Out::default()
+                    })?;
+                    self.end_turn(NO_PROMPT, false)?
+                }
+            };
+        }
+        Ok(code)
+    }
+
+    /// Gives the prompt to the CLI and prints its answer. Returns the turn's exit status.
+    fn answer(&mut self, text: &str, model: &str) -> Result<u8, Stop> {
+        self.is_asked = true;
+        self.ask(|cli, out| cli.prompt(text, model, out))?;
         loop {
             match self.next_event(None)? {
-                Event::Print(text) => {
-                    stdout.write_all(text.as_bytes())?;
-                    stdout.flush()?;
-                }
+                Event::Print(text) => self.print(&text)?,
                 Event::Done { text, error, code } => {
-                    stdout.write_all(text.as_bytes())?;
-                    stdout.flush()?;
+                    self.print(&text)?;
                     io::stderr().write_all(error.as_bytes())?;
-                    return Ok(code);
+                    return self.end_turn(code, false);
                 }
+                Event::Cancelled => return self.end_turn(CANCELLED, true),
                 Event::Failed(reason) => return Err(Stop::Failed(reason)),
                 Event::Ready | Event::Checked => {}
             }
+        }
+    }
+
+    fn print(&mut self, text: &str) -> io::Result<()> {
+        let mut stdout = io::stdout().lock();
+        stdout.write_all(text.as_bytes())?;
+        self.printed += text.len() as u64;
+        stdout.flush()
+    }
+
+    fn end_turn(&mut self, exit_code: u8, cancelled: bool) -> Result<u8, Stop> {
+        self.is_asked = false;
+        let ended = Told::TurnEnded {
+            exit_code,
+            cancelled,
+            stdout_bytes: self.printed,
+        };
+        let told = [ended].into();
+        self.put(Out {
+            told,
+            ..Out::default()
+        })?;
+        Ok(exit_code)
+    }
+
+    /// The next prompt of a conversation; `None` after the last.
+    fn next_prompt(&mut self) -> Result<Option<Next>, Stop> {
+        loop {
+            self.listen()?;
+            let Some(conversation) = &mut self.conversation else {
+                return Ok(None);
+            };
+            if let Some(next) = conversation.next() {
+                return Ok(Some(next));
+            }
+            if !conversation.is_open() {
+                return Ok(None);
+            }
+            if let Some(end) = self.process.ended() {
+                return Err(Stop::Ended(end));
+            }
+            self.wait(Heeds::Init, None)?;
+            // What it does between two turns.
+            while let Some(line) = self.process.next_line().map_err(Stop::Failed)? {
+                let mut out = Out::default();
+                self.cli.on_line(&line, &mut out);
+                self.put(out)?;
+            }
+        }
+    }
+
+    /// Hears what the caller of a conversation has said.
+    fn listen(&mut self) -> Result<(), Stop> {
+        let Some(conversation) = &mut self.conversation else {
+            return Ok(());
+        };
+        let (said, is_open) = self.control.take();
+        conversation.push(&said);
+        if !is_open {
+            conversation.end();
+        }
+        match conversation.read() && self.is_asked {
+            true => self.ask(|cli, out| cli.cancel(out)),
+            false => Ok(()),
+        }
+    }
+
+    /// Whom a CLI at work is heard with.
+    fn heeds(&self) -> Heeds {
+        let hears = |conversation: &Conversation| conversation.is_open() && conversation.has_room();
+        match self.conversation.as_ref().is_some_and(hears) {
+            true => Heeds::Init,
+            false => Heeds::Cli,
         }
     }
 
@@ -302,7 +422,8 @@ impl Agent {
             if has_said_all && let Some(end) = self.process.ended() {
                 return Err(Stop::Ended(end));
             }
-            self.wait(Heeds::Cli, end.or(self.silent_at))?;
+            self.listen()?;
+            self.wait(self.heeds(), end.or(self.silent_at))?;
         }
     }
 

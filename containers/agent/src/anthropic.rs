@@ -13,6 +13,7 @@ use crate::{
 #[derive(Debug, Default)]
 pub(crate) struct Claude {
     is_taken: bool,
+    is_cancelled: bool,
 }
 
 /// The names of our requests.
@@ -20,6 +21,7 @@ const INITIALIZE: &str = "initialize";
 const REHEARSE: &str = "rehearse";
 const CHECK: &str = "check";
 const MODEL: &str = "model";
+const CANCEL: &str = "cancel";
 
 impl Claude {
     fn control(name: &str, request: Value, out: &mut Out) {
@@ -65,6 +67,7 @@ impl Cli for Claude {
 
     fn prompt(&mut self, text: &str, model: &str, out: &mut Out) {
         self.is_taken = true;
+        self.is_cancelled = false;
         if !model.is_empty() {
             Self::control(
                 MODEL,
@@ -80,11 +83,19 @@ impl Cli for Claude {
         }));
     }
 
+    fn cancel(&mut self, out: &mut Out) {
+        self.is_cancelled = true;
+        Self::control(CANCEL, json!({ "subtype": "interrupt" }), out);
+    }
+
     fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event> {
         match line["type"].as_str()? {
             "control_response" => {
                 let response = &line["response"];
                 let name = response["request_id"].as_str()?;
+                if name == CANCEL {
+                    return None; // The result of the turn says the rest.
+                }
                 if response["subtype"] != "success" {
                     let error = response["error"].as_str().unwrap_or("it says no more");
                     return Some(Event::Failed(format!("`{name}`: {error}")));
@@ -130,6 +141,9 @@ impl Cli for Claude {
                 None
             }
             "result" => {
+                if self.is_cancelled && line["subtype"] != "success" {
+                    return Some(Event::Cancelled);
+                }
                 let is_error = line["is_error"].as_bool().unwrap_or(true);
                 let usage = |name: &str| line["usage"][name].as_u64().unwrap_or_default();
                 out.tell(Told::Usage {

@@ -22,6 +22,8 @@ pub(crate) enum Event {
         error: String,
         code: u8,
     },
+    /// The turn is over because of [`Cli::cancel`].
+    Cancelled,
     /// It does not do what it was asked; the reason is for people.
     Failed(String),
 }
@@ -64,8 +66,12 @@ pub(crate) trait Cli {
     /// session began. Leads to [`Event::Checked`] too.
     fn renew(&mut self, out: &mut Out);
 
-    /// Sends the prompt. An empty model is the CLI's choice.
+    /// Sends the next prompt of its session. An empty model is the CLI's choice, or that of the prompt
+    /// before.
     fn prompt(&mut self, text: &str, model: &str, out: &mut Out);
+
+    /// Ends the turn of the prompt. It leads to [`Event::Cancelled`], unless the answer is there already.
+    fn cancel(&mut self, out: &mut Out);
 
     /// Reads a line.
     fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event>;

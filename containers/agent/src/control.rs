@@ -83,4 +83,9 @@ impl Control {
             false => Ok(None),
         }
     }
+
+    /// Whatever has come and is no message, and whether more may come.
+    pub(crate) fn take(&mut self) -> (BytesMut, bool) {
+        (self.input.split(), !self.is_over)
+    }
 }

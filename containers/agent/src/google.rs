@@ -21,6 +21,7 @@ pub(crate) struct Gemini {
     text: String,
     /// Whether the answer ends a line.
     ends_line: bool,
+    is_cancelled: bool,
 }
 
 /// The number of the request that the agent waits for.
@@ -99,6 +100,7 @@ impl Gemini {
             // An error is an answer too.
             Asked::Check(asked) if asked == id => Some(Event::Checked),
             Asked::Model(asked) if asked == id => match answer {
+                Ok(_) if self.is_cancelled => Some(Event::Cancelled),
                 Ok(_) => {
                     let (session, text) = (self.session.clone(), std::mem::take(&mut self.text));
                     self.asked = Asked::Prompt(self.ask(&session, &text, out));
@@ -107,6 +109,9 @@ impl Gemini {
                 Err(error) => Some(Self::done(error, out)),
             },
             Asked::Prompt(asked) if asked == id => Some(match answer {
+                Ok(answer) if self.is_cancelled && answer["stopReason"] == "cancelled" => {
+                    Event::Cancelled
+                }
                 Ok(answer) => {
                     let used = &answer["_meta"]["quota"]["token_count"];
                     let tokens = |name: &str| used[name].as_u64().unwrap_or_default();
@@ -199,6 +204,8 @@ impl Cli for Gemini {
     }
 
     fn prompt(&mut self, text: &str, model: &str, out: &mut Out) {
+        self.is_cancelled = false;
+        self.ends_line = false;
         if model.is_empty() {
             let session = self.session.clone();
             self.asked = Asked::Prompt(self.ask(&session, text, out));
@@ -207,6 +214,12 @@ impl Cli for Gemini {
         self.text = text.to_owned();
         let params = json!({ "sessionId": self.session, "modelId": model });
         self.asked = Asked::Model(self.calls.request("session/set_model", params, out));
+    }
+
+    fn cancel(&mut self, out: &mut Out) {
+        self.is_cancelled = true;
+        let params = json!({ "sessionId": self.session });
+        out.send(json!({ "jsonrpc": "2.0", "method": "session/cancel", "params": params }));
     }
 
     fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event> {

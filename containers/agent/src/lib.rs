@@ -14,6 +14,7 @@ mod agent;
 mod anthropic;
 mod cli;
 mod control;
+mod conversation;
 mod google;
 mod lines;
 mod openai;
@@ -43,7 +44,7 @@ pub fn rehearsed(provider: Provider, said: &[u8]) -> Vec<Vec<u8>> {
         match cli.on_line(&line, &mut out) {
             Some(cli::Event::Ready) => cli.check(&mut out),
             Some(cli::Event::Checked) => cli.prompt("hello", "", &mut out),
-            Some(cli::Event::Done { .. }) => break,
+            Some(cli::Event::Done { .. } | cli::Event::Cancelled) => break,
             _ => {}
         }
     }

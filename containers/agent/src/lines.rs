@@ -1,23 +1,52 @@
-//! The lines of a CLI.
+//! The lines of a CLI, and of a caller.
+
+use std::fmt;
 
 use bytes::{Bytes, BytesMut};
 
-/// Longest line, in bytes: a result of a tool can be a picture.
+/// Longest line of a CLI, in bytes: a result of a tool can be a picture.
 pub const MAX_LINE: usize = 16 << 20;
 
-/// A CLI has written a line of more than [`MAX_LINE`] bytes.
+/// A line has more bytes than are allowed.
 #[derive(Debug, PartialEq, Eq)]
-pub struct TooLong;
+pub struct TooLong {
+    max: usize,
+}
+
+impl fmt::Display for TooLong {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a line has more than {} MiB", self.max >> 20)
+    }
+}
 
 /// Cuts bytes into lines.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Lines {
+    /// Longest line, in bytes.
+    max: usize,
     waiting: BytesMut,
     /// How many of the waiting bytes are known to have no end of a line.
     seen: usize,
 }
 
+impl Default for Lines {
+    /// Those of a CLI.
+    fn default() -> Self {
+        Self::of(MAX_LINE)
+    }
+}
+
 impl Lines {
+    /// Lines of at most so many bytes.
+    #[must_use]
+    pub fn of(max: usize) -> Self {
+        Self {
+            max,
+            waiting: BytesMut::new(),
+            seen: 0,
+        }
+    }
+
     pub fn push(&mut self, bytes: &[u8]) {
         self.waiting.extend_from_slice(bytes);
     }
@@ -28,17 +57,17 @@ impl Lines {
     /// [`TooLong`]
     pub fn next_line(&mut self) -> Result<Option<Bytes>, TooLong> {
         match memchr::memchr(b'\n', &self.waiting[self.seen..]) {
-            Some(at) if self.seen + at <= MAX_LINE => {
+            Some(at) if self.seen + at <= self.max => {
                 let mut line = self.waiting.split_to(self.seen + at + 1);
                 line.truncate(self.seen + at);
                 self.seen = 0;
                 Ok(Some(line.freeze()))
             }
-            None if self.waiting.len() <= MAX_LINE => {
+            None if self.waiting.len() <= self.max => {
                 self.seen = self.waiting.len();
                 Ok(None)
             }
-            Some(_) | None => Err(TooLong),
+            Some(_) | None => Err(TooLong { max: self.max }),
         }
     }
 }
@@ -78,6 +107,6 @@ mod tests {
         lines.push(&vec![b'x'; MAX_LINE]);
         assert_eq!(lines.next_line(), Ok(None));
         lines.push(b"x");
-        assert_eq!(lines.next_line(), Err(TooLong));
+        assert!(lines.next_line().is_err());
     }
 }

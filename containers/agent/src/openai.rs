@@ -22,6 +22,9 @@ pub(crate) struct Codex {
     answer: String,
     /// The last error that was reported, which Codex may get over.
     error: String,
+    /// The turn of the prompt, once it has a name.
+    turn: String,
+    is_cancelled: bool,
 }
 
 /// The number of the request that the agent waits for.
@@ -117,10 +120,24 @@ impl Codex {
         }
     }
 
+    /// Ends the turn, if it has begun.
+    fn interrupt(&mut self, out: &mut Out) {
+        if !self.turn.is_empty() {
+            let params = json!({ "threadId": self.thread, "turnId": self.turn });
+            self.calls.request("turn/interrupt", params, out);
+        }
+    }
+
     fn on_notice(&mut self, name: &str, params: &Value, out: &mut Out) {
         let text = |name: &str| params[name].as_str().unwrap_or_default().to_owned();
         let item = &params["item"];
         match name {
+            "turn/started" => {
+                self.turn = params["turn"]["id"].as_str().unwrap_or_default().to_owned();
+                if self.is_cancelled {
+                    self.interrupt(out);
+                }
+            }
             "item/agentMessage/delta" => out.tell(Told::Text(text("delta"))),
             "item/reasoning/summaryTextDelta" | "item/reasoning/textDelta" => {
                 out.tell(Told::Thinking(text("delta")));
@@ -153,6 +170,7 @@ impl Codex {
     fn on_turn_completed(&mut self, turn: &Value, out: &mut Out) -> Option<Event> {
         let error = match turn["status"].as_str() {
             Some("completed") => None,
+            Some("interrupted") if self.is_cancelled => return Some(Event::Cancelled),
             status => {
                 let error = turn["error"]["message"].as_str();
                 let error = error.or(Some(&*self.error).filter(|error| !error.is_empty()));
@@ -206,7 +224,15 @@ impl Cli for Codex {
     }
 
     fn prompt(&mut self, text: &str, model: &str, out: &mut Out) {
+        self.error.clear();
+        self.turn.clear();
+        self.is_cancelled = false;
         self.asked = Asked::Prompt(self.start_turn(text, model, out));
+    }
+
+    fn cancel(&mut self, out: &mut Out) {
+        self.is_cancelled = true;
+        self.interrupt(out);
     }
 
     fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event> {

@@ -131,7 +131,7 @@ impl Process {
                         return Ok(Some(value));
                     }
                 }
-                Err(_) => return Err("it writes a line of more than 16 MiB".into()),
+                Err(too_long) => return Err(too_long.to_string()),
             }
         }
     }

@@ -24,6 +24,11 @@ pub(crate) enum Told {
     },
     Error(String),
     Retry(String),
+    TurnEnded {
+        exit_code: u8,
+        cancelled: bool,
+        stdout_bytes: u64,
+    },
 }
 
 impl Told {
@@ -56,6 +61,13 @@ impl Told {
             } })],
             Self::Error(error) => vec![json!({ "error": cut(error) })],
             Self::Retry(reason) => vec![json!({ "retry": cut(reason) })],
+            Self::TurnEnded {
+                exit_code,
+                cancelled,
+                stdout_bytes,
+            } => vec![json!({ "turn_ended": {
+                "exit_code": exit_code, "cancelled": cancelled, "stdout_bytes": stdout_bytes,
+            } })],
         };
         let lines = values.iter().map(|value| format!("{value}\n").into_bytes());
         // Three texts of which each byte is escaped do not fit; no CLI has such names.

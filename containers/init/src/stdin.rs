@@ -4,11 +4,14 @@ use std::{
     collections::VecDeque,
     fs::File,
     io::{ErrorKind, Write},
+    os::fd::AsRawFd,
 };
 
 use polydev_proto::init::{Stdin, StdinAck};
 
 use crate::terminal::END_OF_FILE;
+
+use nix::sys::socket::{Shutdown, shutdown};
 
 /// Most bytes held; a driver that sends more breaks the protocol. The driver sends a message of
 /// at most 64 KiB only while fewer than 128 KiB are unacknowledged.
@@ -94,6 +97,8 @@ impl Input {
                     break;
                 }
                 if !self.is_terminal {
+                    // An agent's is a socket, of which init has other handles.
+                    let _is_a_pipe = shutdown(pipe.as_raw_fd(), Shutdown::Write);
                     self.pipe = None;
                 } else if !self.end_is_told {
                     // The first key flushes an unfinished line, if there is one.

@@ -1,6 +1,9 @@
 //! What the agent of a prompt does, on a screen and as JSON.
 
-use std::io::{IsTerminal, Write};
+use std::{
+    collections::VecDeque,
+    io::{IsTerminal, Write},
+};
 
 use polydev_proto::runtime::{AgentEvent, agent_event, run_event::Event, started::Agent};
 use serde_json::json;
@@ -12,10 +15,14 @@ use super::{Output, stream};
 pub(super) struct Screen {
     /// Whether there are events: what the CLI prints is shown after them, as far as it is new.
     has_agent: bool,
-    /// The text that is shown already.
+    /// The text of the turn that is shown already.
     shown: String,
-    /// What the CLI has printed meanwhile: the same text, or the last part of it.
+    /// The turns that have ended, and what of them is shown, until what they have printed has come.
+    ended: VecDeque<(u64, String)>,
+    /// What the CLI has printed since the last turn: the same text, or the last part of it.
     printed: Vec<u8>,
+    /// Where that begins in stdout.
+    begin: u64,
 }
 
 impl Screen {
@@ -25,22 +32,45 @@ impl Screen {
         is_screen.then(|| Self {
             has_agent: false,
             shown: String::new(),
+            ended: VecDeque::new(),
             printed: Vec::new(),
+            begin: 0,
         })
     }
 
     pub(super) fn print(&mut self, event: &Event) -> anyhow::Result<()> {
         match event {
-            Event::AgentEvents(told) => self.show(told.events.iter())?,
+            Event::AgentEvents(told) => {
+                self.show(told.events.iter())?;
+                self.end_turns()?;
+            }
             Event::Started(started) => self.has_agent = started.agent() == Agent::Parked,
             Event::Stdout(output) if self.has_agent => {
                 self.printed.extend_from_slice(&output.data);
+                self.end_turns()?;
             }
             Event::Exited(_) => {
-                std::io::stdout().write_all(self.rest())?;
+                std::io::stdout().write_all(rest(&self.shown, &self.printed))?;
                 stream::print_event(event, Output::Text)?;
             }
             event => stream::print_event(event, Output::Text)?,
+        }
+        Ok(())
+    }
+
+    /// Shows what is missing of the turns that have ended.
+    fn end_turns(&mut self) -> anyhow::Result<()> {
+        while let Some((end, shown)) = self.ended.pop_front() {
+            let length = usize::try_from(end.saturating_sub(self.begin))?;
+            if self.printed.len() < length {
+                self.ended.push_front((end, shown));
+                break;
+            }
+            let printed: Vec<u8> = self.printed.drain(..length).collect();
+            self.begin += length as u64;
+            let mut stdout = std::io::stdout().lock();
+            stdout.write_all(rest(&shown, &printed))?;
+            stdout.flush()?;
         }
         Ok(())
     }
@@ -60,20 +90,25 @@ impl Screen {
                 Some(agent_event::Event::Retry(reason)) => {
                     writeln!(stderr, "polydev-shim: the CLI tries again: {reason}")?;
                 }
+                Some(agent_event::Event::TurnEnded(ended)) => {
+                    let shown = std::mem::take(&mut self.shown);
+                    self.ended.push_back((ended.stdout_bytes, shown));
+                }
                 _ => {}
             }
         }
         Ok(())
     }
+}
 
-    /// What of the CLI's output is not shown yet.
-    fn rest(&self) -> &[u8] {
-        let printed = self.printed.trim_ascii();
-        match self.shown.trim_end().as_bytes().ends_with(printed) {
-            true if self.printed.ends_with(b"\n") && !self.shown.ends_with('\n') => b"\n",
-            true => b"",
-            false => &self.printed,
-        }
+/// What of the CLI's output is not shown yet.
+fn rest<'a>(shown: &str, printed: &'a [u8]) -> &'a [u8] {
+    let text = printed.trim_ascii();
+    match shown.trim_end().as_bytes().ends_with(text) {
+        true if shown.is_empty() || shown.ends_with('\n') => b"",
+        // Also that of a turn that was cancelled.
+        true => b"\n",
+        false => printed,
     }
 }
 
@@ -94,6 +129,11 @@ pub(super) fn to_json(event: &AgentEvent) -> Option<serde_json::Value> {
         } }),
         Told::Error(error) => json!({ "error": error }),
         Told::Retry(reason) => json!({ "retry": reason }),
+        Told::TurnEnded(ended) => json!({ "turn_ended": {
+            "exit_code": ended.exit_code,
+            "cancelled": ended.cancelled,
+            "stdout_bytes": ended.stdout_bytes,
+        } }),
     })
 }
 
@@ -103,13 +143,8 @@ mod tests {
 
     #[test]
     fn what_is_shown_is_not_printed_again() {
-        let rest = |shown: &str, printed: &str| {
-            let screen = Screen {
-                has_agent: true,
-                shown: shown.into(),
-                printed: printed.into(),
-            };
-            String::from_utf8(screen.rest().to_vec()).unwrap()
+        let rest = |shown, printed: &'static str| {
+            String::from_utf8(rest(shown, printed.as_bytes()).to_vec()).unwrap()
         };
         assert_eq!(rest("hello", "hello\n"), "\n");
         assert_eq!(rest("hello\n", "hello\n"), "");

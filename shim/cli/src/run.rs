@@ -14,7 +14,9 @@ use polydev_proto::{
 use tonic::metadata::{MetadataMap, MetadataValue};
 
 use super::{
-    Client, Output, credentials,
+    Client, Output,
+    conversation::Conversation,
+    credentials,
     files::{Given, Opened, Receiver},
     print,
     stream::{self, Signals, forward_stdin},
@@ -40,10 +42,14 @@ pub struct Arguments {
     #[arg(long, default_value = "local")]
     user: String,
     /// Prompt for the provider's CLI, instead of a command.
-    #[arg(long, conflicts_with = "argv", required_unless_present = "argv")]
+    #[arg(long, conflicts_with = "argv", required_unless_present_any = ["argv", "conversation"])]
     prompt: Option<String>,
+    /// Take each line of stdin as a further prompt to the same session. Ctrl-C ends an answer, the end
+    /// of stdin ends the run.
+    #[arg(long, conflicts_with_all = ["argv", "detach", "tty"])]
+    conversation: bool,
     /// The provider's name of the model that answers the prompt. [default: the CLI's choice]
-    #[arg(long, requires = "prompt")]
+    #[arg(long, conflicts_with = "argv")]
     model: Option<String>,
     #[command(flatten)]
     credential: credentials::Given,
@@ -122,16 +128,23 @@ pub async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let signals = Signals::new(tty.is_some())?;
     let run = shim.run(start);
     let input = run.input();
+    let has_first = arguments.prompt.is_some();
+    let conversation =
+        (arguments.conversation).then(|| Conversation::new(input.clone(), has_first));
+    let turns = conversation.clone();
     tokio::spawn(async move {
         files.send(&input).await;
-        if reads_stdin {
-            forward_stdin(input).await;
+        match turns {
+            Some(turns) => turns.forward_stdin().await,
+            None if reads_stdin => forward_stdin(input).await,
+            None => {}
         }
     });
     stream::print(
         run,
         signals,
         Receiver::new(&arguments.artifacts_to),
+        conversation,
         arguments.output,
         arguments.timeline,
     )
@@ -175,18 +188,16 @@ async fn detach(
 }
 
 fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {
-    let (command, stdin) = match &arguments.prompt {
-        Some(text) => {
-            let model = arguments.model.clone().unwrap_or_default();
-            (
-                Command::Prompt(Prompt {
-                    text: text.clone(),
-                    model,
-                }),
-                false,
-            )
+    let (command, stdin) = match arguments.prompt.is_some() || arguments.conversation {
+        true => {
+            let prompt = Prompt {
+                text: arguments.prompt.clone().unwrap_or_default(),
+                model: arguments.model.clone().unwrap_or_default(),
+                conversation: arguments.conversation,
+            };
+            (Command::Prompt(prompt), arguments.conversation)
         }
-        None => {
+        false => {
             let bytes = |argument: &OsString| Bytes::from(argument.clone().into_vec());
             (
                 Command::Argv(Argv {

@@ -23,12 +23,14 @@ use tokio::{
 
 use super::{
     FAILED, Output, agent,
+    conversation::Conversation,
     egress::{self, host_and_port},
     files::Receiver,
     terminal::{self, Raw},
     told,
 };
 
+const SIGINT: u8 = 2;
 /// Bytes in one read.
 pub(super) const MAX_CHUNK: usize = 64 << 10;
 
@@ -38,6 +40,7 @@ pub(super) async fn print(
     mut run: Run,
     mut signals: Signals,
     mut artifacts: Receiver,
+    conversation: Option<Conversation>,
     output: Output,
     timeline: bool,
 ) -> anyhow::Result<ExitCode> {
@@ -71,6 +74,10 @@ pub(super) async fn print(
                 if !is_accepted || !*reached.borrow() {
                     return Ok(ExitCode::from(128 + number));
                 }
+                let is_interrupt = number == SIGINT;
+                if conversation.as_ref().is_some_and(|turns| is_interrupt && turns.cancel()) {
+                    continue;
+                }
                 // The command decides what the signal does.
                 input.signal(number.into());
                 continue;
@@ -94,6 +101,9 @@ pub(super) async fn print(
         }
         if output == Output::Text {
             artifacts.on(&event)?;
+        }
+        if let Some(turns) = &conversation {
+            turns.on(&event);
         }
         if let Event::Exited(exited) = event {
             drop(raw.take());
@@ -144,7 +154,7 @@ impl Signals {
         };
         tokio::select! {
             _ = self.hangup.recv() => Asked::Signal(1),
-            _ = self.interrupt.recv() => Asked::Signal(2),
+            _ = self.interrupt.recv() => Asked::Signal(SIGINT),
             _ = self.terminate.recv() => Asked::Signal(15),
             _ = resized => Asked::Resize,
         }

@@ -14,6 +14,7 @@ use polydev_proto::{
     exec,
     id::{RunId, UserId},
     node::{RunSpec, TraceContext},
+    prompt,
     provider::{Provider, Unknown},
     runtime::{CredentialMode, RunStart, SlowReader},
     workspace,
@@ -30,7 +31,7 @@ use crate::{
     access::Policy,
     credentials::Source,
     environment,
-    provider::{Cli, InvalidPrompt},
+    provider::Cli,
     secret::{self, Prepared},
 };
 
@@ -80,7 +81,11 @@ pub enum Invalid {
     #[error(transparent)]
     Environment(#[from] environment::Refused),
     #[error(transparent)]
-    Prompt(#[from] InvalidPrompt),
+    Prompt(#[from] prompt::Invalid),
+    #[error(
+        "`prompt.conversation` is `true`; must be false, because an agent cannot have the run: {reason}"
+    )]
+    Conversation { reason: String },
     #[error(transparent)]
     Command(#[from] exec::Invalid),
     #[error("`{field}` is `{given}`; must be {allowed}")]
@@ -101,6 +106,7 @@ impl Invalid {
             Self::Credential(invalid) => format!("credential.{}", invalid.field),
             Self::Environment(refused) => format!("env[{:?}]", refused.name),
             Self::Prompt(invalid) => invalid.field.into(),
+            Self::Conversation { .. } => "prompt.conversation".into(),
             Self::Command(invalid) => invalid.field.clone(),
             Self::Value { field, .. } => (*field).into(),
         }
@@ -300,9 +306,7 @@ impl Request {
             }));
         }
         check(&self.spec, &secrets)?;
-        if secrets.outside.is_some() {
-            command::has_outside_key(&mut self.spec);
-        }
+        command::has_key(&mut self.spec, secrets.outside.is_some())?;
         self.spec.secret_names = secrets.names().map(str::to_owned).collect();
         self.secrets = secrets;
         Ok(())

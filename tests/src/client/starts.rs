@@ -41,7 +41,7 @@ pub fn prompt(provider: &str, text: &str, key: &str, url: &str) -> RunStart {
     RunStart {
         command: Some(Command::Prompt(Prompt {
             text: text.into(),
-            model: String::new(),
+            ..Prompt::default()
         })),
         env: BTreeMap::from([(variable.into(), url)]),
         credential: Some(api_key(key)),

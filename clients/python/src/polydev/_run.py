@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable
@@ -142,6 +143,18 @@ class Run:
         `accepted` on. A caller that continues the input of an earlier caller must start at this
         offset, even if the earlier caller had sent more."""
         await self._input.write(data)
+
+    async def prompt(self, text: str, model: str = "") -> None:
+        """Writes the next prompt of a conversation to its stdin. An empty model is that of the
+        prompt before."""
+        await self._say({"prompt": {"text": text, "model": model}})
+
+    async def cancel_turn(self) -> None:
+        """Ends the answer to the prompt before."""
+        await self._say({"cancel_turn": {}})
+
+    async def _say(self, line: dict) -> None:
+        await self.write(json.dumps(line).encode() + b"\n")
 
     def close_stdin(self) -> None:
         """Closes the input: the command reads end of file."""

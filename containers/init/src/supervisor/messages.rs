@@ -158,6 +158,20 @@ impl Supervisor {
                 (reason, _) => Err(reason.to_owned()),
             };
             match given {
+                Err(reason) if prompt.conversation => {
+                    if let Some(agent) = agent {
+                        agent.end();
+                    }
+                    let reason = match reason.is_empty() {
+                        true => "the slot has none",
+                        false => &reason,
+                    };
+                    return Err(NotStarted {
+                        run_id: start.run_id,
+                        reason: Reason::Invalid.into(),
+                        message: format!("a conversation needs an agent: {reason}"),
+                    });
+                }
                 Err(reason) => {
                     let parked = false;
                     form = Some(Form { parked, reason });

@@ -174,6 +174,50 @@ fn a_prompt_too_long_for_an_argument_comes_as_stdin() {
 }
 
 #[test]
+fn a_conversation_has_its_prompts_as_lines_of_stdin() {
+    let (_init, mut link, _) = parked("");
+    let mut start = Start {
+        stdin: true,
+        ..prompt("one")
+    };
+    start.prompt.as_mut().unwrap().conversation = true;
+    link.send(to_init::Message::Start(start.into()));
+    let said = "{\"prompt\":{\"text\":\"two\"}}\n{}\n{\"prompt\":{\"text\":\"three\"}}\n";
+    for (number, piece) in said.as_bytes().chunks(50).enumerate() {
+        link.send(to_init::Message::Stdin(init::Stdin {
+            offset: number as u64 * 50,
+            data: bytes::Bytes::copy_from_slice(piece),
+            close: (number + 1) * 50 >= said.len(),
+        }));
+    }
+    let mut stdout = Vec::new();
+    let exited = link.finish(&mut stdout);
+    assert_eq!(exited.status, code(0));
+    let stdout = String::from_utf8(stdout).unwrap();
+    let heard: Vec<&str> = stdout
+        .lines()
+        .filter_map(|line| line.split(',').next())
+        .collect();
+    assert_eq!(heard, ["heard one", "heard two", "heard three"]);
+}
+
+#[test]
+fn a_conversation_that_no_agent_can_have_is_not_started() {
+    let (_init, mut link, agent) = parked("never-ready");
+    assert_eq!(agent.state(), State::Gone);
+    let mut start = prompt("one");
+    start.prompt.as_mut().unwrap().conversation = true;
+    link.send(to_init::Message::Start(start.into()));
+    match link.next() {
+        from_init::Message::NotStarted(refused) => {
+            let why = "a conversation needs an agent: the CLI exited with status 4";
+            assert!(refused.message.starts_with(why), "{refused:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn an_argv_ends_the_agent_and_so_does_a_prompt_that_is_not_for_it() {
     let (_init, mut link, _) = parked("");
     let (form, stdout, _) = run(

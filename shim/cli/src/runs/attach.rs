@@ -51,7 +51,7 @@ pub(super) async fn attach(arguments: Attach) -> anyhow::Result<ExitCode> {
     });
     let signals = Signals::new(false)?;
     let artifacts = Receiver::new(&arguments.artifacts_to);
-    stream::print(run, signals, artifacts, arguments.output, false).await
+    stream::print(run, signals, artifacts, None, arguments.output, false).await
 }
 
 pub(super) async fn cancel(arguments: Cancel) -> anyhow::Result<ExitCode> {

@@ -4,7 +4,9 @@ use bytes::{Buf, BytesMut};
 use polydev_proto::{
     agent::MAX_LINE,
     node,
-    runtime::{AgentEvent, AgentEvents, AgentUsage, ToolCall, ToolResult, agent_event::Event},
+    runtime::{
+        AgentEvent, AgentEvents, AgentUsage, ToolCall, ToolResult, TurnEnded, agent_event::Event,
+    },
 };
 use serde::Deserialize;
 
@@ -30,6 +32,11 @@ enum Line {
     },
     Error(String),
     Retry(String),
+    TurnEnded {
+        exit_code: i32,
+        cancelled: bool,
+        stdout_bytes: u64,
+    },
 }
 
 impl From<Line> for Event {
@@ -64,6 +71,15 @@ impl From<Line> for Event {
             }),
             Line::Error(error) => Self::Error(error),
             Line::Retry(reason) => Self::Retry(reason),
+            Line::TurnEnded {
+                exit_code,
+                cancelled,
+                stdout_bytes,
+            } => Self::TurnEnded(TurnEnded {
+                exit_code,
+                cancelled,
+                stdout_bytes,
+            }),
         }
     }
 }

@@ -4,13 +4,14 @@ use bytes::Bytes;
 use polydev_proto::{
     exec, init,
     node::RunSpec,
+    prompt,
     provider::Provider,
-    runtime::{RunStart, run_start::Command},
+    runtime::{Prompt, RunStart, run_start::Command},
     workspace,
 };
 
 use super::Invalid;
-use crate::provider::{Cli, Prompt};
+use crate::provider::{Cli, Prompt as CliPrompt};
 
 /// An agent has no key of its own.
 const NO_KEY: &str = "the run has no key at the broker";
@@ -38,37 +39,7 @@ pub(super) fn read(provider: Provider, start: &mut RunStart) -> Result<Asked, In
                 allowed: "only one of them",
             });
         }
-        Some(Command::Prompt(prompt)) => {
-            let text = provider.as_text(prompt.text);
-            let model = Some(prompt.model.as_str()).filter(|model| !model.is_empty());
-            let argv = provider.prompt(&Prompt {
-                text: &text,
-                model,
-                env: &start.env,
-            })?;
-            let cold_reason = match provider.is_command_to_agent(&text) {
-                true => "the CLI would take the text for a command".to_owned(),
-                false => cold_reason(provider, start).unwrap_or_else(|| NO_KEY.to_owned()),
-            };
-            let stdin_bytes = match text.len() > exec::PROMPT_IN_ARGV {
-                true => text.len() as u64,
-                false => 0,
-            };
-            let (text, stdin) = match text.len() > exec::PROMPT_IN_ARGV {
-                true => (String::new(), Some(text.into())),
-                false => (text, None),
-            };
-            return Ok(Asked {
-                argv: argv.into_iter().map(Bytes::from).collect(),
-                stdin,
-                prompt: Some(init::Prompt {
-                    text,
-                    model: prompt.model,
-                    cold_reason,
-                    stdin_bytes,
-                }),
-            });
-        }
+        Some(Command::Prompt(prompt)) => return read_prompt(provider, start, prompt),
         None => {
             return Err(Invalid::Value {
                 field: "command",
@@ -84,8 +55,78 @@ pub(super) fn read(provider: Provider, start: &mut RunStart) -> Result<Asked, In
     })
 }
 
+fn read_prompt(provider: Provider, start: &RunStart, prompt: Prompt) -> Result<Asked, Invalid> {
+    let Prompt {
+        text,
+        model,
+        conversation,
+    } = prompt;
+    let text = prompt::as_text(provider, text);
+    let is_long = text.len() > exec::PROMPT_IN_ARGV;
+    let argv = match conversation && text.is_empty() {
+        // It is not started, and not empty.
+        true => vec![provider.name().to_owned()],
+        false => provider.prompt(&CliPrompt {
+            text: &text,
+            model: Some(model.as_str()).filter(|model| !model.is_empty()),
+            env: &start.env,
+        })?,
+    };
+    let cold_reason = match prompt::is_command_to_agent(provider, &text) {
+        true => Some("the CLI would take the text for a command".to_owned()),
+        false => cold_reason(provider, start, conversation),
+    };
+    if conversation {
+        check_conversation(start, is_long, cold_reason.as_deref())?;
+    }
+    let stdin_bytes = if is_long { text.len() as u64 } else { 0 };
+    let (text, stdin) = match is_long {
+        true => (String::new(), Some(text.into())),
+        false => (text, None),
+    };
+    Ok(Asked {
+        argv: argv.into_iter().map(Bytes::from).collect(),
+        stdin,
+        prompt: Some(init::Prompt {
+            text,
+            model,
+            cold_reason: cold_reason.unwrap_or_else(|| NO_KEY.to_owned()),
+            stdin_bytes,
+            conversation,
+        }),
+    })
+}
+
+/// Only an agent can have a conversation, whose further prompts come as stdin.
+fn check_conversation(
+    start: &RunStart,
+    is_long: bool,
+    cold_reason: Option<&str>,
+) -> Result<(), Invalid> {
+    if !start.stdin {
+        return Err(Invalid::Value {
+            field: "stdin",
+            given: "false".into(),
+            allowed: "true in a conversation, whose further prompts come as stdin",
+        });
+    }
+    if is_long {
+        return Err(Invalid::Value {
+            field: "prompt.text",
+            given: "longer than 131007 bytes".into(),
+            allowed: "shorter in a conversation; stdin takes longer prompts",
+        });
+    }
+    match cold_reason.or(start.credential.is_none().then_some(NO_KEY)) {
+        Some(reason) => Err(Invalid::Conversation {
+            reason: reason.to_owned(),
+        }),
+        None => Ok(()),
+    }
+}
+
 /// What an agent cannot have any more, because its CLI has started.
-fn cold_reason(provider: Provider, start: &RunStart) -> Option<String> {
+fn cold_reason(provider: Provider, start: &RunStart, conversation: bool) -> Option<String> {
     let read = start.files.iter().find_map(|file| {
         let names = provider.reads_at_start();
         let first = file.path.split('/').next()?;
@@ -97,7 +138,7 @@ fn cold_reason(provider: Provider, start: &RunStart) -> Option<String> {
     let reasons = [
         (!start.env.is_empty(), "the run has variables in `env`"),
         (start.terminal.is_some(), "the run has a `terminal`"),
-        (start.stdin, "the run has `stdin`"),
+        (start.stdin && !conversation, "the run has `stdin`"),
         (
             !["", workspace::PATH].contains(&&*start.work_dir),
             "the run has a `work_dir` of its own",
@@ -107,11 +148,21 @@ fn cold_reason(provider: Provider, start: &RunStart) -> Option<String> {
     found.map(|(_, reason)| reason.to_owned())
 }
 
-/// The run's key is at the broker: nothing else keeps an agent from having the prompt.
-pub(super) fn has_outside_key(spec: &mut RunSpec) {
-    if let Some(prompt) = &mut spec.prompt
-        && prompt.cold_reason == NO_KEY
-    {
+/// The run's key is at the broker, or not: nothing else keeps an agent from having the prompt.
+///
+/// # Errors
+/// [`Invalid::Conversation`]
+pub(super) fn has_key(spec: &mut RunSpec, is_outside: bool) -> Result<(), Invalid> {
+    let Some(prompt) = &mut spec.prompt else {
+        return Ok(());
+    };
+    if is_outside && prompt.cold_reason == NO_KEY {
         prompt.cold_reason.clear();
+    }
+    match prompt.conversation && !prompt.cold_reason.is_empty() {
+        true => Err(Invalid::Conversation {
+            reason: prompt.cold_reason.clone(),
+        }),
+        false => Ok(()),
     }
 }
