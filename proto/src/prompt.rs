@@ -1,9 +1,12 @@
 //! The rules of a prompt, for who passes it on and for the agent that reads more of them.
 
-use crate::provider::Provider;
+use crate::{init::Tools, outside::File, provider::Provider};
 
 /// Largest number of bytes in a prompt: with the rest of a run it fits into one message.
 pub const MAX_TEXT: usize = 3 << 20;
+
+/// Largest number of bytes in the system text of a prompt: it is one argument for some CLIs.
+pub const MAX_SYSTEM: usize = 64 << 10;
 
 /// A prompt that the CLI would not accept.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -48,6 +51,99 @@ pub fn is_command_to_agent(provider: Provider, text: &str) -> bool {
     provider == Provider::Google && text.trim_start().starts_with(['/', '$'])
 }
 
+/// What a CLI must be told when it starts, so that a prompt has its system text and its tools.
+/// Tried out with Claude Code 2.1.332, Codex 0.171 and Gemini CLI 0.61: a test reads which tools
+/// their models are offered.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    pub args: Vec<String>,
+    pub files: Vec<File>,
+}
+
+impl Options {
+    /// Empty without a system text and with all tools.
+    ///
+    /// # Errors
+    /// [`Invalid`]
+    pub fn of(provider: Provider, system: &str, tools: Tools) -> Result<Self, Invalid> {
+        let invalid = |field, problem| Err(Invalid { field, problem });
+        if system.len() > MAX_SYSTEM {
+            return invalid("prompt.system", "is longer than 65536 bytes");
+        }
+        if system.contains('\0') {
+            return invalid("prompt.system", "has a NUL byte");
+        }
+        let mut options = Self::default();
+        let mut args = Vec::new();
+        match (provider, tools) {
+            (_, Tools::Unspecified | Tools::All) => {}
+            // Servers of MCP have tools, too.
+            (Provider::Anthropic, Tools::None) => args.extend(["--tools=", "--strict-mcp-config"]),
+            (Provider::Anthropic, Tools::Read) => {
+                args.extend(["--tools=Read,Glob,Grep", "--strict-mcp-config"]);
+            }
+            (Provider::OpenAi, Tools::None | Tools::Read) => {
+                return invalid(
+                    "prompt.tools",
+                    "is not `all`: Codex has no option that takes all other tools away",
+                );
+            }
+            (Provider::Google, Tools::None | Tools::Read) => {
+                let allowed = match tools {
+                    Tools::Read => ALLOW_READING,
+                    _ => "",
+                };
+                options.files.push(File {
+                    path: GEMINI_POLICY,
+                    content: format!("{allowed}{DENY_ALL}"),
+                });
+            }
+        }
+        options.args = args.into_iter().map(str::to_owned).collect();
+        match provider {
+            _ if system.is_empty() => {}
+            Provider::Anthropic => {
+                let system = format!("--append-system-prompt={system}");
+                options.args.push(system);
+            }
+            Provider::OpenAi => {
+                let system = format!("developer_instructions={}", toml_string(system));
+                options.args.extend(["-c".to_owned(), system]);
+            }
+            // It has no option that adds to its text, but a file of its user.
+            Provider::Google => options.files.push(File {
+                path: ".gemini/GEMINI.md",
+                content: system.to_owned(),
+            }),
+        }
+        Ok(options)
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.args.is_empty() && self.files.is_empty()
+    }
+}
+
+/// Gemini CLI reads each file of this folder.
+const GEMINI_POLICY: &str = ".gemini/policies/polydev-tools.toml";
+const DENY_ALL: &str = "[[rule]]\ntoolName = \"*\"\ndecision = \"deny\"\npriority = 998\n";
+const ALLOW_READING: &str = "[[rule]]\n\
+    toolName = [\"read_file\", \"list_directory\", \"glob\", \"grep_search\"]\n\
+    decision = \"allow\"\npriority = 999\n";
+
+fn toml_string(text: &str) -> String {
+    let mut quoted = String::from('"');
+    for char in text.chars() {
+        match char {
+            '"' | '\\' => quoted.extend(['\\', char]),
+            char if char.is_control() => quoted.push_str(&format!("\\u{:04x}", char as u32)),
+            char => quoted.push(char),
+        }
+    }
+    quoted + "\""
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,5 +160,39 @@ mod tests {
             refused(&(longest + "x"), ""),
             "`prompt.text` is longer than 3 MiB"
         );
+    }
+
+    #[test]
+    fn options_are_what_each_cli_reads_at_its_start() {
+        let of = |provider, system, tools| Options::of(provider, system, tools).unwrap();
+        for provider in Provider::all() {
+            assert!(of(provider, "", Tools::All).is_empty());
+        }
+        let claude = of(Provider::Anthropic, "-x", Tools::None);
+        assert_eq!(
+            claude.args,
+            [
+                "--tools=",
+                "--strict-mcp-config",
+                "--append-system-prompt=-x"
+            ]
+        );
+        let codex = of(Provider::OpenAi, "a \"b\"\n\u{7f}", Tools::All);
+        let text = "developer_instructions=\"a \\\"b\\\"\\u000a\\u007f\"";
+        assert_eq!(codex.args, ["-c", text]);
+        let gemini = of(Provider::Google, "a", Tools::Read);
+        let paths: Vec<_> = gemini.files.iter().map(|file| file.path).collect();
+        assert_eq!(paths, [GEMINI_POLICY, ".gemini/GEMINI.md"]);
+        let refused = |provider, system: &str, tools| {
+            let refused = Options::of(provider, system, tools).unwrap_err();
+            refused.field
+        };
+        assert_eq!(refused(Provider::OpenAi, "", Tools::Read), "prompt.tools");
+        let long = "x".repeat(MAX_SYSTEM + 1);
+        assert_eq!(
+            refused(Provider::Google, &long, Tools::All),
+            "prompt.system"
+        );
+        assert_eq!(refused(Provider::Google, "\0", Tools::All), "prompt.system");
     }
 }

@@ -15,7 +15,7 @@ use polydev_transport::{reload::Reloaded, upstream::Upstream};
 use serde::{Deserialize, Deserializer};
 use wildmatch::WildMatch;
 
-pub use policy::{OverBudget, Policy};
+pub use policy::{OverBudget, Policy, TooMuch, tools_of};
 
 /// What a caller wants to do.
 #[derive(Debug, Clone, Copy)]
@@ -73,6 +73,8 @@ struct Role {
     /// By the name of a provider.
     #[serde(default)]
     upstream: BTreeMap<String, Upstream>,
+    /// What the models of the members' prompts may use.
+    tools: Option<policy::Tools>,
 }
 
 /// A role, and what it says about runs.
@@ -180,7 +182,8 @@ impl Access {
         })?;
         let check = |(at, mut role): (usize, Role)| {
             let upstream = std::mem::take(&mut role.upstream);
-            let policy = Policy::check(role.inject, role.budget, role.egress.take(), upstream);
+            let egress = role.egress.take();
+            let policy = Policy::check(role.inject, role.budget, egress, upstream, role.tools);
             let policy = policy.map_err(|source| Error::Policy {
                 path: shown(),
                 number: at + 1,

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use polydev_proto::{
     exec,
     outside::Outside,
-    prompt::{self, Invalid as InvalidPrompt},
+    prompt::{self, Invalid as InvalidPrompt, Options},
     provider::Provider,
 };
 use secrecy::SecretString;
@@ -56,6 +56,8 @@ pub struct Prompt<'a> {
     pub text: &'a str,
     /// `None` means the CLI's default.
     pub model: Option<&'a str>,
+    /// Its system text and its tools.
+    pub options: &'a Options,
     /// The caller's environment, for settings that a CLI accepts only as an argument.
     pub env: &'a BTreeMap<String, String>,
 }
@@ -252,6 +254,7 @@ mod tests {
             .prompt(&Prompt {
                 text,
                 model,
+                options: &Options::default(),
                 env: &env,
             })
             .unwrap()
@@ -316,6 +319,7 @@ mod tests {
             let prompt = Prompt {
                 text,
                 model,
+                options: &Options::default(),
                 env: &env,
             };
             provider
@@ -396,6 +400,7 @@ mod tests {
             openai.prompt(&Prompt {
                 text: "hi",
                 model: None,
+                options: &Options::default(),
                 env: &env,
             })
         };

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use polydev_proto::runtime::{
-    ArtifactRules, ExitReason, InputFile, Prompt, RunStart, agent_event::Event, input_file,
+    ArtifactRules, ExitReason, InputFile, Prompt, RunStart, Tools, agent_event::Event, input_file,
     run_start::Command, started,
 };
 use polydev_stand_in::Text;
@@ -427,4 +427,72 @@ fn a_model_that_the_caller_names_is_asked() {
         let asked = found.body["model"].as_str().unwrap_or(&found.path);
         assert!(asked.contains(model), "{provider}: {asked}");
     }
+}
+
+/// The names of the tools that a request offers, of any of the three forms.
+fn offered(asked: &Value) -> Vec<String> {
+    let listed = asked["tools"].as_array().into_iter().flatten();
+    let named = listed.flat_map(|tool| match tool["functionDeclarations"].as_array() {
+        Some(functions) => functions.clone(),
+        None => vec![tool.clone()],
+    });
+    let name = |tool: Value| tool["name"].as_str().unwrap_or_default().to_owned();
+    named.map(name).collect()
+}
+
+#[test]
+fn a_model_has_the_tools_and_the_system_text_that_its_prompt_says() {
+    let with = |provider: &str, text: &str, tools: Tools, system: &str| {
+        let mut start = asks(provider, text);
+        start.command = Some(Command::Prompt(Prompt {
+            text: text.into(),
+            system: system.into(),
+            tools: tools.into(),
+            ..Prompt::default()
+        }));
+        start
+    };
+    for (provider, reads) in [
+        ("anthropic", ["Glob", "Grep", "Read"].as_slice()),
+        (
+            "google",
+            &["glob", "grep_search", "list_directory", "read_file"],
+        ),
+    ] {
+        let site = Site::start(provider);
+        for (tools, wanted) in [(Tools::None, [].as_slice()), (Tools::Read, reads)] {
+            let text = format!("What is {}?", fresh_key());
+            let (agent, reason, outcome) = site.run(with(provider, &text, tools, ""));
+            assert_eq!(agent, started::Agent::Cold);
+            assert_eq!(reason, "the CLI takes `tools` when it starts");
+            assert_eq!(outcome.exited.exit_code, 0, "{}", outcome.stderr());
+            let asked = site.asked(&text);
+            let mut offered = offered(asked.last().unwrap());
+            // Claude Code's stands for tools that it would load later, of which it has none.
+            offered.retain(|name| name != "DeferredToolPlaceholder");
+            offered.sort_unstable();
+            assert_eq!(offered, wanted, "{provider}");
+        }
+    }
+    for provider in ["anthropic", "openai", "google"] {
+        let site = Site::start(provider);
+        let text = format!("What is {}?", fresh_key());
+        let system = "-- The \"marker\" is\nswordfish.";
+        let (_, reason, outcome) = site.run(with(provider, &text, Tools::All, system));
+        assert_eq!(reason, "the CLI takes `system` when it starts");
+        assert_eq!(outcome.exited.exit_code, 0, "{}", outcome.stderr());
+        let asked = site.asked(&text).last().unwrap().to_string();
+        let said = serde_json::to_string(system).unwrap();
+        assert!(
+            asked.contains(said.trim_matches('"')),
+            "{provider}: {asked}"
+        );
+    }
+    let site = Site::start("openai");
+    let refused = site.client.run(with("openai", "hi", Tools::Read, ""));
+    let message = refused.unwrap_err().message().to_owned();
+    assert!(
+        message.starts_with("`prompt.tools` is not `all`"),
+        "{message}"
+    );
 }

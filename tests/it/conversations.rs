@@ -170,11 +170,6 @@ fn a_further_prompt_remembers_and_a_cancelled_turn_leaves_a_usable_session() {
 fn what_no_agent_can_have_is_no_conversation() {
     let site = Site::start("anthropic");
     site.client.wait_idle("anthropic", 1);
-    let file = InputFile {
-        path: "CLAUDE.md".into(),
-        source: Some(input_file::Source::Content("x".into())),
-        ..InputFile::default()
-    };
     let with = |change: &dyn Fn(&mut RunStart)| {
         let mut start = talks("anthropic", "hello");
         change(&mut start);
@@ -183,8 +178,8 @@ fn what_no_agent_can_have_is_no_conversation() {
     for (start, why) in [
         (with(&|start| start.stdin = false), "`stdin` is `false`"),
         (
-            with(&|start| start.files = vec![file.clone()]),
-            "`prompt.conversation` is `true`; must be false, because an agent cannot have the run: the CLI reads `CLAUDE.md` when it starts",
+            with(&|start| start.work_dir = "/tmp".into()),
+            "`prompt.conversation` is `true`; must be false, because an agent cannot have the run: the run has a `work_dir` of its own",
         ),
         (
             with(&|start| start.credential = None),
@@ -219,6 +214,37 @@ fn what_no_agent_can_have_is_no_conversation() {
         message.contains("a conversation needs an agent: the slot has none"),
         "{message}"
     );
+}
+
+#[test]
+fn what_a_cli_reads_when_it_starts_is_in_a_conversation_too() {
+    for (provider, file) in [
+        ("anthropic", "CLAUDE.md"),
+        ("openai", "AGENTS.md"),
+        ("google", "GEMINI.md"),
+    ] {
+        let site = Site::start(provider);
+        let mut start = talks(provider, "What is one?");
+        start.files = vec![InputFile {
+            path: file.into(),
+            source: Some(input_file::Source::Content(
+                "The marker is swordfish.".into(),
+            )),
+            ..InputFile::default()
+        }];
+        let Some(Command::Prompt(prompt)) = &mut start.command else {
+            panic!("{start:?}");
+        };
+        prompt.system = "The \"other\" marker is marlin.".into();
+        let mut talk = Talk::start(&site, start);
+        assert_eq!(talk.code(), 0, "{provider}");
+        talk.ask("What is two?");
+        assert_eq!(talk.code(), 0, "{provider}");
+        let asked = site.asked("What is two?").last().unwrap().to_string();
+        for known in ["What is one?", "swordfish", "marlin"] {
+            assert!(asked.contains(known), "{provider}: {asked}");
+        }
+    }
 }
 
 #[test]

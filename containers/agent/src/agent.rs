@@ -18,6 +18,7 @@ use polydev_proto::{
     init::{
         Failed, Offer, Prompt, Ready, Taken, from_agent::Message, to_agent::Message as FromInit,
     },
+    prompt::Options,
     provider::Provider,
 };
 
@@ -111,7 +112,7 @@ fn complain(reason: &str) -> End {
 fn start(provider: Provider) -> io::Result<(Box<dyn Cli>, Process, SignalFd)> {
     let work_dir = std::env::current_dir()?.to_string_lossy().into_owned();
     let cli = cli_of(provider, work_dir);
-    let process = Process::start(provider, &*cli)?;
+    let process = Process::start(provider, &*cli, &Options::default())?;
     let awaited = awaited_signals();
     awaited.thread_block()?;
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
@@ -125,6 +126,11 @@ pub(crate) fn cli_of(provider: Provider, work_dir: String) -> Box<dyn Cli> {
         Provider::OpenAi => Box::new(Codex::new(work_dir)),
         Provider::Google => Box::new(Gemini::new(work_dir)),
     }
+}
+
+/// Whether the prompt needs a CLI that starts now. One that is no conversation does not come here.
+fn starts_again(prompt: &Prompt) -> bool {
+    prompt.conversation && !prompt.cold_reason.is_empty()
 }
 
 /// The day of the container's clock, which is UTC.
@@ -199,7 +205,7 @@ impl Agent {
     /// Rehearses, stops the CLI once it is quiet, and returns when there is a prompt and the CLI
     /// has shown that it is alive.
     fn wait_for_prompt(&mut self) -> Result<Prompt, Stop> {
-        self.ask(|cli, out| cli.begin(out))?;
+        self.ask(|cli, out| cli.begin(true, out))?;
         self.until(&Event::Ready, START_TIMEOUT)?;
         let ready_on = day();
         self.control.tell(Message::Ready(Ready {}))?;
@@ -217,15 +223,19 @@ impl Agent {
             }
         };
         let prompt = prompt.unwrap_or_default();
-        self.process.signal(Signal::SIGCONT);
-        match has_files || day() != ready_on {
-            false => {
-                self.ask(|cli, out| cli.check(out))?;
-                self.until(&Event::Checked, CHECK_TIMEOUT)?;
-            }
-            true => {
-                self.ask(|cli, out| cli.renew(out))?;
-                self.until(&Event::Checked, RENEW_TIMEOUT)?;
+        if starts_again(&prompt) {
+            self.start_again(&prompt).map_err(Stop::Failed)?;
+        } else {
+            self.process.signal(Signal::SIGCONT);
+            match has_files || day() != ready_on {
+                false => {
+                    self.ask(|cli, out| cli.check(out))?;
+                    self.until(&Event::Checked, CHECK_TIMEOUT)?;
+                }
+                true => {
+                    self.ask(|cli, out| cli.renew(out))?;
+                    self.until(&Event::Checked, RENEW_TIMEOUT)?;
+                }
             }
         }
         self.control.tell(Message::Taken(Taken {}))?;
@@ -236,15 +246,33 @@ impl Agent {
         Ok(prompt)
     }
 
+    /// Puts another CLI in the place of the one that waits, for what it reads when it starts.
+    fn start_again(&mut self, prompt: &Prompt) -> Result<(), String> {
+        let options = Options::of(self.provider, &prompt.system, prompt.tools());
+        let options = options.map_err(|error| error.to_string())?;
+        self.process.end();
+        let started = std::env::current_dir().and_then(|work_dir| {
+            let cli = cli_of(self.provider, work_dir.to_string_lossy().into_owned());
+            Ok((Process::start(self.provider, &*cli, &options)?, cli))
+        });
+        (self.process, self.cli) =
+            started.map_err(|error| format!("cannot start the CLI again: {error}"))?;
+        Ok(())
+    }
+
     /// Answers the prompt, and in a conversation those that follow. Returns the exit status of the
     /// last turn.
     fn answer_all(&mut self, prompt: Prompt) -> Result<u8, Stop> {
         let text = match prompt.stdin_bytes {
-            0 => prompt.text,
+            0 => prompt.text.clone(),
             length => self.rest_of_input(length)?,
         };
         if !prompt.conversation {
             return self.answer(&text, &prompt.model);
+        }
+        if starts_again(&prompt) {
+            self.ask(|cli, out| cli.begin(false, out))?;
+            self.until(&Event::Ready, START_TIMEOUT)?;
         }
         self.conversation = Some(Conversation::new(self.provider));
         let mut code = match text.is_empty() {

@@ -12,6 +12,7 @@ use crate::{
 /// Claude Code, and what it was asked.
 #[derive(Debug, Default)]
 pub(crate) struct Claude {
+    rehearses: bool,
     is_taken: bool,
     is_cancelled: bool,
 }
@@ -51,7 +52,8 @@ impl Cli for Claude {
         &[("CLAUDE_CODE_THINKING_DISPLAY_UPDATES", "0")]
     }
 
-    fn begin(&mut self, out: &mut Out) {
+    fn begin(&mut self, rehearses: bool, out: &mut Out) {
+        self.rehearses = rehearses;
         Self::control(INITIALIZE, json!({ "subtype": "initialize" }), out);
     }
 
@@ -101,6 +103,7 @@ impl Cli for Claude {
                     return Some(Event::Failed(format!("`{name}`: {error}")));
                 }
                 match name {
+                    INITIALIZE if !self.rehearses => Some(Event::Ready),
                     // It leaves no trace in the conversation.
                     INITIALIZE => {
                         let question = json!({ "subtype": "side_question", "question": REHEARSAL });

@@ -56,8 +56,8 @@ pub(crate) trait Cli {
         &[]
     }
 
-    /// Sends what leads to [`Event::Ready`].
-    fn begin(&mut self, out: &mut Out);
+    /// Sends what leads to [`Event::Ready`], with a rehearsal or without one.
+    fn begin(&mut self, rehearses: bool, out: &mut Out);
 
     /// Asks something that costs it nothing, to see that it lives.
     fn check(&mut self, out: &mut Out);

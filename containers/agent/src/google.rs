@@ -13,6 +13,7 @@ use crate::{
 #[derive(Debug, Default)]
 pub(crate) struct Gemini {
     work_dir: String,
+    rehearses: bool,
     calls: Calls,
     asked: Asked,
     /// The session of the prompt. A rehearsal has one of its own.
@@ -64,7 +65,11 @@ impl Gemini {
         match self.asked {
             Asked::Initialize(asked) if asked == id => match answer {
                 Ok(_) => {
-                    self.asked = Asked::RehearsalSession(self.new_session(out));
+                    let session = self.new_session(out);
+                    self.asked = match self.rehearses {
+                        true => Asked::RehearsalSession(session),
+                        false => Asked::Session(session),
+                    };
                     None
                 }
                 Err(error) => failed("initialize", error),
@@ -188,7 +193,8 @@ impl Cli for Gemini {
         &["gemini", "--skip-trust", "--yolo", "--acp"]
     }
 
-    fn begin(&mut self, out: &mut Out) {
+    fn begin(&mut self, rehearses: bool, out: &mut Out) {
+        self.rehearses = rehearses;
         let files = json!({ "readTextFile": false, "writeTextFile": false });
         let params = json!({ "protocolVersion": 1, "clientCapabilities": { "fs": files } });
         self.asked = Asked::Initialize(self.calls.request("initialize", params, out));

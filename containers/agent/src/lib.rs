@@ -35,7 +35,7 @@ pub use process::FORWARDED;
 pub fn rehearsed(provider: Provider, said: &[u8]) -> Vec<Vec<u8>> {
     let mut cli = agent::cli_of(provider, "/workspace".into());
     let (mut out, mut lines) = (cli::Out::default(), Lines::default());
-    cli.begin(&mut out);
+    cli.begin(true, &mut out);
     lines.push(said);
     while let Ok(Some(line)) = lines.next_line() {
         let Ok(line) = serde_json::from_slice(&line) else {

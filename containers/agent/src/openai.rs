@@ -13,6 +13,7 @@ use crate::{
 #[derive(Debug, Default)]
 pub(crate) struct Codex {
     work_dir: String,
+    rehearses: bool,
     calls: Calls,
     asked: Asked,
     /// The thread that is listened to. A rehearsal has one of its own, and so have agents of the
@@ -79,7 +80,11 @@ impl Codex {
             (Asked::Initialize(asked), answer) if asked == id => match answer {
                 Ok(_) => {
                     out.send(json!({ "jsonrpc": "2.0", "method": "initialized" }));
-                    self.asked = Asked::RehearsalThread(self.start_thread(out));
+                    let thread = self.start_thread(out);
+                    self.asked = match self.rehearses {
+                        true => Asked::RehearsalThread(thread),
+                        false => Asked::Thread(thread),
+                    };
                     None
                 }
                 Err(error) => failed("initialize", error),
@@ -208,7 +213,8 @@ impl Cli for Codex {
         &["codex", "app-server"]
     }
 
-    fn begin(&mut self, out: &mut Out) {
+    fn begin(&mut self, rehearses: bool, out: &mut Out) {
+        self.rehearses = rehearses;
         // The name of `codex exec`: it is in the requests to the model.
         let client = json!({ "name": "codex_exec", "title": null, "version": "0.0.0" });
         let params = json!({ "clientInfo": client });

@@ -23,6 +23,7 @@ use nix::{
 };
 use polydev_proto::{
     outside::{self, Outside},
+    prompt::Options,
     provider::Provider,
 };
 use serde_json::Value;
@@ -54,14 +55,15 @@ pub(crate) struct Process {
 
 impl Process {
     /// Starts it as the one-shot form of a run with a key at the broker is started.
-    pub(crate) fn start(provider: Provider, cli: &dyn Cli) -> io::Result<Self> {
+    pub(crate) fn start(provider: Provider, cli: &dyn Cli, options: &Options) -> io::Result<Self> {
         let (program, args) = cli.argv().split_first().ok_or(ErrorKind::InvalidInput)?;
         let Outside { env, file } = Outside::of(provider);
-        if let Some(file) = file {
-            write(&file)?;
+        for file in file.iter().chain(&options.files) {
+            write(file)?;
         }
         let mut child = std::process::Command::new(program)
             .args(args)
+            .args(&options.args)
             .envs(env)
             .envs(cli.env().iter().copied())
             .process_group(0)
@@ -154,6 +156,12 @@ impl Process {
     pub(crate) fn signal(&self, signal: Signal) {
         let group = Pid::from_raw(self.child.id().cast_signed());
         let _gone = killpg(group, signal);
+    }
+
+    /// Ends it and what it has started.
+    pub(crate) fn end(&mut self) {
+        self.signal(Signal::SIGKILL);
+        let _ended = self.child.wait();
     }
 
     /// The CPU time of all its threads; zero if it is not known.

@@ -7,7 +7,7 @@ use polydev_client::Calls;
 use polydev_proto::{
     provider::Provider,
     runtime::{
-        Argv, ArtifactRules, Credential, CredentialMode, Prompt, RunStart, StoredCredential,
+        self, Argv, ArtifactRules, Credential, CredentialMode, Prompt, RunStart, StoredCredential,
         SubmitJobRequest, credential, run_event::Event, run_start::Command,
     },
 };
@@ -32,6 +32,27 @@ enum Mode {
     Inject,
 }
 
+/// What a model may use.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Tools {
+    /// It answers.
+    None,
+    /// It reads files, and finds them.
+    Read,
+    /// All tools of its CLI.
+    All,
+}
+
+impl Tools {
+    fn to_api(self) -> runtime::Tools {
+        match self {
+            Self::None => runtime::Tools::None,
+            Self::Read => runtime::Tools::Read,
+            Self::All => runtime::Tools::All,
+        }
+    }
+}
+
 #[derive(clap::Args)]
 pub struct Arguments {
     /// openai, anthropic or google.
@@ -51,6 +72,12 @@ pub struct Arguments {
     /// The provider's name of the model that answers the prompt. [default: the CLI's choice]
     #[arg(long, conflicts_with = "argv")]
     model: Option<String>,
+    /// Text that is added to the CLI's own system text.
+    #[arg(long, conflicts_with = "argv", value_name = "TEXT")]
+    system: Option<String>,
+    /// What the model may use. [default: what the caller's role allows]
+    #[arg(long, conflicts_with = "argv", value_enum)]
+    tools: Option<Tools>,
     #[command(flatten)]
     credential: credentials::Given,
     /// Use the credential that the shim has stored for the user.
@@ -194,6 +221,8 @@ fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {
                 text: arguments.prompt.clone().unwrap_or_default(),
                 model: arguments.model.clone().unwrap_or_default(),
                 conversation: arguments.conversation,
+                system: arguments.system.clone().unwrap_or_default(),
+                tools: arguments.tools.map_or(0, |tools| tools.to_api().into()),
             };
             (Command::Prompt(prompt), arguments.conversation)
         }

@@ -8,6 +8,7 @@ use polydev_proto::{
     egress::{MAX_RULES, NotARule, Rule},
     id::UserId,
     provider::{Provider, Unknown},
+    runtime::{self, RunStart, run_start::Command},
 };
 use polydev_transport::upstream::{self, Unreadable, Upstream};
 use serde::Deserialize;
@@ -19,6 +20,35 @@ pub struct Policy {
     /// Rules. `None` if the pool alone decides.
     egress: Option<Vec<String>>,
     upstreams: Vec<broker::Upstream>,
+    tools: Option<Tools>,
+}
+
+/// The most that models may use. Commands are for roles that say nothing or `all`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Tools {
+    None,
+    Read,
+    All,
+}
+
+impl Tools {
+    fn given(self) -> runtime::Tools {
+        match self {
+            Self::None => runtime::Tools::None,
+            Self::Read => runtime::Tools::Read,
+            Self::All => runtime::Tools::All,
+        }
+    }
+}
+
+/// A role does not allow a run to do so much.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TooMuch {
+    #[error("start commands: their role allows prompts alone, because it has `tools`")]
+    Command,
+    #[error("give a model more tools than `tools` of their role")]
+    Tools,
 }
 
 /// What each user may use in a day (UTC), over all providers.
@@ -66,6 +96,15 @@ pub enum Invalid {
     },
 }
 
+/// The tools of a prompt; `None` for a command.
+#[must_use]
+pub fn tools_of(start: &RunStart) -> Option<runtime::Tools> {
+    match &start.command {
+        Some(Command::Prompt(prompt)) => Some(prompt.tools()),
+        Some(Command::Argv(_)) | None => None,
+    }
+}
+
 impl Policy {
     /// Checks what a role says. `inject` is whether it allows credentials in containers.
     ///
@@ -76,6 +115,7 @@ impl Policy {
         budget: Option<Budget>,
         egress: Option<Vec<String>>,
         upstream: BTreeMap<String, Upstream>,
+        tools: Option<Tools>,
     ) -> Result<Self, Invalid> {
         if inject && budget.is_some() {
             return Err(Invalid::NeedsBroker("budget"));
@@ -127,7 +167,41 @@ impl Policy {
             budget,
             egress,
             upstreams,
+            tools,
         })
+    }
+
+    /// Gives a prompt that says nothing of tools those of the role.
+    ///
+    /// # Errors
+    /// [`TooMuch`]
+    pub fn limit(&self, start: &mut RunStart) -> Result<(), TooMuch> {
+        if let Some(Command::Prompt(prompt)) = &mut start.command
+            && prompt.tools == 0
+        {
+            prompt.set_tools(self.most_tools().given());
+        }
+        self.allows(tools_of(start))
+    }
+
+    /// Whether a prompt may have these tools; `None` for a command.
+    ///
+    /// # Errors
+    /// [`TooMuch`]
+    pub fn allows(&self, tools: Option<runtime::Tools>) -> Result<(), TooMuch> {
+        let most = self.most_tools();
+        match tools {
+            None if most < Tools::All => Err(TooMuch::Command),
+            None | Some(runtime::Tools::None) => Ok(()),
+            Some(runtime::Tools::Read) if most >= Tools::Read => Ok(()),
+            // A value that nobody knows is refused elsewhere.
+            Some(runtime::Tools::All | runtime::Tools::Unspecified) if most == Tools::All => Ok(()),
+            Some(_) => Err(TooMuch::Tools),
+        }
+    }
+
+    fn most_tools(&self) -> Tools {
+        self.tools.unwrap_or(Tools::All)
     }
 
     /// Whether anything of it must be told to the broker.

@@ -1,4 +1,8 @@
-use polydev_proto::{budget::Used, id::UserId};
+use polydev_proto::{
+    budget::Used,
+    id::UserId,
+    runtime::{Argv, Prompt, RunStart, Tools, run_start::Command},
+};
 
 use super::*;
 
@@ -147,6 +151,52 @@ fn the_first_role_that_allows_a_run_says_what_holds_for_it() {
     }
     let others = policy("cn:agents", Provider::Google);
     assert_eq!(others.of_run(&alice, || used(99, 99999)), Ok(None));
+}
+
+#[test]
+fn a_role_can_limit_the_tools_of_prompts_and_has_no_commands_then() {
+    let roles = r#"
+        [[role]]
+        members = ["cn:readers"]
+        may = ["run"]
+        tools = "read"
+
+        [[role]]
+        members = ["cn:all"]
+        may = ["run"]
+    "#;
+    let access = load(roles).unwrap();
+    let run = Action::Run {
+        user_id: Some("alice"),
+        provider: None,
+    };
+    let limited = |caller: &str, command| {
+        let policy = access.policy(&Caller(caller.into()), run).unwrap();
+        let mut start = RunStart {
+            command: Some(command),
+            ..RunStart::default()
+        };
+        policy.limit(&mut start).map(|()| tools_of(&start))
+    };
+    let prompt = |tools: Tools| {
+        Command::Prompt(Prompt {
+            tools: tools.into(),
+            ..Prompt::default()
+        })
+    };
+    let argv = || Command::Argv(Argv::default());
+    for (caller, given, holds) in [
+        ("cn:readers", Tools::Unspecified, Ok(Some(Tools::Read))),
+        ("cn:readers", Tools::None, Ok(Some(Tools::None))),
+        ("cn:readers", Tools::All, Err(TooMuch::Tools)),
+        ("cn:all", Tools::Unspecified, Ok(Some(Tools::All))),
+        ("cn:all", Tools::Read, Ok(Some(Tools::Read))),
+    ] {
+        assert_eq!(limited(caller, prompt(given)), holds, "{caller}: {given:?}");
+    }
+    assert_eq!(limited("cn:readers", argv()), Err(TooMuch::Command));
+    assert_eq!(limited("cn:all", argv()), Ok(None));
+    assert!(load(&roles.replace("read\"", "reads\"")).is_err());
 }
 
 #[test]

@@ -29,6 +29,7 @@ fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPro
     if let Some(model) = prompt.model {
         argv.extend(strings(["--model", model]));
     }
+    argv.extend(prompt.options.args.iter().cloned());
     if let Some(text) = text {
         argv.extend(strings(["--", text]));
     }

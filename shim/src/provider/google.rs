@@ -56,6 +56,7 @@ fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPro
     if let Some(model) = prompt.model {
         argv.extend(strings(["-m", model]));
     }
+    argv.extend(prompt.options.args.iter().cloned());
     // One argument, because a prompt may begin with a dash.
     argv.extend(text.map(|text| format!("--prompt={text}")));
     Ok(argv)

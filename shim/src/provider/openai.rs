@@ -57,6 +57,7 @@ fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPro
     if let Some(model) = prompt.model {
         argv.extend(strings(["-m", model]));
     }
+    argv.extend(prompt.options.args.iter().cloned());
     argv.extend(strings(["--", text.unwrap_or("-")]));
     Ok(argv)
 }

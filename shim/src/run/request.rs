@@ -212,6 +212,7 @@ impl Request {
         let Asked {
             argv,
             stdin,
+            files: settings,
             prompt,
         } = command::read(provider, &mut start)?;
         if stdin.is_some() && start.stdin {
@@ -270,8 +271,7 @@ impl Request {
             max_api_wait,
             prompt,
         };
-        check(&spec, &Prepared::default())?;
-        Ok(Self {
+        let mut request = Self {
             provider,
             user_id,
             run_id,
@@ -288,7 +288,13 @@ impl Request {
             secrets: Prepared::default(),
             role: Arc::default(),
             trace,
-        })
+        };
+        let settings = Prepared {
+            files: settings,
+            ..Prepared::default()
+        };
+        request.hold(settings)?;
+        Ok(request)
     }
 
     /// Gives the run the credential that it names.
@@ -296,7 +302,7 @@ impl Request {
     /// # Errors
     /// [`Invalid`] if the credential sets a variable that the caller sets too, or if the command
     /// does not fit beside it.
-    pub fn equip(&mut self, secrets: Prepared) -> Result<(), Invalid> {
+    pub fn equip(&mut self, mut secrets: Prepared) -> Result<(), Invalid> {
         if let Some((name, _)) =
             (secrets.env.iter()).find(|(name, _)| self.spec.env.contains_key(name))
         {
@@ -305,8 +311,13 @@ impl Request {
                 reason: "cannot be set: the credential sets it",
             }));
         }
-        check(&self.spec, &secrets)?;
         command::has_key(&mut self.spec, secrets.outside.is_some())?;
+        secrets.files.append(&mut self.secrets.files);
+        self.hold(secrets)
+    }
+
+    fn hold(&mut self, secrets: Prepared) -> Result<(), Invalid> {
+        check(&self.spec, &secrets)?;
         self.spec.secret_names = secrets.names().map(str::to_owned).collect();
         self.secrets = secrets;
         Ok(())

@@ -153,9 +153,9 @@ impl Supervisor {
         let mut agent = self.agent.take();
         if let Some(prompt) = &start.prompt {
             let given = match (prompt.cold_reason.as_str(), &mut agent) {
-                ("", Some(agent)) => agent.give(prompt, !start.files.is_empty()),
-                ("", None) => Err(String::new()),
-                (reason, _) => Err(reason.to_owned()),
+                (reason, _) if !reason.is_empty() && !prompt.conversation => Err(reason.to_owned()),
+                (_, Some(agent)) => agent.give(prompt, !start.files.is_empty()),
+                (_, None) => Err(String::new()),
             };
             match given {
                 Err(reason) if prompt.conversation => {

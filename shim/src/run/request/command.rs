@@ -4,14 +4,18 @@ use bytes::Bytes;
 use polydev_proto::{
     exec, init,
     node::RunSpec,
-    prompt,
+    outside::File,
+    prompt::{self, Options},
     provider::Provider,
     runtime::{Prompt, RunStart, run_start::Command},
     workspace,
 };
 
 use super::Invalid;
-use crate::provider::{Cli, Prompt as CliPrompt};
+use crate::{
+    provider::{Cli, Prompt as CliPrompt},
+    secret::PreparedFile,
+};
 
 /// An agent has no key of its own.
 const NO_KEY: &str = "the run has no key at the broker";
@@ -21,6 +25,8 @@ pub(super) struct Asked {
     pub(super) argv: Vec<Bytes>,
     /// A prompt that is too long for an argument.
     pub(super) stdin: Option<Bytes>,
+    /// What its CLI reads in its home.
+    pub(super) files: Vec<PreparedFile>,
     /// The same as the argv, for an agent.
     pub(super) prompt: Option<init::Prompt>,
 }
@@ -51,16 +57,21 @@ pub(super) fn read(provider: Provider, start: &mut RunStart) -> Result<Asked, In
     Ok(Asked {
         argv,
         stdin: None,
+        files: Vec::new(),
         prompt: None,
     })
 }
 
 fn read_prompt(provider: Provider, start: &RunStart, prompt: Prompt) -> Result<Asked, Invalid> {
+    let tools = tools(prompt.tools)?;
     let Prompt {
         text,
         model,
         conversation,
+        system,
+        tools: _,
     } = prompt;
+    let options = Options::of(provider, &system, tools)?;
     let text = prompt::as_text(provider, text);
     let is_long = text.len() > exec::PROMPT_IN_ARGV;
     let argv = match conversation && text.is_empty() {
@@ -69,16 +80,22 @@ fn read_prompt(provider: Provider, start: &RunStart, prompt: Prompt) -> Result<A
         false => provider.prompt(&CliPrompt {
             text: &text,
             model: Some(model.as_str()).filter(|model| !model.is_empty()),
+            options: &options,
             env: &start.env,
         })?,
     };
-    let cold_reason = match prompt::is_command_to_agent(provider, &text) {
-        true => Some("the CLI would take the text for a command".to_owned()),
-        false => cold_reason(provider, start, conversation),
-    };
     if conversation {
-        check_conversation(start, is_long, cold_reason.as_deref())?;
+        check_conversation(provider, start, &text)?;
     }
+    let reasons = [
+        for_no_agent(start, conversation).map(str::to_owned),
+        read_at_start(provider, start).map(|name| format!("the CLI reads `{name}` when it starts")),
+        (!system.is_empty()).then(|| "the CLI takes `system` when it starts".to_owned()),
+        (!options.is_empty()).then(|| "the CLI takes `tools` when it starts".to_owned()),
+        prompt::is_command_to_agent(provider, &text)
+            .then(|| "the CLI would take the text for a command".to_owned()),
+    ];
+    let cold_reason = reasons.into_iter().flatten().next();
     let stdin_bytes = if is_long { text.len() as u64 } else { 0 };
     let (text, stdin) = match is_long {
         true => (String::new(), Some(text.into())),
@@ -87,22 +104,42 @@ fn read_prompt(provider: Provider, start: &RunStart, prompt: Prompt) -> Result<A
     Ok(Asked {
         argv: argv.into_iter().map(Bytes::from).collect(),
         stdin,
+        // An agent writes its own.
+        files: if conversation {
+            Vec::new()
+        } else {
+            files(options)
+        },
         prompt: Some(init::Prompt {
             text,
             model,
             cold_reason: cold_reason.unwrap_or_else(|| NO_KEY.to_owned()),
             stdin_bytes,
             conversation,
+            system,
+            tools: tools.into(),
         }),
     })
 }
 
-/// Only an agent can have a conversation, whose further prompts come as stdin.
-fn check_conversation(
-    start: &RunStart,
-    is_long: bool,
-    cold_reason: Option<&str>,
-) -> Result<(), Invalid> {
+fn tools(given: i32) -> Result<init::Tools, Invalid> {
+    init::Tools::try_from(given).map_err(|_| Invalid::Value {
+        field: "prompt.tools",
+        given: given.to_string(),
+        allowed: "TOOLS_UNSPECIFIED, TOOLS_NONE, TOOLS_READ or TOOLS_ALL",
+    })
+}
+
+fn files(options: Options) -> Vec<PreparedFile> {
+    let file = |File { path, content }| PreparedFile {
+        path,
+        content: content.into_bytes().into(),
+    };
+    options.files.into_iter().map(file).collect()
+}
+
+/// A conversation is for an agent, and its further prompts come as stdin.
+fn check_conversation(provider: Provider, start: &RunStart, text: &str) -> Result<(), Invalid> {
     if !start.stdin {
         return Err(Invalid::Value {
             field: "stdin",
@@ -110,14 +147,18 @@ fn check_conversation(
             allowed: "true in a conversation, whose further prompts come as stdin",
         });
     }
-    if is_long {
+    if text.len() > exec::PROMPT_IN_ARGV {
         return Err(Invalid::Value {
             field: "prompt.text",
             given: "longer than 131007 bytes".into(),
             allowed: "shorter in a conversation; stdin takes longer prompts",
         });
     }
-    match cold_reason.or(start.credential.is_none().then_some(NO_KEY)) {
+    let reason = match prompt::is_command_to_agent(provider, text) {
+        true => Some("the CLI would take the text for a command"),
+        false => for_no_agent(start, true),
+    };
+    match reason.or(start.credential.is_none().then_some(NO_KEY)) {
         Some(reason) => Err(Invalid::Conversation {
             reason: reason.to_owned(),
         }),
@@ -125,16 +166,17 @@ fn check_conversation(
     }
 }
 
-/// What an agent cannot have any more, because its CLI has started.
-fn cold_reason(provider: Provider, start: &RunStart, conversation: bool) -> Option<String> {
-    let read = start.files.iter().find_map(|file| {
+/// What of the run comes too late for a CLI that has started.
+fn read_at_start(provider: Provider, start: &RunStart) -> Option<&str> {
+    start.files.iter().find_map(|file| {
         let names = provider.reads_at_start();
         let first = file.path.split('/').next()?;
         names.contains(&first).then_some(first)
-    });
-    if let Some(name) = read {
-        return Some(format!("the CLI reads `{name}` when it starts"));
-    }
+    })
+}
+
+/// What of the run no agent can have.
+fn for_no_agent(start: &RunStart, conversation: bool) -> Option<&'static str> {
     let reasons = [
         (!start.env.is_empty(), "the run has variables in `env`"),
         (start.terminal.is_some(), "the run has a `terminal`"),
@@ -145,7 +187,7 @@ fn cold_reason(provider: Provider, start: &RunStart, conversation: bool) -> Opti
         ),
     ];
     let found = reasons.into_iter().find(|(is_so, _)| *is_so);
-    found.map(|(_, reason)| reason.to_owned())
+    found.map(|(_, reason)| reason)
 }
 
 /// The run's key is at the broker, or not: nothing else keeps an agent from having the prompt.
@@ -159,9 +201,9 @@ pub(super) fn has_key(spec: &mut RunSpec, is_outside: bool) -> Result<(), Invali
     if is_outside && prompt.cold_reason == NO_KEY {
         prompt.cold_reason.clear();
     }
-    match prompt.conversation && !prompt.cold_reason.is_empty() {
+    match prompt.conversation && !is_outside {
         true => Err(Invalid::Conversation {
-            reason: prompt.cold_reason.clone(),
+            reason: NO_KEY.to_owned(),
         }),
         false => Ok(()),
     }

@@ -17,7 +17,7 @@ use tracing::{Instrument, Span};
 
 use super::Api;
 use crate::{
-    access::{Action, Caller},
+    access::{Action, Caller, Denied, TooMuch, tools_of},
     credentials::record::Binding,
     run::{
         Connection, Error,
@@ -33,17 +33,25 @@ impl Api {
     /// Checks a run before any driver is asked, and gets its credential.
     pub(super) async fn admit(
         &self,
-        start: RunStart,
+        mut start: RunStart,
         trace: Option<TraceContext>,
         caller: &Caller,
     ) -> Result<request::Request, Error> {
-        let mut request = request::Request::parse(start, trace)?;
-        let (user_id, provider) = (&request.user_id, request.provider);
+        let user_id = request::parse_user(start.user_id.clone())?;
         let run = Action::Run {
             user_id: Some(user_id.as_str()),
-            provider: Some(provider),
+            provider: Some(start.provider.parse().map_err(request::Invalid::from)?),
+        };
+        let denied = |too_much: TooMuch| Denied {
+            caller: caller.to_string(),
+            what: too_much.to_string(),
         };
         let mut role = self.policy(caller, run)?;
+        role.limit(&mut start).map_err(denied)?;
+        // The role that allows the credential may be another one.
+        let tools = tools_of(&start);
+        let mut request = request::Request::parse(start, trace)?;
+        let (user_id, provider) = (&request.user_id, request.provider);
         self.user_rate.check(user_id.as_str())?;
         if let Some(source) = request.credential.take() {
             let binding = Binding { user_id, provider };
@@ -54,6 +62,7 @@ impl Api {
             if secrets.outside.is_none() {
                 let user_id = user_id.as_str();
                 role = self.policy(caller, Action::Inject { user_id, provider })?;
+                role.allows(tools).map_err(denied)?;
             }
             request.equip(secrets)?;
         }
