@@ -28,7 +28,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
-use polydev_proto::id::SlotId;
+use polydev_proto::{id::SlotId, init};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -152,6 +152,7 @@ struct Container {
     limits: Option<Arc<limits::Handle>>,
     occupant: Option<Occupant>,
     public_key: Bytes,
+    agent: Option<init::Agent>,
     past: Usage,
 }
 
@@ -250,12 +251,19 @@ impl Slot {
         container.limits = Some(filled.limits.clone());
         container.occupant = Some(filled.occupant());
         container.public_key = filled.public_key.clone();
+        container.agent = filled.agent.clone();
     }
 
     /// The key to seal secrets for its container with; empty without a container.
     #[must_use]
     pub fn public_key(&self) -> Bytes {
         self.container.lock().public_key.clone()
+    }
+
+    /// What init says of the agent that waits in its container. `None` without one.
+    #[must_use]
+    pub fn agent(&self) -> Option<init::Agent> {
+        self.container.lock().agent.clone()
     }
 
     /// Whether this is its container.
@@ -273,6 +281,7 @@ impl Slot {
         let mut container = self.container.lock();
         container.occupant = None;
         container.public_key.clear();
+        container.agent = None;
         if container.limits.take().is_some() {
             container.past = Usage {
                 rss: 0,

@@ -103,7 +103,7 @@ async fn take_up(slots: &Slots, slot: &Slot, idle: &Idle) -> Result<Container, E
     let init = Held::find(pid, occupant.pid_start).ok_or(Error::Ended)?;
     let mut listener = Listener::bind_again(&occupant.link)?;
     let accept = timeout(RETURN_TIMEOUT, listener.accept(|peer| peer == pid));
-    let (link, public_key, requests) = tokio::select! {
+    let (link, public_key, agent, requests) = tokio::select! {
         biased;
         () = init.ended() => return Err(Error::Ended),
         accepted = accept => match accepted.map_err(|_| Error::Away)?? {
@@ -111,7 +111,8 @@ async fn take_up(slots: &Slots, slot: &Slot, idle: &Idle) -> Result<Container, E
                 if slot.config.agent && !agent::is_ready(waiting.agent.as_ref()) {
                     return Err(Error::NoAgent);
                 }
-                (link, public_key, requests.ok_or(link::Error::NotListening)?)
+                let requests = requests.ok_or(link::Error::NotListening)?;
+                (link, public_key, waiting.agent, requests)
             }
             Greeted { .. } => return Err(link::Error::NotWaiting.into()),
         },
@@ -131,6 +132,7 @@ async fn take_up(slots: &Slots, slot: &Slot, idle: &Idle) -> Result<Container, E
         },
         limits: Arc::new(limits),
         public_key,
+        agent,
         image_id: image_id.clone(),
         ready: Instant::now(),
         _image: slots.site.images.hold(image),

@@ -36,7 +36,8 @@ pub enum Error {
     Limits(#[from] limits::Error),
 }
 
-/// Starts the agent of a container that waits for a claim, and waits until it is ready.
+/// Starts the agent of a container that waits for a claim, and waits until it is ready. Returns what
+/// init says of it.
 ///
 /// # Errors
 /// [`Error`]; the container is of no use then.
@@ -48,7 +49,7 @@ pub(super) async fn park(
     connection: &mut Connection,
     limits: &limits::Handle,
     run: &Limits,
-) -> Result<(), Error> {
+) -> Result<init::Agent, Error> {
     let starting = Limits {
         cpu_mhz: run.cpu_mhz.max(slot.idle.cpu_mhz),
         ..slot.idle
@@ -66,7 +67,7 @@ pub(super) async fn park(
                 return Err(link::Error::NotWaiting.into());
             };
             match agent.state() {
-                State::Ready => return Ok(()),
+                State::Ready => return Ok(agent),
                 State::Gone => return Err(Error::Gone(agent.reason)),
                 State::Starting | State::Unspecified => {}
             }
@@ -94,6 +95,14 @@ pub(super) async fn renewed(slot: &Slot, since: Instant) {
     // Fails in a slot that is leased or claimed: its container ends with that.
     if slot.try_apply(Event::Renewed).is_err() {
         std::future::pending().await
+    }
+}
+
+/// An agent that cannot be given a prompt.
+pub(super) fn gone(reason: String) -> init::Agent {
+    init::Agent {
+        state: State::Gone.into(),
+        reason,
     }
 }
 

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use polydev_proto::{
     broker::{self, Open},
     id::Generation,
-    init::{from_init, hello},
+    init::{self, from_init, hello},
 };
 use polydev_transport::upstream::Unreadable;
 use tokio::time::timeout;
@@ -112,6 +112,8 @@ pub(super) struct Container {
     pub(super) limits: Arc<limits::Handle>,
     /// The public key of its init, to seal secrets with.
     pub(super) public_key: Bytes,
+    /// What init says of its agent. `None` without one.
+    pub(super) agent: Option<init::Agent>,
     /// What the broker knows of it.
     pub(super) opened: Opened,
     pub(super) image_id: String,
@@ -259,6 +261,7 @@ async fn make(
         limits: Arc::new(limits),
         public_key,
         image_id: image.id,
+        agent: None,
         ready: Instant::now(),
         _image: held,
     };
@@ -266,15 +269,16 @@ async fn make(
         let Container {
             connection, limits, ..
         } = &mut container;
-        match agent::park(slot, connection, limits, &site.config.run).await {
+        container.agent = match agent::park(slot, connection, limits, &site.config.run).await {
             // Commands have their container all the same, and prompts start cold.
             Err(agent::Error::Gone(reason)) => {
                 let slot_id = slot.identity.slot_id();
                 tracing::warn!(%slot_id, reason, "no agent waits in the slot");
+                Some(agent::gone(reason))
             }
             Err(agent::Error::Stopped) => return Err(Error::Stopped),
-            parked => parked?,
-        }
+            parked => Some(parked?),
+        };
     }
     Ok(container)
 }

@@ -32,6 +32,7 @@ pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
         State::Draining { run_id } => (slot::State::Draining, *run_id),
         State::Failed => (slot::State::Failed, None),
     };
+    let waits = matches!(life.state(), State::Idle | State::Leased { .. });
     SlotMessage {
         slot_id: slot.identity.slot_id().into(),
         provider: slot.config.provider.to_string(),
@@ -46,10 +47,11 @@ pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
         alloc_id: slot.identity.alloc_id.clone(),
         run_id: run_id.map(String::from).unwrap_or_default(),
         for_run_id: slot.config.run_id.map(String::from).unwrap_or_default(),
-        public_key: match life.state() {
-            State::Idle | State::Leased { .. } => slot.public_key(),
-            _ => Bytes::new(),
+        public_key: match waits {
+            true => slot.public_key(),
+            false => Bytes::new(),
         },
+        agent: waits.then(|| slot.agent()).flatten(),
         // The node's, and no slot's.
         broker_key: Bytes::new(),
         broker_version: PROTOCOL_VERSION,

@@ -114,6 +114,12 @@ fn slot_line(slot: &Slot) -> String {
     if slot.on_demand {
         line.push_str("  (on demand)");
     }
+    if slot.agent {
+        line.push_str("  (agent)");
+    }
+    if !slot.agent_reason.is_empty() {
+        line.push_str(&format!("  no agent: {}", slot.agent_reason));
+    }
     if !slot.reason.is_empty() {
         line.push_str(&format!("  {}", slot.reason));
     }
@@ -125,7 +131,8 @@ fn slot_json(slot: &Slot) -> Value {
         "slot_id": slot.slot_id, "node_id": slot.node_id, "job_id": slot.job_id,
         "state": state(slot), "since": slot.since.as_ref().map(ToString::to_string),
         "cause": slot.cause, "reason": slot.reason, "generation": slot.generation, "image": slot.image,
-        "run_id": slot.run_id, "on_demand": slot.on_demand,
+        "run_id": slot.run_id, "on_demand": slot.on_demand, "agent": slot.agent,
+        "agent_reason": slot.agent_reason,
     })
 }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use futures_util::{Stream, stream};
 use polydev_proto::{
+    init::agent,
     node,
     provider::Provider,
     runtime::{
@@ -75,18 +76,24 @@ fn list(view: &View) -> ListPoolsResponse {
 
 fn get(view: &View, provider: Provider) -> GetPoolResponse {
     let slots = view.slots(provider.name()).into_iter();
-    let slots = slots.map(|(node_id, slot)| Slot {
-        node_id,
-        state: state(slot.state()).into(),
-        slot_id: slot.slot_id,
-        job_id: slot.job_id,
-        since: slot.since,
-        reason: slot.reason,
-        generation: slot.generation,
-        image: slot.image,
-        run_id: slot.run_id,
-        on_demand: !slot.for_run_id.is_empty(),
-        cause: slot.cause,
+    let slots = slots.map(|(node_id, slot)| {
+        let state = state(slot.state()).into();
+        let agent = slot.agent.unwrap_or_default();
+        Slot {
+            node_id,
+            state,
+            slot_id: slot.slot_id,
+            job_id: slot.job_id,
+            since: slot.since,
+            reason: slot.reason,
+            generation: slot.generation,
+            image: slot.image,
+            run_id: slot.run_id,
+            on_demand: !slot.for_run_id.is_empty(),
+            cause: slot.cause,
+            agent: agent.state() == agent::State::Ready,
+            agent_reason: agent.reason,
+        }
     });
     GetPoolResponse {
         pool: Some(encode(provider, view.counts().get(provider.name()))),
