@@ -21,6 +21,8 @@ for provider in "$@"; do
     step "${package[$provider]}: $pinned becomes $newest"
     sed -i "s/^ARG CLI_VERSION=.*/ARG CLI_VERSION=$newest/" "$file"
 done
+POLYDEV_NOMAD=$(tests/nomad/build.sh)
+export POLYDEV_NOMAD
 make build
 tests/with-docker.sh tests/images.sh
 tests/with-docker.sh make it TESTS='test(/^(images|agents)::/) | test(/the_real_clis/)'

@@ -8,7 +8,7 @@
 # Seen: with `--acp` both are commands of the CLI, also after a space. It answers by itself, and the
 # model is not asked.
 #
-# Where it matters: shim/src/provider.rs (`is_command_to_agent`) lets such a prompt start cold, and
+# Where it matters: proto/src/prompt.rs (`is_command_to_agent`) lets such a prompt start cold, and
 # containers/agent/src/google.rs speaks the protocol.
 set -euo pipefail
 

@@ -2,6 +2,7 @@
 //! against the schemas; this module parses and checks the values that Nomad sends.
 
 mod allow;
+mod boost;
 mod broker;
 mod egress;
 mod mount;
@@ -15,6 +16,7 @@ mod upstream;
 mod value;
 
 pub use allow::Capabilities;
+pub use boost::Boost;
 pub use broker::Broker;
 pub use egress::Egress;
 pub use mount::{Device, Mount, MountKind, Volume};

@@ -12,6 +12,7 @@ pub mod adopt;
 pub mod agent;
 mod ahead;
 pub mod book;
+mod boost;
 pub mod breaker;
 pub(crate) mod claim;
 mod clear;

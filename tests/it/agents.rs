@@ -1,6 +1,6 @@
 //! Agents: CLIs that wait in idle slots, and what their callers and their models see of it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use polydev_proto::runtime::{
     ArtifactRules, ExitReason, InputFile, Prompt, RunStart, Tools, agent_event::Event, input_file,
@@ -8,12 +8,12 @@ use polydev_proto::runtime::{
 };
 use polydev_stand_in::Text;
 use polydev_tests::{
-    client::{Client, Outcome, api_key, prompt, shell},
+    client::{Outcome, api_key, shell},
     fresh_key,
-    host::Local,
-    shim::Shim,
 };
 use serde_json::Value;
+
+use crate::agent_site::{Site, asks};
 
 /// What the waiting form of a CLI itself changes in its requests to the model, by path.
 /// `docs/agents.md` has the reasons.
@@ -48,55 +48,6 @@ const IDS: [&str; 11] = [
     "x-codex-turn-metadata",
     "x-codex-window-id",
 ];
-
-pub(crate) struct Site {
-    // Dropped before its model.
-    pub(crate) shim: Shim,
-    pub(crate) client: Client,
-    model: Local,
-}
-
-impl Site {
-    pub(crate) fn start(provider: &str) -> Self {
-        let closed = format!("--egress={provider}=");
-        Self::start_with(provider, &[&closed, "--agents=true"])
-    }
-
-    pub(crate) fn start_with(provider: &str, options: &[&str]) -> Self {
-        let model = Local::start();
-        let url = format!("--base-url={provider}={}", model.url);
-        let options = [options, &[&url]].concat();
-        let shim = Shim::dev_with(&[&format!("{provider}=1")], &options);
-        Self {
-            client: shim.client(),
-            shim,
-            model,
-        }
-    }
-
-    /// Runs it once the slot is idle. Returns how it started, and the rest.
-    fn run(&self, start: RunStart) -> (started::Agent, String, Outcome) {
-        self.client.wait_idle(&start.provider, 1);
-        let outcome = self.client.run(start).expect("a whole run");
-        let started = outcome.started.clone();
-        (started.agent(), started.cold_reason, outcome)
-    }
-
-    /// The requests to the model with this prompt.
-    pub(crate) fn asked(&self, text: &str) -> Vec<Value> {
-        let wanted = Text::of(text);
-        let requests = self.model.requests().into_iter();
-        let found = requests.filter(|request| request.texts.contains(&wanted));
-        found.map(|request| request.body).collect()
-    }
-}
-
-pub(crate) fn asks(provider: &str, text: &str) -> RunStart {
-    RunStart {
-        env: BTreeMap::new(),
-        ..prompt(provider, text, &fresh_key(), "")
-    }
-}
 
 /// Where two requests differ.
 fn differences(path: &str, one: &Value, other: &Value, found: &mut BTreeSet<String>) {

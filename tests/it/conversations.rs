@@ -12,15 +12,26 @@ use nix::{
     unistd::Pid,
 };
 use polydev_proto::runtime::{
-    CloseStdin, ExitReason, InputFile, Prompt, RunStart, TurnEnded, agent_event, input_file,
-    run_event::Event, run_input::Input, run_start::Command,
+    CloseStdin, ExitReason, Exited, GetPoolRequest, InputFile, Prompt, RunStart, Slot, TurnEnded,
+    agent_event, input_file, run_event::Event, run_input::Input, run_start::Command,
 };
 use polydev_stand_in::Text;
-use polydev_tests::{client::Run, fresh_key, wait_until};
+use polydev_tests::{
+    broker::brokers,
+    client::{Client, Run},
+    fresh_key,
+    host::Local,
+    nomad::Nomad,
+    shim::Shim,
+    wait_until,
+};
 use serde_json::json;
 use tonic::Code;
 
-use crate::agents::{Site, asks};
+use crate::{
+    agent_site::{Site, asks},
+    survive,
+};
 
 const PROVIDERS: [&str; 3] = ["anthropic", "openai", "google"];
 
@@ -93,6 +104,14 @@ impl<'a> Talk<'a> {
         }
     }
 
+    fn end(&mut self) -> Exited {
+        loop {
+            if let Event::Exited(exited) = self.next() {
+                return exited;
+            }
+        }
+    }
+
     fn code(&mut self) -> i32 {
         self.turn().0.exit_code
     }
@@ -118,12 +137,7 @@ fn a_further_prompt_remembers_and_a_cancelled_turn_leaves_a_usable_session() {
         }
 
         talk.ask("Please wait.");
-        wait_until("the question", Duration::from_secs(20), || {
-            let asked = site.asked("Please wait.");
-            (!asked.is_empty())
-                .then_some(())
-                .ok_or("it has not come".into())
-        });
+        site.wait_asked("Please wait.");
         talk.say(&json!({ "cancel_turn": {} }));
         let (cancelled, told) = talk.turn();
         assert!(cancelled.cancelled, "{provider}: {cancelled:?}, {told:?}");
@@ -148,11 +162,7 @@ fn a_further_prompt_remembers_and_a_cancelled_turn_leaves_a_usable_session() {
         site.client
             .send(&talk.run, Input::CloseStdin(CloseStdin {}));
         let (last, _) = talk.turn();
-        let exited = loop {
-            if let Event::Exited(exited) = talk.next() {
-                break exited;
-            }
-        };
+        let exited = talk.end();
         assert_eq!(
             exited.reason(),
             ExitReason::Exited,
@@ -291,6 +301,66 @@ fn a_conversation_goes_on_through_another_shim() {
 }
 
 #[test]
+fn a_conversation_outlives_its_driver_and_its_broker() {
+    let nomad = Nomad::start();
+    let shim = Shim::serve(&nomad.address);
+    let model = Local::start();
+    let url = format!("base_url={}", model.url);
+    let variables = ["count=1", "agent=true", "egress=[]", &url];
+    let variables = variables.iter().flat_map(|variable| ["-var", *variable]);
+    let mut job = vec!["job", "run", "-detach"];
+    job.extend(variables);
+    job.push("jobspecs/pool-anthropic.nomad.hcl");
+    nomad.run(&job);
+    let client = shim.client();
+    client.wait_idle("anthropic", 1);
+    let idle = slot(&client);
+    assert!(idle.agent && idle.agent_reason.is_empty(), "{idle:?}");
+
+    let site = Site {
+        client,
+        shim,
+        model,
+    };
+    let mut talk = Talk::start(&site, talks("anthropic", "What is one?"));
+    assert_eq!(talk.code(), 0);
+    talk.ask("Please wait.");
+    site.wait_asked("Please wait.");
+    survive::kill_driver(&nomad);
+    talk.say(&json!({ "cancel_turn": {} }));
+    assert_eq!(talk.code(), 130);
+    talk.ask("What is two?");
+    assert_eq!(talk.code(), 0);
+    for broker in brokers(&nomad.state_dir()) {
+        kill(broker, Signal::SIGKILL).unwrap();
+    }
+    talk.ask("What is three?");
+    assert_eq!(talk.code(), 0);
+    let asked = site.asked("What is three?").last().unwrap().to_string();
+    for remembered in ["What is one?", "What is two?"] {
+        assert!(asked.contains(remembered), "{asked}");
+    }
+    site.client
+        .send(&talk.run, Input::CloseStdin(CloseStdin {}));
+    let exited = talk.end();
+    assert_eq!(exited.exit_code, 0, "{exited:?}");
+    // The slot is filled again, with an agent.
+    site.client.wait_idle("anthropic", 1);
+    assert!(slot(&site.client).agent);
+}
+
+/// The only slot of the pool.
+fn slot(client: &Client) -> Slot {
+    let request = GetPoolRequest {
+        provider: "anthropic".into(),
+    };
+    let pool = client.call(async |mut shim| shim.get_pool(request).await);
+    let pool = pool.expect("the shim answers");
+    assert_eq!(pool.slots.len(), 1, "{:?}", pool.slots);
+    pool.slots.into_iter().next().expect("a slot")
+}
+
+#[test]
 fn each_line_at_the_command_line_is_a_prompt_and_an_interrupt_ends_its_answer() {
     let site = Site::start("anthropic");
     site.client.wait_idle("anthropic", 1);
@@ -313,12 +383,7 @@ fn each_line_at_the_command_line_is_a_prompt_and_an_interrupt_ends_its_answer() 
     writeln!(stdin, "first").unwrap();
     assert_eq!(lines.next(), Some(answer("first")));
     writeln!(stdin, "Please wait.").unwrap();
-    wait_until("the question", Duration::from_secs(20), || {
-        let asked = site.asked("Please wait.");
-        (!asked.is_empty())
-            .then_some(())
-            .ok_or("it has not come".into())
-    });
+    site.wait_asked("Please wait.");
     let pid = Pid::from_raw(talk.id().cast_signed());
     kill(pid, Signal::SIGINT).unwrap();
     writeln!(stdin, "second").unwrap();

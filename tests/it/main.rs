@@ -3,6 +3,7 @@
 //! which tests run in parallel.
 
 mod access;
+mod agent_site;
 mod agents;
 mod api;
 mod broker;

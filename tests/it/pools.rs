@@ -6,9 +6,9 @@ use std::{
     time::Duration,
 };
 
-use polydev_proto::runtime::RunStart;
+use polydev_proto::runtime::{RunStart, run_event::Event, run_input::Input};
 use polydev_tests::{
-    client::{Client, shell},
+    client::{Client, Run, shell},
     docker,
     nomad::{Nomad, nomad_program},
     process::output,
@@ -18,7 +18,7 @@ use polydev_tests::{
 };
 use tonic::Code;
 
-use crate::leases;
+use crate::{leases, survive};
 
 const JOB: &str = "polydev-pool-anthropic";
 const FILE: &str = "jobspecs/pool-anthropic.nomad.hcl";
@@ -139,6 +139,61 @@ impl Site {
         command.arg(&self.nomad.address).current_dir(root());
         command
     }
+}
+
+/// Prints the CPU quota, and again for each line of stdin.
+const QUOTA: &str = "quota() { if [ -e cpu.max ]; then cut -d' ' -f1 cpu.max; \
+    else cat cpu/cpu.cfs_quota_us; fi; }; \
+    cd /sys/fs/cgroup; quota; while read line; do quota; done";
+
+#[test]
+fn a_run_has_more_cpu_at_its_start_if_the_node_has_it() {
+    // Two runs beside their idle slots, and one boost.
+    let config = "run_class {\n start_boost {\n cpu = 900\n }\n}\n\
+                  run_headroom {\n cpu = 1200\n memory = 512\n}";
+    let nomad = Nomad::start_with(config);
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    nomad.submit_pool("anthropic", 2);
+    client.wait_idle("anthropic", 2);
+    let start = || {
+        let run = RunStart {
+            stdin: true,
+            ..shell("anthropic", QUOTA)
+        };
+        client.start(run).unwrap()
+    };
+    let quota = |run: &mut Run| loop {
+        match client.next(run).unwrap() {
+            Some(Event::Stdout(output)) => break output.data,
+            Some(_) => {}
+            None => panic!("the run has ended"),
+        }
+    };
+    let becomes_lower = |run: &mut Run| {
+        wait_until("the end of the boost", Duration::from_secs(20), || {
+            client.send(run, Input::Stdin("\n".into()));
+            match quota(run) {
+                lower if lower == "50000\n" => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        });
+    };
+    let mut first = start();
+    assert_eq!(quota(&mut first), "90000\n");
+    let mut second = start();
+    assert_eq!(quota(&mut second), "50000\n", "there is no room for it");
+    becomes_lower(&mut first);
+    for mut run in [first, second] {
+        run.close();
+        while !matches!(client.next(&mut run).unwrap(), Some(Event::Exited(_))) {}
+    }
+    // A driver that is killed does not end it, and the next one does.
+    client.wait_idle("anthropic", 2);
+    let mut third = start();
+    assert_eq!(quota(&mut third), "90000\n");
+    survive::kill_driver(&nomad);
+    becomes_lower(&mut third);
 }
 
 #[test]

@@ -10,6 +10,7 @@ use serde::Deserialize;
 
 use super::{
     Error,
+    boost::{Boost, RawBoost},
     egress::private_networks,
     shims::{RawShims, Shims},
     task::Logging,
@@ -66,6 +67,7 @@ pub struct Plugin {
     pub broker_uid: u32,
     /// Limits of a run.
     pub run: Limits,
+    pub start_boost: Option<Boost>,
     /// For all runs together, on top of what Nomad reserves for their slots.
     pub run_headroom: Option<Amount>,
     pub auth: Auth,
@@ -203,6 +205,7 @@ struct RawClass {
     memory: Option<Number>,
     mbits: Option<Number>,
     pids: Option<Number>,
+    start_boost: Option<RawBoost>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -294,6 +297,12 @@ impl Raw {
             Some(path) => absolute("init_path", &path)?,
             None => beside_this_program("polydev-init"),
         };
+        let mut class = self.run_class.unwrap_or_default();
+        let start_boost = class.start_boost.take();
+        let run = class.check()?;
+        let has_headroom = self.run_headroom.is_some();
+        let start_boost = start_boost.map(|boost| boost.check(&run, has_headroom));
+        let start_boost = start_boost.transpose()?;
         Ok(Plugin {
             endpoint: endpoint(text(self.endpoint), self.tls)?,
             state_dir: state_dir(text(self.state_dir))?,
@@ -303,7 +312,8 @@ impl Raw {
             },
             init_path,
             broker_uid: ranged("broker_uid", self.broker_uid, BROKER_UID, 1, u32::MAX - 1)?,
-            run: self.run_class.unwrap_or_default().check()?,
+            run,
+            start_boost,
             run_headroom: self.run_headroom.map(RawHeadroom::check).transpose()?,
             auth,
             extra_labels: self.extra_labels.unwrap_or_default(),

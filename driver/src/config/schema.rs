@@ -52,6 +52,10 @@ pub fn plugin() -> Spec {
                 attr("memory", "number"),
                 attr("mbits", "number"),
                 attr("pids", "number"),
+                block(
+                    "start_boost",
+                    vec![required("cpu", "number"), attr("time", "string")],
+                ),
             ],
         ),
         block(

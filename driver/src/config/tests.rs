@@ -252,6 +252,8 @@ fn plugin_values_out_of_range_are_refused_by_name() {
     check(json!({"init_path": "init"}), "init_path");
     check(json!({"run_class": {"cpu": 0}}), "run_class.cpu");
     check(json!({"run_class": {"memory": 1.5}}), "run_class.memory");
+    let boost = json!({"run_class": {"start_boost": {"cpu": 900}}});
+    check(boost, "run_class.start_boost");
     check(json!({"run_headroom": {"cpu": 100}}), "run_headroom.memory");
     check(
         json!({"run_headroom": {"cpu": -1, "memory": 1}}),

@@ -64,7 +64,13 @@ async fn resume(slots: &Slots, run: &Run, opened: &Opened, inputs: mpsc::Receive
     };
     // The limits show why the kernel ended a run; the run continues without them.
     let (pid, class) = (claimed.pid, slots.site.config.run);
-    let limits = tokio::task::spawn_blocking(move || limits::Handle::open_again(pid, &class)).await;
+    let open = move || {
+        let limits = limits::Handle::open_again(pid, &class)?;
+        // The driver may have died before it ended the run's boost.
+        limits.set(&class)?;
+        Ok::<_, limits::Error>(limits)
+    };
+    let limits = tokio::task::spawn_blocking(open).await;
     let limits = limits.ok().and_then(|opened| {
         opened
             .inspect_err(|error| {

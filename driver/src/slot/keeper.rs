@@ -19,6 +19,7 @@ use tracing::Instrument;
 use super::{
     Claim, Slot, Slots, adopt, agent,
     ahead::{Ahead, LONG_RUN},
+    boost::{self, Boosted},
     clear::{self, BACKOFF},
     expected,
     fill::{self, Container},
@@ -468,9 +469,10 @@ impl Keeper {
             ..
         } = container;
         let runs = &self.slots.runs;
-        carry::start(runs, run, connection, limits, opened, &class, order)
-            .instrument(run.span())
-            .await;
+        let boosted = Boosted::take(&self.slots);
+        let first = boosted.as_ref().map_or(class, |boosted| boosted.limits);
+        let carried = carry::start(runs, run, connection, limits, opened, &first, order);
+        boost::during(boosted, limits, &class, carried.instrument(run.span())).await;
         update.abort();
         if let Some(form) = run.form() {
             self.slot.steps.prompted(self.slot.config.provider, &form);

@@ -1,0 +1,68 @@
+//! More CPU for the start of a run, if the node has it: a CLI that starts cold needs it.
+
+use std::{pin::pin, time::Duration};
+
+use tokio::time::sleep;
+
+use super::Slots;
+use crate::{
+    headroom::{Amount, Share},
+    limits::{self, Limits},
+};
+
+/// The limits of a run at its start.
+pub(super) struct Boosted {
+    pub(super) limits: Limits,
+    time: Duration,
+    share: Share,
+}
+
+impl Boosted {
+    /// Takes what the node's configuration gives, as far as the headroom has it. `None` for a run
+    /// that has the limits of its class from the start.
+    pub(super) fn take(slots: &Slots) -> Option<Self> {
+        let class = slots.site.config.run;
+        let boost = slots.site.config.start_boost?;
+        let more = Amount {
+            cpu_mhz: boost.cpu_mhz.saturating_sub(class.cpu_mhz),
+            memory_mb: 0,
+        };
+        let share = slots.headroom.take(more).ok()?;
+        Some(Self {
+            limits: Limits {
+                cpu_mhz: boost.cpu_mhz,
+                ..class
+            },
+            time: boost.time,
+            share,
+        })
+    }
+}
+
+/// Waits for the end of a run, and meanwhile ends its boost when its time is over.
+pub(super) async fn during(
+    boosted: Option<Boosted>,
+    limits: &limits::Handle,
+    class: &Limits,
+    carried: impl Future<Output = ()>,
+) {
+    let Some(Boosted { time, share, .. }) = boosted else {
+        return carried.await;
+    };
+    let mut carried = pin!(carried);
+    tokio::select! {
+        () = &mut carried => return,
+        () = sleep(time) => {}
+    }
+    match limits.set(class) {
+        Ok(()) => drop(share),
+        // It goes on with what it has, and keeps its share.
+        Err(error) => {
+            let error = crate::chain(&error);
+            tracing::warn!(error, "cannot end the boost of a run");
+            carried.await;
+            return drop(share);
+        }
+    }
+    carried.await;
+}
