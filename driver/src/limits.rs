@@ -193,6 +193,14 @@ impl Handle {
         self.cgroup.set(limits)
     }
 
+    /// Sets the CPU quota alone.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn set_cpu(&self, limits: &Limits) -> Result<(), Error> {
+        self.cgroup.set_cpu(limits)
+    }
+
     /// Whether the bandwidth of `limits` is lower than when it was opened.
     #[must_use]
     pub fn is_lowered_by(&self, limits: &Limits) -> bool {

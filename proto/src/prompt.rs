@@ -1,6 +1,6 @@
 //! The rules of a prompt, for who passes it on and for the agent that reads more of them.
 
-use crate::{init::Tools, outside::File, provider::Provider};
+use crate::{exec::MAX_STRING, init::Tools, outside::File, provider::Provider};
 
 /// Largest number of bytes in a prompt: with the rest of a run it fits into one message.
 pub const MAX_TEXT: usize = 3 << 20;
@@ -108,6 +108,11 @@ impl Options {
             }
             Provider::OpenAi => {
                 let system = format!("developer_instructions={}", toml_string(system));
+                if system.len() > MAX_STRING {
+                    let problem =
+                        "is longer than 131071 bytes once Codex's argument has its escapes";
+                    return invalid("prompt.system", problem);
+                }
                 options.args.extend(["-c".to_owned(), system]);
             }
             // It has no option that adds to its text, but a file of its user.
@@ -188,6 +193,11 @@ mod tests {
             refused.field
         };
         assert_eq!(refused(Provider::OpenAi, "", Tools::Read), "prompt.tools");
+        let escaped = "\n".repeat(MAX_SYSTEM);
+        assert_eq!(
+            refused(Provider::OpenAi, &escaped, Tools::All),
+            "prompt.system"
+        );
         let long = "x".repeat(MAX_SYSTEM + 1);
         assert_eq!(
             refused(Provider::Google, &long, Tools::All),

@@ -15,7 +15,7 @@ use polydev_transport::{reload::Reloaded, upstream::Upstream};
 use serde::{Deserialize, Deserializer};
 use wildmatch::WildMatch;
 
-pub use policy::{OverBudget, Policy, TooMuch, tools_of};
+pub use policy::{Asked, OverBudget, Policy, TooMuch};
 
 /// What a caller wants to do.
 #[derive(Debug, Clone, Copy)]

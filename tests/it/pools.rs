@@ -3,7 +3,7 @@
 use std::{
     io::{BufRead, BufReader},
     process::{Command, Output, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use polydev_proto::runtime::{RunStart, run_event::Event, run_input::Input};
@@ -149,7 +149,7 @@ const QUOTA: &str = "quota() { if [ -e cpu.max ]; then cut -d' ' -f1 cpu.max; \
 #[test]
 fn a_run_has_more_cpu_at_its_start_if_the_node_has_it() {
     // Two runs beside their idle slots, and one boost.
-    let config = "run_class {\n start_boost {\n cpu = 900\n }\n}\n\
+    let config = "run_class {\n start_boost {\n cpu = 900\n time = \"4s\"\n }\n}\n\
                   run_headroom {\n cpu = 1200\n memory = 512\n}";
     let nomad = Nomad::start_with(config);
     let shim = Shim::serve(&nomad.address);
@@ -181,6 +181,12 @@ fn a_run_has_more_cpu_at_its_start_if_the_node_has_it() {
     };
     let mut first = start();
     assert_eq!(quota(&mut first), "90000\n");
+    // Docker has been told of the run's limits by then.
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(1) {
+        client.send(&first, Input::Stdin("\n".into()));
+        assert_eq!(quota(&mut first), "90000\n");
+    }
     let mut second = start();
     assert_eq!(quota(&mut second), "50000\n", "there is no room for it");
     becomes_lower(&mut first);

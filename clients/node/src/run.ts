@@ -159,7 +159,7 @@ export class Run implements AsyncIterable<Event> {
 
   /**
    * Writes the next prompt of a conversation to its stdin. An empty model is that of the prompt
-   * before.
+   * before. Await one line before the next: those of two callers would be mixed.
    */
   prompt(text: string, model = ""): Promise<void> {
     return this.write(`${JSON.stringify({ prompt: { text, model } })}\n`);

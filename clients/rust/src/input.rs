@@ -154,7 +154,7 @@ impl Input {
     }
 
     /// Writes the next prompt of a conversation to its stdin. An empty model is that of the prompt
-    /// before.
+    /// before. Write one line at a time: those of two tasks would be mixed.
     ///
     /// # Errors
     /// As with [`write`](Self::write).

@@ -1,5 +1,7 @@
 //! The life of an agent, in the order in which it happens.
 
+mod turns;
+
 use std::{
     io::{self, Write},
     os::fd::AsFd,
@@ -27,7 +29,7 @@ use crate::{
     anthropic::Claude,
     cli::{Cli, Event, Out},
     control::Control,
-    conversation::{self, Conversation, Next},
+    conversation::Conversation,
     google::Gemini,
     openai::Codex,
     process::{Process, awaited_signals},
@@ -45,10 +47,6 @@ const CHECK_TIMEOUT: Duration = Duration::from_millis(750);
 const RENEW_TIMEOUT: Duration = Duration::from_secs(2);
 /// For what a CLI has written before its end.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(1);
-/// The exit status of a turn that its caller has ended, as by SIGINT.
-const CANCELLED: u8 = 130;
-/// The exit status of what is no prompt.
-const NO_PROMPT: u8 = 2;
 /// Bytes of the CLI's complaints that are kept until they are needed.
 const MAX_COMPLAINTS: usize = 2000;
 
@@ -222,28 +220,41 @@ impl Agent {
                 quiet = None;
             }
         };
-        let prompt = prompt.unwrap_or_default();
-        if starts_again(&prompt) {
-            self.start_again(&prompt).map_err(Stop::Failed)?;
-        } else {
-            self.process.signal(Signal::SIGCONT);
-            match has_files || day() != ready_on {
-                false => {
-                    self.ask(|cli, out| cli.check(out))?;
-                    self.until(&Event::Checked, CHECK_TIMEOUT)?;
+        let mut prompt = prompt.unwrap_or_default();
+        if !starts_again(&prompt) {
+            match self.show_life(has_files || day() != ready_on) {
+                // No argv can take its place.
+                Err(stop @ (Stop::Failed(_) | Stop::Ended(_))) if prompt.conversation => {
+                    prompt.cold_reason = self.reason(&stop);
                 }
-                true => {
-                    self.ask(|cli, out| cli.renew(out))?;
-                    self.until(&Event::Checked, RENEW_TIMEOUT)?;
-                }
+                shown => shown?,
             }
         }
-        self.control.tell(Message::Taken(Taken {}))?;
+        if starts_again(&prompt) {
+            self.start_again(&prompt).map_err(Stop::Failed)?;
+        }
+        let cold_reason = prompt.cold_reason.clone();
+        self.control.tell(Message::Taken(Taken { cold_reason }))?;
         while !matches!(self.control.next_message()?, Some(FromInit::Go(_))) {
             self.wait(Heeds::Init, None)?;
         }
         self.is_taken = true;
         Ok(prompt)
+    }
+
+    /// Lets the CLI go on, and waits until it has answered.
+    fn show_life(&mut self, renews: bool) -> Result<(), Stop> {
+        self.process.signal(Signal::SIGCONT);
+        match renews {
+            false => {
+                self.ask(|cli, out| cli.check(out))?;
+                self.until(&Event::Checked, CHECK_TIMEOUT)
+            }
+            true => {
+                self.ask(|cli, out| cli.renew(out))?;
+                self.until(&Event::Checked, RENEW_TIMEOUT)
+            }
+        }
     }
 
     /// Puts another CLI in the place of the one that waits, for what it reads when it starts.
@@ -258,147 +269,6 @@ impl Agent {
         (self.process, self.cli) =
             started.map_err(|error| format!("cannot start the CLI again: {error}"))?;
         Ok(())
-    }
-
-    /// Answers the prompt, and in a conversation those that follow. Returns the exit status of the
-    /// last turn.
-    fn answer_all(&mut self, prompt: Prompt) -> Result<u8, Stop> {
-        let text = match prompt.stdin_bytes {
-            0 => prompt.text.clone(),
-            length => self.rest_of_input(length)?,
-        };
-        if !prompt.conversation {
-            return self.answer(&text, &prompt.model);
-        }
-        if starts_again(&prompt) {
-            self.ask(|cli, out| cli.begin(false, out))?;
-            self.until(&Event::Ready, START_TIMEOUT)?;
-        }
-        self.conversation = Some(Conversation::new(self.provider));
-        let mut code = match text.is_empty() {
-            true => 0,
-            false => self.answer(&text, &prompt.model)?,
-        };
-        while let Some(next) = self.next_prompt()? {
-            code = match next {
-                Next::Prompt(conversation::Prompt { text, model }) => self.answer(&text, &model)?,
-                Next::Cancelled => self.end_turn(CANCELLED, true)?,
-                Next::Wrong(reason) => {
-                    let told = [Told::Error(reason)].into();
-                    self.put(Out {
-                        told,
-                        ..Out::default()
-                    })?;
-                    self.end_turn(NO_PROMPT, false)?
-                }
-            };
-        }
-        Ok(code)
-    }
-
-    /// Gives the prompt to the CLI and prints its answer. Returns the turn's exit status.
-    fn answer(&mut self, text: &str, model: &str) -> Result<u8, Stop> {
-        self.is_asked = true;
-        self.ask(|cli, out| cli.prompt(text, model, out))?;
-        loop {
-            match self.next_event(None)? {
-                Event::Print(text) => self.print(&text)?,
-                Event::Done { text, error, code } => {
-                    self.print(&text)?;
-                    io::stderr().write_all(error.as_bytes())?;
-                    return self.end_turn(code, false);
-                }
-                Event::Cancelled => return self.end_turn(CANCELLED, true),
-                Event::Failed(reason) => return Err(Stop::Failed(reason)),
-                Event::Ready | Event::Checked => {}
-            }
-        }
-    }
-
-    fn print(&mut self, text: &str) -> io::Result<()> {
-        let mut stdout = io::stdout().lock();
-        stdout.write_all(text.as_bytes())?;
-        self.printed += text.len() as u64;
-        stdout.flush()
-    }
-
-    fn end_turn(&mut self, exit_code: u8, cancelled: bool) -> Result<u8, Stop> {
-        self.is_asked = false;
-        let ended = Told::TurnEnded {
-            exit_code,
-            cancelled,
-            stdout_bytes: self.printed,
-        };
-        let told = [ended].into();
-        self.put(Out {
-            told,
-            ..Out::default()
-        })?;
-        Ok(exit_code)
-    }
-
-    /// The next prompt of a conversation; `None` after the last.
-    fn next_prompt(&mut self) -> Result<Option<Next>, Stop> {
-        loop {
-            self.listen()?;
-            let Some(conversation) = &mut self.conversation else {
-                return Ok(None);
-            };
-            if let Some(next) = conversation.next() {
-                return Ok(Some(next));
-            }
-            if !conversation.is_open() {
-                return Ok(None);
-            }
-            if let Some(end) = self.process.ended() {
-                return Err(Stop::Ended(end));
-            }
-            self.wait(Heeds::Init, None)?;
-            // What it does between two turns.
-            while let Some(line) = self.process.next_line().map_err(Stop::Failed)? {
-                let mut out = Out::default();
-                self.cli.on_line(&line, &mut out);
-                self.put(out)?;
-            }
-        }
-    }
-
-    /// Hears what the caller of a conversation has said.
-    fn listen(&mut self) -> Result<(), Stop> {
-        let Some(conversation) = &mut self.conversation else {
-            return Ok(());
-        };
-        let (said, is_open) = self.control.take();
-        conversation.push(&said);
-        if !is_open {
-            conversation.end();
-        }
-        match conversation.read() && self.is_asked {
-            true => self.ask(|cli, out| cli.cancel(out)),
-            false => Ok(()),
-        }
-    }
-
-    /// Whom a CLI at work is heard with.
-    fn heeds(&self) -> Heeds {
-        let hears = |conversation: &Conversation| conversation.is_open() && conversation.has_room();
-        match self.conversation.as_ref().is_some_and(hears) {
-            true => Heeds::Init,
-            false => Heeds::Cli,
-        }
-    }
-
-    /// The text of a prompt that comes as the run's stdin.
-    fn rest_of_input(&mut self, length: u64) -> Result<String, Stop> {
-        let length = usize::try_from(length).unwrap_or(usize::MAX);
-        let text = loop {
-            match self.control.text(length)? {
-                Some(text) => break text,
-                None => self.wait(Heeds::Init, None)?,
-            }
-        };
-        let text = String::from_utf8(text.into());
-        text.map_err(|_| Stop::Failed("the prompt is not UTF-8".into()))
     }
 
     fn ask(&mut self, ask: impl FnOnce(&mut dyn Cli, &mut Out)) -> Result<(), Stop> {

@@ -14,6 +14,8 @@ use crate::{
 pub(crate) struct Claude {
     rehearses: bool,
     is_taken: bool,
+    /// What comes after the model is set.
+    text: String,
     is_cancelled: bool,
 }
 
@@ -27,6 +29,30 @@ const CANCEL: &str = "cancel";
 impl Claude {
     fn control(name: &str, request: Value, out: &mut Out) {
         out.send(json!({ "type": "control_request", "request_id": name, "request": request }));
+    }
+}
+
+impl Claude {
+    fn say(text: &str, out: &mut Out) {
+        out.send(json!({
+            "type": "user",
+            "message": { "role": "user", "content": text },
+            "parent_tool_use_id": null,
+            "session_id": "",
+        }));
+    }
+
+    fn interrupt(out: &mut Out) {
+        Self::control(CANCEL, json!({ "subtype": "interrupt" }), out);
+    }
+
+    fn failed(error: &str, out: &mut Out) -> Event {
+        out.tell(Told::Error(error.to_owned()));
+        Event::Done {
+            text: format!("{error}\n"),
+            error: String::new(),
+            code: 1,
+        }
     }
 }
 
@@ -70,24 +96,17 @@ impl Cli for Claude {
     fn prompt(&mut self, text: &str, model: &str, out: &mut Out) {
         self.is_taken = true;
         self.is_cancelled = false;
-        if !model.is_empty() {
-            Self::control(
-                MODEL,
-                json!({ "subtype": "set_model", "model": model }),
-                out,
-            );
+        if model.is_empty() {
+            return Self::say(text, out);
         }
-        out.send(json!({
-            "type": "user",
-            "message": { "role": "user", "content": text },
-            "parent_tool_use_id": null,
-            "session_id": "",
-        }));
+        self.text = text.to_owned();
+        let request = json!({ "subtype": "set_model", "model": model });
+        Self::control(MODEL, request, out);
     }
 
     fn cancel(&mut self, out: &mut Out) {
         self.is_cancelled = true;
-        Self::control(CANCEL, json!({ "subtype": "interrupt" }), out);
+        Self::interrupt(out);
     }
 
     fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event> {
@@ -100,6 +119,9 @@ impl Cli for Claude {
                 }
                 if response["subtype"] != "success" {
                     let error = response["error"].as_str().unwrap_or("it says no more");
+                    if name == MODEL {
+                        return Some(Self::failed(error, out));
+                    }
                     return Some(Event::Failed(format!("`{name}`: {error}")));
                 }
                 match name {
@@ -112,6 +134,11 @@ impl Cli for Claude {
                     }
                     REHEARSE => Some(Event::Ready),
                     CHECK => Some(Event::Checked),
+                    MODEL if self.is_cancelled => Some(Event::Cancelled),
+                    MODEL => {
+                        Self::say(&std::mem::take(&mut self.text), out);
+                        None
+                    }
                     _ => None,
                 }
             }
@@ -136,6 +163,11 @@ impl Cli for Claude {
             }
             "user" => {
                 tell_results(&line["message"]["content"], out);
+                None
+            }
+            // A turn begins. One that was to be cancelled before has not heard it.
+            "system" if line["subtype"] == "init" && self.is_cancelled => {
+                Self::interrupt(out);
                 None
             }
             "system" if line["subtype"] == "api_retry" => {

@@ -67,9 +67,11 @@ impl Conversation {
         self.lines.push(bytes);
     }
 
-    /// Nothing more comes.
+    /// Nothing more comes. The last line may have no end.
     pub(crate) fn end(&mut self) {
-        self.is_over = true;
+        if !std::mem::replace(&mut self.is_over, true) {
+            self.lines.push(b"\n");
+        }
     }
 
     /// Reads what there is room for. Returns whether the turn that goes on is to be cancelled.
@@ -185,6 +187,20 @@ mod tests {
             };
             assert!(reason.contains(why), "{reason}");
         }
+    }
+
+    #[test]
+    fn the_last_line_needs_no_end() {
+        let mut conversation = Conversation::new(Provider::OpenAi);
+        conversation.push(b"{\"prompt\":{\"text\":\"a\"}}");
+        conversation.read();
+        assert_eq!(conversation.next(), None);
+        for _ in 0..2 {
+            conversation.end();
+        }
+        conversation.read();
+        assert_eq!(conversation.next(), Some(prompt("a", "")));
+        assert_eq!(conversation.next(), None);
     }
 
     #[test]

@@ -22,8 +22,8 @@ use polydev_proto::{
     agent::MAX_LINE,
     frame,
     init::{
-        self, FromAgent, Go, Offer, Park, Prompt, ToAgent, agent::State, from_agent::Message,
-        to_agent,
+        self, Form, FromAgent, Go, Offer, Park, Prompt, Taken, ToAgent, agent::State,
+        from_agent::Message, to_agent,
     },
     provider::Provider,
 };
@@ -132,11 +132,11 @@ impl Agent {
     }
 
     /// Gives it the prompt, and waits until it has taken it. A short wait, in which nothing else
-    /// happens.
+    /// happens. Returns whether its CLI had waited, and has not been started again.
     ///
     /// # Errors
     /// Why it has not taken it, for people.
-    pub(crate) fn give(&mut self, prompt: &Prompt, has_files: bool) -> Result<(), String> {
+    pub(crate) fn give(&mut self, prompt: &Prompt, has_files: bool) -> Result<Form, String> {
         match self.state {
             State::Ready => {}
             State::Gone => return Err(self.reason.clone()),
@@ -155,7 +155,13 @@ impl Agent {
         }))?;
         match self.next_message()? {
             // Until it has heard this, the CLI does not have the prompt.
-            Some(Message::Taken(_)) => self.send(to_agent::Message::Go(Go {})),
+            Some(Message::Taken(Taken {
+                cold_reason: reason,
+            })) => {
+                self.send(to_agent::Message::Go(Go {}))?;
+                let parked = reason.is_empty();
+                Ok(Form { parked, reason })
+            }
             Some(Message::Failed(failed)) => Err(failed.reason),
             Some(Message::Ready(_) | Message::Event(_)) | None => Err("it does not answer".into()),
         }

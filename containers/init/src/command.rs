@@ -174,12 +174,8 @@ impl Command {
     }
 
     /// The command of a run whose prompt an agent has taken.
-    pub(crate) fn parked(agent: Agent, start: Start, now: Instant) -> Self {
+    pub(crate) fn parked(agent: Agent, form: Form, start: Start, now: Instant) -> Self {
         let deadline = deadline(&start, now);
-        // An agent with a reason has started its CLI again.
-        let prompt = start.prompt.as_ref();
-        let reason = prompt.map(|prompt| prompt.cold_reason.clone());
-        let reason = reason.unwrap_or_default();
         let (pid, mut agent) = (agent.pid, agent);
         let pipes = std::mem::take(&mut agent.pipes);
         let (input, events) = agent.into_run();
@@ -199,10 +195,7 @@ impl Command {
             has_terminal: false,
             alone: false,
             status: None,
-            form: Some(Form {
-                parked: reason.is_empty(),
-                reason,
-            }),
+            form: Some(form),
         }
     }
 

@@ -161,17 +161,27 @@ impl Cgroup {
         })
     }
 
-    pub(super) fn set(&self, limits: &Limits) -> Result<(), Error> {
+    pub(super) fn set_cpu(&self, limits: &Limits) -> Result<(), Error> {
         let quota = limits.cpu_quota().as_micros();
+        match &self.limits {
+            Files::V1 { cpu, .. } => write(cpu, "cpu.cfs_quota_us", quota),
+            Files::V2 { cpu, .. } => {
+                let quota = format!("{quota} {}", CPU_PERIOD.as_micros());
+                write(cpu, "cpu.max", quota)
+            }
+        }
+    }
+
+    pub(super) fn set(&self, limits: &Limits) -> Result<(), Error> {
+        self.set_cpu(limits)?;
         let memory = limits.memory_bytes();
         match &self.limits {
             Files::V1 {
-                cpu,
                 memory: limit,
                 swap,
                 pids,
+                ..
             } => {
-                write(cpu, "cpu.cfs_quota_us", quota)?;
                 let alone = || write(limit, "memory.limit_in_bytes", memory);
                 match swap {
                     // The limit for memory with swap may never be below the one for memory alone.
@@ -188,15 +198,10 @@ impl Cgroup {
                 write(pids, "pids.max", limits.pids)
             }
             Files::V2 {
-                cpu,
                 memory: limit,
                 pids,
+                ..
             } => {
-                write(
-                    cpu,
-                    "cpu.max",
-                    format!("{quota} {}", CPU_PERIOD.as_micros()),
-                )?;
                 write(limit, "memory.max", memory)?;
                 write(pids, "pids.max", limits.pids)
             }

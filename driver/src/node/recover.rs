@@ -64,13 +64,7 @@ async fn resume(slots: &Slots, run: &Run, opened: &Opened, inputs: mpsc::Receive
     };
     // The limits show why the kernel ended a run; the run continues without them.
     let (pid, class) = (claimed.pid, slots.site.config.run);
-    let open = move || {
-        let limits = limits::Handle::open_again(pid, &class)?;
-        // The driver may have died before it ended the run's boost.
-        limits.set(&class)?;
-        Ok::<_, limits::Error>(limits)
-    };
-    let limits = tokio::task::spawn_blocking(open).await;
+    let limits = tokio::task::spawn_blocking(move || limits::Handle::open_again(pid, &class)).await;
     let limits = limits.ok().and_then(|opened| {
         opened
             .inspect_err(|error| {
@@ -83,6 +77,14 @@ async fn resume(slots: &Slots, run: &Run, opened: &Opened, inputs: mpsc::Receive
             })
             .ok()
     });
+    // The driver may have died before it ended the run's boost.
+    if slots.site.config.start_boost.is_some()
+        && let Some(limits) = &limits
+        && let Err(error) = limits.set_cpu(&class)
+    {
+        let (run_id, error) = (claimed.run_id, crate::chain(&error));
+        tracing::warn!(%run_id, error, "cannot end the boost of a run");
+    }
     tracing::info!(
         run_id = %claimed.run_id,
         slot = %claimed.slot_id,

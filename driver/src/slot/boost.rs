@@ -2,6 +2,7 @@
 
 use std::{pin::pin, time::Duration};
 
+use polydev_proto::init::Start;
 use tokio::time::sleep;
 
 use super::Slots;
@@ -13,14 +14,21 @@ use crate::{
 /// The limits of a run at its start.
 pub(super) struct Boosted {
     pub(super) limits: Limits,
-    time: Duration,
+    pub(super) time: Duration,
     share: Share,
 }
 
 impl Boosted {
     /// Takes what the node's configuration gives, as far as the headroom has it. `None` for a run
-    /// that has the limits of its class from the start.
-    pub(super) fn take(slots: &Slots) -> Option<Self> {
+    /// that has the limits of its class from the start, as one whose CLI has started already.
+    pub(super) fn take(slots: &Slots, start: &Start) -> Option<Self> {
+        if start
+            .prompt
+            .as_ref()
+            .is_some_and(|prompt| prompt.cold_reason.is_empty())
+        {
+            return None;
+        }
         let class = slots.site.config.run;
         let boost = slots.site.config.start_boost?;
         let more = Amount {
@@ -54,7 +62,7 @@ pub(super) async fn during(
         () = &mut carried => return,
         () = sleep(time) => {}
     }
-    match limits.set(class) {
+    match limits.set_cpu(class) {
         Ok(()) => drop(share),
         // It goes on with what it has, and keeps its share.
         Err(error) => {

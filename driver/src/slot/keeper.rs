@@ -450,10 +450,14 @@ impl Keeper {
         // From now on, another life of the driver recovers it only as the container of its run.
         self.slots.idle.forget(&self.slot.identity.slot_id());
         let class = self.slots.site.config.run;
-        // Docker gets the raised limits while the command already runs.
+        let boosted = Boosted::take(&self.slots, &order.start);
+        let boost_time = boosted
+            .as_ref()
+            .map_or(Duration::ZERO, |boosted| boosted.time);
+        // Docker gets the raised limits while the command already runs. It sets them, too.
         let (docker, id) = (self.slots.site.docker.clone(), container.id.clone());
         let update = self.slots.site.background.spawn(async move {
-            sleep(LONG_RUN).await;
+            sleep(boost_time + LONG_RUN).await;
             if let Err(error) = docker.update(&id, &class).await {
                 // The container of a short run is gone by now.
                 tracing::debug!(
@@ -469,7 +473,6 @@ impl Keeper {
             ..
         } = container;
         let runs = &self.slots.runs;
-        let boosted = Boosted::take(&self.slots);
         let first = boosted.as_ref().map_or(class, |boosted| boosted.limits);
         let carried = carry::start(runs, run, connection, limits, opened, &first, order);
         boost::during(boosted, limits, &class, carried.instrument(run.span())).await;

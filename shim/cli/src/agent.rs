@@ -13,6 +13,7 @@ use super::{Output, stream};
 /// An answer that is shown as it comes. Elsewhere than at a terminal, only what the CLI prints is
 /// shown.
 pub(super) struct Screen {
+    is_conversation: bool,
     /// Whether there are events: what the CLI prints is shown after them, as far as it is new.
     has_agent: bool,
     /// The text of the turn that is shown already.
@@ -27,9 +28,10 @@ pub(super) struct Screen {
 
 impl Screen {
     /// `None` if stdout is not a screen for people.
-    pub(super) fn new(output: Output) -> Option<Self> {
+    pub(super) fn new(output: Output, is_conversation: bool) -> Option<Self> {
         let is_screen = output == Output::Text && std::io::stdout().is_terminal();
         is_screen.then(|| Self {
+            is_conversation,
             has_agent: false,
             shown: String::new(),
             ended: VecDeque::new(),
@@ -44,7 +46,9 @@ impl Screen {
                 self.show(told.events.iter())?;
                 self.end_turns()?;
             }
-            Event::Started(started) => self.has_agent = started.agent() == Agent::Parked,
+            Event::Started(started) => {
+                self.has_agent = self.is_conversation || started.agent() == Agent::Parked;
+            }
             Event::Stdout(output) if self.has_agent => {
                 self.printed.extend_from_slice(&output.data);
                 self.end_turns()?;

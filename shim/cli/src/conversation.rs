@@ -1,58 +1,58 @@
 //! A conversation at the command line: each line of stdin is a prompt, and SIGINT ends the answer.
 
-use std::{
-    io::IsTerminal,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-};
+use std::io::IsTerminal;
 
 use polydev_client::Input;
-use polydev_proto::runtime::{agent_event, run_event::Event};
-use tokio::io::{AsyncBufReadExt, BufReader};
+use polydev_proto::runtime::{Stream, agent_event, run_event::Event};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    sync::watch,
+};
 
-/// The prompts that are not answered.
+/// One prompt at a time, so that SIGINT ends the answer that goes on.
 #[derive(Clone)]
 pub(super) struct Conversation {
     input: Input,
-    open: Arc<AtomicUsize>,
+    /// Whether an answer is awaited.
+    is_open: watch::Sender<bool>,
 }
 
 impl Conversation {
     /// `has_first` is whether the run starts with a prompt.
     pub(super) fn new(input: Input, has_first: bool) -> Self {
-        Self {
-            input,
-            open: Arc::new(usize::from(has_first).into()),
-        }
+        let is_open = watch::Sender::new(has_first);
+        Self { input, is_open }
     }
 
-    /// Sends the lines of stdin until its end.
+    /// Sends the lines of stdin until its end, each when the one before is answered.
     pub(super) async fn forward_stdin(self) {
-        self.mark();
+        let mut answered = self.is_open.subscribe();
         let mut lines = BufReader::new(tokio::io::stdin()).lines();
         loop {
+            // The sender is in `self`.
+            drop(answered.wait_for(|is_open| !is_open).await);
+            if std::io::stdin().is_terminal() {
+                eprint!("> ");
+            }
             let line = match lines.next_line().await {
                 Ok(Some(line)) if line.trim().is_empty() => continue,
                 Ok(Some(line)) => line,
-                Ok(None) => break,
+                Ok(None) => return self.input.close(),
                 Err(error) => {
                     eprintln!("polydev-shim: cannot read a prompt from stdin: {error}");
-                    break;
+                    return self.input.close();
                 }
             };
-            self.open.fetch_add(1, Ordering::Relaxed);
+            self.is_open.send_replace(true);
             if self.input.prompt(&line, "").await.is_err() {
                 return;
             }
         }
-        self.input.close();
     }
 
     /// Ends the answer that goes on. Returns whether there is one.
     pub(super) fn cancel(&self) -> bool {
-        let is_open = self.open.load(Ordering::Relaxed) > 0;
+        let is_open = *self.is_open.borrow();
         if is_open {
             let input = self.input.clone();
             tokio::spawn(async move { input.cancel_turn().await });
@@ -61,30 +61,17 @@ impl Conversation {
     }
 
     pub(super) fn on(&self, event: &Event) {
-        let Event::AgentEvents(told) = event else {
-            return;
+        let is_end = match event {
+            Event::AgentEvents(told) => told
+                .events
+                .iter()
+                .any(|told| matches!(told.event, Some(agent_event::Event::TurnEnded(_)))),
+            // The end may be lost, too.
+            Event::Lost(lost) => lost.stream() == Stream::Events,
+            _ => false,
         };
-        let is_end = |event: &Option<agent_event::Event>| {
-            matches!(event, Some(agent_event::Event::TurnEnded(_)))
-        };
-        let ended = told
-            .events
-            .iter()
-            .filter(|told| is_end(&told.event))
-            .count();
-        if ended > 0 {
-            let less = |open: usize| Some(open.saturating_sub(ended));
-            let _always = self
-                .open
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
-            self.mark();
-        }
-    }
-
-    /// Asks a person for the next prompt.
-    fn mark(&self) {
-        if std::io::stdin().is_terminal() && self.open.load(Ordering::Relaxed) == 0 {
-            eprint!("> ");
+        if is_end {
+            self.is_open.send_replace(false);
         }
     }
 }

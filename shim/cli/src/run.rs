@@ -155,7 +155,10 @@ pub async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let signals = Signals::new(tty.is_some())?;
     let run = shim.run(start);
     let input = run.input();
-    let has_first = arguments.prompt.is_some();
+    let has_first = arguments
+        .prompt
+        .as_ref()
+        .is_some_and(|text| !text.is_empty());
     let conversation =
         (arguments.conversation).then(|| Conversation::new(input.clone(), has_first));
     let turns = conversation.clone();

@@ -46,7 +46,7 @@ pub(super) async fn print(
 ) -> anyhow::Result<ExitCode> {
     let (input, mut reached) = (run.input(), run.reached());
     let (mut is_accepted, mut started) = (false, Started::default());
-    let mut screen = agent::Screen::new(output);
+    let mut screen = agent::Screen::new(output, conversation.is_some());
     // While the run waits for a slot, keys are for this program.
     let mut raw = None;
     loop {

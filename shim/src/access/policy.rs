@@ -9,6 +9,7 @@ use polydev_proto::{
     id::UserId,
     provider::{Provider, Unknown},
     runtime::{self, RunStart, run_start::Command},
+    workspace,
 };
 use polydev_transport::upstream::{self, Unreadable, Upstream};
 use serde::Deserialize;
@@ -49,6 +50,10 @@ pub enum TooMuch {
     Command,
     #[error("give a model more tools than `tools` of their role")]
     Tools,
+    #[error(
+        "start prompts with `env`, a `work_dir`, or files below a name that begins with a dot: their role has `tools`, and these could start programs"
+    )]
+    Settings,
 }
 
 /// What each user may use in a day (UTC), over all providers.
@@ -96,12 +101,28 @@ pub enum Invalid {
     },
 }
 
-/// The tools of a prompt; `None` for a command.
-#[must_use]
-pub fn tools_of(start: &RunStart) -> Option<runtime::Tools> {
-    match &start.command {
-        Some(Command::Prompt(prompt)) => Some(prompt.tools()),
-        Some(Command::Argv(_)) | None => None,
+/// What a run asks for, as far as `tools` of a role limits it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asked {
+    /// Of a prompt; `None` for a command.
+    pub tools: Option<runtime::Tools>,
+    /// Whether the run brings what could make its CLI start something by itself.
+    has_settings: bool,
+}
+
+impl Asked {
+    #[must_use]
+    pub fn of(start: &RunStart) -> Self {
+        let is_hidden = |path: &str| path.split('/').any(|name| name.starts_with('.'));
+        Self {
+            tools: match &start.command {
+                Some(Command::Prompt(prompt)) => Some(prompt.tools()),
+                Some(Command::Argv(_)) | None => None,
+            },
+            has_settings: !start.env.is_empty()
+                || !["", workspace::PATH].contains(&&*start.work_dir)
+                || start.files.iter().any(|file| is_hidden(&file.path)),
+        }
     }
 }
 
@@ -171,31 +192,33 @@ impl Policy {
         })
     }
 
-    /// Gives a prompt that says nothing of tools those of the role.
+    /// Gives a prompt that says nothing of tools those of the role. Returns what the run asks for.
     ///
     /// # Errors
     /// [`TooMuch`]
-    pub fn limit(&self, start: &mut RunStart) -> Result<(), TooMuch> {
+    pub fn limit(&self, start: &mut RunStart) -> Result<Asked, TooMuch> {
+        let most = self.most_tools();
         if let Some(Command::Prompt(prompt)) = &mut start.command
             && prompt.tools == 0
+            && most < Tools::All
         {
-            prompt.set_tools(self.most_tools().given());
+            prompt.set_tools(most.given());
         }
-        self.allows(tools_of(start))
+        let asked = Asked::of(start);
+        self.allows(asked).map(|()| asked)
     }
 
-    /// Whether a prompt may have these tools; `None` for a command.
-    ///
     /// # Errors
     /// [`TooMuch`]
-    pub fn allows(&self, tools: Option<runtime::Tools>) -> Result<(), TooMuch> {
+    pub fn allows(&self, asked: Asked) -> Result<(), TooMuch> {
         let most = self.most_tools();
-        match tools {
-            None if most < Tools::All => Err(TooMuch::Command),
-            None | Some(runtime::Tools::None) => Ok(()),
-            Some(runtime::Tools::Read) if most >= Tools::Read => Ok(()),
+        match asked.tools {
+            _ if most == Tools::All => Ok(()),
+            None => Err(TooMuch::Command),
+            Some(_) if asked.has_settings => Err(TooMuch::Settings),
+            Some(runtime::Tools::None) => Ok(()),
+            Some(runtime::Tools::Read) if most == Tools::Read => Ok(()),
             // A value that nobody knows is refused elsewhere.
-            Some(runtime::Tools::All | runtime::Tools::Unspecified) if most == Tools::All => Ok(()),
             Some(_) => Err(TooMuch::Tools),
         }
     }

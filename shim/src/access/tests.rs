@@ -1,7 +1,7 @@
 use polydev_proto::{
     budget::Used,
     id::UserId,
-    runtime::{Argv, Prompt, RunStart, Tools, run_start::Command},
+    runtime::{Argv, InputFile, Prompt, RunStart, Tools, run_start::Command},
 };
 
 use super::*;
@@ -170,14 +170,16 @@ fn a_role_can_limit_the_tools_of_prompts_and_has_no_commands_then() {
         user_id: Some("alice"),
         provider: None,
     };
-    let limited = |caller: &str, command| {
+    let limited_with = |caller: &str, command, change: &dyn Fn(&mut RunStart)| {
         let policy = access.policy(&Caller(caller.into()), run).unwrap();
         let mut start = RunStart {
             command: Some(command),
             ..RunStart::default()
         };
-        policy.limit(&mut start).map(|()| tools_of(&start))
+        change(&mut start);
+        policy.limit(&mut start).map(|asked| asked.tools)
     };
+    let limited = |caller, command| limited_with(caller, command, &|_| {});
     let prompt = |tools: Tools| {
         Command::Prompt(Prompt {
             tools: tools.into(),
@@ -189,13 +191,30 @@ fn a_role_can_limit_the_tools_of_prompts_and_has_no_commands_then() {
         ("cn:readers", Tools::Unspecified, Ok(Some(Tools::Read))),
         ("cn:readers", Tools::None, Ok(Some(Tools::None))),
         ("cn:readers", Tools::All, Err(TooMuch::Tools)),
-        ("cn:all", Tools::Unspecified, Ok(Some(Tools::All))),
+        ("cn:all", Tools::Unspecified, Ok(Some(Tools::Unspecified))),
         ("cn:all", Tools::Read, Ok(Some(Tools::Read))),
     ] {
         assert_eq!(limited(caller, prompt(given)), holds, "{caller}: {given:?}");
     }
     assert_eq!(limited("cn:readers", argv()), Err(TooMuch::Command));
     assert_eq!(limited("cn:all", argv()), Ok(None));
+    let file = |path: &str| InputFile {
+        path: path.into(),
+        ..InputFile::default()
+    };
+    let changes: [&dyn Fn(&mut RunStart); 4] = [
+        &|start| drop(start.env.insert("PATH".into(), "/workspace".into())),
+        &|start| start.work_dir = "/workspace/notes".into(),
+        &|start| start.files = vec![file("notes/.claude/settings.json")],
+        &|start| start.files = vec![file(".env")],
+    ];
+    for change in changes {
+        let refused = limited_with("cn:readers", prompt(Tools::None), change);
+        assert_eq!(refused, Err(TooMuch::Settings));
+        limited_with("cn:all", prompt(Tools::None), change).unwrap();
+    }
+    let plain = |start: &mut RunStart| start.files = vec![file("CLAUDE.md")];
+    limited_with("cn:readers", prompt(Tools::None), &plain).unwrap();
     assert!(load(&roles.replace("read\"", "reads\"")).is_err());
 }
 

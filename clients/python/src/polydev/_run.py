@@ -146,7 +146,7 @@ class Run:
 
     async def prompt(self, text: str, model: str = "") -> None:
         """Writes the next prompt of a conversation to its stdin. An empty model is that of the
-        prompt before."""
+        prompt before. Await one line before the next: those of two tasks would be mixed."""
         await self._say({"prompt": {"text": text, "model": model}})
 
     async def cancel_turn(self) -> None:

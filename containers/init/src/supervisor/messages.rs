@@ -176,9 +176,9 @@ impl Supervisor {
                     let parked = false;
                     form = Some(Form { parked, reason });
                 }
-                Ok(()) => {
+                Ok(form) => {
                     let agent = agent.expect("it has taken the prompt");
-                    return Ok(Command::parked(agent, start, now));
+                    return Ok(Command::parked(agent, form, start, now));
                 }
             }
         }

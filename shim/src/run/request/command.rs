@@ -76,7 +76,10 @@ fn read_prompt(provider: Provider, start: &RunStart, prompt: Prompt) -> Result<A
     let is_long = text.len() > exec::PROMPT_IN_ARGV;
     let argv = match conversation && text.is_empty() {
         // It is not started, and not empty.
-        true => vec![provider.name().to_owned()],
+        true => {
+            prompt::check("-", &model)?;
+            vec![provider.name().to_owned()]
+        }
         false => provider.prompt(&CliPrompt {
             text: &text,
             model: Some(model.as_str()).filter(|model| !model.is_empty()),

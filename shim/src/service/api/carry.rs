@@ -17,7 +17,7 @@ use tracing::{Instrument, Span};
 
 use super::Api;
 use crate::{
-    access::{Action, Caller, Denied, TooMuch, tools_of},
+    access::{Action, Caller, Denied, TooMuch},
     credentials::record::Binding,
     run::{
         Connection, Error,
@@ -47,9 +47,7 @@ impl Api {
             what: too_much.to_string(),
         };
         let mut role = self.policy(caller, run)?;
-        role.limit(&mut start).map_err(denied)?;
-        // The role that allows the credential may be another one.
-        let tools = tools_of(&start);
+        let asked = role.limit(&mut start).map_err(denied)?;
         let mut request = request::Request::parse(start, trace)?;
         let (user_id, provider) = (&request.user_id, request.provider);
         self.user_rate.check(user_id.as_str())?;
@@ -62,7 +60,8 @@ impl Api {
             if secrets.outside.is_none() {
                 let user_id = user_id.as_str();
                 role = self.policy(caller, Action::Inject { user_id, provider })?;
-                role.allows(tools).map_err(denied)?;
+                // It may be another one.
+                role.allows(asked).map_err(denied)?;
             }
             request.equip(secrets)?;
         }
