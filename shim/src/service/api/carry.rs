@@ -37,10 +37,11 @@ impl Api {
         trace: Option<TraceContext>,
         caller: &Caller,
     ) -> Result<request::Request, Error> {
+        let provider = start.provider.parse().map_err(request::Invalid::from)?;
         let user_id = request::parse_user(start.user_id.clone())?;
         let run = Action::Run {
             user_id: Some(user_id.as_str()),
-            provider: Some(start.provider.parse().map_err(request::Invalid::from)?),
+            provider: Some(provider),
         };
         let denied = |too_much: TooMuch| Denied {
             caller: caller.to_string(),
