@@ -3,8 +3,8 @@
 //!
 //! This crate makes no decisions; the crate polydev-transport makes connections. Without
 //! the feature `grpc` it contains only [`agent`], [`init`], [`error`], [`exec`], [`frame`],
-//! [`outside`], [`provider`], [`stream`], [`workspace`] and `sealed`, because polydev-init must
-//! stay small.
+//! [`outside`], [`prompt`], [`provider`], [`stream`], [`workspace`] and `sealed`, because
+//! polydev-init must stay small.
 
 #![cfg_attr(
     feature = "grpc",

@@ -258,7 +258,7 @@ fn what_a_cli_reads_when_it_starts_is_in_a_conversation_too() {
 }
 
 #[test]
-fn a_conversation_goes_on_through_another_shim() {
+fn a_conversation_goes_on_for_a_caller_that_attaches_within_a_prompt() {
     let site = Site::start("anthropic");
     let mut talk = Talk::start(&site, talks("anthropic", ""));
     talk.ask("What is one?");

@@ -7,7 +7,7 @@ use polydev_transport::backoff::Backoff;
 use super::{Docker, Error};
 use crate::identity::LABEL_INSTANCE;
 
-/// With the waits below, at least 14 s: an overloaded dockerd takes seconds to create a
+/// With the waits below, 13 to 27 s: an overloaded dockerd takes seconds to create a
 /// container.
 const MAX_ATTEMPTS: usize = 30;
 const FIRST_INTERVAL: Duration = Duration::from_millis(50);
