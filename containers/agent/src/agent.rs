@@ -108,13 +108,19 @@ fn complain(reason: &str) -> End {
 
 /// Starts the CLI. It inherits a mask without signals.
 fn start(provider: Provider) -> io::Result<(Box<dyn Cli>, Process, SignalFd)> {
-    let work_dir = std::env::current_dir()?.to_string_lossy().into_owned();
-    let cli = cli_of(provider, work_dir);
-    let process = Process::start(provider, &*cli, &Options::default())?;
+    let (cli, process) = start_cli(provider, &Options::default())?;
     let awaited = awaited_signals();
     awaited.thread_block()?;
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
     Ok((cli, process, SignalFd::with_flags(&awaited, flags)?))
+}
+
+/// Starts the CLI in this folder.
+fn start_cli(provider: Provider, options: &Options) -> io::Result<(Box<dyn Cli>, Process)> {
+    let work_dir = std::env::current_dir()?.to_string_lossy().into_owned();
+    let cli = cli_of(provider, work_dir);
+    let process = Process::start(provider, &*cli, options)?;
+    Ok((cli, process))
 }
 
 /// The provider's CLI, which works in the folder `work_dir`.
@@ -262,12 +268,8 @@ impl Agent {
         let options = Options::of(self.provider, &prompt.system, prompt.tools());
         let options = options.map_err(|error| error.to_string())?;
         self.process.end();
-        let started = std::env::current_dir().and_then(|work_dir| {
-            let cli = cli_of(self.provider, work_dir.to_string_lossy().into_owned());
-            Ok((Process::start(self.provider, &*cli, &options)?, cli))
-        });
-        (self.process, self.cli) =
-            started.map_err(|error| format!("cannot start the CLI again: {error}"))?;
+        (self.cli, self.process) = start_cli(self.provider, &options)
+            .map_err(|error| format!("cannot start the CLI again: {error}"))?;
         Ok(())
     }
 

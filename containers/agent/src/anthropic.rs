@@ -30,9 +30,7 @@ impl Claude {
     fn control(name: &str, request: Value, out: &mut Out) {
         out.send(json!({ "type": "control_request", "request_id": name, "request": request }));
     }
-}
 
-impl Claude {
     fn say(text: &str, out: &mut Out) {
         out.send(json!({
             "type": "user",

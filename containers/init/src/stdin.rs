@@ -7,11 +7,10 @@ use std::{
     os::fd::AsRawFd,
 };
 
+use nix::sys::socket::{Shutdown, shutdown};
 use polydev_proto::init::{Stdin, StdinAck};
 
 use crate::terminal::END_OF_FILE;
-
-use nix::sys::socket::{Shutdown, shutdown};
 
 /// Most bytes held; a driver that sends more breaks the protocol. The driver sends a message of
 /// at most 64 KiB only while fewer than 128 KiB are unacknowledged.

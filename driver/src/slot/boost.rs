@@ -9,6 +9,7 @@ use super::Slots;
 use crate::{
     headroom::{Amount, Share},
     limits::{self, Limits},
+    run::Run,
 };
 
 /// The limits of a run at its start.
@@ -47,9 +48,11 @@ impl Boosted {
     }
 }
 
-/// Waits for the end of a run, and meanwhile ends its boost when its time is over.
+/// Waits for the end of a run, and meanwhile ends its boost when its time is over. The time begins
+/// once the limits are raised, so that they are not raised again after its end.
 pub(super) async fn during(
     boosted: Option<Boosted>,
+    run: &Run,
     limits: &limits::Handle,
     class: &Limits,
     carried: impl Future<Output = ()>,
@@ -58,9 +61,13 @@ pub(super) async fn during(
         return carried.await;
     };
     let mut carried = pin!(carried);
+    let over = async {
+        run.known().await;
+        sleep(time).await;
+    };
     tokio::select! {
         () = &mut carried => return,
-        () = sleep(time) => {}
+        () = over => {}
     }
     match limits.set_cpu(class) {
         Ok(()) => drop(share),

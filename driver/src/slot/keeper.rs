@@ -475,7 +475,7 @@ impl Keeper {
         let runs = &self.slots.runs;
         let first = boosted.as_ref().map_or(class, |boosted| boosted.limits);
         let carried = carry::start(runs, run, connection, limits, opened, &first, order);
-        boost::during(boosted, limits, &class, carried.instrument(run.span())).await;
+        boost::during(boosted, run, limits, &class, carried.instrument(run.span())).await;
         update.abort();
         if let Some(form) = run.form() {
             self.slot.steps.prompted(self.slot.config.provider, &form);
