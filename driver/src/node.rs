@@ -9,6 +9,8 @@ pub use start::Error;
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
+use tokio::sync::Mutex;
+
 use crate::{
     config, firewall::Firewall, identity::LABEL_INSTANCE, metrics::Metrics, run::book::Runs,
     sandbox::Networks, site::Site, slot::Slots, state::lock::Lock, task::Tasks,
@@ -24,11 +26,15 @@ pub struct Node {
     pub networks: Arc<Networks>,
     pub metrics: Metrics,
     firewall: Firewall,
+    /// Whether the bridge is still wanted. Held while it is made or removed, so that none is
+    /// made after it was removed for good.
+    wanted: Mutex<bool>,
     _lock: Lock,
 }
 
 impl Node {
-    /// Agrees on a version with Docker, and creates the slots' bridge and its firewall rules.
+    /// Agrees on a version with Docker, and creates the slots' bridge and its firewall rules,
+    /// unless the driver [leaves](Self::leave).
     ///
     /// # Errors
     /// [`Error`]; the caller tries again.
@@ -40,6 +46,10 @@ impl Node {
             ..
         } = &*self.site;
         docker.negotiate().await?;
+        let wanted = self.wanted.lock().await;
+        if !*wanted {
+            return Ok(());
+        }
         let labels = HashMap::from([(LABEL_INSTANCE.to_owned(), instance.clone())]);
         docker
             .ensure_bridge(name, &interface(instance), &labels)
@@ -73,6 +83,8 @@ impl Node {
             return;
         }
         self.runs.leave();
+        let mut wanted = self.wanted.lock().await;
+        *wanted = false;
         match docker.remove_bridge(name).await {
             Ok(()) => self.firewall.remove().await,
             Err(error) => {

@@ -164,6 +164,7 @@ impl Prepared {
             site,
             runs,
             metrics,
+            wanted: true.into(),
             _lock: lock,
         });
         let counted = Arc::downgrade(&node.slots);

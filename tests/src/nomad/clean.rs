@@ -47,6 +47,31 @@ pub(crate) fn stop_drivers(folder: &Path) {
     }
 }
 
+/// dockerd finishes what a driver that was killed has asked for, and a network may still have
+/// a container that is going.
+fn remove_network(instance: &str) {
+    let name = format!("polydev-{instance}");
+    let list = ["network", "ls", "--quiet", "--filter"];
+    let limit = Instant::now() + Duration::from_secs(10);
+    loop {
+        let removed = output(crate::docker::command().args(["network", "rm", &name]));
+        let left = output(
+            crate::docker::command()
+                .args(list)
+                .arg(format!("name={name}")),
+        );
+        if left.status.success() && left.stdout.is_empty() {
+            return;
+        }
+        if Instant::now() > limit {
+            let why = String::from_utf8_lossy(&removed.stderr);
+            eprintln!("network {name} is left behind: {why}");
+            return;
+        }
+        std::thread::park_timeout(Duration::from_millis(100));
+    }
+}
+
 impl Nomad {
     /// Unmounts the secrets of ended tasks. Nomad keeps them mounted until it collects the tasks.
     fn unmount(&self) {
@@ -94,11 +119,7 @@ impl Drop for Nomad {
             for id in crate::docker::containers(&label) {
                 output(crate::docker::command().args(["rm", "--force", &id]));
             }
-            output(crate::docker::command().args([
-                "network",
-                "rm",
-                &format!("polydev-{instance}"),
-            ]));
+            remove_network(&instance);
             crate::host::remove_rules(instance.trim());
         }
     }
