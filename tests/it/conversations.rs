@@ -262,7 +262,8 @@ fn a_conversation_goes_on_for_a_caller_that_attaches_within_a_prompt() {
     let site = Site::start("anthropic");
     let mut talk = Talk::start(&site, talks("anthropic", ""));
     talk.ask("What is one?");
-    assert_eq!(talk.code(), 0);
+    let (first, _) = talk.turn();
+    assert_eq!(first.exit_code, 0);
     let (run_id, read) = (talk.run.accepted.run_id.clone(), talk.stdout.len());
     // Its caller is gone in the middle of a prompt.
     let whole = format!("{}\n", json!({ "prompt": { "text": "What is two?" } }));
@@ -291,7 +292,7 @@ fn a_conversation_goes_on_for_a_caller_that_attaches_within_a_prompt() {
     let told = loop {
         let (ended, _) = talk.turn();
         // The first one is told again.
-        if ended.stdout_bytes > read as u64 {
+        if ended.stdout_bytes > first.stdout_bytes {
             break ended;
         }
     };
