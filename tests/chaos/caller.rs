@@ -2,17 +2,14 @@
 //! another shim. Before it retries a run that may have run, it asks for the run.
 
 use std::{
-    net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use polydev_proto::runtime::{
-    Argv, AttachRequest, AttachStart, ExitReason, Exited, Output, RunEvent, RunRequest, RunStart,
-    attach_request, run_event::Event, run_request, run_start::Command,
-    runtime_service_client::RuntimeServiceClient,
+    AttachRequest, AttachStart, ExitReason, Exited, Output, RunEvent, RunRequest, attach_request,
+    run_event::Event, run_request, runtime_service_client::RuntimeServiceClient, started,
 };
 use rand::{Rng, rngs::StdRng};
 use sha2::{Digest, Sha256};
@@ -21,108 +18,14 @@ use tonic::{
     Code, Response, Status, Streaming,
     transport::{Channel, Endpoint},
 };
-use uuid::Uuid;
 
-use polydev_tests::client::api_key;
-
-use crate::{PROVIDER, small};
+use crate::spec::Spec;
 
 /// Longer than every step that is not broken for good.
 const LIMIT: Duration = Duration::from_secs(180);
 const CONNECT: Duration = Duration::from_secs(5);
 const AGAIN: Duration = Duration::from_millis(200);
-const USER: &str = "chaos";
-
-/// What a run does. All of it is known in advance.
-#[derive(Debug, Clone)]
-pub(crate) struct Spec {
-    pub(crate) run_id: String,
-    ledger: SocketAddr,
-    /// Lines on stdout before the pause, and again after it.
-    lines: u32,
-    /// Lines on stderr.
-    errors: u32,
-    pause: f32,
-    pub(crate) status: i32,
-    /// The caller goes away once at so many bytes, and comes back.
-    leaves_at: Option<u64>,
-}
-
-/// Puts the run's id into the ledger, then prints lines that only this run prints. After the
-/// pause, the broker still knows the run: it refuses another provider, and not the run.
-const SCRIPT: &str = r#"
-[ "$(echo "$3" | nc "$1" "$2")" = written ] || exit 97
-seq 1 "$4" | sed "s/^/$3 /"
-seq 1 "$5" | sed "s/^/$3 error /" >&2
-sleep "$6"
-known=
-for try in 1 2 3 4 5 6 7 8 9; do
-    if { printf 'GET /openai/v1/models HTTP/1.1\r\nhost: broker\r\nconnection: close\r\n\r\n'; sleep 1; } |
-        nc 127.0.0.1 8319 | grep -q 'no key for openai'; then known=1; break; fi
-done
-[ "$known" ] || exit 98
-seq "$(($4 + 1))" "$(($4 + $4))" | sed "s/^/$3 /"
-exit "$7"
-"#;
-
-impl Spec {
-    pub(crate) fn random(rng: &mut StdRng, ledger: SocketAddr) -> Self {
-        let pause = match rng.random_range(0..10) {
-            0..6 => 0.0,
-            _ => rng.random_range(0.1..3.0),
-        };
-        Self {
-            run_id: Uuid::now_v7().to_string(),
-            ledger,
-            lines: 1 + small(rng, 20_000),
-            errors: small(rng, 2_000),
-            pause,
-            status: rng.random_range(0..90),
-            leaves_at: rng.random_bool(0.1).then(|| rng.random_range(0..10_000)),
-        }
-    }
-
-    /// The complete stdout and stderr.
-    pub(crate) fn expected(&self) -> [Vec<u8>; 2] {
-        let id = &self.run_id;
-        let stdout = (1..=2 * self.lines).map(|line| format!("{id} {line}\n"));
-        let stderr = (1..=self.errors).map(|line| format!("{id} error {line}\n"));
-        [stdout.collect::<String>(), stderr.collect::<String>()].map(String::into_bytes)
-    }
-
-    fn start(&self, attempt: u32) -> RunStart {
-        let ledger = (self.ledger.ip().to_string(), self.ledger.port().to_string());
-        let words = [
-            "sh",
-            "-c",
-            SCRIPT,
-            "chaos",
-            &ledger.0,
-            &ledger.1,
-            &self.run_id,
-            &self.lines.to_string(),
-            &self.errors.to_string(),
-            &self.pause.to_string(),
-            &self.status.to_string(),
-        ];
-        let args = words.map(|word| Bytes::copy_from_slice(word.as_bytes()));
-        let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
-        RunStart {
-            provider: PROVIDER.into(),
-            user_id: USER.into(),
-            run_id: self.run_id.clone(),
-            attempt,
-            command: Some(Command::Argv(Argv {
-                args: args.into(),
-                text: vec![],
-            })),
-            credential: Some(api_key(&polydev_tests::fresh_key())),
-            timeout: seconds(120),
-            queue_timeout: seconds(60),
-            ..Default::default()
-        }
-    }
-}
+pub(crate) const USER: &str = "chaos";
 
 /// The running shims; clones share them.
 #[derive(Debug, Clone)]
@@ -144,6 +47,8 @@ pub(crate) struct Call {
     pub(crate) attempts: u32,
     pub(crate) attached: u32,
     pub(crate) on_demand: bool,
+    /// Whether the CLI was waiting.
+    pub(crate) parked: bool,
     /// The length and the hash of each received stream.
     pub(crate) received: [(u64, [u8; 32]); 2],
     /// How often bytes came twice or in the wrong order.
@@ -190,6 +95,7 @@ impl Outcome {
 struct Received {
     accepted: bool,
     on_demand: bool,
+    parked: bool,
     offsets: [u64; 2],
     hashes: [Sha256; 2],
     gaps: u32,
@@ -243,6 +149,7 @@ pub(crate) async fn call(shims: &Addresses, spec: Spec, rng: &mut StdRng) -> Cal
     };
     let Received {
         on_demand,
+        parked,
         offsets,
         hashes,
         gaps,
@@ -255,6 +162,7 @@ pub(crate) async fn call(shims: &Addresses, spec: Spec, rng: &mut StdRng) -> Cal
         attempts,
         attached,
         on_demand,
+        parked,
         received: [(offsets[0], stdout), (offsets[1], stderr)],
         gaps,
     }
@@ -344,10 +252,12 @@ async fn follow<T>(
             Some(Event::Stderr(output)) => received.take(1, &output),
             Some(Event::Lost(_)) => received.gaps += 1,
             Some(Event::Exited(exited)) => return Stop::Exited(exited),
+            Some(Event::Started(started)) => {
+                received.parked = started.agent() == started::Agent::Parked;
+            }
             // The run requests no artifacts.
             Some(
-                Event::Started(_)
-                | Event::Queued(_)
+                Event::Queued(_)
                 | Event::Artifacts(_)
                 | Event::ArtifactData(_)
                 | Event::ApiErrors(_)

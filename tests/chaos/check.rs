@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use tonic::Code;
 
 use crate::{
-    PROVIDER, SLOTS,
+    POOLS, PROVIDER,
     caller::{Call, Outcome},
     faults::Parts,
 };
@@ -76,17 +76,20 @@ fn problem(call: &Call, times: u32) -> Option<String> {
         Outcome::Whole(exited) => {
             let is_right = |stream: usize| {
                 let (length, hash) = call.received[stream];
-                let hash_expected: [u8; 32] = Sha256::digest(&expected[stream]).into();
-                length == expected[stream].len() as u64 && hash == hash_expected
+                let Some(expected) = &expected[stream] else {
+                    return true;
+                };
+                let hash_expected: [u8; 32] = Sha256::digest(expected).into();
+                length == expected.len() as u64 && hash == hash_expected
             };
             if times != 1 {
                 Some("it is not in the ledger".into())
-            } else if exited.exit_code != call.spec.status {
-                Some(format!("its status should be {}", call.spec.status))
+            } else if exited.exit_code != call.spec.status() {
+                Some(format!("its status should be {}", call.spec.status()))
             } else if !is_right(0) || !is_right(1) {
                 Some(format!(
                     "its output should have {:?} bytes",
-                    expected.map(|e| e.len())
+                    expected.map(|whole| whole.map(|whole| whole.len()))
                 ))
             } else {
                 None
@@ -104,8 +107,11 @@ fn problem(call: &Call, times: u32) -> Option<String> {
         Outcome::Lost(_) => {
             let is_prefix = |stream: usize| {
                 let (length, hash) = call.received[stream];
+                let Some(expected) = &expected[stream] else {
+                    return true;
+                };
                 let part = usize::try_from(length).ok();
-                let part = part.and_then(|length| expected[stream].get(..length));
+                let part = part.and_then(|length| expected.get(..length));
                 part.is_some_and(|part| <[u8; 32]>::from(Sha256::digest(part)) == hash)
             };
             (!is_prefix(0) || !is_prefix(1)).then(|| "its output is not its own".into())
@@ -155,33 +161,40 @@ pub(crate) fn leftovers(
     let client = Client::connect(&parts.addresses().any(0));
     let cluster = &parts.cluster;
     let mut findings = settle(last_recovery, GONE, || {
-        let pool = client.pool(PROVIDER);
+        let pools = POOLS.map(|(provider, _)| client.pool(provider));
         let containers = containers(cluster, "{{.ID}}");
         // Slots that Nomad has not replaced yet have no container.
-        if containers.len() == (pool.idle + pool.on_demand) as usize {
+        let known = pools.iter().map(|pool| pool.idle + pool.on_demand);
+        if containers.len() == known.sum::<u32>() as usize {
             vec![]
         } else {
-            vec![format!("containers of nothing: {pool:?}, {containers:?}")]
+            vec![format!("containers of nothing: {pools:?}, {containers:?}")]
         }
     });
     findings.extend(settle(last_recovery, BACK, || {
-        let pool = client.pool(PROVIDER);
-        if pool.idle == SLOTS && pool.on_demand == 0 {
-            vec![]
-        } else {
-            vec![format!("the pool is not what it was: {pool:?}")]
-        }
+        let pools = POOLS.map(|(provider, slots)| (client.pool(provider), slots));
+        let changed = pools
+            .iter()
+            .filter(|(pool, slots)| pool.idle != *slots || pool.on_demand != 0);
+        changed
+            .map(|(pool, _)| format!("the pool is not what it was: {pool:?}"))
+            .collect()
     }));
     if !findings.is_empty() {
-        let path = format!("/v1/job/polydev-pool-{PROVIDER}/allocations");
-        let allocations = cluster.get(&path);
-        findings.extend(allocations.as_array().into_iter().flatten().map(|alloc| {
-            let (id, status) = (&alloc["ID"], &alloc["ClientStatus"]);
-            format!("allocation {id}, {status}: {}", events(alloc))
-        }));
+        for (provider, _) in POOLS {
+            let path = format!("/v1/job/polydev-pool-{provider}/allocations");
+            let allocations = cluster.get(&path);
+            findings.extend(allocations.as_array().into_iter().flatten().map(|alloc| {
+                let (id, status) = (&alloc["ID"], &alloc["ClientStatus"]);
+                format!("allocation {id}, {status}: {}", events(alloc))
+            }));
+        }
     }
-    for job in ["pool", "on-demand"] {
-        let job = format!("polydev-{job}-{PROVIDER}");
+    let pools = POOLS.map(|(provider, _)| format!("polydev-pool-{provider}"));
+    for job in pools
+        .into_iter()
+        .chain([format!("polydev-on-demand-{PROVIDER}")])
+    {
         cluster.run(&["job", "stop", "-detach", "-yes", &job]);
     }
     let new = || -> Vec<String> {

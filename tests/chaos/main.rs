@@ -1,7 +1,8 @@
 //! `make chaos MINUTES=n [SEED=s]`: kills parts of a real cluster under load, in an order that
 //! the seed gives. The cluster has a server, two shims and two nodes, each with a Nomad agent, a
 //! dockerd and a driver. Each run puts its id into a ledger outside its container, and prints
-//! lines that only this run prints. [`check`] compares these with what callers received, and then
+//! lines that only this run prints; a prompt goes to a real CLI that waits, and its node's model
+//! is the ledger. [`check`] compares these with what callers received, and then
 //! looks for leftovers on the machine.
 //!
 //! Ends with status 1 if a run ran twice, was lost without an error or had a wrong byte, or if
@@ -11,6 +12,8 @@ mod caller;
 mod check;
 mod faults;
 mod ledger;
+mod model;
+mod spec;
 
 use std::{
     io::{Write, stderr, stdout},
@@ -29,13 +32,21 @@ use clap::Parser;
 use polydev_tests::{client::Client, cluster::Cluster, wait_until};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use caller::{Call, Spec};
+use caller::Call;
 use check::Forgotten;
 use faults::{Fault, Parts};
 use ledger::Ledger;
+use model::Models;
+use spec::Spec;
 
+/// The pool for scripts. Its slots have busybox alone, and no agents.
 const PROVIDER: &str = "anthropic";
 const SLOTS: u32 = 8;
+/// The pool for prompts. Its slots have agents.
+const AGENTS: &str = "openai";
+const AGENT_SLOTS: u32 = 2;
+/// The warm pools, and their sizes.
+const POOLS: [(&str, u32); 2] = [(PROVIDER, SLOTS), (AGENTS, AGENT_SLOTS)];
 /// How many findings are printed. Further findings are only counted.
 const SHOWN: usize = 40;
 /// Callers at the same time. They are more than the slots, so that some runs wait and some get
@@ -82,11 +93,30 @@ fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
     let cluster = Cluster::start();
     let traces = check::traces(&cluster);
     let ledger = Ledger::start(&cluster);
+    let models = Models::start(&cluster);
+    for engine in &cluster.engines {
+        engine.load(&format!("polydev-{AGENTS}-runtime:latest"));
+    }
     let pool = format!("jobspecs/pool-{PROVIDER}.nomad.hcl");
     let count = format!("count={SLOTS}");
     let ahead = "prepare_ahead=true";
     cluster.run(&[
         "job", "run", "-detach", "-var", &count, "-var", ahead, &pool,
+    ]);
+    let agents = format!("jobspecs/pool-{AGENTS}.nomad.hcl");
+    let count = format!("count={AGENT_SLOTS}");
+    let model = format!("base_url={}", model::URL);
+    cluster.run(&[
+        "job",
+        "run",
+        "-detach",
+        "-var",
+        &count,
+        "-var",
+        "agent=true",
+        "-var",
+        &model,
+        &agents,
     ]);
     let on_demand = format!("jobspecs/on-demand-{PROVIDER}.nomad.hcl");
     cluster.run(&["job", "run", "-detach", &on_demand]);
@@ -148,7 +178,9 @@ fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
         .iter()
         .filter(|fault| **fault == Fault::Container)
         .count();
-    let mut findings = check::runs(&calls, &ledger.entries()?, containers);
+    let mut entries = ledger.entries()?;
+    entries.extend(models.entries(&parts.cluster, &calls)?);
+    let mut findings = check::runs(&calls, &entries, containers);
     let dockerds = killed.iter().filter(|fault| **fault == Fault::Dockerd);
     let (left, forgotten) = check::leftovers(parts, &traces, last, dockerds.count());
     findings.extend(left);
@@ -169,14 +201,16 @@ fn run(time: Duration, seed: u64, pause: Duration) -> anyhow::Result<ExitCode> {
 
 fn wait_warm(parts: &Parts) {
     let address = parts.addresses().any(0);
-    wait_until("a warm pool", Duration::from_secs(120), || {
-        let pool = Client::connect(&address).pool(PROVIDER);
-        if pool.idle == SLOTS {
-            Ok(())
-        } else {
-            Err(format!("{pool:?}"))
-        }
-    });
+    let client = Client::connect(&address);
+    for (provider, slots) in POOLS {
+        wait_until("a warm pool", Duration::from_secs(120), || {
+            let pool = client.pool(provider);
+            match pool.idle == slots {
+                true => Ok(()),
+                false => Err(format!("{pool:?}")),
+            }
+        });
+    }
 }
 
 fn report(
@@ -204,6 +238,13 @@ fn report(
     for kind in ["lost", "refused", "told", "stuck"] {
         writeln!(out, "runs, {kind:<12} {}", count(kind))?;
     }
+    let prompts = calls.iter().filter(|call| call.spec.prompt().is_some());
+    writeln!(
+        out,
+        "prompts            {}, of which {} found their agent waiting",
+        prompts.clone().count(),
+        prompts.filter(|call| call.parked).count()
+    )?;
     let of = |what: fn(&Call) -> u32| calls.iter().map(what).sum::<u32>();
     writeln!(
         out,

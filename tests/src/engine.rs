@@ -74,7 +74,7 @@ impl Engine {
     /// As [`Engine::start`].
     #[must_use]
     pub fn start_whole() -> Self {
-        let engine = Self::launch_new(Vec::new(), "size=512m");
+        let engine = Self::launch_new(Vec::new(), "size=4g");
         let archive = engine.folder.path().join("slot.tar");
         let path = archive.to_str().expect("a temporary folder's name is text");
         let container = engine.docker(&["create", IMAGE, "true"]);
@@ -99,12 +99,20 @@ impl Engine {
         mount(kind, &data, kind, MsFlags::empty(), Some(size)).expect("root may mount");
         engine.start_containerd();
         engine.restart();
-        let archive = engine.folder.path().join("image.tar");
-        let path = archive.to_str().expect("a temporary folder's name is text");
-        docker::docker(&["save", "--output", path, IMAGE]);
-        engine.docker(&["load", "--input", path]);
-        fs::remove_file(archive).expect("the archive was written");
+        engine.load(IMAGE);
         engine
+    }
+
+    /// Copies an image of this machine's engine into this one.
+    ///
+    /// # Panics
+    /// If there is no such image, or no room.
+    pub fn load(&self, image: &str) {
+        let archive = self.folder.path().join("image.tar");
+        let path = archive.to_str().expect("a temporary folder's name is text");
+        docker::docker(&["save", "--output", path, image]);
+        self.docker(&["load", "--input", path]);
+        fs::remove_file(archive).expect("the archive was written");
     }
 
     fn start_containerd(&mut self) {

@@ -102,9 +102,8 @@ impl Host {
     }
 
     fn try_requests(&self) -> Result<Vec<Received>, String> {
-        let url = format!("{}/requests", self.url);
         let mut command = self.namespace.inside();
-        list(command.args(["curl", "--silent", "--fail", "--noproxy", "*", &url]))
+        received(command.arg("curl"), &self.url)
     }
 }
 
@@ -158,13 +157,18 @@ impl Local {
     }
 
     fn try_requests(&self) -> Result<Vec<Received>, String> {
-        let url = format!("{}/requests", self.url);
-        list(Command::new("curl").args(["--silent", "--fail", "--noproxy", "*", &url]))
+        received(&mut Command::new("curl"), &self.url)
     }
 }
 
-fn list(command: &mut Command) -> Result<Vec<Received>, String> {
-    let output = crate::process::output(command);
+/// The requests that the stand-in at `url` has received so far. `curl` is a command that runs
+/// curl where the stand-in can be reached.
+///
+/// # Errors
+/// What went wrong.
+pub fn received(curl: &mut Command, url: &str) -> Result<Vec<Received>, String> {
+    let url = format!("{url}/requests");
+    let output = crate::process::output(curl.args(["--silent", "--fail", "--noproxy", "*", &url]));
     serde_json::from_slice(&output.stdout).map_err(|error| format!("{error}: {}", output.status))
 }
 

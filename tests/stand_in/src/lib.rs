@@ -28,6 +28,13 @@ pub struct Text {
     pub sha256: String,
 }
 
+/// What the stand-in answers to a prompt.
+#[must_use]
+pub fn answer(prompt: &str) -> String {
+    let Text { bytes, sha256 } = Text::of(prompt);
+    format!("The stand-in read {bytes} bytes, sha256 {sha256}.")
+}
+
 impl Text {
     #[must_use]
     pub fn of(text: &str) -> Self {

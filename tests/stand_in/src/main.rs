@@ -27,7 +27,7 @@ use polydev_stand_in::{Received, Text};
 use serde_json::{Value, json};
 
 /// Requests kept; a CLI makes a handful for a prompt.
-const KEPT: usize = 1000;
+const KEPT: usize = 10_000;
 /// Requests kept whole.
 const KEPT_BODIES: usize = 20;
 /// Enough for a prompt of 100 KB and what a CLI sends to its model beside the prompt.
@@ -113,11 +113,7 @@ async fn answer(
     }
     // The prompt is what the user said last.
     let prompt = texts.last().copied().unwrap_or_default();
-    let text = format!(
-        "The stand-in read {} bytes, sha256 {}.",
-        prompt.len(),
-        Text::of(prompt).sha256
-    );
+    let text = polydev_stand_in::answer(prompt);
     let path = uri.path();
     if let Some(steps) = tools::call(path, &texts, &request) {
         return events(&steps, path.ends_with("/messages"));
