@@ -51,6 +51,45 @@ pub fn rehearsed(provider: Provider, said: &[u8]) -> Vec<Vec<u8>> {
     out.told.iter().flat_map(told::Told::lines).collect()
 }
 
+/// What an agent makes of these bytes on the stdin of its run, if they come in pieces of so many
+/// bytes: each prompt's text, or why a line is none; and how many turns end. For the fuzz target.
+#[doc(hidden)]
+#[must_use]
+pub fn conversed(
+    provider: Provider,
+    said: &[u8],
+    piece: usize,
+) -> (Vec<Result<String, String>>, usize) {
+    use conversation::{Conversation, Next, Prompt};
+
+    let mut conversation = Conversation::new(provider);
+    let (mut heard, mut cancelled) = (Vec::new(), 0);
+    let mut pieces = said.chunks(piece.max(1));
+    while conversation.is_open() {
+        match pieces.next() {
+            Some(piece) => conversation.push(piece),
+            None => conversation.end(),
+        }
+        loop {
+            cancelled += usize::from(conversation.read());
+            let is_full = !conversation.has_room();
+            if is_full || !conversation.is_open() {
+                heard.extend(
+                    std::iter::from_fn(|| conversation.next()).map(|next| match next {
+                        Next::Prompt(Prompt { text, .. }) => Ok(text),
+                        Next::Cancelled => Err("cancelled".into()),
+                        Next::Wrong(reason) => Err(reason),
+                    }),
+                );
+            }
+            if !is_full {
+                break;
+            }
+        }
+    }
+    (heard, cancelled)
+}
+
 /// How an agent ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
