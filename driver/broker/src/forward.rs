@@ -124,18 +124,17 @@ fn of_the_api(
     // A key may be good for prompts, and still not for a list of models.
     let credential_refused = status == StatusCode::UNAUTHORIZED
         || (status == StatusCode::FORBIDDEN && asked.method == Method::POST);
-    if grant.seen.answered(provider, status, credential_refused) {
-        container.changed();
-    }
+    let mut meter = Meter::new(provider, container, grant);
+    meter.answered(status, credential_refused);
     let (mut parts, body) = Response::<reqwest::Body>::from(answered).into_parts();
     parts.headers = answer::headers(&parts.headers);
     parts.version = http::Version::HTTP_11;
     if credential_refused {
         answer::do_not_retry(&mut parts.headers);
     }
-    let is_charged = asked.is_charged();
-    let meter = is_charged.then(|| Meter::new(provider, container, grant));
-    let body = Metered::new(body, meter);
+    // Another status has said it all.
+    let is_counted = asked.is_charged() && status.is_success();
+    let body = Metered::new(body, is_counted.then_some(meter));
     let body = Paced::new(body, container.download.clone());
     Response::from_parts(parts, OfRun::new(body, grant).boxed_unsync())
 }

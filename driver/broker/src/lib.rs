@@ -7,8 +7,8 @@
 //! checks it against the [`api`], [`container`] says which [`grant`] it has, [`forward`]
 //! sends it through the connections of [`upstream`] and passes the answer back ([`answer`]),
 //! both at the speed of [`rate`]. [`websocket`] is the same for a WebSocket. [`meter`] finds the
-//! tokens that an answer states ([`usage`]), and [`seen`] counts them and the errors of each
-//! run, and holds it to its budget. [`frames`] reads the messages of a WebSocket. Before a run,
+//! tokens ([`usage`]) and the overload ([`failure`]) that an answer states ([`scanner`]), and
+//! [`seen`] counts them and the errors of each run, and holds it to its budget. [`frames`] reads the messages of a WebSocket. Before a run,
 //! an agent that waits gets its answers from [`rehearsal`].
 //!
 //! In a pool with a list of what its containers may reach ([`egress`]), [`proxy`] connects them
@@ -25,6 +25,7 @@ mod changes;
 mod container;
 pub mod control;
 mod egress;
+mod failure;
 mod forward;
 pub mod frames;
 mod grant;
@@ -34,10 +35,11 @@ mod rate;
 mod reached;
 mod rehearsal;
 pub mod request;
+pub mod scanner;
 pub mod seed;
 mod seen;
 mod serve;
 mod tunnel;
 pub mod upstream;
-pub mod usage;
+mod usage;
 mod websocket;

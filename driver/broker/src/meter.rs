@@ -1,9 +1,11 @@
-//! Counts the tokens of one answer, or of a WebSocket with many, for its run.
+//! Counts the tokens of one answer, or of a WebSocket with many, for its run, and tells of an
+//! overload that it reports.
 
 use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -15,7 +17,8 @@ use crate::{
     container::Container,
     frames::{Frames, NoFrames, Part},
     grant::Grant,
-    usage::{Scanner, Tokens},
+    scanner::Scanner,
+    usage::Tokens,
 };
 
 /// Stands for a model that an answer does not name.
@@ -26,6 +29,10 @@ pub(crate) struct Meter {
     provider: Provider,
     scanner: Scanner,
     counted: Option<Tokens>,
+    /// Whether the answer has reported an overload.
+    is_overload: bool,
+    /// The beginning of the overload that this answer has ended, unless it reports one itself.
+    ended: Option<Instant>,
     container: Arc<Container>,
     grant: Arc<Grant>,
 }
@@ -36,20 +43,28 @@ impl Meter {
             provider,
             scanner: Scanner::new(provider),
             counted: None,
+            is_overload: false,
+            ended: None,
             container: container.clone(),
             grant: grant.clone(),
         }
     }
 
-    /// The API has accepted a WebSocket.
-    pub(crate) fn answered(&self, status: StatusCode) {
-        if self.grant.seen.answered(self.provider, status, false) {
+    /// The API has begun to answer; `is_refusal` if it does not take the key.
+    pub(crate) fn answered(&mut self, status: StatusCode, is_refusal: bool) {
+        self.ended = self.grant.seen.overloaded();
+        if (self.grant.seen).answered(self.provider, status, is_refusal) {
             self.container.changed();
         }
     }
 
     fn read(&mut self, piece: &[u8]) {
         self.scanner.read(piece);
+        if let Some(status) = self.scanner.overload().filter(|_| !self.is_overload) {
+            self.is_overload = true;
+            (self.grant.seen).overload(self.provider, status, self.ended);
+            self.container.changed();
+        }
         self.count(None);
     }
 
@@ -66,13 +81,16 @@ impl Meter {
         self.counted = Some(stated);
     }
 
-    /// The answer has ended; another one may follow.
-    fn end(&mut self) {
+    /// The answer has ended; another one may follow. Returns whether it was a whole one.
+    fn end(&mut self) -> bool {
         self.count(Some(UNKNOWN));
         self.scanner.next_answer();
-        if self.counted.take().is_some() {
+        let is_counted = self.counted.take().is_some();
+        if is_counted {
             self.container.changed();
         }
+        let is_overload = std::mem::take(&mut self.is_overload);
+        is_counted && !is_overload
     }
 }
 
@@ -151,7 +169,11 @@ impl Messages {
             match part {
                 Part::Begin => {}
                 Part::Text(text) => meter.read(text),
-                Part::End => meter.end(),
+                Part::End => {
+                    if meter.end() {
+                        meter.answered(StatusCode::OK, false);
+                    }
+                }
             }
             Ok::<_, NoFrames>(())
         });

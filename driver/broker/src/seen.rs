@@ -119,6 +119,19 @@ impl Seen {
         true
     }
 
+    /// Since when the API has too much to do.
+    pub(crate) fn overloaded(&self) -> Option<Instant> {
+        self.0.lock().overloaded
+    }
+
+    /// An answer reports an overload after its status; `ended` is the beginning of the overload
+    /// that it seemed to end.
+    pub(crate) fn overload(&self, provider: Provider, status: StatusCode, ended: Option<Instant>) {
+        let mut state = self.0.lock();
+        state.overloaded = state.overloaded.or(ended);
+        state.error(provider, status.as_u16(), true);
+    }
+
     /// An API could not be reached.
     pub(crate) fn unreached(&self, provider: Provider) {
         self.0.lock().error(provider, UNREACHED, true);

@@ -24,7 +24,7 @@ pub(crate) async fn open(
     mut outgoing: reqwest::Request,
     upgrade: OnUpgrade,
     place: Place,
-    meter: Meter,
+    mut meter: Meter,
 ) -> reqwest::Result<Response<AnswerBody>> {
     let headers = outgoing.headers_mut();
     mark(headers);
@@ -38,7 +38,7 @@ pub(crate) async fn open(
         );
         return Ok(answer::error(StatusCode::UPGRADE_REQUIRED, &message));
     }
-    meter.answered(answered.status());
+    meter.answered(answered.status(), false);
     let mut answer = Response::new(answer::empty());
     *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     *answer.headers_mut() = answer::headers(answered.headers());

@@ -5,7 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 use polydev_broker::{
     frames::{Frames, NoFrames, Part},
-    usage::Scanner,
+    scanner::Scanner,
 };
 use polydev_proto::provider::Provider;
 
@@ -44,6 +44,7 @@ fuzz_target!(|data: &[u8]| {
         in_pieces.read(piece);
     }
     assert_eq!(whole.stated(), in_pieces.stated());
+    assert_eq!(whole.overload(), in_pieces.overload());
     let pieces = answer.chunks(usize::from(*which) / 3 + 1);
     assert_eq!(messages([answer].into_iter()), messages(pieces));
 });

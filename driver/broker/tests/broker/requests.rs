@@ -1,6 +1,6 @@
 //! A container's requests through the broker, to an API of the test's own.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use polydev_proto::{
     broker::{Grant, Keys, ModelUsage, Open, Upstream, from_broker::Message},
@@ -10,7 +10,7 @@ use reqwest::{Client, StatusCode};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use crate::node::{FAST, LIMIT, Node, RUN};
@@ -166,6 +166,60 @@ async fn errors_are_counted_and_an_overload_ends_with_an_answer() {
     ask(None).await;
     assert_eq!(node.news().await.overloaded_ms, None);
     assert_eq!(node.close("one").errors, seen.errors);
+}
+
+/// What Anthropic sends in place of an answer that it has promised with status 200.
+const OVERLOADED: &str = concat!(
+    "event: error\n",
+    r#"data: {"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}"#,
+    "\n\n"
+);
+
+#[tokio::test]
+async fn an_overload_within_an_answer_does_not_end_the_one_before() {
+    let node = Node::new().await;
+    let address = node.open("one").await;
+    node.granted("one", RUN, &[("anthropic", "users")]);
+    let url = format!("http://{address}/anthropic/v1/messages");
+    let busy = Client::new().post(&url).header("x-test", "529");
+    busy.send().await.unwrap();
+    let before = node.news().await.overloaded_ms.expect("an overload");
+    sleep(Duration::from_millis(20)).await;
+    let answer = Client::new().post(&url).body(OVERLOADED).send().await;
+    let answer = answer.unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
+    assert_eq!(answer.text().await.unwrap(), OVERLOADED);
+    let seen = node.close("one");
+    let errors: Vec<_> = seen
+        .errors
+        .iter()
+        .map(|error| (error.status, error.count))
+        .collect();
+    assert_eq!(errors, [(529, 2)]);
+    assert!(seen.overloaded_ms >= Some(before + 20), "{seen:?}");
+}
+
+#[tokio::test]
+async fn a_websocket_reports_an_overload_until_it_answers() {
+    let node = Node::new().await;
+    let address = node.open("one").await;
+    node.granted("one", RUN, &[("openai", "users")]);
+    let mut socket = websocket(address).await;
+    let failed =
+        r#"{"type":"response.failed","response":{"error":{"code":"server_is_overloaded"}}}"#;
+    let completed =
+        r#"{"type":"response.completed","response":{"model":"m","usage":{"input_tokens":5}}}"#;
+    for (text, is_overload) in [(failed, true), (completed, false)] {
+        socket.write_all(&frame(1, true, text)).await.unwrap();
+        loop {
+            let seen = node.news().await;
+            if seen.overloaded_ms.is_some() == is_overload {
+                break;
+            }
+        }
+    }
+    let seen = node.close("one");
+    assert_eq!((seen.errors[0].status, seen.errors[0].count), (503, 1));
 }
 
 #[tokio::test]
