@@ -4,14 +4,12 @@
 use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},
     io::{self, Read, Seek, Write},
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use procfs::LockType;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 /// Held as long as the process lives; the kernel always releases it.
 #[derive(Debug)]
@@ -23,7 +21,14 @@ pub struct Lock {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("state_dir `{state_dir}` is in use by another driver, pid {pid}")]
-    Held { state_dir: PathBuf, pid: String },
+    Held {
+        state_dir: PathBuf,
+        /// As the holder has written it. A holder writes it after it has the lock, so it may be
+        /// an earlier holder's, or missing.
+        pid: String,
+        /// Of the locked file.
+        inode: u64,
+    },
     #[error("cannot lock state_dir `{state_dir}`")]
     Lock {
         state_dir: PathBuf,
@@ -35,17 +40,35 @@ impl Error {
     /// Asks the holder to leave, which it does if it has no agent. An agent that crashed
     /// and could not reconnect to the holder has started this process instead.
     pub fn ask_to_leave(&self) {
-        if let Self::Held { pid, .. } = self
-            && let Ok(pid) = pid.parse()
+        let Self::Held { pid, inode, .. } = self else {
+            return;
+        };
+        let Some(pid) = pid.parse().ok().and_then(Pid::from_raw) else {
+            return;
+        };
+        // Opened first: what is told is then the process that was looked at.
+        if let Ok(process) = pidfd_open(pid, PidfdFlags::empty())
+            && holds(pid, *inode)
         {
-            // The lock is held, so the pid in it belongs to a live driver.
-            let _gone = kill(Pid::from_raw(pid), ASK_TO_LEAVE);
+            let _gone = pidfd_send_signal(process, ASK_TO_LEAVE);
         }
     }
 }
 
+/// Whether the kernel says that this process has locked a file of this number. The number of the
+/// file's device is not compared: some file systems have another one there.
+fn holds(pid: Pid, inode: u64) -> bool {
+    procfs::locks().is_ok_and(|locks| {
+        locks.iter().any(|lock| {
+            matches!(lock.lock_type, LockType::FLock)
+                && lock.inode == inode
+                && lock.pid == Some(pid.as_raw_pid())
+        })
+    })
+}
+
 /// The signal that makes a driver without an agent leave.
-pub const ASK_TO_LEAVE: Signal = Signal::SIGUSR2;
+const ASK_TO_LEAVE: Signal = Signal::USR2;
 
 impl Lock {
     /// Locks the folder without waiting; creates it if necessary, for root alone.
@@ -73,9 +96,11 @@ impl Lock {
             Err(TryLockError::WouldBlock) => {
                 let mut pid = String::new();
                 file.read_to_string(&mut pid).map_err(failed)?;
+                let inode = file.metadata().map_err(failed)?.ino();
                 return Err(Error::Held {
                     state_dir,
                     pid: pid.trim().to_owned(),
+                    inode,
                 });
             }
             Err(TryLockError::Error(source)) => return Err(failed(source)),
@@ -90,6 +115,8 @@ impl Lock {
 
 #[cfg(test)]
 mod tests {
+    use rustix::process::{WaitOptions, kill_process, waitpid};
+
     use super::*;
 
     #[test]
@@ -104,5 +131,37 @@ mod tests {
         );
         drop(first);
         Lock::take(&state).unwrap();
+    }
+
+    #[test]
+    fn only_a_process_that_has_the_lock_is_asked_to_leave() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("driver.lock");
+        // The pid of an earlier holder is that of another program by now. That one is stopped, so
+        // that a signal stays with it.
+        let mut other = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        let pid = Pid::from_child(&other);
+        kill_process(pid, Signal::STOP).unwrap();
+        let stopped = waitpid(Some(pid), WaitOptions::UNTRACED).unwrap().unwrap();
+        assert!(stopped.1.stopped());
+        std::fs::write(&path, other.id().to_string()).unwrap();
+        let held = File::open(&path).unwrap();
+        held.lock().unwrap();
+        let refused = Lock::take(folder.path()).unwrap_err();
+        refused.ask_to_leave();
+        let status = procfs::process::Process::new(other.id().cast_signed())
+            .and_then(|process| process.status())
+            .unwrap();
+        assert_eq!(status.shdpnd, 0, "a signal waits for it");
+        other.kill().unwrap();
+        other.wait().unwrap();
+        let Error::Held { inode, .. } = refused else {
+            panic!("{refused}");
+        };
+        let own = Pid::from_raw(std::process::id().cast_signed()).unwrap();
+        assert!(holds(own, inode));
     }
 }
