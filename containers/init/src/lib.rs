@@ -20,6 +20,7 @@
 
 mod account;
 mod agent;
+mod artifacts;
 mod command;
 mod deadline;
 mod drain;

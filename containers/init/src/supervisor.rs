@@ -38,11 +38,12 @@ use polydev_proto::{
 use crate::{
     account::Account,
     agent::Agent,
+    artifacts::Outgoing,
     command::{Command, kill_everything},
     drain::Drain,
     link::Link,
     output::Output,
-    workspace::{self, Incoming, Outgoing},
+    workspace::{self, Incoming},
 };
 
 /// How often to check whether a plain task's output has been read.
