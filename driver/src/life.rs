@@ -30,16 +30,16 @@ pub enum State {
     /// A container waits for the claim of one particular run.
     Leased { holder: Holder, until: SystemTime },
     /// The container has a run.
-    Claimed { run_id: RunId },
+    Claimed { holder: Holder },
     /// The remains of the container are being ended.
     Recycling,
     /// The slot leaves the pool, after its run if it has one. Final.
-    Draining { run_id: Option<RunId> },
+    Draining { holder: Option<Holder> },
     /// Given up. Final.
     Failed,
 }
 
-/// The holder of a lease.
+/// What has a slot or a lease of it: a run of a user.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Holder {
     pub run_id: RunId,
@@ -182,9 +182,9 @@ impl Life {
 
     /// The slot's state after a restart of its driver, with the run that is still in it.
     #[must_use]
-    pub fn resumed(self, run_id: RunId, generation: Generation, since: SystemTime) -> Self {
+    pub fn resumed(self, holder: Holder, generation: Generation, since: SystemTime) -> Self {
         Self {
-            state: State::Claimed { run_id },
+            state: State::Claimed { holder },
             generation,
             cause: "recovered",
             since,
@@ -232,10 +232,13 @@ impl Life {
             (
                 State::Idle,
                 Event::Claimed {
-                    generation, run_id, ..
+                    generation,
+                    run_id,
+                    user_id,
                 },
             ) if generation == self.generation && self.is_for(run_id) => {
-                (State::Claimed { run_id }, String::new())
+                let holder = Holder { run_id, user_id };
+                (State::Claimed { holder }, String::new())
             }
             (
                 State::Idle,
@@ -259,7 +262,8 @@ impl Life {
             ) if generation == self.generation
                 && (holder.run_id, &holder.user_id) == (run_id, &user_id) =>
             {
-                (State::Claimed { run_id }, String::new())
+                let holder = holder.clone();
+                (State::Claimed { holder }, String::new())
             }
             (State::Leased { .. }, Event::LeaseEnded) => (State::Recycling, String::new()),
             (State::Claimed { .. }, Event::RunEnded) => (self.after_container(), String::new()),
@@ -271,17 +275,17 @@ impl Life {
                 self.generation = self.generation.next();
                 (State::Warming, std::mem::take(&mut self.reason))
             }
-            (State::Draining { run_id: Some(_) }, Event::RunEnded) => {
-                (State::Draining { run_id: None }, String::new())
+            (State::Draining { holder: Some(_) }, Event::RunEnded) => {
+                (State::Draining { holder: None }, String::new())
             }
-            (State::Claimed { run_id }, Event::Drained) => {
-                let run_id = Some(*run_id);
-                (State::Draining { run_id }, String::new())
+            (State::Claimed { holder }, Event::Drained) => {
+                let holder = Some(holder.clone());
+                (State::Draining { holder }, String::new())
             }
             (
                 State::Warming | State::Idle | State::Leased { .. } | State::Recycling,
                 Event::Drained,
-            ) => (State::Draining { run_id: None }, String::new()),
+            ) => (State::Draining { holder: None }, String::new()),
             (State::Warming | State::Recycling, Event::GivenUp { reason }) => {
                 (State::Failed, reason)
             }
@@ -312,7 +316,7 @@ impl Life {
     fn after_container(&self) -> State {
         match self.for_run {
             None => State::Recycling,
-            Some(_) => State::Draining { run_id: None },
+            Some(_) => State::Draining { holder: None },
         }
     }
 }
@@ -385,11 +389,11 @@ mod tests {
                         if *life.state() == State::Idle {
                             prop_assert_eq!(before.state(), &State::Warming, "of a new container");
                         }
-                        if let State::Claimed { run_id } = before.state() {
+                        if let State::Claimed { holder } = before.state() {
                             let after = match life.state() {
                                 State::Recycling => event == Event::RunEnded,
-                                State::Draining { run_id: None } => event == Event::RunEnded,
-                                State::Draining { run_id: Some(still) } => still == run_id,
+                                State::Draining { holder: None } => event == Event::RunEnded,
+                                State::Draining { holder: Some(still) } => still == holder,
                                 _ => false,
                             };
                             prop_assert!(after, "a run is left by its end alone");
@@ -404,7 +408,7 @@ mod tests {
                         }
                         if let State::Draining { .. } = before.state() {
                             prop_assert!(
-                                matches!(life.state(), State::Draining { run_id: None }),
+                                matches!(life.state(), State::Draining { holder: None }),
                                 "Draining is final"
                             );
                         }

@@ -26,7 +26,7 @@ use sha2::{Digest, Sha256};
 use tokio::{sync::Notify, time::sleep};
 
 use super::{Ballot, Ended, cancel::Cause};
-use crate::headroom::Amount;
+use crate::{headroom::Amount, life::Holder};
 
 const VERSION: u32 = 1;
 /// The log is rewritten when it exceeds this length and several times the size of the
@@ -137,6 +137,17 @@ pub struct Claimed {
     pub pid_start: u64,
     /// Folder of init's socket.
     pub link: PathBuf,
+}
+
+impl Claimed {
+    /// What has the slot.
+    #[must_use]
+    pub fn holder(&self) -> Holder {
+        Holder {
+            run_id: self.run_id,
+            user_id: self.user_id.clone(),
+        }
+    }
 }
 
 impl Record {
@@ -312,8 +323,55 @@ pub struct Journal {
     begun: SystemTime,
     file: Arc<File>,
     length: u64,
+    /// What was written since a [`Rewrite`] was begun.
+    since: Option<Vec<u8>>,
     /// Notified when there is something to sync.
     dirty: Arc<Notify>,
+}
+
+/// A shorter log, which takes the place of the journal's. Three steps: [`Journal::begin`] and
+/// [`Journal::finish`] are quick, [`Rewrite::write`] syncs, which takes as long as the disk likes,
+/// and needs no journal.
+#[derive(Debug)]
+pub struct Rewrite {
+    path: PathBuf,
+    bytes: Vec<u8>,
+}
+
+/// A [`Rewrite`] on the disk, beside the journal.
+#[derive(Debug)]
+pub struct Rewritten {
+    partial: PathBuf,
+    file: File,
+    length: u64,
+}
+
+impl Rewrite {
+    /// Writes the log to the disk.
+    ///
+    /// # Errors
+    /// [`Error::File`]; the journal is unchanged.
+    pub fn write(self) -> Result<Rewritten, Error> {
+        let partial = self.path.with_extension("partial");
+        let write = || {
+            let mut options = File::options();
+            options.read(true).write(true).create(true).truncate(true);
+            let file = options.mode(0o600).open(&partial)?;
+            file.write_all_at(&self.bytes, 0)?;
+            file.sync_all()?;
+            Ok(file)
+        };
+        let file = write().map_err(|source| Error::File {
+            path: partial.clone(),
+            source,
+        })?;
+        let length = self.bytes.len() as u64;
+        Ok(Rewritten {
+            partial,
+            file,
+            length,
+        })
+    }
 }
 
 impl Journal {
@@ -358,6 +416,7 @@ impl Journal {
             begun: begun.unwrap_or_else(SystemTime::now),
             file: file.into(),
             length: whole as u64,
+            since: None,
             dirty: Arc::default(),
         };
         if whole == 0 {
@@ -394,6 +453,9 @@ impl Journal {
             });
         }
         self.length += line.len() as u64;
+        if let Some(since) = &mut self.since {
+            since.extend(line);
+        }
         self.dirty.notify_one();
         Ok(())
     }
@@ -406,34 +468,42 @@ impl Journal {
         self.length > MAX_LENGTH && self.length > 4 * RECORD * wanted as u64
     }
 
-    /// Rewrites the log with only `records`. Syncs, which takes a while.
+    /// Begins a log of only `records`, and of what is written from now on.
+    pub fn begin<'a>(&mut self, records: impl IntoIterator<Item = &'a Record>) -> Rewrite {
+        self.since = Some(Vec::new());
+        let mut bytes = encode(&self.format());
+        records
+            .into_iter()
+            .for_each(|record| bytes.extend(encode(record)));
+        Rewrite {
+            path: self.path.clone(),
+            bytes,
+        }
+    }
+
+    /// Takes the new log in place of the old one. What was written meanwhile is synced with the
+    /// next writes.
     ///
     /// # Errors
-    /// [`Error::File`]; the log is unchanged.
-    pub fn rewrite<'a>(
-        &mut self,
-        records: impl IntoIterator<Item = &'a Record>,
-    ) -> Result<(), Error> {
-        let partial = self.path.with_extension("partial");
-        let write = || {
-            let mut bytes = encode(&self.format());
-            records
-                .into_iter()
-                .for_each(|record| bytes.extend(encode(record)));
-            let mut options = File::options();
-            options.read(true).write(true).create(true).truncate(true);
-            let file = options.mode(0o600).open(&partial)?;
-            file.write_all_at(&bytes, 0)?;
-            file.sync_all()?;
-            fs::rename(&partial, &self.path)?;
-            Ok((file, bytes.len() as u64))
+    /// [`Error::File`], or that of [`Rewrite::write`]; the log is unchanged.
+    pub fn finish(&mut self, rewritten: Result<Rewritten, Error>) -> Result<(), Error> {
+        let since = self.since.take().unwrap_or_default();
+        let Rewritten {
+            partial,
+            file,
+            length,
+        } = rewritten?;
+        let finish = || {
+            file.write_all_at(&since, length)?;
+            fs::rename(&partial, &self.path)
         };
-        let (file, length) = write().map_err(|source| Error::File {
+        finish().map_err(|source| Error::File {
             path: self.path.clone(),
             source,
         })?;
         self.file = file.into();
-        self.length = length;
+        self.length = length + since.len() as u64;
+        self.dirty.notify_one();
         Ok(())
     }
 

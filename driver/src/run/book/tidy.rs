@@ -10,7 +10,7 @@ use tokio::time::MissedTickBehavior;
 use super::{Known, MEMORY_TIMEOUT, Past, RESULTS_TIMEOUT, Runs, fence::Fence};
 use crate::run::{
     Outcome, Run,
-    journal::{self, Record},
+    journal::{self, Record, Rewrite},
 };
 
 const TIDY_INTERVAL: Duration = Duration::from_secs(5);
@@ -24,14 +24,23 @@ pub(crate) async fn keep(runs: Arc<Runs>) {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            runs.tidy(SystemTime::now());
+            let Some(rewrite) = runs.tidy(SystemTime::now()) else {
+                continue;
+            };
+            // Nobody waits for the disk: the runs are not locked meanwhile.
+            let written = tokio::task::spawn_blocking(|| rewrite.write()).await;
+            let written = written.expect("writing does not panic");
+            if let Err(error) = runs.lock().journal.finish(written) {
+                tracing::warn!(error = crate::chain(&error), "cannot shorten the journal");
+            }
         }
     };
     tokio::join!(sync, tidy);
 }
 
 impl Runs {
-    fn tidy(&self, now: SystemTime) {
+    /// Returns the journal's new content if it has become too long.
+    fn tidy(&self, now: SystemTime) -> Option<Rewrite> {
         let mut inner = self.lock();
         let old: Vec<Arc<Run>> = inner
             .runs()
@@ -47,12 +56,11 @@ impl Runs {
                     .map_or(true, |age| age < MEMORY_TIMEOUT)
             }
         });
-        if inner.journal.is_long(inner.known.len()) {
+        let is_long = inner.journal.is_long(inner.known.len());
+        is_long.then(|| {
             let records: Vec<Record> = inner.known.iter().flat_map(Known::records).collect();
-            if let Err(error) = inner.journal.rewrite(&records) {
-                tracing::warn!(error = crate::chain(&error), "cannot shorten the journal");
-            }
-        }
+            inner.journal.begin(&records)
+        })
     }
 }
 
@@ -119,8 +127,47 @@ mod tests {
             (69, "released", "released"),
             (71, "unknown", "unknown"),
         ] {
-            runs.tidy(now + minutes(minute));
+            let rewrite = runs.tidy(now + minutes(minute));
+            assert!(rewrite.is_none(), "the journal is short");
             assert_eq!([state(short), state(long)], [shorts, longs], "{minute} min");
         }
+    }
+
+    #[tokio::test]
+    async fn a_journal_is_shortened_while_runs_go_on() {
+        let (folder, elsewhere) = (
+            tempfile::tempdir().unwrap(),
+            tempfile::tempdir_in("/dev/shm").unwrap(),
+        );
+        std::os::unix::fs::symlink(elsewhere.path(), folder.path().join("output")).unwrap();
+        let (mut journal, _) = Journal::open(folder.path()).unwrap();
+        let now = SystemTime::now();
+        let old = Claimed {
+            claimed_at: now - MEMORY_TIMEOUT - MEMORY_TIMEOUT,
+            ..claimed(run_id(1))
+        };
+        let record = Record::Claimed(old.into());
+        while !journal.is_long(1) {
+            journal.write(&record).unwrap();
+        }
+        let length = |folder: &std::path::Path| {
+            std::fs::metadata(folder.join("runs.journal"))
+                .unwrap()
+                .len()
+        };
+        let before = length(folder.path());
+        drop(journal);
+        let (runs, _) = Runs::open(folder.path()).unwrap();
+        runs.inner.lock().known.clear();
+        let rewrite = runs.tidy(now).expect("it is long");
+        // A disk may take its time here.
+        let meanwhile = Record::Claimed(claimed(run_id(2)).into());
+        runs.lock().journal.write(&meanwhile).unwrap();
+        assert!(runs.find(run_id(3), None).is_err());
+        runs.lock().journal.finish(rewrite.write()).unwrap();
+        assert!(length(folder.path()) < before / 100);
+        drop(runs);
+        let (_, read) = Journal::open(folder.path()).unwrap();
+        assert_eq!(read, [meanwhile]);
     }
 }
