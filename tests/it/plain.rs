@@ -205,7 +205,7 @@ fn options_and_resources_are_what_docker_and_the_kernel_see() {
     let seen = docker::inspect(&ids[0]);
     let host = &seen["HostConfig"];
     assert_eq!(host["CapDrop"], json!(["CHOWN", "NET_RAW"]));
-    assert_eq!(host["SecurityOpt"], json!(["no-new-privileges:true"]));
+    assert_eq!(host["SecurityOpt"], json!(["no-new-privileges=true"]));
     assert_eq!(
         (&host["Memory"], &host["MemorySwap"]),
         (&json!(64 << 20), &json!(64 << 20))

@@ -52,7 +52,7 @@ impl ContainerSpec {
             labels: Some(self.labels.clone()),
             host_config: Some(HostConfig {
                 cap_drop: Some(vec!["ALL".into()]),
-                security_opt: Some(vec!["no-new-privileges:true".into()]),
+                security_opt: Some(vec!["no-new-privileges=true".into()]),
                 readonly_rootfs: Some(true),
                 network_mode: Some(self.network.clone().unwrap_or_else(|| "none".into())),
                 ipc_mode: Some("private".into()),
@@ -170,7 +170,7 @@ mod tests {
         assert_eq!(host.cap_drop, Some(vec!["ALL".into()]));
         assert_eq!(
             host.security_opt,
-            Some(vec!["no-new-privileges:true".into()])
+            Some(vec!["no-new-privileges=true".into()])
         );
         assert_eq!(host.readonly_rootfs, Some(true));
         assert!(!host.privileged.unwrap_or(false));

@@ -189,11 +189,10 @@ impl PlainSpec<'_> {
     fn security_opt(&self) -> Vec<String> {
         let mut options = self.options.security_opt.clone();
         // The job may loosen this with an option of its own.
-        if !options
-            .iter()
-            .any(|option| option.starts_with("no-new-privileges"))
-        {
-            options.push("no-new-privileges:true".into());
+        let is_meant =
+            |option: &String| option.split(['=', ':']).next() == Some("no-new-privileges");
+        if !options.iter().any(is_meant) {
+            options.push("no-new-privileges=true".into());
         }
         options
     }

@@ -40,7 +40,7 @@ impl Docker {
             host_config: Some(HostConfig {
                 network_mode: Some("none".into()),
                 cap_drop: Some(vec!["ALL".into()]),
-                security_opt: Some(vec!["no-new-privileges:true".into()]),
+                security_opt: Some(vec!["no-new-privileges=true".into()]),
                 readonly_rootfs: Some(true),
                 memory: Some(16 << 20),
                 memory_swap: Some(16 << 20),
