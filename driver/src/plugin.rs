@@ -13,16 +13,17 @@ use std::{
 };
 
 use anyhow::Context;
+use futures_util::StreamExt;
 use polydev_proto::{
     base::base_plugin_server::BasePluginServer, driver::driver_server::DriverServer,
     goplugin::grpc_controller_server::GrpcControllerServer,
 };
+use polydev_transport::accept::accept;
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
 };
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use crate::{events::Events, fingerprint::Health, node::Node, service::Service};
@@ -82,7 +83,7 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
         .add_service(BasePluginServer::new(base).max_decoding_message_size(MAX_MESSAGE))
         .add_service(DriverServer::new(driver).max_decoding_message_size(MAX_MESSAGE))
         .add_service(GrpcControllerServer::new(controller::Controller { leave }))
-        .serve_with_incoming(UnixListenerStream::new(listener));
+        .serve_with_incoming(accept(listener).map(Ok::<_, io::Error>));
 
     handshake::announce(&mut stdout, &socket).context("cannot write the handshake")?;
     tokio::select! {

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use polydev_transport::{address::is_url, tls::Files};
+use polydev_transport::{address::is_url, names::Pattern, tls::Files};
 use serde::Deserialize;
 
 use super::{
@@ -17,8 +17,8 @@ pub struct Shims {
     /// `https://HOST:PORT`, as shims reach it.
     pub advertise: String,
     pub files: Files,
-    /// Globs over the names in shims' certificates.
-    pub allow: Vec<String>,
+    /// The names in shims' certificates.
+    pub allow: Vec<Pattern>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -29,7 +29,7 @@ pub(super) struct RawShims {
     cert: Option<String>,
     key: Option<String>,
     ca: Option<String>,
-    allow: Option<Vec<String>>,
+    allow: Option<Vec<Pattern>>,
 }
 
 impl RawShims {

@@ -31,7 +31,7 @@ use polydev_proto::{
     },
     stream::PerStream,
 };
-use polydev_transport::connection::Connection;
+use polydev_transport::{connection::Connection, names::Pattern};
 use prost_types::Timestamp;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -41,7 +41,6 @@ use tonic::{
     Request, Response, Status, Streaming,
     transport::{Server, server::Connected},
 };
-use wildmatch::WildMatch;
 
 use super::Node;
 use crate::run::{
@@ -76,11 +75,10 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
 /// Only connections of shims whose names are in `allow`.
 pub fn known(
     incoming: impl Stream<Item = Connection> + Send,
-    allow: Vec<String>,
+    allow: Vec<Pattern>,
 ) -> impl Stream<Item = io::Result<Connection>> + Send {
-    let allow: Vec<_> = allow.iter().map(|name| WildMatch::new(name)).collect();
     incoming.filter_map(move |connection| {
-        let caller = &connection.caller.0;
+        let caller = &connection.known.caller.0;
         let is_known = allow.iter().any(|name| name.matches(caller));
         if !is_known {
             tracing::warn!(

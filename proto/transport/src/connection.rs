@@ -2,17 +2,23 @@
 
 use std::{
     fmt, io,
+    net::SocketAddr,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::OwnedSemaphorePermit,
     time::{Sleep, sleep},
 };
 use tonic::transport::server::Connected;
+
+use crate::places::Place;
 
 /// The caller's name: `uid:1000` for a Unix socket, `loopback`, or the name in the
 /// certificate, `spiffe://...` or `cn:NAME`. A shim names a caller with a token `sub:` plus
@@ -29,23 +35,64 @@ impl fmt::Display for Caller {
 /// The name of a caller that has not identified itself.
 pub const NOBODY: &str = "";
 
-/// How long an unidentified caller may send nothing.
-const SILENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a caller without a certificate may take to identify itself.
+const UNKNOWN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the other end may accept no data before the connection is closed: as long as
 /// HTTP/2 waits for an answer to its pings, which HTTP/1 lacks.
 const STALLED_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// A caller's connection. Its requests have [`Caller`] in their extensions.
+/// Where a connection comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// A process of this machine, through a Unix socket.
+    Process {
+        uid: u32,
+        pid: Option<i32>,
+    },
+    Address(SocketAddr),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process { uid, pid: None } => write!(f, "uid {uid}"),
+            Self::Process {
+                uid,
+                pid: Some(pid),
+            } => write!(f, "uid {uid}, pid {pid}"),
+            Self::Address(address) => address.fmt(f),
+        }
+    }
+}
+
+/// What a connection says of its caller. Its requests have it in their extensions.
+#[derive(Debug, Clone)]
+pub struct Known {
+    pub caller: Caller,
+    pub origin: Origin,
+    is_known: Arc<AtomicBool>,
+}
+
+impl Known {
+    /// The caller has identified itself: its connection may stay.
+    pub fn stays(&self) {
+        self.is_known.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A caller's connection. Its requests have [`Known`] in their extensions.
 pub struct Connection {
     stream: Box<dyn Stream>,
     /// Runs while data waits to be written.
     stalled: Option<Pin<Box<Sleep>>>,
-    /// Runs until the first byte is read from an unidentified caller.
-    silent: Option<Pin<Box<Sleep>>>,
-    /// Limits the number of unidentified callers.
-    _place: Option<OwnedSemaphorePermit>,
-    /// The caller at the other end.
-    pub caller: Caller,
+    /// Until the caller has identified itself.
+    unknown: Option<Unknown>,
+    pub known: Known,
+}
+
+struct Unknown {
+    ends: Pin<Box<Sleep>>,
+    place: Place,
 }
 
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -56,25 +103,48 @@ impl Connection {
     pub fn new(
         stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
         caller: String,
+        origin: Origin,
     ) -> Self {
         Self {
             stream: Box::new(stream),
             stalled: None,
-            silent: None,
-            _place: None,
-            caller: Caller(caller),
+            unknown: None,
+            known: Known {
+                caller: Caller(caller),
+                origin,
+                is_known: Arc::default(),
+            },
         }
     }
 
-    /// The connection of an unidentified caller, which must send something soon.
+    /// The connection of a caller that has to [identify itself](Known::stays) within ten seconds,
+    /// and while there are not too many others.
     pub fn of_nobody(
         stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
-        place: OwnedSemaphorePermit,
+        origin: Origin,
+        place: Place,
     ) -> Self {
+        let unknown = Unknown {
+            ends: Box::pin(sleep(UNKNOWN_TIMEOUT)),
+            place,
+        };
         Self {
-            silent: Some(Box::pin(sleep(SILENT_TIMEOUT))),
-            _place: Some(place),
-            ..Self::new(stream, NOBODY.into())
+            unknown: Some(unknown),
+            ..Self::new(stream, NOBODY.into(), origin)
+        }
+    }
+
+    /// Whether the caller had its chance to identify itself, and did not.
+    fn poll_unknown(&mut self, context: &mut Context) -> Poll<()> {
+        let is_known = &self.known.is_known;
+        let unknown = self.unknown.take_if(|_| is_known.load(Ordering::Relaxed));
+        drop(unknown);
+        let Some(Unknown { ends, place }) = &mut self.unknown else {
+            return Poll::Pending;
+        };
+        match (ends.as_mut().poll(context), place.poll_given_up(context)) {
+            (Poll::Pending, Poll::Pending) => Poll::Pending,
+            _ => Poll::Ready(()),
         }
     }
 }
@@ -100,10 +170,10 @@ impl Connection {
 }
 
 impl Connected for Connection {
-    type ConnectInfo = Caller;
+    type ConnectInfo = Known;
 
-    fn connect_info(&self) -> Caller {
-        self.caller.clone()
+    fn connect_info(&self) -> Known {
+        self.known.clone()
     }
 }
 
@@ -113,17 +183,11 @@ impl AsyncRead for Connection {
         cx: &mut Context,
         buf: &mut ReadBuf,
     ) -> Poll<io::Result<()>> {
-        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        match &mut self.silent {
-            Some(silent) if read.is_pending() => match silent.as_mut().poll(cx) {
-                Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
-                Poll::Pending => Poll::Pending,
-            },
-            _ => {
-                self.silent = None;
-                read
-            }
+        // Also if there is something to read: who only sends pings is not known either.
+        if self.poll_unknown(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
+        Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
@@ -162,13 +226,58 @@ impl AsyncWrite for Connection {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    use super::*;
+    use crate::places::{Peer, Places};
+
+    const HERE: Origin = Origin::Process { uid: 0, pid: None };
+
+    #[tokio::test(start_paused = true)]
+    async fn who_sends_something_and_stays_unknown_is_given_up() {
+        for stays in [false, true] {
+            let (stream, mut other) = duplex(4);
+            let place = Places::new(1, 1).enter(Peer::V6([0; 4]));
+            let mut connection = Connection::of_nobody(stream, HERE, place);
+            let known = connection.known.clone();
+            let pings = async {
+                for second in 0..20 {
+                    if stays && second == 5 {
+                        known.stays();
+                    }
+                    if other.write_all(&[0]).await.is_err() {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                drop(other);
+            };
+            let mut read = Vec::new();
+            let reads = async {
+                let all = connection.read_to_end(&mut read).await;
+                drop(connection);
+                all.is_ok()
+            };
+            let (all, ()) = tokio::join!(reads, pings);
+            assert_eq!(all, stays);
+            assert_eq!(read.len(), if stays { 20 } else { 10 });
+        }
+    }
+
+    #[tokio::test]
+    async fn who_is_unknown_makes_room_for_others() {
+        let places = Places::new(1, 1);
+        let (stream, _other) = duplex(4);
+        let first = places.enter(Peer::V6([0; 4]));
+        let mut connection = Connection::of_nobody(stream, HERE, first);
+        let _second = places.enter(Peer::V6([0; 4]));
+        assert!(connection.read_u8().await.is_err());
+    }
 
     #[tokio::test(start_paused = true)]
     async fn who_takes_nothing_for_long_is_given_up() {
         let (stream, mut other) = duplex(4);
-        let mut connection = Connection::new(stream, "tester".into());
+        let mut connection = Connection::new(stream, "tester".into(), HERE);
         // Slow is not stalled.
         let slow = async {
             for _ in 0..4 {

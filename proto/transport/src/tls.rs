@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{Stream, stream};
+use futures_util::{Stream, StreamExt, stream};
 use polydev_proto::error::chain;
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
@@ -22,14 +22,18 @@ use rustls::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
     task::JoinSet,
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tokio_rustls::TlsAcceptor;
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
-use crate::{connection::Connection, reload::Reloaded};
+use crate::{
+    accept::accept,
+    connection::{Connection, Origin},
+    places::{Peer, Place, Places},
+    reload::Reloaded,
+};
 
 /// gRPC's protocol (ALPN).
 pub const GRPC: &str = "h2";
@@ -37,11 +41,11 @@ pub const GRPC: &str = "h2";
 pub const HTTP: &str = "http/1.1";
 /// Time for a connection to complete its handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most connections of unidentified callers, which have no certificate; more are rejected.
-const MAX_NOBODIES: usize = 4096;
-/// Most handshakes at a time; further callers wait in the kernel's queue.
-const MAX_HANDSHAKES: usize = 256;
-const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+/// Most connections in a handshake, or of callers that have not identified themselves.
+const MAX_UNKNOWN: usize = 4096;
+/// Those of one address. Whoever wants to end the handshake of a proper caller with the same
+/// address has to make so many connections meanwhile.
+const MAX_UNKNOWN_OF_PEER: usize = 1024;
 
 /// The files of one side, in PEM format.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -235,43 +239,36 @@ impl Reloading {
     }
 }
 
-/// Connections to `listener` with a successful handshake. A slow handshake does not delay
-/// others.
+/// Connections to `listener` with a successful handshake. Slow handshakes do not delay others,
+/// however many there are.
 pub fn incoming(
     listener: TcpListener,
     files: Arc<Reloading>,
 ) -> impl Stream<Item = Connection> + Send {
-    let handshakes = JoinSet::new();
-    let places = Arc::new(Semaphore::new(MAX_NOBODIES));
-    stream::unfold((listener, files, places, handshakes), |state| async {
-        let (listener, files, places, mut handshakes) = state;
+    let places = Places::new(MAX_UNKNOWN, MAX_UNKNOWN_OF_PEER);
+    let state = (Box::pin(accept(listener)), files, places, JoinSet::new());
+    stream::unfold(state, |state| async {
+        let (mut accepted, files, places, mut handshakes) = state;
         loop {
             tokio::select! {
-                accepted = listener.accept(), if handshakes.len() < MAX_HANDSHAKES => {
-                    let Ok((stream, address)) = accepted else {
-                        // A missing descriptor may become available in a moment.
-                        sleep(RETRY_INTERVAL).await;
-                        continue;
-                    };
+                Some(stream) = accepted.next() => {
+                    // One that is gone has no address.
+                    let Ok(address) = stream.peer_addr() else { continue };
                     let (config, refused) = files.config();
                     if let Some(error) = refused {
                         let error = chain(&error);
                         tracing::warn!(error, "cannot use the new certificates, keeping the old ones");
                     }
-                    let handshake = handshake(config, stream, places.clone());
-                    handshakes.spawn(async move {
-                        (address, timeout(HANDSHAKE_TIMEOUT, handshake).await)
-                    });
+                    let place = places.enter(Peer::of(address.ip()));
+                    let handshake = handshake(config, stream, Origin::Address(address), place);
+                    handshakes.spawn(async move { (address, handshake.await) });
                 }
                 Some(done) = handshakes.join_next() => match done {
-                    Ok((_, Ok(Ok(done)))) => {
-                        return Some((done, (listener, files, places, handshakes)));
-                    },
-                    Ok((address, Ok(Err(error)))) => {
-                        tracing::info!(%address, %error, "rejected a caller");
+                    Ok((_, Ok(done))) => {
+                        return Some((done, (accepted, files, places, handshakes)));
                     }
-                    Ok((address, Err(_))) => {
-                        tracing::info!(%address, "a caller did not finish its handshake");
+                    Ok((address, Err(error))) => {
+                        tracing::info!(%address, %error, "rejected a caller");
                     }
                     Err(error) => tracing::error!(%error, "a handshake panicked"),
                 },
@@ -283,21 +280,23 @@ pub fn incoming(
 async fn handshake(
     config: Arc<ServerConfig>,
     stream: TcpStream,
-    places: Arc<Semaphore>,
+    origin: Origin,
+    mut place: Place,
 ) -> io::Result<Connection> {
     stream.set_nodelay(true)?;
-    let stream = TlsAcceptor::from(config).accept(stream).await?;
+    let accepted = tokio::select! {
+        accepted = timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config).accept(stream)) => accepted,
+        () = place.given_up() => return Err(io::Error::other("too many others are in a handshake")),
+    };
+    let stream = accepted.map_err(|_| io::Error::other("it did not finish its handshake"))??;
     let (_, session) = stream.get_ref();
     let certificate = session.peer_certificates().and_then(|chain| chain.first());
     let Some(certificate) = certificate else {
-        let place = places.try_acquire_owned();
-        let place =
-            place.map_err(|_| io::Error::other("too many callers without a certificate"))?;
-        return Ok(Connection::of_nobody(stream, place));
+        return Ok(Connection::of_nobody(stream, origin, place));
     };
     let name = name(certificate);
     let name = name.ok_or_else(|| io::Error::other("its certificate contains no name"))?;
-    Ok(Connection::new(stream, name))
+    Ok(Connection::new(stream, name, origin))
 }
 
 /// The name in a certificate: its first SPIFFE id (`spiffe://...`), or `cn:` and the

@@ -3,33 +3,41 @@
 use std::io;
 
 use futures_util::{Stream, StreamExt, stream};
-use polydev_transport::{address::Listener, connection::Connection, tls};
+use polydev_transport::{
+    accept::accept,
+    address::Listener,
+    connection::{Connection, Origin},
+    tls,
+};
 use tokio::net::{TcpStream, UnixStream};
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
 /// The connections that arrive at any of `listeners`.
 pub(super) fn incoming(
     listeners: Vec<Listener>,
 ) -> impl Stream<Item = io::Result<Connection>> + Send {
-    stream::select_all(listeners.into_iter().map(|listener| {
-        match listener {
-            Listener::Unix(listener) => UnixListenerStream::new(listener)
-                .map(|stream| unix(stream?))
-                .boxed(),
-            Listener::Loopback(listener) => TcpListenerStream::new(listener)
-                .map(|stream| loopback(stream?))
-                .boxed(),
-            Listener::Tls(listener, files) => tls::incoming(listener, files).map(Ok).boxed(),
-        }
-    }))
+    let connections = listeners.into_iter().map(|listener| match listener {
+        Listener::Unix(listener) => accept(listener).filter_map(async |s| unix(s).ok()).boxed(),
+        Listener::Loopback(listener) => accept(listener)
+            .filter_map(async |s| loopback(s).ok())
+            .boxed(),
+        Listener::Tls(listener, files) => tls::incoming(listener, files).boxed(),
+    });
+    stream::select_all(connections).map(Ok)
 }
 
+/// # Errors
+/// If the connection is gone.
 fn unix(stream: UnixStream) -> io::Result<Connection> {
-    let uid = stream.peer_cred()?.uid();
-    Ok(Connection::new(stream, format!("uid:{uid}")))
+    let peer = stream.peer_cred()?;
+    let (uid, pid) = (peer.uid(), peer.pid());
+    let origin = Origin::Process { uid, pid };
+    Ok(Connection::new(stream, format!("uid:{uid}"), origin))
 }
 
+/// # Errors
+/// If the connection is gone.
 fn loopback(stream: TcpStream) -> io::Result<Connection> {
     stream.set_nodelay(true)?;
-    Ok(Connection::new(stream, "loopback".into()))
+    let origin = Origin::Address(stream.peer_addr()?);
+    Ok(Connection::new(stream, "loopback".into(), origin))
 }
