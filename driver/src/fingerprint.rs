@@ -154,6 +154,7 @@ impl Watcher {
                         .map_or("none".into(), |at| at.as_secs().to_string()),
                 ),
                 attribute("node_address", node.address()),
+                attribute("node_identity", node.site.identity.clone()),
             ]),
         })
     }

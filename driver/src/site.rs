@@ -20,6 +20,8 @@ pub struct Site {
     pub broker: Arc<Broker>,
     /// Random, created once per state folder. Containers and networks of this driver carry it.
     pub instance: String,
+    /// Of this node, for shims.
+    pub identity: String,
     /// Random, created at each start. A claim names the start that its shim saw.
     pub start_id: String,
     /// Name of the Docker network, and prefix of the names of slots' containers.

@@ -63,6 +63,41 @@ fn a_node_is_followed_once_it_is_ready_and_says_where() {
     site.wait_nodes(2, 0);
 }
 
+/// Nodes that were set up alike have the same path: on the shim's machine it leads to that machine's
+/// driver, whichever node is meant.
+#[test]
+fn a_path_that_leads_to_another_nodes_driver_is_not_that_node() {
+    let site = Site::start(&[("anthropic", 1)]);
+    let client = site.shim.client();
+    let mut other = site.node().description();
+    let other_id = Uuid::new_v4().to_string();
+    other["ID"] = json!(other_id);
+    other["Drivers"]["polydev"]["Attributes"]["driver.polydev.node_identity"] =
+        json!(Uuid::new_v4().to_string());
+    site.nomad().set_nodes([other]);
+    site.wait_nodes(1, 1);
+    assert_eq!(client.pool("anthropic").idle, 1, "it is counted once");
+    let retry = RunStart {
+        run_id: Uuid::now_v7().to_string(),
+        attempt: 2,
+        ..steps(&["true"])
+    };
+    let status = client.run(retry).unwrap_err();
+    assert_eq!(reason(&status), "MAY_HAVE_RUN", "{status}");
+    // The other node's drain ends no run of this one.
+    let run = client.start(steps(&["wait"])).unwrap();
+    site.node()
+        .change_slots(|slot| slot.set_state(State::Draining));
+    site.nomad().change_node(&other_id, |node| {
+        node["SchedulingEligibility"] = json!("ineligible");
+        node["LastDrain"] = json!({ "Status": "complete" });
+    });
+    wait_heard(&site, 2);
+    assert!(site.node().asked().cancels.is_empty());
+    client.cancel(&run.accepted.run_id).unwrap();
+    client.finish(run).unwrap();
+}
+
 /// The node's runs continue. The node gets no new runs, and may come back.
 #[test]
 fn a_node_that_nomad_has_lost_keeps_its_runs_and_gets_no_new_ones() {

@@ -50,8 +50,10 @@ use slots::Slots;
 /// How a node is made.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The node's id in Nomad.
+    /// The node's id in Nomad, and its name there.
     pub id: String,
+    /// What the driver says that it is.
+    pub identity: String,
     /// The time from a run's end until its slot is idle again.
     pub refill: Duration,
     /// Whether the node keeps its runs, its connections and the requests. On a node that keeps
@@ -65,6 +67,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             id: Uuid::new_v4().to_string(),
+            identity: Uuid::new_v4().to_string(),
             refill: Duration::from_millis(20),
             keeps: true,
             since: None,
@@ -91,6 +94,7 @@ pub struct FakeNode {
 /// The state of the node's service.
 struct Node {
     id: String,
+    identity: String,
     keeps: bool,
     slots: Arc<Slots>,
     book: Arc<Book>,
@@ -120,6 +124,7 @@ impl FakeNode {
             asked: Mutex::default(),
             keeps: options.keeps,
             id: options.id,
+            identity: options.identity,
         });
         let accepting = node.clone();
         let incoming = UnixListenerStream::new(listener)
@@ -141,12 +146,15 @@ impl FakeNode {
     /// The node as Nomad lists it.
     #[must_use]
     pub fn description(&self) -> Value {
-        let address = format!("unix://{}", self.socket.display());
         json!({
             "ID": self.node.id,
+            "Name": format!("client-{}", self.node.id),
             "Status": "ready",
             "SchedulingEligibility": "eligible",
-            "Drivers": { "polydev": { "Attributes": { "driver.polydev.node_address": address } } },
+            "Drivers": { "polydev": { "Attributes": {
+                "driver.polydev.node_address": format!("unix://{}", self.socket.display()),
+                "driver.polydev.node_identity": self.node.identity,
+            } } },
         })
     }
 

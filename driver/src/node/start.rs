@@ -1,14 +1,22 @@
 //! Takes charge of the node: first prepares everything that may fail, then recovers the
 //! runs and tasks of an earlier life, and only then accepts requests.
 
-use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use polydev_transport::tls::{self, Callers, Reloading};
+use futures_util::StreamExt;
+use polydev_transport::{
+    accept::accept,
+    tls::{self, Callers, Reloading},
+};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,
 };
-use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::task::TaskTracker;
 
 use super::{Node, interface, recover, service, socket_path};
@@ -31,6 +39,9 @@ use crate::{
     state::{files, lock::Lock},
     task::{self, Tasks, journal::Journal},
 };
+
+/// systemd's id of the machine (machine-id(5)).
+const MACHINE_ID: &str = "/etc/machine-id";
 
 /// Why the driver cannot take charge yet. The caller tries again.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +101,7 @@ impl Prepared {
     fn make(config: config::Plugin, compute: Compute, events: Events) -> Result<Self, Error> {
         let docker = Docker::new(&config.endpoint);
         let instance = files::instance(&config.state_dir)?;
+        let identity = files::node_identity(&config.state_dir, Path::new(MACHINE_ID))?;
         let init = files::install_init(&config.init_path, &config.state_dir)?;
         let resolv_conf = files::write_resolv_conf(&config.state_dir)?;
         let journal = Journal::open(&config.state_dir)?;
@@ -122,6 +134,7 @@ impl Prepared {
                 start_id: uuid::Uuid::new_v4().to_string(),
                 name: format!("polydev-{instance}"),
                 instance,
+                identity,
                 init,
                 link_dir,
                 resolv_conf,
@@ -192,10 +205,11 @@ impl Prepared {
             node.slots.book.changes(),
             move |seen| runs.seen(seen),
         ));
-        let local = UnixListenerStream::new(listener);
+        let local = accept(listener).map(Ok);
         background.spawn(service::serve(node.clone(), local));
         if let (Some((listener, files)), Some(shims)) = (secured, &node.site.config.shims) {
-            let known = service::known(tls::incoming(listener, files), shims.allow.clone());
+            let incoming = tls::incoming(listener, files);
+            let known = service::known(incoming, shims.allow.clone());
             background.spawn(service::serve(node.clone(), known));
         }
         background.spawn(run::book::keep(node.runs.clone()));

@@ -35,6 +35,27 @@ pub fn instance(state_dir: &Path) -> Result<String, Error> {
     Ok(id)
 }
 
+/// A random UUID for this machine and folder, created at first use. A copy of the folder on another
+/// machine gets another one.
+///
+/// # Errors
+/// [`Error::Write`]
+pub fn node_identity(state_dir: &Path, machine_id: &Path) -> Result<String, Error> {
+    let path = state_dir.join("identity");
+    // Without such an id all machines look alike.
+    let machine = fs::read(machine_id).unwrap_or_default();
+    let machine = hex::encode(&Sha256::digest(&machine)[..16]);
+    if let Ok(known) = fs::read_to_string(&path)
+        && let Some((identity, of)) = known.trim_end().split_once(' ')
+        && of == machine
+    {
+        return Ok(identity.to_owned());
+    }
+    let identity = uuid::Uuid::new_v4().to_string();
+    write(&path, format!("{identity} {machine}\n").as_bytes(), 0o600)?;
+    Ok(identity)
+}
+
 /// Copies init to a name that is derived from its content, so that containers that have
 /// mounted it outlive an upgrade.
 ///
@@ -126,6 +147,21 @@ pub(crate) fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), Error>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_node_keeps_its_identity_and_a_copy_has_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let machine = folder.path().join("machine-id");
+        fs::write(&machine, "0123\n").unwrap();
+        let identity = || node_identity(folder.path(), &machine).unwrap();
+        let first = identity();
+        assert_eq!(identity(), first);
+        fs::write(&machine, "4567\n").unwrap();
+        let second = identity();
+        assert_ne!(second, first);
+        fs::write(folder.path().join("identity"), "").unwrap();
+        assert!(![first, second].contains(&identity()));
+    }
 
     #[test]
     fn name_servers_of_the_hosts_loopback_are_left_out() {

@@ -13,6 +13,7 @@ use tokio::{sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
+use super::{At, Expected};
 use plugin::Plugin;
 
 /// Time for a run's kill timeout and the removal of its container.
@@ -82,8 +83,12 @@ impl Engine {
 
     /// The only driver, for [`pool::follow`](crate::pool::follow).
     #[must_use]
-    pub fn drivers(&self) -> watch::Receiver<BTreeMap<String, String>> {
-        let drivers = BTreeMap::from([(self.node_id.clone(), self.address.clone())]);
+    pub fn drivers(&self) -> watch::Receiver<BTreeMap<String, At>> {
+        let at = At {
+            address: self.address.clone(),
+            expected: Expected::Any,
+        };
+        let drivers = BTreeMap::from([(self.node_id.clone(), at)]);
         // Nothing changes, but the receiver can wait only while the sender lives.
         let (sender, receiver) = watch::channel(drivers);
         self.slots.spawn({

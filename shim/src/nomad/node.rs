@@ -12,6 +12,8 @@ use super::{Error, Nomad};
 pub struct Node {
     #[serde(rename = "ID")]
     pub id: String,
+    #[serde(default)]
+    pub name: String,
     pub status: String,
     #[serde(default)]
     pub scheduling_eligibility: String,

@@ -9,10 +9,13 @@ use tokio::{
     task::AbortHandle,
     time::{sleep, timeout},
 };
-use tonic::{Status, transport::Endpoint};
+use tonic::{Code, Status, transport::Endpoint};
 
 use super::View;
-use crate::credentials::{Vault, refreshed};
+use crate::{
+    credentials::{Vault, refreshed},
+    engine::{At, Expected},
+};
 use polydev_transport::backoff::Backoff;
 
 /// Bytes of one run on their way from the driver.
@@ -31,28 +34,29 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// Short, because runs wait for their driver to come back.
 const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Follows every driver in `drivers` (node id to address) as drivers come and go, and stores
+/// Follows every driver in `drivers` (by node id) as drivers come and go, and stores
 /// credentials that their runs refresh in the vault. Follows a driver that is no longer listed as
 /// long as its connection lasts: the driver still runs when Nomad does not hear from the agent.
 /// Ends when `drivers` does.
 pub async fn follow(
     view: View,
-    mut drivers: watch::Receiver<BTreeMap<String, String>>,
+    mut drivers: watch::Receiver<BTreeMap<String, At>>,
     trust: Option<Trust>,
     vault: Arc<Vault>,
 ) {
-    let mut followed: BTreeMap<String, (String, AbortHandle)> = BTreeMap::new();
+    let mut followed: BTreeMap<String, (At, AbortHandle)> = BTreeMap::new();
     let mut tasks = tokio::task::JoinSet::new();
     loop {
         let wanted = drivers.borrow_and_update().clone();
-        followed.retain(|node_id, (address, task)| {
+        followed.retain(|node_id, (at, task)| {
             let now = wanted.get(node_id);
             if now.is_none() {
                 view.leave(node_id);
             }
-            let has_moved = now.is_some_and(|now| now != address);
+            let has_moved = now.is_some_and(|now| now != at);
             // A machine that was set up again has another id.
-            let is_anothers = now.is_none() && wanted.values().any(|at| at == address);
+            let is_anothers =
+                now.is_none() && wanted.values().any(|other| other.address == at.address);
             if has_moved || is_anothers {
                 task.abort();
             }
@@ -61,16 +65,16 @@ pub async fn follow(
             }
             !task.is_finished()
         });
-        for (node_id, address) in wanted {
+        for (node_id, at) in wanted {
             view.expect(&node_id);
             followed.entry(node_id.clone()).or_insert_with(|| {
                 let driver = Driver {
                     node_id,
-                    address: address.clone(),
+                    at: at.clone(),
                     trust: trust.clone(),
                 };
                 let task = tasks.spawn(follow_driver(view.clone(), driver, vault.clone()));
-                (address, task)
+                (at, task)
             });
         }
         tokio::select! {
@@ -83,14 +87,13 @@ pub async fn follow(
 /// A driver to follow, and how the shim identifies itself to it.
 struct Driver {
     node_id: String,
-    address: String,
+    at: At,
     trust: Option<Trust>,
 }
 
 async fn follow_driver(view: View, driver: Driver, vault: Arc<Vault>) {
-    let Driver {
-        node_id, address, ..
-    } = &driver;
+    let Driver { node_id, at, .. } = &driver;
+    let address = &at.address;
     let mut retry = Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL);
     let mut last = String::new();
     loop {
@@ -99,7 +102,12 @@ async fn follow_driver(view: View, driver: Driver, vault: Arc<Vault>) {
         // Logs each reason only once: a node may be away for a long time.
         let reason = status.message();
         if *reason != *last {
-            tracing::info!(node_id, address, reason, "cannot reach a driver");
+            match status.code() {
+                Code::FailedPrecondition => {
+                    tracing::warn!(node_id, reason, "a node's driver is not followed");
+                }
+                _ => tracing::info!(node_id, address, reason, "cannot reach a driver"),
+            }
             reason.clone_into(&mut last);
         }
         if view.has_left(node_id) {
@@ -115,12 +123,11 @@ async fn follow_once(
     vault: &Vault,
     retry: &mut Backoff,
 ) -> Result<Infallible, Status> {
-    let Driver {
-        node_id,
-        address,
-        trust,
-    } = driver;
-    let address: Address = address
+    let Driver { node_id, at, trust } = driver;
+    if let Expected::Nobody(reason) = &at.expected {
+        return Err(Status::failed_precondition(reason));
+    }
+    let address: Address = (at.address)
         .parse()
         .map_err(|error| Status::invalid_argument(crate::chain(&error)))?;
     // Each connection between a run and its caller may hold this much of its output: see
@@ -148,6 +155,8 @@ async fn follow_once(
     // driver dies or its machine does not answer pings.
     let follow_slots = async {
         while let Some(told) = slots.message().await? {
+            let checked = at.expected.check(&at.address, &told.node_identity);
+            checked.map_err(Status::failed_precondition)?;
             retry.reset();
             view.apply(node_id, &channel, told);
         }

@@ -33,6 +33,7 @@ type Watcher = mpsc::Sender<WatchSlotsResponse>;
 pub(super) struct Slots {
     refill: Duration,
     since: Option<Timestamp>,
+    identity: String,
     inner: Mutex<Inner>,
 }
 
@@ -51,6 +52,7 @@ impl Slots {
         Self {
             refill: options.refill,
             since: options.since.map(Timestamp::from),
+            identity: options.identity.clone(),
             inner: Mutex::default(),
         }
     }
@@ -135,6 +137,7 @@ impl Slots {
         }
         slot.set_state(State::Claimed);
         slot.run_id.clone_from(&claim.run_id);
+        slot.user_id.clone_from(&claim.user_id);
         self.report(watchers, std::slice::from_ref(&*slot), &[]);
         true
     }
@@ -169,6 +172,7 @@ impl Slots {
         let slot = &mut all[at];
         slot.set_state(State::Idle);
         slot.run_id.clear();
+        slot.user_id.clear();
         slot.generation += 1;
         self.report(watchers, std::slice::from_ref(&*slot), &[]);
     }
@@ -232,6 +236,7 @@ impl Slots {
             slots,
             removed,
             spent: Vec::new(),
+            node_identity: self.identity.clone(),
         }
     }
 }

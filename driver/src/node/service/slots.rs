@@ -82,6 +82,7 @@ impl Watcher {
                 .filter(|id| !now.contains_key(id))
                 .collect(),
             spent: self.spent(),
+            node_identity: self.slots.site.identity.clone(),
         };
         self.sent = Some(now);
         Some(response)

@@ -53,7 +53,11 @@ pub(crate) fn figures() -> anyhow::Result<Vec<Value>> {
     })?;
     let runtime = tokio::runtime::Runtime::new()?;
     let opener = scrypt::Opener::new();
-    let open = || runtime.block_on(opener.open(&old, &keys)).map(drop);
+    let open = || {
+        runtime
+            .block_on(opener.open(&old, &keys, binding.user_id))
+            .map(drop)
+    };
     let begin = Instant::now();
     open()?;
     let first = millis(begin.elapsed());

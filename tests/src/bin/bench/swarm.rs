@@ -165,7 +165,7 @@ fn cluster(folder: &Path) -> anyhow::Result<FakeNomad> {
             id: format!("{number:08}-0000-4000-8000-000000000000"),
             refill: REFILL,
             keeps: false,
-            since: None,
+            ..Options::default()
         };
         let node = FakeNode::start(folder, options)?;
         node.add_slots("anthropic", SLOTS);
