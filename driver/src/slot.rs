@@ -302,7 +302,7 @@ impl Slot {
     fn is_claimed(&self) -> bool {
         matches!(
             self.lock().state(),
-            State::Claimed { .. } | State::Draining { run_id: Some(_) }
+            State::Claimed { .. } | State::Draining { holder: Some(_) }
         )
     }
 }

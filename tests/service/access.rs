@@ -7,9 +7,9 @@ use std::{
 };
 
 use polydev_proto::runtime::{
-    CredentialMode, DeleteCredentialRequest, ListCredentialsRequest, ListPoolsRequest,
-    ListRunsRequest, PutCredentialRequest, RotateCredentialsRequest, RunStart, ScalePoolRequest,
-    SubmitJobRequest, secret::Kind,
+    CredentialMode, DeleteCredentialRequest, GetPoolRequest, ListCredentialsRequest,
+    ListPoolsRequest, ListRunsRequest, PutCredentialRequest, RotateCredentialsRequest, RunStart,
+    ScalePoolRequest, SubmitJobRequest, secret::Kind,
 };
 use polydev_tests::{
     client::{Client, api_key, argv, in_the_clear},
@@ -213,6 +213,46 @@ fn a_role_lets_its_members_look() {
     assert_eq!(listed.runs[0].run_id, run_id);
     let pools = client.call(async |mut shim| shim.list_pools(ListPoolsRequest {}).await);
     assert_eq!(pools.unwrap().pools.len(), 3);
+}
+
+/// Whoever knows a run's id can ask for the run, and use the id for another one.
+#[test]
+fn pools_show_runs_to_those_who_may_see_them() {
+    let of_pools = roles(ANTHROPIC).replace("may = [\"run\"]\n", "may = [\"scale\"]\n");
+    for (roles, is_shown) in [(roles(ANTHROPIC), true), (of_pools, false)] {
+        let tls = Tls::with_roles(&roles);
+        let site = site(&tls, &[("anthropic", 1)]);
+        for (user, is_theirs) in [("team-a", true), ("bob", false)] {
+            let start = RunStart {
+                user_id: user.into(),
+                ..steps(&["wait"])
+            };
+            let local = site.shim.client();
+            local.wait_idle("anthropic", 1);
+            let run = local.start(start).unwrap();
+            let request = GetPoolRequest {
+                provider: "anthropic".into(),
+            };
+            let client = Client::connect_as(&tls.url, tls.files("controller")).unwrap();
+            let shown = || {
+                let request = request.clone();
+                let pool = client.call(async |mut shim| shim.get_pool(request).await);
+                let slot = pool.unwrap().slots.remove(0);
+                (slot.run_id, slot.user_id)
+            };
+            let whose = match is_shown && is_theirs {
+                true => (run.accepted.run_id.clone(), user.to_owned()),
+                false => Default::default(),
+            };
+            wait_until("the slot of the run", LIMIT, || {
+                let pool = client.pool("anthropic");
+                (pool.claimed == 1).then_some(()).ok_or(format!("{pool:?}"))
+            });
+            assert_eq!(shown(), whose, "{user}");
+            local.cancel_as(user, &run.accepted.run_id).unwrap();
+            local.finish(run).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -266,3 +266,35 @@ fn pools_are_counted_by_the_states_of_their_slots() {
     site.node().leave();
     is_counted(1, 1);
 }
+
+/// Bob has found out the id of alice's run, and starts one of his own with it on another node.
+#[test]
+fn another_users_run_with_the_same_id_hides_no_run() {
+    let mut site = Site::start(&[("anthropic", 1)]);
+    site.add_node(Options::default(), &[("anthropic", 1)]);
+    let client = site.shim.client();
+    let of = |user: &str, run_id: &str| RunStart {
+        user_id: user.into(),
+        run_id: run_id.into(),
+        attempt: 1,
+        ..steps(&["wait"])
+    };
+    client.wait_idle("anthropic", 2);
+    let run_id = Uuid::now_v7().to_string();
+    let alices = client.start(of("alice", &run_id)).expect("it begins");
+    client.wait_idle("anthropic", 1);
+    let bobs = client.start(of("bob", &run_id)).expect("it begins");
+    for _ in 0..20 {
+        for user in ["alice", "bob"] {
+            let run = client.get_run_as(user, &run_id).expect("it is theirs");
+            assert_eq!(run.user_id, user);
+        }
+        let carol = client.get_run_as("carol", &run_id).unwrap_err();
+        assert_eq!(crate::site::reason(&carol), "OTHER_USER");
+    }
+    client.cancel_as("alice", &run_id).expect("it is hers");
+    let outcome = client.finish(alices).expect("it ends");
+    assert_eq!(outcome.exited.reason(), ExitReason::Cancelled);
+    client.cancel_as("bob", &run_id).expect("it is his");
+    client.finish(bobs).expect("it ends");
+}

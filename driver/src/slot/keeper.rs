@@ -81,8 +81,7 @@ impl Slot {
         let life = match &open {
             Some(run) => {
                 let claimed = &run.claimed;
-                let run_id = claimed.run_id;
-                life.resumed(run_id, claimed.generation, claimed.claimed_at)
+                life.resumed(claimed.holder(), claimed.generation, claimed.claimed_at)
             }
             None => life,
         };

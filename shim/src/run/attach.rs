@@ -146,7 +146,8 @@ pub async fn cancel(view: &View, name: &Name) -> Result<(), Error> {
     first_of(view, name, ask).await
 }
 
-/// Asks every node at once; at most one has the run.
+/// Asks every node at once; at most one has the run. A node may have another user's run with the
+/// same id: that is no answer about this one.
 pub(super) async fn first_of<T, F>(
     view: &View,
     name: &Name,
@@ -163,7 +164,7 @@ where
             async move { (node_id, answer.await) }
         })
         .collect();
-    let mut not_found = None;
+    let (mut not_found, mut forbidden) = (None, None);
     while let Some((node_id, answer)) = asked.next().await {
         match answer {
             Ok(found) => return Ok(found),
@@ -172,11 +173,14 @@ where
             }
             // A claim of the run did not start there; another node may have the run.
             Err(status) if status.code() == Code::FailedPrecondition => not_found = Some(status),
+            Err(status) if status.code() == Code::PermissionDenied => {
+                forbidden.get_or_insert(status);
+            }
             Err(status) if is_answer(&status) => return Err(Error::of(status, name)),
             Err(_) => unreachable.push(node_id),
         }
     }
-    match not_found {
+    match forbidden.or(not_found) {
         _ if !unreachable.is_empty() => Err(Error::Unasked { nodes: unreachable }),
         Some(status) => Err(Error::of(status, name)),
         None => Err(Error::NoNode),

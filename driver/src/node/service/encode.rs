@@ -23,13 +23,13 @@ use crate::{
 
 pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
     let life = slot.life();
-    let (state, run_id) = match life.state() {
+    let (state, holder) = match life.state() {
         State::Warming => (slot::State::Warming, None),
         State::Idle => (slot::State::Idle, None),
-        State::Leased { holder, .. } => (slot::State::Leased, Some(holder.run_id)),
-        State::Claimed { run_id } => (slot::State::Claimed, Some(*run_id)),
+        State::Leased { holder, .. } => (slot::State::Leased, Some(holder)),
+        State::Claimed { holder } => (slot::State::Claimed, Some(holder)),
         State::Recycling => (slot::State::Recycling, None),
-        State::Draining { run_id } => (slot::State::Draining, *run_id),
+        State::Draining { holder } => (slot::State::Draining, holder.as_ref()),
         State::Failed => (slot::State::Failed, None),
     };
     let waits = matches!(life.state(), State::Idle | State::Leased { .. });
@@ -45,7 +45,12 @@ pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
         namespace: slot.identity.namespace.clone(),
         job_id: slot.identity.job_id.clone(),
         alloc_id: slot.identity.alloc_id.clone(),
-        run_id: run_id.map(String::from).unwrap_or_default(),
+        run_id: holder
+            .map(|holder| holder.run_id.into())
+            .unwrap_or_default(),
+        user_id: holder
+            .map(|holder| holder.user_id.clone().into())
+            .unwrap_or_default(),
         for_run_id: slot.config.run_id.map(String::from).unwrap_or_default(),
         public_key: match waits {
             true => slot.public_key(),

@@ -16,7 +16,7 @@ use tokio::time::sleep;
 
 use super::Api;
 use crate::{
-    access::{Action, Caller},
+    access::{Action, Caller, What},
     pool::{Counts, View},
     run::{Error, request::Invalid},
 };
@@ -40,7 +40,21 @@ impl Api {
     ) -> Result<GetPoolResponse, Error> {
         self.check(caller, Action::Look)?;
         let provider = provider(&request.provider)?;
-        Ok(get(&self.view, provider))
+        let mut pool = get(&self.view, provider);
+        // Whoever knows a run's id can ask for the run, and use the id for another one.
+        for slot in &mut pool.slots {
+            let run = Action::Run {
+                what: What::Existing,
+                // An older driver does not say whose the run is: then it takes the right to all.
+                user_id: Some(&*slot.user_id).filter(|user_id| !user_id.is_empty()),
+                provider: Some(provider),
+            };
+            if self.access.check(caller, run).is_err() {
+                slot.run_id.clear();
+                slot.user_id.clear();
+            }
+        }
+        Ok(pool)
     }
 
     pub(in crate::service) fn watch_pools(
@@ -89,6 +103,7 @@ fn get(view: &View, provider: Provider) -> GetPoolResponse {
             generation: slot.generation,
             image: slot.image,
             run_id: slot.run_id,
+            user_id: slot.user_id,
             on_demand: !slot.for_run_id.is_empty(),
             cause: slot.cause,
             agent: agent.state() == agent::State::Ready,
