@@ -128,12 +128,14 @@ pub enum Error {
         waited: Duration,
         pool: String,
     },
-    #[error("user `{user_id}` still had as many active runs as this shim allows after {} s", waited.as_secs_f64())]
+    #[error("user `{user_id}` still had as many active runs or leases as this shim allows after {} s", waited.as_secs_f64())]
     AtLimit { user_id: UserId, waited: Duration },
     #[error(transparent)]
     Full(#[from] queue::Full),
     #[error(transparent)]
     Rate(#[from] rate::Exceeded),
+    #[error("this shim reads as many requests as its memory allows")]
+    Busy,
     #[error(
         "this shim is stopping; attach through another shim to a run that has started, and start \
              any other run again with the same run id and the next `attempt`"

@@ -172,6 +172,25 @@ fn the_run_of_a_lease_counts_as_its_users() {
     client.run(others).unwrap();
 }
 
+#[test]
+fn a_user_has_no_more_leases_than_are_allowed() {
+    let site = Site::start_with(&[("anthropic", 3)], &["--user-leases", "2"]);
+    let client = site.shim.client();
+    let first = allocate(&client, 300).unwrap();
+    allocate(&client, 300).unwrap();
+    is_refused(
+        allocate(&client, 300),
+        Code::ResourceExhausted,
+        "USER_LIMIT",
+    );
+    client.run(steps(&["true"])).unwrap();
+    client.run(on(&first, &["true"])).unwrap();
+    wait_until("a lease less", LIMIT, || {
+        let lease = allocate(&client, 300);
+        lease.map(drop).map_err(|status| status.to_string())
+    });
+}
+
 /// No caller knows of the lease, which would keep its slot.
 #[test]
 fn a_lease_whose_answer_does_not_come_is_given_back() {

@@ -2,8 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use polydev_proto::runtime::{ListRunsRequest, Queued, RunStart, run_event::Event};
-use polydev_tests::client::{Client, Events, argv};
+use polydev_proto::runtime::{
+    ListRunsRequest, Queued, RunStart, SubmitJobRequest, run_event::Event,
+};
+use polydev_tests::{
+    client::{Client, Events, argv},
+    wait_until,
+};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
@@ -160,7 +165,8 @@ fn a_user_has_no_more_runs_going_or_waiting_than_are_allowed() {
         }
     };
     is_quota(&refused, "USER_LIMIT", "user:alice");
-    let words = "user `alice` still had as many active runs as this shim allows after 1 s";
+    let words =
+        "user `alice` still had as many active runs or leases as this shim allows after 1 s";
     assert_eq!(refused.message(), words);
     assert_eq!(site.node().asked().claims.len(), 2);
 }
@@ -175,6 +181,57 @@ fn a_users_next_run_begins_when_one_has_ended() {
     holder.close();
     client.finish(holder).unwrap();
     served(&client, &mut waiting);
+}
+
+/// Whoever started them, and whether anybody still listens.
+#[test]
+fn all_runs_of_a_user_count_on_whatever_way_they_came() {
+    let limit = ["--user-running", "1"];
+    let site = Site::start_with(&[("anthropic", 3)], &limit);
+    let client = site.shim.client();
+    let is_held = |way: &str| {
+        let second = client.run(at_once(run_of("alice", "true"))).unwrap_err();
+        assert_eq!(reason(&second), "USER_LIMIT", "{way}: {second}");
+        client.run(run_of("bob", "true")).unwrap();
+    };
+    let waits = || RunStart {
+        stdin: false,
+        ..run_of("alice", "wait")
+    };
+
+    let start = Some(waits());
+    let submit = SubmitJobRequest { start };
+    let job = client.call(async |mut shim| shim.submit_job(submit).await);
+    let job = job.unwrap().accepted.unwrap().run_id;
+    is_held("a job");
+    client.cancel_as("alice", &job).unwrap();
+    client.wait_idle("anthropic", 3);
+
+    let run = client.start(waits()).unwrap();
+    let run_id = run.accepted.run_id.clone();
+    drop(run);
+    is_held("a run whose caller has gone");
+    client.cancel_as("alice", &run_id).unwrap();
+    client.wait_idle("anthropic", 3);
+
+    let other = site.another_shim(&limit);
+    let run = other.client().start(waits()).unwrap();
+    wait_until("what the other shim has done", LIMIT, || {
+        let pool = client.pool("anthropic");
+        (pool.claimed == 1).then_some(()).ok_or(format!("{pool:?}"))
+    });
+    is_held("another shim's run");
+    let waiting = RunStart {
+        queue_timeout: seconds(20),
+        ..run_of("alice", "true")
+    };
+    let (_input, mut events) = client.submit(waiting).unwrap();
+    assert_eq!(before(&client, &mut events), 0);
+    other
+        .client()
+        .cancel_as("alice", &run.accepted.run_id)
+        .unwrap();
+    served(&client, &mut events);
 }
 
 #[test]

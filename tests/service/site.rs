@@ -111,6 +111,11 @@ impl Site {
         }
     }
 
+    /// Another shim over the same nodes.
+    pub(crate) fn another_shim(&self, options: &[&str]) -> Shim {
+        Shim::serve_in(&self.cluster.nomad.address, options, &[])
+    }
+
     /// Adds a node, and waits until the shim follows it.
     pub(crate) fn add_node(&mut self, options: Options, pools: Pools) {
         self.nodes.push(self.cluster.node(options, pools));

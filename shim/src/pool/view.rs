@@ -2,6 +2,7 @@
 //! a driver decides about its slots.
 
 mod candidate;
+mod held;
 mod ready;
 mod used;
 
@@ -13,13 +14,14 @@ use std::{
 
 use parking_lot::{Mutex, MutexGuard};
 use polydev_proto::{
-    id::{Generation, RunId, SlotId},
+    id::{Generation, RunId, SlotId, UserId},
     node::{Slot, WatchSlotsResponse, slot::State},
 };
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
 pub use candidate::{Candidate, POLICY_VERSION};
+use held::Held;
 use ready::{Key, Ready};
 use used::OnNodes;
 
@@ -35,6 +37,7 @@ struct Inner {
     nodes: HashMap<String, Node>,
     /// The slots of connected nodes that may be taken.
     ready: Ready,
+    held: Held,
     used: OnNodes,
 }
 
@@ -291,6 +294,12 @@ impl View {
         })
     }
 
+    /// The runs and leases of a user on all nodes, and which of them are leases.
+    #[must_use]
+    pub fn held(&self, user_id: &UserId) -> Vec<(RunId, bool)> {
+        self.lock().held.of(user_id)
+    }
+
     /// The active runs in slots that Nomad has stopped on a node, with the connection to it.
     #[must_use]
     pub fn stopped_runs(&self, node_id: &str) -> Vec<(Channel, RunId)> {
@@ -340,6 +349,7 @@ impl View {
             inner.used.apply(node_id, told.spent, told.snapshot);
             if told.snapshot {
                 inner.disconnect(node_id);
+                inner.held.clear(node_id);
             }
             let node = inner.nodes.entry(node_id.to_owned()).or_default();
             let node = node.connected.get_or_insert_with(|| Connected {
@@ -353,8 +363,10 @@ impl View {
             });
             node.clock = clock;
             for slot_id in told.removed {
-                if let Some(slot) = node.slots.remove(&slot_id.into()) {
+                let slot_id = SlotId::from(slot_id);
+                if let Some(slot) = node.slots.remove(&slot_id) {
                     inner.ready.remove(node_id, &slot);
+                    inner.held.remove(node_id, &slot_id);
                 }
             }
             for slot in told.slots {
@@ -365,6 +377,7 @@ impl View {
                 if !node.is_claiming(&slot) {
                     inner.ready.insert(node_id, &slot);
                 }
+                inner.held.put(node_id, &slot);
                 node.slots.insert(slot_id, slot);
             }
         });
@@ -393,11 +406,14 @@ impl View {
                 node.left = Some(Instant::now());
             }
             inner.set_lost(node_id, true);
-            let Inner { nodes, ready, .. } = inner;
+            let Inner {
+                nodes, ready, held, ..
+            } = inner;
             nodes.retain(|node_id, node| {
                 let is_known = node.connected.is_some() || node.is_remembered();
                 if !is_known {
                     ready.set_lost(node_id, false);
+                    held.clear(node_id);
                 }
                 is_known
             });
@@ -454,9 +470,9 @@ impl Inner {
         }
     }
 
-    fn connected(&mut self, node_id: &str) -> Option<(&mut Connected, &mut Ready)> {
+    fn connected(&mut self, node_id: &str) -> Option<(&mut Connected, &mut Ready, &mut Held)> {
         let node = self.nodes.get_mut(node_id)?.connected.as_mut()?;
-        Some((node, &mut self.ready))
+        Some((node, &mut self.ready, &mut self.held))
     }
 }
 

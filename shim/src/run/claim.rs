@@ -19,7 +19,7 @@ use tokio::{
 use super::{
     Connection, Error,
     on_demand::{OnDemand, Order},
-    queue::{Place, Queue, Running, Ticket},
+    queue::{Full, Place, Queue, Running, Ticket, Wants},
     request::Request,
 };
 use crate::pool::{Candidate, View};
@@ -58,12 +58,12 @@ pub async fn claim(
     }
     if is_leased {
         // The lease has waited its turn already. The run counts as an active run of its user.
-        let running = queue.pass(provider.name(), &user_id);
+        let running = queue.pass(provider.name(), &user_id, run_id);
         let connection = leased(view, provider.name(), run_id, &mut attempts).await?;
         return Ok((connection, Some(running)));
     }
     let give_up = Instant::now() + queue_timeout;
-    let ticket = queue.enter(provider.name(), &user_id)?;
+    let ticket = queue.enter(provider.name(), &user_id, Wants::Run(run_id))?;
     let place = ticket.place.clone();
     let order = on_demand.order(view.clone(), provider, run_id, place);
     let waiting = Waiting {
@@ -178,7 +178,7 @@ impl Waiting<'_> {
     async fn slot(&self, ticket: &mut Ticket) -> Result<Candidate, Error> {
         let slot = wait(self.view, ticket, self.provider, self.run_id, self.caller);
         if let Ok(slot) = timeout_at(self.give_up, slot).await {
-            return Ok(slot);
+            return Ok(slot?);
         }
         let place = *ticket.place.borrow();
         Err(match place {
@@ -190,7 +190,7 @@ impl Waiting<'_> {
                 user_id: self.user_id.clone(),
                 waited: self.queue_timeout,
             },
-            Place::Next => self.none_idle(None),
+            Place::Next | Place::Evicted => self.none_idle(None),
         })
     }
 
@@ -251,12 +251,12 @@ async fn wait(
     provider: &str,
     run_id: RunId,
     caller: &mpsc::Sender<Result<RunEvent, Error>>,
-) -> Candidate {
+) -> Result<Candidate, Full> {
     let mut place = ticket.place.clone();
     let tell = async {
         loop {
             let before = match *place.borrow_and_update() {
-                Place::Next => 0,
+                Place::Next | Place::Evicted => 0,
                 Place::Behind(before) | Place::Held(before) => {
                     u32::try_from(before).unwrap_or(u32::MAX)
                 }
@@ -272,14 +272,14 @@ async fn wait(
         }
     };
     let slot = async {
-        ticket.turn().await;
-        view.idle_slot(provider).await
+        ticket.turn().await?;
+        Ok(view.idle_slot(provider).await)
     };
     tokio::select! {
         biased;
         slot = slot => slot,
         // This slot is only for this run, so the run overtakes nobody.
-        slot = view.slot_for(run_id) => slot,
+        slot = view.slot_for(run_id) => Ok(slot),
         () = tell => unreachable!("it never ends"),
     }
 }

@@ -17,7 +17,7 @@ use super::{
     Error, answered,
     attach::Name,
     claim::{backoff, none_idle},
-    queue::{Place, Queue},
+    queue::{Place, Queue, Wants},
     request::{Invalid, MIN_TIME, bounded, parse_user, queue_timeout},
     terms::Terms,
 };
@@ -70,7 +70,7 @@ pub async fn allocate(
         queue_timeout,
     } = wanted;
     let give_up = Instant::now() + queue_timeout;
-    let mut ticket = queue.enter(provider.name(), &user_id)?;
+    let mut ticket = queue.enter(provider.name(), &user_id, Wants::Lease)?;
     let terms = Terms {
         role,
         user_id: user_id.clone(),
@@ -79,18 +79,19 @@ pub async fn allocate(
     let (mut refused, mut pauses) = (None, backoff());
     loop {
         let slot = async {
-            ticket.turn().await;
-            view.idle_slot(provider.name()).await
+            ticket.turn().await?;
+            Ok::<_, Error>(view.idle_slot(provider.name()).await)
         };
         let Ok(slot) = timeout_at(give_up, slot).await else {
             let waited = queue_timeout;
             return Err(match *ticket.place.borrow() {
                 Place::Held(_) => Error::AtLimit { user_id, waited },
-                Place::Behind(_) | Place::Next => {
+                Place::Behind(_) | Place::Next | Place::Evicted => {
                     none_idle(view, provider.name(), waited, [refused, None])
                 }
             });
         };
+        let slot = slot?;
         let running = ticket.served();
         match terms.fitting(view, slot) {
             Ok(slot) => match lease(&slot, &user_id, time).await {
@@ -137,7 +138,7 @@ async fn lease(slot: &Candidate, user_id: &UserId, time: Duration) -> Result<Lea
     match answered(client.lease(request)).await {
         Ok(leased) => {
             unclear.settled();
-            slot.leased(run_id);
+            slot.leased(user_id, run_id);
             Ok(Lease {
                 lease_id: run_id.into(),
                 slot_id: slot.slot_id.clone().into(),

@@ -155,7 +155,7 @@ async fn none_coming(view: &View, provider: Provider, place: &watch::Receiver<Pl
         let pool = view.counts().get(provider.name()).copied();
         let coming = pool.map_or(0, |pool| pool.warming + pool.recycling);
         let before = match *place.borrow() {
-            Place::Next => 0,
+            Place::Next | Place::Evicted => 0,
             Place::Behind(before) | Place::Held(before) => before,
         };
         if coming as usize <= before || changes.changed().await.is_err() {

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use polydev_proto::{
     broker::Egress,
-    id::{Generation, RunId, SlotId},
+    id::{Generation, RunId, SlotId, UserId},
     node::{Slot, slot::State},
 };
 use tonic::transport::Channel;
@@ -73,21 +73,26 @@ impl Candidate {
     }
 
     /// Marks the slot as claimed in the view, before the driver reports it.
-    pub fn granted(&self) {
-        self.told(|slot| slot.set_state(State::Claimed));
+    pub fn granted(&self, user_id: &UserId, run_id: RunId) {
+        self.is(State::Claimed, user_id, run_id);
     }
 
     /// Marks the slot as leased in the view.
-    pub fn leased(&self, run_id: RunId) {
+    pub fn leased(&self, user_id: &UserId, run_id: RunId) {
+        self.is(State::Leased, user_id, run_id);
+    }
+
+    fn is(&self, state: State, user_id: &UserId, run_id: RunId) {
         self.told(|slot| {
-            slot.set_state(State::Leased);
+            slot.set_state(state);
+            slot.user_id = user_id.clone().into();
             slot.run_id = run_id.into();
         });
     }
 
     fn told(&self, change: impl FnOnce(&mut Slot)) {
         self.view.update(|inner| {
-            let Some((node, ready)) = inner.connected(&self.node_id) else {
+            let Some((node, ready, held)) = inner.connected(&self.node_id) else {
                 return;
             };
             let is_free = !node
@@ -97,6 +102,7 @@ impl Candidate {
             if let Some(slot) = slot.filter(|slot| slot.generation == self.generation.0) {
                 ready.remove(&self.node_id, slot);
                 change(slot);
+                held.put(&self.node_id, slot);
                 // The driver was away meanwhile, and has reported the slot again.
                 if is_free {
                     ready.insert(&self.node_id, slot);
@@ -110,7 +116,7 @@ impl Drop for Candidate {
     fn drop(&mut self) {
         let claimed = (self.slot_id.clone(), self.generation);
         self.view.update(|inner| {
-            let Some((node, ready)) = inner.connected(&self.node_id) else {
+            let Some((node, ready, _)) = inner.connected(&self.node_id) else {
                 return;
             };
             if !node.claiming.remove(&claimed) {

@@ -182,7 +182,7 @@ proptest! {
                 Step::Drop(which, granted) if which < taken.len() => {
                     let candidate = taken.swap_remove(which);
                     if granted {
-                        candidate.granted();
+                        candidate.granted(&"alice".into(), RunId::now());
                     }
                 }
                 Step::Drop(..) => {}

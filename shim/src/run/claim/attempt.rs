@@ -127,7 +127,8 @@ impl<'a> Attempts<'a> {
                 if let Attempt::Granted(connection) = &attempt
                     && is_in(connection, slot)
                 {
-                    slot.granted();
+                    let user_id = self.claim.user_id.as_str().into();
+                    slot.granted(&user_id, self.run_id);
                 }
                 return Ok(attempt);
             }

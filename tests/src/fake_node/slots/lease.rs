@@ -44,6 +44,7 @@ impl Slots {
         let slot = slot.ok_or_else(not_idle)?;
         slot.set_state(State::Leased);
         slot.run_id.clone_from(run_id);
+        slot.user_id.clone_from(user_id);
         holders.insert(run_id.clone(), user_id.clone());
         self.report(watchers, std::slice::from_ref(&*slot), &[]);
         let (slots, run_id) = (self.clone(), run_id.clone());
@@ -83,6 +84,7 @@ impl Slots {
         self.change(&slot_id, |slot| {
             slot.set_state(State::Recycling);
             slot.run_id.clear();
+            slot.user_id.clear();
         });
         self.refill(slot_id);
         true
