@@ -34,6 +34,18 @@ pub enum Source {
 }
 
 impl Source {
+    /// Whether the caller has the credential in the clear.
+    #[must_use]
+    pub fn is_given(&self) -> bool {
+        matches!(self, Self::Given(_))
+    }
+
+    /// Whether it may be anybody's: records of earlier systems are bound to no user.
+    #[must_use]
+    pub fn is_unbound(&self) -> bool {
+        matches!(self, Self::Scrypt(_))
+    }
+
     /// # Errors
     /// [`Invalid`]
     pub fn parse(message: runtime::Credential) -> Result<Self, Invalid> {

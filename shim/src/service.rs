@@ -1,12 +1,15 @@
 //! `polydev.runtime.v1`, served over gRPC and over HTTP. In reading order: [`server`] accepts
 //! connections. [`incoming`] identifies the caller of a connection, [`identify`] the caller of a
-//! token. [`grpc`] and [`http`] decode a call, ask [`api`], and encode its answer. [`trace`]
+//! token, and [`needs`] says who cannot have a right to a call. [`grpc`] and [`http`] decode a call ([`bodies`] is their memory), ask [`api`], and encode its answer. [`trace`]
 //! reads the caller's trace context. [`status`] maps errors to what callers receive.
 
 mod server;
 
 mod identify;
 mod incoming;
+mod needs;
+
+mod bodies;
 
 mod grpc;
 mod http;

@@ -4,10 +4,12 @@
 mod keys;
 mod signature;
 
+use std::collections::HashMap;
+
 use jsonwebtoken::{Algorithm, Validation, errors::ErrorKind};
 use serde::Deserialize;
+use serde_json::Value;
 
-use crate::access::Caller;
 use keys::Keys;
 
 /// By how many seconds the issuer's clock may differ from this machine's.
@@ -41,6 +43,14 @@ pub struct Settings {
         requires = "token_audience"
     )]
     pub token_keys: Option<String>,
+    /// The claim that says which user a caller is, for roles with `users = ["{caller}"]`.
+    #[arg(
+        long,
+        env = "POLYDEV_TOKEN_USER",
+        value_name = "CLAIM",
+        default_value = "sub"
+    )]
+    pub token_user: String,
 }
 
 /// Why the shim cannot accept tokens.
@@ -97,6 +107,27 @@ struct Claims {
     /// Empty if missing: the library rejects a token without this claim.
     #[serde(default)]
     sub: String,
+    #[serde(flatten)]
+    others: HashMap<String, Value>,
+}
+
+impl Claims {
+    /// The text of a claim.
+    fn text(&self, claim: &str) -> Option<String> {
+        match claim {
+            "sub" => Some(self.sub.clone()),
+            other => Some(self.others.get(other)?.as_str()?.to_owned()),
+        }
+    }
+}
+
+/// Whom a token is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Subject {
+    /// `sub:` and the token's subject.
+    pub name: String,
+    /// The user that the issuer says they are. `None` if the token does not have the claim.
+    pub user: Option<String>,
 }
 
 /// Identifies callers by their tokens.
@@ -105,6 +136,8 @@ pub struct Tokens {
     keys: Keys,
     issuer: Option<String>,
     audience: String,
+    /// The claim with the user.
+    user: String,
 }
 
 impl Tokens {
@@ -117,6 +150,7 @@ impl Tokens {
             token_issuer,
             token_audience,
             token_keys,
+            token_user,
         } = settings.clone();
         let keys = match (&token_issuer, token_keys) {
             // The issuer is only compared with `iss`, and may have any form.
@@ -136,6 +170,7 @@ impl Tokens {
             keys,
             issuer: token_issuer,
             audience: token_audience.unwrap_or_default(),
+            user: token_user,
         }))
     }
 
@@ -144,11 +179,11 @@ impl Tokens {
         self.keys.keep().await;
     }
 
-    /// The caller that the token identifies: `sub:` and the token's subject.
+    /// Whom the token identifies.
     ///
     /// # Errors
     /// [`Refused`]
-    pub async fn caller(&self, token: &str) -> Result<Caller, Refused> {
+    pub async fn subject(&self, token: &str) -> Result<Subject, Refused> {
         if token.len() > MAX_TOKEN {
             return Err(Refused::Header);
         }
@@ -172,10 +207,14 @@ impl Tokens {
             validation.required_spec_claims.insert("iss".into());
         }
         let claims = jsonwebtoken::decode::<Claims>(token, &key, &validation);
-        let sub = claims.map_err(|error| refused(error.kind()))?.claims.sub;
+        let claims = claims.map_err(|error| refused(error.kind()))?.claims;
+        let (sub, user) = (&claims.sub, claims.text(&self.user));
         let is_name = (1..=MAX_SUBJECT).contains(&sub.len()) && !sub.chars().any(char::is_control);
         match is_name {
-            true => Ok(Caller(format!("sub:{sub}"))),
+            true => Ok(Subject {
+                name: format!("sub:{sub}"),
+                user,
+            }),
             false => Err(Refused::Claim {
                 claim: "sub".into(),
             }),

@@ -43,6 +43,11 @@ impl Known {
             users = ["team-*"]
 
             [[role]]
+            members = ["sub:own:*"]
+            may = ["run"]
+            users = ["{{caller}}"]
+
+            [[role]]
             members = ["{myself}"]
             may = ["scale"]
             "#
@@ -55,6 +60,7 @@ impl Known {
             ("--listen", plain.as_str()),
             ("--token-issuer", issuer.url.as_str()),
             ("--token-audience", AUDIENCE),
+            ("--token-user", "email"),
         ] {
             options.extend([name.to_owned(), value.to_owned()]);
         }
@@ -173,6 +179,42 @@ fn a_caller_is_the_subject_of_its_token() {
     let log = known.site.shim.process.log();
     assert!(log.contains("caller=sub:team-a"), "{log}");
     known.has_not_logged(&token);
+}
+
+#[test]
+fn a_role_can_be_for_the_user_that_the_issuer_names() {
+    let known = Known::start();
+    let token = |sub: &str, email: Value| {
+        let mut claims = known.issuer.claims(sub);
+        claims["email"] = email;
+        known.key.sign(&claims)
+    };
+    let alice = token("own:1", json!("alice@example.org"));
+    let own = known.run(&alice, "alice@example.org");
+    assert_eq!(own.stdout, b"done", "{own:?}");
+    for (token, user) in [
+        (&alice, "bob@example.org"),
+        (&alice, "own:1"),
+        (
+            &token("own:2", json!("bob@example.org")),
+            "alice@example.org",
+        ),
+        (&token("own:3", Value::Null), "alice@example.org"),
+        (
+            &token("own:3", json!(["alice@example.org"])),
+            "alice@example.org",
+        ),
+        // Its subject looks like one of the role's members, with a part more.
+        (
+            &token("own:1:2", json!("alice@example.org")),
+            "alice@example.org",
+        ),
+    ] {
+        let denied = known.run(token, user);
+        let words = String::from_utf8_lossy(&denied.stderr).into_owned();
+        assert!(words.contains("has no role"), "{user}: {words}");
+    }
+    assert_eq!(known.site.node().asked().claims.len(), 1);
 }
 
 /// A token is valid over HTTP too. It overrides any other identity of the connection.

@@ -22,6 +22,20 @@ pub struct Policy {
     egress: Option<Vec<String>>,
     upstreams: Vec<broker::Upstream>,
     tools: Option<Tools>,
+    has_prompts_alone: bool,
+}
+
+/// What a role says, as it is written.
+#[derive(Debug)]
+pub(super) struct Says {
+    /// Whether it allows credentials in containers.
+    pub(super) inject: Option<bool>,
+    pub(super) budget: Option<Budget>,
+    pub(super) egress: Option<Vec<String>>,
+    pub(super) upstream: BTreeMap<String, Upstream>,
+    pub(super) tools: Option<Tools>,
+    /// Whether it allows prompts, and no commands.
+    pub(super) has_prompts_alone: bool,
 }
 
 /// The most that models may use. Commands are for roles that say nothing or `all`.
@@ -46,12 +60,12 @@ impl Tools {
 /// A role does not allow a run to do so much.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TooMuch {
-    #[error("start commands: their role allows prompts alone, because it has `tools`")]
+    #[error("start commands: their role allows prompts alone, or has `tools`")]
     Command,
     #[error("give a model more tools than `tools` of their role")]
     Tools,
     #[error(
-        "start prompts with `env`, a `work_dir`, or files below a name that begins with a dot: their role has `tools`, and these could start programs"
+        "start prompts with `env`, a `work_dir`, or files below a name that begins with a dot: their role allows prompts alone, or has `tools`, and these could start programs"
     )]
     Settings,
 }
@@ -127,21 +141,23 @@ impl Asked {
 }
 
 impl Policy {
-    /// Checks what a role says. `inject` is whether it allows credentials in containers.
+    /// Checks what a role says about runs.
     ///
     /// # Errors
     /// [`Invalid`]
-    pub(super) fn check(
-        inject: bool,
-        budget: Option<Budget>,
-        egress: Option<Vec<String>>,
-        upstream: BTreeMap<String, Upstream>,
-        tools: Option<Tools>,
-    ) -> Result<Self, Invalid> {
-        if inject && budget.is_some() {
+    pub(super) fn check(says: Says) -> Result<Self, Invalid> {
+        let Says {
+            inject,
+            budget,
+            egress,
+            upstream,
+            tools,
+            has_prompts_alone,
+        } = says;
+        if inject != Some(false) && budget.is_some() {
             return Err(Invalid::NeedsBroker("budget"));
         }
-        if inject && !upstream.is_empty() {
+        if inject != Some(false) && !upstream.is_empty() {
             return Err(Invalid::NeedsBroker("upstream"));
         }
         if let Some(Budget { requests, tokens }) = budget {
@@ -189,6 +205,7 @@ impl Policy {
             egress,
             upstreams,
             tools,
+            has_prompts_alone,
         })
     }
 
@@ -213,9 +230,10 @@ impl Policy {
     pub fn allows(&self, asked: Asked) -> Result<(), TooMuch> {
         let most = self.most_tools();
         match asked.tools {
-            _ if most == Tools::All => Ok(()),
+            _ if most == Tools::All && !self.has_prompts_alone => Ok(()),
             None => Err(TooMuch::Command),
             Some(_) if asked.has_settings => Err(TooMuch::Settings),
+            Some(_) if most == Tools::All => Ok(()),
             Some(runtime::Tools::None) => Ok(()),
             Some(runtime::Tools::Read) if most == Tools::Read => Ok(()),
             // A value that nobody knows is refused elsewhere.

@@ -10,6 +10,7 @@ const FILE: &str = r#"
     [[role]]
     members = ["spiffe://acme/controller", "uid:0"]
     may = ["run", "credentials"]
+    inject = true
 
     [[role]]
     members = ["cn:team-?"]
@@ -28,6 +29,14 @@ const FILE: &str = r#"
     inject = false
 "#;
 
+fn caller(name: &str) -> Caller {
+    Caller {
+        name: name.into(),
+        user: None,
+        origin: Origin::Process { uid: 0, pid: None },
+    }
+}
+
 fn load(text: &str) -> Result<Access, Error> {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), text).unwrap();
@@ -38,12 +47,14 @@ fn load(text: &str) -> Result<Access, Error> {
 fn callers_may_do_what_a_role_of_theirs_says_and_nothing_else() {
     let access = load(FILE).unwrap();
     let provider = |name: &str| name.parse::<Provider>().unwrap();
-    let may = |caller: &str, action| access.check(&Caller(caller.into()), action).is_ok();
+    let may = |name: &str, action| access.check(&caller(name), action).is_ok();
     let run = |user_id, name| Action::Run {
+        what: What::Command,
         user_id: Some(user_id),
         provider: Some(provider(name)),
     };
     let everybodys = Action::Run {
+        what: What::Command,
         user_id: None,
         provider: None,
     };
@@ -52,6 +63,7 @@ fn callers_may_do_what_a_role_of_theirs_says_and_nothing_else() {
         provider: None,
     };
     let of = |user_id| Action::Run {
+        what: What::Command,
         user_id: Some(user_id),
         provider: None,
     };
@@ -66,7 +78,7 @@ fn callers_may_do_what_a_role_of_theirs_says_and_nothing_else() {
     assert!(may("cn:team-a", run("team-alice", "openai")));
     assert!(!may("cn:team-a", run("team-alice", "google")));
     assert!(!may("cn:team-a", of("team-alice")), "of all providers");
-    let providers = access.providers_of(&Caller("cn:team-a".into()), "team-alice");
+    let providers = access.providers_of(&caller("cn:team-a"), "team-alice");
     assert_eq!(providers, [provider("openai")]);
     assert!(!may("cn:team-a", run("alice", "openai")));
     assert!(!may("cn:team-a", everybodys) && !may("cn:team-a", credentials("team-alice")));
@@ -77,7 +89,7 @@ fn callers_may_do_what_a_role_of_theirs_says_and_nothing_else() {
     }
     assert!(
         Access::everything()
-            .check(&Caller("loopback".into()), everybodys)
+            .check(&caller("loopback"), everybodys)
             .is_ok()
     );
 }
@@ -85,15 +97,19 @@ fn callers_may_do_what_a_role_of_theirs_says_and_nothing_else() {
 #[test]
 fn a_role_can_keep_credentials_out_of_containers() {
     let access = load(FILE).unwrap();
-    let may = |caller: &str| {
+    let may = |name: &str, is_given| {
         let inject = Action::Inject {
+            what: What::Command,
             user_id: "team-alice",
             provider: Provider::OpenAi,
+            is_given,
         };
-        access.check(&Caller(caller.into()), inject).is_ok()
+        access.check(&caller(name), inject).is_ok()
     };
-    assert!(may("uid:0") && may("cn:team-a"));
-    assert!(!may("cn:agents") && !may("cn:admin"));
+    assert!(may("uid:0", true) && may("cn:team-a", true));
+    assert!(!may("cn:agents", true) && !may("cn:admin", true));
+    // Who has a stored one in a container can read it.
+    assert!(!may("cn:team-a", false) && may("uid:0", false));
 }
 
 #[test]
@@ -119,12 +135,13 @@ fn the_first_role_that_allows_a_run_says_what_holds_for_it() {
         requests,
         tokens,
     });
-    let policy = |caller: &str, provider| {
+    let policy = |name: &str, provider| {
         let run = Action::Run {
+            what: What::Command,
             user_id: Some("alice"),
             provider: Some(provider),
         };
-        access.policy(&Caller(caller.into()), run).unwrap()
+        access.policy(&caller(name), run).unwrap()
     };
     let policy_of_run = policy("cn:agents", Provider::OpenAi);
     let told = policy_of_run
@@ -167,11 +184,12 @@ fn a_role_can_limit_the_tools_of_prompts_and_has_no_commands_then() {
     "#;
     let access = load(roles).unwrap();
     let run = Action::Run {
+        what: What::Command,
         user_id: Some("alice"),
         provider: None,
     };
-    let limited_with = |caller: &str, command, change: &dyn Fn(&mut RunStart)| {
-        let policy = access.policy(&Caller(caller.into()), run).unwrap();
+    let limited_with = |name: &str, command, change: &dyn Fn(&mut RunStart)| {
+        let policy = access.policy(&caller(name), run).unwrap();
         let mut start = RunStart {
             command: Some(command),
             ..RunStart::default()
@@ -219,6 +237,110 @@ fn a_role_can_limit_the_tools_of_prompts_and_has_no_commands_then() {
 }
 
 #[test]
+fn a_role_can_be_for_prompts_alone() {
+    let access = load("[[role]]\nmembers = [\"cn:a\"]\nmay = [\"prompt\"]\n").unwrap();
+    let policy = |what| {
+        let run = Action::Run {
+            what,
+            user_id: Some("alice"),
+            provider: None,
+        };
+        access.policy(&caller("cn:a"), run)
+    };
+    let denied = policy(What::Command).unwrap_err().to_string();
+    assert!(
+        denied.contains("start commands of user `alice`"),
+        "{denied}"
+    );
+    policy(What::Existing).unwrap();
+    let role = policy(What::Prompt).unwrap();
+    let mut start = RunStart {
+        command: Some(Command::Prompt(Prompt::default())),
+        ..RunStart::default()
+    };
+    role.limit(&mut start).unwrap();
+    // A folder of settings starts whatever it likes.
+    start.work_dir = "/workspace/notes".into();
+    assert_eq!(role.limit(&mut start), Err(TooMuch::Settings));
+}
+
+#[test]
+fn a_role_can_be_for_the_user_that_the_caller_is() {
+    let file = "[[role]]\nmembers = [\"sub:*\"]\nmay = [\"run\"]\nusers = [\"{caller}\"]\n";
+    let access = load(file).unwrap();
+    let may = |user: Option<&str>, user_id| {
+        let caller = Caller {
+            user: user.map(Into::into),
+            ..caller("sub:x")
+        };
+        let run = Action::Run {
+            what: What::Command,
+            user_id,
+            provider: None,
+        };
+        access.check(&caller, run).is_ok()
+    };
+    assert!(may(Some("alice"), Some("alice")));
+    assert!(!may(Some("alice"), Some("bob")) && !may(Some("alice"), None));
+    assert!(!may(None, Some("alice")) && !may(None, Some("{caller}")));
+    // It is a name, and no pattern.
+    assert!(!may(Some("*"), Some("alice")) && may(Some("*"), Some("*")));
+    let error = load(&file.replace("{caller}", "{sub}")).unwrap_err();
+    let words = "`users` has `{sub}`; in braces only `{caller}` is allowed";
+    assert!(crate::chain(&error).contains(words), "{error}");
+}
+
+#[test]
+fn a_connection_says_which_user_its_caller_is() {
+    let (stream, _) = tokio::io::duplex(1);
+    let mut connection = polydev_transport::connection::Connection::new(
+        stream,
+        String::new(),
+        Origin::Process { uid: 0, pid: None },
+    );
+    for (name, user) in [
+        ("cn:alice", Some(Some("alice"))),
+        ("spiffe://acme/alice", Some(Some("spiffe://acme/alice"))),
+        ("uid:7", Some(Some("uid:7"))),
+        ("loopback", Some(None)),
+        (NOBODY, None),
+    ] {
+        connection.known.caller.0 = name.into();
+        let caller = Caller::of_connection(&connection.known);
+        let known = caller.as_ref().map(|caller| caller.user.as_deref());
+        assert_eq!(known, user, "{name}");
+    }
+}
+
+#[test]
+fn records_that_are_bound_to_nobody_need_a_role_that_says_so() {
+    let file = "[[role]]\nmembers = [\"cn:a\"]\nmay = [\"run\"]\n";
+    let may = |file: &str| {
+        let unbound = Action::Unbound {
+            user_id: "alice",
+            provider: Provider::OpenAi,
+        };
+        load(file).unwrap().check(&caller("cn:a"), unbound).is_ok()
+    };
+    assert!(!may(file) && may(&format!("{file}unbound = true\n")));
+}
+
+#[test]
+fn what_no_role_of_a_caller_can_allow_is_known_before_its_request_is_read() {
+    let access = load(FILE).unwrap();
+    let may = |name: &str, need| access.may_ever(&caller(name), need).is_ok();
+    assert!(may("cn:agents", Need::Run) && !may("cn:agents", Need::Scale));
+    assert!(may("cn:admin", Need::Look) && !may("cn:admin", Need::Run));
+    assert!(may("uid:0", Need::Credentials) && !may("loopback", Need::Look));
+    let denied = access.may_ever(&caller("loopback"), Need::Run).unwrap_err();
+    let words = "caller `loopback` has no role that allows them to start, see or end runs";
+    assert_eq!(denied.to_string(), words);
+    Access::everything()
+        .may_ever(&caller("loopback"), Need::Run)
+        .unwrap();
+}
+
+#[test]
 fn a_role_that_could_not_hold_is_refused() {
     for (wrong, words) in [
         (
@@ -262,12 +384,13 @@ fn a_role_that_could_not_hold_is_refused() {
 fn what_was_denied_is_said() {
     let access = load(FILE).unwrap();
     let run = Action::Run {
+        what: What::Command,
         user_id: Some("bob"),
         provider: Some("google".parse().unwrap()),
     };
-    let denied = access.check(&Caller("cn:team-a".into()), run).unwrap_err();
-    let words = "caller `cn:team-a` has no role that allows them to start, see or end runs of \
-                 user `bob` for `google`";
+    let denied = access.check(&caller("cn:team-a"), run).unwrap_err();
+    let words = "caller `cn:team-a` has no role that allows them to start commands of user `bob` \
+                 for `google`";
     assert_eq!(denied.to_string(), words);
 }
 

@@ -1,7 +1,7 @@
 //! Records of earlier systems: AES-256-GCM with an IV of 16 bytes. scrypt derives the key from a
 //! master key and the record's own salt. The shim only reads these records.
 
-use std::time::Duration;
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use aes_gcm::{
     AesGcm,
@@ -9,10 +9,10 @@ use aes_gcm::{
     aes::Aes256,
 };
 use moka::future::Cache;
-use polydev_proto::runtime;
+use parking_lot::Mutex;
+use polydev_proto::{id::UserId, runtime};
 use secrecy::{ExposeSecret, SecretBox, SecretString};
-use std::sync::Arc;
-use tokio::{sync::Semaphore, task::spawn_blocking};
+use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
 use zeroize::Zeroizing;
 
 use super::{
@@ -30,6 +30,10 @@ const MAX_KEPT: u64 = 1000;
 const KEPT_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 /// How many derivations run at a time. Each takes 16 MiB and about 50 ms of a core.
 const MAX_AT_A_TIME: usize = 2;
+/// How many derivations may wait for their turns, in all and for one user, and how long.
+const MAX_WAITING: usize = 64;
+const MAX_WAITING_OF_USER: usize = 4;
+const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A record, decoded from hexadecimal.
 #[derive(Debug, PartialEq, Eq)]
@@ -80,12 +84,40 @@ impl Record {
 
 type Key = SecretBox<[u8; LENGTH]>;
 
+/// Too many derivations wait for their turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "too many records of earlier systems are being opened: try again, or put the record into the \
+     store"
+)]
+pub struct Busy;
+
 /// Opens records, and keeps the derived keys for a while.
 #[derive(Debug)]
 pub struct Opener {
     /// By master key and salt.
     derived: Cache<(String, [u8; 16]), Arc<Key>>,
     turns: Arc<Semaphore>,
+    /// Derivations that have not ended.
+    waiting: Mutex<HashMap<UserId, usize>>,
+}
+
+/// A derivation of a user.
+struct Waiting<'a> {
+    opener: &'a Opener,
+    user_id: &'a UserId,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut waiting = self.opener.waiting.lock();
+        if let Some(count) = waiting.get_mut(self.user_id) {
+            *count -= 1;
+            if *count == 0 {
+                waiting.remove(self.user_id);
+            }
+        }
+    }
 }
 
 impl Opener {
@@ -97,17 +129,23 @@ impl Opener {
         Self {
             derived: derived.build(),
             turns: Arc::new(Semaphore::new(MAX_AT_A_TIME)),
+            waiting: Mutex::default(),
         }
     }
 
-    /// Opens a record with the first key that fits. Each try costs a derivation.
+    /// Opens a record for a user, with the first key that fits. Each try costs a derivation.
     ///
     /// # Errors
-    /// [`Error::NotOpened`], [`Error::NotUnderstood`]
-    pub async fn open(&self, record: &Record, keys: &KeyRing) -> Result<Credential, Error> {
+    /// [`Error::NotOpened`], [`Error::NotUnderstood`], [`Error::Busy`]
+    pub async fn open(
+        &self,
+        record: &Record,
+        keys: &KeyRing,
+        user_id: &UserId,
+    ) -> Result<Credential, Error> {
         // Old keys are at the end of the ring, and old records need old keys.
         for master in keys.iter().rev() {
-            let key = self.derive(master, record.salt).await;
+            let key = self.derive(master, record.salt, user_id).await?;
             let cipher = AesGcm::<Aes256, U16>::new(key.expose_secret().into());
             if let Ok(opened) = cipher.decrypt(&record.iv.into(), &record.ciphertext[..]) {
                 return content(&Zeroizing::new(opened)).ok_or(Error::NotUnderstood);
@@ -125,10 +163,16 @@ impl Opener {
     }
 
     /// Derives a key once for all callers, as long as the key is kept.
-    async fn derive(&self, master: &MasterKey, salt: [u8; 16]) -> Arc<Key> {
+    async fn derive(
+        &self,
+        master: &MasterKey,
+        salt: [u8; 16],
+        user_id: &UserId,
+    ) -> Result<Arc<Key>, Busy> {
         let derive = async {
-            let turns = self.turns.clone();
-            let turn = turns.acquire_owned().await.expect("it is never closed");
+            let _waiting = self.wait(user_id)?;
+            let turn = timeout(TURN_TIMEOUT, self.turns.clone().acquire_owned());
+            let turn = turn.await.map_err(|_| Busy)?.expect("it is never closed");
             let master = SecretBox::new(Box::new(*master.bytes.expose_secret()));
             let derived = spawn_blocking(move || {
                 // The derivation keeps its turn even if nobody waits for the result any more.
@@ -139,11 +183,24 @@ impl Opener {
                         .expect("32 bytes are an allowed length");
                 })
             });
-            Arc::new(derived.await.expect("scrypt does not panic"))
+            Ok(Arc::new(derived.await.expect("scrypt does not panic")))
         };
-        self.derived
-            .get_with((master.id.clone(), salt), derive)
-            .await
+        let key = (master.id.clone(), salt);
+        let derived = self.derived.try_get_with(key, derive).await;
+        derived.map_err(|busy: Arc<Busy>| *busy)
+    }
+
+    fn wait<'a>(&'a self, user_id: &'a UserId) -> Result<Waiting<'a>, Busy> {
+        let mut waiting = self.waiting.lock();
+        let of_user = waiting.get(user_id).copied().unwrap_or(0);
+        if of_user >= MAX_WAITING_OF_USER || waiting.values().sum::<usize>() >= MAX_WAITING {
+            return Err(Busy);
+        }
+        waiting.insert(user_id.clone(), of_user + 1);
+        Ok(Waiting {
+            opener: self,
+            user_id,
+        })
     }
 }
 
@@ -199,7 +256,8 @@ mod tests {
     #[tokio::test]
     async fn a_record_of_an_earlier_system_opens() {
         let (opener, record) = (Opener::new(), Record::parse(&golden()).unwrap());
-        let opened = opener.open(&record, &golden_ring()).await.unwrap();
+        let alice = UserId::from("alice");
+        let opened = opener.open(&record, &golden_ring(), &alice).await.unwrap();
         match opened {
             Credential::ApiKey { key, project_id } => {
                 // In two parts, because secret scanners would report the whole key.
@@ -209,7 +267,7 @@ mod tests {
             other => panic!("{other:?}"),
         }
         assert!(matches!(
-            opener.open(&record, &ring(&[1])).await,
+            opener.open(&record, &ring(&[1]), &alice).await,
             Err(Error::NotOpened)
         ));
     }
@@ -217,36 +275,53 @@ mod tests {
     #[tokio::test]
     async fn a_record_with_any_byte_changed_does_not_open() {
         let opener = Opener::new();
+        let (keys, alice) = (golden_ring(), UserId::from("alice"));
         let record = || Record::parse(&golden()).unwrap();
         // One byte of the salt is enough, because each try costs a derivation.
         let mut changed = record();
         changed.salt[0] ^= 1;
-        assert!(opener.open(&changed, &golden_ring()).await.is_err());
+        assert!(opener.open(&changed, &keys, &alice).await.is_err());
         for at in 0..record().ciphertext.len() {
             let mut changed = record();
             changed.ciphertext[at] ^= 1;
             assert!(
-                opener.open(&changed, &golden_ring()).await.is_err(),
+                opener.open(&changed, &keys, &alice).await.is_err(),
                 "byte {at}"
             );
         }
         for at in 0..16 {
             let mut changed = record();
             changed.iv[at] ^= 1;
-            assert!(opener.open(&changed, &golden_ring()).await.is_err());
+            assert!(opener.open(&changed, &keys, &alice).await.is_err());
         }
     }
 
     #[tokio::test]
     async fn a_key_is_derived_once_for_all_who_open_a_record() {
         let (opener, keys) = (Opener::new(), golden_ring());
-        let derive = || opener.derive(keys.first(), [1; 16]);
-        let first = derive().await;
-        for again in futures_util::future::join_all((0..20).map(|_| derive())).await {
-            assert!(Arc::ptr_eq(&first, &again));
+        let alice = UserId::from("alice");
+        let derive = || opener.derive(keys.first(), [1; 16], &alice);
+        let all = futures_util::future::join_all((0..20).map(|_| derive())).await;
+        let first = all[0].clone().unwrap();
+        for again in all {
+            assert!(Arc::ptr_eq(&first, &again.unwrap()));
         }
-        let other = opener.derive(keys.first(), [2; 16]).await;
+        let other = opener.derive(keys.first(), [2; 16], &alice).await.unwrap();
         assert_ne!(first.expose_secret(), other.expose_secret());
+    }
+
+    #[tokio::test]
+    async fn a_user_with_many_records_does_not_keep_others_waiting() {
+        let (opener, keys) = (Opener::new(), golden_ring());
+        let (alice, bob) = (UserId::from("alice"), UserId::from("bob"));
+        let many = (0..100).map(|salt| opener.derive(keys.first(), [salt; 16], &alice));
+        let many = futures_util::future::join_all(many);
+        let one = opener.derive(keys.first(), [255; 16], &bob);
+        let (many, one) = tokio::join!(many, one);
+        one.unwrap();
+        let opened = many.iter().filter(|derived| derived.is_ok()).count();
+        assert_eq!(opened, MAX_WAITING_OF_USER);
+        assert!(opener.waiting.lock().is_empty());
     }
 
     #[test]

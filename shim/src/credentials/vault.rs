@@ -70,6 +70,8 @@ pub enum Error {
     )]
     NotForBroker,
     #[error(transparent)]
+    Busy(#[from] scrypt::Busy),
+    #[error(transparent)]
     Invalid(#[from] Invalid),
     #[error(transparent)]
     Store(#[from] store::Error),
@@ -180,7 +182,10 @@ impl Vault {
         match source {
             Source::Given(credential) => Ok(credential),
             Source::Sealed(record) => Record::read(&record)?.open(binding, self.keys()?),
-            Source::Scrypt(record) => self.scrypt.open(&record, self.keys()?).await,
+            Source::Scrypt(record) => {
+                let user_id = binding.user_id;
+                self.scrypt.open(&record, self.keys()?, user_id).await
+            }
             Source::Stored => open(&self.stored(binding).await?, binding, self.keys()?),
         }
     }

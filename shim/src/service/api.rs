@@ -26,6 +26,7 @@ use std::sync::Arc;
 
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use super::bodies::Bodies;
 use crate::{
     access::Access,
     credentials::Vault,
@@ -41,10 +42,11 @@ pub(super) struct Api {
     /// `None` with the embedded engine, whose pools keep their first sizes.
     pub(super) nomad: Option<Nomad>,
     pub(super) vault: Arc<Vault>,
-    pub(super) access: Access,
+    pub(super) access: Arc<Access>,
     pub(super) queue: Queue,
     pub(super) on_demand: OnDemand,
     pub(super) user_rate: Rate,
+    pub(super) bodies: Bodies,
     /// The work that a stopping shim waits for, up to a deadline.
     pub(super) runs: TaskTracker,
     /// Cancelled when the shim stops: the shim then starts nothing new.

@@ -46,7 +46,7 @@ impl RuntimeService for Grpc {
     ) -> Result<Response<Self::RunStream>, Status> {
         let received = Instant::now();
         let trace = trace_context(request.metadata().as_ref());
-        let (caller, mut requests) = parts(request);
+        let (caller, mut requests) = parts(request)?;
         let Some(run_request::Message::Start(start)) = first(&mut requests).await?.message else {
             return Err(Error::from(Invalid::NotStarted).into());
         };
@@ -65,7 +65,7 @@ impl RuntimeService for Grpc {
         request: Request<SubmitJobRequest>,
     ) -> Result<Response<SubmitJobResponse>, Status> {
         let trace = trace_context(request.metadata().as_ref());
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let accepted = self.0.submit_job(&caller, request, trace).await?;
         Ok(Response::new(accepted))
     }
@@ -75,7 +75,7 @@ impl RuntimeService for Grpc {
         request: Request<Streaming<AttachRequest>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
         let received = Instant::now();
-        let (caller, mut requests) = parts(request);
+        let (caller, mut requests) = parts(request)?;
         let Some(attach_request::Message::Start(start)) = first(&mut requests).await?.message
         else {
             return Err(Error::from(Invalid::NotStarted).into());
@@ -104,7 +104,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<CancelRunRequest>,
     ) -> Result<Response<CancelRunResponse>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let cancelled = self.0.cancel_run(&caller, request).await?;
         Ok(Response::new(cancelled))
     }
@@ -113,7 +113,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<GetRunRequest>,
     ) -> Result<Response<GetRunResponse>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let run = self.0.get_run(&caller, request).await?;
         Ok(Response::new(run))
     }
@@ -122,7 +122,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<ListRunsRequest>,
     ) -> Result<Response<ListRunsResponse>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let page = self.0.list_runs(&caller, request).await?;
         Ok(Response::new(page))
     }
@@ -131,7 +131,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<WatchRunsRequest>,
     ) -> Result<Response<Self::WatchRunsStream>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let changes = self.0.watch_runs(&caller, request)?;
         Ok(Response::new(Box::pin(changes.map(Ok))))
     }
@@ -140,7 +140,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<AllocateRequest>,
     ) -> Result<Response<AllocateResponse>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let allocated = self.0.allocate(&caller, request).await?;
         Ok(Response::new(allocated))
     }
@@ -149,7 +149,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<ReleaseRequest>,
     ) -> Result<Response<ReleaseResponse>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let released = self.0.release(&caller, request).await?;
         Ok(Response::new(released))
     }
@@ -158,7 +158,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<ListPoolsRequest>,
     ) -> Result<Response<ListPoolsResponse>, Status> {
-        let (caller, ListPoolsRequest {}) = parts(request);
+        let (caller, ListPoolsRequest {}) = parts(request)?;
         let pools = self.0.list_pools(&caller)?;
         Ok(Response::new(pools))
     }
@@ -167,7 +167,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<GetPoolRequest>,
     ) -> Result<Response<GetPoolResponse>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let pool = self.0.get_pool(&caller, request)?;
         Ok(Response::new(pool))
     }
@@ -176,7 +176,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<WatchPoolsRequest>,
     ) -> Result<Response<Self::WatchPoolsStream>, Status> {
-        let (caller, WatchPoolsRequest {}) = parts(request);
+        let (caller, WatchPoolsRequest {}) = parts(request)?;
         let changes = self.0.watch_pools(&caller)?;
         Ok(Response::new(Box::pin(changes.map(Ok))))
     }
@@ -185,7 +185,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<ScalePoolRequest>,
     ) -> Result<Response<Self::ScalePoolStream>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let events = self.0.scale_pool(&caller, request)?;
         Ok(Response::new(Box::pin(events)))
     }
@@ -194,7 +194,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<DrainPoolRequest>,
     ) -> Result<Response<Self::DrainPoolStream>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let events = self.0.drain_pool(&caller, request)?;
         Ok(Response::new(Box::pin(events)))
     }
@@ -203,7 +203,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<ResumePoolRequest>,
     ) -> Result<Response<Self::ResumePoolStream>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let events = self.0.resume_pool(&caller, request)?;
         Ok(Response::new(Box::pin(events)))
     }
@@ -212,7 +212,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<GetClusterStatusRequest>,
     ) -> Result<Response<GetClusterStatusResponse>, Status> {
-        let (caller, GetClusterStatusRequest {}) = parts(request);
+        let (caller, GetClusterStatusRequest {}) = parts(request)?;
         let status = self.0.get_cluster_status(&caller).await?;
         Ok(Response::new(status))
     }
@@ -221,7 +221,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<PutCredentialRequest>,
     ) -> Result<Response<PutCredentialResponse>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let put = self.0.put_credential(&caller, request).await?;
         Ok(Response::new(put))
     }
@@ -230,7 +230,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<ListCredentialsRequest>,
     ) -> Result<Response<ListCredentialsResponse>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let page = self.0.list_credentials(&caller, request).await?;
         Ok(Response::new(page))
     }
@@ -239,7 +239,7 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<DeleteCredentialRequest>,
     ) -> Result<Response<DeleteCredentialResponse>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let deleted = self.0.delete_credential(&caller, request).await?;
         Ok(Response::new(deleted))
     }
@@ -248,18 +248,17 @@ impl RuntimeService for Grpc {
         &self,
         request: Request<RotateCredentialsRequest>,
     ) -> Result<Response<RotateCredentialsResponse>, Status> {
-        let (caller, request) = parts(request);
+        let (caller, request) = parts(request)?;
         let rotated = self.0.rotate_credentials(&caller, request).await?;
         Ok(Response::new(rotated))
     }
 }
 
 /// The caller and the message of a request.
-fn parts<T>(request: Request<T>) -> (Caller, T) {
+fn parts<T>(request: Request<T>) -> Result<(Caller, T), Status> {
     let caller = request.extensions().get::<Caller>().cloned();
-    // Every request has a caller. A request without one would have no role.
-    let caller = caller.unwrap_or_else(|| Caller(String::new()));
-    (caller, request.into_inner())
+    let caller = caller.ok_or_else(|| Status::internal("the request has no caller"))?;
+    Ok((caller, request.into_inner()))
 }
 
 /// The first message of a call, which must arrive within [`FIRST_MESSAGE_TIMEOUT`].

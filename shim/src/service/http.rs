@@ -40,6 +40,12 @@ pub(super) fn router(api: Arc<Api>) -> Router {
         .with_state(api)
 }
 
+/// All paths, as they are written in the OpenAPI document.
+#[cfg(test)]
+pub(super) fn paths() -> impl Iterator<Item = &'static str> {
+    OPERATIONS.iter().map(|operation| operation.path)
+}
+
 async fn nowhere() -> Problem {
     Problem::nowhere()
 }

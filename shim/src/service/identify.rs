@@ -1,4 +1,5 @@
-//! Identifies callers. A token overrides the name from the connection.
+//! Identifies callers. A token overrides the name from the connection. Who can have no right to a
+//! call is refused before the call is read.
 
 use std::sync::Arc;
 
@@ -12,15 +13,15 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use polydev_transport::connection::NOBODY;
+use polydev_transport::connection::Known;
 use tonic::{Code, Status};
 
-use super::http::Problem;
+use super::{http::Problem, needs};
 use crate::{
-    access::Caller,
+    access::{Access, Caller},
     rate::Rate,
     run::Error,
-    token::{Refused, Tokens},
+    token::{Refused, Subject, Tokens},
 };
 
 /// What every caller must pass.
@@ -28,6 +29,7 @@ use crate::{
 pub(super) struct Door {
     /// `None` if the shim accepts no tokens.
     pub(super) tokens: Option<Arc<Tokens>>,
+    pub(super) access: Arc<Access>,
     /// The limit of each caller.
     pub(super) rate: Arc<Rate>,
 }
@@ -36,10 +38,22 @@ pub(super) struct Door {
 /// a known caller is answered here.
 pub(super) async fn identify(State(door): State<Door>, request: Request, next: Next) -> Response {
     let (mut head, body) = request.into_parts();
-    match caller(door.tokens.as_deref(), &head).await {
+    // Every connection has it.
+    let Some(known) = head.extensions.get::<Known>().cloned() else {
+        return answer(&head.headers, Refused::Nothing.into());
+    };
+    match caller(door.tokens.as_deref(), &known, &head).await {
         Ok(caller) => {
-            if let Err(exceeded) = door.rate.check(&caller.0) {
+            known.stays();
+            if let Err(exceeded) = door.rate.check(&caller.name) {
                 return answer(&head.headers, Error::from(exceeded).into());
+            }
+            // Before its body is read. Later the call itself is checked.
+            let may = needs::of(head.uri.path())
+                .map_or(Ok(()), |need| door.access.may_ever(&caller, need));
+            if let Err(denied) = may {
+                tracing::warn!(%denied, from = %caller.origin, "denied");
+                return answer(&head.headers, Error::from(denied).into());
             }
             // No later layer needs the token.
             head.headers.remove(AUTHORIZATION);
@@ -47,20 +61,21 @@ pub(super) async fn identify(State(door): State<Door>, request: Request, next: N
             next.run(Request::from_parts(head, body)).await
         }
         Err(refused) => {
-            tracing::info!(%refused, "caller rejected");
+            tracing::info!(%refused, from = %known.origin, "caller rejected");
             answer(&head.headers, refused.into())
         }
     }
 }
 
-async fn caller(tokens: Option<&Tokens>, head: &Parts) -> Result<Caller, Refused> {
-    let of_connection = head.extensions.get::<Caller>().cloned();
+async fn caller(tokens: Option<&Tokens>, known: &Known, head: &Parts) -> Result<Caller, Refused> {
     match (bearer(&head.headers)?, tokens) {
-        (Some(token), Some(tokens)) => tokens.caller(token).await,
+        (Some(token), Some(tokens)) => {
+            let Subject { name, user } = tokens.subject(token).await?;
+            let origin = known.origin;
+            Ok(Caller { name, user, origin })
+        }
         (Some(_), None) => Err(Refused::NotTaken),
-        (None, _) => of_connection
-            .filter(|caller| caller.0 != NOBODY)
-            .ok_or(Refused::Nothing),
+        (None, _) => Caller::of_connection(known).ok_or(Refused::Nothing),
     }
 }
 

@@ -12,6 +12,7 @@ use tonic::{service::Routes, transport::Server};
 
 use super::{
     api::Api,
+    bodies::Bodies,
     grpc::Grpc,
     http,
     identify::{Door, identify},
@@ -81,15 +82,18 @@ pub async fn serve(
         tokens,
         limits,
     } = parts;
+    let access = Arc::new(access);
     let (runs, hand_over) = (TaskTracker::new(), CancellationToken::new());
+    let queue = Queue::new(limits.per_user, view.clone());
     let api = Api {
         view,
         on_demand: OnDemand::new(nomad.clone(), limits.on_demand),
         nomad,
         vault: vault.clone(),
-        access,
-        queue: Queue::new(limits.per_user),
+        access: access.clone(),
+        queue: queue.clone(),
         user_rate: Rate::new("user", limits.rates.user),
+        bodies: Bodies::new(),
         runs: runs.clone(),
         stop: stop.clone(),
         hand_over: hand_over.clone(),
@@ -112,6 +116,7 @@ pub async fn serve(
     let tokens = tokens.map(Arc::new);
     let door = Door {
         tokens: tokens.clone(),
+        access,
         rate: Rate::new("caller", limits.rates.caller).into(),
     };
     let identified = middleware::from_fn_with_state(door, identify);
@@ -142,6 +147,7 @@ pub async fn serve(
         served = serving => served?,
         () = overrun => {}
         () = vault.keep() => unreachable!("it never ends"),
+        () = queue.keep() => unreachable!("it never ends"),
         () = keep(tokens) => unreachable!("it never ends"),
     }
     Ok(())

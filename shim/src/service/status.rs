@@ -42,7 +42,8 @@ impl From<run::Error> for Status {
             Error::Credential(credentials::Error::NotForBroker) => {
                 details.add_bad_request_violation("credential_mode", &message);
             }
-            Error::AtLimit { user_id, .. } | Error::Full(Full::User { user_id, .. }) => {
+            Error::AtLimit { user_id, .. }
+            | Error::Full(Full::User { user_id, .. } | Full::Evicted { user_id }) => {
                 details.add_quota_failure_violation(format!("user:{user_id}"), &message);
             }
             Error::Budget(exhausted) => {
@@ -100,6 +101,7 @@ fn kind(error: &Error) -> (Code, &'static str) {
         Error::AtLimit { .. } => (Code::ResourceExhausted, "USER_LIMIT"),
         Error::Full(_) => (Code::ResourceExhausted, "QUEUE_FULL"),
         Error::Rate(_) => (Code::ResourceExhausted, "RATE_LIMIT"),
+        Error::Busy => (Code::Unavailable, "BUSY"),
         Error::Stopping => (Code::Unavailable, "STOPPING"),
         Error::NoNode => (Code::Unavailable, "NO_NODE"),
         Error::NotRun { .. } => (Code::Unavailable, "NOT_RUN"),
@@ -129,6 +131,7 @@ fn credential(error: &credentials::Error) -> (Code, &'static str) {
         Error::NoAccount | Error::NotForBroker | Error::Invalid(_) => {
             (Code::InvalidArgument, "INVALID")
         }
+        Error::Busy(_) => (Code::ResourceExhausted, "SCRYPT_BUSY"),
         Error::Store(_) => (Code::Unavailable, "STORE"),
     }
 }
@@ -140,12 +143,15 @@ fn is_worth_another_try(error: &Error) -> bool {
         | Error::AtLimit { .. }
         | Error::Full(_)
         | Error::Rate(_)
+        | Error::Busy
         | Error::Stopping
         | Error::NoNode
         | Error::NotRun { .. }
         | Error::MayHaveRun { .. }
         | Error::Unasked { .. }
-        | Error::Credential(credentials::Error::Contended { .. }) => true,
+        | Error::Credential(credentials::Error::Contended { .. } | credentials::Error::Busy(_)) => {
+            true
+        }
         Error::Credential(credentials::Error::Store(error)) => error.may_pass(),
         Error::Invalid(_)
         | Error::Refused { .. }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Api;
 use crate::{
-    access::{Action, Caller, Policy},
+    access::{Action, Caller, Policy, What},
     run::{Error, attach::Name, listing},
 };
 use polydev_proto::provider::Provider;
@@ -25,7 +25,7 @@ impl Api {
             Action::Scale { .. } | Action::Credentials { .. } => {
                 tracing::info!(%caller, %action, "allowed");
             }
-            Action::Look | Action::Run { .. } | Action::Inject { .. } => {}
+            Action::Look | Action::Run { .. } | Action::Inject { .. } | Action::Unbound { .. } => {}
         }
         Ok(policy)
     }
@@ -34,6 +34,7 @@ impl Api {
     pub(super) async fn check_run(&self, caller: &Caller, name: &Name) -> Result<(), Error> {
         let providers = self.access.providers_of(caller, name.user_id.as_str());
         let run = |provider| Action::Run {
+            what: What::Existing,
             user_id: Some(name.user_id.as_str()),
             provider,
         };
@@ -57,6 +58,7 @@ impl Api {
         provider: &str,
     ) -> Result<(), Error> {
         let run = Action::Run {
+            what: What::Existing,
             user_id: Some(user_id).filter(|user_id| !user_id.is_empty()),
             // An unknown provider is refused later, for that reason.
             provider: provider.parse().ok(),

@@ -7,7 +7,7 @@ use polydev_proto::{
     id::{RunId, UserId},
     node::TraceContext,
     provider::Provider,
-    runtime::{RunEvent, RunStart},
+    runtime::{RunEvent, RunStart, run_start::Command},
     stream::PerStream,
 };
 use tokio::sync::mpsc;
@@ -17,7 +17,7 @@ use tracing::{Instrument, Span};
 
 use super::Api;
 use crate::{
-    access::{Action, Caller, Denied, TooMuch},
+    access::{Action, Caller, Denied, TooMuch, What},
     credentials::record::Binding,
     run::{
         Connection, Error,
@@ -39,7 +39,12 @@ impl Api {
     ) -> Result<request::Request, Error> {
         let provider = start.provider.parse().map_err(request::Invalid::from)?;
         let user_id = request::parse_user(start.user_id.clone())?;
+        let what = match start.command {
+            Some(Command::Prompt(_)) => What::Prompt,
+            Some(Command::Argv(_)) | None => What::Command,
+        };
         let run = Action::Run {
+            what,
             user_id: Some(user_id.as_str()),
             provider: Some(provider),
         };
@@ -54,13 +59,23 @@ impl Api {
         self.user_rate.check(user_id.as_str())?;
         if let Some(source) = request.credential.take() {
             let binding = Binding { user_id, provider };
+            let is_given = source.is_given();
+            if source.is_unbound() {
+                let user_id = user_id.as_str();
+                self.check(caller, Action::Unbound { user_id, provider })?;
+            }
             let secrets = self
                 .vault
                 .prepare(source, binding, request.mode, request.run_id);
             let secrets = secrets.await?;
             if secrets.outside.is_none() {
-                let user_id = user_id.as_str();
-                role = self.policy(caller, Action::Inject { user_id, provider })?;
+                let inject = Action::Inject {
+                    what,
+                    user_id: user_id.as_str(),
+                    provider,
+                    is_given,
+                };
+                role = self.policy(caller, inject)?;
                 // It may be another one.
                 role.allows(asked).map_err(denied)?;
             }

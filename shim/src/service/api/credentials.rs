@@ -13,7 +13,7 @@ use prost_types::Timestamp;
 
 use super::{Api, page};
 use crate::{
-    access::Caller,
+    access::{Action, Caller},
     credentials::{
         Error as VaultError, Source,
         record::Binding,
@@ -46,6 +46,10 @@ impl Api {
                 problem: "is already in the store: allowed are `secret`, `sealed_record` and \
                           `scrypt_record`",
             })));
+        }
+        if source.is_unbound() {
+            let user_id = user_id.as_str();
+            self.check(caller, Action::Unbound { user_id, provider })?;
         }
         let binding = Binding {
             user_id: &user_id,

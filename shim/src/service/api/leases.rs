@@ -4,7 +4,7 @@ use polydev_proto::runtime::{AllocateRequest, AllocateResponse, ReleaseRequest, 
 
 use super::Api;
 use crate::{
-    access::{Action, Caller},
+    access::{Action, Caller, What},
     run::{
         Error,
         attach::Name,
@@ -21,6 +21,7 @@ impl Api {
         let wanted = Wanted::parse(request)?;
         let (user_id, provider) = (wanted.user_id.clone(), wanted.provider);
         let run = Action::Run {
+            what: What::Existing,
             user_id: Some(user_id.as_str()),
             provider: Some(provider),
         };
@@ -41,6 +42,7 @@ impl Api {
         let name = Name::parse_lease(&lease_id, user_id)?;
         let kept = self.view.leased(name.run_id);
         let run = Action::Run {
+            what: What::Existing,
             user_id: Some(name.user_id.as_str()),
             provider: kept.as_ref().and_then(|kept| kept.provider.parse().ok()),
         };

@@ -13,24 +13,25 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
+use polydev_transport::connection::Known;
+
 use super::error::Problem;
-use crate::access::Caller;
 
 /// The name that listeners give to callers on the loopback address.
 const LOOPBACK: &str = "loopback";
 
 pub(in crate::service) async fn no_browser(
-    Extension(caller): Extension<Caller>,
+    Extension(known): Extension<Known>,
     request: Request,
     next: Next,
 ) -> Response {
-    match refusal(&caller, &request) {
+    match refusal(&known.caller.0, &request) {
         Some(words) => Problem::browser(words).into_response(),
         None => next.run(request).await,
     }
 }
 
-fn refusal(caller: &Caller, request: &Request) -> Option<String> {
+fn refusal(caller: &str, request: &Request) -> Option<String> {
     let text = |name: &str| {
         let value = request.headers().get(name)?;
         Some(value.to_str().unwrap_or("?").to_owned())
@@ -54,7 +55,7 @@ fn refusal(caller: &Caller, request: &Request) -> Option<String> {
         .map(str::to_owned)
         .or_else(|| text("host"));
     let host = host.unwrap_or_default();
-    if is_old && caller.0 == LOOPBACK && !is_loopback(&host) {
+    if is_old && caller == LOOPBACK && !is_loopback(&host) {
         return Some(format!(
             "`Host` is `{host}`: allowed are localhost and loopback addresses"
         ));

@@ -57,7 +57,7 @@ pub(super) async fn start(
     let received = Instant::now();
     let Query(Starting { detach }) = query?;
     let trace = trace_context(request.headers());
-    let request: SubmitJobRequest = body(request).await?;
+    let request: SubmitJobRequest = body(&api.bodies, request).await?;
     if detach {
         let accepted = api.submit_job(&caller, request, trace).await?;
         return Ok(json::answer(&accepted));
@@ -123,7 +123,7 @@ pub(super) async fn cancel(
     request: Request,
 ) -> Answer {
     let Path(run_id) = path?;
-    let named: CancelRunRequest = body(request).await?;
+    let named: CancelRunRequest = body(&api.bodies, request).await?;
     same("run_id", &run_id, &named.run_id)?;
     let request = CancelRunRequest { run_id, ..named };
     Ok(json::answer(&api.cancel_run(&caller, request).await?))
@@ -134,7 +134,7 @@ pub(super) async fn allocate(
     Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Answer {
-    let request: AllocateRequest = body(request).await?;
+    let request: AllocateRequest = body(&api.bodies, request).await?;
     Ok(json::answer(&api.allocate(&caller, request).await?))
 }
 
@@ -145,7 +145,7 @@ pub(super) async fn release(
     request: Request,
 ) -> Answer {
     let Path(lease_id) = path?;
-    let named: ReleaseRequest = body(request).await?;
+    let named: ReleaseRequest = body(&api.bodies, request).await?;
     same("lease_id", &lease_id, &named.lease_id)?;
     let request = ReleaseRequest { lease_id, ..named };
     Ok(json::answer(&api.release(&caller, request).await?))
