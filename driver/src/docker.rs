@@ -59,9 +59,14 @@ pub enum Error {
     #[error("cannot {operation}: no progress for {} s", after.as_secs())]
     Stalled { operation: String, after: Duration },
     #[error(
-        "network `{name}` has IPv6, for which the driver has no firewall rules; remove it, and the driver creates it again"
+        "network `{name}` has `{option}` = `{found}`; must be `{wanted}`: remove it, and the driver creates it again"
     )]
-    HasIpv6 { name: String },
+    OtherNetwork {
+        name: String,
+        option: String,
+        found: String,
+        wanted: String,
+    },
 }
 
 impl Error {

@@ -10,12 +10,13 @@ use std::{
 
 use tokio::{
     sync::watch,
-    time::{MissedTickBehavior, interval},
+    time::{MissedTickBehavior, interval, timeout},
 };
 
 use crate::{
     chain, config, docker,
     events::Events,
+    firewall::Guard,
     limits,
     node::{self, Node},
     site::Compute,
@@ -23,9 +24,10 @@ use crate::{
 };
 
 const HEALTH_INTERVAL: Duration = Duration::from_secs(2);
-/// How often the bridge and its firewall rules are checked, because other programs may
-/// remove them.
-const RULES_INTERVAL: Duration = Duration::from_secs(30);
+/// How often the bridge is checked, because other programs may remove it.
+const BRIDGE_INTERVAL: Duration = Duration::from_secs(30);
+/// How long the rules of the bridge may take to be set before the node is unhealthy.
+const GUARD_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a dockerd may be too busy to answer before the node is unhealthy: a busy machine
 /// should not lose its node.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(15);
@@ -123,7 +125,7 @@ impl Watcher {
     async fn check(&mut self) -> Result<Health, Box<dyn Error + Send + Sync>> {
         let node = self.node()?;
         let asked = async {
-            let prepared = self.prepared.filter(|at| at.elapsed() < RULES_INTERVAL);
+            let prepared = self.prepared.filter(|at| at.elapsed() < BRIDGE_INTERVAL);
             if prepared.is_none() {
                 node.prepare().await?;
             }
@@ -135,6 +137,13 @@ impl Watcher {
         self.prepared = asked.as_ref().ok().map(|(_, at)| *at);
         let (about, _) = asked?;
         node.site.ready.send_replace(true);
+        let mut guard = node.site.guard.subscribe();
+        let open = guard.wait_for(|guard| *guard == Guard::Open);
+        if timeout(GUARD_TIMEOUT, open).await.is_err()
+            && let Guard::Closed { reason } = &*node.site.guard.borrow()
+        {
+            return Err(format!("the firewall's rules are not in force: {reason}").into());
+        }
         let attribute = |name: &str, value: String| (format!("driver.polydev.{name}"), value);
         let config = &self.config;
         Ok(Health::Healthy {

@@ -2,17 +2,31 @@
 //! and the node service, and all addresses that are not public, among them the clouds'
 //! metadata address. (The bridge already prevents traffic between slots, and has no IPv6.)
 //!
-//! The rules are in two chains of this driver, which it writes as a whole. Jumps lead to
-//! the chains from INPUT and from Docker's chain for user rules.
+//! The rules are in two chains of this driver, which it writes as a whole. The first rules of
+//! INPUT and FORWARD lead there, so that no rule of another program comes before them.
+//! [`crate::guard`] looks whether they still do.
 
-use std::{fmt::Write as _, io, process::Stdio, time::Duration};
+use std::{fmt::Write as _, fs, io, process::Stdio, time::Duration};
 
 use ipnet::Ipv4Net;
-use polydev_proto::egress::CLOSED_V4;
+use polydev_proto::egress::{CLOSED_V4, METADATA_V4};
 use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
 
 /// Another program may hold the lock of the tables for a while.
 const IPTABLES_TIMEOUT: Duration = Duration::from_secs(10);
+/// To print the rules takes no lock.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Whether what separates containers with a network interface from the node and from its networks
+/// is in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Guard {
+    Open,
+    /// Nothing may begin to run in such containers.
+    Closed {
+        reason: String,
+    },
+}
 
 /// Why the rules are not active.
 #[derive(Debug, thiserror::Error)]
@@ -22,14 +36,25 @@ pub enum Error {
         program: &'static str,
         source: io::Error,
     },
-    #[error("`{program}` did not end within {} s", IPTABLES_TIMEOUT.as_secs())]
-    TimedOut { program: &'static str },
+    #[error("`{program}` did not end within {} s", limit.as_secs())]
+    TimedOut {
+        program: &'static str,
+        limit: Duration,
+    },
     #[error("`{program}` failed: {words}")]
     Refused {
         program: &'static str,
         words: String,
     },
+    #[error("the rules of the slots' bridge were set, and are not in force: {missing}")]
+    NotInForce { missing: String },
+    #[error("cannot keep IPv6 off the slots' bridge by `{path}`")]
+    Ipv6 { path: String, source: io::Error },
 }
+
+/// This driver's rules as `iptables-save` prints them, and the first ones of INPUT and FORWARD.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Rules(Vec<String>);
 
 /// The firewall rules of one bridge.
 #[derive(Debug, Clone)]
@@ -66,33 +91,82 @@ impl Firewall {
         }
     }
 
-    /// Activates the rules unless they are already active.
+    /// Sets the rules, and returns how they are printed from now on.
     ///
     /// # Errors
     /// [`Error`]; slots must not run then.
-    pub async fn ensure(&self) -> Result<(), Error> {
+    pub async fn set(&self) -> Result<Rules, Error> {
         restore(&self.rules()).await?;
-        let docker = iptables(&["-n", "-L", "DOCKER-USER"]).await.is_ok();
-        let forward = if docker { "DOCKER-USER" } else { "FORWARD" };
-        for (from, to) in [(forward, &self.forward), ("INPUT", &self.input)] {
+        let saved = save().await?;
+        for (from, to) in self.jumps() {
             let jump = ["-i", &*self.interface, "-j", to];
-            if iptables(&[&["-C", from], &jump[..]].concat())
-                .await
-                .is_err()
-            {
-                iptables(&[&["-I", from], &jump[..]].concat()).await?;
+            let places = places(&saved, from, &self.jump(from, to));
+            if places.first() == Some(&1) {
+                continue;
+            }
+            iptables(&[&["-I", from, "1"], &jump[..]].concat()).await?;
+            for place in places.iter().rev() {
+                iptables(&["-D", from, &(place + 1).to_string()]).await?;
             }
         }
-        Ok(())
+        self.close_ipv6()?;
+        let rules = self.look().await?;
+        match self.missing(&rules) {
+            Some(missing) => Err(Error::NotInForce { missing }),
+            None => Ok(rules),
+        }
+    }
+
+    /// The rules as they are now.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn look(&self) -> Result<Rules, Error> {
+        let saved = save().await?;
+        let mut own = Vec::new();
+        for (from, to) in self.jumps() {
+            own.extend(of_chain(&saved, from).next().map(str::to_owned));
+            own.extend(of_chain(&saved, to).map(str::to_owned));
+        }
+        own.extend(
+            self.ipv6()
+                .map(|off| format!("disable_ipv6 {}", off.trim())),
+        );
+        Ok(Rules(own))
+    }
+
+    /// What of the rules is not there.
+    fn missing(&self, Rules(own): &Rules) -> Option<String> {
+        let jumps = self.jumps().map(|(from, to)| self.jump(from, to));
+        let wanted = self.rules();
+        let count = |rules: &mut dyn Iterator<Item = &str>, chain: &str| {
+            let begin = format!("-A {chain} ");
+            rules.filter(|rule| rule.starts_with(&begin)).count()
+        };
+        let is_short = |chain: &&String| {
+            let wanted = count(&mut wanted.lines(), chain);
+            count(&mut own.iter().map(String::as_str), chain) != wanted
+        };
+        let chain = [&self.input, &self.forward].into_iter().find(is_short);
+        let jump = jumps.into_iter().find(|jump| !own.contains(jump));
+        let ipv6 = self.ipv6().filter(|off| off.trim() != "1");
+        jump.or(chain.map(|chain| format!("all of {chain}")))
+            .or(ipv6.map(|_| "disable_ipv6".into()))
+    }
+
+    fn jumps(&self) -> [(&'static str, &str); 2] {
+        [("FORWARD", &self.forward), ("INPUT", &self.input)]
+    }
+
+    fn jump(&self, from: &str, to: &str) -> String {
+        format!("-A {from} -i {} -j {to}", self.interface)
     }
 
     /// Removes the rules; missing rules are not an error.
     pub async fn remove(&self) {
-        for (from, to) in [
-            ("DOCKER-USER", &self.forward),
-            ("FORWARD", &self.forward),
-            ("INPUT", &self.input),
-        ] {
+        // An earlier driver had its jump in Docker's chain.
+        let earlier = ("DOCKER-USER", &*self.forward);
+        for (from, to) in self.jumps().into_iter().chain([earlier]) {
             let _was_not_there = iptables(&["-D", from, "-i", &self.interface, "-j", to]).await;
         }
         // In one step: a driver that is told to end has little time. Naming a chain empties it.
@@ -103,6 +177,28 @@ impl Firewall {
         if let Err(error) = restore(&rules).await {
             tracing::info!(error = crate::chain(&error), "the bridge's rules stay");
         }
+    }
+
+    /// Whether the bridge has no IPv6, as the kernel says. `None` if there is no bridge, or the
+    /// kernel has no IPv6.
+    fn ipv6(&self) -> Option<String> {
+        fs::read_to_string(self.ipv6_path()).ok()
+    }
+
+    /// No rule is for IPv6: the host takes and passes on nothing from a bridge without it. Between
+    /// containers, their ports are isolated.
+    fn close_ipv6(&self) -> Result<(), Error> {
+        let path = self.ipv6_path();
+        match fs::write(&path, "1") {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(Error::Ipv6 { path, source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn ipv6_path(&self) -> String {
+        format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.interface)
     }
 
     /// Both chains, in the format of `iptables-restore`: naming a chain empties it.
@@ -129,10 +225,15 @@ impl Firewall {
             "-A {input} -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN\n\
              -A {input} -j DROP\n"
         );
+        // A program should hear at once that there is no way, and not wait for an answer.
+        // A network around such an address does not open it.
+        let is_named = |address: &&str| open.iter().any(|open| open.to_string() == **address);
+        for address in METADATA_V4.iter().filter(|address| !is_named(address)) {
+            let _infallible = writeln!(rules, "-A {forward} -d {address} -j REJECT");
+        }
         for network in open {
             let _infallible = writeln!(rules, "-A {forward} -d {network} -j RETURN");
         }
-        // A program should hear at once that there is no way, and not wait for an answer.
         for network in CLOSED_V4 {
             let _infallible = writeln!(rules, "-A {forward} -d {network} -j REJECT");
         }
@@ -140,34 +241,52 @@ impl Firewall {
     }
 }
 
+/// The rules of a chain, as `iptables-save` prints them.
+fn of_chain<'a>(saved: &'a str, chain: &str) -> impl Iterator<Item = &'a str> + use<'a> {
+    let begin = format!("-A {chain} ");
+    saved.lines().filter(move |line| line.starts_with(&begin))
+}
+
+/// The numbers of a rule in its chain, from 1.
+fn places(saved: &str, chain: &str, rule: &str) -> Vec<usize> {
+    let numbered = (1..).zip(of_chain(saved, chain));
+    numbered
+        .filter(|(_, line)| *line == rule)
+        .map(|(number, _)| number)
+        .collect()
+}
+
 /// Adds to what is there, all of it or nothing.
 async fn restore(rules: &str) -> Result<(), Error> {
-    let program = Command::new("iptables-restore");
-    run(
-        "iptables-restore",
-        program,
-        &["--noflush", "-w", "5"],
-        rules,
-    )
-    .await
+    let arguments = ["--noflush", "-w", "5"];
+    run("iptables-restore", &arguments, rules, IPTABLES_TIMEOUT)
+        .await
+        .map(drop)
 }
 
 async fn iptables(arguments: &[&str]) -> Result<(), Error> {
     let arguments = [&["-w", "5"], arguments].concat();
-    run("iptables", Command::new("iptables"), &arguments, "").await
+    run("iptables", &arguments, "", IPTABLES_TIMEOUT)
+        .await
+        .map(drop)
 }
 
+async fn save() -> Result<String, Error> {
+    run("iptables-save", &["-t", "filter"], "", SAVE_TIMEOUT).await
+}
+
+/// Returns what the program prints.
 async fn run(
     program: &'static str,
-    mut command: Command,
     arguments: &[&str],
     input: &str,
-) -> Result<(), Error> {
+    limit: Duration,
+) -> Result<String, Error> {
     let failed = |source| Error::Run { program, source };
-    let mut child = command
+    let mut child = Command::new(program)
         .args(arguments)
         .stdin(Stdio::piped())
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
@@ -179,17 +298,18 @@ async fn run(
         }
         child.wait_with_output().await
     };
-    let output = timeout(IPTABLES_TIMEOUT, done).await;
+    let output = timeout(limit, done).await;
     let output = output
-        .map_err(|_| Error::TimedOut { program })?
+        .map_err(|_| Error::TimedOut { program, limit })?
         .map_err(failed)?;
-    if output.status.success() {
-        return Ok(());
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    match output.status.success() {
+        true => Ok(text(&output.stdout)),
+        false => Err(Error::Refused {
+            program,
+            words: text(&output.stderr),
+        }),
     }
-    Err(Error::Refused {
-        program,
-        words: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-    })
 }
 
 #[cfg(test)]
@@ -211,6 +331,8 @@ mod tests {
             -A POLYDEV-0123abcd-FWD -d 10.0.0.2/32 -p tcp --dport 53 -j RETURN\n\
             -A POLYDEV-0123abcd-IN -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN\n\
             -A POLYDEV-0123abcd-IN -j DROP\n\
+            -A POLYDEV-0123abcd-FWD -d 100.100.100.200/32 -j REJECT\n\
+            -A POLYDEV-0123abcd-FWD -d 168.63.129.16/32 -j REJECT\n\
             -A POLYDEV-0123abcd-FWD -d 10.1.0.0/16 -j RETURN\n\
             -A POLYDEV-0123abcd-FWD -d 0.0.0.0/8 -j REJECT\n";
         let rules = firewall.rules();
@@ -221,5 +343,37 @@ mod tests {
         }
         // A chain's name has at most 28 letters.
         assert!(firewall.forward.len() <= 28 && firewall.input.len() <= 28);
+    }
+
+    const SAVED: &str = "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD DROP [0:0]\n\
+        -A INPUT -i pd-0123abcd -j POLYDEV-0123abcd-IN\n\
+        -A FORWARD -j DOCKER-USER\n\
+        -A FORWARD -i pd-0123abcd -j POLYDEV-0123abcd-FWD\n\
+        -A FORWARD -i pd-0123abcd0 -j POLYDEV-0123abcd0-FWD\n\
+        -A POLYDEV-0123abcd-IN -j DROP\nCOMMIT\n";
+
+    #[test]
+    fn a_rule_is_found_where_it_is() {
+        let jump = "-A FORWARD -i pd-0123abcd -j POLYDEV-0123abcd-FWD";
+        assert_eq!(places(SAVED, "FORWARD", jump), [2]);
+        assert_eq!(places(SAVED, "INPUT", jump), [0; 0]);
+        assert_eq!(of_chain(SAVED, "POLYDEV-0123abcd-IN").count(), 1);
+    }
+
+    #[test]
+    fn rules_that_lack_anything_are_not_in_force() {
+        let firewall = Firewall::new("0123abcd", "pd-0123abcd", "", &[]);
+        let whole: Vec<String> = (firewall.jumps())
+            .map(|(from, to)| firewall.jump(from, to))
+            .into_iter()
+            .chain(firewall.rules().lines().map(str::to_owned))
+            .filter(|line| line.starts_with("-A "))
+            .collect();
+        assert_eq!(firewall.missing(&Rules(whole.clone())), None);
+        for gone in 0..whole.len() {
+            let mut rules = whole.clone();
+            rules.remove(gone);
+            assert!(firewall.missing(&Rules(rules)).is_some(), "{}", whole[gone]);
+        }
     }
 }

@@ -32,6 +32,7 @@ pub mod metrics;
 pub mod docker;
 pub mod events;
 pub mod firewall;
+mod guard;
 pub mod headroom;
 pub mod identity;
 pub mod life;

@@ -3,7 +3,7 @@
 //! ```text
 //!            +---------------- Recycled ----------------+
 //!            v                                          |
-//!         Warming --Warmed--> Idle --Claimed--> Claimed --RunEnded--> Recycling
+//!         Warming <-Held,Warmed-> Idle --Claimed--> Claimed --RunEnded--> Recycling
 //!                              | |                ^                   ^ ^
 //!                              | +--Leased--> Leased ---LeaseEnded----+ |
 //!                              +------------------+-------Died---------+
@@ -76,7 +76,8 @@ impl State {
 /// An event in a slot's life.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// The driver does not try to make a container for now.
+    /// The driver does not try to make a container for now, or the one that is ready must not
+    /// run anything for now.
     Held { reason: String },
     /// The container is ready.
     Warmed,
@@ -227,7 +228,7 @@ impl Life {
     pub fn apply(&mut self, event: Event, now: SystemTime) -> Result<(), Refused> {
         let cause = event.name();
         let (state, reason) = match (&self.state, event) {
-            (State::Warming, Event::Held { reason }) => (State::Warming, reason),
+            (State::Warming | State::Idle, Event::Held { reason }) => (State::Warming, reason),
             (State::Warming, Event::Warmed) => (State::Idle, String::new()),
             (
                 State::Idle,

@@ -128,6 +128,8 @@ pub enum Error {
         direction: &'static str,
         source: std::io::Error,
     },
+    #[error("cannot isolate the container's port of the bridge")]
+    Isolate(#[source] std::io::Error),
 }
 
 /// The limits of one running container, open for writing.
@@ -180,6 +182,17 @@ impl Handle {
             rates: rates.copied(),
             traffic: traffic.transpose()?,
         })
+    }
+
+    /// Keeps what the container sends from other isolated containers of its bridge, whatever the
+    /// rules of the firewall are.
+    ///
+    /// # Errors
+    /// [`Error`]; the container must not be used then.
+    pub fn isolate(&self) -> Result<(), Error> {
+        self.traffic
+            .as_ref()
+            .map_or(Ok(()), |traffic| traffic.isolate())
     }
 
     /// Raises or lowers CPU, memory and pids to `limits`. Takes tens of microseconds; only

@@ -2,11 +2,14 @@
 
 use std::{fs::File, io, net::IpAddr, thread};
 
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage, AddressScope},
-    link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+    link::{
+        InfoBridgePort, InfoKind, InfoPortData, InfoPortKind, LinkAttribute, LinkFlags, LinkInfo,
+        LinkMessage,
+    },
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::sched::{CloneFlags, setns};
@@ -76,6 +79,45 @@ pub(crate) fn find_veth(socket: &Socket) -> io::Result<Option<(u32, u32)>> {
         }
     })?;
     Ok(found)
+}
+
+/// `ip link set dev INTERFACE type bridge_slave isolated on`: what comes in by this port of a bridge
+/// leaves by no other isolated one.
+pub(crate) fn isolate(socket: &Socket, index: u32) -> io::Result<()> {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes.push(LinkAttribute::LinkInfo(vec![
+        LinkInfo::PortKind(InfoPortKind::Bridge),
+        LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::Isolated(
+            true,
+        )])),
+    ]));
+    request(
+        socket,
+        RouteNetlinkMessage::NewLink(message),
+        NLM_F_ACK,
+        |_| {},
+    )
+}
+
+/// `ip link set dev INTERFACE up`, or `down`. Nothing if there is no such interface.
+pub(crate) fn set_up(interface: &str, up: bool) -> io::Result<()> {
+    let index = match nix::net::if_::if_nametoindex(interface) {
+        Err(nix::Error::ENODEV) => return Ok(()),
+        index => index?,
+    };
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.header.change_mask = LinkFlags::Up;
+    if up {
+        message.header.flags = LinkFlags::Up;
+    }
+    request(
+        &connect()?,
+        RouteNetlinkMessage::SetLink(message),
+        NLM_F_ACK,
+        |_| {},
+    )
 }
 
 pub(crate) fn connect() -> io::Result<Socket> {

@@ -7,7 +7,11 @@ mod start;
 
 pub use start::Error;
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use tokio::sync::Mutex;
 
@@ -15,6 +19,10 @@ use crate::{
     config, firewall::Firewall, identity::LABEL_INSTANCE, metrics::Metrics, run::book::Runs,
     sandbox::Networks, site::Site, slot::Slots, state::lock::Lock, task::Tasks,
 };
+
+/// Contains a folder for each driver with a `socket_group`. It is not `/run/polydev`, which is a
+/// shim's and ends with it.
+const SOCKETS: &str = "/run/polydev-node";
 
 /// The node that this process is in charge of.
 #[derive(Debug)]
@@ -28,13 +36,13 @@ pub struct Node {
     firewall: Firewall,
     /// Whether the bridge is still wanted. Held while it is made or removed, so that none is
     /// made after it was removed for good.
-    wanted: Mutex<bool>,
+    wanted: Arc<Mutex<bool>>,
     _lock: Lock,
 }
 
 impl Node {
-    /// Agrees on a version with Docker, and creates the slots' bridge and its firewall rules,
-    /// unless the driver [leaves](Self::leave).
+    /// Agrees on a version with Docker, and creates the slots' bridge, unless the driver
+    /// [leaves](Self::leave).
     ///
     /// # Errors
     /// [`Error`]; the caller tries again.
@@ -54,7 +62,7 @@ impl Node {
         docker
             .ensure_bridge(name, &interface(instance), &labels)
             .await?;
-        Ok(self.firewall.ensure().await?)
+        Ok(())
     }
 
     /// The address at which shims reach the node service.
@@ -64,7 +72,8 @@ impl Node {
         if let Some(shims) = &config.shims {
             return shims.advertise.clone();
         }
-        format!("unix://{}", socket_path(config).display())
+        let path = socket_path(config, &self.site.instance);
+        format!("unix://{}", path.display())
     }
 
     /// Removes what only a driver with slots needs. Bounded by the deadlines of Docker calls.
@@ -72,12 +81,17 @@ impl Node {
         let Site {
             config,
             docker,
+            instance,
             name,
             broker,
             ..
         } = &*self.site;
         broker.leave();
-        let _gone = std::fs::remove_file(socket_path(config));
+        let path = socket_path(config, instance);
+        let _gone = std::fs::remove_file(&path);
+        if let Some(folder) = path.parent().filter(|_| config.socket_group.is_some()) {
+            let _another_life = std::fs::remove_dir(folder);
+        }
         let mut slots = self.slots.book.all().into_iter();
         if self.runs.going() > 0 || slots.any(|slot| slot.end().is_none()) {
             return;
@@ -99,6 +113,12 @@ fn interface(instance: &str) -> String {
     format!("pd-{instance}")
 }
 
-fn socket_path(config: &config::Plugin) -> PathBuf {
-    config.state_dir.join("node.sock")
+/// Where the node service listens. Only root reaches what is in the state folder, so a socket for
+/// a group is elsewhere.
+fn socket_path(config: &config::Plugin, instance: &str) -> PathBuf {
+    let folder = match config.socket_group {
+        Some(_) => Path::new(SOCKETS).join(instance),
+        None => config.state_dir.clone(),
+    };
+    folder.join("node.sock")
 }

@@ -8,7 +8,9 @@ use std::{path::PathBuf, sync::Arc};
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
-use crate::{broker::Broker, config, docker::Docker, events::Events, images::Images};
+use crate::{
+    broker::Broker, config, docker::Docker, events::Events, firewall::Guard, images::Images,
+};
 
 /// What the parts of the driver share.
 #[derive(Debug)]
@@ -33,8 +35,10 @@ pub struct Site {
     /// The file mounted as `/etc/resolv.conf` into containers of slots.
     pub resolv_conf: PathBuf,
     pub compute: Compute,
-    /// True once Docker has responded and the rules of the slots' bridge are active.
+    /// True once Docker has responded, and the slots' bridge was there.
     pub ready: watch::Sender<bool>,
+    /// Whether the rules of the slots' bridge are in force.
+    pub guard: watch::Sender<Guard>,
     /// Background tasks.
     pub background: TaskTracker,
 }

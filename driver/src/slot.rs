@@ -35,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config,
+    firewall::Guard,
     headroom::{Headroom, Share},
     identity::Identity,
     life::{self, Event, Life, State},
@@ -293,6 +294,31 @@ impl Slot {
                 ..used
             };
         }
+    }
+
+    /// Whether its containers have a network interface.
+    #[must_use]
+    pub fn has_network(&self) -> bool {
+        self.config.egress.listed().is_none()
+    }
+
+    /// Why nothing may begin to run in its containers now; `None` if it may.
+    fn unguarded(&self, site: &Site) -> Option<String> {
+        match &*site.guard.borrow() {
+            Guard::Closed { reason } if self.has_network() => Some(reason.clone()),
+            _ => None,
+        }
+    }
+
+    /// Waits until its containers may run.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    async fn guarded(&self, site: &Site) {
+        let may_run = |guard: &Guard| !self.has_network() || *guard == Guard::Open;
+        // The sender lives as long as the site.
+        let mut guard = site.guard.subscribe();
+        drop(guard.wait_for(may_run).await);
     }
 
     fn lock(&self) -> MutexGuard<'_, Life> {

@@ -18,15 +18,20 @@ pub const MAX_RULES: usize = 200;
 const MAX_NAME: usize = 253;
 const MAX_LABEL: usize = 63;
 
+/// Where clouds tell a machine its secrets, outside of the link-local networks: Alibaba Cloud ("Instance
+/// metadata") and Azure ("What is IP address 168.63.129.16"). Only a rule for the very address opens
+/// one: the first is within a network that operators open for their own services.
+pub const METADATA_V4: [&str; 2] = ["100.100.100.200/32", "168.63.129.16/32"];
+/// The same for IPv6: AWS ("Use the Instance Metadata Service").
+const METADATA_V6: [&str; 1] = ["fd00:ec2::254/128"];
+
 /// IPv4 networks that are not public (RFC 6890). Only a rule that names one, or a part of one,
 /// opens it. 198.18.0.0/15, for tests between networks, is not among them.
-pub const CLOSED_V4: [&str; 11] = [
+pub const CLOSED_V4: [&str; 10] = [
     "0.0.0.0/8",
     "10.0.0.0/8",
     "100.64.0.0/10",
     "127.0.0.0/8",
-    // Azure's, with an instance's secrets.
-    "168.63.129.16/32",
     "169.254.0.0/16",
     "172.16.0.0/12",
     "192.0.0.0/24",
@@ -210,7 +215,9 @@ pub fn is_closed(address: IpAddr) -> bool {
 /// The closed network that an address is in.
 fn closed(address: IpAddr) -> Option<IpNet> {
     static CLOSED: LazyLock<Vec<IpNet>> = LazyLock::new(|| {
-        let networks = CLOSED_V4.iter().chain(&CLOSED_V6);
+        // The first one that fits counts.
+        let metadata = METADATA_V4.iter().chain(&METADATA_V6);
+        let networks = metadata.chain(&CLOSED_V4).chain(&CLOSED_V6);
         let networks = networks.map(|network| network.parse());
         networks
             .collect::<Result<_, _>>()
@@ -246,6 +253,20 @@ mod tests {
 
     fn address(text: &str) -> IpAddr {
         text.parse().expect("an address")
+    }
+
+    #[test]
+    fn a_network_around_it_does_not_open_an_address_with_a_machines_secrets() {
+        for (network, secrets) in [
+            ("100.64.0.0/10", "100.100.100.200"),
+            ("0.0.0.0/0", "168.63.129.16"),
+            ("fc00::/7", "fd00:ec2::254"),
+            ("fd00:ec2::/64", "fd00:ec2::254"),
+        ] {
+            assert!(!rule(network).covers(address(secrets), 80), "{network}");
+            assert!(rule(secrets).covers(address(secrets), 80));
+        }
+        assert!(rule("100.64.0.0/10").covers(address("100.64.0.1"), 80));
     }
 
     #[test]

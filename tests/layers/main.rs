@@ -14,6 +14,7 @@ const DRIVER: &[&str] = &[
     "service",
     "fingerprint",
     "node",
+    "guard",
     "reap",
     "slot",
     "task",

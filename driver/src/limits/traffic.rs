@@ -54,6 +54,14 @@ impl Shaper {
         Ok(Self { host, container })
     }
 
+    /// Isolates the bridge's port of the container.
+    pub(super) fn isolate(&self) -> Result<(), Error> {
+        let End {
+            socket, interface, ..
+        } = &self.host;
+        netlink::isolate(socket, *interface).map_err(Error::Isolate)
+    }
+
     /// Limits each direction that has a rate.
     pub(super) fn shape(&self, rates: &Rates) -> Result<(), Error> {
         let shape = |end: &End, rate: Option<u32>, direction| match rate {

@@ -12,12 +12,20 @@ mod lease;
 mod runs;
 mod slots;
 
-use std::{fs, io, os::unix::fs::PermissionsExt, path::Path, pin::Pin, sync::Arc, time::Instant};
+use std::{
+    fs, io,
+    os::unix::fs::{PermissionsExt, chown},
+    path::Path,
+    pin::Pin,
+    sync::Arc,
+    time::Instant,
+};
 
 use futures_util::{
     Stream, StreamExt,
     stream::{self, BoxStream},
 };
+use nix::unistd::Gid;
 use polydev_proto::{
     id::{RunId, UserId},
     node::{
@@ -58,17 +66,25 @@ const MAX_REASON: usize = 500;
 /// limits.
 const MAX_MESSAGE: usize = 4 << 20;
 
-/// Binds the node service's socket, for root alone.
+/// Binds the node service's socket, for root and the members of a group.
 ///
 /// # Errors
 /// The kernel's error.
-pub fn listen(path: &Path) -> io::Result<UnixListener> {
+pub fn listen(path: &Path, group: Option<Gid>) -> io::Result<UnixListener> {
+    let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode));
+    let gid = group.map(Gid::as_raw);
+    if let (Some(folder), Some(_)) = (path.parent(), group) {
+        fs::create_dir_all(folder)?;
+        mode(folder, 0o750)?;
+        chown(folder, None, gid)?;
+    }
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let listener = UnixListener::bind(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    chown(path, None, gid)?;
+    mode(path, if group.is_some() { 0o660 } else { 0o600 })?;
     Ok(listener)
 }
 
@@ -364,9 +380,11 @@ fn refuse(refusal: &Refusal) -> Status {
         | Refusal::UnknownSlot { .. }
         | Refusal::Broken { .. }
         | Refusal::NotReached => Status::failed_precondition(message),
-        Refusal::Full(_) | Refusal::NoOutput { .. } | Refusal::NoBroker | Refusal::Journal(_) => {
-            Status::resource_exhausted(message)
-        }
+        Refusal::Full(_)
+        | Refusal::NoOutput { .. }
+        | Refusal::NoBroker
+        | Refusal::Unguarded { .. }
+        | Refusal::Journal(_) => Status::resource_exhausted(message),
         Refusal::OtherCommand { .. } | Refusal::Released { .. } => Status::already_exists(message),
         Refusal::Invalid(_) => Status::invalid_argument(message),
     }

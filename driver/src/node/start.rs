@@ -25,7 +25,8 @@ use crate::{
     config,
     docker::{self, Docker},
     events::Events,
-    firewall::{self, Firewall},
+    firewall::{Firewall, Guard},
+    guard,
     images::Images,
     metrics::Metrics,
     reap::{self, Reaper},
@@ -50,8 +51,6 @@ pub enum Error {
     Docker(#[from] docker::Error),
     #[error(transparent)]
     Files(#[from] files::Error),
-    #[error(transparent)]
-    Firewall(#[from] firewall::Error),
     #[error(transparent)]
     Runs(#[from] run::book::Error),
     #[error("cannot listen at `{path}`")]
@@ -112,8 +111,9 @@ impl Prepared {
         let in_use: Vec<PathBuf> = tasks.chain(links).chain(idle.links()).collect();
         let link_dir = files::folder_of(&config.state_dir.join("link"), &in_use)?;
 
-        let path = socket_path(&config);
-        let listener = service::listen(&path).map_err(|source| Error::Listen { path, source })?;
+        let path = socket_path(&config, &instance);
+        let listener = service::listen(&path, config.socket_group)
+            .map_err(|source| Error::Listen { path, source })?;
         let secured = config.shims.as_ref().map(|shims| {
             secured(shims).map_err(|source| Error::Shims {
                 address: shims.listen,
@@ -140,6 +140,9 @@ impl Prepared {
                 resolv_conf,
                 compute,
                 ready: watch::Sender::new(false),
+                guard: watch::Sender::new(Guard::Closed {
+                    reason: "they are not set yet".into(),
+                }),
                 background: TaskTracker::new(),
             }),
             journal,
@@ -177,7 +180,7 @@ impl Prepared {
             site,
             runs,
             metrics,
-            wanted: true.into(),
+            wanted: Arc::new(true.into()),
             _lock: lock,
         });
         let counted = Arc::downgrade(&node.slots);
@@ -213,6 +216,19 @@ impl Prepared {
             background.spawn(service::serve(node.clone(), known));
         }
         background.spawn(run::book::keep(node.runs.clone()));
+        let guarded = Arc::downgrade(&node.slots);
+        let is_needed = move || {
+            let slots = guarded.upgrade().map(|slots| slots.book.all());
+            let mut slots = slots.unwrap_or_default().into_iter();
+            slots.any(|slot| slot.has_network() && slot.end().is_none())
+        };
+        background.spawn(guard::keep(
+            node.site.clone(),
+            node.firewall.clone(),
+            interface(&node.site.instance),
+            node.wanted.clone(),
+            is_needed,
+        ));
         background.spawn(reap::run(Reaper {
             site: node.site.clone(),
             slots: node.slots.clone(),

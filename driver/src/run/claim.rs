@@ -41,6 +41,8 @@ pub enum Refusal {
     NoOutput { held: usize },
     #[error("this node's broker is away, and containers of this pool need it for every connection")]
     NoBroker,
+    #[error("the rules of this node's firewall for slots are not in force: {reason}")]
+    Unguarded { reason: String },
     #[error("this node cannot record another run")]
     Journal(#[from] journal::Error),
     #[error("another try of the run has precedence, with attempt {}", fence.attempt)]

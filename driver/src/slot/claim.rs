@@ -109,7 +109,10 @@ impl Slot {
         generation: Generation,
         parsed: &Parsed,
     ) -> Result<Grant<'_>, Refusal> {
-        let needs_broker = self.config.egress.listed().is_some();
+        let needs_broker = !self.has_network();
+        if let Some(reason) = self.unguarded(&slots.site) {
+            return Err(Refusal::Unguarded { reason });
+        }
         let policy = parsed.policy.as_ref();
         // Shims choose other slots for such runs.
         if !needs_broker && policy.is_some_and(|policy| policy.egress.is_some()) {

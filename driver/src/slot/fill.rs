@@ -163,9 +163,12 @@ pub(super) async fn fill(
     // Only the waits before `make` may be cancelled: Docker would still create a requested
     // container, after nobody looks for it any longer.
     let mut ready = slots.site.ready.subscribe();
+    let is_guarded = async {
+        drop(ready.wait_for(|ready| *ready).await);
+        slot.guarded(&slots.site).await;
+    };
     tokio::select! {
-        // The bridge's firewall rules are then active.
-        _ = ready.wait_for(|ready| *ready) => {}
+        () = is_guarded => {}
         () = slot.drain.cancelled() => return Err(Error::Stopped),
     }
     let (image, held) = tokio::select! {
@@ -287,7 +290,11 @@ async fn make(
 pub(super) async fn open_limits(slot: &Slot, pid: u32) -> Result<limits::Handle, limits::Error> {
     let (idle, has_network) = (slot.idle, slot.config.egress.listed().is_none());
     let open = move || match has_network {
-        true => limits::Handle::open(pid, &idle),
+        true => {
+            let limits = limits::Handle::open(pid, &idle)?;
+            limits.isolate()?;
+            Ok(limits)
+        }
         // Its traffic is the broker's, which has the rate.
         false => limits::Handle::open_shaped(pid, None),
     };

@@ -1,5 +1,7 @@
 //! The task that owns one slot and drives it from state to state.
 
+mod idle;
+
 use std::{
     ops::ControlFlow,
     sync::Arc,
@@ -17,11 +19,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::{
-    Claim, Slot, Slots, adopt, agent,
+    Claim, Slot, Slots, adopt,
     ahead::{Ahead, LONG_RUN},
     boost::{self, Boosted},
     clear::{self, BACKOFF},
-    expected,
     fill::{self, Container},
     shelf::Idle,
 };
@@ -235,6 +236,9 @@ impl Keeper {
         let image_id = container.image_id.clone();
         self.slot.hold(&container);
         adopt::keep(&self.slots, &self.slot, &mut container);
+        if !self.guarded().await {
+            return ControlFlow::Break(Ended::Stopped);
+        }
         self.slot.apply(Event::Warmed);
         if let Some(ready) = ready.take() {
             self.announce();
@@ -398,42 +402,6 @@ impl Keeper {
             Some(reason) if idle_since.elapsed() < MIN_IDLE_TIME => Err(reason),
             _ => Ok(()),
         }
-    }
-
-    /// Waits until the container is claimed or no longer needed. If the container died,
-    /// returns the reason.
-    async fn idle(&mut self, container: &mut Container) -> (Option<Claim>, Option<String>) {
-        let not_needed = expected::not_needed(&self.slots, &self.slot);
-        let renewed = agent::renewed(&self.slot, container.ready);
-        tokio::pin!(not_needed, renewed);
-        let died = loop {
-            tokio::select! {
-                biased;
-                Some(claim) = self.granted.recv() => return (Some(claim), None),
-                () = self.slot.lease_ends() => return (None, None),
-                () = &mut renewed => return (None, None),
-                reason = container.dies() => break format!("its idle container died: {reason}"),
-                () = self.slot.drain.cancelled() => {
-                    // A claim that was granted just before the drain is still served.
-                    if !self.slot.is_claimed() {
-                        return (None, None);
-                    }
-                }
-                reason = &mut not_needed, if !self.slot.drain.is_cancelled() => {
-                    self.slots.site.events.send(&self.slot.identity, reason);
-                    self.slot.drain();
-                }
-            }
-        };
-        self.slot.apply(Event::Died {
-            reason: died.clone(),
-        });
-        // A claim that was granted in the meantime is on its way here, or has arrived.
-        let claim = match self.slot.is_claimed() {
-            true => self.granted.recv().await,
-            false => None,
-        };
-        (claim, Some(died))
     }
 
     /// Waits until Docker has removed the last container: per slot, only one container is

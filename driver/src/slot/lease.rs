@@ -93,6 +93,9 @@ impl Slot {
         {
             return Ok(*until);
         }
+        if let Some(reason) = self.unguarded(&slots.site) {
+            return Err(Refusal::Unguarded { reason });
+        }
         let until = now + *time;
         let mut next = life.clone();
         let leased = Event::Leased {
