@@ -26,7 +26,6 @@ use polydev_transport::{
 use sd_notify::NotifyState;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
-use zeroize::Zeroizing;
 
 /// Runs users' commands in warm, isolated containers.
 #[derive(Parser)]
@@ -160,43 +159,6 @@ impl Listen {
     fn shown(&self) -> String {
         let addresses: Vec<_> = self.listen.iter().map(ToString::to_string).collect();
         addresses.join(", ")
-    }
-}
-
-/// The Nomad cluster that a command works with.
-#[derive(clap::Args)]
-struct Nomad {
-    /// Address of a Nomad agent.
-    #[arg(
-        id = "nomad_addr",
-        long = "nomad-addr",
-        env = "NOMAD_ADDR",
-        default_value = "http://127.0.0.1:4646"
-    )]
-    address: String,
-    /// File with a Nomad token. [default: the variable NOMAD_TOKEN]
-    #[arg(
-        id = "nomad_token_file",
-        long = "nomad-token-file",
-        value_name = "FILE"
-    )]
-    token_file: Option<PathBuf>,
-}
-
-impl Nomad {
-    /// Reads the token and makes a client. The client does not connect yet.
-    fn connect(&self) -> anyhow::Result<polydev_shim::nomad::Nomad> {
-        let token =
-            match &self.token_file {
-                Some(path) => Some(std::fs::read_to_string(path).with_context(|| {
-                    format!("cannot read --nomad-token-file `{}`", path.display())
-                })?),
-                None => std::env::var("NOMAD_TOKEN")
-                    .ok()
-                    .filter(|token| !token.is_empty()),
-            };
-        let token = token.map(|token| Zeroizing::new(token.trim().to_owned()));
-        Ok(polydev_shim::nomad::Nomad::new(&self.address, token)?)
     }
 }
 

@@ -1,29 +1,32 @@
-//! The parts of Nomad's HTTP API that the shim uses. [`job`] has the calls about jobs, and
-//! [`node`] those about nodes.
+//! The parts of Nomad's HTTP API that the shim uses. [`settings`] says how the shim reaches it.
+//! [`job`] has the calls about jobs, and [`node`] those about nodes.
 
 pub mod job;
 pub mod node;
+mod settings;
 
-use std::time::Duration;
+use std::{path::PathBuf, sync::Arc};
 
-use reqwest::{
-    Client, StatusCode,
-    header::{HeaderMap, HeaderValue},
-};
-use zeroize::Zeroizing;
+use polydev_transport::reload::Reloaded;
+use reqwest::{Client, Method, RequestBuilder, StatusCode};
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+pub use settings::Settings;
+
 /// How long a query waits for a change; Nomad adds up to a sixteenth.
 const WATCH_WAIT: &str = "60s";
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(75);
 /// Large enough for thousands of nodes: the stub of a node takes about 2 KB.
 const MAX_BODY: usize = 64 << 20;
 
 /// Why Nomad did not answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("Nomad's address or token cannot be used: {0}")]
+    #[error("Nomad's address, token or certificates cannot be used: {0}")]
     Settings(String),
+    #[error("cannot read --nomad-token-file `{}`", path.display())]
+    Token {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("cannot reach Nomad at {address}")]
     Reach {
         address: String,
@@ -62,49 +65,46 @@ impl Error {
     }
 }
 
-/// A connection to one Nomad agent, which knows the whole region.
+/// A connection to one Nomad agent, which knows the whole region; clones share it.
 #[derive(Debug, Clone)]
 pub struct Nomad {
-    client: Client,
+    settings: Arc<Settings>,
+    /// Follows the files of certificates.
+    client: Arc<Reloaded<Client>>,
     address: String,
 }
 
 impl Nomad {
+    /// Does not connect yet.
+    ///
     /// # Errors
-    /// [`Error::Settings`]
-    pub fn new(address: &str, token: Option<Zeroizing<String>>) -> Result<Self, Error> {
-        if !address.starts_with("http://") && !address.starts_with("https://") {
-            return Err(Error::Settings(format!(
-                "`{address}` is not an http(s) URL"
-            )));
-        }
-        let mut headers = HeaderMap::new();
-        if let Some(token) = token {
-            let value = HeaderValue::from_str(&token);
-            let mut value =
-                value.map_err(|_| Error::Settings("the token must be one line of text".into()))?;
-            value.set_sensitive(true);
-            headers.insert("X-Nomad-Token", value);
-        }
-        // Only the first call in a process has an effect; tests call this more than once.
-        let _installed = rustls::crypto::ring::default_provider().install_default();
-        // The token must go only to Nomad.
-        let client = Client::builder()
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .connect_timeout(CONNECT_TIMEOUT)
-            .timeout(ANSWER_TIMEOUT)
-            .default_headers(headers)
-            .build()
-            .map_err(|error| Error::Settings(crate::chain(&error)))?;
+    /// [`Error::Settings`], [`Error::Token`]
+    pub fn new(settings: Settings) -> Result<Self, Error> {
+        settings.check()?;
+        let client = Reloaded::new(settings.files(), || settings.client())?;
         Ok(Self {
-            client,
-            address: address.trim_end_matches('/').to_owned(),
+            address: settings.base(),
+            client: client.into(),
+            settings: settings.into(),
         })
     }
 
-    fn url(&self, path: &str) -> String {
-        format!("{}{path}", self.address)
+    /// A request for `path`, in the namespace and the region of the settings.
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let (client, refused) = self.client.get(|| self.settings.client());
+        if let Some(error) = refused {
+            tracing::warn!(%error, "cannot use Nomad's new certificates, keeping the old ones");
+        }
+        let Settings {
+            namespace, region, ..
+        } = &*self.settings;
+        let query = [("namespace", namespace), ("region", region)];
+        let given = query
+            .iter()
+            .filter_map(|(name, value)| Some((name, value.as_ref()?)));
+        let given: Vec<_> = given.collect();
+        let request = client.request(method, format!("{}{path}", self.address));
+        request.query(&given)
     }
 
     /// An answer as soon as there is something newer than `index`, or after a minute. Also returns
@@ -120,7 +120,7 @@ impl Nomad {
             ("wait", WATCH_WAIT),
             ("stale", "true"),
         ];
-        let request = self.client.get(self.url(path)).query(&query);
+        let request = self.request(Method::GET, path).query(&query);
         let (next, answer) = self.ask(request).await?;
         // A smaller index means that Nomad's state was reset.
         Ok((if next < index { 0 } else { next }, answer))
@@ -129,8 +129,11 @@ impl Nomad {
     /// An answer with its index.
     async fn ask<T: serde::de::DeserializeOwned>(
         &self,
-        request: reqwest::RequestBuilder,
+        mut request: RequestBuilder,
     ) -> Result<(u64, T), Error> {
+        if let Some(token) = self.settings.token()? {
+            request = request.header("X-Nomad-Token", token);
+        }
         let reach = |source| Error::Reach {
             address: self.address.clone(),
             source,

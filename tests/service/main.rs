@@ -16,6 +16,7 @@ mod http;
 mod input;
 mod leases;
 mod listing;
+mod nomad_agent;
 mod orders;
 mod policy;
 mod queue;

@@ -63,6 +63,10 @@ struct Inner {
     stopped: Vec<String>,
     /// How many lists of nodes were requested.
     lists: usize,
+    /// Requests with another token are refused.
+    token: Option<String>,
+    /// The paths and queries of all requests.
+    asked: Vec<String>,
 }
 
 /// A job that keeps warm slots.
@@ -150,6 +154,18 @@ impl FakeNomad {
     #[must_use]
     pub fn lists(&self) -> usize {
         self.cluster.lock().lists
+    }
+
+    /// From now on only requests with this token are answered.
+    pub fn set_token(&self, token: &str) {
+        let token = Some(token.to_owned());
+        self.cluster.change(|inner| inner.token = token);
+    }
+
+    /// The paths and queries of all requests.
+    #[must_use]
+    pub fn asked(&self) -> Vec<String> {
+        self.cluster.lock().asked.clone()
     }
 
     /// Registers the job of a provider's pool.

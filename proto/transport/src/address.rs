@@ -214,6 +214,25 @@ pub fn is_url(scheme: &str, given: &str) -> bool {
     })
 }
 
+/// Whether nobody on the way reads what goes to this URL: https, or http of the loopback address.
+#[must_use]
+pub fn is_safe_url(given: &str) -> bool {
+    let Ok(url) = Url::parse(given) else {
+        return false;
+    };
+    let is_loopback = match url.host() {
+        Some(Host::Ipv4(address)) => address.is_loopback(),
+        Some(Host::Ipv6(address)) => address.is_loopback(),
+        Some(Host::Domain(name)) => name == "localhost",
+        None => false,
+    };
+    match url.scheme() {
+        "https" => url.host().is_some(),
+        "http" => is_loopback,
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

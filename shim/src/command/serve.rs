@@ -5,6 +5,7 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 use polydev_cli::tls_files;
 use polydev_shim::{
     engine,
+    nomad::{self, Nomad},
     pool::{View, drained, follow},
     rate::Rates,
     run::queue::PerUser,
@@ -24,7 +25,7 @@ pub(super) struct Arguments {
     #[command(flatten)]
     listen: super::Listen,
     #[command(flatten)]
-    nomad: super::Nomad,
+    nomad: nomad::Settings,
     /// The certificate that this shim presents to drivers on other nodes, in PEM. [default: the
     /// files of --tls-cert, --tls-key and --tls-ca]
     #[arg(long, env = "POLYDEV_NODE_TLS_CERT", value_name = "FILE", requires_all = ["node_tls_key", "node_tls_ca"])]
@@ -64,7 +65,7 @@ pub(super) struct Arguments {
 impl Arguments {
     /// Reads the files that the arguments name, without further effects.
     pub(super) fn check(&self) -> anyhow::Result<()> {
-        self.nomad.connect()?;
+        Nomad::new(self.nomad.clone())?;
         self.vault.open()?;
         self.listen.access()?;
         self.listen.tokens()?;
@@ -91,7 +92,7 @@ impl Arguments {
 }
 
 pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let nomad = arguments.nomad.connect()?;
+    let nomad = Nomad::new(arguments.nomad.clone())?;
     let vault = Arc::new(arguments.vault.open()?);
     let access = arguments.listen.access()?;
     let tokens = arguments.listen.tokens()?;

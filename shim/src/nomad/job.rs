@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use reqwest::Method;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -85,7 +86,7 @@ impl Nomad {
         struct Scale {
             task_groups: BTreeMap<String, Scaling>,
         }
-        let request = self.client.get(self.url(&format!("/v1/job/{job}/scale")));
+        let request = self.request(Method::GET, &format!("/v1/job/{job}/scale"));
         match self.ask::<Scale>(request).await {
             Ok((_, Scale { task_groups })) => Ok(Some(task_groups)),
             Err(error) if error.is_not_found() => Ok(None),
@@ -109,8 +110,8 @@ impl Nomad {
         let body = serde_json::json!({
             "Count": count, "Target": { "Group": group }, "Message": message, "Meta": meta,
         });
-        let url = self.url(&format!("/v1/job/{job}/scale"));
-        let request = self.client.post(url).body(body.to_string());
+        let request = self.request(Method::POST, &format!("/v1/job/{job}/scale"));
+        let request = request.body(body.to_string());
         self.ask::<Taken>(request).await.map(drop)
     }
 
@@ -122,7 +123,7 @@ impl Nomad {
         let body = serde_json::json!({
             "JobHCL": hcl, "Variables": variables, "Canonicalize": true,
         });
-        let request = self.client.post(self.url("/v1/jobs/parse"));
+        let request = self.request(Method::POST, "/v1/jobs/parse");
         let (_, job) = self.ask(request.body(body.to_string())).await?;
         Ok(job)
     }
@@ -134,7 +135,7 @@ impl Nomad {
     pub async fn plan(&self, job: &Value) -> Result<Plan, Error> {
         let id = job["ID"].as_str().unwrap_or_default();
         let body = serde_json::json!({ "Job": job, "Diff": true });
-        let request = self.client.post(self.url(&format!("/v1/job/{id}/plan")));
+        let request = self.request(Method::POST, &format!("/v1/job/{id}/plan"));
         let (_, plan) = self.ask(request.body(body.to_string())).await?;
         Ok(plan)
     }
@@ -147,7 +148,7 @@ impl Nomad {
         let body = serde_json::json!({
             "Job": job, "EnforceIndex": true, "JobModifyIndex": planned.job_modify_index,
         });
-        let request = self.client.post(self.url("/v1/jobs"));
+        let request = self.request(Method::POST, "/v1/jobs");
         let request = request.body(body.to_string());
         self.ask::<Taken>(request).await.map(drop)
     }
@@ -169,8 +170,8 @@ impl Nomad {
             job: String,
         }
         let meta: BTreeMap<_, _> = meta.iter().copied().collect();
-        let url = self.url(&format!("/v1/job/{job}/dispatch"));
-        let request = self.client.post(url).query(&[("idempotency_token", token)]);
+        let request = self.request(Method::POST, &format!("/v1/job/{job}/dispatch"));
+        let request = request.query(&[("idempotency_token", token)]);
         let request = request.body(serde_json::json!({ "Meta": meta }).to_string());
         let (_, dispatched) = self.ask::<Dispatched>(request).await?;
         Ok(dispatched.job)
@@ -181,7 +182,7 @@ impl Nomad {
     /// # Errors
     /// [`Error`]
     pub async fn stop(&self, job: &str) -> Result<(), Error> {
-        let request = self.client.delete(self.url(&format!("/v1/job/{job}")));
+        let request = self.request(Method::DELETE, &format!("/v1/job/{job}"));
         match self.ask::<Taken>(request).await {
             Err(error) if !error.is_not_found() => Err(error),
             _ => Ok(()),

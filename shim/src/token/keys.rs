@@ -10,13 +10,13 @@ use jsonwebtoken::{
     Algorithm, DecodingKey,
     jwk::{Jwk, JwkSet, PublicKeyUse},
 };
+use polydev_transport::address::is_safe_url;
 use reqwest::{Client, NoProxy, Proxy};
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::{
     sync::{Notify, Semaphore, watch},
     time::{sleep_until, timeout},
 };
-use url::{Host, Url};
 
 use super::{Error, Refused};
 
@@ -74,24 +74,7 @@ pub(super) fn check_url(option: &'static str, given: &str) -> Result<(), Error> 
         option,
         given: given.to_owned(),
     };
-    is_safe(given).then_some(()).ok_or_else(refuse)
-}
-
-fn is_safe(given: &str) -> bool {
-    let Ok(url) = Url::parse(given) else {
-        return false;
-    };
-    let is_loopback = match url.host() {
-        Some(Host::Ipv4(address)) => address.is_loopback(),
-        Some(Host::Ipv6(address)) => address.is_loopback(),
-        Some(Host::Domain(name)) => name == "localhost",
-        None => false,
-    };
-    match url.scheme() {
-        "https" => url.host().is_some(),
-        "http" => is_loopback,
-        _ => false,
-    }
+    is_safe_url(given).then_some(()).ok_or_else(refuse)
 }
 
 impl Keys {
@@ -239,7 +222,7 @@ impl Keys {
                     let words = format!("`issuer` in {url} is `{}`", configuration.issuer);
                     return Err(words);
                 }
-                if !is_safe(&configuration.jwks_uri) {
+                if !is_safe_url(&configuration.jwks_uri) {
                     return Err(format!(
                         "`jwks_uri` in {url} is `{}`: allowed are https URLs, and http URLs of \
                          the loopback address",

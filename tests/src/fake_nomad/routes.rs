@@ -7,8 +7,9 @@ use std::{
 
 use axum::{
     Json, Router,
-    extract::{Path, Query, State},
+    extract::{Path, Query, Request, State},
     http::StatusCode,
+    middleware::{self, Next},
     response::{AppendHeaders, IntoResponse, Response},
     routing::{delete, get, post},
 };
@@ -32,7 +33,23 @@ pub(super) fn router(cluster: Arc<Cluster>) -> Router {
         .route("/v1/job/{job}/dispatch", post(dispatch))
         .route("/v1/job/{job}/{child}", delete(stop))
         .route("/v1/job/{job}/{child}/allocations", get(allocations))
+        .layer(middleware::from_fn_with_state(cluster.clone(), checked))
         .with_state(cluster)
+}
+
+/// Notes a request, and refuses one with a wrong token as Nomad does.
+async fn checked(State(cluster): Shared, request: Request, next: Next) -> Response {
+    let token = request.headers().get("x-nomad-token");
+    let token = token.and_then(|token| token.to_str().ok());
+    let is_right = {
+        let mut inner = cluster.lock();
+        inner.asked.push(request.uri().to_string());
+        inner.token.is_none() || inner.token.as_deref() == token
+    };
+    match is_right {
+        true => next.run(request).await,
+        false => (StatusCode::FORBIDDEN, "Permission denied").into_response(),
+    }
 }
 
 #[derive(Deserialize)]

@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::{Context, bail};
 use polydev_cli::print;
-use polydev_shim::pool::apply::{Applied, Variable, plan};
+use polydev_shim::{
+    nomad::{self, Nomad},
+    pool::apply::{Applied, Variable, plan},
+};
 
 #[derive(clap::Args)]
 pub(in crate::command) struct Arguments {
@@ -25,12 +28,12 @@ pub(in crate::command) struct Arguments {
     #[arg(long, conflicts_with = "yes")]
     plan: bool,
     #[command(flatten)]
-    nomad: super::super::Nomad,
+    nomad: nomad::Settings,
 }
 
 /// Plans all jobs before it submits the first one.
 pub(super) async fn apply(arguments: &Arguments) -> anyhow::Result<()> {
-    let nomad = arguments.nomad.connect()?;
+    let nomad = Nomad::new(arguments.nomad.clone())?;
     let mut planned = Vec::new();
     for path in files(&arguments.files)? {
         let text = fs::read_to_string(&path);
