@@ -6,13 +6,14 @@ use std::{
 };
 
 use ipnet::Ipv4Net;
+use nix::unistd::Gid;
 use serde::Deserialize;
 
 use super::{
     Error,
     boost::{Boost, RawBoost},
     egress::private_networks,
-    shims::{RawShims, Shims},
+    shims::{self, RawShims, Shims},
     task::Logging,
     telemetry::{RawTelemetry, Telemetry},
     value::{self, Maps, Number, absolute, duration, merged, ranged, refused, text},
@@ -89,6 +90,8 @@ pub struct Plugin {
     /// Networks that are not public, and that slots with a network interface may reach.
     pub private_networks: Vec<Ipv4Net>,
     pub shims: Option<Shims>,
+    /// Whose members reach the node's socket. `None` for root alone.
+    pub socket_group: Option<Gid>,
     pub telemetry: Option<Telemetry>,
 }
 
@@ -187,6 +190,7 @@ pub(super) struct Raw {
     disable_log_collection: Option<bool>,
     private_networks: Option<Vec<String>>,
     shims: Option<RawShims>,
+    socket_group: Option<String>,
     telemetry: Option<RawTelemetry>,
 }
 
@@ -360,6 +364,7 @@ impl Raw {
             disable_log_collection: self.disable_log_collection.unwrap_or_default(),
             private_networks: private_networks(self.private_networks)?,
             shims: self.shims.map(RawShims::check).transpose()?,
+            socket_group: text(self.socket_group).map(shims::group).transpose()?,
             telemetry: self.telemetry.map(RawTelemetry::check).transpose()?,
         })
     }

@@ -41,6 +41,7 @@ pub fn plugin() -> Spec {
                 attr("interval", "string"),
             ],
         ),
+        attr("socket_group", "string"),
         attr("state_dir", "string"),
         attr("init_path", "string"),
         attr("broker_path", "string"),

@@ -1,7 +1,8 @@
-//! Where the plugin accepts shims on other machines.
+//! Where the plugin accepts shims, on other machines and on this one.
 
 use std::net::SocketAddr;
 
+use nix::unistd::{Gid, Group};
 use polydev_transport::{address::is_url, names::Pattern, tls::Files};
 use serde::Deserialize;
 
@@ -19,6 +20,17 @@ pub struct Shims {
     pub files: Files,
     /// The names in shims' certificates.
     pub allow: Vec<Pattern>,
+}
+
+/// The plugin's `socket_group`.
+pub(super) fn group(name: String) -> Result<Gid, Error> {
+    match Group::from_name(&name) {
+        Ok(Some(group)) => Ok(group.gid),
+        _ => {
+            let allowed = "must be a group of this machine";
+            Err(refused("socket_group", name, allowed))
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]

@@ -236,6 +236,7 @@ fn plugin_values_out_of_range_are_refused_by_name() {
         check(json!({ "telemetry": telemetry }), "telemetry.interval");
     }
     check(shims("allow", json!([])), "shims.allow");
+    check(json!({"socket_group": "no such group"}), "socket_group");
     check(
         json!({"endpoint": "unix:///x", "tls": {"cert": "/a", "key": "/b", "ca": "/c"}}),
         "endpoint",
