@@ -4,6 +4,7 @@ use std::fs;
 
 use polydev_proto::runtime::ScalePoolRequest;
 use polydev_tests::{folder::Folder, process::output, program, wait_until};
+use tonic::Response;
 
 use crate::site::{LIMIT, Site, steps};
 
@@ -37,15 +38,13 @@ fn every_request_names_namespace_and_region() {
         provider: "anthropic".into(),
         size: 2,
     };
-    let scaled = site
-        .shim
-        .client()
-        .call(async |mut shim| shim.scale_pool(request).await);
-    scaled.unwrap();
-    wait_until("another size", LIMIT, || {
-        let (size, _) = site.nomad().pool("anthropic");
-        (size == 2).then_some(()).ok_or(size.to_string())
+    let scaled = site.shim.client().call(async |mut shim| {
+        let mut steps = shim.scale_pool(request).await?.into_inner();
+        while steps.message().await?.is_some() {}
+        Ok(Response::new(()))
     });
+    scaled.unwrap();
+    assert_eq!(site.nomad().pool("anthropic").0, 2);
     let asked = site.nomad().asked();
     assert!(
         asked.iter().any(|uri| uri.starts_with("/v1/job/")),
