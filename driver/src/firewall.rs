@@ -3,7 +3,8 @@
 //! metadata address. (The bridge already prevents traffic between slots, and has no IPv6.)
 //!
 //! The rules are in two chains of this driver, which it writes as a whole. The first rules of
-//! INPUT and FORWARD lead there, so that no rule of another program comes before them.
+//! INPUT and FORWARD lead there, so that no rule of another program comes before them. Several
+//! drivers of a machine share the first places.
 //! [`crate::guard`] looks whether they still do.
 
 use std::{fmt::Write as _, fs, io, process::Stdio, time::Duration};
@@ -15,7 +16,7 @@ use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
 /// Another program may hold the lock of the tables for a while.
 const IPTABLES_TIMEOUT: Duration = Duration::from_secs(10);
 /// To print the rules takes no lock.
-const SAVE_TIMEOUT: Duration = Duration::from_secs(1);
+const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Whether what separates containers with a network interface from the node and from its networks
 /// is in force.
@@ -46,13 +47,13 @@ pub enum Error {
         program: &'static str,
         words: String,
     },
-    #[error("the rules of the slots' bridge were set, and are not in force: {missing}")]
+    #[error("after the rules of the slots' bridge were set, {missing} is missing")]
     NotInForce { missing: String },
-    #[error("cannot keep IPv6 off the slots' bridge by `{path}`")]
+    #[error("cannot disable IPv6 on the slots' bridge by `{path}`")]
     Ipv6 { path: String, source: io::Error },
 }
 
-/// This driver's rules as `iptables-save` prints them, and the first ones of INPUT and FORWARD.
+/// This driver's rules as `iptables-save` prints them, with its jumps if nobody comes before them.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Rules(Vec<String>);
 
@@ -75,20 +76,18 @@ impl Firewall {
     /// `open` although they are not public.
     #[must_use]
     pub fn new(instance: &str, interface: &str, resolv_conf: &str, open: &[Ipv4Net]) -> Self {
-        let servers = resolv_conf.lines().filter_map(|line| {
-            let server = line.strip_prefix("nameserver")?.trim();
-            server
-                .parse::<std::net::Ipv4Addr>()
-                .ok()
-                .map(|_| server.to_owned())
-        });
         Self {
             interface: interface.to_owned(),
             input: format!("POLYDEV-{instance}-IN"),
             forward: format!("POLYDEV-{instance}-FWD"),
-            servers: servers.collect(),
+            servers: servers(resolv_conf),
             open: open.to_vec(),
         }
+    }
+
+    /// From the next [`Firewall::set`] on, containers reach the name servers of this file.
+    pub fn follow(&mut self, resolv_conf: &str) {
+        self.servers = servers(resolv_conf);
     }
 
     /// Sets the rules, and returns how they are printed from now on.
@@ -96,21 +95,22 @@ impl Firewall {
     /// # Errors
     /// [`Error`]; slots must not run then.
     pub async fn set(&self) -> Result<Rules, Error> {
-        restore(&self.rules()).await?;
-        let saved = save().await?;
+        let saved = save(IPTABLES_TIMEOUT).await?;
+        let mut rules = self.rules();
         for (from, to) in self.jumps() {
-            let jump = ["-i", &*self.interface, "-j", to];
-            let places = places(&saved, from, &self.jump(from, to));
-            if places.first() == Some(&1) {
+            let jump = self.jump(from, to);
+            if leads(&saved, from, &jump) {
                 continue;
             }
-            iptables(&[&["-I", from, "1"], &jump[..]].concat()).await?;
-            for place in places.iter().rev() {
-                iptables(&["-D", from, &(place + 1).to_string()]).await?;
-            }
+            // In one step: there is no moment without it.
+            let earlier = of_chain(&saved, from).filter(|rule| *rule == jump).count();
+            let words = jump.trim_start_matches("-A ").trim_start_matches(from);
+            rules += &format!("-D {from}{words}\n").repeat(earlier);
+            rules += &format!("-I {from} 1{words}\n");
         }
+        restore(&(rules + "COMMIT\n")).await?;
         self.close_ipv6()?;
-        let rules = self.look().await?;
+        let rules = self.printed(IPTABLES_TIMEOUT).await?;
         match self.missing(&rules) {
             Some(missing) => Err(Error::NotInForce { missing }),
             None => Ok(rules),
@@ -122,16 +122,18 @@ impl Firewall {
     /// # Errors
     /// [`Error`]
     pub async fn look(&self) -> Result<Rules, Error> {
-        let saved = save().await?;
+        self.printed(LOOK_TIMEOUT).await
+    }
+
+    async fn printed(&self, limit: Duration) -> Result<Rules, Error> {
+        let saved = save(limit).await?;
         let mut own = Vec::new();
         for (from, to) in self.jumps() {
-            own.extend(of_chain(&saved, from).next().map(str::to_owned));
+            let jump = self.jump(from, to);
+            own.extend(leads(&saved, from, &jump).then_some(jump));
             own.extend(of_chain(&saved, to).map(str::to_owned));
         }
-        own.extend(
-            self.ipv6()
-                .map(|off| format!("disable_ipv6 {}", off.trim())),
-        );
+        own.extend(self.ipv6()?.map(|off| format!("disable_ipv6 {off}")));
         Ok(Rules(own))
     }
 
@@ -149,9 +151,9 @@ impl Firewall {
         };
         let chain = [&self.input, &self.forward].into_iter().find(is_short);
         let jump = jumps.into_iter().find(|jump| !own.contains(jump));
-        let ipv6 = self.ipv6().filter(|off| off.trim() != "1");
-        jump.or(chain.map(|chain| format!("all of {chain}")))
-            .or(ipv6.map(|_| "disable_ipv6".into()))
+        let ipv6 = own.iter().find(|line| *line == "disable_ipv6 0");
+        jump.or(chain.map(|chain| format!("a rule of {chain}")))
+            .or(ipv6.map(|_| "`disable_ipv6`".into()))
     }
 
     fn jumps(&self) -> [(&'static str, &str); 2] {
@@ -179,21 +181,23 @@ impl Firewall {
         }
     }
 
-    /// Whether the bridge has no IPv6, as the kernel says. `None` if there is no bridge, or the
-    /// kernel has no IPv6.
-    fn ipv6(&self) -> Option<String> {
-        fs::read_to_string(self.ipv6_path()).ok()
+    /// `1` if the bridge has no IPv6. `None` if there is no bridge, or the kernel has no IPv6.
+    fn ipv6(&self) -> Result<Option<String>, Error> {
+        let path = self.ipv6_path();
+        match fs::read_to_string(&path) {
+            Ok(off) => Ok(Some(off.trim().to_owned())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(Error::Ipv6 { path, source }),
+        }
     }
 
     /// No rule is for IPv6: the host takes and passes on nothing from a bridge without it. Between
     /// containers, their ports are isolated.
     fn close_ipv6(&self) -> Result<(), Error> {
         let path = self.ipv6_path();
-        match fs::write(&path, "1") {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(Error::Ipv6 { path, source })
-            }
-            _ => Ok(()),
+        match self.ipv6()?.as_deref() {
+            None | Some("1") => Ok(()),
+            Some(_) => fs::write(&path, "1").map_err(|source| Error::Ipv6 { path, source }),
         }
     }
 
@@ -201,7 +205,7 @@ impl Firewall {
         format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.interface)
     }
 
-    /// Both chains, in the format of `iptables-restore`: naming a chain empties it.
+    /// Both chains, in the format of `iptables-restore`, without its end: naming a chain empties it.
     fn rules(&self) -> String {
         let Self {
             input,
@@ -237,8 +241,18 @@ impl Firewall {
         for network in CLOSED_V4 {
             let _infallible = writeln!(rules, "-A {forward} -d {network} -j REJECT");
         }
-        rules + "COMMIT\n"
+        rules
     }
+}
+
+/// The name servers of a resolv.conf.
+fn servers(resolv_conf: &str) -> Vec<String> {
+    let servers = resolv_conf.lines().filter_map(|line| {
+        let server = line.strip_prefix("nameserver")?.trim();
+        let is_v4 = server.parse::<std::net::Ipv4Addr>().is_ok();
+        is_v4.then(|| server.to_owned())
+    });
+    servers.collect()
 }
 
 /// The rules of a chain, as `iptables-save` prints them.
@@ -247,13 +261,13 @@ fn of_chain<'a>(saved: &'a str, chain: &str) -> impl Iterator<Item = &'a str> + 
     saved.lines().filter(move |line| line.starts_with(&begin))
 }
 
-/// The numbers of a rule in its chain, from 1.
-fn places(saved: &str, chain: &str, rule: &str) -> Vec<usize> {
-    let numbered = (1..).zip(of_chain(saved, chain));
-    numbered
-        .filter(|(_, line)| *line == rule)
-        .map(|(number, _)| number)
-        .collect()
+/// Whether a driver's jump comes before all rules but the jumps of other drivers, which are for
+/// their own bridges.
+fn leads(saved: &str, from: &str, jump: &str) -> bool {
+    let begin = format!("-A {from} -i pd-");
+    let mut first = of_chain(saved, from)
+        .take_while(|rule| rule.starts_with(&begin) && rule.contains(" -j POLYDEV-"));
+    first.any(|rule| rule == jump)
 }
 
 /// Adds to what is there, all of it or nothing.
@@ -271,8 +285,8 @@ async fn iptables(arguments: &[&str]) -> Result<(), Error> {
         .map(drop)
 }
 
-async fn save() -> Result<String, Error> {
-    run("iptables-save", &["-t", "filter"], "", SAVE_TIMEOUT).await
+async fn save(limit: Duration) -> Result<String, Error> {
+    run("iptables-save", &["-t", "filter"], "", limit).await
 }
 
 /// Returns what the program prints.
@@ -333,6 +347,8 @@ mod tests {
             -A POLYDEV-0123abcd-IN -j DROP\n\
             -A POLYDEV-0123abcd-FWD -d 100.100.100.200/32 -j REJECT\n\
             -A POLYDEV-0123abcd-FWD -d 168.63.129.16/32 -j REJECT\n\
+            -A POLYDEV-0123abcd-FWD -d 169.254.169.254/32 -j REJECT\n\
+            -A POLYDEV-0123abcd-FWD -d 169.254.170.2/32 -j REJECT\n\
             -A POLYDEV-0123abcd-FWD -d 10.1.0.0/16 -j RETURN\n\
             -A POLYDEV-0123abcd-FWD -d 0.0.0.0/8 -j REJECT\n";
         let rules = firewall.rules();
@@ -353,10 +369,19 @@ mod tests {
         -A POLYDEV-0123abcd-IN -j DROP\nCOMMIT\n";
 
     #[test]
-    fn a_rule_is_found_where_it_is() {
-        let jump = "-A FORWARD -i pd-0123abcd -j POLYDEV-0123abcd-FWD";
-        assert_eq!(places(SAVED, "FORWARD", jump), [2]);
-        assert_eq!(places(SAVED, "INPUT", jump), [0; 0]);
+    fn a_jump_leads_if_only_jumps_of_drivers_come_before_it() {
+        let input = "-A INPUT -i pd-0123abcd -j POLYDEV-0123abcd-IN";
+        let forward = "-A FORWARD -i pd-0123abcd -j POLYDEV-0123abcd-FWD";
+        assert!(leads(SAVED, "INPUT", input));
+        assert!(
+            !leads(SAVED, "FORWARD", forward),
+            "Docker's comes before it"
+        );
+        let others = SAVED.replace(
+            "-A FORWARD -j DOCKER-USER",
+            "-A FORWARD -i pd-1 -j POLYDEV-1-FWD",
+        );
+        assert!(leads(&others, "FORWARD", forward));
         assert_eq!(of_chain(SAVED, "POLYDEV-0123abcd-IN").count(), 1);
     }
 

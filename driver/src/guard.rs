@@ -1,7 +1,9 @@
 //! Keeps the rules of the slots' bridge in force. Other programs may remove them at any time.
 //!
 //! While they are not in force, no slot with a network interface is idle or gets a run, within a
-//! second. If they cannot be set, the bridge is down: runs that go on have no network.
+//! second. If they cannot be set, the bridge is down: running runs have no network.
+//!
+//! The rules let containers reach the node's name servers, which may change too.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,14 +16,13 @@ use crate::{
     firewall::{Error, Firewall, Guard, Rules},
     netlink,
     site::Site,
+    state::files,
 };
 
 /// How often the rules are looked at while a slot needs them.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// The same while none does.
 const UNUSED_INTERVAL: Duration = Duration::from_secs(30);
-/// How long a busy machine may take to say how the rules are.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Sets the rules and keeps them, until they are no longer `wanted`.
 pub(crate) async fn keep(
@@ -42,19 +43,21 @@ pub(crate) async fn keep(
         return;
     }
     let mut keeper = Keeper {
+        names: std::fs::read_to_string(&site.resolv_conf).unwrap_or_default(),
         site,
         firewall,
         interface,
         known: None,
+        is_stale: false,
         looked: Instant::now(),
-        answered: Instant::now(),
     };
     let mut ticks = interval(LOOK_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        let names = keeper.new_names();
         let is_fresh = keeper.known.is_some() && keeper.looked.elapsed() < UNUSED_INTERVAL;
-        if is_fresh && !is_needed() {
+        if is_fresh && names.is_none() && !is_needed() {
             continue;
         }
         // The driver removes them only when it leaves.
@@ -62,37 +65,56 @@ pub(crate) async fn keep(
         if !*wanted {
             return;
         }
+        if let Some(names) = names {
+            keeper.rename(names);
+        }
         keeper.look().await;
     }
 }
 
 struct Keeper {
+    /// The containers' resolv.conf.
+    names: String,
     site: Arc<Site>,
     firewall: Firewall,
     interface: String,
     /// The rules when they were last set. `None` while they are not in force.
     known: Option<Rules>,
+    /// Whether other rules are wanted than those that were set.
+    is_stale: bool,
     looked: Instant,
-    answered: Instant,
 }
 
 impl Keeper {
+    /// The node's name servers, if they are other ones.
+    fn new_names(&self) -> Option<String> {
+        let now = files::resolv_conf();
+        (now != self.names).then_some(now)
+    }
+
+    /// Lets containers reach the new name servers from the next look on, and tells them.
+    fn rename(&mut self, names: String) {
+        self.firewall.follow(&names);
+        self.is_stale = true;
+        if let Err(error) = files::write_resolv_conf(&self.site.resolv_conf, &names) {
+            tracing::warn!(
+                error = crate::chain(&error),
+                "cannot tell the new name servers"
+            );
+            return;
+        }
+        tracing::info!("containers have the node's new name servers");
+        self.names = names;
+    }
+
     async fn look(&mut self) {
         self.looked = Instant::now();
         let now = self.firewall.look().await;
-        match now {
-            Ok(now) if self.known.as_ref() == Some(&now) => {
-                self.answered = Instant::now();
-                return;
-            }
-            Err(Error::TimedOut { .. })
-                if self.known.is_some() && self.answered.elapsed() < BUSY_TIMEOUT =>
-            {
-                return;
-            }
-            _ => {}
+        let is_as_set = matches!(&now, Ok(now) if self.known.as_ref() == Some(now));
+        if is_as_set && !self.is_stale {
+            return;
         }
-        if self.known.take().is_some() {
+        if !is_as_set && self.known.take().is_some() {
             let reason = match now {
                 Ok(_) => "another program has changed them".to_owned(),
                 Err(error) => crate::chain(&error),
@@ -102,13 +124,17 @@ impl Keeper {
         }
         match self.firewall.set().await {
             Ok(rules) => {
-                self.answered = Instant::now();
                 self.known = Some(rules);
+                self.is_stale = false;
                 self.link(true);
                 self.is(Guard::Open);
             }
             Err(error) => {
-                self.link(false);
+                self.known = None;
+                // A busy machine says nothing about the rules: what runs keeps its network.
+                if !matches!(error, Error::TimedOut { .. }) {
+                    self.link(false);
+                }
                 let reason = crate::chain(&error);
                 self.is(Guard::Closed { reason });
             }

@@ -268,10 +268,13 @@ impl Life {
             }
             (State::Leased { .. }, Event::LeaseEnded) => (State::Recycling, String::new()),
             (State::Claimed { .. }, Event::RunEnded) => (self.after_container(), String::new()),
-            (State::Idle | State::Leased { .. }, Event::Died { reason }) => {
+            // While its container is held, the slot is warming.
+            (State::Warming | State::Idle | State::Leased { .. }, Event::Died { reason }) => {
                 (self.after_container(), reason)
             }
-            (State::Idle, Event::Renewed) => (self.after_container(), String::new()),
+            (State::Warming | State::Idle, Event::Renewed) => {
+                (self.after_container(), String::new())
+            }
             (State::Recycling, Event::Recycled) => {
                 self.generation = self.generation.next();
                 (State::Warming, std::mem::take(&mut self.reason))

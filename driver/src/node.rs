@@ -76,7 +76,8 @@ impl Node {
         format!("unix://{}", path.display())
     }
 
-    /// Removes what only a driver with slots needs. Bounded by the deadlines of Docker calls.
+    /// Removes what only a driver with slots needs. Bounded by the deadlines of calls of Docker and
+    /// of the firewall's programs.
     pub async fn leave(&self) {
         let Site {
             config,

@@ -18,10 +18,15 @@ pub const MAX_RULES: usize = 200;
 const MAX_NAME: usize = 253;
 const MAX_LABEL: usize = 63;
 
-/// Where clouds tell a machine its secrets, outside of the link-local networks: Alibaba Cloud ("Instance
-/// metadata") and Azure ("What is IP address 168.63.129.16"). Only a rule for the very address opens
-/// one: the first is within a network that operators open for their own services.
-pub const METADATA_V4: [&str; 2] = ["100.100.100.200/32", "168.63.129.16/32"];
+/// Where clouds tell a machine its secrets: Alibaba Cloud ("Instance metadata"), Azure ("What is IP
+/// address 168.63.129.16"), most clouds ("Instance metadata"), and AWS for containers ("Task IAM
+/// role"). Only a rule for the very address opens one: operators open networks around them.
+pub const METADATA_V4: [&str; 4] = [
+    "100.100.100.200/32",
+    "168.63.129.16/32",
+    "169.254.169.254/32",
+    "169.254.170.2/32",
+];
 /// The same for IPv6: AWS ("Use the Instance Metadata Service").
 const METADATA_V6: [&str; 1] = ["fd00:ec2::254/128"];
 
@@ -260,6 +265,7 @@ mod tests {
         for (network, secrets) in [
             ("100.64.0.0/10", "100.100.100.200"),
             ("0.0.0.0/0", "168.63.129.16"),
+            ("169.254.0.0/16", "169.254.169.254"),
             ("fc00::/7", "fd00:ec2::254"),
             ("fd00:ec2::/64", "fd00:ec2::254"),
         ] {

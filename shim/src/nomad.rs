@@ -71,7 +71,8 @@ pub struct Nomad {
     settings: Arc<Settings>,
     /// Follows the files of certificates.
     client: Arc<Reloaded<Client>>,
-    address: String,
+    /// Of the settings, with the name in the agent's certificate.
+    base: String,
 }
 
 impl Nomad {
@@ -83,7 +84,7 @@ impl Nomad {
         settings.check()?;
         let client = Reloaded::new(settings.files(), || settings.client())?;
         Ok(Self {
-            address: settings.base(),
+            base: settings.base(),
             client: client.into(),
             settings: settings.into(),
         })
@@ -103,7 +104,7 @@ impl Nomad {
             .iter()
             .filter_map(|(name, value)| Some((name, value.as_ref()?)));
         let given: Vec<_> = given.collect();
-        let request = client.request(method, format!("{}{path}", self.address));
+        let request = client.request(method, format!("{}{path}", self.base));
         request.query(&given)
     }
 
@@ -134,9 +135,9 @@ impl Nomad {
         if let Some(token) = self.settings.token()? {
             request = request.header("X-Nomad-Token", token);
         }
-        let reach = |source| Error::Reach {
-            address: self.address.clone(),
-            source,
+        let reach = |source: reqwest::Error| Error::Reach {
+            address: self.settings.address.clone(),
+            source: source.without_url(),
         };
         let mut response = request.send().await.map_err(reach)?;
         let status = response.status();
@@ -145,7 +146,7 @@ impl Nomad {
         // A server that has just started answers stale queries from an empty state.
         let leader = response.headers().get("X-Nomad-KnownLeader");
         if status.is_success() && leader.is_some_and(|known| known == "false") {
-            let address = self.address.clone();
+            let address = self.settings.address.clone();
             return Err(Error::NoLeader { address });
         }
         let mut body = Vec::new();

@@ -134,7 +134,7 @@ pub enum Error {
     Full(#[from] queue::Full),
     #[error(transparent)]
     Rate(#[from] rate::Exceeded),
-    #[error("this shim reads as many requests as its memory allows")]
+    #[error("this shim is already reading 64 MiB of request bodies; try again")]
     Busy,
     #[error(
         "this shim is stopping; attach through another shim to a run that has started, and start \

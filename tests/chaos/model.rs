@@ -52,7 +52,8 @@ impl Models {
     }
 
     /// On how many nodes each of these prompts was asked, by run. A CLI may ask its model again,
-    /// as after the end of a broker, but it does so on its own node.
+    /// as after the end of a broker, but it does so on its own node: a prompt that ran twice on one
+    /// node is not told from that.
     pub(crate) fn entries(
         &self,
         cluster: &Cluster,

@@ -41,10 +41,21 @@ impl Shim {
     /// As [`Shim::dev_with`], with environment variables.
     #[must_use]
     pub fn dev_in(pools: &[&str], options: &[&str], environment: &[(&str, &str)]) -> Self {
-        let folder = Folder::new("pdtest-");
         let mut command = Command::new(program("polydev-shim"));
+        command.envs(environment.iter().copied());
+        Self::dev_by(command, pools, options)
+    }
+
+    /// As [`Shim::dev`], by a command that runs the program in its arguments.
+    #[must_use]
+    pub fn dev_within(mut command: Command, pools: &[&str]) -> Self {
+        command.arg(program("polydev-shim"));
+        Self::dev_by(command, pools, &[])
+    }
+
+    fn dev_by(mut command: Command, pools: &[&str], options: &[&str]) -> Self {
+        let folder = Folder::new("pdtest-");
         command
-            .envs(environment.iter().copied())
             .arg("dev")
             .arg("--state-dir")
             .arg(folder.path().join("s"))

@@ -172,6 +172,8 @@ impl Messages {
                 Part::End => {
                     if meter.end() {
                         meter.answered(StatusCode::OK, false);
+                        // The next answer is another one.
+                        meter.ended = None;
                     }
                 }
             }

@@ -102,7 +102,8 @@ impl Prepared {
         let instance = files::instance(&config.state_dir)?;
         let identity = files::node_identity(&config.state_dir, Path::new(MACHINE_ID))?;
         let init = files::install_init(&config.init_path, &config.state_dir)?;
-        let resolv_conf = files::write_resolv_conf(&config.state_dir)?;
+        let resolv_conf = config.state_dir.join("resolv.conf");
+        files::write_resolv_conf(&resolv_conf, &files::resolv_conf())?;
         let journal = Journal::open(&config.state_dir)?;
         let (runs, open) = Runs::open(&config.state_dir)?;
         let tasks = journal.read().into_iter().filter_map(|entry| entry.link);
@@ -216,8 +217,12 @@ impl Prepared {
             background.spawn(service::serve(node.clone(), known));
         }
         background.spawn(run::book::keep(node.runs.clone()));
-        let guarded = Arc::downgrade(&node.slots);
+        let (guarded, runs) = (Arc::downgrade(&node.slots), node.runs.clone());
         let is_needed = move || {
+            // A run may outlive its slot.
+            if runs.going() > 0 {
+                return true;
+            }
             let slots = guarded.upgrade().map(|slots| slots.book.all());
             let mut slots = slots.unwrap_or_default().into_iter();
             slots.any(|slot| slot.has_network() && slot.end().is_none())

@@ -6,6 +6,10 @@
 //! Each line is one record, `CHECKSUM JSON`; the first line holds the format and its
 //! version. The log contains nothing secret: only a hash of the command, and no output.
 
+mod rewrite;
+
+pub use rewrite::{Rewrite, Rewritten};
+
 use std::{
     collections::BTreeSet,
     fs::{self, File},
@@ -329,51 +333,6 @@ pub struct Journal {
     dirty: Arc<Notify>,
 }
 
-/// A shorter log, which takes the place of the journal's. Three steps: [`Journal::begin`] and
-/// [`Journal::finish`] are quick, [`Rewrite::write`] syncs, which takes as long as the disk likes,
-/// and needs no journal.
-#[derive(Debug)]
-pub struct Rewrite {
-    path: PathBuf,
-    bytes: Vec<u8>,
-}
-
-/// A [`Rewrite`] on the disk, beside the journal.
-#[derive(Debug)]
-pub struct Rewritten {
-    partial: PathBuf,
-    file: File,
-    length: u64,
-}
-
-impl Rewrite {
-    /// Writes the log to the disk.
-    ///
-    /// # Errors
-    /// [`Error::File`]; the journal is unchanged.
-    pub fn write(self) -> Result<Rewritten, Error> {
-        let partial = self.path.with_extension("partial");
-        let write = || {
-            let mut options = File::options();
-            options.read(true).write(true).create(true).truncate(true);
-            let file = options.mode(0o600).open(&partial)?;
-            file.write_all_at(&self.bytes, 0)?;
-            file.sync_all()?;
-            Ok(file)
-        };
-        let file = write().map_err(|source| Error::File {
-            path: partial.clone(),
-            source,
-        })?;
-        let length = self.bytes.len() as u64;
-        Ok(Rewritten {
-            partial,
-            file,
-            length,
-        })
-    }
-}
-
 impl Journal {
     /// Opens or creates the journal of a state folder, and reads its records.
     ///
@@ -466,45 +425,6 @@ impl Journal {
         /// Approximate length of one record, with related ones.
         const RECORD: u64 = 1 << 10;
         self.length > MAX_LENGTH && self.length > 4 * RECORD * wanted as u64
-    }
-
-    /// Begins a log of only `records`, and of what is written from now on.
-    pub fn begin<'a>(&mut self, records: impl IntoIterator<Item = &'a Record>) -> Rewrite {
-        self.since = Some(Vec::new());
-        let mut bytes = encode(&self.format());
-        records
-            .into_iter()
-            .for_each(|record| bytes.extend(encode(record)));
-        Rewrite {
-            path: self.path.clone(),
-            bytes,
-        }
-    }
-
-    /// Takes the new log in place of the old one. What was written meanwhile is synced with the
-    /// next writes.
-    ///
-    /// # Errors
-    /// [`Error::File`], or that of [`Rewrite::write`]; the log is unchanged.
-    pub fn finish(&mut self, rewritten: Result<Rewritten, Error>) -> Result<(), Error> {
-        let since = self.since.take().unwrap_or_default();
-        let Rewritten {
-            partial,
-            file,
-            length,
-        } = rewritten?;
-        let finish = || {
-            file.write_all_at(&since, length)?;
-            fs::rename(&partial, &self.path)
-        };
-        finish().map_err(|source| Error::File {
-            path: self.path.clone(),
-            source,
-        })?;
-        self.file = file.into();
-        self.length = length + since.len() as u64;
-        self.dirty.notify_one();
-        Ok(())
     }
 
     /// The file to sync.

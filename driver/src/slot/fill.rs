@@ -236,10 +236,7 @@ async fn make(
             init: site.init.clone(),
             link: listener.folder().to_owned(),
             resolv_conf: site.resolv_conf.clone(),
-            network: match slot.config.egress.listed() {
-                Some(_) => None,
-                None => Some(site.name.clone()),
-            },
+            network: slot.has_network().then(|| site.name.clone()),
             limits: slot.idle,
             uid,
             gid,
@@ -288,7 +285,7 @@ async fn make(
 
 /// Opens the limits of a container of the slot.
 pub(super) async fn open_limits(slot: &Slot, pid: u32) -> Result<limits::Handle, limits::Error> {
-    let (idle, has_network) = (slot.idle, slot.config.egress.listed().is_none());
+    let (idle, has_network) = (slot.idle, slot.has_network());
     let open = move || match has_network {
         true => {
             let limits = limits::Handle::open(pid, &idle)?;

@@ -1,9 +1,9 @@
 //! The files in the state folder that containers use.
 
 use std::{
-    fs::{self, Permissions},
+    fs::{self, File, Permissions},
     io,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{FileExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -74,25 +74,44 @@ pub fn install_init(source: &Path, state_dir: &Path) -> Result<PathBuf, Error> {
     Ok(path)
 }
 
-/// Writes the containers' resolv.conf, because names must resolve without dockerd's own
-/// resolver. Containers cannot reach name servers on the host's loopback. In that case the
-/// file behind the local resolver is used.
-///
-/// # Errors
-/// [`Error::Write`]
-pub fn write_resolv_conf(state_dir: &Path) -> Result<PathBuf, Error> {
+/// The content of the containers' resolv.conf now, because names must resolve without dockerd's own
+/// resolver. Containers cannot reach name servers on the host's loopback. In that case the file
+/// behind the local resolver counts. Empty if containers can reach none.
+#[must_use]
+pub fn resolv_conf() -> String {
     let sources = ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"];
     let reachable = sources
         .iter()
         .filter_map(|path| fs::read_to_string(path).ok())
         .map(|text| without_loopback(&text))
         .find(|text| text.contains("nameserver"));
-    if reachable.is_none() {
+    reachable.unwrap_or_default()
+}
+
+/// Writes the containers' resolv.conf into the file that they have mounted, so that they see it at
+/// once: a file in its place would be another one.
+///
+/// # Errors
+/// [`Error::Write`]
+pub fn write_resolv_conf(path: &Path, text: &str) -> Result<(), Error> {
+    if !text.contains("nameserver") {
         tracing::warn!("containers cannot reach any name server of this host");
     }
-    let path = state_dir.join("resolv.conf");
-    write(&path, reachable.unwrap_or_default().as_bytes(), 0o644)?;
-    Ok(path)
+    let write = || {
+        let mut options = File::options();
+        let file = options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)?;
+        file.set_permissions(Permissions::from_mode(0o644))?;
+        file.write_all_at(text.as_bytes(), 0)?;
+        file.set_len(text.len() as u64)
+    };
+    write().map_err(|source| Error::Write {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Creates a folder, or empties it of what an earlier life of the driver left, except for
@@ -147,6 +166,23 @@ pub(crate) fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), Error>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_has_the_file_open_reads_the_new_name_servers() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("resolv.conf");
+        write_resolv_conf(&path, "nameserver 192.0.2.1\nsearch example.org\n").unwrap();
+        let open = File::open(&path).unwrap();
+        for text in [
+            "nameserver 192.0.2.2\n",
+            "nameserver 192.0.2.3\nnameserver 192.0.2.4\n",
+        ] {
+            write_resolv_conf(&path, text).unwrap();
+            let mut read = vec![0; 100];
+            let length = open.read_at(&mut read, 0).unwrap();
+            assert_eq!(read[..length], *text.as_bytes());
+        }
+    }
 
     #[test]
     fn a_node_keeps_its_identity_and_a_copy_has_another() {

@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use tokio::{
@@ -37,6 +37,8 @@ pub const NOBODY: &str = "";
 
 /// How long a caller without a certificate may take to identify itself.
 const UNKNOWN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longer than a connection lives, and not too long for a timer.
+const MAX_SLEEP: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// How long the other end may accept no data before the connection is closed: as long as
 /// HTTP/2 waits for an answer to its pings, which HTTP/1 lacks.
 const STALLED_TIMEOUT: Duration = Duration::from_secs(300);
@@ -87,6 +89,8 @@ pub struct Connection {
     stalled: Option<Pin<Box<Sleep>>>,
     /// Until the caller has identified itself.
     unknown: Option<Unknown>,
+    /// Runs until the caller's certificate expires.
+    expires: Option<Pin<Box<Sleep>>>,
     pub known: Known,
 }
 
@@ -109,6 +113,7 @@ impl Connection {
             stream: Box::new(stream),
             stalled: None,
             unknown: None,
+            expires: None,
             known: Known {
                 caller: Caller(caller),
                 origin,
@@ -131,6 +136,17 @@ impl Connection {
         Self {
             unknown: Some(unknown),
             ..Self::new(stream, NOBODY.into(), origin)
+        }
+    }
+
+    /// The same, which ends when the caller's certificate does.
+    #[must_use]
+    pub fn until(self, not_after: SystemTime) -> Self {
+        let left = not_after.duration_since(SystemTime::now());
+        let left = left.unwrap_or_default().min(MAX_SLEEP);
+        Self {
+            expires: Some(Box::pin(sleep(left))),
+            ..self
         }
     }
 
@@ -184,7 +200,12 @@ impl AsyncRead for Connection {
         buf: &mut ReadBuf,
     ) -> Poll<io::Result<()>> {
         // Also if there is something to read: who only sends pings is not known either.
-        if self.poll_unknown(cx).is_ready() {
+        let expires = self.expires.as_mut();
+        let is_expired = expires.is_some_and(|expires| expires.as_mut().poll(cx).is_ready());
+        if is_expired {
+            tracing::info!(caller = %self.known.caller, "ended a connection: its certificate has expired");
+        }
+        if is_expired || self.poll_unknown(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         Pin::new(&mut self.stream).poll_read(cx, buf)
@@ -262,6 +283,27 @@ mod tests {
             assert_eq!(all, stays);
             assert_eq!(read.len(), if stays { 20 } else { 10 });
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_ends_with_its_certificate() {
+        let (stream, mut other) = duplex(4);
+        let not_after = SystemTime::now() + Duration::from_secs(5);
+        let mut connection = Connection::new(stream, "cn:a".into(), HERE).until(not_after);
+        let talks = async {
+            while other.write_all(&[0]).await.is_ok() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        let mut read = Vec::new();
+        let reads = async {
+            let all = connection.read_to_end(&mut read).await;
+            drop(connection);
+            all
+        };
+        let (all, ()) = tokio::join!(reads, talks);
+        assert_eq!(all.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!((5..=6).contains(&read.len()), "{}", read.len());
     }
 
     #[tokio::test]

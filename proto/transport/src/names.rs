@@ -5,7 +5,7 @@ use std::fmt;
 use regex::Regex;
 use serde::Deserialize;
 
-/// Longest pattern, in bytes: a name has at most as many.
+/// Longest pattern, in bytes: a token's subject has at most 1,024.
 const MAX_PATTERN: usize = 1100;
 
 /// Which callers are meant, by their names (see [`Caller`](crate::connection::Caller)).

@@ -6,7 +6,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures_util::{Stream, StreamExt, stream};
@@ -296,7 +296,16 @@ async fn handshake(
     };
     let name = name(certificate);
     let name = name.ok_or_else(|| io::Error::other("its certificate contains no name"))?;
-    Ok(Connection::new(stream, name, origin))
+    let not_after = not_after(certificate)
+        .ok_or_else(|| io::Error::other("its certificate has no end that can be read"))?;
+    Ok(Connection::new(stream, name, origin).until(not_after))
+}
+
+/// When a certificate expires.
+fn not_after(certificate: &CertificateDer) -> Option<SystemTime> {
+    let (_, certificate) = parse_x509_certificate(certificate).ok()?;
+    let seconds = certificate.validity().not_after.timestamp();
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds.try_into().ok()?))
 }
 
 /// The name in a certificate: its first SPIFFE id (`spiffe://...`), or `cn:` and the

@@ -93,8 +93,8 @@ fn drivers(nodes: &[Node]) -> BTreeMap<String, At> {
         let same = |(other, _, of): &&(&Node, _, _)| other.id != node.id && *of == identity;
         match (identity, told.iter().find(same)) {
             (Some(_), Some((other, ..))) => Expected::Nobody(format!(
-                "nodes `{}` and `{}` say that they are the same one: a state folder or a \
-                 machine was copied with its machine-id",
+                "nodes `{}` and `{}` report the same identity: one was registered again, or a \
+                 state folder was copied with the machine's machine-id",
                 node.name, other.name
             )),
             (Some(identity), None) => Expected::Node {

@@ -71,7 +71,7 @@ pub struct Settings {
         value_name = "NAME"
     )]
     pub tls_server_name: Option<String>,
-    /// The namespace of the pools' jobs. [default: the token's]
+    /// The namespace of the pools' jobs. [default: `default`]
     #[arg(
         id = "nomad_namespace",
         long = "nomad-namespace",
@@ -108,7 +108,8 @@ impl Settings {
                          authority in NOMAD_CACERT";
             return Err(Error::Settings(words.into()));
         }
-        let has_token = self.token()?.is_some();
+        // A file may get a token later.
+        let has_token = self.token()?.is_some() || self.token_file.is_some();
         if is_safe_url(address) {
             return Ok(());
         }

@@ -31,6 +31,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time between two pings, and for the answer to a ping.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+/// The same if another node's driver answers.
+const OTHER_NODE_INTERVAL: Duration = Duration::from_secs(10);
 /// Short, because runs wait for their driver to come back.
 const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
@@ -55,8 +57,7 @@ pub async fn follow(
             }
             let has_moved = now.is_some_and(|now| now != at);
             // A machine that was set up again has another id.
-            let is_anothers =
-                now.is_none() && wanted.values().any(|other| other.address == at.address);
+            let is_anothers = now.is_none() && wanted.values().any(|other| other == at);
             if has_moved || is_anothers {
                 task.abort();
             }
@@ -113,7 +114,12 @@ async fn follow_driver(view: View, driver: Driver, vault: Arc<Vault>) {
         if view.has_left(node_id) {
             return;
         }
-        sleep(retry.next_wait()).await;
+        let wait = match status.code() {
+            // Somebody has to change something first; then this node is followed anew.
+            Code::FailedPrecondition => OTHER_NODE_INTERVAL,
+            _ => retry.next_wait(),
+        };
+        sleep(wait).await;
     }
 }
 
@@ -153,14 +159,21 @@ async fn follow_once(
         .into_inner();
     // This wait has no deadline: the driver sends only changes, and the connection breaks when the
     // driver dies or its machine does not answer pings.
+    let mut next = async || -> Result<(), Status> {
+        let told = slots.message().await?;
+        let told = told.ok_or_else(|| Status::unavailable("the driver ended the stream"))?;
+        let checked = at.expected.check(&at.address, &told.node_identity);
+        checked.map_err(Status::failed_precondition)?;
+        retry.reset();
+        view.apply(node_id, &channel, told);
+        Ok(())
+    };
+    // Only then is it known to be the node's.
+    next().await?;
     let follow_slots = async {
-        while let Some(told) = slots.message().await? {
-            let checked = at.expected.check(&at.address, &told.node_identity);
-            checked.map_err(Status::failed_precondition)?;
-            retry.reset();
-            view.apply(node_id, &channel, told);
+        loop {
+            next().await?;
         }
-        Err(Status::unavailable("the driver ended the stream"))
     };
     tokio::select! {
         followed = follow_slots => followed,

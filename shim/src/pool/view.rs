@@ -14,7 +14,7 @@ use std::{
 
 use parking_lot::{Mutex, MutexGuard};
 use polydev_proto::{
-    id::{Generation, RunId, SlotId, UserId},
+    id::{Generation, RunId, SlotId},
     node::{Slot, WatchSlotsResponse, slot::State},
 };
 use tokio::sync::watch;
@@ -294,12 +294,6 @@ impl View {
         })
     }
 
-    /// The runs and leases of a user on all nodes, and which of them are leases.
-    #[must_use]
-    pub fn held(&self, user_id: &UserId) -> Vec<(RunId, bool)> {
-        self.lock().held.of(user_id)
-    }
-
     /// The active runs in slots that Nomad has stopped on a node, with the connection to it.
     #[must_use]
     pub fn stopped_runs(&self, node_id: &str) -> Vec<(Channel, RunId)> {
@@ -463,6 +457,7 @@ impl Inner {
     }
 
     fn disconnect(&mut self, node_id: &str) {
+        self.held.lose(node_id);
         let node = self.nodes.get_mut(node_id);
         let slots = node.and_then(|node| node.connected.take());
         for slot in slots.iter().flat_map(|node| node.slots.values()) {

@@ -176,7 +176,7 @@ impl Waiting<'_> {
 
     /// Waits for the run's turn, and then for a slot.
     async fn slot(&self, ticket: &mut Ticket) -> Result<Candidate, Error> {
-        let slot = wait(self.view, ticket, self.provider, self.run_id, self.caller);
+        let slot = wait(self.view, ticket, self.run_id, self.caller);
         if let Ok(slot) = timeout_at(self.give_up, slot).await {
             return Ok(slot?);
         }
@@ -248,7 +248,6 @@ pub(super) fn backoff() -> Backoff {
 async fn wait(
     view: &View,
     ticket: &mut Ticket,
-    provider: &str,
     run_id: RunId,
     caller: &mpsc::Sender<Result<RunEvent, Error>>,
 ) -> Result<Candidate, Full> {
@@ -271,13 +270,9 @@ async fn wait(
             }
         }
     };
-    let slot = async {
-        ticket.turn().await?;
-        Ok(view.idle_slot(provider).await)
-    };
     tokio::select! {
         biased;
-        slot = slot => slot,
+        slot = ticket.slot() => slot,
         // This slot is only for this run, so the run overtakes nobody.
         slot = view.slot_for(run_id) => Ok(slot),
         () = tell => unreachable!("it never ends"),

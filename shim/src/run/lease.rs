@@ -78,11 +78,7 @@ pub async fn allocate(
     };
     let (mut refused, mut pauses) = (None, backoff());
     loop {
-        let slot = async {
-            ticket.turn().await?;
-            Ok::<_, Error>(view.idle_slot(provider.name()).await)
-        };
-        let Ok(slot) = timeout_at(give_up, slot).await else {
+        let Ok(slot) = timeout_at(give_up, ticket.slot()).await else {
             let waited = queue_timeout;
             return Err(match *ticket.place.borrow() {
                 Place::Held(_) => Error::AtLimit { user_id, waited },

@@ -3,16 +3,18 @@
 //! Each shim has its own queues. A user's runs are counted on all nodes, whoever started them: a
 //! shim hears of another shim's within a second.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::{Mutex, MutexGuard};
 use polydev_proto::id::{RunId, UserId};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::interval};
 
-use crate::pool::View;
+use crate::pool::{Candidate, View};
 
 /// Runs that may wait in one shim.
 pub const MAX_WAITING: usize = 1000;
+/// How often the shim looks at what lost nodes had.
+const FORGET_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Limits for each user.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -37,8 +39,8 @@ pub enum Full {
     #[error("user `{user_id}` has {most} runs waiting already; this shim allows no more")]
     User { user_id: UserId, most: u32 },
     #[error(
-        "user `{user_id}` has most of the {MAX_WAITING} waiting runs, and another user's run came: \
-         this one gave up its place"
+        "the queue is full, and user `{user_id}` has most of it: this run was removed for a run of \
+         another user"
     )]
     Evicted { user_id: UserId },
 }
@@ -147,14 +149,14 @@ impl Queue {
     /// Lets waiting runs go on when their users' runs end elsewhere. Never returns.
     pub async fn keep(&self) {
         let mut changes = self.view.changes();
-        while changes.changed().await.is_ok() {
-            let mut inner = self.lock();
-            let is_held = |one: &Waiting| matches!(*one.place.borrow(), Place::Held(_));
-            if inner.waiting.iter().any(is_held) {
-                inner.order();
+        let mut ticks = interval(FORGET_INTERVAL);
+        loop {
+            tokio::select! {
+                changed = changes.changed() => changed.expect("the sender is in `self`"),
+                _ = ticks.tick() => self.view.forget_held(),
             }
+            self.lock().order_again();
         }
-        unreachable!("the sender is in `self`");
     }
 
     /// Puts a run into the queue. If the queue is full, a run of the user with most waiting ones
@@ -180,8 +182,7 @@ impl Queue {
         }
         inner.next += 1;
         let number = inner.next;
-        drop(inner);
-        Ok(self.insert(number, provider, user_id.clone(), wants))
+        Ok(self.insert(inner, number, provider, user_id.clone(), wants))
     }
 
     /// Counts a run that does not wait, because its lease has waited.
@@ -203,9 +204,15 @@ impl Queue {
         }
     }
 
-    fn insert(&self, number: u64, provider: &'static str, user_id: UserId, wants: Wants) -> Ticket {
+    fn insert(
+        &self,
+        mut inner: MutexGuard<'_, Inner>,
+        number: u64,
+        provider: &'static str,
+        user_id: UserId,
+        wants: Wants,
+    ) -> Ticket {
         let (place, receiver) = watch::channel(Place::Behind(usize::MAX));
-        let mut inner = self.lock();
         inner.waiting.push(Waiting {
             number,
             provider,
@@ -230,21 +237,40 @@ impl Queue {
 }
 
 impl Ticket {
-    /// Waits until the next idle slot is for this run.
+    /// Waits until the next idle slot is for this run, and for that slot.
     ///
     /// # Errors
     /// [`Full::Evicted`]
     ///
     /// # Cancel safety
     /// Loses nothing.
-    pub async fn turn(&mut self) -> Result<(), Full> {
+    pub async fn slot(&mut self) -> Result<Candidate, Full> {
+        loop {
+            self.turn().await?;
+            let (view, provider) = (self.queue.view.clone(), self.provider);
+            tokio::select! {
+                slot = view.idle_slot(provider) => return Ok(slot),
+                // Its user has a run more, or another run is next.
+                changed = self.place.changed() => if changed.is_err() {
+                    return Err(self.evicted());
+                }
+            }
+        }
+    }
+
+    async fn turn(&mut self) -> Result<(), Full> {
         let is_over = |place: &Place| matches!(place, Place::Next | Place::Evicted);
         // The sender lives as long as the run waits. It goes when the run is evicted.
-        match self.place.wait_for(is_over).await.as_deref() {
+        let place = self.place.wait_for(is_over).await.map(|place| *place);
+        match place {
             Ok(Place::Next) => Ok(()),
-            _ => Err(Full::Evicted {
-                user_id: self.user_id.clone(),
-            }),
+            _ => Err(self.evicted()),
+        }
+    }
+
+    fn evicted(&self) -> Full {
+        Full::Evicted {
+            user_id: self.user_id.clone(),
         }
     }
 
@@ -268,8 +294,14 @@ impl Running {
     /// Puts the run back at its place in the queue: it did not get its slot.
     #[must_use]
     pub fn back(self) -> Ticket {
-        self.queue
-            .insert(self.number, self.provider, self.user_id.clone(), self.wants)
+        let (queue, user_id) = (&self.queue, self.user_id.clone());
+        queue.insert(
+            queue.lock(),
+            self.number,
+            self.provider,
+            user_id,
+            self.wants,
+        )
     }
 }
 
@@ -344,6 +376,15 @@ impl Inner {
             .into()
     }
 
+    /// Orders the runs again if what nodes have reported could change their places.
+    fn order_again(&mut self) {
+        let is_lease = |one: &Waiting| one.wants == Wants::Lease;
+        let is_limited = self.per_user.running.is_some() || self.waiting.iter().any(is_lease);
+        if is_limited && !self.waiting.is_empty() {
+            self.order();
+        }
+    }
+
     /// Sends every waiting run its place.
     fn order(&mut self) {
         // Forgets users without active or waiting runs.
@@ -406,138 +447,4 @@ struct Key {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn enter(queue: &Queue, provider: &'static str, user_id: &str) -> Result<Ticket, Full> {
-        queue.enter(provider, &user_id.into(), Wants::Run(RunId::now()))
-    }
-
-    fn queue(running: Option<u32>, queued: u32) -> Queue {
-        let per_user = PerUser {
-            running,
-            leases: 2,
-            queued,
-        };
-        Queue::new(per_user, View::new())
-    }
-
-    fn place(ticket: &Ticket) -> Place {
-        *ticket.place.borrow()
-    }
-
-    #[test]
-    fn users_take_turns_however_many_runs_each_brings() {
-        let queue = queue(None, 10);
-        let many: Vec<Ticket> = (0..3)
-            .map(|_| enter(&queue, "openai", "alice").unwrap())
-            .collect();
-        let one = enter(&queue, "openai", "bob").unwrap();
-        let other = enter(&queue, "google", "carol").unwrap();
-        assert_eq!(place(&many[0]), Place::Next);
-        assert_eq!(place(&one), Place::Behind(1));
-        assert_eq!(place(&many[1]), Place::Behind(2));
-        assert_eq!(place(&other), Place::Next, "each provider has its own");
-
-        let mut many = many.into_iter();
-        let running = many.next().unwrap().served();
-        assert_eq!(place(&one), Place::Next, "alice has a run, bob has none");
-        let bobs = one.served();
-        let second = many.next().unwrap();
-        assert_eq!(place(&second), Place::Next);
-        drop(running);
-        drop(bobs);
-        assert_eq!(place(&second), Place::Next);
-    }
-
-    #[test]
-    fn a_run_with_a_lease_passes_a_full_queue_and_counts() {
-        let queue = queue(Some(1), 1);
-        let waits = enter(&queue, "openai", "alice").unwrap();
-        enter(&queue, "openai", "alice").unwrap_err();
-        assert_eq!(place(&waits), Place::Next);
-        let running = queue.pass("openai", &"alice".into(), RunId::now());
-        assert_eq!(place(&waits), Place::Held(0));
-        drop(running);
-        assert_eq!(place(&waits), Place::Next);
-    }
-
-    #[test]
-    fn a_user_at_the_limit_waits_and_holds_nobody_up() {
-        let queue = queue(Some(1), 2);
-        let running = enter(&queue, "openai", "alice").unwrap().served();
-        let waits = enter(&queue, "openai", "alice").unwrap();
-        let _third = enter(&queue, "openai", "alice").unwrap();
-        assert_eq!(place(&waits), Place::Held(0));
-        let refused = enter(&queue, "openai", "alice").unwrap_err().to_string();
-        assert_eq!(
-            refused,
-            "user `alice` has 2 runs waiting already; this shim allows no more"
-        );
-        let bob = enter(&queue, "openai", "bob").unwrap();
-        assert_eq!(place(&bob), Place::Next);
-        drop(bob);
-        drop(running);
-        assert_eq!(place(&waits), Place::Next);
-    }
-
-    #[test]
-    fn leases_are_counted_apart_and_with_runs() {
-        let queue = queue(Some(3), 10);
-        let alice = UserId::from("alice");
-        let lease = || queue.enter("openai", &alice, Wants::Lease).unwrap();
-        let (one, two) = (lease().served(), lease().served());
-        let third = lease();
-        assert_eq!(place(&third), Place::Held(0), "two leases are allowed");
-        let run = enter(&queue, "openai", "alice").unwrap().served();
-        let waits = enter(&queue, "openai", "alice").unwrap();
-        assert_eq!(place(&waits), Place::Held(1), "three of all are allowed");
-        drop(one);
-        assert_eq!(place(&third), Place::Next);
-        drop((two, run));
-    }
-
-    #[tokio::test]
-    async fn one_user_cannot_fill_the_queue() {
-        let queue = queue(None, 2000);
-        let mut many: Vec<Ticket> = (0..MAX_WAITING)
-            .map(|_| enter(&queue, "openai", "alice").unwrap())
-            .collect();
-        assert_eq!(enter(&queue, "openai", "alice").unwrap_err(), Full::Shim);
-        let bob = enter(&queue, "openai", "bob").unwrap();
-        assert_eq!(place(&bob), Place::Behind(1));
-        let evicted = many.last_mut().unwrap().turn().await.unwrap_err();
-        assert!(matches!(evicted, Full::Evicted { .. }), "{evicted}");
-        many[0].turn().await.unwrap();
-        drop(many.pop());
-        assert_eq!(queue.lock().waiting.len(), MAX_WAITING);
-    }
-
-    proptest! {
-        /// Whatever runs come, are served, give up or end: exactly one waiting run of each
-        /// provider is next, and in the end no user is remembered.
-        #[test]
-        fn somebody_is_always_next(steps in prop::collection::vec((0u8..4, 0usize..3, 0usize..9), 0..80)) {
-            let queue = queue(None, 1000);
-            let (mut waiting, mut running) = (Vec::<Ticket>::new(), Vec::<Running>::new());
-            for (step, user, index) in steps {
-                match step {
-                    0 => waiting.push(enter(&queue, "openai", ["a", "b", "c"][user]).unwrap()),
-                    1 if !waiting.is_empty() => {
-                        let next = waiting.iter().position(|one| place(one) == Place::Next).unwrap();
-                        running.push(waiting.remove(next).served());
-                    }
-                    2 if !waiting.is_empty() => drop(waiting.remove(index % waiting.len())),
-                    3 if !running.is_empty() => drop(running.remove(index % running.len())),
-                    _ => {}
-                }
-                let next = waiting.iter().filter(|one| place(one) == Place::Next).count();
-                prop_assert_eq!(next, usize::from(!waiting.is_empty()));
-            }
-            drop((waiting, running));
-            let inner = queue.lock();
-            prop_assert!(inner.waiting.is_empty() && inner.users.is_empty());
-        }
-    }
-}
+mod tests;

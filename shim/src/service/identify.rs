@@ -44,7 +44,6 @@ pub(super) async fn identify(State(door): State<Door>, request: Request, next: N
     };
     match caller(door.tokens.as_deref(), &known, &head).await {
         Ok(caller) => {
-            known.stays();
             if let Err(exceeded) = door.rate.check(&caller.name) {
                 return answer(&head.headers, Error::from(exceeded).into());
             }
@@ -55,6 +54,7 @@ pub(super) async fn identify(State(door): State<Door>, request: Request, next: N
                 tracing::warn!(%denied, from = %caller.origin, "denied");
                 return answer(&head.headers, Error::from(denied).into());
             }
+            known.stays();
             // No later layer needs the token.
             head.headers.remove(AUTHORIZATION);
             head.extensions.insert(caller);

@@ -218,8 +218,17 @@ async fn a_websocket_reports_an_overload_until_it_answers() {
             }
         }
     }
+    // A later one begins anew.
+    sleep(Duration::from_millis(500)).await;
+    socket.write_all(&frame(1, true, failed)).await.unwrap();
+    let begun = loop {
+        if let Some(begun) = node.news().await.overloaded_ms {
+            break begun;
+        }
+    };
+    assert!(begun < 500, "{begun}");
     let seen = node.close("one");
-    assert_eq!((seen.errors[0].status, seen.errors[0].count), (503, 1));
+    assert_eq!((seen.errors[0].status, seen.errors[0].count), (503, 2));
 }
 
 #[tokio::test]

@@ -28,14 +28,26 @@ pub(crate) async fn keep(runs: Arc<Runs>) {
                 continue;
             };
             // Nobody waits for the disk: the runs are not locked meanwhile.
-            let written = tokio::task::spawn_blocking(|| rewrite.write()).await;
-            let written = written.expect("writing does not panic");
-            if let Err(error) = runs.lock().journal.finish(written) {
-                tracing::warn!(error = crate::chain(&error), "cannot shorten the journal");
+            let mut written = on_disk(|| rewrite.write()).await;
+            loop {
+                let finished = runs.lock().journal.finish(written);
+                match finished {
+                    Ok(Some(more)) => written = on_disk(|| more.sync()).await,
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::warn!(error = crate::chain(&error), "cannot shorten the journal");
+                        break;
+                    }
+                }
             }
         }
     };
     tokio::join!(sync, tidy);
+}
+
+async fn on_disk<T: Send + 'static>(write: impl FnOnce() -> T + Send + 'static) -> T {
+    let written = tokio::task::spawn_blocking(write).await;
+    written.expect("writing does not panic")
 }
 
 impl Runs {
@@ -164,7 +176,9 @@ mod tests {
         let meanwhile = Record::Claimed(claimed(run_id(2)).into());
         runs.lock().journal.write(&meanwhile).unwrap();
         assert!(runs.find(run_id(3), None).is_err());
-        runs.lock().journal.finish(rewrite.write()).unwrap();
+        let more = runs.lock().journal.finish(rewrite.write()).unwrap();
+        let more = more.expect("something was written meanwhile").sync();
+        assert!(runs.lock().journal.finish(more).unwrap().is_none());
         assert!(length(folder.path()) < before / 100);
         drop(runs);
         let (_, read) = Journal::open(folder.path()).unwrap();

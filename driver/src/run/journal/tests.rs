@@ -98,7 +98,8 @@ fn what_is_written_is_read_after_a_restart() {
     let rewrite = journal.begin(&records()[..2]);
     // This comes between, as it does from another thread.
     journal.write(records().last().unwrap()).unwrap();
-    journal.finish(rewrite.write()).unwrap();
+    let more = journal.finish(rewrite.write()).unwrap().unwrap();
+    assert!(journal.finish(more.sync()).unwrap().is_none());
     let (_, read) = Journal::open(folder.path()).unwrap();
     assert_eq!(
         read,

@@ -1,12 +1,20 @@
 //! What users have on all nodes, as their drivers report it: runs and leases, by whatever shim and
 //! whatever call they came.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use polydev_proto::{
     id::{RunId, SlotId, UserId},
     node::{Slot, slot::State},
 };
+
+use super::{Inner, Node, View};
+
+/// How long a lease can last (`TIMES` in `shim/src/run/lease.rs`).
+const MAX_LEASE: Duration = Duration::from_secs(30 * 60);
 
 /// A run or a lease in a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +29,8 @@ struct Holding {
 pub(super) struct Held {
     nodes: HashMap<String, HashMap<SlotId, Holding>>,
     users: HashMap<UserId, HashMap<RunId, bool>>,
+    /// The nodes that cannot be reached, since when.
+    lost: HashMap<String, Instant>,
 }
 
 fn holding(slot: &Slot) -> Option<Holding> {
@@ -65,8 +75,43 @@ impl Held {
         }
     }
 
+    /// The node cannot be reached.
+    pub(super) fn lose(&mut self, node_id: &str) {
+        if self.nodes.contains_key(node_id) {
+            self.lost
+                .entry(node_id.to_owned())
+                .or_insert_with(Instant::now);
+        }
+    }
+
+    /// Forgets what nodes had that are not known any more, and leases that are over, whoever says
+    /// so or not.
+    pub(super) fn forget_lost(&mut self, is_known: impl Fn(&str) -> bool) {
+        let gone: Vec<String> = self
+            .lost
+            .keys()
+            .filter(|id| !is_known(id))
+            .cloned()
+            .collect();
+        gone.iter().for_each(|node_id| self.clear(node_id));
+        let long = self
+            .lost
+            .iter()
+            .filter(|(_, since)| since.elapsed() > MAX_LEASE);
+        let long: Vec<String> = long.map(|(node_id, _)| node_id.clone()).collect();
+        for node_id in long {
+            let slots = self.nodes.get(&node_id).into_iter().flatten();
+            let leases = slots.filter(|(_, holding)| holding.is_lease);
+            let leases: Vec<SlotId> = leases.map(|(slot_id, _)| slot_id.clone()).collect();
+            leases
+                .iter()
+                .for_each(|slot_id| self.remove(&node_id, slot_id));
+        }
+    }
+
     /// Nothing of what the node had is there any more.
     pub(super) fn clear(&mut self, node_id: &str) {
+        self.lost.remove(node_id);
         for before in self.nodes.remove(node_id).unwrap_or_default().values() {
             self.forget(before);
         }
@@ -86,6 +131,21 @@ impl Held {
         let runs = self.users.get(user_id).into_iter().flatten();
         runs.map(|(run_id, is_lease)| (*run_id, *is_lease))
             .collect()
+    }
+}
+
+impl View {
+    /// The runs and leases of a user on all nodes, and which of them are leases.
+    #[must_use]
+    pub fn held(&self, user_id: &UserId) -> Vec<(RunId, bool)> {
+        self.lock().held.of(user_id)
+    }
+
+    /// Forgets what lost nodes had, once it cannot be there any more.
+    pub fn forget_held(&self) {
+        let mut inner = self.lock();
+        let Inner { nodes, held, .. } = &mut *inner;
+        held.forget_lost(|node_id| nodes.get(node_id).is_some_and(Node::is_remembered));
     }
 }
 
@@ -119,8 +179,12 @@ mod tests {
         held.put("b", &slot(2, State::Draining, "alice", Some(lease)));
         held.put("a", &slot(1, State::Recycling, "", None));
         assert_eq!(held.of(&alice), [(lease, false)]);
-        held.clear("b");
+        // A node that is away keeps what it had, as long as it is known.
+        held.lose("b");
+        held.forget_lost(|_| true);
+        assert_eq!(held.of(&alice), [(lease, false)]);
+        held.forget_lost(|_| false);
         assert_eq!(held.of(&alice), []);
-        assert!(held.users.is_empty() && held.nodes.len() <= 1);
+        assert!(held.users.is_empty() && held.lost.is_empty());
     }
 }

@@ -16,6 +16,9 @@ use crate::service::{
 /// JSON as in a message.
 const MAX_BODY: usize = 3 * MAX_MESSAGE;
 
+/// The longest body that has no share of the memory for bodies.
+const MAX_SHORT: usize = 64 << 10;
+
 /// The message in a request's body.
 pub(super) async fn body<M: json::Message>(
     bodies: &Bodies,
@@ -35,14 +38,21 @@ pub(super) async fn body<M: json::Message>(
     json::from_slice(&bytes)
 }
 
-/// The whole body, with its share of the memory.
-async fn read(bodies: &Bodies, body: Body) -> Result<(Vec<u8>, Share), Problem> {
+/// The whole body, with its share of the memory if it is a long one.
+async fn read(bodies: &Bodies, body: Body) -> Result<(Vec<u8>, Option<Share>), Problem> {
     let mut pieces = Body::new(Limited::new(body, MAX_BODY)).into_data_stream();
-    let (mut read, mut share) = (Vec::new(), bodies.share()?);
+    let (mut read, mut share) = (Vec::new(), None);
     while let Some(piece) = pieces.next().await {
         let piece = piece.map_err(|error| Problem::body(&error, MAX_BODY))?;
         read.extend_from_slice(&piece);
-        share.grow_to(read.len())?;
+        // A short one is not held up by others: an end of a run, for example.
+        if read.len() > MAX_SHORT {
+            let share = match &mut share {
+                Some(share) => share,
+                none => none.insert(bodies.share()?),
+            };
+            share.grow_to(read.len())?;
+        }
     }
     Ok((read, share))
 }
@@ -73,10 +83,11 @@ mod tests {
             }
         };
         assert!(
-            format!("{refused:?}").contains("as its memory allows"),
+            format!("{refused:?}").contains("64 MiB of request bodies"),
             "{refused:?}"
         );
         assert!(held.len() > 1);
+        super::read(&bodies, Body::from("short")).await.unwrap();
         held.pop();
         read().await.unwrap();
     }
