@@ -145,14 +145,9 @@ fn a_record_goes_on_with_the_next_driver() {
 const EXTRAS: [(&str, &[&str]); 3] = [
     (
         "openai",
-        &[
-            "ab.chatgpt.com:443",
-            "api.github.com:443",
-            "chatgpt.com:443",
-            "github.com:443",
-        ],
+        &["api.github.com:443", "chatgpt.com:443", "github.com:443"],
     ),
-    ("anthropic", &["api.anthropic.com:443"]),
+    ("anthropic", &[]),
     ("google", &["play.googleapis.com:443"]),
 ];
 
