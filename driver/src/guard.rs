@@ -1,15 +1,16 @@
 //! Keeps the rules of the slots' bridge in force. Other programs may remove them at any time.
 //!
-//! While they are not in force, no slot with a network interface is idle or gets a run, within a
-//! second. If they cannot be set, the bridge is down: running runs have no network.
+//! Then they are set again. Where that takes long or fails, no slot with a network interface is
+//! idle or gets a run, within a second of the change. If they cannot be set, the bridge is down:
+//! running runs have no network.
 //!
 //! The rules let containers reach the node's name servers, which may change too.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     sync::Mutex,
-    time::{Instant, MissedTickBehavior, interval},
+    time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
 use crate::{
@@ -23,6 +24,9 @@ use crate::{
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// The same while none does.
 const UNUSED_INTERVAL: Duration = Duration::from_secs(30);
+/// Time to set them again without a word to the slots. Docker puts its own rules before ours
+/// whenever it makes a network.
+const CLOSE_AFTER: Duration = Duration::from_millis(200);
 
 /// Sets the rules and keeps them, until they are no longer `wanted`.
 pub(crate) async fn keep(
@@ -109,20 +113,19 @@ impl Keeper {
 
     async fn look(&mut self) {
         self.looked = Instant::now();
-        let now = self.firewall.look().await;
-        let is_as_set = matches!(&now, Ok(now) if self.known.as_ref() == Some(now));
-        if is_as_set && !self.is_stale {
-            return;
-        }
-        if !is_as_set && self.known.take().is_some() {
-            let reason = match now {
-                Ok(_) => "another program has changed them".to_owned(),
-                Err(error) => crate::chain(&error),
-            };
-            tracing::warn!(reason, "the rules of the slots' bridge are not in force");
-            self.is(Guard::Closed { reason });
-        }
-        match self.firewall.set().await {
+        let changed = match (self.known.take(), self.firewall.look().await) {
+            (None, _) => None,
+            (Some(known), Ok(now)) if known == now => {
+                self.known = Some(known);
+                if !self.is_stale {
+                    return;
+                }
+                None
+            }
+            (Some(_), Ok(_)) => Some("another program has changed them".to_owned()),
+            (Some(_), Err(error)) => Some(crate::chain(&error)),
+        };
+        match self.set(changed).await {
             Ok(rules) => {
                 self.known = Some(rules);
                 self.is_stale = false;
@@ -137,6 +140,22 @@ impl Keeper {
                 }
                 let reason = crate::chain(&error);
                 self.is(Guard::Closed { reason });
+            }
+        }
+    }
+
+    /// Sets the rules. If this takes long, nothing may begin until they are set.
+    async fn set(&self, changed: Option<String>) -> Result<Rules, Error> {
+        let mut set = pin!(self.firewall.set());
+        let Some(reason) = changed else {
+            return set.await;
+        };
+        tracing::warn!(reason, "the rules of the slots' bridge are not in force");
+        match timeout(CLOSE_AFTER, &mut set).await {
+            Ok(set) => set,
+            Err(_) => {
+                self.is(Guard::Closed { reason });
+                set.await
             }
         }
     }

@@ -98,6 +98,15 @@ struct Listen {
         requires = "tls_cert"
     )]
     tls_ca: Option<PathBuf>,
+    /// Lists of certificates that the authorities of --tls-ca have taken back, in PEM: each
+    /// authority must have one that is not out of date. [default: none is taken back]
+    #[arg(
+        long,
+        env = "POLYDEV_LISTEN_TLS_CRL",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    tls_crl: Option<PathBuf>,
     /// File of roles, which say who may do what. With roles, every user of the machine may
     /// connect to the unix socket and is known by the user's uid. Without roles, every caller who
     /// can connect may do everything, and https addresses are refused.
@@ -125,7 +134,11 @@ impl Listen {
     }
 
     fn files(&self) -> Option<Files> {
-        tls_files(&self.tls_cert, &self.tls_key, &self.tls_ca)
+        let files = tls_files(&self.tls_cert, &self.tls_key, &self.tls_ca)?;
+        Some(Files {
+            revoked: self.tls_crl.clone(),
+            ..files
+        })
     }
 
     /// Checks that the files are given that the addresses require.

@@ -43,6 +43,7 @@ fn files(own: &Path, name: &str, trusted: &Path) -> Files {
         certificate: own.join(format!("{name}.pem")),
         key: own.join(format!("{name}-key.pem")),
         authority: trusted.join("ca.pem"),
+        revoked: None,
     }
 }
 

@@ -392,7 +392,7 @@ fn a_nomad_task_calls_with_its_identity() {
     let roles = folder.path().join("roles.toml");
     let text = r#"
         [[role]]
-        members = ["sub:global:default:caller:*"]
+        members = ["sub:global:default:caller:*:*:shim"]
         may = ["run"]
 
         [[role]]

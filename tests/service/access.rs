@@ -256,6 +256,42 @@ fn pools_show_runs_to_those_who_may_see_them() {
 }
 
 #[test]
+fn the_log_says_who_did_what_with_whose_run_and_from_where() {
+    let tls = Tls::with_roles(&roles(ANTHROPIC));
+    let site = site(&tls, &[("anthropic", 1)]);
+    let client = Client::connect_as(&tls.url, tls.files("controller")).unwrap();
+    let start = RunStart {
+        user_id: "team-a".into(),
+        ..steps(&["wait"])
+    };
+    let run = client.start(start).unwrap();
+    let run_id = run.accepted.run_id.clone();
+    client.get_run_as("team-a", &run_id).unwrap();
+    drop(client.attach_as("team-a", &run_id, [0; 2]).unwrap());
+    client.cancel_as("team-a", &run_id).unwrap();
+    is_denied(client.get_run_as("bob", &run_id));
+    let log = site.shim.process.log();
+    for what in ["start", "see", "attach", "cancel"] {
+        let is_it = |line: &&str| {
+            let words = [
+                &*run_id,
+                "team-a",
+                "spiffe://polydev.test/controller",
+                "from=127.0.0.1:",
+            ];
+            line.contains(&format!("what=\"{what}\""))
+                && words.iter().all(|word| line.contains(word))
+        };
+        assert!(log.lines().find(is_it).is_some(), "{what}: {log}");
+    }
+    let denied = log.lines().find(|line| line.contains("denied")).unwrap();
+    assert!(
+        denied.contains("bob") && denied.contains("from=127.0.0.1:"),
+        "{denied}"
+    );
+}
+
+#[test]
 fn a_role_for_one_provider_is_none_for_runs_of_others() {
     let tls = Tls::with_roles(&roles(ANTHROPIC));
     let site = site(&tls, &[("anthropic", 1), ("openai", 1)]);

@@ -8,7 +8,11 @@ use std::{
 
 use polydev_client::Files;
 use polydev_tests::{folder::Folder, process::succeed, program};
-use rcgen::{CertificateParams, Issuer, KeyPair};
+use rcgen::{
+    CertificateParams, CertificateRevocationListParams, Issuer, KeyIdMethod, KeyPair,
+    RevokedCertParams,
+};
+use time::{Duration, OffsetDateTime};
 
 use crate::site::port;
 
@@ -25,6 +29,7 @@ pub(crate) fn files(own: &Path, name: &str, trusted: &Path) -> Files {
         certificate: own.join(format!("{name}.pem")),
         key: own.join(format!("{name}-key.pem")),
         authority: trusted.join("ca.pem"),
+        revoked: None,
     }
 }
 
@@ -83,9 +88,7 @@ impl Tls {
 
 /// Signs a certificate called `name` with the authority of a folder. `change` sets its contents.
 pub(crate) fn sign(folder: &Path, name: &str, change: impl FnOnce(&mut CertificateParams)) {
-    let read = |name: &str| fs::read_to_string(folder.join(name)).expect("an existing file");
-    let key = KeyPair::from_pem(&read("ca-key.pem")).expect("a valid key");
-    let issuer = Issuer::from_ca_cert_pem(&read("ca.pem"), key).expect("an authority");
+    let issuer = authority(folder);
     let own = KeyPair::generate().expect("a new key");
     let mut params = CertificateParams::default();
     change(&mut params);
@@ -93,6 +96,36 @@ pub(crate) fn sign(folder: &Path, name: &str, change: impl FnOnce(&mut Certifica
     let write = |name: String, text: String| fs::write(folder.join(name), text);
     write(format!("{name}.pem"), signed.pem()).expect("a file can be written");
     write(format!("{name}-key.pem"), own.serialize_pem()).expect("a file can be written");
+}
+
+/// Writes the list of certificates with these numbers that the authority of a folder takes back.
+pub(crate) fn revoke(folder: &Path, numbers: &[u64], until: OffsetDateTime) {
+    let now = OffsetDateTime::now_utc();
+    let revoked = numbers.iter().map(|number| RevokedCertParams {
+        serial_number: (*number).into(),
+        revocation_time: now,
+        reason_code: None,
+        invalidity_date: None,
+    });
+    let list = CertificateRevocationListParams {
+        this_update: now - Duration::days(2),
+        next_update: until,
+        crl_number: 1.into(),
+        issuing_distribution_point: None,
+        revoked_certs: revoked.collect(),
+        key_identifier_method: KeyIdMethod::Sha256,
+    };
+    let list = list.signed_by(&authority(folder)).expect("a list");
+    // Nobody reads half of it.
+    let new = folder.join("new.pem");
+    fs::write(&new, list.pem().expect("text")).expect("a file can be written");
+    fs::rename(new, folder.join("crl.pem")).expect("a file can be renamed");
+}
+
+fn authority(folder: &Path) -> Issuer<'static, KeyPair> {
+    let read = |name: &str| fs::read_to_string(folder.join(name)).expect("an existing file");
+    let key = KeyPair::from_pem(&read("ca-key.pem")).expect("a valid key");
+    Issuer::from_ca_cert_pem(&read("ca.pem"), key).expect("an authority")
 }
 
 /// Options as the fixtures take them.

@@ -15,8 +15,8 @@ use polydev_tests::{client::Client, process::output, program, wait_until};
 use rcgen::SanType;
 
 use crate::{
-    certificates::{Tls, files, make, sign, words},
-    site::{LIMIT, Site, myself},
+    certificates::{Tls, files, make, revoke, sign, words},
+    site::{LIMIT, Site, myself, steps},
 };
 
 const CONTROLLER: &str = "spiffe://polydev.test/controller";
@@ -112,6 +112,47 @@ fn new_certificates_hold_without_a_restart() {
     });
 }
 
+#[test]
+fn a_certificate_that_is_taken_back_opens_nothing_and_its_connections_end() {
+    let tls = Tls::with_roles(&roles());
+    let ours = tls.ours();
+    let (now, day) = (time::OffsetDateTime::now_utc(), time::Duration::days(1));
+    for (name, number) in [("first", 0xf1_u64), ("second", 0xf2)] {
+        sign(&ours, name, |params| {
+            params.serial_number = Some(number.into());
+            let uri = CONTROLLER.try_into().expect("a valid URI");
+            params.subject_alt_names.push(SanType::URI(uri));
+        });
+    }
+    revoke(&ours, &[], now + day);
+    let mut options = tls.options();
+    let list = ours.join("crl.pem").display().to_string();
+    options.extend(["--tls-crl".to_owned(), list]);
+    let site = Site::start_with(&[("anthropic", 2)], &words(&options));
+    let connect = |name: &str| Client::connect_as(&tls.url, tls.files(name));
+    let (first, second) = (connect("first").unwrap(), connect("second").unwrap());
+    let [run, mut other] = [&first, &second].map(|client| client.start(steps(&["wait"])).unwrap());
+
+    revoke(&ours, &[0xf1], now + day);
+    let revoked = Instant::now();
+    assert!(first.finish(run).is_err(), "it goes on");
+    assert!(
+        revoked.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        revoked.elapsed()
+    );
+    is_refused(connect("first"));
+    second.cancel(&other.accepted.run_id).unwrap();
+    while second.next(&mut other).unwrap().is_some() {}
+
+    // A list that nobody renews says nothing about who was taken back since.
+    revoke(&ours, &[], now - day);
+    wait_until("nobody is let in", LIMIT, || match ask(connect("second")) {
+        Ok(()) => Err(site.shim.process.log()),
+        Err(_) => Ok(()),
+    });
+}
+
 /// Neither of the commands that serve does.
 #[track_caller]
 fn fails(options: &[&str], words: &str) {
@@ -165,4 +206,105 @@ fn certificates_replace_nothing_and_have_proper_names() {
     };
     assert!(!certs(&[], &tls.ours()), "files were replaced");
     assert!(!certs(&["--name", "a b"], &tls.others()) && !tls.others().exists());
+}
+
+/// Measures; beside other tests the figures would mean nothing.
+mod long {
+    use std::{
+        net::{Ipv4Addr, SocketAddr},
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering},
+        },
+        time::{Duration, Instant},
+    };
+
+    use polydev_tests::client::Client;
+    use tokio::{
+        net::{TcpSocket, TcpStream},
+        runtime::Runtime,
+        time::interval,
+    };
+
+    use super::{ask, roles};
+    use crate::{
+        certificates::{Tls, words},
+        site::Site,
+    };
+
+    const CONNECTIONS: usize = 20_000;
+    /// So many addresses have more connections than there are places.
+    const ADDRESSES: usize = 20;
+    const SAMPLES: usize = 500;
+    /// What a handshake begins with, which never comes to its end.
+    const BEGIN: [u8; 6] = [0x16, 3, 1, 2, 0, 1];
+
+    async fn open(from: usize, to: SocketAddr) -> TcpStream {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        let from = Ipv4Addr::new(127, 0, 1, u8::try_from(from).expect("few addresses") + 1);
+        let bound = socket.bind((from, 0).into());
+        bound.expect("all of 127/8 is this machine");
+        socket.connect(to).await.expect("somebody listens")
+    }
+
+    fn is_open(stream: &TcpStream) -> bool {
+        let read = stream.try_read(&mut [0; 1]);
+        read.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
+    }
+
+    /// Half of them say nothing, and half a byte now and then.
+    async fn crowd(to: SocketAddr, opened: Arc<AtomicUsize>) {
+        let (mut silent, mut slow) = (Vec::new(), Vec::new());
+        let mut ticks = interval(Duration::from_millis(50));
+        while opened.load(Ordering::Relaxed) < CONNECTIONS {
+            ticks.tick().await;
+            for from in 0..ADDRESSES {
+                for _ in 0..2 {
+                    silent.push(open(from, to).await);
+                    let stream = open(from, to).await;
+                    let _closed = stream.try_write(&BEGIN);
+                    slow.push(stream);
+                }
+                opened.fetch_add(4, Ordering::Relaxed);
+            }
+            silent.retain(is_open);
+            slow.retain(|stream| stream.try_write(&[0]).is_ok() && is_open(stream));
+        }
+    }
+
+    fn sample(tls: &Tls) -> Duration {
+        let before = Instant::now();
+        ask(Client::connect_as(&tls.url, tls.files("controller"))).expect("an answer");
+        before.elapsed()
+    }
+
+    fn p99(mut samples: Vec<Duration>) -> Duration {
+        samples.sort_unstable();
+        samples[samples.len() * 99 / 100]
+    }
+
+    #[test]
+    fn a_caller_gets_in_among_20_000_silent_and_slow_connections_as_fast() {
+        let tls = Tls::with_roles(&roles());
+        let _site = Site::start_with(&[], &words(&tls.options()));
+        let alone = p99((0..SAMPLES).map(|_| sample(&tls)).collect());
+        let runtime = Runtime::new().unwrap();
+        let opened = Arc::new(AtomicUsize::new(0));
+        let to = tls.url.trim_start_matches("https://").parse().unwrap();
+        let crowd = runtime.spawn(crowd(to, opened.clone()));
+        let mut among = Vec::new();
+        while !crowd.is_finished() || among.len() < SAMPLES {
+            among.push(sample(&tls));
+        }
+        runtime.block_on(crowd).unwrap();
+        let among = p99(among);
+        println!(
+            "p99 alone {alone:?}, among {} others {among:?}",
+            opened.load(Ordering::Relaxed)
+        );
+        assert!(
+            among <= 2 * alone,
+            "alone {alone:?}, among others {among:?}"
+        );
+    }
 }

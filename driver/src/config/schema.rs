@@ -31,6 +31,7 @@ pub fn plugin() -> Spec {
                 required("cert", "string"),
                 required("key", "string"),
                 required("ca", "string"),
+                attr("crl", "string"),
                 required("allow", STRINGS),
             ],
         ),

@@ -41,6 +41,7 @@ pub(super) struct RawShims {
     cert: Option<String>,
     key: Option<String>,
     ca: Option<String>,
+    crl: Option<String>,
     allow: Option<Vec<Pattern>>,
 }
 
@@ -80,6 +81,9 @@ impl RawShims {
                 certificate: file("shims.cert", self.cert)?,
                 key: file("shims.key", self.key)?,
                 authority: file("shims.ca", self.ca)?,
+                revoked: text(self.crl)
+                    .map(|path| absolute("shims.crl", &path))
+                    .transpose()?,
             },
             allow,
         })

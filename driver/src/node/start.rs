@@ -11,7 +11,8 @@ use std::{
 use futures_util::StreamExt;
 use polydev_transport::{
     accept::accept,
-    tls::{self, Callers, Reloading},
+    incoming::{Reloading, incoming},
+    tls::{Callers, GRPC},
 };
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -212,7 +213,7 @@ impl Prepared {
         let local = accept(listener).map(Ok);
         background.spawn(service::serve(node.clone(), local));
         if let (Some((listener, files)), Some(shims)) = (secured, &node.site.config.shims) {
-            let incoming = tls::incoming(listener, files);
+            let incoming = incoming(listener, files);
             let known = service::known(incoming, shims.allow.clone());
             background.spawn(service::serve(node.clone(), known));
         }
@@ -245,7 +246,7 @@ impl Prepared {
 }
 
 fn secured(shims: &config::Shims) -> io::Result<(TcpListener, Arc<Reloading>)> {
-    let files = Reloading::new(shims.files.clone(), &[tls::GRPC], Callers::Certified)?;
+    let files = Reloading::new(shims.files.clone(), &[GRPC], Callers::Certified)?;
     let listener = std::net::TcpListener::bind(shims.listen)?;
     listener.set_nonblocking(true)?;
     Ok((TcpListener::from_std(listener)?, Arc::new(files)))

@@ -16,7 +16,10 @@ use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
 use url::{Host, Url};
 
-use crate::tls::{Callers, Files, GRPC, HTTP, Reloading, Trust};
+use crate::{
+    incoming::Reloading,
+    tls::{Callers, Files, GRPC, HTTP, Trust},
+};
 
 /// The shim's default address.
 pub const DEFAULT: &str = "unix:///run/polydev/shim.sock";

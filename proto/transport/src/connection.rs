@@ -14,6 +14,7 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::oneshot,
     time::{Sleep, sleep},
 };
 use tonic::transport::server::Connected;
@@ -91,6 +92,8 @@ pub struct Connection {
     unknown: Option<Unknown>,
     /// Runs until the caller's certificate expires.
     expires: Option<Pin<Box<Sleep>>>,
+    /// Until the caller's certificate is taken back: then the other half is dropped.
+    revoked: Option<oneshot::Receiver<()>>,
     pub known: Known,
 }
 
@@ -114,6 +117,7 @@ impl Connection {
             stalled: None,
             unknown: None,
             expires: None,
+            revoked: None,
             known: Known {
                 caller: Caller(caller),
                 origin,
@@ -146,6 +150,15 @@ impl Connection {
         let left = left.unwrap_or_default().min(MAX_SLEEP);
         Self {
             expires: Some(Box::pin(sleep(left))),
+            ..self
+        }
+    }
+
+    /// The same, which ends when the other half of `revoked` is dropped.
+    #[must_use]
+    pub fn unless(self, revoked: oneshot::Receiver<()>) -> Self {
+        Self {
+            revoked: Some(revoked),
             ..self
         }
     }
@@ -205,7 +218,9 @@ impl AsyncRead for Connection {
         if is_expired {
             tracing::info!(caller = %self.known.caller, "ended a connection: its certificate has expired");
         }
-        if is_expired || self.poll_unknown(cx).is_ready() {
+        let revoked = self.revoked.as_mut();
+        let is_revoked = revoked.is_some_and(|revoked| Pin::new(revoked).poll(cx).is_ready());
+        if is_expired || is_revoked || self.poll_unknown(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         Pin::new(&mut self.stream).poll_read(cx, buf)

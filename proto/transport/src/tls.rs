@@ -6,11 +6,8 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
 };
 
-use futures_util::{Stream, StreamExt, stream};
-use polydev_proto::error::chain;
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
     crypto::{CryptoProvider, ring},
@@ -20,33 +17,14 @@ use rustls::{
     },
     server::{NoServerSessionStorage, WebPkiClientVerifier},
 };
-use tokio::{
-    net::{TcpListener, TcpStream},
-    task::JoinSet,
-    time::timeout,
-};
-use tokio_rustls::TlsAcceptor;
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
-use crate::{
-    accept::accept,
-    connection::{Connection, Origin},
-    places::{Peer, Place, Places},
-    reload::Reloaded,
-};
+use crate::revoked::Revoked;
 
 /// gRPC's protocol (ALPN).
 pub const GRPC: &str = "h2";
 /// The protocol for callers without gRPC (ALPN).
 pub const HTTP: &str = "http/1.1";
-/// Time for a connection to complete its handshake.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most connections in a handshake, or of callers that have not identified themselves.
-const MAX_UNKNOWN: usize = 4096;
-/// Those of one address. Whoever wants to end the handshake of a proper caller with the same
-/// address has to make so many connections meanwhile.
-const MAX_UNKNOWN_OF_PEER: usize = 1024;
-
 /// The files of one side, in PEM format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Files {
@@ -56,6 +34,9 @@ pub struct Files {
     pub key: PathBuf,
     /// Certificates of the authorities that are trusted for the other side.
     pub authority: PathBuf,
+    /// Lists of certificates that these authorities have taken back, for a server. Each authority
+    /// must have one that is not out of date.
+    pub revoked: Option<PathBuf>,
 }
 
 /// Which servers a caller trusts, and how it identifies itself.
@@ -87,6 +68,8 @@ pub enum Error {
     Unreadable { path: PathBuf, source: pem::Error },
     #[error("`{}` contains no certificate", path.display())]
     Empty { path: PathBuf },
+    #[error("`{}` contains no certificate revocation list", path.display())]
+    NoList { path: PathBuf },
     #[error("cannot use the certificate in `{}` with its key", path.display())]
     Unusable {
         path: PathBuf,
@@ -100,17 +83,30 @@ pub enum Error {
 }
 
 impl Files {
-    /// The configuration of a server for `protocols` (ALPN).
+    /// The configuration of a server for `protocols` (ALPN), and the certificates that it refuses
+    /// because they are revoked.
     ///
     /// # Errors
     /// [`Error`]
-    pub fn server(&self, protocols: &[&str], callers: Callers) -> Result<ServerConfig, Error> {
+    pub fn server(
+        &self,
+        protocols: &[&str],
+        callers: Callers,
+    ) -> Result<(Arc<ServerConfig>, Revoked), Error> {
         let authority = |source| Error::Authority {
             path: self.authority.clone(),
             source,
         };
         let roots = Arc::new(roots(&self.authority)?);
         let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider());
+        let (revoked, verifier) = match &self.revoked {
+            None => (Revoked::default(), verifier),
+            Some(path) => {
+                let (revoked, lists) = Revoked::read(path)?;
+                let verifier = verifier.with_crls(lists);
+                (revoked, verifier.enforce_revocation_expiration())
+            }
+        };
         let verifier = match callers {
             Callers::Certified => verifier,
             Callers::Any => verifier.allow_unauthenticated(),
@@ -127,7 +123,7 @@ impl Files {
         // The certificate would not be checked in a resumed session.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(config)
+        Ok((config.into(), revoked))
     }
 
     fn own(&self) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), Error> {
@@ -200,112 +196,6 @@ fn unreadable(path: &Path, source: pem::Error) -> Error {
         path: path.into(),
         source,
     }
-}
-
-/// A server's configuration that follows its files.
-#[derive(Debug)]
-pub struct Reloading {
-    files: Files,
-    protocols: &'static [&'static str],
-    callers: Callers,
-    config: Reloaded<ServerConfig>,
-}
-
-impl Reloading {
-    /// For a server of `protocols` (ALPN).
-    ///
-    /// # Errors
-    /// [`Error`] if the files cannot be used now.
-    pub fn new(
-        files: Files,
-        protocols: &'static [&'static str],
-        callers: Callers,
-    ) -> Result<Self, Error> {
-        let paths = [&files.certificate, &files.key, &files.authority];
-        let paths = paths.into_iter().cloned().collect();
-        let config = Reloaded::new(paths, || files.server(protocols, callers))?;
-        Ok(Self {
-            files,
-            protocols,
-            callers,
-            config,
-        })
-    }
-
-    /// The configuration for the next handshake, and an error if newer files are unusable.
-    pub fn config(&self) -> (Arc<ServerConfig>, Option<Error>) {
-        let load = || self.files.server(self.protocols, self.callers);
-        self.config.get(load)
-    }
-}
-
-/// Connections to `listener` with a successful handshake. Slow handshakes do not delay others,
-/// however many there are.
-pub fn incoming(
-    listener: TcpListener,
-    files: Arc<Reloading>,
-) -> impl Stream<Item = Connection> + Send {
-    let places = Places::new(MAX_UNKNOWN, MAX_UNKNOWN_OF_PEER);
-    let state = (Box::pin(accept(listener)), files, places, JoinSet::new());
-    stream::unfold(state, |state| async {
-        let (mut accepted, files, places, mut handshakes) = state;
-        loop {
-            tokio::select! {
-                Some(stream) = accepted.next() => {
-                    // One that is gone has no address.
-                    let Ok(address) = stream.peer_addr() else { continue };
-                    let (config, refused) = files.config();
-                    if let Some(error) = refused {
-                        let error = chain(&error);
-                        tracing::warn!(error, "cannot use the new certificates, keeping the old ones");
-                    }
-                    let place = places.enter(Peer::of(address.ip()));
-                    let handshake = handshake(config, stream, Origin::Address(address), place);
-                    handshakes.spawn(async move { (address, handshake.await) });
-                }
-                Some(done) = handshakes.join_next() => match done {
-                    Ok((_, Ok(done))) => {
-                        return Some((done, (accepted, files, places, handshakes)));
-                    }
-                    Ok((address, Err(error))) => {
-                        tracing::info!(%address, %error, "rejected a caller");
-                    }
-                    Err(error) => tracing::error!(%error, "a handshake panicked"),
-                },
-            }
-        }
-    })
-}
-
-async fn handshake(
-    config: Arc<ServerConfig>,
-    stream: TcpStream,
-    origin: Origin,
-    mut place: Place,
-) -> io::Result<Connection> {
-    stream.set_nodelay(true)?;
-    let accepted = tokio::select! {
-        accepted = timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config).accept(stream)) => accepted,
-        () = place.given_up() => return Err(io::Error::other("too many others are in a handshake")),
-    };
-    let stream = accepted.map_err(|_| io::Error::other("it did not finish its handshake"))??;
-    let (_, session) = stream.get_ref();
-    let certificate = session.peer_certificates().and_then(|chain| chain.first());
-    let Some(certificate) = certificate else {
-        return Ok(Connection::of_nobody(stream, origin, place));
-    };
-    let name = name(certificate);
-    let name = name.ok_or_else(|| io::Error::other("its certificate contains no name"))?;
-    let not_after = not_after(certificate)
-        .ok_or_else(|| io::Error::other("its certificate has no end that can be read"))?;
-    Ok(Connection::new(stream, name, origin).until(not_after))
-}
-
-/// When a certificate expires.
-fn not_after(certificate: &CertificateDer) -> Option<SystemTime> {
-    let (_, certificate) = parse_x509_certificate(certificate).ok()?;
-    let seconds = certificate.validity().not_after.timestamp();
-    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds.try_into().ok()?))
 }
 
 /// The name in a certificate: its first SPIFFE id (`spiffe://...`), or `cn:` and the

@@ -101,6 +101,7 @@ pub fn tls_files(
         certificate: certificate.clone()?,
         key: key.clone()?,
         authority: authority.clone()?,
+        revoked: None,
     })
 }
 

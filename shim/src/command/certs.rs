@@ -51,7 +51,7 @@ pub(super) fn execute(Command::Dev(arguments): Command) -> anyhow::Result<ExitCo
     } = arguments;
     let mut authority = params("polydev trial authority");
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    authority.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    authority.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let issuer = CertifiedIssuer::self_signed(authority, KeyPair::generate()?)?;
     let mut files = Files::default();
     files.add("ca.pem", 0o644, issuer.pem());

@@ -7,7 +7,7 @@ use polydev_transport::{
     accept::accept,
     address::Listener,
     connection::{Connection, Origin},
-    tls,
+    incoming::incoming as secured,
 };
 use tokio::net::{TcpStream, UnixStream};
 
@@ -20,7 +20,7 @@ pub(super) fn incoming(
         Listener::Loopback(listener) => accept(listener)
             .filter_map(async |s| loopback(s).ok())
             .boxed(),
-        Listener::Tls(listener, files) => tls::incoming(listener, files).boxed(),
+        Listener::Tls(listener, files) => secured(listener, files).boxed(),
     });
     stream::select_all(connections).map(Ok)
 }

@@ -10,28 +10,41 @@ use crate::{
 use polydev_proto::provider::Provider;
 
 impl Api {
-    /// Whether the caller may do this. Calls that need `scale` or `credentials` are logged with
-    /// the caller's name.
+    /// Whether the caller may do this. A denial is logged with the caller and where it is, and so
+    /// is a call that needs `scale` or `credentials`.
     pub(super) fn check(&self, caller: &Caller, action: Action) -> Result<(), Error> {
         self.policy(caller, action).map(drop)
     }
 
     /// As [`Self::check`]; returns what the caller's role says about runs.
     pub(super) fn policy(&self, caller: &Caller, action: Action) -> Result<Arc<Policy>, Error> {
+        let from = caller.origin;
         let policy = self.access.policy(caller, action).inspect_err(|denied| {
-            tracing::warn!(%denied, "denied");
+            tracing::warn!(%denied, %from, "denied");
         })?;
         match action {
             Action::Scale { .. } | Action::Credentials { .. } => {
-                tracing::info!(%caller, %action, "allowed");
+                tracing::info!(%caller, %from, %action, "allowed");
             }
             Action::Look | Action::Run { .. } | Action::Inject { .. } | Action::Unbound { .. } => {}
         }
         Ok(policy)
     }
 
-    /// Whether the caller may have this existing run.
-    pub(super) async fn check_run(&self, caller: &Caller, name: &Name) -> Result<(), Error> {
+    /// Whether the caller may have this existing run, to do `what` with it. The log says who did.
+    pub(super) async fn check_run(
+        &self,
+        caller: &Caller,
+        name: &Name,
+        what: &'static str,
+    ) -> Result<(), Error> {
+        self.may_have(caller, name).await?;
+        let (run_id, user_id, from) = (&name.run_id, &name.user_id, caller.origin);
+        tracing::info!(%run_id, %user_id, %caller, %from, what, "run");
+        Ok(())
+    }
+
+    async fn may_have(&self, caller: &Caller, name: &Name) -> Result<(), Error> {
         let providers = self.access.providers_of(caller, name.user_id.as_str());
         let run = |provider| Action::Run {
             what: What::Existing,
@@ -51,6 +64,7 @@ impl Api {
     }
 
     /// Whether the caller may have the runs of a user for a provider. Empty names stand for all.
+    /// The log says who did.
     pub(super) fn check_runs(
         &self,
         caller: &Caller,
@@ -63,7 +77,10 @@ impl Api {
             // An unknown provider is refused later, for that reason.
             provider: provider.parse().ok(),
         };
-        self.check(caller, run)
+        self.check(caller, run)?;
+        let from = caller.origin;
+        tracing::info!(user_id, provider, %caller, %from, what = "list", "runs");
+        Ok(())
     }
 
     /// Whether the caller may manage the credentials of a user for a provider. Empty names stand

@@ -86,8 +86,8 @@ impl Api {
             // It would wait for nothing. A run that exists already is found by its claim.
             request.terms().policy(&self.view)?;
         }
-        let run_id = request.run_id;
-        tracing::info!(%run_id, %caller, %provider, user_id = %request.user_id, "run");
+        let (run_id, from) = (request.run_id, caller.origin);
+        tracing::info!(%run_id, user_id = %request.user_id, %caller, %from, %provider, what = "start", "run");
         Ok(request)
     }
 

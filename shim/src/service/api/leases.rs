@@ -29,7 +29,8 @@ impl Api {
         self.user_rate.check(user_id.as_str())?;
         let allocate = lease::allocate(&self.view, &self.queue, wanted, role);
         let lease = self.unless_stopping(allocate).await?;
-        tracing::info!(lease_id = lease.lease_id, %caller, %provider, %user_id, "lease");
+        let from = caller.origin;
+        tracing::info!(lease_id = lease.lease_id, %user_id, %caller, %from, %provider, "lease");
         let lease = Some(lease);
         Ok(AllocateResponse { lease })
     }
@@ -48,6 +49,8 @@ impl Api {
         };
         self.check(caller, run)?;
         lease::release(&self.view, kept, &name).await?;
+        let (lease_id, user_id, from) = (&name.run_id, &name.user_id, caller.origin);
+        tracing::info!(%lease_id, %user_id, %caller, %from, "lease released");
         Ok(ReleaseResponse {})
     }
 }

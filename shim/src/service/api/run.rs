@@ -115,7 +115,7 @@ impl Api {
         received: Instant,
         inputs: Option<Inputs>,
     ) -> Result<impl Stream<Item = Result<RunEvent, Status>> + Send + use<>, Error> {
-        self.check_run(caller, &name).await?;
+        self.check_run(caller, &name, "attach").await?;
         let span = span(name.run_id, &name.user_id, None);
         let attach = attach::attach(&self.view, &name, offsets);
         let connection = attach.instrument(span.clone()).await?;
@@ -132,7 +132,7 @@ impl Api {
         CancelRunRequest { run_id, user_id }: CancelRunRequest,
     ) -> Result<CancelRunResponse, Error> {
         let name = Name::parse(&run_id, user_id)?;
-        self.check_run(caller, &name).await?;
+        self.check_run(caller, &name, "cancel").await?;
         attach::cancel(&self.view, &name).await?;
         Ok(CancelRunResponse {})
     }

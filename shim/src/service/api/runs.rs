@@ -37,7 +37,7 @@ impl Api {
         GetRunRequest { run_id, user_id }: GetRunRequest,
     ) -> Result<GetRunResponse, Error> {
         let name = Name::parse(&run_id, user_id)?;
-        self.check_run(caller, &name).await?;
+        self.check_run(caller, &name, "see").await?;
         let found = listing::get(&self.view, &name).await?;
         Ok(GetRunResponse {
             run: Some(encode(found)),
