@@ -1,6 +1,7 @@
 //! The command line: one binary, one file per command. Callers' commands are in the crate
 //! polydev-cli.
 
+mod audit;
 mod certs;
 mod config;
 mod credentials;
@@ -18,7 +19,7 @@ use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
 };
 use polydev_cli::{FAILED, Options, egress, run, runs, status, tls_files};
-use polydev_shim::{access::Access, credentials::store, token};
+use polydev_shim::{access::Access, audit::Audit, credentials::store, token};
 use polydev_transport::{
     address::{Address, DEFAULT, Listener},
     tls::{Callers, Files},
@@ -57,6 +58,9 @@ enum Command {
     Credentials(credentials::Command),
     /// Show the nodes: their drivers, their resources and how much of the resources is used.
     Status(Options),
+    /// Check and export the audit log of `serve`.
+    #[command(subcommand)]
+    Audit(audit::Command),
     /// Check the configuration of `serve`.
     #[command(subcommand)]
     Config(config::Command),
@@ -114,6 +118,24 @@ struct Listen {
     roles: Option<PathBuf>,
     #[command(flatten)]
     tokens: token::Settings,
+    /// Folder for an audit log: who did what with whose run, and who was denied what. What cannot
+    /// be recorded is not done. [default: records are only in the ordinary log]
+    #[arg(
+        long,
+        env = "POLYDEV_AUDIT_LOG",
+        value_name = "FOLDER",
+        requires = "audit_key_file"
+    )]
+    audit_log: Option<PathBuf>,
+    /// File with 64 hexadecimal digits, the key of the audit log. Whoever has the key can check
+    /// that nothing was changed.
+    #[arg(
+        long,
+        env = "POLYDEV_AUDIT_KEY_FILE",
+        value_name = "FILE",
+        requires = "audit_log"
+    )]
+    audit_key_file: Option<PathBuf>,
 }
 
 impl Listen {
@@ -130,6 +152,14 @@ impl Listen {
                 ),
                 None => Ok(Access::everything()),
             },
+        }
+    }
+
+    fn audit(&self) -> anyhow::Result<Audit> {
+        match (&self.audit_log, &self.audit_key_file) {
+            (Some(folder), Some(key)) => Ok(Audit::open(folder, key)?),
+            // clap has seen that there are both or none.
+            _ => Ok(Audit::default()),
         }
     }
 
@@ -257,6 +287,7 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Pool(command) => pool::execute(command).await,
         Command::Credentials(command) => credentials::execute(command).await,
         Command::Status(options) => status::execute(options).await,
+        Command::Audit(command) => audit::execute(&command),
         Command::Config(command) => config::execute(command),
         Command::Certs(command) => certs::execute(command),
         Command::Completions { shell } => manual::completions(shell),

@@ -14,6 +14,7 @@ pub mod service;
 pub mod run;
 
 pub mod access;
+pub mod audit;
 pub mod credentials;
 pub mod environment;
 pub mod pool;

@@ -21,7 +21,7 @@ pub mod watching;
 
 use std::time::{Duration, Instant};
 
-use crate::{access, credentials, rate};
+use crate::{access, audit, credentials, rate};
 use polydev_proto::{
     id::{Generation, RunId, SlotId, UserId},
     node::{AttachResponse, ClaimResponse, RunEvent, RunInput, run_event},
@@ -118,6 +118,8 @@ pub enum Error {
     Invalid(#[from] request::Invalid),
     #[error(transparent)]
     Denied(#[from] access::Denied),
+    #[error("nothing is done that cannot be recorded")]
+    Audit(#[from] audit::Error),
     #[error(transparent)]
     Budget(#[from] access::OverBudget),
     #[error(transparent)]

@@ -9,7 +9,7 @@ need c++ "apt-get install g++"
 seconds=$1
 shift
 targets=("$@")
-[ ${#targets[@]} -gt 0 ] || targets=(agent conversation config state journal frames handshake credentials requests usage)
+[ ${#targets[@]} -gt 0 ] || targets=(agent conversation config state journal frames handshake credentials requests usage audit)
 RUSTC_WORKSPACE_WRAPPER=$PWD/tests/fuzz/rustc.sh \
     cargo build --locked --package polydev-fuzz --features libfuzzer
 

@@ -56,6 +56,7 @@ const SHIM: &[&str] = &[
     "secret",
     "environment",
     "token",
+    "audit",
     "access",
     "rate",
 ];

@@ -271,7 +271,7 @@ fn the_log_says_who_did_what_with_whose_run_and_from_where() {
     client.cancel_as("team-a", &run_id).unwrap();
     is_denied(client.get_run_as("bob", &run_id));
     let log = site.shim.process.log();
-    for what in ["start", "see", "attach", "cancel"] {
+    for what in ["Start", "See", "Attach", "Cancel"] {
         let is_it = |line: &&str| {
             let words = [
                 &*run_id,
@@ -279,7 +279,7 @@ fn the_log_says_who_did_what_with_whose_run_and_from_where() {
                 "spiffe://polydev.test/controller",
                 "from=127.0.0.1:",
             ];
-            line.contains(&format!("what=\"{what}\""))
+            line.contains(&format!("operation={what}"))
                 && words.iter().all(|word| line.contains(word))
         };
         assert!(log.lines().find(is_it).is_some(), "{what}: {log}");

@@ -107,6 +107,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
     let vault = Arc::new(arguments.vault.open()?);
     let access = arguments.listen.access()?;
+    let audit = arguments.listen.audit()?;
     let tokens = arguments.listen.tokens()?;
     let stop = super::stop_signal()?;
     let listeners = arguments.listen.bind(tokens.as_ref()).await?;
@@ -137,6 +138,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         nomad: None,
         vault: vault.clone(),
         access,
+        audit,
         tokens,
         limits,
     };

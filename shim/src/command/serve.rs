@@ -3,6 +3,7 @@
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use polydev_cli::tls_files;
+use polydev_shim::audit::chain::Key;
 use polydev_shim::{
     engine,
     nomad::{self, Nomad},
@@ -69,6 +70,9 @@ impl Arguments {
         self.vault.open()?;
         self.listen.access()?;
         self.listen.tokens()?;
+        if let Some(key) = &self.listen.audit_key_file {
+            Key::read(key)?;
+        }
         let node = self.node_files();
         self.listen.check()?;
         if let Some(files) = self.listen.files() {
@@ -95,6 +99,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let nomad = Nomad::new(arguments.nomad.clone())?;
     let vault = Arc::new(arguments.vault.open()?);
     let access = arguments.listen.access()?;
+    let audit = arguments.listen.audit()?;
     let tokens = arguments.listen.tokens()?;
 
     let stop = super::stop_signal()?;
@@ -121,6 +126,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         nomad: Some(nomad.clone()),
         vault: vault.clone(),
         access,
+        audit,
         tokens,
         limits,
     };

@@ -29,6 +29,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::bodies::Bodies;
 use crate::{
     access::Access,
+    audit::Audit,
     credentials::Vault,
     nomad::Nomad,
     pool::View,
@@ -43,6 +44,7 @@ pub(super) struct Api {
     pub(super) nomad: Option<Nomad>,
     pub(super) vault: Arc<Vault>,
     pub(super) access: Arc<Access>,
+    pub(super) audit: Audit,
     pub(super) queue: Queue,
     pub(super) on_demand: OnDemand,
     pub(super) user_rate: Rate,

@@ -19,6 +19,10 @@ use tonic::{Code, Status};
 use super::{http::Problem, needs};
 use crate::{
     access::{Access, Caller},
+    audit::{
+        Audit,
+        record::{Operation, Record},
+    },
     rate::Rate,
     run::Error,
     token::{Refused, Subject, Tokens},
@@ -30,6 +34,7 @@ pub(super) struct Door {
     /// `None` if the shim accepts no tokens.
     pub(super) tokens: Option<Arc<Tokens>>,
     pub(super) access: Arc<Access>,
+    pub(super) audit: Audit,
     /// The limit of each caller.
     pub(super) rate: Arc<Rate>,
 }
@@ -51,8 +56,10 @@ pub(super) async fn identify(State(door): State<Door>, request: Request, next: N
             let may = needs::of(head.uri.path())
                 .map_or(Ok(()), |need| door.access.may_ever(&caller, need));
             if let Err(denied) = may {
-                tracing::warn!(%denied, from = %caller.origin, "denied");
-                return answer(&head.headers, Error::from(denied).into());
+                let record = Record::allowed(&caller, Operation::Call).denied(&denied.to_string());
+                let recorded = door.audit.record(&record);
+                let error = recorded.map_or_else(Error::from, |()| denied.into());
+                return answer(&head.headers, error.into());
             }
             known.stays();
             // No later layer needs the token.

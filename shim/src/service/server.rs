@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     access::Access,
+    audit::Audit,
     credentials::Vault,
     nomad::Nomad,
     pool::View,
@@ -59,6 +60,7 @@ pub struct Parts {
     pub nomad: Option<Nomad>,
     pub vault: Arc<Vault>,
     pub access: Access,
+    pub audit: Audit,
     /// `None` if the shim accepts no tokens.
     pub tokens: Option<Tokens>,
     pub limits: Limits,
@@ -79,6 +81,7 @@ pub async fn serve(
         nomad,
         vault,
         access,
+        audit,
         tokens,
         limits,
     } = parts;
@@ -91,6 +94,7 @@ pub async fn serve(
         nomad,
         vault: vault.clone(),
         access: access.clone(),
+        audit: audit.clone(),
         queue: queue.clone(),
         user_rate: Rate::new("user", limits.rates.user),
         bodies: Bodies::new(),
@@ -117,6 +121,7 @@ pub async fn serve(
     let door = Door {
         tokens: tokens.clone(),
         access,
+        audit,
         rate: Rate::new("caller", limits.rates.caller).into(),
     };
     let identified = middleware::from_fn_with_state(door, identify);

@@ -94,6 +94,7 @@ fn kind(error: &Error) -> (Code, &'static str) {
         Error::Invalid(_) => (Code::InvalidArgument, "INVALID"),
         Error::Refused { .. } => (Code::InvalidArgument, "REFUSED"),
         Error::Denied(_) => (Code::PermissionDenied, "NOT_ALLOWED"),
+        Error::Audit(_) => (Code::Unavailable, "AUDIT"),
         Error::Budget(_) => (Code::ResourceExhausted, "BUDGET_EXHAUSTED"),
         Error::Credential(error) => credential(error),
         Error::OtherCommand { .. } => (Code::AlreadyExists, "OTHER_COMMAND"),
@@ -143,6 +144,7 @@ fn is_worth_another_try(error: &Error) -> bool {
         | Error::AtLimit { .. }
         | Error::Full(_)
         | Error::Rate(_)
+        | Error::Audit(_)
         | Error::Busy
         | Error::Stopping
         | Error::NoNode

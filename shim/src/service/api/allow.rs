@@ -4,43 +4,51 @@ use std::sync::Arc;
 
 use super::Api;
 use crate::{
-    access::{Action, Caller, Policy, What},
+    access::{Action, Caller, Denied, Policy, What},
+    audit::record::{Operation, Record},
     run::{Error, attach::Name, listing},
 };
 use polydev_proto::provider::Provider;
 
 impl Api {
-    /// Whether the caller may do this. A denial is logged with the caller and where it is, and so
-    /// is a call that needs `scale` or `credentials`.
+    /// Whether the caller may do this. A denial is recorded, and so is a call that needs `scale` or
+    /// `credentials`.
     pub(super) fn check(&self, caller: &Caller, action: Action) -> Result<(), Error> {
         self.policy(caller, action).map(drop)
     }
 
     /// As [`Self::check`]; returns what the caller's role says about runs.
     pub(super) fn policy(&self, caller: &Caller, action: Action) -> Result<Arc<Policy>, Error> {
-        let from = caller.origin;
-        let policy = self.access.policy(caller, action).inspect_err(|denied| {
-            tracing::warn!(%denied, %from, "denied");
-        })?;
+        let record = || Record::of(caller, action);
+        let policy = self.access.policy(caller, action);
+        let policy = policy.map_err(|denied| self.denied(record(), denied))?;
         match action {
-            Action::Scale { .. } | Action::Credentials { .. } => {
-                tracing::info!(%caller, %from, %action, "allowed");
-            }
+            Action::Scale { .. } | Action::Credentials { .. } => self.audit.record(&record())?,
+            // What is done with the run is recorded.
             Action::Look | Action::Run { .. } | Action::Inject { .. } | Action::Unbound { .. } => {}
         }
         Ok(policy)
     }
 
-    /// Whether the caller may have this existing run, to do `what` with it. The log says who did.
+    /// Records that something is denied.
+    pub(super) fn denied(&self, record: Record, denied: Denied) -> Error {
+        let record = record.denied(&denied.to_string());
+        match self.audit.record(&record) {
+            Ok(()) => denied.into(),
+            Err(error) => error.into(),
+        }
+    }
+
+    /// Whether the caller may have this existing run, for this operation, which is recorded.
     pub(super) async fn check_run(
         &self,
         caller: &Caller,
         name: &Name,
-        what: &'static str,
+        operation: Operation,
     ) -> Result<(), Error> {
         self.may_have(caller, name).await?;
-        let (run_id, user_id, from) = (&name.run_id, &name.user_id, caller.origin);
-        tracing::info!(%run_id, %user_id, %caller, %from, what, "run");
+        let record = Record::allowed(caller, operation).user(name.user_id.as_str());
+        self.audit.record(&record.run(&name.run_id.to_string()))?;
         Ok(())
     }
 
@@ -64,7 +72,7 @@ impl Api {
     }
 
     /// Whether the caller may have the runs of a user for a provider. Empty names stand for all.
-    /// The log says who did.
+    /// It is recorded.
     pub(super) fn check_runs(
         &self,
         caller: &Caller,
@@ -78,8 +86,8 @@ impl Api {
             provider: provider.parse().ok(),
         };
         self.check(caller, run)?;
-        let from = caller.origin;
-        tracing::info!(user_id, provider, %caller, %from, what = "list", "runs");
+        let record = Record::allowed(caller, Operation::List).user(user_id);
+        self.audit.record(&record.provider(provider))?;
         Ok(())
     }
 

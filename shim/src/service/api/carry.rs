@@ -18,6 +18,7 @@ use tracing::{Instrument, Span};
 use super::Api;
 use crate::{
     access::{Action, Caller, Denied, TooMuch, What},
+    audit::record::Record,
     credentials::record::Binding,
     run::{
         Connection, Error,
@@ -48,9 +49,12 @@ impl Api {
             user_id: Some(user_id.as_str()),
             provider: Some(provider),
         };
-        let denied = |too_much: TooMuch| Denied {
-            caller: caller.to_string(),
-            what: too_much.to_string(),
+        let denied = |too_much: TooMuch| {
+            let denied = Denied {
+                caller: caller.to_string(),
+                what: too_much.to_string(),
+            };
+            self.denied(Record::of(caller, run), denied)
         };
         let mut role = self.policy(caller, run)?;
         let asked = role.limit(&mut start).map_err(denied)?;
@@ -86,8 +90,8 @@ impl Api {
             // It would wait for nothing. A run that exists already is found by its claim.
             request.terms().policy(&self.view)?;
         }
-        let (run_id, from) = (request.run_id, caller.origin);
-        tracing::info!(%run_id, user_id = %request.user_id, %caller, %from, %provider, what = "start", "run");
+        let record = Record::of(caller, run).run(&request.run_id.to_string());
+        self.audit.record(&record)?;
         Ok(request)
     }
 

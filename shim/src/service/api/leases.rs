@@ -5,6 +5,7 @@ use polydev_proto::runtime::{AllocateRequest, AllocateResponse, ReleaseRequest, 
 use super::Api;
 use crate::{
     access::{Action, Caller, What},
+    audit::record::{Operation, Record},
     run::{
         Error,
         attach::Name,
@@ -27,10 +28,11 @@ impl Api {
         };
         let role = self.policy(caller, run)?;
         self.user_rate.check(user_id.as_str())?;
+        let record = Record::allowed(caller, Operation::Lease).user(user_id.as_str());
+        self.audit.record(&record.provider(provider.name()))?;
         let allocate = lease::allocate(&self.view, &self.queue, wanted, role);
         let lease = self.unless_stopping(allocate).await?;
-        let from = caller.origin;
-        tracing::info!(lease_id = lease.lease_id, %user_id, %caller, %from, %provider, "lease");
+        tracing::info!(lease_id = lease.lease_id, %user_id, %provider, "lease");
         let lease = Some(lease);
         Ok(AllocateResponse { lease })
     }
@@ -48,9 +50,9 @@ impl Api {
             provider: kept.as_ref().and_then(|kept| kept.provider.parse().ok()),
         };
         self.check(caller, run)?;
+        let record = Record::allowed(caller, Operation::Release).user(name.user_id.as_str());
+        self.audit.record(&record.run(&name.run_id.to_string()))?;
         lease::release(&self.view, kept, &name).await?;
-        let (lease_id, user_id, from) = (&name.run_id, &name.user_id, caller.origin);
-        tracing::info!(%lease_id, %user_id, %caller, %from, "lease released");
         Ok(ReleaseResponse {})
     }
 }

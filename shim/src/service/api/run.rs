@@ -20,6 +20,7 @@ use tracing::Instrument;
 use super::{Api, carry::span};
 use crate::{
     access::Caller,
+    audit::record::Operation,
     run::{
         Error,
         attach::{self, Name},
@@ -115,7 +116,7 @@ impl Api {
         received: Instant,
         inputs: Option<Inputs>,
     ) -> Result<impl Stream<Item = Result<RunEvent, Status>> + Send + use<>, Error> {
-        self.check_run(caller, &name, "attach").await?;
+        self.check_run(caller, &name, Operation::Attach).await?;
         let span = span(name.run_id, &name.user_id, None);
         let attach = attach::attach(&self.view, &name, offsets);
         let connection = attach.instrument(span.clone()).await?;
@@ -132,7 +133,7 @@ impl Api {
         CancelRunRequest { run_id, user_id }: CancelRunRequest,
     ) -> Result<CancelRunResponse, Error> {
         let name = Name::parse(&run_id, user_id)?;
-        self.check_run(caller, &name, "cancel").await?;
+        self.check_run(caller, &name, Operation::Cancel).await?;
         attach::cancel(&self.view, &name).await?;
         Ok(CancelRunResponse {})
     }

@@ -17,6 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::{Api, page};
 use crate::{
     access::Caller,
+    audit::record::Operation,
     run::{
         Error,
         attach::Name,
@@ -37,7 +38,7 @@ impl Api {
         GetRunRequest { run_id, user_id }: GetRunRequest,
     ) -> Result<GetRunResponse, Error> {
         let name = Name::parse(&run_id, user_id)?;
-        self.check_run(caller, &name, "see").await?;
+        self.check_run(caller, &name, Operation::See).await?;
         let found = listing::get(&self.view, &name).await?;
         Ok(GetRunResponse {
             run: Some(encode(found)),

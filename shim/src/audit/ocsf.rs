@@ -1,0 +1,97 @@
+//! The Open Cybersecurity Schema Framework, version 1.3: class "API Activity" (6003). Its
+//! attributes are those of `events/application/api_activity.json` in github.com/ocsf/ocsf-schema.
+
+use std::net::SocketAddr;
+
+use prost_types::Timestamp;
+use serde_json::{Value, json};
+
+use super::{
+    chain::{Entry, Line},
+    record::{Operation, Record},
+};
+
+const CLASS: u32 = 6003;
+const CATEGORY: u32 = 6;
+
+/// The event of a line. The begin of a file is none.
+#[must_use]
+pub fn event(line: &Line) -> Option<Value> {
+    let Entry::Record(record) = &line.entry else {
+        return None;
+    };
+    let activity = activity(record.operation);
+    // A denial is worth a look; the rest informs.
+    let (severity, status) = if record.allowed { (1, 1) } else { (2, 2) };
+    let mut event = json!({
+        "activity_id": activity,
+        "actor": { "user": { "name": record.who } },
+        "api": { "operation": record.operation, "service": { "name": "polydev.runtime.v1" } },
+        "category_uid": CATEGORY,
+        "class_uid": CLASS,
+        "metadata": {
+            "product": {
+                "name": "polydev-shim",
+                "vendor_name": "polydev",
+                "version": env!("CARGO_PKG_VERSION"),
+            },
+            "sequence": line.number,
+            "uid": line.number.to_string(),
+            "version": "1.3.0",
+        },
+        "severity_id": severity,
+        "src_endpoint": endpoint(&record.from),
+        "status_id": status,
+        "time": millis(&line.time),
+        "type_uid": CLASS * 100 + activity,
+    });
+    if let Some(why) = &record.why {
+        event["status_detail"] = json!(why);
+    }
+    if let Some(resource) = resource(record) {
+        event["resources"] = json!([resource]);
+    }
+    Some(event)
+}
+
+/// Create, read, update, delete, or other.
+fn activity(operation: Operation) -> u32 {
+    match operation {
+        Operation::Start | Operation::Lease => 1,
+        Operation::Look | Operation::See | Operation::Attach | Operation::List => 2,
+        Operation::Scale => 3,
+        Operation::Cancel | Operation::Release => 4,
+        Operation::Call
+        | Operation::Inject
+        | Operation::Unbound
+        | Operation::Runs
+        | Operation::Credentials => 99,
+    }
+}
+
+fn endpoint(from: &str) -> Value {
+    match from.parse::<SocketAddr>() {
+        Ok(address) => json!({ "ip": address.ip(), "port": address.port() }),
+        Err(_) => json!({ "name": from }),
+    }
+}
+
+fn resource(record: &Record) -> Option<Value> {
+    let owner = record.user_id.as_ref();
+    let owner = owner.map(|user_id| ("owner", json!({ "uid": user_id })));
+    let run = record.run_id.as_ref().map(|run_id| ("uid", json!(run_id)));
+    let provider = record.provider.as_ref();
+    let provider = provider.map(|provider| ("group", json!({ "name": provider })));
+    let known: serde_json::Map<_, _> = [owner, run, provider]
+        .into_iter()
+        .flatten()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect();
+    (!known.is_empty()).then(|| known.into())
+}
+
+/// Since 1970.
+fn millis(time: &str) -> i64 {
+    let time: Timestamp = time.parse().unwrap_or_default();
+    time.seconds * 1000 + i64::from(time.nanos) / 1_000_000
+}
