@@ -54,9 +54,11 @@ impl Audit {
         let (user_id, run_id) = (user_id.as_deref(), run_id.as_deref());
         let provider = provider.as_deref();
         match why {
-            None => tracing::info!(%who, %from, ?operation, user_id, run_id, provider, "allowed"),
+            None => {
+                tracing::info!(caller = %who, %from, ?operation, user_id, run_id, provider, "allowed")
+            }
             Some(why) => {
-                tracing::warn!(%who, %from, ?operation, user_id, run_id, provider, why, "denied");
+                tracing::warn!(caller = %who, %from, ?operation, user_id, run_id, provider, why, "denied");
             }
         }
         self.0.as_ref().map_or(Ok(()), |log| log.write(record))
