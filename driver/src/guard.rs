@@ -69,10 +69,15 @@ pub(crate) async fn keep(
         if !*wanted {
             return;
         }
+        if let Some(names) = &names {
+            keeper.firewall.follow(names);
+            keeper.is_stale = true;
+        }
+        keeper.look().await;
+        // Containers should know a server only once they reach it.
         if let Some(names) = names {
             keeper.rename(names);
         }
-        keeper.look().await;
     }
 }
 
@@ -96,10 +101,8 @@ impl Keeper {
         (now != self.names).then_some(now)
     }
 
-    /// Lets containers reach the new name servers from the next look on, and tells them.
+    /// Tells containers the new name servers.
     fn rename(&mut self, names: String) {
-        self.firewall.follow(&names);
-        self.is_stale = true;
         if let Err(error) = files::write_resolv_conf(&self.site.resolv_conf, &names) {
             tracing::warn!(
                 error = crate::chain(&error),
@@ -113,17 +116,19 @@ impl Keeper {
 
     async fn look(&mut self) {
         self.looked = Instant::now();
-        let changed = match (self.known.take(), self.firewall.look().await) {
-            (None, _) => None,
-            (Some(known), Ok(now)) if known == now => {
-                self.known = Some(known);
-                if !self.is_stale {
-                    return;
+        let changed = match self.known.take() {
+            None => None,
+            Some(known) => match self.firewall.look().await {
+                Ok(now) if now == known => {
+                    self.known = Some(known);
+                    if !self.is_stale {
+                        return;
+                    }
+                    None
                 }
-                None
-            }
-            (Some(_), Ok(_)) => Some("another program has changed them".to_owned()),
-            (Some(_), Err(error)) => Some(crate::chain(&error)),
+                Ok(_) => Some("another program has changed them".to_owned()),
+                Err(error) => Some(crate::chain(&error)),
+            },
         };
         match self.set(changed).await {
             Ok(rules) => {

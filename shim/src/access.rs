@@ -172,6 +172,13 @@ impl Access {
         self.policy(caller, action).map(drop)
     }
 
+    /// Whether any role has the caller.
+    #[must_use]
+    pub fn has_role(&self, caller: &Caller) -> bool {
+        let roles = self.roles();
+        roles.is_none_or(|roles| roles.iter().any(|checked| checked.role.has(caller)))
+    }
+
     /// Whether any role of the caller may allow such a call, for whatever user and provider.
     ///
     /// # Errors

@@ -41,27 +41,14 @@ impl Audit {
     /// # Errors
     /// [`Error::Write`]
     pub fn record(&self, record: &Record) -> Result<(), Error> {
-        let Record {
-            who,
-            from,
-            operation,
-            user_id,
-            run_id,
-            provider,
-            allowed: _,
-            why,
-        } = record;
-        let (user_id, run_id) = (user_id.as_deref(), run_id.as_deref());
-        let provider = provider.as_deref();
-        match why {
-            None => {
-                tracing::info!(caller = %who, %from, ?operation, user_id, run_id, provider, "allowed")
-            }
-            Some(why) => {
-                tracing::warn!(caller = %who, %from, ?operation, user_id, run_id, provider, why, "denied");
-            }
+        if let Some(log) = &self.0 {
+            log.write(record).inspect_err(|error| {
+                let error = polydev_proto::error::chain(error);
+                tracing::error!(error, "refused a call that cannot be recorded");
+            })?;
         }
-        self.0.as_ref().map_or(Ok(()), |log| log.write(record))
+        record.log();
+        Ok(())
     }
 }
 
@@ -73,7 +60,7 @@ pub enum Error {
     #[error("the key of the audit log `{}` must be 64 hexadecimal digits", path.display())]
     NoKey { path: PathBuf },
     #[error(
-        "the key of the audit log `{}` can be read by others (mode {mode:o}); allowed is 600 or 400",
+        "the key of the audit log `{}` has mode {mode:o}; allowed is at most 640",
         path.display()
     )]
     Open { path: PathBuf, mode: u32 },

@@ -6,6 +6,7 @@ mod access;
 mod agent_site;
 mod agents;
 mod api;
+mod audit;
 mod broker;
 mod clients;
 mod cluster;

@@ -111,7 +111,7 @@ fn what_was_done_and_what_was_denied_is_on_record_when_the_shim_is_killed() {
         ("see", 1, "team-a", id),
         ("attach", 1, "team-a", id),
         ("cancel", 1, "team-a", id),
-        ("runs", 2, "team-b", ""),
+        ("see", 2, "team-b", id),
     ] {
         assert!(
             known.contains(&expected),

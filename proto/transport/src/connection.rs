@@ -92,8 +92,10 @@ pub struct Connection {
     unknown: Option<Unknown>,
     /// Runs until the caller's certificate expires.
     expires: Option<Pin<Box<Sleep>>>,
-    /// Until the caller's certificate is taken back: then the other half is dropped.
+    /// Says that the caller's certificate is taken back.
     revoked: Option<oneshot::Receiver<()>>,
+    /// The certificate is no longer valid.
+    is_over: bool,
     pub known: Known,
 }
 
@@ -118,6 +120,7 @@ impl Connection {
             unknown: None,
             expires: None,
             revoked: None,
+            is_over: false,
             known: Known {
                 caller: Caller(caller),
                 origin,
@@ -154,12 +157,32 @@ impl Connection {
         }
     }
 
-    /// The same, which ends when the other half of `revoked` is dropped.
+    /// The same, which ends when the other half of `revoked` says so. Without that half it goes on.
     #[must_use]
     pub fn unless(self, revoked: oneshot::Receiver<()>) -> Self {
         Self {
             revoked: Some(revoked),
             ..self
+        }
+    }
+
+    /// Fails when the caller's certificate is no longer valid.
+    fn check(&mut self, context: &mut Context) -> io::Result<()> {
+        let expires = self.expires.as_mut();
+        if expires.is_some_and(|expires| expires.as_mut().poll(context).is_ready()) {
+            self.expires = None;
+            self.is_over = true;
+            let caller = &self.known.caller;
+            tracing::info!(%caller, "ended a connection: its certificate has expired");
+        }
+        let revoked = self.revoked.as_mut();
+        if let Some(Poll::Ready(said)) = revoked.map(|revoked| Pin::new(revoked).poll(context)) {
+            self.revoked = None;
+            self.is_over |= said.is_ok();
+        }
+        match self.is_over {
+            true => Err(io::ErrorKind::TimedOut.into()),
+            false => Ok(()),
         }
     }
 
@@ -213,14 +236,8 @@ impl AsyncRead for Connection {
         buf: &mut ReadBuf,
     ) -> Poll<io::Result<()>> {
         // Also if there is something to read: who only sends pings is not known either.
-        let expires = self.expires.as_mut();
-        let is_expired = expires.is_some_and(|expires| expires.as_mut().poll(cx).is_ready());
-        if is_expired {
-            tracing::info!(caller = %self.known.caller, "ended a connection: its certificate has expired");
-        }
-        let revoked = self.revoked.as_mut();
-        let is_revoked = revoked.is_some_and(|revoked| Pin::new(revoked).poll(cx).is_ready());
-        if is_expired || is_revoked || self.poll_unknown(cx).is_ready() {
+        self.check(cx)?;
+        if self.poll_unknown(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         Pin::new(&mut self.stream).poll_read(cx, buf)
@@ -233,6 +250,8 @@ impl AsyncWrite for Connection {
         cx: &mut Context,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
+        // A server that has something to send need not read.
+        self.check(cx)?;
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
         self.unless_stalled(cx, written)
     }
@@ -251,6 +270,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context,
         bufs: &[io::IoSlice],
     ) -> Poll<io::Result<usize>> {
+        self.check(cx)?;
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
         self.unless_stalled(cx, written)
     }

@@ -25,7 +25,7 @@ use crate::{
     connection::{Connection, Origin},
     places::{Peer, Place, Places},
     reload::Reloaded,
-    revoked::Revoked,
+    revoked::{Id, Revoked},
     tls::{Callers, Error, Files, name},
 };
 
@@ -110,13 +110,14 @@ struct Incoming<S> {
     files: Arc<Reloading>,
     places: Arc<Places>,
     handshakes: JoinSet<(SocketAddr, io::Result<Done>)>,
-    /// The certificates of connections, which end when these halves are dropped.
-    certified: Vec<(CertificateDer<'static>, oneshot::Sender<()>)>,
+    /// The certificates of connections, which end when these halves say so. Who drops them ends
+    /// none: a server that stops accepting serves on.
+    certified: Vec<(Id, oneshot::Sender<()>)>,
     ticks: Interval,
 }
 
 /// A handshake that has succeeded, with the caller's certificate.
-type Done = (Connection, Option<CertificateDer<'static>>);
+type Done = (Connection, Option<Id>);
 
 impl<S: Stream<Item = TcpStream> + Unpin> Incoming<S> {
     async fn next(&mut self) -> Connection {
@@ -133,9 +134,7 @@ impl<S: Stream<Item = TcpStream> + Unpin> Incoming<S> {
                 }
                 Some(done) = self.handshakes.join_next() => match done {
                     Ok((_, Ok((connection, None)))) => return connection,
-                    Ok((_, Ok((connection, Some(certificate))))) => {
-                        return self.watch(connection, certificate);
-                    }
+                    Ok((_, Ok((connection, Some(id))))) => return self.watch(connection, id),
                     Ok((address, Err(error))) => {
                         tracing::info!(%address, %error, "rejected a caller");
                     }
@@ -146,29 +145,23 @@ impl<S: Stream<Item = TcpStream> + Unpin> Incoming<S> {
     }
 
     /// Ends the connection when the certificate is taken back.
-    fn watch(
-        &mut self,
-        connection: Connection,
-        certificate: CertificateDer<'static>,
-    ) -> Connection {
+    fn watch(&mut self, connection: Connection, id: Id) -> Connection {
         if self.files.files.revoked.is_none() {
             return connection;
         }
         let (ends, ended) = oneshot::channel();
-        self.certified.push((certificate, ends));
+        self.certified.push((id, ends));
         connection.unless(ended)
     }
 
     fn end_revoked(&mut self) {
         let now = self.files.now();
-        self.certified.retain(|(certificate, ends)| {
-            let is_revoked = now.1.has(certificate);
-            if is_revoked {
-                let caller = name(certificate).unwrap_or_default();
-                tracing::info!(caller, "ended a connection: its certificate is revoked");
+        let over = |(id, ends): &mut (Id, oneshot::Sender<()>)| ends.is_closed() || now.1.has(id);
+        for (_, ends) in self.certified.extract_if(.., over) {
+            if ends.send(()).is_ok() {
+                tracing::info!("ended a connection: its certificate is revoked");
             }
-            !ends.is_closed() && !is_revoked
-        });
+        }
     }
 }
 
@@ -194,8 +187,9 @@ async fn handshake(
     let name = name.ok_or_else(|| io::Error::other("its certificate contains no name"))?;
     let not_after = not_after(&certificate)
         .ok_or_else(|| io::Error::other("its certificate has no end that can be read"))?;
+    let id = Id::of(&certificate);
     let connection = Connection::new(stream, name, origin).until(not_after);
-    Ok((connection, Some(certificate)))
+    Ok((connection, id))
 }
 
 /// When a certificate expires.

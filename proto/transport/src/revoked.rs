@@ -7,9 +7,23 @@ use x509_parser::{parse_x509_certificate, parse_x509_crl};
 
 use crate::tls::Error;
 
+/// A certificate: its issuer's name and its number.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub struct Id(Vec<u8>, Vec<u8>);
+
+impl Id {
+    /// `None` for what is no certificate.
+    #[must_use]
+    pub fn of(certificate: &CertificateDer) -> Option<Self> {
+        let (_, certificate) = parse_x509_certificate(certificate).ok()?;
+        let issuer = certificate.issuer().as_raw().to_vec();
+        Some(Self(issuer, number(certificate.raw_serial())))
+    }
+}
+
 /// What the lists of a file contain.
 #[derive(Debug, Default)]
-pub struct Revoked(HashSet<(Vec<u8>, Vec<u8>)>);
+pub struct Revoked(HashSet<Id>);
 
 impl Revoked {
     /// Reads the lists of a file in PEM, also for a verifier.
@@ -32,7 +46,7 @@ impl Revoked {
             let (_, list) = parse_x509_crl(list).map_err(|_| wrong())?;
             let issuer = list.issuer().as_raw();
             for one in list.iter_revoked_certificates() {
-                revoked.insert((issuer.to_vec(), serial(one.raw_serial())));
+                revoked.insert(Id(issuer.to_vec(), number(one.raw_serial())));
             }
         }
         Ok((Self(revoked), lists))
@@ -40,16 +54,13 @@ impl Revoked {
 
     /// Whether the certificate is in a list.
     #[must_use]
-    pub fn has(&self, certificate: &CertificateDer) -> bool {
-        parse_x509_certificate(certificate).is_ok_and(|(_, certificate)| {
-            let issuer = certificate.issuer().as_raw().to_vec();
-            self.0.contains(&(issuer, serial(certificate.raw_serial())))
-        })
+    pub fn has(&self, id: &Id) -> bool {
+        self.0.contains(id)
     }
 }
 
 /// A number without leading zeros.
-fn serial(raw: &[u8]) -> Vec<u8> {
+fn number(raw: &[u8]) -> Vec<u8> {
     let first = raw.iter().position(|byte| *byte != 0);
     raw[first.unwrap_or(raw.len())..].to_vec()
 }

@@ -26,14 +26,15 @@ impl Key {
     /// Reads a file with 64 hexadecimal digits, for example of `openssl rand -hex 32`.
     ///
     /// # Errors
-    /// If the file cannot be read, can be read by others or contains something else.
+    /// If the file cannot be read, can be read by everyone or contains something else.
     pub fn read(path: &Path) -> Result<Self, Error> {
         let unreadable = |source| Error::Key {
             path: path.into(),
             source,
         };
         let mode = fs::metadata(path).map_err(unreadable)?.mode() & 0o777;
-        if mode & 0o077 != 0 {
+        // systemd's credentials may be for a group.
+        if mode & 0o037 != 0 {
             return Err(Error::Open {
                 path: path.into(),
                 mode,

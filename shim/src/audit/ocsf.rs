@@ -1,5 +1,6 @@
 //! The Open Cybersecurity Schema Framework, version 1.3: class "API Activity" (6003). Its
 //! attributes are those of `events/application/api_activity.json` in github.com/ocsf/ocsf-schema.
+//! The status is that of the decision: what was allowed may still have failed.
 
 use std::net::SocketAddr;
 
@@ -58,14 +59,18 @@ pub fn event(line: &Line) -> Option<Value> {
 fn activity(operation: Operation) -> u32 {
     match operation {
         Operation::Start | Operation::Lease => 1,
-        Operation::Look | Operation::See | Operation::Attach | Operation::List => 2,
-        Operation::Scale => 3,
-        Operation::Cancel | Operation::Release => 4,
-        Operation::Call
-        | Operation::Inject
-        | Operation::Unbound
-        | Operation::Runs
-        | Operation::Credentials => 99,
+        Operation::Look
+        | Operation::See
+        | Operation::Attach
+        | Operation::List
+        | Operation::ListCredentials => 2,
+        Operation::Scale
+        | Operation::Drain
+        | Operation::Resume
+        | Operation::PutCredential
+        | Operation::RotateCredentials => 3,
+        Operation::Cancel | Operation::Release | Operation::DeleteCredential => 4,
+        Operation::Call | Operation::Inject | Operation::Unbound => 99,
     }
 }
 
@@ -76,18 +81,22 @@ fn endpoint(from: &str) -> Value {
     }
 }
 
+/// The run if there is one, or all that the user has, or the pool.
 fn resource(record: &Record) -> Option<Value> {
-    let owner = record.user_id.as_ref();
-    let owner = owner.map(|user_id| ("owner", json!({ "uid": user_id })));
+    let (user_id, provider) = (&record.user_id, &record.provider);
+    let name = user_id.as_ref().or(provider.as_ref());
     let run = record.run_id.as_ref().map(|run_id| ("uid", json!(run_id)));
-    let provider = record.provider.as_ref();
-    let provider = provider.map(|provider| ("group", json!({ "name": provider })));
-    let known: serde_json::Map<_, _> = [owner, run, provider]
-        .into_iter()
-        .flatten()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect();
-    (!known.is_empty()).then(|| known.into())
+    let known = [
+        run.or(name.map(|name| ("name", json!(name))))?,
+        ("owner", json!({ "uid": user_id })),
+        ("group", json!({ "name": provider })),
+    ];
+    let known = known.into_iter().filter(|(_, value)| match value {
+        Value::Object(object) => object.values().all(|value| !value.is_null()),
+        _ => true,
+    });
+    let known = known.map(|(name, value)| (name.to_owned(), value));
+    Some(Value::Object(known.collect()))
 }
 
 /// Since 1970.

@@ -15,9 +15,6 @@ use super::{
 /// Longest line, in bytes: several texts of a kilobyte, each byte as an escape.
 const MAX_LINE: usize = 64 << 10;
 
-/// How often `head` is read until it is whole.
-const LOOKS: usize = 10;
-
 /// What is wrong with a log, and where.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("`{}`, line {line}: {why}", path.display())]
@@ -90,7 +87,7 @@ pub(super) fn head(key: &Key, number: u64, code: &Code) -> String {
 ///
 /// # Errors
 /// [`Error::Read`]
-pub fn files(folder: &Path) -> Result<Vec<u64>, Error> {
+pub(super) fn files(folder: &Path) -> Result<Vec<u64>, Error> {
     let wrong = |source| Error::Read {
         path: folder.into(),
         source,
@@ -107,20 +104,22 @@ pub fn files(folder: &Path) -> Result<Vec<u64>, Error> {
     Ok(files)
 }
 
-/// Reads these files, and gives each line to `each`.
+/// Reads a log, or its last files, and gives each line to `each`. A shim may be writing meanwhile.
+/// `None` if there is no line.
 ///
 /// # Errors
 /// [`Error::Broken`] for the first line that is wrong, or [`Error::Read`].
 pub fn read(
     folder: &Path,
     key: &Key,
-    files: &[u64],
+    most: usize,
     mut each: impl FnMut(Line),
-) -> Result<End, Error> {
-    // First: a shim may be writing further lines.
-    let (number, code) = known(folder, key)?;
+) -> Result<Option<End>, Error> {
+    // First, because the log becomes longer.
+    let known = known(folder, key)?;
+    let files = files(folder)?;
+    let mut left = &files[files.len().saturating_sub(most)..];
     let mut end: Option<End> = None;
-    let mut left = files;
     while let [first, later @ ..] = left {
         let path = path(folder, *first);
         let wrong = |source| Error::Read {
@@ -142,41 +141,42 @@ pub fn read(
         end = lines.end;
         left = later;
     }
-    let end = end.ok_or_else(|| Broken {
-        path: folder.into(),
-        line: 0,
-        why: Why::NoBegin,
-    })?;
-    // A line that is not in `head` yet is no error.
-    if number > end.last || (number == end.last && code != end.code) {
-        let (last, head) = (end.last, number);
-        return Err(Broken {
-            path: end.path,
-            line: 0,
-            why: Why::Cut { last, head },
+    let (last, code) = end.as_ref().map_or((0, BEGIN), |end| (end.last, end.code));
+    let why = match known {
+        // Lines that are not in `head` yet are no error.
+        Some((head, of_head)) if head > last || (head == last && of_head != code) => {
+            Why::Cut { last, head }
         }
-        .into());
+        Some(_) => return Ok(end),
+        // The begin of the first file is written before `head`.
+        None if last <= 1 => return Ok(end),
+        None => Why::NoHead,
+    };
+    Err(Broken {
+        path: end.map_or_else(|| folder.into(), |end| end.path),
+        line: 0,
+        why,
     }
-    Ok(end)
+    .into())
 }
 
-/// The number and the code in `head`. A shim may be writing them: then another look shows them.
-fn known(folder: &Path, key: &Key) -> Result<(u64, Code), Error> {
+/// The number and the code in `head`, which is written as a whole. `None` if there is none.
+fn known(folder: &Path, key: &Key) -> Result<Option<(u64, Code)>, Error> {
     let path = folder.join("head");
-    for _ in 0..LOOKS {
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
-            Err(source) => return Err(Error::Read { path, source }),
-        };
-        if let Some((number, code)) = parsed(&text)
-            && text == head(key, number, &code)
-        {
-            return Ok((number, code));
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(Error::Read { path, source }),
+    };
+    match parsed(&text) {
+        Some((number, code)) if text == head(key, number, &code) => Ok(Some((number, code))),
+        _ => Err(Broken {
+            path,
+            line: 1,
+            why: Why::NoHead,
         }
+        .into()),
     }
-    let (line, why) = (1, Why::NoHead);
-    Err(Broken { path, line, why }.into())
 }
 
 fn parsed(head: &str) -> Option<(u64, Code)> {
@@ -198,7 +198,8 @@ struct Lines<'a> {
 }
 
 impl Lines<'_> {
-    /// Returns whether the last line is complete.
+    /// Returns whether the last line is complete. A file without a complete line is as if it were
+    /// not there.
     fn read(
         &mut self,
         mut reader: impl BufRead,
@@ -217,10 +218,8 @@ impl Lines<'_> {
             })?;
             if bytes.pop_if(|last| *last == b'\n').is_none() {
                 match bytes.len() {
-                    0 if self.line == 1 => return Err(self.broken(Why::NoBegin).into()),
-                    0 => return Ok(true),
+                    0 => return Ok(self.line > 1),
                     MAX_LINE => return Err(self.broken(Why::NoLine).into()),
-                    _ if self.line == 1 => return Err(self.broken(Why::NoBegin).into()),
                     _ => return Ok(false),
                 }
             }

@@ -3,8 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::access::{Action, Caller, What};
-use polydev_proto::provider::Provider;
+use crate::access::Caller;
 
 /// Longest text of a record, in bytes. Names that callers give are shorter; a longer reason is cut.
 const MAX_TEXT: usize = 1024;
@@ -15,24 +14,29 @@ const MAX_TEXT: usize = 1024;
 pub enum Operation {
     /// A call that no role of the caller allows, whatever its body says.
     Call,
+    /// See pools or nodes.
     Look,
     /// Start a run.
     Start,
     /// Have a credential in the container of a run.
     Inject,
-    /// Use a record that is bound to no user.
+    /// Use a credential's record that is bound to no user.
     Unbound,
+    /// See a run.
     See,
     Attach,
     Cancel,
-    /// List or watch runs, of one user or of all.
+    /// List or watch runs.
     List,
     Lease,
     Release,
-    /// Use a user's runs, before it is known how.
-    Runs,
     Scale,
-    Credentials,
+    Drain,
+    Resume,
+    PutCredential,
+    ListCredentials,
+    DeleteCredential,
+    RotateCredentials,
 }
 
 /// One record. Missing names stand for all users, or for all providers.
@@ -57,9 +61,9 @@ pub struct Record {
 }
 
 impl Record {
-    /// Something that the caller may do.
+    /// Of all users and providers, and allowed.
     #[must_use]
-    pub fn allowed(caller: &Caller, operation: Operation) -> Self {
+    pub fn new(caller: &Caller, operation: Operation) -> Self {
         Self {
             who: cut(&caller.name),
             from: caller.origin.to_string(),
@@ -72,36 +76,13 @@ impl Record {
         }
     }
 
-    /// The same for an action of a role, before it is known how far it comes.
+    /// The same for what belongs to it.
     #[must_use]
-    pub fn of(caller: &Caller, action: Action) -> Self {
-        let (operation, user_id, provider) = match action {
-            Action::Look => (Operation::Look, None, None),
-            Action::Run {
-                what,
-                user_id,
-                provider,
-            } => {
-                let operation = match what {
-                    What::Prompt | What::Command => Operation::Start,
-                    What::Existing => Operation::Runs,
-                };
-                (operation, user_id, provider)
-            }
-            Action::Inject {
-                user_id, provider, ..
-            } => (Operation::Inject, Some(user_id), Some(provider)),
-            Action::Unbound { user_id, provider } => {
-                (Operation::Unbound, Some(user_id), Some(provider))
-            }
-            Action::Scale { provider } => (Operation::Scale, None, Some(provider)),
-            Action::Credentials { user_id, provider } => {
-                (Operation::Credentials, user_id, provider)
-            }
-        };
-        Self::allowed(caller, operation)
-            .user(user_id.unwrap_or_default())
-            .provider(provider.map_or("", Provider::name))
+    pub fn with(&self, operation: Operation) -> Self {
+        Self {
+            operation,
+            ..self.clone()
+        }
     }
 
     #[must_use]
@@ -129,11 +110,37 @@ impl Record {
     }
 
     #[must_use]
-    pub fn denied(self, why: &str) -> Self {
+    pub fn denied(&self, why: &str) -> Self {
         Self {
             allowed: false,
             why: Some(cut(why)),
-            ..self
+            ..self.clone()
+        }
+    }
+}
+
+impl Record {
+    /// Into the ordinary log.
+    pub fn log(&self) {
+        let Self {
+            who,
+            from,
+            operation,
+            user_id,
+            run_id,
+            provider,
+            allowed: _,
+            why,
+        } = self;
+        let (user_id, run_id) = (user_id.as_deref(), run_id.as_deref());
+        let provider = provider.as_deref();
+        match why {
+            None => tracing::info!(
+                caller = %who, %from, ?operation, user_id, run_id, provider, "allowed"
+            ),
+            Some(why) => tracing::warn!(
+                caller = %who, %from, ?operation, user_id, run_id, provider, why, "denied"
+            ),
         }
     }
 }

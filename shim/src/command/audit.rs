@@ -35,8 +35,8 @@ pub(super) struct Log {
 impl Log {
     fn read(&self, each: impl FnMut(Line)) -> anyhow::Result<End> {
         let key = Key::read(&self.key_file)?;
-        let files = reader::files(&self.folder)?;
-        Ok(reader::read(&self.folder, &key, &files, each)?)
+        let end = reader::read(&self.folder, &key, usize::MAX, each)?;
+        end.with_context(|| format!("`{}` has no audit log", self.folder.display()))
     }
 }
 

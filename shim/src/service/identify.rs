@@ -18,7 +18,7 @@ use tonic::{Code, Status};
 
 use super::{http::Problem, needs};
 use crate::{
-    access::{Access, Caller},
+    access::{Access, Caller, Denied},
     audit::{
         Audit,
         record::{Operation, Record},
@@ -39,6 +39,18 @@ pub(super) struct Door {
     pub(super) rate: Arc<Rate>,
 }
 
+impl Door {
+    /// Records a denial. Callers without any role must not fill the disk with records.
+    fn denied(&self, caller: &Caller, record: &Record, denied: Denied) -> Error {
+        if !self.access.has_role(caller) {
+            record.log();
+            return denied.into();
+        }
+        let recorded = self.audit.record(record);
+        recorded.map_or_else(Error::from, |()| denied.into())
+    }
+}
+
 /// Replaces the [`Caller`] of the connection with the caller that a token names. A request without
 /// a known caller is answered here.
 pub(super) async fn identify(State(door): State<Door>, request: Request, next: Next) -> Response {
@@ -56,10 +68,8 @@ pub(super) async fn identify(State(door): State<Door>, request: Request, next: N
             let may = needs::of(head.uri.path())
                 .map_or(Ok(()), |need| door.access.may_ever(&caller, need));
             if let Err(denied) = may {
-                let record = Record::allowed(&caller, Operation::Call).denied(&denied.to_string());
-                let recorded = door.audit.record(&record);
-                let error = recorded.map_or_else(Error::from, |()| denied.into());
-                return answer(&head.headers, error.into());
+                let record = Record::new(&caller, Operation::Call).denied(&denied.to_string());
+                return answer(&head.headers, door.denied(&caller, &record, denied).into());
             }
             known.stays();
             // No later layer needs the token.

@@ -11,27 +11,40 @@ use crate::{
 use polydev_proto::provider::Provider;
 
 impl Api {
-    /// Whether the caller may do this. A denial is recorded, and so is a call that needs `scale` or
-    /// `credentials`.
-    pub(super) fn check(&self, caller: &Caller, action: Action) -> Result<(), Error> {
-        self.policy(caller, action).map(drop)
+    /// Whether the caller may do this. A denial is recorded.
+    pub(super) fn check(
+        &self,
+        caller: &Caller,
+        action: Action,
+        record: &Record,
+    ) -> Result<(), Error> {
+        self.policy(caller, action, record).map(drop)
+    }
+
+    /// As [`Self::check`]; it is recorded that the caller may.
+    pub(super) fn permit(
+        &self,
+        caller: &Caller,
+        action: Action,
+        record: &Record,
+    ) -> Result<(), Error> {
+        self.check(caller, action, record)?;
+        Ok(self.audit.record(record)?)
     }
 
     /// As [`Self::check`]; returns what the caller's role says about runs.
-    pub(super) fn policy(&self, caller: &Caller, action: Action) -> Result<Arc<Policy>, Error> {
-        let record = || Record::of(caller, action);
+    pub(super) fn policy(
+        &self,
+        caller: &Caller,
+        action: Action,
+        record: &Record,
+    ) -> Result<Arc<Policy>, Error> {
         let policy = self.access.policy(caller, action);
-        let policy = policy.map_err(|denied| self.denied(record(), denied))?;
-        match action {
-            Action::Scale { .. } | Action::Credentials { .. } => self.audit.record(&record())?,
-            // What is done with the run is recorded.
-            Action::Look | Action::Run { .. } | Action::Inject { .. } | Action::Unbound { .. } => {}
-        }
-        Ok(policy)
+        policy.map_err(|denied| self.denied(record, denied))
     }
 
     /// Records that something is denied.
-    pub(super) fn denied(&self, record: Record, denied: Denied) -> Error {
+    pub(super) fn denied(&self, record: &Record, denied: Denied) -> Error {
         let record = record.denied(&denied.to_string());
         match self.audit.record(&record) {
             Ok(()) => denied.into(),
@@ -46,13 +59,14 @@ impl Api {
         name: &Name,
         operation: Operation,
     ) -> Result<(), Error> {
-        self.may_have(caller, name).await?;
-        let record = Record::allowed(caller, operation).user(name.user_id.as_str());
-        self.audit.record(&record.run(&name.run_id.to_string()))?;
-        Ok(())
+        let record = Record::new(caller, operation)
+            .user(name.user_id.as_str())
+            .run(&name.run_id.to_string());
+        self.may_have(caller, name, &record).await?;
+        Ok(self.audit.record(&record)?)
     }
 
-    async fn may_have(&self, caller: &Caller, name: &Name) -> Result<(), Error> {
+    async fn may_have(&self, caller: &Caller, name: &Name, record: &Record) -> Result<(), Error> {
         let providers = self.access.providers_of(caller, name.user_id.as_str());
         let run = |provider| Action::Run {
             what: What::Existing,
@@ -63,12 +77,12 @@ impl Api {
             return Ok(());
         }
         if providers.is_empty() {
-            return self.check(caller, run(None));
+            return self.check(caller, run(None), record);
         }
         // If the driver did not record the run's provider, the caller needs the right to all
         // providers.
         let found = listing::get(&self.view, name).await?;
-        self.check(caller, run(found.run.provider.parse().ok()))
+        self.check(caller, run(found.run.provider.parse().ok()), record)
     }
 
     /// Whether the caller may have the runs of a user for a provider. Empty names stand for all.
@@ -85,25 +99,29 @@ impl Api {
             // An unknown provider is refused later, for that reason.
             provider: provider.parse().ok(),
         };
-        self.check(caller, run)?;
-        let record = Record::allowed(caller, Operation::List).user(user_id);
-        self.audit.record(&record.provider(provider))?;
-        Ok(())
+        let record = Record::new(caller, Operation::List);
+        self.permit(caller, run, &record.user(user_id).provider(provider))
     }
 
     /// Whether the caller may manage the credentials of a user for a provider. Empty names stand
-    /// for all.
+    /// for all. It is recorded.
     pub(super) fn check_credentials(
         &self,
         caller: &Caller,
         user_id: &str,
         provider: &str,
+        operation: Operation,
     ) -> Result<(), Error> {
         let credentials = Action::Credentials {
             user_id: Some(user_id).filter(|user_id| !user_id.is_empty()),
             // An unknown provider is refused later, for that reason.
             provider: provider.parse().ok(),
         };
-        self.check(caller, credentials)
+        let record = Record::new(caller, operation);
+        self.permit(
+            caller,
+            credentials,
+            &record.user(user_id).provider(provider),
+        )
     }
 }

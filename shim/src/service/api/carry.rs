@@ -18,7 +18,7 @@ use tracing::{Instrument, Span};
 use super::Api;
 use crate::{
     access::{Action, Caller, Denied, TooMuch, What},
-    audit::record::Record,
+    audit::record::{Operation, Record},
     credentials::record::Binding,
     run::{
         Connection, Error,
@@ -49,16 +49,21 @@ impl Api {
             user_id: Some(user_id.as_str()),
             provider: Some(provider),
         };
+        let record = Record::new(caller, Operation::Start)
+            .user(user_id.as_str())
+            .run(&start.run_id)
+            .provider(provider.name());
         let denied = |too_much: TooMuch| {
             let denied = Denied {
                 caller: caller.to_string(),
                 what: too_much.to_string(),
             };
-            self.denied(Record::of(caller, run), denied)
+            self.denied(&record, denied)
         };
-        let mut role = self.policy(caller, run)?;
+        let mut role = self.policy(caller, run, &record)?;
         let asked = role.limit(&mut start).map_err(denied)?;
         let mut request = request::Request::parse(start, trace)?;
+        let started = record.clone().run(&request.run_id.to_string());
         let (user_id, provider) = (&request.user_id, request.provider);
         self.user_rate.check(user_id.as_str())?;
         if let Some(source) = request.credential.take() {
@@ -66,7 +71,8 @@ impl Api {
             let is_given = source.is_given();
             if source.is_unbound() {
                 let user_id = user_id.as_str();
-                self.check(caller, Action::Unbound { user_id, provider })?;
+                let unbound = started.with(Operation::Unbound);
+                self.permit(caller, Action::Unbound { user_id, provider }, &unbound)?;
             }
             let secrets = self
                 .vault
@@ -79,7 +85,9 @@ impl Api {
                     provider,
                     is_given,
                 };
-                role = self.policy(caller, inject)?;
+                let injected = started.with(Operation::Inject);
+                role = self.policy(caller, inject, &injected)?;
+                self.audit.record(&injected)?;
                 // It may be another one.
                 role.allows(asked).map_err(denied)?;
             }
@@ -90,8 +98,7 @@ impl Api {
             // It would wait for nothing. A run that exists already is found by its claim.
             request.terms().policy(&self.view)?;
         }
-        let record = Record::of(caller, run).run(&request.run_id.to_string());
-        self.audit.record(&record)?;
+        self.audit.record(&started)?;
         Ok(request)
     }
 

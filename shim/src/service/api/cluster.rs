@@ -9,6 +9,7 @@ use polydev_proto::{
 use super::Api;
 use crate::{
     access::{Action, Caller},
+    audit::record::{Operation, Record},
     pool::View,
     run::{Error, answered, listing::MAX_ASKED},
 };
@@ -18,7 +19,8 @@ impl Api {
         &self,
         caller: &Caller,
     ) -> Result<GetClusterStatusResponse, Error> {
-        self.check(caller, Action::Look)?;
+        let record = Record::new(caller, Operation::Look);
+        self.check(caller, Action::Look, &record)?;
         Ok(status(&self.view).await)
     }
 }

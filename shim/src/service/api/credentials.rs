@@ -14,6 +14,7 @@ use prost_types::Timestamp;
 use super::{Api, page};
 use crate::{
     access::{Action, Caller},
+    audit::record::{Operation, Record},
     credentials::{
         Error as VaultError, Source,
         record::Binding,
@@ -32,7 +33,12 @@ impl Api {
         caller: &Caller,
         request: PutCredentialRequest,
     ) -> Result<PutCredentialResponse, Error> {
-        self.check_credentials(caller, &request.user_id, &request.provider)?;
+        self.check_credentials(
+            caller,
+            &request.user_id,
+            &request.provider,
+            Operation::PutCredential,
+        )?;
         let (user_id, provider) = parse(request.user_id, &request.provider)?;
         let credential = request.credential.ok_or_else(|| Invalid::Value {
             field: "credential",
@@ -49,7 +55,9 @@ impl Api {
         }
         if source.is_unbound() {
             let user_id = user_id.as_str();
-            self.check(caller, Action::Unbound { user_id, provider })?;
+            let record = Record::new(caller, Operation::Unbound);
+            let record = record.user(user_id).provider(provider.name());
+            self.permit(caller, Action::Unbound { user_id, provider }, &record)?;
         }
         let binding = Binding {
             user_id: &user_id,
@@ -73,7 +81,12 @@ impl Api {
         caller: &Caller,
         request: ListCredentialsRequest,
     ) -> Result<ListCredentialsResponse, Error> {
-        self.check_credentials(caller, &request.user_id, &request.provider)?;
+        self.check_credentials(
+            caller,
+            &request.user_id,
+            &request.provider,
+            Operation::ListCredentials,
+        )?;
         let (filter, most) = parse_list(request)?;
         let mut infos = self.vault.list(&filter, most + 1).await?;
         let has_more = infos.len() > most as usize;
@@ -92,7 +105,7 @@ impl Api {
         request: DeleteCredentialRequest,
     ) -> Result<DeleteCredentialResponse, Error> {
         let DeleteCredentialRequest { user_id, provider } = request;
-        self.check_credentials(caller, &user_id, &provider)?;
+        self.check_credentials(caller, &user_id, &provider, Operation::DeleteCredential)?;
         let (user_id, provider) = parse(user_id, &provider)?;
         let binding = Binding {
             user_id: &user_id,
@@ -108,7 +121,7 @@ impl Api {
         caller: &Caller,
         request: RotateCredentialsRequest,
     ) -> Result<RotateCredentialsResponse, Error> {
-        self.check_credentials(caller, "", "")?;
+        self.check_credentials(caller, "", "", Operation::RotateCredentials)?;
         let after = parse_token(request.page_token)?;
         let rotated = self.vault.rotate(after).await?;
         tracing::info!(

@@ -26,13 +26,14 @@ impl Api {
             user_id: Some(user_id.as_str()),
             provider: Some(provider),
         };
-        let role = self.policy(caller, run)?;
+        let record = Record::new(caller, Operation::Lease).user(user_id.as_str());
+        let record = record.provider(provider.name());
+        let role = self.policy(caller, run, &record)?;
         self.user_rate.check(user_id.as_str())?;
-        let record = Record::allowed(caller, Operation::Lease).user(user_id.as_str());
-        self.audit.record(&record.provider(provider.name()))?;
+        self.audit.record(&record)?;
         let allocate = lease::allocate(&self.view, &self.queue, wanted, role);
         let lease = self.unless_stopping(allocate).await?;
-        tracing::info!(lease_id = lease.lease_id, %user_id, %provider, "lease");
+        tracing::info!(lease_id = lease.lease_id, %user_id, %caller, %provider, "lease");
         let lease = Some(lease);
         Ok(AllocateResponse { lease })
     }
@@ -49,9 +50,8 @@ impl Api {
             user_id: Some(name.user_id.as_str()),
             provider: kept.as_ref().and_then(|kept| kept.provider.parse().ok()),
         };
-        self.check(caller, run)?;
-        let record = Record::allowed(caller, Operation::Release).user(name.user_id.as_str());
-        self.audit.record(&record.run(&name.run_id.to_string()))?;
+        let record = Record::new(caller, Operation::Release).user(name.user_id.as_str());
+        self.permit(caller, run, &record.run(&name.run_id.to_string()))?;
         lease::release(&self.view, kept, &name).await?;
         Ok(ReleaseResponse {})
     }

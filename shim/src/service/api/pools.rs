@@ -17,6 +17,7 @@ use tokio::time::sleep;
 use super::Api;
 use crate::{
     access::{Action, Caller, What},
+    audit::record::{Operation, Record},
     pool::{Counts, View},
     run::{Error, request::Invalid},
 };
@@ -29,7 +30,8 @@ impl Api {
         &self,
         caller: &Caller,
     ) -> Result<ListPoolsResponse, Error> {
-        self.check(caller, Action::Look)?;
+        let record = Record::new(caller, Operation::Look);
+        self.check(caller, Action::Look, &record)?;
         Ok(list(&self.view))
     }
 
@@ -38,7 +40,9 @@ impl Api {
         caller: &Caller,
         request: GetPoolRequest,
     ) -> Result<GetPoolResponse, Error> {
-        self.check(caller, Action::Look)?;
+        // It shows whose runs are in the pool.
+        let record = Record::new(caller, Operation::Look).provider(&request.provider);
+        self.permit(caller, Action::Look, &record)?;
         let provider = provider(&request.provider)?;
         let mut pool = get(&self.view, provider);
         // Whoever knows a run's id can ask for the run, and use the id for another one.
@@ -61,7 +65,8 @@ impl Api {
         &self,
         caller: &Caller,
     ) -> Result<impl Stream<Item = WatchPoolsResponse> + Send + use<>, Error> {
-        self.check(caller, Action::Look)?;
+        let record = Record::new(caller, Operation::Look);
+        self.check(caller, Action::Look, &record)?;
         Ok(watch(self.view.clone()))
     }
 }

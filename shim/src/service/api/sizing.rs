@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     access::{Action, Caller},
+    audit::record::{Operation, Record},
     nomad::Nomad,
     pool::{View, scale},
     run::Error,
@@ -40,6 +41,7 @@ impl Api {
     ) -> Result<Events<ScalePoolResponse>, Status> {
         self.size(
             caller,
+            Operation::Scale,
             &provider,
             move |nomad, provider, told: Told<ScalePoolResponse>| async move {
                 let waiting = |reason| told.waiting(reason);
@@ -58,6 +60,7 @@ impl Api {
         let view = self.view.clone();
         self.size(
             caller,
+            Operation::Drain,
             &provider,
             move |nomad, provider, told: Told<DrainPoolResponse>| async move {
                 let waiting = |reason| told.waiting(reason);
@@ -77,6 +80,7 @@ impl Api {
     ) -> Result<Events<ResumePoolResponse>, Status> {
         self.size(
             caller,
+            Operation::Resume,
             &provider,
             move |nomad, provider, told: Told<ResumePoolResponse>| async move {
                 let waiting = |reason| told.waiting(reason);
@@ -92,6 +96,7 @@ impl Api {
     fn size<T, F>(
         &self,
         caller: &Caller,
+        operation: Operation,
         provider: &str,
         work: impl FnOnce(Nomad, Provider, Told<T>) -> F,
     ) -> Result<Events<T>, Status>
@@ -100,7 +105,8 @@ impl Api {
         F: Future<Output = Result<(), scale::Error>> + Send + 'static,
     {
         let provider = pools::provider(provider)?;
-        self.check(caller, Action::Scale { provider })?;
+        let record = Record::new(caller, operation).provider(provider.name());
+        self.permit(caller, Action::Scale { provider }, &record)?;
         let nomad = self.nomad.clone().ok_or_else(|| {
             let reason =
                 "this shim runs without Nomad: only its option `--pool` sets the sizes of pools";
