@@ -176,7 +176,7 @@ pub fn received(curl: &mut Command, url: &str) -> Result<Vec<Received>, String> 
 pub fn remove_rules(instance: &str) {
     let rules = |args: &[&str]| crate::process::output(Command::new("iptables").args(args));
     let interface = format!("pd-{instance}");
-    for (suffix, from) in [("FWD", "DOCKER-USER"), ("IN", "INPUT")] {
+    for (suffix, from) in [("FWD", "FORWARD"), ("IN", "INPUT")] {
         let chain = format!("POLYDEV-{instance}-{suffix}");
         rules(&["-w", "5", "-D", from, "-i", &interface, "-j", &chain]);
         rules(&["-w", "5", "-F", &chain]);

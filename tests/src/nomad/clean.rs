@@ -47,13 +47,17 @@ pub(crate) fn stop_drivers(folder: &Path) {
     }
 }
 
-/// dockerd finishes what a driver that was killed has asked for, and a network may still have
-/// a container that is going.
-fn remove_network(instance: &str) {
+/// Removes a driver's containers and its network. dockerd finishes what a driver that was killed
+/// has asked for: a container may come late, and a network may have one that is going.
+fn remove_from_docker(instance: &str) {
     let name = format!("polydev-{instance}");
+    let label = format!("dev.polydev.instance={instance}");
     let list = ["network", "ls", "--quiet", "--filter"];
-    let limit = Instant::now() + Duration::from_secs(10);
+    let limit = Instant::now() + Duration::from_secs(60);
     loop {
+        for id in crate::docker::containers(&label) {
+            output(crate::docker::command().args(["rm", "--force", &id]));
+        }
         let removed = output(crate::docker::command().args(["network", "rm", &name]));
         let left = output(
             crate::docker::command()
@@ -115,12 +119,9 @@ impl Drop for Nomad {
         self.unmount();
         // A stopping agent does not end tasks: the containers of a failed test are still there.
         if let Ok(instance) = instance {
-            let label = format!("dev.polydev.instance={instance}");
-            for id in crate::docker::containers(&label) {
-                output(crate::docker::command().args(["rm", "--force", &id]));
-            }
-            remove_network(&instance);
-            crate::host::remove_rules(instance.trim());
+            let instance = instance.trim();
+            remove_from_docker(instance);
+            crate::host::remove_rules(instance);
         }
     }
 }
