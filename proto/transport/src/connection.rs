@@ -94,7 +94,7 @@ pub struct Connection {
     expires: Option<Pin<Box<Sleep>>>,
     /// Says that the caller's certificate is taken back.
     revoked: Option<oneshot::Receiver<()>>,
-    /// The certificate is no longer valid.
+    /// The certificate is no longer valid, or the caller has stayed unknown for too long.
     is_over: bool,
     pub known: Known,
 }
@@ -238,6 +238,7 @@ impl AsyncRead for Connection {
         // Also if there is something to read: who only sends pings is not known either.
         self.check(cx)?;
         if self.poll_unknown(cx).is_ready() {
+            self.is_over = true;
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         Pin::new(&mut self.stream).poll_read(cx, buf)

@@ -25,6 +25,7 @@ use crate::revoked::Revoked;
 pub const GRPC: &str = "h2";
 /// The protocol for callers without gRPC (ALPN).
 pub const HTTP: &str = "http/1.1";
+
 /// The files of one side, in PEM format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Files {
