@@ -8,7 +8,9 @@ mod auth;
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fs, io,
+    fs::{self, File},
+    io,
+    os::fd::AsRawFd,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -87,12 +89,20 @@ impl Error {
 pub struct Want<'a> {
     pub reference: &'a str,
     pub policy: Policy,
-    /// An archive on the host, which is loaded instead of a pull.
-    pub archive: Option<PathBuf>,
+    /// Loaded instead of a pull.
+    pub archive: Option<Archive>,
     pub auth: Option<&'a config::TaskAuth>,
     pub auth_soft_fail: bool,
     /// `None`: the plugin's timeout.
     pub timeout: Option<Duration>,
+}
+
+/// An image archive on the host: a regular file, open for reading, so that nobody can put
+/// another in its place.
+#[derive(Debug, Clone)]
+pub struct Archive {
+    pub path: PathBuf,
+    pub file: Arc<File>,
 }
 
 /// When the driver contacts a registry.
@@ -228,9 +238,9 @@ impl Images {
             Err(error) => return Err(Error::Docker(error.into())),
         };
         match &want.archive {
-            Some(path) => {
+            Some(archive) => {
                 tell(Step::Loading);
-                self.load(path, want.timeout).await?;
+                self.load(archive, want.timeout).await?;
             }
             None => {
                 tell(Step::Downloading);
@@ -241,9 +251,9 @@ impl Images {
             }
         }
         let image = match (self.docker.image(reference).await, &want.archive) {
-            (Err(error), Some(path)) if error.is_not_found() => {
+            (Err(error), Some(archive)) if error.is_not_found() => {
                 return Err(Error::NotInArchive {
-                    path: path.clone(),
+                    path: archive.path.clone(),
                     image: reference.to_owned(),
                 });
             }
@@ -274,19 +284,21 @@ impl Images {
         }
     }
 
-    async fn load(&self, path: &std::path::Path, limit: Option<Duration>) -> Result<(), Error> {
-        // The task's plan ensured that it is a regular file, so opening does not block.
-        let archive = tokio::fs::File::open(path).await;
-        let archive = archive.map_err(|error| Error::Archive {
-            path: path.to_owned(),
-            source: error.into(),
-        })?;
-        let loaded = self
-            .docker
-            .load(archive, limit.unwrap_or(self.pull_timeout))
-            .await;
+    async fn load(&self, archive: &Archive, limit: Option<Duration>) -> Result<(), Error> {
+        let path = archive.path.clone();
+        // Opened again, to be read from its beginning.
+        let opened = format!("/proc/self/fd/{}", archive.file.as_raw_fd());
+        let file = match tokio::fs::File::open(opened).await {
+            Ok(file) => file,
+            Err(error) => {
+                let source = error.into();
+                return Err(Error::Archive { path, source });
+            }
+        };
+        let limit = limit.unwrap_or(self.pull_timeout);
+        let loaded = self.docker.load(file, limit).await;
         loaded.map_err(|error| Error::Load {
-            path: path.to_owned(),
+            path,
             source: error.into(),
         })
     }

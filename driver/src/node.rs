@@ -98,6 +98,7 @@ impl Node {
             return;
         }
         self.runs.leave();
+        self.tasks.leave();
         let mut wanted = self.wanted.lock().await;
         *wanted = false;
         match docker.remove_bridge(name).await {

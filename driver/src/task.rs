@@ -1,13 +1,15 @@
 //! Plain tasks: ordinary jobs of an operator, without a shim.
 //!
 //! Read in the order of a task's life: [`plan`] works out its container from the job
-//! ([`resources`], [`mounts`], [`network`]), [`mod@start`] makes it, [`journal`] records it,
+//! ([`resources`], [`mounts`], [`folders`], [`network`]), [`mod@start`] makes it, with the
+//! sources of its mounts on the [`stage`], [`journal`] records it,
 //! [`outside`] is what it has at the broker, [`keeper`] follows it to its end, [`output`] copies its output if init does not,
 //! [`exec`] runs another command next to it. [`book`] holds the node's tasks for all
 //! others.
 
 pub mod book;
 pub mod exec;
+mod folders;
 pub mod journal;
 mod keeper;
 mod mounts;
@@ -16,6 +18,7 @@ mod output;
 mod outside;
 pub mod plan;
 mod resources;
+pub mod stage;
 mod start;
 
 pub(crate) use keeper::{NEVER_STARTED, recover};
@@ -42,6 +45,7 @@ use crate::{
 };
 use book::Book;
 use journal::{Entry, Journal};
+use stage::Stage;
 
 /// How long init may take to report the end of a plain task's command after SIGKILL, before
 /// init itself is killed.
@@ -53,16 +57,23 @@ pub struct Tasks {
     pub site: Arc<Site>,
     pub book: Book,
     journal: Journal,
+    stage: Stage,
 }
 
 impl Tasks {
     #[must_use]
-    pub fn new(site: Arc<Site>, journal: Journal) -> Self {
+    pub fn new(site: Arc<Site>, journal: Journal, stage: Stage) -> Self {
         Self {
             site,
             book: Book::default(),
             journal,
+            stage,
         }
+    }
+
+    /// No task starts any more.
+    pub(crate) fn leave(&self) {
+        self.stage.leave();
     }
 }
 

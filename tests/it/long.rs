@@ -42,6 +42,11 @@ fn a_helper_is_asked_and_an_image_that_is_used_again_stays() {
 }
 
 #[test]
+fn a_folder_that_is_exchanged_for_a_minute_does_not_lead_out() {
+    crate::mounts::race(Duration::from_secs(60));
+}
+
+#[test]
 fn forty_allocations_at_once_lose_no_line_ten_times_over() {
     let nomad = Nomad::start();
     for round in 0..10 {

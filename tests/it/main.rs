@@ -28,6 +28,7 @@ mod kept;
 mod leases;
 mod long;
 mod metrics;
+mod mounts;
 mod network;
 mod newer;
 mod nomad;

@@ -39,7 +39,7 @@ use crate::{
     site::{Compute, Site},
     slot::{Slots, shelf::Shelf},
     state::{files, lock::Lock},
-    task::{self, Tasks, journal::Journal},
+    task::{self, Tasks, journal::Journal, stage::Stage},
 };
 
 /// systemd's id of the machine (machine-id(5)).
@@ -87,6 +87,7 @@ impl Node {
 struct Prepared {
     site: Arc<Site>,
     journal: Journal,
+    stage: Stage,
     idle: Shelf,
     runs: Arc<Runs>,
     /// Runs that continue.
@@ -111,6 +112,7 @@ impl Prepared {
         let links = open.iter().map(|open| open.link().to_owned());
         let idle = Shelf::open(&config.state_dir)?;
         let in_use: Vec<PathBuf> = tasks.chain(links).chain(idle.links()).collect();
+        let stage = Stage::open(&config.state_dir)?;
         let link_dir = files::folder_of(&config.state_dir.join("link"), &in_use)?;
 
         let path = socket_path(&config, &instance);
@@ -148,6 +150,7 @@ impl Prepared {
                 background: TaskTracker::new(),
             }),
             journal,
+            stage,
             idle,
             runs: runs.into(),
             open,
@@ -160,6 +163,7 @@ impl Prepared {
         let Self {
             site,
             journal,
+            stage,
             idle,
             runs,
             open,
@@ -178,7 +182,7 @@ impl Prepared {
             ),
             networks: Networks::open(&site.config.state_dir).into(),
             slots: slots.into(),
-            tasks: Tasks::new(site.clone(), journal).into(),
+            tasks: Tasks::new(site.clone(), journal, stage).into(),
             site,
             runs,
             metrics,

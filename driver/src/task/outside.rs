@@ -2,7 +2,6 @@
 //! and what it reaches without a network of its own.
 
 use std::{
-    fs::File,
     io::{self, Read},
     os::fd::OwnedFd,
     path::PathBuf,
@@ -18,7 +17,7 @@ use polydev_proto::{
 use polydev_transport::upstream::Unreadable;
 use zeroize::Zeroizing;
 
-use super::mounts::Folders;
+use super::folders::Folders;
 use crate::{
     broker::{Broker, Error as BrokerError, Opened},
     config::Task,
@@ -132,11 +131,9 @@ fn read(task: &TaskConfig, given: &str) -> Result<Zeroizing<Vec<u8>>, Error> {
         path: path.clone(),
         source,
     };
-    let held = folders.private(given);
-    let held = held.ok_or_else(|| unreadable(io::ErrorKind::NotFound.into()))?;
+    let file = folders.private(given).map_err(unreadable)?;
     // It does not grow: what it left behind would not be wiped.
     let mut key = Zeroizing::new(Vec::with_capacity(2 * MAX_KEY));
-    let file = File::open(held).map_err(unreadable)?;
     let read = file.take(MAX_KEY as u64 + 1).read_to_end(&mut key);
     read.map_err(unreadable)?;
     let trimmed = key.trim_ascii();

@@ -11,16 +11,18 @@ use polydev_proto::driver::TaskConfig;
 
 use super::{
     Tasks,
-    mounts::{self, Folders},
+    folders::Folders,
+    mounts::{self, Mounts},
     network::{self, Place},
     outside::{self, Outside},
     resources,
+    stage::Staged,
 };
 use crate::{
-    config::{self, Capabilities, Device, Logging, Mount, Task},
+    config::{self, Capabilities, Device, Logging, Task},
     docker::{Image, InitMounts, PlainSpec, Resources},
     identity::{Identity, labels},
-    images::{Policy, Want},
+    images::{Archive, Policy, Want},
     site::Site,
 };
 
@@ -46,6 +48,13 @@ pub enum Error {
     NoCommand { image: String },
 }
 
+impl Error {
+    /// Whether the task may start without a change of its job.
+    pub(super) fn is_recoverable(&self) -> bool {
+        matches!(self, Self::Mounts(mounts::Error::Stage { .. }))
+    }
+}
+
 /// How the task's output reaches Nomad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum OutputPath {
@@ -67,10 +76,8 @@ pub(super) struct Plan<'a> {
     pub(super) output: OutputPath,
     capabilities: Capabilities,
     resources: Resources,
-    binds: Vec<String>,
-    mounts: Vec<Mount>,
-    /// The image archive to load.
-    archive: Option<PathBuf>,
+    mounts: Mounts,
+    archive: Option<Archive>,
     pids_limit: u32,
     logging: Logging,
 }
@@ -89,7 +96,7 @@ impl<'a> Plan<'a> {
         let identity = Identity::of(task);
         let place = network::place(task, &options, &journal.files(&identity), &site.resolv_conf)?;
         let mut mounts = mounts::mounts(task, &options, plugin)?;
-        mounts.mounts.extend(place.files.iter().cloned());
+        mounts.extend(place.files.iter().cloned());
         let compute = &site.compute;
         let output = if options.init && options.logging.is_none() && !plugin.disable_log_collection
         {
@@ -104,10 +111,9 @@ impl<'a> Plan<'a> {
             archive: options
                 .load
                 .as_ref()
-                .map(|archive| Folders::of(task).archive(archive))
+                .map(|given| archive(&Folders::of(task), given))
                 .transpose()?,
-            binds: mounts.binds,
-            mounts: mounts.mounts,
+            mounts,
             pids_limit: options.pids_limit.unwrap_or(plugin.pids_limit),
             logging: match (output, &options.logging) {
                 // Only init's own messages.
@@ -128,14 +134,6 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// Works out the mounts again, immediately before they are created.
-    pub(super) fn look_again(&mut self, site: &Site) -> Result<(), Error> {
-        let mut mounts = mounts::mounts(self.task, &self.options, &site.config)?;
-        mounts.mounts.extend(self.place.files.iter().cloned());
-        (self.binds, self.mounts) = (mounts.binds, mounts.mounts);
-        Ok(())
-    }
-
     pub(super) fn want(&self) -> Want<'_> {
         let options = &self.options;
         Want {
@@ -152,13 +150,21 @@ impl<'a> Plan<'a> {
         }
     }
 
-    pub(super) fn spec<'s>(&'s self, site: &Site, init: Option<InitMounts<'s>>) -> PlainSpec<'s> {
+    /// # Errors
+    /// If a source is no longer what it was when the plan was made.
+    pub(super) fn spec<'s>(
+        &'s self,
+        site: &Site,
+        init: Option<InitMounts<'s>>,
+        staged: &Staged,
+    ) -> Result<PlainSpec<'s>, Error> {
+        let (binds, mounts) = self.mounts.stage(self.task, staged)?;
         let devices = self.task.devices.iter().map(|device| Device {
             host_path: device.host_path.clone(),
             container_path: device.task_path.clone(),
             permissions: device.cgroup_permissions.clone(),
         });
-        PlainSpec {
+        Ok(PlainSpec {
             name: self.identity.container_name(),
             options: &self.options,
             labels: labels(
@@ -172,8 +178,8 @@ impl<'a> Plan<'a> {
             capabilities: self.capabilities.clone(),
             init,
             resources: self.resources.clone(),
-            binds: self.binds.clone(),
-            mounts: self.mounts.clone(),
+            binds,
+            mounts,
             devices: self
                 .options
                 .devices
@@ -185,12 +191,25 @@ impl<'a> Plan<'a> {
             ports: self.place.ports.clone(),
             logging: self.logging.clone(),
             pids_limit: self.pids_limit,
-        }
+        })
     }
 
     /// The command that init runs.
     pub(super) fn argv(&self, image: &Image) -> Result<Vec<String>, Error> {
         argv(&self.options, image)
+    }
+}
+
+fn archive(folders: &Folders, given: &str) -> Result<Archive, mounts::Error> {
+    match folders.archive(given) {
+        Ok(file) => Ok(Archive {
+            path: folders.local.join(given),
+            file: file.into(),
+        }),
+        Err(source) => Err(mounts::Error::Archive {
+            given: given.to_owned(),
+            source,
+        }),
     }
 }
 

@@ -77,6 +77,8 @@ pub enum Error {
     Outside(#[from] outside::Error),
     #[error("cannot record the task")]
     Journal(#[from] files::Error),
+    #[error("cannot make a folder for the sources of its mounts")]
+    Stage(#[source] io::Error),
 }
 
 impl Error {
@@ -84,7 +86,8 @@ impl Error {
     #[must_use]
     pub fn is_recoverable(&self) -> bool {
         match self {
-            Self::Plan(_) | Self::Command { .. } | Self::Taken { .. } => false,
+            Self::Plan(error) => error.is_recoverable(),
+            Self::Command { .. } | Self::Taken { .. } => false,
             Self::Image(error) => error.is_recoverable(),
             Self::Docker(error) => !error.is_refused(),
             Self::InitEnded(_)
@@ -93,6 +96,7 @@ impl Error {
             | Self::Log { .. }
             | Self::Limits(_)
             | Self::Gone(_)
+            | Self::Stage(_)
             | Self::Journal(_) => true,
             Self::Outside(error) => error.is_recoverable(),
         }
@@ -124,15 +128,13 @@ async fn make(
     options: config::Task,
 ) -> Result<Arc<Task>, Error> {
     let site = &*tasks.site;
-    let mut plan = Plan::make(tasks, task, options)?;
+    let plan = Plan::make(tasks, task, options)?;
     let tell = |step: images::Step| {
         site.events
             .send(&plan.identity, step.message(&plan.options.image));
     };
     let (image, held) = site.images.get(&plan.want(), tell).await?;
     let argv = plan.argv(&image)?;
-    // Another task of the allocation may have placed links in the meantime.
-    plan.look_again(site)?;
     let stop_signal = image.stop_signal.as_deref().unwrap_or("SIGTERM");
 
     let listener = if plan.options.init {
@@ -140,13 +142,13 @@ async fn make(
     } else {
         None
     };
-    let spec = plan.spec(
-        site,
-        listener.as_ref().map(|listener| InitMounts {
-            init: &site.init,
-            link: listener.folder(),
-        }),
-    );
+    let init = listener.as_ref().map(|listener| InitMounts {
+        init: &site.init,
+        link: listener.folder(),
+    });
+    // It stays until the container has started or is removed.
+    let staged = tasks.stage.begin().map_err(Error::Stage)?;
+    let spec = plan.spec(site, init, &staged)?;
     let container = create(site, &spec).await?;
     let folder = listener
         .as_ref()

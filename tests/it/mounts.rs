@@ -1,0 +1,134 @@
+//! What a plain task mounts is what was checked, whatever its name leads to by then.
+
+use std::{
+    collections::HashSet,
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use polydev_tests::{
+    folder::Folder,
+    job::{self, batch, events, merge, shell},
+    nomad::Nomad,
+    wait_until,
+};
+use serde_json::json;
+
+#[test]
+fn a_folder_that_is_exchanged_while_a_task_starts_does_not_lead_out() {
+    race(Duration::from_secs(5));
+}
+
+/// Starts tasks that mount a folder of their allocation, while the folder and a link to another
+/// folder of the host change places all the time.
+pub(crate) fn race(time: Duration) {
+    let nomad = Nomad::start();
+    let outside = Folder::new("pdtest-");
+    fs::write(outside.path().join("outside"), "").expect("the folder is there");
+    let allocations = nomad.folder().join("data/alloc");
+    let is_over = AtomicBool::new(false);
+    let (mut started, mut refused) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| exchange(&allocations, outside.path(), &is_over));
+        let _over = Over(&is_over);
+        let begin = Instant::now();
+        // Both ends have been seen, so the places were changed in between.
+        for round in 0.. {
+            if begin.elapsed() > time && started > 0 && refused > 0 {
+                break;
+            }
+            let mut config = shell("ls /x");
+            merge(&mut config, json!({ "volumes": ["../alloc/data:/x:ro"] }));
+            let name = format!("race-{round}");
+            let mut job = batch(&name, config);
+            job["TaskGroups"][0]["Count"] = json!(8);
+            nomad.submit(&job);
+            let ended = |alloc: &serde_json::Value| {
+                matches!(alloc["ClientStatus"].as_str(), Some("complete" | "failed"))
+            };
+            wait_until("the ends", Duration::from_secs(60), || {
+                let all = nomad.allocations(&name);
+                let are_over = all.len() == 8 && all.iter().all(ended);
+                are_over
+                    .then_some(())
+                    .ok_or(format!("{} are there", all.len()))
+            });
+            for alloc in nomad.allocations(&name) {
+                let listed = nomad.logs(job::id(&alloc), "stdout");
+                let listed = String::from_utf8_lossy(&listed).into_owned();
+                assert!(!listed.contains("outside"), "{name}: {listed}");
+                if alloc["ClientStatus"] == "complete" {
+                    started += 1;
+                } else {
+                    let why = events(&alloc);
+                    assert!(why.contains("`volumes` is `../alloc/data`"), "{why}");
+                    refused += 1;
+                }
+            }
+        }
+    });
+}
+
+/// Ends the other thread, whether or not the test has failed.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn exchange(allocations: &Path, outside: &Path, is_over: &AtomicBool) {
+    let mut known = HashSet::new();
+    while !is_over.load(Ordering::Relaxed) {
+        for entry in fs::read_dir(allocations).into_iter().flatten().flatten() {
+            let [data, link] = ["data", "link"].map(|name| entry.path().join("alloc").join(name));
+            if !known.contains(&data) && !prepare(&data, &link, outside) {
+                continue;
+            }
+            known.insert(data.clone());
+            let exchange = RenameFlags::RENAME_EXCHANGE;
+            let _gone = renameat2(AT_FDCWD, &data, AT_FDCWD, &link, exchange);
+        }
+        // The containers need the cores as well.
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// Whether both are there. The driver may have created the folder.
+fn prepare(data: &PathBuf, link: &Path, outside: &Path) -> bool {
+    let _exists = fs::create_dir(data);
+    fs::write(data.join("inside"), "").is_ok() && symlink(outside, link).is_ok()
+}
+
+/// On most machines mounts are shared: what is unmounted in a copy is unmounted everywhere.
+#[test]
+fn nomads_own_mounts_in_a_folder_stay_when_a_task_has_mounted_it() {
+    let nomad = Nomad::start_on_shared_mounts();
+    let mut config = shell("until [ -e /whole/local/go ]; do sleep 0.05; done; cat /secrets/own");
+    merge(&mut config, json!({ "volumes": [".:/whole"] }));
+    nomad.submit(&batch("whole", config));
+    let id = nomad.wait_started("whole");
+    let folder = nomad.folder().join("data/alloc").join(&id).join("task");
+    let is_mounted = |name: &str| {
+        let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
+        let mounts = mounts.expect("the mounts can be read").0;
+        mounts
+            .iter()
+            .any(|mount| mount.mount_point == folder.join(name))
+    };
+    assert!(is_mounted("secrets") && is_mounted("private"));
+    let staged = nomad.state_dir().join("stage/mounted");
+    let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
+    let mut mounts = mounts.expect("the mounts can be read").into_iter();
+    let left = mounts.find(|mount| mount.mount_point.starts_with(&staged));
+    assert!(left.is_none(), "{left:?}");
+    fs::write(folder.join("secrets/own"), "mine").expect("the folder is there");
+    fs::write(folder.join("local/go"), "").expect("the folder is there");
+    let alloc = nomad.wait_dead("whole");
+    assert_eq!(nomad.logs(job::id(&alloc), "stdout"), b"mine");
+}
