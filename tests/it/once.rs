@@ -118,6 +118,8 @@ pub(crate) fn fence(state_dir: &Path, run_id: &str, attempt: u64) -> FenceRespon
         run_id: run_id.to_owned(),
         ballot: Some(Ballot { attempt, nonce: 7 }),
         claims_on: String::new(),
+        // As an older shim asks.
+        user_id: String::new(),
     };
     let runtime = tokio::runtime::Runtime::new().expect("there are threads");
     let address = format!("unix://{}", state_dir.join("node.sock").display());

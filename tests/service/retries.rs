@@ -105,7 +105,9 @@ fn a_try_that_another_has_fenced_off_asks_every_node_again() {
     let site = Site::start(&[("anthropic", 1)]);
     let run_id = new_id();
     let (attempt, nonce) = (30, 7);
-    site.node().fence(&run_id, Ballot { attempt, nonce });
+    let user_id = tried(&run_id, 1).user_id;
+    let ballot = Ballot { attempt, nonce };
+    site.node().fence(&run_id, &user_id, ballot);
     let outcome = site.shim.client().run(tried(&run_id, 1)).unwrap();
     assert_eq!(outcome.stdout(), "once");
     let asked = site.node().asked();
@@ -115,6 +117,50 @@ fn a_try_that_another_has_fenced_off_asks_every_node_again() {
     };
     let attempt_of = |claim: &Claim| claim.ballot.unwrap().attempt;
     assert!(attempt_of(refused) < 30 && attempt_of(granted) > 30);
+}
+
+/// Bob has found out the id of a run of alice's.
+#[test]
+fn another_users_run_with_the_same_id_does_not_stop_a_retry() {
+    let mut site = Site::start(&[("anthropic", 1)]);
+    let client = site.shim.client();
+    client.wait_idle("anthropic", 1);
+    let (run_id, of) = (new_id(), |user: &str, run_id: &str, attempt| RunStart {
+        user_id: user.into(),
+        ..tried(run_id, attempt)
+    });
+    let bobs = client.run(of("bob", &run_id, 1)).unwrap();
+    site.add_node(Options::default(), &[("anthropic", 1)]);
+    client.wait_idle("anthropic", 2);
+    // The first node says that the id is bob's there, and the retry goes to the other.
+    let alices = client.run(of("alice", &run_id, 2)).unwrap();
+    assert_eq!(alices.stdout(), "once");
+    assert_ne!(alices.accepted.node_id, bobs.accepted.node_id);
+    let again = client.run(of("alice", &run_id, 3)).unwrap();
+    assert_eq!(again.accepted.slot_id, alices.accepted.slot_id);
+    assert_eq!(again.accepted.generation, alices.accepted.generation);
+    let bobs_again = client.run(of("bob", &run_id, 2)).unwrap();
+    assert_eq!(bobs_again.accepted.slot_id, bobs.accepted.slot_id);
+}
+
+/// A fence binds the id to its user too: bob's claim does not come where alice's try has asked.
+#[test]
+fn an_id_is_bound_to_the_user_of_its_first_fence() {
+    let site = Site::start(&[("anthropic", 1)]);
+    let run_id = new_id();
+    let ballot = Ballot {
+        attempt: 5,
+        nonce: 7,
+    };
+    site.node().fence(&run_id, "alice", ballot);
+    let bobs = |attempt| RunStart {
+        user_id: "bob".into(),
+        ..tried(&run_id, attempt)
+    };
+    for attempt in [1, 9] {
+        let refused = site.shim.client().run(bobs(attempt)).unwrap_err();
+        assert_eq!(reason(&refused), "OTHER_USER", "{refused}");
+    }
 }
 
 /// Options of a node that is newer than every run of these tests.

@@ -244,12 +244,13 @@ impl FakeNode {
         self.node.book.give_up(run_id);
     }
 
-    /// Closes a run, as another try of the run does.
-    pub fn fence(&self, run_id: &str, ballot: Ballot) {
+    /// Closes a run, as another try of the user's run does.
+    pub fn fence(&self, run_id: &str, user_id: &str, ballot: Ballot) {
         self.node.book.fence(&FenceRequest {
             run_id: run_id.to_owned(),
             ballot: Some(ballot),
             claims_on: String::new(),
+            user_id: user_id.to_owned(),
         });
     }
 

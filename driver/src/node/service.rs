@@ -373,7 +373,7 @@ fn beyond_end(error: BeyondEnd) -> Status {
 fn refuse(refusal: &Refusal) -> Status {
     let message = crate::chain(refusal);
     match refusal {
-        Refusal::Fenced { .. } => Status::aborted(message),
+        Refusal::Fenced { .. } | Refusal::OtherUser { .. } => Status::aborted(message),
         Refusal::TooLate
         | Refusal::OtherStart { .. }
         | Refusal::Taken(_)

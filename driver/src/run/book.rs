@@ -106,6 +106,8 @@ enum Known {
 
 #[derive(Debug, Clone)]
 struct Past {
+    /// `None` if an older driver wrote the record.
+    user_id: Option<UserId>,
     spec_hash: String,
     slot_id: SlotId,
     generation: Generation,
@@ -183,11 +185,14 @@ impl Runs {
     /// # Errors
     /// [`NotFound`]
     pub fn find(&self, run_id: RunId, user_id: Option<&UserId>) -> Result<Arc<Run>, NotFound> {
-        match self.lock().known.get(&run_id) {
-            Some(Known::Run(run)) if user_id.is_none_or(|user| run.claimed.user_id == *user) => {
-                Ok(run.clone())
-            }
-            Some(Known::Run(_)) => Err(NotFound::Forbidden { run_id }),
+        let inner = self.lock();
+        let known = inner.known.get(&run_id);
+        let is_others = known.is_some_and(|known| known.is_others(user_id));
+        match known {
+            // Another user's fence tells nothing.
+            Some(Known::Fenced(_)) if is_others => Err(NotFound::Unknown { run_id }),
+            Some(_) if is_others => Err(NotFound::Forbidden { run_id }),
+            Some(Known::Run(run)) => Ok(run.clone()),
             Some(Known::Past(_)) => Err(NotFound::Released { run_id }),
             Some(Known::Fenced(fence)) if fence.aborted => Err(NotFound::Aborted { run_id }),
             Some(Known::Fenced(_)) | None => Err(NotFound::Unknown { run_id }),
@@ -240,8 +245,8 @@ impl Runs {
     /// Whether a run has been claimed on this node.
     pub(crate) fn has_run(&self, run_id: RunId) -> bool {
         let inner = self.lock();
-        let standing = inner.known.get(&run_id).map(Known::standing);
-        matches!(standing, Some(Standing::Ran { .. }))
+        let known = inner.known.get(&run_id);
+        matches!(known, Some(Known::Run(_) | Known::Past(_)))
     }
 
     /// Whether a container has a run, or had one until a moment ago.
@@ -297,7 +302,7 @@ impl Runs {
         let run_id = run.claimed.run_id;
         let record = Record::Aborted { run_id };
         let outcome = Some(Outcome::Aborted(refusal.into()));
-        let fence = Known::Fenced(Fence::aborted(run.claimed.ballot, SystemTime::now()));
+        let fence = Known::Fenced(Fence::aborted(&run.claimed, SystemTime::now()));
         self.remember(run, &record, |known| {
             known.insert(run_id, fence);
             run.update(|progress| progress.outcome = outcome);
@@ -359,8 +364,19 @@ impl Known {
         }
     }
 
-    fn standing(&self) -> Standing<&str> {
+    /// Whether the id was first seen with a run of another user than this.
+    fn is_others(&self, user_id: Option<&UserId>) -> bool {
+        let own = match self {
+            Self::Run(run) => Some(&run.claimed.user_id),
+            Self::Past(past) => past.user_id.as_ref(),
+            Self::Fenced(fence) => fence.user_id.as_ref(),
+        };
+        own.zip(user_id).is_some_and(|(own, user)| own != user)
+    }
+
+    fn standing(&self, user_id: Option<&UserId>) -> Standing<&str> {
         match self {
+            _ if self.is_others(user_id) => Standing::OtherUser,
             Self::Run(run) => Standing::Ran {
                 spec: &run.claimed.spec_hash,
                 kept: true,
@@ -382,13 +398,14 @@ impl Inner {
     fn repeated(&self, parsed: &Parsed) -> Result<Option<Arc<Run>>, Refusal> {
         let run_id = parsed.run_id;
         let known = self.known.get(&run_id);
-        let standing = known.map(Known::standing);
+        let standing = known.map(|known| known.standing(Some(&parsed.user_id)));
         match Standing::on_claim(standing.as_ref(), &&*parsed.spec_hash, parsed.ballot) {
             OnClaim::Take => Ok(None),
             OnClaim::Repeat => Ok(known.and_then(Known::run).cloned()),
             OnClaim::Released => Err(Refusal::Released { run_id }),
             OnClaim::OtherCommand => Err(Refusal::OtherCommand { run_id }),
             OnClaim::Fenced(fence) => Err(Refusal::Fenced { fence }),
+            OnClaim::OtherUser => Err(Refusal::OtherUser { run_id }),
         }
     }
 
@@ -402,6 +419,7 @@ impl Inner {
     fn release(&mut self, run: &Run) {
         run.release_output();
         let past = Past {
+            user_id: Some(run.claimed.user_id.clone()),
             spec_hash: run.claimed.spec_hash.clone(),
             slot_id: run.claimed.slot_id.clone(),
             generation: run.claimed.generation,

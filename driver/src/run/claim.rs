@@ -49,6 +49,8 @@ pub enum Refusal {
     Fenced { fence: Ballot },
     #[error("`run_id` {run_id} belongs to another command")]
     OtherCommand { run_id: RunId },
+    #[error("this node has seen `run_id` {run_id} with another user's run")]
+    OtherUser { run_id: RunId },
     #[error("`run_id` {run_id} has run; its results are no longer kept")]
     Released { run_id: RunId },
     #[error("this node has no slot `{slot_id}`")]
@@ -252,15 +254,23 @@ pub fn run_id(text: &str) -> Result<RunId, Invalid> {
 /// # Errors
 /// [`Invalid`] if the id is too old, or from the future.
 pub fn check_age(run_id: RunId, now: SystemTime) -> Result<(), Invalid> {
-    let made = run_id.made_at();
-    let problem = if made > now + MAX_CLOCK_SKEW {
-        "was made in the future"
-    } else if made + MAX_ID_AGE < now {
-        "was made more than an hour ago; a new run needs a new id"
-    } else {
-        return Ok(());
-    };
-    Err(invalid("run_id", format!("{run_id} {problem}")))
+    if run_id.made_at() + MAX_ID_AGE < now {
+        let problem = "was made more than an hour ago; a new run needs a new id";
+        return Err(invalid("run_id", format!("{run_id} {problem}")));
+    }
+    check_made(run_id, now)
+}
+
+/// Checks that a run id was made. One from the future would be forgotten too early.
+///
+/// # Errors
+/// [`Invalid`]
+pub fn check_made(run_id: RunId, now: SystemTime) -> Result<(), Invalid> {
+    if run_id.made_at() > now + MAX_CLOCK_SKEW {
+        let problem = format!("{run_id} was made in the future");
+        return Err(invalid("run_id", problem));
+    }
+    Ok(())
 }
 
 /// The duration of a lease.

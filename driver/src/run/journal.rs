@@ -76,6 +76,9 @@ pub enum Record {
     /// others.
     Released {
         run_id: RunId,
+        /// Omitted by older drivers.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        user_id: Option<UserId>,
         spec_hash: String,
         slot_id: SlotId,
         generation: Generation,
@@ -84,6 +87,9 @@ pub enum Record {
     /// Only claims above this ballot that have its nonce are accepted.
     Fenced {
         run_id: RunId,
+        /// Whose run it is. Omitted by older drivers, and if an older shim has asked.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        user_id: Option<UserId>,
         ballot: Ballot,
         at: SystemTime,
         /// A claim of the run failed before its start.

@@ -11,6 +11,9 @@ pub enum Standing<Spec> {
     /// The run has not run here. Only claims above this ballot that have its nonce are
     /// accepted.
     Fenced(Ballot),
+    /// The id was first seen here with another user's run. No run of this user takes it here,
+    /// nor has one: what is known stays known until the id is too old for a claim.
+    OtherUser,
 }
 
 /// The decision about a claim.
@@ -26,6 +29,8 @@ pub enum OnClaim {
     OtherCommand,
     /// Another try has precedence.
     Fenced(Ballot),
+    /// The id belongs to another user's run.
+    OtherUser,
 }
 
 /// The decision about a fence.
@@ -35,6 +40,8 @@ pub enum OnFence {
     Have,
     /// The run is fenced at this ballot, the highest so far.
     Fenced(Ballot),
+    /// The user's run is not here, and never will be.
+    OtherUser,
 }
 
 impl<Spec: PartialEq> Standing<Spec> {
@@ -50,6 +57,7 @@ impl<Spec: PartialEq> Standing<Spec> {
                 OnClaim::Take
             }
             Some(Self::Fenced(fence)) => OnClaim::Fenced(*fence),
+            Some(Self::OtherUser) => OnClaim::OtherUser,
         }
     }
 
@@ -61,6 +69,7 @@ impl<Spec: PartialEq> Standing<Spec> {
             // Attempt 0 only queries an existing fence.
             Some(Self::Fenced(fence)) if ballot.attempt == 0 => OnFence::Fenced(*fence),
             Some(Self::Fenced(fence)) => OnFence::Fenced(ballot.max(*fence)),
+            Some(Self::OtherUser) => OnFence::OtherUser,
         }
     }
 }

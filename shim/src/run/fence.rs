@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use futures_util::future::join_all;
 use polydev_proto::{
-    id::RunId,
+    id::{RunId, UserId},
     node::{
         Ballot, FenceRequest, FenceResponse, Unknown, fence_response::Answer,
         node_service_client::NodeServiceClient,
@@ -58,7 +58,7 @@ pub enum Announced {
 /// set; [`Error::NotRun`] if other shims keep trying the same run.
 pub async fn fence(
     view: &View,
-    run_id: RunId,
+    run: (RunId, &UserId),
     mut ballot: Ballot,
     accept_duplicate: bool,
 ) -> Result<Fenced, Error> {
@@ -69,7 +69,7 @@ pub async fn fence(
         }
         let asked: BTreeSet<String> = nodes.iter().map(|(node_id, _)| node_id.clone()).collect();
         ballot.attempt += 1;
-        let mut answers = ask_all(nodes, unreachable, run_id, ballot, "").await;
+        let mut answers = ask_all(nodes, unreachable, run, ballot, "").await;
         let elsewhere = std::mem::take(&mut answers.went_to);
         let unasked = elsewhere
             .into_iter()
@@ -77,6 +77,10 @@ pub async fn fence(
         let newer = std::mem::take(&mut answers.newer);
         for node_id in unasked.chain(newer) {
             answers.unsure(node_id);
+        }
+        if answers.others.len() == asked.len() {
+            let (run_id, user_id) = (run.0, run.1.clone());
+            return Err(Error::Forbidden { run_id, user_id });
         }
         let settled = settle(order(&ballot), &answers.told, accept_duplicate);
         match (settled, answers.have) {
@@ -101,21 +105,24 @@ pub async fn fence(
 /// other try asked first, this answer shows that try. If it asks later, it learns about `newer`.
 pub async fn announce(
     (mut nodes, unreachable): (Vec<(String, Channel)>, Vec<String>),
-    run_id: RunId,
+    run: (RunId, &UserId),
     nonce: u64,
     newer: &str,
 ) -> Announced {
     nodes.retain(|(node_id, _)| node_id != newer);
     // This ballot is above no other, so the answers show every other try.
     let ballot = Ballot { attempt: 0, nonce };
-    let answers = ask_all(nodes, unreachable, run_id, ballot, newer).await;
+    let mut answers = ask_all(nodes, unreachable, run, ballot, newer).await;
     match (alone(nonce, &answers.told), answers.have) {
         (Alone::Have, Some(have)) => Announced::Have(have),
         (Alone::Yes, _) => Announced::Alone,
         (Alone::Overtaken, _) => Announced::Overtaken,
-        (Alone::Unsure | Alone::Have, _) => Announced::Nobody {
-            nodes: answers.unsure,
-        },
+        (Alone::Unsure | Alone::Have, _) => {
+            answers.unsure.append(&mut answers.others);
+            Announced::Nobody {
+                nodes: answers.unsure,
+            }
+        }
     }
 }
 
@@ -127,6 +134,8 @@ struct Answers {
     have: Option<Have>,
     /// Nodes that cannot tell.
     unsure: Vec<String>,
+    /// Nodes where another user's run has the id.
+    others: Vec<String>,
     /// Nodes that are newer than the run.
     newer: Vec<String>,
     /// The newer nodes that other tries went to.
@@ -143,12 +152,12 @@ impl Answers {
 async fn ask_all(
     nodes: Vec<(String, Channel)>,
     unreachable: Vec<String>,
-    run_id: RunId,
+    run: (RunId, &UserId),
     ballot: Ballot,
     claims_on: &str,
 ) -> Answers {
     let asked = nodes.into_iter().map(async |(node_id, channel)| {
-        let answer = ask(channel.clone(), run_id, ballot, claims_on).await;
+        let answer = ask(channel.clone(), run, ballot, claims_on).await;
         (node_id, channel, answer)
     });
     let mut answers = Answers::default();
@@ -164,6 +173,10 @@ async fn ask_all(
             Ok((Answer::Fenced(fence), went_to)) => {
                 answers.told.push(Told::Fenced(order(&fence)));
                 answers.went_to.extend(went_to);
+            }
+            Ok((Answer::OtherUser(_), _)) => {
+                answers.told.push(Told::OtherUser);
+                answers.others.push(node_id);
             }
             Ok((Answer::Unknown(Unknown { is_newer: true }), _)) => answers.newer.push(node_id),
             Ok((Answer::Unknown(_), _)) => answers.unsure(node_id),
@@ -182,6 +195,8 @@ pub enum Told {
     Have,
     /// The highest ballot that the node has seen, as attempt and nonce.
     Fenced((u64, u64)),
+    /// Another user's run has the id there: the run is not on the node, and never will be.
+    OtherUser,
     /// The node cannot tell, or cannot be asked.
     Unsure,
 }
@@ -210,7 +225,7 @@ pub fn settle(ballot: (u64, u64), answers: &[Told], accept_duplicate: bool) -> S
     }
     let fences = answers.iter().filter_map(|told| match told {
         Told::Fenced(fence) => Some(*fence),
-        Told::Have | Told::Unsure => None,
+        Told::Have | Told::OtherUser | Told::Unsure => None,
     });
     match fences.max() {
         Some(highest) if highest > ballot => Settled::Overtaken { attempt: highest.0 },
@@ -228,7 +243,8 @@ pub enum Alone {
 }
 
 /// Decides the result for the try with `nonce` from the answers of all other nodes that are not
-/// newer. Pure: `tests/model` calls it too.
+/// newer. A node that has another user's run of this id remembers nothing for this one. Pure:
+/// `tests/model` calls it too.
 #[must_use]
 pub fn alone(nonce: u64, answers: &[Told]) -> Alone {
     let is_others = |told: &Told| matches!(told, Told::Fenced((_, other)) if *other != nonce);
@@ -236,7 +252,7 @@ pub fn alone(nonce: u64, answers: &[Told]) -> Alone {
         Alone::Have
     } else if answers.iter().any(is_others) {
         Alone::Overtaken
-    } else if answers.is_empty() || answers.iter().any(|told| *told != Told::Unsure) {
+    } else if answers.is_empty() || answers.iter().any(|told| matches!(told, Told::Fenced(_))) {
         Alone::Yes
     } else {
         Alone::Unsure
@@ -250,7 +266,7 @@ pub fn alone(nonce: u64, answers: &[Told]) -> Alone {
 /// The status of the node or of the connection.
 pub async fn ask(
     channel: Channel,
-    run_id: RunId,
+    (run_id, user_id): (RunId, &UserId),
     ballot: Ballot,
     claims_on: &str,
 ) -> Result<(Answer, Vec<String>), Status> {
@@ -258,6 +274,7 @@ pub async fn ask(
         run_id: run_id.into(),
         ballot: Some(ballot),
         claims_on: claims_on.to_owned(),
+        user_id: user_id.to_string(),
     };
     let mut client = NodeServiceClient::new(channel);
     let response = answered(client.fence(request)).await?.into_inner();

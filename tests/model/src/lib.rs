@@ -32,6 +32,8 @@ struct Bounds {
     drivers: usize,
     /// How many drivers join after the runs were made. A shim sees them at any time, or never.
     newer: usize,
+    /// How many drivers may see the id of the first run with another user's run.
+    others: usize,
     /// Of drivers, in all.
     crashes: u8,
     /// Claims and fences of a first try, and of a retry.
@@ -88,6 +90,10 @@ enum Action {
         driver: usize,
     },
     Crash {
+        driver: usize,
+    },
+    /// Another user's run comes, or a fence of it, with the id of the first run.
+    Bind {
         driver: usize,
     },
     /// The driver takes over an idle container, or does not.
@@ -167,7 +173,12 @@ impl Model for Bounds {
                 actions.push(Action::See { shim });
             }
         }
+        let is_others = |driver: &&Driver| driver.standing[0] == Some(Standing::OtherUser);
+        let others = state.drivers.iter().filter(is_others).count();
         for (driver, it) in state.drivers.iter().enumerate() {
+            if others < self.others && it.standing[0].is_none() {
+                actions.push(Action::Bind { driver });
+            }
             if !it.up {
                 for adopts in [false, true] {
                     actions.push(Action::Restart { driver, adopts });
@@ -259,6 +270,9 @@ impl Model for Bounds {
             Action::Crash { driver } => {
                 state.crashes += 1;
                 state.drivers[driver].up = false;
+            }
+            Action::Bind { driver } => {
+                state.drivers[driver].standing[0] = Some(Standing::OtherUser);
             }
             Action::Restart { driver, adopts } => state.drivers[driver].restart(adopts),
         }
@@ -361,6 +375,7 @@ fn two_runs_at_a_node_that_crashes() {
         shims: 2,
         drivers: 1,
         newer: 0,
+        others: 0,
         crashes: 1,
         attempts: [2; 2],
     });
@@ -373,6 +388,7 @@ fn one_try_over_two_nodes_with_crashes() {
         shims: 1,
         drivers: 2,
         newer: 0,
+        others: 0,
         crashes: 2,
         attempts: [3; 2],
     });
@@ -385,6 +401,7 @@ fn a_retry_while_the_first_try_is_on_its_way() {
         shims: 2,
         drivers: 2,
         newer: 0,
+        others: 0,
         crashes: 1,
         attempts: [2; 2],
     });
@@ -397,6 +414,7 @@ fn a_retry_while_a_node_joins() {
         shims: 2,
         drivers: 2,
         newer: 1,
+        others: 0,
         crashes: 1,
         attempts: [1, 2],
     });
@@ -409,6 +427,7 @@ fn a_run_that_waits_for_the_first_nodes() {
         shims: 1,
         drivers: 2,
         newer: 2,
+        others: 0,
         crashes: 1,
         attempts: [2; 2],
     });
@@ -421,8 +440,36 @@ fn a_retry_at_a_node_that_crashes() {
         shims: 2,
         drivers: 1,
         newer: 0,
+        others: 0,
         crashes: 1,
         attempts: [2; 2],
+    });
+}
+
+#[test]
+fn a_retry_where_another_users_run_has_its_id() {
+    check(Bounds {
+        runs: 1,
+        shims: 2,
+        drivers: 2,
+        newer: 0,
+        others: 1,
+        crashes: 1,
+        attempts: [1, 2],
+    });
+}
+
+/// A newer node may have had the run, and have forgotten it, before the other user's run came.
+#[test]
+fn a_retry_while_a_node_joins_where_another_users_run_has_its_id() {
+    check(Bounds {
+        runs: 1,
+        shims: 2,
+        drivers: 2,
+        newer: 1,
+        others: 1,
+        crashes: 0,
+        attempts: [1, 2],
     });
 }
 
@@ -437,6 +484,7 @@ mod long {
             shims: 2,
             drivers: 3,
             newer: 2,
+            others: 0,
             crashes: 0,
             attempts: [1, 2],
         });

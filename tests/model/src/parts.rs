@@ -180,6 +180,7 @@ impl Driver {
                 unreachable!("there is one command, and its results are kept")
             }
             OnClaim::Fenced(_) => return refused(true),
+            OnClaim::OtherUser => return refused(true),
             OnClaim::Take => {}
         }
         if start_id != self.start_id {
@@ -205,7 +206,8 @@ impl Driver {
     }
 
     fn on_fence(&mut self, run: usize, ballot: Ballot, claims_on: Option<usize>) -> Heard {
-        if self.newer && self.standing[run].is_none() {
+        let knows = !matches!(self.standing[run], None | Some(Standing::OtherUser));
+        if self.newer && !knows {
             return Heard::Newer;
         }
         Heard::Told(self.fenced(run, ballot, claims_on))
@@ -214,6 +216,7 @@ impl Driver {
     fn fenced(&mut self, run: usize, ballot: Ballot, claims_on: Option<usize>) -> Told {
         match Standing::on_fence(self.standing[run].as_ref(), ballot) {
             OnFence::Have => Told::Have,
+            OnFence::OtherUser => Told::OtherUser,
             OnFence::Fenced(highest) => {
                 self.standing[run] = Some(Standing::Fenced(highest));
                 self.told_of[run].extend(claims_on);
@@ -388,6 +391,7 @@ impl State {
             }
             (Does::Settles { .. }, Answer::Told { told, .. }) => match told {
                 Heard::Told(Told::Have) => shim.does = Does::Attached,
+                Heard::Told(Told::OtherUser) => shim.does = Does::Picks,
                 Heard::Told(Told::Fenced(fence)) if fence == own => shim.does = Does::Picks,
                 Heard::Told(Told::Fenced(_)) => self.fence(number),
                 Heard::Told(Told::Unsure) | Heard::Newer | Heard::Nothing => {

@@ -17,8 +17,8 @@ use polydev_driver::run::{
 use polydev_proto::{
     id::RunId,
     node::{
-        self, Claim, FenceRequest, FenceResponse, HaveRun, ListRunsRequest, Slot, Unknown,
-        fence_response::Answer,
+        self, Claim, FenceRequest, FenceResponse, HaveRun, ListRunsRequest, OtherUser, Slot,
+        Unknown, fence_response::Answer,
     },
 };
 use prost::Message;
@@ -47,6 +47,7 @@ enum Known {
 
 #[derive(Clone, Default)]
 struct Fence {
+    user_id: String,
     ballot: Ballot,
     claims_on: BTreeSet<String>,
     /// A claim of the run was given up.
@@ -71,8 +72,17 @@ fn ballot(given: Option<node::Ballot>) -> Ballot {
 }
 
 impl Known {
-    fn standing(&self) -> Standing<Spec> {
+    fn is_others(&self, user_id: &str) -> bool {
+        let own = match self {
+            Self::Run(run) => &run.claim.user_id,
+            Self::Fenced(fence) => &fence.user_id,
+        };
+        own != user_id
+    }
+
+    fn standing(&self, user_id: &str) -> Standing<Spec> {
         match self {
+            _ if self.is_others(user_id) => Standing::OtherUser,
             Self::Run(run) => Standing::Ran {
                 spec: spec(&run.claim),
                 kept: true,
@@ -103,13 +113,16 @@ impl Book {
     ) -> Result<Claimed, Status> {
         let mut known = lock(&self.known);
         let before = known.get(&claim.run_id);
-        let standing = before.map(Known::standing);
+        let standing = before.map(|known| known.standing(&claim.user_id));
         let given = ballot(claim.ballot);
         let decided = Standing::on_claim(standing.as_ref(), &spec(&claim), given);
         match (decided, before) {
             (OnClaim::Take, _) => {}
             (OnClaim::Repeat, Some(Known::Run(run))) => return Ok(Claimed::Known(run.clone())),
             (OnClaim::Fenced(_), _) => return Err(Status::aborted("another try stands before it")),
+            (OnClaim::OtherUser, _) => {
+                return Err(Status::aborted("`run_id` is another user's here"));
+            }
             _ => return Err(Status::already_exists("`run_id` is another command's")),
         }
         let slot = take(&claim)?;
@@ -123,11 +136,18 @@ impl Book {
     pub(super) fn fence(&self, request: &FenceRequest) -> FenceResponse {
         let mut known = lock(&self.known);
         let before = known.get(&request.run_id);
-        if before.is_none()
+        let is_others = before.is_some_and(|known| known.is_others(&request.user_id));
+        if (before.is_none() || is_others)
             && let Some(unknown) = self.may_have_forgotten(&request.run_id)
         {
             return FenceResponse {
                 answer: Some(Answer::Unknown(unknown)),
+                ..FenceResponse::default()
+            };
+        }
+        if is_others {
+            return FenceResponse {
+                answer: Some(Answer::OtherUser(OtherUser {})),
                 ..FenceResponse::default()
             };
         }
@@ -144,9 +164,12 @@ impl Book {
         }
         let mut fence = match before {
             Some(Known::Fenced(fence)) => fence.clone(),
-            _ => Fence::default(),
+            _ => Fence {
+                user_id: request.user_id.clone(),
+                ..Fence::default()
+            },
         };
-        let standing = before.map(Known::standing);
+        let standing = before.map(|known| known.standing(&request.user_id));
         let given = ballot(request.ballot);
         if let OnFence::Fenced(highest) = Standing::on_fence(standing.as_ref(), given) {
             fence.ballot = highest;
@@ -209,6 +232,7 @@ impl Book {
             _ => return,
         };
         let fence = Fence {
+            user_id: run.claim.user_id.clone(),
             ballot: ballot(run.claim.ballot),
             aborted: true,
             ..Fence::default()

@@ -1,10 +1,18 @@
 //! The requests of a try that asks whether its run is here.
 
-use polydev_proto::node::{FenceRequest, FenceResponse, HaveRun, Unknown, fence_response};
+use std::time::SystemTime;
+
+use polydev_proto::{
+    id::UserId,
+    node::{FenceRequest, FenceResponse, HaveRun, OtherUser, Unknown, fence_response},
+};
 use tonic::Status;
 
 use super::parse_id;
-use crate::{node::Node, run::book::Fenced};
+use crate::{
+    node::Node,
+    run::{book::Fenced, claim},
+};
 
 /// Nomad's node ids are UUIDs.
 const MAX_NODE_ID: usize = 64;
@@ -18,15 +26,20 @@ pub(super) fn fence(node: &Node, request: FenceRequest) -> Result<FenceResponse,
         run_id,
         ballot,
         claims_on,
+        user_id,
     } = request;
     let ballot = ballot.ok_or_else(|| Status::invalid_argument("`ballot` is missing"))?;
     let run_id = parse_id(&run_id)?;
+    claim::check_made(run_id, SystemTime::now())
+        .map_err(|invalid| Status::invalid_argument(invalid.to_string()))?;
     if claims_on.len() > MAX_NODE_ID {
         let problem = format!("`claims_on` is longer than {MAX_NODE_ID} bytes");
         return Err(Status::invalid_argument(problem));
     }
     let newer = Some(claims_on).filter(|node_id| !node_id.is_empty());
-    let fenced = node.runs.fence(run_id, ballot.into(), newer);
+    let user_id = Some(user_id).filter(|user_id| !user_id.is_empty());
+    let user_id = user_id.map(UserId::from);
+    let fenced = node.runs.fence(run_id, user_id, ballot.into(), newer);
     let fenced = fenced.map_err(|error| Status::unavailable(crate::chain(&error)))?;
     let mut claims_on = Vec::new();
     let answer = match fenced {
@@ -46,6 +59,7 @@ pub(super) fn fence(node: &Node, request: FenceRequest) -> Result<FenceResponse,
             claims_on = told.into_iter().collect();
             fence_response::Answer::Fenced(ballot.into())
         }
+        Fenced::OtherUser => fence_response::Answer::OtherUser(OtherUser {}),
         Fenced::Unknown { is_newer } => fence_response::Answer::Unknown(Unknown { is_newer }),
     };
     Ok(FenceResponse {

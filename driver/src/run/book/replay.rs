@@ -112,30 +112,33 @@ fn fold(records: Vec<Record>) -> HashMap<RunId, Found> {
             }
             Record::Aborted { .. } => {
                 let Some(run) = run else { continue };
-                let Claimed {
-                    ballot, claimed_at, ..
-                } = run.claimed;
-                Found::Settled(Known::Fenced(Fence::aborted(ballot, claimed_at)))
+                let claimed = &run.claimed;
+                let fence = Fence::aborted(claimed, claimed.claimed_at);
+                Found::Settled(Known::Fenced(fence))
             }
             Record::Released {
+                user_id,
                 spec_hash,
                 slot_id,
                 generation,
                 claimed_at,
                 ..
             } => Found::Settled(Known::Past(Past {
+                user_id,
                 spec_hash,
                 slot_id,
                 generation,
                 claimed_at,
             })),
             Record::Fenced {
+                user_id,
                 ballot,
                 at,
                 aborted,
                 claims_on,
                 ..
             } => Found::Settled(Known::Fenced(Fence {
+                user_id,
                 ballot,
                 at,
                 aborted,
@@ -192,6 +195,7 @@ impl Past {
     pub(super) fn record(&self, run_id: RunId) -> Record {
         Record::Released {
             run_id,
+            user_id: self.user_id.clone(),
             spec_hash: self.spec_hash.clone(),
             slot_id: self.slot_id.clone(),
             generation: self.generation,

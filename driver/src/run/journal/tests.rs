@@ -60,6 +60,7 @@ fn records() -> Vec<Record> {
         },
         Record::Fenced {
             run_id: run_id(2),
+            user_id: Some("alice".into()),
             ballot: Ballot {
                 attempt: 2,
                 nonce: u64::MAX,

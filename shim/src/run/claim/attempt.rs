@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use polydev_proto::{
-    id::RunId,
+    id::{RunId, UserId},
     node::{
         self, Ballot, ClaimRequest, RunInput, claim_request, fence_response::Answer,
         node_service_client::NodeServiceClient,
@@ -47,8 +47,8 @@ const LEFT_MARGIN: Duration = Duration::from_secs(60);
 pub(super) enum Attempt {
     Granted(Box<Connection>),
     /// The run is not in the slot. The slot itself is fine, but its node has no room or no broker
-    /// for the run, or the node is newer than the run and no other node can tell whether the
-    /// command ran.
+    /// for the run, or has its id for another try or another user, or the node is newer than the
+    /// run and no other node can tell whether the command ran.
     NoRoom(String),
     /// The run is not in the slot.
     Refused(String),
@@ -58,7 +58,7 @@ pub(super) enum Attempt {
 enum Tried {
     /// The claim is settled.
     Clear(Attempt),
-    /// Another try of the run has fenced off this try.
+    /// Another try of the run, or another user's run with its id, came first.
     Overtaken(String),
     /// The claim may have been granted.
     Unclear(String),
@@ -70,6 +70,7 @@ pub(super) struct Attempts<'a> {
     pub(super) terms: Terms,
     accept_duplicate: bool,
     run_id: RunId,
+    user_id: UserId,
     ballot: Ballot,
     claim: node::Claim,
     /// The secrets, which are sealed for each container that is tried.
@@ -83,6 +84,7 @@ impl<'a> Attempts<'a> {
             terms: request.terms(),
             accept_duplicate: request.accept_duplicate,
             run_id: request.run_id,
+            user_id: request.user_id.clone(),
             ballot: Ballot {
                 attempt: request.attempt,
                 nonce: rand::random(),
@@ -101,7 +103,8 @@ impl<'a> Attempts<'a> {
     /// Makes sure that no other try of the run can still get a container. If another try has got
     /// one, returns the connection to the run.
     pub(super) async fn fence(&mut self) -> Result<Option<Connection>, Error> {
-        let fenced = fence(self.view, self.run_id, self.ballot, self.accept_duplicate);
+        let run = (self.run_id, &self.user_id);
+        let fenced = fence(self.view, run, self.ballot, self.accept_duplicate);
         match fenced.await? {
             Fenced::All(ballot) => {
                 self.ballot = ballot;
@@ -127,12 +130,16 @@ impl<'a> Attempts<'a> {
                 if let Attempt::Granted(connection) = &attempt
                     && is_in(connection, slot)
                 {
-                    let user_id = self.claim.user_id.as_str().into();
-                    slot.granted(&user_id, self.run_id);
+                    slot.granted(&self.user_id, self.run_id);
                 }
                 return Ok(attempt);
             }
-            Tried::Overtaken(reason) => (self.fence().await?, reason),
+            Tried::Overtaken(reason) => {
+                let found = self.fence().await?;
+                return Ok(found.map_or(Attempt::NoRoom(reason), |connection| {
+                    Attempt::Granted(Box::new(connection))
+                }));
+            }
             Tried::Unclear(reason) => match timeout(SETTLE_TIMEOUT, self.settle(slot)).await {
                 Ok(found) => (found?, reason),
                 Err(_) => {
@@ -184,10 +191,10 @@ impl<'a> Attempts<'a> {
     /// Reports to the other nodes that the run goes to a node that is newer than the run.
     /// Returns the outcome of the claim if the run may not go there.
     async fn announce(&self, slot: &Candidate) -> Result<Option<Tried>, Error> {
-        let (run_id, node_id) = (self.run_id, &slot.node_id);
-        let since = run_id.made_at().checked_sub(LEFT_MARGIN);
+        let (run, node_id) = ((self.run_id, &self.user_id), &slot.node_id);
+        let since = self.run_id.made_at().checked_sub(LEFT_MARGIN);
         let others = self.view.channels_since(since);
-        let tried = match announce(others, run_id, self.ballot.nonce, node_id).await {
+        let tried = match announce(others, run, self.ballot.nonce, node_id).await {
             Announced::Have(have) => {
                 let connection = self.repeat(have).await?;
                 Tried::Clear(Attempt::Granted(Box::new(connection)))
@@ -228,11 +235,13 @@ impl<'a> Attempts<'a> {
         loop {
             let channel = self.view.channel(&slot.node_id).await;
             self.ballot.attempt += 1;
-            match fence::ask(channel.clone(), self.run_id, self.ballot, "").await {
+            let run = (self.run_id, &self.user_id);
+            match fence::ask(channel.clone(), run, self.ballot, "").await {
                 Ok((Answer::Have(_), _)) => {
                     let node_id = slot.node_id.clone();
                     return self.repeat(Have { node_id, channel }).await.map(Some);
                 }
+                Ok((Answer::OtherUser(_), _)) => return Ok(None),
                 Ok((Answer::Fenced(fence), _)) if fence == self.ballot => return Ok(None),
                 Ok((Answer::Fenced(_), _)) => return self.fence().await,
                 // The driver cannot answer later either.
