@@ -1,7 +1,8 @@
 //! `polydev.runtime.v1`, served over gRPC and over HTTP. In reading order: [`server`] accepts
 //! connections. [`incoming`] identifies the caller of a connection, [`identify`] the caller of a
 //! token, and [`needs`] says who cannot have a right to a call. [`grpc`] and [`http`] decode a
-//! call, for which there is the memory of [`bodies`], ask [`api`], and encode its answer.
+//! call, for which there is the memory of [`bodies`] ([`messages`] counts those of gRPC), ask
+//! [`api`], and encode its answer.
 //! [`trace`] reads the caller's trace context. [`status`] maps errors to what callers receive.
 
 mod server;
@@ -11,6 +12,7 @@ mod incoming;
 mod needs;
 
 mod bodies;
+mod messages;
 
 mod grpc;
 mod http;

@@ -1,4 +1,4 @@
-//! The memory for bodies that are being read over HTTP, of all requests together.
+//! The memory for requests that are being read, of all callers together.
 
 use std::sync::Arc;
 
@@ -8,6 +8,9 @@ use crate::run::Error;
 
 /// Most bytes of all bodies.
 const MAX_BODIES: usize = 64 << 20;
+/// The longest part that has no share. A short request is not held up by others: an end of a run,
+/// for example, or a piece of 64 KiB of a run's input.
+pub(super) const MAX_SHORT: usize = 65 << 10;
 /// What a permit stands for.
 const KIB: usize = 1 << 10;
 

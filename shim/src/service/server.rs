@@ -16,7 +16,7 @@ use super::{
     grpc::Grpc,
     http,
     identify::{Door, identify},
-    incoming,
+    incoming, messages,
 };
 use crate::{
     access::Access,
@@ -87,6 +87,7 @@ pub async fn serve(
     } = parts;
     let access = Arc::new(access);
     let (runs, hand_over) = (TaskTracker::new(), CancellationToken::new());
+    let bodies = Bodies::new();
     let queue = Queue::new(limits.per_user, view.clone());
     let api = Api {
         view,
@@ -97,7 +98,7 @@ pub async fn serve(
         audit: audit.clone(),
         queue: queue.clone(),
         user_rate: Rate::new("user", limits.rates.user),
-        bodies: Bodies::new(),
+        bodies: bodies.clone(),
         runs: runs.clone(),
         stop: stop.clone(),
         hand_over: hand_over.clone(),
@@ -125,8 +126,10 @@ pub async fn serve(
         rate: Rate::new("caller", limits.rates.caller).into(),
     };
     let identified = middleware::from_fn_with_state(door, identify);
+    let counted = middleware::from_fn_with_state(bodies, messages::count);
     // The layer that is added last is passed first.
-    let routes = routes.into_axum_router().layer(identified).layer(guarded);
+    let routes = routes.into_axum_router();
+    let routes = routes.layer(counted).layer(identified).layer(guarded);
     let routes = Routes::from(routes);
     let server = Server::builder()
         .accept_http1(true)

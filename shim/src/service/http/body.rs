@@ -9,15 +9,12 @@ use tonic::Status;
 use super::{error::Problem, json};
 use crate::service::{
     FIRST_MESSAGE_TIMEOUT, MAX_MESSAGE,
-    bodies::{Bodies, Share},
+    bodies::{Bodies, MAX_SHORT, Share},
 };
 
 /// The longest body, in bytes. Letters that are not ASCII may take three times as many bytes in
 /// JSON as in a message.
 const MAX_BODY: usize = 3 * MAX_MESSAGE;
-
-/// The longest body that has no share of the memory for bodies.
-const MAX_SHORT: usize = 64 << 10;
 
 /// The message in a request's body.
 pub(super) async fn body<M: json::Message>(
@@ -45,7 +42,6 @@ async fn read(bodies: &Bodies, body: Body) -> Result<(Vec<u8>, Option<Share>), P
     while let Some(piece) = pieces.next().await {
         let piece = piece.map_err(|error| Problem::body(&error, MAX_BODY))?;
         read.extend_from_slice(&piece);
-        // A short one is not held up by others: an end of a run, for example.
         if read.len() > MAX_SHORT {
             let share = match &mut share {
                 Some(share) => share,
