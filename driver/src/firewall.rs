@@ -63,8 +63,10 @@ pub struct Firewall {
     interface: String,
     /// Chain for traffic to this host.
     input: String,
-    /// Chain for traffic through this host.
+    /// Chain for traffic from the bridge through this host.
     forward: String,
+    /// Chain for traffic from elsewhere to the bridge.
+    inward: String,
     /// Name servers that containers use, on this host or elsewhere.
     servers: Vec<String>,
     /// Networks that are not public, and may be reached.
@@ -80,6 +82,7 @@ impl Firewall {
             interface: interface.to_owned(),
             input: format!("POLYDEV-{instance}-IN"),
             forward: format!("POLYDEV-{instance}-FWD"),
+            inward: format!("POLYDEV-{instance}-TO"),
             servers: servers(resolv_conf),
             open: open.to_vec(),
         }
@@ -97,8 +100,8 @@ impl Firewall {
     pub async fn set(&self) -> Result<Rules, Error> {
         let saved = save(IPTABLES_TIMEOUT).await?;
         let mut rules = self.rules();
-        for (from, to) in self.jumps() {
-            let jump = self.jump(from, to);
+        for (from, side, to) in self.jumps() {
+            let jump = self.jump(from, side, to);
             if leads(&saved, from, &jump) {
                 continue;
             }
@@ -128,8 +131,8 @@ impl Firewall {
     async fn printed(&self, limit: Duration) -> Result<Rules, Error> {
         let saved = save(limit).await?;
         let mut own = Vec::new();
-        for (from, to) in self.jumps() {
-            let jump = self.jump(from, to);
+        for (from, side, to) in self.jumps() {
+            let jump = self.jump(from, side, to);
             own.extend(leads(&saved, from, &jump).then_some(jump));
             own.extend(of_chain(&saved, to).map(str::to_owned));
         }
@@ -139,7 +142,9 @@ impl Firewall {
 
     /// What of the rules is not there.
     fn missing(&self, Rules(own): &Rules) -> Option<String> {
-        let jumps = self.jumps().map(|(from, to)| self.jump(from, to));
+        let jumps = self
+            .jumps()
+            .map(|(from, side, to)| self.jump(from, side, to));
         let wanted = self.rules();
         let count = |rules: &mut dyn Iterator<Item = &str>, chain: &str| {
             let begin = format!("-A {chain} ");
@@ -149,33 +154,39 @@ impl Firewall {
             let wanted = count(&mut wanted.lines(), chain);
             count(&mut own.iter().map(String::as_str), chain) != wanted
         };
-        let chain = [&self.input, &self.forward].into_iter().find(is_short);
+        let chains = [&self.input, &self.forward, &self.inward];
+        let chain = chains.into_iter().find(is_short);
         let jump = jumps.into_iter().find(|jump| !own.contains(jump));
         let ipv6 = own.iter().find(|line| *line == "disable_ipv6 0");
         jump.or(chain.map(|chain| format!("a rule of {chain}")))
             .or(ipv6.map(|_| "`disable_ipv6`".into()))
     }
 
-    fn jumps(&self) -> [(&'static str, &str); 2] {
-        [("FORWARD", &self.forward), ("INPUT", &self.input)]
+    /// From which chain, for packets in or out of the bridge, to which of ours.
+    fn jumps(&self) -> [(&'static str, &'static str, &str); 3] {
+        [
+            ("FORWARD", "-i", &self.forward),
+            ("FORWARD", "-o", &self.inward),
+            ("INPUT", "-i", &self.input),
+        ]
     }
 
-    fn jump(&self, from: &str, to: &str) -> String {
-        format!("-A {from} -i {} -j {to}", self.interface)
+    fn jump(&self, from: &str, side: &str, to: &str) -> String {
+        format!("-A {from} {side} {} -j {to}", self.interface)
     }
 
     /// Removes the rules; missing rules are not an error.
     pub async fn remove(&self) {
         // An earlier driver had its jump in Docker's chain.
-        let earlier = ("DOCKER-USER", &*self.forward);
-        for (from, to) in self.jumps().into_iter().chain([earlier]) {
-            let _was_not_there = iptables(&["-D", from, "-i", &self.interface, "-j", to]).await;
+        let earlier = ("DOCKER-USER", "-i", &*self.forward);
+        for (from, side, to) in self.jumps().into_iter().chain([earlier]) {
+            let _was_not_there = iptables(&["-D", from, side, &self.interface, "-j", to]).await;
         }
         // In one step: a driver that is told to end has little time. Naming a chain empties it.
-        let Self { input, forward, .. } = self;
-        let rules = format!(
-            "*filter\n:{input} - [0:0]\n:{forward} - [0:0]\n-X {input}\n-X {forward}\nCOMMIT\n"
-        );
+        let chains = self.chains();
+        let removals =
+            [&self.input, &self.forward, &self.inward].map(|chain| format!("-X {chain}\n"));
+        let rules = format!("{chains}{}COMMIT\n", removals.concat());
         if let Err(error) = restore(&rules).await {
             tracing::info!(error = crate::chain(&error), "the bridge's rules stay");
         }
@@ -205,16 +216,24 @@ impl Firewall {
         format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.interface)
     }
 
-    /// Both chains, in the format of `iptables-restore`, without its end: naming a chain empties it.
+    /// In the format of `iptables-restore`: naming a chain empties it.
+    fn chains(&self) -> String {
+        let chains =
+            [&self.input, &self.forward, &self.inward].map(|chain| format!(":{chain} - [0:0]\n"));
+        format!("*filter\n{}", chains.concat())
+    }
+
+    /// All chains, in the format of `iptables-restore`, without its end.
     fn rules(&self) -> String {
         let Self {
             input,
             forward,
+            inward,
             servers,
             open,
             ..
         } = self;
-        let mut rules = format!("*filter\n:{input} - [0:0]\n:{forward} - [0:0]\n");
+        let mut rules = self.chains();
         for chain in [input, forward] {
             for server in servers {
                 for protocol in ["udp", "tcp"] {
@@ -225,10 +244,13 @@ impl Firewall {
                 }
             }
         }
-        rules += &format!(
-            "-A {input} -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN\n\
-             -A {input} -j DROP\n"
-        );
+        // Nobody connects to a slot, whatever Docker's rules are.
+        for chain in [input, inward] {
+            rules += &format!(
+                "-A {chain} -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN\n\
+                 -A {chain} -j DROP\n"
+            );
+        }
         // A program should hear at once that there is no way, and not wait for an answer.
         // A network around such an address does not open it.
         let is_named = |address: &&str| open.iter().any(|open| open.to_string() == **address);
@@ -264,9 +286,12 @@ fn of_chain<'a>(saved: &'a str, chain: &str) -> impl Iterator<Item = &'a str> + 
 /// Whether a driver's jump comes before all rules but the jumps of other drivers, which are for
 /// their own bridges.
 fn leads(saved: &str, from: &str, jump: &str) -> bool {
-    let begin = format!("-A {from} -i pd-");
-    let mut first = of_chain(saved, from)
-        .take_while(|rule| rule.starts_with(&begin) && rule.contains(" -j POLYDEV-"));
+    let begins = ["-i", "-o"].map(|side| format!("-A {from} {side} pd-"));
+    let is_drivers = |rule: &&str| {
+        let is_for_bridge = begins.iter().any(|begin| rule.starts_with(begin));
+        is_for_bridge && rule.contains(" -j POLYDEV-")
+    };
+    let mut first = of_chain(saved, from).take_while(is_drivers);
     first.any(|rule| rule == jump)
 }
 
@@ -339,12 +364,15 @@ mod tests {
             &["10.1.0.0/16".parse().unwrap()],
         );
         let expected = "*filter\n:POLYDEV-0123abcd-IN - [0:0]\n:POLYDEV-0123abcd-FWD - [0:0]\n\
+            :POLYDEV-0123abcd-TO - [0:0]\n\
             -A POLYDEV-0123abcd-IN -d 10.0.0.2/32 -p udp --dport 53 -j RETURN\n\
             -A POLYDEV-0123abcd-IN -d 10.0.0.2/32 -p tcp --dport 53 -j RETURN\n\
             -A POLYDEV-0123abcd-FWD -d 10.0.0.2/32 -p udp --dport 53 -j RETURN\n\
             -A POLYDEV-0123abcd-FWD -d 10.0.0.2/32 -p tcp --dport 53 -j RETURN\n\
             -A POLYDEV-0123abcd-IN -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN\n\
             -A POLYDEV-0123abcd-IN -j DROP\n\
+            -A POLYDEV-0123abcd-TO -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN\n\
+            -A POLYDEV-0123abcd-TO -j DROP\n\
             -A POLYDEV-0123abcd-FWD -d 100.100.100.200/32 -j REJECT\n\
             -A POLYDEV-0123abcd-FWD -d 168.63.129.16/32 -j REJECT\n\
             -A POLYDEV-0123abcd-FWD -d 169.254.169.254/32 -j REJECT\n\
@@ -379,7 +407,7 @@ mod tests {
         );
         let others = SAVED.replace(
             "-A FORWARD -j DOCKER-USER",
-            "-A FORWARD -i pd-1 -j POLYDEV-1-FWD",
+            "-A FORWARD -i pd-1 -j POLYDEV-1-FWD\n-A FORWARD -o pd-1 -j POLYDEV-1-TO",
         );
         assert!(leads(&others, "FORWARD", forward));
         assert_eq!(of_chain(SAVED, "POLYDEV-0123abcd-IN").count(), 1);
@@ -389,7 +417,7 @@ mod tests {
     fn rules_that_lack_anything_are_not_in_force() {
         let firewall = Firewall::new("0123abcd", "pd-0123abcd", "", &[]);
         let whole: Vec<String> = (firewall.jumps())
-            .map(|(from, to)| firewall.jump(from, to))
+            .map(|(from, side, to)| firewall.jump(from, side, to))
             .into_iter()
             .chain(firewall.rules().lines().map(str::to_owned))
             .filter(|line| line.starts_with("-A "))

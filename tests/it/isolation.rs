@@ -1,5 +1,7 @@
 //! What keeps slots from the node and from each other holds, or there are no slots.
 
+mod attack;
+
 use std::{
     fs,
     os::unix::fs::PermissionsExt,
@@ -151,14 +153,7 @@ fn slots_do_not_reach_each_other_whatever_the_rules_are() {
     let shim = Shim::dev(&["anthropic=2"]);
     let client = shim.client();
     client.wait_idle("anthropic", 2);
-    let serves = "node -e \"require('http').createServer((q, a) => a.end('hello')).listen(9000, \
-                  () => console.log(require('os').networkInterfaces().eth0[0].address))\"";
-    let mut server = client.start(shell("anthropic", serves)).unwrap();
-    let address = loop {
-        if let Some(Event::Stdout(output)) = client.next(&mut server).unwrap() {
-            break String::from_utf8_lossy(&output.data).trim().to_owned();
-        }
-    };
+    let (_server, address) = serves(&client);
     let mut run = asks(&client, &format!("http://{address}:9000/"));
     assert!(!reaches(&client, &mut run));
     // A bridge need not ask the rules about what it passes on.
@@ -170,6 +165,60 @@ fn slots_do_not_reach_each_other_whatever_the_rules_are() {
         succeed(Command::new("bridge").args(["link", "set", "dev", &port, "isolated", "off"]));
     }
     wait_reaches(&client, &mut run);
+}
+
+/// A run that answers at port 9000, and its address.
+fn serves(client: &Client) -> (Run, String) {
+    let script = "node -e \"require('http').createServer((q, a) => a.end('hello')).listen(9000, \
+                  () => console.log(require('os').networkInterfaces().eth0[0].address))\"";
+    let mut server = client.start(shell("anthropic", script)).expect("it begins");
+    loop {
+        if let Some(Event::Stdout(output)) = client.next(&mut server).expect("it goes on") {
+            let address = String::from_utf8_lossy(&output.data).trim().to_owned();
+            break (server, address);
+        }
+    }
+}
+
+/// As if Docker had no rules (`"iptables": false`), or another program opened the bridge.
+#[test]
+fn nobody_connects_to_a_slot_from_elsewhere_whatever_the_rules_are() {
+    let outside = Host::start();
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let (_server, address) = serves(&client);
+    let url = format!("http://{address}:9000/");
+    let instance = shim.label().replace("dev.polydev.instance=", "");
+    let opened = Opened::set(format!("FORWARD -o pd-{instance} -j ACCEPT"));
+    let jump = format!("-A FORWARD -o pd-{instance} -j POLYDEV-{instance}-TO");
+    wait_until("the driver's rules before it", BACK, || {
+        let rules = iptables("-S FORWARD");
+        let at = |rule: &str| rules.lines().position(|line| line == rule);
+        let is_before = at(&jump) < at(&format!("-A {}", opened.0));
+        (is_before && at(&jump).is_some())
+            .then_some(())
+            .ok_or(rules)
+    });
+    // This machine itself is not kept out.
+    succeed(Command::new("curl").args(["--silent", "--noproxy", "*", "--max-time", "5", &url]));
+    assert!(!outside.reaches(&url), "it answers to another machine");
+}
+
+/// A rule, before all others, while this exists.
+struct Opened(String);
+
+impl Opened {
+    fn set(rule: String) -> Self {
+        iptables(&format!("-I {rule}"));
+        Self(rule)
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        let words = format!("-w 5 -D {}", self.0);
+        output(Command::new("iptables").args(words.split(' ')));
+    }
 }
 
 /// Bridges pass on what they like while this exists.

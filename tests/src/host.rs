@@ -95,6 +95,46 @@ impl Host {
         host
     }
 
+    /// This machine finds `address` at the host from now on. A server that listens on all of
+    /// the host's addresses answers there.
+    ///
+    /// # Panics
+    /// Without root's rights, or if the machine finds the address elsewhere.
+    pub fn answer_at(&self, address: IpAddr) {
+        let name = self.namespace.name();
+        let (outer, inner) = (format!("{name}h"), format!("{name}n"));
+        let one = match address {
+            IpAddr::V4(_) => format!("{address}/32"),
+            IpAddr::V6(_) => {
+                self.join_by_ipv6(&outer, &inner);
+                format!("{address}/128")
+            }
+        };
+        self.namespace.ip(&["addr", "add", &one, "dev", &inner]);
+        ip(&["route", "add", &one, "dev", &outer]);
+    }
+
+    /// Both ends have an address of 2001:db8::/32, which is reserved for documentation.
+    fn join_by_ipv6(&self, outer: &str, inner: &str) {
+        let end = |last: u8| format!("2001:db8:{:x}::{last}", std::process::id() & 0xffff);
+        let [here, there] = [1, 2].map(|last| format!("{}/64", end(last)));
+        ip(&["addr", "replace", &here, "dev", outer, "nodad"]);
+        let namespace = &self.namespace;
+        namespace.ip(&["addr", "replace", &there, "dev", inner, "nodad"]);
+        let gateway = end(1);
+        namespace.ip(&[
+            "-6", "route", "replace", "default", "via", &gateway, "dev", inner,
+        ]);
+    }
+
+    /// Whether the host gets an answer to a GET within two seconds.
+    #[must_use]
+    pub fn reaches(&self, url: &str) -> bool {
+        let mut command = self.namespace.inside();
+        command.args(["curl", "--silent", "--noproxy", "*", "--max-time", "2", url]);
+        crate::process::output(&mut command).status.success()
+    }
+
     /// The requests that the stand-in has received so far.
     #[must_use]
     pub fn requests(&self) -> Vec<Received> {
@@ -176,9 +216,13 @@ pub fn received(curl: &mut Command, url: &str) -> Result<Vec<Received>, String> 
 pub fn remove_rules(instance: &str) {
     let rules = |args: &[&str]| crate::process::output(Command::new("iptables").args(args));
     let interface = format!("pd-{instance}");
-    for (suffix, from) in [("FWD", "FORWARD"), ("IN", "INPUT")] {
+    for (suffix, from, side) in [
+        ("FWD", "FORWARD", "-i"),
+        ("TO", "FORWARD", "-o"),
+        ("IN", "INPUT", "-i"),
+    ] {
         let chain = format!("POLYDEV-{instance}-{suffix}");
-        rules(&["-w", "5", "-D", from, "-i", &interface, "-j", &chain]);
+        rules(&["-w", "5", "-D", from, side, &interface, "-j", &chain]);
         rules(&["-w", "5", "-F", &chain]);
         rules(&["-w", "5", "-X", &chain]);
     }
