@@ -6,18 +6,7 @@ cd "$(dirname "$0")/.."
 . tests/lib.sh
 packages qemu-system-x86_64=qemu-system-x86 cpio=cpio
 
-folder=$POLYDEV_CACHE/kernel-cloud
-if [ ! -e "$folder/vmlinuz" ]; then
-    step "fetching a kernel"
-    need apt-get "put a kernel with cgroup v2 at $folder/vmlinuz"
-    rm -rf "$folder.partial" && mkdir -p "$folder.partial"
-    package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^  Depends: \(linux-image-.*\)$/\1/p' | head -1)
-    [ -n "$package" ] || fail "no package linux-image-cloud-amd64"
-    (cd "$folder.partial" && apt-get download -qq "$package" && dpkg-deb --extract ./*.deb root)
-    cp "$folder.partial"/root/boot/vmlinuz-* "$folder.partial/vmlinuz"
-    rm -rf "$folder.partial"/root "$folder.partial"/*.deb "$folder"
-    mv "$folder.partial" "$folder"
-fi
+kernel=$(tests/kernel.sh)
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -31,6 +20,6 @@ done
 (cd "$work/root" && find . | cpio --quiet --create --format newc) >"$work/initramfs"
 
 timeout 120 qemu-system-x86_64 -accel tcg -m 1024 -nographic -no-reboot \
-    -kernel "$folder/vmlinuz" -initrd "$work/initramfs" \
+    -kernel "$kernel" -initrd "$work/initramfs" \
     -append "console=ttyS0 quiet panic=-1 cgroup_no_v1=all" </dev/null | tee "$work/console" || true
 grep -q PASSED "$work/console" || fail "the limits do not hold under cgroup v2"
