@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh
+POLYDEV_BIN=${POLYDEV_BIN:-$PWD/target/under-test}
 packages qemu-system-x86_64=qemu-system-x86 cpio=cpio mmdebstrap=mmdebstrap
 kernel=$(tests/kernel.sh)
 

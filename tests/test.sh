@@ -125,6 +125,7 @@ system() {
         nomad) tests "tests that have a Nomad agent" make it TESTS='group(nomad)' ;;
         long)
             tests "tests that take minutes each" make long
+            check "the unit of the shim under systemd" tests/systemd.sh
             POLYDEV_NOMAD=$(cat "$work/nomad-1.10")
             tests "tests under Nomad 1.10" make agent
             ;;

@@ -9,9 +9,13 @@ use std::{
 
 use nix::sys::signal::Signal;
 use polydev_tests::{
+    client::shell,
     folder::Folder,
+    nomad::Nomad,
     process::{Process, output, succeed},
-    program, wait_until,
+    program,
+    shim::Shim,
+    wait_until,
 };
 use serde_json::Value;
 
@@ -46,6 +50,34 @@ fn systemd_is_told_when_a_shim_serves_and_when_it_stops() {
         shim.exit().ok_or_else(|| shim.log())
     });
     assert!(status.success(), "{status}");
+}
+
+/// Removes the folder of the sockets that are for a group, if nothing is in it.
+struct Sockets;
+
+impl Drop for Sockets {
+    fn drop(&mut self) {
+        let _others_are_in_it = fs::remove_dir("/run/polydev-node");
+    }
+}
+
+#[test]
+fn a_shim_that_is_not_root_reaches_a_node_by_its_group_alone() {
+    // Every Debian has these groups.
+    let (group, others, nobody) = ("games", "nogroup", 65534);
+    let _sockets = Sockets;
+    let nomad = Nomad::start_with(&format!("socket_group = \"{group}\""));
+    nomad.submit_pool("anthropic", 1);
+    let outsider = Shim::serve_as(nobody, others, &nomad.address);
+    let shim = Shim::serve_as(nobody, group, &nomad.address);
+    let client = shim.client();
+    client.wait_idle("anthropic", 1);
+    let outcome = client.run(shell("anthropic", "echo hello")).unwrap();
+    assert_eq!(outcome.stdout(), "hello\n");
+    let refused = outsider.client().run(shell("anthropic", "true"));
+    let refused = refused.map(drop).unwrap_err();
+    assert!(refused.message().contains("node"), "{refused}");
+    assert!(outsider.process.log().contains("Permission denied"));
 }
 
 #[test]

@@ -115,6 +115,24 @@ impl Shim {
         Self::start(command, Folder::new("pdtest-"))
     }
 
+    /// As [`Shim::serve`], as a user who is in `group` and no other group.
+    ///
+    /// # Panics
+    /// Without root's rights.
+    #[must_use]
+    pub fn serve_as(user: u32, group: &str, nomad: &str) -> Self {
+        let folder = Folder::new("pdtest-");
+        // The user may not reach the folder in which it is built.
+        let copy = folder.path().join("polydev-shim");
+        std::fs::copy(program("polydev-shim"), &copy).expect("the shim is built");
+        std::os::unix::fs::chown(folder.path(), Some(user), None).expect("root may do this");
+        let user = user.to_string();
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", &user, "--regid", &user, "--groups", group]);
+        command.arg(copy).args(["serve", "--nomad-addr", nomad]);
+        Self::start(command, folder)
+    }
+
     /// Kills the shim and its driver, and starts both again with another boot id, as if the
     /// machine had been restarted.
     ///
