@@ -1,6 +1,7 @@
 //! Who may do what: the names of callers, and the roles that a file gives to these names.
 
 mod action;
+mod limits;
 mod policy;
 mod role;
 
@@ -18,7 +19,8 @@ use polydev_transport::{
 use serde::Deserialize;
 
 pub use action::{Action, Need, What};
-pub use policy::{Asked, OverBudget, Policy, TooMuch};
+pub use limits::{Asked, DEFAULT_TIMEOUT, TooMuch};
+pub use policy::{OverBudget, Policy};
 use role::Role;
 
 /// Who calls.

@@ -1,4 +1,4 @@
-//! What a role says about the runs of its members, for the broker.
+//! What a role says about the runs of its members: for the broker, and before they start.
 
 use std::collections::BTreeMap;
 
@@ -8,11 +8,12 @@ use polydev_proto::{
     egress::{MAX_RULES, NotARule, Rule},
     id::UserId,
     provider::{Provider, Unknown},
-    runtime::{self, RunStart, run_start::Command},
-    workspace,
+    runtime::RunStart,
 };
 use polydev_transport::upstream::{self, Unreadable, Upstream};
 use serde::Deserialize;
+
+use super::limits::{Asked, Limits, TooMuch};
 
 /// The part of a `[[role]]` that is about its members' runs.
 #[derive(Debug, Default)]
@@ -21,8 +22,7 @@ pub struct Policy {
     /// Rules. `None` if the pool alone decides.
     egress: Option<Vec<String>>,
     upstreams: Vec<broker::Upstream>,
-    tools: Option<Tools>,
-    has_prompts_alone: bool,
+    limits: Limits,
 }
 
 /// What a role says, as it is written.
@@ -33,41 +33,7 @@ pub(super) struct Says {
     pub(super) budget: Option<Budget>,
     pub(super) egress: Option<Vec<String>>,
     pub(super) upstream: BTreeMap<String, Upstream>,
-    pub(super) tools: Option<Tools>,
-    /// Whether it allows prompts, and no commands.
-    pub(super) has_prompts_alone: bool,
-}
-
-/// The most that models may use. Commands are for roles that say nothing or `all`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum Tools {
-    None,
-    Read,
-    All,
-}
-
-impl Tools {
-    fn given(self) -> runtime::Tools {
-        match self {
-            Self::None => runtime::Tools::None,
-            Self::Read => runtime::Tools::Read,
-            Self::All => runtime::Tools::All,
-        }
-    }
-}
-
-/// A role does not allow a run to do so much.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum TooMuch {
-    #[error("start commands: their role allows prompts alone, or has `tools`")]
-    Command,
-    #[error("give a model more tools than `tools` of their role")]
-    Tools,
-    #[error(
-        "start prompts with `env`, a `work_dir`, or files below a name that begins with a dot: their role allows prompts alone, or has `tools`, and these could start programs"
-    )]
-    Settings,
+    pub(super) limits: Limits,
 }
 
 /// What each user may use in a day (UTC), over all providers.
@@ -115,31 +81,6 @@ pub enum Invalid {
     },
 }
 
-/// What a run asks for, as far as `tools` of a role limits it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Asked {
-    /// Of a prompt; `None` for a command.
-    pub tools: Option<runtime::Tools>,
-    /// Whether the run brings what could make its CLI start something by itself.
-    has_settings: bool,
-}
-
-impl Asked {
-    #[must_use]
-    pub fn of(start: &RunStart) -> Self {
-        let is_hidden = |path: &str| path.split('/').any(|name| name.starts_with('.'));
-        Self {
-            tools: match &start.command {
-                Some(Command::Prompt(prompt)) => Some(prompt.tools()),
-                Some(Command::Argv(_)) | None => None,
-            },
-            has_settings: !start.env.is_empty()
-                || !["", workspace::PATH].contains(&&*start.work_dir)
-                || start.files.iter().any(|file| is_hidden(&file.path)),
-        }
-    }
-}
-
 impl Policy {
     /// Checks what a role says about runs.
     ///
@@ -151,8 +92,7 @@ impl Policy {
             budget,
             egress,
             upstream,
-            tools,
-            has_prompts_alone,
+            limits,
         } = says;
         if inject != Some(false) && budget.is_some() {
             return Err(Invalid::NeedsBroker("budget"));
@@ -204,45 +144,23 @@ impl Policy {
             budget,
             egress,
             upstreams,
-            tools,
-            has_prompts_alone,
+            limits,
         })
     }
 
-    /// Gives a prompt that says nothing of tools those of the role. Returns what the run asks for.
+    /// Gives a run that says nothing of tools or its timeout those of the role. Returns what the
+    /// run asks for.
     ///
     /// # Errors
     /// [`TooMuch`]
     pub fn limit(&self, start: &mut RunStart) -> Result<Asked, TooMuch> {
-        let most = self.most_tools();
-        if let Some(Command::Prompt(prompt)) = &mut start.command
-            && prompt.tools == 0
-            && most < Tools::All
-        {
-            prompt.set_tools(most.given());
-        }
-        let asked = Asked::of(start);
-        self.allows(asked).map(|()| asked)
+        self.limits.limit(start)
     }
 
     /// # Errors
     /// [`TooMuch`]
-    pub fn allows(&self, asked: Asked) -> Result<(), TooMuch> {
-        let most = self.most_tools();
-        match asked.tools {
-            _ if most == Tools::All && !self.has_prompts_alone => Ok(()),
-            None => Err(TooMuch::Command),
-            Some(_) if asked.has_settings => Err(TooMuch::Settings),
-            Some(_) if most == Tools::All => Ok(()),
-            Some(runtime::Tools::None) => Ok(()),
-            Some(runtime::Tools::Read) if most == Tools::Read => Ok(()),
-            // A value that nobody knows is refused elsewhere.
-            Some(_) => Err(TooMuch::Tools),
-        }
-    }
-
-    fn most_tools(&self) -> Tools {
-        self.tools.unwrap_or(Tools::All)
+    pub fn allows(&self, asked: &Asked) -> Result<(), TooMuch> {
+        self.limits.allows(asked)
     }
 
     /// Whether anything of it must be told to the broker.

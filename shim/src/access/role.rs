@@ -9,7 +9,8 @@ use wildmatch::WildMatch;
 
 use super::{
     Action, Caller, Need, What,
-    policy::{Budget, Invalid, Policy, Says, Tools},
+    limits::{Glob, Limits, MaxTimeout, Tools},
+    policy::{Budget, Invalid, Policy, Says},
 };
 
 /// What a role allows its members to do.
@@ -49,6 +50,11 @@ pub(super) struct Role {
     upstream: BTreeMap<String, Upstream>,
     /// What the models of the members' prompts may use.
     tools: Option<Tools>,
+    max_timeout: Option<MaxTimeout>,
+    /// Patterns for the first word of the members' commands.
+    commands: Option<Vec<Glob>>,
+    /// Patterns for the names of variables of the members' runs.
+    env: Option<Vec<Glob>>,
 }
 
 /// Which users.
@@ -116,8 +122,13 @@ impl Role {
             budget: self.budget,
             egress: self.egress.take(),
             upstream: std::mem::take(&mut self.upstream),
-            tools: self.tools,
-            has_prompts_alone: !self.may.contains(&Right::Run),
+            limits: Limits {
+                has_prompts_alone: !self.may.contains(&Right::Run),
+                tools: self.tools,
+                max_timeout: self.max_timeout,
+                commands: self.commands.take(),
+                env: self.env.take(),
+            },
         })
     }
 

@@ -237,6 +237,96 @@ fn a_role_can_limit_the_tools_of_prompts_and_has_no_commands_then() {
 }
 
 #[test]
+fn a_role_limits_times_programs_and_variables() {
+    let roles = r#"
+        [[role]]
+        members = ["cn:few"]
+        may = ["run"]
+        max_timeout = "5m"
+        commands = ["python3", "/usr/bin/*"]
+        env = ["LANG", "APP_*"]
+    "#;
+    let access = load(roles).unwrap();
+    let run = Action::Run {
+        what: What::Command,
+        user_id: Some("alice"),
+        provider: None,
+    };
+    let policy = access.policy(&caller("cn:few"), run).unwrap();
+    let start = |program: &str, variable: &str, timeout: Option<i64>| {
+        let argv = Argv {
+            text: vec![program.into(), "-c".into()],
+            ..Argv::default()
+        };
+        let mut start = RunStart {
+            command: Some(Command::Argv(argv)),
+            timeout: timeout.map(|seconds| prost_types::Duration { seconds, nanos: 0 }),
+            ..RunStart::default()
+        };
+        start.env.insert(variable.into(), "x".into());
+        policy.limit(&mut start).map(|_| start.timeout)
+    };
+    let seconds = |seconds| Ok(Some(prost_types::Duration { seconds, nanos: 0 }));
+    assert_eq!(start("python3", "APP_MODE", None), seconds(300));
+    assert_eq!(start("/usr/bin/env", "LANG", Some(20)), seconds(20));
+    let most = std::time::Duration::from_secs(300);
+    for (program, variable, timeout, refused) in [
+        ("python3", "LANG", Some(301), TooMuch::Timeout(most)),
+        ("bash", "LANG", None, TooMuch::Program("bash".into())),
+        (
+            "/usr/bin/../../workspace/x",
+            "LANG",
+            None,
+            TooMuch::Program("/usr/bin/../../workspace/x".into()),
+        ),
+        (
+            "python3",
+            "LD_PRELOAD",
+            None,
+            TooMuch::Variable("LD_PRELOAD".into()),
+        ),
+    ] {
+        assert_eq!(start(program, variable, timeout), Err(refused));
+    }
+    assert!(
+        TooMuch::Timeout(most)
+            .to_string()
+            .contains("above 5m, `max_timeout`"),
+        "{}",
+        TooMuch::Timeout(most)
+    );
+    // Without `env`, a role with `commands` allows no variables.
+    let bare = roles.replace("env = ", "# ");
+    let bare = load(&bare).unwrap().policy(&caller("cn:few"), run).unwrap();
+    let mut start = RunStart {
+        command: Some(Command::Argv(Argv {
+            args: vec!["python3".into()],
+            ..Argv::default()
+        })),
+        ..RunStart::default()
+    };
+    bare.limit(&mut start).unwrap();
+    start.env.insert("PATH".into(), "/workspace".into());
+    assert_eq!(
+        bare.limit(&mut start),
+        Err(TooMuch::Variable("PATH".into()))
+    );
+    // Prompts have no program of their own.
+    let mut prompt = RunStart {
+        command: Some(Command::Prompt(Prompt::default())),
+        ..RunStart::default()
+    };
+    policy.limit(&mut prompt).unwrap();
+    for wrong in ["5", "0s", "long"] {
+        let refused = load(&roles.replace("5m", wrong)).unwrap_err();
+        assert!(
+            crate::chain(&refused).contains("`max_timeout` is"),
+            "{refused}"
+        );
+    }
+}
+
+#[test]
 fn a_role_can_be_for_prompts_alone() {
     let access = load("[[role]]\nmembers = [\"cn:a\"]\nmay = [\"prompt\"]\n").unwrap();
     let policy = |what| {

@@ -3,10 +3,10 @@
 use std::{ops::RangeInclusive, time::Duration};
 
 use super::Invalid;
+use crate::access::DEFAULT_TIMEOUT;
 
 /// The shortest time of any kind, but for a wait.
 pub(in crate::run) const MIN_TIME: Duration = Duration::from_millis(1);
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 const DEFAULT_QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Well below the largest age of a run id that drivers accept.
 const MAX_QUEUE_TIMEOUT: Duration = Duration::from_secs(30 * 60);

@@ -89,7 +89,7 @@ impl Api {
                 role = self.policy(caller, inject, &injected)?;
                 self.audit.record(&injected)?;
                 // It may be another one.
-                role.allows(asked).map_err(denied)?;
+                role.allows(&asked).map_err(denied)?;
             }
             request.equip(secrets)?;
         }
