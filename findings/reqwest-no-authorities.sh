@@ -27,7 +27,7 @@ edition = "2024"
 
 [dependencies]
 reqwest = { version = "=0.13.5", default-features = false, features = ["rustls-no-provider"] }
-rustls = { version = "0.23.36", default-features = false, features = ["ring", "std"] }
+rustls = { version = "=0.23.36", default-features = false, features = ["ring", "std"] }
 tokio = { version = "1", features = ["macros", "rt", "net", "time"] }
 TOML
 cat >"$work/src/main.rs" <<'RS'
@@ -53,7 +53,11 @@ RS
 mkdir "$work/www"
 (cd "$work/www" && exec python3 -u -m http.server 0 --bind 127.0.0.1) >"$work/port" 2>&1 &
 server=$!
-until port=$(sed -n 's/.* port \([0-9]*\) .*/\1/p' "$work/port") && [ -n "$port" ]; do sleep 0.1; done
+for _ in $(seq 100); do
+    port=$(sed -n 's/.* port \([0-9]*\) .*/\1/p' "$work/port")
+    [ -n "$port" ] && break
+    sleep 0.1
+done
 
 # As in an image without authorities, whatever this machine has.
 mkdir "$work/none"

@@ -5,18 +5,25 @@ use std::{
     fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    process::Command,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::{
+    fcntl::{AT_FDCWD, RenameFlags, renameat2},
+    unistd::Pid,
+};
 use polydev_tests::{
     folder::Folder,
     job::{self, batch, events, merge, shell},
     nomad::Nomad,
+    process::Process,
     wait_until,
 };
 use serde_json::json;
+
+use crate::survive::kill_driver;
 
 #[test]
 fn a_folder_that_is_exchanged_while_a_task_starts_does_not_lead_out() {
@@ -37,7 +44,7 @@ pub(crate) fn race(time: Duration) {
         let _over = Over(&is_over);
         let begin = Instant::now();
         // Both ends have been seen, so the places were changed in between.
-        for round in 0.. {
+        for round in 0..1000 {
             if begin.elapsed() > time && started > 0 && refused > 0 {
                 break;
             }
@@ -105,30 +112,47 @@ fn prepare(data: &PathBuf, link: &Path, outside: &Path) -> bool {
     fs::write(data.join("inside"), "").is_ok() && symlink(outside, link).is_ok()
 }
 
-/// On most machines mounts are shared: what is unmounted in a copy is unmounted everywhere.
+/// On most machines mounts are shared: what is unmounted in a copy is unmounted everywhere, and
+/// other programs, dockerd among them, may have copies of all mounts.
 #[test]
-fn nomads_own_mounts_in_a_folder_stay_when_a_task_has_mounted_it() {
+fn mounts_that_nomad_and_others_have_stay_as_they_are_when_tasks_start() {
     let nomad = Nomad::start_on_shared_mounts();
-    let mut config = shell("until [ -e /whole/local/go ]; do sleep 0.05; done; cat /secrets/own");
-    merge(&mut config, json!({ "volumes": [".:/whole"] }));
-    nomad.submit(&batch("whole", config));
-    let id = nomad.wait_started("whole");
-    let folder = nomad.folder().join("data/alloc").join(&id).join("task");
-    let is_mounted = |name: &str| {
-        let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
-        let mounts = mounts.expect("the mounts can be read").0;
-        mounts
-            .iter()
-            .any(|mount| mount.mount_point == folder.join(name))
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "slave", "sleep", "1000"]);
+    let other = Process::start(&mut command, &nomad.folder().join("other.log"));
+    let start = |name: &str| {
+        let mut config =
+            shell("until [ -e /whole/local/go ]; do sleep 0.05; done; cat /secrets/own");
+        merge(&mut config, json!({ "volumes": [".:/whole"] }));
+        nomad.submit(&batch(name, config));
+        nomad.wait_started(name)
     };
-    assert!(is_mounted("secrets") && is_mounted("private"));
-    let staged = nomad.state_dir().join("stage/mounted");
-    let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
-    let mut mounts = mounts.expect("the mounts can be read").into_iter();
-    let left = mounts.find(|mount| mount.mount_point.starts_with(&staged));
-    assert!(left.is_none(), "{left:?}");
-    fs::write(folder.join("secrets/own"), "mine").expect("the folder is there");
-    fs::write(folder.join("local/go"), "").expect("the folder is there");
-    let alloc = nomad.wait_dead("whole");
-    assert_eq!(nomad.logs(job::id(&alloc), "stdout"), b"mine");
+    let stage = nomad.state_dir().join("stage");
+    let below = |pid: Pid, folder: &Path| {
+        let mounts = procfs::process::Process::new(pid.as_raw()).and_then(|it| it.mountinfo());
+        let points = mounts.expect("the mounts can be read").into_iter();
+        let points = points.map(|mount| mount.mount_point);
+        let mut points: Vec<_> = points.filter(|point| point.starts_with(folder)).collect();
+        points.sort();
+        points
+    };
+    let expected = [stage.clone(), stage.join("making")];
+    for name in ["first", "after-a-kill"] {
+        let id = start(name);
+        let folder = nomad.folder().join("data/alloc").join(&id).join("task");
+        let own = ["private", "secrets"].map(|name| folder.join(name));
+        for pid in [nix::unistd::getpid(), other.pid()] {
+            assert_eq!(below(pid, &folder), own, "{pid}");
+            wait_until("an empty stage", Duration::from_secs(10), || {
+                let left = below(pid, &stage);
+                (left == expected).then_some(()).ok_or(format!("{left:?}"))
+            });
+        }
+        fs::write(folder.join("secrets/own"), name).expect("the folder is there");
+        fs::write(folder.join("local/go"), "").expect("the folder is there");
+        let alloc = nomad.wait_dead(name);
+        assert_eq!(nomad.logs(job::id(&alloc), "stdout"), name.as_bytes());
+        kill_driver(&nomad);
+        nomad.wait_healthy();
+    }
 }

@@ -146,7 +146,7 @@ fn another_users_run_with_the_same_id_does_not_stop_a_retry() {
 /// A fence binds the id to its user too: bob's claim does not come where alice's try has asked.
 #[test]
 fn an_id_is_bound_to_the_user_of_its_first_fence() {
-    let site = Site::start(&[("anthropic", 1)]);
+    let mut site = Site::start(&[("anthropic", 1)]);
     let run_id = new_id();
     let ballot = Ballot {
         attempt: 5,
@@ -161,6 +161,11 @@ fn an_id_is_bound_to_the_user_of_its_first_fence() {
         let refused = site.shim.client().run(bobs(attempt)).unwrap_err();
         assert_eq!(reason(&refused), "OTHER_USER", "{refused}");
     }
+    // A node that cannot be asked may have bob's run.
+    site.add_node(Options::default(), &[]);
+    site.nodes[1].leave();
+    site.wait_nodes(1, 1);
+    may_have_run(site.shim.client().run(bobs(10)), site.nodes[1].id());
 }
 
 /// Options of a node that is newer than every run of these tests.

@@ -8,6 +8,7 @@
 //! here can be written to only while a task is staged.
 
 use std::{
+    collections::VecDeque,
     fs::{self, File},
     io,
     path::{Path, PathBuf},
@@ -33,9 +34,12 @@ const OPTIONS: &str = "size=1m,mode=0700";
 #[derive(Debug)]
 pub struct Stage {
     path: PathBuf,
-    /// The places that no task has.
-    free: Arc<Mutex<Vec<usize>>>,
+    free: Free,
 }
+
+/// The places that no task has, the next one first: a place is empty for as long as possible
+/// before it is used again.
+type Free = Arc<Mutex<VecDeque<usize>>>;
 
 impl Stage {
     /// Mounts the folder in the state folder, after unmounting what an earlier life of the
@@ -47,10 +51,8 @@ impl Stage {
         let path = state_dir.join("stage");
         let mounted = || {
             fs::create_dir_all(&path)?;
-            // With everything that is mounted in it. Both fail if nothing is left.
-            while change(&path, MsFlags::MS_SLAVE).is_ok()
-                && umount2(&path, MntFlags::MNT_DETACH).is_ok()
-            {}
+            // It fails if nothing is left.
+            while detach(&path).is_ok() {}
             File::create(path.join(MOUNTED))?;
             mount_memory(&path)?;
             (0..MAX_STARTS).try_for_each(|place| fs::create_dir_all(place_at(&path, place)))?;
@@ -73,7 +75,7 @@ impl Stage {
     /// # Errors
     /// If too many tasks are starting, or the kernel does not mount.
     pub(super) fn begin(&self) -> io::Result<Staged> {
-        let place = self.free.lock().pop();
+        let place = self.free.lock().pop_front();
         let too_many = || io::Error::other(format!("{MAX_STARTS} tasks are starting"));
         let place = place.ok_or_else(too_many)?;
         let staged = Staged {
@@ -86,9 +88,11 @@ impl Stage {
         Ok(staged)
     }
 
-    /// Unmounts the folder, when the driver leaves for good.
+    /// Unmounts the folder, when the driver leaves for good, unless a task is starting.
     pub(crate) fn leave(&self) {
-        unmount(&self.path);
+        if self.free.lock().len() == MAX_STARTS {
+            told(&self.path, detach(&self.path));
+        }
     }
 }
 
@@ -98,7 +102,7 @@ pub(super) struct Staged {
     folder: PathBuf,
     making: PathBuf,
     place: usize,
-    free: Arc<Mutex<Vec<usize>>>,
+    free: Free,
 }
 
 impl Staged {
@@ -120,7 +124,10 @@ impl Staged {
         // Otherwise to unmount it would also unmount what Nomad has mounted in the folder, such as
         // the task's secrets, wherever mounts are shared, as systemd makes them.
         change(&made, MsFlags::MS_SLAVE)?;
-        mount(Some(&made), &path, none, MsFlags::MS_MOVE, none)?;
+        if let Err(error) = mount(Some(&made), &path, none, MsFlags::MS_MOVE, none) {
+            told(&made, umount2(&made, MntFlags::MNT_DETACH));
+            return Err(error.into());
+        }
         match is_folder {
             true => fs::remove_dir(made)?,
             false => fs::remove_file(made)?,
@@ -136,8 +143,8 @@ impl Staged {
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        unmount(&self.folder);
-        self.free.lock().push(self.place);
+        told(&self.folder, umount2(&self.folder, MntFlags::MNT_DETACH));
+        self.free.lock().push_back(self.place);
     }
 }
 
@@ -166,7 +173,8 @@ fn change(path: &Path, propagation: MsFlags) -> io::Result<()> {
     )?)
 }
 
-/// Only the mount itself is read-only afterwards, and not what is mounted in it.
+/// The file system is read-only afterwards, wherever it is mounted. This does not concern what is
+/// mounted in it, and mounts can be made on its folders.
 fn close(path: &Path) -> io::Result<()> {
     let flags = flags() | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
     Ok(mount(
@@ -178,9 +186,16 @@ fn close(path: &Path) -> io::Result<()> {
     )?)
 }
 
-/// With all that is mounted below.
-fn unmount(path: &Path) {
-    if let Err(error) = umount2(path, MntFlags::MNT_DETACH) {
+/// Unmounts the whole stage.
+fn detach(path: &Path) -> nix::Result<()> {
+    // What a driver that was killed has left here may not have been made a slave yet. All else has,
+    // and is to be unmounted in other namespaces too.
+    let _nothing_is_left = change(&path.join(MAKING), MsFlags::MS_SLAVE);
+    umount2(path, MntFlags::MNT_DETACH)
+}
+
+fn told(path: &Path, unmounted: nix::Result<()>) {
+    if let Err(error) = unmounted {
         tracing::warn!(path = %path.display(), %error, "cannot unmount");
     }
 }

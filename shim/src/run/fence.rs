@@ -78,7 +78,9 @@ pub async fn fence(
         for node_id in unasked.chain(newer) {
             answers.unsure(node_id);
         }
-        if answers.others.len() == asked.len() {
+        // No other node can have the run.
+        let all_are_asked = answers.unsure.is_empty() || accept_duplicate;
+        if all_are_asked && answers.others.len() == asked.len() {
             let (run_id, user_id) = (run.0, run.1.clone());
             return Err(Error::Forbidden { run_id, user_id });
         }

@@ -9,7 +9,6 @@ use std::{
 use axum::{
     body::{Body, Bytes},
     extract::{Request, State},
-    http::header::CONTENT_TYPE,
     middleware::Next,
     response::Response,
 };
@@ -28,10 +27,10 @@ const PREFIX: usize = 5;
 
 /// Counts what arrives of gRPC messages. Bodies of other requests are counted where they are read.
 pub(super) async fn count(State(bodies): State<Bodies>, request: Request, next: Next) -> Response {
-    let kind = request.headers().get(CONTENT_TYPE);
-    let is_grpc = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
-    let request = match is_grpc {
-        true => request.map(|body| {
+    // The server of gRPC does not look at the content type.
+    let is_http = request.uri().path().starts_with("/v1/");
+    let request = match is_http {
+        false => request.map(|body| {
             Body::new(Counted {
                 body,
                 bodies,
@@ -39,7 +38,7 @@ pub(super) async fn count(State(bodies): State<Bodies>, request: Request, next: 
                 held: None,
             })
         }),
-        false => request,
+        true => request,
     };
     next.run(request).await
 }

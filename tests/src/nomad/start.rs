@@ -70,19 +70,20 @@ impl Nomad {
         nomad.run_healthy()
     }
 
-    /// As [`Nomad::start`], with the folders of allocations on a mount that is shared, as systemd
-    /// makes all mounts.
+    /// As [`Nomad::start`], with the folders of allocations and of the driver on mounts that are
+    /// shared, as systemd makes all mounts.
     ///
     /// # Panics
     /// Without root's rights.
     #[must_use]
     pub fn start_on_shared_mounts() -> Self {
         let nomad = Self::configure("", "polydev");
-        let data = nomad.folder().join("data");
-        fs::create_dir(&data).expect("a folder can be made");
         let (kind, none) = (Some("tmpfs"), None::<&str>);
-        mount(kind, &data, kind, MsFlags::empty(), none).expect("root may mount");
-        mount(none, &data, none, MsFlags::MS_SHARED, none).expect("root may mount");
+        for folder in [nomad.folder().join("data"), nomad.state_dir()] {
+            fs::create_dir(&folder).expect("a folder can be made");
+            mount(kind, &folder, kind, MsFlags::empty(), none).expect("root may mount");
+            mount(none, &folder, none, MsFlags::MS_SHARED, none).expect("root may mount");
+        }
         nomad.run_healthy()
     }
 
