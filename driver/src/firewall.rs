@@ -1,11 +1,11 @@
 //! What the containers of warm slots cannot reach: the host's own services, including Nomad
 //! and the node service, and all addresses that are not public, among them the clouds'
 //! metadata address. (The bridge already prevents traffic between slots, and has no IPv6.)
+//! And nobody beyond this host reaches them.
 //!
-//! The rules are in two chains of this driver, which it writes as a whole. The first rules of
+//! The rules are in three chains of this driver, which it writes as a whole. The first rules of
 //! INPUT and FORWARD lead there, so that no rule of another program comes before them. Several
-//! drivers of a machine share the first places.
-//! [`crate::guard`] looks whether they still do.
+//! drivers of a machine share the first places. [`crate::guard`] looks whether they still do.
 
 use std::{fmt::Write as _, fs, io, process::Stdio, time::Duration};
 
