@@ -12,7 +12,7 @@ use polydev_tests::{client::api_key, folder::Folder, wait_until};
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use crate::site::{LIMIT, Site, myself, reason, seconds, steps};
+use crate::site::{LIMIT, Site, at_once, myself, reason, seconds, steps};
 
 /// A site whose callers have one role, with these lines.
 fn site(lines: &str) -> (Site, Folder) {
@@ -161,6 +161,12 @@ fn a_run_that_has_waited_is_held_to_what_was_used_meanwhile() {
     let first = client.next_of(&mut events).unwrap();
     assert!(matches!(first, Some(Event::Queued(_))), "{first:?}");
     site.node().spend("alice", 10, 0);
+    // The shim hears of it and of the slots in two ways.
+    wait_until("a shim that knows of it", LIMIT, || {
+        let refused = client.run(at_once(outside())).map(drop);
+        let why = reason(&refused.expect_err("there is no slot"));
+        (why == "BUDGET_EXHAUSTED").then_some(()).ok_or(why)
+    });
     site.node().add_slots("anthropic", 1);
     let refused = client
         .next_of(&mut events)
