@@ -38,18 +38,18 @@ pub(crate) fn race(time: Duration) {
     fs::write(outside.path().join("outside"), "").expect("the folder is there");
     let allocations = nomad.folder().join("data/alloc");
     let is_over = AtomicBool::new(false);
-    let (mut started, mut refused) = (0, 0);
+    let (mut seen, mut refused) = (0, 0);
     std::thread::scope(|scope| {
         scope.spawn(|| exchange(&allocations, outside.path(), &is_over));
         let _over = Over(&is_over);
         let begin = Instant::now();
         // Both ends have been seen, so the places were changed in between.
         for round in 0..1000 {
-            if begin.elapsed() > time && started > 0 && refused > 0 {
+            if begin.elapsed() > time && seen > 0 && refused > 0 {
                 break;
             }
             let mut config = shell("ls /x");
-            merge(&mut config, json!({ "volumes": ["../alloc/data:/x:ro"] }));
+            merge(&mut config, json!({ "volumes": ["../alloc/own:/x:ro"] }));
             let name = format!("race-{round}");
             let mut job = batch(&name, config);
             job["TaskGroups"][0]["Count"] = json!(8);
@@ -69,10 +69,11 @@ pub(crate) fn race(time: Duration) {
                 let listed = String::from_utf8_lossy(&listed).into_owned();
                 assert!(!listed.contains("outside"), "{name}: {listed}");
                 if alloc["ClientStatus"] == "complete" {
-                    started += 1;
+                    // Some of them start before there is a file in the folder.
+                    seen += u32::from(listed.contains("inside"));
                 } else {
                     let why = events(&alloc);
-                    assert!(why.contains("`volumes` is `../alloc/data`"), "{why}");
+                    assert!(why.contains("`volumes` is `../alloc/own`"), "{why}");
                     refused += 1;
                 }
             }
@@ -93,13 +94,13 @@ fn exchange(allocations: &Path, outside: &Path, is_over: &AtomicBool) {
     let mut known = HashSet::new();
     while !is_over.load(Ordering::Relaxed) {
         for entry in fs::read_dir(allocations).into_iter().flatten().flatten() {
-            let [data, link] = ["data", "link"].map(|name| entry.path().join("alloc").join(name));
-            if !known.contains(&data) && !prepare(&data, &link, outside) {
+            let [own, link] = ["own", "link"].map(|name| entry.path().join("alloc").join(name));
+            if !known.contains(&own) && !prepare(&own, &link, outside) {
                 continue;
             }
-            known.insert(data.clone());
+            known.insert(own.clone());
             let exchange = RenameFlags::RENAME_EXCHANGE;
-            let _gone = renameat2(AT_FDCWD, &data, AT_FDCWD, &link, exchange);
+            let _gone = renameat2(AT_FDCWD, &own, AT_FDCWD, &link, exchange);
         }
         // The containers need the cores as well.
         std::thread::sleep(Duration::from_micros(200));
@@ -107,9 +108,9 @@ fn exchange(allocations: &Path, outside: &Path, is_over: &AtomicBool) {
 }
 
 /// Whether both are there. The driver may have created the folder.
-fn prepare(data: &PathBuf, link: &Path, outside: &Path) -> bool {
-    let _exists = fs::create_dir(data);
-    fs::write(data.join("inside"), "").is_ok() && symlink(outside, link).is_ok()
+fn prepare(own: &PathBuf, link: &Path, outside: &Path) -> bool {
+    let _exists = fs::create_dir(own);
+    fs::write(own.join("inside"), "").is_ok() && symlink(outside, link).is_ok()
 }
 
 /// On most machines mounts are shared: what is unmounted in a copy is unmounted everywhere, and
