@@ -154,12 +154,16 @@ impl Firewall {
             let wanted = count(&mut wanted.lines(), chain);
             count(&mut own.iter().map(String::as_str), chain) != wanted
         };
-        let chains = [&self.input, &self.forward, &self.inward];
-        let chain = chains.into_iter().find(is_short);
+        let chain = self.own().into_iter().find(is_short);
         let jump = jumps.into_iter().find(|jump| !own.contains(jump));
         let ipv6 = own.iter().find(|line| *line == "disable_ipv6 0");
         jump.or(chain.map(|chain| format!("a rule of {chain}")))
             .or(ipv6.map(|_| "`disable_ipv6`".into()))
+    }
+
+    /// The chains of this driver.
+    fn own(&self) -> [&String; 3] {
+        [&self.input, &self.forward, &self.inward]
     }
 
     /// From which chain, for packets in or out of the bridge, to which of ours.
@@ -184,8 +188,7 @@ impl Firewall {
         }
         // In one step: a driver that is told to end has little time. Naming a chain empties it.
         let chains = self.chains();
-        let removals =
-            [&self.input, &self.forward, &self.inward].map(|chain| format!("-X {chain}\n"));
+        let removals = self.own().map(|chain| format!("-X {chain}\n"));
         let rules = format!("{chains}{}COMMIT\n", removals.concat());
         if let Err(error) = restore(&rules).await {
             tracing::info!(error = crate::chain(&error), "the bridge's rules stay");
@@ -218,8 +221,7 @@ impl Firewall {
 
     /// In the format of `iptables-restore`: naming a chain empties it.
     fn chains(&self) -> String {
-        let chains =
-            [&self.input, &self.forward, &self.inward].map(|chain| format!(":{chain} - [0:0]\n"));
+        let chains = self.own().map(|chain| format!(":{chain} - [0:0]\n"));
         format!("*filter\n{}", chains.concat())
     }
 

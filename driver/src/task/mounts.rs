@@ -73,7 +73,7 @@ struct Own {
     path: PathBuf,
     /// The job's option; `None` for the folders that Nomad makes.
     given: Option<(&'static str, String)>,
-    /// Whether Docker creates it if it is missing.
+    /// Whether the driver creates it if it is missing, as Docker does for its short form.
     is_made: bool,
 }
 

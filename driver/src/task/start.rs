@@ -146,7 +146,7 @@ async fn make(
         init: &site.init,
         link: listener.folder(),
     });
-    // It stays until the container has started or is removed.
+    // It stays until the container has started, or until its removal was requested.
     let staged = tasks.stage.begin().map_err(Error::Stage)?;
     let spec = plan.spec(site, init, &staged)?;
     let container = create(site, &spec).await?;

@@ -157,7 +157,7 @@ impl Connection {
         }
     }
 
-    /// The same, which ends when the other half of `revoked` says so. Without that half it goes on.
+    /// The same, which ends when the other half of `revoked` says so. Without that half it continues.
     #[must_use]
     pub fn unless(self, revoked: oneshot::Receiver<()>) -> Self {
         Self {

@@ -29,6 +29,12 @@ const FILE: &str = r#"
     inject = false
 "#;
 
+const COMMAND: Action = Action::Run {
+    what: What::Command,
+    user_id: Some("alice"),
+    provider: None,
+};
+
 fn caller(name: &str) -> Caller {
     Caller {
         name: name.into(),
@@ -183,13 +189,8 @@ fn a_role_can_limit_the_tools_of_prompts_and_has_no_commands_then() {
         may = ["run"]
     "#;
     let access = load(roles).unwrap();
-    let run = Action::Run {
-        what: What::Command,
-        user_id: Some("alice"),
-        provider: None,
-    };
     let limited_with = |name: &str, command, change: &dyn Fn(&mut RunStart)| {
-        let policy = access.policy(&caller(name), run).unwrap();
+        let policy = access.policy(&caller(name), COMMAND).unwrap();
         let mut start = RunStart {
             command: Some(command),
             ..RunStart::default()
@@ -247,12 +248,7 @@ fn a_role_limits_times_programs_and_variables() {
         env = ["LANG", "APP_*"]
     "#;
     let access = load(roles).unwrap();
-    let run = Action::Run {
-        what: What::Command,
-        user_id: Some("alice"),
-        provider: None,
-    };
-    let policy = access.policy(&caller("cn:few"), run).unwrap();
+    let policy = access.policy(&caller("cn:few"), COMMAND).unwrap();
     let start = |program: &str, variable: &str, timeout: Option<i64>| {
         let argv = Argv {
             text: vec![program.into(), "-c".into()],
@@ -297,7 +293,10 @@ fn a_role_limits_times_programs_and_variables() {
     );
     // Without `env`, a role with `commands` allows no variables.
     let bare = roles.replace("env = ", "# ");
-    let bare = load(&bare).unwrap().policy(&caller("cn:few"), run).unwrap();
+    let bare = load(&bare)
+        .unwrap()
+        .policy(&caller("cn:few"), COMMAND)
+        .unwrap();
     let mut start = RunStart {
         command: Some(Command::Argv(Argv {
             args: vec!["python3".into()],

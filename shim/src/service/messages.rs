@@ -182,7 +182,7 @@ mod tests {
         assert!(short.frame().await.unwrap().is_ok());
         let mut whole = counted(&bodies, vec![message(2 << 20), message(2 << 20)], true);
         assert!(whole.frame().await.unwrap().is_ok());
-        // Who does not go on is given up, and the memory is there again.
+        // A message that stops coming is given up, and its memory is free again.
         let late = waiting[0].frame().await.unwrap().unwrap_err();
         let status = Status::from_error(late.into_inner());
         assert_eq!(status.code(), tonic::Code::DeadlineExceeded, "{status}");
