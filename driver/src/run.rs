@@ -154,6 +154,9 @@ pub struct Ended {
     /// Of what an agent has done. Omitted if zero, so that older drivers can read the record.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub event_bytes: u64,
+    /// Processes that the kernel killed for want of memory. Omitted as `event_bytes` is.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub oom_kills: u64,
     /// Omitted if empty, so that older drivers can read the record.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub usage: Vec<ModelUsage>,

@@ -74,7 +74,8 @@ fn a_command_is_ended_at_its_deadline_first_kindly_then_not() {
     );
     assert_eq!(
         (outcome.stdout().as_str(), outcome.exited.exit_code),
-        ("bye\n", 5)
+        ("bye\n", 124),
+        "as with `timeout`, whatever the command says"
     );
 
     let plain = RunStart {
@@ -83,6 +84,7 @@ fn a_command_is_ended_at_its_deadline_first_kindly_then_not() {
     };
     let outcome = client.run(plain).unwrap();
     assert_eq!(outcome.exited.reason(), ExitReason::Deadline);
+    assert_eq!(outcome.exited.exit_code, 124);
     assert_eq!(
         outcome.exited.signal, 15,
         "SIGTERM is enough for what does not resist"
@@ -95,7 +97,47 @@ fn a_command_is_ended_at_its_deadline_first_kindly_then_not() {
     };
     let outcome = client.run(stubborn).unwrap();
     assert_eq!(outcome.exited.reason(), ExitReason::Deadline);
-    assert_eq!(outcome.exited.signal, 9);
+    assert_eq!((outcome.exited.signal, outcome.exited.exit_code), (9, 124));
+}
+
+/// Row 11 of the users' runs: Gemini CLI ends with 0 when it gets SIGTERM.
+#[test]
+fn a_run_that_polydev_ends_has_not_succeeded_whatever_the_command_says() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let cancelled = |script: &str| {
+        let mut run = client.start(shell("anthropic", script)).unwrap();
+        while !matches!(client.next(&mut run).unwrap(), Some(Event::Stdout(_))) {}
+        client.cancel(&run.accepted.run_id).unwrap();
+        loop {
+            if let Some(Event::Exited(exited)) = client.next(&mut run).unwrap() {
+                return (exited.reason(), exited.exit_code);
+            }
+        }
+    };
+    let well = "trap 'exit 0' TERM; echo; sleep 100 & wait";
+    assert_eq!(cancelled(well), (ExitReason::Cancelled, 143));
+    let not_at_all = "trap '' TERM; echo; while :; do sleep 0.1; done";
+    assert_eq!(cancelled(not_at_all), (ExitReason::Cancelled, 137));
+
+    let mut command = shim.run_command();
+    command.args(["--timeout", "1", "anthropic", "--", "sh", "-c"]);
+    let ended = command.arg("trap 'exit 0' TERM; sleep 100 & wait").output();
+    assert_eq!(ended.unwrap().status.code(), Some(124));
+}
+
+#[test]
+fn a_child_that_was_killed_for_want_of_memory_is_told() {
+    let shim = Shim::dev(&["anthropic=1"]);
+    let client = shim.client();
+    let child = "node -e 'const a = []; for (;;) a.push(Buffer.alloc(8 << 20, 1))'";
+    let outcome = client
+        .run(shell("anthropic", &format!("{child}; echo goes on")))
+        .unwrap();
+    assert_eq!(outcome.stdout(), "goes on\n");
+    let exited = outcome.exited;
+    assert_eq!((exited.reason(), exited.exit_code), (ExitReason::Exited, 0));
+    assert_eq!(exited.oom_kills, 1);
 }
 
 #[test]

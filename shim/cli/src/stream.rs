@@ -303,6 +303,7 @@ fn to_json(event: &Event) -> serde_json::Value {
                 "stdout_bytes": exited.stdout_bytes,
                 "stderr_bytes": exited.stderr_bytes,
                 "artifact_bytes": exited.artifact_bytes,
+                "oom_kills": exited.oom_kills,
                 "usage": usage_json(&exited.usage),
                 "api_errors": api_errors_json(&exited.api_errors),
                 "timeline_ms": timeline,
@@ -392,6 +393,18 @@ fn finish(exited: &Exited, started: &Started, output: Output, timeline: bool) ->
     }
     if output == Output::Text && exited.reason() != ExitReason::Exited {
         eprintln!("polydev-shim: {}", exited.message);
+    }
+    // The reason says it otherwise.
+    if output == Output::Text && exited.reason() != ExitReason::OutOfMemory {
+        match exited.oom_kills {
+            0 => {}
+            1 => eprintln!("polydev-shim: out of memory: the kernel killed a process of the run"),
+            many => {
+                eprintln!(
+                    "polydev-shim: out of memory: the kernel killed {many} processes of the run"
+                );
+            }
+        }
     }
     let code = match exited.reason() {
         ExitReason::Lost | ExitReason::Unspecified => FAILED,

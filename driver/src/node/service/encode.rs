@@ -119,6 +119,7 @@ pub(super) fn encode_ended(ended: run::Ended) -> Ended {
         stderr_bytes: ended.stderr_bytes,
         artifact_bytes: ended.artifact_bytes,
         event_bytes: ended.event_bytes,
+        oom_kills: ended.oom_kills,
         usage: ended.usage,
         api_errors: ended.api_errors,
     }

@@ -6,7 +6,7 @@ use polydev_proto::{
     stream::Stream,
 };
 
-use super::{Carrier, End, Ending, SIGKILL, Stop};
+use super::{Carrier, End, Ending, SIGKILL, SIGTERM, Stop};
 use crate::{
     limits,
     run::{Ended, Run, cancel::Cause},
@@ -35,12 +35,13 @@ impl Carrier<'_> {
             (Reason::Exited, String::new())
         };
         Stop::End(End::Ended(Ended {
-            exit_code,
+            exit_code: status(reason, exit_code),
             signal,
             stdout_bytes: exited.stdout_bytes,
             stderr_bytes: exited.stderr_bytes,
             artifact_bytes: exited.artifact_bytes,
             event_bytes: exited.event_bytes,
+            oom_kills: self.oom_kills(),
             ..self.run.end(reason, &message)
         }))
     }
@@ -94,7 +95,28 @@ impl Carrier<'_> {
     }
 
     pub(super) fn end(&self, reason: Reason, message: &str) -> Stop {
-        Stop::End(End::Ended(self.run.end(reason, message)))
+        Stop::End(End::Ended(Ended {
+            oom_kills: self.oom_kills(),
+            ..self.run.end(reason, message)
+        }))
+    }
+}
+
+/// The command's exit status; but for a run that polydev ended, that of `timeout` (coreutils):
+/// whatever the command says then, it has not succeeded. A program that gets SIGTERM may well end
+/// with 0, as Gemini CLI does.
+fn status(reason: Reason, exit_code: i32) -> i32 {
+    const KILLED: i32 = 128 + SIGKILL;
+    match reason {
+        Reason::Deadline => 124,
+        Reason::Cancelled
+        | Reason::CredentialRefused
+        | Reason::ApiUnavailable
+        | Reason::BudgetExhausted => match exit_code {
+            KILLED => KILLED,
+            _ => 128 + SIGTERM,
+        },
+        _ => exit_code,
     }
 }
 
@@ -113,6 +135,9 @@ impl Run {
             && matches!(ended.reason, Reason::Exited | Reason::Signaled)
         {
             (ended.reason, ended.message) = (cause.reason(), cause.message());
+            if ended.exit_code == 0 {
+                ended.exit_code = status(ended.reason, ended.exit_code);
+            }
         }
         let answers = self.progress.borrow().answers();
         Ended {
@@ -129,8 +154,8 @@ impl Run {
         let artifacts = artifacts.iter().flat_map(|artifacts| &artifacts.files);
         Ended {
             reason,
-            // The exit status that Docker uses for killed processes.
-            exit_code: 128 + SIGKILL,
+            // Docker's exit status for processes that were killed.
+            exit_code: status(reason, 128 + SIGKILL),
             signal: 0,
             message: message.to_owned(),
             after: self.arrived.elapsed(),
@@ -139,6 +164,7 @@ impl Run {
             stderr_bytes: self.output[Stream::Stderr].end(),
             artifact_bytes: artifacts.map(|file| file.size).sum(),
             event_bytes: self.output[Stream::Events].end(),
+            oom_kills: 0,
             // Filled in when the broker has told the last of it.
             usage: Vec::new(),
             api_errors: Vec::new(),

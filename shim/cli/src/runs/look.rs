@@ -236,6 +236,10 @@ fn details(run: &Run) -> String {
         if !exited.message.is_empty() {
             rows.push(("message", exited.message.clone()));
         }
+        if exited.oom_kills > 0 {
+            let kills = format!("the kernel killed {} processes", exited.oom_kills);
+            rows.push(("memory", kills));
+        }
     }
     rows.iter()
         .map(|(name, value)| format!("{name:<10}  {value}\n"))
@@ -258,7 +262,7 @@ fn to_json(run: &Run) -> Value {
     let end = run.exited.as_ref().map(|exited| {
         json!({
             "reason": reason(exited), "exit_code": exited.exit_code, "signal": exited.signal,
-            "message": exited.message,
+            "message": exited.message, "oom_kills": exited.oom_kills,
         })
     });
     json!({

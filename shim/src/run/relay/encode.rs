@@ -84,6 +84,7 @@ pub(crate) fn encode_end(end: node::Ended, timeline: Vec<Stage>, warm: bool) -> 
         stdout_bytes: end.stdout_bytes,
         stderr_bytes: end.stderr_bytes,
         artifact_bytes: end.artifact_bytes,
+        oom_kills: end.oom_kills,
         usage: encode_usage(end.usage),
         api_errors: encode_errors(end.api_errors),
     }
