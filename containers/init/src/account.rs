@@ -92,7 +92,7 @@ impl Account {
                 });
                 self.is_told = false;
             }
-            Err(error) => eprintln!("polydev-init: cannot report an account's file: {error}"),
+            Err(error) => crate::shown::say(&format!("cannot report an account's file: {error}")),
         }
     }
 

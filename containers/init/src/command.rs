@@ -17,14 +17,14 @@ use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::{
+        prctl,
         signal::{SigSet, Signal, kill, killpg},
-        wait::WaitStatus,
     },
     unistd::{Pid, getpid},
 };
 use polydev_proto::{
     init::{
-        ArtifactRules, Form, NotStarted, PlainTask, Secrets, Start, TerminalSize,
+        ArtifactRules, Form, NotStarted, PlainTask, Secrets, Start, TerminalSize, exited,
         not_started::Reason, plain_task::Output as OutputKind,
     },
     sealed::PrivateKey,
@@ -36,12 +36,16 @@ use crate::{
     deadline::Deadline,
     drain::Drain,
     home,
+    shown::{self, Pipes, Shown},
     stdin::Input,
     terminal,
 };
 
 /// Added to the command's OOM score, so that the kernel kills it rather than init.
 const OOM_SCORE: &[u8] = b"500";
+
+/// Real-time signals that programs may use: `signal(7)`.
+const REAL_TIME: std::ops::RangeInclusive<i32> = 34..=64;
 
 /// A started command.
 #[derive(Debug)]
@@ -63,8 +67,10 @@ pub(crate) struct Command {
     has_terminal: bool,
     /// Whether signals go to the command alone, rather than to its process group.
     alone: bool,
+    /// A plain task's streams as this process's, until its command has ended.
+    pub(crate) shown: Option<Shown>,
     /// Set once the command's own process has ended.
-    pub(crate) status: Option<WaitStatus>,
+    pub(crate) status: Option<exited::Status>,
     /// For a prompt.
     pub(crate) form: Option<Form>,
 }
@@ -110,6 +116,13 @@ impl Command {
             .map_err(|error| format!("cannot create a terminal: {error}"))
             .map_err(|message| refuse(Reason::Invalid, message))?;
         surround(&mut command, &start, &secrets);
+        let streams = streams(&mut command, task);
+        let streams = streams.map_err(|error| format!("cannot make its streams: {error}"));
+        let Streams {
+            read,
+            copies,
+            shown,
+        } = streams.map_err(|message| refuse(Reason::Invalid, message))?;
 
         // The job sets a plain task's score.
         let oom_score = oom_score.filter(|_| start.task.is_none());
@@ -124,10 +137,12 @@ impl Command {
                 refuse(reason, format!("cannot start `{program}`: {error}"))
             })?;
 
-        let pipes = [
-            child.stdout.take().map(|pipe| OwnedFd::from(pipe).into()),
-            child.stderr.take().map(|pipe| OwnedFd::from(pipe).into()),
-        ];
+        let of_child = || {
+            let stdout = child.stdout.take().map(OwnedFd::from);
+            [stdout, child.stderr.take().map(OwnedFd::from)]
+        };
+        let pipes = read.map_or_else(of_child, |read| read.map(Some));
+        let pipes = pipes.map(|pipe| pipe.map(File::from));
         let stdin = child.stdin.take();
         let mut stdin = stdin.map(|pipe| File::from(OwnedFd::from(pipe)));
         for pipe in pipes.iter().chain([&stdin, &master]).flatten() {
@@ -138,11 +153,13 @@ impl Command {
             (Some(task), master) => {
                 let tty = master.is_some();
                 let sources = [master].into_iter().chain(pipes).flatten();
-                let targets = targets(task, descriptors);
+                let copies = copies.into_iter().map(Some);
+                let copies = copies.chain(std::iter::repeat_with(|| None));
+                let targets = targets(task, descriptors).into_iter().zip(copies);
                 drains.extend(
                     sources
                         .zip(targets)
-                        .map(|(from, to)| Drain::new(from, to, tty)),
+                        .map(|(from, (to, copy))| Drain::new(from, to, copy, tty)),
                 );
                 [None, None]
             }
@@ -168,6 +185,7 @@ impl Command {
             deadline,
             has_terminal,
             alone: task.is_some(),
+            shown,
             status: None,
             form: None,
         })
@@ -194,6 +212,7 @@ impl Command {
             deadline,
             has_terminal: false,
             alone: false,
+            shown: None,
             status: None,
             form: Some(form),
         }
@@ -209,6 +228,28 @@ impl Command {
             kill_everything(self.pid);
         } else if self.alone || killpg(self.pid, signal).is_err() {
             let _gone = kill(self.pid, signal);
+        }
+    }
+
+    /// The same by the number, for every signal that Linux has.
+    pub(crate) fn signal_number(&self, number: i32) {
+        if let Ok(signal) = Signal::try_from(number) {
+            return self.signal(signal);
+        }
+        if self.status.is_some() || !REAL_TIME.contains(&number) {
+            return;
+        }
+        // SAFETY: it is not for this process, whose libc keeps some numbers for itself.
+        #[expect(unsafe_code, reason = "real-time signals have no names")]
+        let signal = unsafe { rustix::process::Signal::from_raw_unchecked(number) };
+        let pid = rustix::process::Pid::from_raw(self.pid.as_raw());
+        let pid = pid.expect("a child's number is not 0");
+        let is_sent = match self.alone {
+            true => false,
+            false => rustix::process::kill_process_group(pid, signal).is_ok(),
+        };
+        if !is_sent {
+            let _gone = rustix::process::kill_process(pid, signal);
         }
     }
 
@@ -295,11 +336,51 @@ fn attach_streams(
     Ok(None)
 }
 
+/// What the output of a plain task needs beside its command.
+#[derive(Default)]
+struct Streams {
+    /// Pipes of this process's making, in place of the child's.
+    read: Option<[OwnedFd; 2]>,
+    /// Where second copies go.
+    copies: Vec<OwnedFd>,
+    shown: Option<Shown>,
+}
+
+/// Connects a plain task's stdout and stderr, unless they are a terminal or inherited.
+fn streams(command: &mut process::Command, task: Option<&PlainTask>) -> io::Result<Streams> {
+    let Some(task) = task else {
+        return Ok(Streams::default());
+    };
+    let copies = match task.output() {
+        OutputKind::Both => Vec::from(shown::own_streams()?),
+        _ => Vec::new(),
+    };
+    copies.iter().for_each(set_nonblocking);
+    if task.tty || !matches!(task.output(), OutputKind::Descriptors | OutputKind::Both) {
+        // Others may open the streams that this process has already.
+        prctl::set_dumpable(true)?;
+        let (read, shown) = (None, None);
+        return Ok(Streams {
+            read,
+            copies,
+            shown,
+        });
+    }
+    let Pipes { read, write, shown } = Shown::pipes()?;
+    let [stdout, stderr] = write;
+    command.stdout(stdout).stderr(stderr);
+    Ok(Streams {
+        read: Some(read),
+        copies,
+        shown: Some(shown),
+    })
+}
+
 /// Where the drains of a plain task's output lead, stdout first. A terminal needs only one,
 /// and a command that writes to init's own streams needs none.
 fn targets(task: &PlainTask, descriptors: Vec<OwnedFd>) -> Vec<OwnedFd> {
     match task.output() {
-        OutputKind::Descriptors => descriptors,
+        OutputKind::Descriptors | OutputKind::Both => descriptors,
         OutputKind::Inherited | OutputKind::Unspecified if !task.tty => Vec::new(),
         OutputKind::Inherited | OutputKind::Unspecified => {
             let own = io::stdout().as_fd().try_clone_to_owned();

@@ -27,6 +27,7 @@ mod drain;
 mod home;
 mod link;
 mod output;
+mod shown;
 mod stdin;
 mod supervisor;
 mod terminal;

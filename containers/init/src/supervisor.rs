@@ -22,9 +22,7 @@ use nix::{
     sys::{
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
-        wait::{WaitPidFlag, WaitStatus, waitpid},
     },
-    unistd::Pid,
 };
 use polydev_agent::FORWARDED;
 use polydev_proto::{
@@ -34,6 +32,7 @@ use polydev_proto::{
     sealed::PrivateKey,
     stream::{PerStream, Stream},
 };
+use rustix::process::{WaitOptions, wait};
 
 use crate::{
     account::Account,
@@ -43,6 +42,7 @@ use crate::{
     drain::Drain,
     link::Link,
     output::Output,
+    shown::say,
     workspace::{self, Incoming},
 };
 
@@ -299,7 +299,7 @@ impl Supervisor {
                 Ok(0) => left.outgoing = None,
                 Ok(count) => output.push(&chunk[..count]),
                 Err(error) => {
-                    eprintln!("polydev-init: cannot read artifacts, the rest is lost: {error}");
+                    say(&format!("cannot read artifacts, the rest is lost: {error}"));
                     left.outgoing = None;
                 }
             }
@@ -335,17 +335,20 @@ impl Supervisor {
     /// Reaps every process that has ended, including orphans.
     fn reap(&mut self) {
         loop {
-            match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
-                Ok(status @ (WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _))) => {
+            // Not with nix, for which a real-time signal is no end.
+            match wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) => {
                     if let State::Running(command) = &mut self.state
-                        && command.pid == pid
+                        && command.pid.as_raw() == pid.as_raw_nonzero().get()
                     {
-                        command.status = Some(status);
+                        let signal = status.terminating_signal().map(exited::Status::Signal);
+                        command.status = status.exit_status().map(exited::Status::Code).or(signal);
                         command.input.abandon();
+                        command.shown = None;
                     }
                 }
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => break,
-                Ok(_) | Err(_) => {}
+                Ok(None) | Err(rustix::io::Errno::CHILD) => break,
+                Err(_) => {}
             }
         }
         if let State::Running(command) = &self.state
@@ -363,11 +366,6 @@ impl Supervisor {
         };
         let (true, Some(status)) = (command.is_drained(), command.status) else {
             return;
-        };
-        let status = match status {
-            WaitStatus::Signaled(_, signal, _) => exited::Status::Signal(signal as i32),
-            WaitStatus::Exited(_, code) => exited::Status::Code(code),
-            _ => unreachable!("only an end of the process is recorded as its status"),
         };
         let mut exited = Exited {
             artifact_bytes: 0,

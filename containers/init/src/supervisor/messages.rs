@@ -77,9 +77,7 @@ impl Supervisor {
                 self.link.send(from_init::Message::StdinAck(ack));
             }
             (to_init::Message::Signal(signal), State::Running(command)) => {
-                if let Ok(signal) = Signal::try_from(signal.number) {
-                    command.signal(signal);
-                }
+                command.signal_number(signal.number);
             }
             // Too late for a command that has ended, or too early for Release.
             (
