@@ -2,10 +2,14 @@
 //! against the schemas; this module parses and checks the values that Nomad sends.
 
 mod allow;
+mod auth;
 mod boost;
 mod broker;
 mod egress;
+pub mod from_docker;
+mod gc;
 mod mount;
+mod network;
 mod plugin;
 pub mod schema;
 mod shims;
@@ -16,14 +20,16 @@ mod upstream;
 mod value;
 
 pub use allow::Capabilities;
+pub use auth::Auth as TaskAuth;
 pub use boost::Boost;
 pub use broker::Broker;
 pub use egress::Egress;
+pub use gc::Gc;
 pub use mount::{Device, Mount, MountKind, Volume};
-pub use plugin::{Auth, EXTRA_LABELS, Endpoint, Gc, Plugin, Tls};
+pub use plugin::{Auth, EXTRA_LABELS, Endpoint, LogPath, Plugin, Tls};
 pub use shims::Shims;
 pub use slot::Slot;
-pub use task::{Auth as TaskAuth, Bandwidth, Logging, Task, Ulimit};
+pub use task::{Bandwidth, Logging, Task, Ulimit};
 pub use telemetry::Telemetry;
 
 /// Why a configuration is rejected.
@@ -64,12 +70,11 @@ impl Plugin {
     /// # Errors
     /// [`Error`] with the option's name.
     pub fn parse(msgpack: &[u8]) -> Result<Self, Error> {
-        let raw = if msgpack.is_empty() {
-            plugin::Raw::default()
-        } else {
-            value::decode(msgpack)?
-        };
-        raw.check()
+        if msgpack.is_empty() {
+            return plugin::Raw::default().check();
+        }
+        from_docker::PLUGIN.check(msgpack)?;
+        value::decode::<plugin::Raw>(msgpack)?.check()
     }
 }
 
@@ -79,6 +84,7 @@ impl Config {
     /// # Errors
     /// [`Error`] with the option's name.
     pub fn parse(msgpack: &[u8]) -> Result<Self, Error> {
+        from_docker::TASK.check(msgpack)?;
         let mut raw: task::Raw = value::decode(msgpack)?;
         let Some(slot) = raw.slot.take() else {
             return raw.check().map(Box::new).map(Self::Plain);
@@ -102,5 +108,7 @@ impl Config {
     }
 }
 
+#[cfg(test)]
+mod pages;
 #[cfg(test)]
 pub(crate) mod tests;

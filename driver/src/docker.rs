@@ -67,6 +67,8 @@ pub enum Error {
         found: String,
         wanted: String,
     },
+    #[error("`mac_address` is `{given}`: must be absent with a Docker older than 25 (API 1.44)")]
+    MacAddress { given: String },
 }
 
 impl Error {
@@ -98,8 +100,9 @@ impl Error {
     /// Whether Docker rejected the request as invalid. Another attempt would also fail.
     #[must_use]
     pub fn is_refused(&self) -> bool {
-        self.status()
-            .is_some_and(|status| (400..500).contains(&status) && status != 409)
+        let status = self.status();
+        matches!(self, Self::MacAddress { .. })
+            || status.is_some_and(|status| (400..500).contains(&status) && status != 409)
     }
 
     /// Whether the error is a response of dockerd.
@@ -245,6 +248,12 @@ impl Docker {
     /// # Errors
     /// [`Error`]; [`Error::is_conflict`] if the name is in use.
     pub async fn create_plain(&self, spec: &PlainSpec<'_>) -> Result<String, Error> {
+        let version = self.api()?.client_version();
+        // An older Docker takes it in a place that newer ones have given up, and ignores this one.
+        let is_old = (version.major_version, version.minor_version) < (1, 44);
+        if let Some(given) = spec.options.mac_address.clone().filter(|_| is_old) {
+            return Err(Error::MacAddress { given });
+        }
         self.create_container(&spec.name, spec.body()).await
     }
 

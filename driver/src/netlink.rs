@@ -3,8 +3,9 @@
 use std::{fs::File, io, net::IpAddr, thread};
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+pub(crate) use netlink_packet_route::AddressFamily;
 use netlink_packet_route::{
-    AddressFamily, RouteNetlinkMessage,
+    RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage, AddressScope},
     link::{
         InfoBridgePort, InfoKind, InfoPortData, InfoPortKind, LinkAttribute, LinkFlags, LinkInfo,
@@ -34,11 +35,11 @@ pub(crate) fn in_network<T: Send + 'static>(
     inside.join().map_err(|_| io::Error::other("thread died"))?
 }
 
-/// The address at which the host reaches a namespace, if it has one.
-pub(crate) fn address(socket: &Socket) -> io::Result<Option<IpAddr>> {
+/// The address of a family at which the host reaches a namespace, if it has one.
+pub(crate) fn address(socket: &Socket, family: AddressFamily) -> io::Result<Option<IpAddr>> {
     let mut found = None;
     let mut message = AddressMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = family;
     let dump = RouteNetlinkMessage::GetAddress(message);
     request(socket, dump, NLM_F_DUMP, |message| {
         if let RouteNetlinkMessage::NewAddress(address) = message
@@ -48,7 +49,10 @@ pub(crate) fn address(socket: &Socket) -> io::Result<Option<IpAddr>> {
                 .attributes
                 .iter()
                 .find_map(|attribute| match attribute {
-                    AddressAttribute::Local(address) => Some(*address),
+                    // IPv6 has no local address besides, except for a peer.
+                    AddressAttribute::Local(address) | AddressAttribute::Address(address) => {
+                        Some(*address)
+                    }
                     _ => None,
                 });
             found = found.or(own);

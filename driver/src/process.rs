@@ -1,11 +1,14 @@
 //! Process 1 of a container, held by a descriptor. So the driver sees its end and sends it
 //! signals without dockerd, and never reaches another process with the same number.
 
-use std::{io, os::fd::OwnedFd};
+use std::{io, ops::RangeInclusive, os::fd::OwnedFd};
 
 use procfs::process::Process;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{Interest, unix::AsyncFd};
+
+/// Real-time signals that programs may use: `signal(7)`.
+pub(crate) const REAL_TIME: RangeInclusive<i32> = 34..=64;
 
 /// A process that lives or has just ended.
 #[derive(Debug)]
@@ -57,7 +60,14 @@ impl Held {
 
     /// Sends a signal; an ended process is not an error.
     pub(crate) fn signal(&self, number: i32) {
-        if let Some(signal) = Signal::from_named_raw(number) {
+        let real_time = REAL_TIME.contains(&number).then(|| {
+            // SAFETY: it is not for this process, whose libc keeps some numbers for itself.
+            #[expect(unsafe_code, reason = "real-time signals have no names")]
+            unsafe {
+                Signal::from_raw_unchecked(number)
+            }
+        });
+        if let Some(signal) = Signal::from_named_raw(number).or(real_time) {
             let _gone = pidfd_send_signal(self.descriptor.get_ref(), signal);
         }
     }

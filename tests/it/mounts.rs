@@ -157,3 +157,33 @@ fn mounts_that_nomad_and_others_have_stay_as_they_are_when_tasks_start() {
         nomad.wait_healthy();
     }
 }
+
+/// Row 1 of the users' jobs: a task makes files of its own beside Nomad's, which it cannot change.
+#[test]
+fn in_the_folder_of_logs_what_is_nomads_is_covered_and_the_rest_is_the_tasks() {
+    let nomad = Nomad::start();
+    let script = r#"
+        cd /alloc/logs
+        mkdir app && echo own >app/a.log && cat app/a.log
+        for file in .task.stdout.fifo .task.stderr.fifo; do
+            [ -c $file ] && echo covered
+        done
+        for file in task.stdout.0 task.stderr.0; do
+            (echo forged >>$file) 2>/dev/null && echo "changed $file"
+            rm -f $file 2>/dev/null && echo "removed $file"
+            mv $file elsewhere 2>/dev/null && echo "moved $file"
+        done
+        echo forged >.task.stdout.fifo
+        mv /alloc/logs /alloc/elsewhere 2>/dev/null && echo "moved the folder"
+        sleep 1
+    "#;
+    nomad.submit(&batch("logs", job::shell(script)));
+    let alloc = nomad.wait_dead("logs");
+    let told = nomad.logs(job::id(&alloc), "stdout");
+    assert_eq!(String::from_utf8_lossy(&told), "own\ncovered\ncovered\n");
+    let path = format!(
+        "/v1/client/fs/cat/{}?path=alloc/logs/app/a.log",
+        job::id(&alloc)
+    );
+    assert_eq!(nomad.get_raw(&path), b"own\n");
+}

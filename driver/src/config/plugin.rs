@@ -7,12 +7,13 @@ use std::{
 
 use ipnet::Ipv4Net;
 use nix::unistd::Gid;
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 
 use super::{
     Error,
     boost::{Boost, RawBoost},
     egress::private_networks,
+    gc::{Gc, RawGc},
     shims::{self, RawShims, Shims},
     task::Logging,
     telemetry::{RawTelemetry, Telemetry},
@@ -89,6 +90,13 @@ pub struct Plugin {
     pub disable_log_collection: bool,
     /// Networks that are not public, and that slots with a network interface may reach.
     pub private_networks: Vec<Ipv4Net>,
+    pub log_path: LogPath,
+    /// Whether plain tasks get it whose `security_opt` is silent.
+    pub no_new_privileges: bool,
+    /// Whether `mbits` of a task's `network` block is a limit, and not bookkeeping alone.
+    pub enforce_mbits: bool,
+    /// The runtime of tasks with a device of NVIDIA's.
+    pub nvidia_runtime: String,
     pub shims: Option<Shims>,
     /// Whose members reach the node's socket. `None` for root alone.
     pub socket_group: Option<Gid>,
@@ -120,26 +128,27 @@ pub struct Auth {
     pub helper: Option<String>,
 }
 
-/// What the driver removes, and when.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Gc {
-    pub image: bool,
-    /// Counted from the end of the last task that used the image.
-    pub image_delay: Duration,
-    /// Whether containers of ended tasks are removed.
-    pub container: bool,
-    pub dangling: Dangling,
+/// How the output of plain tasks leaves their containers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LogPath {
+    /// From init to Nomad.
+    #[default]
+    Direct,
+    /// To dockerd, and from there to Nomad.
+    Docker,
+    /// From init to both.
+    Both,
 }
 
-/// How the driver finds containers that belong to no task.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Dangling {
-    pub enabled: bool,
-    /// Only log what would be removed.
-    pub dry_run: bool,
-    pub period: Duration,
-    /// Minimum time since a container was first seen, before it may be removed.
-    pub creation_grace: Duration,
+impl LogPath {
+    fn parse(given: String) -> Result<Self, Error> {
+        let word = value::one_of("log_path", &given, &["direct", "docker", "both"])?;
+        Ok(match word {
+            "docker" => Self::Docker,
+            "both" => Self::Both,
+            _ => Self::Direct,
+        })
+    }
 }
 
 /// What the operator lets jobs do.
@@ -189,9 +198,25 @@ pub(super) struct Raw {
     pull_activity_timeout: Option<String>,
     disable_log_collection: Option<bool>,
     private_networks: Option<Vec<String>>,
+    log_path: Option<String>,
+    no_new_privileges: Option<bool>,
+    enforce_mbits: Option<bool>,
+    nvidia_runtime: Option<String>,
     shims: Option<RawShims>,
     socket_group: Option<String>,
     telemetry: Option<RawTelemetry>,
+
+    // Refused by `from_docker` before.
+    #[serde(rename = "container_exists_attempts")]
+    _container_exists_attempts: Option<IgnoredAny>,
+    #[serde(rename = "infra_image")]
+    _infra_image: Option<IgnoredAny>,
+    #[serde(rename = "infra_image_pull_timeout")]
+    _infra_image_pull_timeout: Option<IgnoredAny>,
+    #[serde(rename = "oom_score_adj")]
+    _oom_score_adj: Option<IgnoredAny>,
+    #[serde(rename = "windows_allow_insecure_container_admin")]
+    _windows_allow_insecure_container_admin: Option<IgnoredAny>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -231,24 +256,6 @@ struct RawAuth {
 struct RawLogging {
     r#type: Option<String>,
     config: Maps,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct RawGc {
-    image: Option<bool>,
-    image_delay: Option<String>,
-    container: Option<bool>,
-    dangling_containers: Option<RawDangling>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct RawDangling {
-    enabled: Option<bool>,
-    dry_run: Option<bool>,
-    period: Option<String>,
-    creation_grace: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -363,6 +370,13 @@ impl Raw {
             )?,
             disable_log_collection: self.disable_log_collection.unwrap_or_default(),
             private_networks: private_networks(self.private_networks)?,
+            log_path: text(self.log_path)
+                .map(LogPath::parse)
+                .transpose()?
+                .unwrap_or_default(),
+            no_new_privileges: self.no_new_privileges.unwrap_or_default(),
+            enforce_mbits: self.enforce_mbits.unwrap_or_default(),
+            nvidia_runtime: text(self.nvidia_runtime).unwrap_or_else(|| "nvidia".into()),
             shims: self.shims.map(RawShims::check).transpose()?,
             socket_group: text(self.socket_group).map(shims::group).transpose()?,
             telemetry: self.telemetry.map(RawTelemetry::check).transpose()?,
@@ -397,40 +411,6 @@ impl RawHeadroom {
         Ok(Amount {
             cpu_mhz: required("run_headroom.cpu", self.cpu, 4_000_000)?,
             memory_mb: required("run_headroom.memory", self.memory, 67_108_864)?,
-        })
-    }
-}
-
-impl RawGc {
-    fn check(self) -> Result<Gc, Error> {
-        let dangling = self.dangling_containers.unwrap_or_default();
-        let minutes = |field: &str, given, default: u32| {
-            duration(
-                &format!("gc.{field}"),
-                text(given),
-                default * MINUTE,
-                MINUTE,
-            )
-        };
-        Ok(Gc {
-            image: self.image.unwrap_or(true),
-            image_delay: duration(
-                "gc.image_delay",
-                text(self.image_delay),
-                3 * MINUTE,
-                Duration::ZERO,
-            )?,
-            container: self.container.unwrap_or(true),
-            dangling: Dangling {
-                enabled: dangling.enabled.unwrap_or(true),
-                dry_run: dangling.dry_run.unwrap_or_default(),
-                period: minutes("dangling_containers.period", dangling.period, 5)?,
-                creation_grace: minutes(
-                    "dangling_containers.creation_grace",
-                    dangling.creation_grace,
-                    5,
-                )?,
-            },
         })
     }
 }

@@ -112,6 +112,16 @@ pub fn plugin() -> Spec {
         attr("pull_activity_timeout", "string"),
         attr("disable_log_collection", "bool"),
         attr("private_networks", STRINGS),
+        attr("log_path", "string"),
+        attr("no_new_privileges", "bool"),
+        attr("enforce_mbits", "bool"),
+        attr("nvidia_runtime", "string"),
+        // Of Nomad's Docker driver; `from_docker` refuses them in words.
+        attr("container_exists_attempts", "number"),
+        attr("infra_image", "string"),
+        attr("infra_image_pull_timeout", "string"),
+        attr("oom_score_adj", "number"),
+        attr("windows_allow_insecure_container_admin", "bool"),
     ])
 }
 
@@ -159,14 +169,17 @@ pub fn task() -> Spec {
         block(
             "auth",
             vec![
-                required("username", "string"),
-                required("password", "string"),
+                attr("username", "string"),
+                attr("password", "string"),
+                attr("email", "string"),
                 attr("server_address", "string"),
             ],
         ),
         attr("auth_soft_fail", "bool"),
         attr("load", "string"),
+        attr("container_exists_attempts", "number"),
         attr("cpu_hard_limit", "bool"),
+        attr("cpuset_cpus", "string"),
         attr("cpu_cfs_period", "number"),
         attr("memory_hard_limit", "number"),
         attr("pids_limit", "number"),
@@ -189,6 +202,7 @@ pub fn task() -> Spec {
         attr("security_opt", STRINGS),
         attr("readonly_rootfs", "bool"),
         attr("runtime", "string"),
+        attr("isolation", "string"),
         attr("group_add", STRINGS),
         attr("pid_mode", "string"),
         attr("ipc_mode", "string"),
@@ -199,7 +213,9 @@ pub fn task() -> Spec {
         attr("interactive", "bool"),
         attr("tty", "bool"),
         attr("volumes", STRINGS),
+        attr("volume_driver", "string"),
         blocks("mount", mount()),
+        blocks("mounts", mount()),
         blocks(
             "devices",
             vec![
@@ -211,6 +227,11 @@ pub fn task() -> Spec {
         attr("network_mode", "string"),
         attr("network_aliases", STRINGS),
         attr("ports", STRINGS),
+        attr("port_map", "list(map(number))"),
+        attr("ipv4_address", "string"),
+        attr("ipv6_address", "string"),
+        attr("mac_address", "string"),
+        attr("advertise_ipv6_address", "bool"),
         attr("dns_servers", STRINGS),
         attr("dns_search_domains", STRINGS),
         attr("dns_options", STRINGS),

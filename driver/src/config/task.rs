@@ -1,13 +1,20 @@
 //! A plain task's options: those of Nomad's Docker driver, with the same names and
 //! meanings, checked one by one. [`super::allow`] checks what the plugin must allow.
 
-use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 
 use super::{
-    Broker, Egress, Error, broker, egress,
+    Broker, Egress, Error,
+    auth::{Auth, RawAuth},
+    broker, egress,
     mount::{self, Device, Mount, Volume},
+    network::{address, addresses, extra_hosts, mac_address, port_map},
     value::{self, Maps, Number, OneOrMany, merged, refused, text},
 };
 
@@ -58,13 +65,15 @@ pub struct Task {
     pub userns_mode: Option<String>,
     pub cgroupns: Option<String>,
 
-    /// Whether polydev-init is process 1.
-    pub init: bool,
+    /// Whether polydev-init is process 1. `None`: unless the image's program must be.
+    pub init: Option<bool>,
     pub interactive: bool,
     pub tty: bool,
 
     pub volumes: Vec<Volume>,
     pub mounts: Vec<Mount>,
+    /// Of the Docker volumes in `volumes`.
+    pub volume_driver: Option<String>,
     pub devices: Vec<Device>,
 
     /// A key for a model that stays outside.
@@ -74,6 +83,14 @@ pub struct Task {
     pub network_mode: Option<String>,
     pub network_aliases: Vec<String>,
     pub ports: Vec<String>,
+    /// Of older jobs: the port inside, by the label of the port.
+    pub port_map: BTreeMap<String, u16>,
+    /// In a network of the operator's.
+    pub ipv4_address: Option<Ipv4Addr>,
+    pub ipv6_address: Option<Ipv6Addr>,
+    pub mac_address: Option<String>,
+    /// Whether services are told the container's IPv6 address.
+    pub advertise_ipv6_address: bool,
     pub dns_servers: Vec<String>,
     pub dns_search_domains: Vec<String>,
     pub dns_options: Vec<String>,
@@ -84,24 +101,6 @@ pub struct Task {
     /// If set, output goes through this Docker log driver instead of directly to Nomad.
     pub logging: Option<Logging>,
     pub healthchecks_disabled: bool,
-}
-
-/// Credentials for a registry.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Auth {
-    pub username: String,
-    pub password: String,
-    pub server_address: Option<String>,
-}
-
-/// Leaves the password out of logs.
-impl std::fmt::Debug for Auth {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Auth")
-            .field("username", &self.username)
-            .field("server_address", &self.server_address)
-            .finish_non_exhaustive()
-    }
 }
 
 /// A kernel resource limit, as in a shell's `ulimit`; -1 is unlimited.
@@ -126,6 +125,14 @@ pub struct Bandwidth {
     pub ingress_mbits: Option<u32>,
     /// KiB that pass at full speed after a pause; `None` uses the default.
     pub burst_kib: Option<u32>,
+}
+
+impl Bandwidth {
+    /// Whether the job has the block.
+    #[must_use]
+    pub fn is_set(&self) -> bool {
+        *self != Self::default()
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -169,12 +176,19 @@ pub(super) struct Raw {
     tty: Option<bool>,
     volumes: Option<Vec<String>>,
     mount: Option<Vec<mount::RawMount>>,
+    mounts: Option<Vec<mount::RawMount>>,
+    volume_driver: Option<String>,
     devices: Option<Vec<mount::RawDevice>>,
     broker: Option<broker::Raw>,
     egress: Option<egress::Raw>,
     network_mode: Option<String>,
     network_aliases: Option<Vec<String>>,
     ports: Option<Vec<String>>,
+    port_map: Option<Vec<BTreeMap<String, Number>>>,
+    ipv4_address: Option<String>,
+    ipv6_address: Option<String>,
+    mac_address: Option<String>,
+    advertise_ipv6_address: Option<bool>,
     dns_servers: Option<Vec<String>>,
     dns_search_domains: Option<Vec<String>>,
     dns_options: Option<Vec<String>>,
@@ -183,14 +197,14 @@ pub(super) struct Raw {
     labels: Maps,
     logging: Option<RawLogging>,
     healthchecks: Option<RawHealthchecks>,
-}
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawAuth {
-    username: Option<String>,
-    password: Option<String>,
-    server_address: Option<String>,
+    // Refused by `from_docker` before.
+    #[serde(rename = "container_exists_attempts")]
+    _container_exists_attempts: Option<IgnoredAny>,
+    #[serde(rename = "cpuset_cpus")]
+    _cpuset_cpus: Option<IgnoredAny>,
+    #[serde(rename = "isolation")]
+    _isolation: Option<IgnoredAny>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -242,7 +256,7 @@ impl Raw {
             image_pull_timeout: text(self.image_pull_timeout)
                 .map(pull_timeout)
                 .transpose()?,
-            auth: self.auth.map(RawAuth::check).transpose()?,
+            auth: self.auth.map(Auth::from),
             auth_soft_fail: self.auth_soft_fail.unwrap_or_default(),
             load: text(self.load),
             cpu_hard_limit: self.cpu_hard_limit.unwrap_or_default(),
@@ -283,11 +297,16 @@ impl Raw {
             uts_mode: text(self.uts_mode),
             userns_mode: text(self.userns_mode),
             cgroupns: text(self.cgroupns).map(cgroupns).transpose()?,
-            init: self.init.unwrap_or(true),
+            init: self.init,
             interactive: self.interactive.unwrap_or_default(),
             tty: self.tty.unwrap_or_default(),
             volumes: each(self.volumes, |spec| Volume::parse(&spec))?,
-            mounts: each(self.mount, mount::RawMount::check)?,
+            mounts: {
+                // Two names of one option.
+                let both = self.mount.into_iter().chain(self.mounts).flatten();
+                each(Some(both.collect()), mount::RawMount::check)?
+            },
+            volume_driver: text(self.volume_driver),
             devices: each(self.devices, mount::RawDevice::check)?,
             broker: self.broker.map(broker::Raw::check).transpose()?,
             egress: match self
@@ -301,6 +320,11 @@ impl Raw {
             network_mode: text(self.network_mode),
             network_aliases: self.network_aliases.unwrap_or_default(),
             ports: self.ports.unwrap_or_default(),
+            port_map: port_map(self.port_map)?,
+            ipv4_address: address("ipv4_address", self.ipv4_address)?,
+            ipv6_address: address("ipv6_address", self.ipv6_address)?,
+            mac_address: mac_address(self.mac_address)?,
+            advertise_ipv6_address: self.advertise_ipv6_address.unwrap_or_default(),
             dns_servers: addresses("dns_servers", self.dns_servers)?,
             dns_search_domains: self.dns_search_domains.unwrap_or_default(),
             dns_options: self.dns_options.unwrap_or_default(),
@@ -314,9 +338,20 @@ impl Raw {
                 .unwrap_or_default(),
         };
         mount::check_targets(&task)?;
+        check_ports(&task)?;
         check_broker(&task)?;
         Ok(task)
     }
+}
+
+/// `port_map` is of jobs that are older than `ports`.
+fn check_ports(task: &Task) -> Result<(), Error> {
+    if task.ports.is_empty() || task.port_map.is_empty() {
+        return Ok(());
+    }
+    let labels: Vec<&str> = task.port_map.keys().map(String::as_str).collect();
+    let allowed = "must be absent beside `ports`; set `to` in the group's `network` block";
+    Err(refused("port_map", labels.join(", "), allowed))
 }
 
 /// A task's own loopback is its way to the broker, and init listens there.
@@ -324,7 +359,7 @@ fn check_broker(task: &Task) -> Result<(), Error> {
     let Some(field) = task.brokered_by() else {
         return Ok(());
     };
-    if !task.init {
+    if task.init == Some(false) {
         let allowed = format!("must be `true` beside `{field}`");
         return Err(refused("init", "false", allowed));
     }
@@ -333,9 +368,10 @@ fn check_broker(task: &Task) -> Result<(), Error> {
         return Err(refused("privileged", "true", allowed));
     }
     let mode = task.network_mode.as_deref();
-    if task.egress.is_some() && !task.ports.is_empty() {
+    let mut ports = task.ports.iter().chain(task.port_map.keys());
+    if let Some(port) = ports.next().filter(|_| task.egress.is_some()) {
         let allowed = "must be empty beside `egress`: nothing can connect to the task";
-        return Err(refused("ports", task.ports.join(","), allowed));
+        return Err(refused("ports", port, allowed));
     }
     match mode {
         Some(mode) if task.egress.is_some() && mode != "none" => {
@@ -392,19 +428,6 @@ fn cgroupns(given: String) -> Result<String, Error> {
     value::one_of("cgroupns", &given, &allowed).map(str::to_owned)
 }
 
-impl RawAuth {
-    fn check(self) -> Result<Auth, Error> {
-        let required = |field: &str, given: Option<String>| {
-            text(given).ok_or_else(|| refused(field, "", "must not be empty"))
-        };
-        Ok(Auth {
-            username: required("auth.username", self.username)?,
-            password: required("auth.password", self.password)?,
-            server_address: text(self.server_address),
-        })
-    }
-}
-
 impl RawBandwidth {
     fn check(self) -> Result<Bandwidth, Error> {
         let number = |field: &str, given, most| {
@@ -454,34 +477,6 @@ fn ulimit((name, value): (String, String)) -> Result<Ulimit, Error> {
         ));
     }
     Ok(Ulimit { name, soft, hard })
-}
-
-fn addresses(field: &str, given: Option<Vec<String>>) -> Result<Vec<String>, Error> {
-    let given = given.unwrap_or_default();
-    match given
-        .iter()
-        .find(|address| address.parse::<IpAddr>().is_err())
-    {
-        Some(wrong) => Err(refused(field, wrong, "must be an IP address")),
-        None => Ok(given),
-    }
-}
-
-fn extra_hosts(given: Option<Vec<String>>) -> Result<Vec<String>, Error> {
-    let given = given.unwrap_or_default();
-    let wrong = given.iter().find(|entry| {
-        let address = entry.split_once(':').map(|(name, address)| (name.is_empty(), address));
-        let is_name = entry
-            .split(':')
-            .next()
-            .is_some_and(|name| name.chars().all(|letter| letter.is_ascii_alphanumeric() || "-._".contains(letter)));
-        !is_name || !matches!(address, Some((false, address))
-            if address == "host-gateway" || address.trim_matches(['[', ']']).parse::<IpAddr>().is_ok())
-    });
-    match wrong {
-        Some(wrong) => Err(refused("extra_hosts", wrong, "must be `name:address`")),
-        None => Ok(given),
-    }
 }
 
 /// Jobs cannot set labels that Nomad or the driver uses.

@@ -16,6 +16,8 @@ use crate::limits::{CPU_PERIOD, Limits};
 pub(super) const INIT: &str = "/.polydev/init";
 pub(super) const LINK: &str = "/.polydev/link";
 pub(super) const SOCKET: &str = "/.polydev/link/init.sock";
+/// The home of a slot's user, whatever the image says: it alone can be written to.
+const HOME: &str = "/home/runtime";
 
 /// A hardened container with polydev-init as process 1.
 #[derive(Debug, Clone)]
@@ -35,7 +37,6 @@ pub struct ContainerSpec {
     /// Numeric owner of the home folder.
     pub uid: u32,
     pub gid: u32,
-    pub home: String,
 }
 
 impl ContainerSpec {
@@ -43,12 +44,16 @@ impl ContainerSpec {
         let Self {
             limits, uid, gid, ..
         } = self;
+        let mut env = vec![format!("HOME={HOME}")];
+        if self.network.is_none() {
+            env.extend(proxy_variables());
+        }
         ContainerCreateBody {
             image: Some(self.image.clone()),
             entrypoint: Some(vec![INIT.into(), SOCKET.into(), PORT.to_string()]),
             cmd: Some(vec![]),
             user: Some(format!("{uid}:{gid}")),
-            env: self.network.is_none().then(proxy_variables),
+            env: Some(env),
             labels: Some(self.labels.clone()),
             host_config: Some(HostConfig {
                 cap_drop: Some(vec!["ALL".into()]),
@@ -76,7 +81,7 @@ impl ContainerSpec {
                     // What a CLI installs for itself and starts is below the home: npm's cache
                     // with MCP servers, `.local/bin`, scripts.
                     tmpfs(
-                        &self.home,
+                        HOME,
                         &format!("exec,mode=0700,size=128m,uid={uid},gid={gid}"),
                     ),
                     // A caller's files may be programs, so execution is allowed.
@@ -158,14 +163,13 @@ mod tests {
             limits: Limits::IDLE,
             uid: 1000,
             gid: 1000,
-            home: "/home/runtime".into(),
         }
     }
 
     #[test]
     fn a_slots_container_is_hardened() {
         let body = spec().body();
-        assert_eq!(body.env, None);
+        assert_eq!(body.env, Some(vec!["HOME=/home/runtime".into()]));
         let host = body.host_config.unwrap();
         assert_eq!(host.cap_drop, Some(vec!["ALL".into()]));
         assert_eq!(

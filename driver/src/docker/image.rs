@@ -19,8 +19,6 @@ pub struct Image {
     pub id: String,
     /// A number or a name, as in the image; empty means root.
     pub user: String,
-    /// `HOME` from its environment.
-    pub home: Option<String>,
     pub entrypoint: Vec<String>,
     pub command: Vec<String>,
     /// Name of the signal that requests a stop.
@@ -91,15 +89,9 @@ impl Docker {
         )
         .await?;
         let config = image.config.unwrap_or_default();
-        let home = config
-            .env
-            .into_iter()
-            .flatten()
-            .find_map(|variable| variable.strip_prefix("HOME=").map(str::to_owned));
         Ok(Image {
             id: image.id.unwrap_or_default(),
             user: config.user.unwrap_or_default(),
-            home,
             entrypoint: config.entrypoint.unwrap_or_default(),
             command: config.cmd.unwrap_or_default(),
             stop_signal: config.stop_signal.filter(|signal| !signal.is_empty()),

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 
 use bollard::models::{
-    ContainerCreateBody, DeviceMapping, EndpointSettings, HealthConfig, HostConfig,
-    HostConfigCgroupnsModeEnum, HostConfigLogConfig, Mount as ApiMount, MountBindOptions,
-    MountBindOptionsPropagationEnum, MountTmpfsOptions, MountType, MountVolumeOptions,
-    MountVolumeOptionsDriverConfig, NetworkingConfig, PortBinding, ResourcesUlimits, RestartPolicy,
-    RestartPolicyNameEnum,
+    ContainerCreateBody, DeviceMapping, EndpointIpamConfig, EndpointSettings, HealthConfig,
+    HostConfig, HostConfigCgroupnsModeEnum, HostConfigLogConfig, Mount as ApiMount,
+    MountBindOptions, MountBindOptionsPropagationEnum, MountTmpfsOptions, MountType,
+    MountVolumeOptions, MountVolumeOptionsDriverConfig, NetworkingConfig, PortBinding,
+    ResourcesUlimits, RestartPolicy, RestartPolicyNameEnum,
 };
 
 use polydev_proto::broker::PORT;
@@ -37,6 +37,9 @@ pub struct PlainSpec<'a> {
     pub ports: Vec<Published>,
     pub logging: Logging,
     pub pids_limit: u32,
+    /// Whether no program may become another user; the job may say so itself.
+    pub no_new_privileges: bool,
+    pub runtime: Option<&'a str>,
 }
 
 /// See [`super::ContainerSpec`].
@@ -75,6 +78,8 @@ pub struct Network {
 /// A port of the container that the host forwards, for TCP and UDP.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
+    /// Of the port in the job.
+    pub label: String,
     pub host_ip: String,
     pub host_port: u16,
     pub container_port: u16,
@@ -110,8 +115,10 @@ impl PlainSpec<'_> {
         let proxy = options.egress.as_ref().map(|_| proxy_variables());
         let proxy = proxy.into_iter().flatten();
         let proxy = proxy.filter(|variable| !variable.split('=').next().is_some_and(is_given));
-        let own = self.env.iter();
-        let own = own.map(|(name, value)| format!("{name}={value}"));
+        let own = self
+            .env
+            .iter()
+            .map(|(name, value)| format!("{name}={value}"));
         let env: Vec<String> = proxy.chain(own).collect();
         let is_docker_tty = options.tty && self.init.is_none();
         ContainerCreateBody {
@@ -130,7 +137,7 @@ impl PlainSpec<'_> {
                 test: Some(vec!["NONE".into()]),
                 ..Default::default()
             }),
-            networking_config: self.aliases(),
+            networking_config: self.endpoint(),
             host_config: Some(HostConfig {
                 cpu_shares: Some(resources.cpu_shares),
                 cpu_period: Some(resources.cpu_period),
@@ -152,7 +159,7 @@ impl PlainSpec<'_> {
                 cap_drop: Some(upper(&self.capabilities.drop)),
                 security_opt: Some(self.security_opt()),
                 readonly_rootfs: Some(options.readonly_rootfs),
-                runtime: options.runtime.clone(),
+                runtime: self.runtime.map(str::to_owned),
                 group_add: Some(options.group_add.clone()),
                 pid_mode: options.pid_mode.clone(),
                 ipc_mode: options.ipc_mode.clone(),
@@ -164,6 +171,7 @@ impl PlainSpec<'_> {
                 }),
                 init: Some(false),
                 binds: Some(self.binds.clone()),
+                volume_driver: options.volume_driver.clone(),
                 mounts: Some(self.mounts()),
                 devices: Some(self.devices.iter().map(device).collect()),
                 network_mode: Some(self.network.mode.clone()),
@@ -187,14 +195,15 @@ impl PlainSpec<'_> {
     }
 
     fn security_opt(&self) -> Vec<String> {
-        let mut options = self.options.security_opt.clone();
-        // The job may loosen this with an option of its own.
-        let is_meant =
-            |option: &String| option.split(['=', ':']).next() == Some("no-new-privileges");
-        if !options.iter().any(is_meant) {
-            options.push("no-new-privileges=true".into());
-        }
-        options
+        let ours = self
+            .no_new_privileges
+            .then(|| "no-new-privileges=true".to_owned());
+        self.options
+            .security_opt
+            .iter()
+            .cloned()
+            .chain(ours)
+            .collect()
     }
 
     fn ulimits(&self) -> Vec<ResourcesUlimits> {
@@ -230,13 +239,30 @@ impl PlainSpec<'_> {
         bindings
     }
 
-    fn aliases(&self) -> Option<NetworkingConfig> {
-        let aliases = &self.options.network_aliases;
+    /// What it is in a network of the operator's.
+    fn endpoint(&self) -> Option<NetworkingConfig> {
+        let Task {
+            network_aliases,
+            ipv4_address,
+            ipv6_address,
+            mac_address,
+            ..
+        } = self.options;
+        let has_address = ipv4_address.is_some() || ipv6_address.is_some();
+        if network_aliases.is_empty() && !has_address && mac_address.is_none() {
+            return None;
+        }
         let settings = EndpointSettings {
-            aliases: Some(aliases.clone()),
+            aliases: Some(network_aliases.clone()),
+            mac_address: mac_address.clone(),
+            ipam_config: has_address.then(|| EndpointIpamConfig {
+                ipv4_address: ipv4_address.map(|address| address.to_string()),
+                ipv6_address: ipv6_address.map(|address| address.to_string()),
+                ..Default::default()
+            }),
             ..Default::default()
         };
-        (!aliases.is_empty()).then(|| NetworkingConfig {
+        Some(NetworkingConfig {
             endpoints_config: Some(HashMap::from([(self.network.mode.clone(), settings)])),
         })
     }

@@ -240,7 +240,6 @@ async fn make(
             limits: slot.idle,
             uid,
             gid,
-            home: image.home.unwrap_or_else(|| "/home/runtime".into()),
         })
         .await?;
     site.docker.start(&id).await?;

@@ -111,6 +111,17 @@ impl Folders {
         path
     }
 
+    /// Whether a path is one of the allocation's.
+    pub(super) fn has(&self, path: &Path) -> bool {
+        path.starts_with(&self.alloc)
+    }
+
+    /// Whether the allocation has a task of this name.
+    pub(super) fn has_task(&self, name: &str) -> bool {
+        let is_one = !name.is_empty() && !name.contains('/') && name != "alloc";
+        is_one && self.alloc.join(name).join("secrets").is_dir()
+    }
+
     /// Holds what is at a path, or its nearest parent folder that exists, and says which
     /// folders are missing then.
     ///

@@ -44,6 +44,12 @@ pub struct Entry {
     #[serde(default)]
     pub auto_advertise: bool,
     pub ports: Vec<(String, i32)>,
+    /// The task of the group whose network it shares.
+    #[serde(default)]
+    pub network_of: Option<String>,
+    /// Whether the plugin, and not the job, keeps its programs from becoming other users.
+    #[serde(default)]
+    pub no_new_privileges: bool,
     /// How the task ended, if it has.
     pub exit: Option<Exit>,
     /// When an earlier life of the driver last marked the entry.
@@ -124,6 +130,8 @@ pub(crate) mod tests {
             address: Some([10, 0, 0, 1].into()),
             auto_advertise: false,
             ports: vec![("http".into(), 8080)],
+            network_of: None,
+            no_new_privileges: false,
             exit: None,
             marked: None,
         }

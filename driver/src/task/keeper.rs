@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use polydev_proto::init::{Exited, Release, Signal, exited, from_init, hello, to_init};
+use polydev_proto::init::{Exited, Release, exited, to_init};
 use tokio::{
     sync::{mpsc, watch},
     time::{sleep, timeout},
@@ -16,17 +16,25 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::Instrument;
 
-use super::{Exit, Task, Tasks, journal::Entry, output, plan::OutputPath};
+use super::{
+    Exit, Task, Tasks,
+    journal::Entry,
+    listen::{Word, listen, signal},
+    output,
+    plan::OutputPath,
+};
 use crate::{
     broker::Opened,
     images::Use,
     limits,
-    link::{Greeted, Link, Listener},
+    link::{Link, Listener},
     process::Held,
     site::Site,
     ticks::ticks,
 };
 
+/// An end before this is early.
+const EARLY: Duration = Duration::from_secs(10);
 /// How often to check for processes that the kernel killed for lack of memory.
 const OOM_INTERVAL: Duration = Duration::from_secs(1);
 /// Time between requests to a dockerd that does not respond.
@@ -149,6 +157,7 @@ impl Keeper {
                 );
             }
         }
+        self.tell_early_end(&exit);
         let _last = self.task.usage();
         self.output_is_read(pump).await;
         self.task.end.send_replace(Some(exit));
@@ -157,7 +166,7 @@ impl Keeper {
     /// Copies the output if dockerd has it.
     fn pump(&self) -> Option<AbortOnDropHandle<()>> {
         let entry = &self.live.entry;
-        if entry.output == OutputPath::Init {
+        if entry.output != OutputPath::Docker {
             return None;
         }
         if [&entry.stdout, &entry.stderr]
@@ -322,6 +331,21 @@ impl Keeper {
         }
     }
 
+    /// Tells of what may have ended the task. Whoever starts a program as another user sees only
+    /// that program's words.
+    fn tell_early_end(&self, exit: &Exit) {
+        let entry = &self.live.entry;
+        let end = exit.at.unwrap_or_else(SystemTime::now);
+        let after = end.duration_since(entry.started).unwrap_or_default();
+        if entry.no_new_privileges && exit.code != 0 && exit.signal == 0 && after < EARLY {
+            let message = "It ended early, and no program in it can become another user (sudo, su), \
+                because the plugin sets `no_new_privileges`. If it has to, set \
+                `security_opt = [\"no-new-privileges=false\"]`";
+            let site = &self.tasks.site;
+            site.events.send(&entry.identity, message.into());
+        }
+    }
+
     /// Waits until Nomad has read the task's output: init ends when its FIFOs are empty,
     /// and dockerd's stream ends after the container. The wait is limited if an agent does
     /// not read. If the agent is away, only a copy from Docker's log driver is limited.
@@ -404,81 +428,5 @@ async fn is_unread(task: &Task, copied: &AtomicU64) {
         if since.is_some_and(|since| since.elapsed() > UNREAD_TIMEOUT) {
             return;
         }
-    }
-}
-
-/// Init's report on its command.
-enum Word {
-    Exited(Exited),
-    NotStarted,
-    /// The connection was made or lost.
-    Nothing,
-}
-
-/// Waits until init sends a message or reconnects.
-///
-/// # Cancel safety
-/// Loses nothing that init would not resend.
-async fn listen(
-    listener: &Option<Listener>,
-    link: &mut Option<Link>,
-    outside: Option<&Opened>,
-    pid: u32,
-) -> Word {
-    if let Some(connected) = link {
-        return match connected.reader.next().await {
-            Ok(from_init::Message::Exited(exited)) => Word::Exited(exited),
-            Ok(other) => {
-                tracing::debug!(?other, "init sent an unexpected message");
-                Word::Nothing
-            }
-            // Init will reconnect, or its end will be seen.
-            Err(_) => {
-                *link = None;
-                Word::Nothing
-            }
-        };
-    }
-    let Some(listener) = listener else {
-        return std::future::pending().await;
-    };
-    match listener.accept(|peer| peer == pid).await {
-        Ok(Greeted {
-            state,
-            link: new,
-            requests,
-            ..
-        }) => {
-            *link = Some(new);
-            if let (Some(outside), Some(requests)) = (outside, requests) {
-                outside.listens(requests);
-            }
-            match state {
-                hello::State::Exited(exited) => Word::Exited(exited),
-                hello::State::Running(_) => Word::Nothing,
-                hello::State::Waiting(_)
-                | hello::State::Receiving(_)
-                | hello::State::NotStarted(_) => Word::NotStarted,
-            }
-        }
-        Err(error) => {
-            tracing::debug!(error = crate::chain(&error), "a connection of init failed");
-            sleep(RETRY_INTERVAL).await;
-            Word::Nothing
-        }
-    }
-}
-
-/// Sends a signal to the command through init, which alone knows the command. If init is
-/// not connected, as after a restart of the driver, it forwards signals that it receives
-/// itself. Without init, process 1 is the command.
-async fn signal(process: &Held, link: &mut Option<Link>, number: i32) {
-    let Some(connected) = link else {
-        return process.signal(number);
-    };
-    let signal = to_init::Message::Signal(Signal { number });
-    if connected.writer.send(signal).await.is_err() {
-        *link = None;
-        process.signal(number);
     }
 }

@@ -11,6 +11,7 @@ use polydev_proto::driver::{Mount as NomadMount, TaskConfig};
 
 use super::{
     folders::{Folders, Held},
+    nomads,
     stage::Staged,
 };
 use crate::config::{Mount, MountKind, Plugin, Task};
@@ -22,8 +23,8 @@ pub enum Error {
         "`{field}` is `{given}`: volumes are not enabled; cannot mount paths outside the allocation's folder"
     )]
     VolumesDisabled { field: &'static str, given: String },
-    #[error("`mount.type` is `volume`: volumes are not enabled; cannot use Docker volumes")]
-    DockerVolume,
+    #[error("`{field}` is `{given}`: volumes are not enabled; cannot use Docker volumes")]
+    DockerVolume { field: &'static str, given: String },
     #[error("`{field}` is `{given}`: must not show the task's `private` folder beside `broker`")]
     Private { field: &'static str, given: String },
     #[error("`{field}` is `{given}`: cannot open it in the allocation's folder")]
@@ -34,6 +35,8 @@ pub enum Error {
     },
     #[error("`load` is `{given}`: must be an image archive in the task's `local` folder")]
     Archive { given: String, source: io::Error },
+    #[error("cannot use the allocation's folder `alloc/logs`")]
+    Logs { source: io::Error },
     #[error("`{path}` is not the folder that Nomad made")]
     Replaced { path: PathBuf, source: io::Error },
     #[error("cannot mount `{path}`: Docker's short form cannot contain a path with a colon")]
@@ -50,6 +53,8 @@ pub(super) struct Mounts {
     mounts: Vec<(Mount, Option<Own>)>,
     /// The task has a key that its command must not read.
     has_private: bool,
+    /// What the job's author should know, for the task's events.
+    pub(super) notes: Vec<String>,
 }
 
 /// A mount in Docker's short form.
@@ -90,42 +95,46 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
         let options: Vec<&str> = options.filter(|word| !word.is_empty()).collect();
         options.join(",")
     };
-    let inside = |variable: &str, default: &str| -> String {
-        let value = task.env.get(variable).filter(|value| !value.is_empty());
-        value.cloned().unwrap_or_else(|| default.into())
-    };
-    let shared = inside("NOMAD_ALLOC_DIR", "/alloc");
-    // The FIFOs to Nomad are in `logs`; only init may write to them.
-    for (path, target, options) in [
-        (folders.shared.clone(), shared.clone(), ""),
-        (folders.shared.join("logs"), format!("{shared}/logs"), "ro"),
-        (
-            folders.local.clone(),
-            inside("NOMAD_TASK_DIR", "/local"),
-            "",
-        ),
-        (
-            folders.secrets.clone(),
-            inside("NOMAD_SECRETS_DIR", "/secrets"),
-            "",
-        ),
-    ] {
+    let all = nomads::of(task, &folders).map_err(|source| Error::Logs { source })?;
+    for nomads::Nomads { path, target, kind } in all {
         let own = Own {
             path,
             given: None,
             is_made: false,
         };
+        let (source, options) = match kind {
+            nomads::Kind::Folder => (Source::Own(own), words("")),
+            nomads::Kind::Log => (Source::Own(own), words("ro")),
+            nomads::Kind::Fifo => (Source::Any("/dev/null".into()), "ro".into()),
+        };
         mounts.binds.push(Bind {
-            source: Source::Own(own),
+            source,
             target,
-            options: words(options),
+            options,
+        });
+    }
+    if let Some(driver) = options.volume_driver.as_ref().filter(|_| !plugin.volumes) {
+        return Err(Error::DockerVolume {
+            field: "volume_driver",
+            given: driver.clone(),
         });
     }
     for volume in &options.volumes {
-        let path = folders.resolve(&volume.source);
+        let path = match &options.volume_driver {
+            // Not a path, but the name of a volume.
+            Some(_) => PathBuf::from(&volume.source),
+            None => folders.resolve(&volume.source),
+        };
         let given = ("volumes", volume.source.clone());
         let source = if plugin.volumes {
             mounts.refuse_private(&folders, &path, Some(&given))?;
+            let is_hosts = options.volume_driver.is_none() && !folders.has(&path);
+            if is_hosts && path.symlink_metadata().is_err() {
+                mounts.notes.push(format!(
+                    "`{}` in `volumes` was missing: Docker makes it, as a folder of root",
+                    path.display()
+                ));
+            }
             Source::Any(path)
         } else if Path::new(&volume.source).is_absolute() {
             return Err(volumes_disabled(given));
@@ -161,7 +170,12 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
                     })
                 }
             }
-            MountKind::Volume { .. } if !plugin.volumes => return Err(Error::DockerVolume),
+            MountKind::Volume { .. } if !plugin.volumes => {
+                return Err(Error::DockerVolume {
+                    field: "mount.type",
+                    given: "volume".into(),
+                });
+            }
             MountKind::Volume { .. } | MountKind::Tmpfs { .. } => None,
         };
         mounts.mounts.push((mount, own));
@@ -446,7 +460,7 @@ mod tests {
         assert!(with_mount(&alloc, bind("/etc"), true).is_ok());
         assert!(matches!(
             with_mount(&alloc, volume(), false),
-            Err(Error::DockerVolume)
+            Err(Error::DockerVolume { .. })
         ));
         assert!(with_mount(&alloc, volume(), true).is_ok());
         let memory = MountKind::Tmpfs {
@@ -477,7 +491,7 @@ mod tests {
         let base = &alloc.task.alloc_dir;
         let expected = [
             format!("{base}/alloc:/alloc"),
-            format!("{base}/alloc/logs:/alloc/logs:ro"),
+            format!("{base}/alloc/logs:/alloc/logs"),
             format!("{base}/web/local:/local"),
             format!("{base}/web/secrets:/secrets"),
         ];

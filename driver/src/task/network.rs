@@ -10,7 +10,7 @@ use polydev_proto::driver::{
 };
 
 use crate::{
-    config::{Bandwidth, Mount, MountKind, Task},
+    config::{Mount, MountKind, Task},
     docker::{Network, Published},
     identity::LABEL_SANDBOX,
     limits::{BURST, Rates},
@@ -19,12 +19,14 @@ use crate::{
 /// Why a task cannot have the network it requests.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("`ports` is `{label}`: the group's `network` block has no port with this label")]
-    UnknownPort { label: String },
+    #[error("`{field}` is `{label}`: no `network` block of the job has a port with this label")]
+    UnknownPort { field: &'static str, label: String },
+    #[error("`{field}` is set, but `network_mode` is `{mode}`: must be a user-defined network")]
+    Address { field: &'static str, mode: String },
     #[error(
-        "`{field}` is set, but a task with `network_mode` `{mode}` has no interface of its own to limit"
+        "`bandwidth` is set, but a task with `network_mode` `{mode}` has no interface of its own to limit"
     )]
-    NoInterface { field: &'static str, mode: String },
+    NoInterface { mode: String },
     #[error("`network_mode` is `{mode}`: network aliases require a user-defined network")]
     Aliases { mode: String },
     #[error("`{field}` is set, but the group's network already has its own")]
@@ -54,13 +56,16 @@ pub(super) struct Place {
     pub(super) has_address: bool,
     /// Whether the network is user-defined, so that other members know its addresses.
     pub(super) is_users_own: bool,
+    /// What the job's author should know, for the task's events.
+    pub(super) notes: Vec<String>,
 }
 
-/// `folder` is created for the files of a shared namespace; `resolv_conf` contains the
-/// node's name servers.
+/// `enforce_mbits` makes a limit of the bookkeeping in older jobs. `folder` is created for the
+/// files of a shared namespace; `resolv_conf` contains the node's name servers.
 pub(super) fn place(
     task: &TaskConfig,
     options: &Task,
+    enforce_mbits: bool,
     folder: &Path,
     resolv_conf: &Path,
 ) -> Result<Place, Error> {
@@ -83,21 +88,50 @@ pub(super) fn place(
     if !options.network_aliases.is_empty() && !is_users_own {
         return Err(Error::Aliases { mode });
     }
+    let addresses = [
+        ("ipv4_address", options.ipv4_address.is_some()),
+        ("ipv6_address", options.ipv6_address.is_some()),
+    ];
+    if let Some((field, _)) = addresses.into_iter().find(|(_, is_set)| *is_set)
+        && !is_users_own
+    {
+        return Err(Error::Address { field, mode });
+    }
     if is_shared && options.hostname.is_some() {
         return Err(Error::Shared { field: "hostname" });
     }
     let is_group = is_shared && options.network_mode.is_none();
-    let rates = rates(task, options);
+    let mbits = mbits(task).filter(|_| enforce_mbits);
+    let rates = rates(options, mbits);
     let broker_rate = broker_rate(rates.as_ref());
-    // There is no interface, and the broker has the rate.
-    let rates = rates.filter(|_| options.egress.is_none());
-    if rates.is_some() && !is_published && !is_group {
-        let field = if options.bandwidth == Bandwidth::default() {
-            "resources.network.mbits"
+    let has_interface = is_published || is_group;
+    // Without a network, the broker has the rate.
+    if options.bandwidth.is_set() && !has_interface && options.egress.is_none() {
+        return Err(Error::NoInterface { mode });
+    }
+    let rates = rates.filter(|_| has_interface);
+    let mut notes = Vec::new();
+    if let Some(mbits) = mbits.filter(|_| !options.bandwidth.is_set()) {
+        notes.push(if has_interface || options.egress.is_some() {
+            format!("Limited to {mbits} Mbit/s by `mbits` of its network, as the plugin's `enforce_mbits` says")
         } else {
-            "bandwidth"
-        };
-        return Err(Error::NoInterface { field, mode });
+            format!("`mbits` of its network has no effect: with `network_mode` `{mode}` it has no interface of its own")
+        });
+    }
+    let offered = task.resources.iter().flat_map(|given| &given.ports);
+    let offered: Vec<&str> = offered.map(|port| &*port.label).collect();
+    let takes_none = options.ports.is_empty() && options.port_map.is_empty();
+    if options.network_mode.is_none() && is_published && takes_none && !offered.is_empty() {
+        notes.push(format!(
+            "The group's network has the ports {}, and none of them leads to this task: set `ports`, or `network_mode = \"host\"`",
+            offered.join(", ")
+        ));
+    }
+    if !options.port_map.is_empty() {
+        notes.push(
+            "`port_map` is an older form: write `ports`, and `to` in the group's `network` block"
+                .into(),
+        );
     }
     let dns = task.dns.clone().unwrap_or_default();
     let first =
@@ -149,6 +183,7 @@ pub(super) fn place(
         rates,
         broker_rate,
         files,
+        notes,
     })
 }
 
@@ -161,17 +196,19 @@ fn broker_rate(rates: Option<&Rates>) -> u64 {
     least.map_or(UNLIMITED, |mbits| u64::from(mbits) * 125_000)
 }
 
-/// From the `bandwidth` block, or from `mbits` in the task's own network block.
-fn rates(task: &TaskConfig, options: &Task) -> Option<Rates> {
+/// In the task's own `network` block, as jobs had it before Nomad 1.0.
+fn mbits(task: &TaskConfig) -> Option<u32> {
     let networks = task
         .resources
         .as_ref()
         .and_then(|given| given.allocated_resources.as_ref())
         .map(|given| &given.networks);
-    let mbits = networks
-        .into_iter()
-        .flatten()
-        .find_map(|network| u32::try_from(network.mbits).ok().filter(|mbits| *mbits > 0));
+    let mut mbits = networks.into_iter().flatten();
+    mbits.find_map(|network| u32::try_from(network.mbits).ok().filter(|mbits| *mbits > 0))
+}
+
+/// From the `bandwidth` block, or else from `mbits`.
+fn rates(options: &Task, mbits: Option<u32>) -> Option<Rates> {
     let bandwidth = options.bandwidth;
     let ingress_mbits = bandwidth.ingress_mbits.or(mbits);
     let egress_mbits = bandwidth.egress_mbits.or(mbits);
@@ -183,37 +220,48 @@ fn rates(task: &TaskConfig, options: &Task) -> Option<Rates> {
 }
 
 /// The ports that the host forwards: those that the task names. An old job with a network
-/// block in its task gets all its ports, under their own numbers.
+/// block in its task gets all its ports, under their own numbers or those of its `port_map`.
 fn ports(task: &TaskConfig, options: &Task) -> Result<Vec<Published>, Error> {
     let port = |number: i32| u16::try_from(number).unwrap_or_default();
     let given = task.resources.as_ref();
     let mut published = Vec::new();
-    for label in &options.ports {
+    let of_task = given.and_then(|given| given.allocated_resources.as_ref());
+    let of_task = of_task.into_iter().flat_map(|given| &given.networks);
+    for network in of_task.filter(|_| options.ports.is_empty()) {
+        let all = network.reserved_ports.iter().chain(&network.dynamic_ports);
+        published.extend(all.map(|own| {
+            let inside = options.port_map.get(&own.label).copied();
+            Published {
+                label: own.label.clone(),
+                host_ip: network.ip.clone(),
+                host_port: port(own.value),
+                container_port: inside.unwrap_or_else(|| port(own.value)),
+            }
+        }));
+    }
+    let mapped = options.port_map.iter();
+    let mapped = mapped.map(|(label, inside)| ("port_map", label, Some(*inside)));
+    let named = options.ports.iter().map(|label| ("ports", label, None));
+    for (field, label, inside) in named.chain(mapped) {
+        if published.iter().any(|port| port.label == *label) {
+            continue;
+        }
         let mapping = given.and_then(|given| given.ports.iter().find(|port| port.label == *label));
         let mapping = mapping.ok_or_else(|| Error::UnknownPort {
+            field,
             label: label.clone(),
         })?;
-        let inside = if mapping.to > 0 {
+        let own = if mapping.to > 0 {
             mapping.to
         } else {
             mapping.value
         };
         published.push(Published {
+            label: label.clone(),
             host_ip: mapping.host_ip.clone(),
             host_port: port(mapping.value),
-            container_port: port(inside),
+            container_port: inside.unwrap_or_else(|| port(own)),
         });
-    }
-    if options.ports.is_empty() {
-        let networks = given.and_then(|given| given.allocated_resources.as_ref());
-        for network in networks.into_iter().flat_map(|given| &given.networks) {
-            let all = network.reserved_ports.iter().chain(&network.dynamic_ports);
-            published.extend(all.map(|own| Published {
-                host_ip: network.ip.clone(),
-                host_port: port(own.value),
-                container_port: port(own.value),
-            }));
-        }
     }
     Ok(published)
 }
@@ -286,7 +334,13 @@ mod tests {
 
     /// For a task outside any group's namespace.
     fn bare(task: &TaskConfig, options: &Task) -> Result<Place, Error> {
-        place(task, options, Path::new("/nowhere"), Path::new("/nowhere"))
+        place(
+            task,
+            options,
+            true,
+            Path::new("/nowhere"),
+            Path::new("/nowhere"),
+        )
     }
 
     fn with_ports() -> TaskConfig {
@@ -396,6 +450,7 @@ mod tests {
         let place = place(
             &task,
             &options,
+            false,
             &folder.path().join("web"),
             Path::new("/nowhere"),
         )

@@ -2,6 +2,7 @@
 //! that is written here is the folder with `hosts` and `resolv.conf` of a task in a group.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{self, Read},
     path::PathBuf,
@@ -13,14 +14,15 @@ use super::{
     Tasks,
     folders::Folders,
     mounts::{self, Mounts},
+    neighbour,
     network::{self, Place},
     outside::{self, Outside},
     resources,
     stage::Staged,
 };
 use crate::{
-    config::{self, Capabilities, Device, Logging, Task},
-    docker::{Image, InitMounts, PlainSpec, Resources},
+    config::{self, Capabilities, Device, LogPath, Logging, Plugin, Task},
+    docker::{Image, InitMounts, PlainSpec, Published, Resources},
     identity::{Identity, labels},
     images::{Archive, Policy, Want},
     site::Site,
@@ -41,7 +43,13 @@ pub enum Error {
     #[error("invalid task config")]
     Network(#[from] network::Error),
     #[error("invalid task config")]
+    Neighbour(#[from] neighbour::Error),
+    #[error("invalid task config")]
     Outside(#[from] outside::Error),
+    #[error(
+        "`runtime` is `{given}`: must be absent or `{nvidia}` beside a `device` block for NVIDIA"
+    )]
+    Runtime { given: String, nvidia: String },
     #[error("cannot use the seccomp profile `{path}` given in `security_opt`")]
     Profile { path: PathBuf, source: io::Error },
     #[error("the image `{image}` has no default program; set `command` or `entrypoint`")]
@@ -51,7 +59,11 @@ pub enum Error {
 impl Error {
     /// Whether the task may start without a change of its job.
     pub(super) fn is_recoverable(&self) -> bool {
-        matches!(self, Self::Mounts(mounts::Error::Stage { .. }))
+        // The other task may run in a moment.
+        matches!(
+            self,
+            Self::Mounts(mounts::Error::Stage { .. }) | Self::Neighbour(_)
+        )
     }
 }
 
@@ -60,6 +72,8 @@ impl Error {
 pub enum OutputPath {
     /// Init writes it into Nomad's FIFOs.
     Init,
+    /// The same, and Docker's log driver has a copy.
+    Both,
     /// Docker's log driver keeps it, and the driver copies it from there.
     Docker,
 }
@@ -73,6 +87,10 @@ pub(super) struct Plan<'a> {
     pub(super) place: Place,
     /// `None` if it needs no broker.
     pub(super) outside: Option<Outside>,
+    /// What the job's author should know, for the task's events.
+    pub(super) notes: Vec<String>,
+    /// The task of the group whose network it shares.
+    pub(super) network_of: Option<String>,
     pub(super) output: OutputPath,
     capabilities: Capabilities,
     resources: Resources,
@@ -80,7 +98,18 @@ pub(super) struct Plan<'a> {
     archive: Option<Archive>,
     pids_limit: u32,
     logging: Logging,
+    runtime: Option<String>,
+    env: BTreeMap<String, String>,
 }
+
+/// Programs that must be process 1: of s6-overlay, of systemd and its relatives.
+const FIRST: [&str; 5] = [
+    "/init",
+    "/sbin/init",
+    "/usr/sbin/init",
+    "/lib/systemd/systemd",
+    "/usr/lib/systemd/systemd",
+];
 
 impl<'a> Plan<'a> {
     pub(super) fn make(
@@ -88,23 +117,32 @@ impl<'a> Plan<'a> {
         task: &'a TaskConfig,
         mut options: Task,
     ) -> Result<Self, Error> {
-        let Tasks { site, journal, .. } = tasks;
+        let Tasks {
+            site,
+            journal,
+            book,
+            ..
+        } = tasks;
         let plugin = &site.config;
         for option in &mut options.security_opt {
             embed_profile(option)?;
         }
         let identity = Identity::of(task);
-        let place = network::place(task, &options, &journal.files(&identity), &site.resolv_conf)?;
+        let network_of = neighbour::resolve(book, task, &mut options)?;
+        let files = journal.files(&identity);
+        let (enforce, node) = (plugin.enforce_mbits, &site.resolv_conf);
+        let mut place = network::place(task, &options, enforce, &files, node)?;
         let mut mounts = mounts::mounts(task, &options, plugin)?;
         mounts.extend(place.files.iter().cloned());
         let compute = &site.compute;
-        let output = if options.init && options.logging.is_none() && !plugin.disable_log_collection
-        {
-            OutputPath::Init
-        } else {
-            OutputPath::Docker
-        };
+        let (output, logging) = output(&options, plugin);
+        let mut notes = std::mem::take(&mut place.notes);
+        notes.append(&mut mounts.notes);
         Ok(Self {
+            notes,
+            network_of,
+            runtime: runtime(task, &options, plugin)?,
+            env: env(task, &options, &place.ports),
             identity,
             capabilities: options.capabilities(plugin)?,
             resources: resources::resources(task, &options, compute.mhz, compute.cores)?,
@@ -115,17 +153,7 @@ impl<'a> Plan<'a> {
                 .transpose()?,
             mounts,
             pids_limit: options.pids_limit.unwrap_or(plugin.pids_limit),
-            logging: match (output, &options.logging) {
-                // Only init's own messages.
-                (OutputPath::Init, _) => Logging {
-                    driver: "json-file".into(),
-                    config: [("max-size", "64k"), ("max-file", "1")]
-                        .map(|(key, value)| (key.into(), value.into()))
-                        .into(),
-                },
-                (OutputPath::Docker, Some(own)) => own.clone(),
-                (OutputPath::Docker, None) => plugin.logging.clone(),
-            },
+            logging,
             place,
             outside: Outside::make(task, &options)?,
             output,
@@ -148,6 +176,21 @@ impl<'a> Plan<'a> {
             auth_soft_fail: options.auth_soft_fail,
             timeout: options.image_pull_timeout,
         }
+    }
+
+    /// Leaves process 1 to the image's program, if it must be that and the job is silent.
+    pub(super) fn see(&mut self, image: &Image, plugin: &Plugin) -> Result<(), Error> {
+        let argv = argv(&self.options, image)?;
+        if self.options.init.is_some() || !FIRST.contains(&&*argv[0]) {
+            return Ok(());
+        }
+        self.options.init = Some(false);
+        (self.output, self.logging) = output(&self.options, plugin);
+        self.notes.push(format!(
+            "`{}` must be process 1: the task runs as with `init = false`",
+            argv[0]
+        ));
+        Ok(())
     }
 
     /// # Errors
@@ -173,7 +216,7 @@ impl<'a> Plan<'a> {
                 &self.options.labels,
                 &site.config.extra_labels,
             ),
-            env: &self.task.env,
+            env: &self.env,
             user: &self.task.user,
             capabilities: self.capabilities.clone(),
             init,
@@ -191,12 +234,72 @@ impl<'a> Plan<'a> {
             ports: self.place.ports.clone(),
             logging: self.logging.clone(),
             pids_limit: self.pids_limit,
+            no_new_privileges: self.is_held_by(&site.config),
+            runtime: self.runtime.as_deref(),
         })
+    }
+
+    /// Whether the plugin, and not the job, keeps its programs from becoming other users.
+    pub(super) fn is_held_by(&self, plugin: &Plugin) -> bool {
+        let options = self.options.security_opt.iter();
+        let mut names = options.map(|option| option.split(['=', ':']).next());
+        let is_named = names.any(|name| name == Some("no-new-privileges"));
+        plugin.no_new_privileges && !self.options.privileged && !is_named
     }
 
     /// The command that init runs.
     pub(super) fn argv(&self, image: &Image) -> Result<Vec<String>, Error> {
         argv(&self.options, image)
+    }
+}
+
+/// The way of the output, and what Docker does with its part.
+fn output(options: &Task, plugin: &Plugin) -> (OutputPath, Logging) {
+    // Only init's own messages.
+    let little = || Logging {
+        driver: "json-file".into(),
+        config: [("max-size", "64k"), ("max-file", "1")]
+            .map(|(key, value)| (key.into(), value.into()))
+            .into(),
+    };
+    let is_docker = options.init == Some(false)
+        || options.logging.is_some()
+        || plugin.disable_log_collection
+        || plugin.log_path == LogPath::Docker;
+    match &options.logging {
+        Some(own) => (OutputPath::Docker, own.clone()),
+        None if is_docker => (OutputPath::Docker, plugin.logging.clone()),
+        None if plugin.log_path == LogPath::Both => (OutputPath::Both, plugin.logging.clone()),
+        None => (OutputPath::Init, little()),
+    }
+}
+
+/// The task's variables, with those of its devices. Nomad does not know of `port_map`.
+fn env(task: &TaskConfig, options: &Task, ports: &[Published]) -> BTreeMap<String, String> {
+    let mut env = task.device_env.clone();
+    env.extend(task.env.clone());
+    for port in ports {
+        if options.port_map.contains_key(&port.label) {
+            let name = format!("NOMAD_PORT_{}", port.label);
+            env.insert(name, port.container_port.to_string());
+        }
+    }
+    env
+}
+
+/// The job's runtime, or that of NVIDIA's devices.
+fn runtime(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Result<Option<String>, Error> {
+    const DEVICES: &str = "NVIDIA_VISIBLE_DEVICES";
+    let nvidia = &plugin.nvidia_runtime;
+    if !task.device_env.contains_key(DEVICES) {
+        return Ok(options.runtime.clone());
+    }
+    match &options.runtime {
+        Some(other) if other != nvidia => Err(Error::Runtime {
+            given: other.clone(),
+            nvidia: nvidia.clone(),
+        }),
+        _ => Ok(Some(nvidia.clone())),
     }
 }
 

@@ -21,7 +21,7 @@ use super::{
     Task, Tasks,
     journal::Entry,
     keeper::{self, Live},
-    output, outside,
+    neighbour, output, outside,
     plan::{self, OutputPath, Plan},
 };
 use crate::{
@@ -34,7 +34,7 @@ use crate::{
     identity::Identity,
     images, limits,
     link::{self, Greeted, Link, Listener},
-    netlink,
+    netlink::{self, AddressFamily},
     process::{Held, is_of_container},
     site::Site,
     state::files,
@@ -128,19 +128,19 @@ async fn make(
     options: config::Task,
 ) -> Result<Arc<Task>, Error> {
     let site = &*tasks.site;
-    let plan = Plan::make(tasks, task, options)?;
+    let mut plan = Plan::make(tasks, task, options)?;
     let tell = |step: images::Step| {
         site.events
             .send(&plan.identity, step.message(&plan.options.image));
     };
     let (image, held) = site.images.get(&plan.want(), tell).await?;
+    plan.see(&image, &site.config)?;
     let argv = plan.argv(&image)?;
     let stop_signal = image.stop_signal.as_deref().unwrap_or("SIGTERM");
 
-    let listener = if plan.options.init {
-        Some(Listener::bind(&site.link_dir)?)
-    } else {
-        None
+    let listener = match plan.options.init {
+        Some(false) => None,
+        _ => Some(Listener::bind(&site.link_dir)?),
     };
     let init = listener.as_ref().map(|listener| InitMounts {
         init: &site.init,
@@ -159,7 +159,14 @@ async fn make(
         begin(live, &plan, argv).await
     };
     match made.await {
-        Ok(live) => Ok(keeper::keep(tasks, live, held)),
+        Ok(live) => {
+            let task = keeper::keep(tasks, live, held);
+            for note in plan.notes {
+                site.events.send(&plan.identity, note);
+            }
+            neighbour::tell(tasks, &task);
+            Ok(task)
+        }
         Err(error) => {
             if let Some(folder) = &folder {
                 let _gone_already = std::fs::remove_dir_all(folder);
@@ -276,10 +283,15 @@ async fn prepare(
         requests,
     } = running;
     let (rates, has_address) = (plan.place.rates, plan.place.has_address);
+    let family = match plan.options.advertise_ipv6_address {
+        true => AddressFamily::Inet6,
+        false => AddressFamily::Inet,
+    };
     let look = spawn_blocking(move || {
         let process = Held::open(pid);
         let limits = limits::Handle::open_shaped(pid, rates.as_ref());
-        let address = || netlink::connect_in(pid).and_then(|socket| netlink::address(&socket));
+        let address =
+            || netlink::connect_in(pid).and_then(|socket| netlink::address(&socket, family));
         let address = if has_address {
             address().ok().flatten()
         } else {
@@ -337,13 +349,13 @@ async fn prepare(
         stop_signal: stop_signal.to_owned(),
         address,
         auto_advertise: plan.place.is_users_own,
-        ports: plan
-            .options
-            .ports
-            .iter()
-            .zip(&plan.place.ports)
-            .map(|(label, port)| (label.clone(), port.container_port.into()))
-            .collect(),
+        ports: {
+            let ports = plan.place.ports.iter();
+            let ports = ports.map(|port| (port.label.clone(), port.container_port.into()));
+            ports.collect()
+        },
+        network_of: plan.network_of.clone(),
+        no_new_privileges: plan.is_held_by(&tasks.site.config),
         exit: None,
         marked: None,
     };
@@ -368,6 +380,7 @@ async fn begin(mut live: Live, plan: &Plan<'_>, argv: Vec<String>) -> Result<Liv
     };
     let output = match plan.output {
         OutputPath::Init => plain_task::Output::Descriptors,
+        OutputPath::Both => plain_task::Output::Both,
         OutputPath::Docker => plain_task::Output::Inherited,
     };
     let start = Start {
@@ -382,7 +395,7 @@ async fn begin(mut live: Live, plan: &Plan<'_>, argv: Vec<String>) -> Result<Liv
     };
     let start = to_init::Message::Start(start.into());
     match plan.output {
-        OutputPath::Init => {
+        OutputPath::Init | OutputPath::Both => {
             let open = |path: &std::path::Path| {
                 output::open(path).map_err(|source| Error::Log {
                     path: path.display().to_string(),

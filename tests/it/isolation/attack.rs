@@ -243,11 +243,35 @@ fn a_command_reaches_no_socket_and_no_file_of_the_host_or_of_init() {
     let outcome = shim.client().run(shell("anthropic", &script)).unwrap();
     assert_eq!(outcome.stdout(), "done\n", "{}", outcome.stderr());
 
-    let nomad = Nomad::start();
+    let nomad = Nomad::start_with("no_new_privileges = true");
     let mut config = job::shell(&grabs(&nomad.state_dir()));
     merge(&mut config, json!({ "image": image() }));
     nomad.submit(&batch("grabs", config));
     let alloc = nomad.wait_dead("grabs");
+    let told = nomad.logs(job::id(&alloc), "stdout");
+    // Init of a plain task has what its command has, and its streams are for others to write to.
+    let own = "there: /proc/1/root/etc\nread: /proc/1/environ\nread: /proc/1/maps\n\
+        written: /proc/1/oom_score_adj\nwritten: /proc/1/fd/1\n";
+    assert_eq!(String::from_utf8_lossy(&told), format!("{own}done\n"));
+}
+
+#[test]
+fn process_1_of_a_plain_task_has_nothing_that_its_command_has_not() {
+    let nomad = Nomad::start();
+    let script = r#"
+        tr '\0' '\n' </proc/1/environ | while IFS= read -r variable; do
+            env | grep -qxF "$variable" || echo "beside: $variable"
+        done
+        for link in /proc/1/fd/*; do
+            case $(readlink "$link") in
+                /dev/null|/dev/urandom|pipe:*|*/.task.std*.fifo|socket:*|anon_inode:*|/proc/*/oom_score_adj) ;;
+                *) echo "open: $link $(readlink "$link")";;
+            esac
+        done
+        echo done
+    "#;
+    nomad.submit(&batch("shown", job::shell(script)));
+    let alloc = nomad.wait_dead("shown");
     let told = nomad.logs(job::id(&alloc), "stdout");
     assert_eq!(String::from_utf8_lossy(&told), "done\n");
 }
