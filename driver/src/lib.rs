@@ -37,6 +37,7 @@ pub mod headroom;
 pub mod identity;
 pub mod life;
 
+pub mod check_job;
 pub mod config;
 pub mod limits;
 pub mod logging;

@@ -7,22 +7,31 @@ use nix::sys::{
     prctl,
     resource::{Resource, getrlimit, setrlimit},
 };
-use polydev_driver::{logging, plugin};
+use polydev_driver::{check_job, logging, plugin};
 
 /// Nomad task driver that keeps warm, isolated containers for LLM command-line tools.
 ///
-/// A Nomad agent starts this program from its plugin_dir. It does nothing useful when
-/// started by hand.
+/// A Nomad agent starts this program from its plugin_dir. By hand, it checks jobs.
 #[derive(Parser)]
 #[command(name = "nomad-driver-polydev", version)]
-struct Arguments {}
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    CheckJob(check_job::Arguments),
+}
 
 /// How long idle threads for blocking calls are kept. While containers start, the kernel
 /// takes 12 to 19 ms (measured) to create a thread, and the caller waits for it.
 const IDLE_THREAD_TIMEOUT: Duration = Duration::from_secs(300);
 
 fn main() -> ExitCode {
-    let Arguments {} = Arguments::parse();
+    if let Some(Command::CheckJob(arguments)) = Arguments::parse().command {
+        return check_job::run(&arguments);
+    }
     if let Err(error) = plugin::handshake::check(|name| std::env::var(name).ok()) {
         eprintln!("nomad-driver-polydev: {error}");
         return ExitCode::FAILURE;

@@ -1,9 +1,8 @@
 //! Plain tasks: ordinary jobs of an operator, without a shim.
 //!
 //! Read in the order of a task's life: [`plan`] works out its container from the job
-//! ([`resources`], [`mounts`], [`folders`], [`network`]), [`mod@start`] makes it, with the
-//! sources of its mounts on the [`stage`], [`journal`] records it,
-//! [`outside`] is what it has at the broker, [`keeper`] follows it to its end, [`output`] copies its output if init does not,
+//! ([`resources`], [`mounts`], [`nomads`], [`folders`], [`network`], [`neighbour`]), [`mod@start`] makes
+//! it, with the sources of its mounts on the [`stage`], [`journal`] records it, [`outside`] is what it has at the broker, [`keeper`] follows it to its end by what init says ([`listen`]), [`output`] copies its output if init does not,
 //! [`exec`] runs another command next to it. [`book`] holds the node's tasks for all
 //! others.
 
@@ -12,8 +11,11 @@ pub mod exec;
 mod folders;
 pub mod journal;
 mod keeper;
+mod listen;
 mod mounts;
+mod neighbour;
 mod network;
+mod nomads;
 mod output;
 mod outside;
 pub mod plan;
@@ -41,6 +43,7 @@ use crate::{
     docker::removal,
     images::Use,
     limits::{self, Usage},
+    process::REAL_TIME,
     site::Site,
 };
 use book::Book;
@@ -107,12 +110,18 @@ pub struct Task {
 
 /// A signal that Linux or this driver does not know.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown signal `{name}`; must be a name such as `SIGTERM` or a number from 1 to 31")]
+#[error(
+    "unknown signal `{name}`; must be a name such as `SIGTERM` or `RTMIN+3`, or a number from 1 to 31 or 34 to 64"
+)]
 pub struct UnknownSignal {
     pub name: String,
 }
 
 impl Task {
+    fn name(&self) -> &str {
+        &self.entry.identity.task_name
+    }
+
     /// Waits for the task's end. Cancel safe, for any number of waiters.
     pub async fn ended(&self) -> Exit {
         let mut end = self.end.subscribe();
@@ -207,25 +216,38 @@ impl Task {
     }
 }
 
-/// The number of a signal, given by name (with or without `SIG`) or by number.
+/// The number of a signal, given by name (with or without `SIG`) or by number, as Docker takes
+/// them.
 fn signal_number(name: &str) -> Result<i32, UnknownSignal> {
     let unknown = || UnknownSignal {
         name: name.to_owned(),
     };
-    if let Ok(number) = name.parse::<i32>() {
-        return Signal::try_from(number)
-            .map(|_| number)
-            .map_err(|_| unknown());
+    let is_digits = name.bytes().all(|byte| byte.is_ascii_digit());
+    if let Some(number) = name.parse::<i32>().ok().filter(|_| is_digits) {
+        let is_known = Signal::try_from(number).is_ok() || REAL_TIME.contains(&number);
+        return is_known.then_some(number).ok_or_else(unknown);
     }
     let upper = name.to_uppercase();
-    let full = if upper.starts_with("SIG") {
-        upper
-    } else {
-        format!("SIG{upper}")
+    let short = upper.strip_prefix("SIG").unwrap_or(&upper);
+    let named = Signal::from_str(&format!("SIG{short}")).map(|signal| signal as i32);
+    named.ok().or_else(|| real_time(short)).ok_or_else(unknown)
+}
+
+/// `RTMIN`, `RTMIN+3`, `RTMAX-2`.
+fn real_time(name: &str) -> Option<i32> {
+    let offset = |text: &str, sign: char| match text {
+        "" => Some(0),
+        text => text.strip_prefix(sign)?.parse::<u8>().ok().map(i32::from),
     };
-    Signal::from_str(&full)
-        .map(|signal| signal as i32)
-        .map_err(|_| unknown())
+    let from_least = name
+        .strip_prefix("RTMIN")
+        .and_then(|rest| Some(REAL_TIME.start() + offset(rest, '+')?));
+    let from_most = name
+        .strip_prefix("RTMAX")
+        .and_then(|rest| Some(REAL_TIME.end() - offset(rest, '-')?));
+    from_least
+        .or(from_most)
+        .filter(|number| REAL_TIME.contains(number))
 }
 
 #[cfg(test)]
@@ -235,10 +257,21 @@ mod tests {
     /// C022.
     #[test]
     fn signals_are_known_by_name_and_number() {
-        for (name, number) in [("SIGTERM", 15), ("sigint", 2), ("HUP", 1), ("9", 9)] {
+        for (name, number) in [
+            ("SIGTERM", 15),
+            ("sigint", 2),
+            ("HUP", 1),
+            ("9", 9),
+            ("SIGRTMIN+3", 37),
+            ("rtmin", 34),
+            ("RTMAX-14", 50),
+            ("64", 64),
+        ] {
             assert_eq!(signal_number(name), Ok(number), "{name}");
         }
-        for name in ["", "SIGNOT", "0", "65", "-1", "RTMIN+3"] {
+        for name in [
+            "", "SIGNOT", "0", "33", "65", "-1", "+9", "RTMIN+31", "RTMIN-1", "RTMAX-99",
+        ] {
             let unknown = signal_number(name).unwrap_err();
             assert_eq!(unknown.name, name);
         }

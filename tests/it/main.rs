@@ -10,6 +10,7 @@ mod audit;
 mod broker;
 mod clients;
 mod cluster;
+mod compat;
 mod conversations;
 mod corners;
 mod credentials;

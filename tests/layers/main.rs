@@ -10,6 +10,7 @@ use imports::{Import, Imports};
 /// The driver's modules, from those that no module may import to those that import nothing.
 const DRIVER: &[&str] = &[
     "main",
+    "check_job",
     "plugin",
     "service",
     "fingerprint",

@@ -176,6 +176,16 @@ impl Nomad {
             telemetry {{
               publish_allocation_metrics = true
             }}
+            plugin "docker" {{
+              config {{
+                # Its own is in a registry.
+                infra_image = "polydev-pause:1"
+                allow_caps  = ["all"]
+                volumes {{
+                  enabled = true
+                }}
+              }}
+            }}
             plugin "nomad-driver-polydev" {{
               config {{
                 state_dir = "{state}"

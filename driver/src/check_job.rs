@@ -1,0 +1,104 @@
+//! `check-job`: what becomes of a job for Nomad's Docker driver when its tasks use this one.
+//!
+//! [`read`] gets the job, [`findings`] compares each of its tasks with the table
+//! [`crate::config::from_docker`] and with the checks of this driver, for which [`shape`] gives
+//! options the form in which Nomad sends them, and [`rewrite`] changes the job.
+
+mod findings;
+mod read;
+mod rewrite;
+mod shape;
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use findings::{Checked, Kind};
+
+/// Compares a job for Nomad's Docker driver with this one.
+///
+/// Prints, for each task with `driver = "docker"`, which options are the same, which differ, and
+/// what to write instead. Nothing is sent to Nomad or Docker.
+///
+/// Exit status: 0 if the job runs when only the driver's name is changed, 1 if something must be
+/// changed first, 2 if the job cannot be read or has no such task.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// The job: JSON as `nomad job run -output` prints it, or HCL, for which `nomad` must be in
+    /// PATH; `-` for JSON on stdin.
+    file: PathBuf,
+    /// Print the job as JSON for `nomad job run -json`, with the driver and what can be changed
+    /// by itself changed. What is left for you goes to stderr.
+    #[arg(long)]
+    rewrite: bool,
+}
+
+/// Runs the command.
+#[must_use]
+pub fn run(arguments: &Arguments) -> ExitCode {
+    match check(arguments) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("nomad-driver-polydev check-job: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Returns whether nothing must be changed by hand.
+fn check(arguments: &Arguments) -> anyhow::Result<bool> {
+    let mut job = read::job(&arguments.file)?;
+    if !arguments.rewrite {
+        let checked = findings::check(&job)?;
+        print(&mut io::stdout().lock(), &checked)?;
+        return Ok(checked.is_ready());
+    }
+    findings::check(&job)?;
+    rewrite::rewrite(&mut job);
+    let left = findings::check_rewritten(&job);
+    let (mut stdout, mut stderr) = (io::stdout().lock(), io::stderr().lock());
+    serde_json::to_writer_pretty(&mut stdout, &job)?;
+    writeln!(stdout)?;
+    for task in &left.tasks {
+        for finding in task.findings.iter().filter(|one| one.kind == Kind::Change) {
+            writeln!(stderr, "{}: {}", task.name, finding.text)?;
+        }
+    }
+    Ok(left.is_ready())
+}
+
+fn print(to: &mut impl Write, checked: &Checked) -> io::Result<()> {
+    for task in &checked.tasks {
+        writeln!(to, "task {}", task.name)?;
+        if !task.same.is_empty() {
+            writeln!(to, "  the same     {}", task.same.join(", "))?;
+        }
+        if !task.unknown.is_empty() {
+            let unknown = task.unknown.join(", ");
+            writeln!(to, "  not checked  {unknown}: known on the node alone")?;
+        }
+        for finding in &task.findings {
+            let kind = match finding.kind {
+                Kind::Differs => "differs",
+                Kind::Older => "older form",
+                Kind::Change => "to change",
+            };
+            writeln!(to, "  {kind:<12} {}", finding.text)?;
+        }
+    }
+    let verdict = match checked.changes() {
+        0 => "Runs with `driver = \"polydev\"`.".to_owned(),
+        1 => "1 thing must be changed first.".to_owned(),
+        many => format!("{many} things must be changed first."),
+    };
+    writeln!(
+        to,
+        "{verdict} What differs for every task: docs/from-docker-driver.md"
+    )
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,313 @@
+//! Compares a job's tasks with this driver.
+
+use anyhow::ensure;
+use serde_json::Value;
+
+use super::shape::shape;
+use crate::{
+    chain,
+    config::{
+        Config,
+        from_docker::{Fate, TASK},
+        schema,
+    },
+};
+
+/// Options whose values this driver does not check.
+const FREE: [&str; 6] = [
+    "args",
+    "command",
+    "entrypoint",
+    "hostname",
+    "image",
+    "work_dir",
+];
+/// What Docker counts by default.
+const MAX_PIDS: f64 = 4096.0;
+
+/// A job's tasks of Nomad's Docker driver.
+#[derive(Debug)]
+pub(super) struct Checked {
+    pub(super) tasks: Vec<Task>,
+}
+
+#[derive(Debug)]
+pub(super) struct Task {
+    /// Group and task.
+    pub(super) name: String,
+    /// Options that are the same.
+    pub(super) same: Vec<String>,
+    /// Options with values that only the node knows.
+    pub(super) unknown: Vec<String>,
+    pub(super) findings: Vec<Finding>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Finding {
+    pub(super) kind: Kind,
+    pub(super) text: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// It works otherwise.
+    Differs,
+    /// It works, and there is a newer form.
+    Older,
+    /// The task does not run, or not as it should, until this is changed.
+    Change,
+}
+
+impl Checked {
+    /// How many things must be changed.
+    pub(super) fn changes(&self) -> usize {
+        let findings = self.tasks.iter().flat_map(|task| &task.findings);
+        findings.filter(|one| one.kind == Kind::Change).count()
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        self.changes() == 0
+    }
+}
+
+/// # Errors
+/// If no task uses Nomad's Docker driver.
+pub(super) fn check(job: &Value) -> anyhow::Result<Checked> {
+    let checked = of_driver(job, "docker");
+    ensure!(
+        !checked.tasks.is_empty(),
+        "no task of the job has `driver = \"docker\"`"
+    );
+    Ok(checked)
+}
+
+/// The same for a job whose tasks have this driver.
+pub(super) fn check_rewritten(job: &Value) -> Checked {
+    of_driver(job, "polydev")
+}
+
+fn of_driver(job: &Value, driver: &str) -> Checked {
+    let of_job = attributes(&[&job["Constraints"], &job["Affinities"], &job["Spreads"]]);
+    let mut tasks = Vec::new();
+    for group in list(&job["TaskGroups"]) {
+        let of_group = attributes(&[
+            &group["Constraints"],
+            &group["Affinities"],
+            &group["Spreads"],
+        ]);
+        for task in list(&group["Tasks"]).filter(|task| task["Driver"] == driver) {
+            let own = attributes(&[&task["Constraints"], &task["Affinities"]]);
+            let names = of_job.iter().chain(&of_group).chain(&own);
+            let mut found = of_task(&task["Config"]);
+            found.name = format!("{}.{}", word(&group["Name"]), word(&task["Name"]));
+            found.findings.extend(names.map(|name| attribute(name)));
+            found.findings.extend(mbits(&task["Resources"]));
+            tasks.push(found);
+        }
+    }
+    Checked { tasks }
+}
+
+fn of_task(config: &Value) -> Task {
+    let mut task = Task {
+        name: String::new(),
+        same: Vec::new(),
+        unknown: Vec::new(),
+        findings: Vec::new(),
+    };
+    let schema = schema::task();
+    let mut known = serde_json::Map::new();
+    for (option, value) in config.as_object().into_iter().flatten() {
+        if value.is_null() {
+            continue;
+        }
+        let before = task.findings.len();
+        let is_row = TASK.row(option).is_some();
+        if is_row || TASK.same.contains(&&**option) {
+            task.findings.extend(differs(option, value));
+        } else {
+            let text = format!("`{option}`: Nomad's Docker driver has no such option");
+            task.findings.push(Finding::change(text));
+            continue;
+        }
+        if task.findings.len() == before {
+            task.same.push(option.clone());
+        }
+        let is_refused =
+            |row: &crate::config::from_docker::Row| matches!(row.fate, Fate::Refused(_));
+        if TASK.row(option).is_some_and(is_refused) {
+            continue;
+        }
+        match has_variable(value) {
+            true if FREE.contains(&&**option) => {}
+            true => task.unknown.push(option.clone()),
+            false => {
+                known.insert(option.clone(), value.clone());
+            }
+        }
+    }
+    // A value is there, whatever the node makes of it.
+    if config.get("image").is_some_and(has_variable) {
+        known.insert("image".into(), "known.on/the/node:1".into());
+    }
+    if let Some(auth) = known.get_mut("auth") {
+        without_email(auth);
+    }
+    let shaped = shape(&schema, &Value::Object(known));
+    let msgpack = rmp_serde::to_vec_named(&shaped).unwrap_or_default();
+    if let Err(error) = Config::parse(&msgpack) {
+        task.findings.push(Finding::change(chain(&error)));
+    }
+    task
+}
+
+/// It has a finding of its own.
+fn without_email(auth: &mut Value) {
+    let blocks: &mut [Value] = match auth {
+        Value::Array(list) => list,
+        one => std::slice::from_mut(one),
+    };
+    for block in blocks.iter_mut().filter_map(Value::as_object_mut) {
+        block.remove("email");
+    }
+}
+
+/// The rows of the table that are about this value.
+fn differs(option: &str, value: &Value) -> Vec<Finding> {
+    let below = format!("{option}.");
+    let rows = TASK.others.iter().filter(|row| {
+        let inner = row.option.strip_prefix(&below);
+        match inner {
+            Some(inner) => blocks(value).any(|block| !block[inner].is_null()),
+            None => row.option == option && concerns(option, value),
+        }
+    });
+    rows.map(|row| {
+        let text = format!("`{}`: {}", row.option, row.fate.text());
+        let kind = match row.fate {
+            Fate::Alias(_) => Kind::Older,
+            Fate::Differs(_) if is_other_container(option, value) => Kind::Change,
+            Fate::Differs(_) => Kind::Differs,
+            Fate::Refused(_) => Kind::Change,
+        };
+        Finding { kind, text }
+    })
+    .collect()
+}
+
+/// Whether the difference is one for this value.
+fn concerns(option: &str, value: &Value) -> bool {
+    let text = value.as_str().unwrap_or_default();
+    match option {
+        "network_mode" => text.starts_with("container:"),
+        "ipc_mode" | "pid_mode" => text == "host" || text.starts_with("container:"),
+        "cgroupns" | "userns_mode" | "uts_mode" => text == "host",
+        "pids_limit" => value.as_f64().is_some_and(|limit| limit > MAX_PIDS),
+        "volumes" => list(value).any(|volume| word(volume).starts_with('/')),
+        "init" => value == false,
+        // What the table says of them is about jobs without them, or is an error of their value.
+        "labels" | "logging" => false,
+        _ => true,
+    }
+}
+
+/// Whether the mode names a container that is not of this group.
+fn is_other_container(option: &str, value: &Value) -> bool {
+    let text = value.as_str().unwrap_or_default();
+    option.ends_with("_mode")
+        && text.starts_with("container:")
+        && !text.ends_with("-${NOMAD_ALLOC_ID}")
+}
+
+/// Bookkeeping of older jobs, which Nomad's Docker driver does not enforce either.
+fn mbits(resources: &Value) -> Option<Finding> {
+    let mut networks = list(&resources["Networks"]);
+    let has_mbits =
+        networks.any(|network| network["MBits"].as_i64().is_some_and(|mbits| mbits > 0));
+    has_mbits.then(|| Finding {
+        kind: Kind::Differs,
+        text: "`mbits`: limits the task where the plugin sets `enforce_mbits`; `bandwidth` limits it everywhere".into(),
+    })
+}
+
+/// The attributes of Nomad's Docker driver in these values.
+fn attributes(values: &[&Value]) -> Vec<String> {
+    let mut names = Vec::new();
+    for value in values {
+        match value {
+            Value::String(text) => names.extend(attribute_of(text).map(str::to_owned)),
+            Value::Array(list) => list
+                .iter()
+                .for_each(|inner| names.extend(attributes(&[inner]))),
+            Value::Object(map) => map
+                .values()
+                .for_each(|inner| names.extend(attributes(&[inner]))),
+            Value::Null | Value::Bool(_) | Value::Number(_) => {}
+        }
+    }
+    names
+}
+
+/// `attr.driver.docker.version` in `${attr.driver.docker.version}`.
+pub(super) fn attribute_of(text: &str) -> Option<&str> {
+    let (_, name) = text.split_once("${attr.driver.docker")?;
+    let name = name.split_once('}')?.0;
+    let start = text.find("attr.driver.docker")?;
+    let is_whole = name.is_empty() || name.starts_with('.');
+    is_whole.then(|| &text[start..start + "attr.driver.docker".len() + name.len()])
+}
+
+/// What this driver calls an attribute of Nomad's Docker driver.
+pub(super) fn attribute_here(name: &str) -> Option<String> {
+    let rest = name.strip_prefix("attr.driver.docker")?;
+    let here = match rest {
+        ""
+        | ".os_type"
+        | ".pids.limit"
+        | ".privileged.enabled"
+        | ".runtimes"
+        | ".volumes.enabled" => rest,
+        ".version" => ".docker_version",
+        _ => return None,
+    };
+    Some(format!("attr.driver.polydev{here}"))
+}
+
+fn attribute(name: &str) -> Finding {
+    Finding::change(match attribute_here(name) {
+        Some(here) => format!("`${{{name}}}`: write `${{{here}}}`"),
+        None => format!("`${{{name}}}`: this driver has no such attribute"),
+    })
+}
+
+impl Finding {
+    fn change(text: String) -> Self {
+        let kind = Kind::Change;
+        Self { kind, text }
+    }
+}
+
+fn has_variable(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.contains("${"),
+        Value::Array(list) => list.iter().any(has_variable),
+        Value::Object(map) => map.values().any(has_variable),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+pub(super) fn list(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}
+
+fn blocks(value: &Value) -> impl Iterator<Item = &Value> {
+    match value {
+        Value::Array(list) => list.as_slice(),
+        one => std::slice::from_ref(one),
+    }
+    .iter()
+}
+
+fn word(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}

@@ -1,0 +1,116 @@
+use serde_json::{Value, json};
+
+use super::{findings, rewrite};
+
+/// A job with one task.
+fn job(config: Value) -> Value {
+    json!({
+        "ID": "j",
+        "TaskGroups": [{
+            "Name": "g",
+            "Networks": [{"DynamicPorts": [{"Label": "http", "To": 0}]}],
+            "Tasks": [{"Name": "t", "Driver": "docker", "Config": config}],
+        }],
+    })
+}
+
+fn printed(job: &Value) -> String {
+    let mut text = Vec::new();
+    super::print(&mut text, &findings::check(job).unwrap()).unwrap();
+    String::from_utf8(text).unwrap()
+}
+
+#[test]
+fn a_job_that_needs_no_change_says_so() {
+    let job = job(json!({
+        "image": "redis:${NOMAD_META_tag}", "args": ["--port", "${NOMAD_PORT_db}"],
+        "ports": ["http"], "logging": [{"type": "json-file", "config": [{"max-file": 2}]}],
+        "ulimit": {"nofile": "1024"}, "dns_servers": ["${attr.unique.network.ip-address}"],
+        "mount": [{"type": "tmpfs", "target": "/t", "tmpfs_options": [{"size": "1000"}]}],
+    }));
+    let checked = findings::check(&job).unwrap();
+    assert!(checked.is_ready(), "{checked:?}");
+    assert_eq!(checked.tasks[0].unknown, ["dns_servers"]);
+    assert_eq!(checked.tasks[0].findings, []);
+    assert!(printed(&job).contains("Runs with `driver = \"polydev\"`"));
+}
+
+#[test]
+fn each_option_that_is_not_the_same_is_named_with_what_to_write() {
+    let job = job(json!({
+        "image": "app:1", "isolation": "default", "cpuset_cpus": "0-1",
+        "auth": [{"username": "u", "password": "p", "email": "e"}],
+        "network_mode": "container:front-${NOMAD_ALLOC_ID}", "port_map": [{"http": 80}],
+        "volumes": ["/srv/x:/x"], "pids_limit": 100, "labels": [{"dev.polydev.x": "1"}],
+        "no_such_option": true,
+    }));
+    let text = printed(&job);
+    for line in [
+        "  to change    `isolation`: it is for Windows",
+        "  to change    `cpuset_cpus`: Nomad's Docker driver ignores it",
+        "  to change    `auth.email`: ",
+        "  differs      `network_mode`: ",
+        "  older form   `port_map`: write `ports`",
+        "  differs      `volumes`: ",
+        "  to change    `no_such_option`: ",
+        "  to change    `labels` is `dev.polydev.x`: ",
+        "  the same     image, pids_limit",
+    ] {
+        assert!(text.contains(line), "{line}\n{text}");
+    }
+    assert!(text.contains("5 things must be changed first"), "{text}");
+}
+
+#[test]
+fn a_rewritten_job_has_this_driver_and_its_forms() {
+    let mut job = job(json!({
+        "image": "app:1", "isolation": "default", "container_exists_attempts": 3,
+        "auth": [{"username": "u", "email": "e"}], "port_map": [{"http": 80}],
+        "network_mode": "container:my-vpn-${NOMAD_ALLOC_ID}",
+        "mounts": [{"type": "tmpfs", "target": "/a"}], "mount": {"type": "tmpfs", "target": "/b"},
+    }));
+    job["Constraints"] = json!([
+        {"LTarget": "${attr.driver.docker.version}", "RTarget": "20", "Operand": "semver"},
+    ]);
+    rewrite::rewrite(&mut job);
+    let group = &job["TaskGroups"][0];
+    let (task, config) = (&group["Tasks"][0], &group["Tasks"][0]["Config"]);
+    assert_eq!(task["Driver"], "polydev");
+    assert_eq!(
+        *config,
+        json!({
+            "image": "app:1", "auth": [{"username": "u"}], "ports": ["http"],
+            "network_mode": "task:my-vpn",
+            "mount": [{"type": "tmpfs", "target": "/b"}, {"type": "tmpfs", "target": "/a"}],
+        })
+    );
+    assert_eq!(group["Networks"][0]["DynamicPorts"][0]["To"], 80);
+    assert_eq!(
+        job["Constraints"][0]["LTarget"],
+        "${attr.driver.polydev.docker_version}"
+    );
+    assert!(findings::check_rewritten(&job).is_ready());
+}
+
+#[test]
+fn a_port_map_that_the_group_does_not_have_stays() {
+    let mut job = job(json!({"image": "app:1", "port_map": [{"http": 80, "admin": 81}]}));
+    rewrite::rewrite(&mut job);
+    let config = &job["TaskGroups"][0]["Tasks"][0]["Config"];
+    assert_eq!(config["port_map"], json!([{"http": 80, "admin": 81}]));
+}
+
+#[test]
+fn what_cannot_be_changed_by_itself_is_left_and_told() {
+    let mut job = job(json!({"image": "app:1", "network_mode": "container:other"}));
+    job["Constraints"] = json!([{"LTarget": "${attr.driver.docker.bridge_ip}"}]);
+    rewrite::rewrite(&mut job);
+    assert_eq!(findings::check_rewritten(&job).changes(), 2);
+}
+
+#[test]
+fn a_job_without_a_docker_task_is_an_error() {
+    let mut other = job(json!({"image": "app:1"}));
+    other["TaskGroups"][0]["Tasks"][0]["Driver"] = "exec".into();
+    assert!(findings::check(&other).is_err());
+}
