@@ -114,6 +114,7 @@ if is check all; then tests "unit, property, model and service tests" make unit;
 if is all; then
     check "fuzz targets" make fuzz
     check "limits on a kernel with cgroup v2" tests/cgroup-v2.sh
+    check "what agents of Nomad 2.0.4 call" tests/plugin.sh
 fi
 system() {
     POLYDEV_NOMAD=$(cat "$work/nomad")

@@ -140,15 +140,18 @@ impl Driver for Service {
     type TaskEventsStream = Responses<DriverTaskEvent>;
     type ExecTaskStreamingStream = Responses<ExecTaskStreamingResponse>;
 
+    /// Of agents from Nomad 2.0.4 on. What is missing on the node is told by the fingerprint.
     async fn init(&self, _: Request<InitRequest>) -> Result<Response<InitResponse>, Status> {
         Ok(Response::new(InitResponse {}))
     }
 
-    /// The agent stops; tasks continue.
+    /// Of agents from Nomad 2.0.4 on, when they stop or load the plugin anew. Tasks continue;
+    /// go-plugin's own end follows, and the driver leaves with that.
     async fn shutdown(
         &self,
         _: Request<ShutdownRequest>,
     ) -> Result<Response<ShutdownResponse>, Status> {
+        tracing::info!("the agent ends this driver");
         Ok(Response::new(ShutdownResponse {}))
     }
 

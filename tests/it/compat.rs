@@ -2,6 +2,7 @@
 //! a user sees of them is compared field by field.
 
 mod act;
+mod beyond;
 mod differences;
 mod seen;
 
@@ -82,12 +83,19 @@ struct Job {
 fn jobs(artifact: u16) -> Vec<Job> {
     let folder = root().join("tests/it/compat/jobs");
     let mut jobs: Vec<Job> = fs::read_dir(folder)
-        .unwrap()
+        .expect("the folder of jobs")
         .map(|entry| {
-            let path = entry.unwrap().path();
-            let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            let name = name.strip_suffix(".nomad.hcl").unwrap().to_owned();
-            let text = fs::read_to_string(&path).unwrap();
+            let path = entry.expect("a file").path();
+            let name = path
+                .file_name()
+                .expect("a name")
+                .to_string_lossy()
+                .into_owned();
+            let name = name
+                .strip_suffix(".nomad.hcl")
+                .expect("a job file")
+                .to_owned();
+            let text = fs::read_to_string(&path).expect("a text");
             let files = DRIVERS.map(|driver| {
                 let [port] = polydev_tests::free_ports();
                 text.replace("driver = \"docker\"", &format!("driver = \"{driver}\""))
@@ -163,8 +171,8 @@ fn make(name: &str, base: &str, script: &str, entrypoint: &str) {
 
 /// A server on loopback that answers every request with a file. It ends with the process.
 fn serve_artifact() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = listener.local_addr().expect("it listens").port();
     thread::spawn(move || {
         for stream in listener.incoming() {
             let Ok(mut stream) = stream else { return };

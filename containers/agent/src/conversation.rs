@@ -170,6 +170,14 @@ mod tests {
     }
 
     #[test]
+    fn a_turn_that_is_ended_twice_is_ended_once_however_the_lines_come() {
+        let lines = b"{\"cancel_turn\":{}}\n{\"cancel_turn\":{}}\n";
+        let whole = crate::conversed(Provider::OpenAi, lines, lines.len());
+        assert_eq!(whole, crate::conversed(Provider::OpenAi, lines, 5));
+        assert_eq!(whole.1.len(), 1);
+    }
+
+    #[test]
     fn what_is_no_prompt_says_why() {
         for (line, why) in [
             ("hello", "a line of stdin is no prompt: "),

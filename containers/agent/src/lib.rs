@@ -22,6 +22,8 @@ mod process;
 mod quiet;
 mod told;
 
+use std::collections::BTreeSet;
+
 use nix::sys::signal::{Signal, raise};
 use polydev_proto::provider::Provider;
 
@@ -52,18 +54,19 @@ pub fn rehearsed(provider: Provider, said: &[u8]) -> Vec<Vec<u8>> {
 }
 
 /// What an agent makes of these bytes on the stdin of its run, if they come in pieces of so many
-/// bytes: each prompt's text, or why a line is none; and how many turns end. For the fuzz target.
+/// bytes: each prompt's text, or why a line is none; and after how many of them a turn that goes
+/// on is ended. Ending it twice is ending it. For the fuzz target.
 #[doc(hidden)]
 #[must_use]
 pub fn conversed(
     provider: Provider,
     said: &[u8],
     piece: usize,
-) -> (Vec<Result<String, String>>, usize) {
+) -> (Vec<Result<String, String>>, BTreeSet<usize>) {
     use conversation::{Conversation, Next, Prompt};
 
     let mut conversation = Conversation::new(provider);
-    let (mut heard, mut cancelled) = (Vec::new(), 0);
+    let (mut heard, mut cancelled) = (Vec::new(), BTreeSet::new());
     let mut pieces = said.chunks(piece.max(1));
     while conversation.is_open() {
         match pieces.next() {
@@ -71,7 +74,9 @@ pub fn conversed(
             None => conversation.end(),
         }
         loop {
-            cancelled += usize::from(conversation.read());
+            if conversation.read() {
+                cancelled.insert(heard.len());
+            }
             let is_full = !conversation.has_room();
             if is_full || !conversation.is_open() {
                 heard.extend(

@@ -60,7 +60,10 @@ pub fn run(socket: &Path, port: Option<NonZeroU16>) -> std::io::Result<u8> {
         .open("/proc/self/oom_score_adj")
         .ok();
     prctl::set_dumpable(false)?;
-    home::seed(Path::new(home::SEED), home::path().as_deref())?;
+    home::seed(Path::new(home::SEED), home::path().as_deref()).map_err(|error| {
+        let message = format!("cannot copy `{}` into the home: {error}", home::SEED);
+        std::io::Error::new(error.kind(), message)
+    })?;
     let listen = |port: NonZeroU16| TcpListener::bind((Ipv4Addr::LOCALHOST, port.get()));
     let requests = port.map(listen).transpose()?;
     supervisor::Supervisor::new(socket, requests, oom_score)?.run()

@@ -35,16 +35,20 @@ pub(super) fn run(nomad: &Nomad, name: &str, driver: &str, file: &str) -> Seen {
         ended(nomad, &job)
     } else {
         let alloc = ended(nomad, &job);
-        seen.know(alloc["ID"].as_str().unwrap(), "ALLOC");
+        seen.know(alloc["ID"].as_str().expect("an id"), "ALLOC");
         alloc
     };
-    let short = &alloc["ID"].as_str().unwrap()[..8];
+    let short = &alloc["ID"].as_str().expect("an id")[..8];
     seen.know(short, "SHORT");
     seen.know(&job, "JOB");
     seen.know(&id(name, driver), "JOB");
     seen.add_end(nomad, &alloc);
     if name == "shipper" {
-        let files = folder(nomad, alloc["ID"].as_str().unwrap(), "alloc/logs/app");
+        let files = folder(
+            nomad,
+            alloc["ID"].as_str().expect("an id"),
+            "alloc/logs/app",
+        );
         seen.add("files", &files);
     }
     seen
@@ -52,7 +56,7 @@ pub(super) fn run(nomad: &Nomad, name: &str, driver: &str, file: &str) -> Seen {
 
 fn submit(nomad: &Nomad, job: &str, file: &str) {
     let path = nomad.folder().join(format!("{job}.nomad.hcl"));
-    std::fs::write(&path, file).unwrap();
+    std::fs::write(&path, file).expect("a file can be written");
     nomad.run(&["job", "run", "-detach", &path.to_string_lossy()]);
 }
 
@@ -169,7 +173,7 @@ fn started(nomad: &Nomad, job: &str) -> String {
     wait_until(&format!("{job} to run"), JOB_TIMEOUT, || {
         let alloc = newest(nomad, job)?;
         match alloc["ClientStatus"].as_str() {
-            Some("running") => Ok(alloc["ID"].as_str().unwrap().to_owned()),
+            Some("running") => Ok(alloc["ID"].as_str().expect("an id").to_owned()),
             _ => Err(alloc["TaskStates"].to_string()),
         }
     })

@@ -42,9 +42,9 @@ impl Seen {
 
     /// Adds what an ended allocation shows.
     pub(super) fn add_end(&mut self, nomad: &Nomad, alloc: &Value) {
-        let id = alloc["ID"].as_str().unwrap();
-        self.add("state", alloc["ClientStatus"].as_str().unwrap());
-        for (task, state) in alloc["TaskStates"].as_object().unwrap() {
+        let id = alloc["ID"].as_str().expect("an id");
+        self.add("state", alloc["ClientStatus"].as_str().expect("a status"));
+        for (task, state) in alloc["TaskStates"].as_object().expect("states") {
             let field = |name: &str| format!("{task}.{name}");
             self.add(
                 &field("state"),
@@ -53,13 +53,13 @@ impl Seen {
                     state["State"], state["Failed"], state["Restarts"]
                 ),
             );
-            let events = state["Events"].as_array().unwrap();
+            let events = state["Events"].as_array().expect("events");
             // What a driver says by itself.
             let by_driver = |event: &&Value| event["Type"] == "Driver";
             let mut kinds: Vec<&str> = events
                 .iter()
                 .filter(|event| !by_driver(event))
-                .map(|event| event["Type"].as_str().unwrap())
+                .map(|event| event["Type"].as_str().expect("a type"))
                 .collect();
             kinds.sort_unstable();
             self.add(&field("events"), &kinds.join(", "));
