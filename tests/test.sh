@@ -77,6 +77,7 @@ prepare() {
     tests/clients.sh >/dev/null
     tests/python.sh >/dev/null
     tests/grpcurl.sh >/dev/null
+    if is all; then tests/uml/root.sh >/dev/null; fi
 }
 prepared() {
     local status=0
@@ -121,7 +122,10 @@ system() {
     POLYDEV_COLLECTOR=$(cat "$work/collector")
     export POLYDEV_NOMAD POLYDEV_COLLECTOR
     case $part in
-        all) tests "tests of the whole system" make it ;;
+        all)
+            tests "tests of the whole system" make it
+            check "cgroup v2 and Docker 26, in a virtual machine" tests/uml.sh
+            ;;
         docker) tests "tests that need Docker" make it TESTS='not group(nomad)' ;;
         nomad) tests "tests that have a Nomad agent" make it TESTS='group(nomad)' ;;
         long)

@@ -132,7 +132,7 @@ fn a_run_without_a_caller_goes_on_until_it_is_cancelled() {
     assert_eq!(outcome.exited.reason(), ExitReason::Cancelled);
     assert_eq!(
         (outcome.stdout().as_str(), outcome.exited.exit_code),
-        ("told\n", 3)
+        ("told\n", 143)
     );
     client.wait_idle("anthropic", 1);
     let left = docker::wait_containers(&shim.label(), 1);

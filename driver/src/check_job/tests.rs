@@ -54,7 +54,7 @@ fn each_option_that_is_not_the_same_is_named_with_what_to_write() {
         "  differs      `volumes`: ",
         "  to change    `no_such_option`: ",
         "  to change    `labels` is `dev.polydev.x`: ",
-        "  the same     image, pids_limit",
+        "  the same     image, labels, pids_limit",
     ] {
         assert!(text.contains(line), "{line}\n{text}");
     }

@@ -120,10 +120,12 @@ impl Cgroup {
 
         let (memory, cpu, pids) = (folder("memory")?, folder("cpu")?, folder("pids")?);
         if memory.join("memory.max").exists() {
+            let limit = open(memory.join("memory.max"))?;
+            without_swap(&memory, &limit)?;
             return Ok(Self {
                 limits: Files::V2 {
                     cpu: open(cpu.join("cpu.max"))?,
-                    memory: open(memory.join("memory.max"))?,
+                    memory: limit,
                     pids: open(pids.join("pids.max"))?,
                 },
                 figures: Figures {
@@ -257,6 +259,18 @@ impl Cgroup {
                 ..usage
             },
         }
+    }
+}
+
+/// A memory limit is one without swap. If dockerd is in the root group of version 2, where the
+/// kernel has no file for swap, it takes the kernel for one that cannot limit it, and leaves the
+/// limit out (Docker 26.1.5).
+fn without_swap(folder: &Path, limit: &File) -> Result<(), Error> {
+    const SWAP: &str = "memory.swap.max";
+    let swap = if_there(folder.join(SWAP), open)?;
+    match swap.filter(|_| read(limit).trim() != "max") {
+        Some(swap) => write(&swap, SWAP, 0),
+        None => Ok(()),
     }
 }
 
