@@ -2,7 +2,9 @@
 //!
 //! Read in the order of a task's life: [`plan`] works out its container from the job
 //! ([`resources`], [`mounts`], [`nomads`], [`folders`], [`network`], [`neighbour`]), [`mod@start`] makes
-//! it, with the sources of its mounts on the [`stage`], [`journal`] records it, [`outside`] is what it has at the broker, [`keeper`] follows it to its end by what init says ([`listen`]), [`output`] copies its output if init does not,
+//! it, with the sources of its mounts on the [`stage`], [`journal`] records it, [`outside`] is
+//! what it has at the broker, [`keeper`] follows it to its end by what init says ([`listen`]),
+//! [`output`] copies its output if init does not,
 //! [`exec`] runs another command next to it. [`book`] holds the node's tasks for all
 //! others.
 
