@@ -10,7 +10,7 @@ export POLYDEV_CACHE POLYDEV_BIN MAKECMDGOALS
 # These measure programs for use, not programs for tests.
 bench chaos: POLYDEV_BIN := $(CURDIR)/target/release
 
-.PHONY: help demo check docker nomad test test-long bench chaos build release images fmt lint doc scripts deny advisories proto-lint proto-breaking unit fuzz it long agent clean-all
+.PHONY: help demo check docker nomad test test-long bench chaos build release images fmt lint arm64 doc scripts deny advisories proto-lint proto-breaking unit fuzz it long agent clean-all
 
 help:          ## Show this.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
@@ -78,6 +78,10 @@ fmt:           ## Format the code.
 lint:          ## Formatting and clippy, warnings denied.
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- --deny warnings
+
+arm64:         ## Clippy for 64-bit ARM, on which no test runs; needs gcc-aarch64-linux-gnu.
+	CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc \
+	    cargo clippy --locked --workspace --target aarch64-unknown-linux-gnu -- --deny warnings
 
 # For whoever reads the code, so that private items are in it, and links to them are right.
 doc:           ## The documentation of the crates, warnings denied.
