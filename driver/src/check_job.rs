@@ -23,12 +23,15 @@ use findings::{Checked, Kind};
 /// what to write instead. Nothing is sent to Nomad or Docker.
 ///
 /// Exit status: 0 if the job runs when only the driver's name is changed, 1 if something must be
-/// changed first, 2 if the job cannot be read or has no such task.
+/// changed first, in the job or in the plugin's options, 2 if the job cannot be read or has no such task.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// The job: JSON as `nomad job run -output` prints it, or HCL, for which `nomad` must be in
     /// PATH; `-` for JSON on stdin.
     file: PathBuf,
+    /// A variable of a job in HCL, NAME=VALUE; may be repeated.
+    #[arg(long = "var", value_name = "NAME=VALUE")]
+    variables: Vec<String>,
     /// Print the job as JSON for `nomad job run -json`, with the driver and what can be changed
     /// by itself changed. What is left for you goes to stderr.
     #[arg(long)]
@@ -50,7 +53,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 
 /// Returns whether nothing must be changed by hand.
 fn check(arguments: &Arguments) -> anyhow::Result<bool> {
-    let mut job = read::job(&arguments.file)?;
+    let mut job = read::job(&arguments.file, &arguments.variables)?;
     if !arguments.rewrite {
         let checked = findings::check(&job)?;
         print(&mut io::stdout().lock(), &checked)?;

@@ -45,17 +45,17 @@ pub(crate) fn address(socket: &Socket, family: AddressFamily) -> io::Result<Opti
         if let RouteNetlinkMessage::NewAddress(address) = message
             && address.header.scope == AddressScope::Universe
         {
-            let own = address
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    // IPv6 has no local address besides, except for a peer.
-                    AddressAttribute::Local(address) | AddressAttribute::Address(address) => {
-                        Some(*address)
-                    }
-                    _ => None,
-                });
-            found = found.or(own);
+            let all = || address.attributes.iter();
+            let local = all().find_map(|attribute| match attribute {
+                AddressAttribute::Local(address) => Some(*address),
+                _ => None,
+            });
+            // That of the peer, where there is a local one. IPv6 has this one alone.
+            let other = all().find_map(|attribute| match attribute {
+                AddressAttribute::Address(address) => Some(*address),
+                _ => None,
+            });
+            found = found.or(local).or(other);
         }
     })?;
     Ok(found)

@@ -161,7 +161,14 @@ fn mounts_that_nomad_and_others_have_stay_as_they_are_when_tasks_start() {
 /// Row 1 of the users' jobs: a task makes files of its own beside Nomad's, which it cannot change.
 #[test]
 fn in_the_folder_of_logs_what_is_nomads_is_covered_and_the_rest_is_the_tasks() {
-    let nomad = Nomad::start();
+    let closed = Nomad::start();
+    let try_it = "mkdir /alloc/logs/app 2>/dev/null || echo closed; sleep 1";
+    closed.submit(&batch("closed", shell(try_it)));
+    let alloc = closed.wait_dead("closed");
+    assert_eq!(closed.logs(job::id(&alloc), "stdout"), b"closed\n");
+    drop(closed);
+
+    let nomad = Nomad::start_with("volumes {\n enabled = true\n}");
     let script = r#"
         cd /alloc/logs
         mkdir app && echo own >app/a.log && cat app/a.log

@@ -142,8 +142,10 @@ here=$(ip -4 -o addr show docker0 | awk '{ sub("/.*", "", $4); print $4 }')
 docker run --rm polydev-busybox:1 wget -q -T 20 -O - "http://$here:8080/bin/sh" | cmp -s - /bin/busybox ||
     fail "a container of Docker alone reaches the machine"
 bridge=$(ip -4 -o addr show | awk '$2 ~ /^pd-/ { sub("/.*", "", $4); print $4 }')
+[ -n "$bridge" ] || fail "the bridge of the slots has no address"
 for address in "$here" "$bridge"; do
-    run anthropic -- wget -q -T 5 -O - "http://$address:8080/bin/sh" >/dev/null 2>&1 && fail "a run reaches $address"
+    told=$(run anthropic -- sh -c "echo tries; wget -q -T 5 -O /dev/null http://$address:8080/bin/sh || echo refused")
+    is "a run that asks $address" "$(echo "$told" | tr '\n' ' ')" "tries refused "
 done
 
 step "a driver that is killed, and the run that goes on"

@@ -22,7 +22,7 @@ const FREE: [&str; 6] = [
     "image",
     "work_dir",
 ];
-/// What Docker counts by default.
+/// The plugin's `pids_limit`, if it is not set.
 const MAX_PIDS: f64 = 4096.0;
 
 /// A job's tasks of Nomad's Docker driver.
@@ -90,17 +90,19 @@ fn of_driver(job: &Value, driver: &str) -> Checked {
     let of_job = attributes(&[&job["Constraints"], &job["Affinities"], &job["Spreads"]]);
     let mut tasks = Vec::new();
     for group in list(&job["TaskGroups"]) {
-        let of_group = attributes(&[
+        let mut of_group = attributes(&[
             &group["Constraints"],
             &group["Affinities"],
             &group["Spreads"],
         ]);
+        of_group.extend(of_job.iter().cloned());
         for task in list(&group["Tasks"]).filter(|task| task["Driver"] == driver) {
             let own = attributes(&[&task["Constraints"], &task["Affinities"]]);
-            let names = of_job.iter().chain(&of_group).chain(&own);
+            // Told once, with the first task that they concern.
+            let names = of_group.drain(..).chain(own);
             let mut found = of_task(&task["Config"]);
             found.name = format!("{}.{}", word(&group["Name"]), word(&task["Name"]));
-            found.findings.extend(names.map(|name| attribute(name)));
+            found.findings.extend(names.map(|name| attribute(&name)));
             found.findings.extend(mbits(&task["Resources"]));
             tasks.push(found);
         }
@@ -186,6 +188,7 @@ fn differs(option: &str, value: &Value) -> Vec<Finding> {
         let text = format!("`{}`: {}", row.option, row.fate.text());
         let kind = match row.fate {
             Fate::Alias(_) => Kind::Older,
+            Fate::Differs(_) if must_be_allowed(option, value) => Kind::Change,
             Fate::Differs(_) if is_other_container(option, value) => Kind::Change,
             Fate::Differs(_) => Kind::Differs,
             Fate::Refused(_) => Kind::Change,
@@ -200,14 +203,27 @@ fn concerns(option: &str, value: &Value) -> bool {
     let text = value.as_str().unwrap_or_default();
     match option {
         "network_mode" => text.starts_with("container:"),
-        "ipc_mode" | "pid_mode" => text == "host" || text.starts_with("container:"),
+        "ipc_mode" | "pid_mode" => {
+            text == "host" || text.starts_with("container:") || text.starts_with("task:")
+        }
         "cgroupns" | "userns_mode" | "uts_mode" => text == "host",
-        "pids_limit" => value.as_f64().is_some_and(|limit| limit > MAX_PIDS),
+        "pids_limit" => value
+            .as_f64()
+            .is_some_and(|limit| limit > MAX_PIDS || limit <= 0.0),
         "volumes" => list(value).any(|volume| word(volume).starts_with('/')),
         "init" => value == false,
         // What the table says of them is about jobs without them, or is an error of their value.
         "labels" | "logging" => false,
         _ => true,
+    }
+}
+
+/// Whether Nomad's Docker driver takes it, and this one only where the operator allows it.
+fn must_be_allowed(option: &str, value: &Value) -> bool {
+    match option {
+        "cgroupns" | "ipc_mode" | "pid_mode" | "userns_mode" | "uts_mode" => true,
+        "pids_limit" => value.as_f64().is_some_and(|limit| limit > MAX_PIDS),
+        _ => false,
     }
 }
 

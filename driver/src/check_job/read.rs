@@ -17,7 +17,7 @@ const MAX_BYTES: u64 = 16 << 20;
 ///
 /// # Errors
 /// If there is none.
-pub(super) fn job(file: &Path) -> anyhow::Result<Value> {
+pub(super) fn job(file: &Path, variables: &[String]) -> anyhow::Result<Value> {
     let text = if file == Path::new("-") {
         bounded(io::stdin().lock()).context("cannot read stdin")?
     } else {
@@ -27,7 +27,7 @@ pub(super) fn job(file: &Path) -> anyhow::Result<Value> {
     let json = match text.trim_start().starts_with('{') {
         true => text,
         false if file == Path::new("-") => bail!("stdin must be a job as JSON"),
-        false => from_hcl(file)?,
+        false => from_hcl(file, variables)?,
     };
     let mut job: Value = serde_json::from_str(&json)
         .with_context(|| format!("`{}` is not a job as JSON", file.display()))?;
@@ -52,9 +52,10 @@ fn bounded(from: impl Read) -> io::Result<String> {
 }
 
 /// Nomad itself parses its language. It does not ask an agent for this.
-fn from_hcl(file: &Path) -> anyhow::Result<String> {
+fn from_hcl(file: &Path, variables: &[String]) -> anyhow::Result<String> {
     let output = Command::new("nomad")
         .args(["job", "run", "-output"])
+        .args(variables.iter().map(|variable| format!("-var={variable}")))
         .arg(file)
         .stdin(Stdio::null())
         .output();

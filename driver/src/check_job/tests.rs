@@ -109,6 +109,20 @@ fn what_cannot_be_changed_by_itself_is_left_and_told() {
 }
 
 #[test]
+fn what_the_operator_must_allow_is_no_job_that_runs_as_it_is() {
+    for (option, value) in [
+        ("pid_mode", json!("host")),
+        ("ipc_mode", json!("task:other")),
+        ("pids_limit", json!(10_000)),
+    ] {
+        let mut config = json!({"image": "app:1"});
+        config[option] = value;
+        let checked = findings::check(&job(config)).unwrap();
+        assert_eq!(checked.changes(), 1, "{option}: {checked:?}");
+    }
+}
+
+#[test]
 fn a_job_without_a_docker_task_is_an_error() {
     let mut other = job(json!({"image": "app:1"}));
     other["TaskGroups"][0]["Tasks"][0]["Driver"] = "exec".into();

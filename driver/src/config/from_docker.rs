@@ -75,7 +75,6 @@ pub const TASK: Table = Table {
         "ipv4_address",
         "ipv6_address",
         "load",
-        "mac_address",
         "memory_hard_limit",
         "mount",
         "network_aliases",
@@ -140,6 +139,10 @@ pub const TASK: Table = Table {
             Fate::Differs(
                 "without it no line passes Docker, and `docker logs` shows none; the plugin's `log_path` changes that",
             ),
+        ),
+        row(
+            "mac_address",
+            Fate::Differs("a Docker older than 25 refuses it"),
         ),
         row("mounts", Fate::Alias("write `mount` blocks")),
         row(

@@ -378,7 +378,9 @@ fn check_broker(task: &Task) -> Result<(), Error> {
             let allowed = "must be `none`, or absent, beside `egress`";
             Err(refused("network_mode", mode, allowed))
         }
-        Some(mode) if mode == "host" || mode.starts_with("container:") => {
+        Some(mode)
+            if mode == "host" || mode.starts_with("container:") || mode.starts_with("task:") =>
+        {
             let allowed = "must be a network of the task's own beside `broker`";
             Err(refused("network_mode", mode, allowed))
         }

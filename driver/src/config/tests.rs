@@ -99,6 +99,7 @@ fn what_a_plain_task_leaves_to_the_broker_needs_init_and_a_network_of_its_own() 
         (json!({"init": false}), "init"),
         (json!({"privileged": true}), "privileged"),
         (json!({"network_mode": "host"}), "network_mode"),
+        (json!({"network_mode": "task:other"}), "network_mode"),
         (
             json!({"network_mode": "bridge", "egress": {"allow": []}}),
             "network_mode",

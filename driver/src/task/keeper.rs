@@ -150,6 +150,7 @@ impl Keeper {
         };
         if self.live.entry.exit.is_none() {
             self.live.entry.exit = Some(exit.clone());
+            self.tell_early_end(&exit);
             if let Err(error) = self.tasks.journal.write(&self.live.entry) {
                 tracing::warn!(
                     error = crate::chain(&error),
@@ -157,7 +158,6 @@ impl Keeper {
                 );
             }
         }
-        self.tell_early_end(&exit);
         let _last = self.task.usage();
         self.output_is_read(pump).await;
         self.task.end.send_replace(Some(exit));

@@ -78,8 +78,17 @@ struct Own {
     path: PathBuf,
     /// The job's option; `None` for the folders that Nomad makes.
     given: Option<(&'static str, String)>,
-    /// Whether the driver creates it if it is missing, as Docker does for its short form.
-    is_made: bool,
+    if_missing: IfMissing,
+}
+
+/// What becomes of a source that is missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum IfMissing {
+    Refused,
+    /// The driver creates it, as Docker does for its short form.
+    Made,
+    /// It was a log, which Nomad removes in time.
+    Left,
 }
 
 /// The allocation's folders, Nomad's volumes, and what the job requests.
@@ -95,14 +104,20 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
         let options: Vec<&str> = options.filter(|word| !word.is_empty()).collect();
         options.join(",")
     };
-    let all = nomads::of(task, &folders).map_err(|source| Error::Logs { source })?;
-    for nomads::Nomads { path, target, kind } in all {
+    // Who writes there can put links where Nomad, as root, begins its next log. Where jobs may
+    // mount any folder, that is nothing more.
+    let all = nomads::of(task, &folders, plugin.volumes);
+    for nomads::Nomads { path, target, kind } in all.map_err(|source| Error::Logs { source })? {
         let own = Own {
             path,
             given: None,
-            is_made: false,
+            if_missing: match kind {
+                nomads::Kind::Log => IfMissing::Left,
+                _ => IfMissing::Refused,
+            },
         };
         let (source, options) = match kind {
+            nomads::Kind::Closed => (Source::Own(own), words("ro")),
             nomads::Kind::Folder => (Source::Own(own), words("")),
             nomads::Kind::Log => (Source::Own(own), words("ro")),
             nomads::Kind::Fifo => (Source::Any("/dev/null".into()), "ro".into()),
@@ -142,7 +157,7 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
             Source::Own(Own {
                 path,
                 given: Some(given),
-                is_made: true,
+                if_missing: IfMissing::Made,
             })
         };
         mounts.binds.push(Bind {
@@ -166,7 +181,7 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
                     Some(Own {
                         path,
                         given: Some(given),
-                        is_made: false,
+                        if_missing: IfMissing::Refused,
                     })
                 }
             }
@@ -218,7 +233,7 @@ impl Mounts {
         });
         let of_mounts = self.mounts.iter().filter_map(|(_, own)| own.as_ref());
         for own in of_binds.chain(of_mounts) {
-            if own.is_made {
+            if own.if_missing == IfMissing::Made {
                 let (held, missing) = folders.reach(&own.path).map_err(|why| own.refused(why))?;
                 // `join` with an empty path would add a slash.
                 let path = match missing.as_os_str().is_empty() {
@@ -227,20 +242,29 @@ impl Mounts {
                 };
                 self.refuse_private(folders, &path, own.given.as_ref())?;
             } else {
-                self.hold(folders, own)?;
+                self.hold_if_there(folders, own)?;
             }
         }
         Ok(())
     }
 
     fn hold(&self, folders: &Folders, own: &Own) -> Result<Held, Error> {
-        let held = match own.is_made {
-            true => folders.make(&own.path),
-            false => folders.hold(&own.path),
+        let held = match own.if_missing {
+            IfMissing::Made => folders.make(&own.path),
+            IfMissing::Refused | IfMissing::Left => folders.hold(&own.path),
         };
         let held = held.map_err(|why| own.refused(why))?;
         self.refuse_private(folders, &held.path, own.given.as_ref())?;
         Ok(held)
+    }
+
+    /// `None` for a log that Nomad has removed meanwhile, or that is a link by now.
+    fn hold_if_there(&self, folders: &Folders, own: &Own) -> Result<Option<Held>, Error> {
+        if own.if_missing != IfMissing::Left {
+            return self.hold(folders, own).map(Some);
+        }
+        let held = folders.hold(&own.path).ok();
+        Ok(held.filter(|held| held.path.file_name() == own.path.file_name()))
     }
 
     fn refuse_private(
@@ -271,23 +295,26 @@ impl Mounts {
             source,
         };
         let stage = |own: &Own| {
-            let held = self.hold(&folders, own)?;
-            let staged = staged.mount(&held);
+            let held = self.hold_if_there(&folders, own)?;
+            let staged = held.map(|held| staged.mount(&held)).transpose();
             staged.map_err(|source| failed(&own.path, source))
         };
         let mut binds = Vec::with_capacity(self.binds.len());
         for bind in &self.binds {
             let source = match &bind.source {
-                Source::Any(path) => path.clone(),
+                Source::Any(path) => Some(path.clone()),
                 Source::Own(own) => stage(own)?,
             };
-            binds.push(bind.short(&source)?);
+            if let Some(source) = source {
+                binds.push(bind.short(&source)?);
+            }
         }
         let mut mounts = Vec::with_capacity(self.mounts.len());
         for (mount, own) in &self.mounts {
             let mut mount = mount.clone();
             if let (MountKind::Bind { source, .. }, Some(own)) = (&mut mount.kind, own) {
-                *source = stage(own)?.to_string_lossy().into_owned();
+                let staged = stage(own)?;
+                *source = staged.unwrap_or_default().to_string_lossy().into_owned();
             }
             mounts.push(mount);
         }
@@ -335,166 +362,4 @@ fn volumes_disabled((field, given): (&'static str, String)) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::symlink;
-
-    use super::{
-        super::folders::tests::{Alloc, alloc},
-        *,
-    };
-    use crate::config::Volume;
-
-    fn plugin(volumes: bool) -> Plugin {
-        let options = serde_json::json!({"volumes": {"enabled": volumes}});
-        Plugin::parse(&rmp_serde::to_vec_named(&options).unwrap()).unwrap()
-    }
-
-    /// Where the last volume leads.
-    fn with_volume(alloc: &Alloc, source: &str, enabled: bool) -> Result<PathBuf, Error> {
-        let options = Task {
-            volumes: vec![Volume {
-                source: source.into(),
-                target: "/x".into(),
-                options: String::new(),
-            }],
-            ..Default::default()
-        };
-        let mounts = mounts(&alloc.task, &options, &plugin(enabled))?;
-        match &mounts.binds.last().unwrap().source {
-            Source::Any(path) => Ok(path.clone()),
-            Source::Own(own) => Ok(mounts.hold(&Folders::of(&alloc.task), own)?.path),
-        }
-    }
-
-    fn with_mount(alloc: &Alloc, kind: MountKind, enabled: bool) -> Result<(), Error> {
-        let mount = Mount {
-            target: "/x".into(),
-            readonly: false,
-            kind,
-        };
-        let options = Task {
-            mounts: vec![mount],
-            ..Default::default()
-        };
-        mounts(&alloc.task, &options, &plugin(enabled)).map(drop)
-    }
-
-    fn bind(source: &str) -> MountKind {
-        MountKind::Bind {
-            source: source.into(),
-            propagation: None,
-        }
-    }
-
-    /// C092: with volumes disabled, only relative paths that stay in the allocation are
-    /// allowed.
-    #[test]
-    fn host_folders_are_mounted_only_if_the_plugin_enables_volumes() {
-        let alloc = alloc();
-        for (source, disabled, path) in [
-            ("local/data", true, "web/local/data"),
-            (".", true, "web"),
-            ("../alloc/data", true, "alloc/data"),
-            ("/etc", false, "/etc"),
-            ("../../../../etc", false, ""),
-            ("named", true, "web/named"),
-        ] {
-            // `join` keeps an absolute path.
-            let path = alloc.folder.path().join(path);
-            let refused = with_volume(&alloc, source, false);
-            assert_eq!(refused.is_ok(), disabled, "{source}: {refused:?}");
-            let found = with_volume(&alloc, source, true).unwrap();
-            assert!(path == alloc.folder.path() || found == path, "{found:?}");
-            assert!(!disabled || refused.unwrap() == path);
-        }
-        let inside_but_absolute = alloc.folder.path().join("web/local");
-        assert!(with_volume(&alloc, &inside_but_absolute.to_string_lossy(), false).is_err());
-    }
-
-    #[test]
-    fn a_symbolic_link_does_not_lead_out_of_the_allocation() {
-        let alloc = alloc();
-        let local = alloc.folder.path().join("web/local");
-        std::fs::create_dir(alloc.folder.path().join("alloc/data")).unwrap();
-        symlink("/etc", local.join("out")).unwrap();
-        symlink("/nowhere/yet", local.join("dangling")).unwrap();
-        symlink("../../alloc", local.join("shared")).unwrap();
-        for (source, allowed) in [
-            ("local/out", false),
-            ("local/out/ssl", false),
-            ("local/dangling", false),
-            ("local/shared/data", true),
-        ] {
-            let volume = with_volume(&alloc, source, false);
-            assert_eq!(volume.is_ok(), allowed, "{source}");
-            let mount = with_mount(&alloc, bind(source), false);
-            assert_eq!(mount.is_ok(), allowed, "{source}");
-        }
-    }
-
-    /// A task that mounts the parent of its own folder can place links in it.
-    #[test]
-    fn the_allocations_own_folders_must_still_be_nomads() {
-        let alloc = alloc();
-        std::fs::remove_dir(alloc.folder.path().join("web/local")).unwrap();
-        symlink("/", alloc.folder.path().join("web/local")).unwrap();
-        let refused = mounts(&alloc.task, &Task::default(), &plugin(false));
-        assert!(
-            matches!(refused, Err(Error::Replaced { .. })),
-            "{refused:?}"
-        );
-    }
-
-    /// C093.
-    #[test]
-    fn mounts_follow_the_same_rule() {
-        let alloc = alloc();
-        let volume = || MountKind::Volume {
-            name: Some("v".into()),
-            no_copy: false,
-            labels: Default::default(),
-            driver: None,
-            driver_options: Default::default(),
-        };
-        assert!(with_mount(&alloc, bind("/etc"), false).is_err());
-        assert!(with_mount(&alloc, bind("/etc"), true).is_ok());
-        assert!(matches!(
-            with_mount(&alloc, volume(), false),
-            Err(Error::DockerVolume { .. })
-        ));
-        assert!(with_mount(&alloc, volume(), true).is_ok());
-        let memory = MountKind::Tmpfs {
-            size: None,
-            mode: None,
-        };
-        assert!(with_mount(&alloc, memory, false).is_ok());
-        // As with Docker, the long form does not create its source.
-        let missing = with_mount(&alloc, bind("local/none"), false).unwrap_err();
-        assert!(
-            matches!(&missing, Error::Unreadable { field: "mount.source", given, .. } if given == "local/none"),
-            "{missing:?}"
-        );
-    }
-
-    #[test]
-    fn the_allocations_folders_are_where_nomad_says() {
-        let alloc = alloc();
-        let mounts = mounts(&alloc.task, &Task::default(), &plugin(false)).unwrap();
-        let folders = Folders::of(&alloc.task);
-        let short = mounts.binds.iter().map(|bind| match &bind.source {
-            Source::Any(path) => panic!("{path:?} is not checked"),
-            Source::Own(own) => {
-                let held = mounts.hold(&folders, own).unwrap();
-                bind.short(&held.path).unwrap()
-            }
-        });
-        let base = &alloc.task.alloc_dir;
-        let expected = [
-            format!("{base}/alloc:/alloc"),
-            format!("{base}/alloc/logs:/alloc/logs"),
-            format!("{base}/web/local:/local"),
-            format!("{base}/web/secrets:/secrets"),
-        ];
-        assert!(short.eq(expected));
-    }
-}
+mod tests;

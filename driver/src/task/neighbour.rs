@@ -65,20 +65,41 @@ fn running(book: &Book, alloc_id: &str) -> impl Iterator<Item = Arc<Task>> {
     all.filter(move |task| task.entry.identity.alloc_id == alloc_id && task.end().is_none())
 }
 
+/// Tells a task that has just started if the one whose network it shares has started again since
+/// its container was made. `mode` is that of Docker.
+pub(super) fn tell_if_behind(tasks: &Tasks, started: &Task, mode: &str) {
+    let Some(name) = started.entry.network_of.as_deref() else {
+        return;
+    };
+    let mut all = running(&tasks.book, &started.entry.identity.alloc_id);
+    let is_behind = all
+        .find(|other| other.name() == name)
+        .is_none_or(|other| mode != format!("container:{}", other.entry.container));
+    if is_behind {
+        tell_of(tasks, started, name);
+    }
+}
+
 /// Tells the tasks that share the network of an earlier start of this one: they are still in it,
 /// and Docker cannot move them.
 pub(super) fn tell(tasks: &Tasks, started: &Task) {
     let (name, alloc_id) = (started.name(), &started.entry.identity.alloc_id);
     for other in running(&tasks.book, alloc_id) {
         if other.entry.network_of.as_deref() == Some(name) {
-            let message = format!(
-                "Task `{name}` was started again, and this task still has its earlier network: \
-                 restart this task (nomad alloc restart {alloc_id} {})",
-                other.name()
-            );
-            tasks.site.events.send(&other.entry.identity, message);
+            tell_of(tasks, &other, name);
         }
     }
+}
+
+fn tell_of(tasks: &Tasks, task: &Task, name: &str) {
+    let identity = &task.entry.identity;
+    let message = format!(
+        "Task `{name}` was started again, and this task still has its earlier network: \
+         restart this task (nomad alloc restart {} {})",
+        identity.alloc_id,
+        task.name()
+    );
+    tasks.site.events.send(identity, message);
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The folders that Nomad makes for a task. In `alloc/logs`, which all tasks of the group share,
-//! a task may make files of its own; what Nomad has there is covered.
+//! a task may make files of its own if the operator trusts jobs with the host's folders; what
+//! Nomad has there is covered.
 
 use std::{fs, io, os::unix::fs::FileTypeExt, path::PathBuf};
 
@@ -7,8 +8,8 @@ use polydev_proto::driver::TaskConfig;
 
 use super::folders::Folders;
 
-/// What Nomad has in `alloc/logs` at most: more of it are not Nomad's.
-const MAX_COVERED: usize = 1000;
+/// Most logs of Nomad's that are covered, the newest first: each is a mount.
+const MAX_LOGS: usize = 100;
 
 /// A folder or file of Nomad's, and where the task sees it.
 #[derive(Debug, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub(super) struct Nomads {
 pub(super) enum Kind {
     /// The task writes there.
     Folder,
+    /// The task reads there.
+    Closed,
     /// A log that Nomad writes; tasks read it.
     Log,
     /// A way to Nomad's log, which init alone uses.
@@ -29,8 +32,12 @@ pub(super) enum Kind {
 }
 
 /// # Errors
-/// If `alloc/logs` cannot be read, or a task has filled it with what looks like Nomad's.
-pub(super) fn of(task: &TaskConfig, folders: &Folders) -> io::Result<Vec<Nomads>> {
+/// If `alloc/logs` cannot be read.
+pub(super) fn of(
+    task: &TaskConfig,
+    folders: &Folders,
+    may_write_logs: bool,
+) -> io::Result<Vec<Nomads>> {
     let inside = |variable: &str, default: &str| -> String {
         let value = task.env.get(variable).filter(|value| !value.is_empty());
         value.cloned().unwrap_or_else(|| default.into())
@@ -39,44 +46,52 @@ pub(super) fn of(task: &TaskConfig, folders: &Folders) -> io::Result<Vec<Nomads>
     let (logs, inside_logs) = (folders.shared.join("logs"), format!("{shared}/logs"));
     let local = inside("NOMAD_TASK_DIR", "/local");
     let secrets = inside("NOMAD_SECRETS_DIR", "/secrets");
+    let logs_kind = match may_write_logs {
+        true => Kind::Folder,
+        false => Kind::Closed,
+    };
     let mut all: Vec<Nomads> = [
-        (folders.shared.clone(), shared),
+        (folders.shared.clone(), shared, Kind::Folder),
         // As a mount it can be neither renamed nor removed.
-        (logs.clone(), inside_logs.clone()),
-        (folders.local.clone(), local),
-        (folders.secrets.clone(), secrets),
+        (logs.clone(), inside_logs.clone(), logs_kind),
+        (folders.local.clone(), local, Kind::Folder),
+        (folders.secrets.clone(), secrets, Kind::Folder),
     ]
     .into_iter()
-    .map(|(path, target)| Nomads {
-        path,
-        target,
-        kind: Kind::Folder,
-    })
+    .map(|(path, target, kind)| Nomads { path, target, kind })
     .collect();
-    let plain = all.len();
+    if !may_write_logs {
+        return Ok(all);
+    }
+    let (mut fifos, mut files) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(&logs)? {
         let entry = entry?;
         let Ok(name) = entry.file_name().into_string() else {
             continue;
         };
         let kind = entry.file_type()?;
-        let (task, kind) = match (fifo_of(&name), log_of(&name)) {
-            (Some(task), _) if kind.is_fifo() => (task, Kind::Fifo),
-            (_, Some(task)) if kind.is_file() => (task, Kind::Log),
-            _ => continue,
-        };
-        if folders.has_task(task) {
-            let (path, target) = (logs.join(&name), format!("{inside_logs}/{name}"));
-            all.push(Nomads { path, target, kind });
+        if kind.is_fifo() && fifo_of(&name).is_some_and(|task| folders.has_task(task)) {
+            fifos.push(name);
+        } else if let Some((task, number)) = log_of(&name)
+            && kind.is_file()
+            && folders.has_task(task)
+        {
+            files.push((number, name));
         }
     }
-    if all.len() - plain > MAX_COVERED {
-        return Err(io::Error::other(format!(
-            "it has more than {MAX_COVERED} files with names of Nomad's logs"
-        )));
-    }
-    // The order of a folder is by chance.
-    all[plain..].sort_by(|a, b| a.path.cmp(&b.path));
+    files.sort_by(|a, b| b.cmp(a));
+    files.truncate(MAX_LOGS);
+    let covered = |kind: fn() -> Kind| {
+        let (logs, inside_logs) = (&logs, &inside_logs);
+        move |name: String| Nomads {
+            path: logs.join(&name),
+            target: format!("{inside_logs}/{name}"),
+            kind: kind(),
+        }
+    };
+    all.extend(fifos.into_iter().map(covered(|| Kind::Fifo)));
+    let files = files.into_iter().map(|(_, name)| name);
+    all.extend(files.map(covered(|| Kind::Log)));
     Ok(all)
 }
 
@@ -85,11 +100,10 @@ fn fifo_of(name: &str) -> Option<&str> {
     stream_of(name.strip_prefix('.')?.strip_suffix(".fifo")?)
 }
 
-/// The task whose log is `TASK.stdout.0`.
-fn log_of(name: &str) -> Option<&str> {
+/// The task whose log is `TASK.stdout.0`, and the number.
+fn log_of(name: &str) -> Option<(&str, u32)> {
     let (stream, number) = name.rsplit_once('.')?;
-    number.parse::<u32>().ok()?;
-    stream_of(stream)
+    Some((stream_of(stream)?, number.parse().ok()?))
 }
 
 fn stream_of(name: &str) -> Option<&str> {
@@ -117,7 +131,7 @@ mod tests {
         // A link is not Nomad's.
         std::os::unix::fs::symlink("/etc/passwd", logs.join("web.stdout.3")).unwrap();
 
-        let all = of(&alloc.task, &folders).unwrap();
+        let all = of(&alloc.task, &folders, true).unwrap();
         let covered: Vec<(&str, &Kind)> = all[4..]
             .iter()
             .map(|one| (&*one.target, &one.kind))
@@ -129,6 +143,8 @@ mod tests {
                 ("/alloc/logs/web.stderr.12", &Kind::Log),
             ]
         );
+        let closed = of(&alloc.task, &folders, false).unwrap();
+        assert_eq!((closed.len(), &closed[1].kind), (4, &Kind::Closed));
         let folders: Vec<&str> = all[..4].iter().map(|one| &*one.target).collect();
         assert_eq!(folders, ["/alloc", "/alloc/logs", "/local", "/secrets"]);
     }

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     config::{self, Capabilities, Device, LogPath, Logging, Plugin, Task},
-    docker::{Image, InitMounts, PlainSpec, Published, Resources},
+    docker::{Image, InitMounts, PlainSpec, Resources},
     identity::{Identity, labels},
     images::{Archive, Policy, Want},
     site::Site,
@@ -52,6 +52,13 @@ pub enum Error {
     Runtime { given: String, nvidia: String },
     #[error("cannot use the seccomp profile `{path}` given in `security_opt`")]
     Profile { path: PathBuf, source: io::Error },
+    #[error(
+        "the image's program `{program}` must be process 1, and `{field}` needs polydev-init there; set `command`, or `init = true`"
+    )]
+    First {
+        program: String,
+        field: &'static str,
+    },
     #[error("the image `{image}` has no default program; set `command` or `entrypoint`")]
     NoCommand { image: String },
 }
@@ -142,7 +149,7 @@ impl<'a> Plan<'a> {
             notes,
             network_of,
             runtime: runtime(task, &options, plugin)?,
-            env: env(task, &options, &place.ports),
+            env: env(task, &options),
             identity,
             capabilities: options.capabilities(plugin)?,
             resources: resources::resources(task, &options, compute.mhz, compute.cores)?,
@@ -183,6 +190,10 @@ impl<'a> Plan<'a> {
         let argv = argv(&self.options, image)?;
         if self.options.init.is_some() || !FIRST.contains(&&*argv[0]) {
             return Ok(());
+        }
+        if let Some(field) = self.options.brokered_by() {
+            let program = argv[0].clone();
+            return Err(Error::First { program, field });
         }
         self.options.init = Some(false);
         (self.output, self.logging) = output(&self.options, plugin);
@@ -275,15 +286,15 @@ fn output(options: &Task, plugin: &Plugin) -> (OutputPath, Logging) {
 }
 
 /// The task's variables, with those of its devices. Nomad does not know of `port_map`.
-fn env(task: &TaskConfig, options: &Task, ports: &[Published]) -> BTreeMap<String, String> {
+fn env(task: &TaskConfig, options: &Task) -> BTreeMap<String, String> {
     let mut env = task.device_env.clone();
     env.extend(task.env.clone());
-    for port in ports {
-        if options.port_map.contains_key(&port.label) {
-            let name = format!("NOMAD_PORT_{}", port.label);
-            env.insert(name, port.container_port.to_string());
-        }
-    }
+    env.extend(options.port_map.iter().map(|(label, port)| {
+        // As Nomad names variables.
+        let is_kept = |letter: char| letter.is_ascii_alphanumeric() || letter == '_';
+        let label = label.replace(|letter| !is_kept(letter), "_");
+        (format!("NOMAD_PORT_{label}"), port.to_string())
+    }));
     env
 }
 

@@ -57,6 +57,8 @@ pub enum Error {
     Image(#[from] images::Error),
     #[error(transparent)]
     Docker(#[from] docker::Error),
+    #[error("task `{name}`, whose network this task shares, has ended meanwhile")]
+    Neighbour { name: String },
     #[error("a container named `{name}` already exists and does not belong to this driver")]
     Taken { name: String },
     #[error(transparent)]
@@ -97,8 +99,19 @@ impl Error {
             | Self::Limits(_)
             | Self::Gone(_)
             | Self::Stage(_)
+            | Self::Neighbour { .. }
             | Self::Journal(_) => true,
             Self::Outside(error) => error.is_recoverable(),
+        }
+    }
+}
+
+impl Error {
+    /// Docker does not find the container of the other task, which may be there again soon.
+    fn of_neighbour(self, network_of: Option<String>) -> Self {
+        match (self, network_of) {
+            (Self::Docker(error), Some(name)) if error.is_not_found() => Self::Neighbour { name },
+            (other, _) => other,
         }
     }
 }
@@ -149,10 +162,13 @@ async fn make(
     // It stays until the container has started, or until its removal was requested.
     let staged = tasks.stage.begin().map_err(Error::Stage)?;
     let spec = plan.spec(site, init, &staged)?;
-    let container = create(site, &spec).await?;
+    let network_of = plan.network_of.clone();
+    let created = create(site, &spec).await;
+    let container = created.map_err(|error| error.of_neighbour(network_of))?;
     let folder = listener
         .as_ref()
         .map(|listener| listener.folder().to_owned());
+    let gone = plan.network_of.clone();
     let made = async {
         let running = run(site, &container, listener).await?;
         let live = prepare(tasks, &plan, task, &container, stop_signal, running).await?;
@@ -165,6 +181,7 @@ async fn make(
                 site.events.send(&plan.identity, note);
             }
             neighbour::tell(tasks, &task);
+            neighbour::tell_if_behind(tasks, &task, &plan.place.network.mode);
             Ok(task)
         }
         Err(error) => {
@@ -172,7 +189,7 @@ async fn make(
                 let _gone_already = std::fs::remove_dir_all(folder);
             }
             removal::remove(&site.docker, &container).await;
-            Err(error)
+            Err(error.of_neighbour(gone))
         }
     }
 }
@@ -348,7 +365,7 @@ async fn prepare(
         stderr: log(&task.stderr_path),
         stop_signal: stop_signal.to_owned(),
         address,
-        auto_advertise: plan.place.is_users_own,
+        auto_advertise: plan.place.is_users_own || plan.options.advertise_ipv6_address,
         ports: {
             let ports = plan.place.ports.iter();
             let ports = ports.map(|port| (port.label.clone(), port.container_port.into()));

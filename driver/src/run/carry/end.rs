@@ -22,13 +22,13 @@ impl Carrier<'_> {
         let killed = exit_code == 128 + SIGKILL;
         let (reason, message) = if self.ending != Ending::No {
             self.asked()
+        } else if exited.deadline_exceeded {
+            (Reason::Deadline, "its deadline passed".into())
         } else if killed && self.oom_kills() > 0 {
             (
                 Reason::OutOfMemory,
                 "the kernel killed it because it exceeded its memory limit".into(),
             )
-        } else if exited.deadline_exceeded {
-            (Reason::Deadline, "its deadline passed".into())
         } else if signal != 0 {
             (Reason::Signaled, format!("signal {signal} ended it"))
         } else {
@@ -135,9 +135,7 @@ impl Run {
             && matches!(ended.reason, Reason::Exited | Reason::Signaled)
         {
             (ended.reason, ended.message) = (cause.reason(), cause.message());
-            if ended.exit_code == 0 {
-                ended.exit_code = status(ended.reason, ended.exit_code);
-            }
+            ended.exit_code = status(ended.reason, ended.exit_code);
         }
         let answers = self.progress.borrow().answers();
         Ended {
