@@ -14,8 +14,8 @@ use nix::{
 };
 use polydev_proto::{
     init::{
-        ArtifactRules, DataAck, File, PlainTask, Refreshable, Release, Secrets, Start, Stdin,
-        exited, from_init, hello, not_started, plain_task, to_init,
+        ArtifactRules, DataAck, File, PlainTask, Refreshable, Release, Secrets, Signal, Start,
+        Stdin, exited, from_init, hello, not_started, plain_task, to_init,
     },
     sealed::{self, PrivateKey},
 };
@@ -288,6 +288,19 @@ fn a_signal_ends_a_waiting_init_and_is_passed_on_by_a_running_one() {
         Some(exited::Status::Code(4))
     );
     assert_eq!(stdout, b"ready\ngot it\n");
+}
+
+#[test]
+fn a_real_time_signal_is_passed_on_and_its_end_is_told() {
+    let init = Init::start();
+    let (mut link, _) = init.connect();
+    link.send(to_init::Message::Start(
+        shell("echo ready; exec sleep 1000").into(),
+    ));
+    while !matches!(link.next(), from_init::Message::Data(_)) {}
+    link.send(to_init::Message::Signal(Signal { number: 37 }));
+    let exited = link.finish(&mut b"ready\n".to_vec());
+    assert_eq!(exited.status, Some(exited::Status::Signal(37)));
 }
 
 #[test]
