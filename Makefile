@@ -79,7 +79,9 @@ lint:          ## Formatting and clippy, warnings denied.
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- --deny warnings
 
+# Not in rust-toolchain.toml: nothing else needs its library.
 arm64:         ## Clippy for 64-bit ARM, on which no test runs; needs gcc-aarch64-linux-gnu.
+	@! command -v rustup >/dev/null || rustup target add aarch64-unknown-linux-gnu
 	CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc \
 	    cargo clippy --locked --workspace --target aarch64-unknown-linux-gnu -- --deny warnings
 
