@@ -104,8 +104,8 @@ pub(super) fn mounts(task: &TaskConfig, options: &Task, plugin: &Plugin) -> Resu
         let options: Vec<&str> = options.filter(|word| !word.is_empty()).collect();
         options.join(",")
     };
-    // Who writes there can put links where Nomad, as root, begins its next log. Where jobs may
-    // mount any folder, that is nothing more.
+    // Nomad works in the folder of logs as root. It is for tasks only where jobs may mount any
+    // folder anyway.
     let all = nomads::of(task, &folders, plugin.volumes);
     for nomads::Nomads { path, target, kind } in all.map_err(|source| Error::Logs { source })? {
         let own = Own {
