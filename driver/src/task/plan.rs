@@ -437,4 +437,31 @@ mod tests {
             Err(Error::NoCommand { .. })
         ));
     }
+
+    /// Row 9 of the users' jobs: what a device plugin of Nomad's asks for.
+    #[test]
+    fn devices_bring_their_variables_and_their_runtime() {
+        let task = TaskConfig {
+            device_env: [("NVIDIA_VISIBLE_DEVICES".to_owned(), "GPU-1".to_owned())].into(),
+            ..TaskConfig::default()
+        };
+        let plain = |options| crate::config::tests::plain(options).unwrap();
+        let plugin = Plugin::parse(&[]).unwrap();
+        let own = plain(json!({ "port_map": [{ "my-port": 80 }] }));
+        let env = env(&task, &own);
+        assert_eq!(env["NVIDIA_VISIBLE_DEVICES"], "GPU-1");
+        assert_eq!(env["NOMAD_PORT_my_port"], "80");
+        assert_eq!(
+            runtime(&task, &own, &plugin).unwrap().as_deref(),
+            Some("nvidia")
+        );
+        let other = plain(json!({ "runtime": "runc" }));
+        let refused = runtime(&task, &other, &plugin).unwrap_err();
+        assert!(
+            refused.to_string().starts_with("`runtime` is `runc`"),
+            "{refused}"
+        );
+        let none = runtime(&TaskConfig::default(), &own, &plugin).unwrap();
+        assert_eq!(none, None);
+    }
 }
