@@ -1,6 +1,5 @@
 #!/bin/bash
-# uml.sh [OPTION OF DOCKERD...]: the built programs on a machine of today, with cgroup v2 and
-# Docker 26: Debian 13 in user-mode Linux, which needs no hardware for it. It has one processor, and
+# The built programs on a machine of today, with cgroup v2 and Docker 26: Debian 13 in user-mode Linux, which needs no hardware for it. It has one processor, and
 # its system calls are some ten times slower: it shows what holds, not how fast. Its root is a
 # folder of the cache, which it cannot write to.
 set -euo pipefail
@@ -19,7 +18,6 @@ for program in polydev-shim nomad-driver-polydev polydev-init polydev-broker; do
 done
 cp "$POLYDEV_NOMAD" "$work/bin/nomad"
 cp tests/uml/check.sh jobspecs/pool-anthropic.nomad.hcl "$work/bin/"
-printf '%s\n' "$@" >"$work/bin/dockerd-options"
 truncate --size 3G "$work/disk"
 mkfs.ext4 -q -F "$work/disk"
 

@@ -136,36 +136,26 @@ fn run(nomad: &Nomad, jobs: &[Job]) -> BTreeMap<String, [Seen; 2]> {
 fn images() {
     let first = "test $$ = 1 || { echo can only run as pid 1; exit 100; }; echo runs as process 1";
     let script = format!("printf '#!/bin/sh\\n{first}\\nsleep 1\\n' >/init && chmod 755 /init");
-    make(
-        "polydev-first:1",
-        "polydev-busybox:1",
-        &script,
-        r#"["/init"]"#,
-    );
+    let busybox = "polydev-busybox:1";
+    let entrypoint = [r#"ENTRYPOINT ["/init"]"#, "CMD []"];
+    make("polydev-first:1", busybox, &script, &entrypoint);
     let script = "cp /usr/bin/id /bin/id-of-root && chmod 4755 /bin/id-of-root";
     let base = "polydev-openai-runtime:latest";
-    make("polydev-setuid:1", base, script, r#"["/usr/bin/env"]"#);
-    let pause = r#"["sleep", "86400"]"#;
-    make("polydev-pause:1", "polydev-busybox:1", "true", pause);
+    let entrypoint = [r#"ENTRYPOINT ["/usr/bin/env"]"#, "CMD []"];
+    make("polydev-setuid:1", base, script, &entrypoint);
+    let entrypoint = [r#"ENTRYPOINT ["sleep", "86400"]"#, "CMD []"];
+    make("polydev-pause:1", busybox, "true", &entrypoint);
 }
 
-fn make(name: &str, base: &str, script: &str, entrypoint: &str) {
-    let create = [
-        "create",
-        "--user",
-        "0",
-        "--entrypoint",
-        "sh",
-        base,
-        "-c",
-        script,
-    ];
-    let id = docker::docker(&create);
+/// Makes an image of another one by a script, with `changes` as of a Dockerfile.
+fn make(name: &str, base: &str, script: &str, changes: &[&str]) {
+    let create = ["create", "--user", "0", "--entrypoint", "sh", base];
+    let id = docker::docker(&[&create[..], &["-c", script]].concat());
     let id = id.trim();
     docker::docker(&["start", "--attach", id]);
-    let entrypoint = format!("ENTRYPOINT {entrypoint}");
-    let changes = ["--change", &entrypoint, "--change", "CMD []"];
-    docker::docker(&[&["commit"], &changes[..], &[id, name]].concat());
+    let changes = changes.iter().flat_map(|change| ["--change", change]);
+    let commit = ["commit"].into_iter().chain(changes).chain([id, name]);
+    docker::docker(&commit.collect::<Vec<_>>());
     docker::docker(&["rm", id]);
 }
 

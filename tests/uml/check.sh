@@ -39,9 +39,8 @@ until_is() {
 }
 api() { curl --silent "$NOMAD_ADDR$1"; }
 
-step "dockerd $(tr '\n' ' ' </work/dockerd-options)"
-# shellcheck disable=SC2046 # One word a line.
-dockerd --live-restore $(cat /work/dockerd-options) >/tmp/dockerd.log 2>&1 &
+step "dockerd"
+dockerd --live-restore >/tmp/dockerd.log 2>&1 &
 docker_answers() { docker version >/dev/null 2>&1; }
 until_is 120 "dockerd" docker_answers
 docker info 2>/dev/null | grep -e 'Server Version' -e 'Cgroup Version' -e 'Storage Driver' -e Kernel

@@ -356,14 +356,13 @@ fn streams(command: &mut process::Command, task: Option<&PlainTask>) -> io::Resu
         _ => Vec::new(),
     };
     copies.iter().for_each(set_nonblocking);
+    // For others to open the streams of this process. With a plain task, it has nothing that the
+    // command does not have.
+    prctl::set_dumpable(true)?;
     if task.tty || !matches!(task.output(), OutputKind::Descriptors | OutputKind::Both) {
-        // Others may open the streams that this process has already.
-        prctl::set_dumpable(true)?;
-        let (read, shown) = (None, None);
         return Ok(Streams {
-            read,
             copies,
-            shown,
+            ..Streams::default()
         });
     }
     let Pipes { read, write, shown } = Shown::pipes()?;

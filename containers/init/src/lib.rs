@@ -15,8 +15,9 @@
 //!
 //! A run's output goes to the driver, a plain task's output to Nomad's FIFOs.
 //!
-//! It needs no capability and no writable root. It is not dumpable, so the command, which
-//! has the same user, cannot trace or read it.
+//! It needs no capability and no writable root. It is not dumpable, so a run's command, which
+//! has the same user, cannot trace or read it. With a plain task it is, and has no secret: others
+//! write to its streams.
 
 mod account;
 mod agent;

@@ -9,7 +9,7 @@ use std::{
     sync::OnceLock,
 };
 
-use nix::{fcntl::OFlag, sys::prctl, unistd::pipe2};
+use nix::{fcntl::OFlag, unistd::pipe2};
 use rustix::stdio::{dup2_stderr, dup2_stdout};
 
 /// This process's own stderr, for its own words.
@@ -39,9 +39,7 @@ pub(crate) struct Pipes {
 }
 
 impl Shown {
-    /// Makes pipes, with the ends of the command as this process's stdout and stderr too. For
-    /// others to open them, this process becomes dumpable: of a plain task, it has nothing that
-    /// the command does not have.
+    /// Makes pipes, with the ends of the command as this process's stdout and stderr too.
     pub(crate) fn pipes() -> io::Result<Pipes> {
         let [stdout, stderr] = [pipe2(OFlag::O_CLOEXEC)?, pipe2(OFlag::O_CLOEXEC)?];
         let shown = Self {
@@ -51,7 +49,6 @@ impl Shown {
         OWN_STDERR.get_or_init(|| words.into());
         dup2_stdout(&stdout.1)?;
         dup2_stderr(&stderr.1)?;
-        prctl::set_dumpable(true)?;
         Ok(Pipes {
             read: [stdout.0, stderr.0],
             write: [stdout.1.into(), stderr.1.into()],

@@ -185,11 +185,12 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Leaves process 1 to the image's program, if it must be that and the job is silent.
-    pub(super) fn see(&mut self, image: &Image, plugin: &Plugin) -> Result<(), Error> {
+    /// The command. Leaves process 1 to the image's program, if it must be that and the job is
+    /// silent.
+    pub(super) fn see(&mut self, image: &Image, plugin: &Plugin) -> Result<Vec<String>, Error> {
         let argv = argv(&self.options, image)?;
         if self.options.init.is_some() || !FIRST.contains(&&*argv[0]) {
-            return Ok(());
+            return Ok(argv);
         }
         if let Some(field) = self.options.brokered_by() {
             let program = argv[0].clone();
@@ -201,7 +202,7 @@ impl<'a> Plan<'a> {
             "`{}` must be process 1: the task runs as with `init = false`",
             argv[0]
         ));
-        Ok(())
+        Ok(argv)
     }
 
     /// # Errors
@@ -257,11 +258,6 @@ impl<'a> Plan<'a> {
         let is_named = names.any(|name| name == Some("no-new-privileges"));
         plugin.no_new_privileges && !self.options.privileged && !is_named
     }
-
-    /// The command that init runs.
-    pub(super) fn argv(&self, image: &Image) -> Result<Vec<String>, Error> {
-        argv(&self.options, image)
-    }
 }
 
 /// The way of the output, and what Docker does with its part.
@@ -274,7 +270,6 @@ fn output(options: &Task, plugin: &Plugin) -> (OutputPath, Logging) {
             .into(),
     };
     let is_docker = options.init == Some(false)
-        || options.logging.is_some()
         || plugin.disable_log_collection
         || plugin.log_path == LogPath::Docker;
     match &options.logging {

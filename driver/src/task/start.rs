@@ -147,8 +147,7 @@ async fn make(
             .send(&plan.identity, step.message(&plan.options.image));
     };
     let (image, held) = site.images.get(&plan.want(), tell).await?;
-    plan.see(&image, &site.config)?;
-    let argv = plan.argv(&image)?;
+    let argv = plan.see(&image, &site.config)?;
     let stop_signal = image.stop_signal.as_deref().unwrap_or("SIGTERM");
 
     let listener = match plan.options.init {

@@ -209,24 +209,12 @@ fn the_home_of_a_slot_can_be_written_to_whatever_its_image_says() {
     let script = "mkdir /app && echo of the image >/app/file && useradd -m -u 1500 app && \
         chmod -R a+rX /runtime";
     let base = "polydev-anthropic-runtime:latest";
-    let create = [
-        "create",
-        "--user",
-        "0",
-        "--entrypoint",
-        "sh",
-        base,
-        "-c",
-        script,
-    ];
-    let id = docker::docker(&create);
-    docker::docker(&["start", "--attach", id.trim()]);
-    for (image, home) in [("polydev-home:1", "/app"), ("polydev-home:2", "")] {
-        let env = format!("ENV HOME={home}");
-        let changes = ["--change", "USER 1500", "--change", &env];
-        docker::docker(&[&["commit"], &changes[..], &[id.trim(), image]].concat());
+    for (image, home) in [
+        ("polydev-home:1", "ENV HOME=/app"),
+        ("polydev-home:2", "ENV HOME="),
+    ] {
+        super::make(image, base, script, &["USER 1500", home]);
     }
-    docker::docker(&["rm", id.trim()]);
     for image in ["polydev-home:1", "polydev-home:2"] {
         let nomad = Nomad::start();
         let shim = Shim::serve(&nomad.address);
