@@ -31,6 +31,19 @@ pub struct File {
     pub content: String,
 }
 
+impl File {
+    /// Codex 0.171 reads another server only from its configuration.
+    ///
+    /// `url` must need no escape in a TOML string.
+    #[must_use]
+    pub fn codex_server(url: &str) -> Self {
+        Self {
+            path: ".codex/config.toml",
+            content: format!("openai_base_url = \"{url}\"\n{CODEX_QUIET}"),
+        }
+    }
+}
+
 impl Outside {
     /// What the provider's CLI reads.
     #[must_use]
@@ -44,11 +57,7 @@ impl Outside {
                     ("CODEX_API_KEY", key()),
                     ("OPENAI_BASE_URL", url("/openai/v1")),
                 ],
-                // Codex reads another server only from its configuration.
-                file: Some(File {
-                    path: ".codex/config.toml",
-                    content: format!("openai_base_url = \"{}\"\n{CODEX_QUIET}", url("/openai/v1")),
-                }),
+                file: Some(File::codex_server(&url("/openai/v1"))),
             },
             Provider::Anthropic => Self {
                 env: vec![

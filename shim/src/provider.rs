@@ -9,14 +9,17 @@ use std::collections::BTreeMap;
 
 use polydev_proto::{
     exec,
-    outside::Outside,
+    outside::{File, Outside},
     prompt::{self, Invalid as InvalidPrompt, Options},
     provider::Provider,
 };
 use secrecy::SecretString;
 use serde_json::value::RawValue;
 
-use crate::secret::{Credential, Invalid, Prepared, PreparedFile};
+use crate::{
+    environment,
+    secret::{Credential, Invalid, Prepared, PreparedFile},
+};
 
 /// The differences between providers.
 struct Table {
@@ -26,6 +29,8 @@ struct Table {
     prepare_key: fn(&SecretString, Option<&str>) -> Prepared,
     /// The variable with which a caller names another server.
     base_url: &'static str,
+    /// The file that names it, for a CLI that does not read the variable.
+    server_file: Option<fn(&str) -> File>,
     /// Where the CLI keeps an account that has signed in, relative to the home folder.
     oauth_file: &'static str,
     /// Path of the refresh token in that file.
@@ -58,8 +63,6 @@ pub struct Prompt<'a> {
     pub model: Option<&'a str>,
     /// Its system text and its tools.
     pub options: &'a Options,
-    /// The caller's environment, for settings that a CLI accepts only as an argument.
-    pub env: &'a BTreeMap<String, String>,
 }
 
 fn table(provider: Provider) -> &'static Table {
@@ -93,6 +96,16 @@ pub trait Cli {
     /// The variable with which a caller names another server than the provider's.
     #[must_use]
     fn base_url(&self) -> &'static str;
+
+    /// The file from which the CLI reads the server that its environment names, if it does not
+    /// read the variable.
+    ///
+    /// # Errors
+    /// [`environment::Refused`]
+    fn server_file(
+        &self,
+        env: &BTreeMap<String, String>,
+    ) -> Result<Option<PreparedFile>, environment::Refused>;
 
     /// Names in the workspace that the CLI reads only when it starts.
     #[must_use]
@@ -160,13 +173,9 @@ impl Cli for Provider {
     fn prepare_outside(&self, key: &SecretString) -> Prepared {
         let Outside { env, file } = Outside::of(*self);
         let variable = |(name, value): (&str, String)| (name.to_owned(), value.into());
-        let file = file.map(|file| PreparedFile {
-            path: file.path,
-            content: file.content.into_bytes().into(),
-        });
         Prepared {
             env: env.into_iter().map(variable).collect(),
-            files: file.into_iter().collect(),
+            files: file.into_iter().map(PreparedFile::from).collect(),
             outside: Some((*self, key.clone())),
             ..Prepared::default()
         }
@@ -174,6 +183,24 @@ impl Cli for Provider {
 
     fn base_url(&self) -> &'static str {
         table(*self).base_url
+    }
+
+    fn server_file(
+        &self,
+        env: &BTreeMap<String, String>,
+    ) -> Result<Option<PreparedFile>, environment::Refused> {
+        let variable = self.base_url();
+        let (Some(file), Some(url)) = (table(*self).server_file, env.get(variable)) else {
+            return Ok(None);
+        };
+        let is_written = |c: char| c.is_control() || c.is_whitespace() || c == '"' || c == '\\';
+        match url.chars().any(is_written) {
+            true => Err(environment::Refused {
+                name: variable.into(),
+                reason: "is not a URL",
+            }),
+            false => Ok(Some(file(url).into())),
+        }
     }
 
     fn reads_at_start(&self) -> &'static [&'static str] {
@@ -247,7 +274,6 @@ mod tests {
 
     #[track_caller]
     fn argv(provider: &str, text: &str, model: Option<&str>) -> Vec<String> {
-        let env = BTreeMap::new();
         provider
             .parse::<Provider>()
             .unwrap()
@@ -255,7 +281,6 @@ mod tests {
                 text,
                 model,
                 options: &Options::default(),
-                env: &env,
             })
             .unwrap()
     }
@@ -314,13 +339,11 @@ mod tests {
 
     #[test]
     fn what_a_cli_would_not_take_as_a_prompt_is_refused() {
-        let env = BTreeMap::new();
         let refused = |provider: &str, text, model| {
             let prompt = Prompt {
                 text,
                 model,
                 options: &Options::default(),
-                env: &env,
             };
             provider
                 .parse::<Provider>()
@@ -393,22 +416,32 @@ mod tests {
     }
 
     #[test]
-    fn another_openai_server_is_named_in_the_argv() {
-        let openai: Provider = "openai".parse().unwrap();
-        let with = |url: &str| {
-            let env = BTreeMap::from([("OPENAI_BASE_URL".to_owned(), url.to_owned())]);
-            openai.prompt(&Prompt {
-                text: "hi",
-                model: None,
-                options: &Options::default(),
-                env: &env,
-            })
+    fn a_server_is_in_the_file_of_a_cli_that_does_not_read_its_variable() {
+        let url = "https://gateway.example/v1";
+        let env = |url: &str| {
+            let names = Provider::all().map(|provider| provider.base_url().to_owned());
+            names
+                .into_iter()
+                .map(|name| (name, url.to_owned()))
+                .collect::<BTreeMap<_, _>>()
         };
-        let argv = with("http://198.51.100.1/v1").unwrap();
-        assert!(
-            argv.contains(&"openai_base_url=\"http://198.51.100.1/v1\"".to_owned()),
-            "{argv:?}"
-        );
-        assert!(with("http://x\"\nsandbox_mode=\"").is_err());
+        for provider in Provider::all() {
+            let file = provider.server_file(&env(url)).unwrap();
+            let file = file.map(|file| (file.path, file.content.expose_secret().to_vec()));
+            match provider {
+                Provider::OpenAi => {
+                    let (path, content) = file.unwrap();
+                    let line = format!("openai_base_url = \"{url}\"\n");
+                    assert_eq!(path, ".codex/config.toml");
+                    assert!(content.starts_with(line.as_bytes()), "{content:?}");
+                }
+                Provider::Anthropic | Provider::Google => assert_eq!(file, None),
+            }
+            assert!(provider.server_file(&BTreeMap::new()).unwrap().is_none());
+        }
+        for url in ["http://x\"\nsandbox_mode=\"", "http://x y", "a\\u0022"] {
+            let refused = Provider::OpenAi.server_file(&env(url)).unwrap_err();
+            assert_eq!(refused.name, "OPENAI_BASE_URL");
+        }
     }
 }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use polydev_proto::{
     broker::{Key, Keys},
     init::{File, MAX_REFRESHED, Refreshable, Secrets, Variable},
+    outside,
     provider::Provider,
     runtime::{self, CredentialKind, secret},
 };
@@ -56,6 +57,15 @@ pub struct Prepared {
 pub struct PreparedFile {
     pub path: &'static str,
     pub content: SecretSlice<u8>,
+}
+
+impl From<outside::File> for PreparedFile {
+    fn from(file: outside::File) -> Self {
+        Self {
+            path: file.path,
+            content: file.content.into_bytes().into(),
+        }
+    }
 }
 
 /// Why a credential is refused. Never quotes the credential.

@@ -331,6 +331,45 @@ fn prompts_reach_the_command_byte_for_byte() {
     });
 }
 
+/// The commands are those of docs/agents.md.
+#[test]
+fn a_cli_that_is_an_own_command_asks_the_server_that_the_run_names() {
+    let host = Host::start();
+    let shim = Shim::dev(&["openai=1", "anthropic=1", "google=1"]);
+    let client = shim.client();
+    let commands: [(&str, &[&str]); 3] = [
+        (
+            "anthropic",
+            &["claude", "-p", "--dangerously-skip-permissions"],
+        ),
+        (
+            "openai",
+            &[
+                "codex",
+                "exec",
+                "--dangerously-bypass-approvals-and-sandbox",
+                "--skip-git-repo-check",
+            ],
+        ),
+        ("google", &["gemini", "--skip-trust", "--yolo", "--prompt"]),
+    ];
+    for (provider, command) in commands {
+        let text = format!("Do you answer {provider}?");
+        let command = [command, &[&*text]].concat();
+        let start = RunStart {
+            command: argv(provider, &command).command,
+            ..prompt(provider, &text, &fresh_key(), &host.url)
+        };
+        let outcome = client.run(start).unwrap();
+        assert_eq!(outcome.exited.exit_code, 0, "{}", outcome.stderr());
+        let mut heard = host
+            .requests()
+            .into_iter()
+            .flat_map(|request| request.texts);
+        assert!(heard.any(|heard| heard == Text::of(&text)), "{provider}");
+    }
+}
+
 #[test]
 fn an_idle_container_that_dies_is_replaced() {
     let shim = Shim::dev(&["anthropic=1"]);

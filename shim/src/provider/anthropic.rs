@@ -9,6 +9,7 @@ pub(super) const TABLE: Table = Table {
     takes_project: false,
     prepare_key,
     base_url: "ANTHROPIC_BASE_URL",
+    server_file: None,
     oauth_file: ".claude/.credentials.json",
     refresh_token: &["claudeAiOauth", "refreshToken"],
     oauth_settings: None,

@@ -10,6 +10,7 @@ pub(super) const TABLE: Table = Table {
     takes_project: true,
     prepare_key,
     base_url: "GOOGLE_GEMINI_BASE_URL",
+    server_file: None,
     oauth_file: ".gemini/oauth_creds.json",
     refresh_token: &["refresh_token"],
     oauth_settings: Some(ACCOUNT),

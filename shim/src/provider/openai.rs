@@ -1,5 +1,6 @@
 //! Codex CLI.
 
+use polydev_proto::outside::File;
 use secrecy::SecretString;
 
 use super::{InvalidPrompt, Prompt, Table, strings, variable};
@@ -9,6 +10,7 @@ pub(super) const TABLE: Table = Table {
     takes_project: false,
     prepare_key,
     base_url: "OPENAI_BASE_URL",
+    server_file: Some(File::codex_server),
     oauth_file: ".codex/auth.json",
     refresh_token: &["tokens", "refresh_token"],
     oauth_settings: None,
@@ -41,19 +43,6 @@ fn prompt(prompt: &Prompt, text: Option<&str>) -> Result<Vec<String>, InvalidPro
         "--skip-git-repo-check",
         "--dangerously-bypass-approvals-and-sandbox",
     ]);
-    // Codex does not read the variable, and accepts another server only as a TOML value.
-    if let Some(url) = prompt.env.get("OPENAI_BASE_URL") {
-        if url
-            .chars()
-            .any(|c| c.is_control() || c.is_whitespace() || c == '"' || c == '\\')
-        {
-            return Err(InvalidPrompt {
-                field: "env[\"OPENAI_BASE_URL\"]",
-                problem: "is not a valid URL",
-            });
-        }
-        argv.extend(["-c".to_owned(), format!("openai_base_url=\"{url}\"")]);
-    }
     if let Some(model) = prompt.model {
         argv.extend(strings(["-m", model]));
     }

@@ -212,9 +212,10 @@ impl Request {
         let Asked {
             argv,
             stdin,
-            files: settings,
+            files: mut settings,
             prompt,
         } = command::read(provider, &mut start)?;
+        settings.extend(provider.server_file(&start.env)?);
         if stdin.is_some() && start.stdin {
             return Err(Invalid::Value {
                 field: "stdin",

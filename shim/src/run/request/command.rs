@@ -4,7 +4,6 @@ use bytes::Bytes;
 use polydev_proto::{
     exec, init,
     node::RunSpec,
-    outside::File,
     prompt::{self, Options},
     provider::Provider,
     runtime::{Prompt, RunStart, run_start::Command},
@@ -84,7 +83,6 @@ fn read_prompt(provider: Provider, start: &RunStart, prompt: Prompt) -> Result<A
             text: &text,
             model: Some(model.as_str()).filter(|model| !model.is_empty()),
             options: &options,
-            env: &start.env,
         })?,
     };
     if conversation {
@@ -111,7 +109,7 @@ fn read_prompt(provider: Provider, start: &RunStart, prompt: Prompt) -> Result<A
         files: if conversation {
             Vec::new()
         } else {
-            files(options)
+            options.files.into_iter().map(PreparedFile::from).collect()
         },
         prompt: Some(init::Prompt {
             text,
@@ -131,14 +129,6 @@ fn tools(given: i32) -> Result<init::Tools, Invalid> {
         given: given.to_string(),
         allowed: "TOOLS_UNSPECIFIED, TOOLS_NONE, TOOLS_READ or TOOLS_ALL",
     })
-}
-
-fn files(options: Options) -> Vec<PreparedFile> {
-    let file = |File { path, content }| PreparedFile {
-        path,
-        content: content.into_bytes().into(),
-    };
-    options.files.into_iter().map(file).collect()
 }
 
 /// A conversation is for an agent, and its further prompts come as stdin.
