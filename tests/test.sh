@@ -77,7 +77,8 @@ prepare() {
     tests/clients.sh >/dev/null
     tests/python.sh >/dev/null
     tests/grpcurl.sh >/dev/null
-    if is all; then tests/uml/root.sh >/dev/null; fi
+    if is all long; then tests/uml/root.sh >/dev/null; fi
+    if is long; then tests/engine/build.sh >/dev/null; fi
 }
 prepared() {
     local status=0
@@ -138,6 +139,9 @@ system() {
         long)
             tests "tests that take minutes each" make long
             check "the unit of the shim under systemd" tests/systemd.sh
+            for machine in 29 ipv6 userns; do
+                check "cgroup v2 and Docker, machine $machine" tests/uml.sh "$machine"
+            done
             POLYDEV_NOMAD=$(cat "$work/nomad-1.10")
             tests "tests under Nomad 1.10" make agent
             ;;

@@ -30,7 +30,7 @@ use bollard::{
     errors::Error as ApiError,
     models::{
         ContainerCreateBody, ContainerInspectResponse, ContainerSummaryStateEnum,
-        ContainerUpdateBody,
+        ContainerUpdateBody, SystemVersion,
     },
     query_parameters::{
         CreateContainerOptionsBuilder, InspectContainerOptions, ListContainersOptionsBuilder,
@@ -67,6 +67,10 @@ pub enum Error {
         found: String,
         wanted: String,
     },
+    #[error(
+        "the engine at {address} is {engine}; must be Docker Engine: docs/engines.md says what Podman lacks"
+    )]
+    Podman { address: String, engine: String },
     #[error("`mac_address` is `{given}`: must be absent with a Docker older than 25 (API 1.44)")]
     MacAddress { given: String },
 }
@@ -202,17 +206,19 @@ impl Docker {
     /// Agrees on an API version with the engine, for all clones.
     ///
     /// # Errors
-    /// [`Error`] while the engine does not respond.
+    /// [`Error`] while the engine does not respond; [`Error::Podman`].
     pub async fn negotiate(&self) -> Result<(), Error> {
+        let address = &self.inner.endpoint.address;
+        let api = self.api()?.clone();
         // All clones of a connection share the version.
-        let negotiated = self.api()?.clone().negotiate_version();
-        within(
-            PING_TIMEOUT,
-            format!("reach Docker at {}", self.inner.endpoint.address),
-            negotiated,
-        )
-        .await
-        .map(drop)
+        let agreed = async { api.negotiate_version().await?.version().await };
+        let version = within(PING_TIMEOUT, format!("reach Docker at {address}"), agreed).await?;
+        podman(&version).map_or(Ok(()), |engine| {
+            Err(Error::Podman {
+                address: address.clone(),
+                engine,
+            })
+        })
     }
 
     /// Facts about the engine; also serves as a ping.
@@ -364,6 +370,13 @@ impl Docker {
     }
 }
 
+/// Name and version, if it is Podman that answers.
+fn podman(version: &SystemVersion) -> Option<String> {
+    let mut components = version.components.iter().flatten();
+    let engine = components.find(|component| component.name == "Podman Engine")?;
+    Some(format!("{} {}", engine.name, engine.version))
+}
+
 fn ignore_missing(result: Result<(), Error>) -> Result<(), Error> {
     match result {
         Err(error) if error.is_not_found() => Ok(()),
@@ -391,5 +404,30 @@ async fn within<T>(
             operation: operation.into(),
             after,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn podman_is_known_by_the_components_of_its_version() {
+        // From Podman 5.4.2 and Docker 26.1.5.
+        let of = |name: &str, version: &str| -> SystemVersion {
+            serde_json::from_value(serde_json::json!({
+                "Version": version,
+                "ApiVersion": "1.41",
+                "Components": [
+                    { "Name": name, "Version": version, "Details": { "APIVersion": version } },
+                    { "Name": "runc", "Version": "1.1.15", "Details": { "GitCommit": "" } },
+                ],
+            }))
+            .unwrap()
+        };
+        let found = podman(&of("Podman Engine", "5.4.2"));
+        assert_eq!(found.as_deref(), Some("Podman Engine 5.4.2"));
+        assert_eq!(podman(&of("Engine", "26.1.5+dfsg1")), None);
+        assert_eq!(podman(&SystemVersion::default()), None);
     }
 }

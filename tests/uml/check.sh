@@ -40,10 +40,21 @@ until_is() {
 api() { curl --silent "$NOMAD_ADDR$1"; }
 
 step "dockerd"
-dockerd --live-restore >/tmp/dockerd.log 2>&1 &
+dockerd --live-restore --config-file /work/daemon.json >/tmp/dockerd.log 2>&1 &
 docker_answers() { docker version >/dev/null 2>&1; }
 until_is 120 "dockerd" docker_answers
 docker info 2>/dev/null | grep -e 'Server Version' -e 'Cgroup Version' -e 'Storage Driver' -e Kernel
+is_as_set() {
+    case $(cat /work/machine) in
+        26) docker info 2>/dev/null | grep -q 'Server Version: 26' ;;
+        # The version of API of Engine 29, and its own image store.
+        29) [ "$(docker version --format '{{.Server.APIVersion}} {{.Server.Os}}')" = '1.56 linux' ] &&
+            docker info 2>/dev/null | grep -q 'driver-type: io.containerd.snapshotter' ;;
+        ipv6) docker network inspect bridge | grep -q '"EnableIPv6": true' ;;
+        userns) docker info 2>/dev/null | grep -q userns ;;
+    esac
+}
+is_as_set || fail "the engine is not the one of machine $(cat /work/machine): $(docker info 2>/dev/null)"
 mkdir -p /tmp/image/bin /tmp/image/tmp
 chmod 1777 /tmp/image/tmp
 cp /bin/busybox /tmp/image/bin/
@@ -138,11 +149,15 @@ until_is 120 "two idle slots" are_idle
 step "the firewall"
 busybox httpd -p 8080 -h /tmp/image
 here=$(ip -4 -o addr show docker0 | awk '{ sub("/.*", "", $4); print $4 }')
-docker run --rm polydev-busybox:1 wget -q -T 20 -O - "http://$here:8080/bin/sh" | cmp -s - /bin/busybox ||
-    fail "a container of Docker alone reaches the machine"
+# Only where Docker has been told to use IPv6.
+here="$here $(ip -6 -o addr show docker0 scope global | awk '{ sub("/.*", "", $4); print "[" $4 "]" }')"
+for address in $here; do
+    docker run --rm polydev-busybox:1 wget -q -T 20 -O - "http://$address:8080/bin/sh" | cmp -s - /bin/busybox ||
+        fail "a container of Docker alone does not reach the machine at $address"
+done
 bridge=$(ip -4 -o addr show | awk '$2 ~ /^pd-/ { sub("/.*", "", $4); print $4 }')
 [ -n "$bridge" ] || fail "the bridge of the slots has no address"
-for address in "$here" "$bridge"; do
+for address in $here $bridge; do
     told=$(run anthropic -- sh -c "echo tries; wget -q -T 5 -O /dev/null http://$address:8080/bin/sh || echo refused")
     is "a run that asks $address" "$(echo "$told" | tr '\n' ' ')" "tries refused "
 done

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 packages linux.uml=user-mode-linux mmdebstrap=mmdebstrap mkfs.ext4=e2fsprogs
 
 kernel=$(basename /usr/lib/uml/modules/*)
-folder=$POLYDEV_CACHE/uml-1-$kernel
+folder=$POLYDEV_CACHE/uml-$kernel-$(sha256sum tests/uml/root.sh | cut -c1-16)
 if [ ! -e "$folder/made" ]; then
     step "making a Debian 13 with Docker 26 (a minute)"
     rm -rf "$folder"
@@ -19,7 +19,13 @@ if [ ! -e "$folder/made" ]; then
     cp --archive "/usr/lib/uml/modules/$kernel" "$folder/root/usr/lib/modules/"
     chroot "$folder/root" depmod "$kernel"
     # The kernel has no nftables.
-    chroot "$folder/root" update-alternatives --quiet --set iptables /usr/sbin/iptables-legacy
+    for name in iptables ip6tables; do
+        chroot "$folder/root" update-alternatives --quiet --set $name "/usr/sbin/$name-legacy"
+    done
+    # Docker's user for `userns-remap = default`, which it cannot add where it cannot write.
+    echo 'dockremap:x:990:990::/nonexistent:/usr/sbin/nologin' >>"$folder/root/etc/passwd"
+    echo 'dockremap:x:990:' >>"$folder/root/etc/group"
+    echo 'dockremap:200000:65536' | tee -a "$folder/root/etc/subuid" >>"$folder/root/etc/subgid"
     # The kernel gives words of its command line that it does not know to process 1.
     cat >"$folder/root/first" <<'FIRST'
 #!/bin/sh
