@@ -5,6 +5,7 @@
 //! options the form in which Nomad sends them, and [`rewrite`] changes the job.
 
 mod findings;
+mod plugin;
 mod read;
 mod rewrite;
 mod shape;
@@ -15,7 +16,7 @@ use std::{
     process::ExitCode,
 };
 
-use findings::{Checked, Kind};
+use findings::{Checked, Finding, Kind};
 
 /// Compares a job for Nomad's Docker driver with this one.
 ///
@@ -36,6 +37,10 @@ pub struct Arguments {
     /// by itself changed. What is left for you goes to stderr.
     #[arg(long)]
     rewrite: bool,
+    /// An option of the plugin that the nodes have, such as volumes.enabled=true or
+    /// allow_caps=["all"]; may be repeated. [default: those of a plugin without options]
+    #[arg(long = "plugin", value_name = "NAME=VALUE")]
+    plugin: Vec<String>,
 }
 
 /// Runs the command.
@@ -44,6 +49,8 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     match check(arguments) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
+        // As a program that does not handle SIGPIPE.
+        Err(error) if is_broken_pipe(&error) => ExitCode::from(141),
         Err(error) => {
             eprintln!("nomad-driver-polydev check-job: {error:#}");
             ExitCode::from(2)
@@ -51,23 +58,37 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     }
 }
 
+/// Whether whoever reads the output has enough of it.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let of = |error: &(dyn std::error::Error + 'static)| {
+        let io = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        let json = error.downcast_ref::<serde_json::Error>();
+        io.or_else(|| json.and_then(serde_json::Error::io_error_kind))
+    };
+    error
+        .chain()
+        .any(|error| of(error) == Some(io::ErrorKind::BrokenPipe))
+}
+
 /// Returns whether nothing must be changed by hand.
 fn check(arguments: &Arguments) -> anyhow::Result<bool> {
+    let plugin = plugin::options(&arguments.plugin)?;
     let mut job = read::job(&arguments.file, &arguments.variables)?;
     if !arguments.rewrite {
-        let checked = findings::check(&job)?;
+        let checked = findings::check(&job, &plugin)?;
         print(&mut io::stdout().lock(), &checked)?;
         return Ok(checked.is_ready());
     }
-    findings::check(&job)?;
+    findings::check(&job, &plugin)?;
     rewrite::rewrite(&mut job);
-    let left = findings::check_rewritten(&job);
+    let left = findings::check_rewritten(&job, &plugin);
     let (mut stdout, mut stderr) = (io::stdout().lock(), io::stderr().lock());
     serde_json::to_writer_pretty(&mut stdout, &job)?;
     writeln!(stdout)?;
     for task in &left.tasks {
-        for finding in task.findings.iter().filter(|one| one.kind == Kind::Change) {
-            writeln!(stderr, "{}: {}", task.name, finding.text)?;
+        let stays = task.findings.iter().filter(|one| one.kind != Kind::Differs);
+        for Finding { kind, text } in stays {
+            writeln!(stderr, "{}: {}: {text}", task.name, kind.word())?;
         }
     }
     Ok(left.is_ready())
@@ -84,19 +105,21 @@ fn print(to: &mut impl Write, checked: &Checked) -> io::Result<()> {
             writeln!(to, "  not checked  {unknown}: known on the node alone")?;
         }
         for finding in &task.findings {
-            let kind = match finding.kind {
-                Kind::Differs => "differs",
-                Kind::Older => "older form",
-                Kind::Change => "to change",
-            };
-            writeln!(to, "  {kind:<12} {}", finding.text)?;
+            writeln!(to, "  {:<12} {}", finding.kind.word(), finding.text)?;
         }
     }
     let verdict = match checked.changes() {
         0 => "Runs with `driver = \"polydev\"`.".to_owned(),
-        1 => "1 thing must be changed first.".to_owned(),
-        many => format!("{many} things must be changed first."),
+        1 => "1 thing must be changed or allowed first.".to_owned(),
+        many => format!("{many} things must be changed or allowed first."),
     };
+    let mut findings = checked.tasks.iter().flat_map(|task| &task.findings);
+    if findings.any(|one| one.kind == Kind::Allow) {
+        writeln!(
+            to,
+            "What the plugin of your nodes allows, name with --plugin NAME=VALUE."
+        )?;
+    }
     writeln!(
         to,
         "{verdict} What differs for every task: docs/from-docker-driver.md"

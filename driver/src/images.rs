@@ -43,11 +43,9 @@ const IN_USE_INTERVAL: Duration = Duration::from_secs(10 * 60);
 /// Why a task's image is not available.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
-    #[error("cannot pull image `{image}`")]
-    Pull {
-        image: String,
-        source: Arc<docker::Error>,
-    },
+    /// Of the pull; it names the image.
+    #[error(transparent)]
+    Pull(Arc<docker::Error>),
     #[error("cannot pull image `{image}`: not finished within {}", humantime::format_duration(*after))]
     TimedOut { image: String, after: Duration },
     #[error("no credentials for image `{image}`")]
@@ -76,7 +74,7 @@ impl Error {
     #[must_use]
     pub fn is_recoverable(&self) -> bool {
         match self {
-            Self::Pull { source, .. } => !source.is_missing_image(),
+            Self::Pull(source) => !source.is_missing_image(),
             Self::TimedOut { .. } | Self::Docker(_) | Self::Auth { .. } => true,
             Self::Load { source, .. } => !source.is_refused(),
             Self::Archive { .. } | Self::NotInArchive { .. } => false,
@@ -319,7 +317,7 @@ impl Images {
         let after = want.timeout.unwrap_or(self.pull_timeout);
         match timeout(after, self.shared_pull(&image, credentials)).await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(source)) => Err(Error::Pull { image, source }),
+            Ok(Err(source)) => Err(Error::Pull(source)),
             Err(_) => Err(Error::TimedOut { image, after }),
         }
     }

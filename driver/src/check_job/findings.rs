@@ -3,11 +3,11 @@
 use anyhow::ensure;
 use serde_json::Value;
 
-use super::shape::shape;
+use super::{plugin, shape::shape};
 use crate::{
     chain,
     config::{
-        Config,
+        Config, Plugin,
         from_docker::{Fate, TASK},
         schema,
     },
@@ -22,9 +22,6 @@ const FREE: [&str; 6] = [
     "image",
     "work_dir",
 ];
-/// The plugin's `pids_limit`, if it is not set.
-const MAX_PIDS: f64 = 4096.0;
-
 /// A job's tasks of Nomad's Docker driver.
 #[derive(Debug)]
 pub(super) struct Checked {
@@ -33,6 +30,7 @@ pub(super) struct Checked {
 
 #[derive(Debug)]
 pub(super) struct Task {
+    pub(super) group: String,
     /// Group and task.
     pub(super) name: String,
     /// Options that are the same.
@@ -54,15 +52,18 @@ pub(super) enum Kind {
     Differs,
     /// It works, and there is a newer form.
     Older,
+    /// The task does not run until the plugin's options allow this.
+    Allow,
     /// The task does not run, or not as it should, until this is changed.
     Change,
 }
 
 impl Checked {
-    /// How many things must be changed.
+    /// How many things must be changed, in the job or in the plugin's options.
     pub(super) fn changes(&self) -> usize {
         let findings = self.tasks.iter().flat_map(|task| &task.findings);
-        findings.filter(|one| one.kind == Kind::Change).count()
+        let must = |one: &&Finding| matches!(one.kind, Kind::Change | Kind::Allow);
+        findings.filter(must).count()
     }
 
     pub(super) fn is_ready(&self) -> bool {
@@ -72,21 +73,22 @@ impl Checked {
 
 /// # Errors
 /// If no task uses Nomad's Docker driver.
-pub(super) fn check(job: &Value) -> anyhow::Result<Checked> {
-    let checked = of_driver(job, "docker");
+pub(super) fn check(job: &Value, plugin: &Plugin) -> anyhow::Result<Checked> {
+    let checked = of_driver(job, "docker", plugin);
     ensure!(
         !checked.tasks.is_empty(),
-        "no task of the job has `driver = \"docker\"`"
+        "no task of the job has `driver = \"docker\"`, and {} of them `driver = \"polydev\"`",
+        of_driver(job, "polydev", plugin).tasks.len()
     );
     Ok(checked)
 }
 
 /// The same for a job whose tasks have this driver.
-pub(super) fn check_rewritten(job: &Value) -> Checked {
-    of_driver(job, "polydev")
+pub(super) fn check_rewritten(job: &Value, plugin: &Plugin) -> Checked {
+    of_driver(job, "polydev", plugin)
 }
 
-fn of_driver(job: &Value, driver: &str) -> Checked {
+fn of_driver(job: &Value, driver: &str, plugin: &Plugin) -> Checked {
     let of_job = attributes(&[&job["Constraints"], &job["Affinities"], &job["Spreads"]]);
     let mut tasks = Vec::new();
     for group in list(&job["TaskGroups"]) {
@@ -100,18 +102,26 @@ fn of_driver(job: &Value, driver: &str) -> Checked {
             let own = attributes(&[&task["Constraints"], &task["Affinities"]]);
             // Told once, with the first task that they concern.
             let names = of_group.drain(..).chain(own);
-            let mut found = of_task(&task["Config"]);
+            let mut found = of_task(&task["Config"], plugin);
+            word(&group["Name"]).clone_into(&mut found.group);
             found.name = format!("{}.{}", word(&group["Name"]), word(&task["Name"]));
             found.findings.extend(names.map(|name| attribute(&name)));
             found.findings.extend(mbits(&task["Resources"]));
+            if tasks
+                .iter()
+                .all(|of: &Task| of.group != word(&group["Name"]))
+            {
+                found.findings.extend(connect(group));
+            }
             tasks.push(found);
         }
     }
     Checked { tasks }
 }
 
-fn of_task(config: &Value) -> Task {
+fn of_task(config: &Value, plugin: &Plugin) -> Task {
     let mut task = Task {
+        group: String::new(),
         name: String::new(),
         same: Vec::new(),
         unknown: Vec::new(),
@@ -132,7 +142,9 @@ fn of_task(config: &Value) -> Task {
             task.findings.push(Finding::change(text));
             continue;
         }
-        if task.findings.len() == before {
+        let is_understood = is_task_of_group(option, value);
+        let is_unknown = has_variable(value) && !FREE.contains(&&**option) && !is_understood;
+        if task.findings.len() == before && !is_unknown {
             task.same.push(option.clone());
         }
         let is_refused =
@@ -141,8 +153,8 @@ fn of_task(config: &Value) -> Task {
             continue;
         }
         match has_variable(value) {
-            true if FREE.contains(&&**option) => {}
-            true => task.unknown.push(option.clone()),
+            true if is_unknown => task.unknown.push(option.clone()),
+            true => {}
             false => {
                 known.insert(option.clone(), value.clone());
             }
@@ -157,8 +169,17 @@ fn of_task(config: &Value) -> Task {
     }
     let shaped = shape(&schema, &Value::Object(known));
     let msgpack = rmp_serde::to_vec_named(&shaped).unwrap_or_default();
-    if let Err(error) = Config::parse(&msgpack) {
-        task.findings.push(Finding::change(chain(&error)));
+    match Config::parse(&msgpack) {
+        Ok(Config::Plain(config)) => {
+            let needs = plugin::needs(&config, plugin).into_iter();
+            task.findings.extend(needs.map(|text| Finding {
+                kind: Kind::Allow,
+                text,
+            }));
+        }
+        // A task for Nomad's Docker driver has no block `slot`.
+        Ok(Config::Slot(_)) => {}
+        Err(error) => task.findings.push(Finding::change(chain(&error))),
     }
     task
 }
@@ -188,8 +209,8 @@ fn differs(option: &str, value: &Value) -> Vec<Finding> {
         let text = format!("`{}`: {}", row.option, row.fate.text());
         let kind = match row.fate {
             Fate::Alias(_) => Kind::Older,
-            Fate::Differs(_) if must_be_allowed(option, value) => Kind::Change,
-            Fate::Differs(_) if is_other_container(option, value) => Kind::Change,
+            Fate::Differs(_) if is_task_of_group(option, value) => Kind::Older,
+            Fate::Differs(_) if option == "network_mode" => Kind::Change,
             Fate::Differs(_) => Kind::Differs,
             Fate::Refused(_) => Kind::Change,
         };
@@ -198,41 +219,52 @@ fn differs(option: &str, value: &Value) -> Vec<Finding> {
     .collect()
 }
 
-/// Whether the difference is one for this value.
+/// Whether the difference is one for this value, and is not told by what the plugin's options
+/// allow.
 fn concerns(option: &str, value: &Value) -> bool {
     let text = value.as_str().unwrap_or_default();
     match option {
         "network_mode" => text.starts_with("container:"),
-        "ipc_mode" | "pid_mode" => {
-            text == "host" || text.starts_with("container:") || text.starts_with("task:")
-        }
-        "cgroupns" | "userns_mode" | "uts_mode" => text == "host",
-        "pids_limit" => value
-            .as_f64()
-            .is_some_and(|limit| limit > MAX_PIDS || limit <= 0.0),
+        "cgroupns" | "ipc_mode" | "pid_mode" | "userns_mode" | "uts_mode" => false,
+        "pids_limit" => value.as_f64().is_some_and(|limit| limit <= 0.0),
         "volumes" => list(value).any(|volume| word(volume).starts_with('/')),
         "init" => value == false,
         // What the table says of them is about jobs without them, or is an error of their value.
-        "labels" | "logging" => false,
+        "labels" | "logging" | "security_opt" => false,
         _ => true,
     }
 }
 
-/// Whether Nomad's Docker driver takes it, and this one only where the operator allows it.
-fn must_be_allowed(option: &str, value: &Value) -> bool {
-    match option {
-        "cgroupns" | "ipc_mode" | "pid_mode" | "userns_mode" | "uts_mode" => true,
-        "pids_limit" => value.as_f64().is_some_and(|limit| limit > MAX_PIDS),
-        _ => false,
-    }
-}
-
-/// Whether the mode names a container that is not of this group.
-fn is_other_container(option: &str, value: &Value) -> bool {
+/// Whether the mode names the container of another task of the group.
+fn is_task_of_group(option: &str, value: &Value) -> bool {
     let text = value.as_str().unwrap_or_default();
     option.ends_with("_mode")
         && text.starts_with("container:")
-        && !text.ends_with("-${NOMAD_ALLOC_ID}")
+        && text.ends_with("-${NOMAD_ALLOC_ID}")
+        && text.matches("${").count() == 1
+}
+
+/// Nomad adds a task of its Docker driver for each sidecar, and two drivers cannot both make the
+/// group's network (1.11.3, "only one driver can do so").
+fn connect(group: &Value) -> Vec<Finding> {
+    let of_tasks = list(&group["Tasks"]).flat_map(|task| list(&task["Services"]));
+    let services = list(&group["Services"]).chain(of_tasks);
+    let has_sidecar = |service: &&Value| {
+        let connect = &service["Connect"];
+        let driver = connect["SidecarTask"]["Driver"]
+            .as_str()
+            .unwrap_or_default();
+        !connect["SidecarService"].is_null() && matches!(driver, "" | "docker")
+    };
+    services
+        .filter(has_sidecar)
+        .map(|service| {
+            Finding::change(format!(
+                "`connect` of service `{}`: its sidecar has Nomad's Docker driver, and all tasks of a group with a network of its own must have one driver: write `sidecar_task` with `driver = \"polydev\"` and a `config`",
+                word(&service["Name"])
+            ))
+        })
+        .collect()
 }
 
 /// Bookkeeping of older jobs, which Nomad's Docker driver does not enforce either.
@@ -294,6 +326,17 @@ fn attribute(name: &str) -> Finding {
         Some(here) => format!("`${{{name}}}`: write `${{{here}}}`"),
         None => format!("`${{{name}}}`: this driver has no such attribute"),
     })
+}
+
+impl Kind {
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Differs => "differs",
+            Self::Older => "older form",
+            Self::Allow => "to allow",
+            Self::Change => "to change",
+        }
+    }
 }
 
 impl Finding {

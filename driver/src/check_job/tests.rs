@@ -1,6 +1,7 @@
 use serde_json::{Value, json};
 
-use super::{findings, rewrite};
+use super::{findings, plugin, rewrite};
+use crate::config::Plugin;
 
 /// A job with one task.
 fn job(config: Value) -> Value {
@@ -14,9 +15,14 @@ fn job(config: Value) -> Value {
     })
 }
 
+/// A plugin without options.
+fn nothing() -> Plugin {
+    plugin::options(&[]).unwrap()
+}
+
 fn printed(job: &Value) -> String {
     let mut text = Vec::new();
-    super::print(&mut text, &findings::check(job).unwrap()).unwrap();
+    super::print(&mut text, &findings::check(job, &nothing()).unwrap()).unwrap();
     String::from_utf8(text).unwrap()
 }
 
@@ -28,7 +34,7 @@ fn a_job_that_needs_no_change_says_so() {
         "ulimit": {"nofile": "1024"}, "dns_servers": ["${attr.unique.network.ip-address}"],
         "mount": [{"type": "tmpfs", "target": "/t", "tmpfs_options": [{"size": "1000"}]}],
     }));
-    let checked = findings::check(&job).unwrap();
+    let checked = findings::check(&job, &nothing()).unwrap();
     assert!(checked.is_ready(), "{checked:?}");
     assert_eq!(checked.tasks[0].unknown, ["dns_servers"]);
     assert_eq!(checked.tasks[0].findings, []);
@@ -49,7 +55,7 @@ fn each_option_that_is_not_the_same_is_named_with_what_to_write() {
         "  to change    `isolation`: it is for Windows",
         "  to change    `cpuset_cpus`: Nomad's Docker driver ignores it",
         "  to change    `auth.email`: ",
-        "  differs      `network_mode`: ",
+        "  older form   `network_mode`: ",
         "  older form   `port_map`: write `ports`",
         "  differs      `volumes`: ",
         "  to change    `no_such_option`: ",
@@ -58,7 +64,10 @@ fn each_option_that_is_not_the_same_is_named_with_what_to_write() {
     ] {
         assert!(text.contains(line), "{line}\n{text}");
     }
-    assert!(text.contains("5 things must be changed first"), "{text}");
+    assert!(
+        text.contains("5 things must be changed or allowed first"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -89,7 +98,7 @@ fn a_rewritten_job_has_this_driver_and_its_forms() {
         job["Constraints"][0]["LTarget"],
         "${attr.driver.polydev.docker_version}"
     );
-    assert!(findings::check_rewritten(&job).is_ready());
+    assert!(findings::check_rewritten(&job, &nothing()).is_ready());
 }
 
 #[test]
@@ -105,26 +114,78 @@ fn what_cannot_be_changed_by_itself_is_left_and_told() {
     let mut job = job(json!({"image": "app:1", "network_mode": "container:other"}));
     job["Constraints"] = json!([{"LTarget": "${attr.driver.docker.bridge_ip}"}]);
     rewrite::rewrite(&mut job);
-    assert_eq!(findings::check_rewritten(&job).changes(), 2);
+    assert_eq!(findings::check_rewritten(&job, &nothing()).changes(), 2);
 }
 
 #[test]
-fn what_the_operator_must_allow_is_no_job_that_runs_as_it_is() {
-    for (option, value) in [
-        ("pid_mode", json!("host")),
-        ("ipc_mode", json!("task:other")),
-        ("pids_limit", json!(10_000)),
+fn what_the_operator_must_allow_is_told_until_it_is_allowed() {
+    for (option, value, allowed) in [
+        ("privileged", json!(true), "allow_privileged=true"),
+        ("runtime", json!("kata"), "allow_runtimes=[\"kata\"]"),
+        (
+            "cap_add",
+            json!(["net_admin", "sys_admin"]),
+            "allow_caps=[\"all\"]",
+        ),
+        ("pid_mode", json!("host"), "allowed_modes.pid=[\"host\"]"),
+        ("ipc_mode", json!("task:other"), "allow_privileged=true"),
+        ("pids_limit", json!(10_000), "pids_limit=10000"),
+        ("volumes", json!(["/srv:/srv"]), "volumes.enabled=true"),
+        (
+            "mount",
+            json!({"type": "volume", "target": "/a", "source": "v"}),
+            "volumes.enabled=true",
+        ),
+        ("volume_driver", json!("pxd"), "volumes.enabled=true"),
     ] {
-        let mut config = json!({"image": "app:1"});
-        config[option] = value;
-        let checked = findings::check(&job(config)).unwrap();
+        let job = job(json!({"image": "app:1", option: value}));
+        let checked = findings::check(&job, &nothing()).unwrap();
+        let kinds: Vec<_> = checked.tasks[0]
+            .findings
+            .iter()
+            .map(|one| one.kind)
+            .collect();
         assert_eq!(checked.changes(), 1, "{option}: {checked:?}");
+        assert!(
+            kinds.contains(&findings::Kind::Allow),
+            "{option}: {checked:?}"
+        );
+        let plugin = plugin::options(&[allowed.to_owned()]).unwrap();
+        let checked = findings::check(&job, &plugin).unwrap();
+        assert!(checked.is_ready(), "{option}: {checked:?}");
     }
+}
+
+#[test]
+fn options_of_the_plugin_are_named_if_they_are_wrong() {
+    for (given, words) in [
+        ("volumes.enabled", "must be NAME=VALUE"),
+        ("volumes.on=true", "the plugin has no option `volumes.on`"),
+        ("allow=true", "the plugin has no option `allow`"),
+        ("volumes.enabled=perhaps", "`--plugin`"),
+    ] {
+        let error = plugin::options(&[given.to_owned()]).unwrap_err();
+        assert!(format!("{error:#}").contains(words), "{error:#}");
+    }
+}
+
+#[test]
+fn a_sidecar_of_connect_must_have_the_same_driver() {
+    let mut job = job(json!({"image": "app:1"}));
+    let connect = |driver| json!([{"Name": "api", "Connect": {"SidecarService": {}, "SidecarTask": {"Driver": driver}}}]);
+    job["TaskGroups"][0]["Services"] = connect("");
+    let text = printed(&job);
+    assert!(
+        text.contains("  to change    `connect` of service `api`: "),
+        "{text}"
+    );
+    job["TaskGroups"][0]["Services"] = connect("polydev");
+    assert!(findings::check(&job, &nothing()).unwrap().is_ready());
 }
 
 #[test]
 fn a_job_without_a_docker_task_is_an_error() {
     let mut other = job(json!({"image": "app:1"}));
     other["TaskGroups"][0]["Tasks"][0]["Driver"] = "exec".into();
-    assert!(findings::check(&other).is_err());
+    assert!(findings::check(&other, &nothing()).is_err());
 }

@@ -20,12 +20,23 @@ impl Task {
     /// Checks every option that the plugin's options restrict.
     ///
     /// # Errors
-    /// [`Error::Value`] with the option that is not allowed.
+    /// [`Error::Value`] with the first option that is not allowed.
     pub fn check_allowed(&self, plugin: &Plugin) -> Result<(), Error> {
+        self.not_allowed(plugin)
+            .into_iter()
+            .next()
+            .map_or(Ok(()), Err)
+    }
+
+    /// Every option that the plugin's options do not allow.
+    pub(crate) fn not_allowed(&self, plugin: &Plugin) -> Vec<Error> {
         let allow = &plugin.allow;
-        check_image("image", &self.image, plugin)?;
+        let mut errors: Vec<_> = check_image("image", &self.image, plugin)
+            .err()
+            .into_iter()
+            .collect();
         if self.privileged && !allow.privileged {
-            return Err(refused(
+            errors.push(refused(
                 "privileged",
                 true,
                 "must be `false`, unless the plugin sets `allow_privileged`",
@@ -38,7 +49,7 @@ impl Task {
                 "the plugin's `allow_runtimes` allows {}",
                 allow.runtimes.join(", ")
             );
-            return Err(refused("runtime", runtime, allowed));
+            errors.push(refused("runtime", runtime, allowed));
         }
         for (field, given, globs) in [
             ("pid_mode", &self.pid_mode, &allow.modes.pid),
@@ -53,11 +64,11 @@ impl Task {
             {
                 let list = field.trim_end_matches("_mode");
                 let allowed = format!("must be listed in the plugin's `allowed_modes.{list}`");
-                return Err(refused(field, mode, allowed));
+                errors.push(refused(field, mode, allowed));
             }
         }
         if self.cgroupns.as_deref() == Some("host") && !allow.privileged {
-            return Err(refused(
+            errors.push(refused(
                 "cgroupns",
                 "host",
                 "must be `private`, unless the plugin sets `allow_privileged`",
@@ -65,7 +76,7 @@ impl Task {
         }
         if self.oom_score_adj < 0 && !allow.privileged {
             let allowed = "must be 0 to 1000, unless the plugin sets `allow_privileged`";
-            return Err(refused("oom_score_adj", self.oom_score_adj, allowed));
+            errors.push(refused("oom_score_adj", self.oom_score_adj, allowed));
         }
         if let Some(limit) = self.pids_limit
             && limit > plugin.pids_limit
@@ -74,9 +85,10 @@ impl Task {
                 "must be at most the plugin's `pids_limit`, {}",
                 plugin.pids_limit
             );
-            return Err(refused("pids_limit", limit, allowed));
+            errors.push(refused("pids_limit", limit, allowed));
         }
-        self.capabilities(plugin).map(drop)
+        errors.extend(self.capabilities(plugin).err());
+        errors
     }
 
     /// The capabilities to add and drop. Those that the plugin does not allow are dropped,

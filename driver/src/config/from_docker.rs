@@ -179,7 +179,9 @@ pub const TASK: Table = Table {
         ),
         row(
             "volumes",
-            Fate::Differs("an event tells of a folder of the host that was missing"),
+            Fate::Differs(
+                "where a folder of the host is missing, Docker makes it, and an event says so",
+            ),
         ),
     ],
 };
@@ -211,11 +213,11 @@ pub const PLUGIN: Table = Table {
         ),
         row(
             "infra_image",
-            Fate::Refused("the network of a group needs no image here; remove it"),
+            Fate::Refused("the network of a group needs no image of a registry; remove it"),
         ),
         row(
             "infra_image_pull_timeout",
-            Fate::Refused("the network of a group needs no image here; remove it"),
+            Fate::Refused("the network of a group needs no image of a registry; remove it"),
         ),
         row(
             "oom_score_adj",

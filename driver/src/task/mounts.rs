@@ -20,10 +20,12 @@ use crate::config::{Mount, MountKind, Plugin, Task};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "`{field}` is `{given}`: volumes are not enabled; cannot mount paths outside the allocation's folder"
+        "`{field}` is `{given}`: volumes are not enabled (the plugin's `volumes.enabled`); cannot mount paths outside the allocation's folder"
     )]
     VolumesDisabled { field: &'static str, given: String },
-    #[error("`{field}` is `{given}`: volumes are not enabled; cannot use Docker volumes")]
+    #[error(
+        "`{field}` is `{given}`: volumes are not enabled (the plugin's `volumes.enabled`); cannot use Docker volumes"
+    )]
     DockerVolume { field: &'static str, given: String },
     #[error("`{field}` is `{given}`: must not show the task's `private` folder beside `broker`")]
     Private { field: &'static str, given: String },

@@ -10,6 +10,7 @@ mod plain;
 mod prompt;
 mod refill;
 mod runs;
+mod starts;
 mod stream;
 mod swarm;
 
@@ -343,18 +344,15 @@ fn print(figures: &[Value]) {
                 row["unit"].as_str().unwrap_or_default(),
             );
         }
-        let holds = if figure["holds"] == true {
-            "holds"
-        } else {
-            "DOES NOT HOLD"
+        let bound = match (&figure["bound"], &figure["holds"]) {
+            (Value::String(bound), Value::Bool(true)) => format!("{bound}: holds"),
+            (Value::String(bound), _) => format!("{bound}: DOES NOT HOLD"),
+            _ => "no bound".to_owned(),
         };
         let ratio = figure["ratio"]
             .as_f64()
-            .map(|ratio| format!(", ratio {ratio:.1}"))
+            .map(|ratio| format!(", ratio {ratio:.2}"))
             .unwrap_or_default();
-        println!(
-            "    {}: {holds}{ratio}",
-            figure["bound"].as_str().unwrap_or_default()
-        );
+        println!("    {bound}{ratio}");
     }
 }

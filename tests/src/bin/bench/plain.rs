@@ -15,14 +15,12 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-use super::{Summary, bandwidth, resident};
+use super::{Summary, bandwidth, resident, starts};
 
-const STARTS: usize = 30;
-const ROUNDS: usize = 10;
 const TASKS: usize = 100;
 /// How long the benchmark watches a driver. Nomad samples each task every second.
 const WATCH: Duration = Duration::from_secs(20);
-const DRIVERS: [&str; 2] = ["polydev", "docker"];
+pub(super) const DRIVERS: [&str; 2] = ["polydev", "docker"];
 
 /// The requested figures of plain tasks.
 pub(super) fn figures(is_wanted: impl Fn(&str) -> bool) -> anyhow::Result<Vec<Value>> {
@@ -31,19 +29,7 @@ pub(super) fn figures(is_wanted: impl Fn(&str) -> bool) -> anyhow::Result<Vec<Va
     let nomad = Nomad::start_beside_docker(&endpoint);
     let mut figures = Vec::new();
     if is_wanted("starts") {
-        for driver in DRIVERS {
-            let mut job = batch(&format!("start-{driver}"), shell("true"));
-            job["ParameterizedJob"] = json!({ "Payload": "forbidden" });
-            merge(
-                task(&mut job),
-                json!({ "Driver": driver, "Resources": { "CPU": 20, "MemoryMB": 16 } }),
-            );
-            nomad.submit(&job);
-        }
-        figures.push(starts(&nomad, "dispatch to Started", STARTS, 1)?);
-        let eight = "eight dispatched at once, to the last Started";
-        figures.push(starts(&nomad, eight, ROUNDS, 8)?);
-        figures.push(calls(&nomad, &proxy));
+        figures.extend(starts::figures(&nomad, &proxy)?);
     }
     if is_wanted("logs") {
         figures.push(logs(&nomad)?);
@@ -55,65 +41,6 @@ pub(super) fn figures(is_wanted: impl Fn(&str) -> bool) -> anyhow::Result<Vec<Va
         figures.extend(many(&nomad)?);
     }
     Ok(figures)
-}
-
-/// Calls of Docker's API from the request to start a task until it has started.
-fn calls(nomad: &Nomad, proxy: &DockerProxy) -> Value {
-    let _of_earlier_tasks = proxy.take();
-    nomad.submit(&service("calls", shell("sleep 1000000")));
-    nomad.wait_started("calls");
-    // The check of dockerd's health, every two seconds, may fall in between.
-    let mut calls = proxy.take();
-    calls.retain(|call| !call.ends_with("/info"));
-    nomad.run(&["job", "stop", "-purge", "-yes", "calls"]);
-    json!({
-        "name": "Docker API calls of a start", "unit": "calls", "n": 1, "value": calls.len(),
-        "bound": format!("3; they are {}", calls.join(", ")), "holds": calls.len() <= 3,
-    })
-}
-
-/// Milliseconds from the dispatch of `at_once` jobs until the last of their tasks has started.
-fn starts(nomad: &Nomad, name: &str, rounds: usize, at_once: usize) -> anyhow::Result<Value> {
-    let mut samples = [Vec::new(), Vec::new()];
-    for _ in 0..rounds {
-        for (driver, samples) in DRIVERS.iter().zip(&mut samples) {
-            let begin = SystemTime::now();
-            let jobs: Vec<String> = (0..at_once)
-                .map(|_| {
-                    let path = format!("/v1/job/start-{driver}/dispatch");
-                    let answer = nomad.put(&path, &json!({}));
-                    answer["DispatchedJobID"]
-                        .as_str()
-                        .unwrap_or_default()
-                        .to_owned()
-                })
-                .collect();
-            let mut last = 0;
-            for job in &jobs {
-                let alloc = ended(nomad, job);
-                last = last.max(event(&alloc, "Started").with_context(|| events(&alloc))?);
-            }
-            samples.push(since(begin, last));
-        }
-    }
-    Ok(against(&format!("batch job: {name}"), "ms", &samples, 0.8))
-}
-
-/// Waits until the task of a dispatched job has ended, and returns its allocation. Sends few
-/// requests, because requests use the measured CPU.
-fn ended(nomad: &Nomad, job: &str) -> Value {
-    // An unescaped slash would be part of the path.
-    let path = format!("/v1/job/{}/allocations", job.replace('/', "%2F"));
-    let mut index = 0;
-    loop {
-        let allocations = nomad.get(&format!("{path}?wait=60s&index={index}"));
-        let alloc = &allocations[0];
-        if alloc["TaskStates"]["task"]["State"] == "dead" {
-            return alloc.clone();
-        }
-        // There is no allocation yet: the next answer comes with the first change.
-        index = alloc["ModifyIndex"].as_u64().unwrap_or(index).max(1);
-    }
 }
 
 /// Milliseconds for a task that prints 100 MB.
@@ -190,7 +117,7 @@ fn cpu(pid: i64) -> anyhow::Result<Duration> {
     Ok(clock.now()?.into())
 }
 
-fn against(name: &str, unit: &str, [ours, theirs]: &[Vec<f64>; 2], most: f64) -> Value {
+pub(super) fn against(name: &str, unit: &str, [ours, theirs]: &[Vec<f64>; 2], most: f64) -> Value {
     let (own, other) = (Summary::of(ours), Summary::of(theirs));
     let ratio = own.p50 / other.p50;
     json!({
@@ -204,13 +131,13 @@ fn against(name: &str, unit: &str, [ours, theirs]: &[Vec<f64>; 2], most: f64) ->
 }
 
 /// When a task of an allocation had an event, in nanoseconds of Unix time.
-fn event(alloc: &Value, kind: &str) -> Option<i64> {
+pub(super) fn event(alloc: &Value, kind: &str) -> Option<i64> {
     let events = alloc["TaskStates"]["task"]["Events"].as_array()?;
     let event = events.iter().find(|event| event["Type"] == kind)?;
     event["Time"].as_i64()
 }
 
-fn since(begin: SystemTime, nanos: i64) -> f64 {
+pub(super) fn since(begin: SystemTime, nanos: i64) -> f64 {
     let end = SystemTime::UNIX_EPOCH + Duration::from_nanos(u64::try_from(nanos).unwrap_or(0));
     end.duration_since(begin).unwrap_or_default().as_secs_f64() * 1e3
 }
