@@ -11,8 +11,8 @@
 # OPENAI_BASE_URL, Codex asks the vendor's own address all the same; the option
 # `-c openai_base_url=...` is what works.
 #
-# Where it matters: shim/src/provider/openai.rs sets both key variables, and names a run's
-# OPENAI_BASE_URL in the configuration file, which Codex reads.
+# Where it matters: shim/src/provider/openai.rs sets both key variables, and a run's
+# OPENAI_BASE_URL is written to the configuration file, where the option has the same name.
 set -euo pipefail
 
 work=$(mktemp -d)

@@ -5,7 +5,8 @@
 #   check    format, clippy, docs, scripts, unit, property, model and service tests
 #   docker   the tests of the whole system that need Docker alone
 #   nomad    the tests with a Nomad agent
-#   long     the tests that take minutes each, and all tests with an agent, under Nomad 1.10
+#   long     the tests that take minutes each, the virtual machine with other engines, and all
+#            tests with an agent, under Nomad 1.10
 #
 # Without an argument: everything but `long`.
 set -euo pipefail
@@ -26,6 +27,7 @@ if ! is check && [ -z "${POLYDEV_TEST_ENGINE:-}" ]; then
     command -v grpcurl >/dev/null || need go "install Go 1.26 or newer, or put grpcurl into PATH"
     command -v nomad >/dev/null || need go "install Go 1.26 or newer to build Nomad, or put a Nomad 1.11 into PATH"
     command -v otelcol-contrib >/dev/null || need go "install Go 1.26 or newer to build a collector, or put otelcol-contrib into PATH"
+    ! is long || need go "install Go 1.26 or newer, which builds Docker Engine 29"
     POLYDEV_TEST_ENGINE=1 exec tests/with-docker.sh "$0" "$@"
 fi
 

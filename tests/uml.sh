@@ -1,9 +1,11 @@
 #!/bin/bash
-# uml.sh [26|29|ipv6|userns]: the built programs on a machine of today, with cgroup v2, and
-# Docker 26 (also with the settings for IPv6 or for user namespaces that old daemons have) or
-# Engine 29 with its image store: Debian 13 in user-mode Linux, which needs no hardware for it.
-# It has one processor, and its system calls are some ten times slower: it shows what holds,
-# not how fast. Its root is a folder of the cache, which it cannot write to.
+# uml.sh [26|29|ipv6|userns]: the built programs on a machine of today with cgroup v2. It has
+# Docker 26, also with the settings for IPv6 or for user namespaces that old daemons have, or
+# Engine 29 with its image store.
+#
+# It is Debian 13 in user-mode Linux, which needs no hardware for it. It has one processor, and
+# its system calls are some ten times slower: it shows what holds, not how fast. Its root is a
+# folder of the cache, which it cannot write to.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh

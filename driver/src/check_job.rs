@@ -24,7 +24,8 @@ use findings::{Checked, Finding, Kind};
 /// what to write instead. Nothing is sent to Nomad or Docker.
 ///
 /// Exit status: 0 if the job runs when only the driver's name is changed, 1 if something must be
-/// changed first, in the job or in the plugin's options, 2 if the job cannot be read or has no such task.
+/// changed first, in the job or in the plugin's options, 2 if the job cannot be read or has no such
+/// task. With --rewrite, 0 and 1 are about the job that is printed.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// The job: JSON as `nomad job run -output` prints it, or HCL, for which `nomad` must be in
@@ -49,25 +50,11 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     match check(arguments) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
-        // As a program that does not handle SIGPIPE.
-        Err(error) if is_broken_pipe(&error) => ExitCode::from(141),
         Err(error) => {
             eprintln!("nomad-driver-polydev check-job: {error:#}");
             ExitCode::from(2)
         }
     }
-}
-
-/// Whether whoever reads the output has enough of it.
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let of = |error: &(dyn std::error::Error + 'static)| {
-        let io = error.downcast_ref::<io::Error>().map(io::Error::kind);
-        let json = error.downcast_ref::<serde_json::Error>();
-        io.or_else(|| json.and_then(serde_json::Error::io_error_kind))
-    };
-    error
-        .chain()
-        .any(|error| of(error) == Some(io::ErrorKind::BrokenPipe))
 }
 
 /// Returns whether nothing must be changed by hand.
@@ -108,7 +95,11 @@ fn print(to: &mut impl Write, checked: &Checked) -> io::Result<()> {
             writeln!(to, "  {:<12} {}", finding.kind.word(), finding.text)?;
         }
     }
+    let has_unknown = checked.tasks.iter().any(|task| !task.unknown.is_empty());
     let verdict = match checked.changes() {
+        0 if has_unknown => {
+            "Runs with `driver = \"polydev\"`, if the node allows what was not checked.".to_owned()
+        }
         0 => "Runs with `driver = \"polydev\"`.".to_owned(),
         1 => "1 thing must be changed or allowed first.".to_owned(),
         many => format!("{many} things must be changed or allowed first."),
@@ -117,7 +108,7 @@ fn print(to: &mut impl Write, checked: &Checked) -> io::Result<()> {
     if findings.any(|one| one.kind == Kind::Allow) {
         writeln!(
             to,
-            "What the plugin of your nodes allows, name with --plugin NAME=VALUE."
+            "Name with --plugin NAME=VALUE what the plugin of your nodes allows."
         )?;
     }
     writeln!(

@@ -209,10 +209,11 @@ impl Docker {
     /// [`Error`] while the engine does not respond; [`Error::Podman`].
     pub async fn negotiate(&self) -> Result<(), Error> {
         let address = &self.inner.endpoint.address;
-        let api = self.api()?.clone();
         // All clones of a connection share the version.
-        let agreed = async { api.negotiate_version().await?.version().await };
-        let version = within(PING_TIMEOUT, format!("reach Docker at {address}"), agreed).await?;
+        let negotiated = self.api()?.clone().negotiate_version();
+        let operation = format!("reach Docker at {address}");
+        let api = within(PING_TIMEOUT, operation, negotiated).await?;
+        let version = within(PING_TIMEOUT, "get Docker's version", api.version()).await?;
         podman(&version).map_or(Ok(()), |engine| {
             Err(Error::Podman {
                 address: address.clone(),
@@ -411,23 +412,50 @@ async fn within<T>(
 mod tests {
     use super::*;
 
-    #[test]
-    fn podman_is_known_by_the_components_of_its_version() {
-        // From Podman 5.4.2 and Docker 26.1.5.
-        let of = |name: &str, version: &str| -> SystemVersion {
-            serde_json::from_value(serde_json::json!({
-                "Version": version,
-                "ApiVersion": "1.41",
-                "Components": [
-                    { "Name": name, "Version": version, "Details": { "APIVersion": version } },
-                    { "Name": "runc", "Version": "1.1.15", "Details": { "GitCommit": "" } },
-                ],
-            }))
-            .unwrap()
+    /// The parts of `GET /version` that matter, of Podman 5.4.2 and of Docker 20.10.24.
+    const PODMAN: &str = r#"{"Platform":{"Name":"linux/amd64/debian-13"},"Components":[
+        {"Name":"Podman Engine","Version":"5.4.2","Details":{"APIVersion":"5.4.2"}},
+        {"Name":"Conmon","Version":"conmon version 2.1.12, commit: unknown"},
+        {"Name":"OCI Runtime (runc)","Version":"runc version 1.1.5+ds1"}],
+        "Version":"5.4.2","ApiVersion":"1.41","MinAPIVersion":"1.24"}"#;
+    const DOCKER: &str = r#"{"Platform":{"Name":""},"Components":[
+        {"Name":"Engine","Version":"20.10.24+dfsg1","Details":{"ApiVersion":"1.41"}},
+        {"Name":"containerd","Version":"1.6.20~ds1"},
+        {"Name":"runc","Version":"1.1.5+ds1"},{"Name":"docker-init","Version":"0.19.0"}],
+        "Version":"20.10.24+dfsg1","ApiVersion":"1.41","MinAPIVersion":"1.12"}"#;
+
+    /// An engine that has one answer to everything.
+    fn engine(answer: &'static str) -> (tempfile::TempDir, Docker) {
+        use std::io::{Read, Write};
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("docker.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        std::thread::spawn(move || {
+            for mut asked in listener.incoming().flatten() {
+                let length = answer.len();
+                while asked.read(&mut [0; 4096]).is_ok_and(|length| length > 0) {
+                    let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json";
+                    let whole = format!("{head}\r\nContent-Length: {length}\r\n\r\n{answer}");
+                    let _gone = asked.write_all(whole.as_bytes());
+                }
+            }
+        });
+        let endpoint = Endpoint {
+            address: format!("unix://{}", path.display()),
+            tls: None,
         };
-        let found = podman(&of("Podman Engine", "5.4.2"));
-        assert_eq!(found.as_deref(), Some("Podman Engine 5.4.2"));
-        assert_eq!(podman(&of("Engine", "26.1.5+dfsg1")), None);
-        assert_eq!(podman(&SystemVersion::default()), None);
+        (folder, Docker::new(&endpoint))
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_is_podman_is_refused_by_name() {
+        let (_folder, docker) = engine(DOCKER);
+        docker.negotiate().await.unwrap();
+        let (_folder, podman) = engine(PODMAN);
+        let error = podman.negotiate().await.unwrap_err().to_string();
+        assert!(
+            error.ends_with("is Podman Engine 5.4.2; must be Docker Engine: docs/engines.md says what Podman lacks"),
+            "{error}"
+        );
     }
 }

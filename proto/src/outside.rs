@@ -1,7 +1,7 @@
 //! What a CLI reads whose key is at the broker: where the broker is, and a placeholder for the
 //! key. A command that starts has it from the shim, and an agent that waits from its start.
 
-use crate::provider::Provider;
+use crate::{prompt::toml_string, provider::Provider};
 
 /// Where a container asks the broker, on its own 127.0.0.1.
 pub const PORT: u16 = 8319;
@@ -33,13 +33,11 @@ pub struct File {
 
 impl File {
     /// Codex 0.171 reads another server only from its configuration.
-    ///
-    /// `url` must need no escape in a TOML string.
     #[must_use]
     pub fn codex_server(url: &str) -> Self {
         Self {
             path: ".codex/config.toml",
-            content: format!("openai_base_url = \"{url}\"\n{CODEX_QUIET}"),
+            content: format!("openai_base_url = {}\n{CODEX_QUIET}", toml_string(url)),
         }
     }
 }

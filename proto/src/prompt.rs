@@ -137,7 +137,8 @@ const ALLOW_READING: &str = "[[rule]]\n\
     toolName = [\"read_file\", \"list_directory\", \"glob\", \"grep_search\"]\n\
     decision = \"allow\"\npriority = 999\n";
 
-fn toml_string(text: &str) -> String {
+/// A text in the quotes and escapes of TOML.
+pub(crate) fn toml_string(text: &str) -> String {
     let mut quoted = String::from('"');
     for char in text.chars() {
         match char {

@@ -16,10 +16,7 @@ use polydev_proto::{
 use secrecy::SecretString;
 use serde_json::value::RawValue;
 
-use crate::{
-    environment,
-    secret::{Credential, Invalid, Prepared, PreparedFile},
-};
+use crate::secret::{Credential, Invalid, Prepared, PreparedFile};
 
 /// The differences between providers.
 struct Table {
@@ -36,24 +33,9 @@ struct Table {
     /// Path of the refresh token in that file.
     refresh_token: &'static [&'static str],
     /// Another file that the CLI needs beside the OAuth file.
-    oauth_settings: Option<PlainFile>,
+    oauth_settings: Option<fn() -> File>,
     /// The CLI's argv for one prompt. Without a text, the CLI reads the prompt from stdin.
     prompt: fn(&Prompt, Option<&str>) -> Result<Vec<String>, InvalidPrompt>,
-}
-
-/// A file without secrets.
-struct PlainFile {
-    path: &'static str,
-    content: &'static str,
-}
-
-impl PlainFile {
-    fn prepare(&self) -> PreparedFile {
-        PreparedFile {
-            path: self.path,
-            content: self.content.as_bytes().to_vec().into(),
-        }
-    }
 }
 
 /// One prompt for the provider's CLI.
@@ -97,15 +79,9 @@ pub trait Cli {
     #[must_use]
     fn base_url(&self) -> &'static str;
 
-    /// The file from which the CLI reads the server that its environment names, if it does not
-    /// read the variable.
-    ///
-    /// # Errors
-    /// [`environment::Refused`]
-    fn server_file(
-        &self,
-        env: &BTreeMap<String, String>,
-    ) -> Result<Option<PreparedFile>, environment::Refused>;
+    /// The file from which the CLI reads another server, if it does not read the variable.
+    #[must_use]
+    fn server_file(&self, url: &str) -> Option<PreparedFile>;
 
     /// Names in the workspace that the CLI reads only when it starts.
     #[must_use]
@@ -157,7 +133,7 @@ impl Cli for Provider {
                     path: table.oauth_file,
                     content: content.clone(),
                 }];
-                files.extend(table.oauth_settings.as_ref().map(PlainFile::prepare));
+                files.extend(table.oauth_settings.map(|file| file().into()));
                 Prepared {
                     files,
                     ..Prepared::default()
@@ -185,22 +161,9 @@ impl Cli for Provider {
         table(*self).base_url
     }
 
-    fn server_file(
-        &self,
-        env: &BTreeMap<String, String>,
-    ) -> Result<Option<PreparedFile>, environment::Refused> {
-        let variable = self.base_url();
-        let (Some(file), Some(url)) = (table(*self).server_file, env.get(variable)) else {
-            return Ok(None);
-        };
-        let is_written = |c: char| c.is_control() || c.is_whitespace() || c == '"' || c == '\\';
-        match url.chars().any(is_written) {
-            true => Err(environment::Refused {
-                name: variable.into(),
-                reason: "is not a URL",
-            }),
-            false => Ok(Some(file(url).into())),
-        }
+    fn server_file(&self, url: &str) -> Option<PreparedFile> {
+        let file = table(*self).server_file?;
+        (!url.is_empty()).then(|| file(url).into())
     }
 
     fn reads_at_start(&self) -> &'static [&'static str] {
@@ -417,31 +380,23 @@ mod tests {
 
     #[test]
     fn a_server_is_in_the_file_of_a_cli_that_does_not_read_its_variable() {
-        let url = "https://gateway.example/v1";
-        let env = |url: &str| {
-            let names = Provider::all().map(|provider| provider.base_url().to_owned());
-            names
-                .into_iter()
-                .map(|name| (name, url.to_owned()))
-                .collect::<BTreeMap<_, _>>()
+        let file = |provider: Provider, url: &str| {
+            let file = provider.server_file(url)?;
+            let content = file.content.expose_secret().to_vec();
+            Some((file.path, String::from_utf8(content).unwrap()))
         };
-        for provider in Provider::all() {
-            let file = provider.server_file(&env(url)).unwrap();
-            let file = file.map(|file| (file.path, file.content.expose_secret().to_vec()));
-            match provider {
-                Provider::OpenAi => {
-                    let (path, content) = file.unwrap();
-                    let line = format!("openai_base_url = \"{url}\"\n");
-                    assert_eq!(path, ".codex/config.toml");
-                    assert!(content.starts_with(line.as_bytes()), "{content:?}");
-                }
-                Provider::Anthropic | Provider::Google => assert_eq!(file, None),
-            }
-            assert!(provider.server_file(&BTreeMap::new()).unwrap().is_none());
+        let url = "https://gateway.example/v1";
+        for provider in [Provider::Anthropic, Provider::Google] {
+            assert_eq!(file(provider, url), None);
         }
-        for url in ["http://x\"\nsandbox_mode=\"", "http://x y", "a\\u0022"] {
-            let refused = Provider::OpenAi.server_file(&env(url)).unwrap_err();
-            assert_eq!(refused.name, "OPENAI_BASE_URL");
+        assert_eq!(file(Provider::OpenAi, ""), None);
+        for (url, line) in [
+            (url, "openai_base_url = \"https://gateway.example/v1\"\n"),
+            ("x\"\ny = 1", "openai_base_url = \"x\\\"\\u000ay = 1\"\n"),
+        ] {
+            let (path, content) = file(Provider::OpenAi, url).unwrap();
+            assert_eq!(path, ".codex/config.toml");
+            assert!(content.starts_with(line), "{content}");
         }
     }
 }

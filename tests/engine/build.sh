@@ -7,4 +7,4 @@ cd "$(dirname "$0")/../.."
 
 export CGO_ENABLED=0
 go_program dockerd tests/engine github.com/moby/moby/v2/cmd/dockerd "install Go 1.26 or newer" \
-    -mod=mod -tags exclude_graphdriver_btrfs
+    -mod=readonly -tags exclude_graphdriver_btrfs

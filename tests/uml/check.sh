@@ -148,16 +148,17 @@ until_is 120 "two idle slots" are_idle
 
 step "the firewall"
 busybox httpd -p 8080 -h /tmp/image
-here=$(ip -4 -o addr show docker0 | awk '{ sub("/.*", "", $4); print $4 }')
-# Only where Docker has been told to use IPv6.
-here="$here $(ip -6 -o addr show docker0 scope global | awk '{ sub("/.*", "", $4); print "[" $4 "]" }')"
-for address in $here; do
+ipv4=$(ip -4 -o addr show docker0 | awk '{ sub("/.*", "", $4); print $4 }')
+ipv6=$(ip -6 -o addr show docker0 scope global | awk '{ sub("/.*", "", $4); print "[" $4 "]" }')
+[ -n "$ipv4" ] || fail "docker0 has no IPv4 address"
+[ -n "$ipv6" ] || [ "$(cat /work/machine)" != ipv6 ] || fail "docker0 has no IPv6 address"
+for address in $ipv4 $ipv6; do
     docker run --rm polydev-busybox:1 wget -q -T 20 -O - "http://$address:8080/bin/sh" | cmp -s - /bin/busybox ||
         fail "a container of Docker alone does not reach the machine at $address"
 done
 bridge=$(ip -4 -o addr show | awk '$2 ~ /^pd-/ { sub("/.*", "", $4); print $4 }')
 [ -n "$bridge" ] || fail "the bridge of the slots has no address"
-for address in $here $bridge; do
+for address in $ipv4 $ipv6 $bridge; do
     told=$(run anthropic -- sh -c "echo tries; wget -q -T 5 -O /dev/null http://$address:8080/bin/sh || echo refused")
     is "a run that asks $address" "$(echo "$told" | tr '\n' ' ')" "tries refused "
 done

@@ -9,7 +9,8 @@ kernel=$(basename /usr/lib/uml/modules/*)
 folder=$POLYDEV_CACHE/uml-$kernel-$(sha256sum tests/uml/root.sh | cut -c1-16)
 if [ ! -e "$folder/made" ]; then
     step "making a Debian 13 with Docker 26 (a minute)"
-    rm -rf "$folder"
+    # Also those that an earlier form of this script made.
+    rm -rf "$POLYDEV_CACHE"/uml-*
     mkdir -p "$folder/root"
     mmdebstrap --quiet --variant=minbase --include=docker.io,docker-cli,iptables,iproute2,kmod,busybox-static,curl \
         trixie "$folder/root.tar"

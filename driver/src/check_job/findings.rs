@@ -22,6 +22,8 @@ const FREE: [&str; 6] = [
     "image",
     "work_dir",
 ];
+/// Options that the plugin allows by where they begin.
+const MOUNTS: [&str; 3] = ["mount", "mounts", "volumes"];
 /// A job's tasks of Nomad's Docker driver.
 #[derive(Debug)]
 pub(super) struct Checked {
@@ -30,7 +32,6 @@ pub(super) struct Checked {
 
 #[derive(Debug)]
 pub(super) struct Task {
-    pub(super) group: String,
     /// Group and task.
     pub(super) name: String,
     /// Options that are the same.
@@ -75,10 +76,14 @@ impl Checked {
 /// If no task uses Nomad's Docker driver.
 pub(super) fn check(job: &Value, plugin: &Plugin) -> anyhow::Result<Checked> {
     let checked = of_driver(job, "docker", plugin);
+    let is_rewritten = !of_driver(job, "polydev", plugin).tasks.is_empty();
+    ensure!(
+        !(checked.tasks.is_empty() && is_rewritten),
+        "the job has this driver already: no task has `driver = \"docker\"`"
+    );
     ensure!(
         !checked.tasks.is_empty(),
-        "no task of the job has `driver = \"docker\"`, and {} of them `driver = \"polydev\"`",
-        of_driver(job, "polydev", plugin).tasks.len()
+        "no task of the job has `driver = \"docker\"`"
     );
     Ok(checked)
 }
@@ -98,21 +103,16 @@ fn of_driver(job: &Value, driver: &str, plugin: &Plugin) -> Checked {
             &group["Spreads"],
         ]);
         of_group.extend(of_job.iter().cloned());
+        let mut of_connect = connect(group);
         for task in list(&group["Tasks"]).filter(|task| task["Driver"] == driver) {
             let own = attributes(&[&task["Constraints"], &task["Affinities"]]);
             // Told once, with the first task that they concern.
             let names = of_group.drain(..).chain(own);
             let mut found = of_task(&task["Config"], plugin);
-            word(&group["Name"]).clone_into(&mut found.group);
             found.name = format!("{}.{}", word(&group["Name"]), word(&task["Name"]));
             found.findings.extend(names.map(|name| attribute(&name)));
             found.findings.extend(mbits(&task["Resources"]));
-            if tasks
-                .iter()
-                .all(|of: &Task| of.group != word(&group["Name"]))
-            {
-                found.findings.extend(connect(group));
-            }
+            found.findings.append(&mut of_connect);
             tasks.push(found);
         }
     }
@@ -121,7 +121,6 @@ fn of_driver(job: &Value, driver: &str, plugin: &Plugin) -> Checked {
 
 fn of_task(config: &Value, plugin: &Plugin) -> Task {
     let mut task = Task {
-        group: String::new(),
         name: String::new(),
         same: Vec::new(),
         unknown: Vec::new(),
@@ -142,8 +141,8 @@ fn of_task(config: &Value, plugin: &Plugin) -> Task {
             task.findings.push(Finding::change(text));
             continue;
         }
-        let is_understood = is_task_of_group(option, value);
-        let is_unknown = has_variable(value) && !FREE.contains(&&**option) && !is_understood;
+        let of_group = of_group(option, value);
+        let is_unknown = has_variable(value) && !FREE.contains(&&**option) && of_group.is_none();
         if task.findings.len() == before && !is_unknown {
             task.same.push(option.clone());
         }
@@ -152,17 +151,27 @@ fn of_task(config: &Value, plugin: &Plugin) -> Task {
         if TASK.row(option).is_some_and(is_refused) {
             continue;
         }
-        match has_variable(value) {
-            true if is_unknown => task.unknown.push(option.clone()),
-            true => {}
-            false => {
-                known.insert(option.clone(), value.clone());
+        if is_unknown {
+            task.unknown.push(option.clone());
+        }
+        match of_group {
+            Some(name) => drop(known.insert(option.clone(), format!("task:{name}").into())),
+            // A folder of the host is one whatever the rest of its path is.
+            None if MOUNTS.contains(&&**option) => {
+                known.insert(option.clone(), with_variables(value));
             }
+            None if has_variable(value) => {}
+            None => drop(known.insert(option.clone(), value.clone())),
         }
     }
+    let mut plugin = plugin.clone();
     // A value is there, whatever the node makes of it.
     if config.get("image").is_some_and(has_variable) {
         known.insert("image".into(), "known.on/the/node:1".into());
+        if !plugin.allow.images.is_empty() {
+            plugin.allow.images.clear();
+            task.unknown.push("image".into());
+        }
     }
     if let Some(auth) = known.get_mut("auth") {
         without_email(auth);
@@ -171,7 +180,7 @@ fn of_task(config: &Value, plugin: &Plugin) -> Task {
     let msgpack = rmp_serde::to_vec_named(&shaped).unwrap_or_default();
     match Config::parse(&msgpack) {
         Ok(Config::Plain(config)) => {
-            let needs = plugin::needs(&config, plugin).into_iter();
+            let needs = plugin::needs(&config, &plugin).into_iter();
             task.findings.extend(needs.map(|text| Finding {
                 kind: Kind::Allow,
                 text,
@@ -209,7 +218,7 @@ fn differs(option: &str, value: &Value) -> Vec<Finding> {
         let text = format!("`{}`: {}", row.option, row.fate.text());
         let kind = match row.fate {
             Fate::Alias(_) => Kind::Older,
-            Fate::Differs(_) if is_task_of_group(option, value) => Kind::Older,
+            Fate::Differs(_) if of_group(option, value).is_some() => Kind::Older,
             Fate::Differs(_) if option == "network_mode" => Kind::Change,
             Fate::Differs(_) => Kind::Differs,
             Fate::Refused(_) => Kind::Change,
@@ -235,13 +244,11 @@ fn concerns(option: &str, value: &Value) -> bool {
     }
 }
 
-/// Whether the mode names the container of another task of the group.
-fn is_task_of_group(option: &str, value: &Value) -> bool {
-    let text = value.as_str().unwrap_or_default();
-    option.ends_with("_mode")
-        && text.starts_with("container:")
-        && text.ends_with("-${NOMAD_ALLOC_ID}")
-        && text.matches("${").count() == 1
+/// The task of the group whose container a mode names.
+pub(super) fn of_group<'v>(option: &str, value: &'v Value) -> Option<&'v str> {
+    let container = value.as_str()?.strip_prefix("container:")?;
+    let name = container.strip_suffix("-${NOMAD_ALLOC_ID}")?;
+    (option.ends_with("_mode") && !name.contains("${")).then_some(name)
 }
 
 /// Nomad adds a task of its Docker driver for each sidecar, and two drivers cannot both make the
@@ -251,16 +258,19 @@ fn connect(group: &Value) -> Vec<Finding> {
     let services = list(&group["Services"]).chain(of_tasks);
     let has_sidecar = |service: &&Value| {
         let connect = &service["Connect"];
-        let driver = connect["SidecarTask"]["Driver"]
-            .as_str()
-            .unwrap_or_default();
-        !connect["SidecarService"].is_null() && matches!(driver, "" | "docker")
+        let driver = word(&connect["SidecarTask"]["Driver"]);
+        let adds = !connect["SidecarService"].is_null() || !connect["Gateway"].is_null();
+        adds && matches!(driver, "" | "docker")
     };
+    // Nomad has added the tasks of a job that it tells.
+    if list(&group["Tasks"]).any(|task| word(&task["Kind"]).starts_with("connect-")) {
+        return Vec::new();
+    }
     services
         .filter(has_sidecar)
         .map(|service| {
             Finding::change(format!(
-                "`connect` of service `{}`: its sidecar has Nomad's Docker driver, and all tasks of a group with a network of its own must have one driver: write `sidecar_task` with `driver = \"polydev\"` and a `config`",
+                "`connect` of service `{}`: Nomad adds a task with its Docker driver, and all tasks of a group with a network of its own must have one driver: write `sidecar_task` with `driver = \"polydev\"` and a `config`",
                 word(&service["Name"])
             ))
         })
@@ -343,6 +353,29 @@ impl Finding {
     fn change(text: String) -> Self {
         let kind = Kind::Change;
         Self { kind, text }
+    }
+}
+
+/// The value, with something in place of each variable.
+fn with_variables(value: &Value) -> Value {
+    match value {
+        Value::String(text) => {
+            let mut parts = text.split("${");
+            let mut text = parts.next().unwrap_or_default().to_owned();
+            for part in parts {
+                text.push_str("variable");
+                text.push_str(part.split_once('}').map_or("", |(_, rest)| rest));
+            }
+            text.into()
+        }
+        Value::Array(list) => list.iter().map(with_variables).collect(),
+        Value::Object(map) => {
+            let entries = map
+                .iter()
+                .map(|(name, value)| (name.clone(), with_variables(value)));
+            Value::Object(entries.collect())
+        }
+        other => other.clone(),
     }
 }
 

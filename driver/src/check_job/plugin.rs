@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use polydev_proto::hclspec::{Spec, spec::Block};
 use serde_json::{Map, Value};
 
-use super::shape::shape;
 use crate::config::{MountKind, Plugin, Task, schema};
 
 /// The plugin's options, from `NAME=VALUE` each. A name has its block, such as `volumes.enabled`.
-/// A value is JSON, or a text.
+/// A list is in JSON.
 ///
 /// # Errors
 /// If there is no such option, or it has no such value.
@@ -17,40 +17,51 @@ pub(super) fn options(given: &[String]) -> anyhow::Result<Plugin> {
     let schema = schema::plugin();
     let mut all = Value::Object(Map::new());
     for given in given {
-        let Some((name, value)) = given.split_once('=') else {
+        let Some((name, text)) = given.split_once('=') else {
             bail!("`--plugin` is `{given}`: must be NAME=VALUE");
         };
-        let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
-        let one = (name.rsplit('.')).fold(value, |inner, name| {
-            Value::Object(Map::from_iter([(name.to_owned(), inner)]))
-        });
-        // Of a name that the schema does not have, nothing is left.
-        let is_known = leaf(&shape(&schema, &one));
-        anyhow::ensure!(
-            is_known,
-            "`--plugin` is `{given}`: the plugin has no option `{name}`"
-        );
-        merge(&mut all, one);
+        let Some(kind) = kind(&schema, name) else {
+            bail!("`--plugin` is `{given}`: the plugin has no option `{name}` with a value");
+        };
+        let (value, allowed) = match kind {
+            "string" => (Some(text.into()), "a text"),
+            "bool" => (text.parse().ok().map(Value::Bool), "true or false"),
+            "number" => (text.parse::<f64>().ok().map(Value::from), "a number"),
+            "list(string)" => {
+                let list = serde_json::from_str::<Vec<String>>(text);
+                (list.ok().map(Value::from), "a list, such as [\"all\"]")
+            }
+            other => {
+                bail!("`--plugin` is `{given}`: `{name}` is a {other}, which it cannot be given")
+            }
+        };
+        let Some(value) = value else {
+            bail!("`--plugin` is `{given}`: must be {allowed}");
+        };
+        let mut place = &mut all;
+        for name in name.split('.') {
+            let Value::Object(map) = place else { break };
+            place = map.entry(name).or_insert_with(|| Value::Object(Map::new()));
+        }
+        *place = value;
     }
-    let msgpack = rmp_serde::to_vec_named(&shape(&schema, &all))?;
-    Plugin::parse(&msgpack).context("`--plugin`")
+    Plugin::parse(&rmp_serde::to_vec_named(&all)?).context("`--plugin`")
 }
 
-fn leaf(value: &Value) -> bool {
-    match value {
-        Value::Object(map) => map.values().next().is_some_and(leaf),
-        _ => true,
-    }
-}
-
-fn merge(into: &mut Value, from: Value) {
-    match (into, from) {
-        (Value::Object(into), Value::Object(from)) => {
-            for (name, value) in from {
-                merge(into.entry(name).or_insert(Value::Null), value);
+/// The type of an option, by its name with its blocks.
+fn kind<'s>(spec: &'s Spec, name: &str) -> Option<&'s str> {
+    let (first, rest) = name.split_once('.').unwrap_or((name, ""));
+    match spec.block.as_ref()? {
+        Block::Object(object) => {
+            let child = object.attributes.get(first)?;
+            match child.block.as_ref()? {
+                Block::BlockValue(block) => kind(block.nested.as_deref()?, rest),
+                _ => kind(child, rest),
             }
         }
-        (into, from) => *into = from,
+        Block::Attr(attr) if name.is_empty() => Some(&attr.r#type),
+        Block::Default(with) => kind(with.primary.as_deref()?, name),
+        _ => None,
     }
 }
 
@@ -62,25 +73,25 @@ pub(super) fn needs(task: &Task, plugin: &Plugin) -> Vec<String> {
     if plugin.volumes {
         return needs;
     }
-    let enabled = |option: &str, given: &str| {
-        format!(
-            "`{option}` is `{given}`: must be in the task's folder, unless the plugin sets `volumes.enabled`"
-        )
+    let enabled = |option: &str, given: &str, what: &str| {
+        format!("`{option}` is `{given}`: {what} must be allowed by the plugin's `volumes.enabled`")
     };
+    let folder = |option: &str, path: &str| enabled(option, path, "a folder of the host");
+    let volume = |option: &str, given: &str| enabled(option, given, "a Docker volume");
     let is_hosts = |path: &str| Path::new(path).is_absolute();
     needs.extend(
         task.volume_driver
-            .as_deref()
-            .map(|name| enabled("volume_driver", name)),
+            .iter()
+            .map(|name| volume("volume_driver", name)),
     );
     let volumes = task
         .volumes
         .iter()
         .filter(|volume| is_hosts(&volume.source));
-    needs.extend(volumes.map(|volume| enabled("volumes", &volume.source)));
+    needs.extend(volumes.map(|volume| folder("volumes", &volume.source)));
     needs.extend(task.mounts.iter().filter_map(|mount| match &mount.kind {
-        MountKind::Bind { source, .. } if is_hosts(source) => Some(enabled("mount.source", source)),
-        MountKind::Volume { .. } => Some(enabled("mount.type", "volume")),
+        MountKind::Bind { source, .. } if is_hosts(source) => Some(folder("mount.source", source)),
+        MountKind::Volume { .. } => Some(volume("mount.type", "volume")),
         MountKind::Bind { .. } | MountKind::Tmpfs { .. } => None,
     }));
     needs

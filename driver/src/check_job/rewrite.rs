@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::findings::{attribute_here, attribute_of};
+use super::findings::{attribute_here, attribute_of, of_group};
 use crate::config::from_docker::{Fate, TASK};
 
 /// Changes the driver of every task that uses Nomad's Docker driver, removes what has no meaning
@@ -43,10 +43,7 @@ fn task(config: &mut Map<String, Value>, networks: &mut Value) {
         }
     }
     for mode in ["network_mode", "ipc_mode", "pid_mode"] {
-        let name = config.get(mode).and_then(Value::as_str).and_then(|given| {
-            let name = given.strip_prefix("container:")?;
-            name.strip_suffix("-${NOMAD_ALLOC_ID}")
-        });
+        let name = config.get(mode).and_then(|given| of_group(mode, given));
         if let Some(name) = name.map(|name| format!("task:{name}")) {
             config.insert(mode.into(), name.into());
         }

@@ -38,7 +38,7 @@ fn a_job_that_needs_no_change_says_so() {
     assert!(checked.is_ready(), "{checked:?}");
     assert_eq!(checked.tasks[0].unknown, ["dns_servers"]);
     assert_eq!(checked.tasks[0].findings, []);
-    assert!(printed(&job).contains("Runs with `driver = \"polydev\"`"));
+    assert!(printed(&job).contains("Runs with `driver = \"polydev\"`, if the node allows"));
 }
 
 #[test]
@@ -129,6 +129,16 @@ fn what_the_operator_must_allow_is_told_until_it_is_allowed() {
         ),
         ("pid_mode", json!("host"), "allowed_modes.pid=[\"host\"]"),
         ("ipc_mode", json!("task:other"), "allow_privileged=true"),
+        (
+            "pid_mode",
+            json!("container:other-${NOMAD_ALLOC_ID}"),
+            "allowed_modes.pid=[\"task:*\"]",
+        ),
+        (
+            "volumes",
+            json!(["/srv/${NOMAD_JOB_NAME}:/srv"]),
+            "volumes.enabled=true",
+        ),
         ("pids_limit", json!(10_000), "pids_limit=10000"),
         ("volumes", json!(["/srv:/srv"]), "volumes.enabled=true"),
         (
@@ -156,13 +166,29 @@ fn what_the_operator_must_allow_is_told_until_it_is_allowed() {
     }
 }
 
+/// The name of an image that only the node knows may be one that the operator allows.
+#[test]
+fn an_image_with_a_variable_is_not_checked() {
+    let job = job(json!({"image": "reg/${NOMAD_META_name}:1"}));
+    let plugin = plugin::options(&["allow_images=[\"reg/*\"]".to_owned()]).unwrap();
+    let checked = findings::check(&job, &plugin).unwrap();
+    assert!(checked.is_ready(), "{checked:?}");
+    assert_eq!(checked.tasks[0].unknown, ["image"]);
+}
+
 #[test]
 fn options_of_the_plugin_are_named_if_they_are_wrong() {
     for (given, words) in [
         ("volumes.enabled", "must be NAME=VALUE"),
         ("volumes.on=true", "the plugin has no option `volumes.on`"),
+        (
+            "volumes=true",
+            "the plugin has no option `volumes` with a value",
+        ),
         ("allow=true", "the plugin has no option `allow`"),
-        ("volumes.enabled=perhaps", "`--plugin`"),
+        ("volumes.enabled=perhaps", "must be true or false"),
+        ("allow_caps=all", "must be a list, such as [\"all\"]"),
+        ("pids_limit=many", "must be a number"),
     ] {
         let error = plugin::options(&[given.to_owned()]).unwrap_err();
         assert!(format!("{error:#}").contains(words), "{error:#}");
@@ -179,6 +205,8 @@ fn a_sidecar_of_connect_must_have_the_same_driver() {
         text.contains("  to change    `connect` of service `api`: "),
         "{text}"
     );
+    job["TaskGroups"][0]["Services"] = json!([{"Name": "in", "Connect": {"Gateway": {}}}]);
+    assert_eq!(findings::check(&job, &nothing()).unwrap().changes(), 1);
     job["TaskGroups"][0]["Services"] = connect("polydev");
     assert!(findings::check(&job, &nothing()).unwrap().is_ready());
 }

@@ -95,15 +95,18 @@ impl Task {
     /// even if Docker grants them by default.
     ///
     /// # Errors
-    /// [`Error::Value`] with the capability that is not allowed.
+    /// [`Error::Value`] with the capabilities that are not allowed.
     pub fn capabilities(&self, plugin: &Plugin) -> Result<Capabilities, Error> {
         let allowed = &plugin.allow.caps;
         let everything = allowed.iter().any(|cap| cap == "all");
         let add: Vec<String> = self.cap_add.iter().map(|cap| cap_name(cap)).collect();
         let drop: Vec<String> = self.cap_drop.iter().map(|cap| cap_name(cap)).collect();
-        if let Some(cap) = add.iter().find(|cap| !everything && !allowed.contains(cap)) {
+        let refused_caps: Vec<_> = (add.iter().map(String::as_str))
+            .filter(|cap| !everything && !allowed.iter().any(|allowed| allowed == cap))
+            .collect();
+        if !refused_caps.is_empty() {
             let allowed = format!("the plugin's `allow_caps` allows {}", allowed.join(", "));
-            return Err(refused("cap_add", cap, allowed));
+            return Err(refused("cap_add", refused_caps.join(", "), allowed));
         }
         if drop.iter().any(|cap| cap == "all") {
             return Ok(Capabilities {

@@ -1,9 +1,9 @@
 //! Gemini CLI.
 
-use polydev_proto::outside::GEMINI_KEY;
+use polydev_proto::outside::{File, GEMINI_KEY};
 use secrecy::SecretString;
 
-use super::{InvalidPrompt, PlainFile, Prompt, Table, strings, variable};
+use super::{InvalidPrompt, Prompt, Table, strings, variable};
 use crate::secret::Prepared;
 
 pub(super) const TABLE: Table = Table {
@@ -13,26 +13,26 @@ pub(super) const TABLE: Table = Table {
     server_file: None,
     oauth_file: ".gemini/oauth_creds.json",
     refresh_token: &["refresh_token"],
-    oauth_settings: Some(ACCOUNT),
+    oauth_settings: Some(|| settings(ACCOUNT)),
     prompt,
 };
 
 /// Settings that choose one way to sign in.
-const fn settings(content: &'static str) -> PlainFile {
-    let path = ".gemini/settings.json";
-    PlainFile { path, content }
+fn settings(content: &str) -> File {
+    File {
+        path: ".gemini/settings.json",
+        content: content.to_owned(),
+    }
 }
 
-const KEY: PlainFile = settings(GEMINI_KEY);
-const VERTEX: PlainFile = settings("{\"security\":{\"auth\":{\"selectedType\":\"vertex-ai\"}}}\n");
-const ACCOUNT: PlainFile =
-    settings("{\"security\":{\"auth\":{\"selectedType\":\"oauth-personal\"}}}\n");
+const VERTEX: &str = "{\"security\":{\"auth\":{\"selectedType\":\"vertex-ai\"}}}\n";
+const ACCOUNT: &str = "{\"security\":{\"auth\":{\"selectedType\":\"oauth-personal\"}}}\n";
 
 /// A key alone is a Gemini API key; a key with a project is a Vertex AI key. The CLI does not
 /// guess: its settings must name the way to sign in.
 fn prepare_key(key: &SecretString, project: Option<&str>) -> Prepared {
     let (env, settings) = match project {
-        None => (vec![variable("GEMINI_API_KEY", key)], KEY),
+        None => (vec![variable("GEMINI_API_KEY", key)], GEMINI_KEY),
         Some(project) => {
             let project = SecretString::from(project);
             let env = vec![
@@ -46,7 +46,7 @@ fn prepare_key(key: &SecretString, project: Option<&str>) -> Prepared {
     };
     Prepared {
         env,
-        files: vec![settings.prepare()],
+        files: vec![self::settings(settings).into()],
         ..Prepared::default()
     }
 }

@@ -215,7 +215,8 @@ impl Request {
             files: mut settings,
             prompt,
         } = command::read(provider, &mut start)?;
-        settings.extend(provider.server_file(&start.env)?);
+        let server = start.env.get(provider.base_url());
+        settings.extend(server.and_then(|url| provider.server_file(url)));
         if stdin.is_some() && start.stdin {
             return Err(Invalid::Value {
                 field: "stdin",
@@ -313,6 +314,15 @@ impl Request {
             }));
         }
         command::has_key(&mut self.spec, secrets.outside.is_some())?;
+        // Beside a key that stays outside, the file is there already.
+        let variable = self.provider.base_url();
+        let server = secrets.env.iter().find(|(name, _)| name == variable);
+        if secrets.outside.is_none()
+            && let Some((_, url)) = server
+        {
+            let file = self.provider.server_file(url.expose_secret());
+            secrets.files.extend(file);
+        }
         secrets.files.append(&mut self.secrets.files);
         self.hold(secrets)
     }
@@ -448,6 +458,31 @@ mod tests {
         assert_eq!(request.spec.env["USER_ID"], "alice");
         assert_eq!(request.spec.timeout.unwrap().seconds, 600);
         assert_eq!(request.spec.kill_timeout.unwrap().seconds, 30);
+    }
+
+    #[test]
+    fn a_server_that_codex_finds_in_a_file_may_be_the_callers_or_the_credentials() {
+        let variables = || {
+            [(
+                "OPENAI_BASE_URL".to_owned(),
+                "https://gateway.example".into(),
+            )]
+        };
+        let codex = || RunStart {
+            provider: "openai".into(),
+            ..start()
+        };
+        let names = |request: &Request| request.spec.secret_names.join(" ");
+        let mut own = codex();
+        own.env = variables().into();
+        let request = Request::parse(own, None).unwrap();
+        assert_eq!(names(&request), ".codex/config.toml");
+        let mut request = Request::parse(codex(), None).unwrap();
+        let variables = variables().map(|(name, url)| (name, url.into()));
+        let credential = Credential::Environment(variables.into());
+        let secrets = request.provider.prepare(&credential).unwrap();
+        request.equip(secrets).unwrap();
+        assert_eq!(names(&request), "OPENAI_BASE_URL .codex/config.toml");
     }
 
     #[test]
