@@ -140,6 +140,12 @@ pub(crate) fn a_wrong_job_is_refused() {
             "image = \"polydev-busybox:1\"\n volumes = [\"/etc:/x\"]",
             "volumes are not enabled",
         ),
+        // That of NVIDIA's devices, which this Docker does not have.
+        (
+            "runtime",
+            "image = \"polydev-busybox:1\"\n runtime = \"nvidia\"",
+            "nvidia",
+        ),
         (
             "ulimit",
             "image = \"polydev-busybox:1\"\n ulimit {\n nofile = \"no\"\n }",
