@@ -5,6 +5,7 @@
 //! options the form in which Nomad sends them, and [`rewrite`] changes the job.
 
 mod findings;
+mod json;
 mod plugin;
 mod read;
 mod rewrite;

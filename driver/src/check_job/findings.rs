@@ -3,7 +3,11 @@
 use anyhow::ensure;
 use serde_json::Value;
 
-use super::{plugin, shape::shape};
+use super::{
+    json::{blocks, list, word},
+    plugin,
+    shape::shape,
+};
 use crate::{
     chain,
     config::{
@@ -22,8 +26,7 @@ const FREE: [&str; 6] = [
     "image",
     "work_dir",
 ];
-/// Options that the plugin allows by where they begin.
-const MOUNTS: [&str; 3] = ["mount", "mounts", "volumes"];
+
 /// A job's tasks of Nomad's Docker driver.
 #[derive(Debug)]
 pub(super) struct Checked {
@@ -153,13 +156,11 @@ fn of_task(config: &Value, plugin: &Plugin) -> Task {
         }
         if is_unknown {
             task.unknown.push(option.clone());
+            let needs = plugin::needs_of_unknown(option, value, plugin).into_iter();
+            task.findings.extend(needs.map(Finding::allow));
         }
         match of_group {
             Some(name) => drop(known.insert(option.clone(), format!("task:{name}").into())),
-            // A folder of the host is one whatever the rest of its path is.
-            None if MOUNTS.contains(&&**option) => {
-                known.insert(option.clone(), with_variables(value));
-            }
             None if has_variable(value) => {}
             None => drop(known.insert(option.clone(), value.clone())),
         }
@@ -181,10 +182,7 @@ fn of_task(config: &Value, plugin: &Plugin) -> Task {
     match Config::parse(&msgpack) {
         Ok(Config::Plain(config)) => {
             let needs = plugin::needs(&config, &plugin).into_iter();
-            task.findings.extend(needs.map(|text| Finding {
-                kind: Kind::Allow,
-                text,
-            }));
+            task.findings.extend(needs.map(Finding::allow));
         }
         // A task for Nomad's Docker driver has no block `slot`.
         Ok(Config::Slot(_)) => {}
@@ -350,32 +348,14 @@ impl Kind {
 }
 
 impl Finding {
+    fn allow(text: String) -> Self {
+        let kind = Kind::Allow;
+        Self { kind, text }
+    }
+
     fn change(text: String) -> Self {
         let kind = Kind::Change;
         Self { kind, text }
-    }
-}
-
-/// The value, with something in place of each variable.
-fn with_variables(value: &Value) -> Value {
-    match value {
-        Value::String(text) => {
-            let mut parts = text.split("${");
-            let mut text = parts.next().unwrap_or_default().to_owned();
-            for part in parts {
-                text.push_str("variable");
-                text.push_str(part.split_once('}').map_or("", |(_, rest)| rest));
-            }
-            text.into()
-        }
-        Value::Array(list) => list.iter().map(with_variables).collect(),
-        Value::Object(map) => {
-            let entries = map
-                .iter()
-                .map(|(name, value)| (name.clone(), with_variables(value)));
-            Value::Object(entries.collect())
-        }
-        other => other.clone(),
     }
 }
 
@@ -386,20 +366,4 @@ fn has_variable(value: &Value) -> bool {
         Value::Object(map) => map.values().any(has_variable),
         Value::Null | Value::Bool(_) | Value::Number(_) => false,
     }
-}
-
-pub(super) fn list(value: &Value) -> impl Iterator<Item = &Value> {
-    value.as_array().into_iter().flatten()
-}
-
-fn blocks(value: &Value) -> impl Iterator<Item = &Value> {
-    match value {
-        Value::Array(list) => list.as_slice(),
-        one => std::slice::from_ref(one),
-    }
-    .iter()
-}
-
-fn word(value: &Value) -> &str {
-    value.as_str().unwrap_or_default()
 }

@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 use polydev_proto::hclspec::{Spec, spec::Block};
 use serde_json::{Map, Value};
 
+use super::json::{blocks, list, word};
 use crate::config::{MountKind, Plugin, Task, schema};
 
 /// The plugin's options, from `NAME=VALUE` each. A name has its block, such as `volumes.enabled`.
@@ -73,11 +74,6 @@ pub(super) fn needs(task: &Task, plugin: &Plugin) -> Vec<String> {
     if plugin.volumes {
         return needs;
     }
-    let enabled = |option: &str, given: &str, what: &str| {
-        format!("`{option}` is `{given}`: {what} must be allowed by the plugin's `volumes.enabled`")
-    };
-    let folder = |option: &str, path: &str| enabled(option, path, "a folder of the host");
-    let volume = |option: &str, given: &str| enabled(option, given, "a Docker volume");
     let is_hosts = |path: &str| Path::new(path).is_absolute();
     needs.extend(
         task.volume_driver
@@ -95,4 +91,39 @@ pub(super) fn needs(task: &Task, plugin: &Plugin) -> Vec<String> {
         MountKind::Bind { .. } | MountKind::Tmpfs { .. } => None,
     }));
     needs
+}
+
+/// The same for an option with a variable: a folder of the host is one whatever the end of its
+/// path is.
+pub(super) fn needs_of_unknown(option: &str, value: &Value, plugin: &Plugin) -> Vec<String> {
+    let is_hosts = |path: &&str| path.starts_with('/');
+    match option {
+        _ if plugin.volumes => Vec::new(),
+        "volumes" => {
+            let volumes = list(value).map(word).filter(is_hosts);
+            volumes.map(|given| folder("volumes", given)).collect()
+        }
+        "mount" | "mounts" => blocks(value)
+            .filter_map(|mount| match word(&mount["type"]) {
+                "" | "volume" => Some(volume("mount.type", "volume")),
+                _ => {
+                    let source = Some(word(&mount["source"])).filter(is_hosts)?;
+                    Some(folder("mount.source", source))
+                }
+            })
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn folder(option: &str, given: &str) -> String {
+    enabled(option, given, "a folder of the host")
+}
+
+fn volume(option: &str, given: &str) -> String {
+    enabled(option, given, "a Docker volume")
+}
+
+fn enabled(option: &str, given: &str, what: &str) -> String {
+    format!("`{option}` is `{given}`: {what} must be allowed by the plugin's `volumes.enabled`")
 }

@@ -136,7 +136,12 @@ fn what_the_operator_must_allow_is_told_until_it_is_allowed() {
         ),
         (
             "volumes",
-            json!(["/srv/${NOMAD_JOB_NAME}:/srv"]),
+            json!(["/srv/${NOMAD_JOB_NAME}:${NOMAD_META_there}", "local/x:/x"]),
+            "volumes.enabled=true",
+        ),
+        (
+            "mount",
+            json!({"type": "bind", "source": "/srv/${NOMAD_JOB_NAME}", "target": "/srv"}),
             "volumes.enabled=true",
         ),
         ("pids_limit", json!(10_000), "pids_limit=10000"),
