@@ -3,6 +3,7 @@
 
 mod act;
 mod beyond;
+mod device_plugins;
 mod differences;
 mod seen;
 

@@ -109,10 +109,13 @@ events() { api "/v1/job/$1/allocations" | grep -o '"DisplayMessage":"[^"]*"'; }
 
 step "a plain task: its limits, its output, its end"
 files='cat /sys/fs/cgroup/cpu.max /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory.swap.max /sys/fs/cgroup/pids.max'
-batch plain "\"cpu_hard_limit\": true, \"pids_limit\": 50, \"command\": \"sh\", \"args\": [\"-c\", \"$files; seq 1 5000; exit 3\"]" 64
+# The address needs Docker 25.
+address='cat /sys/class/net/eth0/address'
+batch plain "\"cpu_hard_limit\": true, \"pids_limit\": 50, \"mac_address\": \"02:42:00:00:00:07\", \"command\": \"sh\", \"args\": [\"-c\", \"$files; $address; seq 1 5000; exit 3\"]" 64
 until_is 60 "the end of a task" has_ended plain
 is "limits" "$(logs plain | head -n 4 | tr '\n' ' ')" "12500 100000 67108864 0 50 "
-is "output" "$(logs plain | tail -n +5 | md5sum)" "$(seq 1 5000 | md5sum)"
+is "its hardware address" "$(logs plain | sed -n 5p)" 02:42:00:00:00:07
+is "output" "$(logs plain | tail -n +6 | md5sum)" "$(seq 1 5000 | md5sum)"
 events plain | grep -q 'Exit Code: 3' || fail "the end of a plain task: $(events plain)"
 
 step "a plain task that needs too much memory"
