@@ -13,7 +13,7 @@ use polydev_proto::{
     prompt::{self, Invalid as InvalidPrompt, Options},
     provider::Provider,
 };
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use serde_json::value::RawValue;
 
 use crate::secret::{Credential, Invalid, Prepared, PreparedFile};
@@ -139,10 +139,15 @@ impl Cli for Provider {
                     ..Prepared::default()
                 }
             }
-            Credential::Environment(variables) => Prepared {
-                env: variables.clone().into_iter().collect(),
-                ..Prepared::default()
-            },
+            Credential::Environment(variables) => {
+                let server = variables.get(table.base_url);
+                let file = server.and_then(|url| self.server_file(url.expose_secret()));
+                Prepared {
+                    env: variables.clone().into_iter().collect(),
+                    files: file.into_iter().collect(),
+                    ..Prepared::default()
+                }
+            }
         })
     }
 
@@ -201,7 +206,6 @@ fn variable(name: &str, value: &SecretString) -> (String, SecretString) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use secrecy::ExposeSecret;
 
     #[test]
     fn an_account_that_can_be_refreshed_has_the_token_for_it() {

@@ -1,6 +1,6 @@
 //! Compares a job's tasks with this driver.
 
-use anyhow::ensure;
+use anyhow::bail;
 use serde_json::Value;
 
 use super::{
@@ -79,16 +79,13 @@ impl Checked {
 /// If no task uses Nomad's Docker driver.
 pub(super) fn check(job: &Value, plugin: &Plugin) -> anyhow::Result<Checked> {
     let checked = of_driver(job, "docker", plugin);
-    let is_rewritten = !of_driver(job, "polydev", plugin).tasks.is_empty();
-    ensure!(
-        !(checked.tasks.is_empty() && is_rewritten),
-        "the job has this driver already: no task has `driver = \"docker\"`"
-    );
-    ensure!(
-        !checked.tasks.is_empty(),
-        "no task of the job has `driver = \"docker\"`"
-    );
-    Ok(checked)
+    if !checked.tasks.is_empty() {
+        return Ok(checked);
+    }
+    match check_rewritten(job, plugin).tasks[..] {
+        [] => bail!("no task of the job has `driver = \"docker\"`"),
+        [..] => bail!("the job has this driver already: no task has `driver = \"docker\"`"),
+    }
 }
 
 /// The same for a job whose tasks have this driver.
@@ -156,9 +153,10 @@ fn of_task(config: &Value, plugin: &Plugin) -> Task {
         }
         if is_unknown {
             task.unknown.push(option.clone());
-            let needs = plugin::needs_of_unknown(option, value, plugin).into_iter();
-            task.findings.extend(needs.map(Finding::allow));
         }
+        let volumes = plugin::volumes(option, value).into_iter();
+        task.findings
+            .extend(volumes.filter(|_| !plugin.volumes).map(Finding::allow));
         match of_group {
             Some(name) => drop(known.insert(option.clone(), format!("task:{name}").into())),
             None if has_variable(value) => {}
@@ -181,8 +179,9 @@ fn of_task(config: &Value, plugin: &Plugin) -> Task {
     let msgpack = rmp_serde::to_vec_named(&shaped).unwrap_or_default();
     match Config::parse(&msgpack) {
         Ok(Config::Plain(config)) => {
-            let needs = plugin::needs(&config, &plugin).into_iter();
-            task.findings.extend(needs.map(Finding::allow));
+            let needs = config.not_allowed(&plugin).into_iter();
+            task.findings
+                .extend(needs.map(|error| Finding::allow(error.to_string())));
         }
         // A task for Nomad's Docker driver has no block `slot`.
         Ok(Config::Slot(_)) => {}

@@ -1,13 +1,11 @@
 //! What the operator's options of the plugin must allow.
 
-use std::path::Path;
-
 use anyhow::{Context, bail};
 use polydev_proto::hclspec::{Spec, spec::Block};
 use serde_json::{Map, Value};
 
 use super::json::{blocks, list, word};
-use crate::config::{MountKind, Plugin, Task, schema};
+use crate::config::{Plugin, schema};
 
 /// The plugin's options, from `NAME=VALUE` each. A name has its block, such as `volumes.enabled`.
 /// A list is in JSON.
@@ -66,42 +64,15 @@ fn kind<'s>(spec: &'s Spec, name: &str) -> Option<&'s str> {
     }
 }
 
-/// What a task asks for that these options do not allow.
-pub(super) fn needs(task: &Task, plugin: &Plugin) -> Vec<String> {
-    let mut needs: Vec<_> = (task.not_allowed(plugin).iter())
-        .map(ToString::to_string)
-        .collect();
-    if plugin.volumes {
-        return needs;
-    }
-    let is_hosts = |path: &str| Path::new(path).is_absolute();
-    needs.extend(
-        task.volume_driver
-            .iter()
-            .map(|name| volume("volume_driver", name)),
-    );
-    let volumes = task
-        .volumes
-        .iter()
-        .filter(|volume| is_hosts(&volume.source));
-    needs.extend(volumes.map(|volume| folder("volumes", &volume.source)));
-    needs.extend(task.mounts.iter().filter_map(|mount| match &mount.kind {
-        MountKind::Bind { source, .. } if is_hosts(source) => Some(folder("mount.source", source)),
-        MountKind::Volume { .. } => Some(volume("mount.type", "volume")),
-        MountKind::Bind { .. } | MountKind::Tmpfs { .. } => None,
-    }));
-    needs
-}
-
-/// The same for an option with a variable: a folder of the host is one whatever the end of its
-/// path is.
-pub(super) fn needs_of_unknown(option: &str, value: &Value, plugin: &Plugin) -> Vec<String> {
+/// What an option needs that `volumes.enabled` allows. A folder of the host is one whatever the end
+/// of its path is, so that variables do not matter.
+pub(super) fn volumes(option: &str, value: &Value) -> Vec<String> {
     let is_hosts = |path: &&str| path.starts_with('/');
     match option {
-        _ if plugin.volumes => Vec::new(),
+        "volume_driver" => vec![volume(option, word(value))],
         "volumes" => {
             let volumes = list(value).map(word).filter(is_hosts);
-            volumes.map(|given| folder("volumes", given)).collect()
+            volumes.map(|given| folder(option, given)).collect()
         }
         "mount" | "mounts" => blocks(value)
             .filter_map(|mount| match word(&mount["type"]) {

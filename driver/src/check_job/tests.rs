@@ -58,6 +58,7 @@ fn each_option_that_is_not_the_same_is_named_with_what_to_write() {
         "  older form   `network_mode`: ",
         "  older form   `port_map`: write `ports`",
         "  differs      `volumes`: ",
+        "  to allow     `volumes` is `/srv/x:/x`: a folder of the host",
         "  to change    `no_such_option`: ",
         "  to change    `labels` is `dev.polydev.x`: ",
         "  the same     image, labels, pids_limit",
@@ -65,7 +66,7 @@ fn each_option_that_is_not_the_same_is_named_with_what_to_write() {
         assert!(text.contains(line), "{line}\n{text}");
     }
     assert!(
-        text.contains("5 things must be changed or allowed first"),
+        text.contains("6 things must be changed or allowed first"),
         "{text}"
     );
 }

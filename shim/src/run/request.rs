@@ -314,15 +314,6 @@ impl Request {
             }));
         }
         command::has_key(&mut self.spec, secrets.outside.is_some())?;
-        // Beside a key that stays outside, the file is there already.
-        let variable = self.provider.base_url();
-        let server = secrets.env.iter().find(|(name, _)| name == variable);
-        if secrets.outside.is_none()
-            && let Some((_, url)) = server
-        {
-            let file = self.provider.server_file(url.expose_secret());
-            secrets.files.extend(file);
-        }
         secrets.files.append(&mut self.secrets.files);
         self.hold(secrets)
     }
