@@ -1,12 +1,18 @@
-//! A temporary folder, and the mounts below it. Its path is short enough for unix sockets.
+//! A temporary folder, the mounts below it, and what drivers with their state in it have made.
+//! Its path is short enough for unix sockets.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use nix::mount::{MntFlags, umount2};
 use tempfile::TempDir;
 
-/// Dropping the folder removes it and its mounts, and ends drivers and brokers that are left in
-/// it.
+/// Dropping the folder removes it and its mounts. It ends drivers and brokers that are left in
+/// it, and removes what drivers with a state folder in it have left in Docker and the packet
+/// filter: a driver that is killed leaves it there, and a host kills one that needs over 2 s to
+/// end.
 #[derive(Debug)]
 pub struct Folder(TempDir);
 
@@ -44,6 +50,14 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         crate::nomad::clean::stop_drivers(self.path());
+        let inside = fs::read_dir(self.path()).into_iter().flatten().flatten();
+        for state in inside {
+            if let Ok(instance) = fs::read_to_string(state.path().join("instance")) {
+                let instance = instance.trim();
+                crate::nomad::clean::remove_from_docker(instance);
+                crate::host::remove_rules(instance);
+            }
+        }
         self.unmount();
     }
 }

@@ -8,7 +8,7 @@ use polydev_proto::driver::{
     Device, LinuxResources, Mount, Resources, StartTaskRequest, TaskConfig, start_task_response,
 };
 use polydev_shim::engine::embedded::plugin::Plugin;
-use polydev_tests::{docker, job::IMAGE, program, shim::instance_label};
+use polydev_tests::{docker, folder::Folder, job::IMAGE, program, shim::instance_label};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -51,11 +51,12 @@ fn task(alloc: &TempDir, name: &str) -> TaskConfig {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_gets_what_the_plugin_of_its_device_asks_for_or_does_not_start() {
-    let (alloc, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let files = tempfile::tempdir().unwrap();
+    let (alloc, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let folder = Folder::new("pdtest-");
+    let state = folder.path().join("state");
     fs::write(files.path().join("serial"), "gadget-1\n").unwrap();
     let driver = program("nomad-driver-polydev");
-    let mut plugin = Plugin::launch(&driver, state.path()).await.unwrap();
+    let mut plugin = Plugin::launch(&driver, &state).await.unwrap();
     plugin.healthy().await.unwrap();
     let mut driver = plugin.driver();
 
@@ -78,7 +79,7 @@ async fn a_task_gets_what_the_plugin_of_its_device_asks_for_or_does_not_start() 
     let request = StartTaskRequest { task: Some(gadget) };
     let started = driver.start_task(request).await.unwrap().into_inner();
     assert_eq!(started.driver_error_msg, "");
-    let label = instance_label(state.path());
+    let label = instance_label(&state);
     let containers = docker::containers(&label);
     let seen = docker::docker(&[
         "exec",

@@ -2,9 +2,7 @@
 
 use std::{
     collections::HashSet,
-    fs,
     path::Path,
-    process::Command,
     time::{Duration, Instant},
 };
 
@@ -49,7 +47,7 @@ pub(crate) fn stop_drivers(folder: &Path) {
 
 /// Removes a driver's containers and its network. dockerd finishes what a driver that was killed
 /// has asked for: a container may come late, and a network may have one that is going.
-fn remove_from_docker(instance: &str) {
+pub(crate) fn remove_from_docker(instance: &str) {
     let name = format!("polydev-{instance}");
     let label = format!("dev.polydev.instance={instance}");
     let list = ["network", "ls", "--quiet", "--filter"];
@@ -77,17 +75,6 @@ fn remove_from_docker(instance: &str) {
 }
 
 impl Nomad {
-    /// Unmounts the secrets of ended tasks. Nomad keeps them mounted until it collects the tasks.
-    fn unmount(&self) {
-        let mounts = Process::myself().and_then(|me| me.mountinfo());
-        let mounts = mounts.map(|mounts| mounts.0).unwrap_or_default();
-        let ours =
-            |mount: &&procfs::process::MountInfo| mount.mount_point.starts_with(self.folder.path());
-        for mount in mounts.iter().filter(ours) {
-            output(Command::new("umount").arg(&mount.mount_point));
-        }
-    }
-
     /// Whether any allocation is running or pending.
     fn has_live_allocations(&self) -> bool {
         let all = self.get("/v1/allocations");
@@ -113,15 +100,7 @@ impl Drop for Nomad {
         while self.has_live_allocations() && Instant::now() < limit {
             std::thread::park_timeout(Duration::from_millis(50));
         }
+        // The folder removes the rest when it is dropped.
         self.agent = None;
-        stop_drivers(self.folder.path());
-        let instance = fs::read_to_string(self.state_dir().join("instance"));
-        self.unmount();
-        // A stopping agent does not end tasks: the containers of a failed test are still there.
-        if let Ok(instance) = instance {
-            let instance = instance.trim();
-            remove_from_docker(instance);
-            crate::host::remove_rules(instance);
-        }
     }
 }
