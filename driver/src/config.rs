@@ -5,6 +5,7 @@ mod allow;
 mod auth;
 mod boost;
 mod broker;
+mod class;
 mod egress;
 pub mod from_docker;
 mod gc;

@@ -42,6 +42,13 @@ impl Limits {
         mbits: 10,
         pids: 256,
     };
+    /// The same for a script: it computes, and has nothing to wait for.
+    pub const SCRIPT: Self = Self {
+        cpu_mhz: 2000,
+        memory_mb: 2048,
+        mbits: 10,
+        pids: 256,
+    };
     /// The limits of an idle slot; its CPU and memory come from the job.
     pub const IDLE: Self = Self {
         cpu_mhz: 100,

@@ -1,7 +1,7 @@
 //! What a CLI reads whose key is at the broker: where the broker is, and a placeholder for the
 //! key. A command that starts has it from the shim, and an agent that waits from its start.
 
-use crate::{prompt::toml_string, provider::Provider};
+use crate::{prompt::toml_string, provider::Vendor};
 
 /// Where a container asks the broker, on its own 127.0.0.1.
 pub const PORT: u16 = 8319;
@@ -45,11 +45,11 @@ impl File {
 impl Outside {
     /// What the provider's CLI reads.
     #[must_use]
-    pub fn of(provider: Provider) -> Self {
+    pub fn of(provider: Vendor) -> Self {
         let url = |path: &str| format!("http://127.0.0.1:{PORT}{path}");
         let key = || PLACEHOLDER.to_owned();
         match provider {
-            Provider::OpenAi => Self {
+            Vendor::OpenAi => Self {
                 env: vec![
                     ("OPENAI_API_KEY", key()),
                     ("CODEX_API_KEY", key()),
@@ -57,14 +57,14 @@ impl Outside {
                 ],
                 file: Some(File::codex_server(&url("/openai/v1"))),
             },
-            Provider::Anthropic => Self {
+            Vendor::Anthropic => Self {
                 env: vec![
                     ("ANTHROPIC_API_KEY", key()),
                     ("ANTHROPIC_BASE_URL", url("/anthropic")),
                 ],
                 file: None,
             },
-            Provider::Google => Self {
+            Vendor::Google => Self {
                 env: vec![
                     ("GEMINI_API_KEY", key()),
                     ("GOOGLE_GEMINI_BASE_URL", url("/google")),

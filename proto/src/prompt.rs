@@ -1,6 +1,6 @@
 //! The rules of a prompt, for who passes it on and for the agent that reads more of them.
 
-use crate::{exec::MAX_STRING, init::Tools, outside::File, provider::Provider};
+use crate::{exec::MAX_STRING, init::Tools, outside::File, provider::Vendor};
 
 /// Largest number of bytes in a prompt: with the rest of a run it fits into one message.
 pub const MAX_TEXT: usize = 3 << 20;
@@ -35,20 +35,20 @@ pub fn check(text: &str, model: &str) -> Result<(), Invalid> {
 
 /// A prompt's text, changed so that the provider's CLI does not take it for a command of its own.
 #[must_use]
-pub fn as_text(provider: Provider, text: String) -> String {
+pub fn as_text(provider: Vendor, text: String) -> String {
     match provider {
         // Claude Code 2.1.332 does what `/clear` says, in each of its forms, but not what
         // ` /clear` says.
-        Provider::Anthropic if text.starts_with('/') => format!(" {text}"),
+        Vendor::Anthropic if text.starts_with('/') => format!(" {text}"),
         _ => text,
     }
 }
 
 /// Whether a CLI that waits would take the text for a command of its own.
 #[must_use]
-pub fn is_command_to_agent(provider: Provider, text: &str) -> bool {
+pub fn is_command_to_agent(provider: Vendor, text: &str) -> bool {
     // Gemini CLI 0.61 does what `/memory show` and `$memory show` say, but only with `--acp`.
-    provider == Provider::Google && text.trim_start().starts_with(['/', '$'])
+    provider == Vendor::Google && text.trim_start().starts_with(['/', '$'])
 }
 
 /// What a CLI must be told when it starts, so that a prompt has its system text and its tools.
@@ -65,7 +65,7 @@ impl Options {
     ///
     /// # Errors
     /// [`Invalid`]
-    pub fn of(provider: Provider, system: &str, tools: Tools) -> Result<Self, Invalid> {
+    pub fn of(provider: Vendor, system: &str, tools: Tools) -> Result<Self, Invalid> {
         let invalid = |field, problem| Err(Invalid { field, problem });
         if system.len() > MAX_SYSTEM {
             return invalid("prompt.system", "is longer than 65536 bytes");
@@ -78,17 +78,17 @@ impl Options {
         match (provider, tools) {
             (_, Tools::Unspecified | Tools::All) => {}
             // Servers of MCP have tools, too.
-            (Provider::Anthropic, Tools::None) => args.extend(["--tools=", "--strict-mcp-config"]),
-            (Provider::Anthropic, Tools::Read) => {
+            (Vendor::Anthropic, Tools::None) => args.extend(["--tools=", "--strict-mcp-config"]),
+            (Vendor::Anthropic, Tools::Read) => {
                 args.extend(["--tools=Read,Glob,Grep", "--strict-mcp-config"]);
             }
-            (Provider::OpenAi, Tools::None | Tools::Read) => {
+            (Vendor::OpenAi, Tools::None | Tools::Read) => {
                 return invalid(
                     "prompt.tools",
                     "is not `all`: Codex has no option that takes all other tools away",
                 );
             }
-            (Provider::Google, Tools::None | Tools::Read) => {
+            (Vendor::Google, Tools::None | Tools::Read) => {
                 let allowed = match tools {
                     Tools::Read => ALLOW_READING,
                     _ => "",
@@ -102,11 +102,11 @@ impl Options {
         options.args = args.into_iter().map(str::to_owned).collect();
         match provider {
             _ if system.is_empty() => {}
-            Provider::Anthropic => {
+            Vendor::Anthropic => {
                 let system = format!("--append-system-prompt={system}");
                 options.args.push(system);
             }
-            Provider::OpenAi => {
+            Vendor::OpenAi => {
                 let system = format!("developer_instructions={}", toml_string(system));
                 if system.len() > MAX_STRING {
                     let problem =
@@ -116,7 +116,7 @@ impl Options {
                 options.args.extend(["-c".to_owned(), system]);
             }
             // It has no option that adds to its text, but a file of its user.
-            Provider::Google => options.files.push(File {
+            Vendor::Google => options.files.push(File {
                 path: ".gemini/GEMINI.md",
                 content: system.to_owned(),
             }),
@@ -171,10 +171,10 @@ mod tests {
     #[test]
     fn options_are_what_each_cli_reads_at_its_start() {
         let of = |provider, system, tools| Options::of(provider, system, tools).unwrap();
-        for provider in Provider::all() {
+        for provider in Vendor::all() {
             assert!(of(provider, "", Tools::All).is_empty());
         }
-        let claude = of(Provider::Anthropic, "-x", Tools::None);
+        let claude = of(Vendor::Anthropic, "-x", Tools::None);
         assert_eq!(
             claude.args,
             [
@@ -183,27 +183,24 @@ mod tests {
                 "--append-system-prompt=-x"
             ]
         );
-        let codex = of(Provider::OpenAi, "a \"b\"\n\u{7f}", Tools::All);
+        let codex = of(Vendor::OpenAi, "a \"b\"\n\u{7f}", Tools::All);
         let text = "developer_instructions=\"a \\\"b\\\"\\u000a\\u007f\"";
         assert_eq!(codex.args, ["-c", text]);
-        let gemini = of(Provider::Google, "a", Tools::Read);
+        let gemini = of(Vendor::Google, "a", Tools::Read);
         let paths: Vec<_> = gemini.files.iter().map(|file| file.path).collect();
         assert_eq!(paths, [GEMINI_POLICY, ".gemini/GEMINI.md"]);
         let refused = |provider, system: &str, tools| {
             let refused = Options::of(provider, system, tools).unwrap_err();
             refused.field
         };
-        assert_eq!(refused(Provider::OpenAi, "", Tools::Read), "prompt.tools");
+        assert_eq!(refused(Vendor::OpenAi, "", Tools::Read), "prompt.tools");
         let escaped = "\n".repeat(MAX_SYSTEM);
         assert_eq!(
-            refused(Provider::OpenAi, &escaped, Tools::All),
+            refused(Vendor::OpenAi, &escaped, Tools::All),
             "prompt.system"
         );
         let long = "x".repeat(MAX_SYSTEM + 1);
-        assert_eq!(
-            refused(Provider::Google, &long, Tools::All),
-            "prompt.system"
-        );
-        assert_eq!(refused(Provider::Google, "\0", Tools::All), "prompt.system");
+        assert_eq!(refused(Vendor::Google, &long, Tools::All), "prompt.system");
+        assert_eq!(refused(Vendor::Google, "\0", Tools::All), "prompt.system");
     }
 }

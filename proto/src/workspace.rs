@@ -92,6 +92,12 @@ pub fn check_path(path: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// The pattern that matches this path alone.
+#[must_use]
+pub fn literal(path: &str) -> String {
+    Pattern::escape(path)
+}
+
 /// Checks the rules that select a run's artifacts.
 ///
 /// # Errors

@@ -11,7 +11,7 @@ use polydev_proto::{
     exec,
     outside::{File, Outside},
     prompt::{self, Invalid as InvalidPrompt, Options},
-    provider::Provider,
+    provider::Vendor,
 };
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::value::RawValue;
@@ -47,11 +47,11 @@ pub struct Prompt<'a> {
     pub options: &'a Options,
 }
 
-fn table(provider: Provider) -> &'static Table {
+fn table(provider: Vendor) -> &'static Table {
     match provider {
-        Provider::OpenAi => &openai::TABLE,
-        Provider::Anthropic => &anthropic::TABLE,
-        Provider::Google => &google::TABLE,
+        Vendor::OpenAi => &openai::TABLE,
+        Vendor::Anthropic => &anthropic::TABLE,
+        Vendor::Google => &google::TABLE,
     }
 }
 
@@ -95,7 +95,7 @@ pub trait Cli {
     fn prompt(&self, prompt: &Prompt) -> Result<Vec<String>, InvalidPrompt>;
 }
 
-impl Cli for Provider {
+impl Cli for Vendor {
     fn account_file(&self) -> &'static str {
         table(*self).oauth_file
     }
@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn an_account_that_can_be_refreshed_has_the_token_for_it() {
         let is = |provider: &str, file: &str| {
-            let provider = provider.parse::<Provider>().unwrap();
+            let provider = provider.parse::<Vendor>().unwrap();
             provider.is_refreshable(file.as_bytes())
         };
         for (provider, with) in [
@@ -242,7 +242,7 @@ mod tests {
     #[track_caller]
     fn argv(provider: &str, text: &str, model: Option<&str>) -> Vec<String> {
         provider
-            .parse::<Provider>()
+            .parse::<Vendor>()
             .unwrap()
             .prompt(&Prompt {
                 text,
@@ -254,7 +254,7 @@ mod tests {
 
     #[test]
     fn a_prompt_is_one_argument_whatever_is_in_it() {
-        for provider in Provider::all() {
+        for provider in Vendor::all() {
             for text in ["$(id) `id`", "--help", "-", "it's \"quoted\"\n"] {
                 if provider.name() == "openai" && text == "-" {
                     continue;
@@ -313,7 +313,7 @@ mod tests {
                 options: &Options::default(),
             };
             provider
-                .parse::<Provider>()
+                .parse::<Vendor>()
                 .unwrap()
                 .prompt(&prompt)
                 .unwrap_err()
@@ -326,7 +326,7 @@ mod tests {
 
     #[test]
     fn a_google_key_with_a_project_is_a_vertex_key() {
-        let google: Provider = "google".parse().unwrap();
+        let google: Vendor = "google".parse().unwrap();
         let prepare = |project: Option<&str>| {
             let prepared = google.prepare(&key(project)).unwrap();
             let settings = prepared.files[0].content.expose_secret().to_vec();
@@ -356,7 +356,7 @@ mod tests {
 
     #[test]
     fn a_project_is_for_google_alone() {
-        for provider in Provider::all() {
+        for provider in Vendor::all() {
             let prepared = provider.prepare(&key(Some("project")));
             assert_eq!(prepared.is_ok(), provider.name() == "google", "{provider}");
         }
@@ -366,11 +366,7 @@ mod tests {
     fn an_account_is_a_file_where_its_cli_looks_for_it() {
         let paths = |provider: &str| {
             let file = Credential::OauthFile(b"{}".to_vec().into());
-            let prepared = provider
-                .parse::<Provider>()
-                .unwrap()
-                .prepare(&file)
-                .unwrap();
+            let prepared = provider.parse::<Vendor>().unwrap().prepare(&file).unwrap();
             assert!(prepared.env.is_empty());
             prepared.names().map(str::to_owned).collect::<Vec<_>>()
         };
@@ -384,21 +380,21 @@ mod tests {
 
     #[test]
     fn a_server_is_in_the_file_of_a_cli_that_does_not_read_its_variable() {
-        let file = |provider: Provider, url: &str| {
+        let file = |provider: Vendor, url: &str| {
             let file = provider.server_file(url)?;
             let content = file.content.expose_secret().to_vec();
             Some((file.path, String::from_utf8(content).unwrap()))
         };
         let url = "https://gateway.example/v1";
-        for provider in [Provider::Anthropic, Provider::Google] {
+        for provider in [Vendor::Anthropic, Vendor::Google] {
             assert_eq!(file(provider, url), None);
         }
-        assert_eq!(file(Provider::OpenAi, ""), None);
+        assert_eq!(file(Vendor::OpenAi, ""), None);
         for (url, line) in [
             (url, "openai_base_url = \"https://gateway.example/v1\"\n"),
             ("x\"\ny = 1", "openai_base_url = \"x\\\"\\u000ay = 1\"\n"),
         ] {
-            let (path, content) = file(Provider::OpenAi, url).unwrap();
+            let (path, content) = file(Vendor::OpenAi, url).unwrap();
             assert_eq!(path, ".codex/config.toml");
             assert!(content.starts_with(line), "{content}");
         }

@@ -10,7 +10,7 @@ use polydev_proto::{
     broker::{Key, Keys},
     init::{File, MAX_REFRESHED, Refreshable, Secrets, Variable},
     outside,
-    provider::Provider,
+    provider::Vendor,
     runtime::{self, CredentialKind, secret},
 };
 use prost::Message;
@@ -47,7 +47,7 @@ pub struct Prepared {
     pub env: Vec<(String, SecretString)>,
     pub files: Vec<PreparedFile>,
     /// A key for the node's broker. The container does not get it.
-    pub outside: Option<(Provider, SecretString)>,
+    pub outside: Option<(Vendor, SecretString)>,
     /// Which of the files the shim wants back when the CLI has refreshed it.
     pub refreshable: Option<Refreshable>,
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use polydev_proto::provider::Provider;
+use polydev_proto::provider::Vendor;
 use polydev_shim::{provider::Cli, secret::Credential};
 use polydev_tests::{
     docker::{self, docker},
@@ -199,7 +199,7 @@ fn entry_point_and_shim_prepare_credentials_alike() {
                 &["sh", "-c", "env; cat ~/.gemini/settings.json || :"],
             );
             let stdout = text(&result.stdout);
-            let provider: Provider = image.provider.parse().unwrap();
+            let provider: Vendor = image.provider.parse().unwrap();
             let credential = Credential::ApiKey {
                 key: key.clone().into(),
                 project_id: Some((*project).to_owned()).filter(|project| !project.is_empty()),

@@ -21,7 +21,7 @@ use polydev_proto::{
         Failed, Offer, Prompt, Ready, Taken, from_agent::Message, to_agent::Message as FromInit,
     },
     prompt::Options,
-    provider::Provider,
+    provider::Vendor,
 };
 
 use crate::{
@@ -66,7 +66,7 @@ impl From<io::Error> for Stop {
     }
 }
 
-pub(crate) fn run(provider: Provider) -> End {
+pub(crate) fn run(provider: Vendor) -> End {
     let Ok(mut control) = Control::of_stdin() else {
         return End::Code(1);
     };
@@ -107,7 +107,7 @@ fn complain(reason: &str) -> End {
 }
 
 /// Starts the CLI. It inherits a mask without signals.
-fn start(provider: Provider) -> io::Result<(Box<dyn Cli>, Process, SignalFd)> {
+fn start(provider: Vendor) -> io::Result<(Box<dyn Cli>, Process, SignalFd)> {
     let (cli, process) = start_cli(provider, &Options::default())?;
     let awaited = awaited_signals();
     awaited.thread_block()?;
@@ -116,7 +116,7 @@ fn start(provider: Provider) -> io::Result<(Box<dyn Cli>, Process, SignalFd)> {
 }
 
 /// Starts the CLI in this folder.
-fn start_cli(provider: Provider, options: &Options) -> io::Result<(Box<dyn Cli>, Process)> {
+fn start_cli(provider: Vendor, options: &Options) -> io::Result<(Box<dyn Cli>, Process)> {
     let work_dir = std::env::current_dir()?.to_string_lossy().into_owned();
     let cli = cli_of(provider, work_dir);
     let process = Process::start(provider, &*cli, options)?;
@@ -124,11 +124,11 @@ fn start_cli(provider: Provider, options: &Options) -> io::Result<(Box<dyn Cli>,
 }
 
 /// The provider's CLI, which works in the folder `work_dir`.
-pub(crate) fn cli_of(provider: Provider, work_dir: String) -> Box<dyn Cli> {
+pub(crate) fn cli_of(provider: Vendor, work_dir: String) -> Box<dyn Cli> {
     match provider {
-        Provider::Anthropic => Box::new(Claude::default()),
-        Provider::OpenAi => Box::new(Codex::new(work_dir)),
-        Provider::Google => Box::new(Gemini::new(work_dir)),
+        Vendor::Anthropic => Box::new(Claude::default()),
+        Vendor::OpenAi => Box::new(Codex::new(work_dir)),
+        Vendor::Google => Box::new(Gemini::new(work_dir)),
     }
 }
 
@@ -161,7 +161,7 @@ enum Source {
 }
 
 struct Agent {
-    provider: Provider,
+    provider: Vendor,
     control: Control,
     cli: Box<dyn Cli>,
     process: Process,
@@ -184,7 +184,7 @@ struct Agent {
 
 impl Agent {
     fn new(
-        provider: Provider,
+        provider: Vendor,
         control: Control,
         cli: Box<dyn Cli>,
         process: Process,

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use polydev_proto::{
     prompt::{self, MAX_TEXT},
-    provider::Provider,
+    provider::Vendor,
 };
 use serde::Deserialize;
 
@@ -46,14 +46,14 @@ pub(crate) enum Next {
 /// The prompts that wait for their turn.
 #[derive(Debug)]
 pub(crate) struct Conversation {
-    provider: Provider,
+    provider: Vendor,
     lines: Lines,
     waiting: VecDeque<Next>,
     is_over: bool,
 }
 
 impl Conversation {
-    pub(crate) fn new(provider: Provider) -> Self {
+    pub(crate) fn new(provider: Vendor) -> Self {
         Self {
             provider,
             lines: Lines::of(MAX_LINE),
@@ -134,7 +134,7 @@ impl Conversation {
 mod tests {
     use super::*;
 
-    fn said(provider: Provider, lines: &str) -> (Vec<Next>, bool) {
+    fn said(provider: Vendor, lines: &str) -> (Vec<Next>, bool) {
         let mut conversation = Conversation::new(provider);
         conversation.push(lines.as_bytes());
         let cancels = conversation.read();
@@ -154,26 +154,23 @@ mod tests {
     #[test]
     fn each_line_is_a_prompt_or_ends_a_turn() {
         let lines = "{\"prompt\":{\"text\":\"a\\nb\"}}\n\n{\"prompt\":{\"text\":\"/c\",\"model\":\"m\"}}\n{\"prompt\":";
-        let (prompts, cancels) = said(Provider::Anthropic, lines);
+        let (prompts, cancels) = said(Vendor::Anthropic, lines);
         assert_eq!(prompts, [prompt("a\nb", ""), prompt(" /c", "m")]);
         assert!(!cancels);
         assert_eq!(
-            said(Provider::OpenAi, "{\"cancel_turn\":{}}\n"),
+            said(Vendor::OpenAi, "{\"cancel_turn\":{}}\n"),
             (vec![], true)
         );
         // It is for the prompt before it, whose turn has not begun.
         let early = "{\"prompt\":{\"text\":\"a\"}}\n{\"cancel_turn\":{}}\n";
-        assert_eq!(
-            said(Provider::OpenAi, early),
-            (vec![Next::Cancelled], false)
-        );
+        assert_eq!(said(Vendor::OpenAi, early), (vec![Next::Cancelled], false));
     }
 
     #[test]
     fn a_turn_that_is_ended_twice_is_ended_once_however_the_lines_come() {
         let lines = b"{\"cancel_turn\":{}}\n{\"cancel_turn\":{}}\n";
-        let whole = crate::conversed(Provider::OpenAi, lines, lines.len());
-        assert_eq!(whole, crate::conversed(Provider::OpenAi, lines, 5));
+        let whole = crate::conversed(Vendor::OpenAi, lines, lines.len());
+        assert_eq!(whole, crate::conversed(Vendor::OpenAi, lines, 5));
         assert_eq!(whole.1.len(), 1);
     }
 
@@ -189,7 +186,7 @@ mod tests {
                 "`prompt.model`",
             ),
         ] {
-            let (prompts, _) = said(Provider::Google, &format!("{line}\n"));
+            let (prompts, _) = said(Vendor::Google, &format!("{line}\n"));
             let Some(Next::Wrong(reason)) = prompts.first() else {
                 panic!("{line}: {prompts:?}");
             };
@@ -199,7 +196,7 @@ mod tests {
 
     #[test]
     fn the_last_line_needs_no_end() {
-        let mut conversation = Conversation::new(Provider::OpenAi);
+        let mut conversation = Conversation::new(Vendor::OpenAi);
         conversation.push(b"{\"prompt\":{\"text\":\"a\"}}");
         conversation.read();
         assert_eq!(conversation.next(), None);
@@ -213,7 +210,7 @@ mod tests {
 
     #[test]
     fn what_waits_is_bounded() {
-        let mut conversation = Conversation::new(Provider::OpenAi);
+        let mut conversation = Conversation::new(Vendor::OpenAi);
         conversation.push(
             "{\"prompt\":{\"text\":\"a\"}}\n"
                 .repeat(MAX_WAITING + 1)

@@ -25,7 +25,7 @@ mod told;
 use std::collections::BTreeSet;
 
 use nix::sys::signal::{Signal, raise};
-use polydev_proto::provider::Provider;
+use polydev_proto::provider::Vendor;
 
 pub use lines::{Lines, MAX_LINE, TooLong};
 pub use process::FORWARDED;
@@ -34,7 +34,7 @@ pub use process::FORWARDED;
 /// prompt. For the fuzz target.
 #[doc(hidden)]
 #[must_use]
-pub fn rehearsed(provider: Provider, said: &[u8]) -> Vec<Vec<u8>> {
+pub fn rehearsed(provider: Vendor, said: &[u8]) -> Vec<Vec<u8>> {
     let mut cli = agent::cli_of(provider, "/workspace".into());
     let (mut out, mut lines) = (cli::Out::default(), Lines::default());
     cli.begin(true, &mut out);
@@ -59,7 +59,7 @@ pub fn rehearsed(provider: Provider, said: &[u8]) -> Vec<Vec<u8>> {
 #[doc(hidden)]
 #[must_use]
 pub fn conversed(
-    provider: Provider,
+    provider: Vendor,
     said: &[u8],
     piece: usize,
 ) -> (Vec<Result<String, String>>, BTreeSet<usize>) {
@@ -106,7 +106,7 @@ pub(crate) enum End {
 /// comes from there. Writes the answer to stdout as the CLI's one-shot form does. Returns the
 /// status that that form exits with; ends by the signal that has ended the CLI.
 #[must_use]
-pub fn run(provider: Provider) -> u8 {
+pub fn run(provider: Vendor) -> u8 {
     match agent::run(provider) {
         End::Code(code) => code,
         End::Signal(signal) => {
@@ -127,17 +127,17 @@ mod tests {
     fn every_cli_is_understood_from_its_start_to_its_answer() {
         for (provider, said, kinds) in [
             (
-                Provider::Anthropic,
+                Vendor::Anthropic,
                 include_bytes!("../../../tests/fuzz/seeds/agent/anthropic").as_slice(),
                 vec!["text", "tool_call", "tool_result", "retry", "usage"],
             ),
             (
-                Provider::OpenAi,
+                Vendor::OpenAi,
                 include_bytes!("../../../tests/fuzz/seeds/agent/openai"),
                 vec!["text", "tool_call", "tool_result", "usage", "retry"],
             ),
             (
-                Provider::Google,
+                Vendor::Google,
                 include_bytes!("../../../tests/fuzz/seeds/agent/google"),
                 vec!["text", "tool_call", "tool_result", "usage"],
             ),

@@ -24,7 +24,7 @@ use nix::{
 use polydev_proto::{
     outside::{self, Outside},
     prompt::Options,
-    provider::Provider,
+    provider::Vendor,
 };
 use serde_json::Value;
 
@@ -55,7 +55,7 @@ pub(crate) struct Process {
 
 impl Process {
     /// Starts it as the one-shot form of a run with a key at the broker is started.
-    pub(crate) fn start(provider: Provider, cli: &dyn Cli, options: &Options) -> io::Result<Self> {
+    pub(crate) fn start(provider: Vendor, cli: &dyn Cli, options: &Options) -> io::Result<Self> {
         let (program, args) = cli.argv().split_first().ok_or(ErrorKind::InvalidInput)?;
         let Outside { env, file } = Outside::of(provider);
         for file in file.iter().chain(&options.files) {

@@ -1,9 +1,10 @@
-//! A CLI that waits for a prompt, in a process of its own: see polydev-agent. Until it has a
-//! prompt, init hears of it on a socket; then it is the command of the run.
+//! Who waits for the run, in a process of its own: a CLI that waits for a prompt (polydev-agent),
+//! or a Python that waits for a script. Until it has one, init hears of it on a socket; then it is
+//! the command of the run.
 
 use std::{
     fs::File,
-    io::{ErrorKind, Read, Write},
+    io::{self, ErrorKind, Read, Write},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{net::UnixStream, process::CommandExt},
@@ -20,16 +21,17 @@ use nix::{
 };
 use polydev_proto::{
     agent::MAX_LINE,
-    frame,
+    descriptors, frame,
     init::{
-        self, Form, FromAgent, Go, Offer, Park, Prompt, Taken, ToAgent, agent::State,
+        self, Form, FromAgent, Go, Offer, Park, Prompt, Script, Taken, ToAgent, agent::State,
         from_agent::Message, to_agent,
     },
-    provider::Provider,
+    provider::{Provider, Vendor},
 };
 
 use crate::{
     command::{kill_everything, set_nonblocking, with_no_signal_blocked, with_oom_score},
+    interpreter,
     output::Output,
 };
 
@@ -44,6 +46,8 @@ const TAKE_TIMEOUT: Duration = Duration::from_millis(2500);
 #[derive(Debug)]
 pub(crate) struct Agent {
     pub(crate) pid: Pid,
+    /// Whether it waits for a script, and not for a prompt.
+    pub(crate) is_interpreter: bool,
     control: UnixStream,
     input: BytesMut,
     /// Read ends of its stdout and stderr.
@@ -53,20 +57,21 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    /// Starts the agent's program, which is in the same file as this one.
+    /// Starts the agent's program. The one of a CLI is in the same file as this one.
     ///
     /// # Errors
     /// Why there is no agent, for people.
     pub(crate) fn start(park: &Park, oom_score: Option<&mut File>) -> Result<Self, String> {
-        let Park { provider, work_dir } = park;
-        let provider = Provider::named(provider)
-            .ok_or_else(|| format!("it has no CLI of the provider `{provider}`"))?;
+        let provider = Provider::named(&park.provider)
+            .ok_or_else(|| format!("it knows no provider `{}`", park.provider))?;
         let start = || {
             let (control, its_end) = UnixStream::pair()?;
-            let mut command = process::Command::new(std::env::current_exe()?);
+            let mut command = match provider {
+                Provider::Cli(vendor) => waiting_cli(vendor)?,
+                Provider::Python => interpreter::waiting(&park.imports),
+            };
             command
-                .args(["agent", provider.name()])
-                .current_dir(work_dir)
+                .current_dir(&park.work_dir)
                 .process_group(0)
                 .stdin(OwnedFd::from(its_end))
                 .stdout(Stdio::piped())
@@ -74,7 +79,7 @@ impl Agent {
             let child = with_oom_score(oom_score, || with_no_signal_blocked(|| command.spawn()))?;
             Ok((child, control))
         };
-        let started: std::io::Result<_> = start();
+        let started: io::Result<_> = start();
         let (child, control) = started.map_err(|error| format!("cannot start it: {error}"))?;
         set_nonblocking(&control);
         let pid = Pid::from_raw(child.id().cast_signed());
@@ -85,6 +90,7 @@ impl Agent {
         pipes.iter().flatten().for_each(set_nonblocking);
         Ok(Self {
             pid,
+            is_interpreter: provider == Provider::Python,
             control,
             input: BytesMut::new(),
             pipes,
@@ -137,6 +143,19 @@ impl Agent {
     /// # Errors
     /// Why it has not taken it, for people.
     pub(crate) fn give(&mut self, prompt: &Prompt, has_files: bool) -> Result<Form, String> {
+        let offer = to_agent::Message::Offer(Offer {
+            prompt: Some(prompt.clone()),
+            has_files,
+        });
+        self.offer(offer, None)
+    }
+
+    /// As [`Self::give`], for a script and the end of a pipe or a file that is its stdin.
+    pub(crate) fn give_script(&mut self, script: Script, stdin: OwnedFd) -> Result<Form, String> {
+        self.offer(to_agent::Message::Script(script), Some(stdin))
+    }
+
+    fn offer(&mut self, offer: to_agent::Message, stdin: Option<OwnedFd>) -> Result<Form, String> {
         match self.state {
             State::Ready => {}
             State::Gone => return Err(self.reason.clone()),
@@ -147,18 +166,15 @@ impl Agent {
             self.control.set_read_timeout(Some(TAKE_TIMEOUT))?;
             self.control.set_write_timeout(Some(TAKE_TIMEOUT))
         };
-        let patient: std::io::Result<()> = patient();
+        let patient: io::Result<()> = patient();
         patient.map_err(|error| error.to_string())?;
-        self.send(to_agent::Message::Offer(Offer {
-            prompt: Some(prompt.clone()),
-            has_files,
-        }))?;
+        self.send(offer, stdin.as_ref().map(AsFd::as_fd))?;
         match self.next_message()? {
             // Until it has heard this, the CLI does not have the prompt.
             Some(Message::Taken(Taken {
                 cold_reason: reason,
             })) => {
-                self.send(to_agent::Message::Go(Go {}))?;
+                self.send(to_agent::Message::Go(Go {}), None)?;
                 let parked = reason.is_empty();
                 Ok(Form { parked, reason })
             }
@@ -167,13 +183,19 @@ impl Agent {
         }
     }
 
-    fn send(&mut self, message: to_agent::Message) -> Result<(), String> {
+    fn send(
+        &mut self,
+        message: to_agent::Message,
+        descriptor: Option<BorrowedFd>,
+    ) -> Result<(), String> {
         let mut frame = BytesMut::new();
         let message = ToAgent {
             message: Some(message),
         };
         frame::encode(&message, &mut frame).map_err(|error| error.to_string())?;
-        let sent = self.control.write_all(&frame);
+        // Without a descriptor it is as any write; with one, it belongs to the first byte.
+        let first = descriptors::send(&self.control, &frame[..1], descriptor.as_slice());
+        let sent = first.and_then(|count| self.control.write_all(&frame[count..]));
         sent.map_err(|error| format!("it does not take a prompt: {error}"))
     }
 
@@ -209,6 +231,13 @@ impl Agent {
         self.state = State::Gone;
         self.reason = reason;
     }
+}
+
+/// The program that drives a vendor's CLI.
+fn waiting_cli(vendor: Vendor) -> io::Result<process::Command> {
+    let mut command = process::Command::new(std::env::current_exe()?);
+    command.args(["agent", vendor.name()]);
+    Ok(command)
 }
 
 /// What an agent with a prompt does. Init does not read it, and passes it on like output.

@@ -218,6 +218,23 @@ impl Command {
         }
     }
 
+    /// The command of a run whose script an interpreter has taken. `stdin` is where the script's
+    /// input goes.
+    pub(crate) fn script(
+        agent: Agent,
+        stdin: Option<File>,
+        form: Form,
+        start: Start,
+        now: Instant,
+    ) -> Self {
+        stdin.iter().for_each(set_nonblocking);
+        Self {
+            input: Input::new(stdin, false, files_bytes(&start)),
+            events: None,
+            ..Self::parked(agent, form, start, now)
+        }
+    }
+
     /// Sends `signal` to the command, and for a run to its process group; does nothing if
     /// the command has ended.
     pub(crate) fn signal(&self, signal: Signal) {

@@ -26,6 +26,7 @@ mod command;
 mod deadline;
 mod drain;
 mod home;
+mod interpreter;
 mod link;
 mod output;
 mod shown;

@@ -1,18 +1,18 @@
 //! `polydev-init SOCKET [PORT]`: process 1 of a container, see the library. With a port, init
 //! listens there for requests to the broker.
 //! `polydev-init pause`: holds a network namespace until SIGTERM.
-//! `polydev-init agent PROVIDER`: a CLI that waits for a prompt, see polydev-agent.
+//! `polydev-init agent VENDOR`: a CLI that waits for a prompt, see polydev-agent.
 
 use std::{ffi::OsString, num::NonZeroU16, path::PathBuf, process::ExitCode};
 
-use polydev_proto::provider::Provider;
+use polydev_proto::provider::Vendor;
 
 fn main() -> ExitCode {
     let given: Vec<OsString> = std::env::args_os().skip(1).collect();
     let Some(wanted) = wanted(&given) else {
         eprintln!(
             "polydev-init {}: process 1 of a polydev container\n\
-             usage: polydev-init SOCKET [PORT] | pause | agent PROVIDER\n\
+             usage: polydev-init SOCKET [PORT] | pause | agent VENDOR\n\
              nomad-driver-polydev starts it; it does nothing useful when started by hand.",
             env!("CARGO_PKG_VERSION")
         );
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
 }
 
 enum Wanted {
-    Agent(Provider),
+    Agent(Vendor),
     Pause,
     Init(PathBuf, Option<NonZeroU16>),
 }
@@ -42,7 +42,7 @@ enum Wanted {
 fn wanted(given: &[OsString]) -> Option<Wanted> {
     match given {
         [first] if first == "pause" => Some(Wanted::Pause),
-        [first, name] if first == "agent" => Provider::named(name.to_str()?).map(Wanted::Agent),
+        [first, name] if first == "agent" => Vendor::named(name.to_str()?).map(Wanted::Agent),
         [socket] => Some(Wanted::Init(socket.into(), None)),
         [socket, port] => Some(Wanted::Init(
             socket.into(),

@@ -5,7 +5,7 @@
 //! Claude Code 2.1.332, Codex 0.171 and Gemini CLI 0.61.
 
 use http::{HeaderName, HeaderValue, header};
-use polydev_proto::provider::Provider;
+use polydev_proto::provider::Vendor;
 
 /// A path that may be requested, by its segments. `*` is any one segment, and a segment that
 /// begins with `*:` is one that ends with the rest, such as `gemini-2.5-flash:countTokens`.
@@ -14,7 +14,7 @@ type Path = &'static [&'static str];
 /// One provider's API.
 #[derive(Debug)]
 pub(crate) struct Api {
-    pub(crate) provider: Provider,
+    pub(crate) provider: Vendor,
     /// Without a slash at the end.
     pub(crate) base_url: &'static str,
     paths: &'static [Path],
@@ -24,7 +24,7 @@ pub(crate) struct Api {
 }
 
 static OPENAI: Api = Api {
-    provider: Provider::OpenAi,
+    provider: Vendor::OpenAi,
     base_url: "https://api.openai.com",
     paths: &[
         &["v1", "responses"],
@@ -40,7 +40,7 @@ static OPENAI: Api = Api {
 };
 
 static ANTHROPIC: Api = Api {
-    provider: Provider::Anthropic,
+    provider: Vendor::Anthropic,
     base_url: "https://api.anthropic.com",
     paths: &[
         &["v1", "messages"],
@@ -53,7 +53,7 @@ static ANTHROPIC: Api = Api {
 };
 
 static GOOGLE: Api = Api {
-    provider: Provider::Google,
+    provider: Vendor::Google,
     base_url: "https://generativelanguage.googleapis.com",
     paths: &[
         &["v1", "models"],
@@ -72,11 +72,11 @@ static GOOGLE: Api = Api {
 
 impl Api {
     /// The API of a provider.
-    pub(crate) fn of(provider: Provider) -> &'static Self {
+    pub(crate) fn of(provider: Vendor) -> &'static Self {
         match provider {
-            Provider::OpenAi => &OPENAI,
-            Provider::Anthropic => &ANTHROPIC,
-            Provider::Google => &GOOGLE,
+            Vendor::OpenAi => &OPENAI,
+            Vendor::Anthropic => &ANTHROPIC,
+            Vendor::Google => &GOOGLE,
         }
     }
 
@@ -157,13 +157,13 @@ mod tests {
     #[test]
     fn a_key_is_in_its_providers_header_and_is_not_printed() {
         let credential = |provider, key| Api::of(provider).credential(key);
-        let (name, value) = credential(Provider::OpenAi, b"hunter2").unwrap();
+        let (name, value) = credential(Vendor::OpenAi, b"hunter2").unwrap();
         assert!(name == "authorization" && value == "Bearer hunter2");
         assert_eq!(format!("{value:?}"), "Sensitive");
-        let (name, value) = credential(Provider::Anthropic, b"hunter2").unwrap();
+        let (name, value) = credential(Vendor::Anthropic, b"hunter2").unwrap();
         assert!(name == "x-api-key" && value == "hunter2");
-        let (name, _) = credential(Provider::Google, b"hunter2").unwrap();
+        let (name, _) = credential(Vendor::Google, b"hunter2").unwrap();
         assert_eq!(name, "x-goog-api-key");
-        assert_eq!(credential(Provider::OpenAi, b"two\r\nlines"), None);
+        assert_eq!(credential(Vendor::OpenAi, b"two\r\nlines"), None);
     }
 }

@@ -7,7 +7,7 @@ use polydev_proto::{
     broker::{Grant as Request, Keys},
     budget::Exhausted,
     egress::NotARule,
-    provider::{Provider, Unknown},
+    provider::{NoVendor, Vendor},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -25,11 +25,11 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(transparent)]
-    Provider(#[from] Unknown),
+    Provider(#[from] NoVendor),
     #[error("the key for {0} contains bytes that no header can carry")]
-    Unusable(Provider),
+    Unusable(Vendor),
     #[error("there are two keys for {0}")]
-    Twice(Provider),
+    Twice(Vendor),
     #[error(transparent)]
     Upstream(#[from] upstream::Error),
     #[error("a rule of the role's `egress`")]
@@ -55,7 +55,7 @@ pub(crate) struct Grant {
 
 /// A key, and the server that it is for.
 pub(crate) struct Access {
-    provider: Provider,
+    provider: Vendor,
     key: (HeaderName, HeaderValue),
     pub(crate) connections: Connections,
 }
@@ -73,7 +73,7 @@ impl Grant {
         };
         let mut access: Vec<Access> = Vec::new();
         for key in &keys.keys {
-            let provider: Provider = key.provider.parse()?;
+            let provider: Vendor = key.provider.parse()?;
             if access.iter().any(|known| known.provider == provider) {
                 return Err(Error::Twice(provider));
             }
@@ -104,7 +104,7 @@ impl Grant {
 
     /// # Errors
     /// [`Refusal::NoKey`]
-    pub(crate) fn access(&self, provider: Provider) -> Result<&Access, Refusal> {
+    pub(crate) fn access(&self, provider: Vendor) -> Result<&Access, Refusal> {
         let found = self.access.iter().find(|known| known.provider == provider);
         found.ok_or(Refusal::NoKey(provider))
     }

@@ -11,7 +11,7 @@ use std::{
 use bytes::Bytes;
 use http::StatusCode;
 use http_body::{Body, Frame, SizeHint};
-use polydev_proto::provider::Provider;
+use polydev_proto::provider::Vendor;
 
 use crate::{
     container::Container,
@@ -26,7 +26,7 @@ const UNKNOWN: &str = "unknown";
 
 /// The tokens of one answer.
 pub(crate) struct Meter {
-    provider: Provider,
+    provider: Vendor,
     scanner: Scanner,
     counted: Option<Tokens>,
     /// Whether the answer has reported an overload.
@@ -38,7 +38,7 @@ pub(crate) struct Meter {
 }
 
 impl Meter {
-    pub(crate) fn new(provider: Provider, container: &Arc<Container>, grant: &Arc<Grant>) -> Self {
+    pub(crate) fn new(provider: Vendor, container: &Arc<Container>, grant: &Arc<Grant>) -> Self {
         Self {
             provider,
             scanner: Scanner::new(provider),

@@ -5,7 +5,7 @@
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
-use polydev_proto::provider::Provider;
+use polydev_proto::provider::Vendor;
 use serde_json::{Value, json};
 
 use crate::{
@@ -51,22 +51,22 @@ fn of(asked: &Asked, body: &Value) -> Option<Response<AnswerBody>> {
         return None;
     }
     Some(match asked.api.provider {
-        Provider::Anthropic if path.ends_with("/messages") => match body["stream"] == true {
+        Vendor::Anthropic if path.ends_with("/messages") => match body["stream"] == true {
             true => events(&anthropic_events()),
             false => whole(&anthropic()),
         },
-        Provider::Anthropic => whole(&json!({ "input_tokens": 1 })),
-        Provider::OpenAi if path.ends_with("/responses") => events(&openai_events()),
-        Provider::OpenAi => return None,
-        Provider::Google if path.ends_with(":streamGenerateContent") => {
+        Vendor::Anthropic => whole(&json!({ "input_tokens": 1 })),
+        Vendor::OpenAi if path.ends_with("/responses") => events(&openai_events()),
+        Vendor::OpenAi => return None,
+        Vendor::Google if path.ends_with(":streamGenerateContent") => {
             events(&[(None, google(WORD))])
         }
-        Provider::Google if path.ends_with(":generateContent") => {
+        Vendor::Google if path.ends_with(":generateContent") => {
             // Gemini CLI asks a small model which model should answer.
             let choice = json!({ "complexity_reasoning": WORD, "complexity_score": 1 });
             whole(&google(&choice.to_string()))
         }
-        Provider::Google => whole(&json!({ "totalTokens": 1 })),
+        Vendor::Google => whole(&json!({ "totalTokens": 1 })),
     })
 }
 

@@ -2,7 +2,7 @@
 //! in this file waits or knows a key.
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header, request::Parts};
-use polydev_proto::{budget::Exhausted, provider::Provider};
+use polydev_proto::{budget::Exhausted, provider::Vendor};
 
 use crate::api::Api;
 
@@ -47,13 +47,13 @@ pub enum Refusal {
     #[error("the run has ended")]
     Over,
     #[error("this run has no key for {0}")]
-    NoKey(Provider),
+    NoKey(Vendor),
     #[error(
         "`{0}` is not a path of the broker: it must begin with /openai/, /anthropic/ or /google/"
     )]
     NotOurs(String),
     #[error("`{path}` is not a path of {provider} that a run may use")]
-    Path { provider: Provider, path: String },
+    Path { provider: Vendor, path: String },
     #[error("the method is {0}; allowed are GET and POST")]
     Method(Method),
     #[error("the path has more than {MAX_PATH} bytes")]
@@ -136,7 +136,7 @@ fn target(uri: &Uri) -> Result<(&'static Api, String), Refusal> {
     }
     let rest = path.strip_prefix('/').ok_or_else(not_ours)?;
     let (name, _) = rest.split_once('/').ok_or_else(not_ours)?;
-    let provider = Provider::named(name).ok_or_else(not_ours)?;
+    let provider = Vendor::named(name).ok_or_else(not_ours)?;
     let (api, below) = (Api::of(provider), &rest[name.len()..]);
     if !api.has(below) {
         return Err(Refusal::Path {

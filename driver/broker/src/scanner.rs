@@ -6,7 +6,7 @@
 //! Anthropic's `message`, OpenAI's `response`, or an element of Google's array.
 
 use http::StatusCode;
-use polydev_proto::provider::Provider;
+use polydev_proto::provider::Vendor;
 
 use crate::{
     failure::overload,
@@ -26,7 +26,7 @@ const MAX_MODEL: usize = 100;
 /// Reads one answer, in pieces of any size.
 #[derive(Debug)]
 pub struct Scanner {
-    provider: Provider,
+    provider: Vendor,
     depth: u32,
     place: Place,
     /// The last string, if it may be one of the names.
@@ -65,7 +65,7 @@ enum Name {
 
 impl Scanner {
     #[must_use]
-    pub fn new(provider: Provider) -> Self {
+    pub fn new(provider: Vendor) -> Self {
         Self {
             provider,
             depth: 0,
@@ -245,11 +245,11 @@ mod tests {
         "usageMetadata":{"promptTokenCount":8,"candidatesTokenCount":4,"thoughtsTokenCount":6,"cachedContentTokenCount":2,"totalTokenCount":18,
         "promptTokensDetails":[{"modality":"TEXT","tokenCount":8}]},"modelVersion":"gemini-x"}]"#;
 
-    const ANSWERS: [(Provider, &str, &str, [u64; 4]); 4] = [
-        (Provider::OpenAi, RESPONSE, "gpt-x-2", [100, 60, 0, 20]),
-        (Provider::OpenAi, COMPLETION, "gpt-y", [12, 4, 0, 3]),
-        (Provider::Anthropic, MESSAGE, "claude-x", [40, 5, 10, 15]),
-        (Provider::Google, CHUNKS, "gemini-x", [8, 2, 0, 10]),
+    const ANSWERS: [(Vendor, &str, &str, [u64; 4]); 4] = [
+        (Vendor::OpenAi, RESPONSE, "gpt-x-2", [100, 60, 0, 20]),
+        (Vendor::OpenAi, COMPLETION, "gpt-y", [12, 4, 0, 3]),
+        (Vendor::Anthropic, MESSAGE, "claude-x", [40, 5, 10, 15]),
+        (Vendor::Google, CHUNKS, "gemini-x", [8, 2, 0, 10]),
     ];
 
     fn tokens([input, cached_input, cache_write, output]: [u64; 4]) -> Tokens {
@@ -286,7 +286,7 @@ mod tests {
             r#"{"content": "usage", "b": {"input_tokens": 3}}"#,
             r#"{"error": {"type": "overloaded_error", "message": "usage"}}"#,
         ] {
-            let mut scanner = Scanner::new(Provider::OpenAi);
+            let mut scanner = Scanner::new(Vendor::OpenAi);
             scanner.read(answer.as_bytes());
             assert_eq!(scanner.stated(), None, "{answer}");
         }
@@ -300,36 +300,36 @@ mod tests {
             r#"{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}"#;
         for (provider, answer, status) in [
             (
-                Provider::Anthropic,
+                Vendor::Anthropic,
                 format!("event: message_start\n{start}\n\nevent: error\ndata: {error}\n\n"),
                 Some(529),
             ),
             (
-                Provider::Anthropic,
+                Vendor::Anthropic,
                 error.replace("overloaded", "invalid_request"),
                 None,
             ),
             (
-                Provider::OpenAi,
+                Vendor::OpenAi,
                 r#"data: {"type":"response.failed","response":{"error":{"code":"server_is_overloaded","message":"m"},"usage":null}}"#.into(),
                 Some(503),
             ),
             (
-                Provider::OpenAi,
+                Vendor::OpenAi,
                 r#"data: {"type":"error","code":"rate_limit_exceeded","message":"m","param":null}"#.into(),
                 Some(429),
             ),
             (
-                Provider::OpenAi,
+                Vendor::OpenAi,
                 r#"{"response":{"error":null,"output":[{"content":[{"error":{"code":"server_error"}}]}]}}"#.into(),
                 None,
             ),
             (
-                Provider::Google,
+                Vendor::Google,
                 r#"[{"error":{"code":503,"message":"m","status":"UNAVAILABLE"}}]"#.into(),
                 Some(503),
             ),
-            (Provider::Google, r#"{"error":{"code":400}}"#.into(), None),
+            (Vendor::Google, r#"{"error":{"code":400}}"#.into(), None),
         ] {
             let mut scanner = Scanner::new(provider);
             scanner.read(answer.as_bytes());
@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn an_event_that_ends_in_a_string_does_not_hide_the_next_one() {
-        let mut scanner = Scanner::new(Provider::Anthropic);
+        let mut scanner = Scanner::new(Vendor::Anthropic);
         scanner.read(b"data: {\"text\": \"{[{ cut\n\n");
         scanner.read(MESSAGE.as_bytes());
         let stated = scanner.stated();
@@ -356,7 +356,7 @@ mod tests {
             format!("{{{repeated}, {own}}}"),
             format!(r#"data: {{"type": "t", "response": {{{own}, {repeated}}}}}"#),
         ] {
-            let mut scanner = Scanner::new(Provider::OpenAi);
+            let mut scanner = Scanner::new(Vendor::OpenAi);
             scanner.read(answer.as_bytes());
             assert_eq!(
                 scanner.stated(),
@@ -367,7 +367,7 @@ mod tests {
 
     #[test]
     fn a_long_value_is_not_kept() {
-        let mut scanner = Scanner::new(Provider::OpenAi);
+        let mut scanner = Scanner::new(Vendor::OpenAi);
         scanner.read(b"{\"usage\": {\"text\": \"");
         for _ in 0..100 {
             scanner.read(&[b'x'; 1000]);
@@ -403,7 +403,7 @@ mod tests {
                 "content": [{ "text": text, "input": { "usage": { "input_tokens": 5000 } } }],
                 "usage": { "input_tokens": stated },
             });
-            let mut scanner = Scanner::new(Provider::Anthropic);
+            let mut scanner = Scanner::new(Vendor::Anthropic);
             scanner.read(answer.to_string().as_bytes());
             let (_, tokens) = scanner.stated().expect("it is stated");
             prop_assert_eq!(tokens.input, stated);

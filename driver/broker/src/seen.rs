@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use polydev_proto::{
     broker::{ApiError, Budget, ModelUsage, Seen as Message},
     budget::{Exhausted, Used},
-    provider::Provider,
+    provider::Vendor,
 };
 
 use crate::usage::Tokens;
@@ -97,12 +97,7 @@ impl Seen {
 
     /// An API has answered; `is_refusal` if it does not take the key. Returns whether that is new
     /// for the driver.
-    pub(crate) fn answered(
-        &self,
-        provider: Provider,
-        status: StatusCode,
-        is_refusal: bool,
-    ) -> bool {
+    pub(crate) fn answered(&self, provider: Vendor, status: StatusCode, is_refusal: bool) -> bool {
         let is_overload = status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error();
         let mut state = self.0.lock();
         if !is_overload && !status.is_client_error() {
@@ -126,14 +121,14 @@ impl Seen {
 
     /// An answer reports an overload after its status; `ended` is the beginning of the overload
     /// that it seemed to end.
-    pub(crate) fn overload(&self, provider: Provider, status: StatusCode, ended: Option<Instant>) {
+    pub(crate) fn overload(&self, provider: Vendor, status: StatusCode, ended: Option<Instant>) {
         let mut state = self.0.lock();
         state.overloaded = state.overloaded.or(ended);
         state.error(provider, status.as_u16(), true);
     }
 
     /// An API could not be reached.
-    pub(crate) fn unreached(&self, provider: Provider) {
+    pub(crate) fn unreached(&self, provider: Vendor) {
         self.0.lock().error(provider, UNREACHED, true);
     }
 
@@ -141,7 +136,7 @@ impl Seen {
     /// nothing of the answer is counted yet.
     pub(crate) fn used(
         &self,
-        provider: Provider,
+        provider: Vendor,
         model: &str,
         known: Tokens,
         stated: Tokens,
@@ -169,7 +164,7 @@ impl Seen {
 }
 
 impl State {
-    fn error(&mut self, provider: Provider, status: u16, is_overload: bool) {
+    fn error(&mut self, provider: Vendor, status: u16, is_overload: bool) {
         if is_overload {
             self.overloaded.get_or_insert_with(Instant::now);
         } else {
@@ -179,7 +174,7 @@ impl State {
         *self.errors.entry(of).or_default() += 1;
     }
 
-    fn model(&mut self, provider: Provider, model: &str) -> &mut ModelUsage {
+    fn model(&mut self, provider: Vendor, model: &str) -> &mut ModelUsage {
         let is = |known: &ModelUsage, model: &str| {
             known.provider == provider.name() && known.model == model
         };
@@ -210,10 +205,10 @@ mod tests {
     #[test]
     fn errors_are_counted_and_an_answer_ends_an_overload() {
         let seen = Seen::default();
-        assert!(!seen.answered(Provider::OpenAi, StatusCode::OK, false));
-        assert!(seen.answered(Provider::OpenAi, BUSY, false));
-        assert!(seen.answered(Provider::OpenAi, BUSY, false));
-        seen.unreached(Provider::Google);
+        assert!(!seen.answered(Vendor::OpenAi, StatusCode::OK, false));
+        assert!(seen.answered(Vendor::OpenAi, BUSY, false));
+        assert!(seen.answered(Vendor::OpenAi, BUSY, false));
+        seen.unreached(Vendor::Google);
         let message = seen.message();
         let errors: Vec<_> = message
             .errors
@@ -223,10 +218,10 @@ mod tests {
         assert_eq!(errors, [("google", 0, 1), ("openai", 429, 2)]);
         assert!(message.overloaded_ms.is_some());
 
-        assert!(seen.answered(Provider::OpenAi, StatusCode::OK, false));
+        assert!(seen.answered(Vendor::OpenAi, StatusCode::OK, false));
         assert_eq!(seen.message().overloaded_ms, None);
-        seen.answered(Provider::OpenAi, BUSY, false);
-        seen.answered(Provider::OpenAi, StatusCode::BAD_REQUEST, false);
+        seen.answered(Vendor::OpenAi, BUSY, false);
+        seen.answered(Vendor::OpenAi, StatusCode::BAD_REQUEST, false);
         assert_eq!(seen.message().overloaded_ms, None);
     }
 
@@ -238,12 +233,12 @@ mod tests {
             output: 2,
             ..Tokens::default()
         };
-        seen.used(Provider::OpenAi, "m", Tokens::default(), tokens, true);
-        seen.answered(Provider::Anthropic, StatusCode::UNAUTHORIZED, true);
-        seen.answered(Provider::OpenAi, BUSY, false);
+        seen.used(Vendor::OpenAi, "m", Tokens::default(), tokens, true);
+        seen.answered(Vendor::Anthropic, StatusCode::UNAUTHORIZED, true);
+        seen.answered(Vendor::OpenAi, BUSY, false);
         let next = Seen::new(Some(&seen.message()));
-        next.used(Provider::OpenAi, "m", Tokens::default(), tokens, true);
-        next.answered(Provider::Anthropic, StatusCode::FORBIDDEN, true);
+        next.used(Vendor::OpenAi, "m", Tokens::default(), tokens, true);
+        next.answered(Vendor::Anthropic, StatusCode::FORBIDDEN, true);
         let message = next.message();
         assert_eq!(message.usage.len(), 1);
         assert_eq!(message.usage[0].requests, 2);
@@ -261,7 +256,7 @@ mod tests {
         };
         for number in 0..100 {
             let model = format!("model-{number}");
-            seen.used(Provider::Google, &model, Tokens::default(), tokens, true);
+            seen.used(Vendor::Google, &model, Tokens::default(), tokens, true);
         }
         let usage = seen.message().usage;
         assert_eq!(usage.len(), MAX_MODELS + 1);

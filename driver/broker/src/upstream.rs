@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use http::HeaderMap;
 use polydev_proto::{
     broker::Upstream as Given,
-    provider::{Provider, Unknown},
+    provider::{NoVendor, Vendor},
     upstream::{NotAllowed, base_url},
 };
 use reqwest::{Proxy, redirect};
@@ -30,20 +30,20 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
-    Provider(#[from] Unknown),
+    Provider(#[from] NoVendor),
     #[error("the base URL of {provider} is `{given}`")]
     BaseUrl {
-        provider: Provider,
+        provider: Vendor,
         given: String,
         source: NotAllowed,
     },
     #[error("cannot read the certificates of the authorities for {provider}")]
     Authorities {
-        provider: Provider,
+        provider: Vendor,
         source: pem::Error,
     },
     #[error("`{name}` is no header for {provider} that can be sent, or its value is not")]
-    Header { provider: Provider, name: String },
+    Header { provider: Vendor, name: String },
     #[error("cannot set up TLS")]
     Tls(#[from] rustls::Error),
     #[error("cannot set up connections")]
@@ -54,7 +54,7 @@ pub enum Error {
 #[derive(Debug, Clone)]
 pub struct Upstreams {
     own: Arc<ClientConfig>,
-    others: BTreeMap<Provider, Upstream>,
+    others: BTreeMap<Vendor, Upstream>,
 }
 
 #[derive(Debug, Clone)]
@@ -85,7 +85,7 @@ impl Upstreams {
     pub(crate) fn with(&self, given: &[Given]) -> Result<Self, Error> {
         let mut all = self.clone();
         for given in given {
-            let provider: Provider = given.provider.parse()?;
+            let provider: Vendor = given.provider.parse()?;
             let upstream = Upstream::read(provider, given, &self.own)?;
             all.others.insert(provider, upstream);
         }
@@ -112,7 +112,7 @@ impl Upstreams {
 }
 
 impl Upstream {
-    fn read(provider: Provider, given: &Given, own: &Arc<ClientConfig>) -> Result<Self, Error> {
+    fn read(provider: Vendor, given: &Given, own: &Arc<ClientConfig>) -> Result<Self, Error> {
         let authorities = |source| Error::Authorities { provider, source };
         let tls = if given.ca.is_empty() {
             own.clone()
@@ -139,7 +139,7 @@ impl Upstream {
     }
 }
 
-fn headers(provider: Provider, given: &BTreeMap<String, String>) -> Result<HeaderMap, Error> {
+fn headers(provider: Vendor, given: &BTreeMap<String, String>) -> Result<HeaderMap, Error> {
     let read = |(name, value): (&String, &String)| {
         let header = name.parse().ok().zip(value.parse().ok());
         header.ok_or_else(|| Error::Header {

@@ -1,6 +1,6 @@
 //! Tokens, and how each API states them.
 
-use polydev_proto::provider::Provider;
+use polydev_proto::provider::Vendor;
 use serde::Deserialize;
 
 /// Tokens of one answer.
@@ -28,11 +28,11 @@ impl Tokens {
 }
 
 /// What `usage` or `usageMetadata` says; `None` if it is null or says nothing.
-pub(crate) fn tokens(provider: Provider, json: &[u8]) -> Option<Tokens> {
+pub(crate) fn tokens(provider: Vendor, json: &[u8]) -> Option<Tokens> {
     let tokens = match provider {
-        Provider::OpenAi => serde_json::from_slice(json).ok().map(OpenAi::tokens),
-        Provider::Anthropic => serde_json::from_slice(json).ok().map(Anthropic::tokens),
-        Provider::Google => serde_json::from_slice(json).ok().map(Google::tokens),
+        Vendor::OpenAi => serde_json::from_slice(json).ok().map(OpenAi::tokens),
+        Vendor::Anthropic => serde_json::from_slice(json).ok().map(Anthropic::tokens),
+        Vendor::Google => serde_json::from_slice(json).ok().map(Google::tokens),
     };
     tokens.filter(|tokens| *tokens != Tokens::default())
 }

@@ -1,6 +1,6 @@
 //! A plain task's `broker` block: a key that stays outside of its container.
 
-use polydev_proto::provider::Provider;
+use polydev_proto::provider::Vendor;
 use polydev_transport::upstream::Upstream;
 use serde::Deserialize;
 
@@ -12,7 +12,7 @@ use super::{
 /// Where the key is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Broker {
-    pub provider: Provider,
+    pub provider: Vendor,
     /// Relative to the task's folder, and in `private`, which no container has.
     pub credential_file: String,
     /// Where model requests go, in place of the provider's own API.
@@ -30,9 +30,9 @@ pub(super) struct Raw {
 impl Raw {
     pub(super) fn check(self) -> Result<Broker, Error> {
         let provider = self.provider.unwrap_or_default();
-        let names: Vec<_> = Provider::all().map(Provider::name).collect();
+        let names: Vec<_> = Vendor::all().map(Vendor::name).collect();
         let allowed = format!("must be one of {}", names.join(", "));
-        let parsed = Provider::named(&provider);
+        let parsed = Vendor::named(&provider);
         let provider = parsed.ok_or_else(|| refused("broker.provider", &provider, allowed))?;
         let file = text(self.credential_file).unwrap_or_default();
         let below = file.strip_prefix("private/").unwrap_or_default();

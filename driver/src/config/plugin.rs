@@ -7,11 +7,13 @@ use std::{
 
 use ipnet::Ipv4Net;
 use nix::unistd::Gid;
+use polydev_proto::provider::Provider;
 use serde::{Deserialize, de::IgnoredAny};
 
 use super::{
     Error,
-    boost::{Boost, RawBoost},
+    boost::Boost,
+    class::RawClass,
     egress::private_networks,
     gc::{Gc, RawGc},
     shims::{self, RawShims, Shims},
@@ -69,6 +71,8 @@ pub struct Plugin {
     pub broker_uid: u32,
     /// Limits of a run.
     pub run: Limits,
+    /// Limits of a script.
+    pub script: Limits,
     pub start_boost: Option<Boost>,
     /// For all runs together, on top of what Nomad reserves for their slots.
     pub run_headroom: Option<Amount>,
@@ -172,6 +176,17 @@ pub struct Modes {
     pub userns: Vec<String>,
 }
 
+impl Plugin {
+    /// Limits of a run for this provider.
+    #[must_use]
+    pub fn class(&self, provider: Provider) -> Limits {
+        match provider {
+            Provider::Cli(_) => self.run,
+            Provider::Python => self.script,
+        }
+    }
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Raw {
@@ -182,6 +197,7 @@ pub(super) struct Raw {
     broker_path: Option<String>,
     broker_uid: Option<Number>,
     run_class: Option<RawClass>,
+    python_class: Option<RawClass>,
     run_headroom: Option<RawHeadroom>,
     auth: Option<RawAuth>,
     extra_labels: Option<Vec<String>>,
@@ -225,16 +241,6 @@ struct RawTls {
     cert: Option<String>,
     key: Option<String>,
     ca: Option<String>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct RawClass {
-    cpu: Option<Number>,
-    memory: Option<Number>,
-    mbits: Option<Number>,
-    pids: Option<Number>,
-    start_boost: Option<RawBoost>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -308,12 +314,9 @@ impl Raw {
             Some(path) => absolute("init_path", &path)?,
             None => beside_this_program("polydev-init"),
         };
-        let mut class = self.run_class.unwrap_or_default();
-        let start_boost = class.start_boost.take();
-        let run = class.check()?;
-        let has_headroom = self.run_headroom.is_some();
-        let start_boost = start_boost.map(|boost| boost.check(&run, has_headroom));
-        let start_boost = start_boost.transpose()?;
+        let class = self.run_class.unwrap_or_default();
+        let (run, start_boost) = class.run(self.run_headroom.is_some())?;
+        let script = self.python_class.unwrap_or_default();
         Ok(Plugin {
             endpoint: endpoint(text(self.endpoint), self.tls)?,
             state_dir: state_dir(text(self.state_dir))?,
@@ -324,6 +327,7 @@ impl Raw {
             init_path,
             broker_uid: ranged("broker_uid", self.broker_uid, BROKER_UID, 1, u32::MAX - 1)?,
             run,
+            script: script.check("python_class", Limits::SCRIPT)?,
             start_boost,
             run_headroom: self.run_headroom.map(RawHeadroom::check).transpose()?,
             auth,
@@ -380,24 +384,6 @@ impl Raw {
             shims: self.shims.map(RawShims::check).transpose()?,
             socket_group: text(self.socket_group).map(shims::group).transpose()?,
             telemetry: self.telemetry.map(RawTelemetry::check).transpose()?,
-        })
-    }
-}
-
-impl RawClass {
-    fn check(self) -> Result<Limits, Error> {
-        let default = Limits::RUN;
-        Ok(Limits {
-            cpu_mhz: ranged("run_class.cpu", self.cpu, default.cpu_mhz, 10, 1_000_000)?,
-            memory_mb: ranged(
-                "run_class.memory",
-                self.memory,
-                default.memory_mb,
-                16,
-                4_194_304,
-            )?,
-            mbits: ranged("run_class.mbits", self.mbits, default.mbits, 1, 30_000)?,
-            pids: ranged("run_class.pids", self.pids, default.pids, 8, 4_194_304)?,
         })
     }
 }

@@ -61,6 +61,15 @@ pub fn plugin() -> Spec {
             ],
         ),
         block(
+            "python_class",
+            vec![
+                attr("cpu", "number"),
+                attr("memory", "number"),
+                attr("mbits", "number"),
+                attr("pids", "number"),
+            ],
+        ),
+        block(
             "run_headroom",
             vec![required("cpu", "number"), required("memory", "number")],
         ),
@@ -145,6 +154,7 @@ pub fn task() -> Spec {
         attr("end_on_refused_key", "bool"),
         attr("agent", "bool"),
         attr("agent_max_age", "string"),
+        attr("imports", STRINGS),
         upstream(),
         block("egress", vec![attr("allow", STRINGS)]),
     ];

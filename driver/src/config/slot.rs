@@ -35,6 +35,9 @@ pub struct Slot {
     /// How long it may wait until another one takes its place.
     #[serde(default = "default_max_age")] // As before.
     pub agent_max_age: Duration,
+    /// Modules that a waiting Python has imported.
+    #[serde(default)] // As before.
+    pub imports: Vec<String>,
     /// Where model requests go, in place of the provider's own API.
     #[serde(default)] // As before.
     pub upstream: Option<Upstream>,
@@ -61,6 +64,7 @@ pub(super) struct Raw {
     end_on_refused_key: Option<bool>,
     agent: Option<bool>,
     agent_max_age: Option<String>,
+    imports: Option<Vec<String>>,
     upstream: Option<upstream::Raw>,
     egress: Option<egress::Raw>,
 }
@@ -73,7 +77,10 @@ impl Raw {
         let provider = Provider::named(&provider)
             .ok_or_else(|| value::refused("slot.provider", &provider, allowed()))?;
         let image = value::text(self.image);
-        let image = image.unwrap_or_else(|| format!("polydev-{provider}-runtime:latest"));
+        let image = image.unwrap_or_else(|| match provider {
+            Provider::Cli(vendor) => format!("polydev-{vendor}-runtime:latest"),
+            Provider::Python => "polydev-python-sandbox:latest".into(),
+        });
         let run_id = value::text(self.run_id);
         let parsed = run_id.map(|run_id| {
             let allowed = "must be the UUIDv7 of a run, for a slot on demand";
@@ -85,6 +92,11 @@ impl Raw {
         if prepare_ahead && run_id.is_some() {
             let allowed = "must be `false` if `slot.run_id` is set, because a slot on demand has one container";
             return Err(value::refused("slot.prepare_ahead", "true", allowed));
+        }
+        let upstream = (self.upstream).map_or(Ok(None), |upstream| upstream.check("slot"))?;
+        if let (Some(upstream), Err(_)) = (&upstream, provider.vendor()) {
+            let allowed = "must be absent if `slot.provider` is `python`, which has no model";
+            return Err(value::refused("slot.upstream", &upstream.base_url, allowed));
         }
         Ok(Slot {
             provider,
@@ -99,10 +111,57 @@ impl Raw {
                 default_max_age(),
                 MIN_AGE,
             )?,
-            upstream: (self.upstream).map_or(Ok(None), |upstream| upstream.check("slot"))?,
-            egress: self
-                .egress
-                .map_or(Ok(Egress::default()), |egress| egress.check("slot.egress"))?,
+            imports: imports(provider, self.imports)?,
+            upstream,
+            egress: match (self.egress, provider) {
+                (Some(egress), _) => egress.check("slot.egress")?,
+                (None, Provider::Cli(_)) => Egress::default(),
+                (None, Provider::Python) => Egress::Listed(Vec::new()),
+            },
         })
+    }
+}
+
+/// What scripts import most, of the packages in `containers/python-sandbox`.
+const IMPORTS: [&str; 6] = [
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
+    "networkx",
+    "numpy",
+    "pandas",
+    "polars",
+];
+/// Far more than a pool has a use for: each takes time and memory of every container.
+const MAX_IMPORTS: usize = 100;
+
+fn imports(provider: Provider, given: Option<Vec<String>>) -> Result<Vec<String>, Error> {
+    const FIELD: &str = "slot.imports";
+    let Some(given) = given else {
+        return Ok(match provider {
+            Provider::Cli(_) => Vec::new(),
+            Provider::Python => IMPORTS.map(str::to_owned).into(),
+        });
+    };
+    if provider != Provider::Python && !given.is_empty() {
+        let allowed = "must be absent unless `slot.provider` is `python`";
+        return Err(value::refused(FIELD, given.join(", "), allowed));
+    }
+    if given.len() > MAX_IMPORTS {
+        let count = format!("a list of {}", given.len());
+        let allowed = format!("must have at most {MAX_IMPORTS} entries");
+        return Err(value::refused(FIELD, count, allowed));
+    }
+    let is_name = |part: &str| {
+        let mut letters = part.chars();
+        let first = letters.next();
+        first.is_some_and(|first| first.is_alphabetic() || first == '_')
+            && letters.all(|letter| letter.is_alphanumeric() || letter == '_')
+    };
+    match given.iter().find(|name| !name.split('.').all(is_name)) {
+        Some(name) => {
+            let allowed = "must be names of modules, such as `numpy` or `matplotlib.pyplot`";
+            Err(value::refused(FIELD, name, allowed))
+        }
+        None => Ok(given),
     }
 }

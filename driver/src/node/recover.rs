@@ -3,14 +3,14 @@
 
 use std::sync::Arc;
 
-use polydev_proto::node::ended::Reason;
+use polydev_proto::{node::ended::Reason, provider::Provider};
 use tokio::sync::mpsc;
 use tracing::Instrument;
 
 use crate::{
     broker::Opened,
     docker::removal,
-    limits,
+    limits::{self, Limits},
     link::{Connection, Listener},
     process::Held,
     run::{Input, Run, book::Open, carry},
@@ -25,7 +25,7 @@ pub(super) fn recover(slots: &Arc<Slots>, open: Vec<Open>) {
         // Its connections go on, with the keys that the broker has.
         let opened = slots.site.broker.keep(
             &run.claimed.container,
-            slots.site.config.run.bytes_per_second(),
+            class(slots, &run).bytes_per_second(),
         );
         let slots = slots.clone();
         let (site, span) = (slots.site.clone(), run.span());
@@ -38,6 +38,13 @@ pub(super) fn recover(slots: &Arc<Slots>, open: Vec<Open>) {
         };
         site.background.spawn(resumed.instrument(span));
     }
+}
+
+/// The limits of a run. An older driver wrote no provider, and knew one class.
+fn class(slots: &Slots, run: &Run) -> Limits {
+    let config = &slots.site.config;
+    let provider = Provider::named(&run.claimed.provider);
+    provider.map_or(config.run, |provider| config.class(provider))
 }
 
 async fn resume(slots: &Slots, run: &Run, opened: &Opened, inputs: mpsc::Receiver<Input>) {
@@ -63,7 +70,7 @@ async fn resume(slots: &Slots, run: &Run, opened: &Opened, inputs: mpsc::Receive
         }
     };
     // The limits show why the kernel ended a run; the run continues without them.
-    let (pid, class) = (claimed.pid, slots.site.config.run);
+    let (pid, class) = (claimed.pid, class(slots, run));
     let limits = tokio::task::spawn_blocking(move || limits::Handle::open_again(pid, &class)).await;
     let limits = limits.ok().and_then(|opened| {
         opened

@@ -1,5 +1,5 @@
-//! The agent of a slot: the provider's CLI, which is started while the slot is filled and waits
-//! for a prompt. Init and its agent know how; the driver gives it the CPU of a run until it is
+//! The agent of a slot: the provider's CLI, or a Python, which is started while the slot is filled
+//! and waits for a prompt or a script. Init and its agent know how; the driver gives it the CPU of a run until it is
 //! ready, because on that of an idle slot a CLI starts for up to 17 seconds.
 
 use std::time::{Duration, Instant};
@@ -59,6 +59,7 @@ pub(super) async fn park(
     let park = Park {
         provider: slot.config.provider.to_string(),
         work_dir: workspace::PATH.into(),
+        imports: slot.config.imports.clone(),
     };
     link.writer.send(to_init::Message::Park(park)).await?;
     let ready = async {

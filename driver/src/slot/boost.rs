@@ -22,7 +22,7 @@ pub(super) struct Boosted {
 impl Boosted {
     /// Takes what the node's configuration gives, as far as the headroom has it. `None` for a run
     /// that has the limits of its class from the start, as one whose CLI has started already.
-    pub(super) fn take(slots: &Slots, start: &Start) -> Option<Self> {
+    pub(super) fn take(slots: &Slots, class: Limits, start: &Start) -> Option<Self> {
         if start
             .prompt
             .as_ref()
@@ -30,7 +30,6 @@ impl Boosted {
         {
             return None;
         }
-        let class = slots.site.config.run;
         let boost = slots.site.config.start_boost?;
         let more = Amount {
             cpu_mhz: boost.cpu_mhz.saturating_sub(class.cpu_mhz),

@@ -131,7 +131,7 @@ impl Slot {
         next.apply(claimed, SystemTime::now())
             .map_err(Refusal::Taken)?;
         let occupant = self.container.lock().occupant.clone();
-        let needed = Amount::on_top(&slots.site.config.run, &self.idle);
+        let needed = Amount::on_top(&slots.site.config.class(self.config.provider), &self.idle);
         let share = match self.has_leased_share() {
             true => None,
             false => Some(slots.headroom.take(needed)?),

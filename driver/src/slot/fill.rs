@@ -265,10 +265,11 @@ async fn make(
         _image: held,
     };
     if slot.config.agent {
+        let class = site.config.class(slot.config.provider);
         let Container {
             connection, limits, ..
         } = &mut container;
-        container.agent = match agent::park(slot, connection, limits, &site.config.run).await {
+        container.agent = match agent::park(slot, connection, limits, &class).await {
             // Commands have their container all the same, and prompts start cold.
             Err(agent::Error::Gone(reason)) => {
                 let slot_id = slot.identity.slot_id();
@@ -305,8 +306,9 @@ pub(super) fn open(
     container: &str,
     requests: OwnedFd,
 ) -> Result<Opened, Unreadable> {
-    let upstream = slot.config.upstream.as_ref();
-    let upstream = upstream.map(|upstream| upstream.read(slot.config.provider));
+    let vendor = slot.config.provider.vendor().ok();
+    let upstream = slot.config.upstream.as_ref().zip(vendor);
+    let upstream = upstream.map(|(upstream, vendor)| upstream.read(vendor));
     let allow = slot.config.egress.listed().map(<[String]>::to_vec);
     let open = Open {
         container: container.to_owned(),

@@ -416,8 +416,8 @@ impl Keeper {
     async fn run(&self, container: &mut Container, run: &Run, order: Order) {
         // From now on, another life of the driver recovers it only as the container of its run.
         self.slots.idle.forget(&self.slot.identity.slot_id());
-        let class = self.slots.site.config.run;
-        let boosted = Boosted::take(&self.slots, &order.start);
+        let class = self.slots.site.config.class(self.slot.config.provider);
+        let boosted = Boosted::take(&self.slots, class, &order.start);
         let boost_time = boosted
             .as_ref()
             .map_or(Duration::ZERO, |boosted| boosted.time);
@@ -457,7 +457,8 @@ impl Keeper {
             idle,
             ..
         } = &*self.slot;
-        let (run, image) = (self.slots.site.config.run, &config.image);
+        let image = &config.image;
+        let run = self.slots.site.config.class(config.provider);
         let message = match &config.run_id {
             None => format!("Warm: image {image}, idle {idle}; a run gets {run}"),
             Some(run_id) => format!("Ready: image {image}, for run {run_id} alone; it gets {run}"),

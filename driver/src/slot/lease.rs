@@ -105,7 +105,7 @@ impl Slot {
             until,
         };
         next.apply(leased, now).map_err(Refusal::Taken)?;
-        let share = Amount::on_top(&slots.site.config.run, &self.idle);
+        let share = Amount::on_top(&slots.site.config.class(self.config.provider), &self.idle);
         let share = slots.headroom.take(share)?;
         // The next life of the driver must not treat it as idle, because its key has been sent.
         slots.idle.forget(&self.identity.slot_id());

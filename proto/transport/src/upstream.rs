@@ -8,7 +8,7 @@ use std::{
 };
 
 use http::{HeaderName, HeaderValue};
-use polydev_proto::{broker, provider::Provider, upstream::base_url};
+use polydev_proto::{broker, provider::Vendor, upstream::base_url};
 use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, pem::PemObject},
@@ -100,7 +100,7 @@ impl Upstream {
     ///
     /// # Errors
     /// [`Unreadable`]
-    pub fn read(&self, provider: Provider) -> Result<broker::Upstream, Unreadable> {
+    pub fn read(&self, provider: Vendor) -> Result<broker::Upstream, Unreadable> {
         let ca = self.ca_file.as_deref().map(certificates).transpose()?;
         Ok(broker::Upstream {
             provider: provider.to_string(),

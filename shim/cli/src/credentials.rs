@@ -7,13 +7,13 @@ pub use given::Given;
 
 use std::process::ExitCode;
 
-use polydev_proto::provider::Provider;
+use polydev_proto::provider::Vendor;
 
 /// The user that the credential belongs to, and the provider that it is for.
 #[derive(clap::Args)]
 pub struct Name {
     /// openai, anthropic or google.
-    pub provider: Provider,
+    pub provider: Vendor,
     /// User that the credential belongs to.
     #[arg(long, default_value = "local")]
     pub user: String,

@@ -55,7 +55,7 @@ impl Tools {
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// openai, anthropic or google.
+    /// openai, anthropic, google or python.
     provider: Provider,
     #[command(flatten)]
     client: Client,
@@ -131,7 +131,7 @@ pub struct Arguments {
     argv: Vec<OsString>,
 }
 
-fn variable(text: &str) -> Result<(String, String), String> {
+pub(super) fn variable(text: &str) -> Result<(String, String), String> {
     let (name, value) = text
         .split_once('=')
         .ok_or_else(|| format!("`{text}` is not NAME=VALUE"))?;
@@ -264,7 +264,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {
     clippy::unnecessary_wraps,
     reason = "the fields that it fills are optional"
 )]
-fn seconds(seconds: u32) -> Option<prost_types::Duration> {
+pub(super) fn seconds(seconds: u32) -> Option<prost_types::Duration> {
     let seconds = seconds.into();
     Some(prost_types::Duration { seconds, nanos: 0 })
 }
@@ -282,5 +282,11 @@ fn credential(arguments: &Arguments) -> anyhow::Result<Option<Credential>> {
         let source = Some(credential::Source::Stored(StoredCredential {}));
         return Ok(Some(Credential { source }));
     }
-    arguments.credential.read(arguments.provider)
+    let Ok(vendor) = arguments.provider.vendor() else {
+        let provider = arguments.provider;
+        let given = arguments.credential.is_given();
+        anyhow::ensure!(!given, "`{provider}` takes no credential");
+        return Ok(None);
+    };
+    arguments.credential.read(vendor)
 }

@@ -7,7 +7,7 @@ use polydev_proto::{
     budget::{Exhausted, Used, today},
     egress::{MAX_RULES, NotARule, Rule},
     id::UserId,
-    provider::{Provider, Unknown},
+    provider::{NoVendor, Vendor},
     runtime::RunStart,
 };
 use polydev_transport::upstream::{self, Unreadable, Upstream};
@@ -66,17 +66,17 @@ pub enum Invalid {
     #[error("`egress` has {0} rules; must have at most {MAX_RULES}")]
     TooManyRules(usize),
     #[error("a name under `upstream`")]
-    Provider(#[from] Unknown),
+    Provider(#[from] NoVendor),
     #[error("`upstream` names {0} twice")]
-    Twice(Provider),
+    Twice(Vendor),
     #[error("`upstream.{provider}`")]
     Upstream {
-        provider: Provider,
+        provider: Vendor,
         source: upstream::Invalid,
     },
     #[error("`upstream.{provider}`")]
     Unreadable {
-        provider: Provider,
+        provider: Vendor,
         source: Unreadable,
     },
 }
@@ -121,7 +121,7 @@ impl Policy {
             })?;
         }
         let read = |(provider, upstream): (String, Upstream)| {
-            let provider: Provider = provider.parse()?;
+            let provider: Vendor = provider.parse()?;
             let checked = upstream.check();
             let checked = checked.map_err(|source| Invalid::Upstream { provider, source })?;
             let read = checked.read(provider);

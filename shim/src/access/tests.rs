@@ -4,6 +4,8 @@ use polydev_proto::{
     runtime::{Argv, InputFile, Prompt, RunStart, Tools, run_start::Command},
 };
 
+use polydev_proto::provider::Vendor;
+
 use super::*;
 
 const FILE: &str = r#"
@@ -107,7 +109,7 @@ fn a_role_can_keep_credentials_out_of_containers() {
         let inject = Action::Inject {
             what: What::Command,
             user_id: "team-alice",
-            provider: Provider::OpenAi,
+            provider: Provider::Cli(Vendor::OpenAi),
             is_given,
         };
         access.check(&caller(name), inject).is_ok()
@@ -149,7 +151,7 @@ fn the_first_role_that_allows_a_run_says_what_holds_for_it() {
         };
         access.policy(&caller(name), run).unwrap()
     };
-    let policy_of_run = policy("cn:agents", Provider::OpenAi);
+    let policy_of_run = policy("cn:agents", Provider::Cli(Vendor::OpenAi));
     let told = policy_of_run
         .of_run(&alice, || used(9, 999))
         .unwrap()
@@ -172,7 +174,7 @@ fn the_first_role_that_allows_a_run_says_what_holds_for_it() {
             "{refused}"
         );
     }
-    let others = policy("cn:agents", Provider::Google);
+    let others = policy("cn:agents", Provider::Cli(Vendor::Google));
     assert_eq!(others.of_run(&alice, || used(99, 99999)), Ok(None));
 }
 
@@ -407,7 +409,7 @@ fn records_that_are_bound_to_nobody_need_a_role_that_says_so() {
     let may = |file: &str| {
         let unbound = Action::Unbound {
             user_id: "alice",
-            provider: Provider::OpenAi,
+            provider: Provider::Cli(Vendor::OpenAi),
         };
         load(file).unwrap().check(&caller("cn:a"), unbound).is_ok()
     };

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 use anyhow::Context;
 use polydev_proto::{
     egress::{INTERNET, Rule},
-    provider::{Provider, Unknown},
+    provider::{NoVendor, Provider, Unknown, Vendor},
     upstream,
 };
 use polydev_shim::{
@@ -20,13 +20,14 @@ use polydev_shim::{
 pub(super) struct Arguments {
     #[command(flatten)]
     listen: super::Listen,
-    /// Warm slots to keep, 0 to 100 per provider; may be repeated. [default: one of each provider]
+    /// Warm slots to keep, 0 to 100 per provider; may be repeated. [default: one of
+    /// each provider with a model]
     #[arg(long = "pool", value_name = "PROVIDER=COUNT", value_parser = pool)]
     pools: Vec<(Provider, u32)>,
     /// Send a pool's model requests to another server than the provider's API: HTTPS, or HTTP
     /// on this machine; may be repeated.
     #[arg(long = "base-url", value_name = "PROVIDER=URL", value_parser = base_url)]
-    base_urls: Vec<(Provider, String)>,
+    base_urls: Vec<(Vendor, String)>,
     /// What a pool's containers may reach beside their model: HOST or HOST:PORT, with a name,
     /// `*.NAME`, an address or a network; nothing after `=` allows nothing; may be repeated.
     /// [default: all public addresses]
@@ -67,12 +68,12 @@ fn pool(text: &str) -> Result<(Provider, u32), String> {
     Ok((provider, count))
 }
 
-fn base_url(text: &str) -> Result<(Provider, String), String> {
+fn base_url(text: &str) -> Result<(Vendor, String), String> {
     let form = "must have the form PROVIDER=URL, such as anthropic=https://gateway.example";
     let (provider, url) = text.split_once('=').ok_or(format!("`{text}` {form}"))?;
     let provider = provider
         .parse()
-        .map_err(|error: Unknown| error.to_string())?;
+        .map_err(|error: NoVendor| error.to_string())?;
     let url = upstream::base_url(url).map_err(|error| format!("`{url}` {error}"))?;
     Ok((provider, url))
 }
@@ -103,7 +104,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     let mut pools = arguments.pools;
     if pools.is_empty() {
-        pools = Provider::all().map(|provider| (provider, 1)).collect();
+        pools = Vendor::all().map(|vendor| (vendor.into(), 1)).collect();
     }
     let vault = Arc::new(arguments.vault.open()?);
     let access = arguments.listen.access()?;

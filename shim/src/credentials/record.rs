@@ -9,7 +9,7 @@ use aes_gcm::{
     Aes256Gcm,
     aead::{Aead, KeyInit, Payload},
 };
-use polydev_proto::{id::UserId, provider::Provider};
+use polydev_proto::{id::UserId, provider::Vendor};
 use prost::Message;
 use secrecy::ExposeSecret;
 use zeroize::Zeroizing;
@@ -46,7 +46,7 @@ pub struct Record {
 #[derive(Debug, Clone, Copy)]
 pub struct Binding<'a> {
     pub user_id: &'a UserId,
-    pub provider: Provider,
+    pub provider: Vendor,
 }
 
 impl Binding<'_> {

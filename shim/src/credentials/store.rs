@@ -16,7 +16,7 @@ use tokio::{sync::OnceCell, time::timeout};
 
 use super::record::TENANT;
 use address::Kind;
-use polydev_proto::{id::UserId, provider::Provider};
+use polydev_proto::{id::UserId, provider::Vendor};
 
 /// How long the store may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -80,7 +80,7 @@ pub struct Row {
 #[derive(Debug, Default)]
 pub struct Filter {
     pub user_id: Option<UserId>,
-    pub provider: Option<Provider>,
+    pub provider: Option<Vendor>,
     /// Only rows after this user and provider.
     pub after: Option<(UserId, String)>,
 }
@@ -119,7 +119,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn get(&self, user_id: &UserId, provider: Provider) -> Result<Option<Row>, Error> {
+    pub async fn get(&self, user_id: &UserId, provider: Vendor) -> Result<Option<Row>, Error> {
         let statement = format!(
             "SELECT {COLUMNS}, record FROM polydev_credentials \
              WHERE tenant = $1 AND user_id = $2 AND provider = $3"
@@ -210,7 +210,7 @@ impl Store {
         self.answer(async |pool| {
             let query = sqlx::query(safe(statement)).bind(TENANT);
             let query = query.bind(filter.user_id.as_ref().map_or("", UserId::as_str));
-            let query = query.bind(filter.provider.map_or("", Provider::name));
+            let query = query.bind(filter.provider.map_or("", Vendor::name));
             let query = query.bind(user).bind(provider).bind(i64::from(most));
             let rows = query.fetch_all(pool).await?;
             rows.iter().map(decode).collect()
@@ -253,7 +253,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn delete(&self, user_id: &UserId, provider: Provider) -> Result<bool, Error> {
+    pub async fn delete(&self, user_id: &UserId, provider: Vendor) -> Result<bool, Error> {
         let statement = "DELETE FROM polydev_credentials \
              WHERE tenant = $1 AND user_id = $2 AND provider = $3";
         self.answer(async |pool| {

@@ -4,7 +4,7 @@ use std::{path::Path, time::SystemTime};
 
 use polydev_proto::{
     id::{RunId, UserId},
-    provider::Provider,
+    provider::Vendor,
     runtime::CredentialMode,
 };
 use prost::Message;
@@ -79,7 +79,7 @@ pub enum Error {
 
 fn prepare(
     credential: &Credential,
-    provider: Provider,
+    provider: Vendor,
     mode: CredentialMode,
 ) -> Result<Prepared, Error> {
     match (mode, credential) {

@@ -8,7 +8,7 @@ pub use plugin::Error;
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
-use polydev_proto::provider::Provider;
+use polydev_proto::provider::{Provider, Vendor};
 use tokio::{sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
@@ -29,8 +29,8 @@ pub struct Settings {
     /// Warm slots of each provider.
     pub pools: Vec<(Provider, u32)>,
     /// Where the model requests of a pool go, in place of the provider's own API.
-    pub base_urls: BTreeMap<Provider, String>,
-    /// What the containers of a pool may reach, if not all public addresses.
+    pub base_urls: BTreeMap<Vendor, String>,
+    /// What the containers of a pool may reach, if not what is usual for its provider.
     pub egress: BTreeMap<Provider, Vec<String>>,
     /// Whether the CLIs wait in the slots for prompts.
     pub agents: bool,
@@ -68,8 +68,10 @@ impl Engine {
         };
         for (provider, count) in &settings.pools {
             for _ in 0..*count {
+                let vendor = provider.vendor().ok();
+                let base_url = vendor.and_then(|vendor| settings.base_urls.get(&vendor));
                 let options = pools::Options {
-                    base_url: settings.base_urls.get(provider).cloned(),
+                    base_url: base_url.cloned(),
                     egress: settings.egress.get(provider).cloned(),
                     agent: settings.agents,
                 };

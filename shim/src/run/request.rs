@@ -8,15 +8,15 @@ pub use files::Own;
 pub use times::MAX_RUN_TIME;
 pub(super) use times::{MIN_TIME, bounded, queue_timeout};
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use polydev_proto::{
     exec,
     id::{RunId, UserId},
     node::{RunSpec, TraceContext},
     prompt,
-    provider::{Provider, Unknown},
-    runtime::{CredentialMode, RunStart, SlowReader},
+    provider::{NoVendor, Provider, Unknown, Vendor},
+    runtime::{self, CredentialMode, RunStart, SlowReader},
     workspace,
 };
 use secrecy::ExposeSecret;
@@ -61,8 +61,8 @@ pub struct Request {
     pub own_input: Option<Own>,
     /// Where the credential is during the run. Unspecified: outside of the container if it can be.
     pub mode: CredentialMode,
-    /// The named credential, until the run is [equipped](Self::equip) with it.
-    pub credential: Option<Source>,
+    /// The named credential and whose it is, until the run is [equipped](Self::equip) with it.
+    pub credential: Option<(Vendor, Source)>,
     pub secrets: Prepared,
     /// What the caller's role says.
     pub role: Arc<Policy>,
@@ -76,6 +76,8 @@ pub enum Invalid {
     NotStarted,
     #[error(transparent)]
     Provider(#[from] Unknown),
+    #[error(transparent)]
+    NoVendor(#[from] NoVendor),
     #[error(transparent)]
     Credential(#[from] secret::Invalid),
     #[error(transparent)]
@@ -102,7 +104,7 @@ impl Invalid {
     pub fn field(&self) -> String {
         match self {
             Self::NotStarted => "start".into(),
-            Self::Provider(_) => "provider".into(),
+            Self::Provider(_) | Self::NoVendor(_) => "provider".into(),
             Self::Credential(invalid) => format!("credential.{}", invalid.field),
             Self::Environment(refused) => format!("env[{:?}]", refused.name),
             Self::Prompt(invalid) => invalid.field.into(),
@@ -168,14 +170,9 @@ fn drops_oldest(on_slow_reader: i32) -> Result<bool, Invalid> {
 }
 
 /// A caller that names another server for the model gives it the key itself.
-fn mode(
-    given: i32,
-    provider: Provider,
-    env: &BTreeMap<String, String>,
-) -> Result<CredentialMode, Invalid> {
-    let names_a_server = env.contains_key(provider.base_url());
+fn mode(given: i32, server: Option<&str>) -> Result<CredentialMode, Invalid> {
     match CredentialMode::try_from(given) {
-        Ok(CredentialMode::Unspecified) if names_a_server => Ok(CredentialMode::Inject),
+        Ok(CredentialMode::Unspecified) if server.is_some() => Ok(CredentialMode::Inject),
         Ok(mode) => Ok(mode),
         Err(unknown) => Err(Invalid::Value {
             field: "credential_mode",
@@ -183,6 +180,18 @@ fn mode(
             allowed: "CREDENTIAL_MODE_BROKER or CREDENTIAL_MODE_INJECT",
         }),
     }
+}
+
+fn credential_of(
+    provider: Provider,
+    given: runtime::Credential,
+) -> Result<(Vendor, Source), Invalid> {
+    let vendor = provider.vendor().map_err(|_| Invalid::Value {
+        field: "credential",
+        given: "set".into(),
+        allowed: "absent, because scripts in Python have no credential",
+    })?;
+    Ok((vendor, Source::parse(given)?))
 }
 
 fn check_work_dir(given: &str) -> Result<(), Invalid> {
@@ -215,8 +224,11 @@ impl Request {
             files: mut settings,
             prompt,
         } = command::read(provider, &mut start)?;
-        let server = start.env.get(provider.base_url());
-        settings.extend(server.and_then(|url| provider.server_file(url)));
+        let server = provider.vendor().ok().and_then(|vendor| {
+            let url = start.env.get(vendor.base_url())?;
+            settings.extend(vendor.server_file(url));
+            Some(url.as_str())
+        });
         if stdin.is_some() && start.stdin {
             return Err(Invalid::Value {
                 field: "stdin",
@@ -238,8 +250,10 @@ impl Request {
         }
         let in_workspace = start.work_dir.is_empty()
             && (prompt.is_some() || !files.is_empty() || artifacts.is_some());
-        let credential = start.credential.take().map(Source::parse).transpose()?;
-        let mode = mode(start.credential_mode, provider, &start.env)?;
+        let credential = start.credential.take();
+        let credential = credential.map(|given| credential_of(provider, given));
+        let credential = credential.transpose()?;
+        let mode = mode(start.credential_mode, server)?;
         let max_api_wait = times::max_api_wait(start.max_api_wait)?;
         if max_api_wait.is_some() && (credential.is_none() || mode == CredentialMode::Inject) {
             return Err(Invalid::Value {
@@ -364,7 +378,7 @@ mod tests {
     use super::*;
     use crate::secret::Credential;
     use bytes::Bytes;
-    use polydev_proto::runtime::{self, Argv, run_start::Command};
+    use polydev_proto::runtime::{Argv, run_start::Command};
 
     fn start() -> RunStart {
         RunStart {
@@ -437,7 +451,7 @@ mod tests {
             key: "k".into(),
             project_id: None,
         };
-        let secrets = request.provider.prepare(&credential).unwrap();
+        let secrets = Vendor::Anthropic.prepare(&credential).unwrap();
         request.equip(secrets).unwrap();
         let (name, key) = &request.secrets.env[0];
         assert_eq!(
@@ -471,7 +485,7 @@ mod tests {
         let mut request = Request::parse(codex(), None).unwrap();
         let variables = variables().map(|(name, url)| (name, url.into()));
         let credential = Credential::Environment(variables.into());
-        let secrets = request.provider.prepare(&credential).unwrap();
+        let secrets = Vendor::OpenAi.prepare(&credential).unwrap();
         request.equip(secrets).unwrap();
         assert_eq!(names(&request), "OPENAI_BASE_URL .codex/config.toml");
     }
@@ -483,7 +497,7 @@ mod tests {
         let mut request = Request::parse(start, None).unwrap();
         let variables = [("TOKEN".to_owned(), "secret".into())].into();
         let credential = Credential::Environment(variables);
-        let secrets = request.provider.prepare(&credential).unwrap();
+        let secrets = Vendor::Anthropic.prepare(&credential).unwrap();
         let refused = request.equip(secrets).unwrap_err();
         assert_eq!(refused.field(), "env[\"TOKEN\"]");
     }

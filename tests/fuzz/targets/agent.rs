@@ -4,10 +4,10 @@
 
 use libfuzzer_sys::fuzz_target;
 use polydev_agent::rehearsed;
-use polydev_proto::{agent::MAX_LINE, provider::Provider};
+use polydev_proto::{agent::MAX_LINE, provider::Vendor};
 
 fuzz_target!(|data: &[u8]| {
-    for provider in Provider::all() {
+    for provider in Vendor::all() {
         for line in rehearsed(provider, data) {
             assert!(line.len() <= MAX_LINE && line.ends_with(b"\n"));
             let value: serde_json::Value = serde_json::from_slice(&line).expect("JSON");

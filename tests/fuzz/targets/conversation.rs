@@ -4,17 +4,17 @@
 
 use libfuzzer_sys::fuzz_target;
 use polydev_agent::conversed;
-use polydev_proto::{prompt, provider::Provider};
+use polydev_proto::{prompt, provider::Vendor};
 
 fuzz_target!(|data: &[u8]| {
     let [piece, said @ ..] = data else { return };
-    for provider in Provider::all() {
+    for provider in Vendor::all() {
         let whole = conversed(provider, said, said.len());
         assert_eq!(whole, conversed(provider, said, usize::from(*piece)));
         for text in whole.0.into_iter().flatten() {
             prompt::check(&text, "").expect("a prompt that may be given");
             assert!(
-                provider == Provider::OpenAi || !text.starts_with('/'),
+                provider == Vendor::OpenAi || !text.starts_with('/'),
                 "{provider} takes it for a command"
             );
         }

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 use polydev_proto::{
-    provider::Provider,
+    provider::Vendor,
     runtime::{self, Secret},
     sealed::PrivateKey,
 };
@@ -42,7 +42,7 @@ fuzz_target!(|data: &[u8]| {
                 return;
             };
             if let Ok(credential) = Credential::parse(secret) {
-                for provider in Provider::all() {
+                for provider in Vendor::all() {
                     let _unfit = provider.prepare(&credential);
                 }
             }

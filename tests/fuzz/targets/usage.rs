@@ -7,7 +7,7 @@ use polydev_broker::{
     frames::{Frames, NoFrames, Part},
     scanner::Scanner,
 };
-use polydev_proto::provider::Provider;
+use polydev_proto::provider::Vendor;
 
 /// How many messages begin and end, and the text of all; as far as it is one.
 fn messages<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (usize, usize, Vec<u8>) {
@@ -33,9 +33,9 @@ fuzz_target!(|data: &[u8]| {
         return;
     };
     let provider = match which % 3 {
-        0 => Provider::OpenAi,
-        1 => Provider::Anthropic,
-        _ => Provider::Google,
+        0 => Vendor::OpenAi,
+        1 => Vendor::Anthropic,
+        _ => Vendor::Google,
     };
     let mut whole = Scanner::new(provider);
     whole.read(answer);

@@ -1,11 +1,12 @@
 //! Messages from the driver: the command's start, its files and stdin, signals.
 
-use std::{path::Path, time::Instant};
+use std::{fs::File, path::Path, time::Instant};
 
 use nix::sys::signal::Signal;
 use polydev_proto::{
     init::{
-        Form, NotStarted, Start, Started, Stdin, StdinAck, from_init, not_started::Reason, to_init,
+        Form, NotStarted, Script, Start, Started, Stdin, StdinAck, from_init, not_started::Reason,
+        to_init,
     },
     stream::{PerStream, Stream},
 };
@@ -14,7 +15,7 @@ use super::{ENDING, MAX_OUTPUT_BUFFER, Receiving, State, Supervisor};
 use crate::{
     agent::Agent,
     command::Command,
-    home,
+    home, interpreter,
     output::Output,
     workspace::{self, Incoming},
 };
@@ -180,6 +181,20 @@ impl Supervisor {
                 }
             }
         }
+        if let Some(interpreter) = agent.as_mut().filter(|agent| agent.is_interpreter)
+            && let Some(script) = interpreter::script_of(&start)
+        {
+            match give_script(interpreter, script, &start) {
+                Ok((form, stdin)) => {
+                    let agent = agent.expect("it has taken the script");
+                    return Ok(Command::script(agent, stdin, form, start, now));
+                }
+                Err(reason) => {
+                    let parked = false;
+                    form = Some(Form { parked, reason });
+                }
+            }
+        }
         if let Some(agent) = agent {
             agent.end();
             // The CLI has left its settings, with the broker's address, and its sessions.
@@ -206,4 +221,17 @@ impl Supervisor {
             message,
         });
     }
+}
+
+/// Gives an interpreter the script of a run. Returns where the script's input goes, too.
+fn give_script(
+    interpreter: &mut Agent,
+    script: Script,
+    start: &Start,
+) -> Result<(Form, Option<File>), String> {
+    if !start.sealed_secrets.is_empty() {
+        return Err("the run has secrets".into());
+    }
+    let (stdin, input) = interpreter::stdin(start).map_err(|error| error.to_string())?;
+    Ok((interpreter.give_script(script, stdin)?, input))
 }

@@ -58,6 +58,7 @@ fn parked(fault: &str) -> (Init, Link, init::Agent) {
     link.send(to_init::Message::Park(Park {
         provider: "anthropic".into(),
         work_dir: folder(&init).into(),
+        imports: vec![],
     }));
     let agent = loop {
         match link.next() {

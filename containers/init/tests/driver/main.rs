@@ -6,3 +6,4 @@
 mod agent;
 mod commands;
 mod init;
+mod interpreter;

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use polydev_broker::{broker::Broker, upstream::Upstreams};
 use polydev_proto::{
     broker::{Grant, Key, Keys, Open, Policy, Seen, Upstream, from_broker::Message},
-    provider::Provider,
+    provider::Vendor,
     sealed::{PrivateKey, seal_keys},
 };
 use rustls::RootCertStore;
@@ -39,7 +39,7 @@ impl Node {
 
     /// The same, with more than its name and its servers.
     pub(crate) async fn open_with(&self, container: &str, open: Open) -> SocketAddr {
-        let upstream = |provider: Provider| Upstream {
+        let upstream = |provider: Vendor| Upstream {
             provider: provider.to_string(),
             base_url: format!("http://{}", self.api.address),
             ..Upstream::default()
@@ -49,7 +49,7 @@ impl Node {
         let open = Open {
             container: container.into(),
             bytes_per_second: FAST,
-            upstreams: Provider::all().map(upstream).collect(),
+            upstreams: Vendor::all().map(upstream).collect(),
             ..open
         };
         self.broker.open(&open, listener).expect("it is opened");

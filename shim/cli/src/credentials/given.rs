@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, bail};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use polydev_proto::{
-    provider::Provider,
+    provider::Vendor,
     runtime::{
         ApiKey, Credential, ScryptRecord, Secret, SecretEnvironment, credential::Source,
         secret::Kind,
@@ -57,7 +57,7 @@ struct Scrypt {
 
 impl Given {
     /// Reads the credential; `None` if none is given.
-    pub(crate) fn read(&self, provider: Provider) -> anyhow::Result<Option<Credential>> {
+    pub(crate) fn read(&self, provider: Vendor) -> anyhow::Result<Option<Credential>> {
         let source = match self {
             Self {
                 sealed_file: Some(path),
@@ -93,6 +93,12 @@ impl Given {
         }))
     }
 
+    /// Whether a file with a credential is given.
+    pub(crate) fn is_given(&self) -> bool {
+        let files = [&self.key_file, &self.oauth_file, &self.env_file];
+        self.is_sealed() || files.into_iter().any(Option::is_some)
+    }
+
     /// Whether the credential is a sealed record.
     #[must_use]
     pub fn is_sealed(&self) -> bool {
@@ -103,7 +109,7 @@ impl Given {
     ///
     /// # Errors
     /// If a file cannot be read or parsed.
-    pub fn secret(&self, provider: Provider) -> anyhow::Result<Option<Secret>> {
+    pub fn secret(&self, provider: Vendor) -> anyhow::Result<Option<Secret>> {
         let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         let api_key = |key: String| {
             let project_id = project_variable(provider).and_then(variable);
@@ -126,19 +132,19 @@ impl Given {
 }
 
 /// The documented variable for the provider's API key.
-pub(super) fn key_variable(provider: Provider) -> &'static str {
+pub(super) fn key_variable(provider: Vendor) -> &'static str {
     match provider {
-        Provider::OpenAi => "OPENAI_API_KEY",
-        Provider::Anthropic => "ANTHROPIC_API_KEY",
-        Provider::Google => "GOOGLE_API_KEY",
+        Vendor::OpenAi => "OPENAI_API_KEY",
+        Vendor::Anthropic => "ANTHROPIC_API_KEY",
+        Vendor::Google => "GOOGLE_API_KEY",
     }
 }
 
 /// The documented variable for the provider's project; `None` for providers without projects.
-fn project_variable(provider: Provider) -> Option<&'static str> {
+fn project_variable(provider: Vendor) -> Option<&'static str> {
     match provider {
-        Provider::OpenAi | Provider::Anthropic => None,
-        Provider::Google => Some("GOOGLE_PROJECT_ID"),
+        Vendor::OpenAi | Vendor::Anthropic => None,
+        Vendor::Google => Some("GOOGLE_PROJECT_ID"),
     }
 }
 

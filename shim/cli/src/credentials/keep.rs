@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use polydev_proto::{
-    provider::Provider,
+    provider::Vendor,
     runtime::{
         CredentialInfo, DeleteCredentialRequest, ListCredentialsRequest, PutCredentialRequest,
         RotateCredentialsRequest, RotationFailure,
@@ -37,7 +37,7 @@ pub struct List {
     user: Option<String>,
     /// Only credentials for this provider: openai, anthropic or google.
     #[arg(long)]
-    provider: Option<Provider>,
+    provider: Option<Vendor>,
     #[command(flatten)]
     options: Options,
 }

@@ -20,6 +20,8 @@ use uuid::Uuid;
 /// What the jobs of `jobspecs/` reserve for a slot.
 const CPU_MHZ: i64 = 100;
 const MEMORY_MB: i64 = 256;
+/// The same for a Python with its modules.
+const PYTHON_MEMORY_MB: i64 = 512;
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(15);
 
@@ -28,7 +30,7 @@ const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(15);
 pub struct Options {
     /// Where their model requests go, in place of the provider's own API.
     pub base_url: Option<String>,
-    /// What their containers may reach, if not all public addresses.
+    /// What their containers may reach, if not what is usual for their provider.
     pub egress: Option<Vec<String>>,
     /// Whether the provider's CLI waits in them for a prompt.
     pub agent: bool,
@@ -106,7 +108,7 @@ impl Slot {
                 "image": null,
                 "provider": self.provider.name(),
                 "agent": agent,
-                "upstream": { "base_url": base_url },
+                "upstream": base_url.as_ref().map(|url| serde_json::json!({ "base_url": url })),
                 "egress": egress.as_ref().map(|allow| serde_json::json!({ "allow": allow })),
             },
         });
@@ -129,7 +131,10 @@ impl Slot {
                         cpu_shares: CPU_MHZ,
                     }),
                     memory: Some(AllocatedMemoryResources {
-                        memory_mb: MEMORY_MB,
+                        memory_mb: match self.provider {
+                            Provider::Cli(_) => MEMORY_MB,
+                            Provider::Python => PYTHON_MEMORY_MB,
+                        },
                         memory_max_mb: 0,
                     }),
                     networks: vec![],

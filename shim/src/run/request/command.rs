@@ -5,7 +5,7 @@ use polydev_proto::{
     exec, init,
     node::RunSpec,
     prompt::{self, Options},
-    provider::Provider,
+    provider::{Provider, Vendor},
     runtime::{Prompt, RunStart, run_start::Command},
     workspace,
 };
@@ -44,7 +44,14 @@ pub(super) fn read(provider: Provider, start: &mut RunStart) -> Result<Asked, In
                 allowed: "only one of them",
             });
         }
-        Some(Command::Prompt(prompt)) => return read_prompt(provider, start, prompt),
+        Some(Command::Prompt(prompt)) => {
+            let vendor = provider.vendor().map_err(|_| Invalid::Value {
+                field: "command",
+                given: "a prompt".into(),
+                allowed: "an argv, because Python has no model",
+            })?;
+            return read_prompt(vendor, start, prompt);
+        }
         None => {
             return Err(Invalid::Value {
                 field: "command",
@@ -61,7 +68,7 @@ pub(super) fn read(provider: Provider, start: &mut RunStart) -> Result<Asked, In
     })
 }
 
-fn read_prompt(provider: Provider, start: &RunStart, prompt: Prompt) -> Result<Asked, Invalid> {
+fn read_prompt(provider: Vendor, start: &RunStart, prompt: Prompt) -> Result<Asked, Invalid> {
     let tools = tools(prompt.tools)?;
     let Prompt {
         text,
@@ -132,7 +139,7 @@ fn tools(given: i32) -> Result<init::Tools, Invalid> {
 }
 
 /// A conversation is for an agent, and its further prompts come as stdin.
-fn check_conversation(provider: Provider, start: &RunStart, text: &str) -> Result<(), Invalid> {
+fn check_conversation(provider: Vendor, start: &RunStart, text: &str) -> Result<(), Invalid> {
     if !start.stdin {
         return Err(Invalid::Value {
             field: "stdin",
@@ -160,7 +167,7 @@ fn check_conversation(provider: Provider, start: &RunStart, text: &str) -> Resul
 }
 
 /// What of the run comes too late for a CLI that has started.
-fn read_at_start(provider: Provider, start: &RunStart) -> Option<&str> {
+fn read_at_start(provider: Vendor, start: &RunStart) -> Option<&str> {
     start.files.iter().find_map(|file| {
         let names = provider.reads_at_start();
         let first = file.path.split('/').next()?;

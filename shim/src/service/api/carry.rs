@@ -66,8 +66,11 @@ impl Api {
         let started = record.clone().run(&request.run_id.to_string());
         let (user_id, provider) = (&request.user_id, request.provider);
         self.user_rate.check(user_id.as_str())?;
-        if let Some(source) = request.credential.take() {
-            let binding = Binding { user_id, provider };
+        if let Some((vendor, source)) = request.credential.take() {
+            let binding = Binding {
+                user_id,
+                provider: vendor,
+            };
             let is_given = source.is_given();
             if source.is_unbound() {
                 let user_id = user_id.as_str();

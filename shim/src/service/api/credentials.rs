@@ -2,7 +2,7 @@
 
 use polydev_proto::{
     id::UserId,
-    provider::Provider,
+    provider::Vendor,
     runtime::{
         CredentialInfo, DeleteCredentialRequest, DeleteCredentialResponse, ListCredentialsRequest,
         ListCredentialsResponse, PutCredentialRequest, PutCredentialResponse,
@@ -57,6 +57,7 @@ impl Api {
             let user_id = user_id.as_str();
             let record = Record::new(caller, Operation::Unbound);
             let record = record.user(user_id).provider(provider.name());
+            let provider = provider.into();
             self.permit(caller, Action::Unbound { user_id, provider }, &record)?;
         }
         let binding = Binding {
@@ -152,7 +153,7 @@ fn parse_list(request: ListCredentialsRequest) -> Result<(Filter, u32), Invalid>
     let user_id = user_id.map(parse_user).transpose()?;
     let provider = match provider.as_str() {
         "" => None,
-        name => Some(name.parse::<Provider>()?),
+        name => Some(name.parse::<Vendor>()?),
     };
     let after = parse_token(page_token)?;
     let most = page::size(page_size)?;
@@ -191,7 +192,7 @@ fn parse_token(token: String) -> Result<Option<(UserId, String)>, Invalid> {
     }
 }
 
-fn parse(user_id: String, provider: &str) -> Result<(UserId, Provider), Invalid> {
+fn parse(user_id: String, provider: &str) -> Result<(UserId, Vendor), Invalid> {
     let provider = provider.parse()?;
     Ok((parse_user(user_id)?, provider))
 }

@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use anyhow::Context;
-use polydev_proto::{provider::Provider, runtime, sealed};
+use polydev_proto::{provider::Vendor, runtime, sealed};
 use polydev_shim::{
     credentials::{
         keys::KeyRing,
@@ -25,7 +25,7 @@ pub(crate) fn figures() -> anyhow::Result<Vec<Value>> {
     // The key of the example record of earlier systems.
     std::fs::write(file.path(), hex::encode((0..32).collect::<Vec<u8>>()))?;
     let keys = KeyRing::load(Some(file.path()))?.context("there is a key")?;
-    let provider: Provider = "anthropic".parse()?;
+    let provider: Vendor = "anthropic".parse()?;
     let binding = Binding {
         user_id: &"bench".into(),
         provider,

@@ -1,0 +1,210 @@
+# Waits for the script of a run, in a Python that has imported what scripts import, and then is the
+# script's process. interpreter.rs starts it: its arguments are the names of the modules, stdin is
+# the socket for ToAgent and FromAgent of polydev.init.v1, and the environment, the other streams
+# and the user are those of a command.
+import sys
+
+# A module of these cannot be replaced by one in the script's folder, however Python is started.
+STARTED_WITH = frozenset(sys.modules)
+MAIN = {name: value for name, value in vars(sys.modules["__main__"]).items() if name != "sys"}
+
+import ctypes
+import importlib
+import importlib.machinery
+import io
+import os
+import socket
+import stat
+
+READY, TAKEN, FAILED = 1, 2, 3  # Of FromAgent.
+GO, SCRIPT = 2, 3  # Of ToAgent.
+
+# Beginnings of the names of variables that the interpreter, its libraries or the loader have read.
+READ_AT_START = (
+    "HOME", "LANG", "LC_", "LD_", "MALLOC_", "MKL_", "MPL", "NUMEXPR_", "OMP_", "OPENBLAS_",
+    "PATH", "POLARS_", "PYTHON", "TZ", "XDG_",
+)
+
+
+def encoded(number, content=b""):
+    """A field of protobuf that has a length."""
+    head, size = bytearray([number << 3 | 2]), len(content)
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    head.append(size)
+    return bytes(head) + content
+
+
+def decoded(message):
+    """The fields of a message in which each field has a length."""
+    at = 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+    while at < len(message):
+        number, size = varint() >> 3, varint()
+        yield number, message[at : at + size]
+        at += size
+
+
+class Control:
+    """The socket to init."""
+
+    def __init__(self):
+        self.socket = socket.socket(fileno=os.dup(0))
+        self.received = b""
+        self.stdin = None
+
+    def say(self, number, reason=""):
+        message = encoded(number, encoded(1, reason.encode()) if reason else b"")
+        self.socket.sendall(len(message).to_bytes(4, "big") + message)
+
+    def hear(self):
+        """The next message: its number and its content. The end of init is the end of this."""
+        size = int.from_bytes(self.take(4), "big")
+        [(number, content)] = decoded(self.take(size))
+        return number, content
+
+    def take(self, count):
+        while len(self.received) < count:
+            # The script's stdin comes with the script.
+            data, descriptors, _, _ = socket.recv_fds(self.socket, 1 << 16, 1)
+            if not data:
+                os._exit(0)
+            self.received += data
+            for descriptor in descriptors:
+                self.stdin = descriptor
+        taken, self.received = self.received[:count], self.received[count:]
+        return taken
+
+
+class Script:
+    def __init__(self, message):
+        self.argv, self.env, self.work_dir = [], [], b""
+        for number, content in decoded(message):
+            if number == 1:
+                self.argv.append(content)
+            elif number == 2:
+                pair = dict(decoded(content))
+                self.env.append((pair.get(1, b""), pair.get(2, b"")))
+            else:
+                self.work_dir = content
+        self.path = os.path.join(self.work_dir, self.argv[1])
+        self.folder = os.path.dirname(os.path.realpath(self.path))
+
+    def reason_to_start_anew(self):
+        """Why a Python that starts would do something else, or ""."""
+        try:
+            # As for Python: a FIFO or a folder is another matter.
+            is_file = stat.S_ISREG(os.stat(self.path).st_mode)
+            with open(self.path, "rb"):
+                pass
+        except (OSError, ValueError):
+            is_file = False
+        if not is_file or self.path.endswith(b".pyc"):
+            return "the script is no file that can be read as text"
+        for name, _ in self.env:
+            if os.fsdecode(name).startswith(READ_AT_START):
+                return f"Python or a library reads `{os.fsdecode(name)}` when it starts"
+        if "matplotlib" in sys.modules and os.path.exists(os.path.join(self.work_dir, b"matplotlibrc")):
+            return "matplotlib reads `matplotlibrc` when it is imported"
+        imported = {name.partition(".")[0] for name in sys.modules.keys() - STARTED_WITH}
+        for name in sorted(own_modules(self.folder) & imported):
+            return f"`{name}` in the script's folder has the name of a module that is imported"
+        return ""
+
+    def run(self, stdin):
+        """Everything as `python FILE` has it. PyRun_SimpleFileExFlags is what Python itself calls."""
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        sys.stdin = sys.__stdin__ = reader(sys.stdin)
+        for name, value in self.env:
+            os.environb[name] = value
+        os.chdir(self.work_dir)
+        sys.orig_argv = [os.fsdecode(word) for word in self.argv]
+        sys.argv = sys.orig_argv[1:]
+        if not sys.flags.safe_path:
+            sys.path[0] = os.fsdecode(self.folder)
+        main = vars(sys.modules["__main__"])
+        main.clear()
+        main.update(MAIN)
+        # As Python makes it absolute.
+        path = self.argv[1]
+        if not path.startswith(b"/"):
+            path = os.getcwdb() + b"/" + path
+        if run_file(fopen(path, b"rb"), path, 1, None) != 0 and not was_interrupted():
+            sys.exit(1)
+        # A Python that ends after an unhandled KeyboardInterrupt ends by SIGINT.
+
+
+def was_interrupted():
+    return getattr(sys, "last_type", None) is KeyboardInterrupt
+
+
+def own_modules(folder):
+    """The names that an import would find in a folder."""
+    suffixes = tuple(importlib.machinery.all_suffixes())
+    found = set()
+    for entry in os.scandir(os.fsdecode(folder)):
+        if entry.is_dir():
+            inside = (os.path.join(entry.path, "__init__" + suffix) for suffix in suffixes)
+            if any(map(os.path.exists, inside)):
+                found.add(entry.name)
+        elif entry.name.endswith(suffixes):
+            found.add(entry.name.partition(".")[0])
+    return found
+
+
+def reader(former):
+    """A new sys.stdin: what a stream does depends on what its descriptor is."""
+    binary = io.open(0, "rb", closefd=False)
+    binary.raw.name = "<stdin>"
+    text = io.TextIOWrapper(binary, former.encoding, former.errors, line_buffering=binary.isatty())
+    text.mode = "r"
+    return text
+
+
+fopen = ctypes.CDLL(None).fopen
+fopen.argtypes, fopen.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_void_p
+run_file = ctypes.pythonapi.PyRun_SimpleFileExFlags
+run_file.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p]
+run_file.restype = ctypes.c_int
+
+
+def wait(names):
+    """Imports the modules, and returns the script and its stdin. Ends without one."""
+    control = Control()
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            control.say(FAILED, f"cannot import `{name}`: {error}"[:1000])
+            os._exit(1)
+    control.say(READY)
+    number, content = control.hear()
+    if number != SCRIPT:
+        control.say(FAILED, "it takes only a script")
+        os._exit(1)
+    script = Script(content)
+    reason = script.reason_to_start_anew()
+    if reason:
+        control.say(FAILED, reason)
+        os._exit(1)
+    control.say(TAKEN)
+    control.hear()  # Go.
+    control.socket.close()
+    return script, control.stdin
+
+
+script, stdin = wait(sys.argv[1:])
+script.run(stdin)
