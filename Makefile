@@ -106,7 +106,7 @@ proto-breaking: ## buf breaking: what an earlier client could not read any more.
 
 # One process a test: see .config/nextest.toml.
 unit:          ## Unit, property, model and service tests.
-	cargo nextest run --locked --workspace -E 'not binary(it)'
+	cargo nextest run --locked --workspace -E 'not binary(/^(it|sandbox)$$/)'
 	cargo test --locked --workspace --doc --quiet
 
 fuzz:          ## Fuzz what reads bytes from outside: SECONDS=20 for each target.
@@ -114,7 +114,7 @@ fuzz:          ## Fuzz what reads bytes from outside: SECONDS=20 for each target
 
 # TESTS is a filter of nextest's, for some of them.
 it:            ## Tests of the whole system: root, Docker, Nomad, images.
-	cargo nextest run --locked --workspace -E 'binary(it)$(if $(TESTS), & ($(TESTS)))'
+	cargo nextest run --locked --workspace -E 'binary(/^(it|sandbox)$$/)$(if $(TESTS), & ($(TESTS)))'
 
 long:
 	cargo nextest run --locked --workspace --profile long -E 'test(/(^|::)long::/)'

@@ -26,12 +26,7 @@ case $(uname -m) in
     *) echo "base: no node package for $(uname -m)" >&2; exit 1 ;;
 esac
 
-if ! "$DOCKER" image inspect "$DEBIAN" >/dev/null 2>&1; then
-    echo "base: making a Debian root file system (about a minute)"
-    mmdebstrap --quiet --variant=minbase --include=ca-certificates,curl,git bookworm "$work/debian.tar"
-    "$DOCKER" import "$work/debian.tar" "$DEBIAN" >/dev/null
-    rm "$work/debian.tar"
-fi
+"$here/debian.sh" "${DEBIAN#*:}" ca-certificates,curl,git
 
 echo "base: fetching node $NODE_VERSION and npm $NPM_VERSION"
 mkdir -p "$work/context/npm"

@@ -18,7 +18,7 @@ use nix::sys::{
     prctl,
     resource::{Resource, getrlimit, setrlimit},
 };
-use polydev_cli::{FAILED, Options, egress, run, runs, status, tls_files};
+use polydev_cli::{FAILED, Options, egress, run, runs, script, status, tls_files};
 use polydev_shim::{access::Access, audit::Audit, credentials::store, token};
 use polydev_transport::{
     address::{Address, DEFAULT, Listener},
@@ -44,6 +44,8 @@ enum Command {
     Dev(dev::Arguments),
     /// Run one command or prompt and stream its output; exits with the command's status.
     Run(run::Arguments),
+    /// Run a script in Python to its end, and fetch what it leaves; exits with its status.
+    Script(script::Arguments),
     /// List and watch runs, attach to their streams, cancel them.
     #[command(subcommand)]
     Runs(runs::Command),
@@ -282,6 +284,7 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Serve(arguments) => serve::execute(arguments).await,
         Command::Dev(arguments) => dev::execute(arguments).await,
         Command::Run(arguments) => run::execute(arguments).await,
+        Command::Script(arguments) => script::execute(arguments).await,
         Command::Runs(command) => runs::execute(command).await,
         Command::Egress(command) => egress::execute(command).await,
         Command::Pool(command) => pool::execute(command).await,

@@ -3,7 +3,7 @@
 //! sure that the run is nowhere else. [`queue`] keeps the runs that wait, and [`on_demand`]
 //! orders a slot for one of them when none is idle. [`claim`] gets the run its container, and
 //! [`relay`] carries it to its end; [`input`] is what the run reads. [`lease`] keeps a slot for
-//! a run to come, and [`attach`] goes back to a run when a connection broke on the way.
+//! a run to come, [`script`] makes a run of a script, and [`attach`] goes back to a run when a connection broke on the way.
 //! [`listing`] and [`watching`] report on runs without their output.
 
 pub mod attach;
@@ -16,6 +16,7 @@ pub mod on_demand;
 pub mod queue;
 pub mod relay;
 pub mod request;
+pub mod script;
 pub mod terms;
 pub mod watching;
 

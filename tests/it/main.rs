@@ -48,6 +48,7 @@ mod refusals;
 mod registry;
 mod rolls;
 mod runs;
+mod scripts;
 mod secrets;
 mod store;
 mod survive;

@@ -7,6 +7,7 @@ pub mod egress;
 pub mod pool;
 pub mod run;
 pub mod runs;
+pub mod script;
 pub mod status;
 
 mod agent;

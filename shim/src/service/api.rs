@@ -3,7 +3,7 @@
 //! call, asks `run`, `pool` or `credentials`, and returns the response. In reading order:
 //!
 //! - [`run`] starts runs and attaches to them, with the help of [`carry`];
-//! - [`runs`] reports on runs, and [`leases`] keeps slots for runs;
+//! - [`scripts`] runs scripts, [`runs`] reports on runs, and [`leases`] keeps slots for runs;
 //! - [`pools`] reports on pools, and [`sizing`] changes their sizes;
 //! - [`cluster`] is about nodes, and [`credentials`] about credentials;
 //! - [`page`] has what calls with pages share.
@@ -14,6 +14,7 @@ mod carry;
 mod leases;
 mod run;
 mod runs;
+mod scripts;
 
 mod pools;
 mod sizing;

@@ -11,9 +11,10 @@ use polydev_proto::runtime::{
     ListCredentialsResponse, ListPoolsRequest, ListPoolsResponse, ListRunsRequest,
     ListRunsResponse, PutCredentialRequest, PutCredentialResponse, ReleaseRequest, ReleaseResponse,
     ResumePoolRequest, ResumePoolResponse, RotateCredentialsRequest, RotateCredentialsResponse,
-    RunInput, RunRequest, RunResponse, ScalePoolRequest, ScalePoolResponse, SubmitJobRequest,
-    SubmitJobResponse, WatchPoolsRequest, WatchPoolsResponse, WatchRunsRequest, WatchRunsResponse,
-    attach_request, run_request, runtime_service_server::RuntimeService,
+    RunInput, RunRequest, RunResponse, RunScriptRequest, RunScriptResponse, ScalePoolRequest,
+    ScalePoolResponse, SubmitJobRequest, SubmitJobResponse, WatchPoolsRequest, WatchPoolsResponse,
+    WatchRunsRequest, WatchRunsResponse, attach_request, run_request,
+    runtime_service_server::RuntimeService,
 };
 use polydev_proto::stream::PerStream;
 use tokio::time::timeout;
@@ -68,6 +69,17 @@ impl RuntimeService for Grpc {
         let (caller, request) = parts(request)?;
         let accepted = self.0.submit_job(&caller, request, trace).await?;
         Ok(Response::new(accepted))
+    }
+
+    async fn run_script(
+        &self,
+        request: Request<RunScriptRequest>,
+    ) -> Result<Response<RunScriptResponse>, Status> {
+        let received = Instant::now();
+        let trace = trace_context(request.metadata().as_ref());
+        let (caller, request) = parts(request)?;
+        let result = self.0.run_script(&caller, request, trace, received).await?;
+        Ok(Response::new(result))
     }
 
     async fn attach(

@@ -13,8 +13,8 @@ pub(super) fn of(path: &str) -> Option<Need> {
 
 fn grpc(method: &str) -> Option<Need> {
     Some(match method {
-        "Run" | "SubmitJob" | "Allocate" | "Release" | "Attach" | "CancelRun" | "GetRun"
-        | "ListRuns" | "WatchRuns" => Need::Run,
+        "Run" | "RunScript" | "SubmitJob" | "Allocate" | "Release" | "Attach" | "CancelRun"
+        | "GetRun" | "ListRuns" | "WatchRuns" => Need::Run,
         "ListPools" | "GetPool" | "WatchPools" | "GetClusterStatus" => Need::Look,
         "ScalePool" | "DrainPool" | "ResumePool" => Need::Scale,
         "PutCredential" | "ListCredentials" | "DeleteCredential" | "RotateCredentials" => {
@@ -26,7 +26,7 @@ fn grpc(method: &str) -> Option<Need> {
 
 fn http(path: &str) -> Option<Need> {
     Some(match path.split('/').next()? {
-        "runs" | "leases" => Need::Run,
+        "runs" | "scripts" | "leases" => Need::Run,
         "pools" | "status" => Need::Look,
         _ => return None,
     })

@@ -14,7 +14,7 @@ use axum::{
 use polydev_proto::{
     runtime::{
         AllocateRequest, CancelRunRequest, GetPoolRequest, GetRunRequest, ListRunsRequest,
-        ReleaseRequest, SubmitJobRequest,
+        ReleaseRequest, RunScriptRequest, SubmitJobRequest,
     },
     stream::PerStream,
 };
@@ -69,6 +69,18 @@ pub(super) async fn start(
     // A caller whose stream breaks before the first event needs the run's id too.
     let location = [(LOCATION, format!("/v1/runs/{run_id}"))];
     Ok((location, answer).into_response())
+}
+
+pub(super) async fn run_script(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Answer {
+    let received = Instant::now();
+    let trace = trace_context(request.headers());
+    let request: RunScriptRequest = body(&api.bodies, request).await?;
+    let result = api.run_script(&caller, request, trace, received).await?;
+    Ok(json::answer(&result))
 }
 
 pub(super) async fn attach(

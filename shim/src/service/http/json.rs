@@ -13,7 +13,7 @@ use polydev_proto::{
         AllocateRequest, AllocateResponse, CancelRunRequest, CancelRunResponse,
         GetClusterStatusResponse, GetPoolResponse, GetRunResponse, ListPoolsResponse,
         ListRunsRequest, ListRunsResponse, ReleaseRequest, ReleaseResponse, RunEvent,
-        SubmitJobRequest, SubmitJobResponse, run_event::Event,
+        RunScriptRequest, RunScriptResponse, SubmitJobRequest, SubmitJobResponse, run_event::Event,
     },
 };
 use prost_reflect::{
@@ -51,7 +51,7 @@ macro_rules! messages {
 messages! {
     AllocateRequest AllocateResponse CancelRunRequest CancelRunResponse GetClusterStatusResponse
     GetPoolResponse GetRunResponse ListPoolsResponse ListRunsRequest ListRunsResponse
-    ReleaseRequest ReleaseResponse RunEvent SubmitJobRequest SubmitJobResponse
+    ReleaseRequest ReleaseResponse RunEvent RunScriptRequest RunScriptResponse SubmitJobRequest SubmitJobResponse
 }
 
 /// The names and values of a query.

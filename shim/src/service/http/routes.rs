@@ -29,6 +29,16 @@ pub(super) const OPERATIONS: &[Operation] = &[
         handler: |method| on(method, handlers::start),
     },
     Operation {
+        method: Method::Post,
+        path: "/v1/scripts",
+        name: "runScript",
+        summary: "Run a script in Python to its end, and return its outputs. If the caller closes the connection, the script is ended.",
+        body: Some("RunScriptRequest"),
+        query: &[],
+        answer: Answer::Message("RunScriptResponse"),
+        handler: |method| on(method, handlers::run_script),
+    },
+    Operation {
         method: Method::Get,
         path: "/v1/runs",
         name: "listRuns",

@@ -1,0 +1,208 @@
+//! `polydev-shim script`: runs a script in Python and fetches what it leaves.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    str::FromStr,
+};
+
+use anyhow::Context;
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use polydev_proto::runtime::{
+    self, Artifact, Artifacts, ExitReason, ExpectedOutput, OutputKind, RunScriptRequest,
+    RunScriptResponse, ScriptStatus, run_event::Event, script_output::Content,
+};
+use serde_json::json;
+
+use super::{
+    Client, FAILED,
+    files::{Given, Opened, Receiver},
+    print,
+    run::{seconds, variable},
+    told,
+};
+
+/// `PATH[:text|binary]`: a file that the script leaves.
+#[derive(Clone)]
+struct Wanted(ExpectedOutput);
+
+impl FromStr for Wanted {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (path, kind) = match text.rsplit_once(':') {
+            None => (text, OutputKind::Binary),
+            Some((path, "text")) => (path, OutputKind::Text),
+            Some((path, "binary")) => (path, OutputKind::Binary),
+            Some((_, kind)) => return Err(format!("`{kind}` must be text or binary")),
+        };
+        Ok(Self(ExpectedOutput {
+            path: path.to_owned(),
+            kind: kind.into(),
+        }))
+    }
+}
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// The script, a file on this machine.
+    script: PathBuf,
+    #[command(flatten)]
+    client: Client,
+    /// User that the run belongs to.
+    #[arg(long, default_value = "local")]
+    user: String,
+    /// Copy a file into `/workspace`, where the script works, under its own name or as PATH; may
+    /// be repeated.
+    #[arg(long, value_name = "SOURCE[:PATH]")]
+    file: Vec<Given>,
+    /// A file that the script must leave in `/workspace`: as text, which must be UTF-8, or as
+    /// binary; may be repeated. [default: binary]
+    #[arg(long = "output", value_name = "PATH[:KIND]")]
+    outputs: Vec<Wanted>,
+    /// Folder for these files. With `--json` they are printed, not written.
+    #[arg(long, value_name = "FOLDER", default_value = ".")]
+    outputs_to: PathBuf,
+    /// Set an environment variable of the script; may be repeated.
+    #[arg(long, short, value_name = "NAME=VALUE", value_parser = variable)]
+    env: Vec<(String, String)>,
+    /// Seconds to wait for a slot, 0 to 1800.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    queue_timeout: u32,
+    /// Seconds until the script gets SIGTERM, 1 to 86400.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    timeout: u32,
+    /// Print the result as a JSON object.
+    #[arg(long)]
+    json: bool,
+    /// Arguments of the script. Those that begin with `-` come after `--`.
+    args: Vec<String>,
+}
+
+/// # Errors
+/// If the script cannot be run, or its outputs cannot be written.
+pub async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let script = &arguments.script;
+    let text = std::fs::read_to_string(script);
+    let text = text.with_context(|| format!("cannot read `{}`", script.display()))?;
+    let name = script.file_name().and_then(|name| name.to_str());
+    let script_name = name.unwrap_or_default().to_owned();
+    let request = RunScriptRequest {
+        user_id: arguments.user,
+        script: text,
+        script_name,
+        args: arguments.args,
+        files: Opened::new(&arguments.file).await?.read().await?,
+        expected_outputs: arguments
+            .outputs
+            .into_iter()
+            .map(|wanted| wanted.0)
+            .collect(),
+        env: arguments.env.into_iter().collect(),
+        timeout: seconds(arguments.timeout),
+        queue_timeout: seconds(arguments.queue_timeout),
+    };
+    let mut shim = arguments.client.connect().await?.calls();
+    let result = shim.run_script(request).await.map_err(told)?.into_inner();
+    match arguments.json {
+        true => print(&format!("{}\n", to_json(&result)))?,
+        false => show(&result, &arguments.outputs_to)?,
+    }
+    Ok(exit_code(&result))
+}
+
+/// As that of `run`.
+fn exit_code(result: &RunScriptResponse) -> ExitCode {
+    let own = result.exit_code.and_then(|code| u8::try_from(code).ok());
+    match (result.status(), own) {
+        (ScriptStatus::Timeout, _) => ExitCode::from(124),
+        // It ended well and left too little.
+        (ScriptStatus::Failure, Some(0)) => ExitCode::FAILURE,
+        (_, Some(own)) => ExitCode::from(own),
+        (_, None) => match (result.reason(), u8::try_from(result.signal)) {
+            (ExitReason::Signaled | ExitReason::OutOfMemory, Ok(signal @ 1..)) => {
+                ExitCode::from(128 + signal)
+            }
+            (ExitReason::Cancelled, _) => ExitCode::from(143),
+            _ => ExitCode::from(FAILED),
+        },
+    }
+}
+
+fn show(result: &RunScriptResponse, folder: &Path) -> anyhow::Result<()> {
+    std::io::stdout().write_all(&result.stdout)?;
+    std::io::stderr().write_all(&result.stderr)?;
+    for (name, kept, whole) in [
+        ("stdout", result.stdout.len() as u64, result.stdout_bytes),
+        ("stderr", result.stderr.len() as u64, result.stderr_bytes),
+    ] {
+        if kept < whole {
+            eprintln!("polydev-shim: {name} has {whole} bytes; only the first {kept} are shown");
+        }
+    }
+    let contents = result.outputs.iter().map(|output| match &output.content {
+        Some(Content::Text(text)) => text.as_bytes(),
+        Some(Content::Binary(bytes)) => bytes,
+        None => &[],
+    });
+    let artifact = |(output, content): (&runtime::ScriptOutput, &[u8])| Artifact {
+        path: output.path.clone(),
+        mode: 0o644,
+        size: content.len() as u64,
+    };
+    let mut receiver = Receiver::new(folder);
+    receiver.on(&Event::Artifacts(Artifacts {
+        files: result
+            .outputs
+            .iter()
+            .zip(contents.clone())
+            .map(artifact)
+            .collect(),
+        left_out: result.refused_outputs.clone(),
+        left_out_count: u32::try_from(result.refused_outputs.len())?,
+    }))?;
+    let data = contents.collect::<Vec<_>>().concat().into();
+    receiver.on(&Event::ArtifactData(runtime::Output { offset: 0, data }))?;
+    if !result.message.is_empty() {
+        eprintln!("polydev-shim: {}", result.message);
+    }
+    Ok(())
+}
+
+fn to_json(result: &RunScriptResponse) -> serde_json::Value {
+    let outputs = result.outputs.iter().map(|output| match &output.content {
+        Some(Content::Text(text)) => json!({ "path": output.path, "text": text }),
+        Some(Content::Binary(bytes)) => {
+            json!({ "path": output.path, "base64": BASE64_STANDARD.encode(bytes) })
+        }
+        None => json!({ "path": output.path }),
+    });
+    let refused = result.refused_outputs.iter();
+    let refused = refused.map(|file| json!({ "path": file.path, "reason": file.reason }));
+    let seconds = result.duration.as_ref().and_then(|duration| {
+        let duration = std::time::Duration::try_from(*duration).ok()?;
+        Some(duration.as_secs_f64())
+    });
+    json!({
+        "run_id": result.run_id,
+        "status": match result.status() {
+            ScriptStatus::Success => "success",
+            ScriptStatus::Timeout => "timeout",
+            ScriptStatus::Failure | ScriptStatus::Unspecified => "failure",
+        },
+        "exit_code": result.exit_code,
+        "signal": result.signal,
+        "reason": result.reason().as_str_name().trim_start_matches("EXIT_REASON_"),
+        "message": result.message,
+        "duration_seconds": seconds,
+        "parked": result.started.as_ref().is_some_and(|started| started.agent() == runtime::started::Agent::Parked),
+        "cold_reason": result.started.as_ref().map(|started| started.cold_reason.as_str()).unwrap_or_default(),
+        "outputs": outputs.collect::<Vec<_>>(),
+        "refused_outputs": refused.collect::<Vec<_>>(),
+        "stdout": String::from_utf8_lossy(&result.stdout),
+        "stderr": String::from_utf8_lossy(&result.stderr),
+        "stdout_bytes": result.stdout_bytes,
+        "stderr_bytes": result.stderr_bytes,
+    })
+}
