@@ -15,10 +15,12 @@ bench chaos: POLYDEV_BIN := $(CURDIR)/target/release
 help:          ## Show this.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
 
-# The images are made while the programs are: that is mostly waiting for downloads.
+# The images are made while the programs are: that is mostly waiting for downloads. The demo is
+# about the CLIs.
+CLIS := openai-runtime anthropic-runtime google-runtime
 demo: tools    ## Run a real CLI warm on this machine, with Docker alone.
 	@$(SUDO) true
-	@log=$$(mktemp); $(SUDO) tests/with-docker.sh tests/images.sh >$$log 2>&1 & images=$$!; \
+	@log=$$(mktemp); $(SUDO) tests/with-docker.sh tests/images.sh $(CLIS) >$$log 2>&1 & images=$$!; \
 	    $(MAKE) --no-print-directory demo-programs && wait $$images || { cat $$log; exit 1; }; rm -f $$log
 	@$(SUDO) tests/demo.sh
 

@@ -9,7 +9,7 @@ if [ -z "${POLYDEV_DEMO_ENGINE:-}" ]; then
     need_root demo
     POLYDEV_DEMO_ENGINE=1 exec tests/with-docker.sh "$0"
 fi
-tests/images.sh
+tests/images.sh openai-runtime anthropic-runtime google-runtime
 
 work=$(mktemp -d /tmp/pdtest-XXXXXX)
 export POLYDEV_ADDRESS=unix://$work/shim.sock POLYDEV_LISTEN=unix://$work/shim.sock

@@ -1,5 +1,6 @@
 #!/bin/bash
-# Builds the images that are not up to date; what that needs is installed first.
+# images.sh [IMAGE-FOLDER...]: builds the images that are not up to date; what that needs is
+# installed first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh
@@ -7,7 +8,7 @@ DOCKER=$(docker_program)
 if ! "$DOCKER" image inspect node:22-slim >/dev/null 2>&1 && ! timeout 300 "$DOCKER" pull --quiet node:22-slim >/dev/null 2>&1; then
     packages mmdebstrap=mmdebstrap npm=npm
 fi
-containers/build.sh
+containers/build.sh "$@"
 
 # A small image for plain tasks: busybox, and a user beside root.
 if ! "$DOCKER" image inspect polydev-busybox:1 >/dev/null 2>&1; then

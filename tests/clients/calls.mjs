@@ -33,11 +33,11 @@ async function last(events) {
 const status = await calls.getClusterStatus({});
 assert.deepEqual(status.nodes.map((node) => node.reachable), [true]);
 const { pools } = await calls.listPools({});
-assert.deepEqual(pools.map((pool) => pool.provider), ["anthropic", "google", "openai"]);
+assert.deepEqual(pools.map((pool) => pool.provider), ["anthropic", "google", "openai", "python"]);
 const { pool, slots } = await calls.getPool({ provider: "claude_code" });
 assert(pool.slots > 0 && pool.slots === slots.length);
 for await (const watched of calls.watchPools({})) {
-  assert.equal(watched.pools.length, 3);
+  assert.equal(watched.pools.length, 4);
   break;
 }
 done("GetClusterStatus", "ListPools", "GetPool", "WatchPools");
@@ -95,6 +95,11 @@ const { leaseId } = (await calls.allocate(name)).lease;
 assert.equal((await text(client.run({ ...name, leaseId, command })))[0], "job\n");
 await calls.release({ leaseId: (await calls.allocate(name)).lease.leaseId, userId });
 done("SubmitJob", "Allocate", "Release");
+
+const result = await calls.runScript({ userId, script: "print(6 * 7)" });
+assert.equal(result.status, api.ScriptStatus.SUCCESS);
+assert.equal(new TextDecoder().decode(result.stdout), "42\n");
+done("RunScript");
 
 await calls.deleteCredential(name);
 done("DeleteCredential");

@@ -29,11 +29,11 @@ async def pools(calls):
     status = await calls.GetClusterStatus(api.GetClusterStatusRequest())
     assert [node.reachable for node in status.nodes] == [True]
     listed = await calls.ListPools(api.ListPoolsRequest())
-    assert [pool.provider for pool in listed.pools] == ["anthropic", "google", "openai"]
+    assert [pool.provider for pool in listed.pools] == ["anthropic", "google", "openai", "python"]
     pool = await calls.GetPool(api.GetPoolRequest(provider="claude_code"))
     assert pool.pool.slots == len(pool.slots) > 0
     async for watched in calls.WatchPools(api.WatchPoolsRequest()):
-        assert len(watched.pools) == 3
+        assert len(watched.pools) == 4
         break
     done("GetClusterStatus", "ListPools", "GetPool", "WatchPools")
     async for event in calls.ScalePool(api.ScalePoolRequest(provider="google", size=0)):
@@ -99,12 +99,20 @@ async def credentials(calls):
     done("PutCredential", "ListCredentials", "RotateCredentials")
 
 
+async def scripts(calls):
+    script = api.RunScriptRequest(user_id=USER, script="print(6 * 7)")
+    result = await calls.RunScript(script)
+    assert (result.status, result.stdout) == (api.SCRIPT_STATUS_SUCCESS, b"42\n"), result
+    done("RunScript")
+
+
 async def main():
     async with Client(os.environ["POLYDEV_ADDRESS"]) as client:
         calls = client.calls
         await pools(calls)
         await credentials(calls)
         await runs(client)
+        await scripts(calls)
         await calls.DeleteCredential(api.DeleteCredentialRequest(**NAME))
         done("DeleteCredential")
         try:

@@ -114,7 +114,9 @@ fn serve(nomad: &Nomad, slots: u32, folder: &Folder) -> Shim {
 #[test]
 fn every_call_is_made_by_each_of_them() {
     let (nomad, folder) = (Nomad::start(), Folder::new("pdstore-"));
+    nomad.submit_pool_with("python", 1, "agent=false");
     let shim = serve(&nomad, 2, &folder);
+    shim.client().wait_idle("python", 1);
     let installed = Installed::get();
     let all = calls::of_the_protocol();
     for script in ["calls.py", "calls.mjs"] {

@@ -28,12 +28,12 @@ struct Site {
 impl Site {
     /// With a Python that waits in each of so many slots.
     fn parked(slots: usize) -> Self {
-        Self::start(slots, "--agents=true")
+        Self::start(slots, &["--agents=true"])
     }
 
-    fn start(slots: usize, agents: &str) -> Self {
+    fn start(slots: usize, options: &[&str]) -> Self {
         Self {
-            shim: Shim::dev_with(&[&format!("python={slots}")], &[agents]),
+            shim: Shim::dev_with(&[&format!("python={slots}")], options),
             folder: tempfile::tempdir().expect("a folder can be made"),
         }
     }
@@ -45,11 +45,8 @@ impl Site {
     }
 
     fn command(&self, script: &Path, words: &[&str]) -> Command {
-        let mut command = self.shim.command(&["script"]);
-        command
-            .arg(script)
-            .args(words)
-            .args(["--queue-timeout", "60"]);
+        let mut command = self.shim.command(&["script", "--queue-timeout", "60"]);
+        command.arg(script).args(words);
         command
     }
 
@@ -60,7 +57,7 @@ impl Site {
 
     /// The same, with the result as JSON.
     fn result(&self, text: &str, words: &[&str]) -> Value {
-        let words = [words, &["--json"]].concat();
+        let words = [&["--json"], words].concat();
         let ran = self.run(text, &words);
         serde_json::from_slice(&ran.stdout)
             .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&ran.stderr)))
@@ -165,8 +162,7 @@ print(json.dumps({
 fn a_script_beyond_its_time_is_gone_with_its_container() {
     let site = Site::parked(1);
     let before = docker::wait_containers(&site.shim.label(), 1);
-    let text = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n\
-                print('begun', flush=True)\ntime.sleep(600)";
+    let text = "import time\nprint('begun', flush=True)\ntime.sleep(600)";
     let ran = site.run(text, &["--timeout", "2"]);
     assert_eq!(ran.status.code(), Some(124));
     assert_eq!(ran.stdout, b"begun\n");
@@ -299,7 +295,7 @@ fn failures_of_a_script_are_told_from_those_of_what_it_runs_in() {
 
 #[test]
 fn a_caller_that_is_gone_ends_its_script() {
-    let site = Site::start(1, "--agents=false");
+    let site = Site::start(1, &[]);
     let script = site.script("import time\ntime.sleep(600)");
     let log = site.folder.path().join("log");
     let mut caller = Process::start(&mut site.command(&script, &["--timeout", "600"]), &log);

@@ -212,7 +212,7 @@ fn a_role_lets_its_members_look() {
     let listed = client.list_runs(request).unwrap();
     assert_eq!(listed.runs[0].run_id, run_id);
     let pools = client.call(async |mut shim| shim.list_pools(ListPoolsRequest {}).await);
-    assert_eq!(pools.unwrap().pools.len(), 3);
+    assert_eq!(pools.unwrap().pools.len(), 4);
 }
 
 /// Whoever knows a run's id can ask for the run, and use the id for another one.

@@ -152,7 +152,7 @@ fn leases_pools_and_nodes_are_had_without_grpc() {
     );
 
     let (_, pools) = http.ask(http.get("/v1/pools"));
-    assert_eq!(pools["pools"].as_array().unwrap().len(), 3);
+    assert_eq!(pools["pools"].as_array().unwrap().len(), 4);
     let (_, status) = http.ask(http.get("/v1/status"));
     assert_eq!(status["nodes"][0]["reachable"], true);
     assert_eq!(status["nodes"][0]["node_id"], http.site.node().id());

@@ -1,6 +1,7 @@
 //! A caller's run, checked before any driver is asked.
 
 mod command;
+mod credential;
 mod files;
 mod times;
 
@@ -16,13 +17,14 @@ use polydev_proto::{
     node::{RunSpec, TraceContext},
     prompt,
     provider::{NoVendor, Provider, Unknown, Vendor},
-    runtime::{self, CredentialMode, RunStart, SlowReader},
+    runtime::{CredentialMode, RunStart, SlowReader},
     workspace,
 };
 use secrecy::ExposeSecret;
 use sha2::{Digest, Sha256};
 
 use command::Asked;
+use credential::{credential_of, mode};
 use files::{files, own_input, rules, terminal};
 use times::TELL_TIMEOUT;
 
@@ -167,31 +169,6 @@ fn drops_oldest(on_slow_reader: i32) -> Result<bool, Invalid> {
             allowed: "SLOW_READER_BLOCK or SLOW_READER_DROP_OLDEST",
         }),
     }
-}
-
-/// A caller that names another server for the model gives it the key itself.
-fn mode(given: i32, server: Option<&str>) -> Result<CredentialMode, Invalid> {
-    match CredentialMode::try_from(given) {
-        Ok(CredentialMode::Unspecified) if server.is_some() => Ok(CredentialMode::Inject),
-        Ok(mode) => Ok(mode),
-        Err(unknown) => Err(Invalid::Value {
-            field: "credential_mode",
-            given: unknown.to_string(),
-            allowed: "CREDENTIAL_MODE_BROKER or CREDENTIAL_MODE_INJECT",
-        }),
-    }
-}
-
-fn credential_of(
-    provider: Provider,
-    given: runtime::Credential,
-) -> Result<(Vendor, Source), Invalid> {
-    let vendor = provider.vendor().map_err(|_| Invalid::Value {
-        field: "credential",
-        given: "set".into(),
-        allowed: "absent, because scripts in Python have no credential",
-    })?;
-    Ok((vendor, Source::parse(given)?))
 }
 
 fn check_work_dir(given: &str) -> Result<(), Invalid> {
@@ -378,7 +355,7 @@ mod tests {
     use super::*;
     use crate::secret::Credential;
     use bytes::Bytes;
-    use polydev_proto::runtime::{Argv, run_start::Command};
+    use polydev_proto::runtime::{self, Argv, run_start::Command};
 
     fn start() -> RunStart {
         RunStart {

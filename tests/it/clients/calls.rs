@@ -40,6 +40,7 @@ pub(super) fn of_rust(shim: &Shim) -> BTreeSet<String> {
         rust.keeps_a_credential().await;
         rust.runs().await;
         rust.submits_a_job_and_leases_slots().await;
+        rust.runs_a_script().await;
         rust.deletes_its_credential().await;
         rust.made
     })
@@ -94,7 +95,7 @@ impl Rust {
         self.done("GetClusterStatus");
         let pools = self.calls.list_pools(api::ListPoolsRequest {}).await;
         let pools = pools.expect("the shim answers").into_inner();
-        assert_eq!(pools.pools.len(), 3);
+        assert_eq!(pools.pools.len(), 4);
         self.done("ListPools");
         let request = api::GetPoolRequest {
             provider: PROVIDER.into(),
@@ -106,7 +107,7 @@ impl Rust {
         let watched = self.calls.watch_pools(api::WatchPoolsRequest {}).await;
         let mut watched = watched.expect("the shim answers").into_inner();
         let first = watched.message().await.expect("the shim answers");
-        assert_eq!(first.expect("a message").pools.len(), 3);
+        assert_eq!(first.expect("a message").pools.len(), 4);
         self.done("WatchPools");
     }
 
@@ -271,6 +272,19 @@ impl Rust {
         self.done("Release");
     }
 
+    async fn runs_a_script(&mut self) {
+        let script = api::RunScriptRequest {
+            user_id: USER.into(),
+            script: "print(6 * 7)".into(),
+            ..Default::default()
+        };
+        let result = self.calls.run_script(script).await;
+        let result = result.expect("the shim answers").into_inner();
+        assert_eq!(result.status(), api::ScriptStatus::Success);
+        assert_eq!(result.stdout, "42\n");
+        self.done("RunScript");
+    }
+
     async fn deletes_its_credential(&mut self) {
         let delete = api::DeleteCredentialRequest {
             user_id: USER.into(),
@@ -335,6 +349,9 @@ pub(super) fn of_grpcurl(shim: &Shim) -> BTreeSet<String> {
     grpcurl.runs();
     let name = Grpcurl::with(json!({}));
     let lease_id = grpcurl.last("Allocate", name.clone())["lease"]["leaseId"].clone();
+    let script = json!({ "user_id": "grpcurl", "script": "print(6 * 7)" });
+    let result = grpcurl.last("RunScript", script);
+    assert_eq!(result["status"], "SCRIPT_STATUS_SUCCESS", "{result}");
     let release = json!({ "lease_id": lease_id, "user_id": "grpcurl" });
     grpcurl.call("Release", &[], release);
     grpcurl.call("DeleteCredential", &[], name);
