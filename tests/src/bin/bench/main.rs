@@ -1,5 +1,5 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
-//! one run; `bench PART...` measures `warm`, `prompt`, `broker`, `credentials`, `swarm`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
+//! one run; `bench PART...` measures `warm`, `prompt`, `script`, `broker`, `credentials`, `swarm`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
 //! Prints a table; a whole run writes it to `target/bench/results.json`. Every sample of the
 //! warm slots goes to `target/bench/samples.json`.
 
@@ -10,6 +10,7 @@ mod plain;
 mod prompt;
 mod refill;
 mod runs;
+mod scripts;
 mod starts;
 mod stream;
 mod swarm;
@@ -32,9 +33,10 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-const PARTS: [&str; 12] = [
+const PARTS: [&str; 13] = [
     "warm",
     "prompt",
+    "script",
     "broker",
     "credentials",
     "swarm",
@@ -67,6 +69,9 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("prompt") {
         figures.extend(prompt::figures()?);
     }
+    if is_wanted("script") {
+        figures.extend(scripts::figures()?);
+    }
     if is_wanted("broker") {
         figures.extend(broker::figures()?);
     }
@@ -85,7 +90,7 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("stream") {
         figures.extend(stream::figures(IMAGE)?);
     }
-    if PARTS[8..].iter().any(|part| is_wanted(part)) {
+    if PARTS[9..].iter().any(|part| is_wanted(part)) {
         figures.extend(plain::figures(is_wanted)?);
     }
     if parts.is_empty() {
