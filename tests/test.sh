@@ -76,6 +76,7 @@ prepare() {
     tests/nomad/build.sh >"$work/nomad"
     if is long; then tests/nomad/build.sh 1.10 >"$work/nomad-1.10"; fi
     tests/collector/build.sh >"$work/collector"
+    tests/prometheus.sh >"$work/prometheus"
     tests/clients.sh >/dev/null
     tests/python.sh >/dev/null
     tests/grpcurl.sh >/dev/null
@@ -130,7 +131,9 @@ fi
 system() {
     POLYDEV_NOMAD=$(cat "$work/nomad")
     POLYDEV_COLLECTOR=$(cat "$work/collector")
-    export POLYDEV_NOMAD POLYDEV_COLLECTOR
+    POLYDEV_PROMETHEUS=$(cat "$work/prometheus")
+    export POLYDEV_NOMAD POLYDEV_COLLECTOR POLYDEV_PROMETHEUS
+    check "rules for Prometheus" "$POLYDEV_PROMETHEUS/promtool" test rules ops/prometheus/rules.test.yaml
     case $part in
         all)
             tests "tests of the whole system" make it

@@ -43,6 +43,7 @@ pub mod limits;
 pub mod logging;
 mod netlink;
 mod process;
+mod scripts;
 mod spent;
 pub mod state;
 mod ticks;

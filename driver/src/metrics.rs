@@ -29,6 +29,7 @@ use crate::{
     chain,
     config::Telemetry,
     life::{Event, Life, State},
+    scripts::{Figures, Status},
     tokens::Used,
 };
 
@@ -124,6 +125,64 @@ impl Metrics {
             .with_unit("{token}")
             .with_description("Tokens of models that runs have used, as the APIs count them.")
             .with_callback(observe)
+            .build();
+    }
+
+    /// From now on, reports how scripts have ended, as `figures` returns it.
+    pub(crate) fn watch_scripts(
+        &self,
+        figures: impl Fn() -> Option<Figures> + Clone + Send + Sync + 'static,
+    ) {
+        let Some(Told { provider, .. }) = &self.0 else {
+            return;
+        };
+        let meter = provider.meter(SERVICE);
+        let all = figures.clone();
+        let runs = move |observer: &dyn AsyncInstrument<u64>| {
+            let runs = all().unwrap_or_default().runs;
+            // Zeros too, or `rate` misses the first of each.
+            for status in Status::NAMES {
+                let number = runs.get(status).copied().unwrap_or_default();
+                observer.observe(number, &[KeyValue::new("status", status)]);
+            }
+        };
+        let all = figures.clone();
+        let errors = move |observer: &dyn AsyncInstrument<u64>| {
+            for (reason, number) in all().unwrap_or_default().errors {
+                observer.observe(number, &[KeyValue::new("reason", reason)]);
+            }
+        };
+        let all = figures.clone();
+        let time = move |observer: &dyn AsyncInstrument<f64>| {
+            observer.observe(all().unwrap_or_default().time.as_secs_f64(), &[]);
+        };
+        let streak = move |observer: &dyn AsyncInstrument<u64>| {
+            observer.observe(figures().unwrap_or_default().failure_streak, &[]);
+        };
+        // The results are only names: the provider keeps the callbacks.
+        let _runs = meter
+            .u64_observable_counter("polydev.sandbox.runs")
+            .with_unit("{run}")
+            .with_description("Scripts that have ended, by status.")
+            .with_callback(runs)
+            .build();
+        let _errors = meter
+            .u64_observable_counter("polydev.sandbox.errors")
+            .with_unit("{error}")
+            .with_description("Scripts that could not be run, or whose end is not known.")
+            .with_callback(errors)
+            .build();
+        let _time = meter
+            .f64_observable_counter("polydev.sandbox.time")
+            .with_unit("s")
+            .with_description("How long scripts have run, all together.")
+            .with_callback(time)
+            .build();
+        let _streak = meter
+            .u64_observable_gauge("polydev.sandbox.failure_streak")
+            .with_unit("{run}")
+            .with_description("Failures and timeouts of scripts since the last success.")
+            .with_callback(streak)
             .build();
     }
 

@@ -5,7 +5,7 @@
 //! about it, [`book`] knows every run of the node, [`journal`] keeps runs across restarts
 //! of this process, [`carry`] starts the command and carries its streams, [`window`] holds
 //! its output, [`beside`] holds what else is kept, [`refreshed`] is for the credential
-//! store, [`api`] is what the APIs have answered, [`follow`] sends events to a caller, and
+//! store, [`api`] is what the APIs have answered, [`script`] is the end of a script, [`follow`] sends events to a caller, and
 //! [`listing`] lists runs. `node/recover.rs` recovers runs after a restart.
 
 pub(crate) mod api;
@@ -18,6 +18,7 @@ pub mod follow;
 pub mod journal;
 pub mod listing;
 pub mod refreshed;
+mod script;
 pub mod standing;
 mod window;
 

@@ -5,6 +5,7 @@
 mod access;
 mod agent_site;
 mod agents;
+mod alerts;
 mod api;
 mod audit;
 mod broker;

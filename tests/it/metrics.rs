@@ -1,10 +1,14 @@
 //! The metrics of a driver's slots in an OpenTelemetry Collector.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
-use polydev_proto::runtime::{CredentialMode, RunStart};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use polydev_proto::runtime::{CredentialMode, RunScriptRequest, RunStart, ScriptStatus};
 use polydev_tests::{
-    client::{api_key, shell},
+    client::{api_key, argv, shell},
     collector::Collector,
     docker, free_ports, fresh_key,
     host::Local,
@@ -145,4 +149,94 @@ fn slots_their_states_and_every_step_with_its_cause_are_told_to_a_collector() {
     for secret in ["tester", &run_id, "read line"] {
         assert!(!figures.contains(secret), "{secret} is in {figures}");
     }
+}
+
+/// Series about scripts.
+const SCRIPTS: &str = "polydev_sandbox_runs_total";
+const STREAK: &str = "polydev_sandbox_failure_streak";
+const ERRORS: &str = "polydev_sandbox_errors_total";
+
+#[test]
+fn failures_of_scripts_in_a_row_are_told_to_a_collector_and_outlive_the_driver() {
+    let [port] = free_ports();
+    let collector = Collector::start(port);
+    let options = format!(
+        "telemetry {{\n otlp_endpoint = \"http://127.0.0.1:{port}\"\n interval = \"1s\"\n}}"
+    );
+    let nomad = Nomad::start_with(&options);
+    nomad.submit_pool_with("python", 1, "agent=false");
+    let shim = Shim::serve(&nomad.address);
+    let client = shim.client();
+    let run = |text: &str, seconds: i64| {
+        client.wait_idle("python", 1);
+        let timeout = prost_types::Duration { seconds, nanos: 0 };
+        let request = RunScriptRequest {
+            user_id: "tester".into(),
+            script: text.into(),
+            timeout: Some(timeout),
+            ..RunScriptRequest::default()
+        };
+        let result = client.call(async |mut shim| shim.run_script(request).await);
+        result.unwrap().status()
+    };
+    for _ in 0..2 {
+        assert_eq!(run("raise SystemExit(4)", 60), ScriptStatus::Failure);
+    }
+    assert_eq!(run("import time; time.sleep(60)", 1), ScriptStatus::Timeout);
+    wait_for(&collector, STREAK, &[], 3.0);
+    wait_for(&collector, SCRIPTS, &["status=\"timeout\""], 1.0);
+    wait_for(&collector, SCRIPTS, &["status=\"success\""], 0.0);
+    let told = |words: &[&str]| {
+        wait_until("an event", Duration::from_secs(30), || {
+            let log = nomad.agent_log();
+            let is_it = |line: &str| {
+                line.contains("telemetry.sandbox") && words.iter().all(|word| line.contains(word))
+            };
+            log.lines().any(is_it).then_some(()).ok_or(log)
+        });
+    };
+    told(&[
+        "[INFO]",
+        "sandbox execution finished",
+        "status=failure",
+        "exit_code=4",
+        "failure_streak=2",
+    ]);
+    told(&[
+        "[INFO]",
+        "status=timeout",
+        "timed_out=true",
+        "failure_streak=3",
+    ]);
+    told(&["[WARN]", "overdue_failures=3"]);
+    told(&[
+        "[ERROR]",
+        "sandbox consecutive failure streak exceeded threshold",
+        "streak=3",
+    ]);
+
+    let mut start = argv("python", &["/nonesuch"]);
+    start.queue_timeout = Some(prost_types::Duration {
+        seconds: 30,
+        nanos: 0,
+    });
+    let run_to_its_end = client.finish(client.start(start).unwrap());
+    assert_eq!(run_to_its_end.unwrap().exited.exit_code, 127);
+    wait_for(&collector, ERRORS, &["reason=\"not_started\""], 1.0);
+    told(&[
+        "[WARN]",
+        "sandbox could not run a script",
+        "reason=not_started",
+    ]);
+    wait_for(&collector, STREAK, &[], 3.0);
+
+    // Everything but the streak is of this life of the driver.
+    let lock = fs::read_to_string(nomad.state_dir().join("driver.lock")).unwrap();
+    let driver = Pid::from_raw(lock.trim().parse().unwrap());
+    kill(driver, Signal::SIGKILL).unwrap();
+    wait_for(&collector, SCRIPTS, &[], 0.0);
+    wait_for(&collector, STREAK, &[], 3.0);
+    assert_eq!(run("print(1)", 60), ScriptStatus::Success);
+    wait_for(&collector, STREAK, &[], 0.0);
+    wait_for(&collector, SCRIPTS, &["status=\"success\""], 1.0);
 }

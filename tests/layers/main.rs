@@ -37,6 +37,7 @@ const DRIVER: &[&str] = &[
     "logging",
     "netlink",
     "process",
+    "scripts",
     "spent",
     "state",
     "ticks",

@@ -7,7 +7,7 @@ use crate::{folder::Folder, process::Process, root};
 /// Dropping the collector stops it.
 pub struct Collector {
     _process: Process,
-    figures: String,
+    address: String,
     _folder: Folder,
 }
 
@@ -36,9 +36,15 @@ impl Collector {
             .arg("--config=yaml:service::telemetry::metrics::level: none");
         Self {
             _process: Process::start(&mut command, &folder.path().join("log")),
-            figures: format!("http://127.0.0.1:{prometheus}/metrics"),
+            address: format!("127.0.0.1:{prometheus}"),
             _folder: folder,
         }
+    }
+
+    /// Where Prometheus finds its metrics.
+    #[must_use]
+    pub fn address(&self) -> String {
+        self.address.clone()
     }
 
     /// The metrics that the collector shows to Prometheus; empty if it does not answer.
@@ -48,14 +54,8 @@ impl Collector {
     #[must_use]
     pub fn figures(&self) -> String {
         let mut curl = Command::new("curl");
-        let curl = curl.args([
-            "--silent",
-            "--max-time",
-            "5",
-            "--noproxy",
-            "*",
-            &self.figures,
-        ]);
+        curl.args(["--silent", "--max-time", "5", "--noproxy", "*"]);
+        curl.arg(format!("http://{}/metrics", self.address));
         let output = curl.output().expect("curl is installed");
         String::from_utf8_lossy(&output.stdout).into_owned()
     }

@@ -17,6 +17,7 @@ pub mod namespace;
 pub mod nomad;
 pub mod postgres;
 pub mod process;
+pub mod prometheus;
 pub mod shim;
 pub mod tls;
 

@@ -195,6 +195,9 @@ impl Prepared {
         let used = Arc::downgrade(&node.runs);
         let used = move || used.upgrade().map(|runs| runs.tokens.all());
         node.metrics.watch_tokens(used);
+        let runs = Arc::downgrade(&node.runs);
+        let scripts = move || runs.upgrade().map(|runs| runs.scripts.figures());
+        node.metrics.watch_scripts(scripts);
         task::recover(&node.tasks);
         recover::recover(&node.slots, open);
         node.site.images.collect();

@@ -36,9 +36,10 @@ use super::{
     cancel::Cause,
     claim::{self, MAX_ID_AGE, Parsed, Refusal},
     journal::{self, Journal, Record},
+    script,
     standing::{OnClaim, Standing},
 };
-use crate::{spent::Spent, state::files, tokens::Tokens};
+use crate::{scripts::Scripts, spent::Spent, state::files, tokens::Tokens};
 use fence::Fence;
 use memory::Memory;
 
@@ -86,6 +87,7 @@ pub struct Runs {
     /// Used by the runs of this life of the driver.
     pub(crate) tokens: Tokens,
     pub(crate) spent: Spent,
+    pub(crate) scripts: Scripts,
 }
 
 #[derive(Debug)]
@@ -154,6 +156,7 @@ impl Runs {
             refreshed: broadcast::Sender::new(MAX_STEPS),
             tokens: Tokens::default(),
             spent,
+            scripts: Scripts::open(state_dir),
         };
         Ok((runs, open))
     }
@@ -288,10 +291,14 @@ impl Runs {
             run_id: run.claimed.run_id,
             ended: ended.clone(),
         };
+        let script = script::execution(run, &ended);
         let outcome = Some(Outcome::Ended(ended));
         self.remember(run, &record, |_| {
             run.update(|progress| progress.outcome = outcome);
         });
+        if let Some(script) = script {
+            self.scripts.ended(&script);
+        }
         // After the outcome, with which reports of the run no longer count.
         self.spent.over(run.claimed.run_id, &run.claimed.user_id);
     }
