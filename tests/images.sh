@@ -5,9 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/lib.sh
 DOCKER=$(docker_program)
-if ! "$DOCKER" image inspect node:22-slim >/dev/null 2>&1 && ! timeout 300 "$DOCKER" pull --quiet node:22-slim >/dev/null 2>&1; then
-    packages mmdebstrap=mmdebstrap npm=npm
-fi
+for base in node:22-slim debian:trixie-slim; do
+    if ! "$DOCKER" image inspect "$base" >/dev/null 2>&1 && ! timeout 300 "$DOCKER" pull --quiet "$base" >/dev/null 2>&1; then
+        packages mmdebstrap=mmdebstrap npm=npm
+    fi
+done
 containers/build.sh "$@"
 
 # A small image for plain tasks: busybox, and a user beside root.

@@ -19,7 +19,7 @@ use polydev_transport::{
 use serde::Deserialize;
 
 pub use action::{Action, Need, What};
-pub use limits::{Asked, DEFAULT_TIMEOUT, TooMuch};
+pub use limits::{Asked, TooMuch, default_timeout};
 pub use policy::{OverBudget, Policy};
 use role::Role;
 

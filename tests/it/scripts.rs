@@ -230,7 +230,7 @@ print('x' * 300000)";
     );
     assert_eq!(
         result["message"],
-        "the output `link` is missing: it is a link"
+        "the output `link` is refused: it is a link"
     );
     assert_eq!(result["stdout"].as_str().unwrap().len(), 256 << 10);
     assert_eq!(result["stdout_bytes"], 300_001);

@@ -58,11 +58,15 @@ fn draws() -> Result<(), Box<dyn Error>> {
     )?;
     // Ours alone where that is possible: without root, everyone may write to it.
     let _not_root = chown(workspace.path(), Some(USER), Some(USER));
-    // The limits of a slot, or stricter ones.
-    let mut run = docker();
+    // The limits of a slot, or stricter ones. Whatever becomes of the client, the container ends.
+    let name = format!("polydev-sandbox-{}", std::process::id());
+    let mut run = Command::new("timeout");
+    run.arg("100").arg(docker().get_program());
     run.args([
         "run",
         "--rm",
+        "--name",
+        &name,
         "--network=none",
         "--memory=2g",
         "--memory-swap=2g",
@@ -87,6 +91,7 @@ fn draws() -> Result<(), Box<dyn Error>> {
     ))
     .args([&image, "python", "/workspace/smoke.py"]);
     let ran = output(&mut run);
+    output(docker().args(["rm", "--force", &name]));
     let (stdout, stderr) = (
         String::from_utf8_lossy(&ran.stdout),
         String::from_utf8_lossy(&ran.stderr),

@@ -4,7 +4,7 @@
 # and the user are those of a command.
 import sys
 
-# A module of these cannot be replaced by one in the script's folder, however Python is started.
+# Python has imported these before it looks into the script's folder.
 STARTED_WITH = frozenset(sys.modules)
 MAIN = {name: value for name, value in vars(sys.modules["__main__"]).items() if name != "sys"}
 
@@ -13,17 +13,22 @@ import importlib
 import importlib.machinery
 import io
 import os
+import signal
 import socket
 import stat
+import zipimport
 
 READY, TAKEN, FAILED = 1, 2, 3  # Of FromAgent.
 GO, SCRIPT = 2, 3  # Of ToAgent.
 
 # Beginnings of the names of variables that the interpreter, its libraries or the loader have read.
 READ_AT_START = (
-    "HOME", "LANG", "LC_", "LD_", "MALLOC_", "MKL_", "MPL", "NUMEXPR_", "OMP_", "OPENBLAS_",
-    "PATH", "POLARS_", "PYTHON", "TZ", "XDG_",
+    "HOME", "LANG", "LC_", "LD_", "MALLOC_", "MKL_", "MPL", "NETWORKX_", "NPY_", "NUMEXPR_", "NUMPY_",
+    "OMP_", "OPENBLAS_", "PANDAS_", "PATH", "POLARS_", "PYTHON", "TZ", "XDG_",
 )
+
+# Below the driver's own limit, so that the reason names the module.
+IMPORT_TIMEOUT = 60
 
 
 def encoded(number, content=b""):
@@ -104,14 +109,7 @@ class Script:
 
     def reason_to_start_anew(self):
         """Why a Python that starts would do something else, or ""."""
-        try:
-            # As for Python: a FIFO or a folder is another matter.
-            is_file = stat.S_ISREG(os.stat(self.path).st_mode)
-            with open(self.path, "rb"):
-                pass
-        except (OSError, ValueError):
-            is_file = False
-        if not is_file or self.path.endswith(b".pyc"):
+        if not is_text(self.path):
             return "the script is no file that can be read as text"
         for name, _ in self.env:
             if os.fsdecode(name).startswith(READ_AT_START):
@@ -145,6 +143,22 @@ class Script:
         if run_file(fopen(path, b"rb"), path, 1, None) != 0 and not was_interrupted():
             sys.exit(1)
         # A Python that ends after an unhandled KeyboardInterrupt ends by SIGINT.
+
+
+def is_text(path):
+    """Whether Python would read the file as a script, and not as a package or as bytecode."""
+    try:
+        # A FIFO would wait for a writer.
+        if not stat.S_ISREG(os.stat(path).st_mode) or path.endswith(b".pyc"):
+            return False
+        with open(path, "rb"):
+            pass
+        zipimport.zipimporter(os.fsdecode(path))
+        return False
+    except zipimport.ZipImportError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def was_interrupted():
@@ -181,25 +195,62 @@ run_file.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_vo
 run_file.restype = ctypes.c_int
 
 
+class silence:
+    """What modules print while they are imported is not the script's, and nobody reads it."""
+
+    def __enter__(self):
+        self.streams = [os.dup(1), os.dup(2)]
+        null = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(null, descriptor)
+        os.close(null)
+
+    def __exit__(self, *_error):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, stream in zip((1, 2), self.streams):
+            os.dup2(stream, descriptor)
+            os.close(stream)
+
+
+def within(seconds, act, *arguments):
+    def is_late(*_):
+        raise TimeoutError(f"it took more than {seconds} s")
+
+    former = signal.signal(signal.SIGALRM, is_late)
+    signal.alarm(seconds)
+    try:
+        return act(*arguments)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def fail(control, reason):
+    control.say(FAILED, reason[:1000])
+    os._exit(1)
+
+
 def wait(names):
     """Imports the modules, and returns the script and its stdin. Ends without one."""
     control = Control()
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except Exception as error:
-            control.say(FAILED, f"cannot import `{name}`: {error}"[:1000])
-            os._exit(1)
+    with silence():
+        for name in names:
+            try:
+                within(IMPORT_TIMEOUT, importlib.import_module, name)
+            except BaseException as error:
+                fail(control, f"cannot import `{name}`: {error}")
     control.say(READY)
     number, content = control.hear()
     if number != SCRIPT:
-        control.say(FAILED, "it takes only a script")
-        os._exit(1)
-    script = Script(content)
-    reason = script.reason_to_start_anew()
+        fail(control, "it takes only a script")
+    try:
+        script = Script(content)
+        reason = script.reason_to_start_anew()
+    except Exception as error:
+        reason = f"it cannot look at the script: {error}"
     if reason:
-        control.say(FAILED, reason)
-        os._exit(1)
+        fail(control, reason)
     control.say(TAKEN)
     control.hear()  # Go.
     control.socket.close()

@@ -255,6 +255,7 @@ fn plugin_values_out_of_range_are_refused_by_name() {
     check(json!({"init_path": "init"}), "init_path");
     check(json!({"run_class": {"cpu": 0}}), "run_class.cpu");
     check(json!({"run_class": {"memory": 1.5}}), "run_class.memory");
+    check(json!({"python_class": {"pids": 1}}), "python_class.pids");
     let boost = json!({"run_class": {"start_boost": {"cpu": 900}}});
     check(boost, "run_class.start_boost");
     check(json!({"run_headroom": {"cpu": 100}}), "run_headroom.memory");
@@ -280,6 +281,47 @@ fn plugin_values_out_of_range_are_refused_by_name() {
     check(json!({"auth": {"helper": "/bin/sh"}}), "auth.helper");
     check(json!({"volumes": {"enabled": "maybe"}}), "volumes.enabled");
     check(json!({"unheard_of": 1}), "unheard_of");
+}
+
+#[test]
+fn a_slot_for_scripts_has_no_model_no_network_and_modules() {
+    let slot = |mut slot: Value| {
+        slot["provider"] = "python".into();
+        match task(&json!({ "slot": slot })) {
+            Ok(Config::Slot(slot)) => Ok(slot),
+            Ok(Config::Plain(_)) => panic!("it is a slot"),
+            Err(error) => Err(error.to_string()),
+        }
+    };
+    let usual = slot(json!({})).unwrap();
+    assert_eq!(usual.image, "polydev-python-sandbox:latest");
+    assert_eq!(usual.egress, Egress::Listed(Vec::new()));
+    assert!(usual.imports.contains(&"pandas".to_owned()));
+    let few = slot(json!({"imports": ["numpy.linalg"]})).unwrap();
+    assert_eq!(few.imports, ["numpy.linalg"]);
+    for (wrong, words) in [
+        (
+            json!({"imports": ["os; x"]}),
+            "`slot.imports` is `os; x`: must be names of modules",
+        ),
+        (
+            json!({"imports": vec!["a"; 101]}),
+            "`slot.imports` is `a list of 101`: must have at most 100",
+        ),
+        (
+            json!({"upstream": {"base_url": "https://a.example"}}),
+            "`slot.upstream` is `https://a.example`: must be absent",
+        ),
+    ] {
+        let refused = slot(wrong).unwrap_err();
+        assert!(refused.starts_with(words), "{refused}");
+    }
+    let of_cli = task(&json!({"slot": {"provider": "openai", "imports": ["numpy"]}}));
+    let refused = of_cli.unwrap_err().to_string();
+    assert!(
+        refused.starts_with("`slot.imports` is `numpy`"),
+        "{refused}"
+    );
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::{pin::pin, time::Duration};
 
-use polydev_proto::init::Start;
+use polydev_proto::{init::Start, provider::Provider};
 use tokio::time::sleep;
 
 use super::Slots;
@@ -22,7 +22,10 @@ pub(super) struct Boosted {
 impl Boosted {
     /// Takes what the node's configuration gives, as far as the headroom has it. `None` for a run
     /// that has the limits of its class from the start, as one whose CLI has started already.
-    pub(super) fn take(slots: &Slots, class: Limits, start: &Start) -> Option<Self> {
+    pub(super) fn take(slots: &Slots, provider: Provider, start: &Start) -> Option<Self> {
+        // A script computes from its start to its end, with what its class has.
+        provider.vendor().ok()?;
+        let class = slots.site.config.class(provider);
         if start
             .prompt
             .as_ref()

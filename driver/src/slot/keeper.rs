@@ -417,7 +417,7 @@ impl Keeper {
         // From now on, another life of the driver recovers it only as the container of its run.
         self.slots.idle.forget(&self.slot.identity.slot_id());
         let class = self.slots.site.config.class(self.slot.config.provider);
-        let boosted = Boosted::take(&self.slots, class, &order.start);
+        let boosted = Boosted::take(&self.slots, self.slot.config.provider, &order.start);
         let boost_time = boosted
             .as_ref()
             .map_or(Duration::ZERO, |boosted| boosted.time);

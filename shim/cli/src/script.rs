@@ -54,7 +54,7 @@ pub struct Arguments {
     #[arg(long, default_value = "local")]
     user: String,
     /// Copy a file into `/workspace`, where the script works, under its own name or as PATH; may
-    /// be repeated.
+    /// be repeated. The script and its files have at most 4 MiB; `run python --file` takes more.
     #[arg(long, value_name = "SOURCE[:PATH]")]
     file: Vec<Given>,
     /// A file that the script must leave in `/workspace`: as text, which must be UTF-8, or as
@@ -114,19 +114,11 @@ pub async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
 
 /// As that of `run`.
 fn exit_code(result: &RunScriptResponse) -> ExitCode {
-    let own = result.exit_code.and_then(|code| u8::try_from(code).ok());
-    match (result.status(), own) {
-        (ScriptStatus::Timeout, _) => ExitCode::from(124),
+    match (result.status(), result.reason()) {
+        (_, ExitReason::Lost) => ExitCode::from(FAILED),
         // It ended well and left too little.
-        (ScriptStatus::Failure, Some(0)) => ExitCode::FAILURE,
-        (_, Some(own)) => ExitCode::from(own),
-        (_, None) => match (result.reason(), u8::try_from(result.signal)) {
-            (ExitReason::Signaled | ExitReason::OutOfMemory, Ok(signal @ 1..)) => {
-                ExitCode::from(128 + signal)
-            }
-            (ExitReason::Cancelled, _) => ExitCode::from(143),
-            _ => ExitCode::from(FAILED),
-        },
+        (ScriptStatus::Failure, _) if result.run_exit_code == 0 => ExitCode::FAILURE,
+        _ => ExitCode::from(u8::try_from(result.run_exit_code).unwrap_or(FAILED)),
     }
 }
 
@@ -159,12 +151,16 @@ fn show(result: &RunScriptResponse, folder: &Path) -> anyhow::Result<()> {
             .zip(contents.clone())
             .map(artifact)
             .collect(),
-        left_out: result.refused_outputs.clone(),
-        left_out_count: u32::try_from(result.refused_outputs.len())?,
+        ..Artifacts::default()
     }))?;
     let data = contents.collect::<Vec<_>>().concat().into();
     receiver.on(&Event::ArtifactData(runtime::Output { offset: 0, data }))?;
-    if !result.message.is_empty() {
+    for refused in &result.refused_outputs {
+        let (path, reason) = (&refused.path, &refused.reason);
+        eprintln!("polydev-shim: the output `{path}` is refused: {reason}");
+    }
+    // If it only has such outputs, the message is about the first.
+    if !result.message.is_empty() && result.run_exit_code != 0 {
         eprintln!("polydev-shim: {}", result.message);
     }
     Ok(())
@@ -193,6 +189,8 @@ fn to_json(result: &RunScriptResponse) -> serde_json::Value {
         },
         "exit_code": result.exit_code,
         "signal": result.signal,
+        "run_exit_code": result.run_exit_code,
+        "oom_kills": result.oom_kills,
         "reason": result.reason().as_str_name().trim_start_matches("EXIT_REASON_"),
         "message": result.message,
         "duration_seconds": seconds,

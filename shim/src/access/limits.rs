@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use polydev_proto::{
+    provider::Provider,
     runtime::{self, RunStart, run_start::Command},
     workspace,
 };
@@ -10,7 +11,18 @@ use serde::{Deserialize, Deserializer, de};
 use wildmatch::WildMatch;
 
 /// The timeout of a run whose caller gives none.
-pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+/// The same for a script, as the systems before this one had it.
+const DEFAULT_SCRIPT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The timeout of a run that says nothing of it.
+#[must_use]
+pub fn default_timeout(provider: Provider) -> Duration {
+    match provider {
+        Provider::Cli(_) => DEFAULT_TIMEOUT,
+        Provider::Python => DEFAULT_SCRIPT_TIMEOUT,
+    }
+}
 
 /// The part of a `[[role]]` that limits what its members may start.
 #[derive(Debug, Default, Clone)]
@@ -72,6 +84,14 @@ impl<'de> Deserialize<'de> for MaxTimeout {
     }
 }
 
+/// An unknown provider is refused elsewhere.
+fn default_of(start: &RunStart) -> Duration {
+    start
+        .provider
+        .parse()
+        .map_or(DEFAULT_TIMEOUT, default_timeout)
+}
+
 /// A role does not allow a run to do so much.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TooMuch {
@@ -124,7 +144,7 @@ impl Asked {
             has_settings: !start.env.is_empty()
                 || !["", workspace::PATH].contains(&&*start.work_dir)
                 || start.files.iter().any(|file| is_hidden(&file.path)),
-            timeout: timeout.unwrap_or(DEFAULT_TIMEOUT),
+            timeout: timeout.unwrap_or_else(|| default_of(start)),
             program,
             variables: start.env.keys().cloned().collect(),
         }
@@ -147,7 +167,7 @@ impl Limits {
         }
         if let Some(MaxTimeout(most)) = self.max_timeout
             && start.timeout.is_none()
-            && most < DEFAULT_TIMEOUT
+            && most < default_of(start)
         {
             start.timeout = most.try_into().ok();
         }

@@ -30,10 +30,11 @@ pub(super) struct Arguments {
     base_urls: Vec<(Vendor, String)>,
     /// What a pool's containers may reach beside their model: HOST or HOST:PORT, with a name,
     /// `*.NAME`, an address or a network; nothing after `=` allows nothing; may be repeated.
-    /// [default: all public addresses]
+    /// [default: all public addresses; for python nothing]
     #[arg(long, value_name = "PROVIDER=HOST,...", value_parser = egress)]
     egress: Vec<(Provider, Vec<String>)>,
-    /// Start the provider's CLI in every idle slot, where it waits for a prompt.
+    /// Start the provider's CLI, or a Python, in every idle slot, where it waits for a prompt or a
+    /// script.
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     agents: bool,
     /// The driver's program. [default: nomad-driver-polydev in the folder of this program]

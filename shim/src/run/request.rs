@@ -250,7 +250,7 @@ impl Request {
                 false => start.work_dir,
             },
             stdin: start.stdin || stdin.is_some(),
-            timeout: times::timeout(start.timeout)?.try_into().ok(),
+            timeout: times::timeout(start.timeout, provider)?.try_into().ok(),
             kill_timeout: times::kill_timeout(start.kill_timeout)?.try_into().ok(),
             drop_oldest,
             secret_names: Vec::new(),

@@ -1,7 +1,7 @@
 //! A script as a run: `python FILE [ARGUMENT...]`, with its files and its artifacts, and the run's
 //! events as the script's result.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use polydev_proto::{
@@ -22,11 +22,6 @@ use super::request::Invalid;
 const MAX_OUTPUTS: u64 = 2 << 20;
 /// Most bytes of stdout, and of stderr, that the answer has.
 const MAX_STREAM: usize = 256 << 10;
-/// As the systems before this one.
-const TIMEOUT: Duration = Duration {
-    seconds: 60,
-    nanos: 0,
-};
 const NAME: &str = "script.py";
 
 /// What is known of a script's result.
@@ -34,9 +29,11 @@ const NAME: &str = "script.py";
 pub struct Outcome {
     expected: Vec<ExpectedOutput>,
     response: RunScriptResponse,
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
     files: Vec<Artifact>,
     left_out: Vec<LeftOut>,
-    /// The contents of the files, one after the other.
+    /// The contents of the files, one after the other, up to the first byte that was lost.
     contents: Vec<u8>,
 }
 
@@ -70,9 +67,19 @@ pub fn start(request: RunScriptRequest) -> Result<(RunStart, Outcome), Invalid> 
     let invalid =
         |field: String, problem: String| Invalid::Command(exec::Invalid { field, problem });
     workspace::check_path(&name).map_err(|problem| invalid("script_name".into(), problem))?;
+    if expected.len() > workspace::MAX_PATTERNS {
+        let (given, most) = (expected.len(), workspace::MAX_PATTERNS);
+        let problem = format!("has {given} entries; at most {most} are allowed");
+        return Err(invalid("expected_outputs".into(), problem));
+    }
+    let mut paths = BTreeSet::new();
     for (index, output) in expected.iter().enumerate() {
         let field = |name: &str| format!("expected_outputs[{index}].{name}");
         workspace::check_path(&output.path).map_err(|problem| invalid(field("path"), problem))?;
+        if !paths.insert(&output.path) {
+            let problem = format!("is `{}`, which is there twice", output.path);
+            return Err(invalid(field("path"), problem));
+        }
         if OutputKind::try_from(output.kind).is_err() {
             let problem = format!(
                 "is {}; must be OUTPUT_KIND_TEXT or OUTPUT_KIND_BINARY",
@@ -99,9 +106,10 @@ pub fn start(request: RunScriptRequest) -> Result<(RunStart, Outcome), Invalid> 
             text: argv.into_iter().chain(args).collect(),
             args: Vec::new(),
         })),
-        files: [file].into_iter().chain(files).collect(),
+        // A file of the caller's keeps its number in errors.
+        files: files.into_iter().chain([file]).collect(),
         env: env.into_iter().collect(),
-        timeout: Some(timeout.unwrap_or(TIMEOUT)),
+        timeout,
         queue_timeout,
         artifacts: (!patterns.is_empty()).then_some(ArtifactRules {
             patterns,
@@ -125,15 +133,18 @@ impl Outcome {
         match event.event {
             Some(Event::Accepted(accepted)) => response.run_id = accepted.run_id,
             Some(Event::Started(started)) => response.started = Some(started),
-            Some(Event::Stdout(output)) => append(&mut response.stdout, output.data),
-            Some(Event::Stderr(output)) => append(&mut response.stderr, output.data),
+            Some(Event::Stdout(output)) => append(&mut self.stdout, &output.data),
+            Some(Event::Stderr(output)) => append(&mut self.stderr, &output.data),
             Some(Event::Artifacts(artifacts)) => {
                 self.files = artifacts.files;
                 self.left_out = artifacts.left_out;
             }
-            Some(Event::ArtifactData(output)) => self.contents.extend_from_slice(&output.data),
+            // What follows a gap is of no use: nobody knows whose it is.
+            Some(Event::ArtifactData(output)) if output.offset == self.contents.len() as u64 => {
+                self.contents.extend_from_slice(&output.data);
+            }
             Some(Event::Exited(exited)) => self.end(exited),
-            // Nothing is lost of a run whose caller waits for all of it, and it has no model.
+            // What is lost is missing at the end, and a script has no model.
             _ => {}
         }
     }
@@ -145,10 +156,14 @@ impl Outcome {
         response.signal = exited.signal;
         response.exit_code = (exited.reason() == ExitReason::Exited).then_some(exited.exit_code);
         (response.stdout_bytes, response.stderr_bytes) = (exited.stdout_bytes, exited.stderr_bytes);
-        response.message = match exited.reason() {
-            ExitReason::Exited if exited.exit_code != 0 => {
-                format!("the script ended with status {}", exited.exit_code)
-            }
+        response.run_exit_code = exited.exit_code;
+        response.oom_kills = exited.oom_kills;
+        response.message = match (exited.reason(), exited.exit_code, exited.oom_kills) {
+            (ExitReason::Exited, 0, _) => String::new(),
+            (ExitReason::Exited, status, 0) => format!("the script ended with status {status}"),
+            (ExitReason::Exited, status, killed) => format!(
+                "the script ended with status {status}; its memory was used up, and the kernel killed {killed} of its processes"
+            ),
             _ => exited.message,
         };
     }
@@ -159,11 +174,15 @@ impl Outcome {
         let mut contents = Bytes::from(std::mem::take(&mut self.contents));
         let mut found = BTreeMap::new();
         for Artifact { path, size, .. } in std::mem::take(&mut self.files) {
-            let size = usize::try_from(size)
-                .unwrap_or(usize::MAX)
-                .min(contents.len());
-            found.insert(path, contents.split_to(size));
+            let size = usize::try_from(size).unwrap_or(usize::MAX);
+            let whole = (size <= contents.len()).then(|| contents.split_to(size));
+            if whole.is_none() {
+                contents.clear();
+            }
+            found.insert(path, whole);
         }
+        self.response.stdout = std::mem::take(&mut self.stdout).into();
+        self.response.stderr = std::mem::take(&mut self.stderr).into();
         for expected in std::mem::take(&mut self.expected) {
             let path = expected.path.clone();
             match self.output(expected, &found) {
@@ -177,7 +196,7 @@ impl Outcome {
             response.refused_outputs.first(),
         ) {
             response.message = format!(
-                "the output `{}` is missing: {}",
+                "the output `{}` is refused: {}",
                 refused.path, refused.reason
             );
         }
@@ -194,7 +213,7 @@ impl Outcome {
     fn output(
         &self,
         expected: ExpectedOutput,
-        found: &BTreeMap<String, Bytes>,
+        found: &BTreeMap<String, Option<Bytes>>,
     ) -> Result<ScriptOutput, String> {
         let kind = expected.kind();
         let path = expected.path;
@@ -206,6 +225,9 @@ impl Outcome {
                 Some(left_out) => left_out.reason.clone(),
                 None => "the run ended before it could be fetched".into(),
             });
+        };
+        let Some(content) = content else {
+            return Err("its content was lost".into());
         };
         let content = match kind {
             OutputKind::Text => match String::from_utf8(content.to_vec()) {
@@ -221,11 +243,9 @@ impl Outcome {
     }
 }
 
-fn append(stream: &mut Bytes, data: Bytes) {
+fn append(stream: &mut Vec<u8>, data: &[u8]) {
     let room = MAX_STREAM.saturating_sub(stream.len()).min(data.len());
-    if room > 0 {
-        *stream = [&stream[..], &data[..room]].concat().into();
-    }
+    stream.extend_from_slice(&data[..room]);
 }
 
 /// From the command's start to its end.
@@ -235,4 +255,146 @@ fn duration(exited: &Exited) -> Option<Duration> {
         std::time::Duration::try_from(stage?.at?).ok()
     };
     at("exited")?.checked_sub(at("started")?)?.try_into().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use polydev_proto::runtime::{Artifacts, Output};
+
+    use super::*;
+
+    fn expects(paths: &[&str]) -> Outcome {
+        let expected = paths.iter().map(|path| ExpectedOutput {
+            path: (*path).to_owned(),
+            kind: 0,
+        });
+        let request = RunScriptRequest {
+            script: "1".into(),
+            expected_outputs: expected.collect(),
+            ..RunScriptRequest::default()
+        };
+        start(request).unwrap().1
+    }
+
+    fn result(mut outcome: Outcome, events: Vec<Event>) -> RunScriptResponse {
+        for event in events {
+            outcome.take(RunEvent { event: Some(event) });
+        }
+        outcome.result()
+    }
+
+    fn artifacts(files: &[(&str, u64)]) -> Event {
+        let file = |(path, size): &(&str, u64)| Artifact {
+            path: (*path).to_owned(),
+            size: *size,
+            mode: 0,
+        };
+        Event::Artifacts(Artifacts {
+            files: files.iter().map(file).collect(),
+            ..Artifacts::default()
+        })
+    }
+
+    fn data(offset: u64, data: &'static str) -> Event {
+        Event::ArtifactData(Output {
+            offset,
+            data: data.into(),
+        })
+    }
+
+    fn exited(reason: ExitReason, exit_code: i32) -> Event {
+        Event::Exited(Exited {
+            reason: reason.into(),
+            exit_code,
+            ..Exited::default()
+        })
+    }
+
+    #[test]
+    fn a_success_has_ended_with_zero_and_left_all_that_is_expected() {
+        let events = vec![
+            artifacts(&[("a", 2), ("b", 3)]),
+            data(0, "aab"),
+            data(3, "bb"),
+            exited(ExitReason::Exited, 0),
+        ];
+        let found = result(expects(&["b", "a"]), events);
+        assert_eq!(found.status(), ScriptStatus::Success, "{found:?}");
+        let output = |path: &str, content: &'static str| ScriptOutput {
+            path: path.into(),
+            content: Some(Content::Binary(content.into())),
+        };
+        assert_eq!(found.outputs, [output("b", "bbb"), output("a", "aa")]);
+        assert_eq!((found.message.as_str(), found.exit_code), ("", Some(0)));
+    }
+
+    #[test]
+    fn an_output_of_which_bytes_are_lost_is_no_output() {
+        for lost in [
+            vec![data(0, "aab")],
+            vec![data(0, "aa"), data(3, "bb")],
+            vec![],
+        ] {
+            let last = exited(ExitReason::Exited, 0);
+            let events = [vec![artifacts(&[("a", 2), ("b", 3)])], lost, vec![last]];
+            let found = result(expects(&["b"]), events.concat());
+            assert_eq!(found.status(), ScriptStatus::Failure);
+            assert_eq!(found.refused_outputs[0].reason, "its content was lost");
+        }
+    }
+
+    #[test]
+    fn what_is_not_the_scripts_end_has_no_status_of_its_own() {
+        for (reason, code, status) in [
+            (ExitReason::Deadline, 124, ScriptStatus::Timeout),
+            (ExitReason::NotStarted, 127, ScriptStatus::Failure),
+            (ExitReason::OutOfMemory, 137, ScriptStatus::Failure),
+            (ExitReason::Cancelled, 143, ScriptStatus::Failure),
+        ] {
+            let found = result(expects(&[]), vec![exited(reason, code)]);
+            assert_eq!((found.status(), found.exit_code), (status, None));
+            assert_eq!(found.run_exit_code, code);
+        }
+        let own = result(expects(&[]), vec![exited(ExitReason::Exited, 126)]);
+        assert_eq!(
+            (own.status(), own.exit_code),
+            (ScriptStatus::Failure, Some(126))
+        );
+        // A stream that ends before the run.
+        let broken = result(expects(&["a"]), vec![]);
+        assert_eq!(broken.status(), ScriptStatus::Failure);
+    }
+
+    #[test]
+    fn streams_and_expectations_are_bounded() {
+        let letters = || {
+            Event::Stdout(Output {
+                offset: 0,
+                data: vec![b'x'; 100_000].into(),
+            })
+        };
+        let found = result(expects(&[]), (0..9).map(|_| letters()).collect());
+        assert_eq!(found.stdout.len(), MAX_STREAM);
+        for (paths, field) in [
+            (
+                vec!["a".to_owned(), "a".to_owned()],
+                "expected_outputs[1].path",
+            ),
+            (
+                (0..101).map(|number| number.to_string()).collect(),
+                "expected_outputs",
+            ),
+            (vec!["../a".to_owned()], "expected_outputs[0].path"),
+        ] {
+            let expected = paths
+                .into_iter()
+                .map(|path| ExpectedOutput { path, kind: 0 });
+            let request = RunScriptRequest {
+                script: "1".into(),
+                expected_outputs: expected.collect(),
+                ..RunScriptRequest::default()
+            };
+            assert_eq!(start(request).unwrap_err().field(), field);
+        }
+    }
 }

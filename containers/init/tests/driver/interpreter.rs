@@ -305,24 +305,30 @@ fn what_a_python_reads_when_it_starts_starts_it_anew() {
         reason(&nothing, &path),
         "Python or a library reads `PYTHONPATH` when it starts"
     );
+    let no_text = "the script is no file that can be read as text";
     let missing = |start: &mut Start| start.argv[1] = "missing.py".into();
-    assert_eq!(
-        reason(&nothing, &missing),
-        "the script is no file that can be read as text"
-    );
+    assert_eq!(reason(&nothing, &missing), no_text);
+    let bytecode = |work: &Path| fs::rename(work.join("script.py"), work.join("a.pyc")).unwrap();
+    let named = |start: &mut Start| start.argv[1] = "a.pyc".into();
+    assert_eq!(reason(&bytecode, &named), no_text);
+    // The end of a zip file, which has nothing in it.
+    let zip = |work: &Path| {
+        let end = [&b"PK\x05\x06"[..], &[0; 18]].concat();
+        fs::write(work.join("script.py"), end).unwrap();
+    };
+    assert_eq!(reason(&zip, &unchanged), no_text);
 }
 
 #[test]
 fn other_commands_have_a_container_as_if_no_python_had_waited() {
     let (init, mut link, work) = started();
-    park(&mut link, &work, &[]);
-    fs::write(init.folder.path().join("left"), "by the agent").unwrap();
-    link.send(to_init::Message::Start(
-        shell("echo $0; pgrep -c python; true").into(),
-    ));
+    assert_eq!(park(&mut link, &work, &[]).state(), State::Ready);
+    let left = init.folder.path().join("left");
+    fs::write(&left, "by the agent").unwrap();
+    link.send(to_init::Message::Start(shell("echo a command").into()));
     let (form, shown) = finish(&mut link);
-    assert_eq!(form, None);
-    assert!(shown.stdout.starts_with("sh\n"), "{shown:?}");
+    assert_eq!((form, shown.stdout.as_str()), (None, "a command\n"));
+    assert!(!left.exists());
 }
 
 #[test]
@@ -348,12 +354,18 @@ fn a_script_that_is_told_to_end_may_clean_up() {
     link.send(to_init::Message::Start(
         script(&work, &["script.py"]).into(),
     ));
+    let mut form = None;
     loop {
-        if let from_init::Message::Data(data) = link.next() {
-            assert!(data.data.starts_with(b"ready"), "{data:?}");
-            break;
+        match link.next() {
+            from_init::Message::Started(started) => form = started.form,
+            from_init::Message::Data(data) => {
+                assert!(data.data.starts_with(b"ready"), "{data:?}");
+                break;
+            }
+            _ => {}
         }
     }
+    assert!(form.unwrap().parked);
     link.send(to_init::Message::Signal(Signal { number: 15 }));
     let (_, shown) = finish(&mut link);
     assert_eq!(

@@ -2,8 +2,10 @@
 
 use std::{ops::RangeInclusive, time::Duration};
 
+use polydev_proto::provider::Provider;
+
 use super::Invalid;
-use crate::access::DEFAULT_TIMEOUT;
+use crate::access::default_timeout;
 
 /// The shortest time of any kind, but for a wait.
 pub(in crate::run) const MIN_TIME: Duration = Duration::from_millis(1);
@@ -22,9 +24,13 @@ pub const MAX_RUN_TIME: Duration = MAX_TIMEOUT
 /// report the end.
 pub(super) const TELL_TIMEOUT: Duration = Duration::from_secs(8 * 60);
 
-pub(super) fn timeout(given: Option<prost_types::Duration>) -> Result<Duration, Invalid> {
+pub(super) fn timeout(
+    given: Option<prost_types::Duration>,
+    provider: Provider,
+) -> Result<Duration, Invalid> {
     let allowed = MIN_TIME..=MAX_TIMEOUT;
-    bounded("timeout", given, DEFAULT_TIMEOUT, allowed, "1 ms to 24 h")
+    let default = default_timeout(provider);
+    bounded("timeout", given, default, allowed, "1 ms to 24 h")
 }
 
 pub(super) fn kill_timeout(given: Option<prost_types::Duration>) -> Result<Duration, Invalid> {

@@ -1,24 +1,34 @@
 //! The call that runs a script to its end: `RunScript`.
 
-use std::{pin::pin, time::Instant};
+use std::{
+    pin::pin,
+    time::{Duration, Instant},
+};
 
 use futures_util::StreamExt;
 use polydev_proto::{
     node::TraceContext,
     runtime::{RunScriptRequest, RunScriptResponse},
 };
-use tokio::sync::oneshot;
+use polydev_transport::backoff::Backoff;
+use tokio::{sync::oneshot, time::sleep};
 use tonic::Status;
 
 use super::Api;
 use crate::{
     access::Caller,
+    pool::View,
     run::{
         Error,
         attach::{self, Name},
         script,
     },
 };
+
+/// A claim may be on its way to a node, which then knows the run a moment later.
+const MAX_TRIES: usize = 10;
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 impl Api {
     /// # Cancel safety
@@ -36,11 +46,8 @@ impl Api {
         let (is_over, over) = oneshot::channel();
         let (view, name) = (self.view.clone(), Name { run_id, user_id });
         self.runs.spawn(async move {
-            if over.await.is_err()
-                && let Err(error) = attach::cancel(&view, &name).await
-            {
-                let error = crate::chain(&error);
-                tracing::info!(%run_id, error, "cannot end the script of a caller that is gone");
+            if over.await.is_err() {
+                end(&view, &name).await;
             }
         });
         let mut events = pin!(events);
@@ -50,4 +57,19 @@ impl Api {
         let _nobody_waits = is_over.send(());
         Ok(outcome.result())
     }
+}
+
+/// Ends the script of a call that is gone. One that no node knows has not started.
+async fn end(view: &View, name: &Name) {
+    let mut retry = Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL);
+    let mut last = None;
+    for _ in 0..MAX_TRIES {
+        match attach::cancel(view, name).await {
+            Ok(()) => return,
+            Err(error) => last = Some(error),
+        }
+        sleep(retry.next_wait()).await;
+    }
+    let error = last.map(|error| crate::chain(&error));
+    tracing::info!(run_id = %name.run_id, error, "the script of a call that is gone may go on");
 }
