@@ -19,7 +19,7 @@ use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
 };
 use polydev_cli::{FAILED, Options, egress, run, runs, script, status, tls_files};
-use polydev_shim::{access::Access, audit::Audit, credentials::store, token};
+use polydev_shim::{access::Access, audit::Audit, credentials::store, token, traces::Traces};
 use polydev_transport::{
     address::{Address, DEFAULT, Listener},
     tls::{Callers, Files},
@@ -76,6 +76,21 @@ enum Command {
         /// Folder for the pages; created if missing.
         folder: PathBuf,
     },
+}
+
+/// Where a shim sends what it knows of runs.
+#[derive(clap::Args)]
+struct Telemetry {
+    /// OpenTelemetry collector that gets a trace of each run, over OTLP with gRPC:
+    /// http://HOST:PORT. [default: no traces]
+    #[arg(long, env = "POLYDEV_OTLP_ENDPOINT", value_name = "URL")]
+    otlp_endpoint: Option<String>,
+}
+
+impl Telemetry {
+    fn traces(&self) -> Result<Traces, polydev_shim::traces::Error> {
+        Traces::new(self.otlp_endpoint.as_deref())
+    }
 }
 
 /// Where a shim listens, and who may call it.

@@ -22,6 +22,7 @@ pub mod provider;
 pub mod rate;
 pub mod secret;
 pub mod token;
+pub mod traces;
 
 pub mod engine;
 pub mod nomad;

@@ -51,6 +51,7 @@ mod rolls;
 mod runs;
 mod scripts;
 mod secrets;
+mod spans;
 mod store;
 mod survive;
 mod terminal;

@@ -61,6 +61,7 @@ const SHIM: &[&str] = &[
     "audit",
     "access",
     "rate",
+    "traces",
 ];
 
 #[test]

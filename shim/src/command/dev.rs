@@ -48,6 +48,8 @@ pub(super) struct Arguments {
     #[command(flatten)]
     rates: Rates,
     #[command(flatten)]
+    telemetry: super::Telemetry,
+    #[command(flatten)]
     vault: super::Vault,
 }
 
@@ -111,6 +113,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let access = arguments.listen.access()?;
     let audit = arguments.listen.audit()?;
     let tokens = arguments.listen.tokens()?;
+    let traces = arguments.telemetry.traces()?;
     let stop = super::stop_signal()?;
     let listeners = arguments.listen.bind(tokens.as_ref()).await?;
 
@@ -142,6 +145,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         access,
         audit,
         tokens,
+        traces,
         limits,
     };
     let served = tokio::select! {

@@ -10,7 +10,7 @@ use polydev_shim::{
     pool::{View, drained, follow},
     rate::Rates,
     run::queue::PerUser,
-    service,
+    service, traces,
 };
 use polydev_transport::tls::{Callers, Files, GRPC, Trust};
 use sd_notify::NotifyState;
@@ -56,6 +56,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     stop_timeout: u32,
     #[command(flatten)]
+    telemetry: super::Telemetry,
+    #[command(flatten)]
     vault: super::Vault,
     /// Slots of one provider that may be on order from Nomad at a time, for runs that find no
     /// idle slot; 0 orders none.
@@ -70,6 +72,7 @@ impl Arguments {
         self.vault.open()?;
         self.listen.access()?;
         self.listen.tokens()?;
+        traces::check(self.telemetry.otlp_endpoint.as_deref())?;
         if let Some(key) = &self.listen.audit_key_file {
             Key::read(key)?;
         }
@@ -101,6 +104,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let access = arguments.listen.access()?;
     let audit = arguments.listen.audit()?;
     let tokens = arguments.listen.tokens()?;
+    let traces = arguments.telemetry.traces()?;
 
     let stop = super::stop_signal()?;
     let listeners = arguments.listen.bind(tokens.as_ref()).await?;
@@ -128,6 +132,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         access,
         audit,
         tokens,
+        traces,
         limits,
     };
     let serving = tokio::select! {

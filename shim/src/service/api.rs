@@ -36,6 +36,7 @@ use crate::{
     pool::View,
     rate::Rate,
     run::{on_demand::OnDemand, queue::Queue},
+    traces::Traces,
 };
 
 /// The calls of a shim, and what they need.
@@ -46,6 +47,7 @@ pub(super) struct Api {
     pub(super) vault: Arc<Vault>,
     pub(super) access: Arc<Access>,
     pub(super) audit: Audit,
+    pub(super) traces: Traces,
     pub(super) queue: Queue,
     pub(super) on_demand: OnDemand,
     pub(super) user_rate: Rate,

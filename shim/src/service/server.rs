@@ -30,6 +30,7 @@ use crate::{
         queue::{PerUser, Queue},
     },
     token::Tokens,
+    traces::Traces,
 };
 
 /// The interval between two pings to a caller, and how long the shim waits for an answer. A caller
@@ -63,6 +64,7 @@ pub struct Parts {
     pub audit: Audit,
     /// `None` if the shim accepts no tokens.
     pub tokens: Option<Tokens>,
+    pub traces: Traces,
     pub limits: Limits,
 }
 
@@ -83,6 +85,7 @@ pub async fn serve(
         access,
         audit,
         tokens,
+        traces,
         limits,
     } = parts;
     let access = Arc::new(access);
@@ -96,6 +99,7 @@ pub async fn serve(
         vault: vault.clone(),
         access: access.clone(),
         audit: audit.clone(),
+        traces: traces.clone(),
         queue: queue.clone(),
         user_rate: Rate::new("user", limits.rates.user),
         bodies: bodies.clone(),
@@ -158,6 +162,8 @@ pub async fn serve(
         () = queue.keep() => unreachable!("it never ends"),
         () = keep(tokens) => unreachable!("it never ends"),
     }
+    let finished = tokio::task::spawn_blocking(move || traces.finish());
+    let _it_does_not_panic = finished.await;
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use polydev_proto::{
     node::TraceContext,
     runtime::{
         CancelRunRequest, CancelRunResponse, InputFile, RunEvent, RunStart, SubmitJobRequest,
-        SubmitJobResponse, input_file,
+        SubmitJobResponse, input_file, run_event::Event,
     },
     stream::PerStream,
 };
@@ -53,14 +53,17 @@ impl Api {
             None => (without_stdin(start)?, silent()),
         };
         let mut request = self.admit(start, trace, caller).await?;
+        let (run_id, provider) = (request.run_id, request.provider);
+        let caller = request.trace.take();
+        let (trace, mut ours) = self.traces.begin(caller, received, run_id, provider);
+        request.trace = trace;
         let longest = request.longest();
         let name = Name {
             run_id: request.run_id,
             user_id: request.user_id.clone(),
         };
         let own = request.own_input.take();
-        let run_id = name.run_id;
-        let span = span(run_id, &name.user_id, Some(request.provider));
+        let span = span(run_id, &name.user_id, Some(provider));
         let (relay, events) = self.relay(name, received, PerStream::default(), own, longest);
         let (view, queue, on_demand) = (
             self.view.clone(),
@@ -69,6 +72,15 @@ impl Api {
         );
         self.carry(relay, span, inputs, |caller| async move {
             claim::claim(&view, &queue, &on_demand, request, &caller).await
+        });
+        let events = events.inspect(move |event| {
+            if let Ok(RunEvent {
+                event: Some(Event::Exited(exited)),
+            }) = event
+                && let Some(ours) = ours.take()
+            {
+                ours.end(exited);
+            }
         });
         Ok((run_id, events))
     }

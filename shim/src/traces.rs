@@ -1,0 +1,215 @@
+//! A trace of each run, for an OpenTelemetry collector: a span of the run, and a span of each stage
+//! of its timeline. The command of the run gets the run's span as its parent.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    time::{Duration, Instant, SystemTime},
+};
+
+use opentelemetry::{
+    Context, KeyValue,
+    propagation::TextMapPropagator,
+    trace::{SpanBuilder, SpanKind, Status, TraceContextExt, TracerProvider},
+};
+use opentelemetry_otlp::{SpanExporter, WithTonicConfig};
+use opentelemetry_sdk::{
+    Resource,
+    propagation::TraceContextPropagator,
+    trace::{SdkTracer, SdkTracerProvider},
+};
+use polydev_proto::{
+    id::RunId,
+    node::TraceContext,
+    provider::Provider,
+    runtime::{ExitReason, Exited},
+};
+use polydev_transport::address::is_url;
+use tonic::transport::{Channel, Endpoint};
+
+const SERVICE: &str = "polydev-shim";
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time for one export.
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for the last export, when the shim stops.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Why nothing can be exported.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("`otlp_endpoint` is `{given}`; must be http://HOST:PORT")]
+    Endpoint { given: String },
+    #[error("cannot export traces")]
+    Exporter(#[source] opentelemetry_otlp::ExporterBuildError),
+}
+
+/// Where traces go, if anywhere.
+#[derive(Clone, Default)]
+pub struct Traces(Option<SdkTracerProvider>);
+
+/// The trace of a run that has not ended.
+pub struct Trace {
+    tracer: SdkTracer,
+    /// Has the run's span.
+    context: Context,
+    begun: SystemTime,
+}
+
+impl fmt::Debug for Traces {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Traces").field(&self.0.is_some()).finish()
+    }
+}
+
+impl Traces {
+    /// Begins to export to a collector that takes OTLP over gRPC; needs a runtime. Without an
+    /// endpoint nothing is exported. Spans that the collector does not take are dropped, at most
+    /// 2,048 wait.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn new(endpoint: Option<&str>) -> Result<Self, Error> {
+        let Some(endpoint) = endpoint else {
+            return Ok(Self(None));
+        };
+        let exporter = SpanExporter::builder()
+            .with_tonic()
+            .with_channel(channel(endpoint)?)
+            .build()
+            .map_err(Error::Exporter)?;
+        let host = nix::unistd::gethostname().unwrap_or_default();
+        // Ignores the environment, which describes whoever started the shim.
+        let resource = Resource::builder_empty()
+            .with_service_name(SERVICE)
+            .with_attributes([
+                KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
+                KeyValue::new("host.name", host.to_string_lossy().into_owned()),
+            ])
+            .build();
+        let provider = SdkTracerProvider::builder()
+            .with_batch_exporter(exporter)
+            .with_resource(resource)
+            .build();
+        Ok(Self(Some(provider)))
+    }
+
+    /// Begins the trace of a run, below the caller's. Returns what the command gets as its context,
+    /// which is the caller's if nothing is exported.
+    pub(crate) fn begin(
+        &self,
+        caller: Option<TraceContext>,
+        received: Instant,
+        run_id: RunId,
+        provider: Provider,
+    ) -> (Option<TraceContext>, Option<Trace>) {
+        let Some(exported) = &self.0 else {
+            return (caller, None);
+        };
+        let tracer = exported.tracer(SERVICE);
+        let propagator = TraceContextPropagator::new();
+        let given = caller.map(|caller| {
+            let TraceContext {
+                traceparent,
+                tracestate,
+            } = caller;
+            HashMap::from([
+                ("traceparent".to_owned(), traceparent),
+                ("tracestate".to_owned(), tracestate),
+            ])
+        });
+        // Of nobody else: a context of this thread is not the run's.
+        let none = Context::new();
+        let parent = propagator.extract_with_context(&none, &given.unwrap_or_default());
+        let begun = SystemTime::now() - received.elapsed();
+        let span = SpanBuilder::from_name("run")
+            .with_kind(SpanKind::Server)
+            .with_start_time(begun)
+            .with_attributes([
+                KeyValue::new("polydev.run.id", run_id.to_string()),
+                KeyValue::new("polydev.provider", provider.name()),
+            ])
+            .start_with_context(&tracer, &parent);
+        let context = parent.with_span(span);
+        let mut told = HashMap::new();
+        propagator.inject_context(&context, &mut told);
+        let command = TraceContext {
+            traceparent: told.remove("traceparent").unwrap_or_default(),
+            tracestate: told.remove("tracestate").unwrap_or_default(),
+        };
+        let trace = Trace {
+            tracer,
+            context,
+            begun,
+        };
+        (Some(command), Some(trace))
+    }
+
+    /// Exports what is left. Blocks for at most a second.
+    pub fn finish(&self) {
+        if let Some(provider) = &self.0
+            && let Err(error) = provider.shutdown_with_timeout(FINISH_TIMEOUT)
+        {
+            tracing::info!(%error, "the collector did not take the last traces");
+        }
+    }
+}
+
+impl Trace {
+    /// Ends the run's span, with a span of each stage before it.
+    pub(crate) fn end(self, exited: &Exited) {
+        let mut stages: Vec<_> = (exited.timeline.iter())
+            .filter_map(|stage| {
+                let at = Duration::try_from(stage.at?).ok()?;
+                Some((stage.name.clone(), self.begun + at))
+            })
+            .collect();
+        stages.sort_by_key(|(_, at)| *at);
+        let mut before = self.begun;
+        for (name, at) in stages {
+            let span = SpanBuilder::from_name(name)
+                .with_start_time(before)
+                .start_with_context(&self.tracer, &self.context);
+            let span = self.context.with_span(span);
+            span.span().end_with_timestamp(at);
+            before = at;
+        }
+        let span = self.context.span();
+        let reason = exited.reason();
+        span.set_attribute(KeyValue::new("polydev.run.warm", exited.warm));
+        span.set_attribute(KeyValue::new("polydev.run.reason", reason.as_str_name()));
+        span.set_attribute(KeyValue::new(
+            "process.exit.code",
+            i64::from(exited.exit_code),
+        ));
+        if reason != ExitReason::Exited || exited.exit_code != 0 {
+            span.set_status(Status::error(exited.message.clone()));
+        }
+        span.end_with_timestamp(before);
+    }
+}
+
+/// Checks where a collector is said to be.
+///
+/// # Errors
+/// [`Error::Endpoint`]
+pub fn check(endpoint: Option<&str>) -> Result<(), Error> {
+    endpoint.map_or(Ok(()), |endpoint| address(endpoint).map(drop))
+}
+
+fn address(endpoint: &str) -> Result<Endpoint, Error> {
+    let address = Endpoint::from_shared(endpoint.to_owned()).ok();
+    let address = address.filter(|_| is_url("http", endpoint));
+    address.ok_or_else(|| Error::Endpoint {
+        given: endpoint.to_owned(),
+    })
+}
+
+fn channel(endpoint: &str) -> Result<Channel, Error> {
+    let endpoint = address(endpoint)?;
+    Ok(endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .timeout(EXPORT_TIMEOUT)
+        .http2_keep_alive_interval(CONNECT_TIMEOUT)
+        .keep_alive_timeout(CONNECT_TIMEOUT)
+        .connect_lazy())
+}
