@@ -81,8 +81,13 @@ impl Paging {
         receiver.spawn(async move { axum::serve(listener, router).await });
 
         let data = |name: &str| folder.path().join(name).display().to_string();
-        let mut command = Command::new(program("prometheus-alertmanager"));
+        // Debian's reads its templates where its package would have them.
+        let mut command = Command::new("unshare");
+        let script = "mount --bind \"$0\" /usr/share && exec \"$@\"";
+        command.args(["--mount", "sh", "-c", script]);
         command
+            .arg(program("../share"))
+            .arg(program("prometheus-alertmanager"))
             .arg(format!("--config.file={}", of_alertmanager.display()))
             .arg(format!("--storage.path={}", data("alerts")))
             .arg(format!("--web.listen-address={alertmanager}"))
