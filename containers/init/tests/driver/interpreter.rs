@@ -103,6 +103,60 @@ const SCRIPTS: &[(&str, &str)] = &[
          print(signal.pthread_sigmask(signal.SIG_BLOCK, []), os.getpgid(0) == os.getpid())",
     ),
     ("neighbour", "import beside\nprint(beside.__file__)"),
+    ("yes", "import sys\nsys.exit(True)"),
+    ("large", "import sys\nsys.exit(2 ** 40)"),
+    ("larger", "import sys\nsys.exit(2 ** 70)"),
+    ("negative", "import sys\nsys.exit(-1)"),
+    ("list", "import sys\nsys.exit([1])"),
+    (
+        "unwritten",
+        "file = open(1, 'w', closefd=False)\nfile.write('not flushed')",
+    ),
+    (
+        "finalizers",
+        "import os\n\
+         def helper():\n    return 'a global'\n\
+         class A:\n    def __del__(self):\n        print('released', os.sep, helper())\n\
+         a = A()\ncircle = [A()]\ncircle.append(circle)",
+    ),
+    (
+        "its module",
+        "text = 'class B:\\n    def __del__(self):\\n        print(tell())\\n\
+         def tell():\\n    return 1\\nb = B()\\n'\n\
+         with open('mine.py', 'w') as file:\n    file.write(text)\nimport mine",
+    ),
+    (
+        "thread's exit",
+        "import sys, threading\nthread = threading.Thread(target=sys.exit, args=(3,))\n\
+         thread.start()\nthread.join()\nprint('goes on')",
+    ),
+    (
+        "exit at exit",
+        "import atexit, sys\nclass Leave:\n    def __call__(self):\n        sys.exit(5)\n    \
+         def __repr__(self):\n        return 'without an address'\n\
+         atexit.register(print, 'last')\natexit.register(Leave())",
+    ),
+    (
+        "elsewhere",
+        "import io, sys\nsys.stdout = io.StringIO()\nprint('nowhere')",
+    ),
+    (
+        "because",
+        "try:\n    1 / 0\nexcept Exception as error:\n    raise ValueError('x') from error",
+    ),
+    ("group", "raise ExceptionGroup('g', [ValueError(1)])"),
+    (
+        "async",
+        "import asyncio\nasync def main():\n    raise KeyError('x')\nasyncio.run(main())",
+    ),
+    (
+        "hook that fails",
+        "import sys\ndef hook(*_):\n    raise ValueError('in the hook')\nsys.excepthook = hook\n1 / 0",
+    ),
+    (
+        "hook that ends",
+        "import sys\nsys.excepthook = lambda *_: sys.exit(9)\n1 / 0",
+    ),
 ];
 
 /// An init for which `python` is the machine's Python, and a folder for its script. It is outside of
