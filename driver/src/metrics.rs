@@ -148,7 +148,9 @@ impl Metrics {
         };
         let all = figures.clone();
         let errors = move |observer: &dyn AsyncInstrument<u64>| {
-            for (reason, number) in all().unwrap_or_default().errors {
+            let errors = all().unwrap_or_default().errors;
+            for reason in Status::REASONS {
+                let number = errors.get(reason).copied().unwrap_or_default();
                 observer.observe(number, &[KeyValue::new("reason", reason)]);
             }
         };

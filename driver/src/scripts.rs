@@ -67,6 +67,8 @@ pub(crate) enum Status {
 impl Status {
     /// Those of a script that ran, as events and metrics name them.
     pub(crate) const NAMES: [&'static str; 3] = ["success", "failure", "timeout"];
+    /// Those of an error: its program, folder or files could not be used; its end is not known.
+    pub(crate) const REASONS: [&'static str; 2] = ["not_started", "lost"];
 }
 
 impl Scripts {
@@ -107,6 +109,7 @@ impl Scripts {
         let name = match status {
             Status::Error(reason) => {
                 *figures.errors.entry(reason).or_default() += 1;
+                drop(figures);
                 tracing::warn!(target: "telemetry.sandbox", reason, "sandbox could not run a script");
                 return;
             }
@@ -125,10 +128,13 @@ impl Scripts {
         };
         *figures.runs.entry(name).or_default() += 1;
         figures.time += execution.duration;
-        report(execution, name, figures.failure_streak);
-        if figures.failure_streak != before {
-            self.write(figures.failure_streak);
+        let streak = figures.failure_streak;
+        if streak != before {
+            // It stays locked, so that the last streak wins.
+            self.write(streak);
         }
+        drop(figures);
+        report(execution, name, streak);
     }
 
     fn write(&self, failure_streak: u64) {

@@ -182,7 +182,8 @@ impl Trace {
             i64::from(exited.exit_code),
         ));
         if reason != ExitReason::Exited || exited.exit_code != 0 {
-            span.set_status(Status::error(exited.message.clone()));
+            // The message may name the caller's program or folder.
+            span.set_status(Status::error(reason.as_str_name()));
         }
         span.end_with_timestamp(before);
     }
@@ -202,6 +203,15 @@ fn address(endpoint: &str) -> Result<Endpoint, Error> {
     address.ok_or_else(|| Error::Endpoint {
         given: endpoint.to_owned(),
     })
+}
+
+impl Trace {
+    /// Ends the span of a run that has failed before its end was known.
+    pub(crate) fn fail(self, code: tonic::Code) {
+        let span = self.context.span();
+        span.set_status(Status::error(format!("{code:?}")));
+        span.end();
+    }
 }
 
 fn channel(endpoint: &str) -> Result<Channel, Error> {

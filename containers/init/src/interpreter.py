@@ -18,8 +18,11 @@ import os
 import signal
 import socket
 import stat
+import traceback
 import types
 import zipimport
+
+STREAMS = ()  # Those that the script begins with.
 
 READY, TAKEN, FAILED = 1, 2, 3  # Of FromAgent.
 GO, SCRIPT = 2, 3  # Of ToAgent.
@@ -180,7 +183,11 @@ def status_of(code):
         return 0
     if isinstance(code, int):
         return code & 255 if -(2**63) <= code < 2**63 else 255
-    print(code, file=sys.stderr)
+    try:
+        text = str(code)
+    except BaseException:
+        text = ""  # As Python has it.
+    print(text, file=sys.stderr)
     return 1
 
 
@@ -188,25 +195,82 @@ def end(status):
     """As Python ends, but for the modules that were imported before the script: to release them
     takes three times as long as a script with a plot."""
     if "threading" in sys.modules:
-        sys.modules["threading"]._shutdown()
-    atexit._run_exitfuncs()
+        attempt(sys.modules["threading"], sys.modules["threading"]._shutdown)
+    attempt(atexit, atexit._run_exitfuncs)
+    if not flush():
+        status = 120
     for name in ("last_type", "last_value", "last_exc", "last_traceback"):
         vars(sys).pop(name, None)
-    # What the script still has is released: open files are written, finalizers are called.
-    for name in [name for name in sys.modules if name not in IMPORTED]:
-        del sys.modules[name]
-    del sys.modules["__main__"]
-    gc.collect()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None and not stream.closed:
-                stream.flush()
-        except Exception:
-            status = status or 120
+    release()
+    if not flush():
+        status = 120
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
+
+
+def attempt(of, act):
+    """Does a step of the end. What goes wrong is shown and changes nothing, as in Python."""
+    try:
+        act()
+    except BaseException as error:
+        unraisable(of, error)
+
+
+def unraisable(of, error):
+    """As sys.unraisablehook shows it, whose argument nobody but Python can make."""
+    # Without the frame that has called the step.
+    error.__traceback__ = error.__traceback__.tb_next
+    try:
+        print(f"Exception ignored in: {of!r}", file=sys.stderr)
+        traceback.print_exception(error)
+    except BaseException:
+        pass
+
+
+def flush():
+    """Writes what the streams still have, also those that the script has put aside. Returns whether
+    that was possible."""
+    all_flushed = True
+    for stream in (sys.stdout, sys.stderr, *STREAMS):
+        try:
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
+        except BaseException as error:
+            unraisable(stream, error)
+            all_flushed = False
+    c_library.fflush(None)
+    return all_flushed
+
+
+def release():
+    """What the script still has is released: finalizers are called, and open files are written."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)) and number != signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+    own = {"__main__", *(name for name in sys.modules if name not in IMPORTED)}
+    for name in own:
+        sys.modules.pop(name, None)
+    gc.collect()
+    # Whatever was imported before may still refer to something of the script, and with it to all.
+    for names in gc.get_objects():
+        if type(names) is dict and names.get("__name__") in own and "__builtins__" in names:
+            for name in [*(name for name in names if is_private(name)), *names]:
+                if name != "__builtins__":
+                    names[name] = None
+    gc.collect()
+    for file in gc.get_objects():
+        if isinstance(file, io.IOBase) and file not in STREAMS:
+            try:
+                if not file.closed and file.writable():
+                    file.flush()
+            except BaseException:
+                pass  # As when Python releases it.
+
+
+def is_private(name):
+    return isinstance(name, str) and name.startswith("_") and not name.startswith("__")
 
 
 def is_text(path):
@@ -248,7 +312,8 @@ def reader(former):
     return text
 
 
-fopen = ctypes.CDLL(None).fopen
+c_library = ctypes.CDLL(None)
+fopen = c_library.fopen
 fopen.argtypes, fopen.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_void_p
 # What Python itself calls for a file.
 run_file = ctypes.pythonapi.PyRun_FileExFlags
@@ -271,24 +336,29 @@ class silence:
         os.close(null)
 
     def __exit__(self, *_error):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         for descriptor, stream in zip((1, 2), self.streams):
             os.dup2(stream, descriptor)
             os.close(stream)
 
 
-def within(seconds, act, *arguments):
-    def is_late(*_):
-        raise TimeoutError(f"it took more than {seconds} s")
+class Late(BaseException):
+    """No module should catch it."""
 
-    former = signal.signal(signal.SIGALRM, is_late)
-    signal.alarm(seconds)
-    try:
-        return act(*arguments)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, former)
+
+class deadline:
+    """Ends what takes too long. It comes again, for modules that catch everything."""
+
+    def __enter__(self):
+        def is_late(*_):
+            raise Late(f"the modules took more than {IMPORT_TIMEOUT} s")
+
+        self.former = signal.signal(signal.SIGALRM, is_late)
+        signal.setitimer(signal.ITIMER_REAL, IMPORT_TIMEOUT, 1)
+
+    def __exit__(self, *_error):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self.former)
 
 
 def fail(control, reason):
@@ -299,10 +369,10 @@ def fail(control, reason):
 def wait(names):
     """Imports the modules, and returns the script and its stdin. Ends without one."""
     control = Control()
-    with silence():
+    with silence(), deadline():
         for name in names:
             try:
-                within(IMPORT_TIMEOUT, importlib.import_module, name)
+                importlib.import_module(name)
             except BaseException as error:
                 fail(control, f"cannot import `{name}`: {error}")
     control.say(READY)
@@ -324,6 +394,7 @@ def wait(names):
 
 script, stdin = wait(sys.argv[1:])
 IMPORTED = frozenset(sys.modules)
+STREAMS = (sys.stdout, sys.stderr)
 # What is there now is not looked through again.
 gc.freeze()
 status = script.run(stdin)

@@ -138,11 +138,38 @@ const SCRIPTS: &[(&str, &str)] = &[
     ),
     (
         "elsewhere",
-        "import io, sys\nsys.stdout = io.StringIO()\nprint('nowhere')",
+        "import io, sys\nprint('here')\nsys.stdout = io.StringIO()\nprint('nowhere')",
     ),
     (
         "because",
         "try:\n    1 / 0\nexcept Exception as error:\n    raise ValueError('x') from error",
+    ),
+    (
+        "held",
+        "import signal, typing\n\
+         class C:\n    pass\n\
+         kept = typing.Optional[C]\n\
+         signal.signal(signal.SIGTERM, lambda *_: C)\n\
+         file = open(1, 'w', closefd=False)\nfile.write('not flushed, and held')",
+    ),
+    (
+        "below",
+        "import ctypes\nctypes.CDLL(None).printf(b'by the C library\\n')",
+    ),
+    (
+        "told at its end",
+        "import os, signal, sys, threading, time\n\
+         signal.signal(signal.SIGTERM, lambda *_: sys.exit(4))\n\
+         def late():\n    time.sleep(.1)\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(.2)\n\
+         threading.Thread(target=late).start()",
+    ),
+    (
+        "no text",
+        "import sys\nclass C:\n    def __str__(self):\n        raise ValueError('x')\nsys.exit(C())",
+    ),
+    (
+        "no main",
+        "import sys\ndel sys.modules['__main__']\nprint('on')",
     ),
     ("group", "raise ExceptionGroup('g', [ValueError(1)])"),
     (

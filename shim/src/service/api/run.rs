@@ -74,6 +74,11 @@ impl Api {
             claim::claim(&view, &queue, &on_demand, request, &caller).await
         });
         let events = events.inspect(move |event| {
+            if let Err(status) = event
+                && let Some(ours) = ours.take()
+            {
+                ours.fail(status.code());
+            }
             if let Ok(RunEvent {
                 event: Some(Event::Exited(exited)),
             }) = event

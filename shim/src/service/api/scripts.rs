@@ -12,7 +12,7 @@ use polydev_proto::{
 };
 use polydev_transport::backoff::Backoff;
 use tokio::{sync::oneshot, time::sleep};
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::Api;
 use crate::{
@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// A claim may be on its way to a node, which then knows the run a moment later.
-const MAX_TRIES: usize = 10;
+const MAX_TRIES: usize = 5;
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -52,7 +52,16 @@ impl Api {
         });
         let mut events = pin!(events);
         while let Some(event) = events.next().await {
-            outcome.take(event?);
+            match event {
+                Ok(event) => outcome.take(event),
+                Err(status) => {
+                    // It has not run, or there was no slot for it: no node need be asked.
+                    if status.code() == Code::ResourceExhausted {
+                        let _nobody_waits = is_over.send(());
+                    }
+                    return Err(status);
+                }
+            }
         }
         let _nobody_waits = is_over.send(());
         Ok(outcome.result())
@@ -71,5 +80,5 @@ async fn end(view: &View, name: &Name) {
         sleep(retry.next_wait()).await;
     }
     let error = last.map(|error| crate::chain(&error));
-    tracing::info!(run_id = %name.run_id, error, "the script of a call that is gone may go on");
+    tracing::info!(run_id = %name.run_id, error, "the script of a call that is gone was not ended: it has not started, or goes on");
 }
