@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 alone prometheus
 names=(prometheus prometheus-alertmanager)
 
-found=$POLYDEV_CACHE/prometheus
+found=$POLYDEV_CACHE/prometheus-$(sha256sum tests/prometheus.sh | cut -c1-16)
 if [ ! -e "$found/complete" ]; then
     need apt-get "this needs Debian or Ubuntu"
     step "fetching Prometheus and Alertmanager"
@@ -16,7 +16,7 @@ if [ ! -e "$found/complete" ]; then
     # Only root may write to the folder.
     get=(apt-get -qq -o APT::Sandbox::User=root)
     (cd "$work" && { "${get[@]}" download "${names[@]}" || { "${get[@]}" update && "${get[@]}" download "${names[@]}"; }; } >&2)
-    rm -rf "$found"
+    rm -rf "$POLYDEV_CACHE"/prometheus*
     mkdir -p "$found"
     for package in "$work"/*.deb; do dpkg-deb --extract "$package" "$found"; done
     touch "$found/complete"

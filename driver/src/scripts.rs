@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::state::files;
 
 /// From so many failures in a row on, each further one is an error.
-const MAX_STREAK: u64 = 3;
+const ALERT_STREAK: u64 = 3;
 
 /// The scripts of a node.
 #[derive(Debug)]
@@ -153,7 +153,7 @@ impl Scripts {
 /// The events of the systems before this one, with their fields; all on one target.
 fn report(execution: &Execution, status: &str, failure_streak: u64) {
     let duration_ms = u64::try_from(execution.duration.as_millis()).unwrap_or(u64::MAX);
-    if failure_streak >= MAX_STREAK {
+    if failure_streak >= ALERT_STREAK {
         tracing::error!(
             target: "telemetry.sandbox",
             streak = failure_streak,

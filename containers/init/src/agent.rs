@@ -196,7 +196,7 @@ impl Agent {
         // Without a descriptor it is as any write; with one, it belongs to the first byte.
         let first = descriptors::send(&self.control, &frame[..1], descriptor.as_slice());
         let sent = first.and_then(|count| self.control.write_all(&frame[count..]));
-        sent.map_err(|error| format!("it does not take a prompt: {error}"))
+        sent.map_err(|error| format!("it takes nothing: {error}"))
     }
 
     /// What remains of it once it has taken a prompt: where the rest of its input goes, and

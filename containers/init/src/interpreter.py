@@ -255,18 +255,22 @@ def release():
     gc.collect()
     # Whatever was imported before may still refer to something of the script, and with it to all.
     for names in gc.get_objects():
-        if type(names) is dict and names.get("__name__") in own and "__builtins__" in names:
+        if type(names) is dict and "__builtins__" in names and is_any_of(names.get("__name__"), own):
             for name in [*(name for name in names if is_private(name)), *names]:
                 if name != "__builtins__":
                     names[name] = None
     gc.collect()
     for file in gc.get_objects():
-        if isinstance(file, io.IOBase) and file not in STREAMS:
-            try:
-                if not file.closed and file.writable():
-                    file.flush()
-            except BaseException:
-                pass  # As when Python releases it.
+        try:
+            if isinstance(file, io.IOBase) and not file.closed and file.writable():
+                file.flush()
+        except BaseException:
+            pass  # As when Python releases it. It may be anything that says it is a file.
+
+
+def is_any_of(name, names):
+    # A script may have a dict like this, with anything in it.
+    return isinstance(name, str) and name in names
 
 
 def is_private(name):
@@ -315,7 +319,7 @@ def reader(former):
 c_library = ctypes.CDLL(None)
 fopen = c_library.fopen
 fopen.argtypes, fopen.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_void_p
-# What Python itself calls for a file.
+# Python's own function for the text of a file.
 run_file = ctypes.pythonapi.PyRun_FileExFlags
 run_file.argtypes = [
     ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object, ctypes.c_int,

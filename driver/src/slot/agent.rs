@@ -1,6 +1,6 @@
 //! The agent of a slot: the provider's CLI, or a Python, which is started while the slot is filled
-//! and waits for a prompt or a script. Init and its agent know how; the driver gives it the CPU of a run until it is
-//! ready, because on that of an idle slot a CLI starts for up to 17 seconds.
+//! and waits for a prompt or a script. Init and its agent know how; the driver gives it the CPU of a
+//! run until it is ready, because on that of an idle slot a CLI starts for up to 17 seconds.
 
 use std::time::{Duration, Instant};
 

@@ -171,6 +171,10 @@ const SCRIPTS: &[(&str, &str)] = &[
         "no main",
         "import sys\ndel sys.modules['__main__']\nprint('on')",
     ),
+    (
+        "like a module",
+        "import decimal\ndecimal.odd = {'__name__': [], '__builtins__': 1}\nfile = open(1, 'w', closefd=False)\nfile.write('x')",
+    ),
     ("group", "raise ExceptionGroup('g', [ValueError(1)])"),
     (
         "async",
