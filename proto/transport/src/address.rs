@@ -12,8 +12,9 @@ use std::{
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
 use tokio::net::{TcpListener, TcpStream, UnixListener};
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::transport::{Channel, Endpoint, Uri};
+use tower::Service;
 use url::{Host, Url};
 
 use crate::{
@@ -167,15 +168,51 @@ impl Address {
         trust: Option<&Trust>,
         settings: impl FnOnce(Endpoint) -> Endpoint,
     ) -> Result<Channel, Box<dyn std::error::Error + Send + Sync>> {
+        let endpoint = settings(self.endpoint()?);
+        match self.connector(trust)? {
+            None => Ok(endpoint.connect().await?),
+            Some(connector) => Ok(endpoint.connect_with_connector(connector).await?),
+        }
+    }
+
+    /// As [`Address::connect`], with the first call, and again whenever that is needed. Needs a
+    /// runtime.
+    ///
+    /// # Errors
+    /// If the files that TLS requires are missing.
+    pub fn connect_lazy(
+        &self,
+        trust: Option<&Trust>,
+        settings: impl FnOnce(Endpoint) -> Endpoint,
+    ) -> Result<Channel, Box<dyn std::error::Error + Send + Sync>> {
+        let endpoint = settings(self.endpoint()?);
+        Ok(match self.connector(trust)? {
+            None => endpoint.connect_lazy(),
+            Some(connector) => endpoint.connect_with_connector_lazy(connector),
+        })
+    }
+
+    fn endpoint(&self) -> Result<Endpoint, tonic::transport::Error> {
+        Endpoint::from_shared(match self {
+            // The connector adds TLS, which this scheme hides.
+            Self::Tls { .. } => self.to_string().replacen("https", "http", 1),
+            Self::Unix(_) | Self::Loopback(_) => self.to_string(),
+        })
+    }
+
+    /// What connects with TLS; `None` for an address without.
+    fn connector(
+        &self,
+        trust: Option<&Trust>,
+    ) -> Result<Option<impl Connect>, Box<dyn std::error::Error + Send + Sync>> {
         let Self::Tls { host, port } = self else {
-            let endpoint = Endpoint::from_shared(self.to_string())?;
-            return Ok(settings(endpoint).connect().await?);
+            return Ok(None);
         };
         let name = ServerName::try_from(host.clone())?;
         let needed = "--tls-ca, and either --tls-cert with --tls-key or a token";
         let trust = trust.ok_or_else(|| missing(needed))?.clone();
         let to = (host.clone(), *port);
-        let connector = tower::service_fn(move |_: Uri| {
+        Ok(Some(tower::service_fn(move |_: Uri| {
             let (name, trust, to) = (name.clone(), trust.clone(), to.clone());
             async move {
                 // Read again for every connection: the files may have been replaced.
@@ -185,11 +222,23 @@ impl Address {
                 let stream = connector.connect(name, stream).await?;
                 io::Result::Ok(TokioIo::new(stream))
             }
-        });
-        // The connector above adds TLS, which this scheme hides.
-        let endpoint = Endpoint::from_shared(self.to_string().replacen("https", "http", 1))?;
-        Ok(settings(endpoint).connect_with_connector(connector).await?)
+        })))
     }
+}
+
+/// What makes connections with TLS.
+trait Connect:
+    Service<Uri, Response = TokioIo<TlsStream<TcpStream>>, Error = io::Error, Future: Send>
+    + Send
+    + 'static
+{
+}
+
+impl<T> Connect for T where
+    T: Service<Uri, Response = TokioIo<TlsStream<TcpStream>>, Error = io::Error, Future: Send>
+        + Send
+        + 'static
+{
 }
 
 fn missing(files: &str) -> io::Error {

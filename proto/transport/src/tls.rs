@@ -50,6 +50,8 @@ pub enum Trust {
         /// Certificates of the authorities that are trusted for the other side.
         authority: PathBuf,
     },
+    /// As [`Trust::Server`], with the authorities that this machine trusts.
+    Machine,
 }
 
 /// Which callers a server accepts.
@@ -81,6 +83,10 @@ pub enum Error {
         path: PathBuf,
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error("this machine trusts no authority: install ca-certificates, or name a file")]
+    NoAuthorities,
+    #[error("cannot use TLS 1.2 or 1.3")]
+    Versions(#[source] rustls::Error),
 }
 
 impl Files {
@@ -147,16 +153,16 @@ impl Trust {
     /// # Errors
     /// [`Error`]
     pub fn client(&self) -> Result<ClientConfig, Error> {
-        let (Self::Mutual(Files { authority, .. }) | Self::Server { authority }) = self;
+        let roots = match self {
+            Self::Mutual(Files { authority, .. }) | Self::Server { authority } => roots(authority)?,
+            Self::Machine => of_machine()?,
+        };
         let config = ClientConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
-            .map_err(|error| Error::Authority {
-                path: authority.clone(),
-                source: error.into(),
-            })?
-            .with_root_certificates(roots(authority)?);
+            .map_err(Error::Versions)?
+            .with_root_certificates(roots);
         let mut config = match self {
-            Self::Server { .. } => config.with_no_client_auth(),
+            Self::Server { .. } | Self::Machine => config.with_no_client_auth(),
             Self::Mutual(files) => {
                 let (chain, key) = files.own()?;
                 let config = config.with_client_auth_cert(chain, key);
@@ -177,6 +183,16 @@ fn roots(authority: &Path) -> Result<RootCertStore, Error> {
         })?;
     }
     Ok(roots)
+}
+
+fn of_machine() -> Result<RootCertStore, Error> {
+    let mut roots = RootCertStore::empty();
+    // Some of the machine's may be of no use; there must be some that are.
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    match roots.is_empty() {
+        true => Err(Error::NoAuthorities),
+        false => Ok(roots),
+    }
 }
 
 fn provider() -> Arc<CryptoProvider> {
