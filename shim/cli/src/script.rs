@@ -1,5 +1,7 @@
 //! `polydev-shim script`: runs a script in Python and fetches what it leaves.
 
+mod math;
+
 use std::{
     io::Write,
     path::{Path, PathBuf},
@@ -61,7 +63,7 @@ pub struct Arguments {
     /// binary; may be repeated. [default: binary]
     #[arg(long = "output", value_name = "PATH[:KIND]")]
     outputs: Vec<Wanted>,
-    /// Folder for these files. With `--json` they are printed, not written.
+    /// Folder for these files. With `--json` and `--math` they are printed, not written.
     #[arg(long, value_name = "FOLDER", default_value = ".")]
     outputs_to: PathBuf,
     /// Set an environment variable of the script; may be repeated.
@@ -76,6 +78,10 @@ pub struct Arguments {
     /// Print the result as a JSON object.
     #[arg(long)]
     json: bool,
+    /// Print the result as a JSON object with the fields `math.*`, for callers of DeepResearch's
+    /// sandbox.
+    #[arg(long, conflicts_with = "json")]
+    math: bool,
     /// Arguments of the script. Those that begin with `-` come after `--`.
     args: Vec<String>,
 }
@@ -88,10 +94,14 @@ pub async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let text = text.with_context(|| format!("cannot read `{}`", script.display()))?;
     let name = script.file_name().and_then(|name| name.to_str());
     let script_name = name.unwrap_or_default().to_owned();
+    if arguments.math && text.trim().is_empty() {
+        print(&format!("{}\n", math::skipped(&script_name)))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let request = RunScriptRequest {
         user_id: arguments.user,
         script: text,
-        script_name,
+        script_name: script_name.clone(),
         args: arguments.args,
         files: Opened::new(&arguments.file).await?.read().await?,
         expected_outputs: arguments
@@ -104,10 +114,19 @@ pub async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         queue_timeout: seconds(arguments.queue_timeout),
     };
     let mut shim = arguments.client.connect().await?.calls();
-    let result = shim.run_script(request).await.map_err(told)?.into_inner();
-    match arguments.json {
-        true => print(&format!("{}\n", to_json(&result)))?,
-        false => show(&result, &arguments.outputs_to)?,
+    let result = match shim.run_script(request).await {
+        Ok(result) => result.into_inner(),
+        Err(status) if arguments.math => {
+            let failed = math::failed(&script_name, status.message());
+            print(&format!("{failed}\n"))?;
+            return Err(told(status));
+        }
+        Err(status) => return Err(told(status)),
+    };
+    match (arguments.json, arguments.math) {
+        (_, true) => print(&format!("{}\n", math::of(&script_name, &result)))?,
+        (true, false) => print(&format!("{}\n", to_json(&result)))?,
+        (false, false) => show(&result, &arguments.outputs_to)?,
     }
     Ok(exit_code(&result))
 }
