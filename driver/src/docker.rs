@@ -15,7 +15,7 @@ mod sandbox;
 pub use container::ContainerSpec;
 pub use ended::Ended;
 pub use exec::{Exec, Input as ExecInput, Output as ExecOutput, Piece};
-pub use image::{Credentials, Image, Progress, TOKEN_USER, is_latest};
+pub use image::{Credentials, Image, Progress, Stored, TOKEN_USER, is_latest};
 pub use plain::{InitMounts, Network, PlainSpec, Published, Resources};
 pub use sandbox::SandboxSpec;
 

@@ -5,6 +5,7 @@
 //! what they use, so a restart loses neither.
 
 mod auth;
+mod hygiene;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -25,6 +26,8 @@ use tokio::{
     sync::RwLock,
     time::{sleep, timeout},
 };
+
+pub use hygiene::{Ours, Pruned};
 
 use crate::{
     config,

@@ -41,6 +41,11 @@ for await (const watched of calls.watchPools({})) {
   break;
 }
 done("GetClusterStatus", "ListPools", "GetPool", "WatchPools");
+const listed = await calls.listImages({});
+assert(listed.nodes[0].images.some((image) => image.inUse));
+const prune = await calls.pruneImages({ all: true });
+assert(prune.nodes[0].images.every((image) => !image.inUse));
+done("ListImages", "PruneImages");
 assert.equal(await last(calls.scalePool({ provider: "google", size: 0 })), "scaled");
 assert.equal(await last(calls.drainPool({ provider: "google" })), "drained");
 assert.equal(await last(calls.resumePool({ provider: "google" })), "scaled");

@@ -36,6 +36,11 @@ async def pools(calls):
         assert len(watched.pools) == 4
         break
     done("GetClusterStatus", "ListPools", "GetPool", "WatchPools")
+    images = await calls.ListImages(api.ListImagesRequest())
+    assert any(image.in_use for image in images.nodes[0].images)
+    prune = await calls.PruneImages(api.PruneImagesRequest(all=True))
+    assert not any(image.in_use for image in prune.nodes[0].images)
+    done("ListImages", "PruneImages")
     async for event in calls.ScalePool(api.ScalePoolRequest(provider="google", size=0)):
         scaled = event
     assert scaled.scaled.to == 0

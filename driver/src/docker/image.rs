@@ -1,16 +1,23 @@
-//! Inspects, pulls, loads and removes images.
+//! Inspects, lists, pulls, loads and removes images.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use bollard::{
     auth::DockerCredentials,
     body_try_stream,
-    query_parameters::{CreateImageOptionsBuilder, ImportImageOptions, RemoveImageOptionsBuilder},
+    models::ImageSummary,
+    query_parameters::{
+        CreateImageOptionsBuilder, ImportImageOptions, ListContainersOptionsBuilder,
+        ListImagesOptionsBuilder, RemoveImageOptionsBuilder,
+    },
 };
 use futures_util::{StreamExt, TryStreamExt};
 use tokio::time::timeout;
 
 use super::{CALL_TIMEOUT, Docker, Error, within};
+
+/// Docker adds up the layers of all images.
+const LIST_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The facts about an image that the driver uses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -75,6 +82,22 @@ pub struct Progress {
     pub done: usize,
     /// Bytes fetched so far, of all layers that report them.
     pub bytes: i64,
+}
+
+/// An image of this node.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    pub id: String,
+    pub tags: Vec<String>,
+    /// In bytes, with layers that other images have too.
+    pub size: u64,
+    /// In bytes, without those; `None` if Docker does not say.
+    pub unique: Option<u64>,
+    /// In seconds since 1970.
+    pub created: i64,
+    pub has_container: bool,
+    /// The names of its labels.
+    pub labels: Vec<String>,
 }
 
 impl Docker {
@@ -191,6 +214,41 @@ impl Docker {
         let steps = self.api()?.create_image(Some(options), Some(body), None);
         let done = steps.try_for_each(|_| std::future::ready(Ok(())));
         within(CALL_TIMEOUT, format!("import image `{reference}`"), done).await
+    }
+
+    /// All images of this node that are not steps of a build.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn images(&self) -> Result<Vec<Stored>, Error> {
+        let options = ListImagesOptionsBuilder::new().shared_size(true).build();
+        let listed = self.api()?.list_images(Some(options));
+        let images = within(LIST_TIMEOUT, "list the images", listed).await?;
+        let options = ListContainersOptionsBuilder::new().all(true).build();
+        let listed = self.api()?.list_containers(Some(options));
+        let containers = within(LIST_TIMEOUT, "list the containers", listed).await?;
+        let in_use: HashSet<_> = containers
+            .into_iter()
+            .filter_map(|one| one.image_id)
+            .collect();
+        let stored = |image: ImageSummary| {
+            let is_tag = |tag: &String| tag != "<none>:<none>";
+            Stored {
+                tags: image.repo_tags.into_iter().filter(is_tag).collect(),
+                size: u64::try_from(image.size).unwrap_or_default(),
+                // -1 if Docker does not say, as before API 1.42.
+                unique: u64::try_from(image.shared_size).ok().map(|shared| {
+                    u64::try_from(image.size)
+                        .unwrap_or_default()
+                        .saturating_sub(shared)
+                }),
+                created: image.created,
+                has_container: in_use.contains(&image.id),
+                labels: image.labels.into_keys().collect(),
+                id: image.id,
+            }
+        };
+        Ok(images.into_iter().map(stored).collect())
     }
 
     /// Removes a reference, and the image with its last reference. Returns false if a

@@ -1,13 +1,14 @@
 //! `polydev.node.v1`: decodes, asks the book and the slots, encodes. [`slots`] is what a
 //! shim watches, [`claim`] and [`lease`] decode its requests, [`call`] is a run's stream in
 //! both directions and [`encode`] its events, [`fence`] closes runs, [`runs`] lists them
-//! and sends their accounts, and [`figures`] sums up the node.
+//! and sends their accounts, [`figures`] sums up the node, and [`images`] are its own.
 
 mod call;
 mod claim;
 mod encode;
 mod fence;
 mod figures;
+mod images;
 mod lease;
 mod runs;
 mod slots;
@@ -31,10 +32,11 @@ use polydev_proto::{
     node::{
         AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse, ClaimRequest,
         ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse, GetRunRequest,
-        GetRunResponse, LeaseRequest, LeaseResponse, ListRunsRequest, ListRunsResponse,
-        ReleaseRequest, ReleaseResponse, RunEvent, RunInput, WatchRefreshedRequest,
-        WatchRefreshedResponse, WatchRunsRequest, WatchRunsResponse, WatchSlotsRequest,
-        WatchSlotsResponse, attach_request, claim_request,
+        GetRunResponse, LeaseRequest, LeaseResponse, ListImagesRequest, ListImagesResponse,
+        ListRunsRequest, ListRunsResponse, PruneImagesRequest, PruneImagesResponse, ReleaseRequest,
+        ReleaseResponse, RunEvent, RunInput, WatchRefreshedRequest, WatchRefreshedResponse,
+        WatchRunsRequest, WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse, attach_request,
+        claim_request,
         node_service_server::{NodeService, NodeServiceServer},
     },
     stream::PerStream,
@@ -268,6 +270,23 @@ impl NodeService for Service {
         _: Request<GetNodeRequest>,
     ) -> Result<Response<GetNodeResponse>, Status> {
         Ok(Response::new(figures::of(&self.node)))
+    }
+
+    async fn list_images(
+        &self,
+        _: Request<ListImagesRequest>,
+    ) -> Result<Response<ListImagesResponse>, Status> {
+        let ours = self.node.site.images.ours().await;
+        Ok(Response::new(images::list(ours)?))
+    }
+
+    async fn prune_images(
+        &self,
+        request: Request<PruneImagesRequest>,
+    ) -> Result<Response<PruneImagesResponse>, Status> {
+        let PruneImagesRequest { all, remove } = request.into_inner();
+        let pruned = self.node.site.images.prune(all, remove).await;
+        Ok(Response::new(images::pruned(pruned)?))
     }
 
     async fn get_run(

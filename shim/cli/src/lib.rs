@@ -4,6 +4,7 @@
 mod conversation;
 pub mod credentials;
 pub mod egress;
+pub mod images;
 pub mod pool;
 pub mod run;
 pub mod runs;

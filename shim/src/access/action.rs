@@ -33,6 +33,8 @@ pub enum Action<'a> {
     },
     /// Set the size of a pool.
     Scale { provider: Provider },
+    /// Remove images from nodes.
+    Images,
     /// Put, see or delete credentials. `None` means the same as for runs.
     Credentials {
         user_id: Option<&'a str>,
@@ -57,6 +59,7 @@ pub enum Need {
     Look,
     Run,
     Scale,
+    Images,
     Credentials,
 }
 
@@ -66,6 +69,7 @@ impl fmt::Display for Need {
             Self::Look => "see pools and nodes",
             Self::Run => "start, see or end runs",
             Self::Scale => "set the size of pools",
+            Self::Images => "remove images from nodes",
             Self::Credentials => "put, see or delete credentials",
         })
     }
@@ -112,6 +116,7 @@ impl fmt::Display for Action<'_> {
             Self::Scale { provider } => {
                 return write!(f, "set the size of the pool of `{provider}`");
             }
+            Self::Images => return f.write_str("remove images from nodes"),
             Self::Credentials { user_id, provider } => {
                 ("put, see or delete credentials", user_id, provider)
             }

@@ -21,6 +21,7 @@ enum Right {
     /// Start prompts, and all calls about runs that exist.
     Prompt,
     Scale,
+    Images,
     Credentials,
 }
 
@@ -139,6 +140,7 @@ impl Role {
             Need::Look => true,
             Need::Run => may(Right::Run) || may(Right::Prompt),
             Need::Scale => may(Right::Scale),
+            Need::Images => may(Right::Images),
             Need::Credentials => may(Right::Credentials),
         }
     }
@@ -176,6 +178,7 @@ impl Role {
                     && self.is_of(Some(provider))
             }
             Action::Scale { provider } => may(Right::Scale) && self.is_of(Some(provider)),
+            Action::Images => may(Right::Images),
             Action::Credentials { user_id, provider } => {
                 may(Right::Credentials) && self.is_for(caller, user_id) && self.is_of(provider)
             }

@@ -69,7 +69,10 @@ fn activity(operation: Operation) -> u32 {
         | Operation::Resume
         | Operation::PutCredential
         | Operation::RotateCredentials => 3,
-        Operation::Cancel | Operation::Release | Operation::DeleteCredential => 4,
+        Operation::Cancel
+        | Operation::Release
+        | Operation::PruneImages
+        | Operation::DeleteCredential => 4,
         Operation::Call | Operation::Inject | Operation::Unbound => 99,
     }
 }

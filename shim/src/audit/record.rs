@@ -33,6 +33,8 @@ pub enum Operation {
     Scale,
     Drain,
     Resume,
+    /// Remove images from nodes.
+    PruneImages,
     PutCredential,
     ListCredentials,
     DeleteCredential,

@@ -82,8 +82,9 @@ pub(super) fn execute(Command::Dev(arguments): Command) -> anyhow::Result<ExitCo
         params.subject_alt_names.push(SanType::URI(uri));
         sign(&mut files, name, params, &issuer)?;
     }
-    let roles =
-        format!("[[role]]\nmembers = [{caller:?}]\nmay = [\"run\", \"scale\", \"credentials\"]\n");
+    let roles = format!(
+        "[[role]]\nmembers = [{caller:?}]\nmay = [\"run\", \"scale\", \"images\", \"credentials\"]\n"
+    );
     files.add("roles.toml", 0o644, roles);
     files.write(&folder)?;
 

@@ -5,7 +5,8 @@
 //! - [`run`] starts runs and attaches to them, with the help of [`carry`];
 //! - [`scripts`] runs scripts, [`runs`] reports on runs, and [`leases`] keeps slots for runs;
 //! - [`pools`] reports on pools, and [`sizing`] changes their sizes;
-//! - [`cluster`] is about nodes, and [`credentials`] about credentials;
+//! - [`cluster`] is about nodes, [`images`] about what is on their disks, and [`credentials`] about
+//!   credentials;
 //! - [`page`] has what calls with pages share.
 
 mod allow;
@@ -21,6 +22,7 @@ mod sizing;
 
 mod cluster;
 mod credentials;
+mod images;
 mod page;
 
 use std::sync::Arc;
@@ -32,6 +34,7 @@ use crate::{
     access::Access,
     audit::Audit,
     credentials::Vault,
+    metrics::Metrics,
     nomad::Nomad,
     pool::View,
     rate::Rate,
@@ -48,6 +51,7 @@ pub(super) struct Api {
     pub(super) access: Arc<Access>,
     pub(super) audit: Audit,
     pub(super) traces: Traces,
+    pub(super) metrics: Metrics,
     pub(super) queue: Queue,
     pub(super) on_demand: OnDemand,
     pub(super) user_rate: Rate,

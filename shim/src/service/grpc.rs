@@ -8,8 +8,9 @@ use polydev_proto::runtime::{
     CancelRunResponse, DeleteCredentialRequest, DeleteCredentialResponse, DrainPoolRequest,
     DrainPoolResponse, GetClusterStatusRequest, GetClusterStatusResponse, GetPoolRequest,
     GetPoolResponse, GetRunRequest, GetRunResponse, ListCredentialsRequest,
-    ListCredentialsResponse, ListPoolsRequest, ListPoolsResponse, ListRunsRequest,
-    ListRunsResponse, PutCredentialRequest, PutCredentialResponse, ReleaseRequest, ReleaseResponse,
+    ListCredentialsResponse, ListImagesRequest, ListImagesResponse, ListPoolsRequest,
+    ListPoolsResponse, ListRunsRequest, ListRunsResponse, PruneImagesRequest, PruneImagesResponse,
+    PutCredentialRequest, PutCredentialResponse, ReleaseRequest, ReleaseResponse,
     ResumePoolRequest, ResumePoolResponse, RotateCredentialsRequest, RotateCredentialsResponse,
     RunInput, RunRequest, RunResponse, RunScriptRequest, RunScriptResponse, ScalePoolRequest,
     ScalePoolResponse, SubmitJobRequest, SubmitJobResponse, WatchPoolsRequest, WatchPoolsResponse,
@@ -227,6 +228,24 @@ impl RuntimeService for Grpc {
         let (caller, GetClusterStatusRequest {}) = parts(request)?;
         let status = self.0.get_cluster_status(&caller).await?;
         Ok(Response::new(status))
+    }
+
+    async fn list_images(
+        &self,
+        request: Request<ListImagesRequest>,
+    ) -> Result<Response<ListImagesResponse>, Status> {
+        let (caller, ListImagesRequest {}) = parts(request)?;
+        let images = self.0.list_images(&caller).await?;
+        Ok(Response::new(images))
+    }
+
+    async fn prune_images(
+        &self,
+        request: Request<PruneImagesRequest>,
+    ) -> Result<Response<PruneImagesResponse>, Status> {
+        let (caller, request) = parts(request)?;
+        let pruned = self.0.prune_images(&caller, request).await?;
+        Ok(Response::new(pruned))
     }
 
     async fn put_credential(

@@ -15,8 +15,9 @@ fn grpc(method: &str) -> Option<Need> {
     Some(match method {
         "Run" | "RunScript" | "SubmitJob" | "Allocate" | "Release" | "Attach" | "CancelRun"
         | "GetRun" | "ListRuns" | "WatchRuns" => Need::Run,
-        "ListPools" | "GetPool" | "WatchPools" | "GetClusterStatus" => Need::Look,
+        "ListPools" | "GetPool" | "WatchPools" | "GetClusterStatus" | "ListImages" => Need::Look,
         "ScalePool" | "DrainPool" | "ResumePool" => Need::Scale,
+        "PruneImages" => Need::Images,
         "PutCredential" | "ListCredentials" | "DeleteCredential" | "RotateCredentials" => {
             Need::Credentials
         }

@@ -93,6 +93,18 @@ impl Rust {
         let status = status.expect("the shim answers").into_inner();
         assert!(status.nodes[0].reachable);
         self.done("GetClusterStatus");
+        let images = self.calls.list_images(api::ListImagesRequest {}).await;
+        let images = images.expect("the shim answers").into_inner();
+        assert!(images.nodes[0].images.iter().any(|image| image.in_use));
+        self.done("ListImages");
+        let request = api::PruneImagesRequest {
+            all: true,
+            remove: false,
+        };
+        let prune = self.calls.prune_images(request).await;
+        let prune = prune.expect("the shim answers").into_inner();
+        assert!(prune.nodes[0].images.iter().all(|image| !image.in_use));
+        self.done("PruneImages");
         let pools = self.calls.list_pools(api::ListPoolsRequest {}).await;
         let pools = pools.expect("the shim answers").into_inner();
         assert_eq!(pools.pools.len(), 4);
@@ -400,6 +412,10 @@ impl Grpcurl {
     fn pools(&mut self) {
         let status = self.call("GetClusterStatus", &[], json!({}));
         assert_eq!(status[0]["nodes"][0]["reachable"], true);
+        let images = self.call("ListImages", &[], json!({}));
+        assert!(images[0]["nodes"][0]["images"].is_array());
+        let prune = self.call("PruneImages", &[], json!({ "all": true }));
+        assert_eq!(prune[0]["nodes"][0]["reachable"], true);
         let pools = self.call("ListPools", &[], json!({}));
         assert_eq!(pools[0]["pools"][0]["provider"], "anthropic");
         let pool = self.call("GetPool", &[], json!({ "provider": "anthropic" }));

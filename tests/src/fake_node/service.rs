@@ -6,7 +6,8 @@ use futures_util::{Stream, StreamExt, stream};
 use polydev_proto::node::{
     AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse, ClaimRequest,
     ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse, GetRunRequest,
-    GetRunResponse, LeaseRequest, LeaseResponse, ListRunsRequest, ListRunsResponse, ReleaseRequest,
+    GetRunResponse, LeaseRequest, LeaseResponse, ListImagesRequest, ListImagesResponse,
+    ListRunsRequest, ListRunsResponse, PruneImagesRequest, PruneImagesResponse, ReleaseRequest,
     ReleaseResponse, RunInput, WatchRefreshedRequest, WatchRefreshedResponse, WatchRunsRequest,
     WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse, attach_request, claim_request,
     node_service_server::NodeService, slot::State,
@@ -220,6 +221,21 @@ impl NodeService for Node {
             runs: claimed,
             ..GetNodeResponse::default()
         }))
+    }
+
+    async fn list_images(
+        &self,
+        _: Request<ListImagesRequest>,
+    ) -> Result<Response<ListImagesResponse>, Status> {
+        self.knobs.answers().await;
+        Ok(Response::new(ListImagesResponse::default()))
+    }
+
+    async fn prune_images(
+        &self,
+        _: Request<PruneImagesRequest>,
+    ) -> Result<Response<PruneImagesResponse>, Status> {
+        Err(Status::unavailable("there is no Docker"))
     }
 }
 
