@@ -10,12 +10,13 @@ use crate::{folder::Folder, process::Process, root};
 pub struct Collector {
     _process: Process,
     address: String,
-    traces: PathBuf,
-    _folder: Folder,
+    http: u16,
+    folder: Folder,
 }
 
 /// The collector's program: `tests/test.sh` says where it is.
-fn program() -> PathBuf {
+#[must_use]
+pub fn program() -> PathBuf {
     std::env::var_os("POLYDEV_COLLECTOR")
         .unwrap_or_else(|| "otelcol-contrib".into())
         .into()
@@ -25,29 +26,46 @@ impl Collector {
     /// Starts a collector that takes OTLP at a port of this machine. Does not wait for it.
     #[must_use]
     pub fn start(otlp: u16) -> Self {
+        Self::start_with(otlp, &[])
+    }
+
+    /// As [`Collector::start`], with more settings, each as `a::b::c: value`.
+    #[must_use]
+    pub fn start_with(otlp: u16, settings: &[String]) -> Self {
         let folder = Folder::new("pdtest-");
-        let [prometheus] = crate::free_ports();
-        let traces = folder.path().join("traces.json");
-        let set =
-            |path: &str, port: u16| format!("--config=yaml:{path}::endpoint: 127.0.0.1:{port}");
+        let [prometheus, http] = crate::free_ports();
+        let set = |setting: &str| format!("--config=yaml:{setting}");
+        let endpoint = |path: &str, port: u16| set(&format!("{path}::endpoint: 127.0.0.1:{port}"));
+        let file = |signal: &str| {
+            let path = folder.path().join(signal);
+            set(&format!(
+                "exporters::file/{signal}::path: {}",
+                path.display()
+            ))
+        };
         let mut command = Command::new(program());
         command
             .arg("--config")
             .arg(root().join("ops/collector.yaml"))
-            .arg(set("receivers::otlp::protocols::grpc", otlp))
-            .arg(set("exporters::prometheus", prometheus))
-            .arg(format!(
-                "--config=yaml:exporters::file::path: {}",
-                traces.display()
-            ))
+            .arg(endpoint("receivers::otlp::protocols::grpc", otlp))
+            .arg(endpoint("receivers::otlp::protocols::http", http))
+            .arg(endpoint("exporters::prometheus", prometheus))
+            .args([file("traces"), file("logs")])
+            .args(settings.iter().map(|setting| set(setting)))
             // The port of the collector's metrics about itself may be in use.
             .arg("--config=yaml:service::telemetry::metrics::level: none");
         Self {
             _process: Process::start(&mut command, &folder.path().join("log")),
             address: format!("127.0.0.1:{prometheus}"),
-            traces,
-            _folder: folder,
+            http,
+            folder,
         }
+    }
+
+    /// Where it takes OTLP over HTTP.
+    #[must_use]
+    pub fn http_port(&self) -> u16 {
+        self.http
     }
 
     /// Where Prometheus finds its metrics.
@@ -75,20 +93,33 @@ impl Collector {
     /// If it has written something else.
     #[must_use]
     pub fn spans(&self) -> Vec<Value> {
-        let text = fs::read_to_string(&self.traces).unwrap_or_default();
+        self.records("traces", ["resourceSpans", "scopeSpans", "spans"])
+    }
+
+    /// All log lines that it was sent, as OTLP's JSON.
+    ///
+    /// # Panics
+    /// If it has written something else.
+    #[must_use]
+    pub fn lines(&self) -> Vec<Value> {
+        self.records("logs", ["resourceLogs", "scopeLogs", "logRecords"])
+    }
+
+    fn records(&self, signal: &str, [resources, scopes, records]: [&str; 3]) -> Vec<Value> {
+        let text = fs::read_to_string(self.folder.path().join(signal)).unwrap_or_default();
         // The last line may not be whole yet.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
-        let mut spans = Vec::new();
+        let mut all = Vec::new();
         for line in whole.lines() {
             let line: Value = serde_json::from_str(line).expect("a line is JSON");
-            for resource in list(&line["resourceSpans"]) {
-                for scope in list(&resource["scopeSpans"]) {
-                    spans.extend(list(&scope["spans"]));
+            for resource in list(&line[resources]) {
+                for scope in list(&resource[scopes]) {
+                    all.extend(list(&scope[records]));
                 }
             }
         }
-        spans
+        all
     }
 
     /// The sum of the series with this name and these labels, such as `state="idle"`.
