@@ -5,9 +5,11 @@
 use std::{
     fmt,
     io::{self, Write},
+    sync::LazyLock,
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use polydev_telemetry::logs::Lines;
 use serde_json::{Map, Value};
 use tracing::{
     Event, Level, Subscriber,
@@ -23,7 +25,8 @@ use tracing_subscriber::{
 };
 
 /// Sends all events to stderr, and each panic as one line. The agent filters by its own
-/// level; `POLYDEV_LOG` (a tracing filter, `info` by default) limits what is sent.
+/// level; `POLYDEV_LOG` (a tracing filter, `info` by default) limits what is sent. Also to
+/// [`collected`], from when that has a collector.
 pub fn init() {
     let filter = EnvFilter::try_from_env("POLYDEV_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let lines = tracing_subscriber::fmt::layer()
@@ -33,10 +36,17 @@ pub fn init() {
         .with(filter)
         .with(SpanFields)
         .with(lines)
+        .with(collected().clone())
         .init();
     std::panic::set_hook(Box::new(
         |panic| tracing::error!(%panic, "bug: a task panicked"),
     ));
+}
+
+/// What sends the lines of this process to a collector, which it learns later than it logs.
+pub fn collected() -> &'static Lines {
+    static LINES: LazyLock<Lines> = LazyLock::new(Lines::default);
+    &LINES
 }
 
 /// Writes to stderr and ignores that nobody reads it: after a crash of the agent the pipe

@@ -1,36 +1,32 @@
 //! Metrics about the node's slots, exported to an OpenTelemetry collector if the plugin's
 //! options name one. `docs/metrics.md` lists them.
 
-use std::{
-    collections::BTreeMap,
-    error::Error,
-    sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
-};
+use std::{collections::BTreeMap, error::Error, net::SocketAddr, time::Duration};
 
 use opentelemetry::{
     KeyValue,
     metrics::{AsyncInstrument, Counter, Histogram, Meter, MeterProvider},
 };
-use opentelemetry_otlp::{MetricExporter, WithTonicConfig};
-use opentelemetry_sdk::{
-    Resource,
-    error::OTelSdkResult,
-    metrics::{
-        PeriodicReader, SdkMeterProvider, Temporality, data::ResourceMetrics,
-        exporter::PushMetricExporter,
-    },
-};
+use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
 use polydev_proto::{init::Form, provider::Provider};
-use tokio::{sync::oneshot, time::timeout};
-use tonic::transport::Endpoint;
+use polydev_telemetry::{
+    exporters::Exporters,
+    resource,
+    scrape::{self, Shown},
+};
+use polydev_transport::{address::Address, backoff::Backoff};
+use tokio::{
+    sync::oneshot,
+    time::{sleep, timeout},
+};
 
 use crate::{
     chain,
     config::Telemetry,
     life::{Event, Life, State},
+    logging,
     scripts::{Figures, Status},
-    tokens::Used,
+    tokens::{ApiErrors, Used},
 };
 
 const SERVICE: &str = "nomad-driver-polydev";
@@ -38,10 +34,9 @@ const SERVICE: &str = "nomad-driver-polydev";
 const TIMES: [f64; 14] = [
     0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1_800.0, 7_200.0,
 ];
-/// Time for the collector to accept a connection, and to respond on an open one.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Time for one export.
-const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The pause before the next try to listen: the first, and the largest.
+const BIND_INTERVAL: Duration = Duration::from_millis(200);
+const MAX_BIND_INTERVAL: Duration = Duration::from_secs(10);
 /// Time for the last export, when the driver stops.
 const FINISH_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -128,6 +123,51 @@ impl Metrics {
             .build();
     }
 
+    /// From now on, reports the answers of APIs with an error, by provider and status.
+    pub(crate) fn watch_api_errors(
+        &self,
+        errors: impl Fn() -> Option<ApiErrors> + Send + Sync + 'static,
+    ) {
+        let Some(Told { provider, .. }) = &self.0 else {
+            return;
+        };
+        let observe = move |observer: &dyn AsyncInstrument<u64>| {
+            for ((provider, status), number) in errors().unwrap_or_default() {
+                let attributes = [
+                    KeyValue::new("provider", provider),
+                    KeyValue::new("status", i64::from(status)),
+                ];
+                observer.observe(number, &attributes);
+            }
+        };
+        // The result is only a name: the provider keeps the callback.
+        let _errors = provider
+            .meter(SERVICE)
+            .u64_observable_counter("polydev.api.errors")
+            .with_unit("{response}")
+            .with_description("Answers of providers' APIs with an error; status 0 for none at all.")
+            .with_callback(observe)
+            .build();
+    }
+
+    /// From now on, reports how many images are paused because containers of them fail.
+    pub(crate) fn watch_paused(&self, paused: impl Fn() -> Option<u64> + Send + Sync + 'static) {
+        let Some(Told { provider, .. }) = &self.0 else {
+            return;
+        };
+        let observe = move |observer: &dyn AsyncInstrument<u64>| {
+            observer.observe(paused().unwrap_or_default(), &[]);
+        };
+        // As above.
+        let _paused = provider
+            .meter(SERVICE)
+            .u64_observable_gauge("polydev.images.paused")
+            .with_unit("{image}")
+            .with_description("Images whose containers failed five times in a row or more.")
+            .with_callback(observe)
+            .build();
+    }
+
     /// From now on, reports how scripts have ended, as `figures` returns it.
     pub(crate) fn watch_scripts(
         &self,
@@ -205,6 +245,7 @@ impl Metrics {
         std::thread::spawn(move || {
             // The log already says that the collector is unreachable.
             let _away = provider.shutdown();
+            logging::collected().finish();
             let _nobody_waits = told.send(());
         });
         let _overrun = timeout(FINISH_TIMEOUT, is_told).await;
@@ -213,41 +254,39 @@ impl Metrics {
 
 impl Told {
     fn new(telemetry: &Telemetry, instance: &str) -> Result<Self, Box<dyn Error + Send + Sync>> {
-        let endpoint = &telemetry.otlp_endpoint;
-        let channel = Endpoint::from_shared(endpoint.clone())?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .timeout(EXPORT_TIMEOUT)
-            .http2_keep_alive_interval(CONNECT_TIMEOUT)
-            .keep_alive_timeout(CONNECT_TIMEOUT)
-            .connect_lazy();
-        let exporter = MetricExporter::builder()
-            .with_temporality(Temporality::Cumulative)
-            .with_tonic()
-            .with_channel(channel)
-            .build()?;
-        let exporter = Watched {
-            exporter,
-            endpoint: endpoint.clone(),
-            is_failing: AtomicBool::new(false),
-        };
-        let reader = PeriodicReader::builder(exporter)
-            .with_interval(telemetry.interval)
-            .build();
-        let host = nix::unistd::gethostname().unwrap_or_default();
-        // Ignores the environment, which describes the agent.
-        let resource = Resource::builder_empty()
-            .with_service_name(SERVICE)
-            .with_attributes([
-                KeyValue::new("service.instance.id", instance.to_owned()),
-                KeyValue::new("host.name", host.to_string_lossy().into_owned()),
-            ])
-            .build();
-        let provider = SdkMeterProvider::builder()
-            .with_reader(reader)
-            .with_resource(resource)
-            .build();
+        let resource = resource(SERVICE, env!("CARGO_PKG_VERSION"), instance.to_owned());
+        let mut provider = SdkMeterProvider::builder().with_resource(resource.clone());
+        if let Some(collector) = &telemetry.collector {
+            let exporters = Exporters::new(collector)?;
+            let reader = PeriodicReader::builder(exporters.metrics()?);
+            provider = provider.with_reader(reader.with_interval(telemetry.interval).build());
+            logging::collected().send(&exporters, resource)?;
+        }
+        if let Some(address) = telemetry.metrics_listen {
+            let shown = Shown::default();
+            provider = provider.with_reader(shown.reader()?);
+            tokio::spawn(show(address, shown));
+        }
+        let provider = provider.build();
         let steps = Instruments::new(&provider.meter(SERVICE));
         Ok(Self { provider, steps })
+    }
+}
+
+/// Shows metrics at an address, as soon as it is free: an earlier driver may still have it.
+async fn show(address: SocketAddr, shown: Shown) {
+    let mut pauses = Backoff::new(BIND_INTERVAL, MAX_BIND_INTERVAL);
+    let mut is_told = false;
+    loop {
+        match scrape::listen(&Address::Loopback(address)).await {
+            Ok(listener) => return scrape::serve(listener, shown).await,
+            Err(error) if !is_told => {
+                tracing::warn!(%address, %error, "cannot listen at `telemetry.metrics_listen`, retrying");
+                is_told = true;
+            }
+            Err(_) => {}
+        }
+        sleep(pauses.next_wait()).await;
     }
 }
 
@@ -367,46 +406,5 @@ impl Steps {
         let agent = if form.parked { "parked" } else { "cold" };
         let provider = KeyValue::new("provider", provider.name());
         prompts.add(1, &[provider, KeyValue::new("agent", agent)]);
-    }
-}
-
-/// Logs once when the collector rejects an export, and once when it accepts one again.
-#[derive(Debug)]
-struct Watched {
-    exporter: MetricExporter,
-    endpoint: String,
-    is_failing: AtomicBool,
-}
-
-impl PushMetricExporter for Watched {
-    async fn export(&self, metrics: &ResourceMetrics) -> OTelSdkResult {
-        let result = self.exporter.export(metrics).await;
-        let endpoint = &self.endpoint;
-        match (&result, self.is_failing.load(Ordering::Relaxed)) {
-            (Err(error), false) => {
-                let error = chain(error);
-                tracing::warn!(
-                    endpoint,
-                    error,
-                    "the collector does not accept metrics, retrying"
-                );
-            }
-            (Ok(()), true) => tracing::info!(endpoint, "the collector accepts metrics again"),
-            (Err(_), true) | (Ok(()), false) => {}
-        }
-        self.is_failing.store(result.is_err(), Ordering::Relaxed);
-        result
-    }
-
-    fn force_flush(&self) -> OTelSdkResult {
-        self.exporter.force_flush()
-    }
-
-    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
-        self.exporter.shutdown_with_timeout(timeout)
-    }
-
-    fn temporality(&self) -> Temporality {
-        self.exporter.temporality()
     }
 }

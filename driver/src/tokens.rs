@@ -1,17 +1,21 @@
-//! Tokens that all runs of this life of the driver have used, for metrics.
+//! Tokens that all runs of this life of the driver have used, and errors that they got from APIs,
+//! for metrics.
 
 use std::collections::BTreeMap;
 
 use parking_lot::Mutex;
-use polydev_proto::broker::ModelUsage;
+use polydev_proto::broker::{ApiError, ModelUsage};
 
 /// Most models with figures of their own: each is a time series.
 const MAX_MODELS: usize = 200;
 const OTHER: &str = "other";
 
-/// By provider and model.
+/// Tokens by provider and model, and errors by provider and status.
 #[derive(Debug, Default)]
-pub(crate) struct Tokens(Mutex<BTreeMap<(String, String), Used>>);
+pub(crate) struct Tokens(Mutex<BTreeMap<(String, String), Used>>, Mutex<ApiErrors>);
+
+/// Answers with an error, by provider and HTTP status: 0 for an API that could not be reached.
+pub(crate) type ApiErrors = BTreeMap<(String, u32), u64>;
 
 /// Tokens of one model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -43,6 +47,23 @@ impl Tokens {
             sum.cached_input += now.cached_input.saturating_sub(before.cached_input);
             sum.output += now.output.saturating_sub(before.output);
         }
+    }
+
+    /// Counts the errors that a run has got since `before`.
+    pub(crate) fn add_errors(&self, before: &[ApiError], now: &[ApiError]) {
+        let mut all = self.1.lock();
+        for error in now {
+            let is_it = |known: &&ApiError| {
+                (&known.provider, known.status) == (&error.provider, error.status)
+            };
+            let before = before.iter().find(is_it).map_or(0, |known| known.count);
+            let name = (error.provider.clone(), error.status);
+            *all.entry(name).or_default() += error.count.saturating_sub(before);
+        }
+    }
+
+    pub(crate) fn errors(&self) -> ApiErrors {
+        self.1.lock().clone()
     }
 
     pub(crate) fn all(&self) -> BTreeMap<(String, String), Used> {
@@ -86,5 +107,20 @@ mod tests {
             output: 9,
         };
         assert_eq!(all.into_values().collect::<Vec<_>>(), [expected]);
+    }
+
+    #[test]
+    fn errors_are_counted_by_what_the_api_answered() {
+        let tokens = Tokens::default();
+        let error = |status, count| ApiError {
+            provider: "openai".into(),
+            status,
+            count,
+        };
+        tokens.add_errors(&[], &[error(429, 2)]);
+        tokens.add_errors(&[error(429, 2)], &[error(429, 3), error(0, 1)]);
+        let errors = tokens.errors();
+        assert_eq!(errors[&("openai".to_owned(), 429)], 3);
+        assert_eq!(errors[&("openai".to_owned(), 0)], 1);
     }
 }

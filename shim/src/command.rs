@@ -9,8 +9,9 @@ mod dev;
 mod manual;
 mod pool;
 mod serve;
+mod telemetry;
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -18,15 +19,16 @@ use nix::sys::{
     prctl,
     resource::{Resource, getrlimit, setrlimit},
 };
-use polydev_cli::{FAILED, Options, egress, run, runs, script, status, tls_files};
-use polydev_shim::{access::Access, audit::Audit, credentials::store, token, traces::Traces};
+use polydev_cli::{FAILED, Options, egress, images, run, runs, script, status, tls_files};
+use polydev_shim::{access::Access, audit::Audit, credentials::store, token};
 use polydev_transport::{
     address::{Address, DEFAULT, Listener},
     tls::{Callers, Files},
 };
 use sd_notify::NotifyState;
+use telemetry::Telemetry;
+use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
 
 /// Runs users' commands in warm, isolated containers.
 #[derive(Parser)]
@@ -55,6 +57,9 @@ enum Command {
     /// Show the warm pools, and set their sizes.
     #[command(subcommand)]
     Pool(pool::Command),
+    /// List the images on the disks of nodes, and remove those that nothing uses.
+    #[command(subcommand)]
+    Images(images::Command),
     /// Manage users' credentials, which the shim's store keeps sealed.
     #[command(subcommand)]
     Credentials(credentials::Command),
@@ -76,21 +81,6 @@ enum Command {
         /// Folder for the pages; created if missing.
         folder: PathBuf,
     },
-}
-
-/// Where a shim sends what it knows of runs.
-#[derive(clap::Args)]
-struct Telemetry {
-    /// OpenTelemetry collector that gets a trace of each run, over OTLP with gRPC:
-    /// http://HOST:PORT. [default: no traces]
-    #[arg(long, env = "POLYDEV_OTLP_ENDPOINT", value_name = "URL")]
-    otlp_endpoint: Option<String>,
-}
-
-impl Telemetry {
-    fn traces(&self) -> Result<Traces, polydev_shim::traces::Error> {
-        Traces::new(self.otlp_endpoint.as_deref())
-    }
 }
 
 /// Where a shim listens, and who may call it.
@@ -258,26 +248,10 @@ impl Vault {
 /// Parses the arguments and executes the command.
 pub(super) fn main() -> ExitCode {
     let Arguments { command } = config::parse();
-    let serves = matches!(command, Command::Serve(_) | Command::Dev(_));
-    let filter = EnvFilter::try_from_env("POLYDEV_LOG")
-        .unwrap_or_else(|_| EnvFilter::new(if serves { "info" } else { "warn" }));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
-
-    let runtime = match tokio::runtime::Runtime::new() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("polydev-shim: cannot start: {error}");
-            return ExitCode::from(FAILED);
-        }
-    };
-    let executed = runtime.block_on(execute(command));
-    // A pending read of stdin cannot be cancelled, and must not keep the process alive.
-    runtime.shutdown_background();
-    match executed {
+    let done = tokio::runtime::Runtime::new()
+        .context("cannot start")
+        .and_then(|runtime| within(runtime, command));
+    match done {
         Ok(code) => code,
         Err(error) => {
             eprintln!("polydev-shim: {error:#}");
@@ -286,7 +260,25 @@ pub(super) fn main() -> ExitCode {
     }
 }
 
-async fn execute(command: Command) -> anyhow::Result<ExitCode> {
+fn within(runtime: Runtime, command: Command) -> anyhow::Result<ExitCode> {
+    let entered = runtime.enter();
+    let telemetry = match &command {
+        Command::Serve(arguments) => Some(arguments.telemetry()?),
+        Command::Dev(arguments) => Some(arguments.telemetry()?),
+        _ => None,
+    };
+    telemetry::log(telemetry.as_ref());
+    drop(entered);
+    let executed = runtime.block_on(execute(command, telemetry.as_ref()));
+    if let Some(telemetry) = telemetry {
+        telemetry.finish();
+    }
+    // A pending read of stdin cannot be cancelled, and must not keep the process alive.
+    runtime.shutdown_background();
+    executed
+}
+
+async fn execute(command: Command, telemetry: Option<&Telemetry>) -> anyhow::Result<ExitCode> {
     // Credentials pass through this process: no core dumps, and no other process may read its
     // memory.
     prctl::set_dumpable(false)?;
@@ -296,13 +288,14 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     match command {
-        Command::Serve(arguments) => serve::execute(arguments).await,
-        Command::Dev(arguments) => dev::execute(arguments).await,
+        Command::Serve(arguments) => serve::execute(arguments, opened(telemetry)).await,
+        Command::Dev(arguments) => dev::execute(arguments, opened(telemetry)).await,
         Command::Run(arguments) => run::execute(arguments).await,
         Command::Script(arguments) => script::execute(arguments).await,
         Command::Runs(command) => runs::execute(command).await,
         Command::Egress(command) => egress::execute(command).await,
         Command::Pool(command) => pool::execute(command).await,
+        Command::Images(command) => images::execute(command).await,
         Command::Credentials(command) => credentials::execute(command).await,
         Command::Status(options) => status::execute(options).await,
         Command::Audit(command) => audit::execute(&command),
@@ -311,6 +304,11 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Completions { shell } => manual::completions(shell),
         Command::Man { folder } => manual::pages(&folder),
     }
+}
+
+/// The telemetry of a command that serves.
+fn opened(telemetry: Option<&Telemetry>) -> &Telemetry {
+    telemetry.expect("it is opened for the commands that serve")
 }
 
 /// Notifies systemd, if systemd started this process.

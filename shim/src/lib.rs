@@ -11,6 +11,7 @@
 
 pub mod service;
 
+pub mod metrics;
 pub mod run;
 
 pub mod access;

@@ -12,7 +12,6 @@ use opentelemetry::{
     propagation::TextMapPropagator,
     trace::{SpanBuilder, SpanKind, Status, TraceContextExt, TracerProvider},
 };
-use opentelemetry_otlp::{SpanExporter, WithTonicConfig};
 use opentelemetry_sdk::{
     Resource,
     propagation::TraceContextPropagator,
@@ -24,24 +23,9 @@ use polydev_proto::{
     provider::Provider,
     runtime::{ExitReason, Exited},
 };
-use polydev_transport::address::is_url;
-use tonic::transport::{Channel, Endpoint};
+use polydev_telemetry::{collector::Error, exporters::Exporters};
 
-const SERVICE: &str = "polydev-shim";
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Time for one export.
-const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Time for the last export, when the shim stops.
-const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Why nothing can be exported.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error("`otlp_endpoint` is `{given}`; must be http://HOST:PORT")]
-    Endpoint { given: String },
-    #[error("cannot export traces")]
-    Exporter(#[source] opentelemetry_otlp::ExporterBuildError),
-}
+const TRACER: &str = "polydev-shim";
 
 /// Where traces go, if anywhere.
 #[derive(Clone, Default)]
@@ -62,32 +46,17 @@ impl fmt::Debug for Traces {
 }
 
 impl Traces {
-    /// Begins to export to a collector that takes OTLP over gRPC; needs a runtime. Without an
-    /// endpoint nothing is exported. Spans that the collector does not take are dropped, at most
-    /// 2,048 wait.
+    /// Begins to export, with these exporters; nothing without. Spans that the collector does not
+    /// take are dropped, at most 2,048 wait.
     ///
     /// # Errors
-    /// [`Error`]
-    pub fn new(endpoint: Option<&str>) -> Result<Self, Error> {
-        let Some(endpoint) = endpoint else {
+    /// If OpenTelemetry's variables in the environment are wrong.
+    pub fn new(exporters: Option<&Exporters>, resource: Resource) -> Result<Self, Error> {
+        let Some(exporters) = exporters else {
             return Ok(Self(None));
         };
-        let exporter = SpanExporter::builder()
-            .with_tonic()
-            .with_channel(channel(endpoint)?)
-            .build()
-            .map_err(Error::Exporter)?;
-        let host = nix::unistd::gethostname().unwrap_or_default();
-        // Ignores the environment, which describes whoever started the shim.
-        let resource = Resource::builder_empty()
-            .with_service_name(SERVICE)
-            .with_attributes([
-                KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
-                KeyValue::new("host.name", host.to_string_lossy().into_owned()),
-            ])
-            .build();
         let provider = SdkTracerProvider::builder()
-            .with_batch_exporter(exporter)
+            .with_batch_exporter(exporters.spans()?)
             .with_resource(resource)
             .build();
         Ok(Self(Some(provider)))
@@ -105,7 +74,7 @@ impl Traces {
         let Some(exported) = &self.0 else {
             return (caller, None);
         };
-        let tracer = exported.tracer(SERVICE);
+        let tracer = exported.tracer(TRACER);
         let propagator = TraceContextPropagator::new();
         let given = caller.map(|caller| {
             let TraceContext {
@@ -144,17 +113,19 @@ impl Traces {
         (Some(command), Some(trace))
     }
 
-    /// Exports what is left. Blocks for at most a second.
+    /// Exports what is left. Blocks for five seconds if the collector does not answer.
     pub fn finish(&self) {
-        if let Some(provider) = &self.0
-            && let Err(error) = provider.shutdown_with_timeout(FINISH_TIMEOUT)
-        {
-            tracing::info!(%error, "the collector did not take the last traces");
-        }
+        // The log says already that the collector is away.
+        let _away = self.0.as_ref().map(SdkTracerProvider::shutdown);
     }
 }
 
 impl Trace {
+    /// What is below the run's span.
+    pub(crate) fn context(&self) -> Context {
+        self.context.clone()
+    }
+
     /// Ends the run's span, with a span of each stage before it.
     pub(crate) fn end(self, exited: &Exited) {
         let mut stages: Vec<_> = (exited.timeline.iter())
@@ -189,22 +160,6 @@ impl Trace {
     }
 }
 
-/// Checks where a collector is said to be.
-///
-/// # Errors
-/// [`Error::Endpoint`]
-pub fn check(endpoint: Option<&str>) -> Result<(), Error> {
-    endpoint.map_or(Ok(()), |endpoint| address(endpoint).map(drop))
-}
-
-fn address(endpoint: &str) -> Result<Endpoint, Error> {
-    let address = Endpoint::from_shared(endpoint.to_owned()).ok();
-    let address = address.filter(|_| is_url("http", endpoint));
-    address.ok_or_else(|| Error::Endpoint {
-        given: endpoint.to_owned(),
-    })
-}
-
 impl Trace {
     /// Ends the span of a run that has failed before its end was known.
     pub(crate) fn fail(self, code: tonic::Code) {
@@ -212,14 +167,4 @@ impl Trace {
         span.set_status(Status::error(format!("{code:?}")));
         span.end();
     }
-}
-
-fn channel(endpoint: &str) -> Result<Channel, Error> {
-    let endpoint = address(endpoint)?;
-    Ok(endpoint
-        .connect_timeout(CONNECT_TIMEOUT)
-        .timeout(EXPORT_TIMEOUT)
-        .http2_keep_alive_interval(CONNECT_TIMEOUT)
-        .keep_alive_timeout(CONNECT_TIMEOUT)
-        .connect_lazy())
 }

@@ -27,7 +27,7 @@ fn run(client: &Client, text: &str) -> ScriptStatus {
 fn five_scripts_that_fail_in_a_row_page_somebody_and_one_success_resolves_it() {
     let [port] = free_ports();
     let collector = Collector::start(port);
-    let paging = Paging::start(&collector.address());
+    let paging = Paging::start(&[&collector.address()]);
     let nomad = Nomad::start_with(&format!(
         "telemetry {{\n otlp_endpoint = \"http://127.0.0.1:{port}\"\n interval = \"1s\"\n}}"
     ));

@@ -2,8 +2,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use polydev_proto::runtime::RunStart;
 use polydev_tests::{
-    client::shell, collector::Collector, free_ports, process::succeed, shim::Shim, wait_until,
+    client::shell, collector::Collector, free_ports, process::succeed, shim::Shim,
+    tls::Certificates, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -90,4 +92,65 @@ fn a_trace_of_a_warm_run_has_its_stages_below_the_caller_and_above_the_command()
 fn time(span: &Value, name: &str) -> u64 {
     let time = span[name].as_str().unwrap_or_default();
     time.parse().expect("OTLP has times as text")
+}
+
+#[test]
+fn traces_and_lines_of_a_run_go_over_grpc_and_over_http_with_tls() {
+    let [port] = free_ports();
+    let certificates = Certificates::make();
+    let collector = Collector::start_with(port, &certificates.collector_settings());
+    let ca = format!("--otlp-ca={}", certificates.authority().display());
+    let grpc = format!("--otlp-endpoint=https://127.0.0.1:{port}");
+    let http = format!(
+        "--otlp-endpoint=https://127.0.0.1:{}",
+        collector.http_port()
+    );
+    for options in [
+        [&*grpc, "--otlp-protocol=grpc", &ca],
+        [&*http, "--otlp-protocol=http/protobuf", &ca],
+    ] {
+        let shim = Shim::dev_with(&["anthropic=1"], &options);
+        let client = shim.client();
+        let holder = RunStart {
+            stdin: true,
+            ..shell("anthropic", "cat")
+        };
+        let holder = client.start(holder).unwrap();
+        // It waits in vain, which is worth a line in the log.
+        let run_id = uuid::Uuid::now_v7().to_string();
+        let waiting = RunStart {
+            run_id: run_id.clone(),
+            queue_timeout: Some(prost_types::Duration {
+                seconds: 1,
+                nanos: 0,
+            }),
+            ..shell("anthropic", "true")
+        };
+        let refused = client.run(waiting).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::ResourceExhausted, "{refused}");
+        let of_run = |records: &[Value], key: &str| {
+            let wanted = json!({ "key": key, "value": { "stringValue": run_id } });
+            let is_it = |record: &&Value| {
+                let attributes = record["attributes"].as_array();
+                attributes.is_some_and(|attributes| attributes.contains(&wanted))
+            };
+            records.iter().find(is_it).cloned()
+        };
+        let span = wait_until("the trace", Duration::from_secs(30), || {
+            let spans = collector.spans();
+            of_run(&spans, "polydev.run.id")
+                .ok_or_else(|| format!("{spans:?} {}", shim.process.log()))
+        });
+        let line = wait_until("the line", Duration::from_secs(30), || {
+            let lines = collector.lines().into_iter();
+            let lines =
+                lines.filter(|line| line["body"]["stringValue"] == "the run's relay failed");
+            let lines: Vec<_> = lines.collect();
+            of_run(&lines, "run_id").ok_or(format!("{lines:?}"))
+        });
+        for id in ["traceId", "spanId"] {
+            assert_eq!(line[id], span[id], "{line}");
+        }
+        drop(holder);
+    }
 }

@@ -49,6 +49,7 @@ const SHIM: &[&str] = &[
     "main",
     "command",
     "service",
+    "metrics",
     "run",
     "pool",
     "engine",

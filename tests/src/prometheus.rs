@@ -17,6 +17,8 @@ use crate::{folder::Folder, free_ports, process::Process, root};
 /// Dropping it stops all of it.
 pub struct Paging {
     _prometheus: Process,
+    /// Where Prometheus listens.
+    prometheus: String,
     _alertmanager: Process,
     _folder: Folder,
     _receiver: Runtime,
@@ -40,12 +42,12 @@ fn program(name: &str) -> PathBuf {
 }
 
 impl Paging {
-    /// Starts Prometheus over the figures at this address, HOST:PORT.
+    /// Starts Prometheus over the figures at these addresses, HOST:PORT.
     ///
     /// # Panics
     /// If a part does not start.
     #[must_use]
-    pub fn start(figures: &str) -> Self {
+    pub fn start(figures: &[&str]) -> Self {
         let folder = Folder::new("pdtest-");
         let [prometheus, alertmanager, pager] = free_ports();
         let [prometheus, alertmanager, pager] =
@@ -66,7 +68,7 @@ impl Paging {
             "prometheus.yaml",
             &[
                 ("127.0.0.1:9093", &alertmanager),
-                ("127.0.0.1:9464", figures),
+                ("127.0.0.1:9464", &figures.join(", ")),
             ],
         );
         let of_alertmanager = copy("alertmanager.yaml", &[("127.0.0.1:9095", &pager)]);
@@ -102,11 +104,47 @@ impl Paging {
         let log = folder.path().join("prometheus.log");
         Self {
             _prometheus: Process::start(&mut command, &log),
+            prometheus,
             _alertmanager: of_alerts,
             _folder: folder,
             _receiver: receiver,
             told,
         }
+    }
+
+    /// The values of an expression now. `None` if Prometheus does not answer yet.
+    ///
+    /// # Panics
+    /// If it answers with an error, such as for an expression that it cannot read.
+    #[must_use]
+    pub fn values(&self, expression: &str) -> Option<Vec<f64>> {
+        let answer = self.get("query", &format!("query={expression}"))?;
+        assert_eq!(answer["status"], "success", "{expression}: {answer}");
+        let result = answer["data"]["result"].as_array()?;
+        let value = |series: &Value| series["value"][1].as_str()?.parse().ok();
+        result.iter().map(value).collect()
+    }
+
+    /// The rules with the health of their last evaluation, `ok` or an error.
+    #[must_use]
+    pub fn rules(&self) -> Vec<(String, String)> {
+        let answer = self.get("rules", "type=alert").unwrap_or_default();
+        let groups = answer["data"]["groups"].as_array().cloned();
+        let rules = groups.unwrap_or_default().into_iter();
+        let rules = rules.flat_map(|group| group["rules"].as_array().cloned().unwrap_or_default());
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        rules
+            .map(|rule| (text(&rule["name"]), text(&rule["health"])))
+            .collect()
+    }
+
+    fn get(&self, path: &str, query: &str) -> Option<Value> {
+        let mut curl = Command::new("curl");
+        curl.args(["--silent", "--max-time", "5", "--noproxy", "*", "--get"]);
+        curl.args(["--data-urlencode", query]);
+        curl.arg(format!("http://{}/api/v1/{path}", self.prometheus));
+        let output = curl.output().expect("curl is installed");
+        serde_json::from_slice(&output.stdout).ok()
     }
 
     /// What somebody was told so far, in order.

@@ -61,6 +61,25 @@ impl Certificates {
             .map(|name| fs::read_to_string(self.path(name)).expect("the file was written"))
     }
 
+    /// Settings of a collector that has the first authority's server certificate.
+    #[must_use]
+    pub fn collector_settings(&self) -> Vec<String> {
+        let (certificate, key) = (
+            self.path("ours-server.pem"),
+            self.path("ours-server-key.pem"),
+        );
+        let setting = |protocol: &str, name: &str, file: &str| {
+            format!("receivers::otlp::protocols::{protocol}::tls::{name}: {file}")
+        };
+        let of = |protocol: &'static str| {
+            [
+                setting(protocol, "cert_file", &certificate),
+                setting(protocol, "key_file", &key),
+            ]
+        };
+        ["grpc", "http"].into_iter().flat_map(of).collect()
+    }
+
     /// Options of a dockerd that accepts clients of the first authority at this port.
     #[must_use]
     pub fn dockerd_options(&self, port: u16) -> Vec<String> {

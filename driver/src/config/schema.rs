@@ -38,8 +38,12 @@ pub fn plugin() -> Spec {
         block(
             "telemetry",
             vec![
-                required("otlp_endpoint", "string"),
+                attr("otlp_endpoint", "string"),
+                attr("otlp_protocol", "string"),
+                attr("otlp_ca", "string"),
+                attr("otlp_headers_file", "string"),
                 attr("interval", "string"),
+                attr("metrics_listen", "string"),
             ],
         ),
         attr("socket_group", "string"),

@@ -222,7 +222,6 @@ fn plugin_values_out_of_range_are_refused_by_name() {
     for endpoint in [
         "",
         "127.0.0.1:4317",
-        "https://collector:4317",
         "http://collector",
         "http://c:4317/v1",
         "http://::1:4317",

@@ -195,6 +195,12 @@ impl Prepared {
         let used = Arc::downgrade(&node.runs);
         let used = move || used.upgrade().map(|runs| runs.tokens.all());
         node.metrics.watch_tokens(used);
+        let errors = Arc::downgrade(&node.runs);
+        let errors = move || errors.upgrade().map(|runs| runs.tokens.errors());
+        node.metrics.watch_api_errors(errors);
+        let paused = Arc::downgrade(&node.slots);
+        let paused = move || paused.upgrade().map(|slots| slots.breakers.paused());
+        node.metrics.watch_paused(paused);
         let runs = Arc::downgrade(&node.runs);
         let scripts = move || runs.upgrade().map(|runs| runs.scripts.figures());
         node.metrics.watch_scripts(scripts);

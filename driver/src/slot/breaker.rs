@@ -71,6 +71,15 @@ impl Breakers {
         })
     }
 
+    /// How many images are paused, also those of which one container is being tried.
+    pub fn paused(&self) -> u64 {
+        let images = self.lock();
+        let paused = images
+            .values()
+            .filter(|breaker| breaker.failures >= MAX_FAILURES);
+        paused.count() as u64
+    }
+
     /// Records that a container of the image failed.
     pub fn failed(&self, image: &str, id: &str, reason: &str, now: Instant) {
         let mut images = self.lock();

@@ -16,6 +16,8 @@ use polydev_shim::{
     service,
 };
 
+use super::telemetry::{self, Telemetry, show};
+
 #[derive(clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
@@ -48,7 +50,7 @@ pub(super) struct Arguments {
     #[command(flatten)]
     rates: Rates,
     #[command(flatten)]
-    telemetry: super::Telemetry,
+    telemetry: telemetry::Reported,
     #[command(flatten)]
     vault: super::Vault,
 }
@@ -100,7 +102,16 @@ fn egress(text: &str) -> Result<(Provider, Vec<String>), String> {
     Ok((provider, hosts))
 }
 
-pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
+impl Arguments {
+    pub(super) fn telemetry(&self) -> anyhow::Result<Telemetry> {
+        self.telemetry.open(&self.listen.shown())
+    }
+}
+
+pub(super) async fn execute(
+    arguments: Arguments,
+    telemetry: &Telemetry,
+) -> anyhow::Result<ExitCode> {
     let driver = match arguments.driver {
         Some(driver) => driver,
         None => std::env::current_exe()?.with_file_name("nomad-driver-polydev"),
@@ -113,7 +124,7 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let access = arguments.listen.access()?;
     let audit = arguments.listen.audit()?;
     let tokens = arguments.listen.tokens()?;
-    let traces = arguments.telemetry.traces()?;
+    let shown = telemetry.listen().await?;
     let stop = super::stop_signal()?;
     let listeners = arguments.listen.bind(tokens.as_ref()).await?;
 
@@ -145,11 +156,13 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         access,
         audit,
         tokens,
-        traces,
+        traces: telemetry.traces.clone(),
+        metrics: telemetry.metrics.clone(),
         limits,
     };
     let served = tokio::select! {
         served = service::serve(parts, listeners, stop) => served,
+        () = show(shown) => unreachable!("it never ends"),
         reason = engine.driver_died() => Err(anyhow::anyhow!(reason)),
         () = follow(view, drivers, None, vault) => unreachable!("the engine, which names the driver, lives on"),
     };

@@ -10,12 +10,15 @@ use polydev_shim::{
     pool::{View, drained, follow},
     rate::Rates,
     run::queue::PerUser,
-    service, traces,
+    service,
 };
 use polydev_transport::tls::{Callers, Files, GRPC, Trust};
 use sd_notify::NotifyState;
 
-use super::tell_systemd;
+use super::{
+    telemetry::{self, Telemetry, show},
+    tell_systemd,
+};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -56,7 +59,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     stop_timeout: u32,
     #[command(flatten)]
-    telemetry: super::Telemetry,
+    telemetry: telemetry::Reported,
     #[command(flatten)]
     vault: super::Vault,
     /// Slots of one provider that may be on order from Nomad at a time, for runs that find no
@@ -66,13 +69,17 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
+    pub(super) fn telemetry(&self) -> anyhow::Result<Telemetry> {
+        self.telemetry.open(&self.listen.shown())
+    }
+
     /// Reads the files that the arguments name, without further effects.
     pub(super) fn check(&self) -> anyhow::Result<()> {
         Nomad::new(self.nomad.clone())?;
         self.vault.open()?;
         self.listen.access()?;
         self.listen.tokens()?;
-        traces::check(self.telemetry.otlp_endpoint.as_deref())?;
+        self.telemetry.check()?;
         if let Some(key) = &self.listen.audit_key_file {
             Key::read(key)?;
         }
@@ -98,13 +105,16 @@ impl Arguments {
     }
 }
 
-pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub(super) async fn execute(
+    arguments: Arguments,
+    telemetry: &Telemetry,
+) -> anyhow::Result<ExitCode> {
     let nomad = Nomad::new(arguments.nomad.clone())?;
     let vault = Arc::new(arguments.vault.open()?);
     let access = arguments.listen.access()?;
     let audit = arguments.listen.audit()?;
     let tokens = arguments.listen.tokens()?;
-    let traces = arguments.telemetry.traces()?;
+    let shown = telemetry.listen().await?;
 
     let stop = super::stop_signal()?;
     let listeners = arguments.listen.bind(tokens.as_ref()).await?;
@@ -132,13 +142,15 @@ pub(super) async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         access,
         audit,
         tokens,
-        traces,
+        traces: telemetry.traces.clone(),
+        metrics: telemetry.metrics.clone(),
         limits,
     };
     let serving = tokio::select! {
         serving = service::serve(parts, listeners, stop) => serving,
         () = engine::nomad::discover(nomad, cluster) => unreachable!("it never ends"),
         () = follow(view.clone(), drivers, node_files, vault) => unreachable!("it ends after its sender, which never does"),
+        () = show(shown) => unreachable!("it never ends"),
         () = drained::end_runs(view, drained) => unreachable!("it ends after its sender, which never does"),
     };
     serving.map(|()| ExitCode::SUCCESS)

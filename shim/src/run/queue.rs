@@ -146,6 +146,16 @@ impl Queue {
         }
     }
 
+    /// How many wait, by provider; those without any are missing.
+    #[must_use]
+    pub fn waiting(&self) -> HashMap<&'static str, u64> {
+        let mut counts = HashMap::new();
+        for one in &self.lock().waiting {
+            *counts.entry(one.provider).or_default() += 1;
+        }
+        counts
+    }
+
     /// Lets waiting runs go on when their users' runs end elsewhere. Never returns.
     pub async fn keep(&self) {
         let mut changes = self.view.changes();

@@ -22,6 +22,7 @@ use crate::{
     access::Access,
     audit::Audit,
     credentials::Vault,
+    metrics::Metrics,
     nomad::Nomad,
     pool::View,
     rate::{Rate, Rates},
@@ -65,6 +66,7 @@ pub struct Parts {
     /// `None` if the shim accepts no tokens.
     pub tokens: Option<Tokens>,
     pub traces: Traces,
+    pub metrics: Metrics,
     pub limits: Limits,
 }
 
@@ -86,12 +88,14 @@ pub async fn serve(
         audit,
         tokens,
         traces,
+        metrics,
         limits,
     } = parts;
     let access = Arc::new(access);
     let (runs, hand_over) = (TaskTracker::new(), CancellationToken::new());
     let bodies = Bodies::new();
     let queue = Queue::new(limits.per_user, view.clone());
+    metrics.watch(&view, &queue);
     let api = Api {
         view,
         on_demand: OnDemand::new(nomad.clone(), limits.on_demand),
@@ -99,7 +103,8 @@ pub async fn serve(
         vault: vault.clone(),
         access: access.clone(),
         audit: audit.clone(),
-        traces: traces.clone(),
+        traces,
+        metrics,
         queue: queue.clone(),
         user_rate: Rate::new("user", limits.rates.user),
         bodies: bodies.clone(),
@@ -162,8 +167,6 @@ pub async fn serve(
         () = queue.keep() => unreachable!("it never ends"),
         () = keep(tokens) => unreachable!("it never ends"),
     }
-    let finished = tokio::task::spawn_blocking(move || traces.finish());
-    let _it_does_not_panic = finished.await;
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{
-    credentials,
+    credentials, metrics,
     pool::scale,
     run::{
         self, Error,
@@ -27,6 +27,7 @@ impl From<run::Error> for Status {
     fn from(error: run::Error) -> Self {
         let message = short(crate::chain(&error));
         let (code, reason) = kind(&error);
+        metrics::refused(reason);
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
         match &error {
             Error::Invalid(invalid) => {
@@ -81,6 +82,7 @@ impl From<Refused> for Status {
             Refused::NoKeys => (Code::Unavailable, "NO_TOKEN_KEYS"),
             _ => (Code::Unauthenticated, "NOT_AUTHENTICATED"),
         };
+        metrics::refused(reason);
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
         if code == Code::Unavailable {
             details.set_retry_info(Some(RETRY_INTERVAL));
@@ -192,6 +194,7 @@ impl From<scale::Error> for Status {
             scale::Error::NotDrained { .. } => (Code::FailedPrecondition, "NOT_DRAINED"),
             scale::Error::Nomad(_) => (Code::Unavailable, "NOMAD"),
         };
+        metrics::refused(reason);
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
         if let scale::Error::Size { .. } = error {
             details.add_bad_request_violation("size", &message);

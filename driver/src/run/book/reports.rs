@@ -29,6 +29,7 @@ impl Runs {
             // What an earlier life of the driver has counted is not counted again.
             if let Some(before) = &progress.answers {
                 self.tokens.add(&before.usage, &answers.usage);
+                self.tokens.add_errors(&before.errors, &answers.errors);
             }
             progress.answers = Some(answers.into());
         });

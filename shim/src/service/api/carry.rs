@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures_util::{Stream, StreamExt};
+use opentelemetry::{Context, context::FutureExt};
 use polydev_proto::{
     id::{RunId, UserId},
     node::TraceContext,
@@ -130,11 +131,13 @@ impl Api {
         (relay, events.map(|event| event.map_err(Status::from)))
     }
 
-    /// Connects a run and relays it, in a task that a stopping shim waits for.
+    /// Connects a run and relays it, in a task that a stopping shim waits for. Log lines about it
+    /// belong to the trace of `context`.
     pub(super) fn carry<F>(
         &self,
         relay: Relay,
         span: Span,
+        context: Context,
         inputs: relay::Inputs,
         connect: impl FnOnce(mpsc::Sender<Result<RunEvent, Error>>) -> F,
     ) where
@@ -162,7 +165,8 @@ impl Api {
                 let _gone = caller.send(Err(error)).await;
             }
         };
-        self.runs.spawn(carry.instrument(span));
+        self.runs
+            .spawn(carry.instrument(span).with_context(context));
     }
 
     /// Does the work of a call that has no events. A stopping shim waits for this work, up to a

@@ -4,6 +4,7 @@
 use std::{collections::VecDeque, time::Instant};
 
 use futures_util::{Stream, StreamExt, stream};
+use opentelemetry::Context;
 use polydev_proto::{
     id::RunId,
     node::TraceContext,
@@ -29,6 +30,7 @@ use crate::{
         relay::{self, Inputs},
         request::{Invalid, MAX_RUN_TIME},
     },
+    traces::Trace,
 };
 
 impl Api {
@@ -70,21 +72,28 @@ impl Api {
             self.queue.clone(),
             self.on_demand.clone(),
         );
-        self.carry(relay, span, inputs, |caller| async move {
+        let context = ours.as_ref().map(Trace::context).unwrap_or_default();
+        self.carry(relay, span, context, inputs, |caller| async move {
             claim::claim(&view, &queue, &on_demand, request, &caller).await
         });
-        let events = events.inspect(move |event| {
-            if let Err(status) = event
-                && let Some(ours) = ours.take()
-            {
-                ours.fail(status.code());
-            }
-            if let Ok(RunEvent {
+        let metrics = self.metrics.clone();
+        let events = events.inspect(move |event| match event {
+            Ok(RunEvent {
+                event: Some(Event::Accepted(accepted)),
+            }) => metrics.claimed(provider, accepted.warm, received.elapsed()),
+            Ok(RunEvent {
                 event: Some(Event::Exited(exited)),
-            }) = event
-                && let Some(ours) = ours.take()
-            {
-                ours.end(exited);
+            }) => {
+                metrics.ended(provider, exited);
+                if let Some(ours) = ours.take() {
+                    ours.end(exited);
+                }
+            }
+            Ok(_) => {}
+            Err(status) => {
+                if let Some(ours) = ours.take() {
+                    ours.fail(status.code());
+                }
             }
         });
         Ok((run_id, events))
@@ -98,9 +107,10 @@ impl Api {
         trace: Option<TraceContext>,
     ) -> Result<SubmitJobResponse, Error> {
         let start = without_stdin(start.unwrap_or_default())?;
+        let received = Instant::now();
         let claim = async {
             let mut request = self.admit(start, trace, caller).await?;
-            let run_id = request.run_id;
+            let (run_id, provider) = (request.run_id, request.provider);
             let own = request.own_input.take();
             // Nobody receives the run's place in the queue.
             let (told, _) = mpsc::channel(1);
@@ -108,6 +118,8 @@ impl Api {
             let claim = claim::claim(&self.view, &self.queue, &self.on_demand, request, &told);
             let (mut connection, running) = claim.instrument(span.clone()).await?;
             let accepted = relay::accepted(run_id, &connection);
+            self.metrics
+                .claimed(provider, accepted.warm, received.elapsed());
             if let Some(own) = own {
                 let input = Input::new(&connection, Some(own));
                 let feed = async move {
@@ -140,7 +152,9 @@ impl Api {
         // Only the driver knows the run's deadline.
         let (relay, events) = self.relay(name, received, offsets, None, MAX_RUN_TIME);
         let inputs = inputs.unwrap_or_else(silent);
-        self.carry(relay, span, inputs, |_| async { Ok((connection, None)) });
+        self.carry(relay, span, Context::new(), inputs, |_| async {
+            Ok((connection, None))
+        });
         Ok(events)
     }
 
