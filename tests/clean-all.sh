@@ -13,5 +13,5 @@ if [ -n "$images" ]; then
 fi
 "$DOCKER" image prune --force --filter label=dev.polydev.stage=cli >/dev/null
 step "removing target/ and what is ours in $POLYDEV_CACHE"
-rm -rf target "$POLYDEV_CACHE"/{nomad,collector,tools,kernel,python,clients,uml,plugin-host,dockerd}-* "$POLYDEV_CACHE"/.*.lock
+rm -rf target "$POLYDEV_CACHE"/{nomad,collector,compose,prometheus,tools,kernel,python,clients,uml,plugin-host,dockerd}-* "$POLYDEV_CACHE"/.*.lock
 rmdir "$POLYDEV_CACHE" 2>/dev/null || true

@@ -80,6 +80,7 @@ prepare() {
     tests/clients.sh >/dev/null
     tests/python.sh >/dev/null
     tests/grpcurl.sh >/dev/null
+    tests/compose.sh >/dev/null
     if is all long; then tests/uml/root.sh >/dev/null; fi
     if is long; then tests/engine/build.sh >/dev/null; fi
 }

@@ -13,6 +13,7 @@ mod clients;
 mod cluster;
 mod collectors;
 mod compat;
+mod composes;
 mod conversations;
 mod corners;
 mod credentials;

@@ -107,7 +107,7 @@ fn roles_hold_as_their_file_is_now() {
     };
     becomes(true);
     // Only the following calls cause warnings; allowed calls cause none.
-    let warnings = || site.shim.process.log().matches(" WARN ").count();
+    let warnings = || site.shim.process.log().matches(r#""level":"WARN""#).count();
     let before = warnings();
     tls.write_roles("[[role]]");
     wait_until("the warning", LIMIT, || {
@@ -277,16 +277,16 @@ fn the_log_says_who_did_what_with_whose_run_and_from_where() {
                 &*run_id,
                 "team-a",
                 "spiffe://polydev.test/controller",
-                "from=127.0.0.1:",
+                r#""from":"127.0.0.1:"#,
             ];
-            line.contains(&format!("operation={what}"))
+            line.contains(&format!("\"operation\":\"{what}\""))
                 && words.iter().all(|word| line.contains(word))
         };
         assert!(log.lines().find(is_it).is_some(), "{what}: {log}");
     }
     let denied = log.lines().find(|line| line.contains("denied")).unwrap();
     assert!(
-        denied.contains("bob") && denied.contains("from=127.0.0.1:"),
+        denied.contains("bob") && denied.contains(r#""from":"127.0.0.1:"#),
         "{denied}"
     );
 }

@@ -102,7 +102,7 @@ fn new_certificates_hold_without_a_restart() {
     ask(Ok(client)).unwrap();
 
     // Certificates that are not valid change nothing.
-    let warnings = || site.shim.process.log().matches(" WARN ").count();
+    let warnings = || site.shim.process.log().matches(r#""level":"WARN""#).count();
     let warned = warnings();
     fs::write(ours.join("shim.pem"), "nonsense").unwrap();
     wait_until("the warning", LIMIT, || {

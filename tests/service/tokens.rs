@@ -177,7 +177,7 @@ fn a_caller_is_the_subject_of_its_token() {
     assert!(words.contains("caller `sub:team-a` has no role"), "{words}");
     assert_eq!(known.site.node().asked().claims.len(), 1);
     let log = known.site.shim.process.log();
-    assert!(log.contains("caller=sub:team-a"), "{log}");
+    assert!(log.contains(r#""caller":"sub:team-a""#), "{log}");
     known.has_not_logged(&token);
 }
 
