@@ -10,5 +10,6 @@ if [ -z "${POLYDEV_BENCH_ENGINE:-}" ]; then
 fi
 tests/images.sh
 POLYDEV_NOMAD=$(tests/nomad/build.sh)
-export POLYDEV_NOMAD
+POLYDEV_COLLECTOR=$(tests/collector/build.sh)
+export POLYDEV_NOMAD POLYDEV_COLLECTOR
 exec target/release/bench "$@"

@@ -10,7 +10,7 @@ use std::{
 use opentelemetry::{
     Context, KeyValue,
     propagation::TextMapPropagator,
-    trace::{SpanBuilder, SpanKind, Status, TraceContextExt, TracerProvider},
+    trace::{Span, SpanBuilder, SpanKind, Status, TraceContextExt, TracerProvider},
 };
 use opentelemetry_sdk::{
     Resource,
@@ -29,7 +29,13 @@ const TRACER: &str = "polydev-shim";
 
 /// Where traces go, if anywhere.
 #[derive(Clone, Default)]
-pub struct Traces(Option<SdkTracerProvider>);
+pub struct Traces(Option<Exported>);
+
+#[derive(Clone)]
+struct Exported {
+    provider: SdkTracerProvider,
+    tracer: SdkTracer,
+}
 
 /// The trace of a run that has not ended.
 pub struct Trace {
@@ -59,7 +65,8 @@ impl Traces {
             .with_batch_exporter(exporters.spans()?)
             .with_resource(resource)
             .build();
-        Ok(Self(Some(provider)))
+        let tracer = provider.tracer(TRACER);
+        Ok(Self(Some(Exported { provider, tracer })))
     }
 
     /// Begins the trace of a run, below the caller's. Returns what the command gets as its context,
@@ -74,7 +81,7 @@ impl Traces {
         let Some(exported) = &self.0 else {
             return (caller, None);
         };
-        let tracer = exported.tracer(TRACER);
+        let tracer = exported.tracer.clone();
         let propagator = TraceContextPropagator::new();
         let given = caller.map(|caller| {
             let TraceContext {
@@ -116,7 +123,7 @@ impl Traces {
     /// Exports what is left. Blocks for five seconds if the collector does not answer.
     pub fn finish(&self) {
         // The log says already that the collector is away.
-        let _away = self.0.as_ref().map(SdkTracerProvider::shutdown);
+        let _away = self.0.as_ref().map(|exported| exported.provider.shutdown());
     }
 }
 
@@ -137,11 +144,10 @@ impl Trace {
         stages.sort_by_key(|(_, at)| *at);
         let mut before = self.begun;
         for (name, at) in stages {
-            let span = SpanBuilder::from_name(name)
+            let mut span = SpanBuilder::from_name(name)
                 .with_start_time(before)
                 .start_with_context(&self.tracer, &self.context);
-            let span = self.context.with_span(span);
-            span.span().end_with_timestamp(at);
+            span.end_with_timestamp(at);
             before = at;
         }
         let span = self.context.span();

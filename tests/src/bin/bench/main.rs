@@ -1,5 +1,5 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
-//! one run; `bench PART...` measures `warm`, `prompt`, `script`, `broker`, `credentials`, `swarm`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
+//! one run; `bench PART...` measures `warm`, `prompt`, `script`, `broker`, `credentials`, `swarm`, `telemetry`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
 //! Prints a table; a whole run writes it to `target/bench/results.json`. Every sample of the
 //! warm slots goes to `target/bench/samples.json`.
 
@@ -14,6 +14,7 @@ mod scripts;
 mod starts;
 mod stream;
 mod swarm;
+mod telemetry;
 
 use std::{
     collections::BTreeMap,
@@ -33,13 +34,14 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-const PARTS: [&str; 13] = [
+const PARTS: [&str; 14] = [
     "warm",
     "prompt",
     "script",
     "broker",
     "credentials",
     "swarm",
+    "telemetry",
     "refill",
     "runs",
     "stream",
@@ -81,6 +83,9 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("swarm") {
         figures.extend(swarm::figures()?);
     }
+    if is_wanted("telemetry") {
+        figures.extend(telemetry::figures()?);
+    }
     if is_wanted("refill") {
         figures.extend(refill::figures()?);
     }
@@ -90,7 +95,7 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("stream") {
         figures.extend(stream::figures(IMAGE)?);
     }
-    if PARTS[9..].iter().any(|part| is_wanted(part)) {
+    if PARTS[10..].iter().any(|part| is_wanted(part)) {
         figures.extend(plain::figures(is_wanted)?);
     }
     if parts.is_empty() {

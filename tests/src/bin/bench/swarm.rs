@@ -40,7 +40,7 @@ const REFILL: Duration = Duration::from_millis(400);
 pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
     let runtime = Runtime::new()?;
     let folder = tempfile::tempdir()?;
-    let nomad = runtime.block_on(async { cluster(folder.path()) })?;
+    let nomad = runtime.block_on(async { cluster(folder.path(), NODES, SLOTS, REFILL) })?;
     let began = Instant::now();
     let shim = Shim::serve(&nomad.address);
     let idle = u32::try_from(NODES * SLOTS)?;
@@ -142,7 +142,10 @@ fn request(program: &str) -> impl Stream<Item = RunRequest> + Send + 'static {
     stream::iter([RunRequest { message }]).chain(stream::pending())
 }
 
-async fn run(shim: &mut RuntimeServiceClient<tonic::transport::Channel>) -> anyhow::Result<f64> {
+/// Milliseconds from the request to the command's start, of a run to its end.
+pub(super) async fn run(
+    shim: &mut RuntimeServiceClient<tonic::transport::Channel>,
+) -> anyhow::Result<f64> {
     let sent = Instant::now();
     let mut events = shim.run(request("true")).await?.into_inner();
     let mut started = None;
@@ -156,19 +159,24 @@ async fn run(shim: &mut RuntimeServiceClient<tonic::transport::Channel>) -> anyh
     bail!("the stream ended before the run")
 }
 
-/// Starts every node, and a Nomad that knows all nodes.
-fn cluster(folder: &Path) -> anyhow::Result<FakeNomad> {
+/// Starts so many nodes with so many slots each, and a Nomad that knows all nodes.
+pub(super) fn cluster(
+    folder: &Path,
+    nodes: usize,
+    slots: usize,
+    refill: Duration,
+) -> anyhow::Result<FakeNomad> {
     let nomad = FakeNomad::start()?;
     let mut descriptions = Vec::new();
-    for number in 0..NODES {
+    for number in 0..nodes {
         let options = Options {
             id: format!("{number:08}-0000-4000-8000-000000000000"),
-            refill: REFILL,
+            refill,
             keeps: false,
             ..Options::default()
         };
         let node = FakeNode::start(folder, options)?;
-        node.add_slots("anthropic", SLOTS);
+        node.add_slots("anthropic", slots);
         descriptions.push(node.description());
     }
     nomad.set_nodes(descriptions);
