@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Modules depend only on modules to their right: `tests/layers/main.rs` has the order. Only
-//! `docker` uses bollard; only `plugin`, `service`, `node/service` and `metrics` use tonic.
+//! `docker` uses bollard; only `plugin`, `service` and `node/service` use tonic.
 
 pub mod plugin;
 pub mod service;
@@ -48,5 +48,6 @@ mod spent;
 pub mod state;
 mod ticks;
 mod tokens;
+mod traces;
 
 use polydev_proto::error::chain;

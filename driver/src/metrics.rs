@@ -27,6 +27,7 @@ use crate::{
     logging,
     scripts::{Figures, Status},
     tokens::{ApiErrors, Used},
+    traces,
 };
 
 const SERVICE: &str = "nomad-driver-polydev";
@@ -245,6 +246,7 @@ impl Metrics {
         std::thread::spawn(move || {
             // The log already says that the collector is unreachable.
             let _away = provider.shutdown();
+            traces::finish();
             logging::collected().finish();
             let _nobody_waits = told.send(());
         });
@@ -260,6 +262,7 @@ impl Told {
             let exporters = Exporters::new(collector)?;
             let reader = PeriodicReader::builder(exporters.metrics()?);
             provider = provider.with_reader(reader.with_interval(telemetry.interval).build());
+            traces::export(&exporters, resource.clone())?;
             logging::collected().send(&exporters, resource)?;
         }
         if let Some(address) = telemetry.metrics_listen {

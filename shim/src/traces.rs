@@ -2,19 +2,16 @@
 //! of its timeline. The command of the run gets the run's span as its parent.
 
 use std::{
-    collections::HashMap,
     fmt,
     time::{Duration, Instant, SystemTime},
 };
 
 use opentelemetry::{
     Context, KeyValue,
-    propagation::TextMapPropagator,
     trace::{Span, SpanBuilder, SpanKind, Status, TraceContextExt, TracerProvider},
 };
 use opentelemetry_sdk::{
     Resource,
-    propagation::TraceContextPropagator,
     trace::{SdkTracer, SdkTracerProvider},
 };
 use polydev_proto::{
@@ -23,7 +20,7 @@ use polydev_proto::{
     provider::Provider,
     runtime::{ExitReason, Exited},
 };
-use polydev_telemetry::{collector::Error, exporters::Exporters};
+use polydev_telemetry::{collector::Error, context, exporters::Exporters};
 
 const TRACER: &str = "polydev-shim";
 
@@ -82,20 +79,11 @@ impl Traces {
             return (caller, None);
         };
         let tracer = exported.tracer.clone();
-        let propagator = TraceContextPropagator::new();
-        let given = caller.map(|caller| {
-            let TraceContext {
-                traceparent,
-                tracestate,
-            } = caller;
-            HashMap::from([
-                ("traceparent".to_owned(), traceparent),
-                ("tracestate".to_owned(), tracestate),
-            ])
-        });
-        // Of nobody else: a context of this thread is not the run's.
-        let none = Context::new();
-        let parent = propagator.extract_with_context(&none, &given.unwrap_or_default());
+        let TraceContext {
+            traceparent,
+            tracestate,
+        } = caller.unwrap_or_default();
+        let parent = context::below(traceparent, tracestate);
         let begun = SystemTime::now() - received.elapsed();
         let span = SpanBuilder::from_name("run")
             .with_kind(SpanKind::Server)
@@ -106,11 +94,10 @@ impl Traces {
             ])
             .start_with_context(&tracer, &parent);
         let context = parent.with_span(span);
-        let mut told = HashMap::new();
-        propagator.inject_context(&context, &mut told);
+        let (traceparent, tracestate) = context::place(&context);
         let command = TraceContext {
-            traceparent: told.remove("traceparent").unwrap_or_default(),
-            tracestate: told.remove("tracestate").unwrap_or_default(),
+            traceparent,
+            tracestate,
         };
         let trace = Trace {
             tracer,

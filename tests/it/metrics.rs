@@ -221,6 +221,18 @@ fn failures_of_scripts_in_a_row_are_told_to_a_collector_and_outlive_the_driver()
         "streak=3",
     ]);
 
+    // The collector has the events, too.
+    wait_until("the streak's event", Duration::from_secs(30), || {
+        let lines = collector.lines();
+        let words = "sandbox consecutive failure streak exceeded threshold";
+        let is_it = |line: &&Value| line["body"]["stringValue"] == words;
+        let event = lines.iter().find(is_it).ok_or(format!("{lines:?}"))?;
+        let streak = serde_json::json!({ "key": "streak", "value": { "intValue": "3" } });
+        let attributes = event["attributes"].as_array();
+        let has_streak = attributes.is_some_and(|attributes| attributes.contains(&streak));
+        has_streak.then_some(()).ok_or(event.to_string())
+    });
+
     let mut start = argv("python", &["/nonesuch"]);
     start.queue_timeout = Some(prost_types::Duration {
         seconds: 30,
@@ -245,4 +257,18 @@ fn failures_of_scripts_in_a_row_are_told_to_a_collector_and_outlive_the_driver()
     assert_eq!(run("print(1)", 60), ScriptStatus::Success);
     wait_for(&collector, STREAK, &[], 0.0);
     wait_for(&collector, SCRIPTS, &["status=\"success\""], 1.0);
+
+    // The node's part of a trace is below the caller's span; this shim adds none.
+    let (trace, span) = ("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331");
+    client.wait_idle("python", 1);
+    let mut run = shim.run_command();
+    run.env("TRACEPARENT", format!("00-{trace}-{span}-01"));
+    succeed(run.args(["python", "--", "true"]));
+    let found = wait_until("the node's span", Duration::from_secs(30), || {
+        let spans = collector.spans();
+        let found = spans.iter().find(|span| span["traceId"] == trace).cloned();
+        found.ok_or(format!("{spans:?}"))
+    });
+    assert_eq!(found["name"], "run on node");
+    assert_eq!(found["parentSpanId"], span);
 }

@@ -42,6 +42,7 @@ const DRIVER: &[&str] = &[
     "state",
     "ticks",
     "tokens",
+    "traces",
 ];
 
 /// The shim's, in the same way.

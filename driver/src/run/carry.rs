@@ -33,6 +33,7 @@ use crate::{
     broker::Opened,
     limits::{self, Limits},
     link::{self, Connection},
+    traces::Traced,
 };
 
 /// How long past the deadline the driver waits for init, before it ends the container
@@ -79,6 +80,12 @@ pub(crate) async fn start(
     order: Order,
 ) {
     let granted_after = run.arrived.elapsed();
+    let traced = Traced {
+        parent: order.start.trace.clone(),
+        arrived: run.arrived,
+        run_id: run.claimed.run_id,
+        slot_id: run.claimed.slot_id.clone(),
+    };
     // They are on their way while the limits are raised.
     let rate = class.bytes_per_second();
     let keys = opened.grant(run.claimed.run_id, order.sealed_keys, order.policy, rate);
@@ -124,6 +131,7 @@ pub(crate) async fn start(
     let start = to_init::Message::Start(order.start.into());
     let _told_below = carrier.send(start).await;
     carrier.carry().await;
+    traced.end(run.form().is_some_and(|form| form.parked));
 }
 
 /// Continues a run from an earlier life of the driver.

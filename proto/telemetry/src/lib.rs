@@ -1,8 +1,9 @@
 //! How shims and drivers tell what they do. A [`collector`] gets traces, metrics and logs over OTLP,
 //! through [`exporters`], whose failures are logged. Prometheus may come and [`scrape`] metrics.
-//! [`logs`] sends log lines, and [`resource`] says whose all of it is.
+//! [`context`] is a place in a trace. [`logs`] sends log lines, and [`resource`] says whose all of it is.
 
 pub mod collector;
+pub mod context;
 pub mod exporters;
 pub mod logs;
 pub mod scrape;
