@@ -11,14 +11,11 @@ use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
 use polydev_proto::{init::Form, provider::Provider};
 use polydev_telemetry::{
     exporters::Exporters,
-    resource,
+    finish, resource,
     scrape::{self, Shown},
 };
 use polydev_transport::{address::Address, backoff::Backoff};
-use tokio::{
-    sync::oneshot,
-    time::{sleep, timeout},
-};
+use tokio::time::sleep;
 
 use crate::{
     chain,
@@ -240,17 +237,19 @@ impl Metrics {
         let Some(Told { provider, .. }) = &self.0 else {
             return;
         };
-        let (provider, (told, is_told)) = (provider.clone(), oneshot::channel());
-        // Shutting down blocks, for five seconds if the collector does not respond; so it
-        // gets a thread that nobody waits for.
-        std::thread::spawn(move || {
+        let provider = provider.clone();
+        let finished = tokio::task::spawn_blocking(move || {
             // The log already says that the collector is unreachable.
-            let _away = provider.shutdown();
-            traces::finish();
-            logging::collected().finish();
-            let _nobody_waits = told.send(());
+            finish(
+                FINISH_TIMEOUT,
+                vec![
+                    Box::new(move || drop(provider.shutdown())),
+                    Box::new(traces::finish),
+                    Box::new(|| logging::collected().finish()),
+                ],
+            );
         });
-        let _overrun = timeout(FINISH_TIMEOUT, is_told).await;
+        let _it_does_not_panic = finished.await;
     }
 }
 

@@ -67,7 +67,7 @@ impl Metrics {
         let runs = meter
             .u64_counter("polydev.shim.runs")
             .with_unit("{run}")
-            .with_description("Runs that have ended before their callers, by reason.")
+            .with_description("Runs that callers have followed to their end, by reason.")
             .build();
         for provider in Provider::all() {
             for reason in reasons() {

@@ -278,6 +278,21 @@ fn the_new_compose_starts_everything_and_ends_it() {
 }
 
 #[test]
+fn the_configurations_of_compose_are_those_of_ops_with_other_names() {
+    let read = |path: &str, from: &str| {
+        let text = fs::read_to_string(root().join("ops").join(path)).unwrap();
+        text[text.find(from).expect("it has this key")..].to_owned()
+    };
+    let prometheus = read("prometheus/prometheus.yaml", "global:")
+        .replace("127.0.0.1:9464", "collector:9464")
+        .replace("127.0.0.1:9093", "alertmanager:9093");
+    assert_eq!(read("compose/prometheus.yaml", "global:"), prometheus);
+    let alertmanager = read("prometheus/alertmanager.yaml", "route:")
+        .replace("http://127.0.0.1", "http://host.docker.internal");
+    assert_eq!(read("compose/alertmanager.yaml", "route:"), alertmanager);
+}
+
+#[test]
 fn the_example_of_env_has_the_defaults_of_compose() {
     let read = |path: &str| fs::read_to_string(root().join(path)).unwrap();
     let (example, compose) = (read(".env.example"), read("compose.yaml"));

@@ -152,5 +152,10 @@ fn traces_and_lines_of_a_run_go_over_grpc_and_over_http_with_tls() {
             assert_eq!(line[id], span[id], "{line}");
         }
         drop(holder);
+        wait_until("the metrics", Duration::from_secs(30), || {
+            let figures = collector.figures();
+            let name = "polydev_shim_nodes";
+            figures.contains(name).then_some(()).ok_or(figures)
+        });
     }
 }

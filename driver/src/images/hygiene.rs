@@ -1,9 +1,7 @@
 //! Which of the node's images are polydev's, which of them nothing uses, and their removal.
 
-use std::{collections::HashSet, sync::Arc};
-
 use super::{Error, Images};
-use crate::docker::{Stored, is_latest};
+use crate::docker::Stored;
 
 /// Labels of images that are built from polydev's Dockerfiles begin with this.
 const LABEL: &str = "dev.polydev.";
@@ -42,10 +40,19 @@ impl Images {
             (used, state.fetched.iter().cloned().collect::<Vec<_>>())
         };
         let (used, fetched) = (self.ids(used).await?, self.ids(fetched).await?);
-        let ours = stored.into_iter().map(|image| Ours {
-            in_use: image.has_container || used.contains(&image.id),
-            fetched: fetched.contains(&image.id),
-            image,
+        let ours = stored.into_iter().map(|mut image| {
+            let of_this = fetched.iter().filter(|(_, id)| *id == image.id);
+            let names: Vec<_> = of_this.map(|(name, _)| name.clone()).collect();
+            if image.tags.is_empty() {
+                // A job has named it by its digest, which Docker does not count as a tag.
+                let is_digest = |name: &&String| name.contains('@');
+                image.tags = names.iter().filter(is_digest).cloned().collect();
+            }
+            Ours {
+                in_use: image.has_container || used.iter().any(|(_, id)| *id == image.id),
+                fetched: !names.is_empty(),
+                image,
+            }
         });
         let is_built = |ours: &Ours| {
             ours.image
@@ -58,7 +65,7 @@ impl Images {
         Ok(ours)
     }
 
-    /// Removes what nothing uses: images without a tag, with `all` also those with. Without
+    /// Removes what nothing uses: images without a name, with `all` also those with. Without
     /// `remove`, only says which.
     ///
     /// # Errors
@@ -66,42 +73,51 @@ impl Images {
     ///
     /// # Cancel safety
     /// Images that were removed until then are gone.
-    pub async fn prune(self: &Arc<Self>, all: bool, remove: bool) -> Result<Pruned, Error> {
-        // Nothing may begin to use one of them meanwhile.
-        let _nobody_begins_to_use_one = self.removal.write().await;
+    pub async fn prune(&self, all: bool, remove: bool) -> Result<Pruned, Error> {
         let is_asked = |ours: &Ours| !ours.in_use && (all || ours.image.tags.is_empty());
-        let ours = self.ours().await?.into_iter().filter(is_asked);
         let mut pruned = Pruned {
             images: Vec::new(),
             reclaimed: Some(0),
         };
-        for ours in ours {
-            let unique = match remove {
-                true => self.remove_whole(&ours.image).await?,
-                false => Some(ours.image.unique),
+        for ours in self.ours().await?.into_iter().filter(is_asked) {
+            let removed = match remove {
+                true => self.remove_if(&ours.image.id, is_asked).await?,
+                false => Some(ours),
             };
-            // One that cannot be removed, such as the base of another image, stays.
-            let Some(unique) = unique else { continue };
-            let sum = pruned.reclaimed.zip(unique);
+            let Some(ours) = removed else { continue };
+            let sum = pruned.reclaimed.zip(ours.image.unique);
             pruned.reclaimed = sum.map(|(sum, unique)| sum + unique);
             pruned.images.push(ours);
         }
+        self.forget_missing().await?;
         Ok(pruned)
     }
 
-    /// Removes an image with all its tags. Returns what it shared with no other at the time, if
-    /// Docker says so; `None` if the image stays.
-    async fn remove_whole(&self, image: &Stored) -> Result<Option<Option<u64>>, Error> {
-        let docker = |error: crate::docker::Error| Error::Docker(error.into());
-        let now = self.docker.images().await.map_err(docker)?;
-        let unique = now.iter().find(|one| one.id == image.id);
-        let unique = unique.and_then(|one| one.unique);
-        let references = match image.tags.is_empty() {
-            true => std::slice::from_ref(&image.id),
-            false => &*image.tags,
+    /// Removes an image with all its tags, if it still is what is asked for. Returns what it was;
+    /// `None` if it stays.
+    async fn remove_if(
+        &self,
+        id: &str,
+        is_asked: impl Fn(&Ours) -> bool,
+    ) -> Result<Option<Ours>, Error> {
+        let _nobody_begins_to_use_one = self.removal.write().await;
+        // Tags may have moved meanwhile, and what it shares may be less.
+        let now = self
+            .ours()
+            .await?
+            .into_iter()
+            .find(|one| one.image.id == id);
+        let Some(ours) = now.filter(is_asked) else {
+            return Ok(None);
+        };
+        let references = match ours.image.tags.is_empty() {
+            true => std::slice::from_ref(&ours.image.id),
+            false => &*ours.image.tags,
         };
         for reference in references {
-            if !self.docker.remove_image(reference).await.map_err(docker)? {
+            let removed = self.docker.remove_image(reference).await;
+            if !removed.map_err(|error| Error::Docker(error.into()))? {
+                // Such as the base of another image.
                 tracing::info!(
                     image = reference,
                     "keeping the image, because something uses it"
@@ -109,34 +125,29 @@ impl Images {
                 return Ok(None);
             }
             tracing::info!(image = reference, "removed an unused image, as asked");
-            self.forget(reference);
         }
-        Ok(Some(unique))
+        Ok(Some(ours))
     }
 
-    /// Forgets that the driver has fetched this, under any of its names.
-    fn forget(&self, removed: &str) {
-        let is_it = |fetched: &String| {
-            fetched == removed || (is_latest(fetched) && removed == format!("{fetched}:latest"))
-        };
-        let mut state = self.lock();
-        let before = state.fetched.len();
-        state.fetched.retain(|fetched| !is_it(fetched));
-        let has_changed = state.fetched.len() != before;
-        drop(state);
-        if has_changed {
+    /// Forgets that the driver has fetched what is not there any more.
+    async fn forget_missing(&self) -> Result<(), Error> {
+        let fetched: Vec<_> = self.lock().fetched.iter().cloned().collect();
+        let there = self.ids(fetched.clone()).await?;
+        let is_gone = |name: &&String| !there.iter().any(|(known, _)| known == *name);
+        let gone: Vec<_> = fetched.iter().filter(is_gone).collect();
+        if !gone.is_empty() {
+            self.lock().fetched.retain(|name| !gone.contains(&name));
             self.save();
         }
+        Ok(())
     }
 
-    /// The ids of references that are on the node.
-    async fn ids(&self, references: Vec<String>) -> Result<HashSet<String>, Error> {
-        let mut ids = HashSet::new();
+    /// The references that are on the node, with their ids.
+    async fn ids(&self, references: Vec<String>) -> Result<Vec<(String, String)>, Error> {
+        let mut ids = Vec::new();
         for reference in references {
             match self.docker.image(&reference).await {
-                Ok(image) => {
-                    ids.insert(image.id);
-                }
+                Ok(image) => ids.push((reference, image.id)),
                 Err(error) if error.is_not_found() => {}
                 Err(error) => return Err(Error::Docker(error.into())),
             }

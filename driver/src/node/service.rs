@@ -285,7 +285,12 @@ impl NodeService for Service {
         request: Request<PruneImagesRequest>,
     ) -> Result<Response<PruneImagesResponse>, Status> {
         let PruneImagesRequest { all, remove } = request.into_inner();
-        let pruned = self.node.site.images.prune(all, remove).await;
+        let images = self.node.site.images.clone();
+        // It goes on if the caller does not wait.
+        let pruned = tokio::spawn(async move { images.prune(all, remove).await });
+        let pruned = pruned
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?;
         Ok(Response::new(images::pruned(pruned)?))
     }
 

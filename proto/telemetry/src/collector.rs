@@ -7,7 +7,10 @@ use std::{
 };
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
-use polydev_transport::address::{is_safe_url, is_url};
+use polydev_transport::{
+    address::{is_safe_url, is_url},
+    tls::Trust,
+};
 use url::Url;
 
 /// Most bytes of a file of headers.
@@ -109,6 +112,16 @@ impl Collector {
                 given: path.display().to_string(),
                 allowed: "is only for an endpoint with https",
             });
+        }
+        if let Some(path) = &self.authority {
+            let trust = Trust::Server {
+                authority: path.clone(),
+            };
+            trust.client().map_err(|error| Error::File {
+                field: "otlp_ca",
+                path: path.clone(),
+                source: error.into(),
+            })?;
         }
         if let Some(path) = &self.headers {
             if !is_safe_url(&self.endpoint) {

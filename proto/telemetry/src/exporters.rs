@@ -1,6 +1,13 @@
 //! What sends traces, metrics and logs to a [`Collector`].
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use axum::http::HeaderMap;
@@ -10,6 +17,7 @@ use opentelemetry_otlp::{
     WithHttpConfig, WithTonicConfig,
 };
 use opentelemetry_sdk::metrics::Temporality;
+use polydev_proto::error::chain;
 use polydev_transport::{address::Address, tls::Trust};
 use reqwest::{Certificate, Client, redirect::Policy};
 use tokio::runtime::Handle;
@@ -38,7 +46,28 @@ pub struct Exporters {
 #[derive(Debug, Clone)]
 enum Way {
     Grpc(Channel, MetadataMap),
-    Http(OnRuntime, HashMap<String, String>),
+    Http(OnRuntime, HeaderMap),
+}
+
+/// An exporter of one of the three builders, which have no trait in common.
+macro_rules! built {
+    ($self:ident, $builder:expr, $signal:literal) => {
+        match &$self.way {
+            Way::Grpc(channel, metadata) => $builder
+                .with_tonic()
+                .with_channel(channel.clone())
+                .with_metadata(metadata.clone())
+                .build(),
+            Way::Http(client, headers) => $builder
+                .with_http()
+                .with_http_client(client.clone())
+                .with_headers(texts(headers))
+                // Otherwise the environment would say which.
+                .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
+                .with_endpoint($self.path($signal))
+                .build(),
+        }
+    };
 }
 
 impl Exporters {
@@ -52,7 +81,7 @@ impl Exporters {
         let headers = collector.headers()?;
         let way = match collector.protocol {
             Protocol::Grpc => Way::Grpc(channel(collector)?, MetadataMap::from_headers(headers)),
-            Protocol::Http => Way::Http(OnRuntime::new(collector)?, texts(&headers)),
+            Protocol::Http => Way::Http(OnRuntime::new(collector)?, headers),
         };
         Ok(Self {
             endpoint: collector.endpoint.trim_end_matches('/').to_owned(),
@@ -63,67 +92,20 @@ impl Exporters {
     /// # Errors
     /// If OpenTelemetry's variables in the environment are wrong.
     pub fn spans(&self) -> Result<Watched<SpanExporter>, Error> {
-        let builder = SpanExporter::builder();
-        self.watched(
-            "traces",
-            match &self.way {
-                Way::Grpc(channel, metadata) => builder
-                    .with_tonic()
-                    .with_channel(channel.clone())
-                    .with_metadata(metadata.clone())
-                    .build(),
-                Way::Http(client, headers) => builder
-                    .with_http()
-                    .with_http_client(client.clone())
-                    .with_headers(headers.clone())
-                    .with_endpoint(self.path("traces"))
-                    .build(),
-            },
-        )
+        self.watched("traces", built!(self, SpanExporter::builder(), "traces"))
     }
 
     /// # Errors
     /// As of [`Exporters::spans`].
     pub fn metrics(&self) -> Result<Watched<MetricExporter>, Error> {
         let builder = MetricExporter::builder().with_temporality(Temporality::Cumulative);
-        self.watched(
-            "metrics",
-            match &self.way {
-                Way::Grpc(channel, metadata) => builder
-                    .with_tonic()
-                    .with_channel(channel.clone())
-                    .with_metadata(metadata.clone())
-                    .build(),
-                Way::Http(client, headers) => builder
-                    .with_http()
-                    .with_http_client(client.clone())
-                    .with_headers(headers.clone())
-                    .with_endpoint(self.path("metrics"))
-                    .build(),
-            },
-        )
+        self.watched("metrics", built!(self, builder, "metrics"))
     }
 
     /// # Errors
     /// As of [`Exporters::spans`].
     pub fn logs(&self) -> Result<Watched<LogExporter>, Error> {
-        let builder = LogExporter::builder();
-        self.watched(
-            "logs",
-            match &self.way {
-                Way::Grpc(channel, metadata) => builder
-                    .with_tonic()
-                    .with_channel(channel.clone())
-                    .with_metadata(metadata.clone())
-                    .build(),
-                Way::Http(client, headers) => builder
-                    .with_http()
-                    .with_http_client(client.clone())
-                    .with_headers(headers.clone())
-                    .with_endpoint(self.path("logs"))
-                    .build(),
-            },
-        )
+        self.watched("logs", built!(self, LogExporter::builder(), "logs"))
     }
 
     fn watched<E>(
@@ -167,11 +149,7 @@ fn channel(collector: &Collector) -> Result<Channel, Error> {
         },
         None => Trust::Machine,
     };
-    // Shows now what is wrong with the file.
-    trust.client().map_err(|error| match &collector.authority {
-        Some(path) => file(path, error.into()),
-        None => exporter(error.into()),
-    })?;
+    trust.client().map_err(|error| exporter(error.into()))?;
     let address: Address = (collector.endpoint.parse())
         .map_err(|error: polydev_transport::address::Error| exporter(error.into()))?;
     address
@@ -200,6 +178,7 @@ fn texts(headers: &HeaderMap) -> HashMap<String, String> {
 struct OnRuntime {
     client: Client,
     runtime: Handle,
+    is_failing: Arc<AtomicBool>,
 }
 
 impl OnRuntime {
@@ -230,6 +209,7 @@ impl OnRuntime {
         Ok(Self {
             client,
             runtime: Handle::current(),
+            is_failing: Arc::default(),
         })
     }
 }
@@ -237,10 +217,58 @@ impl OnRuntime {
 #[async_trait]
 impl HttpClient for OnRuntime {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
-        let client: Arc<dyn HttpClient> = Arc::new(self.client.clone());
-        let sent = self
-            .runtime
-            .spawn(async move { client.send_bytes(request).await });
-        sent.await?
+        let client = self.client.clone();
+        let sent = async move { HttpClient::send_bytes(&client, request).await };
+        let answered = self.runtime.spawn(sent).await?;
+        let was_failing = self.is_failing.swap(answered.is_err(), Ordering::Relaxed);
+        // The exporter does not say why.
+        if let Some(error) = answered.as_ref().err().filter(|_| !was_failing) {
+            tracing::warn!(error = chain(&**error), "the collector does not answer");
+        }
+        answered
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use axum::{Router, routing::post};
+    use opentelemetry_sdk::trace::SpanExporter as _;
+    use tokio::{net::TcpListener, sync::mpsc};
+
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_export_over_http_has_the_headers_of_the_file_and_its_signals_path() {
+        let (told, mut exports) = mpsc::channel(1);
+        let router = Router::new().route(
+            "/base/v1/traces",
+            post(move |headers: HeaderMap| async move {
+                let _nobody_waits = told.send(headers).await;
+            }),
+        );
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move { axum::serve(listener, router).await });
+
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        writeln!(file, "Authorization: Bearer one").unwrap();
+        let exporters = Exporters::new(&Collector {
+            endpoint: format!("http://127.0.0.1:{port}/base/"),
+            protocol: Protocol::Http,
+            authority: None,
+            headers: Some(file.path().into()),
+        });
+        let exporters = exporters.unwrap();
+        assert!(
+            !format!("{exporters:?}").contains("Bearer"),
+            "{exporters:?}"
+        );
+        let spans = exporters.spans().unwrap();
+        spans.export(Vec::new()).await.unwrap();
+        let headers = exports.recv().await.unwrap();
+        assert_eq!(headers["authorization"], "Bearer one");
+        assert_eq!(headers["content-type"], "application/x-protobuf");
     }
 }

@@ -9,6 +9,11 @@ pub mod logs;
 pub mod scrape;
 mod watched;
 
+use std::{
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
 use opentelemetry::KeyValue;
 use opentelemetry_sdk::Resource;
 
@@ -26,4 +31,25 @@ pub fn resource(service: &'static str, version: &'static str, instance: String) 
             KeyValue::new("host.name", host.to_string_lossy().into_owned()),
         ])
         .build()
+}
+
+/// Ends the export of signals, each in a thread of its own: to shut one down blocks, for five seconds
+/// and more if the collector does not answer. Blocks no longer than `limit`.
+pub fn finish(limit: Duration, signals: Vec<Box<dyn FnOnce() + Send>>) {
+    let (told, is_told) = mpsc::channel();
+    let count = signals.len();
+    for signal in signals {
+        let told = told.clone();
+        std::thread::spawn(move || {
+            signal();
+            let _nobody_waits = told.send(());
+        });
+    }
+    let until = Instant::now() + limit;
+    for _ in 0..count {
+        let left = until.saturating_duration_since(Instant::now());
+        if is_told.recv_timeout(left).is_err() {
+            return;
+        }
+    }
 }

@@ -55,7 +55,7 @@ impl Shown {
     }
 }
 
-/// Serves `/metrics` at an address of this machine, forever.
+/// Listens at an address of this machine.
 ///
 /// # Errors
 /// If the address is not one of loopback, or the kernel does not give it.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use polydev_proto::runtime::{Image, ListImagesRequest, NodeImages, PruneImagesRequest};
 use serde_json::{Value, json};
 
-use super::{FAILED, Options, Output, answer, print};
+use super::{FAILED, Options, Output, print, told};
 
 /// Images on the disks of nodes. Only images that are polydev's are listed and removed: those that a
 /// driver has fetched, and those that were built with a label that begins with `dev.polydev.`.
@@ -30,7 +30,7 @@ pub struct Prune {
     options: Options,
 }
 
-/// Exits with 1 if a node could not be asked.
+/// Exits with 1 if a node could not be asked. A node may take minutes, and the shim gives it five.
 ///
 /// # Errors
 /// If the shim cannot be reached, or refuses the call.
@@ -38,14 +38,22 @@ pub async fn execute(command: Command) -> anyhow::Result<ExitCode> {
     let (nodes, output, done) = match command {
         Command::List(options) => {
             let mut shim = options.connect().await?;
-            let images = answer(shim.list_images(ListImagesRequest {})).await?;
-            (images.nodes, options.output, None)
+            let images = shim.list_images(ListImagesRequest {}).await;
+            (
+                images.map_err(told)?.into_inner().nodes,
+                options.output,
+                None,
+            )
         }
         Command::Prune(Prune { all, yes, options }) => {
             let mut shim = options.connect().await?;
             let request = PruneImagesRequest { all, remove: yes };
-            let pruned = answer(shim.prune_images(request)).await?;
-            (pruned.nodes, options.output, Some(yes))
+            let pruned = shim.prune_images(request).await;
+            (
+                pruned.map_err(told)?.into_inner().nodes,
+                options.output,
+                Some(yes),
+            )
         }
     };
     print(&match output {

@@ -89,19 +89,44 @@ pub struct Arguments {
 /// # Errors
 /// If the script cannot be run, or its outputs cannot be written.
 pub async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let (json, is_math) = (arguments.json, arguments.math);
+    let outputs_to = arguments.outputs_to.clone();
+    let name = arguments.script.file_name().and_then(|name| name.to_str());
+    let script_name = name.unwrap_or_default().to_owned();
+    let result = match run(arguments, &script_name).await {
+        Ok(Some(result)) => result,
+        Ok(None) => {
+            print(&format!("{}\n", math::skipped(&script_name)))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Err(error) => {
+            if is_math {
+                let failed = math::failed(&script_name, &format!("{error:#}"));
+                print(&format!("{failed}\n"))?;
+            }
+            return Err(error);
+        }
+    };
+    match (json, is_math) {
+        (_, true) => print(&format!("{}\n", math::of(&script_name, &result)))?,
+        (true, false) => print(&format!("{}\n", to_json(&result)))?,
+        (false, false) => show(&result, &outputs_to)?,
+    }
+    Ok(exit_code(&result))
+}
+
+/// Runs the script; `None` if it is empty and need not be run.
+async fn run(arguments: Arguments, script_name: &str) -> anyhow::Result<Option<RunScriptResponse>> {
     let script = &arguments.script;
     let text = std::fs::read_to_string(script);
     let text = text.with_context(|| format!("cannot read `{}`", script.display()))?;
-    let name = script.file_name().and_then(|name| name.to_str());
-    let script_name = name.unwrap_or_default().to_owned();
     if arguments.math && text.trim().is_empty() {
-        print(&format!("{}\n", math::skipped(&script_name)))?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(None);
     }
     let request = RunScriptRequest {
         user_id: arguments.user,
         script: text,
-        script_name: script_name.clone(),
+        script_name: script_name.to_owned(),
         args: arguments.args,
         files: Opened::new(&arguments.file).await?.read().await?,
         expected_outputs: arguments
@@ -114,21 +139,8 @@ pub async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         queue_timeout: seconds(arguments.queue_timeout),
     };
     let mut shim = arguments.client.connect().await?.calls();
-    let result = match shim.run_script(request).await {
-        Ok(result) => result.into_inner(),
-        Err(status) if arguments.math => {
-            let failed = math::failed(&script_name, status.message());
-            print(&format!("{failed}\n"))?;
-            return Err(told(status));
-        }
-        Err(status) => return Err(told(status)),
-    };
-    match (arguments.json, arguments.math) {
-        (_, true) => print(&format!("{}\n", math::of(&script_name, &result)))?,
-        (true, false) => print(&format!("{}\n", to_json(&result)))?,
-        (false, false) => show(&result, &arguments.outputs_to)?,
-    }
-    Ok(exit_code(&result))
+    let result = shim.run_script(request).await.map_err(told)?;
+    Ok(Some(result.into_inner()))
 }
 
 /// As that of `run`.

@@ -1,6 +1,6 @@
 //! Where a shim sends traces, metrics and log lines, and where its metrics can be fetched.
 
-use std::{io::IsTerminal, path::PathBuf, sync::mpsc, time::Duration};
+use std::{io::IsTerminal, path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
@@ -8,6 +8,7 @@ use polydev_shim::{metrics::Metrics, traces::Traces};
 use polydev_telemetry::{
     collector::{Collector, Protocol},
     exporters::Exporters,
+    finish,
     logs::Lines,
     resource,
     scrape::{self, Shown},
@@ -132,16 +133,20 @@ impl Telemetry {
 
     /// Sends what is left. Takes at most two seconds.
     pub(super) fn finish(self) {
-        let (told, is_told) = mpsc::channel();
-        // It blocks, for five seconds and more if the collector does not answer; so it gets a thread
-        // that nobody waits for.
-        std::thread::spawn(move || {
-            self.traces.finish();
-            self.metrics.finish();
-            self.lines.finish();
-            let _nobody_waits = told.send(());
-        });
-        let _overrun = is_told.recv_timeout(FINISH_TIMEOUT);
+        let Self {
+            traces,
+            metrics,
+            lines,
+            ..
+        } = self;
+        finish(
+            FINISH_TIMEOUT,
+            vec![
+                Box::new(move || traces.finish()),
+                Box::new(move || metrics.finish()),
+                Box::new(move || lines.finish()),
+            ],
+        );
     }
 }
 

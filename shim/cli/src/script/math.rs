@@ -29,6 +29,9 @@ pub(super) fn of(script_name: &str, result: &RunScriptResponse) -> Value {
     let mut stderr = text(&result.stderr);
     // The script says why itself if it ended with a status of its own.
     if status == "failure" && result.exit_code.is_none_or(|code| code == 0) {
+        if !stderr.is_empty() && !stderr.ends_with('\n') {
+            stderr.push('\n');
+        }
         stderr.push_str(&result.message);
     }
     let outputs = result.outputs.iter().map(|output| match &output.content {

@@ -43,7 +43,11 @@ impl Api {
         caller: &Caller,
         PruneImagesRequest { all, remove }: PruneImagesRequest,
     ) -> Result<PruneImagesResponse, Error> {
-        let record = Record::new(caller, Operation::PruneImages);
+        let operation = match remove {
+            true => Operation::PruneImages,
+            false => Operation::Look,
+        };
+        let record = Record::new(caller, operation);
         self.permit(caller, Action::Images, &record)?;
         let request = node::PruneImagesRequest { all, remove };
         let ask = |mut node: NodeServiceClient<Channel>| async move {
