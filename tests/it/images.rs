@@ -1,22 +1,16 @@
-//! The images with `docker run`: every documented command, as written. And what the shim says of
-//! images on nodes, and removes.
+//! The images with `docker run`: every documented command, as written.
 
-use std::{collections::BTreeMap, fs, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use polydev_proto::provider::Vendor;
 use polydev_shim::{provider::Cli, secret::Credential};
 use polydev_tests::{
     docker::{self, docker},
     fresh_key,
-    process::{output, succeed},
-    shim::Shim,
+    process::output,
     wait_until,
 };
 use secrecy::ExposeSecret;
-use serde_json::Value;
-
-/// What the slots of the pool for Claude Code use.
-const POOL: &str = "polydev-anthropic-runtime:latest";
 
 struct Image {
     provider: &'static str,
@@ -237,66 +231,4 @@ fn entry_point_and_shim_prepare_credentials_alike() {
             }
         }
     }
-}
-
-/// Makes an image of nothing but a label. Returns its id.
-fn labelled(tag: Option<&str>, label: &str) -> String {
-    let folder = tempfile::tempdir().expect("a folder can be made");
-    let content = fresh_key();
-    let file = format!("FROM scratch\nLABEL {label}=\"{content}\"\n");
-    fs::write(folder.path().join("Dockerfile"), file).expect("a file can be written");
-    let mut build = docker::command();
-    build.args(["build", "--quiet"]);
-    if let Some(tag) = tag {
-        build.args(["--tag", tag]);
-    }
-    succeed(build.arg(folder.path())).trim().to_owned()
-}
-
-#[test]
-fn images_that_nothing_uses_are_shown_and_then_removed_and_no_others() {
-    let shim = Shim::dev(&["anthropic=1"]);
-    let nonce = std::process::id();
-    let (ours, others) = (
-        format!("pdtest-ours:{nonce}"),
-        format!("pdtest-others:{nonce}"),
-    );
-    let dangling = labelled(None, "dev.polydev.test");
-    let tagged = labelled(Some(&ours), "dev.polydev.test");
-    let foreign = labelled(Some(&others), "example.test");
-    let nodes = |arguments: &[&str]| {
-        let mut command = shim.command(&[&["images"], arguments, &["--output", "json"]].concat());
-        let told = succeed(&mut command);
-        let nodes = told.lines().map(|line| serde_json::from_str(line).unwrap());
-        nodes.collect::<Vec<Value>>()
-    };
-    let find = |nodes: &[Value], id: &str| {
-        let images = nodes[0]["images"].as_array().unwrap();
-        images.iter().find(|image| image["image_id"] == id).cloned()
-    };
-    let listed = nodes(&["list"]);
-    for id in [&dangling, &tagged] {
-        assert_eq!(find(&listed, id).unwrap()["in_use"], false, "{listed:?}");
-    }
-    assert_eq!(find(&listed, &tagged).unwrap()["tags"][0], *ours);
-    assert!(find(&listed, &foreign).is_none());
-    let used = docker::docker(&["image", "inspect", "--format", "{{.Id}}", POOL]);
-    assert_eq!(find(&listed, used.trim()).unwrap()["in_use"], true);
-
-    // A dry run changes nothing.
-    let shown = nodes(&["prune"]);
-    assert!(find(&shown, &dangling).is_some() && find(&shown, &tagged).is_none());
-    let shown = nodes(&["prune", "--all"]);
-    assert!(find(&shown, &tagged).is_some() && find(&shown, used.trim()).is_none());
-    assert!(find(&nodes(&["list"]), &dangling).is_some());
-
-    // Other tests use images with tags, so this one removes none of those.
-    let removed = nodes(&["prune", "--yes"]);
-    assert!(find(&removed, &dangling).is_some() && find(&removed, &tagged).is_none());
-    let left = nodes(&["list"]);
-    assert!(find(&left, &dangling).is_none() && find(&left, &tagged).is_some());
-    assert!(find(&left, used.trim()).is_some());
-
-    docker::docker(&["image", "rm", &ours, &others]);
-    assert!(find(&nodes(&["list"]), &tagged).is_none());
 }

@@ -25,6 +25,7 @@ mod faults;
 mod files;
 mod host;
 mod http;
+mod hygiene;
 mod idle;
 mod images;
 mod isolation;
