@@ -28,6 +28,7 @@ pub mod broker;
 pub mod images;
 pub mod link;
 pub mod metrics;
+pub mod telemetry;
 
 pub mod docker;
 pub mod events;

@@ -1,30 +1,18 @@
-//! Metrics about the node's slots, exported to an OpenTelemetry collector if the plugin's
-//! options name one. `docs/metrics.md` lists them.
+//! Metrics about the node's slots, runs and scripts. `docs/metrics.md` lists them.
 
-use std::{collections::BTreeMap, error::Error, net::SocketAddr, time::Duration};
+use std::collections::BTreeMap;
 
 use opentelemetry::{
     KeyValue,
     metrics::{AsyncInstrument, Counter, Histogram, Meter, MeterProvider},
 };
-use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
+use opentelemetry_sdk::metrics::SdkMeterProvider;
 use polydev_proto::{init::Form, provider::Provider};
-use polydev_telemetry::{
-    exporters::Exporters,
-    finish, resource,
-    scrape::{self, Shown},
-};
-use polydev_transport::{address::Address, backoff::Backoff};
-use tokio::time::sleep;
 
 use crate::{
-    chain,
-    config::Telemetry,
     life::{Event, Life, State},
-    logging,
     scripts::{Figures, Status},
     tokens::{ApiErrors, Used},
-    traces,
 };
 
 const SERVICE: &str = "nomad-driver-polydev";
@@ -32,13 +20,7 @@ const SERVICE: &str = "nomad-driver-polydev";
 const TIMES: [f64; 14] = [
     0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1_800.0, 7_200.0,
 ];
-/// The pause before the next try to listen: the first, and the largest.
-const BIND_INTERVAL: Duration = Duration::from_millis(200);
-const MAX_BIND_INTERVAL: Duration = Duration::from_secs(10);
-/// Time for the last export, when the driver stops.
-const FINISH_TIMEOUT: Duration = Duration::from_millis(500);
-
-/// The instruments, if there is a collector.
+/// The instruments, if somebody is told.
 #[derive(Debug, Default)]
 pub struct Metrics(Option<Told>);
 
@@ -49,24 +31,24 @@ struct Told {
 }
 
 impl Metrics {
-    /// Starts the export; requires a runtime. `instance` is the driver's id on this node. A
-    /// failure is only logged: slots are more important than metrics.
+    /// Instruments of this provider, whose readers say where figures go. Without one, nothing is
+    /// counted.
     #[must_use]
-    pub fn new(telemetry: Option<&Telemetry>, instance: &str) -> Self {
-        let told = telemetry.map(|telemetry| Told::new(telemetry, instance));
-        Self(told.transpose().unwrap_or_else(|error| {
-            let error = chain(&*error);
-            tracing::error!(
-                error,
-                "exporting no metrics: check `telemetry` and the OTEL_* variables"
-            );
-            None
+    pub fn new(provider: Option<SdkMeterProvider>) -> Self {
+        Self(provider.map(|provider| Told {
+            steps: Instruments::new(&provider.meter(SERVICE)),
+            provider,
         }))
+    }
+
+    fn meter(&self) -> Option<Meter> {
+        let told = self.0.as_ref()?;
+        Some(told.provider.meter(SERVICE))
     }
 
     /// From now on, reports what `counts` returns. `None` reports nothing.
     pub fn watch(&self, counts: impl Fn() -> Option<Counts> + Send + Sync + 'static) {
-        let Some(Told { provider, .. }) = &self.0 else {
+        let Some(meter) = self.meter() else {
             return;
         };
         let observe = move |observer: &dyn AsyncInstrument<i64>| {
@@ -78,8 +60,7 @@ impl Metrics {
             }
         };
         // The result is only a name: the provider keeps the callback.
-        let _slots = provider
-            .meter(SERVICE)
+        let _slots = meter
             .i64_observable_up_down_counter("polydev.slots")
             .with_unit("{slot}")
             .with_description("Slots of the node.")
@@ -92,7 +73,7 @@ impl Metrics {
         &self,
         used: impl Fn() -> Option<BTreeMap<(String, String), Used>> + Send + Sync + 'static,
     ) {
-        let Some(Told { provider, .. }) = &self.0 else {
+        let Some(meter) = self.meter() else {
             return;
         };
         let observe = move |observer: &dyn AsyncInstrument<u64>| {
@@ -112,8 +93,7 @@ impl Metrics {
             }
         };
         // The result is only a name: the provider keeps the callback.
-        let _tokens = provider
-            .meter(SERVICE)
+        let _tokens = meter
             .u64_observable_counter("polydev.tokens")
             .with_unit("{token}")
             .with_description("Tokens of models that runs have used, as the APIs count them.")
@@ -126,7 +106,7 @@ impl Metrics {
         &self,
         errors: impl Fn() -> Option<ApiErrors> + Send + Sync + 'static,
     ) {
-        let Some(Told { provider, .. }) = &self.0 else {
+        let Some(meter) = self.meter() else {
             return;
         };
         let observe = move |observer: &dyn AsyncInstrument<u64>| {
@@ -139,8 +119,7 @@ impl Metrics {
             }
         };
         // The result is only a name: the provider keeps the callback.
-        let _errors = provider
-            .meter(SERVICE)
+        let _errors = meter
             .u64_observable_counter("polydev.api.errors")
             .with_unit("{response}")
             .with_description("Answers of providers' APIs with an error; status 0 for none at all.")
@@ -150,15 +129,14 @@ impl Metrics {
 
     /// From now on, reports how many images are paused because containers of them fail.
     pub(crate) fn watch_paused(&self, paused: impl Fn() -> Option<u64> + Send + Sync + 'static) {
-        let Some(Told { provider, .. }) = &self.0 else {
+        let Some(meter) = self.meter() else {
             return;
         };
         let observe = move |observer: &dyn AsyncInstrument<u64>| {
             observer.observe(paused().unwrap_or_default(), &[]);
         };
         // As above.
-        let _paused = provider
-            .meter(SERVICE)
+        let _paused = meter
             .u64_observable_gauge("polydev.images.paused")
             .with_unit("{image}")
             .with_description("Images whose containers failed five times in a row or more.")
@@ -171,10 +149,9 @@ impl Metrics {
         &self,
         figures: impl Fn() -> Option<Figures> + Clone + Send + Sync + 'static,
     ) {
-        let Some(Told { provider, .. }) = &self.0 else {
+        let Some(meter) = self.meter() else {
             return;
         };
-        let meter = provider.meter(SERVICE);
         let all = figures.clone();
         let runs = move |observer: &dyn AsyncInstrument<u64>| {
             let runs = all().unwrap_or_default().runs;
@@ -230,65 +207,6 @@ impl Metrics {
     #[must_use]
     pub fn steps(&self) -> Steps {
         Steps(self.0.as_ref().map(|told| told.steps.clone()))
-    }
-
-    /// Exports for the last time. Takes at most half a second.
-    pub async fn finish(&self) {
-        let Some(Told { provider, .. }) = &self.0 else {
-            return;
-        };
-        let provider = provider.clone();
-        let finished = tokio::task::spawn_blocking(move || {
-            // The log already says that the collector is unreachable.
-            finish(
-                FINISH_TIMEOUT,
-                vec![
-                    Box::new(move || drop(provider.shutdown())),
-                    Box::new(traces::finish),
-                    Box::new(|| logging::collected().finish()),
-                ],
-            );
-        });
-        let _it_does_not_panic = finished.await;
-    }
-}
-
-impl Told {
-    fn new(telemetry: &Telemetry, instance: &str) -> Result<Self, Box<dyn Error + Send + Sync>> {
-        let resource = resource(SERVICE, env!("CARGO_PKG_VERSION"), instance.to_owned());
-        let mut provider = SdkMeterProvider::builder().with_resource(resource.clone());
-        if let Some(collector) = &telemetry.collector {
-            let exporters = Exporters::new(collector)?;
-            let reader = PeriodicReader::builder(exporters.metrics()?);
-            provider = provider.with_reader(reader.with_interval(telemetry.interval).build());
-            traces::export(&exporters, resource.clone())?;
-            logging::collected().send(&exporters, resource)?;
-        }
-        if let Some(address) = telemetry.metrics_listen {
-            let shown = Shown::default();
-            provider = provider.with_reader(shown.reader()?);
-            tokio::spawn(show(address, shown));
-        }
-        let provider = provider.build();
-        let steps = Instruments::new(&provider.meter(SERVICE));
-        Ok(Self { provider, steps })
-    }
-}
-
-/// Shows metrics at an address, as soon as it is free: an earlier driver may still have it.
-async fn show(address: SocketAddr, shown: Shown) {
-    let mut pauses = Backoff::new(BIND_INTERVAL, MAX_BIND_INTERVAL);
-    let mut is_told = false;
-    loop {
-        match scrape::listen(&Address::Loopback(address)).await {
-            Ok(listener) => return scrape::serve(listener, shown).await,
-            Err(error) if !is_told => {
-                tracing::warn!(%address, %error, "cannot listen at `telemetry.metrics_listen`, retrying");
-                is_told = true;
-            }
-            Err(_) => {}
-        }
-        sleep(pauses.next_wait()).await;
     }
 }
 

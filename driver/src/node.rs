@@ -16,8 +16,8 @@ use std::{
 use tokio::sync::Mutex;
 
 use crate::{
-    config, firewall::Firewall, identity::LABEL_INSTANCE, metrics::Metrics, run::book::Runs,
-    sandbox::Networks, site::Site, slot::Slots, state::lock::Lock, task::Tasks,
+    config, firewall::Firewall, identity::LABEL_INSTANCE, run::book::Runs, sandbox::Networks,
+    site::Site, slot::Slots, state::lock::Lock, task::Tasks, telemetry::Telemetry,
 };
 
 /// Contains a folder for each driver with a `socket_group`. It is not `/run/polydev`, which is a
@@ -32,7 +32,7 @@ pub struct Node {
     pub slots: Arc<Slots>,
     pub tasks: Arc<Tasks>,
     pub networks: Arc<Networks>,
-    pub metrics: Metrics,
+    pub telemetry: Telemetry,
     firewall: Firewall,
     /// Whether the bridge is still wanted. Held while it is made or removed, so that none is
     /// made after it was removed for good.

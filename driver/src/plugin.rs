@@ -102,7 +102,7 @@ pub async fn serve(mut stdout: impl io::Write) -> anyhow::Result<()> {
     }
     let node = node.borrow().clone();
     if let Some(node) = node {
-        let left = async { tokio::join!(node.leave(), node.metrics.finish()) };
+        let left = async { tokio::join!(node.leave(), node.telemetry.finish()) };
         let _overrun = tokio::time::timeout(LEAVE_TIMEOUT, left).await;
     }
     Ok(())

@@ -261,6 +261,14 @@ pub(super) fn main() -> ExitCode {
 }
 
 fn within(runtime: Runtime, command: Command) -> anyhow::Result<ExitCode> {
+    // Credentials pass through this process: no core dumps, and no other process may read its
+    // memory.
+    prctl::set_dumpable(false)?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    // Each node and each caller needs a connection. The default limit of 1,024 only exists for
+    // old programs.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     let entered = runtime.enter();
     let telemetry = match &command {
         Command::Serve(arguments) => Some(arguments.telemetry()?),
@@ -279,14 +287,6 @@ fn within(runtime: Runtime, command: Command) -> anyhow::Result<ExitCode> {
 }
 
 async fn execute(command: Command, telemetry: Option<&Telemetry>) -> anyhow::Result<ExitCode> {
-    // Credentials pass through this process: no core dumps, and no other process may read its
-    // memory.
-    prctl::set_dumpable(false)?;
-    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
-    // Each node and each caller needs a connection. The default limit of 1,024 only exists for
-    // old programs.
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     match command {
         Command::Serve(arguments) => serve::execute(arguments, opened(telemetry)).await,
         Command::Dev(arguments) => dev::execute(arguments, opened(telemetry)).await,

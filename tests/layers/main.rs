@@ -26,6 +26,7 @@ const DRIVER: &[&str] = &[
     "images",
     "link",
     "metrics",
+    "telemetry",
     "docker",
     "events",
     "firewall",

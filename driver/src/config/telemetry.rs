@@ -1,9 +1,11 @@
 //! Where the plugin exports traces, metrics and logs, and where its metrics can be fetched.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
-use polydev_telemetry::collector::{self, Collector};
-use polydev_transport::address::Address;
+use polydev_telemetry::{
+    collector::{self, Collector},
+    scrape,
+};
 use serde::Deserialize;
 
 use super::{
@@ -35,66 +37,43 @@ pub(super) struct RawTelemetry {
 impl RawTelemetry {
     pub(super) fn check(self) -> Result<Telemetry, Error> {
         const SECOND: Duration = Duration::from_secs(1);
-        let interval = duration_within(
-            "telemetry.interval",
-            text(self.interval.clone()),
-            10 * SECOND,
-            [SECOND, 60 * SECOND],
-        )?;
-        let metrics_listen = text(self.metrics_listen.clone());
-        let metrics_listen = metrics_listen.map(|given| match given.parse() {
-            Ok(Address::Loopback(address)) => Ok(address),
-            _ => {
-                let allowed = "must be http://127.0.0.1:PORT or http://[::1]:PORT";
-                Err(refused("telemetry.metrics_listen", given, allowed))
-            }
+        let metrics_listen = text(self.metrics_listen).map(|given| {
+            let address = scrape::address(&given);
+            address.map_err(|allowed| refused("telemetry.metrics_listen", given, allowed))
         });
-        let telemetry = Telemetry {
-            metrics_listen: metrics_listen.transpose()?,
-            collector: self.collector()?,
-            interval,
-        };
-        if telemetry.collector.is_none() && telemetry.metrics_listen.is_none() {
-            let allowed = "is required, or `telemetry.metrics_listen`";
-            return Err(refused("telemetry.otlp_endpoint", "", allowed));
-        }
-        Ok(telemetry)
-    }
-
-    fn collector(self) -> Result<Option<Collector>, Error> {
-        let path = |field: &str, given: Option<String>| -> Result<Option<PathBuf>, Error> {
+        let path = |field: &str, given: Option<String>| {
             let given = text(given).map(|given| absolute(field, &given));
             given.transpose()
         };
-        let protocol = text(self.otlp_protocol).unwrap_or_default();
-        let protocol = match &*protocol {
-            "" => Ok(collector::Protocol::default()),
-            given => given.parse().map_err(named),
+        let protocol = text(self.otlp_protocol).map(|given| given.parse().map_err(named));
+        let protocol = protocol.transpose()?.unwrap_or_default();
+        let authority = path("telemetry.otlp_ca", self.otlp_ca)?;
+        let headers = path("telemetry.otlp_headers_file", self.otlp_headers_file)?;
+        let metrics_listen = metrics_listen.transpose()?;
+        let is_alone = authority.is_none() && headers.is_none() && metrics_listen.is_some();
+        let collector = match text(self.otlp_endpoint) {
+            None if is_alone => None,
+            given => {
+                let collector = Collector {
+                    endpoint: given.unwrap_or_default(),
+                    protocol,
+                    authority,
+                    headers,
+                };
+                collector.check().map_err(named)?;
+                Some(collector)
+            }
         };
-        let others = (
-            protocol?,
-            path("telemetry.otlp_ca", self.otlp_ca)?,
-            path("telemetry.otlp_headers_file", self.otlp_headers_file)?,
-        );
-        let (protocol, authority, headers) = others;
-        let Some(endpoint) = text(self.otlp_endpoint) else {
-            return match authority.as_ref().or(headers.as_ref()) {
-                None => Ok(None),
-                Some(_) => Err(refused(
-                    "telemetry.otlp_endpoint",
-                    "",
-                    "is required with `otlp_ca` and `otlp_headers_file`",
-                )),
-            };
-        };
-        let collector = Collector {
-            endpoint,
-            protocol,
-            authority,
-            headers,
-        };
-        collector.check().map_err(named)?;
-        Ok(Some(collector))
+        Ok(Telemetry {
+            collector,
+            interval: duration_within(
+                "telemetry.interval",
+                text(self.interval),
+                10 * SECOND,
+                [SECOND, 60 * SECOND],
+            )?,
+            metrics_listen,
+        })
     }
 }
 

@@ -17,7 +17,7 @@ pub struct Ours {
 }
 
 /// What was, or would be, removed.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Pruned {
     pub images: Vec<Ours>,
     /// What these images share, or shared, with no image that is left; `None` if Docker does not
@@ -89,7 +89,9 @@ impl Images {
             pruned.reclaimed = sum.map(|(sum, unique)| sum + unique);
             pruned.images.push(ours);
         }
-        self.forget_missing().await?;
+        if remove {
+            self.forget_missing().await?;
+        }
         Ok(pruned)
     }
 

@@ -40,6 +40,7 @@ use crate::{
     slot::{Slots, shelf::Shelf},
     state::{files, lock::Lock},
     task::{self, Tasks, journal::Journal, stage::Stage},
+    telemetry::Telemetry,
 };
 
 /// systemd's id of the machine (machine-id(5)).
@@ -95,7 +96,7 @@ struct Prepared {
     listener: UnixListener,
     /// For shims on other machines.
     secured: Option<(TcpListener, Arc<Reloading>)>,
-    metrics: Metrics,
+    telemetry: Telemetry,
 }
 
 impl Prepared {
@@ -128,7 +129,7 @@ impl Prepared {
             secured: secured.transpose()?,
             // Comes last of the steps that may fail, so that failed attempts do not start
             // and stop the export.
-            metrics: Metrics::new(config.telemetry.as_ref(), &instance),
+            telemetry: Telemetry::open(config.telemetry.as_ref(), &instance),
             site: Arc::new(Site {
                 images: Images::new(&config, docker.clone()),
                 config,
@@ -169,8 +170,9 @@ impl Prepared {
             open,
             listener,
             secured,
-            metrics,
+            telemetry,
         } = self;
+        let metrics = Metrics::new(telemetry.meters());
         let text = std::fs::read_to_string(&site.resolv_conf).unwrap_or_default();
         let slots = Slots::new(site.clone(), runs.clone(), idle, metrics.steps());
         let node = Arc::new(Node {
@@ -185,25 +187,25 @@ impl Prepared {
             tasks: Tasks::new(site.clone(), journal, stage).into(),
             site,
             runs,
-            metrics,
+            telemetry,
             wanted: Arc::new(true.into()),
             _lock: lock,
         });
         let counted = Arc::downgrade(&node.slots);
         let counts = move || counted.upgrade().map(|slots| slots.counts());
-        node.metrics.watch(counts);
+        metrics.watch(counts);
         let used = Arc::downgrade(&node.runs);
         let used = move || used.upgrade().map(|runs| runs.tokens.all());
-        node.metrics.watch_tokens(used);
+        metrics.watch_tokens(used);
         let errors = Arc::downgrade(&node.runs);
         let errors = move || errors.upgrade().map(|runs| runs.tokens.errors());
-        node.metrics.watch_api_errors(errors);
+        metrics.watch_api_errors(errors);
         let paused = Arc::downgrade(&node.slots);
         let paused = move || paused.upgrade().map(|slots| slots.breakers.paused());
-        node.metrics.watch_paused(paused);
+        metrics.watch_paused(paused);
         let runs = Arc::downgrade(&node.runs);
         let scripts = move || runs.upgrade().map(|runs| runs.scripts.figures());
-        node.metrics.watch_scripts(scripts);
+        metrics.watch_scripts(scripts);
         task::recover(&node.tasks);
         recover::recover(&node.slots, open);
         node.site.images.collect();

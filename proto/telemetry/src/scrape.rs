@@ -1,6 +1,6 @@
 //! The endpoint `/metrics`, for Prometheus.
 
-use std::{collections::HashSet, io, sync::Arc, time::Duration};
+use std::{collections::HashSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -55,17 +55,14 @@ impl Shown {
     }
 }
 
-/// Listens at an address of this machine.
+/// Reads where metrics are shown: an address of this machine, as `http://127.0.0.1:PORT`.
 ///
 /// # Errors
-/// If the address is not one of loopback, or the kernel does not give it.
-pub async fn listen(address: &Address) -> io::Result<TcpListener> {
-    match address {
-        Address::Loopback(address) => TcpListener::bind(address).await,
-        Address::Unix(_) | Address::Tls { .. } => Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("`{address}` must be http://127.0.0.1:PORT"),
-        )),
+/// What is allowed.
+pub fn address(given: &str) -> Result<SocketAddr, &'static str> {
+    match given.parse() {
+        Ok(Address::Loopback(address)) => Ok(address),
+        _ => Err("must be http://127.0.0.1:PORT or http://[::1]:PORT"),
     }
 }
 
@@ -101,5 +98,23 @@ async fn metrics(State(shown): State<Shown>) -> Response {
     match shown.text() {
         Ok(text) => ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_are_shown_on_this_machine_alone() {
+        assert_eq!(address("http://[::1]:9465").unwrap().port(), 9465);
+        for wrong in [
+            "",
+            "127.0.0.1:9465",
+            "http://0.0.0.0:9465",
+            "https://host:1",
+        ] {
+            assert!(address(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Where a shim sends traces, metrics and log lines, and where its metrics can be fetched.
 
-use std::{io::IsTerminal, path::PathBuf, time::Duration};
+use std::{io::IsTerminal, net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
@@ -13,7 +13,6 @@ use polydev_telemetry::{
     resource,
     scrape::{self, Shown},
 };
-use polydev_transport::address::Address;
 use tokio::net::TcpListener;
 use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
@@ -61,9 +60,9 @@ pub(super) struct Reported {
         long,
         env = "POLYDEV_METRICS_LISTEN",
         value_name = "URL",
-        value_parser = loopback
+        value_parser = scrape::address
     )]
-    metrics_listen: Option<Address>,
+    metrics_listen: Option<SocketAddr>,
 }
 
 /// What is sent and shown while a shim serves.
@@ -71,7 +70,7 @@ pub(super) struct Telemetry {
     pub(super) traces: Traces,
     pub(super) metrics: Metrics,
     lines: Lines,
-    shown: Option<(Address, Shown)>,
+    shown: Option<(SocketAddr, Shown)>,
 }
 
 impl Reported {
@@ -93,7 +92,7 @@ impl Reported {
             let reader = PeriodicReader::builder(exporters.metrics()?);
             meters = meters.with_reader(reader.with_interval(METRICS_INTERVAL).build());
         }
-        let shown = self.metrics_listen.clone().map(|at| (at, Shown::default()));
+        let shown = self.metrics_listen.map(|at| (at, Shown::default()));
         if let Some((_, shown)) = &shown {
             meters = meters.with_reader(shown.reader()?);
         }
@@ -126,8 +125,8 @@ impl Telemetry {
         let Some((at, shown)) = &self.shown else {
             return Ok(None);
         };
-        let listener = scrape::listen(at).await;
-        let listener = listener.with_context(|| format!("cannot listen at `{at}`"))?;
+        let listener = TcpListener::bind(at).await;
+        let listener = listener.with_context(|| format!("cannot show metrics at `{at}`"))?;
         Ok(Some((listener, shown.clone())))
     }
 
@@ -155,14 +154,6 @@ pub(super) async fn show(shown: Option<(TcpListener, Shown)>) {
     match shown {
         Some((listener, shown)) => scrape::serve(listener, shown).await,
         None => std::future::pending().await,
-    }
-}
-
-fn loopback(given: &str) -> Result<Address, String> {
-    match given.parse::<Address>() {
-        Ok(address @ Address::Loopback(_)) => Ok(address),
-        Ok(_) => Err("must be http://127.0.0.1:PORT or http://[::1]:PORT".into()),
-        Err(error) => Err(error.to_string()),
     }
 }
 
