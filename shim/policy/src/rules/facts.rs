@@ -1,0 +1,199 @@
+//! What rules are asked about.
+
+use std::{
+    collections::{HashMap, HashSet},
+    str::FromStr,
+};
+
+use cedar_policy::{
+    Context, Entities, Entity, EntityId, EntityTypeName, EntityUid, Request, RestrictedExpression,
+};
+use serde::Deserialize;
+
+use crate::{lattice::Label, sink::Risk};
+
+/// What a run starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    Command,
+    Prompt,
+}
+
+/// A run, before it starts.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunFacts {
+    /// The name that roles know.
+    pub caller: String,
+    /// The user that the caller is.
+    #[serde(default)]
+    pub caller_user: Option<String>,
+    /// Whose run it is.
+    pub user: String,
+    pub provider: String,
+    pub kind: Kind,
+    /// The words of a command.
+    #[serde(default)]
+    pub argv: Vec<String>,
+    #[serde(default)]
+    pub prompt: String,
+    #[serde(default)]
+    pub model: String,
+    /// none, read, all, or empty.
+    #[serde(default)]
+    pub tools: String,
+    /// Names of variables.
+    #[serde(default)]
+    pub env: Vec<String>,
+    #[serde(default)]
+    pub files: Vec<String>,
+    #[serde(default)]
+    pub file_bytes: u64,
+    #[serde(default)]
+    pub timeout_seconds: u64,
+    /// none, broker or container.
+    #[serde(default = "none")]
+    pub credential: String,
+    #[serde(default)]
+    pub egress: Vec<String>,
+}
+
+/// A call that a model wants to make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ToolFacts {
+    pub caller: String,
+    pub tool: String,
+    pub action: String,
+    pub target: String,
+    pub risk: Risk,
+    pub blocks_untrusted: bool,
+    pub blocks_egress: bool,
+    pub label: Label,
+    pub tags: Vec<String>,
+}
+
+fn none() -> String {
+    "none".into()
+}
+
+/// What Cedar is asked.
+pub(super) struct Question {
+    pub(super) request: Request,
+    pub(super) entities: Entities,
+}
+
+impl RunFacts {
+    pub(super) fn question(&self) -> Result<Question, String> {
+        let text = match self.kind {
+            Kind::Command => self.argv.join(" "),
+            Kind::Prompt => self.prompt.clone(),
+        };
+        let program = self.argv.first().cloned().unwrap_or_default();
+        let context = [
+            ("user", string(&self.user)),
+            ("program", string(&program)),
+            ("words", set(&self.argv)),
+            ("text_bytes", long(text.len() as u64)),
+            ("text", string(&text)),
+            ("model", string(&self.model)),
+            ("tools", string(&self.tools)),
+            ("env", set(&self.env)),
+            ("files", set(&self.files)),
+            ("file_bytes", long(self.file_bytes)),
+            ("timeout_seconds", long(self.timeout_seconds)),
+            ("credential", string(&self.credential)),
+            ("egress", set(&self.egress)),
+        ];
+        let action = match self.kind {
+            Kind::Command => "command",
+            Kind::Prompt => "prompt",
+        };
+        let user = self.caller_user.iter();
+        let caller = user.map(|user| ("user".to_owned(), string(user)));
+        ask(
+            (&self.caller, caller.collect()),
+            action,
+            ("Provider", &self.provider, HashMap::new()),
+            context,
+        )
+    }
+}
+
+impl ToolFacts {
+    pub(super) fn question(&self) -> Result<Question, String> {
+        let attributes = [
+            ("tool", string(&self.tool)),
+            ("action", string(&self.action)),
+            ("risk", string(self.risk.name())),
+            (
+                "blocks_untrusted",
+                RestrictedExpression::new_bool(self.blocks_untrusted),
+            ),
+            (
+                "blocks_egress",
+                RestrictedExpression::new_bool(self.blocks_egress),
+            ),
+        ];
+        let attributes = attributes.map(|(name, value)| (name.to_owned(), value));
+        let context = [
+            ("target", string(&self.target)),
+            ("integrity", string(self.label.integrity.name())),
+            ("confidentiality", string(self.label.confidentiality.name())),
+            ("tags", set(&self.tags)),
+        ];
+        let name = format!("{}.{}", self.tool, self.action);
+        ask(
+            (&self.caller, HashMap::new()),
+            "tool",
+            ("Tool", &name, HashMap::from(attributes)),
+            context,
+        )
+    }
+}
+
+type Attributes = HashMap<String, RestrictedExpression>;
+
+fn ask<const N: usize>(
+    (caller, caller_attributes): (&str, Attributes),
+    action: &str,
+    (kind, name, attributes): (&str, &str, Attributes),
+    context: [(&str, RestrictedExpression); N],
+) -> Result<Question, String> {
+    let principal = uid("Caller", caller)?;
+    let resource = uid(kind, name)?;
+    let action = uid("Action", action)?;
+    let entity = |uid: &EntityUid, attributes| {
+        let entity = Entity::new(uid.clone(), attributes, HashSet::new());
+        entity.map_err(|error| error.to_string())
+    };
+    let entities = [
+        entity(&principal, caller_attributes)?,
+        entity(&resource, attributes)?,
+    ];
+    let entities = Entities::from_entities(entities, None).map_err(|error| error.to_string())?;
+    let context = context.map(|(name, value)| (name.to_owned(), value));
+    let context = Context::from_pairs(context).map_err(|error| error.to_string())?;
+    // Without the schema: it has what is built above, and nothing that a caller has named.
+    let request = Request::new(principal, action, resource, context, None);
+    let request = request.map_err(|error| error.to_string())?;
+    Ok(Question { request, entities })
+}
+
+fn uid(kind: &str, name: &str) -> Result<EntityUid, String> {
+    let kind = EntityTypeName::from_str(&format!("Polydev::{kind}"));
+    let kind = kind.map_err(|error| error.to_string())?;
+    Ok(EntityUid::from_type_name_and_id(kind, EntityId::new(name)))
+}
+
+fn string(text: &str) -> RestrictedExpression {
+    RestrictedExpression::new_string(text.to_owned())
+}
+
+fn set(texts: &[String]) -> RestrictedExpression {
+    RestrictedExpression::new_set(texts.iter().map(|text| string(text)))
+}
+
+fn long(number: u64) -> RestrictedExpression {
+    RestrictedExpression::new_long(i64::try_from(number).unwrap_or(i64::MAX))
+}
