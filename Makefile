@@ -114,9 +114,10 @@ unit:          ## Unit, property, model and service tests.
 fuzz:          ## Fuzz what reads bytes from outside: SECONDS=20 for each target.
 	tests/fuzz/run.sh $(or $(SECONDS),20)
 
-# TESTS is a filter of nextest's, for some of them.
+# TESTS is a filter of nextest's, for some of them. BUILT names what has been built, where the
+# compiler has something else to do.
 it:            ## Tests of the whole system: root, Docker, Nomad, images.
-	cargo nextest run --locked --workspace -E 'binary(/^(it|sandbox)$$/)$(if $(TESTS), & ($(TESTS)))'
+	cargo nextest run $(or $(BUILT),--locked --workspace) -E 'binary(/^(it|sandbox)$$/)$(if $(TESTS), & ($(TESTS)))'
 
 long:
 	cargo nextest run --locked --workspace --profile long -E 'test(/(^|::)long::/)'

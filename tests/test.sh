@@ -48,6 +48,22 @@ check() {
     fi
 }
 
+# beside NAME COMMAND...: it runs in the background.
+declare -A running
+beside() {
+    local name=$1
+    shift
+    "$@" >"$work/$name.log" 2>&1 &
+    running[$name]=$!
+}
+# joined NAME: waits until it has ended, shows its output, and has its status.
+joined() {
+    local status=0
+    wait "${running[$1]}" || status=$?
+    cat "$work/$1.log"
+    return "$status"
+}
+
 # tests NAME COMMAND...: what nextest and cargo test count.
 tests() {
     local name=$1 status=0 p f
@@ -84,11 +100,30 @@ prepare() {
     if is all long; then tests/uml/root.sh >/dev/null; fi
     if is long; then tests/engine/build.sh >/dev/null; fi
 }
-prepared() {
-    local status=0
-    wait "$preparing" || status=$?
-    cat "$work/prepare.log"
-    return "$status"
+
+# What reads the code, and runs nothing of it.
+reading() {
+    check "formatting and clippy" make lint
+    check "clippy for arm64" make arm64
+    check "documentation" make doc
+    check "scripts" make scripts
+    check "licences, sources and bans" make deny
+    check "protocol lint" make proto-lint
+    check "protocols that earlier clients can read" make proto-breaking
+    check "no test is ignored" no_test_is_ignored
+}
+# The same in the background. Tests of the whole system are mostly waiting, and go first.
+reading_beside() {
+    passed=0 failed=0
+    renice -n 19 -p "$BASHPID" >/dev/null
+    reading
+    echo "$passed $failed" >"$work/reading"
+}
+reading_joined() {
+    local p=0 f=1
+    joined reading || true
+    [ ! -e "$work/reading" ] || read -r p f <"$work/reading"
+    passed=$((passed + p)) failed=$((failed + f))
 }
 nothing_is_left() { ! tests/leftovers.sh | grep --invert-match --line-regexp --fixed-strings --file "$work/before"; }
 no_test_is_ignored() { ! git grep -n '#\[ignore' -- '*.rs'; }
@@ -108,20 +143,10 @@ if ! is check; then
     packages qemu-system-x86_64=qemu-system-x86 cpio=cpio mmdebstrap=mmdebstrap busybox=busybox-static
     packages linux.uml=user-mode-linux mkfs.ext4=e2fsprogs
     tests/leftovers.sh >"$work/before"
-    prepare >"$work/prepare.log" 2>&1 &
-    preparing=$!
+    beside prepare prepare
 fi
 
-if is check all; then
-    check "formatting and clippy" make lint
-    check "clippy for arm64" make arm64
-    check "documentation" make doc
-    check "scripts" make scripts
-    check "licences, sources and bans" make deny
-    check "protocol lint" make proto-lint
-    check "protocols that earlier clients can read" make proto-breaking
-    check "no test is ignored" no_test_is_ignored
-fi
+if is check; then reading; fi
 check "build" make build
 if is check all; then tests "unit, property, model and service tests" make unit; fi
 if is all; then
@@ -137,8 +162,14 @@ system() {
     check "rules for Prometheus" "$POLYDEV_PROMETHEUS/promtool" test rules ops/prometheus/rules.test.yaml
     case $part in
         all)
-            tests "tests of the whole system" make it
-            check "cgroup v2 and Docker 26, in a virtual machine" tests/uml.sh
+            # The compiler is not asked again: it is busy with other checks.
+            cargo nextest list --locked --workspace --list-type binaries-only --message-format json >"$work/binaries"
+            cargo metadata --locked --format-version 1 >"$work/cargo"
+            beside reading reading_beside
+            beside machine tests/uml.sh
+            tests "tests of the whole system" make it BUILT="--binaries-metadata $work/binaries --cargo-metadata $work/cargo"
+            check "cgroup v2 and Docker 26, in a virtual machine" joined machine
+            reading_joined
             ;;
         docker) tests "tests that need Docker" make it TESTS='not group(nomad)' ;;
         nomad) tests "tests that have a Nomad agent" make it TESTS='group(nomad)' ;;
@@ -157,7 +188,7 @@ system() {
 }
 if ! is check; then
     before=$failed
-    check "images, Nomad, collector and clients" prepared
+    check "images, Nomad, collector and clients" joined prepare
     # Without these, no test of the whole system can run.
     if [ "$failed" = "$before" ]; then system; fi
 fi
