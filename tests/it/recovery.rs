@@ -4,7 +4,7 @@ use std::fs;
 
 use polydev_proto::{
     driver::WaitTaskRequest,
-    node::{run_event::Event, slot::State},
+    node::{Slot, run_event::Event, slot::State},
 };
 use polydev_shim::engine::embedded::pools;
 use polydev_tests::{docker, folder::Folder, shim::instance_label};
@@ -30,7 +30,8 @@ fn a_recovered_slot_waits_for_nomad_and_its_destruction_ends_no_run() {
 
         // The slot gets its idle container back when Nomad waits for the task, and not earlier.
         host = host.recover(&state, &handle).await;
-        let (waits, _) = host.slot(|_| true).await;
+        let is_settled = |slot: &Slot| slot.state() == State::Idle || !slot.reason.is_empty();
+        let (waits, _) = host.slot(is_settled).await;
         assert_eq!(waits.state(), State::Warming);
         assert!(
             waits.reason.contains("does not wait for it yet"),
