@@ -10,7 +10,7 @@ export POLYDEV_CACHE POLYDEV_BIN MAKECMDGOALS
 # These measure programs for use, not programs for tests.
 bench chaos: POLYDEV_BIN := $(CURDIR)/target/release
 
-.PHONY: help demo check docker nomad test test-long bench chaos build release images fmt lint arm64 doc scripts deny advisories proto-lint proto-breaking unit fuzz it long agent clean-all
+.PHONY: help demo check docker nomad test test-long bench chaos launch-gate trilogy build release images fmt lint arm64 doc scripts deny advisories proto-lint proto-breaking unit fuzz it long agent clean-all
 
 help:          ## Show this.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
@@ -58,6 +58,12 @@ build: tools init ## Build all programs for tests.
 	@mkdir -p $(POLYDEV_BIN)
 	@find target/debug -maxdepth 1 -type f -executable -exec ln -f -t $(POLYDEV_BIN) {} +
 	@ln -f target/$(HOST)/init/polydev-init $(POLYDEV_BIN)/polydev-init
+
+launch-gate:   ## Whether this checkout may be released.
+	@scripts/launch-gate.sh
+
+trilogy:       ## Three tasks of a model, without and with the gate for tool calls.
+	@cargo run --locked --quiet --package polydev-tool-gate -- trilogy
 
 release: tools init ## Build all programs for use.
 	cargo build --locked --release --workspace --exclude polydev-init

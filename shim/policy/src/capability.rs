@@ -48,20 +48,21 @@ pub struct Grant {
     pub deny: Vec<String>,
 }
 
-/// What each tool was granted.
+/// What each tool was granted, for each of its actions.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Grants(BTreeMap<String, Vec<Grant>>);
+pub struct Grants(BTreeMap<String, BTreeMap<String, Vec<Grant>>>);
 
 impl Grants {
-    pub fn add(&mut self, tool: &str, grant: Grant) {
-        self.0.entry(tool.into()).or_default().push(grant);
+    pub fn add(&mut self, tool: &str, action: &str, grant: Grant) {
+        let actions = self.0.entry(tool.into()).or_default();
+        actions.entry(action.into()).or_default().push(grant);
     }
 
-    /// Whether the tool may have the capability for this target. A denial of any of its grants of
+    /// Whether the tool's action may have the capability for this target. A denial of any of its grants of
     /// the capability decides.
     #[must_use]
-    pub fn allow(&self, tool: &str, capability: Capability, target: &str) -> bool {
-        let Some(grants) = self.0.get(tool) else {
+    pub fn allow(&self, tool: &str, action: &str, capability: Capability, target: &str) -> bool {
+        let Some(grants) = self.0.get(tool).and_then(|actions| actions.get(action)) else {
             return false;
         };
         // A path could lead elsewhere than its text says.
@@ -96,23 +97,24 @@ mod tests {
             allow: list(allow),
             deny: list(deny),
         };
-        grants.add("tool", grant);
+        grants.add("tool", "run", grant);
         grants
     }
 
     #[test]
     fn only_what_was_granted_is_allowed_and_a_denial_decides() {
         let grants = grants(Capability::ProcessExec, &["*"], &["rm *"]);
-        assert!(grants.allow("tool", Capability::ProcessExec, "ls /tmp"));
-        assert!(!grants.allow("tool", Capability::ProcessExec, "rm /tmp/a"));
-        assert!(!grants.allow("tool", Capability::NetworkEgress, "ls /tmp"));
-        assert!(!grants.allow("other", Capability::ProcessExec, "ls /tmp"));
+        assert!(grants.allow("tool", "run", Capability::ProcessExec, "ls /tmp"));
+        assert!(!grants.allow("tool", "run", Capability::ProcessExec, "rm /tmp/a"));
+        assert!(!grants.allow("tool", "run", Capability::NetworkEgress, "ls /tmp"));
+        assert!(!grants.allow("tool", "write", Capability::ProcessExec, "ls /tmp"));
+        assert!(!grants.allow("other", "run", Capability::ProcessExec, "ls /tmp"));
     }
 
     #[test]
     fn a_path_that_could_lead_elsewhere_fits_no_pattern() {
         let grants = grants(Capability::FilesystemRead, &["/tmp/*"], &["/tmp/private/*"]);
-        let may = |path| grants.allow("tool", Capability::FilesystemRead, path);
+        let may = |path| grants.allow("tool", "run", Capability::FilesystemRead, path);
         assert!(may("/tmp/report.txt") && may("/tmp/a/b"));
         for path in [
             "/tmp/../etc/passwd",

@@ -6,6 +6,7 @@ use crate::{
     boundary, canonical,
     capability::Grants,
     decision::{DecidedData, DecidedSink, Decision, Outcome},
+    lattice::Confidentiality,
     provenance::{Graph, Node, NodeId},
     rules::{Rules, ToolFacts},
     sink::{Risk, Sink, Sinks},
@@ -129,7 +130,7 @@ impl Gate {
             return Err(format!("Strict boundary denied target: {violation}"));
         }
         if let Some(capability) = sink.require_capability {
-            let is_granted = self.grants.allow(tool, capability, target);
+            let is_granted = self.grants.allow(tool, action, capability, target);
             trace.push(format!("capability_check: {is_granted}"));
             if !is_granted {
                 let name = capability.name();
@@ -165,19 +166,18 @@ impl Gate {
     }
 }
 
-/// Sensitive data must not be written to memory that more people see.
+/// Sensitive data must not be written to memory that more people see than the conversation. Where
+/// data comes from is not for the call to say.
 fn check_scope(node: &Node, arguments: &Value, trace: &mut Vec<String>) -> Result<(), String> {
-    let rank = |name| {
-        let scope = match arguments.get(name) {
-            None => Some(SCOPES[0]),
-            Some(scope) => scope.as_str(),
-        };
-        let rank = scope.and_then(|scope| SCOPES.iter().position(|known| *known == scope));
-        rank.ok_or_else(|| format!("Invalid memory scope (allowed: {})", SCOPES.join("|")))
+    let scope = match arguments.get("scope") {
+        None => Some(SCOPES[0]),
+        Some(scope) => scope.as_str(),
     };
-    let (from, to) = (rank("source_scope")?, rank("scope")?);
-    trace.push(format!("memory_scope_widening: {}", to > from));
-    if to > from && node.label.confidentiality > crate::lattice::Confidentiality::Public {
+    let rank = scope.and_then(|scope| SCOPES.iter().position(|known| *known == scope));
+    let invalid = || format!("Invalid memory scope (allowed: {})", SCOPES.join("|"));
+    let is_wider = rank.ok_or_else(invalid)? > 0;
+    trace.push(format!("memory_scope_widening: {is_wider}"));
+    if is_wider && node.label.confidentiality > Confidentiality::Public {
         trace.push("declassify_token_missing → BLOCK".into());
         return Err("Declassify token required for sensitive cross-scope memory write".into());
     }

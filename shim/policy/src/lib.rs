@@ -6,6 +6,7 @@
 //! - [`rules`] are the rules in Cedar, of ours and of operators;
 //! - [`evaluate`] asks all of these in their order, and [`decision`] is the answer;
 //! - [`token`] binds a decision to what is executed, and [`nonces`] lets a token be used once;
+//! - [`seal`] signs a decision, with the [`secrets`] of tokens;
 //! - [`canonical`] is the form that is hashed and signed.
 
 pub mod boundary;
@@ -17,5 +18,7 @@ pub mod lattice;
 pub mod nonces;
 pub mod provenance;
 pub mod rules;
+pub mod seal;
+pub mod secrets;
 pub mod sink;
 pub mod token;

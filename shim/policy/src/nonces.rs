@@ -27,9 +27,12 @@ const MAX_NONCE: usize = 128;
 /// A store of used tokens.
 #[derive(Debug, Default)]
 pub struct Nonces {
-    used: HashMap<String, OffsetDateTime>,
+    used: Used,
     file: Option<Shared>,
 }
+
+/// When a token was used, and when it expires, by its nonce.
+type Used = HashMap<String, (OffsetDateTime, OffsetDateTime)>;
 
 /// The file, and how far it was read.
 #[derive(Debug)]
@@ -37,7 +40,11 @@ struct Shared {
     path: PathBuf,
     lock: File,
     file: File,
+    /// In bytes and lines.
     read: u64,
+    lines: usize,
+    /// Its length when it was last written again.
+    least: u64,
 }
 
 /// Why a token was not used up.
@@ -89,6 +96,8 @@ impl Nonces {
                 lock,
                 file,
                 read: 0,
+                lines: 0,
+                least: 0,
             }),
         })
     }
@@ -129,7 +138,7 @@ impl Nonces {
 impl Shared {
     fn consume(
         &mut self,
-        used: &mut HashMap<String, OffsetDateTime>,
+        used: &mut Used,
         nonce: &str,
         expires: OffsetDateTime,
         now: OffsetDateTime,
@@ -144,9 +153,9 @@ impl Shared {
         appended.inspect_err(|_| {
             used.remove(nonce);
         })?;
-        if self.read > MAX_FILE {
-            used.retain(|_, expires| *expires > now);
-            self.write_again(used, now).map_err(|source| Error::File {
+        if self.read > MAX_FILE.max(2 * self.least) {
+            used.retain(|_, (_, expires)| *expires > now);
+            self.write_again(used).map_err(|source| Error::File {
                 path: self.path.clone(),
                 source,
             })?;
@@ -155,7 +164,7 @@ impl Shared {
     }
 
     /// Reads what others have written. A last line without its end was never acknowledged.
-    fn follow(&mut self, used: &mut HashMap<String, OffsetDateTime>) -> Result<(), Error> {
+    fn follow(&mut self, used: &mut Used) -> Result<(), Error> {
         let path = self.path.clone();
         let wrong = |source| Error::File {
             path: path.clone(),
@@ -166,7 +175,7 @@ impl Shared {
         let own = self.file.metadata().map_err(wrong)?;
         if (current.dev(), current.ino()) != (own.dev(), own.ino()) {
             self.file = open(&self.path).map_err(wrong)?;
-            self.read = 0;
+            (self.read, self.lines) = (0, 0);
             used.clear();
         }
         let mut text = String::new();
@@ -176,12 +185,14 @@ impl Shared {
         for (index, text) in text[..whole].lines().enumerate() {
             let broken = || Error::Line {
                 path: path.clone(),
-                line: index + 1,
+                line: self.lines + index + 1,
             };
             let line: Line = serde_json::from_str(text).map_err(|_| broken())?;
-            let expires = OffsetDateTime::parse(&line.expires_at, &Rfc3339);
-            used.insert(line.nonce, expires.map_err(|_| broken())?);
+            let time = |text| OffsetDateTime::parse(text, &Rfc3339).map_err(|_| broken());
+            let times = (time(&line.consumed_at)?, time(&line.expires_at)?);
+            used.insert(line.nonce, times);
         }
+        self.lines += text[..whole].lines().count();
         self.read += whole as u64;
         Ok(())
     }
@@ -192,21 +203,18 @@ impl Shared {
         self.file.write_all(line.as_bytes())?;
         self.file.sync_data()?;
         self.read += line.len() as u64;
+        self.lines += 1;
         Ok(())
     }
 
-    fn write_again(
-        &mut self,
-        used: &HashMap<String, OffsetDateTime>,
-        now: OffsetDateTime,
-    ) -> io::Result<()> {
+    fn write_again(&mut self, used: &Used) -> io::Result<()> {
         let mut name = self.path.as_os_str().to_owned();
         name.push(".new");
         let mut new = open(Path::new(&name))?;
         new.set_len(0)?;
         let lines: String = used
             .iter()
-            .map(|(nonce, expires)| line(nonce, *expires, now))
+            .map(|(nonce, (consumed, expires))| line(nonce, *expires, *consumed))
             .collect();
         new.write_all(lines.as_bytes())?;
         new.sync_data()?;
@@ -219,12 +227,13 @@ impl Shared {
             File::open(folder)?.sync_data()?;
         }
         (self.file, self.read) = (new, lines.len() as u64);
+        (self.lines, self.least) = (used.len(), self.read);
         Ok(())
     }
 }
 
 fn enter(
-    used: &mut HashMap<String, OffsetDateTime>,
+    used: &mut Used,
     nonce: &str,
     expires: OffsetDateTime,
     now: OffsetDateTime,
@@ -233,12 +242,12 @@ fn enter(
         return Err(Error::Used);
     }
     if used.len() >= MAX_NONCES {
-        used.retain(|_, expires| *expires > now);
+        used.retain(|_, (_, expires)| *expires > now);
         if used.len() >= MAX_NONCES {
             return Err(Error::Full);
         }
     }
-    used.insert(nonce.into(), expires);
+    used.insert(nonce.into(), (now, expires));
     Ok(())
 }
 

@@ -6,11 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use rand::RngCore;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::{canonical, lattice::Label};
+use crate::{canonical, lattice::Label, token::nonce};
 
 /// Most nodes of a graph.
 pub const MAX_NODES: usize = 10_000;
@@ -150,7 +149,7 @@ impl Graph {
             tags: source.tags().iter().map(ToString::to_string).collect(),
             parents: Vec::new(),
             content_hash,
-            salt: salt(),
+            salt: nonce(),
         })
     }
 
@@ -180,7 +179,7 @@ impl Graph {
             tags: all,
             parents: parents.to_vec(),
             content_hash: Some(canonical::sha256(content.as_bytes())),
-            salt: salt(),
+            salt: nonce(),
         })
     }
 
@@ -257,12 +256,6 @@ impl From<Graph> for BTreeMap<NodeId, Node> {
 
 fn unknown(parent: &NodeId) -> Error {
     Error::UnknownParent(parent.0.clone())
-}
-
-fn salt() -> String {
-    let mut salt = [0; 16];
-    rand::rng().fill_bytes(&mut salt);
-    hex::encode(salt)
 }
 
 #[cfg(test)]

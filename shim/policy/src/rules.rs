@@ -6,7 +6,7 @@
 
 mod facts;
 
-use std::{fmt::Write as _, str::FromStr, sync::LazyLock};
+use std::{collections::HashMap, fmt::Write as _, str::FromStr, sync::LazyLock};
 
 use cedar_policy::{
     Authorizer, Decision, Effect, Policy, PolicyId, PolicySet, Response, Schema, ValidationMode,
@@ -14,6 +14,8 @@ use cedar_policy::{
 };
 
 use facts::Question;
+use miette::Diagnostic;
+
 pub use facts::{Kind, RunFacts, ToolFacts};
 
 use crate::{canonical, decision::Outcome};
@@ -22,7 +24,8 @@ use crate::{canonical, decision::Outcome};
 pub const MAX_RULES_TEXT: usize = 1 << 20;
 
 const BUILTIN: &str = include_str!("rules/builtin.cedar");
-const SCHEMA: &str = include_str!("rules/schema.cedarschema");
+/// The schema that rules are checked with, in Cedar's form.
+pub const SCHEMA: &str = include_str!("rules/schema.cedarschema");
 
 static THE_SCHEMA: LazyLock<Schema> = LazyLock::new(|| {
     let schema = Schema::from_cedarschema_str(SCHEMA);
@@ -36,6 +39,8 @@ pub struct Rules {
     hard: PolicySet,
     /// Those that need an approval.
     soft: PolicySet,
+    /// The places of their names in the files.
+    order: HashMap<String, usize>,
     hash: String,
 }
 
@@ -83,27 +88,12 @@ impl Rules {
         if text.len() > MAX_RULES_TEXT {
             return Err(Error::TooLong(text.len()));
         }
-        let all = format!("{BUILTIN}\n{text}");
-        let hash = canonical::sha256(all.as_bytes());
-        let parsed = PolicySet::from_str(&all).map_err(|error| Error::Syntax(told(&error)))?;
-        if let Some(template) = parsed.templates().next() {
-            return Err(Error::Template(template.id().to_string()));
-        }
-        let checked = Validator::new(THE_SCHEMA.clone()).validate(&parsed, ValidationMode::Strict);
-        if !checked.validation_passed() {
-            let errors: Vec<_> = checked
-                .validation_errors()
-                .map(ToString::to_string)
-                .collect();
-            return Err(Error::Schema(errors.join("; ")));
-        }
+        let hash = canonical::sha256(format!("{BUILTIN}\n{text}").as_bytes());
         let (mut hard, mut soft) = (PolicySet::new(), PolicySet::new());
-        let mut names = std::collections::BTreeSet::new();
-        for policy in parsed.policies() {
-            let name = name_of(policy);
-            if !names.insert(name.clone()) {
-                return Err(Error::SameName(name));
-            }
+        let mut all = PolicySet::new();
+        let mut order = HashMap::new();
+        for policy in named(BUILTIN)?.into_iter().chain(named(text)?) {
+            let name = policy.id().to_string();
             let set = match (policy.effect(), policy.annotation("outcome")) {
                 (_, None) | (Effect::Forbid, Some("block")) => &mut hard,
                 (Effect::Forbid, Some("step_up")) => &mut soft,
@@ -112,10 +102,22 @@ impl Rules {
                     return Err(Error::Outcome { rule: name, given });
                 }
             };
-            set.add(policy.clone())
-                .expect("their ids differ, and none is a template");
+            if set.add(policy.clone()).is_err() || all.add(policy).is_err() {
+                return Err(Error::SameName(name));
+            }
+            order.insert(name, order.len());
         }
-        Ok(Self { hard, soft, hash })
+        let checked = Validator::new(THE_SCHEMA.clone()).validate(&all, ValidationMode::Strict);
+        if !checked.validation_passed() {
+            let errors = checked.validation_errors().map(ToString::to_string);
+            return Err(Error::Schema(errors.collect::<Vec<_>>().join("; ")));
+        }
+        Ok(Self {
+            hard,
+            soft,
+            order,
+            hash,
+        })
     }
 
     /// SHA-256 of the text of all rules, in hexadecimal digits.
@@ -162,7 +164,7 @@ impl Rules {
             }
             Decision::Allow => (Outcome::Allow, &self.hard, hard),
         };
-        let decided = decided(set, &response);
+        let decided = self.decided(set, &response);
         let Some(first) = decided.first() else {
             return Verdict {
                 outcome,
@@ -173,14 +175,27 @@ impl Rules {
         };
         let reason = match first.annotation("reason") {
             Some(reason) => fill(reason),
-            None => format!("rule `{}`", name_of(first)),
+            None => format!("rule `{}`", first.id()),
         };
         Verdict {
             outcome,
             reason,
             trace: first.annotation("trace").map(Into::into),
-            rules: decided.into_iter().map(name_of).collect(),
+            rules: decided
+                .iter()
+                .map(|policy| policy.id().to_string())
+                .collect(),
         }
+    }
+}
+
+impl Rules {
+    /// The rules that decided, in the order of the files.
+    fn decided<'a>(&self, set: &'a PolicySet, response: &Response) -> Vec<&'a Policy> {
+        let ids = response.diagnostics().reason();
+        let mut policies: Vec<_> = ids.filter_map(|id| set.policy(id)).collect();
+        policies.sort_by_key(|policy| self.order.get(&policy.id().to_string()));
+        policies
     }
 }
 
@@ -195,38 +210,46 @@ impl Verdict {
     }
 }
 
-/// The rules that decided, in the order of the file.
-fn decided<'a>(set: &'a PolicySet, response: &Response) -> Vec<&'a Policy> {
-    let mut policies: Vec<_> = response
-        .diagnostics()
-        .reason()
-        .filter_map(|id| set.policy(id))
-        .collect();
-    policies.sort_by_key(|policy| place(policy.id()));
-    policies
-}
-
-/// The place in the file, of which Cedar makes the id: `policy7`.
-fn place(id: &PolicyId) -> usize {
-    let text: &str = id.as_ref();
-    text.trim_start_matches(|c: char| !c.is_ascii_digit())
-        .parse()
-        .unwrap_or(usize::MAX)
-}
-
-fn name_of(policy: &Policy) -> String {
-    match policy.annotation("id") {
-        Some(name) => name.into(),
-        None => policy.id().to_string(),
+/// The rules of a text, each with its name for its id: that of `@id`, or `rule` with its number.
+fn named(text: &str) -> Result<Vec<Policy>, Error> {
+    let parsed = PolicySet::from_str(text).map_err(|error| Error::Syntax(told(text, &error)))?;
+    if let Some(template) = parsed.templates().next() {
+        return Err(Error::Template(template.id().to_string()));
     }
+    // Cedar's ids have the places in the text: `policy7`.
+    let place = |policy: &Policy| {
+        let id = policy.id().to_string();
+        id.trim_start_matches("policy")
+            .parse::<usize>()
+            .unwrap_or(usize::MAX)
+    };
+    let mut policies: Vec<_> = parsed.policies().cloned().collect();
+    policies.sort_by_key(place);
+    let names = policies.into_iter().enumerate().map(|(index, policy)| {
+        let name = match policy.annotation("id") {
+            Some(name) => name.to_owned(),
+            None => format!("rule{}", index + 1),
+        };
+        policy.new_id(PolicyId::new(name))
+    });
+    Ok(names.collect())
 }
 
 /// All that is wrong, with the lines.
-fn told(errors: &cedar_policy::ParseErrors) -> String {
+fn told(text: &str, errors: &cedar_policy::ParseErrors) -> String {
     let mut told = String::new();
     for error in errors.iter() {
         let separator = if told.is_empty() { "" } else { "; " };
-        write!(told, "{separator}{error}").expect("a string takes everything");
+        let place = error.labels().and_then(|mut labels| labels.next());
+        let before = place.and_then(|place| text.get(..place.offset()));
+        let written = match before {
+            Some(before) => {
+                let line = before.matches('\n').count() + 1;
+                write!(told, "{separator}line {line}: {error}")
+            }
+            None => write!(told, "{separator}{error}"),
+        };
+        written.expect("a string takes everything");
     }
     told
 }

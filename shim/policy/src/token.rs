@@ -7,10 +7,7 @@
 
 pub mod contract;
 
-use std::fmt;
-
 use rand::RngCore;
-use ring::hmac;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
@@ -20,16 +17,13 @@ use crate::{
     decision::Decision,
     evaluate::Call,
     nonces::{self, Nonces},
+    secrets::{ALGORITHM, Secrets},
 };
 
-/// The only algorithm.
-pub const ALGORITHM: &str = "hmac-sha256";
 /// The default life of a token, in seconds.
 pub const DEFAULT_TTL_SECONDS: u32 = 300;
 /// Longest life of a token, in seconds; a token that claims more is refused.
 pub const MAX_TTL_SECONDS: u32 = 86_400;
-/// Shortest secret, in bytes.
-pub const MIN_SECRET: usize = 16;
 /// How far the clocks of issuer and verifier may differ, in seconds.
 const MAX_SKEW_SECONDS: i64 = 60;
 
@@ -58,34 +52,6 @@ pub struct Token {
     pub signature: String,
 }
 
-/// Secrets that tokens are signed with: the first one signs, and all verify, so that a secret can
-/// be replaced.
-#[derive(Clone)]
-pub struct Secrets(Vec<Secret>);
-
-#[derive(Clone)]
-struct Secret {
-    key: hmac::Key,
-    id: String,
-}
-
-impl fmt::Debug for Secrets {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list()
-            .entries(self.0.iter().map(|secret| &secret.id))
-            .finish()
-    }
-}
-
-/// Why there are no secrets.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum NoSecret {
-    #[error("the secret of execution tokens is missing")]
-    Missing,
-    #[error("the secret of execution tokens has {0} bytes, at least {MIN_SECRET} are required")]
-    Short(usize),
-}
-
 /// Why a token does not permit a call.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Invalid {
@@ -103,50 +69,18 @@ pub enum Invalid {
     Store(String),
 }
 
-impl Secrets {
-    /// Reads one secret a line.
-    ///
-    /// # Errors
-    /// [`NoSecret`]
-    pub fn read(text: &str) -> Result<Self, NoSecret> {
-        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-        let secrets: Vec<_> = lines
-            .map(|line| match line.len() {
-                MIN_SECRET.. => Ok(Secret::new(line.as_bytes())),
-                length => Err(NoSecret::Short(length)),
-            })
-            .collect::<Result<_, _>>()?;
-        if secrets.is_empty() {
-            return Err(NoSecret::Missing);
-        }
-        Ok(Self(secrets))
-    }
-}
-
-impl Secret {
-    fn new(bytes: &[u8]) -> Self {
-        let key = hmac::Key::new(hmac::HMAC_SHA256, bytes);
-        // Says which secret it is, and nothing else.
-        let id = hmac::sign(&key, b"polydev execution token key id");
-        let id = hex::encode(&id.as_ref()[..4]);
-        Self { key, id }
-    }
-}
-
 impl Token {
-    /// Signs what was decided about a call.
+    /// Signs what was decided about a call. The token may be used once for each nonce.
     #[must_use]
     pub fn issue(
         decision: &Decision,
         call: &Call,
         has_contract: bool,
         secrets: &Secrets,
+        nonce: &str,
         ttl_seconds: u32,
         now: OffsetDateTime,
     ) -> Self {
-        let mut nonce = [0; 16];
-        rand::rng().fill_bytes(&mut nonce);
-        let secret = &secrets.0[0];
         let contract = has_contract.then(|| contract::of(call)).flatten();
         let ttl = time::Duration::seconds(ttl_seconds.min(MAX_TTL_SECONDS).into());
         let mut token = Self {
@@ -157,20 +91,21 @@ impl Token {
             policy_hash: decision.policy_hash.clone(),
             issued_at: timestamp(now),
             expires_at: timestamp(now + ttl),
-            nonce: hex::encode(nonce),
+            nonce: nonce.into(),
             algorithm: ALGORITHM.into(),
             contract_version: contract.as_ref().map(|_| contract::VERSION.into()),
             invocation_hash: contract.map(|payload| canonical::hash(&payload)),
             arguments_hash: Some(decision.arguments_hash.clone()),
-            key_id: Some(secret.id.clone()),
+            key_id: Some(secrets.key_id().into()),
             signature: String::new(),
         };
-        token.signature = hex::encode(hmac::sign(&secret.key, token.signed().as_bytes()));
+        token.signature = secrets.sign(&token.signed());
         token
     }
 
     /// The text that is signed: all fields but the signature.
-    fn signed(&self) -> String {
+    #[must_use]
+    pub fn signed(&self) -> String {
         let mut value = json!(self);
         if let Value::Object(fields) = &mut value {
             fields.remove("signature");
@@ -238,23 +173,25 @@ impl Token {
             .consume(&self.nonce, expires, now)
             .map_err(|error| match error {
                 nonces::Error::Used => Invalid::Used,
-                error => Invalid::Store(error.to_string()),
+                error => Invalid::Store(polydev_proto::error::chain(&error)),
             })
     }
 
     fn check_signature(&self, secrets: &Secrets) -> Result<(), Invalid> {
-        let signature = hex::decode(&self.signature).map_err(|_| Invalid::Signature)?;
-        let signed = self.signed();
-        let fits = |secret: &Secret| {
-            let is_named = self.key_id.as_ref().is_none_or(|id| *id == secret.id);
-            is_named && hmac::verify(&secret.key, signed.as_bytes(), &signature).is_ok()
-        };
-        if secrets.0.iter().any(fits) {
-            Ok(())
-        } else {
-            Err(Invalid::Signature)
+        let key_id = self.key_id.as_deref();
+        match secrets.verify(&self.signed(), &self.signature, key_id) {
+            true => Ok(()),
+            false => Err(Invalid::Signature),
         }
     }
+}
+
+/// A nonce that no other token has: 32 random hexadecimal digits.
+#[must_use]
+pub fn nonce() -> String {
+    let mut nonce = [0; 16];
+    rand::rng().fill_bytes(&mut nonce);
+    hex::encode(nonce)
 }
 
 /// As Python has it: with microseconds, unless there are none, and with `+00:00`.

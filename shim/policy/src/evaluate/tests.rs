@@ -11,10 +11,14 @@ fn gate() -> Gate {
         allow: allow.iter().map(ToString::to_string).collect(),
         deny: Vec::new(),
     };
-    grants.add("bash", grant(Capability::ProcessExec, &["*"]));
-    grants.add("filesystem", grant(Capability::FilesystemRead, &["/tmp/*"]));
-    grants.add("memory", grant(Capability::Ipc, &["*"]));
-    grants.add("http", grant(Capability::NetworkEgress, &["*"]));
+    grants.add("bash", "exec", grant(Capability::ProcessExec, &["*"]));
+    grants.add(
+        "filesystem",
+        "read",
+        grant(Capability::FilesystemRead, &["/tmp/*"]),
+    );
+    grants.add("memory", "write", grant(Capability::Ipc, &["*"]));
+    grants.add("http", "post", grant(Capability::NetworkEgress, &["*"]));
     Gate {
         sinks: Sinks::common(),
         grants,
@@ -171,6 +175,11 @@ fn sensitive_data_is_not_written_to_memory_that_more_people_see() {
     let gate = gate();
     let write = |source, arguments| decide(&gate, source, "memory", "write", "a", arguments);
     let widened = write(Source::Credential, json!({ "scope": "org" }));
+    let claimed = write(
+        Source::Credential,
+        json!({ "scope": "org", "source_scope": "org" }),
+    );
+    assert_eq!(claimed.outcome, Outcome::Block);
     assert_eq!(
         widened.reason,
         "Declassify token required for sensitive cross-scope memory write"
@@ -197,6 +206,7 @@ fn the_policys_hash_is_over_all_that_decides() {
         |gate| {
             gate.grants.add(
                 "bash",
+                "exec",
                 Grant {
                     capability: Capability::Ipc,
                     allow: vec!["*".into()],

@@ -8,12 +8,13 @@ use std::{
 use cedar_policy::{
     Context, Entities, Entity, EntityId, EntityTypeName, EntityUid, Request, RestrictedExpression,
 };
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
 
-use crate::{lattice::Label, sink::Risk};
+use crate::{canonical, lattice::Label, sink::Risk};
 
 /// What a run starts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     Command,
@@ -21,7 +22,7 @@ pub enum Kind {
 }
 
 /// A run, before it starts.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunFacts {
     /// The name that roles know.
@@ -38,14 +39,28 @@ pub struct RunFacts {
     pub argv: Vec<String>,
     #[serde(default)]
     pub prompt: String,
+    /// The system text of a prompt.
+    #[serde(default)]
+    pub system: String,
     #[serde(default)]
     pub model: String,
     /// none, read, all, or empty.
     #[serde(default)]
     pub tools: String,
+    /// Whether more prompts may follow.
+    #[serde(default)]
+    pub conversation: bool,
+    /// Whether input may follow.
+    #[serde(default)]
+    pub stdin: bool,
+    #[serde(default)]
+    pub terminal: bool,
     /// Names of variables.
     #[serde(default)]
     pub env: Vec<String>,
+    /// Empty if the run does not say.
+    #[serde(default)]
+    pub work_dir: String,
     #[serde(default)]
     pub files: Vec<String>,
     #[serde(default)]
@@ -55,6 +70,9 @@ pub struct RunFacts {
     /// none, broker or container.
     #[serde(default = "none")]
     pub credential: String,
+    /// Whether the role has a list of what the run may reach, and the list.
+    #[serde(default)]
+    pub egress_listed: bool,
     #[serde(default)]
     pub egress: Vec<String>,
 }
@@ -84,6 +102,12 @@ pub(super) struct Question {
 }
 
 impl RunFacts {
+    /// SHA-256 over all of them, in hexadecimal digits: what was decided about, without its text.
+    #[must_use]
+    pub fn hash(&self) -> String {
+        canonical::hash(&json!(self))
+    }
+
     pub(super) fn question(&self) -> Result<Question, String> {
         let text = match self.kind {
             Kind::Command => self.argv.join(" "),
@@ -96,13 +120,25 @@ impl RunFacts {
             ("words", set(&self.argv)),
             ("text_bytes", long(text.len() as u64)),
             ("text", string(&text)),
+            ("system", string(&self.system)),
             ("model", string(&self.model)),
             ("tools", string(&self.tools)),
+            (
+                "conversation",
+                RestrictedExpression::new_bool(self.conversation),
+            ),
+            ("stdin", RestrictedExpression::new_bool(self.stdin)),
+            ("terminal", RestrictedExpression::new_bool(self.terminal)),
             ("env", set(&self.env)),
+            ("work_dir", string(&self.work_dir)),
             ("files", set(&self.files)),
             ("file_bytes", long(self.file_bytes)),
             ("timeout_seconds", long(self.timeout_seconds)),
             ("credential", string(&self.credential)),
+            (
+                "egress_listed",
+                RestrictedExpression::new_bool(self.egress_listed),
+            ),
             ("egress", set(&self.egress)),
         ];
         let action = match self.kind {

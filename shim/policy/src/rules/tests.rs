@@ -49,13 +49,19 @@ fn run(kind: Kind, provider: &str) -> RunFacts {
         kind,
         argv: Vec::new(),
         prompt: String::new(),
+        system: String::new(),
         model: String::new(),
         tools: String::new(),
+        conversation: false,
+        stdin: false,
+        terminal: false,
         env: Vec::new(),
+        work_dir: String::new(),
         files: Vec::new(),
         file_bytes: 0,
         timeout_seconds: 600,
         credential: "none".into(),
+        egress_listed: false,
         egress: Vec::new(),
     }
 }
@@ -224,10 +230,10 @@ fn a_rule_that_fails_blocks() {
 #[test]
 fn rules_that_are_not_understood_are_refused() {
     for (text, words) in [
-        ("permit (principal, action);", "are not Cedar"),
+        ("\n\npermit (principal, action);", "are not Cedar: line 3: "),
         (
             "permit (principal, action, resource) when { context.usr == \"a\" };",
-            "do not fit the schema",
+            "do not fit the schema: for policy `rule1`",
         ),
         (
             "permit (principal, action == Polydev::Action::\"fly\", resource);",
@@ -244,6 +250,10 @@ fn rules_that_are_not_understood_are_refused() {
         (
             "@id(\"low_risk\") forbid (principal, action, resource);",
             "two rules are named `low_risk`",
+        ),
+        (
+            "forbid (principal, action, resource == Polydev::Provider::\"claude\");",
+            "do not fit the schema",
         ),
         (
             "permit (principal == ?principal, action, resource);",
