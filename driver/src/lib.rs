@@ -43,6 +43,7 @@ pub mod config;
 pub mod limits;
 pub mod logging;
 mod netlink;
+pub mod permits;
 mod process;
 mod scripts;
 mod spent;

@@ -10,6 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     broker::Broker, config, docker::Docker, events::Events, firewall::Guard, images::Images,
+    permits::Permits,
 };
 
 /// What the parts of the driver share.
@@ -20,6 +21,7 @@ pub struct Site {
     pub images: Arc<Images>,
     pub events: Events,
     pub broker: Arc<Broker>,
+    pub permits: Permits,
     /// Random, created once per state folder. Containers and networks of this driver carry it.
     pub instance: String,
     /// Of this node, for shims.

@@ -29,7 +29,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
-use polydev_proto::{id::SlotId, init};
+use polydev_proto::{broker::Egress, id::SlotId, init};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -294,6 +294,16 @@ impl Slot {
                 ..used
             };
         }
+    }
+
+    /// What its containers may reach beside their model, as shims are told; `None` with a network
+    /// interface.
+    #[must_use]
+    pub fn told_egress(&self) -> Option<Egress> {
+        let listed = self.config.egress.listed();
+        listed.map(|allow| Egress {
+            allow: allow.to_vec(),
+        })
     }
 
     /// Whether its containers have a network interface.

@@ -82,6 +82,8 @@ pub mod descriptors;
 pub mod egress;
 pub mod error;
 pub mod exec;
+#[cfg(feature = "execution")]
+pub mod execution;
 pub mod frame;
 #[cfg(feature = "grpc")]
 pub mod id;
@@ -90,6 +92,8 @@ pub mod prompt;
 pub mod provider;
 #[cfg(feature = "sealed")]
 pub mod sealed;
+#[cfg(feature = "execution")]
+pub mod signing;
 pub mod stream;
 #[cfg(feature = "broker")]
 pub mod upstream;

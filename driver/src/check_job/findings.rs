@@ -1,5 +1,7 @@
 //! Compares a job's tasks with this driver.
 
+use std::collections::BTreeMap;
+
 use anyhow::bail;
 use serde_json::Value;
 
@@ -128,7 +130,9 @@ fn of_task(config: &Value, plugin: &Plugin) -> Task {
     };
     let schema = schema::task();
     let mut known = serde_json::Map::new();
-    for (option, value) in config.as_object().into_iter().flatten() {
+    // By name, whatever order they were written in.
+    let options: BTreeMap<_, _> = config.as_object().into_iter().flatten().collect();
+    for (option, value) in options {
         if value.is_null() {
             continue;
         }

@@ -105,6 +105,8 @@ pub struct Plugin {
     /// Whose members reach the node's socket. `None` for root alone.
     pub socket_group: Option<Gid>,
     pub telemetry: Option<Telemetry>,
+    /// Public keys of those who sign execution tokens. With it, claims need one.
+    pub execution_keys: Option<PathBuf>,
 }
 
 /// Where Docker is.
@@ -221,6 +223,7 @@ pub(super) struct Raw {
     shims: Option<RawShims>,
     socket_group: Option<String>,
     telemetry: Option<RawTelemetry>,
+    execution_tokens: Option<RawExecution>,
 
     // Refused by `from_docker` before.
     #[serde(rename = "container_exists_attempts")]
@@ -241,6 +244,12 @@ struct RawTls {
     cert: Option<String>,
     key: Option<String>,
     ca: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawExecution {
+    keys: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -384,7 +393,15 @@ impl Raw {
             shims: self.shims.map(RawShims::check).transpose()?,
             socket_group: text(self.socket_group).map(shims::group).transpose()?,
             telemetry: self.telemetry.map(RawTelemetry::check).transpose()?,
+            execution_keys: self.execution_tokens.map(RawExecution::check).transpose()?,
         })
+    }
+}
+
+impl RawExecution {
+    fn check(self) -> Result<PathBuf, Error> {
+        let keys = text(self.keys).unwrap_or_default();
+        value::absolute("execution_tokens.keys", &keys)
     }
 }
 

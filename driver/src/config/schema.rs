@@ -46,6 +46,7 @@ pub fn plugin() -> Spec {
                 attr("metrics_listen", "string"),
             ],
         ),
+        block("execution_tokens", vec![required("keys", "string")]),
         attr("socket_group", "string"),
         attr("state_dir", "string"),
         attr("init_path", "string"),

@@ -410,6 +410,7 @@ fn refuse(refusal: &Refusal) -> Status {
         | Refusal::Unguarded { .. }
         | Refusal::Journal(_) => Status::resource_exhausted(message),
         Refusal::OtherCommand { .. } | Refusal::Released { .. } => Status::already_exists(message),
+        Refusal::Token(_) => Status::permission_denied(message),
         Refusal::Invalid(_) => Status::invalid_argument(message),
     }
 }

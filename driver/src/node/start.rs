@@ -30,6 +30,7 @@ use crate::{
     guard,
     images::Images,
     metrics::Metrics,
+    permits::{self, Permits},
     reap::{self, Reaper},
     run::{
         self,
@@ -55,6 +56,8 @@ pub enum Error {
     Files(#[from] files::Error),
     #[error(transparent)]
     Runs(#[from] run::book::Error),
+    #[error(transparent)]
+    Permits(#[from] permits::Error),
     #[error("cannot listen at `{path}`")]
     Listen { path: PathBuf, source: io::Error },
     #[error("cannot listen at {address}, given in `shims.listen`")]
@@ -104,6 +107,7 @@ impl Prepared {
         let docker = Docker::new(&config.endpoint);
         let instance = files::instance(&config.state_dir)?;
         let identity = files::node_identity(&config.state_dir, Path::new(MACHINE_ID))?;
+        let permits = Permits::open(&identity, config.execution_keys.as_deref())?;
         let init = files::install_init(&config.init_path, &config.state_dir)?;
         let resolv_conf = config.state_dir.join("resolv.conf");
         files::write_resolv_conf(&resolv_conf, &files::resolv_conf())?;
@@ -136,6 +140,7 @@ impl Prepared {
                 docker,
                 events,
                 broker: Broker::new(),
+                permits,
                 start_id: uuid::Uuid::new_v4().to_string(),
                 name: format!("polydev-{instance}"),
                 instance,

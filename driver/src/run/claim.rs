@@ -6,6 +6,7 @@ use bytes::Bytes;
 use polydev_proto::{
     broker::{self, Policy},
     exec,
+    execution::{self, Presented},
     id::{RunId, SlotId, UserId},
     init::{MAX_SEALED, Start, TraceContext, Variable},
     node, workspace,
@@ -63,6 +64,8 @@ pub enum Refusal {
     Broken { reason: String },
     #[error("the driver died before the command was started")]
     NotReached,
+    #[error("execution token invalid")]
+    Token(#[from] execution::Invalid),
     #[error(transparent)]
     Invalid(#[from] Invalid),
 }
@@ -92,6 +95,8 @@ pub struct Parsed {
     pub run_id: RunId,
     pub user_id: UserId,
     pub ballot: Ballot,
+    /// The token, and what it must fit.
+    pub presented: Presented,
     /// See [`spec_hash`].
     pub spec_hash: String,
     pub start: Start,
@@ -132,7 +137,7 @@ pub fn spec_hash(user_id: &str, spec: &node::RunSpec) -> String {
 ///
 /// # Errors
 /// [`Invalid`] with the field's name.
-pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
+pub fn parse(claim: node::Claim, presented: Presented) -> Result<Parsed, Invalid> {
     let spec = claim.spec.ok_or_else(|| invalid("spec", "is missing"))?;
     let secrets = claim.sealed_secrets;
     if secrets.len() > MAX_SEALED {
@@ -221,6 +226,7 @@ pub fn parse(claim: node::Claim) -> Result<Parsed, Invalid> {
         run_id,
         user_id: claim.user_id.into(),
         ballot: ballot.into(),
+        presented,
         spec_hash,
         start,
         sealed_keys,

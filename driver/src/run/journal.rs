@@ -22,6 +22,7 @@ use std::{
 };
 
 use polydev_proto::{
+    execution::Permit,
     id::{Generation, RunId, SlotId, UserId},
     node::ended::Reason,
 };
@@ -117,6 +118,10 @@ pub struct Claimed {
     /// Hash of everything that is executed, in hexadecimal; see
     /// [`super::claim::spec_hash`].
     pub spec_hash: String,
+    /// The execution token that the claim has used up. Omitted without one, so that older drivers
+    /// can read the record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<Permit>,
     pub claimed_at: SystemTime,
     /// The same moment on the kernel's clock since boot, which cannot be set.
     pub uptime: Duration,

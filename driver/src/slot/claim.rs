@@ -6,7 +6,10 @@ use std::{
 };
 
 use parking_lot::MutexGuard;
-use polydev_proto::id::{Generation, SlotId};
+use polydev_proto::{
+    execution::Permit,
+    id::{Generation, SlotId},
+};
 
 use super::{Claim, Slot, Slots};
 use crate::{
@@ -54,13 +57,16 @@ impl Slots {
             return Ok(run);
         }
         let (slot, start_by) = self.find(&target, arrived)?;
+        let (image, egress) = (&slot.config.image, slot.told_egress());
+        let permits = &self.site.permits;
+        let permit = permits.check(&parsed.presented, image, egress.as_ref())?;
 
         let admission = match self.runs.admit(&parsed)? {
             Admit::Known(run) => return Ok(run),
             Admit::New(admission) => admission,
         };
         let grant = slot.grant(self, target.generation, &parsed)?;
-        let written = admission.write(grant.claimed(&parsed, &self.runs.boot_id))?;
+        let written = admission.write(grant.claimed(&parsed, permit, &self.runs.boot_id))?;
         let share = grant.commit();
         let (run, inputs) = written.enter(arrived, slot.kill.child_token());
 
@@ -149,7 +155,7 @@ impl Slot {
 
 impl Grant<'_> {
     /// The journal's record of the claimed run.
-    fn claimed(&self, parsed: &Parsed, boot_id: &str) -> Claimed {
+    fn claimed(&self, parsed: &Parsed, permit: Option<Permit>, boot_id: &str) -> Claimed {
         let (slot, occupant) = (self.slot, self.occupant.clone());
         Claimed {
             run_id: parsed.run_id,
@@ -159,6 +165,7 @@ impl Grant<'_> {
             slot_id: slot.identity.slot_id(),
             generation: self.next.generation(),
             spec_hash: parsed.spec_hash.clone(),
+            token: permit,
             claimed_at: SystemTime::now(),
             uptime: uptime(),
             timeout: parsed.timeout,

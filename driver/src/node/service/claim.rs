@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use polydev_proto::{id::Generation, node::Claim};
+use polydev_proto::{execution::Presented, id::Generation, node::Claim};
 
 use crate::{
     run::claim::{self, Parsed, Refusal},
@@ -12,6 +12,8 @@ use crate::{
 /// # Errors
 /// [`Refusal::Invalid`] with the field's name.
 pub(super) fn decode(mut claim: Claim) -> Result<(Target, Parsed), Refusal> {
+    // First: the token is over the claim as it came.
+    let presented = Presented::take(&mut claim);
     let start_by = claim.start_by.take();
     let target = Target {
         slot_id: std::mem::take(&mut claim.slot_id).into(),
@@ -20,7 +22,7 @@ pub(super) fn decode(mut claim: Claim) -> Result<(Target, Parsed), Refusal> {
         // A value that is not a valid time counts as past.
         start_by: start_by.and_then(|start_by| SystemTime::try_from(start_by).ok()),
     };
-    let parsed = claim::parse(claim)?;
+    let parsed = claim::parse(claim, presented)?;
     let (run_id, user_id) = (parsed.run_id, &parsed.user_id);
     tracing::debug!(%run_id, %user_id, slot_id = %target.slot_id, "claim");
     Ok((target, parsed))

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use polydev_proto::{
-    broker::{Egress, PROTOCOL_VERSION},
+    broker::PROTOCOL_VERSION,
     node::{
         ApiErrors, EgressDenied, Ended, Granted, Lost, Output, RunEvent, Slot as SlotMessage,
         Started, StdinTaken, run_event, slot,
@@ -60,9 +60,7 @@ pub(super) fn encode_slot(slot: &Slot) -> SlotMessage {
         // The node's, and no slot's.
         broker_key: Bytes::new(),
         broker_version: PROTOCOL_VERSION,
-        egress: slot.config.egress.listed().map(|allow| Egress {
-            allow: allow.to_vec(),
-        }),
+        egress: slot.told_egress(),
     }
 }
 

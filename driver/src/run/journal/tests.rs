@@ -17,6 +17,7 @@ pub(in crate::run) fn claimed(run_id: RunId) -> Claimed {
         slot_id: "node/alloc".into(),
         generation: Generation(3),
         spec_hash: "00".into(),
+        token: None,
         claimed_at: SystemTime::UNIX_EPOCH,
         uptime: Duration::from_secs(5),
         timeout: Duration::from_secs(60),
