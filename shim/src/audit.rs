@@ -5,9 +5,11 @@
 //! - [`chain`] binds a record to all earlier ones;
 //! - [`log`] writes them to the files of a folder;
 //! - [`reader`] reads them, and finds what was changed;
+//! - [`dsse`] makes signed statements of what a policy has decided;
 //! - [`ocsf`] gives them the form of the Open Cybersecurity Schema Framework.
 
 pub mod chain;
+pub mod dsse;
 pub mod log;
 pub mod ocsf;
 pub mod reader;

@@ -6,7 +6,9 @@ mod certs;
 mod config;
 mod credentials;
 mod dev;
+mod ledger;
 mod manual;
+mod policy;
 mod pool;
 mod serve;
 mod telemetry;
@@ -68,6 +70,12 @@ enum Command {
     /// Check and export the audit log of `serve`.
     #[command(subcommand)]
     Audit(audit::Command),
+    /// Export what a policy has decided as signed statements, and check them.
+    #[command(subcommand)]
+    Ledger(ledger::Command),
+    /// Check and try out the rules of `serve --policy`.
+    #[command(subcommand)]
+    Policy(policy::Command),
     /// Check the configuration of `serve`.
     #[command(subcommand)]
     Config(config::Command),
@@ -299,6 +307,8 @@ async fn execute(command: Command, telemetry: Option<&Telemetry>) -> anyhow::Res
         Command::Credentials(command) => credentials::execute(command).await,
         Command::Status(options) => status::execute(options).await,
         Command::Audit(command) => audit::execute(&command),
+        Command::Ledger(command) => ledger::execute(&command),
+        Command::Policy(command) => policy::execute(&command),
         Command::Config(command) => config::execute(command),
         Command::Certs(command) => certs::execute(command),
         Command::Completions { shell } => manual::completions(shell),

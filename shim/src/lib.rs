@@ -18,6 +18,8 @@ pub mod access;
 pub mod audit;
 pub mod credentials;
 pub mod environment;
+pub mod permission;
+pub mod policy;
 pub mod pool;
 pub mod provider;
 pub mod rate;

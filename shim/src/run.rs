@@ -22,7 +22,7 @@ pub mod watching;
 
 use std::time::{Duration, Instant};
 
-use crate::{access, audit, credentials, rate};
+use crate::{access, audit, credentials, policy, rate};
 use polydev_proto::{
     id::{Generation, RunId, SlotId, UserId},
     node::{AttachResponse, ClaimResponse, RunEvent, RunInput, run_event},
@@ -119,6 +119,8 @@ pub enum Error {
     Invalid(#[from] request::Invalid),
     #[error(transparent)]
     Denied(#[from] access::Denied),
+    #[error(transparent)]
+    Policy(#[from] policy::Refused),
     #[error("nothing is done that cannot be recorded")]
     Audit(#[from] audit::Error),
     #[error(transparent)]

@@ -82,6 +82,12 @@ pub enum Invalid {
 }
 
 impl Policy {
+    /// Rules of what runs may reach; `None` if the pool alone decides.
+    #[must_use]
+    pub fn egress(&self) -> Option<&[String]> {
+        self.egress.as_deref()
+    }
+
     /// Checks what a role says about runs.
     ///
     /// # Errors

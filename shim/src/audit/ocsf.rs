@@ -49,6 +49,9 @@ pub fn event(line: &Line) -> Option<Value> {
     if let Some(why) = &record.why {
         event["status_detail"] = json!(why);
     }
+    if let Some(policy) = &record.policy {
+        event["unmapped"] = json!({ "policy": policy });
+    }
     if let Some(resource) = resource(record) {
         event["resources"] = json!([resource]);
     }

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::access::Caller;
+use crate::{access::Caller, policy::Decided};
 
 /// Longest text of a record, in bytes. Names that callers give are shorter; a longer reason is cut.
 const MAX_TEXT: usize = 1024;
@@ -60,6 +60,9 @@ pub struct Record {
     /// Why it is not allowed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
+    /// What the policy has decided about a run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<Box<Decided>>,
 }
 
 impl Record {
@@ -75,6 +78,7 @@ impl Record {
             provider: None,
             allowed: true,
             why: None,
+            policy: None,
         }
     }
 
@@ -112,6 +116,14 @@ impl Record {
     }
 
     #[must_use]
+    pub fn decided(self, policy: Option<Decided>) -> Self {
+        Self {
+            policy: policy.map(Box::new),
+            ..self
+        }
+    }
+
+    #[must_use]
     pub fn denied(&self, why: &str) -> Self {
         Self {
             allowed: false,
@@ -133,15 +145,17 @@ impl Record {
             provider,
             allowed: _,
             why,
+            policy,
         } = self;
+        let policy = policy.as_ref().map(ToString::to_string);
         let (user_id, run_id) = (user_id.as_deref(), run_id.as_deref());
         let provider = provider.as_deref();
         match why {
             None => tracing::info!(
-                caller = %who, %from, ?operation, user_id, run_id, provider, "allowed"
+                caller = %who, %from, ?operation, user_id, run_id, provider, policy, "allowed"
             ),
             Some(why) => tracing::warn!(
-                caller = %who, %from, ?operation, user_id, run_id, provider, why, "denied"
+                caller = %who, %from, ?operation, user_id, run_id, provider, policy, why, "denied"
             ),
         }
     }

@@ -33,7 +33,7 @@ pub(super) struct Log {
 }
 
 impl Log {
-    fn read(&self, each: impl FnMut(Line)) -> anyhow::Result<End> {
+    pub(super) fn read(&self, each: impl FnMut(Line)) -> anyhow::Result<End> {
         let key = Key::read(&self.key_file)?;
         let end = reader::read(&self.folder, &key, usize::MAX, each)?;
         end.with_context(|| format!("`{}` has no audit log", self.folder.display()))

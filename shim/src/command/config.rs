@@ -72,8 +72,8 @@ fn with_file(mut words: Vec<OsString>, matches: &ArgMatches) -> Result<Vec<OsStr
         };
         let texts = texts(value).ok_or_else(|| {
             refuse(format!(
-                "`{key}` is `{value}`: allowed are a string, an integer and a non-empty list of \
-                 strings"
+                "`{key}` is `{value}`: allowed are a string, an integer, a boolean and a non-empty \
+                 list of strings"
             ))
         })?;
         let source = given.value_source(option.get_id().as_str());
@@ -128,6 +128,7 @@ fn texts(value: &Value) -> Option<Vec<String>> {
     match value {
         Value::String(text) => Some(vec![text.clone()]),
         Value::Integer(number) => Some(vec![number.to_string()]),
+        Value::Boolean(value) => Some(vec![value.to_string()]),
         Value::Array(values) if !values.is_empty() => {
             let text = |value: &Value| value.as_str().map(str::to_owned);
             values.iter().map(text).collect()

@@ -46,6 +46,8 @@ pub(super) struct Arguments {
     #[arg(long, default_value = "/var/lib/polydev-dev")]
     state_dir: PathBuf,
     #[command(flatten)]
+    policy: super::policy::Rules,
+    #[command(flatten)]
     per_user: PerUser,
     #[command(flatten)]
     rates: Rates,
@@ -122,6 +124,8 @@ pub(super) async fn execute(
     }
     let vault = Arc::new(arguments.vault.open()?);
     let access = arguments.listen.access()?;
+    let policy = arguments.policy.load()?;
+    let signer = arguments.policy.signer()?;
     let audit = arguments.listen.audit()?;
     let tokens = arguments.listen.tokens()?;
     let shown = telemetry.listen().await?;
@@ -154,6 +158,8 @@ pub(super) async fn execute(
         nomad: None,
         vault: vault.clone(),
         access,
+        policy,
+        signer,
         audit,
         tokens,
         traces: telemetry.traces.clone(),

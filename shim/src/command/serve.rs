@@ -51,6 +51,8 @@ pub(super) struct Arguments {
     )]
     node_tls_ca: Option<PathBuf>,
     #[command(flatten)]
+    policy: super::policy::Rules,
+    #[command(flatten)]
     per_user: PerUser,
     #[command(flatten)]
     rates: Rates,
@@ -79,6 +81,8 @@ impl Arguments {
         self.vault.open()?;
         self.listen.access()?;
         self.listen.tokens()?;
+        self.policy.load()?;
+        self.policy.signer()?;
         self.telemetry.check()?;
         if let Some(key) = &self.listen.audit_key_file {
             Key::read(key)?;
@@ -112,6 +116,8 @@ pub(super) async fn execute(
     let nomad = Nomad::new(arguments.nomad.clone())?;
     let vault = Arc::new(arguments.vault.open()?);
     let access = arguments.listen.access()?;
+    let policy = arguments.policy.load()?;
+    let signer = arguments.policy.signer()?;
     let audit = arguments.listen.audit()?;
     let tokens = arguments.listen.tokens()?;
     let shown = telemetry.listen().await?;
@@ -140,6 +146,8 @@ pub(super) async fn execute(
         nomad: Some(nomad.clone()),
         vault: vault.clone(),
         access,
+        policy,
+        signer,
         audit,
         tokens,
         traces: telemetry.traces.clone(),

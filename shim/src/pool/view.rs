@@ -57,6 +57,8 @@ const MEMORY_TIMEOUT: Duration = Duration::from_secs(70 * 60);
 struct Connected {
     channel: Channel,
     start_id: String,
+    /// The driver's `node_identity`.
+    identity: String,
     /// When the driver's journal was begun.
     since: SystemTime,
     clock: Clock,
@@ -169,6 +171,8 @@ impl View {
         Some(Candidate {
             channel: node.channel.clone(),
             start_id: node.start_id.clone(),
+            identity: node.identity.clone(),
+            image: slot.image.clone(),
             since: node.since,
             provider: slot.provider.clone(),
             generation,
@@ -349,6 +353,7 @@ impl View {
             let node = node.connected.get_or_insert_with(|| Connected {
                 channel: channel.clone(),
                 start_id: told.start_id,
+                identity: told.node_identity,
                 // Older drivers do not report it.
                 since: since.unwrap_or(SystemTime::UNIX_EPOCH),
                 clock,

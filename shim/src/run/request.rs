@@ -2,6 +2,7 @@
 
 mod command;
 mod credential;
+pub mod facts;
 mod files;
 mod times;
 
@@ -33,6 +34,7 @@ use crate::{
     access::Policy,
     credentials::Source,
     environment,
+    permission::Permission,
     provider::Cli,
     secret::{self, Prepared},
 };
@@ -68,6 +70,8 @@ pub struct Request {
     pub secrets: Prepared,
     /// What the caller's role says.
     pub role: Arc<Policy>,
+    /// Who signs what was allowed. `None` if nobody does.
+    pub permission: Option<Permission>,
     pub trace: Option<TraceContext>,
 }
 
@@ -280,6 +284,7 @@ impl Request {
             credential,
             secrets: Prepared::default(),
             role: Arc::default(),
+            permission: None,
             trace,
         };
         let settings = Prepared {

@@ -7,7 +7,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{
-    credentials, metrics,
+    credentials, metrics, policy,
     pool::scale,
     run::{
         self, Error,
@@ -96,6 +96,12 @@ fn kind(error: &Error) -> (Code, &'static str) {
         Error::Invalid(_) => (Code::InvalidArgument, "INVALID"),
         Error::Refused { .. } => (Code::InvalidArgument, "REFUSED"),
         Error::Denied(_) => (Code::PermissionDenied, "NOT_ALLOWED"),
+        Error::Policy(policy::Refused::Blocked { .. }) => {
+            (Code::PermissionDenied, "POLICY_BLOCKED")
+        }
+        Error::Policy(policy::Refused::StepUp { .. }) => {
+            (Code::PermissionDenied, "APPROVAL_REQUIRED")
+        }
         Error::Audit(_) => (Code::Unavailable, "AUDIT"),
         Error::Budget(_) => (Code::ResourceExhausted, "BUDGET_EXHAUSTED"),
         Error::Credential(error) => credential(error),
@@ -160,6 +166,7 @@ fn is_worth_another_try(error: &Error) -> bool {
         Error::Invalid(_)
         | Error::Refused { .. }
         | Error::Denied(_)
+        | Error::Policy(_)
         | Error::Budget(_)
         | Error::Credential(_)
         | Error::OtherCommand { .. }

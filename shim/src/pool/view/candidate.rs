@@ -22,6 +22,10 @@ pub struct Candidate {
     pub node_id: String,
     pub channel: Channel,
     pub start_id: String,
+    /// The driver's `node_identity`.
+    pub identity: String,
+    /// Image reference of the slot's containers.
+    pub image: String,
     /// When the driver's journal was begun.
     pub since: SystemTime,
     pub slot_id: SlotId,

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use polydev_proto::{
+    execution::Place,
     id::{RunId, UserId},
     node::{
         self, Ballot, ClaimRequest, RunInput, claim_request, fence_response::Answer,
@@ -22,6 +23,7 @@ use tracing::Instrument;
 
 use super::MAX_RETRY_INTERVAL;
 use crate::{
+    permission::Permission,
     pool::{Candidate, View},
     run::{
         Connection, Error, Events, MAX_INPUTS,
@@ -73,6 +75,8 @@ pub(super) struct Attempts<'a> {
     user_id: UserId,
     ballot: Ballot,
     claim: node::Claim,
+    /// Who signs the claims.
+    permission: Option<Permission>,
     /// The secrets, which are sealed for each container that is tried.
     secrets: Prepared,
 }
@@ -96,6 +100,7 @@ impl<'a> Attempts<'a> {
                 trace: request.trace,
                 ..Default::default()
             },
+            permission: request.permission,
             secrets: request.secrets,
         }
     }
@@ -167,7 +172,8 @@ impl<'a> Attempts<'a> {
         self.claim.slot_id = slot.slot_id.clone().into();
         self.claim.start_id.clone_from(&slot.start_id);
         self.claim.generation = slot.generation.0;
-        self.claim.start_by = Some(Timestamp::from(slot.driver_time(START_TIMEOUT)));
+        let start_by = slot.driver_time(START_TIMEOUT);
+        self.claim.start_by = Some(Timestamp::from(start_by));
         if !self.secrets.is_empty() {
             let run_id = &self.claim.run_id;
             match sealed::seal(&slot.public_key, run_id, &self.secrets.secrets()) {
@@ -185,7 +191,14 @@ impl<'a> Attempts<'a> {
                 Err(error) => return Ok(Tried::Clear(Attempt::Refused(error.to_string()))),
             }
         }
-        self.send(slot.node_id.clone(), slot.channel.clone()).await
+        let place = Place {
+            audience: &slot.identity,
+            image: &slot.image,
+            egress: slot.egress.as_ref(),
+            expires_at: start_by,
+        };
+        let (node_id, channel) = (slot.node_id.clone(), slot.channel.clone());
+        self.send(node_id, channel, Some(place)).await
     }
 
     /// Reports to the other nodes that the run goes to a node that is newer than the run.
@@ -217,7 +230,8 @@ impl<'a> Attempts<'a> {
     /// is the same.
     async fn repeat(&self, have: Have) -> Result<Connection, Error> {
         let Have { node_id, channel } = have;
-        match self.send(node_id.clone(), channel).await? {
+        // Nothing is executed there: a run that a node has needs no token.
+        match self.send(node_id.clone(), channel, None).await? {
             Tried::Clear(Attempt::Granted(connection)) => Ok(*connection),
             Tried::Clear(Attempt::NoRoom(reason) | Attempt::Refused(reason))
             | Tried::Overtaken(reason) => Err(Error::NotRun { reason }),
@@ -252,9 +266,17 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    async fn send(&self, node_id: String, channel: Channel) -> Result<Tried, Error> {
+    async fn send(
+        &self,
+        node_id: String,
+        channel: Channel,
+        place: Option<Place<'_>>,
+    ) -> Result<Tried, Error> {
         let mut claim = self.claim.clone();
         claim.ballot = Some(self.ballot);
+        if let (Some(permission), Some(place)) = (&self.permission, place) {
+            claim.token = Some(permission.sign(&claim, place));
+        }
         let (inputs, queue) = mpsc::channel::<RunInput>(MAX_INPUTS);
         let first = claim_request::Message::Claim(Box::new(claim));
         let rest = ReceiverStream::new(queue).map(claim_request::Message::Input);

@@ -3,9 +3,12 @@
 use std::sync::Arc;
 
 use super::Api;
+use polydev_policy::rules::RunFacts;
+
 use crate::{
     access::{Action, Caller, Denied, Policy, What},
     audit::record::{Operation, Record},
+    policy::Decided,
     run::{Error, attach::Name, listing},
 };
 use polydev_proto::provider::Provider;
@@ -18,7 +21,7 @@ impl Api {
         action: Action,
         record: &Record,
     ) -> Result<(), Error> {
-        self.policy(caller, action, record).map(drop)
+        self.role(caller, action, record).map(drop)
     }
 
     /// As [`Self::check`]; it is recorded that the caller may.
@@ -33,7 +36,7 @@ impl Api {
     }
 
     /// As [`Self::check`]; returns what the caller's role says about runs.
-    pub(super) fn policy(
+    pub(super) fn role(
         &self,
         caller: &Caller,
         action: Action,
@@ -49,6 +52,21 @@ impl Api {
         match self.audit.record(&record) {
             Ok(()) => denied.into(),
             Err(error) => error.into(),
+        }
+    }
+
+    /// Asks the operator's rules about a run. Returns the record with what they have decided; what
+    /// they refuse is recorded here.
+    pub(super) fn decide(&self, record: Record, facts: Option<&RunFacts>) -> Result<Record, Error> {
+        let decided = facts.and_then(|facts| self.policy.decide(facts));
+        let checked = decided.as_ref().map_or(Ok(()), Decided::check);
+        let record = record.decided(decided);
+        match checked {
+            Ok(()) => Ok(record),
+            Err(refused) => {
+                self.audit.record(&record.denied(&refused.to_string()))?;
+                Err(refused.into())
+            }
         }
     }
 

@@ -26,8 +26,7 @@ use crate::{
         attach::Name,
         queue::Running,
         relay::{self, Relay},
-        request,
-        request::Own,
+        request::{self, Own, facts},
     },
 };
 
@@ -61,10 +60,12 @@ impl Api {
             };
             self.denied(&record, denied)
         };
-        let mut role = self.policy(caller, run, &record)?;
+        let mut role = self.role(caller, run, &record)?;
         let asked = role.limit(&mut start).map_err(denied)?;
+        let asked_policy = self.policy.is_on().then(|| facts::asked(&start));
         let mut request = request::Request::parse(start, trace)?;
         let started = record.clone().run(&request.run_id.to_string());
+        let has_credential = request.credential.is_some();
         let (user_id, provider) = (&request.user_id, request.provider);
         self.user_rate.check(user_id.as_str())?;
         if let Some((vendor, source)) = request.credential.take() {
@@ -90,7 +91,7 @@ impl Api {
                     is_given,
                 };
                 let injected = started.with(Operation::Inject);
-                role = self.policy(caller, inject, &injected)?;
+                role = self.role(caller, inject, &injected)?;
                 self.audit.record(&injected)?;
                 // It may be another one.
                 role.allows(&asked).map_err(denied)?;
@@ -98,11 +99,15 @@ impl Api {
             request.equip(secrets)?;
         }
         request.role = role;
+        let facts = asked_policy.map(|facts| request.facts(facts, caller, has_credential));
+        let started = self.decide(started, facts.as_ref())?;
+        let allowing = started.policy.as_ref().and_then(|policy| policy.allowing());
+        request.permission = self.signer.permission(allowing);
+        self.audit.record(&started)?;
         if !request.is_retry {
             // It would wait for nothing. A run that exists already is found by its claim.
             request.terms().policy(&self.view)?;
         }
-        self.audit.record(&started)?;
         Ok(request)
     }
 

@@ -28,7 +28,7 @@ impl Api {
         };
         let record = Record::new(caller, Operation::Lease).user(user_id.as_str());
         let record = record.provider(provider.name());
-        let role = self.policy(caller, run, &record)?;
+        let role = self.role(caller, run, &record)?;
         self.user_rate.check(user_id.as_str())?;
         self.audit.record(&record)?;
         let allocate = lease::allocate(&self.view, &self.queue, wanted, role);

@@ -1,0 +1,167 @@
+//! What an operator's rules say about runs, before they start.
+
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use polydev_policy::{
+    decision::Outcome,
+    rules::{self, Rules, RunFacts},
+};
+use polydev_transport::reload::Reloaded;
+use serde::{Deserialize, Serialize};
+
+/// The rules of `--policy`. Without it, roles alone decide.
+#[derive(Debug, Default)]
+pub struct RunPolicy(Option<Loaded>);
+
+#[derive(Debug)]
+struct Loaded {
+    path: PathBuf,
+    rules: Reloaded<Rules>,
+    /// What is not allowed is recorded, and happens.
+    is_shadow: bool,
+}
+
+/// What was decided about a run, for the audit log. It has neither the prompt nor the command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Decided {
+    pub outcome: Outcome,
+    pub reason: String,
+    /// The rules that decided, by their names: at most the first [`MAX_NAMED`].
+    pub rules: Vec<String>,
+    /// SHA-256 of the rules' text.
+    pub policy_hash: String,
+    /// SHA-256 of what they were asked about.
+    pub facts_hash: String,
+    /// Whether the run starts all the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shadow: bool,
+}
+
+/// A record names so many rules.
+const MAX_NAMED: usize = 16;
+/// Longest reason and name of a rule in a record, in bytes.
+const MAX_TEXT: usize = 1024;
+
+fn cut(text: &str) -> String {
+    text[..text.floor_char_boundary(MAX_TEXT)].to_owned()
+}
+
+/// Why the rules cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read the policy `{}`", path.display())]
+    Unreadable {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("the policy `{}` is not valid", path.display())]
+    Malformed { path: PathBuf, source: rules::Error },
+}
+
+/// The rules do not allow a run.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    #[error("the policy blocks this run: {reason}")]
+    Blocked { reason: String },
+    #[error("the policy requires an approval for this run: {reason}")]
+    StepUp { reason: String },
+}
+
+impl RunPolicy {
+    /// Reads rules from a file of Cedar, and reads the file again when it changes. In shadow mode
+    /// the rules decide nothing: what they would have decided is recorded.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn load(path: &Path, is_shadow: bool) -> Result<Self, Error> {
+        let rules = Reloaded::new(vec![path.to_owned()], || read(path))?;
+        Ok(Self(Some(Loaded {
+            path: path.to_owned(),
+            rules,
+            is_shadow,
+        })))
+    }
+
+    /// Whether there are rules.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Decides about a run; `None` without rules.
+    #[must_use]
+    pub fn decide(&self, facts: &RunFacts) -> Option<Decided> {
+        let loaded = self.0.as_ref()?;
+        let rules = loaded.rules();
+        let verdict = rules.run(facts);
+        Some(Decided {
+            outcome: verdict.outcome,
+            reason: cut(&verdict.reason),
+            rules: verdict
+                .rules
+                .iter()
+                .take(MAX_NAMED)
+                .map(|rule| cut(rule))
+                .collect(),
+            policy_hash: rules.hash().into(),
+            facts_hash: facts.hash(),
+            shadow: loaded.is_shadow,
+        })
+    }
+}
+
+impl Loaded {
+    fn rules(&self) -> Arc<Rules> {
+        let (rules, refused) = self.rules.get(|| read(&self.path));
+        if let Some(error) = refused {
+            let error = crate::chain(&error);
+            tracing::warn!(error, "cannot use the new policy, keeping the previous one");
+        }
+        rules
+    }
+}
+
+impl Decided {
+    /// The hash of the policy, if it has allowed the run. In shadow mode a run may start that it has
+    /// not.
+    #[must_use]
+    pub fn allowing(&self) -> Option<&str> {
+        (self.outcome == Outcome::Allow).then_some(self.policy_hash.as_str())
+    }
+
+    /// # Errors
+    /// [`Refused`], unless it is recorded alone.
+    pub fn check(&self) -> Result<(), Refused> {
+        let reason = || self.reason.clone();
+        match self.outcome {
+            _ if self.shadow => Ok(()),
+            Outcome::Allow => Ok(()),
+            Outcome::StepUp => Err(Refused::StepUp { reason: reason() }),
+            Outcome::Block => Err(Refused::Blocked { reason: reason() }),
+        }
+    }
+}
+
+impl fmt::Display for Decided {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shadow = if self.shadow { " (shadow)" } else { "" };
+        write!(f, "{}{shadow}: {}", self.outcome.name(), self.reason)
+    }
+}
+
+/// # Errors
+/// [`Error`]
+pub fn read(path: &Path) -> Result<Rules, Error> {
+    let text = fs::read_to_string(path).map_err(|source| Error::Unreadable {
+        path: path.into(),
+        source,
+    })?;
+    Rules::read(&text).map_err(|source| Error::Malformed {
+        path: path.into(),
+        source,
+    })
+}
