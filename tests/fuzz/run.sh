@@ -9,14 +9,16 @@ need c++ "apt-get install g++"
 seconds=$1
 shift
 targets=("$@")
-[ ${#targets[@]} -gt 0 ] || targets=(agent conversation config state journal frames handshake credentials requests usage audit)
+[ ${#targets[@]} -gt 0 ] || targets=(agent conversation config state journal frames handshake credentials requests usage audit payload token policy)
+# As examples of the whole workspace, their dependencies have the features that `make build` has
+# given them, and are not compiled again.
 RUSTC_WORKSPACE_WRAPPER=$PWD/tests/fuzz/rustc.sh \
-    cargo build --locked --package polydev-fuzz --features libfuzzer
+    cargo build --locked --workspace --features polydev-fuzz/libfuzzer --example 'fuzz-*'
 
 one() {
     local folder=target/fuzz/$1
     mkdir -p "$folder"
-    if ! "target/debug/fuzz-$1" "$folder" "tests/fuzz/seeds/$1" \
+    if ! "target/debug/examples/fuzz-$1" "$folder" "tests/fuzz/seeds/$1" \
         -artifact_prefix="$folder-failed-" -max_total_time="$2" -timeout=5 -rss_limit_mb=1024 \
         -max_len=65536 -print_final_stats=1 -verbosity=0 >"$folder.log" 2>&1; then
         cat "$folder.log" >&2

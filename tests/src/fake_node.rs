@@ -254,6 +254,12 @@ impl FakeNode {
         });
     }
 
+    /// What the driver says that it is.
+    #[must_use]
+    pub fn identity(&self) -> &str {
+        &self.node.identity
+    }
+
     /// The requests that the node has received so far.
     #[must_use]
     pub fn asked(&self) -> Asked {

@@ -1,5 +1,5 @@
 //! `make bench`: how fast and how small, against what a user would use instead, in
-//! one run; `bench PART...` measures `warm`, `prompt`, `script`, `broker`, `credentials`, `swarm`, `telemetry`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
+//! one run; `bench PART...` measures `warm`, `prompt`, `script`, `broker`, `credentials`, `swarm`, `telemetry`, `policy`, `refill`, `runs`, `stream`, `starts`, `logs`, `bandwidth` or `many` alone.
 //! Prints a table; a whole run writes it to `target/bench/results.json`. Every sample of the
 //! warm slots goes to `target/bench/samples.json`.
 
@@ -7,6 +7,7 @@ mod bandwidth;
 mod broker;
 mod credentials;
 mod plain;
+mod policy;
 mod prompt;
 mod refill;
 mod runs;
@@ -34,7 +35,7 @@ use polydev_tests::{
 };
 use serde_json::{Value, json};
 
-const PARTS: [&str; 14] = [
+const PARTS: [&str; 15] = [
     "warm",
     "prompt",
     "script",
@@ -42,6 +43,7 @@ const PARTS: [&str; 14] = [
     "credentials",
     "swarm",
     "telemetry",
+    "policy",
     "refill",
     "runs",
     "stream",
@@ -86,6 +88,9 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("telemetry") {
         figures.extend(telemetry::figures()?);
     }
+    if is_wanted("policy") {
+        figures.extend(policy::figures()?);
+    }
     if is_wanted("refill") {
         figures.extend(refill::figures()?);
     }
@@ -95,7 +100,7 @@ fn main() -> anyhow::Result<()> {
     if is_wanted("stream") {
         figures.extend(stream::figures(IMAGE)?);
     }
-    if PARTS[10..].iter().any(|part| is_wanted(part)) {
+    if PARTS[11..].iter().any(|part| is_wanted(part)) {
         figures.extend(plain::figures(is_wanted)?);
     }
     if parts.is_empty() {
