@@ -2,7 +2,7 @@
 //! both. A key that the command line or the environment has set is ignored. Every other key
 //! becomes an option.
 
-use std::{ffi::OsString, fs, path::Path, path::PathBuf, process::ExitCode};
+use std::{any::TypeId, ffi::OsString, fs, path::Path, path::PathBuf, process::ExitCode};
 
 use clap::{
     Arg, ArgMatches, Command as Clap, CommandFactory, Parser, error::ErrorKind, parser::ValueSource,
@@ -70,10 +70,10 @@ fn with_file(mut words: Vec<OsString>, matches: &ArgMatches) -> Result<Vec<OsStr
                 "`{key}` is an unknown key; allowed are {keys}"
             )));
         };
-        let texts = texts(value).ok_or_else(|| {
+        let texts = texts(option, value).ok_or_else(|| {
             refuse(format!(
-                "`{key}` is `{value}`: allowed are a string, an integer, a boolean and a non-empty \
-                 list of strings"
+                "`{key}` is `{value}`: allowed are a string, an integer and a non-empty list of \
+                 strings; for a switch true and false"
             ))
         })?;
         let source = given.value_source(option.get_id().as_str());
@@ -123,12 +123,13 @@ fn key_of(option: &Arg) -> String {
     option.get_long().unwrap_or_default().replace('-', "_")
 }
 
-/// The value as the command line writes it; `None` if no option has values of this kind.
-fn texts(value: &Value) -> Option<Vec<String>> {
+/// The value as the command line writes it; `None` if the option has no values of this kind.
+fn texts(option: &Arg, value: &Value) -> Option<Vec<String>> {
+    let is_switch = option.get_value_parser().type_id() == TypeId::of::<bool>();
     match value {
         Value::String(text) => Some(vec![text.clone()]),
         Value::Integer(number) => Some(vec![number.to_string()]),
-        Value::Boolean(value) => Some(vec![value.to_string()]),
+        Value::Boolean(value) if is_switch => Some(vec![value.to_string()]),
         Value::Array(values) if !values.is_empty() => {
             let text = |value: &Value| value.as_str().map(str::to_owned);
             values.iter().map(text).collect()
@@ -211,6 +212,11 @@ mod tests {
         assert_eq!(
             with(file, &["--listen", "unix:///c", "--roles=/s"]).unwrap(),
             ["--user-running=3"]
+        );
+        let switch = "policy = \"/p\"\npolicy_shadow = true\n";
+        assert_eq!(
+            with(switch, &[]).unwrap(),
+            ["--policy=/p", "--policy-shadow=true"]
         );
         // Options that require each other may come from two places.
         let file = "tls_key = \"/k\"\ntls_ca = \"/a\"\n";
