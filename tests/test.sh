@@ -166,9 +166,8 @@ system() {
             cargo nextest list --locked --workspace --list-type binaries-only --message-format json >"$work/binaries"
             cargo metadata --locked --format-version 1 >"$work/cargo"
             beside reading reading_beside
-            beside machine tests/uml.sh
             tests "tests of the whole system" make it BUILT="--binaries-metadata $work/binaries --cargo-metadata $work/cargo"
-            check "cgroup v2 and Docker 26, in a virtual machine" joined machine
+            check "cgroup v2 and Docker 26, in a virtual machine" tests/uml.sh
             reading_joined
             ;;
         docker) tests "tests that need Docker" make it TESTS='not group(nomad)' ;;

@@ -68,8 +68,13 @@ impl<'a> Talk<'a> {
     }
 
     fn say(&self, line: &serde_json::Value) {
-        let line = format!("{line}\n");
-        self.site.client.send(&self.run, Input::Stdin(line.into()));
+        self.say_at_once(std::slice::from_ref(line));
+    }
+
+    /// The agent has all of them when it reads the first one.
+    fn say_at_once(&self, lines: &[serde_json::Value]) {
+        let lines: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        self.site.client.send(&self.run, Input::Stdin(lines.into()));
     }
 
     fn ask(&self, text: &str) {
@@ -149,9 +154,11 @@ fn a_further_prompt_remembers_and_a_cancelled_turn_leaves_a_usable_session() {
         let is_said = |event: &agent_event::Event| matches!(event, agent_event::Event::Error(error) if error.contains("unknown variant `promt`"));
         assert!(told.iter().any(is_said), "{told:?}");
 
-        talk.ask(&texts[2]);
-        talk.ask("It is cancelled before its turn.");
-        talk.say(&json!({ "cancel_turn": {} }));
+        talk.say_at_once(&[
+            json!({ "prompt": { "text": texts[2] } }),
+            json!({ "prompt": { "text": "It is cancelled before its turn." } }),
+            json!({ "cancel_turn": {} }),
+        ]);
         assert_eq!(talk.code(), 0, "{provider}");
         assert_eq!(talk.code(), 130, "{provider}");
         let asked = site.asked(&texts[2]).last().unwrap().to_string();
