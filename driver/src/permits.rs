@@ -9,6 +9,7 @@ use std::{
 use polydev_proto::{
     broker::Egress,
     execution::{Invalid, Permit, Presented},
+    node::Claim,
     signing::{NoKey, PublicKeys},
 };
 use polydev_transport::reload::Reloaded;
@@ -44,6 +45,16 @@ impl Permits {
             audience: audience.into(),
             keys: keys.map(load).transpose()?,
         })
+    }
+
+    /// Takes the token out of a claim. Where none is required it is dropped: what it must fit is a
+    /// hash over all of the claim.
+    #[must_use]
+    pub fn take(&self, claim: &mut Claim) -> Presented {
+        match &self.keys {
+            Some(_) => Presented::take(claim),
+            None => Presented::default(),
+        }
     }
 
     /// What is known of the token, for the journal; `None` if none is required.

@@ -73,7 +73,7 @@ pub fn issue(key: &SigningKey, claim: &Claim, place: Place, policy_hash: &str) -
 }
 
 /// A token and what it must fit, of a claim that is about to be taken apart.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Presented {
     token: Option<ExecutionToken>,
     claim_sha256: bytes::Bytes,

@@ -24,6 +24,7 @@ use std::{
 };
 
 use self::{chain::Key, log::Log, reader::Broken, record::Record};
+use crate::private;
 
 /// Takes the records of a shim: into its ordinary log, and into an audit log if there is one.
 #[derive(Debug, Clone, Default)]
@@ -57,15 +58,10 @@ impl Audit {
 /// Why there is no audit log.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot read the key of the audit log `{}`", path.display())]
-    Key { path: PathBuf, source: io::Error },
+    #[error("cannot use the key of the audit log")]
+    Key(#[from] private::Error),
     #[error("the key of the audit log `{}` must be 64 hexadecimal digits", path.display())]
     NoKey { path: PathBuf },
-    #[error(
-        "the key of the audit log `{}` has mode {mode:o}; allowed is at most 640",
-        path.display()
-    )]
-    Open { path: PathBuf, mode: u32 },
     #[error("cannot read `{}`", path.display())]
     Read { path: PathBuf, source: io::Error },
     #[error("cannot write `{}`", path.display())]

@@ -21,6 +21,7 @@ pub mod environment;
 pub mod permission;
 pub mod policy;
 pub mod pool;
+pub mod private;
 pub mod provider;
 pub mod rate;
 pub mod secret;

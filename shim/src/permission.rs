@@ -1,8 +1,6 @@
 //! Signs what may start, for drivers that require execution tokens.
 
 use std::{
-    fs, io,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -13,7 +11,8 @@ use polydev_proto::{
     signing::{NoKey, SigningKey},
 };
 use polydev_transport::reload::Reloaded;
-use zeroize::Zeroizing;
+
+use crate::private;
 
 /// The private key of a shim. Without one, nothing is signed.
 #[derive(Debug, Clone, Default)]
@@ -31,10 +30,8 @@ pub struct Permission {
 /// Why there is no key.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot read the signing key `{}`", path.display())]
-    Unreadable { path: PathBuf, source: io::Error },
-    #[error("the signing key `{}` has mode {mode:o}; allowed is at most 640", path.display())]
-    Open { path: PathBuf, mode: u32 },
+    #[error("cannot use the signing key")]
+    File(#[from] private::Error),
     #[error("the signing key `{}` is not valid", path.display())]
     Malformed { path: PathBuf, source: NoKey },
 }
@@ -82,19 +79,7 @@ impl Permission {
 /// # Errors
 /// [`Error`]
 pub fn read(path: &Path) -> Result<SigningKey, Error> {
-    let unreadable = |source| Error::Unreadable {
-        path: path.into(),
-        source,
-    };
-    let mode = fs::metadata(path).map_err(unreadable)?.mode() & 0o777;
-    // systemd's credentials may be for a group.
-    if mode & 0o037 != 0 {
-        return Err(Error::Open {
-            path: path.into(),
-            mode,
-        });
-    }
-    let pem = Zeroizing::new(fs::read(path).map_err(unreadable)?);
+    let pem = private::read(path)?;
     SigningKey::read(&pem).map_err(|source| Error::Malformed {
         path: path.into(),
         source,

@@ -66,6 +66,7 @@ const SHIM: &[&str] = &[
     "permission",
     "policy",
     "access",
+    "private",
     "rate",
     "traces",
 ];

@@ -161,7 +161,8 @@ impl NodeService for Service {
                 "`claim` must be the first message",
             ));
         };
-        let (target, parsed) = claim::decode(*claim).map_err(|refusal| refuse(&refusal))?;
+        let decoded = claim::decode(*claim, &self.node.site.permits);
+        let (target, parsed) = decoded.map_err(|refusal| refuse(&refusal))?;
         let span = tracing::info_span!("claim", slot_id = %target.slot_id);
         let run = span.in_scope(|| self.node.slots.claim(target, parsed, arrived));
         let run = run.map_err(|refusal| refuse(&refusal))?;

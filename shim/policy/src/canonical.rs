@@ -150,6 +150,12 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_number_is_hashed_as_it_was_written() {
+        let number: Value = serde_json::from_str("-4.553103090964823e+185").unwrap();
+        assert_eq!(text(&number), "-4.553103090964823e+185");
+    }
+
     proptest! {
         #[test]
         fn a_text_is_ascii_and_reads_as_the_same_value(string in ".*", key in ".*", number: f64) {

@@ -43,9 +43,6 @@ pub struct Call<'a> {
     pub node: &'a NodeId,
 }
 
-/// Who may see memory, from the fewest to the most.
-const SCOPES: [&str; 3] = ["session", "user", "org"];
-
 impl Gate {
     /// Over all that decides: sinks, grants, rules and settings. 64 hexadecimal digits.
     #[must_use]
@@ -146,8 +143,8 @@ impl Gate {
         let label = node.label;
         trace.push(format!("integrity: {}", label.integrity.name()));
         trace.push(format!("confidentiality: {}", label.confidentiality.name()));
-        if sink.metadata.allowed_scopes.is_some() {
-            check_scope(node, call.arguments, trace)?;
+        if let Some(scopes) = &sink.metadata.allowed_scopes {
+            check_scope(scopes, node, call.arguments, trace)?;
         }
         let verdict = self.rules.tool(&ToolFacts {
             caller: call.caller.into(),
@@ -166,15 +163,19 @@ impl Gate {
     }
 }
 
-/// Sensitive data must not be written to memory that more people see than the conversation. Where
-/// data comes from is not for the call to say.
-fn check_scope(node: &Node, arguments: &Value, trace: &mut Vec<String>) -> Result<(), String> {
-    let scope = match arguments.get("scope") {
-        None => Some(SCOPES[0]),
-        Some(scope) => scope.as_str(),
+/// Sensitive data must not be written to memory that more people see than the first of the sink's
+/// scopes. Where data comes from is not for the call to say.
+fn check_scope(
+    scopes: &[String],
+    node: &Node,
+    arguments: &Value,
+    trace: &mut Vec<String>,
+) -> Result<(), String> {
+    let rank = match arguments.get("scope") {
+        None => Some(0),
+        Some(scope) => scopes.iter().position(|known| *scope == **known),
     };
-    let rank = scope.and_then(|scope| SCOPES.iter().position(|known| *known == scope));
-    let invalid = || format!("Invalid memory scope (allowed: {})", SCOPES.join("|"));
+    let invalid = || format!("Invalid memory scope (allowed: {})", scopes.join("|"));
     let is_wider = rank.ok_or_else(invalid)? > 0;
     trace.push(format!("memory_scope_widening: {is_wider}"));
     if is_wider && node.label.confidentiality > Confidentiality::Public {

@@ -1,12 +1,13 @@
 //! Binds each line to all lines before it: its code (HMAC-SHA256) is over the previous line's code
 //! and its own text. Who has no key can make neither a line nor a code.
 
-use std::{fs, os::unix::fs::MetadataExt, path::Path};
+use std::path::Path;
 
 use ring::hmac;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, record::Record};
+use crate::private;
 
 /// The code of a line.
 pub type Code = [u8; 32];
@@ -28,21 +29,9 @@ impl Key {
     /// # Errors
     /// If the file cannot be read, can be read by everyone or contains something else.
     pub fn read(path: &Path) -> Result<Self, Error> {
-        let unreadable = |source| Error::Key {
-            path: path.into(),
-            source,
-        };
-        let mode = fs::metadata(path).map_err(unreadable)?.mode() & 0o777;
-        // systemd's credentials may be for a group.
-        if mode & 0o037 != 0 {
-            return Err(Error::Open {
-                path: path.into(),
-                mode,
-            });
-        }
-        let text = fs::read_to_string(path).map_err(unreadable)?;
+        let text = private::read(path)?;
         let mut key = [0; 32];
-        hex::decode_to_slice(text.trim(), &mut key)
+        hex::decode_to_slice(text.trim_ascii(), &mut key)
             .map_err(|_| Error::NoKey { path: path.into() })?;
         Ok(Self::new(&key))
     }

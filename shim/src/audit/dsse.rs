@@ -16,7 +16,7 @@ const PREDICATE: &str = "https://polydev.dev/decision/v1";
 /// What the first envelope names.
 const BEGIN: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 /// Longest line of a ledger, in bytes.
-const MAX_LINE: usize = 64 << 10;
+pub const MAX_LINE: usize = 64 << 10;
 
 /// Writes envelopes.
 #[derive(Debug)]

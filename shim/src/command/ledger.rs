@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader, BufWriter, Write},
+    io::{BufRead, BufReader, BufWriter, Read as _, Write},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -11,7 +11,7 @@ use std::{
 use anyhow::Context;
 use polydev_proto::signing::PublicKeys;
 use polydev_shim::{
-    audit::dsse::{Ledger, Read},
+    audit::dsse::{Ledger, MAX_LINE, Read},
     permission,
 };
 
@@ -72,10 +72,18 @@ fn verify(ledger: &Path, public_keys: &Path) -> anyhow::Result<ExitCode> {
     let keys = fs::read(public_keys).with_context(|| unreadable(public_keys))?;
     let keys = PublicKeys::read(&keys).with_context(|| format!("`{}`", public_keys.display()))?;
     let file = File::open(ledger).with_context(|| unreadable(ledger))?;
-    let mut read = Read::default();
-    for line in BufReader::new(file).lines() {
-        let line = line.with_context(|| unreadable(ledger))?;
-        read.line(&line, &keys)
+    let (mut read, mut reader) = (Read::default(), BufReader::new(file));
+    let mut line = String::new();
+    // One byte more than a line may have, and its end.
+    let most = MAX_LINE as u64 + 2;
+    loop {
+        line.clear();
+        let length = reader.by_ref().take(most).read_line(&mut line);
+        if length.with_context(|| unreadable(ledger))? == 0 {
+            break;
+        }
+        let line = line.strip_suffix('\n').unwrap_or(&line);
+        read.line(line, &keys)
             .with_context(|| format!("`{}`", ledger.display()))?;
     }
     let Read {

@@ -2,18 +2,19 @@
 
 use std::time::SystemTime;
 
-use polydev_proto::{execution::Presented, id::Generation, node::Claim};
+use polydev_proto::{id::Generation, node::Claim};
 
 use crate::{
+    permits::Permits,
     run::claim::{self, Parsed, Refusal},
     slot::claim::Target,
 };
 
 /// # Errors
 /// [`Refusal::Invalid`] with the field's name.
-pub(super) fn decode(mut claim: Claim) -> Result<(Target, Parsed), Refusal> {
+pub(super) fn decode(mut claim: Claim, permits: &Permits) -> Result<(Target, Parsed), Refusal> {
     // First: the token is over the claim as it came.
-    let presented = Presented::take(&mut claim);
+    let presented = permits.take(&mut claim);
     let start_by = claim.start_by.take();
     let target = Target {
         slot_id: std::mem::take(&mut claim.slot_id).into(),
