@@ -7,3 +7,12 @@ pub const MAX_LINE: usize = 64 << 10;
 
 /// Longest text in a line, in bytes, before JSON escapes it.
 pub const MAX_TEXT: usize = 8 << 10;
+
+/// Most calls of tools that may wait for an answer in one run.
+pub const MAX_CALLS: usize = 16;
+
+/// Longest name of a tool in a call that waits, in bytes.
+pub const MAX_TOOL_NAME: usize = 256;
+
+/// Longest arguments of a call that waits, in bytes.
+pub const MAX_ARGUMENTS: usize = 256 << 10;

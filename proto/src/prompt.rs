@@ -124,6 +124,24 @@ impl Options {
         Ok(options)
     }
 
+    /// The same for a CLI that asks before each call of a tool. Claude Code and Codex know it otherwise.
+    #[must_use]
+    pub fn asking(mut self, provider: Vendor, tools: Tools) -> Self {
+        if provider == Vendor::Google {
+            let content = match tools {
+                Tools::Unspecified | Tools::All => format!("{ASK_ALL}{DENY_AGENTS}"),
+                Tools::Read => format!("{ASK_READING}{DENY_ALL}"),
+                Tools::None => DENY_ALL.to_owned(),
+            };
+            self.files.retain(|file| file.path != GEMINI_POLICY);
+            self.files.push(File {
+                path: GEMINI_POLICY,
+                content,
+            });
+        }
+        self
+    }
+
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.args.is_empty() && self.files.is_empty()
@@ -136,6 +154,13 @@ const DENY_ALL: &str = "[[rule]]\ntoolName = \"*\"\ndecision = \"deny\"\npriorit
 const ALLOW_READING: &str = "[[rule]]\n\
     toolName = [\"read_file\", \"list_directory\", \"glob\", \"grep_search\"]\n\
     decision = \"allow\"\npriority = 999\n";
+const ASK_READING: &str = "[[rule]]\n\
+    toolName = [\"read_file\", \"list_directory\", \"glob\", \"grep_search\"]\n\
+    decision = \"ask_user\"\npriority = 999\n";
+const ASK_ALL: &str = "[[rule]]\ntoolName = \"*\"\ndecision = \"ask_user\"\npriority = 998\n";
+/// The tools of agents that its model starts are not known to ask.
+const DENY_AGENTS: &str =
+    "[[rule]]\ntoolName = \"invoke_agent\"\ndecision = \"deny\"\npriority = 999\n";
 
 /// A text in the quotes and escapes of TOML.
 pub(crate) fn toml_string(text: &str) -> String {

@@ -1,5 +1,6 @@
 //! The life of an agent, in the order in which it happens.
 
+mod calls;
 mod turns;
 
 use std::{
@@ -18,7 +19,8 @@ use nix::{
 };
 use polydev_proto::{
     init::{
-        Failed, Offer, Prompt, Ready, Taken, from_agent::Message, to_agent::Message as FromInit,
+        Failed, Offer, Prompt, Ready, Taken, Tools, from_agent::Message,
+        to_agent::Message as FromInit,
     },
     prompt::Options,
     provider::Vendor,
@@ -27,6 +29,7 @@ use polydev_proto::{
 use crate::{
     End,
     anthropic::Claude,
+    asks::Asks,
     cli::{Cli, Event, Out},
     control::Control,
     conversation::Conversation,
@@ -66,12 +69,15 @@ impl From<io::Error> for Stop {
     }
 }
 
-pub(crate) fn run(provider: Vendor) -> End {
+pub(crate) fn run(provider: Vendor, asks: bool) -> End {
     let Ok(mut control) = Control::of_stdin() else {
         return End::Code(1);
     };
-    let mut agent = match start(provider) {
-        Ok((cli, process, signals)) => Agent::new(provider, control, cli, process, signals),
+    let mut agent = match start(provider, asks) {
+        Ok((cli, process, signals)) => Agent {
+            asks,
+            ..Agent::new(provider, control, cli, process, signals)
+        },
         Err(error) => {
             let reason = format!("cannot start the CLI: {error}");
             let _alone = control.tell(Message::Failed(Failed { reason }));
@@ -107,8 +113,8 @@ fn complain(reason: &str) -> End {
 }
 
 /// Starts the CLI. It inherits a mask without signals.
-fn start(provider: Vendor) -> io::Result<(Box<dyn Cli>, Process, SignalFd)> {
-    let (cli, process) = start_cli(provider, &Options::default())?;
+fn start(provider: Vendor, asks: bool) -> io::Result<(Box<dyn Cli>, Process, SignalFd)> {
+    let (cli, process) = start_cli(provider, asks, Options::default(), Tools::All)?;
     let awaited = awaited_signals();
     awaited.thread_block()?;
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
@@ -116,25 +122,36 @@ fn start(provider: Vendor) -> io::Result<(Box<dyn Cli>, Process, SignalFd)> {
 }
 
 /// Starts the CLI in this folder.
-fn start_cli(provider: Vendor, options: &Options) -> io::Result<(Box<dyn Cli>, Process)> {
+fn start_cli(
+    provider: Vendor,
+    asks: bool,
+    options: Options,
+    tools: Tools,
+) -> io::Result<(Box<dyn Cli>, Process)> {
+    let options = match asks {
+        true => options.asking(provider, tools),
+        false => options,
+    };
     let work_dir = std::env::current_dir()?.to_string_lossy().into_owned();
-    let cli = cli_of(provider, work_dir);
-    let process = Process::start(provider, &*cli, options)?;
+    let cli = cli_of(provider, work_dir, asks);
+    let process = Process::start(provider, &*cli, &options)?;
     Ok((cli, process))
 }
 
-/// The provider's CLI, which works in the folder `work_dir`.
-pub(crate) fn cli_of(provider: Vendor, work_dir: String) -> Box<dyn Cli> {
+/// The provider's CLI, which works in the folder `work_dir`, and asks before each call of a tool if it
+/// is to.
+pub(crate) fn cli_of(provider: Vendor, work_dir: String, asks: bool) -> Box<dyn Cli> {
     match provider {
-        Vendor::Anthropic => Box::new(Claude::default()),
-        Vendor::OpenAi => Box::new(Codex::new(work_dir)),
-        Vendor::Google => Box::new(Gemini::new(work_dir)),
+        Vendor::Anthropic => Box::new(Claude::new(asks)),
+        Vendor::OpenAi => Box::new(Codex::new(work_dir, asks)),
+        Vendor::Google => Box::new(Gemini::new(work_dir, asks)),
     }
 }
 
-/// Whether the prompt needs a CLI that starts now. One that is no conversation does not come here.
+/// Whether the prompt needs a CLI that starts now. One that an argv may have instead does not come
+/// here.
 fn starts_again(prompt: &Prompt) -> bool {
-    prompt.conversation && !prompt.cold_reason.is_empty()
+    !prompt.cold_reason.is_empty()
 }
 
 /// The day of the container's clock, which is UTC.
@@ -158,6 +175,8 @@ enum Source {
     /// It takes more.
     Stdin,
     Init,
+    /// Answers to calls of tools.
+    Answers,
 }
 
 struct Agent {
@@ -180,6 +199,10 @@ struct Agent {
     is_asked: bool,
     /// Bytes of answers.
     printed: u64,
+    /// Whether each call of a tool waits for an answer.
+    asks: bool,
+    /// The calls that wait, once there is a prompt.
+    waiting: Option<Asks>,
 }
 
 impl Agent {
@@ -203,6 +226,8 @@ impl Agent {
             conversation: None,
             is_asked: false,
             printed: 0,
+            asks: false,
+            waiting: None,
         }
     }
 
@@ -227,10 +252,16 @@ impl Agent {
             }
         };
         let mut prompt = prompt.unwrap_or_default();
+        if self.asks {
+            let socket = self.control.descriptor().ok_or(Stop::Alone)?;
+            self.waiting = Some(Asks::of(socket)?);
+        }
         if !starts_again(&prompt) {
             match self.show_life(has_files || day() != ready_on) {
                 // No argv can take its place.
-                Err(stop @ (Stop::Failed(_) | Stop::Ended(_))) if prompt.conversation => {
+                Err(stop @ (Stop::Failed(_) | Stop::Ended(_)))
+                    if prompt.conversation || self.asks =>
+                {
                     prompt.cold_reason = self.reason(&stop);
                 }
                 shown => shown?,
@@ -268,7 +299,7 @@ impl Agent {
         let options = Options::of(self.provider, &prompt.system, prompt.tools());
         let options = options.map_err(|error| error.to_string())?;
         self.process.end();
-        (self.cli, self.process) = start_cli(self.provider, &options)
+        (self.cli, self.process) = start_cli(self.provider, self.asks, options, prompt.tools())
             .map_err(|error| format!("cannot start the CLI again: {error}"))?;
         Ok(())
     }
@@ -307,14 +338,19 @@ impl Agent {
             if end.is_some_and(|end| Instant::now() >= end) {
                 return Err(Stop::Failed("it does not answer".into()));
             }
-            while let Some(line) = self.process.next_line().map_err(Stop::Failed)? {
+            while let Some(line) = self.next_line()? {
                 let mut out = Out::default();
                 let event = self.cli.on_line(&line, &mut out);
                 self.put(out)?;
-                if let Some(event) = event {
+                if let Some(event) = event
+                    .map(|event| self.take_call(event))
+                    .transpose()?
+                    .flatten()
+                {
                     return Ok(event);
                 }
             }
+            self.answer_calls()?;
             // It may have ended after its last words, which are read first. A process that it has
             // started may hold its stdout open.
             let has_said_all = self.process.stdout.is_none()
@@ -329,6 +365,8 @@ impl Agent {
 
     /// Waits until the CLI, a signal or init has something, and reads it; or until `end`.
     fn wait(&mut self, heeds: Heeds, end: Option<Instant>) -> Result<(), Stop> {
+        let calls = self.waiting.as_ref().and_then(Asks::until);
+        let end = end.into_iter().chain(calls).min();
         let timeout = match end.map(|end| end.saturating_duration_since(Instant::now())) {
             None => PollTimeout::NONE,
             // Rounded up, because waking early would only spin.
@@ -346,6 +384,11 @@ impl Agent {
                 }
                 Source::Stdin => self.process.flush(),
                 Source::Init => self.control.receive()?,
+                Source::Answers => {
+                    if let Some(waiting) = &mut self.waiting {
+                        waiting.receive();
+                    }
+                }
                 Source::Signals => {}
             }
         }
@@ -373,6 +416,10 @@ impl Agent {
             (
                 Source::Init,
                 (heeds == Heeds::Init).then(|| input(self.control.fd())),
+            ),
+            (
+                Source::Answers,
+                self.waiting.as_ref().and_then(Asks::fd).map(input),
             ),
         ];
         let polled = polled

@@ -2,9 +2,12 @@
 //!
 //! Facts of Claude Code 2.1.332, tried out.
 
+use std::time::Instant;
+
 use serde_json::{Value, json};
 
 use crate::{
+    asks::{Answer, Question},
     cli::{Cli, Event, Out, REHEARSAL},
     told::Told,
 };
@@ -17,6 +20,8 @@ pub(crate) struct Claude {
     /// What comes after the model is set.
     text: String,
     is_cancelled: bool,
+    /// Whether each call of a tool waits for an answer.
+    asks: bool,
 }
 
 /// The names of our requests.
@@ -25,8 +30,19 @@ const REHEARSE: &str = "rehearse";
 const CHECK: &str = "check";
 const MODEL: &str = "model";
 const CANCEL: &str = "cancel";
+/// The name of the hook that is called before each call of a tool.
+const HOOK: &str = "tool";
+/// How long Claude waits for the hook: far longer than any call waits here.
+const HOOK_SECONDS: u32 = 3600;
 
 impl Claude {
+    pub(crate) fn new(asks: bool) -> Self {
+        Self {
+            asks,
+            ..Self::default()
+        }
+    }
+
     fn control(name: &str, request: Value, out: &mut Out) {
         out.send(json!({ "type": "control_request", "request_id": name, "request": request }));
     }
@@ -78,7 +94,13 @@ impl Cli for Claude {
 
     fn begin(&mut self, rehearses: bool, out: &mut Out) {
         self.rehearses = rehearses;
-        Self::control(INITIALIZE, json!({ "subtype": "initialize" }), out);
+        let mut request = json!({ "subtype": "initialize" });
+        if self.asks {
+            let hook =
+                json!({ "matcher": null, "hookCallbackIds": [HOOK], "timeout": HOOK_SECONDS });
+            request["hooks"] = json!({ "PreToolUse": [hook] });
+        }
+        Self::control(INITIALIZE, request, out);
     }
 
     /// It is answered within a millisecond, without a request to the model.
@@ -105,6 +127,24 @@ impl Cli for Claude {
     fn cancel(&mut self, out: &mut Out) {
         self.is_cancelled = true;
         Self::interrupt(out);
+    }
+
+    fn answer(&mut self, question: &Question, answer: &Answer, out: &mut Out) {
+        let decision = match answer.allowed {
+            true => "allow",
+            false => "deny",
+        };
+        let output = json!({
+            "hookEventName": "PreToolUse",
+            "permissionDecision": decision,
+            "permissionDecisionReason": answer.reason,
+        });
+        let response = json!({
+            "subtype": "success",
+            "request_id": question.id,
+            "response": { "hookSpecificOutput": output },
+        });
+        out.send(json!({ "type": "control_response", "response": response }));
     }
 
     fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event> {
@@ -139,6 +179,16 @@ impl Cli for Claude {
                     }
                     _ => None,
                 }
+            }
+            "control_request" if line["request"]["subtype"] == "hook_callback" => {
+                let input = &line["request"]["input"];
+                Some(Event::Asks(Question {
+                    id: line["request_id"].clone(),
+                    call_id: text_of(&line["request"]["tool_use_id"]),
+                    name: text_of(&input["tool_name"]),
+                    arguments: input["tool_input"].clone(),
+                    asked_at: Instant::now(),
+                }))
             }
             "control_request" => {
                 let error = "polydev-agent does not answer it";

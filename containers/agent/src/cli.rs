@@ -2,13 +2,16 @@
 
 use serde_json::Value;
 
-use crate::told::Told;
+use crate::{
+    asks::{Answer, Question},
+    told::Told,
+};
 
 /// What an agent asks before it knows a user. The broker answers it.
 pub(crate) const REHEARSAL: &str = "Reply with the word ready.";
 
 /// What a line of the CLI means to the agent.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub(crate) enum Event {
     /// It has answered the rehearsal, and waits for a prompt.
     Ready,
@@ -24,6 +27,10 @@ pub(crate) enum Event {
     },
     /// The turn is over because of [`Cli::cancel`].
     Cancelled,
+    /// It wants to make a call, and waits for [`Cli::answer`].
+    Asks(Question),
+    /// It makes a call that it does not ask about.
+    Calls(Question),
     /// It does not do what it was asked; the reason is for people.
     Failed(String),
 }
@@ -73,6 +80,9 @@ pub(crate) trait Cli {
     /// Ends the turn of the prompt. It leads to [`Event::Cancelled`], unless the answer is there already.
     fn cancel(&mut self, out: &mut Out);
 
+    /// Answers [`Event::Asks`].
+    fn answer(&mut self, question: &Question, answer: &Answer, out: &mut Out);
+
     /// Reads a line.
     fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event>;
 }
@@ -94,16 +104,15 @@ impl Calls {
         id
     }
 
-    /// What a line is. Something that the CLI asks is refused, because nobody is there to answer.
-    pub(crate) fn read<'a>(line: &'a Value, out: &mut Out) -> Option<Message<'a>> {
+    /// What a line is.
+    pub(crate) fn read(line: &Value) -> Option<Message<'_>> {
         let id = line.get("id").filter(|id| !id.is_null());
         match (line["method"].as_str(), id) {
-            (Some(method), Some(id)) => {
-                let message = format!("polydev-agent does not answer `{method}`");
-                let error = serde_json::json!({ "code": -32601, "message": message });
-                out.send(serde_json::json!({ "jsonrpc": "2.0", "id": id, "error": error }));
-                None
-            }
+            (Some(method), Some(id)) => Some(Message::Request {
+                id,
+                method,
+                params: &line["params"],
+            }),
             (Some(method), None) => Some(Message::Notice(method, &line["params"])),
             (None, Some(id)) => Some(Message::Answer(
                 id.as_u64()?,
@@ -115,12 +124,30 @@ impl Calls {
             (None, None) => None,
         }
     }
+
+    /// Answers a request of the CLI.
+    pub(crate) fn answer(id: &Value, result: &Value, out: &mut Out) {
+        out.send(serde_json::json!({ "jsonrpc": "2.0", "id": id, "result": result }));
+    }
+
+    /// Refuses a request of the CLI that nobody is there to answer.
+    pub(crate) fn refuse(id: &Value, method: &str, out: &mut Out) {
+        let message = format!("polydev-agent does not answer `{method}`");
+        let error = serde_json::json!({ "code": -32601, "message": message });
+        out.send(serde_json::json!({ "jsonrpc": "2.0", "id": id, "error": error }));
+    }
 }
 
 /// A line of JSON-RPC.
 pub(crate) enum Message<'a> {
     /// The answer to the request of this number, or the error.
     Answer(u64, Result<&'a Value, &'a str>),
+    /// Something that the CLI asks.
+    Request {
+        id: &'a Value,
+        method: &'a str,
+        params: &'a Value,
+    },
     /// Something that nobody has asked.
     Notice(&'a str, &'a Value),
 }

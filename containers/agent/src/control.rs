@@ -2,13 +2,13 @@
 
 use std::{
     fs::File,
-    io::{self, Read, Write},
-    os::fd::{AsFd, BorrowedFd},
+    io::{self, ErrorKind, Write},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use bytes::BytesMut;
 use polydev_proto::{
-    frame,
+    descriptors, frame,
     init::{FromAgent, ToAgent, from_agent, to_agent},
 };
 
@@ -19,6 +19,7 @@ const MAX_CHUNK: usize = 64 << 10;
 pub(crate) struct Control {
     socket: File,
     input: BytesMut,
+    descriptors: Vec<OwnedFd>,
     is_over: bool,
 }
 
@@ -29,6 +30,7 @@ impl Control {
         Ok(Self {
             socket: io::stdin().as_fd().try_clone_to_owned()?.into(),
             input: BytesMut::new(),
+            descriptors: Vec::new(),
             is_over: false,
         })
     }
@@ -54,7 +56,10 @@ impl Control {
     /// If init is gone.
     pub(crate) fn receive(&mut self) -> io::Result<()> {
         let mut chunk = [0; MAX_CHUNK];
-        let count = self.socket.read(&mut chunk)?;
+        let count = match descriptors::receive(&self.socket, &mut chunk, &mut self.descriptors) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            received => received?,
+        };
         self.input.extend_from_slice(&chunk[..count]);
         self.is_over = count == 0;
         Ok(())
@@ -70,6 +75,11 @@ impl Control {
             None if self.is_over => Err(io::ErrorKind::UnexpectedEof.into()),
             message => Ok(message.and_then(|message| message.message)),
         }
+    }
+
+    /// The descriptor that has come with a message.
+    pub(crate) fn descriptor(&mut self) -> Option<OwnedFd> {
+        self.descriptors.pop()
     }
 
     /// The text of so many bytes that follows the prompt, once all of it is there.

@@ -2,9 +2,12 @@
 //!
 //! Facts of Gemini CLI 0.61, tried out.
 
+use std::time::Instant;
+
 use serde_json::{Value, json};
 
 use crate::{
+    asks::{Answer, Question},
     cli::{Calls, Cli, Event, Message, Out, REHEARSAL},
     told::Told,
 };
@@ -23,6 +26,8 @@ pub(crate) struct Gemini {
     /// Whether the answer ends a line.
     ends_line: bool,
     is_cancelled: bool,
+    /// Whether each call of a tool waits for an answer.
+    asks: bool,
 }
 
 /// The number of the request that the agent waits for.
@@ -41,9 +46,10 @@ enum Asked {
 }
 
 impl Gemini {
-    pub(crate) fn new(work_dir: String) -> Self {
+    pub(crate) fn new(work_dir: String, asks: bool) -> Self {
         Self {
             work_dir,
+            asks,
             ..Self::default()
         }
     }
@@ -158,6 +164,10 @@ impl Gemini {
                     name: name.to_owned(),
                     arguments: arguments.to_string(),
                 });
+                // Commands of a list of its own, which only read.
+                if self.asks {
+                    return Some(Event::Calls(question(Value::Null, update)));
+                }
             }
             "tool_call_update" => {
                 let is_error = update["status"] == "failed";
@@ -190,7 +200,11 @@ impl Gemini {
 
 impl Cli for Gemini {
     fn argv(&self) -> &'static [&'static str] {
-        &["gemini", "--skip-trust", "--yolo", "--acp"]
+        match self.asks {
+            false => &["gemini", "--skip-trust", "--yolo", "--acp"],
+            // It does not trust the folder, whose settings could start programs.
+            true => &["gemini", "--acp"],
+        }
     }
 
     fn begin(&mut self, rehearses: bool, out: &mut Out) {
@@ -228,9 +242,27 @@ impl Cli for Gemini {
         out.send(json!({ "jsonrpc": "2.0", "method": "session/cancel", "params": params }));
     }
 
+    fn answer(&mut self, question: &Question, answer: &Answer, out: &mut Out) {
+        let option = match answer.allowed {
+            true => "proceed_once",
+            false => "cancel",
+        };
+        let outcome = json!({ "outcome": "selected", "optionId": option });
+        Calls::answer(&question.id, &json!({ "outcome": outcome }), out);
+    }
+
     fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event> {
-        match Calls::read(line, out)? {
+        match Calls::read(line)? {
             Message::Answer(id, answer) => self.on_answer(id, answer, out),
+            Message::Request {
+                id,
+                method: "session/request_permission",
+                params,
+            } if self.asks => Some(Event::Asks(question(id.clone(), &params["toolCall"]))),
+            Message::Request { id, method, .. } => {
+                Calls::refuse(id, method, out);
+                None
+            }
             Message::Notice("session/update", params)
                 if matches!(self.asked, Asked::Prompt(_))
                     && params["sessionId"] == self.session.as_str() =>
@@ -239,5 +271,30 @@ impl Cli for Gemini {
             }
             Message::Notice(..) => None,
         }
+    }
+}
+
+/// A call, from what is shown of it: the protocol has no arguments.
+fn question(id: Value, call: &Value) -> Question {
+    let call_id = call["toolCallId"].as_str().unwrap_or_default();
+    let name = call_id.split_once("__").map_or("", |(name, _)| name);
+    let paths = call["locations"].as_array().into_iter().flatten();
+    let paths: Vec<_> = paths.filter_map(|place| place["path"].as_str()).collect();
+    let mut arguments = json!({ "title": call["title"] });
+    match name {
+        "run_shell_command" => arguments["command"] = call["title"].clone(),
+        "web_fetch" | "google_web_search" => arguments["prompt"] = call["title"].clone(),
+        _ if !paths.is_empty() => arguments["path"] = paths.join("\n").into(),
+        _ => {}
+    }
+    if let Some(diff) = call["content"].as_array().into_iter().flatten().next() {
+        arguments["content"] = diff.clone();
+    }
+    Question {
+        id,
+        call_id: call_id.to_owned(),
+        name: name.to_owned(),
+        arguments,
+        asked_at: Instant::now(),
     }
 }

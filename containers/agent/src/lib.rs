@@ -12,6 +12,7 @@
 
 mod agent;
 mod anthropic;
+mod asks;
 mod cli;
 mod control;
 mod conversation;
@@ -35,7 +36,7 @@ pub use process::FORWARDED;
 #[doc(hidden)]
 #[must_use]
 pub fn rehearsed(provider: Vendor, said: &[u8]) -> Vec<Vec<u8>> {
-    let mut cli = agent::cli_of(provider, "/workspace".into());
+    let mut cli = agent::cli_of(provider, "/workspace".into(), true);
     let (mut out, mut lines) = (cli::Out::default(), Lines::default());
     cli.begin(true, &mut out);
     lines.push(said);
@@ -46,6 +47,13 @@ pub fn rehearsed(provider: Vendor, said: &[u8]) -> Vec<Vec<u8>> {
         match cli.on_line(&line, &mut out) {
             Some(cli::Event::Ready) => cli.check(&mut out),
             Some(cli::Event::Checked) => cli.prompt("hello", "", &mut out),
+            Some(cli::Event::Asks(question) | cli::Event::Calls(question)) => {
+                let answer = asks::Answer {
+                    allowed: question.name.len() % 2 == 0,
+                    reason: "because".into(),
+                };
+                cli.answer(&question, &answer, &mut out);
+            }
             Some(cli::Event::Done { .. } | cli::Event::Cancelled) => break,
             _ => {}
         }
@@ -103,11 +111,12 @@ pub(crate) enum End {
 }
 
 /// Starts the provider's CLI, tells init on stdin when it waits, and gives it the prompt that
-/// comes from there. Writes the answer to stdout as the CLI's one-shot form does. Returns the
+/// comes from there. If the CLI asks, each call of a tool waits for an answer of init's. Writes the
+/// answer to stdout as the CLI's one-shot form does. Returns the
 /// status that that form exits with; ends by the signal that has ended the CLI.
 #[must_use]
-pub fn run(provider: Vendor) -> u8 {
-    match agent::run(provider) {
+pub fn run(provider: Vendor, asks: bool) -> u8 {
+    match agent::run(provider, asks) {
         End::Code(code) => code,
         End::Signal(signal) => {
             process::let_signals_through();

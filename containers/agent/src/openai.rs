@@ -2,9 +2,12 @@
 //!
 //! Facts of Codex 0.171, tried out.
 
+use std::{collections::BTreeMap, time::Instant};
+
 use serde_json::{Value, json};
 
 use crate::{
+    asks::{Answer, Question},
     cli::{Calls, Cli, Event, Message, Out, REHEARSAL},
     told::Told,
 };
@@ -26,6 +29,10 @@ pub(crate) struct Codex {
     /// The turn of the prompt, once it has a name.
     turn: String,
     is_cancelled: bool,
+    /// Whether each call of a tool waits for an answer.
+    asks: bool,
+    /// The changes of files that wait for an answer, by their items: the question has none.
+    changes: BTreeMap<String, Value>,
 }
 
 /// The number of the request that the agent waits for.
@@ -43,9 +50,10 @@ enum Asked {
 }
 
 impl Codex {
-    pub(crate) fn new(work_dir: String) -> Self {
+    pub(crate) fn new(work_dir: String, asks: bool) -> Self {
         Self {
             work_dir,
+            asks,
             ..Self::default()
         }
     }
@@ -54,7 +62,7 @@ impl Codex {
     fn start_thread(&mut self, out: &mut Out) -> u64 {
         let params = json!({
             "cwd": self.work_dir,
-            "approvalPolicy": "never",
+            "approvalPolicy": if self.asks { "untrusted" } else { "never" },
             "sandbox": "danger-full-access",
             "threadSource": "user",
         });
@@ -123,6 +131,41 @@ impl Codex {
             }),
             _ => None,
         }
+    }
+
+    /// Codex asks, by the approvals of its protocol.
+    fn on_request(
+        &mut self,
+        id: &Value,
+        method: &str,
+        params: &Value,
+        out: &mut Out,
+    ) -> Option<Event> {
+        let item = text_of(&params["itemId"]);
+        let (name, arguments) = match method {
+            "item/commandExecution/requestApproval" if self.asks => {
+                let arguments = json!({ "command": params["command"], "cwd": params["cwd"] });
+                ("shell", arguments)
+            }
+            "item/fileChange/requestApproval" if self.asks => {
+                let changes = self.changes.remove(&item).unwrap_or_default();
+                let paths = changes.as_array().into_iter().flatten();
+                let paths: Vec<_> = paths.filter_map(|change| change["path"].as_str()).collect();
+                let arguments = json!({ "path": paths.join("\n"), "changes": changes });
+                ("apply_patch", arguments)
+            }
+            _ => {
+                Calls::refuse(id, method, out);
+                return None;
+            }
+        };
+        Some(Event::Asks(Question {
+            id: id.clone(),
+            call_id: item,
+            name: name.to_owned(),
+            arguments,
+            asked_at: Instant::now(),
+        }))
     }
 
     /// Ends the turn, if it has begun.
@@ -210,7 +253,21 @@ impl Codex {
 
 impl Cli for Codex {
     fn argv(&self) -> &'static [&'static str] {
-        &["codex", "app-server"]
+        match self.asks {
+            false => &["codex", "app-server"],
+            true => &[
+                "codex",
+                "app-server",
+                // With full access, Codex would trust the folder: its rules, and its servers of MCP.
+                "-c",
+                "projects={\"/workspace\"={trust_level=\"untrusted\"}}",
+                // It does not ask about these.
+                "-c",
+                "web_search=\"disabled\"",
+                "-c",
+                "features.view_image=false",
+            ],
+        }
     }
 
     fn begin(&mut self, rehearses: bool, out: &mut Out) {
@@ -232,6 +289,7 @@ impl Cli for Codex {
     fn prompt(&mut self, text: &str, model: &str, out: &mut Out) {
         self.error.clear();
         self.turn.clear();
+        self.changes.clear();
         self.is_cancelled = false;
         self.asked = Asked::Prompt(self.start_turn(text, model, out));
     }
@@ -241,9 +299,43 @@ impl Cli for Codex {
         self.interrupt(out);
     }
 
+    fn answer(&mut self, question: &Question, answer: &Answer, out: &mut Out) {
+        let decision = match answer.allowed {
+            true => "accept",
+            false => "decline",
+        };
+        Calls::answer(&question.id, &json!({ "decision": decision }), out);
+    }
+
     fn on_line(&mut self, line: &Value, out: &mut Out) -> Option<Event> {
-        match Calls::read(line, out)? {
+        match Calls::read(line)? {
             Message::Answer(id, answer) => self.on_answer(id, answer, out),
+            Message::Request { id, method, params } => self.on_request(id, method, params, out),
+            // Also of an agent that the model has started.
+            Message::Notice("item/started", params)
+                if self.asks && params["item"]["type"] == "fileChange" =>
+            {
+                let item = &params["item"];
+                let id = item["id"].as_str().unwrap_or_default();
+                self.changes.insert(id.to_owned(), item["changes"].clone());
+                if params["threadId"] == self.thread.as_str() {
+                    tell_call(item, out);
+                }
+                None
+            }
+            Message::Notice("item/started", params)
+                if self.asks && UNASKED.iter().any(|kind| params["item"]["type"] == *kind) =>
+            {
+                tell_call(&params["item"], out);
+                let (name, arguments) = call_of(&params["item"]);
+                Some(Event::Calls(Question {
+                    id: Value::Null,
+                    call_id: text_of(&params["item"]["id"]),
+                    name,
+                    arguments,
+                    asked_at: Instant::now(),
+                }))
+            }
             Message::Notice(_, params) if params["threadId"] != self.thread.as_str() => None,
             Message::Notice("turn/completed", params) => {
                 self.on_turn_completed(&params["turn"], out)
@@ -256,6 +348,15 @@ impl Cli for Codex {
     }
 }
 
+/// The uses of tools that Codex does not ask about.
+const UNASKED: [&str; 6] = [
+    "collabAgentToolCall",
+    "dynamicToolCall",
+    "imageGeneration",
+    "imageView",
+    "mcpToolCall",
+    "webSearch",
+];
 /// The items of a turn that are no uses of tools.
 const WORDS: [&str; 3] = ["agentMessage", "reasoning", "userMessage"];
 
@@ -264,22 +365,29 @@ fn tell_call(item: &Value, out: &mut Out) {
     if WORDS.contains(&kind) {
         return;
     }
-    let (name, arguments) = match kind {
-        "commandExecution" => (kind.to_owned(), json!({ "command": item["command"] })),
-        "mcpToolCall" => {
-            let name = |part: &str| item[part].as_str().unwrap_or_default().to_owned();
-            (
-                format!("{}/{}", name("server"), name("tool")),
-                item["arguments"].clone(),
-            )
-        }
-        _ => (kind.to_owned(), item.clone()),
-    };
+    let (name, arguments) = call_of(item);
     out.tell(Told::ToolCall {
-        id: item["id"].as_str().unwrap_or_default().to_owned(),
+        id: text_of(&item["id"]),
         name,
         arguments: arguments.to_string(),
     });
+}
+
+/// The name and the arguments of a use of a tool.
+fn call_of(item: &Value) -> (String, Value) {
+    let kind = text_of(&item["type"]);
+    match &*kind {
+        "commandExecution" => (kind, json!({ "command": item["command"] })),
+        "mcpToolCall" => {
+            let name = format!("{}/{}", text_of(&item["server"]), text_of(&item["tool"]));
+            (name, item["arguments"].clone())
+        }
+        _ => (kind, item.clone()),
+    }
+}
+
+fn text_of(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
 }
 
 fn tell_result(item: &Value, out: &mut Out) {

@@ -1,5 +1,7 @@
 //! What an agent does, for its caller: the same for all CLIs.
 
+use std::time::Duration;
+
 use polydev_proto::agent::{MAX_LINE, MAX_TEXT};
 use serde_json::{Value, json};
 
@@ -17,6 +19,13 @@ pub(crate) enum Told {
         id: String,
         output: String,
         is_error: bool,
+    },
+    ToolDecision {
+        id: String,
+        name: String,
+        allowed: bool,
+        reason: String,
+        waited: Duration,
     },
     Usage {
         input_tokens: u64,
@@ -52,6 +61,16 @@ impl Told {
                 is_error,
             } => vec![json!({ "tool_result": {
                 "id": cut(id), "output": cut(output), "is_error": is_error,
+            } })],
+            Self::ToolDecision {
+                id,
+                name,
+                allowed,
+                reason,
+                waited,
+            } => vec![json!({ "tool_decision": {
+                "id": cut(id), "name": cut(name), "allowed": allowed, "reason": cut(reason),
+                "waited_us": u64::try_from(waited.as_micros()).unwrap_or(u64::MAX),
             } })],
             Self::Usage {
                 input_tokens,

@@ -30,6 +30,7 @@ use polydev_proto::{
 };
 
 use crate::{
+    asking::Asking,
     command::{kill_everything, set_nonblocking, with_no_signal_blocked, with_oom_score},
     interpreter,
     output::Output,
@@ -48,6 +49,9 @@ pub(crate) struct Agent {
     pub(crate) pid: Pid,
     /// Whether it waits for a script, and not for a prompt.
     pub(crate) is_interpreter: bool,
+    /// Whether each call of a tool waits for an answer.
+    pub(crate) asks: bool,
+
     control: UnixStream,
     input: BytesMut,
     /// Read ends of its stdout and stderr.
@@ -67,7 +71,7 @@ impl Agent {
         let start = || {
             let (control, its_end) = UnixStream::pair()?;
             let mut command = match provider {
-                Provider::Cli(vendor) => waiting_cli(vendor)?,
+                Provider::Cli(vendor) => waiting_cli(vendor, park.asks)?,
                 Provider::Python => interpreter::waiting(&park.imports),
             };
             command
@@ -91,6 +95,7 @@ impl Agent {
         Ok(Self {
             pid,
             is_interpreter: provider == Provider::Python,
+            asks: park.asks,
             control,
             input: BytesMut::new(),
             pipes,
@@ -138,16 +143,27 @@ impl Agent {
     }
 
     /// Gives it the prompt, and waits until it has taken it. A short wait, in which nothing else
-    /// happens. Returns whether its CLI had waited, and has not been started again.
+    /// happens. Returns whether its CLI had waited, and has not been started again; and where its
+    /// calls of tools come from, if they wait for answers.
     ///
     /// # Errors
     /// Why it has not taken it, for people.
-    pub(crate) fn give(&mut self, prompt: &Prompt, has_files: bool) -> Result<Form, String> {
+    pub(crate) fn give(
+        &mut self,
+        prompt: &Prompt,
+        has_files: bool,
+        reaches: bool,
+    ) -> Result<(Form, Option<Asking>), String> {
         let offer = to_agent::Message::Offer(Offer {
             prompt: Some(prompt.clone()),
             has_files,
         });
-        self.offer(offer, None)
+        let asking = self
+            .asks
+            .then(|| Asking::new(has_files && !prompt.trusts_files, reaches));
+        let asking = asking.transpose().map_err(|error| error.to_string())?;
+        let (asking, its_end) = asking.unzip();
+        Ok((self.offer(offer, its_end)?, asking))
     }
 
     /// As [`Self::give`], for a script and the end of a pipe or a file that is its stdin.
@@ -155,7 +171,11 @@ impl Agent {
         self.offer(to_agent::Message::Script(script), Some(stdin))
     }
 
-    fn offer(&mut self, offer: to_agent::Message, stdin: Option<OwnedFd>) -> Result<Form, String> {
+    fn offer(
+        &mut self,
+        offer: to_agent::Message,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Form, String> {
         match self.state {
             State::Ready => {}
             State::Gone => return Err(self.reason.clone()),
@@ -168,7 +188,7 @@ impl Agent {
         };
         let patient: io::Result<()> = patient();
         patient.map_err(|error| error.to_string())?;
-        self.send(offer, stdin.as_ref().map(AsFd::as_fd))?;
+        self.send(offer, descriptor.as_ref().map(AsFd::as_fd))?;
         match self.next_message()? {
             // Until it has heard this, the CLI does not have the prompt.
             Some(Message::Taken(Taken {
@@ -234,9 +254,12 @@ impl Agent {
 }
 
 /// The program that drives a vendor's CLI.
-fn waiting_cli(vendor: Vendor) -> io::Result<process::Command> {
+fn waiting_cli(vendor: Vendor, asks: bool) -> io::Result<process::Command> {
     let mut command = process::Command::new(std::env::current_exe()?);
     command.args(["agent", vendor.name()]);
+    if asks {
+        command.arg("asks");
+    }
     Ok(command)
 }
 
@@ -270,13 +293,24 @@ impl Events {
 /// The next message from an agent; `None` if it has said nothing more yet.
 fn next_message(socket: &mut UnixStream, input: &mut BytesMut) -> Result<Option<Message>, String> {
     loop {
-        match frame::decode::<FromAgent>(input) {
-            Ok(Some(FromAgent { message })) => match message {
-                Some(message) => return Ok(Some(message)),
-                None => continue,
-            },
-            Ok(None) => {}
-            Err(error) => return Err(error.to_string()),
+        match next_frame::<FromAgent>(socket, input)? {
+            Some(FromAgent {
+                message: Some(message),
+            }) => return Ok(Some(message)),
+            Some(FromAgent { message: None }) => {}
+            None => return Ok(None),
+        }
+    }
+}
+
+/// The next frame of a socket; `None` if there is no more yet.
+pub(crate) fn next_frame<M: prost::Message + Default>(
+    socket: &mut impl Read,
+    input: &mut BytesMut,
+) -> Result<Option<M>, String> {
+    loop {
+        if let Some(frame) = frame::decode(input).map_err(|error| error.to_string())? {
+            return Ok(Some(frame));
         }
         let mut chunk = [0; 4096];
         match socket.read(&mut chunk) {

@@ -33,6 +33,7 @@ use polydev_proto::{
 use crate::{
     account::Account,
     agent::{Agent, Events},
+    asking::Asking,
     deadline::Deadline,
     drain::Drain,
     home,
@@ -56,6 +57,8 @@ pub(crate) struct Command {
     pub(crate) pipes: [Option<File>; 2],
     /// What an agent does; `None` for an argv, and after its end.
     pub(crate) events: Option<Events>,
+    /// The calls of tools that wait for an answer; `None` if none does, and after the agent's end.
+    pub(crate) asking: Option<Asking>,
     pub(crate) input: Input,
     /// Which of its files to collect when it has ended.
     pub(crate) artifacts: Option<ArtifactRules>,
@@ -181,6 +184,7 @@ impl Command {
             pid: Pid::from_raw(child.id().cast_signed()),
             pipes,
             events: None,
+            asking: None,
             input,
             deadline,
             has_terminal,
@@ -192,7 +196,12 @@ impl Command {
     }
 
     /// The command of a run whose prompt an agent has taken.
-    pub(crate) fn parked(agent: Agent, form: Form, start: Start, now: Instant) -> Self {
+    pub(crate) fn parked(
+        agent: Agent,
+        (form, asking): (Form, Option<Asking>),
+        start: Start,
+        now: Instant,
+    ) -> Self {
         let deadline = deadline(&start, now);
         let (pid, mut agent) = (agent.pid, agent);
         let pipes = std::mem::take(&mut agent.pipes);
@@ -206,6 +215,7 @@ impl Command {
             pid,
             pipes,
             events: Some(events),
+            asking,
             input,
             artifacts: start.artifacts,
             account: None,
@@ -231,7 +241,7 @@ impl Command {
         Self {
             input: Input::new(stdin, false, files_bytes(&start)),
             events: None,
-            ..Self::parked(agent, form, start, now)
+            ..Self::parked(agent, (form, None), start, now)
         }
     }
 

@@ -22,6 +22,7 @@
 mod account;
 mod agent;
 mod artifacts;
+mod asking;
 mod command;
 mod deadline;
 mod drain;

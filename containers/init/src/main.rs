@@ -1,7 +1,8 @@
 //! `polydev-init SOCKET [PORT]`: process 1 of a container, see the library. With a port, init
 //! listens there for requests to the broker.
 //! `polydev-init pause`: holds a network namespace until SIGTERM.
-//! `polydev-init agent VENDOR`: a CLI that waits for a prompt, see polydev-agent.
+//! `polydev-init agent VENDOR [asks]`: a CLI that waits for a prompt, see polydev-agent. With `asks`,
+//! each call of a tool waits for an answer.
 
 use std::{ffi::OsString, num::NonZeroU16, path::PathBuf, process::ExitCode};
 
@@ -12,14 +13,14 @@ fn main() -> ExitCode {
     let Some(wanted) = wanted(&given) else {
         eprintln!(
             "polydev-init {}: process 1 of a polydev container\n\
-             usage: polydev-init SOCKET [PORT] | pause | agent VENDOR\n\
+             usage: polydev-init SOCKET [PORT] | pause | agent VENDOR [asks]\n\
              nomad-driver-polydev starts it; it does nothing useful when started by hand.",
             env!("CARGO_PKG_VERSION")
         );
         return ExitCode::from(2);
     };
     let served = match wanted {
-        Wanted::Agent(provider) => Ok(polydev_agent::run(provider)),
+        Wanted::Agent(provider, asks) => Ok(polydev_agent::run(provider, asks)),
         Wanted::Pause => polydev_init::pause().map(|()| 0),
         Wanted::Init(socket, port) => polydev_init::run(&socket, port),
     };
@@ -33,7 +34,7 @@ fn main() -> ExitCode {
 }
 
 enum Wanted {
-    Agent(Vendor),
+    Agent(Vendor, bool),
     Pause,
     Init(PathBuf, Option<NonZeroU16>),
 }
@@ -42,7 +43,12 @@ enum Wanted {
 fn wanted(given: &[OsString]) -> Option<Wanted> {
     match given {
         [first] if first == "pause" => Some(Wanted::Pause),
-        [first, name] if first == "agent" => Vendor::named(name.to_str()?).map(Wanted::Agent),
+        [first, name] if first == "agent" => {
+            Vendor::named(name.to_str()?).map(|vendor| Wanted::Agent(vendor, false))
+        }
+        [first, name, asks] if first == "agent" && asks == "asks" => {
+            Vendor::named(name.to_str()?).map(|vendor| Wanted::Agent(vendor, true))
+        }
         [socket] => Some(Wanted::Init(socket.into(), None)),
         [socket, port] => Some(Wanted::Init(
             socket.into(),

@@ -89,6 +89,8 @@ pub(crate) struct Supervisor {
     state: State,
     /// Waits for a prompt, while there is no command.
     agent: Option<Agent>,
+    /// Whether nothing but an agent whose tools wait for answers may have the run.
+    asks: bool,
     /// Opens the secrets of the one run; `None` afterwards.
     key: Option<PrivateKey>,
     public_key: Bytes,
@@ -124,6 +126,7 @@ impl Supervisor {
             public_key: key.public(),
             state: State::Waiting,
             agent: None,
+            asks: false,
             key: Some(key),
             outputs: PerStream::default(),
             drains: Vec::new(),
@@ -237,6 +240,9 @@ impl Supervisor {
             {
                 polled.push(PollFd::new(events.fd(), PollFlags::POLLIN));
             }
+            if let Some(asking) = &command.asking {
+                polled.push(PollFd::new(asking.fd(), PollFlags::POLLIN));
+            }
             if let Some(pipe) = command.input.pending() {
                 polled.push(PollFd::new(pipe.as_fd(), PollFlags::POLLOUT));
             }
@@ -266,6 +272,12 @@ impl Supervisor {
             && !events.receive(&mut self.outputs[Stream::Events])
         {
             command.events = None;
+        }
+        if let Some(asking) = &mut command.asking {
+            let pass_on = |call| self.link.send(from_init::Message::ToolCall(call));
+            if !asking.receive(pass_on) {
+                command.asking = None;
+            }
         }
         for (slot, (_, output)) in command.pipes.iter_mut().zip(self.outputs.iter_mut()) {
             let Some(pipe) = slot else { continue };

@@ -26,6 +26,7 @@ fuzz_target!(|data: &[u8]| {
         blocks_egress: true,
         label: Label::EXTERNAL,
         tags: Vec::new(),
+        agent: None,
     };
     assert_eq!(rules.tool(&facts).outcome, Outcome::Block);
 });

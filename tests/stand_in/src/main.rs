@@ -1,7 +1,7 @@
 //! `stand-in ADDRESS`: a model API for tests and demos. It speaks enough of the
 //! OpenAI Responses, Anthropic Messages and Gemini protocols for the real CLIs to
 //! finish a prompt, answers with a text that depends on the prompt, and keeps what
-//! arrived. If the prompt is `Please run: CMD`, it first asks Claude Code or Gemini CLI to do so. What arrived: `GET /requests` lists it. A key that ends with `-refused` is refused, one that ends with `-busy` has come too often, and one that ends with `-slow` waits a minute, as the prompt `Please wait.` does. `GET /zeros` returns 2.5 MB for measurements. The stand-in
+//! arrived. If the prompt is `Please run: CMD`, or several with ` ;; ` between them, it first asks the CLI to do so. What arrived: `GET /requests` lists it. A key that ends with `-refused` is refused, one that ends with `-busy` has come too often, and one that ends with `-slow` waits a minute, as the prompt `Please wait.` does. `GET /zeros` returns 2.5 MB for measurements. The stand-in
 //! is also a proxy that answers for every server, because Gemini CLI asks Google about an account.
 
 mod tools;

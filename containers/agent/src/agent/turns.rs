@@ -24,12 +24,12 @@ impl Agent {
             0 => prompt.text.clone(),
             length => self.rest_of_input(length)?,
         };
-        if !prompt.conversation {
-            return self.answer(&text, &prompt.model);
-        }
         if starts_again(&prompt) {
             self.ask(|cli, out| cli.begin(false, out))?;
             self.until(&Event::Ready, START_TIMEOUT)?;
+        }
+        if !prompt.conversation {
+            return self.answer(&text, &prompt.model);
         }
         self.conversation = Some(Conversation::new(self.provider));
         let (mut code, mut first_model) = match text.is_empty() {
@@ -72,7 +72,7 @@ impl Agent {
                 }
                 Event::Cancelled => return self.end_turn(CANCELLED, true),
                 Event::Failed(reason) => return Err(Stop::Failed(reason)),
-                Event::Ready | Event::Checked => {}
+                Event::Ready | Event::Checked | Event::Asks(_) | Event::Calls(_) => {}
             }
         }
     }
@@ -86,6 +86,7 @@ impl Agent {
 
     fn end_turn(&mut self, exit_code: u8, cancelled: bool) -> Result<u8, Stop> {
         self.is_asked = false;
+        self.refuse_calls("the turn is over")?;
         let ended = Told::TurnEnded {
             exit_code,
             cancelled,
@@ -117,11 +118,13 @@ impl Agent {
             }
             self.wait(Heeds::Init, None)?;
             // What it does between two turns.
-            while let Some(line) = self.process.next_line().map_err(Stop::Failed)? {
+            while let Some(line) = self.next_line()? {
                 let mut out = Out::default();
-                self.cli.on_line(&line, &mut out);
+                let event = self.cli.on_line(&line, &mut out);
                 self.put(out)?;
+                event.map(|event| self.take_call(event)).transpose()?;
             }
+            self.answer_calls()?;
         }
     }
 
@@ -136,7 +139,10 @@ impl Agent {
             conversation.end();
         }
         match conversation.read() && self.is_asked {
-            true => self.ask(|cli, out| cli.cancel(out)),
+            true => {
+                self.refuse_calls("the turn was cancelled")?;
+                self.ask(|cli, out| cli.cancel(out))
+            }
             false => Ok(()),
         }
     }

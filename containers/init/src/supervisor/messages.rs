@@ -40,6 +40,7 @@ impl Supervisor {
                 }
             }
             (to_init::Message::Park(park), State::Waiting) if self.agent.is_none() => {
+                self.asks = park.asks;
                 let started = Agent::start(&park, self.oom_score.as_mut());
                 let agent = match started {
                     Ok(agent) => self.agent.insert(agent).told(),
@@ -80,9 +81,15 @@ impl Supervisor {
             (to_init::Message::Signal(signal), State::Running(command)) => {
                 command.signal_number(signal.number);
             }
+            (to_init::Message::ToolAnswer(answer), State::Running(command)) => {
+                if let Some(asking) = &mut command.asking {
+                    asking.answer(answer);
+                }
+            }
             // Too late for a command that has ended, or too early for Release.
             (
-                to_init::Message::Stdin(_)
+                to_init::Message::ToolAnswer(_)
+                | to_init::Message::Stdin(_)
                 | to_init::Message::Signal(_)
                 | to_init::Message::Resize(_)
                 | to_init::Message::Park(_)
@@ -150,26 +157,29 @@ impl Supervisor {
         let key = self.key.take().expect("only one Start is accepted");
         let mut form = None;
         let mut agent = self.agent.take();
+        let asks = self.asks;
         if let Some(prompt) = &start.prompt {
+            let starts_again = prompt.conversation || asks && prompt.starts_again;
             let given = match (prompt.cold_reason.as_str(), &mut agent) {
-                (reason, _) if !reason.is_empty() && !prompt.conversation => Err(reason.to_owned()),
-                (_, Some(agent)) => agent.give(prompt, !start.files.is_empty()),
+                (reason, _) if !reason.is_empty() && !starts_again => Err(reason.to_owned()),
+                (_, Some(agent)) => agent.give(prompt, !start.files.is_empty(), start.reaches),
                 (_, None) => Err(String::new()),
             };
             match given {
-                Err(reason) if prompt.conversation => {
-                    if let Some(agent) = agent {
-                        agent.end();
-                    }
+                Err(reason) if prompt.conversation || asks => {
                     let reason = match reason.is_empty() {
                         true => "the slot has none",
                         false => &reason,
                     };
-                    return Err(NotStarted {
-                        run_id: start.run_id,
-                        reason: Reason::Invalid.into(),
-                        message: format!("a conversation needs an agent: {reason}"),
-                    });
+                    let what = match prompt.conversation {
+                        true => "a conversation needs an agent",
+                        false => "a pool with `slot.tool_policy` needs an agent",
+                    };
+                    return Err(not_for_agent(
+                        agent,
+                        start.run_id,
+                        &format!("{what}: {reason}"),
+                    ));
                 }
                 Err(reason) => {
                     let parked = false;
@@ -180,6 +190,9 @@ impl Supervisor {
                     return Ok(Command::parked(agent, form, start, now));
                 }
             }
+        } else if asks {
+            let why = "a pool with `slot.tool_policy` runs prompts alone";
+            return Err(not_for_agent(agent, start.run_id, why));
         }
         if let Some(interpreter) = agent.as_mut().filter(|agent| agent.is_interpreter)
             && let Some(script) = interpreter::script_of(&start)
@@ -220,6 +233,18 @@ impl Supervisor {
             reason: Reason::Invalid.into(),
             message,
         });
+    }
+}
+
+/// Ends the agent of a run that nothing else may have.
+fn not_for_agent(agent: Option<Agent>, run_id: String, why: &str) -> NotStarted {
+    if let Some(agent) = agent {
+        agent.end();
+    }
+    NotStarted {
+        run_id,
+        reason: Reason::Invalid.into(),
+        message: why.into(),
     }
 }
 

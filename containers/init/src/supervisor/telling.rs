@@ -47,6 +47,13 @@ impl Supervisor {
         if let Some(account) = &mut self.account {
             account.rewind();
         }
+        if let State::Running(command) = &self.state
+            && let Some(asking) = &command.asking
+        {
+            for call in asking.waiting() {
+                self.link.send(from_init::Message::ToolCall(call));
+            }
+        }
     }
 
     /// Frames as much as the link has room for; the end follows the last byte.

@@ -31,6 +31,10 @@ while IFS= read -r line; do
                 garbage) say 'no JSON {'; say '{"type":"unknown","x":[]}'; say '[1]' ;;
                 asks) say '{"type":"control_request","request_id":"r","request":{"subtype":"can_use_tool"}}'
                     IFS= read -r line; echo "$line" >&2 ;;
+                uses) say '{"type":"control_request","request_id":"q","request":{"subtype":"hook_callback","tool_use_id":"t1","input":{"tool_name":"Bash","tool_input":{"command":"touch x"}}}}'
+                    IFS= read -r answered
+                    said=${answered#*'"permissionDecision":"'}; said=${said%%'"'*}
+                    say "{\"type\":\"result\",\"is_error\":false,\"result\":\"$said\"}"; continue ;;
                 endless) while :; do printf '%01048576d' 0; done ;;
                 waits) trap 'exit 0' TERM; sleep 60 & wait ;;
             esac
@@ -42,6 +46,11 @@ done
 
 /// An init whose agent has said that it waits, or that it is gone.
 fn parked(fault: &str) -> (Init, Link, init::Agent) {
+    parked_in(fault, false)
+}
+
+/// The same in a pool in which tools may wait for answers.
+pub(crate) fn parked_in(fault: &str, asks: bool) -> (Init, Link, init::Agent) {
     let init = Init::start_with(|command, folder| {
         let program = folder.join("claude");
         fs::write(&program, CLI).unwrap();
@@ -59,6 +68,7 @@ fn parked(fault: &str) -> (Init, Link, init::Agent) {
         provider: "anthropic".into(),
         work_dir: folder(&init).into(),
         imports: vec![],
+        asks,
     }));
     let agent = loop {
         match link.next() {
@@ -74,7 +84,7 @@ fn folder(init: &Init) -> &str {
     init.folder.path().to_str().unwrap()
 }
 
-fn prompt(text: &str) -> Start {
+pub(crate) fn prompt(text: &str) -> Start {
     Start {
         prompt: Some(Prompt {
             text: text.into(),

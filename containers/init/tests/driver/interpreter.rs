@@ -229,6 +229,7 @@ fn park(link: &mut Link, work: &Path, imports: &[&str]) -> init::Agent {
         provider: "python".into(),
         work_dir: work.to_str().unwrap().into(),
         imports: imports.iter().map(|name| (*name).to_owned()).collect(),
+        asks: false,
     }));
     loop {
         match link.next() {

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "this is a test, its helpers too")]
 
 mod agent;
+mod asking;
 mod commands;
 mod init;
 mod interpreter;
