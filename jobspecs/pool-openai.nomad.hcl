@@ -32,6 +32,12 @@ variable "agent" {
   description = "Whether the CLI is started in every idle slot, and waits there for a prompt."
 }
 
+variable "tool_policy" {
+  type        = bool
+  default     = false
+  description = "Let each call of a tool of the model wait for a decision of the shims' --policy. Runs are prompts then."
+}
+
 variable "base_url" {
   type        = string
   default     = ""
@@ -112,6 +118,7 @@ job "polydev-pool-openai" {
           image         = var.image
           prepare_ahead = var.prepare_ahead
           agent         = var.agent
+          tool_policy   = var.tool_policy
 
           upstream {
             base_url = var.base_url

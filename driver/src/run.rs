@@ -5,7 +5,7 @@
 //! about it, [`book`] knows every run of the node, [`journal`] keeps runs across restarts
 //! of this process, [`carry`] starts the command and carries its streams, [`window`] holds
 //! its output, [`beside`] holds what else is kept, [`refreshed`] is for the credential
-//! store, [`api`] is what the APIs have answered, [`script`] is the end of a script, [`follow`] sends events to a caller, and
+//! store, [`tools`] are calls of tools that a shim decides about, [`api`] is what the APIs have answered, [`script`] is the end of a script, [`follow`] sends events to a caller, and
 //! [`listing`] lists runs. `node/recover.rs` recovers runs after a restart.
 
 pub(crate) mod api;
@@ -20,6 +20,7 @@ pub mod listing;
 pub mod refreshed;
 mod script;
 pub mod standing;
+pub mod tools;
 mod window;
 
 use std::{
@@ -97,6 +98,7 @@ pub struct Run {
     room: Notify,
     /// Notified when an API has answered.
     answered: Notify,
+    tools: tools::Calls,
     cancel: Cancel,
     /// Cancelled to end the run at once.
     kill: CancellationToken,
@@ -237,6 +239,7 @@ impl Run {
             inputs,
             room: Notify::new(),
             answered: Notify::new(),
+            tools: tools::Calls::default(),
             cancel: Cancel::default(),
             kill,
             gone: CancellationToken::new(),

@@ -158,6 +158,7 @@ pub fn task() -> Spec {
         attr("prepare_ahead", "bool"),
         attr("end_on_refused_key", "bool"),
         attr("agent", "bool"),
+        attr("tool_policy", "bool"),
         attr("agent_max_age", "string"),
         attr("imports", STRINGS),
         upstream(),

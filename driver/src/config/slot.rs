@@ -32,6 +32,10 @@ pub struct Slot {
     /// Whether the provider's CLI is started in an idle container, and waits there for a prompt.
     #[serde(default)] // As before.
     pub agent: bool,
+    /// Whether each call of a tool of its model waits for a shim's decision. Then a run is a prompt,
+    /// and only the agent has it.
+    #[serde(default)] // As before.
+    pub tool_policy: bool,
     /// How long it may wait until another one takes its place.
     #[serde(default = "default_max_age")] // As before.
     pub agent_max_age: Duration,
@@ -63,6 +67,7 @@ pub(super) struct Raw {
     prepare_ahead: Option<bool>,
     end_on_refused_key: Option<bool>,
     agent: Option<bool>,
+    tool_policy: Option<bool>,
     agent_max_age: Option<String>,
     imports: Option<Vec<String>>,
     upstream: Option<upstream::Raw>,
@@ -98,13 +103,20 @@ impl Raw {
             let allowed = "must be absent if `slot.provider` is `python`, which has no model";
             return Err(value::refused("slot.upstream", &upstream.base_url, allowed));
         }
+        let agent = self.agent.unwrap_or(false);
+        let tool_policy = self.tool_policy.unwrap_or(false);
+        if tool_policy && (!agent || provider.vendor().is_err()) {
+            let allowed = "must be `false` unless `slot.agent` is `true` and `slot.provider` is not `python`: it is the agent that asks";
+            return Err(value::refused("slot.tool_policy", "true", allowed));
+        }
         Ok(Slot {
             provider,
             image,
             run_id,
             prepare_ahead,
             end_on_refused_key: self.end_on_refused_key.unwrap_or_else(yes),
-            agent: self.agent.unwrap_or(false),
+            agent,
+            tool_policy,
             agent_max_age: value::duration(
                 "slot.agent_max_age",
                 value::text(self.agent_max_age),

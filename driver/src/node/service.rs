@@ -1,6 +1,6 @@
 //! `polydev.node.v1`: decodes, asks the book and the slots, encodes. [`slots`] is what a
 //! shim watches, [`claim`] and [`lease`] decode its requests, [`call`] is a run's stream in
-//! both directions and [`encode`] its events, [`fence`] closes runs, [`runs`] lists them
+//! both directions and [`encode`] its events, [`tools`] are calls of their tools, [`fence`] closes runs, [`runs`] lists them
 //! and sends their accounts, [`figures`] sums up the node, and [`images`] are its own.
 
 mod call;
@@ -12,6 +12,7 @@ mod images;
 mod lease;
 mod runs;
 mod slots;
+mod tools;
 
 use std::{
     fs, io,
@@ -30,13 +31,14 @@ use nix::unistd::Gid;
 use polydev_proto::{
     id::{RunId, UserId},
     node::{
-        AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse, ClaimRequest,
-        ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse, GetRunRequest,
-        GetRunResponse, LeaseRequest, LeaseResponse, ListImagesRequest, ListImagesResponse,
-        ListRunsRequest, ListRunsResponse, PruneImagesRequest, PruneImagesResponse, ReleaseRequest,
-        ReleaseResponse, RunEvent, RunInput, WatchRefreshedRequest, WatchRefreshedResponse,
-        WatchRunsRequest, WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse, attach_request,
-        claim_request,
+        AnswerToolCallRequest, AnswerToolCallResponse, AttachRequest, AttachResponse,
+        CancelRunRequest, CancelRunResponse, ClaimRequest, ClaimResponse, FenceRequest,
+        FenceResponse, GetNodeRequest, GetNodeResponse, GetRunRequest, GetRunResponse,
+        LeaseRequest, LeaseResponse, ListImagesRequest, ListImagesResponse, ListRunsRequest,
+        ListRunsResponse, PruneImagesRequest, PruneImagesResponse, ReleaseRequest, ReleaseResponse,
+        RunEvent, RunInput, WatchRefreshedRequest, WatchRefreshedResponse, WatchRunsRequest,
+        WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse, WatchToolCallsRequest,
+        WatchToolCallsResponse, attach_request, claim_request,
         node_service_server::{NodeService, NodeServiceServer},
     },
     stream::PerStream,
@@ -139,6 +141,7 @@ impl NodeService for Service {
     type AttachStream = Responses<AttachResponse>;
     type WatchRunsStream = Responses<WatchRunsResponse>;
     type WatchRefreshedStream = Responses<WatchRefreshedResponse>;
+    type WatchToolCallsStream = Responses<WatchToolCallsResponse>;
 
     async fn watch_slots(
         &self,
@@ -337,6 +340,24 @@ impl NodeService for Service {
     ) -> Result<Response<Self::WatchRefreshedStream>, Status> {
         let told = runs::watch_refreshed(self.node.clone());
         Ok(Response::new(told.map(Ok).boxed()))
+    }
+
+    async fn watch_tool_calls(
+        &self,
+        _: Request<WatchToolCallsRequest>,
+    ) -> Result<Response<Self::WatchToolCallsStream>, Status> {
+        let told = tools::watch(self.node.clone());
+        Ok(Response::new(told.map(Ok).boxed()))
+    }
+
+    async fn answer_tool_call(
+        &self,
+        request: Request<AnswerToolCallRequest>,
+    ) -> Result<Response<AnswerToolCallResponse>, Status> {
+        let AnswerToolCallRequest { run_id, answer } = request.into_inner();
+        let run = self.find(&run_id, None)?;
+        tools::answer(&run, answer)?;
+        Ok(Response::new(AnswerToolCallResponse {}))
     }
 
     async fn fence(

@@ -26,7 +26,7 @@ use std::{
 use parking_lot::{Mutex, MutexGuard};
 use polydev_proto::{
     id::{Generation, RunId, SlotId, UserId},
-    init::Form,
+    init::{Form, ToolCall},
 };
 use procfs::sys::kernel::random::boot_id;
 use tokio::sync::broadcast;
@@ -84,6 +84,8 @@ pub struct Runs {
     steps: broadcast::Sender<RunId>,
     /// The id of each run with a newly refreshed account.
     pub(super) refreshed: broadcast::Sender<RunId>,
+    /// Each call of a tool that waits for an answer.
+    pub(super) tool_calls: broadcast::Sender<(Arc<Run>, Arc<ToolCall>)>,
     /// Used by the runs of this life of the driver.
     pub(crate) tokens: Tokens,
     pub(crate) spent: Spent,
@@ -154,6 +156,7 @@ impl Runs {
             begun,
             steps: broadcast::Sender::new(MAX_STEPS),
             refreshed: broadcast::Sender::new(MAX_STEPS),
+            tool_calls: broadcast::Sender::new(MAX_STEPS),
             tokens: Tokens::default(),
             spent,
             scripts: Scripts::open(state_dir),

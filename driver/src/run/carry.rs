@@ -16,7 +16,9 @@ use bytes::Bytes;
 use polydev_proto::{
     broker::Policy,
     frame::MAX_DATA,
-    init::{Data, Exited, Form, NotStarted, Signal, Start, TerminalSize, from_init, to_init},
+    init::{
+        Data, Exited, Form, NotStarted, Signal, Start, TerminalSize, ToolAnswer, from_init, to_init,
+    },
     node::ended::Reason,
     stream::Stream,
 };
@@ -189,6 +191,8 @@ enum Wake {
     Room,
     /// An API has answered.
     Answered,
+    /// A shim has decided about a call of a tool.
+    Tool(ToolAnswer),
     /// Memory may be available again.
     Memory,
     /// Init has ended while its remaining output could not be read.
@@ -274,6 +278,7 @@ impl<'a> Carrier<'a> {
         match self.wait().await {
             Wake::FromInit(message) => self.on_message(message?).await,
             Wake::Input(input) => self.on_input(input).await,
+            Wake::Tool(answer) => self.send(to_init::Message::ToolAnswer(answer)).await,
             Wake::Shaped(Ok(())) | Wake::Room | Wake::Answered => Ok(()),
             Wake::Shaped(Err(error)) => Err(self.broken(&error)),
             Wake::Memory => match self.starved.take() {
@@ -332,6 +337,7 @@ impl<'a> Carrier<'a> {
             message = message, if has_room => Wake::FromInit(message),
             () = self.run.room.notified(), if !has_room => Wake::Room,
             () = self.run.answered.notified() => Wake::Answered,
+            answer = self.run.tools.answer() => Wake::Tool(answer),
             () = sleep(MEMORY_INTERVAL), if is_starved => Wake::Memory,
             () = init.ended(), if !has_room && !self.overdraft => Wake::Died,
             shaped = shaped(&mut self.shaping) => Wake::Shaped(shaped),
@@ -350,6 +356,7 @@ impl<'a> Carrier<'a> {
             from_init::Message::Refreshed(refreshed) => {
                 self.runs.refreshed(self.run, &refreshed);
             }
+            from_init::Message::ToolCall(call) => self.runs.tool_called(self.run, call),
             from_init::Message::NotStarted(refused) => return Err(self.not_started(&refused)),
             // Only sent first on a connection, and handled there.
             from_init::Message::Hello(_) => {}

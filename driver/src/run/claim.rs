@@ -25,6 +25,9 @@ const MAX_KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// Well below the maximum age of a run id.
 const MAX_LEASE: Duration = Duration::from_secs(30 * 60);
 
+/// Longest name of a caller, in bytes: the journal stores it.
+const MAX_CALLER: usize = 1024;
+
 /// Maximum age of a run id at its claim. A driver remembers for longer which ids it has run.
 pub const MAX_ID_AGE: Duration = Duration::from_secs(3600);
 /// How far the clock that made a run id may be ahead of this machine's clock when the run is
@@ -94,6 +97,8 @@ fn in_spec(error: exec::Invalid) -> Invalid {
 pub struct Parsed {
     pub run_id: RunId,
     pub user_id: UserId,
+    /// By the name that roles know.
+    pub caller: String,
     pub ballot: Ballot,
     /// The token, and what it must fit.
     pub presented: Presented,
@@ -146,6 +151,10 @@ pub fn parse(claim: node::Claim, presented: Presented) -> Result<Parsed, Invalid
             secrets.len()
         );
         return Err(invalid("sealed_secrets", problem));
+    }
+    if claim.caller.len() > MAX_CALLER {
+        let problem = format!("is longer than {MAX_CALLER} bytes");
+        return Err(invalid("caller", problem));
     }
     let sealed_keys = claim.sealed_keys;
     if sealed_keys.len() > broker::MAX_SEALED {
@@ -221,10 +230,13 @@ pub fn parse(claim: node::Claim, presented: Presented) -> Result<Parsed, Invalid
         terminal: spec.terminal,
         artifacts: spec.artifacts,
         prompt: spec.prompt,
+        // The slot knows.
+        reaches: true,
     };
     Ok(Parsed {
         run_id,
         user_id: claim.user_id.into(),
+        caller: claim.caller,
         ballot: ballot.into(),
         presented,
         spec_hash,

@@ -109,6 +109,10 @@ pub enum Record {
 pub struct Claimed {
     pub run_id: RunId,
     pub user_id: UserId,
+    /// Who has asked for it, by the name that roles know. Omitted if unknown, so that older drivers can
+    /// read the record.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub caller: String,
     pub ballot: Ballot,
     /// Empty if an older driver wrote the record.
     #[serde(default)]

@@ -60,6 +60,7 @@ pub(super) async fn park(
         provider: slot.config.provider.to_string(),
         work_dir: workspace::PATH.into(),
         imports: slot.config.imports.clone(),
+        asks: slot.config.tool_policy,
     };
     link.writer.send(to_init::Message::Park(park)).await?;
     let ready = async {

@@ -49,7 +49,7 @@ impl Slots {
     pub(crate) fn claim(
         &self,
         target: Target,
-        parsed: Parsed,
+        mut parsed: Parsed,
         arrived: Instant,
     ) -> Result<Arc<Run>, Refusal> {
         // A claim whose run is known here gets that run, whatever has changed since.
@@ -68,6 +68,12 @@ impl Slots {
         let grant = slot.grant(self, target.generation, &parsed)?;
         let written = admission.write(grant.claimed(&parsed, permit, &self.runs.boot_id))?;
         let share = grant.commit();
+        let of_role = parsed
+            .policy
+            .as_ref()
+            .and_then(|policy| policy.egress.as_ref());
+        let reachable = of_role.or(egress.as_ref());
+        parsed.start.reaches = reachable.is_none_or(|egress| !egress.allow.is_empty());
         let (run, inputs) = written.enter(arrived, slot.kill.child_token());
 
         let order = Order {
@@ -160,6 +166,7 @@ impl Grant<'_> {
         Claimed {
             run_id: parsed.run_id,
             user_id: parsed.user_id.clone(),
+            caller: parsed.caller.clone(),
             ballot: parsed.ballot,
             provider: slot.config.provider.to_string(),
             slot_id: slot.identity.slot_id(),

@@ -10,6 +10,7 @@ pub(in crate::run) fn claimed(run_id: RunId) -> Claimed {
     Claimed {
         run_id,
         user_id: "alice".into(),
+        caller: "cn:app".into(),
         ballot: Ballot {
             attempt: 1,
             nonce: 7,

@@ -1,0 +1,99 @@
+//! Calls of tools that the model of an agent wants to make, and that a shim decides about. They wait
+//! here for the answer of any shim that listens. Init repeats those that have none on every new
+//! connection, so nothing of this outlives the driver.
+
+use std::{
+    collections::{BTreeMap, VecDeque, btree_map::Entry},
+    sync::Arc,
+};
+
+use parking_lot::Mutex;
+use polydev_proto::{
+    agent::{MAX_ARGUMENTS, MAX_CALLS, MAX_TOOL_NAME},
+    init::{ToolAnswer, ToolCall},
+};
+use tokio::sync::{Notify, broadcast};
+
+use super::{Run, book::Runs};
+
+/// What may have entered a conversation: far more than there are kinds of.
+const MAX_ENTERED: usize = 16;
+
+/// The calls of one run.
+#[derive(Debug, Default)]
+pub(super) struct Calls {
+    waiting: Mutex<BTreeMap<u64, Arc<ToolCall>>>,
+    answers: Mutex<VecDeque<ToolAnswer>>,
+    answered: Notify,
+}
+
+impl Calls {
+    /// The next answer for init.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    pub(super) async fn answer(&self) -> ToolAnswer {
+        loop {
+            if let Some(answer) = self.answers.lock().pop_front() {
+                return answer;
+            }
+            self.answered.notified().await;
+        }
+    }
+}
+
+impl Runs {
+    /// A call waits for an answer. One that was called before waits already.
+    pub(super) fn tool_called(&self, run: &Run, call: ToolCall) {
+        let run_id = run.claimed.run_id;
+        let is_too_long = call.name.len() > MAX_TOOL_NAME
+            || call.arguments.len() > MAX_ARGUMENTS
+            || call.entered.len() > MAX_ENTERED
+            || call
+                .entered
+                .iter()
+                .any(|entered| entered.len() > MAX_TOOL_NAME);
+        let mut waiting = run.tools.waiting.lock();
+        if is_too_long || waiting.len() >= MAX_CALLS {
+            return tracing::warn!(%run_id, "ignoring a call of a tool that is too long, or too many");
+        }
+        let Entry::Vacant(place) = waiting.entry(call.number) else {
+            return;
+        };
+        let call = place.insert(Arc::new(call)).clone();
+        drop(waiting);
+        tracing::debug!(%run_id, number = call.number, tool = call.name, "a tool was called");
+        if let Ok(run) = self.find(run_id, None) {
+            // Often there is no listener.
+            let _listeners = self.tool_calls.send((run, call));
+        }
+    }
+
+    /// Each call that comes to wait, from now on.
+    pub fn watch_tool_calls(&self) -> broadcast::Receiver<(Arc<Run>, Arc<ToolCall>)> {
+        self.tool_calls.subscribe()
+    }
+
+    /// All calls that wait.
+    pub fn waiting_tool_calls(&self) -> Vec<(Arc<Run>, Arc<ToolCall>)> {
+        let runs = self.all(|run| !run.is_over() && !run.tools.waiting.lock().is_empty());
+        let waiting = runs.into_iter().flat_map(|run| {
+            let calls: Vec<_> = run.tools.waiting.lock().values().cloned().collect();
+            calls.into_iter().map(move |call| (run.clone(), call))
+        });
+        waiting.collect()
+    }
+}
+
+impl Run {
+    /// Answers a call. False if no such call waits: somebody was first, or the run is over.
+    #[must_use]
+    pub fn answer_tool_call(&self, answer: ToolAnswer) -> bool {
+        if self.is_over() || self.tools.waiting.lock().remove(&answer.number).is_none() {
+            return false;
+        }
+        self.tools.answers.lock().push_back(answer);
+        self.tools.answered.notify_one();
+        true
+    }
+}
