@@ -18,6 +18,7 @@ pub mod access;
 pub mod audit;
 pub mod credentials;
 pub mod environment;
+pub mod listen;
 pub mod permission;
 pub mod policy;
 pub mod pool;
@@ -26,6 +27,7 @@ pub mod provider;
 pub mod rate;
 pub mod secret;
 pub mod token;
+pub mod tools;
 pub mod traces;
 
 pub mod engine;

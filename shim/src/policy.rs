@@ -1,4 +1,4 @@
-//! What an operator's rules say about runs, before they start.
+//! What an operator's rules say about runs, before they start, and about tools that agents use.
 
 use std::{
     fmt, fs,
@@ -7,8 +7,9 @@ use std::{
 };
 
 use polydev_policy::{
+    agent,
     decision::Outcome,
-    rules::{self, Rules, RunFacts},
+    rules::{self, Rules, RunFacts, Verdict},
 };
 use polydev_transport::reload::Reloaded;
 use serde::{Deserialize, Serialize};
@@ -62,12 +63,12 @@ pub enum Error {
     Malformed { path: PathBuf, source: rules::Error },
 }
 
-/// The rules do not allow a run.
+/// The rules do not allow a run, or a call of a tool.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    #[error("the policy blocks this run: {reason}")]
+    #[error("the policy blocks it: {reason}")]
     Blocked { reason: String },
-    #[error("the policy requires an approval for this run: {reason}")]
+    #[error("the policy requires an approval for it: {reason}")]
     StepUp { reason: String },
 }
 
@@ -98,19 +99,25 @@ impl RunPolicy {
         let loaded = self.0.as_ref()?;
         let rules = loaded.rules();
         let verdict = rules.run(facts);
-        Some(Decided {
-            outcome: verdict.outcome,
-            reason: cut(&verdict.reason),
-            rules: verdict
-                .rules
-                .iter()
-                .take(MAX_NAMED)
-                .map(|rule| cut(rule))
-                .collect(),
-            policy_hash: rules.hash().into(),
-            facts_hash: facts.hash(),
-            shadow: loaded.is_shadow,
-        })
+        Some(loaded.decided(&rules, &verdict, facts.hash()))
+    }
+
+    /// Decides about a call that the model of an agent wants to make; `None` without rules. Returns the
+    /// tool by the names of rules, and what its result brings into the conversation, too.
+    #[must_use]
+    pub fn decide_tool(
+        &self,
+        call: &agent::Call,
+    ) -> Option<(Decided, String, Option<&'static str>)> {
+        let loaded = self.0.as_ref()?;
+        let rules = loaded.rules();
+        let agent::Decided {
+            verdict,
+            tool,
+            facts_hash,
+            enters,
+        } = agent::decide(&rules, call);
+        Some((loaded.decided(&rules, &verdict, facts_hash), tool, enters))
     }
 }
 
@@ -122,6 +129,18 @@ impl Loaded {
             tracing::warn!(error, "cannot use the new policy, keeping the previous one");
         }
         rules
+    }
+
+    fn decided(&self, rules: &Rules, verdict: &Verdict, facts_hash: String) -> Decided {
+        let named = verdict.rules.iter().take(MAX_NAMED);
+        Decided {
+            outcome: verdict.outcome,
+            reason: cut(&verdict.reason),
+            rules: named.map(|rule| cut(rule)).collect(),
+            policy_hash: rules.hash().into(),
+            facts_hash,
+            shadow: self.is_shadow,
+        }
     }
 }
 

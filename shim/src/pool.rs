@@ -7,5 +7,5 @@ mod follow;
 pub mod scale;
 mod view;
 
-pub use follow::follow;
+pub use follow::{Heard, follow};
 pub use view::{Candidate, Counts, Kept, POLICY_VERSION, View};

@@ -4,6 +4,7 @@
 
 mod access;
 mod agent_site;
+mod agent_tools;
 mod agents;
 mod alerts;
 mod api;

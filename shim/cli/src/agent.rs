@@ -91,6 +91,13 @@ impl Screen {
                 Some(agent_event::Event::ToolCall(call)) => {
                     writeln!(stderr, "[{}] {:.200}", call.name, call.arguments)?;
                 }
+                Some(agent_event::Event::ToolDecision(decision)) if !decision.allowed => {
+                    writeln!(
+                        stderr,
+                        "[{}] not allowed: {}",
+                        decision.name, decision.reason
+                    )?;
+                }
                 Some(agent_event::Event::Retry(reason)) => {
                     writeln!(stderr, "polydev-shim: the CLI tries again: {reason}")?;
                 }
@@ -127,6 +134,10 @@ pub(super) fn to_json(event: &AgentEvent) -> Option<serde_json::Value> {
         } }),
         Told::ToolResult(result) => json!({ "tool_result": {
             "id": result.id, "output": result.output, "is_error": result.is_error,
+        } }),
+        Told::ToolDecision(decision) => json!({ "tool_decision": {
+            "id": decision.id, "name": decision.name, "allowed": decision.allowed,
+            "reason": decision.reason,
         } }),
         Told::Usage(usage) => json!({ "usage": {
             "input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens,

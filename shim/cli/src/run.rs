@@ -78,6 +78,10 @@ pub struct Arguments {
     /// What the model may use. [default: what the caller's role allows]
     #[arg(long, conflicts_with = "argv", value_enum)]
     tools: Option<Tools>,
+    /// Vouch for the contents of the files that are sent, as for the prompt itself. Matters in a pool
+    /// whose policy decides about tools.
+    #[arg(long, conflicts_with = "argv")]
+    trust_files: bool,
     #[command(flatten)]
     credential: credentials::Given,
     /// Use the credential that the shim has stored for the user.
@@ -226,6 +230,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<RunStart> {
                 conversation: arguments.conversation,
                 system: arguments.system.clone().unwrap_or_default(),
                 tools: arguments.tools.map_or(0, |tools| tools.to_api().into()),
+                trust_files: arguments.trust_files,
             };
             (Command::Prompt(prompt), arguments.conversation)
         }

@@ -156,6 +156,7 @@ impl Gate {
             blocks_egress: sink.block_confidential_egress,
             label,
             tags: node.tags.iter().cloned().collect(),
+            agent: None,
         });
         trace.extend(verdict.trace);
         trace.push(format!("base_decision: {}", verdict.outcome.name()));

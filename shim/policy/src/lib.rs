@@ -4,11 +4,13 @@
 //! - [`sink`] and [`capability`] say what a tool call leads to, and what a tool was granted;
 //! - [`boundary`] has what no call may contain;
 //! - [`rules`] are the rules in Cedar, of ours and of operators;
+//! - [`agent`] knows the tools of providers' CLIs;
 //! - [`evaluate`] asks all of these in their order, and [`decision`] is the answer;
 //! - [`token`] binds a decision to what is executed, and [`nonces`] lets a token be used once;
 //! - [`seal`] signs a decision, with the [`secrets`] of tokens;
 //! - [`canonical`] is the form that is hashed and signed.
 
+pub mod agent;
 pub mod boundary;
 pub mod canonical;
 pub mod capability;

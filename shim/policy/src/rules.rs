@@ -16,7 +16,7 @@ use cedar_policy::{
 use facts::Question;
 use miette::Diagnostic;
 
-pub use facts::{Kind, RunFacts, ToolFacts};
+pub use facts::{AgentFacts, Kind, RunFacts, ToolFacts};
 
 use crate::{canonical, decision::Outcome};
 

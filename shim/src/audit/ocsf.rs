@@ -51,6 +51,9 @@ pub fn event(line: &Line) -> Option<Value> {
     }
     if let Some(policy) = &record.policy {
         event["unmapped"] = json!({ "policy": policy });
+        if let Some(tool) = &record.tool {
+            event["unmapped"]["tool"] = json!(tool);
+        }
     }
     if let Some(resource) = resource(record) {
         event["resources"] = json!([resource]);
@@ -76,7 +79,7 @@ fn activity(operation: Operation) -> u32 {
         | Operation::Release
         | Operation::PruneImages
         | Operation::DeleteCredential => 4,
-        Operation::Call | Operation::Inject | Operation::Unbound => 99,
+        Operation::Call | Operation::Inject | Operation::Unbound | Operation::Tool => 99,
     }
 }
 

@@ -18,6 +18,8 @@ pub enum Operation {
     Look,
     /// Start a run.
     Start,
+    /// A call of a tool that the model of an agent wants to make.
+    Tool,
     /// Have a credential in the container of a run.
     Inject,
     /// Use a credential's record that is bound to no user.
@@ -63,6 +65,9 @@ pub struct Record {
     /// What the policy has decided about a run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<Box<Decided>>,
+    /// The tool and its action, by the names of rules.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tool: Option<String>,
 }
 
 impl Record {
@@ -79,6 +84,24 @@ impl Record {
             allowed: true,
             why: None,
             policy: None,
+            tool: None,
+        }
+    }
+
+    /// Of an agent that has asked on a node. `who` has started its run.
+    #[must_use]
+    pub fn of_agent(who: &str, node_id: &str, tool: &str) -> Self {
+        Self {
+            who: cut(who),
+            from: cut(&format!("node {node_id}")),
+            operation: Operation::Tool,
+            user_id: None,
+            run_id: None,
+            provider: None,
+            allowed: true,
+            why: None,
+            policy: None,
+            tool: named(tool),
         }
     }
 
@@ -146,16 +169,18 @@ impl Record {
             allowed: _,
             why,
             policy,
+            tool,
         } = self;
+        let tool = tool.as_deref();
         let policy = policy.as_ref().map(ToString::to_string);
         let (user_id, run_id) = (user_id.as_deref(), run_id.as_deref());
         let provider = provider.as_deref();
         match why {
             None => tracing::info!(
-                caller = %who, %from, ?operation, user_id, run_id, provider, policy, "allowed"
+                caller = %who, %from, ?operation, user_id, run_id, provider, policy, tool, "allowed"
             ),
             Some(why) => tracing::warn!(
-                caller = %who, %from, ?operation, user_id, run_id, provider, policy, why, "denied"
+                caller = %who, %from, ?operation, user_id, run_id, provider, policy, tool, why, "denied"
             ),
         }
     }

@@ -10,10 +10,11 @@ use polydev_proto::{
 };
 use polydev_shim::{
     engine::embedded::{Engine, Settings},
-    pool::{View, follow},
+    pool::{Heard, View, follow},
     rate::Rates,
     run::queue::PerUser,
     service,
+    tools::Tools,
 };
 
 use super::telemetry::{self, Telemetry, show};
@@ -39,6 +40,9 @@ pub(super) struct Arguments {
     /// script.
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     agents: bool,
+    /// Let each call of a tool of an agent's model wait for a decision of `--policy`.
+    #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set)]
+    tool_policy: bool,
     /// The driver's program. [default: nomad-driver-polydev in the folder of this program]
     #[arg(long)]
     driver: Option<PathBuf>,
@@ -124,7 +128,7 @@ pub(super) async fn execute(
     }
     let vault = Arc::new(arguments.vault.open()?);
     let access = arguments.listen.access()?;
-    let policy = arguments.policy.load()?;
+    let policy = Arc::new(arguments.policy.load()?);
     let signer = arguments.policy.signer()?;
     let audit = arguments.listen.audit()?;
     let tokens = arguments.listen.tokens()?;
@@ -139,6 +143,7 @@ pub(super) async fn execute(
         base_urls: arguments.base_urls.into_iter().collect(),
         egress: arguments.egress.into_iter().collect(),
         agents: arguments.agents,
+        tool_policy: arguments.tool_policy,
     };
     let mut engine = tokio::select! {
         engine = Engine::start(&settings) => engine.context("cannot start the engine")?,
@@ -153,10 +158,17 @@ pub(super) async fn execute(
         stop: STOP_TIMEOUT,
         on_demand: 0,
     };
+    let heard = Heard {
+        vault: vault.clone(),
+        tools: Tools {
+            policy: policy.clone(),
+            audit: audit.clone(),
+        },
+    };
     let parts = service::Parts {
         view: view.clone(),
         nomad: None,
-        vault: vault.clone(),
+        vault,
         access,
         policy,
         signer,
@@ -170,7 +182,7 @@ pub(super) async fn execute(
         served = service::serve(parts, listeners, stop) => served,
         () = show(shown) => unreachable!("it never ends"),
         reason = engine.driver_died() => Err(anyhow::anyhow!(reason)),
-        () = follow(view, drivers, None, vault) => unreachable!("the engine, which names the driver, lives on"),
+        () = follow(view, drivers, None, heard) => unreachable!("the engine, which names the driver, lives on"),
     };
     tracing::info!("stopping the slots");
     engine.stop().await;

@@ -7,10 +7,11 @@ use polydev_shim::audit::chain::Key;
 use polydev_shim::{
     engine,
     nomad::{self, Nomad},
-    pool::{View, drained, follow},
+    pool::{Heard, View, drained, follow},
     rate::Rates,
     run::queue::PerUser,
     service,
+    tools::Tools,
 };
 use polydev_transport::tls::{Callers, Files, GRPC, Trust};
 use sd_notify::NotifyState;
@@ -116,7 +117,7 @@ pub(super) async fn execute(
     let nomad = Nomad::new(arguments.nomad.clone())?;
     let vault = Arc::new(arguments.vault.open()?);
     let access = arguments.listen.access()?;
-    let policy = arguments.policy.load()?;
+    let policy = Arc::new(arguments.policy.load()?);
     let signer = arguments.policy.signer()?;
     let audit = arguments.listen.audit()?;
     let tokens = arguments.listen.tokens()?;
@@ -141,10 +142,17 @@ pub(super) async fn execute(
         on_demand: arguments.on_demand,
     };
     let node_files = arguments.node_files().map(Trust::Mutual);
+    let heard = Heard {
+        vault: vault.clone(),
+        tools: Tools {
+            policy: policy.clone(),
+            audit: audit.clone(),
+        },
+    };
     let parts = service::Parts {
         view: view.clone(),
         nomad: Some(nomad.clone()),
-        vault: vault.clone(),
+        vault,
         access,
         policy,
         signer,
@@ -157,7 +165,7 @@ pub(super) async fn execute(
     let serving = tokio::select! {
         serving = service::serve(parts, listeners, stop) => serving,
         () = engine::nomad::discover(nomad, cluster) => unreachable!("it never ends"),
-        () = follow(view.clone(), drivers, node_files, vault) => unreachable!("it ends after its sender, which never does"),
+        () = follow(view.clone(), drivers, node_files, heard) => unreachable!("it ends after its sender, which never does"),
         () = show(shown) => unreachable!("it never ends"),
         () = drained::end_runs(view, drained) => unreachable!("it ends after its sender, which never does"),
     };

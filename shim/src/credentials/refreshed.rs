@@ -22,8 +22,8 @@ use polydev_proto::{
     sealed,
 };
 use prost::Message;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
-use tonic::{Code, Status, transport::Channel};
+use tokio::time::{Instant, timeout, timeout_at};
+use tonic::{Status, transport::Channel};
 
 use super::{
     label::{Label, private_key},
@@ -31,11 +31,12 @@ use super::{
     store::{Info, Row},
     vault::{self, MAX_TRIES, Vault},
 };
-use crate::{provider::Cli, secret::Credential};
-use polydev_transport::backoff::Backoff;
+use crate::{
+    listen::{CONNECT_TIMEOUT, listen},
+    provider::Cli,
+    secret::Credential,
+};
 
-/// How long a driver may take to accept the call.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long after the making of a run's id a file of the run is accepted. Drivers accept an id for
 /// an hour; the longest run and the time for its results add about 24 hours; the rest is for clocks.
 const MAX_AGE: Duration = Duration::from_secs(26 * 3600);
@@ -43,10 +44,6 @@ const MAX_AGE: Duration = Duration::from_secs(26 * 3600);
 const MAX_CLOCK_SKEW: Duration = Duration::from_secs(10 * 60);
 /// The largest number of reports of one run. A run reports at most every ten seconds.
 const MAX_COUNT: u64 = 1 << 32;
-/// The pause before the shim asks a driver again for all that the driver keeps. The shim waits once
-/// for the store and once for the driver. Each try doubles the pause.
-const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Why a file is not taken back. Never quotes the file.
 #[derive(Debug, thiserror::Error)]
@@ -171,30 +168,12 @@ pub async fn follow(vault: &Vault, node_id: &str, channel: Channel) -> Infallibl
     if !vault.has_store() {
         return pending().await;
     }
-    let mut retry = Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL);
-    loop {
-        let begun = Instant::now();
-        let wait = retry.next_wait();
-        let Err(status) = follow_once(vault, channel.clone(), wait).await;
-        // This driver has an earlier version. A newer driver will have another connection.
-        if status.code() == Code::Unimplemented {
-            tracing::warn!(node_id, "the driver does not support refreshed accounts");
-            return pending().await;
-        }
-        let reason = status.message();
-        tracing::info!(
-            node_id,
-            reason,
-            "asking the driver again for refreshed accounts"
-        );
-        sleep(wait).await;
-        if begun.elapsed() > 3 * MAX_RETRY_INTERVAL {
-            retry.reset();
-        }
-    }
+    let once = |retry| follow_once(vault, channel.clone(), retry);
+    listen(node_id, "refreshed accounts", once).await
 }
 
-/// Ends `retry` after the first file that the store did not take. The store may have taken other
+/// Ends `retry` after the first file that the store did not take: the shim waits once for the store
+/// and once for the driver. The store may have taken other
 /// files.
 async fn follow_once(
     vault: &Vault,

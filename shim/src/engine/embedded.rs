@@ -34,6 +34,8 @@ pub struct Settings {
     pub egress: BTreeMap<Provider, Vec<String>>,
     /// Whether the CLIs wait in the slots for prompts.
     pub agents: bool,
+    /// Whether the calls of their tools wait for a decision.
+    pub tool_policy: bool,
 }
 
 /// A driver that this process has launched, with its pools.
@@ -74,6 +76,7 @@ impl Engine {
                     base_url: base_url.cloned(),
                     egress: settings.egress.get(provider).cloned(),
                     agent: settings.agents,
+                    tool_policy: settings.tool_policy && vendor.is_some(),
                 };
                 let slot = pools::Slot::new(*provider, &engine.node_id, options);
                 let driver = engine.plugin.driver();

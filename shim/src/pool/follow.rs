@@ -15,6 +15,7 @@ use super::View;
 use crate::{
     credentials::{Vault, refreshed},
     engine::{At, Expected},
+    tools::{self, Tools},
 };
 use polydev_transport::backoff::Backoff;
 
@@ -36,15 +37,24 @@ const OTHER_NODE_INTERVAL: Duration = Duration::from_secs(10);
 /// Short, because runs wait for their driver to come back.
 const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Follows every driver in `drivers` (by node id) as drivers come and go, and stores
-/// credentials that their runs refresh in the vault. Follows a driver that is no longer listed as
+/// Who hears what drivers report beside their slots.
+#[derive(Debug, Clone)]
+pub struct Heard {
+    /// Takes the credentials that runs refresh.
+    pub vault: Arc<Vault>,
+    /// Decides about calls of tools.
+    pub tools: Tools,
+}
+
+/// Follows every driver in `drivers` (by node id) as drivers come and go, with what they report to
+/// `heard`. Follows a driver that is no longer listed as
 /// long as its connection lasts: the driver still runs when Nomad does not hear from the agent.
 /// Ends when `drivers` does.
 pub async fn follow(
     view: View,
     mut drivers: watch::Receiver<BTreeMap<String, At>>,
     trust: Option<Trust>,
-    vault: Arc<Vault>,
+    heard: Heard,
 ) {
     let mut followed: BTreeMap<String, (At, AbortHandle)> = BTreeMap::new();
     let mut tasks = tokio::task::JoinSet::new();
@@ -74,7 +84,7 @@ pub async fn follow(
                     at: at.clone(),
                     trust: trust.clone(),
                 };
-                let task = tasks.spawn(follow_driver(view.clone(), driver, vault.clone()));
+                let task = tasks.spawn(follow_driver(view.clone(), driver, heard.clone()));
                 (at, task)
             });
         }
@@ -92,13 +102,13 @@ struct Driver {
     trust: Option<Trust>,
 }
 
-async fn follow_driver(view: View, driver: Driver, vault: Arc<Vault>) {
+async fn follow_driver(view: View, driver: Driver, heard: Heard) {
     let Driver { node_id, at, .. } = &driver;
     let address = &at.address;
     let mut retry = Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL);
     let mut last = String::new();
     loop {
-        let Err(status) = follow_once(&view, &driver, &vault, &mut retry).await;
+        let Err(status) = follow_once(&view, &driver, &heard, &mut retry).await;
         view.disconnect(node_id);
         // Logs each reason only once: a node may be away for a long time.
         let reason = status.message();
@@ -126,7 +136,7 @@ async fn follow_driver(view: View, driver: Driver, vault: Arc<Vault>) {
 async fn follow_once(
     view: &View,
     driver: &Driver,
-    vault: &Vault,
+    heard: &Heard,
     retry: &mut Backoff,
 ) -> Result<Infallible, Status> {
     let Driver { node_id, at, trust } = driver;
@@ -177,6 +187,7 @@ async fn follow_once(
     };
     tokio::select! {
         followed = follow_slots => followed,
-        never = refreshed::follow(vault, node_id, channel.clone()) => match never {},
+        never = refreshed::follow(&heard.vault, node_id, channel.clone()) => match never {},
+        never = tools::follow(&heard.tools, node_id, channel.clone()) => match never {},
     }
 }

@@ -48,6 +48,8 @@ const MAX_USER_ID: usize = 128;
 pub struct Request {
     pub provider: Provider,
     pub user_id: UserId,
+    /// Who asks, by the name that roles know.
+    pub caller: String,
     pub run_id: RunId,
     /// Whether the run gets only the slot that is leased for it.
     pub is_leased: bool,
@@ -271,6 +273,7 @@ impl Request {
         let mut request = Self {
             provider,
             user_id,
+            caller: String::new(),
             run_id,
             is_leased,
             is_retry,

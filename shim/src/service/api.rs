@@ -51,7 +51,7 @@ pub(super) struct Api {
     pub(super) nomad: Option<Nomad>,
     pub(super) vault: Arc<Vault>,
     pub(super) access: Arc<Access>,
-    pub(super) policy: RunPolicy,
+    pub(super) policy: Arc<RunPolicy>,
     pub(super) signer: Signer,
     pub(super) audit: Audit,
     pub(super) traces: Traces,

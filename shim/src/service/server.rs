@@ -64,7 +64,7 @@ pub struct Parts {
     pub nomad: Option<Nomad>,
     pub vault: Arc<Vault>,
     pub access: Access,
-    pub policy: RunPolicy,
+    pub policy: Arc<RunPolicy>,
     pub signer: Signer,
     pub audit: Audit,
     /// `None` if the shim accepts no tokens.

@@ -4,12 +4,13 @@ use std::{pin::Pin, sync::Arc};
 
 use futures_util::{Stream, StreamExt, stream};
 use polydev_proto::node::{
-    AttachRequest, AttachResponse, CancelRunRequest, CancelRunResponse, ClaimRequest,
-    ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest, GetNodeResponse, GetRunRequest,
-    GetRunResponse, LeaseRequest, LeaseResponse, ListImagesRequest, ListImagesResponse,
-    ListRunsRequest, ListRunsResponse, PruneImagesRequest, PruneImagesResponse, ReleaseRequest,
-    ReleaseResponse, RunInput, WatchRefreshedRequest, WatchRefreshedResponse, WatchRunsRequest,
-    WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse, attach_request, claim_request,
+    AnswerToolCallRequest, AnswerToolCallResponse, AttachRequest, AttachResponse, CancelRunRequest,
+    CancelRunResponse, ClaimRequest, ClaimResponse, FenceRequest, FenceResponse, GetNodeRequest,
+    GetNodeResponse, GetRunRequest, GetRunResponse, LeaseRequest, LeaseResponse, ListImagesRequest,
+    ListImagesResponse, ListRunsRequest, ListRunsResponse, PruneImagesRequest, PruneImagesResponse,
+    ReleaseRequest, ReleaseResponse, RunInput, WatchRefreshedRequest, WatchRefreshedResponse,
+    WatchRunsRequest, WatchRunsResponse, WatchSlotsRequest, WatchSlotsResponse,
+    WatchToolCallsRequest, WatchToolCallsResponse, attach_request, claim_request,
     node_service_server::NodeService, slot::State,
 };
 use tokio_stream::wrappers::BroadcastStream;
@@ -25,6 +26,7 @@ impl NodeService for Node {
     type ClaimStream = Responses<ClaimResponse>;
     type AttachStream = Responses<AttachResponse>;
     type WatchRunsStream = Responses<WatchRunsResponse>;
+    type WatchToolCallsStream = Responses<WatchToolCallsResponse>;
     type WatchRefreshedStream = Responses<WatchRefreshedResponse>;
 
     async fn watch_slots(
@@ -167,6 +169,20 @@ impl NodeService for Node {
         _: Request<WatchRefreshedRequest>,
     ) -> Result<Response<Self::WatchRefreshedStream>, Status> {
         Ok(Response::new(Box::pin(stream::pending())))
+    }
+
+    async fn watch_tool_calls(
+        &self,
+        _: Request<WatchToolCallsRequest>,
+    ) -> Result<Response<Self::WatchToolCallsStream>, Status> {
+        Ok(Response::new(Box::pin(stream::pending())))
+    }
+
+    async fn answer_tool_call(
+        &self,
+        _: Request<AnswerToolCallRequest>,
+    ) -> Result<Response<AnswerToolCallResponse>, Status> {
+        Err(Status::not_found("no such call waits"))
     }
 
     async fn fence(

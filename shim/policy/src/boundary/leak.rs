@@ -28,7 +28,7 @@ const MIN_ENCODED: usize = 24;
 const MAX_DEPTH: usize = 3;
 
 /// Whether the texts of one call have both.
-pub(super) fn is_in(texts: &[&str]) -> bool {
+pub(crate) fn is_in(texts: &[&str]) -> bool {
     let mut found = Found::default();
     for text in texts {
         found.search(text, 0);

@@ -50,6 +50,9 @@ pub struct RunFacts {
     /// Whether more prompts may follow.
     #[serde(default)]
     pub conversation: bool,
+    /// Whether the caller vouches for the files.
+    #[serde(default)]
+    pub trusts_files: bool,
     /// Whether input may follow.
     #[serde(default)]
     pub stdin: bool,
@@ -78,7 +81,7 @@ pub struct RunFacts {
 }
 
 /// A call that a model wants to make.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ToolFacts {
     pub caller: String,
     pub tool: String,
@@ -89,6 +92,20 @@ pub struct ToolFacts {
     pub blocks_egress: bool,
     pub label: Label,
     pub tags: Vec<String>,
+    /// For a call of an agent.
+    pub agent: Option<AgentFacts>,
+}
+
+/// The run in which an agent's model wants to make a call, and the call as its CLI says it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct AgentFacts {
+    /// Whose run it is.
+    pub user: String,
+    pub provider: String,
+    /// The CLI's name of the tool.
+    pub name: String,
+    /// JSON.
+    pub arguments: String,
 }
 
 fn none() -> String {
@@ -127,6 +144,10 @@ impl RunFacts {
                 "conversation",
                 RestrictedExpression::new_bool(self.conversation),
             ),
+            (
+                "trusts_files",
+                RestrictedExpression::new_bool(self.trusts_files),
+            ),
             ("stdin", RestrictedExpression::new_bool(self.stdin)),
             ("terminal", RestrictedExpression::new_bool(self.terminal)),
             ("env", set(&self.env)),
@@ -157,6 +178,12 @@ impl RunFacts {
 }
 
 impl ToolFacts {
+    /// SHA-256 over all of them, in hexadecimal digits.
+    #[must_use]
+    pub fn hash(&self) -> String {
+        canonical::hash(&json!(self))
+    }
+
     pub(super) fn question(&self) -> Result<Question, String> {
         let attributes = [
             ("tool", string(&self.tool)),
@@ -172,12 +199,20 @@ impl ToolFacts {
             ),
         ];
         let attributes = attributes.map(|(name, value)| (name.to_owned(), value));
-        let context = [
+        let mut context = vec![
             ("target", string(&self.target)),
             ("integrity", string(self.label.integrity.name())),
             ("confidentiality", string(self.label.confidentiality.name())),
             ("tags", set(&self.tags)),
         ];
+        if let Some(agent) = &self.agent {
+            context.extend([
+                ("user", string(&agent.user)),
+                ("provider", string(&agent.provider)),
+                ("name", string(&agent.name)),
+                ("arguments", string(&agent.arguments)),
+            ]);
+        }
         let name = format!("{}.{}", self.tool, self.action);
         ask(
             (&self.caller, HashMap::new()),
@@ -190,11 +225,11 @@ impl ToolFacts {
 
 type Attributes = HashMap<String, RestrictedExpression>;
 
-fn ask<const N: usize>(
+fn ask(
     (caller, caller_attributes): (&str, Attributes),
     action: &str,
     (kind, name, attributes): (&str, &str, Attributes),
-    context: [(&str, RestrictedExpression); N],
+    context: impl IntoIterator<Item = (&'static str, RestrictedExpression)>,
 ) -> Result<Question, String> {
     let principal = uid("Caller", caller)?;
     let resource = uid(kind, name)?;
@@ -208,7 +243,9 @@ fn ask<const N: usize>(
         entity(&resource, attributes)?,
     ];
     let entities = Entities::from_entities(entities, None).map_err(|error| error.to_string())?;
-    let context = context.map(|(name, value)| (name.to_owned(), value));
+    let context = context
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value));
     let context = Context::from_pairs(context).map_err(|error| error.to_string())?;
     // Without the schema: it has what is built above, and nothing that a caller has named.
     let request = Request::new(principal, action, resource, context, None);

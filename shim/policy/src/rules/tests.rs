@@ -37,6 +37,7 @@ fn tool(risk: Risk, integrity: Integrity, confidentiality: Confidentiality) -> T
             confidentiality,
         },
         tags: Vec::new(),
+        agent: None,
     }
 }
 
@@ -52,6 +53,7 @@ fn run(kind: Kind, provider: &str) -> RunFacts {
         system: String::new(),
         model: String::new(),
         tools: String::new(),
+        trusts_files: false,
         conversation: false,
         stdin: false,
         terminal: false,

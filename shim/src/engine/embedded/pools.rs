@@ -34,6 +34,8 @@ pub struct Options {
     pub egress: Option<Vec<String>>,
     /// Whether the provider's CLI waits in them for a prompt.
     pub agent: bool,
+    /// Whether the calls of its tools wait for a decision.
+    pub tool_policy: bool,
 }
 
 /// One slot of a pool.
@@ -101,6 +103,7 @@ impl Slot {
             base_url,
             egress,
             agent,
+            tool_policy,
         } = &self.options;
         let config = serde_json::json!({
             "image": null,
@@ -108,6 +111,7 @@ impl Slot {
                 "image": null,
                 "provider": self.provider.name(),
                 "agent": agent,
+                "tool_policy": tool_policy,
                 "upstream": base_url.as_ref().map(|url| serde_json::json!({ "base_url": url })),
                 "egress": egress.as_ref().map(|allow| serde_json::json!({ "allow": allow })),
             },

@@ -96,6 +96,7 @@ impl<'a> Attempts<'a> {
             claim: node::Claim {
                 run_id: request.run_id.into(),
                 user_id: request.user_id.into(),
+                caller: request.caller,
                 spec: Some(request.spec),
                 trace: request.trace,
                 ..Default::default()

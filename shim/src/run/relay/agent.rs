@@ -1,11 +1,14 @@
 //! What an agent does: from the lines of its stream to messages for the caller.
 
+use std::time::Duration;
+
 use bytes::{Buf, BytesMut};
 use polydev_proto::{
     agent::MAX_LINE,
     node,
     runtime::{
-        AgentEvent, AgentEvents, AgentUsage, ToolCall, ToolResult, TurnEnded, agent_event::Event,
+        AgentEvent, AgentEvents, AgentUsage, ToolCall, ToolDecision, ToolResult, TurnEnded,
+        agent_event::Event,
     },
 };
 use serde::Deserialize;
@@ -25,6 +28,13 @@ enum Line {
         id: String,
         output: String,
         is_error: bool,
+    },
+    ToolDecision {
+        id: String,
+        name: String,
+        allowed: bool,
+        reason: String,
+        waited_us: u64,
     },
     Usage {
         input_tokens: u64,
@@ -61,6 +71,19 @@ impl From<Line> for Event {
                 id,
                 output,
                 is_error,
+            }),
+            Line::ToolDecision {
+                id,
+                name,
+                allowed,
+                reason,
+                waited_us,
+            } => Self::ToolDecision(ToolDecision {
+                id,
+                name,
+                allowed,
+                reason,
+                waited: Duration::from_micros(waited_us).try_into().ok(),
             }),
             Line::Usage {
                 input_tokens,

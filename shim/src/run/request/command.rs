@@ -76,6 +76,7 @@ fn read_prompt(provider: Vendor, start: &RunStart, prompt: Prompt) -> Result<Ask
         conversation,
         system,
         tools: _,
+        trust_files: trusts_files,
     } = prompt;
     let options = Options::of(provider, &system, tools)?;
     let text = prompt::as_text(provider, text);
@@ -95,15 +96,22 @@ fn read_prompt(provider: Vendor, start: &RunStart, prompt: Prompt) -> Result<Ask
     if conversation {
         check_conversation(provider, start, &text)?;
     }
-    let reasons = [
+    let never = [
         for_no_agent(start, conversation).map(str::to_owned),
-        read_at_start(provider, start).map(|name| format!("the CLI reads `{name}` when it starts")),
-        (!system.is_empty()).then(|| "the CLI takes `system` when it starts".to_owned()),
-        (!options.is_empty()).then(|| "the CLI takes `tools` when it starts".to_owned()),
         prompt::is_command_to_agent(provider, &text)
             .then(|| "the CLI would take the text for a command".to_owned()),
     ];
-    let cold_reason = reasons.into_iter().flatten().next();
+    let at_start = [
+        read_at_start(provider, start).map(|name| format!("the CLI reads `{name}` when it starts")),
+        (!system.is_empty()).then(|| "the CLI takes `system` when it starts".to_owned()),
+        (!options.is_empty()).then(|| "the CLI takes `tools` when it starts".to_owned()),
+    ];
+    let (never, at_start) = (
+        never.into_iter().flatten().next(),
+        at_start.into_iter().flatten().next(),
+    );
+    let starts_again = never.is_none() && at_start.is_some();
+    let cold_reason = never.or(at_start);
     let stdin_bytes = if is_long { text.len() as u64 } else { 0 };
     let (text, stdin) = match is_long {
         true => (String::new(), Some(text.into())),
@@ -126,6 +134,8 @@ fn read_prompt(provider: Vendor, start: &RunStart, prompt: Prompt) -> Result<Ask
             conversation,
             system,
             tools: tools.into(),
+            starts_again,
+            trusts_files,
         }),
     })
 }
@@ -200,6 +210,9 @@ pub(super) fn has_key(spec: &mut RunSpec, is_outside: bool) -> Result<(), Invali
     };
     if is_outside && prompt.cold_reason == NO_KEY {
         prompt.cold_reason.clear();
+    }
+    if !is_outside {
+        prompt.starts_again = false;
     }
     match prompt.conversation && !is_outside {
         true => Err(Invalid::Conversation {

@@ -21,6 +21,7 @@ pub fn asked(start: &RunStart) -> RunFacts {
         model: String::new(),
         tools: String::new(),
         conversation: false,
+        trusts_files: false,
         stdin: start.stdin,
         terminal: start.terminal.is_some(),
         env: start.env.keys().cloned().collect(),
@@ -47,8 +48,10 @@ pub fn asked(start: &RunStart) -> RunFacts {
                 conversation,
                 system,
                 tools,
+                trust_files,
             } = prompt;
             facts.kind = Kind::Prompt;
+            facts.trusts_files = *trust_files;
             facts.conversation = *conversation;
             facts.prompt.clone_from(text);
             facts.system.clone_from(system);

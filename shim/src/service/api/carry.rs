@@ -99,6 +99,7 @@ impl Api {
             request.equip(secrets)?;
         }
         request.role = role;
+        request.caller.clone_from(&caller.name);
         let facts = asked_policy.map(|facts| request.facts(facts, caller, has_credential));
         let started = self.decide(started, facts.as_ref())?;
         let allowing = started.policy.as_ref().and_then(|policy| policy.allowing());

@@ -74,6 +74,7 @@ fn decisions(rules: &Rules) -> anyhow::Result<(f64, Summary)> {
         system: String::new(),
         model: String::new(),
         tools: String::new(),
+        trusts_files: false,
         conversation: false,
         stdin: false,
         terminal: false,
