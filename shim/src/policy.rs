@@ -66,10 +66,10 @@ pub enum Error {
 /// The rules do not allow a run, or a call of a tool.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    #[error("the policy blocks it: {reason}")]
-    Blocked { reason: String },
-    #[error("the policy requires an approval for it: {reason}")]
-    StepUp { reason: String },
+    #[error("the policy blocks this {what}: {reason}")]
+    Blocked { what: &'static str, reason: String },
+    #[error("the policy requires an approval for this {what}: {reason}")]
+    StepUp { what: &'static str, reason: String },
 }
 
 impl RunPolicy {
@@ -152,15 +152,23 @@ impl Decided {
         (self.outcome == Outcome::Allow).then_some(self.policy_hash.as_str())
     }
 
+    /// `what` is a run or a call.
+    ///
     /// # Errors
     /// [`Refused`], unless it is recorded alone.
-    pub fn check(&self) -> Result<(), Refused> {
+    pub fn check(&self, what: &'static str) -> Result<(), Refused> {
         let reason = || self.reason.clone();
         match self.outcome {
             _ if self.shadow => Ok(()),
             Outcome::Allow => Ok(()),
-            Outcome::StepUp => Err(Refused::StepUp { reason: reason() }),
-            Outcome::Block => Err(Refused::Blocked { reason: reason() }),
+            Outcome::StepUp => Err(Refused::StepUp {
+                what,
+                reason: reason(),
+            }),
+            Outcome::Block => Err(Refused::Blocked {
+                what,
+                reason: reason(),
+            }),
         }
     }
 }

@@ -100,7 +100,7 @@ impl Tools {
         let Some((decided, tool, enters)) = decided else {
             return no("the shim has no rules".into());
         };
-        let checked = decided.check();
+        let checked = decided.check("call");
         let record = Record::of_agent(&asked.caller, node_id, &tool)
             .user(&asked.user_id)
             .run(&asked.run_id)

@@ -104,7 +104,7 @@ fn a_harmless_call_is_made_and_a_blocked_one_leaves_nothing() {
         let decided = decisions(&outcome);
         let allowed: Vec<_> = decided.iter().map(|decision| decision.allowed).collect();
         assert_eq!(allowed, [true, false], "{provider}: {decided:?}");
-        let reason = "the policy blocks it: nobody takes a trophy";
+        let reason = "the policy blocks this call: nobody takes a trophy";
         assert_eq!(decided[1].reason, reason, "{provider}");
         assert_eq!(left(&outcome), ["kept.txt"], "{provider}");
         assert_eq!(outcome.exited.exit_code, 0, "{}", outcome.stderr());
@@ -175,7 +175,8 @@ fn a_blocked_call_that_its_cli_does_not_ask_about_ends_the_run_before_the_model_
     let start = runs("google", "cat trophy-list");
     let (_, _, outcome) = site.run(start);
     assert_ne!(outcome.exited.exit_code, 0, "{:?}", outcome.agent);
-    let why = "the CLI has used `run_shell_command`: the policy blocks it: nobody takes a trophy";
+    let why =
+        "the CLI has used `run_shell_command`: the policy blocks this call: nobody takes a trophy";
     assert!(outcome.stderr().contains(why), "{}", outcome.stderr());
     assert_eq!(recorded(&folder), [("shell.read".to_owned(), false)]);
     let has_results =

@@ -8,7 +8,6 @@ use polydev_policy::rules::RunFacts;
 use crate::{
     access::{Action, Caller, Denied, Policy, What},
     audit::record::{Operation, Record},
-    policy::Decided,
     run::{Error, attach::Name, listing},
 };
 use polydev_proto::provider::Provider;
@@ -59,7 +58,9 @@ impl Api {
     /// they refuse is recorded here.
     pub(super) fn decide(&self, record: Record, facts: Option<&RunFacts>) -> Result<Record, Error> {
         let decided = facts.and_then(|facts| self.policy.decide(facts));
-        let checked = decided.as_ref().map_or(Ok(()), Decided::check);
+        let checked = decided
+            .as_ref()
+            .map_or(Ok(()), |decided| decided.check("run"));
         let record = record.decided(decided);
         match checked {
             Ok(()) => Ok(record),
