@@ -150,7 +150,11 @@ impl Codex {
             "item/fileChange/requestApproval" if self.asks => {
                 let changes = self.changes.remove(&item).unwrap_or_default();
                 let paths = changes.as_array().into_iter().flatten();
-                let paths: Vec<_> = paths.filter_map(|change| change["path"].as_str()).collect();
+                let both = |change: &Value| {
+                    let to = change["kind"]["move_path"].as_str().map(str::to_owned);
+                    [Some(text_of(&change["path"])), to]
+                };
+                let paths: Vec<_> = paths.flat_map(both).flatten().collect();
                 let arguments = json!({ "path": paths.join("\n"), "changes": changes });
                 ("apply_patch", arguments)
             }
@@ -266,6 +270,12 @@ impl Cli for Codex {
                 "web_search=\"disabled\"",
                 "-c",
                 "features.view_image=false",
+                // What is typed into a command that was allowed is not asked about, either.
+                "-c",
+                "features.unified_exec_tty=false",
+                // With goals, Codex begins turns that nobody has asked for.
+                "-c",
+                "features.goals=false",
             ],
         }
     }
