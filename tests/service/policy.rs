@@ -15,6 +15,22 @@ use tonic_types::StatusExt;
 use crate::site::{LIMIT, Site, at_once, myself, reason, seconds, steps};
 
 /// A site whose callers have one role, with these lines.
+/// Changes the slots of the node, and waits until the shim has heard of it. `image` is another one
+/// each time.
+fn change_slots(site: &Site, image: &str, change: impl Fn(&mut Slot)) {
+    site.node().change_slots(change);
+    // The shim hears of everything in order.
+    wait_until("the change", LIMIT, || {
+        site.node().change_slots(|slot| slot.image = image.into());
+        let provider = "anthropic".to_owned();
+        let client = site.shim.client();
+        let pool = client.call(async |mut shim| shim.get_pool(GetPoolRequest { provider }).await);
+        let pool = pool.expect("the pool is known");
+        let is_told = pool.slots.iter().all(|slot| slot.image == image);
+        is_told.then_some(()).ok_or(format!("{pool:?}"))
+    });
+}
+
 fn site(lines: &str) -> (Site, Folder) {
     let folder = Folder::new("pdroles-");
     let path = folder.path().join("roles.toml");
@@ -23,18 +39,8 @@ fn site(lines: &str) -> (Site, Folder) {
     std::fs::write(&path, role).expect("a file can be written");
     let options = ["--roles", &path.display().to_string()];
     let site = Site::start_with(&[("anthropic", 2)], &options);
-    let has_list = |slot: &mut Slot| slot.egress = Some(Egress::default());
-    site.node().change_slots(has_list);
-    // The shim hears of everything in order.
-    wait_until("the change", LIMIT, || {
-        site.node()
-            .change_slots(|slot| slot.image = "changed".into());
-        let provider = "anthropic".to_owned();
-        let client = site.shim.client();
-        let pool = client.call(async |mut shim| shim.get_pool(GetPoolRequest { provider }).await);
-        let pool = pool.expect("the pool is known");
-        let is_told = pool.slots.iter().all(|slot| slot.image == "changed");
-        is_told.then_some(()).ok_or(format!("{pool:?}"))
+    change_slots(&site, "has a list", |slot| {
+        slot.egress = Some(Egress::default());
     });
     (site, folder)
 }
@@ -132,7 +138,7 @@ fn a_role_with_a_gateway_lets_no_key_pass_it() {
 #[test]
 fn a_driver_that_does_not_know_roles_gets_no_run_of_one() {
     let (site, _folder) = site("egress = []");
-    site.node().change_slots(|slot| slot.broker_version = 3);
+    change_slots(&site, "older broker", |slot| slot.broker_version = 3);
     let run = RunStart {
         queue_timeout: Some(Duration::from_millis(300).try_into().unwrap()),
         ..steps(&["true"])
