@@ -1,6 +1,6 @@
 //! The rules of a prompt, for who passes it on and for the agent that reads more of them.
 
-use crate::{exec::MAX_STRING, init::Tools, outside::File, provider::Vendor};
+use crate::{exec::MAX_STRING, init::Tools, outside::File, provider::Vendor, workspace};
 
 /// Largest number of bytes in a prompt: with the rest of a run it fits into one message.
 pub const MAX_TEXT: usize = 3 << 20;
@@ -124,20 +124,34 @@ impl Options {
         Ok(options)
     }
 
-    /// The same for a CLI that asks before each call of a tool. Claude Code and Codex know it otherwise.
+    /// The same for a CLI that asks before each call of a tool. What it would not ask about is off.
     #[must_use]
     pub fn asking(mut self, provider: Vendor, tools: Tools) -> Self {
-        if provider == Vendor::Google {
-            let content = match tools {
-                Tools::Unspecified | Tools::All => format!("{ASK_ALL}{DENY_AGENTS}"),
-                Tools::Read => format!("{ASK_READING}{DENY_ALL}"),
-                Tools::None => DENY_ALL.to_owned(),
-            };
-            self.files.retain(|file| file.path != GEMINI_POLICY);
-            self.files.push(File {
-                path: GEMINI_POLICY,
-                content,
-            });
+        match provider {
+            Vendor::Anthropic => {
+                let args = ["--settings", CLAUDE_SETTINGS, "--strict-mcp-config"];
+                self.args.extend(args.map(str::to_owned));
+            }
+            Vendor::OpenAi => {
+                // With full access, Codex would trust the folder: its rules, and its servers of MCP.
+                let folder = workspace::PATH;
+                let trust = format!("projects={{\"{folder}\"={{trust_level=\"untrusted\"}}}}");
+                let settings = [trust].into_iter();
+                let settings = settings.chain(CODEX_SETTINGS.map(str::to_owned));
+                (self.args).extend(settings.flat_map(|setting| ["-c".to_owned(), setting]));
+            }
+            Vendor::Google => {
+                let content = match tools {
+                    Tools::Unspecified | Tools::All => format!("{ASK_ALL}{DENY_AGENTS}"),
+                    Tools::Read => format!("{ASK_READING}{DENY_ALL}"),
+                    Tools::None => DENY_ALL.to_owned(),
+                };
+                self.files.retain(|file| file.path != GEMINI_POLICY);
+                self.files.push(File {
+                    path: GEMINI_POLICY,
+                    content,
+                });
+            }
         }
         self
     }
@@ -148,6 +162,18 @@ impl Options {
     }
 }
 
+/// No file has a say beside our hook: neither its hooks, nor the lines that skills would run, nor a
+/// program for keys, nor a variable that leaves hooks out. Tried out with Claude Code 2.1.332.
+const CLAUDE_SETTINGS: &str = "{\"disableAllHooks\":true,\"disableSkillShellExecution\":true,\
+    \"apiKeyHelper\":\"\",\"env\":{\"CLAUDE_CODE_SIMPLE\":\"\"}}";
+/// Codex 0.171 does not ask about searches, about images, or about what is typed into a command that
+/// was allowed. With goals, it begins turns that nobody has asked for.
+const CODEX_SETTINGS: [&str; 4] = [
+    "web_search=\"disabled\"",
+    "features.view_image=false",
+    "features.unified_exec_tty=false",
+    "features.goals=false",
+];
 /// Gemini CLI reads each file of this folder.
 const GEMINI_POLICY: &str = ".gemini/policies/polydev-tools.toml";
 const DENY_ALL: &str = "[[rule]]\ntoolName = \"*\"\ndecision = \"deny\"\npriority = 998\n";
@@ -214,6 +240,24 @@ mod tests {
         let gemini = of(Vendor::Google, "a", Tools::Read);
         let paths: Vec<_> = gemini.files.iter().map(|file| file.path).collect();
         assert_eq!(paths, [GEMINI_POLICY, ".gemini/GEMINI.md"]);
+        let asking = |provider, tools| of(provider, "", tools).asking(provider, tools);
+        let trust = "projects={\"/workspace\"={trust_level=\"untrusted\"}}";
+        assert_eq!(asking(Vendor::OpenAi, Tools::All).args[..2], ["-c", trust]);
+        let settings = &asking(Vendor::Anthropic, Tools::All).args[1];
+        assert!(
+            settings.starts_with('{') && settings.ends_with("}}"),
+            "{settings}"
+        );
+        for (tools, allows) in [
+            (Tools::All, false),
+            (Tools::Read, false),
+            (Tools::None, false),
+        ] {
+            let [file] = &asking(Vendor::Google, tools).files[..] else {
+                panic!("one file");
+            };
+            assert_eq!(file.content.contains("\"allow\""), allows, "{tools:?}");
+        }
         let refused = |provider, system: &str, tools| {
             let refused = Options::of(provider, system, tools).unwrap_err();
             refused.field

@@ -342,11 +342,7 @@ impl Agent {
                 let mut out = Out::default();
                 let event = self.cli.on_line(&line, &mut out);
                 self.put(out)?;
-                if let Some(event) = event
-                    .map(|event| self.take_call(event))
-                    .transpose()?
-                    .flatten()
-                {
+                if let Some(event) = self.take_call(event)? {
                     return Ok(event);
                 }
             }

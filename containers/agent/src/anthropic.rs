@@ -2,7 +2,7 @@
 //!
 //! Facts of Claude Code 2.1.332, tried out.
 
-use std::time::Instant;
+use std::{collections::BTreeSet, time::Instant};
 
 use serde_json::{Value, json};
 
@@ -22,6 +22,8 @@ pub(crate) struct Claude {
     is_cancelled: bool,
     /// Whether each call of a tool waits for an answer.
     asks: bool,
+    /// The calls that it has asked about, until their results come.
+    asked: BTreeSet<String>,
 }
 
 /// The names of our requests.
@@ -58,6 +60,18 @@ impl Claude {
 
     fn interrupt(out: &mut Out) {
         Self::control(CANCEL, json!({ "subtype": "interrupt" }), out);
+    }
+
+    /// Whether a call has a result that it did not ask about. One that was not made has an error.
+    fn has_unasked(&mut self, content: &Value) -> bool {
+        let blocks = content.as_array().into_iter().flatten();
+        let results = blocks.filter(|block| block["type"] == "tool_result");
+        let mut is_unasked = false;
+        for result in results {
+            let was_asked = self.asked.remove(&text_of(&result["tool_use_id"]));
+            is_unasked |= !was_asked && result["is_error"] != true;
+        }
+        is_unasked
     }
 
     fn failed(error: &str, out: &mut Out) -> Event {
@@ -182,6 +196,7 @@ impl Cli for Claude {
             }
             "control_request" if line["request"]["subtype"] == "hook_callback" => {
                 let input = &line["request"]["input"];
+                self.asked.insert(text_of(&line["request"]["tool_use_id"]));
                 Some(Event::Asks(Question {
                     id: line["request_id"].clone(),
                     call_id: text_of(&line["request"]["tool_use_id"]),
@@ -199,6 +214,9 @@ impl Cli for Claude {
                 None
             }
             _ if !self.is_taken => None,
+            "user" if self.asks && self.has_unasked(&line["message"]["content"]) => Some(
+                Event::Failed("it has used a tool that it did not ask about".into()),
+            ),
             // Of an agent that the model has started: its result is the result of a tool.
             "stream_event" | "assistant" | "user" if !line["parent_tool_use_id"].is_null() => None,
             "stream_event" => {

@@ -32,11 +32,11 @@ pub use lines::{Lines, MAX_LINE, TooLong};
 pub use process::FORWARDED;
 
 /// What a caller hears of an agent whose CLI writes these bytes, from its start to the end of its
-/// prompt. For the fuzz target.
+/// prompt, and asks about tools or does not. For the fuzz target.
 #[doc(hidden)]
 #[must_use]
-pub fn rehearsed(provider: Vendor, said: &[u8]) -> Vec<Vec<u8>> {
-    let mut cli = agent::cli_of(provider, "/workspace".into(), true);
+pub fn rehearsed(provider: Vendor, asks: bool, said: &[u8]) -> Vec<Vec<u8>> {
+    let mut cli = agent::cli_of(provider, "/workspace".into(), asks);
     let (mut out, mut lines) = (cli::Out::default(), Lines::default());
     cli.begin(true, &mut out);
     lines.push(said);
@@ -151,7 +151,7 @@ mod tests {
                 vec!["text", "tool_call", "tool_result", "usage"],
             ),
         ] {
-            let told = rehearsed(provider, said);
+            let told = rehearsed(provider, false, said);
             let kind = |line: &Vec<u8>| {
                 let line: serde_json::Value = serde_json::from_slice(line).unwrap();
                 line.as_object().unwrap().keys().next().unwrap().clone()

@@ -143,11 +143,11 @@ impl Codex {
     ) -> Option<Event> {
         let item = text_of(&params["itemId"]);
         let (name, arguments) = match method {
-            "item/commandExecution/requestApproval" if self.asks => {
+            "item/commandExecution/requestApproval" if self.asks && params["kind"] == "command" => {
                 let arguments = json!({ "command": params["command"], "cwd": params["cwd"] });
                 ("shell", arguments)
             }
-            "item/fileChange/requestApproval" if self.asks => {
+            "item/fileChange/requestApproval" if self.asks && self.changes.contains_key(&item) => {
                 let changes = self.changes.remove(&item).unwrap_or_default();
                 let paths = changes.as_array().into_iter().flatten();
                 let both = |change: &Value| {
@@ -257,27 +257,7 @@ impl Codex {
 
 impl Cli for Codex {
     fn argv(&self) -> &'static [&'static str] {
-        match self.asks {
-            false => &["codex", "app-server"],
-            true => &[
-                "codex",
-                "app-server",
-                // With full access, Codex would trust the folder: its rules, and its servers of MCP.
-                "-c",
-                "projects={\"/workspace\"={trust_level=\"untrusted\"}}",
-                // It does not ask about these.
-                "-c",
-                "web_search=\"disabled\"",
-                "-c",
-                "features.view_image=false",
-                // What is typed into a command that was allowed is not asked about, either.
-                "-c",
-                "features.unified_exec_tty=false",
-                // With goals, Codex begins turns that nobody has asked for.
-                "-c",
-                "features.goals=false",
-            ],
-        }
+        &["codex", "app-server"]
     }
 
     fn begin(&mut self, rehearses: bool, out: &mut Out) {

@@ -51,7 +51,6 @@ pub(crate) struct Agent {
     pub(crate) is_interpreter: bool,
     /// Whether each call of a tool waits for an answer.
     pub(crate) asks: bool,
-
     control: UnixStream,
     input: BytesMut,
     /// Read ends of its stdout and stderr.

@@ -22,15 +22,15 @@ impl Agent {
     }
 
     /// Passes on a call of the CLI. Returns any other event.
-    pub(super) fn take_call(&mut self, event: Event) -> Result<Option<Event>, Stop> {
+    pub(super) fn take_call(&mut self, event: Option<Event>) -> Result<Option<Event>, Stop> {
         match event {
-            Event::Asks(question) => self.pass_on(question)?,
-            Event::Calls(question) => {
+            Some(Event::Asks(question)) => self.pass_on(question)?,
+            Some(Event::Calls(question)) => {
                 // It waits until it is answered, and its model does not hear of the call.
                 self.process.signal(Signal::SIGSTOP);
                 self.pass_on(question)?;
             }
-            other => return Ok(Some(other)),
+            other => return Ok(other),
         }
         Ok(None)
     }

@@ -122,7 +122,9 @@ impl Agent {
                 let mut out = Out::default();
                 let event = self.cli.on_line(&line, &mut out);
                 self.put(out)?;
-                event.map(|event| self.take_call(event)).transpose()?;
+                if let Some(Event::Failed(reason)) = self.take_call(event)? {
+                    return Err(Stop::Failed(reason));
+                }
             }
             self.answer_calls()?;
         }

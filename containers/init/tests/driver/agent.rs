@@ -35,6 +35,7 @@ while IFS= read -r line; do
                     IFS= read -r answered
                     said=${answered#*'"permissionDecision":"'}; said=${said%%'"'*}
                     say "{\"type\":\"result\",\"is_error\":false,\"result\":\"$said\"}"; continue ;;
+                unasked) say '{"type":"user","message":{"content":[{"type":"tool_result","tool_use_id":"t1","content":"made"}]},"parent_tool_use_id":null}' ;;
                 endless) while :; do printf '%01048576d' 0; done ;;
                 waits) trap 'exit 0' TERM; sleep 60 & wait ;;
             esac
@@ -119,7 +120,7 @@ fn is_parked(form: Option<Form>) {
     assert_eq!(form, Some(parked));
 }
 
-fn code(code: i32) -> Option<exited::Status> {
+pub(crate) fn code(code: i32) -> Option<exited::Status> {
     Some(exited::Status::Code(code))
 }
 

@@ -5,7 +5,7 @@ use polydev_proto::init::{
 };
 
 use crate::{
-    agent::{parked_in, prompt},
+    agent::{code, parked_in, prompt},
     init::{Link, shell},
 };
 
@@ -79,4 +79,14 @@ fn only_an_agent_has_the_run() {
         ..shell("echo cold")
     };
     refused(start, "needs an agent: the run has a `terminal`");
+}
+
+#[test]
+fn a_cli_that_has_used_a_tool_unasked_is_ended() {
+    for (asks, status) in [(true, 1), (false, 0)] {
+        let (_init, mut link, _) = parked_in("unasked", asks);
+        link.send(to_init::Message::Start(prompt("hello").into()));
+        let exited = link.finish(&mut Vec::new());
+        assert_eq!(exited.status, code(status), "{asks}");
+    }
 }
