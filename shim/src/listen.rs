@@ -10,7 +10,7 @@ use tonic::{Code, Status};
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause before the shim asks a driver again. Each try doubles the pause.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-pub const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(30);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Listens again and again with `once`, which is given the pause after it. `what` names what the driver
 /// reports.

@@ -43,20 +43,15 @@ pub async fn follow(tools: &Tools, node_id: &str, channel: Channel) -> Infallibl
 
 async fn follow_once(tools: &Tools, node_id: &str, channel: Channel) -> Result<Infallible, Status> {
     let mut client = NodeServiceClient::new(channel);
-    let calls = timeout(
-        CONNECT_TIMEOUT,
-        client.watch_tool_calls(WatchToolCallsRequest {}),
-    );
-    let calls = calls.await;
-    let calls = calls.map_err(|_| Status::deadline_exceeded("no answer within 5 s"))??;
+    let calls = answered(client.watch_tool_calls(WatchToolCallsRequest {})).await?;
     let answers = calls.into_inner().map_ok(|call| {
         let mut client = client.clone();
         async move {
             let answer = AnswerToolCallRequest {
                 run_id: call.run_id.clone(),
-                answer: Some(tools.answer(node_id, &call)),
+                answer: Some(tools.answer(node_id, call)),
             };
-            match client.answer_tool_call(answer).await {
+            match answered(client.answer_tool_call(answer)).await {
                 // Another shim was first, or the run is over.
                 Err(status) if status.code() == Code::NotFound => Ok(()),
                 answered => answered.map(|_| ()),
@@ -69,25 +64,38 @@ async fn follow_once(tools: &Tools, node_id: &str, channel: Channel) -> Result<I
     Err(Status::unavailable("the driver ended the stream"))
 }
 
+/// A driver's answer, or DEADLINE_EXCEEDED.
+async fn answered<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    let answer = timeout(CONNECT_TIMEOUT, call).await;
+    answer.map_err(|_| Status::deadline_exceeded("no answer within 5 s"))?
+}
+
 impl Tools {
     /// Decides, and records it. What cannot be recorded is not allowed.
-    fn answer(&self, node_id: &str, asked: &WatchToolCallsResponse) -> ToolAnswer {
+    fn answer(&self, node_id: &str, asked: WatchToolCallsResponse) -> ToolAnswer {
+        let WatchToolCallsResponse {
+            run_id,
+            user_id,
+            provider,
+            caller,
+            call,
+        } = asked;
         let ToolCall {
             number,
             name,
             arguments,
             entered,
             reaches,
-        } = asked.call.clone().unwrap_or_default();
+        } = call.unwrap_or_default();
         let agent = AgentFacts {
-            user: asked.user_id.clone(),
-            provider: asked.provider.clone(),
+            user: user_id,
+            provider,
             name,
             arguments: String::from_utf8_lossy(&arguments).into_owned(),
         };
         let decided = self.policy.decide_tool(&Call {
             agent: &agent,
-            caller: &asked.caller,
+            caller: &caller,
             entered: &entered,
             reaches,
         });
@@ -101,10 +109,10 @@ impl Tools {
             return no("the shim has no rules".into());
         };
         let checked = decided.check("call");
-        let record = Record::of_agent(&asked.caller, node_id, &tool)
-            .user(&asked.user_id)
-            .run(&asked.run_id)
-            .provider(&asked.provider)
+        let record = Record::of_agent(&caller, node_id, &tool)
+            .user(&agent.user)
+            .run(&run_id)
+            .provider(&agent.provider)
             .decided(Some(decided));
         let record = match &checked {
             Ok(()) => record,

@@ -109,8 +109,8 @@ pub enum Record {
 pub struct Claimed {
     pub run_id: RunId,
     pub user_id: UserId,
-    /// Who has asked for it, by the name that roles know. Omitted if unknown, so that older drivers can
-    /// read the record.
+    /// Who has asked for it, by the name that roles know: for rules about its tools. Omitted in a pool
+    /// that does not ask about them, so that older drivers can read the record.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub caller: String,
     pub ballot: Ballot,

@@ -60,6 +60,12 @@ impl Slots {
         let (image, egress) = (&slot.config.image, slot.told_egress());
         let permits = &self.site.permits;
         let permit = permits.check(&parsed.presented, image, egress.as_ref())?;
+        let of_role = parsed
+            .policy
+            .as_ref()
+            .and_then(|policy| policy.egress.as_ref());
+        let reachable = of_role.or(egress.as_ref());
+        parsed.start.reaches = reachable.is_none_or(|egress| !egress.allow.is_empty());
 
         let admission = match self.runs.admit(&parsed)? {
             Admit::Known(run) => return Ok(run),
@@ -68,12 +74,6 @@ impl Slots {
         let grant = slot.grant(self, target.generation, &parsed)?;
         let written = admission.write(grant.claimed(&parsed, permit, &self.runs.boot_id))?;
         let share = grant.commit();
-        let of_role = parsed
-            .policy
-            .as_ref()
-            .and_then(|policy| policy.egress.as_ref());
-        let reachable = of_role.or(egress.as_ref());
-        parsed.start.reaches = reachable.is_none_or(|egress| !egress.allow.is_empty());
         let (run, inputs) = written.enter(arrived, slot.kill.child_token());
 
         let order = Order {
@@ -166,7 +166,10 @@ impl Grant<'_> {
         Claimed {
             run_id: parsed.run_id,
             user_id: parsed.user_id.clone(),
-            caller: parsed.caller.clone(),
+            caller: match slot.config.tool_policy {
+                true => parsed.caller.clone(),
+                false => String::new(),
+            },
             ballot: parsed.ballot,
             provider: slot.config.provider.to_string(),
             slot_id: slot.identity.slot_id(),

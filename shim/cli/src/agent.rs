@@ -138,6 +138,7 @@ pub(super) fn to_json(event: &AgentEvent) -> Option<serde_json::Value> {
         Told::ToolDecision(decision) => json!({ "tool_decision": {
             "id": decision.id, "name": decision.name, "allowed": decision.allowed,
             "reason": decision.reason,
+            "waited": decision.waited.map(|waited| waited.to_string()),
         } }),
         Told::Usage(usage) => json!({ "usage": {
             "input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens,

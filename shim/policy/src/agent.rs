@@ -181,7 +181,10 @@ pub fn decide(rules: &Rules, call: &Call) -> Decided {
 
 /// What no call may contain, whatever rules say.
 fn boundary(meaning: &Meaning, target: &str) -> Option<String> {
-    if meaning.tool == FETCH.tool && !target.is_empty() {
+    if meaning.blocks_untrusted && !meaning.target.is_empty() && target.is_empty() {
+        return Some("the call does not say what it acts on".into());
+    }
+    if meaning.tool == FETCH.tool {
         for url in urls(target) {
             if let Err(error) = address::public(url) {
                 return Some(format!("`{url}`: {error}"));
@@ -235,6 +238,7 @@ fn meaning(name: &str, arguments: &Value) -> Meaning {
 /// What a call acts on. Of a command in the words of a shell, the command.
 fn target(arguments: &Value, members: &[&str]) -> String {
     let found = members.iter().find_map(|member| arguments.get(member));
+    let found = found.filter(|value| !value.is_null());
     let text = match found {
         Some(Value::String(text)) => text.clone(),
         Some(value) => value.to_string(),
@@ -362,6 +366,21 @@ mod tests {
         }
         let (tool, _) = outcome("Bash", &json!({}), &[]);
         assert_eq!(tool, "shell.exec");
+    }
+
+    #[test]
+    fn a_call_that_could_do_harm_says_what_it_acts_on() {
+        for name in ["Bash", "shell", "Write", "apply_patch", "WebFetch"] {
+            for arguments in [
+                json!({}),
+                json!({ "command": null, "path": "" }),
+                json!(null),
+            ] {
+                let (_, outcome) = outcome(name, &arguments, &[]);
+                assert_eq!(outcome, Outcome::Block, "{name} {arguments}");
+            }
+        }
+        assert_eq!(outcome("Read", &json!({}), &[]).1, Outcome::Allow);
     }
 
     #[test]

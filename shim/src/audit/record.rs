@@ -74,9 +74,22 @@ impl Record {
     /// Of all users and providers, and allowed.
     #[must_use]
     pub fn new(caller: &Caller, operation: Operation) -> Self {
+        Self::of(&caller.name, caller.origin.to_string(), operation)
+    }
+
+    /// Of an agent that has asked on a node. `who` has started its run.
+    #[must_use]
+    pub fn of_agent(who: &str, node_id: &str, tool: &str) -> Self {
         Self {
-            who: cut(&caller.name),
-            from: caller.origin.to_string(),
+            tool: named(tool),
+            ..Self::of(who, format!("node {node_id}"), Operation::Tool)
+        }
+    }
+
+    fn of(who: &str, from: String, operation: Operation) -> Self {
+        Self {
+            who: cut(who),
+            from,
             operation,
             user_id: None,
             run_id: None,
@@ -85,23 +98,6 @@ impl Record {
             why: None,
             policy: None,
             tool: None,
-        }
-    }
-
-    /// Of an agent that has asked on a node. `who` has started its run.
-    #[must_use]
-    pub fn of_agent(who: &str, node_id: &str, tool: &str) -> Self {
-        Self {
-            who: cut(who),
-            from: cut(&format!("node {node_id}")),
-            operation: Operation::Tool,
-            user_id: None,
-            run_id: None,
-            provider: None,
-            allowed: true,
-            why: None,
-            policy: None,
-            tool: named(tool),
         }
     }
 

@@ -41,7 +41,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     agents: bool,
     /// Let each call of a tool of an agent's model wait for a decision of `--policy`.
-    #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set)]
+    #[arg(long)]
     tool_policy: bool,
     /// The driver's program. [default: nomad-driver-polydev in the folder of this program]
     #[arg(long)]
@@ -129,6 +129,9 @@ pub(super) async fn execute(
     let vault = Arc::new(arguments.vault.open()?);
     let access = arguments.listen.access()?;
     let policy = Arc::new(arguments.policy.load()?);
+    if arguments.tool_policy && !policy.is_on() {
+        anyhow::bail!("`--tool-policy` needs the rules of `--policy`");
+    }
     let signer = arguments.policy.signer()?;
     let audit = arguments.listen.audit()?;
     let tokens = arguments.listen.tokens()?;
