@@ -14,7 +14,6 @@ use tonic_types::StatusExt;
 
 use crate::site::{LIMIT, Site, at_once, myself, reason, seconds, steps};
 
-/// A site whose callers have one role, with these lines.
 /// Changes the slots of the node, and waits until the shim has heard of it. `image` is another one
 /// each time.
 fn change_slots(site: &Site, image: &str, change: impl Fn(&mut Slot)) {
@@ -31,6 +30,7 @@ fn change_slots(site: &Site, image: &str, change: impl Fn(&mut Slot)) {
     });
 }
 
+/// A site whose callers have one role, with these lines.
 fn site(lines: &str) -> (Site, Folder) {
     let folder = Folder::new("pdroles-");
     let path = folder.path().join("roles.toml");
@@ -159,6 +159,11 @@ fn a_run_that_has_waited_is_held_to_what_was_used_meanwhile() {
     let (site, _folder) = site("inject = false\nbudget = { requests = 10 }");
     site.node().remove_slots("anthropic");
     let client = site.shim.client();
+    // A shim that has not heard of it would claim one of them.
+    wait_until("a shim without slots", LIMIT, || {
+        let slots = client.pool("anthropic").slots;
+        (slots == 0).then_some(()).ok_or(format!("{slots} slots"))
+    });
     let waits = RunStart {
         stdin: true,
         ..outside()
