@@ -53,9 +53,18 @@ pub struct Place<'a> {
     pub expires_at: SystemTime,
 }
 
+/// Who has allowed a run.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Because<'a> {
+    /// Of the policy; empty if roles alone have.
+    pub policy_hash: &'a str,
+    /// Who has approved the run; empty if the policy required no approval.
+    pub approver: &'a str,
+}
+
 /// A token for this claim as it is, at this place.
 #[must_use]
-pub fn issue(key: &SigningKey, claim: &Claim, place: Place, policy_hash: &str) -> ExecutionToken {
+pub fn issue(key: &SigningKey, claim: &Claim, place: Place, because: Because) -> ExecutionToken {
     let nonce: [u8; 16] = rand::random();
     let mut token = ExecutionToken {
         key_id: key.id().into(),
@@ -65,7 +74,8 @@ pub fn issue(key: &SigningKey, claim: &Claim, place: Place, policy_hash: &str) -
         image: place.image.into(),
         egress: place.egress.cloned(),
         claim_sha256: claim_sha256(claim),
-        policy_hash: policy_hash.into(),
+        policy_hash: because.policy_hash.into(),
+        approver: because.approver.into(),
         signature: bytes::Bytes::new(),
     };
     token.signature = key.sign(&signed(&token)).into();
@@ -104,6 +114,9 @@ pub struct Permit {
     pub nonce: String,
     /// Of the policy that has allowed the run; empty if roles alone have.
     pub policy_hash: String,
+    /// Who has approved the run; empty if the policy required no approval.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub approver: String,
 }
 
 impl Presented {
@@ -146,6 +159,7 @@ impl Presented {
             key_id: token.key_id.clone(),
             nonce: hex::encode(&token.nonce),
             policy_hash: token.policy_hash.clone(),
+            approver: token.approver.clone(),
         })
     }
 }
@@ -242,7 +256,11 @@ mod tests {
             expires_at: now() + Duration::from_secs(5),
         };
         let key = SigningKey::read(keys().0.as_bytes()).expect("a key");
-        claim.token = Some(issue(&key, &claim, place, "policy"));
+        let because = Because {
+            policy_hash: "policy",
+            approver: "cn:erin",
+        };
+        claim.token = Some(issue(&key, &claim, place, because));
         claim
     }
 
@@ -256,9 +274,15 @@ mod tests {
         let permit = check(signed_claim()).unwrap();
         let key = SigningKey::read(keys().0.as_bytes()).unwrap();
         assert_eq!(permit.key_id, key.id());
+        let Permit {
+            nonce,
+            policy_hash,
+            approver,
+            ..
+        } = &permit;
         assert_eq!(
-            (permit.nonce.len(), permit.policy_hash.as_str()),
-            (32, "policy")
+            (nonce.len(), &**policy_hash, &**approver),
+            (32, "policy", "cn:erin")
         );
     }
 

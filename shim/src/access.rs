@@ -42,16 +42,23 @@ impl Caller {
     #[must_use]
     pub fn of_connection(known: &Known) -> Option<Self> {
         let name = known.caller.0.clone();
-        let user = match name.split_once(':') {
-            Some(("cn", name)) => Some(name.to_owned()),
-            Some(("spiffe" | "uid", _)) => Some(name.clone()),
-            _ => None,
-        };
+        let user = user_of(&name).map(str::to_owned);
         (name != NOBODY).then_some(Self {
             name,
             user,
             origin: known.origin,
         })
+    }
+}
+
+/// The user that a caller with this name is, if the name says it. An issuer may say another one for a
+/// token.
+#[must_use]
+pub fn user_of(name: &str) -> Option<&str> {
+    match name.split_once(':')? {
+        ("cn" | "sub", user) => Some(user),
+        ("spiffe" | "uid", _) => Some(name),
+        _ => None,
     }
 }
 

@@ -21,7 +21,9 @@ use nix::sys::{
     prctl,
     resource::{Resource, getrlimit, setrlimit},
 };
-use polydev_cli::{FAILED, Options, egress, images, run, runs, script, status, tls_files};
+use polydev_cli::{
+    FAILED, Options, approvals, egress, images, run, runs, script, status, tls_files,
+};
 use polydev_shim::{access::Access, audit::Audit, credentials::store, token};
 use polydev_transport::{
     address::{Address, DEFAULT, Listener},
@@ -56,6 +58,9 @@ enum Command {
     /// Show what runs have connected to, and what they were not allowed to.
     #[command(subcommand)]
     Egress(egress::Command),
+    /// See what waits for somebody's approval, and approve or deny it.
+    #[command(subcommand)]
+    Approvals(approvals::Command),
     /// Show the warm pools, and set their sizes.
     #[command(subcommand)]
     Pool(pool::Command),
@@ -302,6 +307,7 @@ async fn execute(command: Command, telemetry: Option<&Telemetry>) -> anyhow::Res
         Command::Script(arguments) => script::execute(arguments).await,
         Command::Runs(command) => runs::execute(command).await,
         Command::Egress(command) => egress::execute(command).await,
+        Command::Approvals(command) => approvals::execute(command).await,
         Command::Pool(command) => pool::execute(command).await,
         Command::Images(command) => images::execute(command).await,
         Command::Credentials(command) => credentials::execute(command).await,

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A module does not know the modules on its left. A shim keeps no state except what drivers
-//! report. Only `nomad` and `token` name reqwest.
+//! report. Only `nomad`, `token`, `approval` and
+//! `web` name reqwest.
 
 pub mod service;
 
@@ -15,6 +16,7 @@ pub mod metrics;
 pub mod run;
 
 pub mod access;
+pub mod approval;
 pub mod audit;
 pub mod credentials;
 pub mod environment;
@@ -29,6 +31,7 @@ pub mod secret;
 pub mod token;
 pub mod tools;
 pub mod traces;
+pub mod web;
 
 pub mod engine;
 pub mod nomad;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use polydev_proto::{
-    execution::{self, Place},
+    execution::{self, Because, Place},
     node::{Claim, ExecutionToken},
     signing::{NoKey, SigningKey},
 };
@@ -25,6 +25,8 @@ pub struct Permission {
     key: Arc<(PathBuf, Reloaded<SigningKey>)>,
     /// Of the policy that has allowed it; empty if roles alone have.
     policy_hash: String,
+    /// Who has approved it; empty if the policy required no approval.
+    approver: String,
 }
 
 /// Why there is no key.
@@ -53,11 +55,17 @@ impl Signer {
         Some(Permission {
             key,
             policy_hash: policy_hash.unwrap_or_default().into(),
+            approver: String::new(),
         })
     }
 }
 
 impl Permission {
+    /// For a run that somebody has approved.
+    pub fn approved_by(&mut self, approver: &str) {
+        self.approver = approver.into();
+    }
+
     /// A token for this claim as it is, with the key that the file has now.
     #[must_use]
     pub fn sign(&self, claim: &Claim, place: Place) -> ExecutionToken {
@@ -70,7 +78,11 @@ impl Permission {
                 "cannot use the new signing key, keeping the previous one"
             );
         }
-        execution::issue(&key, claim, place, &self.policy_hash)
+        let because = Because {
+            policy_hash: &self.policy_hash,
+            approver: &self.approver,
+        };
+        execution::issue(&key, claim, place, because)
     }
 }
 

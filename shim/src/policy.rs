@@ -63,13 +63,20 @@ pub enum Error {
     Malformed { path: PathBuf, source: rules::Error },
 }
 
-/// The rules do not allow a run, or a call of a tool.
+/// The rules block a run, or a call of a tool.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    #[error("the policy blocks this {what}: {reason}")]
-    Blocked { what: &'static str, reason: String },
-    #[error("the policy requires an approval for this {what}: {reason}")]
-    StepUp { what: &'static str, reason: String },
+#[error("the policy blocks this {what}: {reason}")]
+pub struct Blocked {
+    what: &'static str,
+    reason: String,
+}
+
+/// What is left to do about something that is not blocked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leave {
+    Given,
+    /// Somebody must approve it first.
+    NeedsApproval,
 }
 
 impl RunPolicy {
@@ -145,29 +152,30 @@ impl Loaded {
 }
 
 impl Decided {
-    /// The hash of the policy, if it has allowed the run. In shadow mode a run may start that it has
-    /// not.
+    /// The hash of the policy, if it allows the run, or does so once somebody has approved it. In shadow
+    /// mode a run may start that it does not allow.
     #[must_use]
     pub fn allowing(&self) -> Option<&str> {
-        (self.outcome == Outcome::Allow).then_some(self.policy_hash.as_str())
+        let allows = match self.outcome {
+            Outcome::Allow => true,
+            Outcome::StepUp => !self.shadow,
+            Outcome::Block => false,
+        };
+        allows.then_some(self.policy_hash.as_str())
     }
 
     /// `what` is a run or a call.
     ///
     /// # Errors
-    /// [`Refused`], unless it is recorded alone.
-    pub fn check(&self, what: &'static str) -> Result<(), Refused> {
-        let reason = || self.reason.clone();
+    /// [`Blocked`], unless it is recorded alone.
+    pub fn check(&self, what: &'static str) -> Result<Leave, Blocked> {
         match self.outcome {
-            _ if self.shadow => Ok(()),
-            Outcome::Allow => Ok(()),
-            Outcome::StepUp => Err(Refused::StepUp {
+            _ if self.shadow => Ok(Leave::Given),
+            Outcome::Allow => Ok(Leave::Given),
+            Outcome::StepUp => Ok(Leave::NeedsApproval),
+            Outcome::Block => Err(Blocked {
                 what,
-                reason: reason(),
-            }),
-            Outcome::Block => Err(Refused::Blocked {
-                what,
-                reason: reason(),
+                reason: self.reason.clone(),
             }),
         }
     }

@@ -22,7 +22,7 @@ pub mod watching;
 
 use std::time::{Duration, Instant};
 
-use crate::{access, audit, credentials, policy, rate};
+use crate::{access, approval, audit, credentials, policy, rate};
 use polydev_proto::{
     id::{Generation, RunId, SlotId, UserId},
     node::{AttachResponse, ClaimResponse, RunEvent, RunInput, run_event},
@@ -120,7 +120,9 @@ pub enum Error {
     #[error(transparent)]
     Denied(#[from] access::Denied),
     #[error(transparent)]
-    Policy(#[from] policy::Refused),
+    Policy(#[from] policy::Blocked),
+    #[error(transparent)]
+    Approval(#[from] approval::Error),
     #[error("nothing is done that cannot be recorded")]
     Audit(#[from] audit::Error),
     #[error(transparent)]

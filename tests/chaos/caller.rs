@@ -255,9 +255,10 @@ async fn follow<T>(
             Some(Event::Started(started)) => {
                 received.parked = started.agent() == started::Agent::Parked;
             }
-            // The run requests no artifacts.
+            // The run requests no artifacts and has no policy.
             Some(
                 Event::Queued(_)
+                | Event::ApprovalRequired(_)
                 | Event::Artifacts(_)
                 | Event::ArtifactData(_)
                 | Event::ApiErrors(_)

@@ -94,6 +94,36 @@ async def runs(client):
     done("SubmitJob", "Allocate", "Release")
 
 
+async def approvals(client):
+    calls = client.calls
+    watching = calls.WatchApprovals(api.WatchApprovalsRequest(user_id=USER))
+    assert not (await watching.read()).approvals
+    run = client.run(api.RunStart(**NAME, argv=api.Argv(text=["needs-approval"])))
+    required = (await anext(run)).approval_required
+    assert required.reason == "ask somebody", required
+    [told] = (await watching.read()).approvals
+    watching.cancel()
+    listed = await calls.ListApprovals(api.ListApprovalsRequest(user_id=USER))
+    [waiting] = listed.approvals
+    assert waiting == told and waiting.approval_id == required.approval_id
+    name = dict(approval_id=required.approval_id)
+    shown = await calls.GetApproval(api.GetApprovalRequest(**name))
+    assert shown.approval.run.argv == ["needs-approval"]
+    try:
+        await calls.Approve(api.ApproveRequest(**name))
+        raise AssertionError("it is their own")
+    except Exception as error:
+        assert reason(error) == "OWN_APPROVAL", error
+    denied = await calls.Deny(api.DenyRequest(**name, comment="no"))
+    assert denied.approval.state == api.APPROVAL_STATE_DENIED
+    try:
+        await anext(run)
+        raise AssertionError("it was denied")
+    except Exception as error:
+        assert reason(error) == "APPROVAL_DENIED", error
+    done("WatchApprovals", "ListApprovals", "GetApproval", "Approve", "Deny")
+
+
 async def credentials(calls):
     secret = api.Secret(environment=api.SecretEnvironment(variables={"SECRET": "of the store"}))
     put = api.PutCredentialRequest(**NAME, credential=api.Credential(secret=secret))
@@ -118,6 +148,7 @@ async def main():
         await credentials(calls)
         await runs(client)
         await scripts(calls)
+        await approvals(client)
         await calls.DeleteCredential(api.DeleteCredentialRequest(**NAME))
         done("DeleteCredential")
         try:

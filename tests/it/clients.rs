@@ -2,6 +2,7 @@
 //! API, and runs that continue after their shim is killed.
 
 mod calls;
+mod grpcurl;
 
 use std::{
     collections::BTreeSet,
@@ -92,13 +93,28 @@ fn the_examples_of_their_readmes_do_what_they_say() {
     }
 }
 
+/// Everything may run, and one command needs an approval.
+const RULES: &str = r#"
+permit (principal, action, resource is Polydev::Provider);
+
+@outcome("step_up")
+@reason("ask somebody")
+forbid (principal, action, resource is Polydev::Provider)
+when { context.program == "needs-approval" };
+"#;
+
 /// A shim in front of an agent with two pools, one of them without slots, and with a store.
 fn serve(nomad: &Nomad, slots: u32, folder: &Folder) -> Shim {
     nomad.submit_pool("anthropic", slots);
     nomad.submit_pool("google", 0);
     let store = format!("sqlite://{}", folder.path().join("store.db").display());
     let keys = key_file(folder.path(), &[rand::random()]);
+    let rules = folder.path().join("rules.cedar");
+    fs::write(&rules, RULES).expect("a file can be written");
+    let rules = rules.display().to_string();
     let options = [
+        "--policy",
+        &rules,
         "--master-key-file",
         &keys,
         "--credential-store",
@@ -125,7 +141,7 @@ fn every_call_is_made_by_each_of_them() {
         assert_eq!(made, all, "{script}");
     }
     assert_eq!(calls::of_rust(&shim), all);
-    assert_eq!(calls::of_grpcurl(&shim), all);
+    assert_eq!(grpcurl::calls(&shim), all);
 }
 
 /// A script that reports its progress.

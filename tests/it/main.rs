@@ -3,6 +3,7 @@
 //! which tests run in parallel.
 
 mod access;
+mod agent_approvals;
 mod agent_site;
 mod agent_tools;
 mod agents;

@@ -58,6 +58,7 @@ const SHIM: &[&str] = &[
     "engine",
     "nomad",
     "tools",
+    "approval",
     "credentials",
     "provider",
     "secret",
@@ -71,6 +72,7 @@ const SHIM: &[&str] = &[
     "private",
     "rate",
     "traces",
+    "web",
 ];
 
 #[test]

@@ -10,6 +10,7 @@ mod issuer;
 mod site;
 
 mod access;
+mod approvals;
 mod audit;
 mod claims;
 mod discovery;

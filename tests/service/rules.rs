@@ -124,7 +124,7 @@ fn is_refused(answer: Result<(), Status>, why: &str, words: &str) {
 
 #[test]
 fn rules_decide_what_starts_and_each_decision_is_on_record() {
-    let ruled = Ruled::start(RULES, &[]);
+    let ruled = Ruled::start(RULES, &["--approval-timeout", "1"]);
     ruled.run("alice", &["out:done"]).unwrap();
     let words = "the policy blocks this run: nothing is erased here";
     is_refused(
@@ -132,22 +132,23 @@ fn rules_decide_what_starts_and_each_decision_is_on_record() {
         "POLICY_BLOCKED",
         words,
     );
-    let words = "the policy requires an approval for this run: rule `bob_asks`";
+    let words = "nobody has approved this run within 1 s: rule `bob_asks`";
     is_refused(ruled.run("bob", &["true"]), "APPROVAL_REQUIRED", words);
     assert_eq!(ruled.site.node().asked().claims.len(), 1);
 
     let decisions = ruled.decisions();
     let outcomes: Vec<_> = decisions.iter().map(|policy| &policy["outcome"]).collect();
-    assert_eq!(outcomes, ["allow", "block", "step_up"]);
+    // The approval that it waits for, and the start that does not follow.
+    assert_eq!(outcomes, ["allow", "block", "step_up", "step_up"]);
     let rules: Vec<_> = decisions.iter().map(|policy| &policy["rules"][0]).collect();
-    assert_eq!(rules, ["everybody", "no_erasing", "bob_asks"]);
+    assert_eq!(rules, ["everybody", "no_erasing", "bob_asks", "bob_asks"]);
     for decision in &decisions {
         for hash in ["policy_hash", "facts_hash"] {
             assert_eq!(decision[hash].as_str().unwrap().len(), 64, "{hash}");
         }
     }
     let ledger = ruled.ledger();
-    assert_eq!(ledger, "decisions 1 to 3 are complete and unchanged");
+    assert_eq!(ledger, "decisions 1 to 4 are complete and unchanged");
     let log = ruled.site.shim.process.log();
     assert!(!log.contains("err:erased"), "the log has a command");
 }

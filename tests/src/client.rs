@@ -336,7 +336,7 @@ impl Client {
                         event_offset = told.end_offset;
                         agent.extend(told.events.into_iter().filter_map(|event| event.event));
                     }
-                    Event::Accepted(_) | Event::Queued(_) => {}
+                    Event::Accepted(_) | Event::Queued(_) | Event::ApprovalRequired(_) => {}
                 }
             }
         })
@@ -469,7 +469,7 @@ fn requests(
     (inputs, requests)
 }
 
-/// Waits until a run is accepted. Only `queued` may come earlier.
+/// Waits until a run is accepted. Only `queued` and `approval_required` may come earlier.
 async fn accepted(inputs: mpsc::Sender<Input>, mut events: Events) -> Result<Run, Status> {
     loop {
         let event = events.next().await.transpose()?;
@@ -481,7 +481,7 @@ async fn accepted(inputs: mpsc::Sender<Input>, mut events: Events) -> Result<Run
                     inputs: Some(inputs),
                 });
             }
-            Some(Event::Queued(_)) => {}
+            Some(Event::Queued(_) | Event::ApprovalRequired(_)) => {}
             other => panic!("the first event is {other:?}"),
         }
     }

@@ -31,6 +31,8 @@ const RETRY_MOST = 2000;
 const PROMPT_IN_ARGV = 131_007;
 /** Reason of a shim that is stopping: its runs continue through another shim. */
 const STOPPING = "STOPPING";
+/** Events that show that the shim has the run, before anything else is known of it. */
+const CONNECTED = new Set<string | undefined>(["accepted", "queued", "approvalRequired"]);
 /** Codes of a broken connection. With details, the error comes from the shim instead. */
 const BROKEN = [Code.Unavailable, Code.Unknown, Code.Internal, Code.Canceled];
 
@@ -207,7 +209,7 @@ export class Run implements AsyncIterable<Event> {
         const signals = [aborter.signal, this.#left.signal, this.#closed];
         try {
           for await (const { event } of this.#open(AbortSignal.any(signals))) {
-            if (event?.event.case === "accepted" || event?.event.case === "queued") {
+            if (CONNECTED.has(event?.event.case)) {
               this.#broken = undefined;
             }
             const news = event && this.#news(event);
@@ -293,6 +295,7 @@ export class Run implements AsyncIterable<Event> {
         return isFirst ? event : undefined;
       }
       case "queued":
+      case "approvalRequired":
         return this.#accepted ? undefined : event;
       case "started": {
         const isFirst = !this.#started;

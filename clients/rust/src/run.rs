@@ -290,7 +290,10 @@ impl Session {
 
     /// The new part of an event. Also notes that the shim answers.
     fn news(&mut self, event: Event) -> Result<Option<Event>, Status> {
-        if matches!(event, Event::Accepted(_) | Event::Queued(_)) {
+        if matches!(
+            event,
+            Event::Accepted(_) | Event::Queued(_) | Event::ApprovalRequired(_)
+        ) {
             self.broken = None;
             self.tell_reached(true);
         }
@@ -311,7 +314,7 @@ impl Session {
                 let is_first = !std::mem::replace(&mut self.accepted, true);
                 is_first.then_some(Event::Accepted(accepted))
             }
-            Event::Queued(_) if self.accepted => None,
+            Event::Queued(_) | Event::ApprovalRequired(_) if self.accepted => None,
             Event::Started(started) => {
                 let is_first = !std::mem::replace(&mut self.started, true);
                 is_first.then_some(Event::Started(started))
@@ -347,7 +350,9 @@ impl Session {
                 let is_new = !denied.destinations.is_empty();
                 is_new.then_some(Event::EgressDenied(denied))
             }
-            event @ (Event::Queued(_) | Event::Exited(_)) => Some(event),
+            event @ (Event::Queued(_) | Event::ApprovalRequired(_) | Event::Exited(_)) => {
+                Some(event)
+            }
         })
     }
 

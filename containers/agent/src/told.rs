@@ -20,6 +20,12 @@ pub(crate) enum Told {
         output: String,
         is_error: bool,
     },
+    ToolApprovalRequired {
+        id: String,
+        name: String,
+        reason: String,
+        wait: Duration,
+    },
     ToolDecision {
         id: String,
         name: String,
@@ -61,6 +67,15 @@ impl Told {
                 is_error,
             } => vec![json!({ "tool_result": {
                 "id": cut(id), "output": cut(output), "is_error": is_error,
+            } })],
+            Self::ToolApprovalRequired {
+                id,
+                name,
+                reason,
+                wait,
+            } => vec![json!({ "tool_approval_required": {
+                "id": cut(id), "name": cut(name), "reason": cut(reason),
+                "timeout_seconds": wait.as_secs(),
             } })],
             Self::ToolDecision {
                 id,

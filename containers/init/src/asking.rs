@@ -59,10 +59,20 @@ impl Asking {
         self.socket.as_fd()
     }
 
-    /// Reads what is there, and passes on the new calls. Returns whether more may come.
+    /// Reads what is there, and passes on the new calls and those that wait no longer. Returns whether
+    /// more may come.
     pub(crate) fn receive(&mut self, mut pass_on: impl FnMut(ToolCall)) -> bool {
         loop {
             match next_frame::<ToolCall>(&mut self.socket, &mut self.input) {
+                Ok(Some(call)) if call.withdrawn => {
+                    if self.waiting.remove(&call.number).is_some() {
+                        pass_on(ToolCall {
+                            number: call.number,
+                            withdrawn: true,
+                            ..ToolCall::default()
+                        });
+                    }
+                }
                 Ok(Some(call)) => {
                     // An agent that is in order makes no such calls; a shim would not see them.
                     let is_too_much = self.waiting.len() >= MAX_CALLS
@@ -93,15 +103,18 @@ impl Asking {
 
     /// Passes on an answer. The answers to all calls that wait fit into the socket.
     pub(crate) fn answer(&mut self, answer: ToolAnswer) {
-        if self.waiting.remove(&answer.number).is_none() {
-            return; // It has one.
+        let is_last = answer.wait_seconds == 0;
+        match self.waiting.entry(answer.number) {
+            Entry::Occupied(place) if is_last => drop(place.remove()),
+            Entry::Occupied(_) => {}
+            Entry::Vacant(_) => return, // It has one.
         }
         let mut frame = BytesMut::new();
         if frame::encode(&answer, &mut frame).is_ok() {
             // An agent that takes nothing goes without, and does not make the call.
             let _gone = self.socket.write_all(&frame);
         }
-        if answer.allowed && !answer.enters.is_empty() {
+        if is_last && answer.allowed && !answer.enters.is_empty() {
             self.entered.insert(answer.enters);
         }
     }
@@ -119,7 +132,7 @@ mod tests {
             name: "Bash".into(),
             arguments: "{}".into(),
             entered: vec!["it says so itself".into()],
-            reaches: false,
+            ..ToolCall::default()
         }
     }
 
@@ -180,6 +193,35 @@ mod tests {
         answers.extend_from_slice(&bytes);
         assert!(frame::decode::<ToolAnswer>(&mut answers).unwrap().is_some());
         assert!(answers.is_empty());
+    }
+
+    #[test]
+    fn a_call_that_waits_for_an_approval_waits_until_it_has_one_or_is_withdrawn() {
+        let (mut asking, agent) = Asking::new(false, false).unwrap();
+        let mut agent = UnixStream::from(agent);
+        for number in [1, 2] {
+            send(&mut agent, &call(number));
+        }
+        assert_eq!(received(&mut asking).len(), 2);
+        let waits = ToolAnswer {
+            wait_seconds: 300,
+            ..answer(1, "web")
+        };
+        asking.answer(waits);
+        assert_eq!(asking.waiting().count(), 2);
+        assert!(asking.entered.is_empty());
+        let withdrawn = ToolCall {
+            number: 2,
+            withdrawn: true,
+            ..ToolCall::default()
+        };
+        for _ in 0..2 {
+            send(&mut agent, &withdrawn);
+        }
+        assert_eq!(received(&mut asking), [withdrawn]);
+        asking.answer(answer(1, "web"));
+        assert_eq!(asking.waiting().count(), 0);
+        assert!(asking.entered.contains("web"));
     }
 
     #[test]

@@ -344,9 +344,10 @@ impl NodeService for Service {
 
     async fn watch_tool_calls(
         &self,
-        _: Request<WatchToolCallsRequest>,
+        request: Request<WatchToolCallsRequest>,
     ) -> Result<Response<Self::WatchToolCallsStream>, Status> {
-        let told = tools::watch(self.node.clone());
+        let WatchToolCallsRequest { ends } = request.into_inner();
+        let told = tools::watch(self.node.clone(), ends);
         Ok(Response::new(told.map(Ok).boxed()))
     }
 
@@ -356,7 +357,7 @@ impl NodeService for Service {
     ) -> Result<Response<AnswerToolCallResponse>, Status> {
         let AnswerToolCallRequest { run_id, answer } = request.into_inner();
         let run = self.find(&run_id, None)?;
-        tools::answer(&run, answer)?;
+        tools::answer(&self.node, &run, answer)?;
         Ok(Response::new(AnswerToolCallResponse {}))
     }
 

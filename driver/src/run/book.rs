@@ -84,12 +84,21 @@ pub struct Runs {
     steps: broadcast::Sender<RunId>,
     /// The id of each run with a newly refreshed account.
     pub(super) refreshed: broadcast::Sender<RunId>,
-    /// Each call of a tool that waits for an answer.
-    pub(super) tool_calls: broadcast::Sender<(Arc<Run>, Arc<ToolCall>)>,
+    /// Each call of a tool that comes to wait for an answer, or ends.
+    pub(super) tool_calls: broadcast::Sender<(Arc<Run>, CallNews)>,
     /// Used by the runs of this life of the driver.
     pub(crate) tokens: Tokens,
     pub(crate) spent: Spent,
     pub(crate) scripts: Scripts,
+}
+
+/// What shims hear about a call of a tool.
+#[derive(Debug, Clone)]
+pub enum CallNews {
+    /// It waits for an answer.
+    Waits(Arc<ToolCall>),
+    /// The call with this number does not wait any longer.
+    Ended(u64),
 }
 
 #[derive(Debug)]
@@ -299,6 +308,7 @@ impl Runs {
         self.remember(run, &record, |_| {
             run.update(|progress| progress.outcome = outcome);
         });
+        self.end_tool_calls(run);
         if let Some(script) = script {
             self.scripts.ended(&script);
         }

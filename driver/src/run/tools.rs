@@ -10,11 +10,15 @@ use std::{
 use parking_lot::Mutex;
 use polydev_proto::{
     agent::{MAX_ARGUMENTS, MAX_CALLS, MAX_TOOL_NAME},
+    id::RunId,
     init::{ToolAnswer, ToolCall},
 };
 use tokio::sync::{Notify, broadcast};
 
-use super::{Run, book::Runs};
+use super::{
+    Run,
+    book::{CallNews, Runs},
+};
 
 /// What may have entered a conversation: far more than there are kinds of.
 const MAX_ENTERED: usize = 16;
@@ -43,9 +47,15 @@ impl Calls {
 }
 
 impl Runs {
-    /// A call waits for an answer. One that was called before waits already.
+    /// A call waits for an answer, or does not any longer. One that was called before waits already.
     pub(super) fn tool_called(&self, run: &Run, call: ToolCall) {
         let run_id = run.claimed.run_id;
+        if call.withdrawn {
+            if run.tools.waiting.lock().remove(&call.number).is_some() {
+                self.tell_of_call(run_id, CallNews::Ended(call.number));
+            }
+            return;
+        }
         let is_too_long = call.name.len() > MAX_TOOL_NAME
             || call.arguments.len() > MAX_ARGUMENTS
             || call.entered.len() > MAX_ENTERED
@@ -63,14 +73,48 @@ impl Runs {
         let call = place.insert(Arc::new(call)).clone();
         drop(waiting);
         tracing::debug!(%run_id, number = call.number, tool = call.name, "a tool was called");
+        self.tell_of_call(run_id, CallNews::Waits(call));
+    }
+
+    fn tell_of_call(&self, run_id: RunId, news: CallNews) {
         if let Ok(run) = self.find(run_id, None) {
             // Often there is no listener.
-            let _listeners = self.tool_calls.send((run, call));
+            let _listeners = self.tool_calls.send((run, news));
         }
     }
 
-    /// Each call that comes to wait, from now on.
-    pub fn watch_tool_calls(&self) -> broadcast::Receiver<(Arc<Run>, Arc<ToolCall>)> {
+    /// The run is over: nobody waits for the answers to its calls.
+    pub(super) fn end_tool_calls(&self, run: &Run) {
+        let waiting = std::mem::take(&mut *run.tools.waiting.lock());
+        for number in waiting.into_keys() {
+            self.tell_of_call(run.claimed.run_id, CallNews::Ended(number));
+        }
+    }
+
+    /// Answers a call, or says that it must wait. False if no such call waits: somebody was first, or
+    /// the run is over.
+    #[must_use]
+    pub fn answer_tool_call(&self, run: &Run, answer: ToolAnswer) -> bool {
+        let number = answer.number;
+        let is_last = answer.wait_seconds == 0;
+        let mut waiting = run.tools.waiting.lock();
+        if run.is_over() || !waiting.contains_key(&number) {
+            return false;
+        }
+        if is_last {
+            waiting.remove(&number);
+        }
+        run.tools.answers.lock().push_back(answer);
+        drop(waiting);
+        run.tools.answered.notify_one();
+        if is_last {
+            self.tell_of_call(run.claimed.run_id, CallNews::Ended(number));
+        }
+        true
+    }
+
+    /// Each call that comes to wait or ends, from now on.
+    pub fn watch_tool_calls(&self) -> broadcast::Receiver<(Arc<Run>, CallNews)> {
         self.tool_calls.subscribe()
     }
 
@@ -82,18 +126,5 @@ impl Runs {
             calls.into_iter().map(move |call| (run.clone(), call))
         });
         waiting.collect()
-    }
-}
-
-impl Run {
-    /// Answers a call. False if no such call waits: somebody was first, or the run is over.
-    #[must_use]
-    pub fn answer_tool_call(&self, answer: ToolAnswer) -> bool {
-        if self.is_over() || self.tools.waiting.lock().remove(&answer.number).is_none() {
-            return false;
-        }
-        self.tools.answers.lock().push_back(answer);
-        self.tools.answered.notify_one();
-        true
     }
 }

@@ -91,6 +91,13 @@ impl Screen {
                 Some(agent_event::Event::ToolCall(call)) => {
                     writeln!(stderr, "[{}] {:.200}", call.name, call.arguments)?;
                 }
+                Some(agent_event::Event::ToolApprovalRequired(required)) => {
+                    writeln!(
+                        stderr,
+                        "[{}] waits for an approval: {}",
+                        required.name, required.reason
+                    )?;
+                }
                 Some(agent_event::Event::ToolDecision(decision)) if !decision.allowed => {
                     writeln!(
                         stderr,
@@ -134,6 +141,10 @@ pub(super) fn to_json(event: &AgentEvent) -> Option<serde_json::Value> {
         } }),
         Told::ToolResult(result) => json!({ "tool_result": {
             "id": result.id, "output": result.output, "is_error": result.is_error,
+        } }),
+        Told::ToolApprovalRequired(required) => json!({ "tool_approval_required": {
+            "id": required.id, "name": required.name, "reason": required.reason,
+            "timeout": required.timeout.map(|timeout| timeout.to_string()),
         } }),
         Told::ToolDecision(decision) => json!({ "tool_decision": {
             "id": decision.id, "name": decision.name, "allowed": decision.allowed,

@@ -1,6 +1,7 @@
 //! The commands of `polydev-shim` for callers. Each calls a shim and prints the answer. The
 //! package polydev-shim has the commands that serve, and those that need parts of the shim.
 
+pub mod approvals;
 mod conversation;
 pub mod credentials;
 pub mod egress;

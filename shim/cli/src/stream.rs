@@ -13,7 +13,8 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use polydev_client::{Input, Run};
 use polydev_proto::runtime::{
-    self, ApiError, ExitReason, Exited, ModelUsage, Started, run_event::Event, started,
+    self, ApiError, ApprovalRequired, ExitReason, Exited, ModelUsage, Started, run_event::Event,
+    started,
 };
 use serde_json::json;
 use tokio::{
@@ -196,6 +197,18 @@ pub(super) fn print_event(event: &Event, output: Output) -> anyhow::Result<()> {
                 )?;
             }
         }
+        (Output::Text, Event::ApprovalRequired(required)) => {
+            let ApprovalRequired {
+                approval_id,
+                reason,
+                expires_at,
+            } = required;
+            let until = expires_at.map(|at| at.to_string()).unwrap_or_default();
+            writeln!(
+                stderr,
+                "polydev-shim: waits until {until} for the approval {approval_id}: {reason}"
+            )?;
+        }
         (Output::Text, Event::Lost(lost)) => {
             let (stream, bytes) = (stream(lost), lost.to - lost.from);
             writeln!(stderr, "polydev-shim: {bytes} bytes of {stream} are lost")?;
@@ -253,6 +266,12 @@ fn to_json(event: &Event) -> serde_json::Value {
                 "cold_reason": started.cold_reason,
             }),
         },
+        Event::ApprovalRequired(required) => json!({
+            "event": "approval_required",
+            "approval_id": required.approval_id,
+            "reason": required.reason,
+            "expires_at": required.expires_at.map(|at| at.to_string()),
+        }),
         Event::Queued(queued) => json!({ "event": "queued", "before": queued.before }),
         Event::Lost(lost) => json!({
             "event": "lost",

@@ -35,6 +35,11 @@ pub enum Action<'a> {
     Scale { provider: Provider },
     /// Remove images from nodes.
     Images,
+    /// See, grant or deny approvals. `None` means the same as for runs.
+    Approve {
+        user_id: Option<&'a str>,
+        provider: Option<Provider>,
+    },
     /// Put, see or delete credentials. `None` means the same as for runs.
     Credentials {
         user_id: Option<&'a str>,
@@ -60,6 +65,7 @@ pub enum Need {
     Run,
     Scale,
     Images,
+    Approve,
     Credentials,
 }
 
@@ -70,6 +76,7 @@ impl fmt::Display for Need {
             Self::Run => "start, see or end runs",
             Self::Scale => "set the size of pools",
             Self::Images => "remove images from nodes",
+            Self::Approve => "see, grant or deny approvals",
             Self::Credentials => "put, see or delete credentials",
         })
     }
@@ -117,6 +124,9 @@ impl fmt::Display for Action<'_> {
                 return write!(f, "set the size of the pool of `{provider}`");
             }
             Self::Images => return f.write_str("remove images from nodes"),
+            Self::Approve { user_id, provider } => {
+                ("see, grant or deny approvals", user_id, provider)
+            }
             Self::Credentials { user_id, provider } => {
                 ("put, see or delete credentials", user_id, provider)
             }

@@ -22,6 +22,8 @@ enum Right {
     Prompt,
     Scale,
     Images,
+    /// See, approve and deny what waits for an approval.
+    Approve,
     Credentials,
 }
 
@@ -141,6 +143,7 @@ impl Role {
             Need::Run => may(Right::Run) || may(Right::Prompt),
             Need::Scale => may(Right::Scale),
             Need::Images => may(Right::Images),
+            Need::Approve => may(Right::Approve),
             Need::Credentials => may(Right::Credentials),
         }
     }
@@ -179,6 +182,9 @@ impl Role {
             }
             Action::Scale { provider } => may(Right::Scale) && self.is_of(Some(provider)),
             Action::Images => may(Right::Images),
+            Action::Approve { user_id, provider } => {
+                may(Right::Approve) && self.is_for(caller, user_id) && self.is_of(provider)
+            }
             Action::Credentials { user_id, provider } => {
                 may(Right::Credentials) && self.is_for(caller, user_id) && self.is_of(provider)
             }

@@ -54,6 +54,11 @@ pub fn event(line: &Line) -> Option<Value> {
         if let Some(tool) = &record.tool {
             event["unmapped"]["tool"] = json!(tool);
         }
+        if let Some(id) = &record.approval_id {
+            event["unmapped"]["approval"] = json!({
+                "id": id, "approved_by": record.approved_by, "comment": record.comment,
+            });
+        }
     }
     if let Some(resource) = resource(record) {
         event["resources"] = json!([resource]);
@@ -69,6 +74,7 @@ fn activity(operation: Operation) -> u32 {
         | Operation::See
         | Operation::Attach
         | Operation::List
+        | Operation::SeeApprovals
         | Operation::ListCredentials => 2,
         Operation::Scale
         | Operation::Drain
@@ -79,7 +85,13 @@ fn activity(operation: Operation) -> u32 {
         | Operation::Release
         | Operation::PruneImages
         | Operation::DeleteCredential => 4,
-        Operation::Call | Operation::Inject | Operation::Unbound | Operation::Tool => 99,
+        Operation::Call
+        | Operation::Inject
+        | Operation::Unbound
+        | Operation::Tool
+        | Operation::RequestApproval
+        | Operation::Approve
+        | Operation::Deny => 99,
     }
 }
 

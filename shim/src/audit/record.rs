@@ -2,6 +2,7 @@
 //! prompt.
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::{access::Caller, policy::Decided};
 
@@ -20,6 +21,12 @@ pub enum Operation {
     Start,
     /// A call of a tool that the model of an agent wants to make.
     Tool,
+    /// Wait for somebody's approval of a run or a call of a tool.
+    RequestApproval,
+    Approve,
+    Deny,
+    /// See what waits for an approval.
+    SeeApprovals,
     /// Have a credential in the container of a run.
     Inject,
     /// Use a credential's record that is bound to no user.
@@ -68,6 +75,15 @@ pub struct Record {
     /// The tool and its action, by the names of rules.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tool: Option<String>,
+    /// Of what waits or has waited for an approval.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approval_id: Option<String>,
+    /// Who has approved it, by the name that roles know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approved_by: Option<String>,
+    /// What whoever decided has said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comment: Option<String>,
 }
 
 impl Record {
@@ -98,6 +114,9 @@ impl Record {
             why: None,
             policy: None,
             tool: None,
+            approval_id: None,
+            approved_by: None,
+            comment: None,
         }
     }
 
@@ -143,6 +162,40 @@ impl Record {
     }
 
     #[must_use]
+    pub fn approval(&self, id: Uuid) -> Self {
+        Self {
+            approval_id: Some(id.to_string()),
+            ..self.clone()
+        }
+    }
+
+    #[must_use]
+    pub fn approved_by(&self, name: &str) -> Self {
+        Self {
+            approved_by: named(name),
+            ..self.clone()
+        }
+    }
+
+    /// What somebody else decides about it.
+    #[must_use]
+    pub fn decided_by(&self, caller: &Caller, operation: Operation) -> Self {
+        Self {
+            who: cut(&caller.name),
+            from: caller.origin.to_string(),
+            ..self.with(operation)
+        }
+    }
+
+    #[must_use]
+    pub fn said(&self, comment: &str) -> Self {
+        Self {
+            comment: named(comment),
+            ..self.clone()
+        }
+    }
+
+    #[must_use]
     pub fn denied(&self, why: &str) -> Self {
         Self {
             allowed: false,
@@ -166,17 +219,23 @@ impl Record {
             why,
             policy,
             tool,
+            approval_id,
+            approved_by,
+            comment: _,
         } = self;
         let tool = tool.as_deref();
+        let (approval_id, approved_by) = (approval_id.as_deref(), approved_by.as_deref());
         let policy = policy.as_ref().map(ToString::to_string);
         let (user_id, run_id) = (user_id.as_deref(), run_id.as_deref());
         let provider = provider.as_deref();
         match why {
             None => tracing::info!(
-                caller = %who, %from, ?operation, user_id, run_id, provider, policy, tool, "allowed"
+                caller = %who, %from, ?operation, user_id, run_id, provider, policy, tool, approval_id,
+                approved_by, "allowed"
             ),
             Some(why) => tracing::warn!(
-                caller = %who, %from, ?operation, user_id, run_id, provider, policy, tool, why, "denied"
+                caller = %who, %from, ?operation, user_id, run_id, provider, policy, tool, approval_id,
+                why, "denied"
             ),
         }
     }

@@ -134,6 +134,8 @@ pub(super) async fn execute(
     }
     let signer = arguments.policy.signer()?;
     let audit = arguments.listen.audit()?;
+    let approvals = arguments.policy.approvals(&audit);
+    let webhook = arguments.policy.webhook()?;
     let tokens = arguments.listen.tokens()?;
     let shown = telemetry.listen().await?;
     let stop = super::stop_signal()?;
@@ -166,8 +168,10 @@ pub(super) async fn execute(
         tools: Tools {
             policy: policy.clone(),
             audit: audit.clone(),
+            approvals: approvals.clone(),
         },
     };
+    let news = approvals.news();
     let parts = service::Parts {
         view: view.clone(),
         nomad: None,
@@ -175,6 +179,7 @@ pub(super) async fn execute(
         access,
         policy,
         signer,
+        approvals,
         audit,
         tokens,
         traces: telemetry.traces.clone(),
@@ -184,6 +189,7 @@ pub(super) async fn execute(
     let served = tokio::select! {
         served = service::serve(parts, listeners, stop) => served,
         () = show(shown) => unreachable!("it never ends"),
+        () = webhook.tell(news) => unreachable!("it ends after its sender, which never does"),
         reason = engine.driver_died() => Err(anyhow::anyhow!(reason)),
         () = follow(view, drivers, None, heard) => unreachable!("the engine, which names the driver, lives on"),
     };

@@ -6,6 +6,7 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -14,10 +15,13 @@ use polydev_policy::{
     rules::{RunFacts, SCHEMA, Verdict},
 };
 use polydev_shim::{
+    approval::{Approvals, webhook::Webhook},
+    audit::Audit,
     permission::Signer,
     policy::{self, RunPolicy},
 };
 use serde::Deserialize;
+use url::Url;
 
 /// The rules of a shim.
 #[derive(clap::Args)]
@@ -43,6 +47,32 @@ pub(super) struct Rules {
     /// tokens. The file is read again when it changes. [default: nothing is signed]
     #[arg(long, env = "POLYDEV_EXECUTION_KEY_FILE", value_name = "FILE")]
     execution_key_file: Option<PathBuf>,
+    /// Seconds that runs and calls of tools wait for somebody's approval, if the rules require one.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 900,
+        value_parser = clap::value_parser!(u32).range(1..=1800)
+    )]
+    approval_timeout: u32,
+    /// URL that the shim sends a request to whenever something waits for an approval, and when it is
+    /// decided; https, or http to a loopback address. [default: nobody is told]
+    #[arg(
+        long,
+        env = "POLYDEV_APPROVAL_WEBHOOK",
+        value_name = "URL",
+        requires = "approval_webhook_secret_file"
+    )]
+    approval_webhook: Option<Url>,
+    /// File with the secret that signs these requests, as Standard Webhooks has it: `whsec_` and 24 to
+    /// 64 bytes in base64.
+    #[arg(
+        long,
+        env = "POLYDEV_APPROVAL_WEBHOOK_SECRET_FILE",
+        value_name = "FILE",
+        requires = "approval_webhook"
+    )]
+    approval_webhook_secret_file: Option<PathBuf>,
 }
 
 impl Rules {
@@ -57,6 +87,19 @@ impl Rules {
         match &self.execution_key_file {
             Some(path) => Ok(Signer::load(path)?),
             None => Ok(Signer::default()),
+        }
+    }
+
+    pub(super) fn approvals(&self, audit: &Audit) -> Approvals {
+        let timeout = Duration::from_secs(self.approval_timeout.into());
+        Approvals::new(timeout, audit.clone())
+    }
+
+    pub(super) fn webhook(&self) -> anyhow::Result<Webhook> {
+        match (&self.approval_webhook, &self.approval_webhook_secret_file) {
+            (Some(url), Some(secret)) => Ok(Webhook::open(url.clone(), secret)?),
+            // clap has seen that there are both or none.
+            _ => Ok(Webhook::default()),
         }
     }
 }

@@ -84,6 +84,7 @@ impl Arguments {
         self.listen.tokens()?;
         self.policy.load()?;
         self.policy.signer()?;
+        self.policy.webhook()?;
         self.telemetry.check()?;
         if let Some(key) = &self.listen.audit_key_file {
             Key::read(key)?;
@@ -120,6 +121,8 @@ pub(super) async fn execute(
     let policy = Arc::new(arguments.policy.load()?);
     let signer = arguments.policy.signer()?;
     let audit = arguments.listen.audit()?;
+    let approvals = arguments.policy.approvals(&audit);
+    let webhook = arguments.policy.webhook()?;
     let tokens = arguments.listen.tokens()?;
     let shown = telemetry.listen().await?;
 
@@ -147,8 +150,10 @@ pub(super) async fn execute(
         tools: Tools {
             policy: policy.clone(),
             audit: audit.clone(),
+            approvals: approvals.clone(),
         },
     };
+    let news = approvals.news();
     let parts = service::Parts {
         view: view.clone(),
         nomad: Some(nomad.clone()),
@@ -156,6 +161,7 @@ pub(super) async fn execute(
         access,
         policy,
         signer,
+        approvals,
         audit,
         tokens,
         traces: telemetry.traces.clone(),
@@ -167,6 +173,7 @@ pub(super) async fn execute(
         () = engine::nomad::discover(nomad, cluster) => unreachable!("it never ends"),
         () = follow(view.clone(), drivers, node_files, heard) => unreachable!("it ends after its sender, which never does"),
         () = show(shown) => unreachable!("it never ends"),
+        () = webhook.tell(news) => unreachable!("it ends after its sender, which never does"),
         () = drained::end_runs(view, drained) => unreachable!("it ends after its sender, which never does"),
     };
     serving.map(|()| ExitCode::SUCCESS)

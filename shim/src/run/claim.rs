@@ -1,8 +1,10 @@
 //! Getting a run its container, in the order it happens. A retry first closes the run to all
-//! other tries. A run with a lease claims the slot of the lease. Any other run waits for its
+//! other tries. If the policy requires it, the run waits for somebody's approval ([`approval`]), at
+//! its place in the queue. A run with a lease claims the slot of the lease. Any other run waits for its
 //! turn and for an idle slot, and claims that ([`attempt`]); only after a definite refusal does
 //! it claim the next.
 
+mod approval;
 mod attempt;
 
 use std::{collections::BTreeSet, time::Duration};
@@ -22,7 +24,10 @@ use super::{
     queue::{Full, Place, Queue, Running, Ticket, Wants},
     request::Request,
 };
-use crate::pool::{Candidate, View};
+use crate::{
+    approval::Approvals,
+    pool::{Candidate, View},
+};
 use attempt::{Attempt, Attempts};
 use polydev_transport::backoff::Backoff;
 
@@ -43,27 +48,45 @@ const MAX_NODES: usize = 8;
 /// # Cancel safety
 /// A claim that is granted meanwhile runs.
 pub async fn claim(
-    view: &View,
-    queue: &Queue,
-    on_demand: &OnDemand,
-    request: Request,
+    turns: &Turns,
+    mut request: Request,
     caller: &mpsc::Sender<Result<RunEvent, Error>>,
 ) -> Result<(Connection, Option<Running>), Error> {
+    let Turns {
+        view,
+        queue,
+        approvals,
+        on_demand,
+    } = turns;
     let (is_retry, is_leased) = (request.is_retry, request.is_leased);
     let (provider, queue_timeout) = (request.provider, request.queue_timeout);
     let (run_id, user_id) = (request.run_id, request.user_id.clone());
+    let wanted = request.wanted.take();
     let mut attempts = Attempts::new(view, request);
     if is_retry && let Some(connection) = attempts.fence().await? {
         return Ok((connection, None));
     }
     if is_leased {
+        if let Some(wanted) = wanted {
+            let approver = approval::wait(approvals, wanted, caller).await?;
+            attempts.approved_by(&approver);
+        }
         // The lease has waited its turn already. The run counts as an active run of its user.
         let running = queue.pass(provider.name(), &user_id, run_id);
         let connection = leased(view, provider.name(), run_id, &mut attempts).await?;
         return Ok((connection, Some(running)));
     }
+    let wants = Wants::Run(run_id);
+    let mut ticket = queue.enter(provider.name(), &user_id, wants, wanted.is_some())?;
+    if let Some(wanted) = wanted {
+        let approver = tokio::select! {
+            approver = approval::wait(approvals, wanted, caller) => approver?,
+            full = ticket.lost() => return Err(full.into()),
+        };
+        attempts.approved_by(&approver);
+        ticket.approved();
+    }
     let give_up = Instant::now() + queue_timeout;
-    let ticket = queue.enter(provider.name(), &user_id, Wants::Run(run_id))?;
     let place = ticket.place.clone();
     let order = on_demand.order(view.clone(), provider, run_id, place);
     let waiting = Waiting {
@@ -79,6 +102,15 @@ pub async fn claim(
         last_refusal: None,
     };
     waiting.claim(ticket, &mut attempts).await
+}
+
+/// What runs wait for: an approval, their turn, and a slot.
+#[derive(Debug, Clone)]
+pub struct Turns {
+    pub view: View,
+    pub queue: Queue,
+    pub approvals: Approvals,
+    pub on_demand: OnDemand,
 }
 
 /// Claims the slot that is leased for the run.

@@ -70,7 +70,7 @@ pub async fn allocate(
         queue_timeout,
     } = wanted;
     let give_up = Instant::now() + queue_timeout;
-    let mut ticket = queue.enter(provider.name(), &user_id, Wants::Lease)?;
+    let mut ticket = queue.enter(provider.name(), &user_id, Wants::Lease, false)?;
     let terms = Terms {
         role,
         user_id: user_id.clone(),

@@ -86,6 +86,8 @@ struct Waiting {
     provider: &'static str,
     user_id: UserId,
     wants: Wants,
+    /// Somebody must approve it first.
+    needs_approval: bool,
     place: watch::Sender<Place>,
 }
 
@@ -101,7 +103,8 @@ struct User {
 pub enum Place {
     /// This number of runs are ahead.
     Behind(usize),
-    /// The run's user has as many active runs as allowed. This number of runs are ahead.
+    /// The run's user has as many active runs as allowed, or nobody has approved the run yet. This
+    /// number of runs are ahead.
     Held(usize),
     /// The next idle slot is for this run.
     Next,
@@ -170,7 +173,8 @@ impl Queue {
     }
 
     /// Puts a run into the queue. If the queue is full, a run of the user with most waiting ones
-    /// makes room, unless it is this user.
+    /// makes room, unless it is this user. A run that needs an approval keeps its place until
+    /// [`Ticket::approved`], and others pass it.
     ///
     /// # Errors
     /// [`Full`]
@@ -179,6 +183,7 @@ impl Queue {
         provider: &'static str,
         user_id: &UserId,
         wants: Wants,
+        needs_approval: bool,
     ) -> Result<Ticket, Full> {
         let mut inner = self.lock();
         let queued = inner.queued(user_id);
@@ -192,7 +197,13 @@ impl Queue {
         }
         inner.next += 1;
         let number = inner.next;
-        Ok(self.insert(inner, number, provider, user_id.clone(), wants))
+        Ok(self.insert(
+            inner,
+            number,
+            (provider, wants),
+            user_id.clone(),
+            needs_approval,
+        ))
     }
 
     /// Counts a run that does not wait, because its lease has waited.
@@ -218,9 +229,9 @@ impl Queue {
         &self,
         mut inner: MutexGuard<'_, Inner>,
         number: u64,
-        provider: &'static str,
+        (provider, wants): (&'static str, Wants),
         user_id: UserId,
-        wants: Wants,
+        needs_approval: bool,
     ) -> Ticket {
         let (place, receiver) = watch::channel(Place::Behind(usize::MAX));
         inner.waiting.push(Waiting {
@@ -228,6 +239,7 @@ impl Queue {
             provider,
             user_id: user_id.clone(),
             wants,
+            needs_approval,
             place,
         });
         inner.order();
@@ -268,6 +280,26 @@ impl Ticket {
         }
     }
 
+    /// Somebody has approved the run: from now on it has its turn.
+    pub fn approved(&self) {
+        let mut inner = self.queue.lock();
+        let mut waiting = inner.waiting.iter_mut();
+        if let Some(one) = waiting.find(|one| one.number == self.number) {
+            one.needs_approval = false;
+        }
+        inner.order();
+    }
+
+    /// Returns when a run of another user has taken the place.
+    ///
+    /// # Cancel safety
+    /// Loses nothing.
+    pub async fn lost(&mut self) -> Full {
+        let is_evicted = |place: &Place| *place == Place::Evicted;
+        let _sender_is_gone = self.place.wait_for(is_evicted).await.map(drop);
+        self.evicted()
+    }
+
     async fn turn(&mut self) -> Result<(), Full> {
         let is_over = |place: &Place| matches!(place, Place::Next | Place::Evicted);
         // The sender lives as long as the run waits. It goes when the run is evicted.
@@ -305,13 +337,8 @@ impl Running {
     #[must_use]
     pub fn back(self) -> Ticket {
         let (queue, user_id) = (&self.queue, self.user_id.clone());
-        queue.insert(
-            queue.lock(),
-            self.number,
-            self.provider,
-            user_id,
-            self.wants,
-        )
+        let what = (self.provider, self.wants);
+        queue.insert(queue.lock(), self.number, what, user_id, false)
     }
 }
 
@@ -431,7 +458,8 @@ impl Inner {
         let mut taken: HashMap<&'static str, bool> = HashMap::new();
         for one in waiting.iter() {
             let key = &keys[&one.number];
-            let may_run = running.is_none_or(|most| key.held < most)
+            let may_run = !one.needs_approval
+                && running.is_none_or(|most| key.held < most)
                 && (one.wants != Wants::Lease || key.leases < leases);
             let behind = ahead.entry(one.provider).or_default();
             let place = if !may_run {

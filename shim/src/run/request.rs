@@ -32,6 +32,7 @@ use times::TELL_TIMEOUT;
 use super::terms::Terms;
 use crate::{
     access::Policy,
+    approval::wanted::Wanted,
     credentials::Source,
     environment,
     permission::Permission,
@@ -72,6 +73,8 @@ pub struct Request {
     pub secrets: Prepared,
     /// What the caller's role says.
     pub role: Arc<Policy>,
+    /// What somebody must approve before the run has a slot.
+    pub wanted: Option<Wanted>,
     /// Who signs what was allowed. `None` if nobody does.
     pub permission: Option<Permission>,
     pub trace: Option<TraceContext>,
@@ -287,6 +290,7 @@ impl Request {
             credential,
             secrets: Prepared::default(),
             role: Arc::default(),
+            wanted: None,
             permission: None,
             trace,
         };

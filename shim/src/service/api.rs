@@ -4,6 +4,7 @@
 //!
 //! - [`run`] starts runs and attaches to them, with the help of [`carry`];
 //! - [`scripts`] runs scripts, [`runs`] reports on runs, and [`leases`] keeps slots for runs;
+//! - [`approvals`] is what waits for somebody's approval;
 //! - [`pools`] reports on pools, and [`sizing`] changes their sizes;
 //! - [`cluster`] is about nodes, [`images`] about what is on their disks, and [`credentials`] about
 //!   credentials;
@@ -11,6 +12,7 @@
 
 mod allow;
 
+mod approvals;
 mod carry;
 mod leases;
 mod run;
@@ -31,16 +33,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::bodies::Bodies;
 use crate::{
-    access::Access,
-    audit::Audit,
-    credentials::Vault,
-    metrics::Metrics,
-    nomad::Nomad,
-    permission::Signer,
-    policy::RunPolicy,
-    pool::View,
-    rate::Rate,
-    run::{on_demand::OnDemand, queue::Queue},
+    access::Access, audit::Audit, credentials::Vault, metrics::Metrics, nomad::Nomad,
+    permission::Signer, policy::RunPolicy, pool::View, rate::Rate, run::claim::Turns,
     traces::Traces,
 };
 
@@ -56,8 +50,7 @@ pub(super) struct Api {
     pub(super) audit: Audit,
     pub(super) traces: Traces,
     pub(super) metrics: Metrics,
-    pub(super) queue: Queue,
-    pub(super) on_demand: OnDemand,
+    pub(super) turns: Turns,
     pub(super) user_rate: Rate,
     pub(super) bodies: Bodies,
     /// The work that a stopping shim waits for, up to a deadline.

@@ -4,17 +4,19 @@ use std::{pin::Pin, sync::Arc, time::Instant};
 
 use futures_util::{Stream, StreamExt};
 use polydev_proto::runtime::{
-    AllocateRequest, AllocateResponse, AttachRequest, AttachResponse, CancelRunRequest,
-    CancelRunResponse, DeleteCredentialRequest, DeleteCredentialResponse, DrainPoolRequest,
-    DrainPoolResponse, GetClusterStatusRequest, GetClusterStatusResponse, GetPoolRequest,
-    GetPoolResponse, GetRunRequest, GetRunResponse, ListCredentialsRequest,
-    ListCredentialsResponse, ListImagesRequest, ListImagesResponse, ListPoolsRequest,
-    ListPoolsResponse, ListRunsRequest, ListRunsResponse, PruneImagesRequest, PruneImagesResponse,
-    PutCredentialRequest, PutCredentialResponse, ReleaseRequest, ReleaseResponse,
-    ResumePoolRequest, ResumePoolResponse, RotateCredentialsRequest, RotateCredentialsResponse,
-    RunInput, RunRequest, RunResponse, RunScriptRequest, RunScriptResponse, ScalePoolRequest,
-    ScalePoolResponse, SubmitJobRequest, SubmitJobResponse, WatchPoolsRequest, WatchPoolsResponse,
-    WatchRunsRequest, WatchRunsResponse, attach_request, run_request,
+    AllocateRequest, AllocateResponse, ApproveRequest, ApproveResponse, AttachRequest,
+    AttachResponse, CancelRunRequest, CancelRunResponse, DeleteCredentialRequest,
+    DeleteCredentialResponse, DenyRequest, DenyResponse, DrainPoolRequest, DrainPoolResponse,
+    GetApprovalRequest, GetApprovalResponse, GetClusterStatusRequest, GetClusterStatusResponse,
+    GetPoolRequest, GetPoolResponse, GetRunRequest, GetRunResponse, ListApprovalsRequest,
+    ListApprovalsResponse, ListCredentialsRequest, ListCredentialsResponse, ListImagesRequest,
+    ListImagesResponse, ListPoolsRequest, ListPoolsResponse, ListRunsRequest, ListRunsResponse,
+    PruneImagesRequest, PruneImagesResponse, PutCredentialRequest, PutCredentialResponse,
+    ReleaseRequest, ReleaseResponse, ResumePoolRequest, ResumePoolResponse,
+    RotateCredentialsRequest, RotateCredentialsResponse, RunInput, RunRequest, RunResponse,
+    RunScriptRequest, RunScriptResponse, ScalePoolRequest, ScalePoolResponse, SubmitJobRequest,
+    SubmitJobResponse, WatchApprovalsRequest, WatchApprovalsResponse, WatchPoolsRequest,
+    WatchPoolsResponse, WatchRunsRequest, WatchRunsResponse, attach_request, run_request,
     runtime_service_server::RuntimeService,
 };
 use polydev_proto::stream::PerStream;
@@ -37,6 +39,7 @@ impl RuntimeService for Grpc {
     type RunStream = Responses<RunResponse>;
     type AttachStream = Responses<AttachResponse>;
     type WatchRunsStream = Responses<WatchRunsResponse>;
+    type WatchApprovalsStream = Responses<WatchApprovalsResponse>;
     type WatchPoolsStream = Responses<WatchPoolsResponse>;
     type ScalePoolStream = Responses<ScalePoolResponse>;
     type DrainPoolStream = Responses<DrainPoolResponse>;
@@ -246,6 +249,48 @@ impl RuntimeService for Grpc {
         let (caller, request) = parts(request)?;
         let pruned = self.0.prune_images(&caller, request).await?;
         Ok(Response::new(pruned))
+    }
+
+    async fn list_approvals(
+        &self,
+        request: Request<ListApprovalsRequest>,
+    ) -> Result<Response<ListApprovalsResponse>, Status> {
+        let (caller, request) = parts(request)?;
+        let approvals = self.0.list_approvals(&caller, request)?;
+        Ok(Response::new(approvals))
+    }
+
+    async fn get_approval(
+        &self,
+        request: Request<GetApprovalRequest>,
+    ) -> Result<Response<GetApprovalResponse>, Status> {
+        let (caller, request) = parts(request)?;
+        let approval = self.0.get_approval(&caller, request)?;
+        Ok(Response::new(approval))
+    }
+
+    async fn approve(
+        &self,
+        request: Request<ApproveRequest>,
+    ) -> Result<Response<ApproveResponse>, Status> {
+        let (caller, request) = parts(request)?;
+        let approved = self.0.approve(&caller, request)?;
+        Ok(Response::new(approved))
+    }
+
+    async fn deny(&self, request: Request<DenyRequest>) -> Result<Response<DenyResponse>, Status> {
+        let (caller, request) = parts(request)?;
+        let denied = self.0.deny(&caller, request)?;
+        Ok(Response::new(denied))
+    }
+
+    async fn watch_approvals(
+        &self,
+        request: Request<WatchApprovalsRequest>,
+    ) -> Result<Response<Self::WatchApprovalsStream>, Status> {
+        let (caller, request) = parts(request)?;
+        let changes = self.0.watch_approvals(&caller, request)?;
+        Ok(Response::new(Box::pin(changes.map(Ok))))
     }
 
     async fn put_credential(

@@ -18,6 +18,7 @@ fn grpc(method: &str) -> Option<Need> {
         "ListPools" | "GetPool" | "WatchPools" | "GetClusterStatus" | "ListImages" => Need::Look,
         "ScalePool" | "DrainPool" | "ResumePool" => Need::Scale,
         "PruneImages" => Need::Images,
+        "ListApprovals" | "GetApproval" | "Approve" | "Deny" | "WatchApprovals" => Need::Approve,
         "PutCredential" | "ListCredentials" | "DeleteCredential" | "RotateCredentials" => {
             Need::Credentials
         }
@@ -29,6 +30,7 @@ fn http(path: &str) -> Option<Need> {
     Some(match path.split('/').next()? {
         "runs" | "scripts" | "leases" => Need::Run,
         "pools" | "status" => Need::Look,
+        "approvals" => Need::Approve,
         _ => return None,
     })
 }

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     access::Access,
+    approval::Approvals,
     audit::Audit,
     credentials::Vault,
     metrics::Metrics,
@@ -29,6 +30,7 @@ use crate::{
     pool::View,
     rate::{Rate, Rates},
     run::{
+        claim::Turns,
         on_demand::OnDemand,
         queue::{PerUser, Queue},
     },
@@ -66,6 +68,7 @@ pub struct Parts {
     pub access: Access,
     pub policy: Arc<RunPolicy>,
     pub signer: Signer,
+    pub approvals: Approvals,
     pub audit: Audit,
     /// `None` if the shim accepts no tokens.
     pub tokens: Option<Tokens>,
@@ -91,6 +94,7 @@ pub async fn serve(
         access,
         policy,
         signer,
+        approvals,
         audit,
         tokens,
         traces,
@@ -102,9 +106,14 @@ pub async fn serve(
     let bodies = Bodies::new();
     let queue = Queue::new(limits.per_user, view.clone());
     metrics.watch(&view, &queue);
+    let turns = Turns {
+        view: view.clone(),
+        queue: queue.clone(),
+        approvals,
+        on_demand: OnDemand::new(nomad.clone(), limits.on_demand),
+    };
     let api = Api {
         view,
-        on_demand: OnDemand::new(nomad.clone(), limits.on_demand),
         nomad,
         vault: vault.clone(),
         access: access.clone(),
@@ -113,7 +122,7 @@ pub async fn serve(
         audit: audit.clone(),
         traces,
         metrics,
-        queue: queue.clone(),
+        turns,
         user_rate: Rate::new("user", limits.rates.user),
         bodies: bodies.clone(),
         runs: runs.clone(),

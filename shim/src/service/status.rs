@@ -7,7 +7,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{
-    credentials, metrics, policy,
+    approval, credentials, metrics,
     pool::scale,
     run::{
         self, Error,
@@ -96,12 +96,8 @@ fn kind(error: &Error) -> (Code, &'static str) {
         Error::Invalid(_) => (Code::InvalidArgument, "INVALID"),
         Error::Refused { .. } => (Code::InvalidArgument, "REFUSED"),
         Error::Denied(_) => (Code::PermissionDenied, "NOT_ALLOWED"),
-        Error::Policy(policy::Refused::Blocked { .. }) => {
-            (Code::PermissionDenied, "POLICY_BLOCKED")
-        }
-        Error::Policy(policy::Refused::StepUp { .. }) => {
-            (Code::PermissionDenied, "APPROVAL_REQUIRED")
-        }
+        Error::Policy(_) => (Code::PermissionDenied, "POLICY_BLOCKED"),
+        Error::Approval(error) => approval(error),
         Error::Audit(_) => (Code::Unavailable, "AUDIT"),
         Error::Budget(_) => (Code::ResourceExhausted, "BUDGET_EXHAUSTED"),
         Error::Credential(error) => credential(error),
@@ -124,6 +120,18 @@ fn kind(error: &Error) -> (Code, &'static str) {
         Error::NoLease { .. } => (Code::NotFound, "NO_LEASE"),
         Error::LeaseEnded { .. } => (Code::FailedPrecondition, "LEASE_ENDED"),
         Error::BeyondEnd { .. } => (Code::OutOfRange, "BEYOND_END"),
+    }
+}
+
+fn approval(error: &approval::Error) -> (Code, &'static str) {
+    use approval::Error;
+    match error {
+        Error::Denied { .. } => (Code::PermissionDenied, "APPROVAL_DENIED"),
+        Error::Expired { .. } => (Code::PermissionDenied, "APPROVAL_REQUIRED"),
+        Error::Own(_) => (Code::PermissionDenied, "OWN_APPROVAL"),
+        Error::NotFound { .. } => (Code::NotFound, "NO_APPROVAL"),
+        Error::Full => (Code::ResourceExhausted, "APPROVALS_FULL"),
+        Error::Audit(_) => (Code::Unavailable, "AUDIT"),
     }
 }
 
@@ -153,6 +161,7 @@ fn is_worth_another_try(error: &Error) -> bool {
         | Error::Full(_)
         | Error::Rate(_)
         | Error::Audit(_)
+        | Error::Approval(approval::Error::Full | approval::Error::Audit(_))
         | Error::Busy
         | Error::Stopping
         | Error::NoNode
@@ -167,6 +176,7 @@ fn is_worth_another_try(error: &Error) -> bool {
         | Error::Refused { .. }
         | Error::Denied(_)
         | Error::Policy(_)
+        | Error::Approval(_)
         | Error::Budget(_)
         | Error::Credential(_)
         | Error::OtherCommand { .. }

@@ -11,7 +11,7 @@ use jsonwebtoken::{
     jwk::{Jwk, JwkSet, PublicKeyUse},
 };
 use polydev_transport::address::is_safe_url;
-use reqwest::{Client, NoProxy, Proxy};
+use reqwest::Client;
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::{
     sync::{Notify, Semaphore, watch},
@@ -19,6 +19,7 @@ use tokio::{
 };
 
 use super::{Error, Refused};
+use crate::web;
 
 /// The interval between two fetches.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(5 * 60);
@@ -87,20 +88,7 @@ impl Keys {
     }
 
     fn new(source: Source) -> Result<Self, Error> {
-        // In tests, an earlier call may have installed the provider.
-        let _installed = rustls::crypto::ring::default_provider().install_default();
-        // A proxy for http could replace the keys, so the client uses a proxy for https only.
-        let mut client = Client::builder().no_proxy();
-        let of_environment = ["HTTPS_PROXY", "https_proxy"].map(std::env::var);
-        if let Some(proxy) = of_environment.into_iter().find_map(Result::ok) {
-            let proxy = Proxy::https(proxy).map_err(Error::Client)?;
-            client = client.proxy(proxy.no_proxy(NoProxy::from_env()));
-        }
-        let client = client
-            .redirect(reqwest::redirect::Policy::none())
-            .timeout(ANSWER_TIMEOUT)
-            .build()
-            .map_err(Error::Client)?;
+        let client = web::client(ANSWER_TIMEOUT).map_err(Error::Client)?;
         Ok(Self {
             source,
             client,

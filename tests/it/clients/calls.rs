@@ -1,18 +1,13 @@
-//! Makes every call of the API with the client for Rust and with grpcurl. Collects the names of
-//! the calls that gave the expected answer.
+//! Makes every call of the API with the client for Rust. Collects the names of the calls that gave
+//! the expected answer.
 
-use std::{collections::BTreeSet, process::Command};
+use std::collections::BTreeSet;
 
 use futures_util::StreamExt;
 use polydev_client::{Calls, Client, Identity, Run, api};
 use polydev_proto::DESCRIPTORS;
-use polydev_tests::{
-    process::{output, succeed},
-    root,
-    shim::Shim,
-};
+use polydev_tests::shim::Shim;
 use prost::Message;
-use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 pub(super) fn of_the_protocol() -> BTreeSet<String> {
@@ -41,6 +36,7 @@ pub(super) fn of_rust(shim: &Shim) -> BTreeSet<String> {
         rust.runs().await;
         rust.submits_a_job_and_leases_slots().await;
         rust.runs_a_script().await;
+        rust.asks_for_an_approval().await;
         rust.deletes_its_credential().await;
         rust.made
     })
@@ -328,6 +324,77 @@ impl Rust {
     }
 }
 
+impl Rust {
+    async fn asks_for_an_approval(&mut self) {
+        let request = api::WatchApprovalsRequest {
+            user_id: USER.into(),
+            ..Default::default()
+        };
+        let watched = self.calls.watch_approvals(request).await;
+        let mut watched = watched.expect("the shim answers").into_inner();
+        let mut told = async || {
+            let message = watched.message().await.expect("the shim answers");
+            message.expect("a message").approvals
+        };
+        assert_eq!(told().await, []);
+        let mut run = self.client.run(start(&["needs-approval"]));
+        let first = next(&mut run).await;
+        let api::run_event::Event::ApprovalRequired(required) = first else {
+            panic!("the first event is {first:?}");
+        };
+        let approvals = told().await;
+        self.done("WatchApprovals");
+        let request = api::ListApprovalsRequest {
+            user_id: USER.into(),
+            ..Default::default()
+        };
+        let listed = self.calls.list_approvals(request).await;
+        assert_eq!(
+            listed.expect("the shim answers").into_inner().approvals,
+            approvals
+        );
+        self.done("ListApprovals");
+        let approval_id = required.approval_id;
+        let request = api::GetApprovalRequest {
+            approval_id: approval_id.clone(),
+        };
+        let shown = self.calls.get_approval(request).await;
+        let shown = shown.expect("the shim answers").into_inner().approval;
+        let subject = shown.and_then(|approval| approval.subject);
+        let is_it = matches!(subject, Some(api::approval::Subject::Run(run)) if run.argv == ["needs-approval"]);
+        assert!(is_it);
+        self.done("GetApproval");
+        let request = api::ApproveRequest {
+            approval_id: approval_id.clone(),
+            comment: String::new(),
+        };
+        let own = self.calls.approve(request).await.map(drop);
+        let own = own.expect_err("it is their own");
+        assert!(
+            own.message().contains("somebody else must approve it"),
+            "{own}"
+        );
+        self.done("Approve");
+        let request = api::DenyRequest {
+            approval_id,
+            comment: "no".into(),
+        };
+        let denied = self.calls.deny(request).await;
+        let denied = denied.expect("the shim answers").into_inner().approval;
+        assert_eq!(
+            denied.expect("the approval").state(),
+            api::ApprovalState::Denied
+        );
+        self.done("Deny");
+        let end = run.next().await.expect("an end").map(drop);
+        assert!(
+            end.expect_err("a denial")
+                .message()
+                .ends_with("has denied this run: no")
+        );
+    }
+}
+
 async fn next(run: &mut Run) -> api::run_event::Event {
     let event = run.next().await.expect("it has not ended");
     event.expect("the shim answers")
@@ -345,128 +412,5 @@ async fn text(mut run: Run) -> (String, api::ExitReason) {
             }
             _ => {}
         }
-    }
-}
-
-/// Uses reflection instead of the protocol's files.
-pub(super) fn of_grpcurl(shim: &Shim) -> BTreeSet<String> {
-    let program = succeed(&mut Command::new(root().join("tests/grpcurl.sh")));
-    let mut grpcurl = Grpcurl {
-        program: program.trim().to_owned(),
-        address: shim.address.clone(),
-        made: BTreeSet::new(),
-    };
-    grpcurl.pools();
-    grpcurl.credentials();
-    grpcurl.runs();
-    let name = Grpcurl::with(json!({}));
-    let lease_id = grpcurl.last("Allocate", name.clone())["lease"]["leaseId"].clone();
-    let script = json!({ "user_id": "grpcurl", "script": "print(6 * 7)" });
-    let result = grpcurl.last("RunScript", script);
-    assert_eq!(result["status"], "SCRIPT_STATUS_SUCCESS", "{result}");
-    let release = json!({ "lease_id": lease_id, "user_id": "grpcurl" });
-    grpcurl.call("Release", &[], release);
-    grpcurl.call("DeleteCredential", &[], name);
-    grpcurl.made
-}
-
-/// grpcurl, and the names of the calls that it has made.
-struct Grpcurl {
-    program: String,
-    address: String,
-    made: BTreeSet<String>,
-}
-
-/// The time limit of calls that do not end by themselves.
-const SHORT: [&str; 2] = ["-max-time", "2"];
-
-impl Grpcurl {
-    fn call(&mut self, method: &str, options: &[&str], request: Value) -> Vec<Value> {
-        let mut command = Command::new(&self.program);
-        command.args(["-plaintext", "-emit-defaults"]).args(options);
-        command.args(["-d", &request.to_string(), &self.address]);
-        command.arg(format!("polydev.runtime.v1.RuntimeService/{method}"));
-        let answered = output(&mut command);
-        let words = String::from_utf8_lossy(&answered.stderr).into_owned();
-        let is_late = options.contains(&"-max-time") && words.contains("DeadlineExceeded");
-        assert!(answered.status.success() || is_late, "{method}: {words}");
-        self.made.insert(method.to_owned());
-        let answers = serde_json::Deserializer::from_slice(&answered.stdout);
-        let answers = answers.into_iter::<Value>();
-        answers.map(|answer| answer.expect("valid JSON")).collect()
-    }
-
-    /// The last message of the answer, or the only one.
-    fn last(&mut self, method: &str, request: Value) -> Value {
-        let mut answers = self.call(method, &[], request);
-        answers.pop().expect("an answer has a message")
-    }
-
-    /// A request with `what`, a user and a provider.
-    fn with(mut what: Value) -> Value {
-        what["user_id"] = "grpcurl".into();
-        what["provider"] = PROVIDER.into();
-        what
-    }
-
-    fn pools(&mut self) {
-        let status = self.call("GetClusterStatus", &[], json!({}));
-        assert_eq!(status[0]["nodes"][0]["reachable"], true);
-        let images = self.call("ListImages", &[], json!({}));
-        assert!(images[0]["nodes"][0]["images"].is_array());
-        let prune = self.call("PruneImages", &[], json!({ "all": true }));
-        assert_eq!(prune[0]["nodes"][0]["reachable"], true);
-        let pools = self.call("ListPools", &[], json!({}));
-        assert_eq!(pools[0]["pools"][0]["provider"], "anthropic");
-        let pool = self.call("GetPool", &[], json!({ "provider": "anthropic" }));
-        assert_eq!(pool[0]["pool"]["slots"], 2);
-        let watched = self.call("WatchPools", &SHORT, json!({}));
-        assert_eq!(watched[0]["nodesConnected"], 1);
-        let google = json!({ "provider": "google" });
-        let scaled = self.last("ScalePool", json!({ "provider": "google", "size": 0 }));
-        assert_eq!(scaled["scaled"]["to"], 0);
-        let drained = self.last("DrainPool", google.clone());
-        assert!(drained["drained"].is_object());
-        let resumed = self.last("ResumePool", google);
-        assert!(resumed["scaled"].is_object());
-    }
-
-    fn credentials(&mut self) {
-        let secret = json!({ "environment": { "variables": { "SECRET": "of the store" } } });
-        let put = Self::with(json!({ "credential": { "secret": secret } }));
-        let put = self.call("PutCredential", &[], put);
-        assert_eq!(put[0]["credential"]["version"], "1");
-        let listed = self.call("ListCredentials", &[], json!({ "user_id": "grpcurl" }));
-        assert_eq!(
-            listed[0]["credentials"][0]["kind"],
-            "CREDENTIAL_KIND_ENVIRONMENT"
-        );
-        let rotated = self.call("RotateCredentials", &[], json!({}));
-        assert_eq!(rotated[0]["left"], "0");
-    }
-
-    fn runs(&mut self) {
-        let user = json!({ "user_id": "grpcurl" });
-        let stored = Self::with(json!({
-            "argv": { "text": ["sh", "-c", "echo $SECRET"] }, "credential": { "stored": {} },
-        }));
-        let events = self.call("Run", &[], json!({ "start": stored }));
-        let written = |event: &Value| event["event"]["stdout"]["data"] == "b2YgdGhlIHN0b3JlCg==";
-        assert!(events.iter().any(written), "{events:?}");
-        let sleeps = Self::with(json!({ "argv": { "text": ["sleep", "300"] } }));
-        let submitted = self.call("SubmitJob", &[], json!({ "start": sleeps }));
-        let run_id = submitted[0]["accepted"]["runId"].clone();
-        let of_run = json!({ "run_id": run_id, "user_id": "grpcurl" });
-        let shown = self.call("GetRun", &[], of_run.clone());
-        assert_eq!(shown[0]["run"]["runId"], run_id);
-        let listed = self.call("ListRuns", &[], user.clone());
-        assert_eq!(listed[0]["runs"][0]["runId"], run_id);
-        let watched = self.call("WatchRuns", &SHORT, user);
-        let is_it = |told: &Value| told["runs"][0]["runId"] == run_id;
-        assert!(watched.iter().any(is_it), "{watched:?}");
-        self.call("CancelRun", &[], of_run.clone());
-        let last = self.last("Attach", json!({ "start": of_run }));
-        let exited = &last["event"]["exited"];
-        assert_eq!(exited["reason"], "EXIT_REASON_CANCELLED");
     }
 }

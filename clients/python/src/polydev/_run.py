@@ -37,6 +37,8 @@ _BROKEN = {
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.CANCELLED,
 }
+# Events that show that the shim has the run, before anything else is known of it.
+_CONNECTED = ("accepted", "queued", "approval_required")
 _STREAMS = {"stdout": 0, "stderr": 1, "artifact_data": 2}
 _LOST = {
     api.STREAM_STDOUT: 0,
@@ -190,7 +192,7 @@ class Run:
                 call = self._open()
                 try:
                     async for response in call:
-                        if response.event.WhichOneof("event") in ("accepted", "queued"):
+                        if response.event.WhichOneof("event") in _CONNECTED:
                             self._broken_since = None
                         event = self._news(response.event)
                         if event is not None:
@@ -260,7 +262,7 @@ class Run:
                 raise DataLoss(str(gone)) from None
             is_first, self._accepted = not self._accepted, True
             return event if is_first else None
-        if kind == "queued":
+        if kind in ("queued", "approval_required"):
             return None if self._accepted else event
         if kind == "started":
             is_first, self._started = not self._started, True

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{Agent, Stop};
 use crate::{
-    asks::{Answer, Asks, Question},
+    asks::{Answer, Asks, Heard, Question},
     cli::{Event, Out},
     told::Told,
 };
@@ -49,9 +49,26 @@ impl Agent {
     /// Tells the CLI what was answered.
     pub(super) fn answer_calls(&mut self) -> Result<(), Stop> {
         while let Some(waiting) = &mut self.waiting
-            && let Some((question, answer)) = waiting.answered(Instant::now())
+            && let Some(heard) = waiting.heard(Instant::now())
         {
-            self.answer_call(&question, &answer)?;
+            match heard {
+                Heard::Answer(question, answer) => self.answer_call(&question, &answer)?,
+                Heard::ApprovalRequired {
+                    call_id: id,
+                    name,
+                    reason,
+                    wait,
+                } => {
+                    let mut out = Out::default();
+                    out.tell(Told::ToolApprovalRequired {
+                        id,
+                        name,
+                        reason,
+                        wait,
+                    });
+                    self.put(out)?;
+                }
+            }
         }
         Ok(())
     }

@@ -27,7 +27,7 @@ fn answer(link: &mut Link, number: u64, allowed: bool) {
         number,
         allowed,
         reason: "because".into(),
-        enters: String::new(),
+        ..ToolAnswer::default()
     }));
 }
 

@@ -106,6 +106,13 @@ impl<'a> Attempts<'a> {
         }
     }
 
+    /// Somebody has approved the run.
+    pub(super) fn approved_by(&mut self, approver: &str) {
+        if let Some(permission) = &mut self.permission {
+            permission.approved_by(approver);
+        }
+    }
+
     /// Makes sure that no other try of the run can still get a container. If another try has got
     /// one, returns the connection to the run.
     pub(super) async fn fence(&mut self) -> Result<Option<Connection>, Error> {

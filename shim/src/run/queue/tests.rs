@@ -4,7 +4,7 @@ use super::*;
 use proptest::prelude::*;
 
 fn enter(queue: &Queue, provider: &'static str, user_id: &str) -> Result<Ticket, Full> {
-    queue.enter(provider, &user_id.into(), Wants::Run(RunId::now()))
+    queue.enter(provider, &user_id.into(), Wants::Run(RunId::now()), false)
 }
 
 fn queue(running: Option<u32>, queued: u32) -> Queue {
@@ -76,10 +76,27 @@ fn a_user_at_the_limit_waits_and_holds_nobody_up() {
 }
 
 #[test]
+fn a_run_that_nobody_has_approved_keeps_its_place_and_holds_nobody_up() {
+    let queue = queue(None, 10);
+    let wants = Wants::Run(RunId::now());
+    let waits = queue.enter("openai", &"alice".into(), wants, true).unwrap();
+    let bob = enter(&queue, "openai", "bob").unwrap();
+    assert_eq!(place(&waits), Place::Held(0));
+    assert_eq!(place(&bob), Place::Next);
+    let carol = enter(&queue, "openai", "carol").unwrap();
+    waits.approved();
+    assert_eq!(place(&waits), Place::Next, "it came before them");
+    assert_eq!(
+        (place(&bob), place(&carol)),
+        (Place::Behind(1), Place::Behind(2))
+    );
+}
+
+#[test]
 fn leases_are_counted_apart_and_with_runs() {
     let queue = queue(Some(3), 10);
     let alice = UserId::from("alice");
-    let lease = || queue.enter("openai", &alice, Wants::Lease).unwrap();
+    let lease = || queue.enter("openai", &alice, Wants::Lease, false).unwrap();
     let (one, two) = (lease().served(), lease().served());
     let third = lease();
     assert_eq!(place(&third), Place::Held(0), "two leases are allowed");

@@ -7,8 +7,8 @@ use polydev_proto::{
     agent::MAX_LINE,
     node,
     runtime::{
-        AgentEvent, AgentEvents, AgentUsage, ToolCall, ToolDecision, ToolResult, TurnEnded,
-        agent_event::Event,
+        AgentEvent, AgentEvents, AgentUsage, ToolApprovalRequired, ToolCall, ToolDecision,
+        ToolResult, TurnEnded, agent_event::Event,
     },
 };
 use serde::Deserialize;
@@ -28,6 +28,12 @@ enum Line {
         id: String,
         output: String,
         is_error: bool,
+    },
+    ToolApprovalRequired {
+        id: String,
+        name: String,
+        reason: String,
+        timeout_seconds: u64,
     },
     ToolDecision {
         id: String,
@@ -71,6 +77,17 @@ impl From<Line> for Event {
                 id,
                 output,
                 is_error,
+            }),
+            Line::ToolApprovalRequired {
+                id,
+                name,
+                reason,
+                timeout_seconds,
+            } => Self::ToolApprovalRequired(ToolApprovalRequired {
+                id,
+                name,
+                reason,
+                timeout: Duration::from_secs(timeout_seconds).try_into().ok(),
             }),
             Line::ToolDecision {
                 id,

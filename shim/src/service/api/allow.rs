@@ -8,6 +8,7 @@ use polydev_policy::rules::RunFacts;
 use crate::{
     access::{Action, Caller, Denied, Policy, What},
     audit::record::{Operation, Record},
+    policy::Leave,
     run::{Error, attach::Name, listing},
 };
 use polydev_proto::provider::Provider;
@@ -54,16 +55,20 @@ impl Api {
         }
     }
 
-    /// Asks the operator's rules about a run. Returns the record with what they have decided; what
-    /// they refuse is recorded here.
-    pub(super) fn decide(&self, record: Record, facts: Option<&RunFacts>) -> Result<Record, Error> {
+    /// Asks the operator's rules about a run. Returns the record with what they have decided, and what
+    /// is left to do; what they block is recorded here.
+    pub(super) fn decide(
+        &self,
+        record: Record,
+        facts: Option<&RunFacts>,
+    ) -> Result<(Record, Leave), Error> {
         let decided = facts.and_then(|facts| self.policy.decide(facts));
         let checked = decided
             .as_ref()
-            .map_or(Ok(()), |decided| decided.check("run"));
+            .map_or(Ok(Leave::Given), |decided| decided.check("run"));
         let record = record.decided(decided);
         match checked {
-            Ok(()) => Ok(record),
+            Ok(leave) => Ok((record, leave)),
             Err(refused) => {
                 self.audit.record(&record.denied(&refused.to_string()))?;
                 Err(refused.into())

@@ -19,8 +19,10 @@ use tracing::{Instrument, Span};
 use super::Api;
 use crate::{
     access::{Action, Caller, Denied, TooMuch, What},
+    approval::wanted::{Subject, Wanted},
     audit::record::{Operation, Record},
     credentials::record::Binding,
+    policy::Leave,
     run::{
         Connection, Error,
         attach::Name,
@@ -101,10 +103,20 @@ impl Api {
         request.role = role;
         request.caller.clone_from(&caller.name);
         let facts = asked_policy.map(|facts| request.facts(facts, caller, has_credential));
-        let started = self.decide(started, facts.as_ref())?;
+        let (started, leave) = self.decide(started, facts.as_ref())?;
         let allowing = started.policy.as_ref().and_then(|policy| policy.allowing());
         request.permission = self.signer.permission(allowing);
-        self.audit.record(&started)?;
+        match facts.filter(|_| leave == Leave::NeedsApproval) {
+            // Its start is recorded once somebody has approved it.
+            Some(facts) => {
+                request.wanted = Some(Wanted {
+                    record: started,
+                    caller_user: caller.user.clone(),
+                    subject: Subject::Run(facts.into()),
+                });
+            }
+            None => self.audit.record(&started)?,
+        }
         if !request.is_retry {
             // It would wait for nothing. A run that exists already is found by its claim.
             request.terms().policy(&self.view)?;

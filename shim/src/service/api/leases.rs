@@ -31,7 +31,7 @@ impl Api {
         let role = self.role(caller, run, &record)?;
         self.user_rate.check(user_id.as_str())?;
         self.audit.record(&record)?;
-        let allocate = lease::allocate(&self.view, &self.queue, wanted, role);
+        let allocate = lease::allocate(&self.view, &self.turns.queue, wanted, role);
         let lease = self.unless_stopping(allocate).await?;
         tracing::info!(lease_id = lease.lease_id, %user_id, %caller, %provider, "lease");
         let lease = Some(lease);

@@ -67,14 +67,10 @@ impl Api {
         let own = request.own_input.take();
         let span = span(run_id, &name.user_id, Some(provider));
         let (relay, events) = self.relay(name, received, PerStream::default(), own, longest);
-        let (view, queue, on_demand) = (
-            self.view.clone(),
-            self.queue.clone(),
-            self.on_demand.clone(),
-        );
+        let turns = self.turns.clone();
         let context = ours.as_ref().map(Trace::context).unwrap_or_default();
         self.carry(relay, span, context, inputs, |caller| async move {
-            claim::claim(&view, &queue, &on_demand, request, &caller).await
+            claim::claim(&turns, request, &caller).await
         });
         let metrics = self.metrics.clone();
         let events = events.inspect(move |event| match event {
@@ -115,7 +111,7 @@ impl Api {
             // Nobody receives the run's place in the queue.
             let (told, _) = mpsc::channel(1);
             let span = span(run_id, &request.user_id, Some(request.provider));
-            let claim = claim::claim(&self.view, &self.queue, &self.on_demand, request, &told);
+            let claim = claim::claim(&self.turns, request, &told);
             let (mut connection, running) = claim.instrument(span.clone()).await?;
             let accepted = relay::accepted(run_id, &connection);
             self.metrics

@@ -13,8 +13,9 @@ use axum::{
 };
 use polydev_proto::{
     runtime::{
-        AllocateRequest, CancelRunRequest, GetPoolRequest, GetRunRequest, ListRunsRequest,
-        ReleaseRequest, RunScriptRequest, SubmitJobRequest,
+        AllocateRequest, ApproveRequest, CancelRunRequest, DenyRequest, GetApprovalRequest,
+        GetPoolRequest, GetRunRequest, ListApprovalsRequest, ListRunsRequest, ReleaseRequest,
+        RunScriptRequest, SubmitJobRequest,
     },
     stream::PerStream,
 };
@@ -161,6 +162,58 @@ pub(super) async fn release(
     same("lease_id", &lease_id, &named.lease_id)?;
     let request = ReleaseRequest { lease_id, ..named };
     Ok(json::answer(&api.release(&caller, request).await?))
+}
+
+pub(super) async fn list_approvals(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+    query: Result<Query<json::Fields>, QueryRejection>,
+) -> Answer {
+    let Query(fields) = query?;
+    let request: ListApprovalsRequest = json::from_fields(fields)?;
+    Ok(json::answer(&api.list_approvals(&caller, request)?))
+}
+
+pub(super) async fn show_approval(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+    path: Result<Path<String>, PathRejection>,
+) -> Answer {
+    let Path(approval_id) = path?;
+    let request = GetApprovalRequest { approval_id };
+    Ok(json::answer(&api.get_approval(&caller, request)?))
+}
+
+pub(super) async fn approve(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+    path: Result<Path<String>, PathRejection>,
+    request: Request,
+) -> Answer {
+    let Path(approval_id) = path?;
+    let named: ApproveRequest = body(&api.bodies, request).await?;
+    same("approval_id", &approval_id, &named.approval_id)?;
+    let request = ApproveRequest {
+        approval_id,
+        ..named
+    };
+    Ok(json::answer(&api.approve(&caller, request)?))
+}
+
+pub(super) async fn deny(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+    path: Result<Path<String>, PathRejection>,
+    request: Request,
+) -> Answer {
+    let Path(approval_id) = path?;
+    let named: DenyRequest = body(&api.bodies, request).await?;
+    same("approval_id", &approval_id, &named.approval_id)?;
+    let request = DenyRequest {
+        approval_id,
+        ..named
+    };
+    Ok(json::answer(&api.deny(&caller, request)?))
 }
 
 pub(super) async fn list_pools(

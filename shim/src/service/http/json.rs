@@ -10,10 +10,12 @@ use axum::{
 use polydev_proto::{
     DESCRIPTORS,
     runtime::{
-        AllocateRequest, AllocateResponse, CancelRunRequest, CancelRunResponse,
-        GetClusterStatusResponse, GetPoolResponse, GetRunResponse, ListPoolsResponse,
-        ListRunsRequest, ListRunsResponse, ReleaseRequest, ReleaseResponse, RunEvent,
-        RunScriptRequest, RunScriptResponse, SubmitJobRequest, SubmitJobResponse, run_event::Event,
+        AllocateRequest, AllocateResponse, ApproveRequest, ApproveResponse, CancelRunRequest,
+        CancelRunResponse, DenyRequest, DenyResponse, GetApprovalResponse,
+        GetClusterStatusResponse, GetPoolResponse, GetRunResponse, ListApprovalsRequest,
+        ListApprovalsResponse, ListPoolsResponse, ListRunsRequest, ListRunsResponse,
+        ReleaseRequest, ReleaseResponse, RunEvent, RunScriptRequest, RunScriptResponse,
+        SubmitJobRequest, SubmitJobResponse, run_event::Event,
     },
 };
 use prost_reflect::{
@@ -49,6 +51,8 @@ macro_rules! messages {
 }
 
 messages! {
+    ApproveRequest ApproveResponse DenyRequest DenyResponse GetApprovalResponse
+    ListApprovalsRequest ListApprovalsResponse
     AllocateRequest AllocateResponse CancelRunRequest CancelRunResponse GetClusterStatusResponse
     GetPoolResponse GetRunResponse ListPoolsResponse ListRunsRequest ListRunsResponse
     ReleaseRequest ReleaseResponse RunEvent RunScriptRequest RunScriptResponse SubmitJobRequest SubmitJobResponse
@@ -238,6 +242,7 @@ pub(super) fn answer<M: Message>(message: &M) -> Response {
 pub(super) fn event(event: &RunEvent) -> sse::Event {
     let name = match &event.event {
         Some(Event::Queued(_)) => "queued",
+        Some(Event::ApprovalRequired(_)) => "approval_required",
         Some(Event::Accepted(_)) => "accepted",
         Some(Event::Started(_)) => "started",
         Some(Event::Stdout(_)) => "stdout",

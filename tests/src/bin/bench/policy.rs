@@ -13,7 +13,7 @@ use polydev_policy::{
     rules::{Kind, Rules, RunFacts},
 };
 use polydev_proto::{
-    execution::{self, Place, Presented},
+    execution::{self, Because, Place, Presented},
     node::{Ballot, Claim, RunSpec},
     signing::{PublicKeys, SigningKey},
 };
@@ -124,11 +124,15 @@ fn tokens(pair: &KeyPair) -> anyhow::Result<Summary> {
         egress: None,
         expires_at: now + Duration::from_secs(3600),
     };
+    let because = Because {
+        policy_hash: "policy",
+        ..Because::default()
+    };
     let mut samples = Vec::new();
     for _ in 0..TOKENS {
         let one = Instant::now();
         let mut claim = claim.clone();
-        claim.token = Some(execution::issue(&key, &claim, place, "policy"));
+        claim.token = Some(execution::issue(&key, &claim, place, because));
         let presented = Presented::take(&mut claim);
         presented.check(&keys, "node", "image", None, now)?;
         samples.push(one.elapsed().as_secs_f64() * 1e3);
