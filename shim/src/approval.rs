@@ -205,12 +205,12 @@ impl Approvals {
             true => Operation::Approve,
             false => Operation::Deny,
         };
-        let record = wanted.record.decided_by(caller, operation).approval(id);
+        let record = wanted.record.deciding(caller, operation, id, &comment);
         if approves && let Err(own) = wanted.is_for_a_stranger(caller) {
             self.0.audit.record(&record.denied(&own.to_string()))?;
             return Err(own.into());
         }
-        self.0.audit.record(&record.said(&comment))?;
+        self.0.audit.record(&record)?;
         let Some(Entry {
             mut approval,
             decided,
@@ -277,11 +277,11 @@ impl Waiting {
             Err(_) => self.decision.try_recv().ok(),
         };
         let wanted = &self.approval.wanted;
-        let (audit, record) = (&self.approvals.0.audit, wanted.record.approval(id));
+        let (audit, record) = (&self.approvals.0.audit, &wanted.record);
         let what = wanted.what();
         let refused = match decided {
             Some(decided) if decided.state == State::Approved => {
-                audit.record(&record.approved_by(&decided.decided_by))?;
+                audit.record(&record.approved(id, &decided.decided_by))?;
                 return Ok(decided);
             }
             Some(decided) => Error::Denied {
@@ -295,7 +295,7 @@ impl Waiting {
                 waited: self.approvals.0.timeout,
             },
         };
-        audit.record(&record.denied(&refused.to_string()))?;
+        audit.record(&record.approval(id).denied(&refused.to_string()))?;
         Err(refused)
     }
 

@@ -106,24 +106,26 @@ assert.equal(result.status, api.ScriptStatus.SUCCESS);
 assert.equal(new TextDecoder().decode(result.stdout), "42\n");
 done("RunScript");
 
-const watching = calls.watchApprovals({ userId })[Symbol.asyncIterator]();
-assert.deepEqual((await watching.next()).value.approvals, []);
-const waits = client.run({ ...name, command: { case: "argv", value: { text: ["needs-approval"] } } });
-const waiting = waits[Symbol.asyncIterator]();
-const { value: required } = (await waiting.next()).value;
-assert.equal(required.reason, "ask somebody");
-const [told] = (await watching.next()).value.approvals;
-await watching.return();
-const { approvals } = await calls.listApprovals({ userId });
-assert.deepEqual(approvals, [told]);
-const { approvalId } = required;
-const { approval } = await calls.getApproval({ approvalId });
-assert.deepEqual(approval.subject.value.argv, ["needs-approval"]);
-await assert.rejects(calls.approve({ approvalId }), (error) => reason(error) === "OWN_APPROVAL");
-const denied = await calls.deny({ approvalId, comment: "no" });
-assert.equal(denied.approval.state, api.ApprovalState.DENIED);
-await assert.rejects(waiting.next(), (error) => reason(error) === "APPROVAL_DENIED");
-done("WatchApprovals", "ListApprovals", "GetApproval", "Approve", "Deny");
+{
+  const watching = calls.watchApprovals({ userId })[Symbol.asyncIterator]();
+  assert.deepEqual((await watching.next()).value.approvals, []);
+  const waits = client.run({ ...name, command: { case: "argv", value: { text: ["needs-approval"] } } });
+  const waiting = waits[Symbol.asyncIterator]();
+  const { value: required } = (await waiting.next()).value;
+  assert.equal(required.reason, "ask somebody");
+  const [told] = (await watching.next()).value.approvals;
+  await watching.return?.();
+  const { approvals } = await calls.listApprovals({ userId });
+  assert.deepEqual(approvals, [told]);
+  const { approvalId } = required;
+  const { approval } = await calls.getApproval({ approvalId });
+  assert.deepEqual(approval.subject.value.argv, ["needs-approval"]);
+  await assert.rejects(calls.approve({ approvalId }), (error) => reason(error) === "OWN_APPROVAL");
+  const denied = await calls.deny({ approvalId, comment: "no" });
+  assert.equal(denied.approval.state, api.ApprovalState.DENIED);
+  await assert.rejects(waiting.next(), (error) => reason(error) === "APPROVAL_DENIED");
+  done("WatchApprovals", "ListApprovals", "GetApproval", "Approve", "Deny");
+}
 
 await calls.deleteCredential(name);
 done("DeleteCredential");

@@ -54,10 +54,8 @@ pub fn event(line: &Line) -> Option<Value> {
         if let Some(tool) = &record.tool {
             event["unmapped"]["tool"] = json!(tool);
         }
-        if let Some(id) = &record.approval_id {
-            event["unmapped"]["approval"] = json!({
-                "id": id, "approved_by": record.approved_by, "comment": record.comment,
-            });
+        if let Some(approval) = &record.approval {
+            event["unmapped"]["approval"] = json!(approval);
         }
     }
     if let Some(resource) = resource(record) {

@@ -77,7 +77,13 @@ pub struct Record {
     pub tool: Option<String>,
     /// Of what waits or has waited for an approval.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub approval_id: Option<String>,
+    pub approval: Option<Box<OfApproval>>,
+}
+
+/// The approval that a record is about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfApproval {
+    pub id: String,
     /// Who has approved it, by the name that roles know.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approved_by: Option<String>,
@@ -114,9 +120,7 @@ impl Record {
             why: None,
             policy: None,
             tool: None,
-            approval_id: None,
-            approved_by: None,
-            comment: None,
+            approval: None,
         }
     }
 
@@ -161,37 +165,38 @@ impl Record {
         }
     }
 
+    /// With the approval that it waits for, or is about.
     #[must_use]
     pub fn approval(&self, id: Uuid) -> Self {
+        self.of_approval(id, None, None)
+    }
+
+    /// With the approval that it has.
+    #[must_use]
+    pub fn approved(&self, id: Uuid, by: &str) -> Self {
+        self.of_approval(id, named(by), None)
+    }
+
+    fn of_approval(&self, id: Uuid, approved_by: Option<String>, comment: Option<String>) -> Self {
+        let approval = OfApproval {
+            id: id.to_string(),
+            approved_by,
+            comment,
+        };
         Self {
-            approval_id: Some(id.to_string()),
+            approval: Some(approval.into()),
             ..self.clone()
         }
     }
 
+    /// What somebody else does about the approval of this.
     #[must_use]
-    pub fn approved_by(&self, name: &str) -> Self {
-        Self {
-            approved_by: named(name),
-            ..self.clone()
-        }
-    }
-
-    /// What somebody else decides about it.
-    #[must_use]
-    pub fn decided_by(&self, caller: &Caller, operation: Operation) -> Self {
+    pub fn deciding(&self, caller: &Caller, operation: Operation, id: Uuid, comment: &str) -> Self {
         Self {
             who: cut(&caller.name),
             from: caller.origin.to_string(),
-            ..self.with(operation)
-        }
-    }
-
-    #[must_use]
-    pub fn said(&self, comment: &str) -> Self {
-        Self {
-            comment: named(comment),
-            ..self.clone()
+            operation,
+            ..self.of_approval(id, None, named(comment))
         }
     }
 
@@ -219,12 +224,13 @@ impl Record {
             why,
             policy,
             tool,
-            approval_id,
-            approved_by,
-            comment: _,
+            approval,
         } = self;
         let tool = tool.as_deref();
-        let (approval_id, approved_by) = (approval_id.as_deref(), approved_by.as_deref());
+        let approval_id = approval.as_ref().map(|approval| &*approval.id);
+        let approved_by = approval
+            .as_ref()
+            .and_then(|approval| approval.approved_by.as_deref());
         let policy = policy.as_ref().map(ToString::to_string);
         let (user_id, run_id) = (user_id.as_deref(), run_id.as_deref());
         let provider = provider.as_deref();

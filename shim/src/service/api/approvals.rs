@@ -212,7 +212,7 @@ impl Api {
         is_recorded: bool,
     ) -> Result<(), Error> {
         let wanted = &approval.wanted.record;
-        let record = wanted.decided_by(caller, operation).approval(approval.id);
+        let record = wanted.deciding(caller, operation, approval.id, "");
         self.check(caller, action(wanted), &record)?;
         if is_recorded {
             self.audit.record(&record)?;
