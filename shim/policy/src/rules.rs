@@ -5,15 +5,14 @@
 //! `{integrity}` stand for the call's), and a text for the trace (`@trace`).
 
 mod facts;
+mod index;
 
 use std::{collections::HashMap, fmt::Write as _, str::FromStr, sync::LazyLock};
 
-use cedar_policy::{
-    Authorizer, Decision, Effect, Policy, PolicyId, PolicySet, Response, Schema, ValidationMode,
-    Validator,
-};
+use cedar_policy::{Effect, Policy, PolicyId, PolicySet, Schema, ValidationMode, Validator};
 
 use facts::Question;
+use index::Index;
 use miette::Diagnostic;
 
 pub use facts::{AgentFacts, Kind, RunFacts, ToolFacts};
@@ -35,12 +34,14 @@ static THE_SCHEMA: LazyLock<Schema> = LazyLock::new(|| {
 /// Rules that were checked against the schema.
 #[derive(Debug, Clone)]
 pub struct Rules {
-    /// Those that allow and block.
-    hard: PolicySet,
+    /// Those that allow.
+    permits: PolicySet,
+    /// Those that block.
+    blocks: Index,
     /// Those that need an approval.
-    soft: PolicySet,
-    /// The places of their names in the files.
-    order: HashMap<String, usize>,
+    approvals: Index,
+    /// All, with their places in the files.
+    all: HashMap<PolicyId, (usize, Policy)>,
     hash: String,
 }
 
@@ -89,33 +90,35 @@ impl Rules {
             return Err(Error::TooLong(text.len()));
         }
         let hash = canonical::sha256(format!("{BUILTIN}\n{text}").as_bytes());
-        let (mut hard, mut soft) = (PolicySet::new(), PolicySet::new());
-        let mut all = PolicySet::new();
-        let mut order = HashMap::new();
+        let (mut blocks, mut approvals) = (Index::default(), Index::default());
+        let (mut permits, mut checked) = (PolicySet::new(), PolicySet::new());
+        let mut all = HashMap::new();
         for policy in named(BUILTIN)?.into_iter().chain(named(text)?) {
-            let name = policy.id().to_string();
-            let set = match (policy.effect(), policy.annotation("outcome")) {
-                (_, None) | (Effect::Forbid, Some("block")) => &mut hard,
-                (Effect::Forbid, Some("step_up")) => &mut soft,
+            let rule = policy.id().to_string();
+            let is_new = match (policy.effect(), policy.annotation("outcome")) {
+                (Effect::Permit, None) => permits.add(policy.clone()).is_ok(),
+                (Effect::Forbid, None | Some("block")) => blocks.add(policy.clone()),
+                (Effect::Forbid, Some("step_up")) => approvals.add(policy.clone()),
                 (_, Some(given)) => {
                     let given = given.to_owned();
-                    return Err(Error::Outcome { rule: name, given });
+                    return Err(Error::Outcome { rule, given });
                 }
             };
-            if set.add(policy.clone()).is_err() || all.add(policy).is_err() {
-                return Err(Error::SameName(name));
+            if !is_new || checked.add(policy.clone()).is_err() {
+                return Err(Error::SameName(rule));
             }
-            order.insert(name, order.len());
+            all.insert(policy.id().clone(), (all.len(), policy));
         }
-        let checked = Validator::new(THE_SCHEMA.clone()).validate(&all, ValidationMode::Strict);
+        let checked = Validator::new(THE_SCHEMA.clone()).validate(&checked, ValidationMode::Strict);
         if !checked.validation_passed() {
             let errors = checked.validation_errors().map(ToString::to_string);
             return Err(Error::Schema(errors.collect::<Vec<_>>().join("; ")));
         }
         Ok(Self {
-            hard,
-            soft,
-            order,
+            permits,
+            blocks,
+            approvals,
+            all,
             hash,
         })
     }
@@ -142,30 +145,28 @@ impl Rules {
     }
 
     fn decide(&self, question: Result<Question, String>, fill: &dyn Fn(&str) -> String) -> Verdict {
-        let Question { request, entities } = match question {
-            Ok(question) => question,
-            Err(error) => {
-                return Verdict::failed(&format!("the request could not be read: {error}"));
-            }
+        let asked = question.map_err(|error| format!("the request could not be read: {error}"));
+        let asked = asked.and_then(|question| {
+            Ok((
+                self.blocks.applying(&question)?,
+                self.approvals.applying(&question)?,
+                index::matched(&self.permits, &question)?,
+            ))
+        });
+        let (blocks, approvals, permits) = match asked {
+            Ok(applying) => applying,
+            Err(error) => return Verdict::failed(&error),
         };
-        let authorizer = Authorizer::new();
-        let hard = authorizer.is_authorized(&request, &self.hard, &entities);
-        let soft = authorizer.is_authorized(&request, &self.soft, &entities);
-        // A rule that fails is left out by Cedar: a `forbid` would forbid nothing.
-        for response in [&hard, &soft] {
-            if let Some(error) = response.diagnostics().errors().next() {
-                return Verdict::failed(&error.to_string());
-            }
-        }
-        let (outcome, set, response) = match hard.decision() {
-            Decision::Deny => (Outcome::Block, &self.hard, hard),
-            Decision::Allow if soft.diagnostics().reason().next().is_some() => {
-                (Outcome::StepUp, &self.soft, soft)
-            }
-            Decision::Allow => (Outcome::Allow, &self.hard, hard),
+        let (outcome, applying) = if !blocks.is_empty() || permits.is_empty() {
+            (Outcome::Block, blocks)
+        } else if !approvals.is_empty() {
+            (Outcome::StepUp, approvals)
+        } else {
+            (Outcome::Allow, permits)
         };
-        let decided = self.decided(set, &response);
-        let Some(first) = decided.first() else {
+        let mut decided: Vec<_> = applying.iter().filter_map(|id| self.all.get(id)).collect();
+        decided.sort_by_key(|(place, _)| *place);
+        let Some((_, first)) = decided.first() else {
             return Verdict {
                 outcome,
                 reason: "no rule permits this".into(),
@@ -183,19 +184,9 @@ impl Rules {
             trace: first.annotation("trace").map(Into::into),
             rules: decided
                 .iter()
-                .map(|policy| policy.id().to_string())
+                .map(|(_, policy)| policy.id().to_string())
                 .collect(),
         }
-    }
-}
-
-impl Rules {
-    /// The rules that decided, in the order of the files.
-    fn decided<'a>(&self, set: &'a PolicySet, response: &Response) -> Vec<&'a Policy> {
-        let ids = response.diagnostics().reason();
-        let mut policies: Vec<_> = ids.filter_map(|id| set.policy(id)).collect();
-        policies.sort_by_key(|policy| self.order.get(&policy.id().to_string()));
-        policies
     }
 }
 

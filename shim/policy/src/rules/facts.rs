@@ -11,6 +11,7 @@ use cedar_policy::{
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::index::{self, Key};
 use crate::{canonical, lattice::Label, sink::Risk};
 
 /// What a run starts.
@@ -116,6 +117,16 @@ fn none() -> String {
 pub(super) struct Question {
     pub(super) request: Request,
     pub(super) entities: Entities,
+    /// Of the principal and of attributes that rules may be found by.
+    texts: Vec<(Key, String)>,
+}
+
+impl Question {
+    pub(super) fn text(&self, key: &Key) -> Option<&str> {
+        let mut texts = self.texts.iter();
+        let (_, text) = texts.find(|(of, _)| of == key)?;
+        Some(text)
+    }
 }
 
 impl RunFacts {
@@ -168,11 +179,20 @@ impl RunFacts {
         };
         let user = self.caller_user.iter();
         let caller = user.map(|user| ("user".to_owned(), string(user)));
+        let texts = [
+            ("user", &self.user),
+            ("program", &program),
+            ("model", &self.model),
+            ("tools", &self.tools),
+            ("credential", &self.credential),
+        ];
+        let texts = texts.map(|(name, text)| (Key::Text("context", name), text.clone()));
         ask(
             (&self.caller, caller.collect()),
             action,
             ("Provider", &self.provider, HashMap::new()),
             context,
+            texts.into(),
         )
     }
 }
@@ -214,11 +234,20 @@ impl ToolFacts {
             ]);
         }
         let name = format!("{}.{}", self.tool, self.action);
+        let texts = [
+            ("context", "target", self.target.as_str()),
+            ("context", "integrity", self.label.integrity.name()),
+            ("resource", "tool", &self.tool),
+            ("resource", "action", &self.action),
+            ("resource", "risk", self.risk.name()),
+        ];
+        let texts = texts.map(|(of, name, text)| (Key::Text(of, name), text.to_owned()));
         ask(
             (&self.caller, HashMap::new()),
             "tool",
             ("Tool", &name, HashMap::from(attributes)),
             context,
+            texts.into(),
         )
     }
 }
@@ -230,8 +259,10 @@ fn ask(
     action: &str,
     (kind, name, attributes): (&str, &str, Attributes),
     context: impl IntoIterator<Item = (&'static str, RestrictedExpression)>,
+    mut texts: Vec<(Key, String)>,
 ) -> Result<Question, String> {
     let principal = uid("Caller", caller)?;
+    texts.push((Key::Principal, index::name(&principal)));
     let resource = uid(kind, name)?;
     let action = uid("Action", action)?;
     let entity = |uid: &EntityUid, attributes| {
@@ -250,7 +281,11 @@ fn ask(
     // Without the schema: it has what is built above, and nothing that a caller has named.
     let request = Request::new(principal, action, resource, context, None);
     let request = request.map_err(|error| error.to_string())?;
-    Ok(Question { request, entities })
+    Ok(Question {
+        request,
+        entities,
+        texts,
+    })
 }
 
 fn uid(kind: &str, name: &str) -> Result<EntityUid, String> {

@@ -1,5 +1,7 @@
-//! What a policy and execution tokens cost: a decision with 200 rules, a signature and its check, and
-//! a warm claim with all of it.
+//! What a policy and execution tokens cost: a decision with 200 rules, a signature and its check, a
+//! warm claim with all of it, and the time that an agent waits for a decision about a tool.
+
+mod tools;
 
 use std::{
     fmt::Write as _,
@@ -29,13 +31,18 @@ const TOKENS: usize = 5_000;
 const POOL: u32 = 4;
 
 pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
-    let rules = rules()?;
+    let (plain, rules) = (rules(false)?, rules(true)?);
     let (rate, decision) = decisions(&Rules::read(&rules)?)?;
+    let (plain, _) = decisions(&Rules::read(&plain)?)?;
     let pair = KeyPair::generate_for(&PKCS_ED25519)?;
     let token = tokens(&pair)?;
     let added = |p: fn(&Summary) -> f64| p(&decision) + p(&token);
     let (p50, p99) = (added(|summary| summary.p50), added(|summary| summary.p99));
-    Ok(vec![
+    let mut figures = vec![
+        json!({
+            "name": "the same with rules that must all be asked", "unit": "a second",
+            "n": DECISIONS, "value": plain,
+        }),
         json!({
             "name": "decisions of a policy with 200 rules, on one core", "unit": "a second",
             "n": DECISIONS, "value": rate, "bound": ">= 10000", "holds": rate >= 10_000.0,
@@ -46,17 +53,28 @@ pub(super) fn figures() -> anyhow::Result<Vec<Value>> {
             "bound": "p50 <= 0.3, p99 <= 1", "holds": p50 <= 0.3 && p99 <= 1.0,
         }),
         claims(&rules, &pair)?,
-    ])
+    ];
+    figures.extend(tools::figures(&rules)?);
+    Ok(figures)
 }
 
-/// One permits everything. The others ask about user and words, and forbid nothing of ours.
-fn rules() -> anyhow::Result<String> {
+/// One permits everything. The others ask about user and words, and forbid nothing of ours. The shim
+/// finds rules by the user if they ask about the user first.
+fn rules(user_first: bool) -> anyhow::Result<String> {
     let mut rules = "permit (principal, action, resource is Polydev::Provider);\n".to_owned();
     for rule in 1..RULES {
+        let mut asks = [
+            format!("context.user == \"user-{rule}\""),
+            format!("context.words.contains(\"word-{rule}\")"),
+        ];
+        if !user_first {
+            asks.reverse();
+        }
         writeln!(
             rules,
             "@id(\"r{rule}\") forbid (principal, action == Polydev::Action::\"command\", resource) \
-             when {{ context.user == \"user-{rule}\" && context.words.contains(\"word-{rule}\") }};"
+             when {{ {} }};",
+            asks.join(" && ")
         )?;
     }
     Ok(rules)
