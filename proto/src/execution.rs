@@ -87,6 +87,29 @@ pub fn issue(key: &SigningKey, claim: &Claim, place: Place, because: Because) ->
 pub struct Presented {
     token: Option<ExecutionToken>,
     claim_sha256: bytes::Bytes,
+    input: Option<SignedInput>,
+}
+
+/// The input that came with a run, and that its token is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SignedInput {
+    /// Its offset in the run's input.
+    pub from: u64,
+    pub bytes: u64,
+    /// Hexadecimal digits.
+    pub sha256: String,
+}
+
+impl SignedInput {
+    fn of(claim: &Claim) -> Option<Self> {
+        let spec = claim.spec.as_ref()?;
+        (spec.input_bytes > 0).then(|| Self {
+            from: spec.input_from,
+            bytes: spec.input_bytes,
+            sha256: hex::encode(&spec.input_sha256),
+        })
+    }
 }
 
 impl Presented {
@@ -101,6 +124,7 @@ impl Presented {
         Self {
             token,
             claim_sha256,
+            input: SignedInput::of(claim),
         }
     }
 }
@@ -117,6 +141,9 @@ pub struct Permit {
     /// Who has approved the run; empty if the policy required no approval.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub approver: String,
+    /// `None` if the run came without input.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<SignedInput>,
 }
 
 impl Presented {
@@ -160,6 +187,7 @@ impl Presented {
             nonce: hex::encode(&token.nonce),
             policy_hash: token.policy_hash.clone(),
             approver: token.approver.clone(),
+            input: self.input.clone(),
         })
     }
 }
@@ -226,6 +254,7 @@ mod tests {
                     mode: 0o644,
                 }],
                 input_sha256: vec![7; 32].into(),
+                input_bytes: 4,
                 prompt: Some(Prompt {
                     text: "hello".into(),
                     model: "m".into(),
@@ -284,6 +313,16 @@ mod tests {
             (nonce.len(), &**policy_hash, &**approver),
             (32, "policy", "cn:erin")
         );
+    }
+
+    #[test]
+    fn a_permit_says_which_input_is_signed() {
+        let input = SignedInput {
+            from: 0,
+            bytes: 4,
+            sha256: "07".repeat(32),
+        };
+        assert_eq!(check(signed_claim()).unwrap().input, Some(input));
     }
 
     #[test]

@@ -8,6 +8,7 @@
 mod again;
 mod end;
 mod output;
+mod signed;
 mod stdin;
 
 use std::time::{Duration, Instant};
@@ -28,6 +29,7 @@ use tokio::{
     time::{sleep, sleep_until},
 };
 
+use signed::Signed;
 use stdin::StdinWindow;
 
 use super::{Ended, Granted, Input, Run, book::Runs, claim::Refusal, window::MAX_WAITING};
@@ -160,6 +162,8 @@ struct Carrier<'a> {
     shaping: Option<JoinHandle<Result<(), limits::Error>>>,
     inputs: mpsc::Receiver<Input>,
     stdin: StdinWindow,
+    /// What of the input must be as it was signed.
+    signed: Option<Signed>,
     /// The size from the caller's last resize.
     terminal: Option<TerminalSize>,
     /// How the command ended, while its artifacts are being read.
@@ -238,6 +242,7 @@ impl<'a> Carrier<'a> {
             shaping: None,
             inputs,
             stdin: StdinWindow::default(),
+            signed: Signed::of(run),
             terminal: None,
             collected: None,
             end_at: end_at(run),

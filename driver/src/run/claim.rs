@@ -129,6 +129,8 @@ pub fn spec_hash(user_id: &str, spec: &node::RunSpec) -> String {
     };
     add(user_id.as_bytes());
     let mut spec = spec.clone();
+    // The files and the hash of the input say it, and an earlier shim does not.
+    (spec.input_from, spec.input_bytes) = (0, 0);
     if let Some(prompt) = &mut spec.prompt {
         // Words, which another shim may choose differently.
         prompt.cold_reason.clear();

@@ -272,6 +272,8 @@ impl Request {
                 .unwrap_or_default(),
             max_api_wait,
             prompt,
+            input_from: own_input.as_ref().map_or(0, |own| own.from),
+            input_bytes: own_input.as_ref().map_or(0, |own| own.bytes.len() as u64),
         };
         let mut request = Self {
             provider,

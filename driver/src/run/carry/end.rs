@@ -6,7 +6,7 @@ use polydev_proto::{
     stream::Stream,
 };
 
-use super::{Carrier, End, Ending, SIGKILL, SIGTERM, Stop};
+use super::{Carrier, End, Ending, SIGKILL, SIGTERM, Stop, signed::Unsigned};
 use crate::{
     limits,
     run::{Ended, Run, cancel::Cause},
@@ -60,6 +60,18 @@ impl Carrier<'_> {
             exit_code,
             ..self.run.end(Reason::NotStarted, short(&refused.message))
         }))
+    }
+
+    /// The end of a run that would get other input than was signed.
+    pub(super) fn not_signed(&self, unsigned: &Unsigned) -> Stop {
+        let message = unsigned.to_string();
+        if self.run.progress.borrow().started.is_some() {
+            return self.end(Reason::Lost, &message);
+        }
+        self.not_started(&NotStarted {
+            message,
+            ..NotStarted::default()
+        })
     }
 
     /// The end of a run that was asked to end.

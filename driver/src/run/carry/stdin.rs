@@ -58,8 +58,13 @@ impl Carrier<'_> {
         if self.stdin.closed {
             return Ok(());
         }
-        self.stdin.closed = close;
         let offset = self.stdin.sent;
+        if let Some(signed) = &mut self.signed
+            && let Err(unsigned) = signed.pass(offset, &data, close)
+        {
+            return Err(self.not_signed(&unsigned));
+        }
+        self.stdin.closed = close;
         self.stdin.sent += data.len() as u64;
         let stdin = Stdin {
             offset,
