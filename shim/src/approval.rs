@@ -18,13 +18,17 @@ use tokio::{
     sync::{broadcast, oneshot},
     time::{Instant, timeout_at},
 };
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
     access::Caller,
-    audit::{self, Audit, record::Operation},
+    audit::{
+        self, Audit,
+        record::{Operation, Record},
+    },
 };
-use wanted::{Stranger, Wanted};
+use wanted::{Own, Subject, Wanted, Who};
 
 /// Most that may wait at a time.
 pub const MAX_WAITING: usize = 1000;
@@ -52,7 +56,12 @@ pub enum State {
 pub struct Approval {
     pub id: Uuid,
     pub state: State,
-    pub wanted: Arc<Wanted>,
+    /// Of what is done once it is approved.
+    pub record: Arc<Record>,
+    /// A run or a call, for sentences.
+    pub what: &'static str,
+    /// One line of what is wanted.
+    pub summary: String,
     pub requested_at: SystemTime,
     pub expires_at: SystemTime,
     /// Who has approved or denied it; empty until then.
@@ -83,7 +92,9 @@ pub enum Error {
     #[error("no approval `{id}` waits at this shim; it may be over, or wait at another shim")]
     NotFound { id: String },
     #[error(transparent)]
-    Own(#[from] Stranger),
+    Own(#[from] Own),
+    #[error("this shim is stopping")]
+    Stopping,
     #[error(transparent)]
     Audit(#[from] audit::Error),
 }
@@ -105,12 +116,17 @@ struct Inner {
     timeout: Duration,
     audit: Audit,
     waiting: Mutex<BTreeMap<Uuid, Entry>>,
+    /// Without what is wanted, which a slow listener must not keep.
     news: broadcast::Sender<Approval>,
+    /// The shim stops: nothing waits any longer.
+    closed: CancellationToken,
 }
 
 #[derive(Debug)]
 struct Entry {
     approval: Approval,
+    who: Who,
+    subject: Arc<Subject>,
     decided: oneshot::Sender<Approval>,
 }
 
@@ -122,7 +138,13 @@ impl Approvals {
             audit,
             waiting: Mutex::default(),
             news: broadcast::Sender::new(MAX_NEWS),
+            closed: CancellationToken::new(),
         }))
+    }
+
+    /// Lets nothing wait any longer: whoever waits gets [`Error::Stopping`].
+    pub fn close(&self) {
+        self.0.closed.cancel();
     }
 
     /// Lets something wait. That it waits is recorded.
@@ -130,11 +152,18 @@ impl Approvals {
     /// # Errors
     /// [`Error::Full`] and [`Error::Audit`]
     pub fn ask(&self, wanted: Wanted) -> Result<Waiting, Error> {
+        let Wanted {
+            record,
+            who,
+            subject,
+        } = wanted;
         let now = SystemTime::now();
         let approval = Approval {
             id: Uuid::now_v7(),
             state: State::Pending,
-            wanted: wanted.into(),
+            record: record.into(),
+            what: subject.what(),
+            summary: subject.summary(),
             requested_at: now,
             expires_at: now + self.0.timeout,
             decided_by: String::new(),
@@ -144,15 +173,22 @@ impl Approvals {
         let (decided, decision) = oneshot::channel();
         {
             let mut waiting = self.0.waiting.lock();
-            let bytes = waiting.values().map(|entry| entry.approval.wanted.bytes());
-            let bytes = bytes.sum::<usize>() + approval.wanted.bytes();
+            let bytes = waiting.values().map(|entry| entry.subject.bytes());
+            let bytes = bytes.sum::<usize>() + subject.bytes();
             if waiting.len() >= MAX_WAITING || bytes > MAX_BYTES {
+                let record = approval.record.denied(&Error::Full.to_string());
+                self.0.audit.record(&record)?;
                 return Err(Error::Full);
             }
-            let record = approval.wanted.record.with(Operation::RequestApproval);
+            let record = approval.record.with(Operation::RequestApproval);
             self.0.audit.record(&record.approval(approval.id))?;
-            let approval = approval.clone();
-            waiting.insert(approval.id, Entry { approval, decided });
+            let entry = Entry {
+                approval: approval.clone(),
+                who,
+                subject: subject.into(),
+                decided,
+            };
+            waiting.insert(approval.id, entry);
         }
         self.tell(approval.clone());
         Ok(Waiting {
@@ -179,12 +215,14 @@ impl Approvals {
         self.0.news.subscribe()
     }
 
+    /// One that waits, and what is to be approved.
+    ///
     /// # Errors
     /// [`Error::NotFound`]
-    pub fn get(&self, id: Uuid) -> Result<Approval, Error> {
+    pub fn get(&self, id: Uuid) -> Result<(Approval, Arc<Subject>), Error> {
         let waiting = self.0.waiting.lock();
         let entry = waiting.get(&id).ok_or_else(|| not_found(id))?;
-        Ok(entry.approval.clone())
+        Ok((entry.approval.clone(), entry.subject.clone()))
     }
 
     /// Approves or denies what waits. It is recorded first.
@@ -200,13 +238,14 @@ impl Approvals {
     ) -> Result<Approval, Error> {
         let mut waiting = self.0.waiting.lock();
         let entry = waiting.get(&id).ok_or_else(|| not_found(id))?;
-        let wanted = &entry.approval.wanted;
+        let wanted = &entry.approval.record;
         let operation = match approves {
             true => Operation::Approve,
             false => Operation::Deny,
         };
-        let record = wanted.record.deciding(caller, operation, id, &comment);
-        if approves && let Err(own) = wanted.is_for_a_stranger(caller) {
+        let record = wanted.deciding(caller, operation, id, &comment);
+        let user_id = wanted.user_id.as_deref();
+        if approves && let Err(own) = entry.who.is_somebody_else(user_id, caller) {
             self.0.audit.record(&record.denied(&own.to_string()))?;
             return Err(own.into());
         }
@@ -214,6 +253,7 @@ impl Approvals {
         let Some(Entry {
             mut approval,
             decided,
+            ..
         }) = waiting.remove(&id)
         else {
             return Err(not_found(id));
@@ -270,15 +310,20 @@ impl Waiting {
     /// Nobody can approve it any longer.
     pub async fn approved(mut self) -> Result<Approval, Error> {
         let id = self.approval.id;
-        let decided = match timeout_at(self.until, &mut self.decision).await {
+        let closed = self.approvals.0.closed.clone();
+        let decided = tokio::select! {
+            decided = timeout_at(self.until, &mut self.decision) => decided,
+            // It is withdrawn.
+            () = closed.cancelled() => return Err(Error::Stopping),
+        };
+        let decided = match decided {
             Ok(decided) => decided.ok(),
             Err(_) if self.approvals.end(id, State::Expired) => None,
-            // Somebody has decided just now.
-            Err(_) => self.decision.try_recv().ok(),
+            // Somebody decides just now.
+            Err(_) => (&mut self.decision).await.ok(),
         };
-        let wanted = &self.approval.wanted;
-        let (audit, record) = (&self.approvals.0.audit, &wanted.record);
-        let what = wanted.what();
+        let Approval { record, what, .. } = &self.approval;
+        let (audit, what) = (&self.approvals.0.audit, *what);
         let refused = match decided {
             Some(decided) if decided.state == State::Approved => {
                 audit.record(&record.approved(id, &decided.decided_by))?;
@@ -291,7 +336,7 @@ impl Waiting {
             },
             None => Error::Expired {
                 what,
-                reason: wanted.reason().into(),
+                reason: self.approval.reason().into(),
                 waited: self.approvals.0.timeout,
             },
         };
@@ -308,7 +353,22 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        self.approvals.end(self.approval.id, State::Withdrawn);
+        let id = self.approval.id;
+        if self.approvals.end(id, State::Withdrawn) {
+            let record = self.approval.record.approval(id);
+            let record = record.denied("nobody waits for the approval any longer");
+            // It does not happen, whether or not that is on record; the log says why it is not.
+            let _logged = self.approvals.0.audit.record(&record);
+        }
+    }
+}
+
+impl Approval {
+    /// Why it is required.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        let policy = self.record.policy.as_ref();
+        policy.map_or("", |policy| &policy.reason)
     }
 }
 

@@ -1,9 +1,15 @@
 //! Decides about the calls of tools that the models of agents want to make, on every node and for
 //! every shim's runs: whoever listens may answer. A call that needs an approval waits here for it.
 
-use std::{convert::Infallible, future::pending, sync::Arc};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    convert::Infallible,
+    future::pending,
+    sync::Arc,
+    time::Duration,
+};
 
-use futures_util::{StreamExt, stream::FuturesUnordered};
+use parking_lot::Mutex;
 use polydev_policy::{agent::Call, rules::AgentFacts};
 use polydev_proto::{
     init::{ToolAnswer, ToolCall},
@@ -12,24 +18,25 @@ use polydev_proto::{
         node_service_client::NodeServiceClient,
     },
 };
-use tokio::time::timeout;
+use polydev_transport::backoff::Backoff;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, transport::Channel};
 
 use crate::{
-    access,
     approval::{
-        self, Approvals, Waiting,
-        wanted::{self, Subject, Wanted},
+        Approvals, Waiting,
+        wanted::{self, Subject, Wanted, Who},
     },
     audit::{Audit, record::Record},
     listen::{CONNECT_TIMEOUT, listen},
     policy::{Leave, RunPolicy},
 };
 
-/// Calls of one node that are decided about at a time, or wait for an approval. The driver keeps the
-/// others.
-const MAX_CALLS: usize = 2 * approval::MAX_WAITING;
+/// Tries of one answer; with the pauses they take some seconds. A call without an answer is not made.
+const MAX_TRIES: usize = 5;
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What decisions about tools need.
 #[derive(Debug, Clone)]
@@ -39,112 +46,87 @@ pub struct Tools {
     pub approvals: Approvals,
 }
 
+/// A call of a run, by its number.
+type Name = (String, u64);
+
+/// One node, and its calls that are decided about here.
+#[derive(Debug, Clone)]
+struct Node {
+    tools: Tools,
+    node_id: String,
+    client: NodeServiceClient<Channel>,
+    /// Cancelled when a call ends elsewhere.
+    going: Arc<Mutex<HashMap<Name, CancellationToken>>>,
+}
+
 /// Answers the calls of one node, for as long as the future is polled. A shim without rules answers
 /// none: another one may have some.
 pub async fn follow(tools: &Tools, node_id: &str, channel: Channel) -> Infallible {
     if !tools.policy.is_on() {
         return pending().await;
     }
-    let once = |_| follow_once(tools, node_id, channel.clone());
-    listen(node_id, "calls of tools", once).await
+    let node = Node {
+        tools: tools.clone(),
+        node_id: node_id.into(),
+        client: NodeServiceClient::new(channel),
+        going: Arc::default(),
+    };
+    // With the connection everything ends that waits for an approval: the driver will repeat it. A
+    // stream that breaks ends nothing.
+    let all = CancellationToken::new();
+    let _ends = all.clone().drop_guard();
+    listen(node_id, "calls of tools", |_| node.follow_once(&all)).await
 }
 
-async fn follow_once(tools: &Tools, node_id: &str, channel: Channel) -> Result<Infallible, Status> {
-    let mut client = NodeServiceClient::new(channel);
-    let request = WatchToolCallsRequest { ends: true };
-    let mut calls = answered(client.watch_tool_calls(request))
-        .await?
-        .into_inner();
-    let mut answering = FuturesUnordered::new();
-    let mut going: Vec<(String, u64, CancellationToken)> = Vec::new();
-    loop {
-        tokio::select! {
-            call = calls.message(), if answering.len() < MAX_CALLS => {
-                let ended = || Status::unavailable("the driver ended the stream");
-                let call = call?.ok_or_else(ended)?;
-                going.retain(|(.., over)| !over.is_cancelled());
-                let Some(asked) = &call.call else {
-                    // Whoever approves or denies it comes too late.
-                    let mut going = going.iter();
-                    let is_it = |(run_id, number, _): &&(String, u64, _)| {
-                        *run_id == call.run_id && *number == call.ended
-                    };
-                    if let Some((.., over)) = going.find(is_it) {
-                        over.cancel();
-                    }
-                    continue;
-                };
-                let over = CancellationToken::new();
-                going.push((call.run_id.clone(), asked.number, over.clone()));
-                let (client, is_answered) = (client.clone(), over.clone());
-                answering.push(async move {
-                    let answer = tools.answer(node_id, call, client);
-                    let answer = over.run_until_cancelled(answer).await;
-                    is_answered.cancel();
-                    answer.unwrap_or(Ok(()))
+impl Node {
+    async fn follow_once(&self, all: &CancellationToken) -> Result<Infallible, Status> {
+        let request = WatchToolCallsRequest { ends: true };
+        let mut client = self.client.clone();
+        let mut calls = answered(client.watch_tool_calls(request))
+            .await?
+            .into_inner();
+        loop {
+            let ended = || Status::unavailable("the driver ended the stream");
+            let told = calls.message().await?.ok_or_else(ended)?;
+            let Some(call) = &told.call else {
+                // Whoever approves or denies it comes too late.
+                let name = (told.run_id, told.ended);
+                if let Some(over) = self.going.lock().remove(&name) {
+                    over.cancel();
+                }
+                continue;
+            };
+            let name = (told.run_id.clone(), call.number);
+            // The driver may say it more than once.
+            if let Entry::Vacant(place) = self.going.lock().entry(name.clone()) {
+                let over = place.insert(all.child_token()).clone();
+                let node = self.clone();
+                tokio::spawn(async move {
+                    over.run_until_cancelled(node.answer(told)).await;
+                    node.going.lock().remove(&name);
                 });
             }
-            Some(answer) = answering.next() => answer?,
         }
     }
-}
 
-/// A driver's answer, or DEADLINE_EXCEEDED.
-async fn answered<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
-    let answer = timeout(CONNECT_TIMEOUT, call).await;
-    answer.map_err(|_| Status::deadline_exceeded("no answer within 5 s"))?
-}
-
-async fn tell(
-    client: &mut NodeServiceClient<Channel>,
-    run_id: &str,
-    answer: ToolAnswer,
-) -> Result<(), Status> {
-    let answer = AnswerToolCallRequest {
-        run_id: run_id.into(),
-        answer: Some(answer),
-    };
-    match answered(client.answer_tool_call(answer)).await {
-        // Another shim was first, or the run is over.
-        Err(status) if status.code() == Code::NotFound => Ok(()),
-        answered => answered.map(|_| ()),
-    }
-}
-
-/// What was decided about a call.
-enum Decision {
-    /// Whether it is made, and what its result brings into the conversation, or why not.
-    Now(Result<String, String>),
-    /// It waits; then its result brings this into the conversation.
-    Waits(Box<Waiting>, String),
-}
-
-impl Tools {
     /// Decides about a call and answers it, once somebody has approved it if that is necessary.
-    async fn answer(
-        &self,
-        node_id: &str,
-        call: WatchToolCallsResponse,
-        mut client: NodeServiceClient<Channel>,
-    ) -> Result<(), Status> {
+    async fn answer(&self, call: WatchToolCallsResponse) {
         let run_id = call.run_id.clone();
         let number = call.call.as_ref().map_or(0, |call| call.number);
-        let decided = match self.decide(node_id, call) {
+        let decided = match self.tools.decide(&self.node_id, call) {
             Decision::Now(decided) => decided,
             Decision::Waits(waiting, enters) => {
+                let seconds = waiting.left().as_secs();
                 let wait = ToolAnswer {
                     number,
-                    reason: waiting.approval.wanted.reason().into(),
-                    // Not 0, which would be an answer.
-                    wait_seconds: waiting
-                        .left()
-                        .as_secs()
-                        .try_into()
-                        .unwrap_or(u32::MAX)
-                        .max(1),
+                    reason: waiting.approval.reason().into(),
+                    // 0 would be an answer.
+                    wait_seconds: seconds.try_into().unwrap_or(u32::MAX).max(1),
                     ..ToolAnswer::default()
                 };
-                tell(&mut client, &run_id, wait).await?;
+                if !self.tell(&run_id, wait).await {
+                    return;
+                }
                 let approved = waiting.approved().await;
                 approved
                     .map(|_| enters)
@@ -162,9 +144,48 @@ impl Tools {
             enters,
             wait_seconds: 0,
         };
-        tell(&mut client, &run_id, answer).await
+        self.tell(&run_id, answer).await;
     }
 
+    /// Tells the driver. False if the call waits no longer, because another shim was first or the run is
+    /// over, or if the driver does not answer.
+    async fn tell(&self, run_id: &str, answer: ToolAnswer) -> bool {
+        let mut retry = Backoff::new(RETRY_INTERVAL, MAX_RETRY_INTERVAL);
+        let mut client = self.client.clone();
+        for _ in 0..MAX_TRIES {
+            let answer = AnswerToolCallRequest {
+                run_id: run_id.into(),
+                answer: Some(answer.clone()),
+            };
+            match answered(client.answer_tool_call(answer)).await {
+                Ok(_) => return true,
+                Err(status) if status.code() == Code::NotFound => return false,
+                Err(status) => {
+                    tracing::info!(run_id, %status, "cannot answer a call of a tool yet");
+                }
+            }
+            sleep(retry.next_wait()).await;
+        }
+        tracing::warn!(run_id, "cannot answer a call of a tool");
+        false
+    }
+}
+
+/// A driver's answer, or DEADLINE_EXCEEDED.
+async fn answered<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    let answer = timeout(CONNECT_TIMEOUT, call).await;
+    answer.map_err(|_| Status::deadline_exceeded("no answer within 5 s"))?
+}
+
+/// What was decided about a call.
+enum Decision {
+    /// Whether it is made, and what its result brings into the conversation, or why not.
+    Now(Result<String, String>),
+    /// It waits; then its result brings this into the conversation.
+    Waits(Box<Waiting>, String),
+}
+
+impl Tools {
     /// Decides, and records it. What cannot be recorded is not allowed.
     fn decide(&self, node_id: &str, asked: WatchToolCallsResponse) -> Decision {
         let WatchToolCallsResponse {
@@ -172,6 +193,7 @@ impl Tools {
             user_id,
             provider,
             caller,
+            caller_user,
             call,
             ended: _,
         } = asked;
@@ -213,7 +235,10 @@ impl Tools {
             Ok(Leave::NeedsApproval) => {
                 let waiting = self.approvals.ask(Wanted {
                     record,
-                    caller_user: access::user_of(&caller).map(str::to_owned),
+                    who: Who {
+                        name: caller,
+                        user: Some(caller_user).filter(|user| !user.is_empty()),
+                    },
                     subject: Subject::Call(wanted::Call {
                         node_id: node_id.into(),
                         tool,

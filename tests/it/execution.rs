@@ -134,12 +134,12 @@ async fn idle_slot(
     }
 }
 
-/// Claims a slot as a shim that has signed `signed` for the node `audience` (or for this one), and then
-/// sends `sent` as the input. Returns how the run ended.
+/// Claims a slot as a shim that has signed `signed` for the node `of` (the same, unless a token is
+/// stolen), and then sends `sent` as the input. Returns how the run ended.
 fn claim(
     nomad: &Nomad,
     pair: &KeyPair,
-    audience: Option<&str>,
+    of: &Nomad,
     spec: RunSpec,
     (signed, sent): (&[u8], &'static [u8]),
 ) -> Result<(Reason, String), Status> {
@@ -147,7 +147,8 @@ fn claim(
     Runtime::new()
         .expect("a runtime can be made")
         .block_on(async {
-            let (mut node, slot, start_id, identity) = idle_slot(nomad).await;
+            let (mut node, slot, start_id, _) = idle_slot(nomad).await;
+            let (.., audience) = idle_slot(of).await;
             let expires_at = std::time::SystemTime::now() + Duration::from_secs(5);
             let mut claim = Claim {
                 run_id: uuid::Uuid::now_v7().to_string(),
@@ -168,7 +169,7 @@ fn claim(
                 ..Claim::default()
             };
             let place = Place {
-                audience: audience.unwrap_or(&identity),
+                audience: &audience,
                 image: &slot.image,
                 egress: slot.egress.as_ref(),
                 expires_at,
@@ -211,11 +212,11 @@ fn a_token_is_for_its_input_and_for_one_node() {
     let nomad = node(&folder, &pair);
     let reads = || host::shell("grep -qx hello");
     let hello = b"hello\n";
-    let ended = claim(&nomad, &pair, None, reads(), (hello, hello)).unwrap();
+    let ended = claim(&nomad, &pair, &nomad, reads(), (hello, hello)).unwrap();
     assert_eq!(ended, (Reason::Exited, String::new()));
     let words = "its input is not the one that its execution token is for";
     for other in [b"hellp\n", &b"hell"[..]] {
-        let ended = claim(&nomad, &pair, None, reads(), (hello, other)).unwrap();
+        let ended = claim(&nomad, &pair, &nomad, reads(), (hello, other)).unwrap();
         assert_eq!(ended, (Reason::Lost, words.to_owned()), "{other:?}");
     }
     // A command whose files are others is not started.
@@ -227,10 +228,12 @@ fn a_token_is_for_its_input_and_for_one_node() {
         }],
         ..reads()
     };
-    let ended = claim(&nomad, &pair, None, with_file, (hello, b"hellp\n")).unwrap();
+    let ended = claim(&nomad, &pair, &nomad, with_file, (hello, b"hellp\n")).unwrap();
     assert_eq!(ended, (Reason::NotStarted, words.to_owned()));
-    // A token that another node would take.
-    let elsewhere = claim(&nomad, &pair, Some("another node"), reads(), (hello, hello));
+    // A token that another node with the same key would take.
+    let others = Folder::new("pdtest-");
+    let another = node(&others, &pair);
+    let elsewhere = claim(&nomad, &pair, &another, reads(), (hello, hello));
     let refused = elsewhere.expect_err("it is for another node");
     assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
     assert!(

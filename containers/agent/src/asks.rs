@@ -231,6 +231,13 @@ impl Asks {
             return Some(Heard::Answer(question, Answer { allowed, reason }));
         }
         let waiting = self.waiting.get_mut(&number)?;
+        if waiting.question.has_begun() {
+            // Nobody can approve what may have happened.
+            let question = self.withdraw(number)?;
+            self.pass_on(now);
+            let reason = format!("it needs an approval, and has begun: {reason}");
+            return Some(Heard::Answer(question, Answer::no(reason)));
+        }
         let wait = Duration::from_secs(wait_seconds.into());
         let until = (now + wait + APPROVAL_MARGIN).min(waiting.at_most_until);
         waiting.until = waiting.until.max(until);
@@ -453,6 +460,27 @@ mod tests {
         let until = asks.until().unwrap();
         let (_, late) = answered(&mut asks, until);
         assert!(late.reason.contains("approved"), "{late:?}");
+    }
+
+    #[test]
+    fn a_call_that_has_begun_waits_for_no_approval() {
+        let (mut asks, mut init) = asks();
+        let now = Instant::now();
+        let begun = Question {
+            id: Value::Null,
+            ..question(1, "a")
+        };
+        asks.ask(begun, now);
+        let waits = ToolAnswer {
+            number: 1,
+            wait_seconds: 300,
+            ..ToolAnswer::default()
+        };
+        send(&mut init, &waits);
+        asks.receive();
+        assert!(answered(&mut asks, now).1.reason.contains("has begun"));
+        assert!(!asks.holds());
+        assert!(calls(&mut init).last().unwrap().withdrawn);
     }
 
     #[test]

@@ -99,6 +99,7 @@ pub struct Parsed {
     pub user_id: UserId,
     /// By the name that roles know.
     pub caller: String,
+    pub caller_user: String,
     pub ballot: Ballot,
     /// The token, and what it must fit.
     pub presented: Presented,
@@ -154,9 +155,14 @@ pub fn parse(claim: node::Claim, presented: Presented) -> Result<Parsed, Invalid
         );
         return Err(invalid("sealed_secrets", problem));
     }
-    if claim.caller.len() > MAX_CALLER {
-        let problem = format!("is longer than {MAX_CALLER} bytes");
-        return Err(invalid("caller", problem));
+    for (field, name) in [
+        ("caller", &claim.caller),
+        ("caller_user", &claim.caller_user),
+    ] {
+        if name.len() > MAX_CALLER {
+            let problem = format!("is longer than {MAX_CALLER} bytes");
+            return Err(invalid(field, problem));
+        }
     }
     let sealed_keys = claim.sealed_keys;
     if sealed_keys.len() > broker::MAX_SEALED {
@@ -239,6 +245,7 @@ pub fn parse(claim: node::Claim, presented: Presented) -> Result<Parsed, Invalid
         run_id,
         user_id: claim.user_id.into(),
         caller: claim.caller,
+        caller_user: claim.caller_user,
         ballot: ballot.into(),
         presented,
         spec_hash,

@@ -113,6 +113,9 @@ pub struct Claimed {
     /// that does not ask about them, so that older drivers can read the record.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub caller: String,
+    /// The user that the caller is, if that is known. Omitted too.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub caller_user: String,
     pub ballot: Ballot,
     /// Empty if an older driver wrote the record.
     #[serde(default)]

@@ -166,6 +166,10 @@ impl Grant<'_> {
         Claimed {
             run_id: parsed.run_id,
             user_id: parsed.user_id.clone(),
+            caller_user: match slot.config.tool_policy {
+                true => parsed.caller_user.clone(),
+                false => String::new(),
+            },
             caller: match slot.config.tool_policy {
                 true => parsed.caller.clone(),
                 false => String::new(),

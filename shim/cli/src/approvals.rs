@@ -182,8 +182,8 @@ fn lines(approvals: &[Approval], output: Output) -> String {
 }
 
 fn line(approval: &Approval) -> String {
-    format!(
-        "{:<36}  {:<9}  {:<5}  {:<9}  {:<16}  {:<16}  {}\n",
+    let line = format!(
+        "{:<36}  {:<9}  {:<5}  {:<9}  {:<16}  {:<16}  {}",
         approval.approval_id,
         state(approval),
         age(approval.requested_at),
@@ -191,7 +191,24 @@ fn line(approval: &Approval) -> String {
         approval.user_id,
         approval.caller,
         approval.summary,
-    )
+    );
+    format!("{}\n", plain(&line))
+}
+
+/// A text of somebody who wants to be approved, without what could make a terminal show something else:
+/// control characters, and those that change the direction of what follows.
+fn plain(text: &str) -> String {
+    let is_plain = |letter: char| {
+        let turns = matches!(letter, '\u{61c}' | '\u{200e}' | '\u{200f}'
+            | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        !letter.is_control() && !turns
+    };
+    text.chars()
+        .flat_map(|letter| match is_plain(letter) {
+            true => vec![letter],
+            false => letter.escape_unicode().collect(),
+        })
+        .collect()
 }
 
 fn state(approval: &Approval) -> String {
@@ -203,7 +220,7 @@ fn time(at: Option<prost_types::Timestamp>) -> String {
     at.map_or_else(|| "-".into(), |at| at.to_string())
 }
 
-/// What is to be approved, member by member. Texts are printed as JSON: they are somebody else's.
+/// What is to be approved, member by member. Texts of commands and prompts are printed as JSON.
 fn details(approval: &Approval) -> String {
     let quoted = |text: &str| json!(text).to_string();
     let mut rows = vec![
@@ -229,7 +246,7 @@ fn details(approval: &Approval) -> String {
         None => {}
     }
     let rows = rows.iter().filter(|(_, value)| !value.is_empty());
-    rows.map(|(name, value)| format!("{name:<12}  {value}\n"))
+    rows.map(|(name, value)| format!("{name:<12}  {}\n", plain(value)))
         .collect()
 }
 
@@ -306,4 +323,31 @@ fn call_json(call: &ApprovalToolCall) -> Value {
         "node_id": call.node_id, "tool": call.tool, "name": call.name, "arguments": call.arguments,
         "entered": call.entered,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_changes_what_an_approver_sees() {
+        let run = ApprovalRun {
+            argv: vec!["rm".into(), "-rf\u{202e}".into()],
+            env: vec!["X\u{1b}[8A\rcommand  \"ls\"".into()],
+            model: "m\u{9b}1A".into(),
+            ..ApprovalRun::default()
+        };
+        let approval = Approval {
+            subject: Some(Subject::Run(run)),
+            ..Approval::default()
+        };
+        let shown = details(&approval);
+        let is_plain = |letter: char| letter == '\n' || !letter.is_control();
+        assert!(shown.chars().all(is_plain), "{shown:?}");
+        assert!(shown.contains("\"rm\" \"-rf\\u{202e}\"\n"), "{shown}");
+        assert!(
+            shown.contains("variables     X\\u{1b}[8A\\u{d}command"),
+            "{shown}"
+        );
+    }
 }

@@ -7,7 +7,7 @@ use polydev_policy::{
 use polydev_transport::connection::Origin;
 
 use super::*;
-use crate::{audit::record::Record, policy::Decided};
+use crate::policy::Decided;
 use wanted::{Call, Subject};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -37,7 +37,10 @@ fn wanted(caller_name: &str) -> Wanted {
         }));
     Wanted {
         record,
-        caller_user: caller(caller_name).user,
+        who: Who {
+            name: caller_name.into(),
+            user: caller(caller_name).user,
+        },
         subject: Subject::Call(Call {
             node_id: "node".into(),
             tool: "shell.exec".into(),
@@ -119,12 +122,19 @@ async fn an_approval_expires_and_is_withdrawn_with_whoever_waits() {
     let expired = waiting.approved().await.unwrap_err().to_string();
     assert_eq!(expired, "nobody has approved this call within 60 s: large");
     drop(approvals.ask(wanted("cn:service")).unwrap());
+    let waiting = approvals.ask(wanted("cn:service")).unwrap();
+    approvals.close();
+    let stopped = waiting.approved().await;
+    assert!(matches!(stopped, Err(Error::Stopping)), "{stopped:?}");
     let mut states = Vec::new();
     while let Ok(one) = news.try_recv() {
         states.push(one.state);
     }
     use State::{Expired, Pending, Withdrawn};
-    assert_eq!(states, [Pending, Expired, Pending, Withdrawn]);
+    assert_eq!(
+        states,
+        [Pending, Expired, Pending, Withdrawn, Pending, Withdrawn]
+    );
     assert!(approvals.all().is_empty());
 }
 
@@ -161,17 +171,13 @@ fn prompt() -> RunFacts {
 
 #[test]
 fn a_summary_is_one_short_line() {
-    let call = wanted("cn:service").summary();
+    let call = wanted("cn:service").subject.summary();
     assert_eq!(call, r#"Bash {"command": "make\u001b[2J deploy"}"#);
     let facts = RunFacts {
         prompt: format!("a\u{1b}[2J\n  b {}", "\u{20ac}".repeat(100)),
         ..prompt()
     };
-    let run = Wanted {
-        subject: Subject::Run(facts.into()),
-        ..wanted("cn:service")
-    };
-    let line = run.summary();
+    let line = Subject::Run(facts.into()).summary();
     assert!(line.starts_with("a[2J b \u{20ac}"), "{line}");
     assert!(line.ends_with(" ...") && line.len() <= 204, "{line}");
 }

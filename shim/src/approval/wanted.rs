@@ -15,12 +15,19 @@ const MAX_SUMMARY: usize = 200;
 /// What somebody wants.
 #[derive(Debug)]
 pub struct Wanted {
-    /// The record of what is done once it is approved: who wants it, for whose run, and what the
-    /// policy has decided.
+    /// The record of what is done once it is approved: for whose run, and what the policy has decided.
     pub record: Record,
-    /// The user that whoever wants it is.
-    pub caller_user: Option<String>,
+    pub who: Who,
     pub subject: Subject,
+}
+
+/// Who wants it.
+#[derive(Debug, Clone, Default)]
+pub struct Who {
+    /// By the name that roles know.
+    pub name: String,
+    /// The user that they are.
+    pub user: Option<String>,
 }
 
 /// What is to be approved.
@@ -46,9 +53,9 @@ pub struct Call {
 
 /// Somebody may not approve what is, or could be, their own.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Stranger {
+pub enum Own {
     #[error("`{0}` wants this; somebody else must approve it")]
-    Own(String),
+    Wanted(String),
     #[error("this is for user `{0}`, who cannot approve it")]
     User(String),
     #[error(
@@ -58,51 +65,45 @@ pub enum Stranger {
     Unknown,
 }
 
-impl Wanted {
-    /// Whether the caller is somebody else than who wants it, and than the user of the run.
+impl Who {
+    /// Whether the caller is somebody else, and not the user of the run.
     ///
     /// # Errors
-    /// [`Stranger`]
-    pub fn is_for_a_stranger(&self, caller: &Caller) -> Result<(), Stranger> {
-        let wants = &self.record.who;
-        if [wants, &caller.name].contains(&&LOOPBACK.to_owned()) {
-            return Err(Stranger::Unknown);
+    /// [`Own`]
+    pub fn is_somebody_else(&self, user_id: Option<&str>, caller: &Caller) -> Result<(), Own> {
+        if [&*self.name, &caller.name].contains(&LOOPBACK) {
+            return Err(Own::Unknown);
         }
         let user = caller.user.as_deref();
         let is_user = |other: Option<&str>| user.is_some() && user == other;
-        let wants_user = self.caller_user.as_deref();
-        if *wants == caller.name || is_user(wants_user) || is_user(access::user_of(wants)) {
-            return Err(Stranger::Own(caller.name.clone()));
+        let is_named = self.name == caller.name || is_user(access::user_of(&self.name));
+        if is_named || is_user(self.user.as_deref()) {
+            return Err(Own::Wanted(caller.name.clone()));
         }
-        match self.record.user_id.as_deref() {
-            Some(user) if is_user(Some(user)) => Err(Stranger::User(user.into())),
+        match user_id {
+            Some(user) if is_user(Some(user)) => Err(Own::User(user.into())),
             _ => Ok(()),
         }
     }
+}
 
+impl Subject {
     /// For sentences.
     #[must_use]
     pub fn what(&self) -> &'static str {
-        match self.subject {
-            Subject::Run(_) => "run",
-            Subject::Call(_) => "call",
+        match self {
+            Self::Run(_) => "run",
+            Self::Call(_) => "call",
         }
-    }
-
-    /// Why an approval is required.
-    #[must_use]
-    pub fn reason(&self) -> &str {
-        let policy = self.record.policy.as_ref();
-        policy.map_or("", |policy| &policy.reason)
     }
 
     /// One line of it.
     #[must_use]
     pub fn summary(&self) -> String {
-        let text = match &self.subject {
-            Subject::Run(facts) if facts.argv.is_empty() => facts.prompt.clone(),
-            Subject::Run(facts) => facts.argv.join(" "),
-            Subject::Call(call) => format!("{} {}", call.name, call.arguments),
+        let text = match self {
+            Self::Run(facts) if facts.argv.is_empty() => facts.prompt.clone(),
+            Self::Run(facts) => facts.argv.join(" "),
+            Self::Call(call) => format!("{} {}", call.name, call.arguments),
         };
         let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
         let line: String = line.chars().filter(|letter| !letter.is_control()).collect();
@@ -116,12 +117,12 @@ impl Wanted {
     /// How much memory it takes, about.
     pub(super) fn bytes(&self) -> usize {
         let sum = |texts: &[String]| texts.iter().map(String::len).sum::<usize>();
-        match &self.subject {
-            Subject::Run(facts) => {
+        match self {
+            Self::Run(facts) => {
                 let texts = facts.prompt.len() + facts.system.len();
                 texts + sum(&facts.argv) + sum(&facts.env) + sum(&facts.files) + sum(&facts.egress)
             }
-            Subject::Call(call) => call.arguments.len() + call.name.len(),
+            Self::Call(call) => call.arguments.len() + call.name.len(),
         }
     }
 }

@@ -156,7 +156,7 @@ fn signature(key: &hmac::Key, id: &str, at: &str, body: &str) -> String {
 /// It has neither the command nor the prompt: whoever is to see them calls `GetApproval`.
 fn body(approval: &Approval) -> Value {
     let time = |at: SystemTime| Timestamp::from(at).to_string();
-    let record = &approval.wanted.record;
+    let record = &approval.record;
     let kind = match approval.state {
         State::Pending => "approval.requested",
         State::Approved => "approval.approved",
@@ -169,13 +169,13 @@ fn body(approval: &Approval) -> Value {
         "timestamp": time(SystemTime::now()),
         "data": {
             "approval_id": approval.id.to_string(),
-            "what": approval.wanted.what(),
+            "what": approval.what,
             "caller": record.who,
             "user_id": record.user_id,
             "provider": record.provider,
             "run_id": record.run_id,
             "tool": record.tool,
-            "reason": approval.wanted.reason(),
+            "reason": approval.reason(),
             "requested_at": time(approval.requested_at),
             "expires_at": time(approval.expires_at),
             "decided_by": approval.decided_by,

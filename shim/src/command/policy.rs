@@ -52,7 +52,7 @@ pub(super) struct Rules {
         long,
         value_name = "SECONDS",
         default_value_t = 900,
-        value_parser = clap::value_parser!(u32).range(1..=1800)
+        value_parser = clap::value_parser!(u32).range(1..=1200)
     )]
     approval_timeout: u32,
     /// URL that the shim sends a request to whenever something waits for an approval, and when it is

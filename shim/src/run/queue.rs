@@ -149,11 +149,12 @@ impl Queue {
         }
     }
 
-    /// How many wait, by provider; those without any are missing.
+    /// How many wait for a slot, by provider; those without any are missing. Runs that nobody has
+    /// approved do not count.
     #[must_use]
     pub fn waiting(&self) -> HashMap<&'static str, u64> {
         let mut counts = HashMap::new();
-        for one in &self.lock().waiting {
+        for one in self.lock().waiting.iter().filter(|one| !one.needs_approval) {
             *counts.entry(one.provider).or_default() += 1;
         }
         counts
@@ -186,7 +187,7 @@ impl Queue {
         needs_approval: bool,
     ) -> Result<Ticket, Full> {
         let mut inner = self.lock();
-        let queued = inner.queued(user_id);
+        let queued = inner.queued(user_id, needs_approval);
         let most = inner.per_user.queued;
         if queued >= most as usize {
             let user_id = user_id.clone();
@@ -361,11 +362,11 @@ impl Drop for Running {
 }
 
 impl Inner {
-    fn queued(&self, user_id: &UserId) -> usize {
-        self.waiting
-            .iter()
-            .filter(|one| one.user_id == *user_id)
-            .count()
+    /// Runs that nobody has approved are counted apart: they keep no other run from waiting.
+    fn queued(&self, user_id: &UserId, needs_approval: bool) -> usize {
+        let is_alike =
+            |one: &&Waiting| one.user_id == *user_id && one.needs_approval == needs_approval;
+        self.waiting.iter().filter(is_alike).count()
     }
 
     /// Makes room for a user who has so many waiting runs. Returns whether there is some.
@@ -442,7 +443,7 @@ impl Inner {
                 leases: *leases,
                 served: self.users.get(&one.user_id).map_or(0, |user| user.served),
             };
-            *held += 1;
+            *held += u32::from(!one.needs_approval);
             *leases += u32::from(one.wants == Wants::Lease);
             keys.insert(one.number, key);
         }

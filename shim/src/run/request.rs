@@ -32,7 +32,7 @@ use times::TELL_TIMEOUT;
 use super::terms::Terms;
 use crate::{
     access::Policy,
-    approval::wanted::Wanted,
+    approval::wanted::{Wanted, Who},
     credentials::Source,
     environment,
     permission::Permission,
@@ -49,8 +49,8 @@ const MAX_USER_ID: usize = 128;
 pub struct Request {
     pub provider: Provider,
     pub user_id: UserId,
-    /// Who asks, by the name that roles know.
-    pub caller: String,
+    /// Who asks.
+    pub caller: Who,
     pub run_id: RunId,
     /// Whether the run gets only the slot that is leased for it.
     pub is_leased: bool,
@@ -278,7 +278,7 @@ impl Request {
         let mut request = Self {
             provider,
             user_id,
-            caller: String::new(),
+            caller: Who::default(),
             run_id,
             is_leased,
             is_retry,

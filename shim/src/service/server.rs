@@ -109,7 +109,7 @@ pub async fn serve(
     let turns = Turns {
         view: view.clone(),
         queue: queue.clone(),
-        approvals,
+        approvals: approvals.clone(),
         on_demand: OnDemand::new(nomad.clone(), limits.on_demand),
     };
     let api = Api {
@@ -168,6 +168,7 @@ pub async fn serve(
     let serving = server.serve_with_incoming_shutdown(incoming::incoming(listeners), stopped);
     let overrun = async {
         stop.cancelled().await;
+        approvals.close();
         runs.close();
         if timeout(limits.stop, runs.wait()).await.is_err() {
             tracing::info!(runs = runs.len(), "handing over the remaining runs");

@@ -131,6 +131,7 @@ fn approval(error: &approval::Error) -> (Code, &'static str) {
         Error::Own(_) => (Code::PermissionDenied, "OWN_APPROVAL"),
         Error::NotFound { .. } => (Code::NotFound, "NO_APPROVAL"),
         Error::Full => (Code::ResourceExhausted, "APPROVALS_FULL"),
+        Error::Stopping => (Code::Unavailable, "STOPPING"),
         Error::Audit(_) => (Code::Unavailable, "AUDIT"),
     }
 }

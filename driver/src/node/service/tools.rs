@@ -63,6 +63,7 @@ fn encode(run: &Run, call: &ToolCall) -> WatchToolCallsResponse {
         user_id: claimed.user_id.clone().into(),
         provider: claimed.provider.clone(),
         caller: claimed.caller.clone(),
+        caller_user: claimed.caller_user.clone(),
         call: Some(call.clone()),
     }
 }

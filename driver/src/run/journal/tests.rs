@@ -11,6 +11,7 @@ pub(in crate::run) fn claimed(run_id: RunId) -> Claimed {
         run_id,
         user_id: "alice".into(),
         caller: "cn:app".into(),
+        caller_user: "app".into(),
         ballot: Ballot {
             attempt: 1,
             nonce: 7,

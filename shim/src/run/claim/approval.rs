@@ -5,12 +5,12 @@ use prost_types::Timestamp;
 use tokio::sync::mpsc;
 
 use super::Error;
-use crate::approval::{Approvals, wanted::Wanted};
+use crate::approval::{self, Approvals, wanted::Wanted};
 
 /// Tells the caller, and waits. Returns who has approved the run.
 ///
 /// # Errors
-/// [`Error::Approval`]: the run must not start.
+/// [`Error::Approval`] and [`Error::Stopping`]: the run must not start.
 pub(super) async fn wait(
     approvals: &Approvals,
     wanted: Wanted,
@@ -19,12 +19,16 @@ pub(super) async fn wait(
     let waiting = approvals.ask(wanted)?;
     let required = ApprovalRequired {
         approval_id: waiting.approval.id.to_string(),
-        reason: waiting.approval.wanted.reason().into(),
+        reason: waiting.approval.reason().into(),
         expires_at: Some(Timestamp::from(waiting.approval.expires_at)),
     };
     // It is the first event, so there is room. Nobody may listen.
     let _gone = caller.try_send(Ok(RunEvent {
         event: Some(run_event::Event::ApprovalRequired(required)),
     }));
-    Ok(waiting.approved().await?.decided_by)
+    match waiting.approved().await {
+        Ok(approved) => Ok(approved.decided_by),
+        Err(approval::Error::Stopping) => Err(Error::Stopping),
+        Err(error) => Err(error.into()),
+    }
 }

@@ -96,7 +96,8 @@ impl<'a> Attempts<'a> {
             claim: node::Claim {
                 run_id: request.run_id.into(),
                 user_id: request.user_id.into(),
-                caller: request.caller,
+                caller: request.caller.name,
+                caller_user: request.caller.user.unwrap_or_default(),
                 spec: Some(request.spec),
                 trace: request.trace,
                 ..Default::default()

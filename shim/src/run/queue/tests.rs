@@ -77,9 +77,12 @@ fn a_user_at_the_limit_waits_and_holds_nobody_up() {
 
 #[test]
 fn a_run_that_nobody_has_approved_keeps_its_place_and_holds_nobody_up() {
-    let queue = queue(None, 10);
+    let queue = queue(Some(1), 1);
     let wants = Wants::Run(RunId::now());
     let waits = queue.enter("openai", &"alice".into(), wants, true).unwrap();
+    let own = enter(&queue, "openai", "alice").unwrap();
+    assert_eq!(place(&own), Place::Next, "not even her other run");
+    drop(own);
     let bob = enter(&queue, "openai", "bob").unwrap();
     assert_eq!(place(&waits), Place::Held(0));
     assert_eq!(place(&bob), Place::Next);

@@ -51,7 +51,7 @@ impl Filter {
 
     /// Whether this is one of them, and the caller may see it.
     fn has(&self, access: &Access, caller: &Caller, approval: &Approval) -> bool {
-        let record = &approval.wanted.record;
+        let record = &approval.record;
         let is_users = self.user_id.is_none() || self.user_id == record.user_id;
         let name = self.provider.map(Provider::name);
         let is_providers = name.is_none() || name == record.provider.as_deref();
@@ -89,10 +89,10 @@ impl Api {
         caller: &Caller,
         GetApprovalRequest { approval_id }: GetApprovalRequest,
     ) -> Result<GetApprovalResponse, Error> {
-        let approval = self.turns.approvals.get(parse_id(&approval_id)?)?;
+        let (approval, subject) = self.turns.approvals.get(parse_id(&approval_id)?)?;
         self.may_decide(caller, &approval, Operation::SeeApprovals, true)?;
         Ok(GetApprovalResponse {
-            approval: Some(encode_whole(&approval)),
+            approval: Some(encode_whole(&approval, &subject)),
         })
     }
 
@@ -193,7 +193,7 @@ impl Api {
             }));
         }
         let approvals = &self.turns.approvals;
-        let approval = approvals.get(id)?;
+        let (approval, _) = approvals.get(id)?;
         let operation = match approves {
             true => Operation::Approve,
             false => Operation::Deny,
@@ -211,7 +211,7 @@ impl Api {
         operation: Operation,
         is_recorded: bool,
     ) -> Result<(), Error> {
-        let wanted = &approval.wanted.record;
+        let wanted = &approval.record;
         let record = wanted.deciding(caller, operation, approval.id, "");
         self.check(caller, action(wanted), &record)?;
         if is_recorded {

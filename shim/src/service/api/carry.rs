@@ -19,7 +19,7 @@ use tracing::{Instrument, Span};
 use super::Api;
 use crate::{
     access::{Action, Caller, Denied, TooMuch, What},
-    approval::wanted::{Subject, Wanted},
+    approval::wanted::{Subject, Wanted, Who},
     audit::record::{Operation, Record},
     credentials::record::Binding,
     policy::Leave,
@@ -101,7 +101,10 @@ impl Api {
             request.equip(secrets)?;
         }
         request.role = role;
-        request.caller.clone_from(&caller.name);
+        request.caller = Who {
+            name: caller.name.clone(),
+            user: caller.user.clone(),
+        };
         let facts = asked_policy.map(|facts| request.facts(facts, caller, has_credential));
         let (started, leave) = self.decide(started, facts.as_ref())?;
         let allowing = started.policy.as_ref().and_then(|policy| policy.allowing());
@@ -111,7 +114,7 @@ impl Api {
             Some(facts) => {
                 request.wanted = Some(Wanted {
                     record: started,
-                    caller_user: caller.user.clone(),
+                    who: request.caller.clone(),
                     subject: Subject::Run(facts.into()),
                 });
             }

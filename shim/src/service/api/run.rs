@@ -73,7 +73,15 @@ impl Api {
             claim::claim(&turns, request, &caller).await
         });
         let metrics = self.metrics.clone();
+        let mut is_approved = false;
         let events = events.inspect(move |event| match event {
+            Ok(RunEvent {
+                event: Some(Event::ApprovalRequired(_)),
+            }) => is_approved = true,
+            // Not the time that somebody took to approve the run.
+            Ok(RunEvent {
+                event: Some(Event::Accepted(_)),
+            }) if is_approved => {}
             Ok(RunEvent {
                 event: Some(Event::Accepted(accepted)),
             }) => metrics.claimed(provider, accepted.warm, received.elapsed()),

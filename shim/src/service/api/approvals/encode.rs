@@ -21,13 +21,14 @@ pub(super) fn encode(approval: &Approval) -> runtime::Approval {
     let Approval {
         id,
         state,
-        wanted,
+        record,
+        what: _,
+        summary,
         requested_at,
         expires_at,
         decided_by,
         comment,
     } = approval;
-    let record = wanted.record.clone();
     let policy = record.policy.as_deref();
     let hash = |of: fn(&Decided) -> &String| policy.map(of).cloned().unwrap_or_default();
     let state = match state {
@@ -40,17 +41,17 @@ pub(super) fn encode(approval: &Approval) -> runtime::Approval {
     runtime::Approval {
         approval_id: id.to_string(),
         state: state.into(),
-        caller: record.who,
-        user_id: record.user_id.unwrap_or_default(),
-        provider: record.provider.unwrap_or_default(),
-        run_id: record.run_id.unwrap_or_default(),
-        reason: wanted.reason().into(),
+        caller: record.who.clone(),
+        user_id: record.user_id.clone().unwrap_or_default(),
+        provider: record.provider.clone().unwrap_or_default(),
+        run_id: record.run_id.clone().unwrap_or_default(),
+        reason: approval.reason().into(),
         rules: policy
             .map(|decided| decided.rules.clone())
             .unwrap_or_default(),
         policy_hash: hash(|decided| &decided.policy_hash),
         facts_hash: hash(|decided| &decided.facts_hash),
-        summary: wanted.summary(),
+        summary: summary.clone(),
         requested_at: Some(Timestamp::from(*requested_at)),
         expires_at: Some(Timestamp::from(*expires_at)),
         decided_by: decided_by.clone(),
@@ -60,9 +61,9 @@ pub(super) fn encode(approval: &Approval) -> runtime::Approval {
 }
 
 /// With it.
-pub(super) fn encode_whole(approval: &Approval) -> runtime::Approval {
+pub(super) fn encode_whole(approval: &Approval, subject: &Subject) -> runtime::Approval {
     runtime::Approval {
-        subject: Some(match &approval.wanted.subject {
+        subject: Some(match subject {
             Subject::Run(facts) => approval::Subject::Run(encode_run(facts)),
             Subject::Call(call) => approval::Subject::ToolCall(encode_call(call)),
         }),
