@@ -279,7 +279,7 @@ fn what_is_denied_or_left_alone_does_not_happen() {
         .iter()
         .filter(|(operation, ..)| operation == "start");
     let allowed: Vec<_> = starts.map(|(_, is_allowed, _)| *is_allowed).collect();
-    assert_eq!(allowed, [false, false]);
+    assert_eq!(allowed, [false, false, false], "denied, expired, withdrawn");
 }
 
 #[test]
