@@ -6,7 +6,10 @@ use polydev_proto::{
     stream::Stream,
 };
 
-use super::{Carrier, End, Ending, SIGKILL, SIGTERM, Stop, signed::Unsigned};
+use super::{
+    Carrier, End, Ending, SIGKILL, SIGTERM, Stop,
+    signed::{Signed, Unsigned},
+};
 use crate::{
     limits,
     run::{Ended, Run, cancel::Cause},
@@ -65,7 +68,9 @@ impl Carrier<'_> {
     /// The end of a run that would get other input than was signed.
     pub(super) fn not_signed(&self, unsigned: &Unsigned) -> Stop {
         let message = unsigned.to_string();
-        if self.run.progress.borrow().started.is_some() {
+        // A command with files starts once it has them all. Any other one may have started.
+        let is_in_files = |signed: &Signed| signed.end() <= self.run.claimed.files_bytes;
+        if !self.signed.as_ref().is_some_and(is_in_files) {
             return self.end(Reason::Lost, &message);
         }
         self.not_started(&NotStarted {

@@ -37,10 +37,15 @@ impl Signed {
         })
     }
 
+    /// Where in the run's input it ends.
+    pub(super) fn end(&self) -> u64 {
+        self.input.from.saturating_add(self.input.bytes)
+    }
+
     /// Checks the next bytes of the run's input, before they are passed on. The last ones that are
     /// signed pass only if all are right.
     pub(super) fn pass(&mut self, offset: u64, data: &[u8], closes: bool) -> Result<(), Unsigned> {
-        let end = self.input.from.saturating_add(self.input.bytes);
+        let end = self.end();
         // All have passed, if not in this life of the driver, then in an earlier one.
         let has_passed = self.at >= end || (self.at == self.input.from && offset >= end);
         if has_passed {
