@@ -1,10 +1,10 @@
 //! How long the agents of the three CLIs wait for a decision about a tool: from the question to the
 //! answer, as the agent itself has measured it, in a container with the limits of a run.
 
-use std::fs;
+use std::{collections::BTreeMap, fs};
 
 use anyhow::ensure;
-use polydev_proto::runtime::agent_event::Event;
+use polydev_proto::runtime::{RunStart, agent_event::Event};
 use polydev_tests::{client::prompt, fresh_key, host::Local, shim::Shim};
 use serde_json::{Value, json};
 
@@ -41,12 +41,17 @@ fn of(rules: &str, provider: &str, name: &str, runs: usize) -> anyhow::Result<Va
     let options: Vec<_> = options.iter().map(String::as_str).collect();
     let shim = Shim::dev_with(&[&format!("{provider}=1")], &options);
     let client = shim.client();
-    let commands = vec!["true"; CALLS].join(" ;; ");
+    let commands = ["true"; CALLS].join(" ;; ");
     let mut samples = Vec::new();
     for _ in 0..runs {
         client.wait_idle(provider, 1);
         let text = format!("Please run: {commands}");
-        let outcome = client.run(prompt(provider, &text, &fresh_key(), ""))?;
+        // The pool knows the model's address, and an agent takes no variables.
+        let start = RunStart {
+            env: BTreeMap::new(),
+            ..prompt(provider, &text, &fresh_key(), "")
+        };
+        let outcome = client.run(start)?;
         for event in &outcome.agent {
             if let Event::ToolDecision(decision) = event {
                 ensure!(decision.allowed, "{decision:?}");
@@ -55,7 +60,8 @@ fn of(rules: &str, provider: &str, name: &str, runs: usize) -> anyhow::Result<Va
             }
         }
     }
-    ensure!(samples.len() == runs * CALLS, "{} calls", samples.len());
+    let calls = samples.len();
+    ensure!(calls == runs * CALLS, "{name}: {calls} calls");
     let waited = Summary::of(&samples);
     Ok(json!({
         "name": format!("{name} waits for a decision about a tool"), "unit": "ms",
