@@ -41,7 +41,9 @@ fn of(rules: &str, provider: &str, name: &str, runs: usize) -> anyhow::Result<Va
     let options: Vec<_> = options.iter().map(String::as_str).collect();
     let shim = Shim::dev_with(&[&format!("{provider}=1")], &options);
     let client = shim.client();
-    let commands = ["true"; CALLS].join(" ;; ");
+    // A CLI stops a model that makes the same call again and again.
+    let commands: Vec<_> = (0..CALLS).map(|call| format!("true {call}")).collect();
+    let commands = commands.join(" ;; ");
     let mut samples = Vec::new();
     for _ in 0..runs {
         client.wait_idle(provider, 1);
